@@ -1,0 +1,239 @@
+"""What every algorithm is: one template, a few verbs, and it overrides only those that make it itself.
+
+    train_step(micro_batches)
+        forward_backward    this rank's gradient of the sum of losses over its samples
+        synchronize         start to bring the gradients of all ranks together
+        update              when that is done: divide by the sum of weights, clip, step the optimizer
+
+With staleness K an update uses the gradient of K steps ago: the step starts its own synchronization and finishes the one
+that was started K steps earlier, so the network has K steps of compute to hide behind. The weight of a sample is the
+number of its targets: sums of gradients and sums of weights are reduced, and divided once.
+
+Knows nothing of where data comes from, of files, or of configs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from smolrun.collectives.api import Collectives
+from smolrun.data.base import Batch
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.parts.precision import Precision
+
+IGNORED = -100  # targets with this value carry no loss and no weight
+
+# Sums over the samples of one rank and step, exchanged between all ranks as float64.
+_FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the house gives every algorithm."""
+
+    mesh: Mesh
+    device: torch.device
+    precision: Precision
+    make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
+    learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
+    staleness: int = 0
+    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
+    expected_weight: int = 1  # targets in a full micro-batch, a hint for the first loss scale
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update of the whole run. `grad_norm` is None when the update was skipped because it was not finite."""
+
+    step: int
+    loss: float
+    weight: int
+    grad_norm: float | None
+    learning_rate: float
+    compute_s: float
+    wait_s: float
+    waited_for: int | None  # the rank with the longest compute, if this rank waited for it
+    culprits: tuple[int, ...]  # ranks whose own gradient was not finite
+    wants_stop: bool  # some rank was asked to stop
+
+
+@dataclass
+class InFlight:
+    """A step whose gradient is on its way."""
+
+    step: int
+    facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
+    works: list[Work]
+
+
+class Algorithm(ABC):
+    """One way to distribute training. `place` first, then `train_step` again and again, then `drain`."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.collectives = Collectives(context.mesh)
+        self.wants_stop = False  # set by this rank's trainer; all ranks learn of it with the next step
+        self.steps_begun = 0
+        self._in_flight: deque[InFlight] = deque()
+        self._compute_s = 0.0
+        self._wait_s = 0.0
+
+    # -- what a trainer calls ---------------------------------------------------------------------------------------
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
+        self.model = model
+        self.optimizer = self.context.make_optimizer(model.named_parameters())
+        self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
+        """One step over this rank's samples; returns the update it finished, None while the first K are in flight."""
+        started, waited = time.perf_counter(), self._wait_s
+        self.context.mesh.progress = self.steps_begun
+        facts = self.forward_backward(micro_batches)
+        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
+        facts["compute_s"] = self._compute_s
+        facts["wants_stop"] = float(self.wants_stop)
+        self._in_flight.append(self.synchronize(facts))
+        self.steps_begun += 1
+        return self._update_oldest() if len(self._in_flight) > self.context.staleness else None
+
+    def drain(self) -> list[StepResult]:
+        """Finishes the updates that are still in flight."""
+        return [self._update_oldest() for _ in range(len(self._in_flight))]
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """Sum of losses and number of targets over the samples of all ranks; collective, changes nothing."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in micro_batches:
+            if len(batch.inputs):
+                sums[0] += self._loss_sum(batch).item()
+                sums[1] += int((batch.targets != IGNORED).sum())
+        self.model.train()
+        self.collectives.all_reduce(sums)
+        return sums[0].item(), int(sums[1].item())
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's output for a batch, on every rank; collective."""
+        self.model.eval()
+        with self.context.precision.context(self.context.device):
+            output: torch.Tensor = self.model(self._to_device(tokens))
+        self.model.train()
+        return output.float().cpu()
+
+    def replica_tensors(self) -> list[torch.Tensor]:
+        """What must be equal on all ranks after every update, for the replica check; empty where nothing is replicated."""
+        return []
+
+    # -- what an algorithm overrides --------------------------------------------------------------------------------
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's facts."""
+        loss_sum, weight = torch.zeros((), dtype=torch.float64, device=self.context.device), 0
+        for index, batch in enumerate(micro_batches):
+            if index == len(micro_batches) - 1:
+                self.before_last_backward()
+            if len(batch.inputs):
+                loss = self._loss_sum(batch)
+                (loss * self.loss_scale.value).backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+                weight += int((batch.targets != IGNORED).sum())
+        return {"loss_sum": loss_sum.item(), "weight": weight}
+
+    def before_last_backward(self) -> None:
+        """Called before the last micro-batch: gradients that become complete from now on may leave."""
+
+    @abstractmethod
+    def synchronize(self, facts: dict[str, float]) -> InFlight:
+        """Starts to bring this step's gradients and facts of all ranks together; must not wait for them."""
+
+    @abstractmethod
+    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+        """Puts the summed gradients of a finished flight into `parameter.grad`; returns the distinct tensors that hold them."""
+
+    # -- shared by all ----------------------------------------------------------------------------------------------
+
+    def share_facts(self, facts: dict[str, float]) -> tuple[torch.Tensor, Work]:
+        """Starts to tell all ranks this rank's facts."""
+        table = torch.zeros((self.collectives.size, len(_FACTS)), dtype=torch.float64)
+        row = torch.tensor([facts[name] for name in _FACTS], dtype=torch.float64)
+        return table, self.collectives.all_gather(table, row, async_op=True)
+
+    def wait(self, work: Work) -> None:
+        """Waits for work and counts the time."""
+        started = time.perf_counter()
+        try:
+            work.wait()
+        finally:
+            self._wait_s += time.perf_counter() - started
+
+    def _to_device(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs where the model is; numbers (not token ids) in the model's own format."""
+        dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
+        return inputs.to(device=self.context.device, dtype=dtype)
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        device = self.context.device
+        with self.context.precision.context(device):
+            logits = self.model(self._to_device(batch.inputs))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        targets = batch.targets.to(device).flatten()
+        return cross_entropy(logits.flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
+
+    def _update_oldest(self) -> StepResult:
+        flight = self._in_flight.popleft()
+        for work in flight.works:
+            self.wait(work)
+        started = time.perf_counter()
+        facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(_FACTS)}
+        weight = sum(facts["weight"])
+        learning_rate = self.context.learning_rate(flight.step)
+        grad_norm = self._apply(self.load_gradients(flight), weight, learning_rate)
+        self.loss_scale.update(was_finite=grad_norm is not None)
+        self._compute_s += time.perf_counter() - started
+        slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
+        has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
+        result = StepResult(
+            step=flight.step,
+            loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
+            weight=int(weight),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            compute_s=self._compute_s,
+            wait_s=self._wait_s,
+            waited_for=self.collectives.ranks[slowest] if has_waited else None,
+            culprits=tuple(self.collectives.ranks[i] for i, is_finite in enumerate(facts["is_finite"]) if not is_finite),
+            wants_stop=any(facts["wants_stop"]),
+        )
+        self._compute_s = self._wait_s = 0.0
+        return result
+
+    @torch.no_grad()
+    def _apply(self, gradients: list[torch.Tensor], weight: float, learning_rate: float) -> float | None:
+        """Divides, clips and steps; returns the norm of the mean gradient, or None if the update was skipped.
+
+        All ranks hold the same sums, so all take the same decision.
+        """
+        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients]
+        norm = math.sqrt(sum(square.item() for square in squares)) / weight if weight else math.nan
+        if not math.isfinite(norm):
+            return None
+        clip = self.context.grad_clip
+        factor = (clip / norm if 0 < clip < norm else 1.0) / weight
+        for gradient in gradients:
+            gradient.mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return norm

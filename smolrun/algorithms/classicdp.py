@@ -1,0 +1,85 @@
+"""Classic data parallelism: every rank holds the whole model, sees its share of the batch, and gradients are summed.
+
+    rank 0   backward: [bucket 0][bucket 1][bucket 2]                          update
+    network            ......[ ring all_reduce 0 ][ 1 ][ 2 ]
+    rank 1   backward: [bucket 0][bucket 1][bucket 2]                          update
+
+Gradients leave in buckets while backward still computes the rest, in a ring that moves 2(N-1)/N of their bytes. All ranks
+receive the same bytes and take the same step, so replicas stay equal bit by bit without ever sending weights.
+
+With staleness K the update of step t applies the sums of step t-K, on all ranks alike: replicas stay equal, no rank is
+ever more than K steps ahead, and the network has K whole steps to hide behind.
+
+Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020 (buckets, overlap);
+Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", 2013 (bounded staleness).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.data.base import Batch
+from smolrun.mesh.mesh import Work
+from smolrun.parts.buckets import Bucket, GradientBuckets
+from smolrun.parts.replicas import make_equal
+
+
+class ClassicDP(Algorithm):
+    """Ring all_reduce of bucketed gradients, overlapped with backward."""
+
+    def __init__(self, context: Context, *, bucket_mb: float) -> None:
+        super().__init__(context)
+        self._bucket_bytes = int(bucket_mb * 1024 * 1024)
+        self._works: list[Work] = []
+        self._is_finite = True
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Keeps a replica; makes sure that all start from the same bytes."""
+        super().place(model)
+        make_equal(self.collectives, self.replica_tensors())
+        self.buckets = GradientBuckets(
+            model.parameters(),
+            bucket_bytes=self._bucket_bytes,
+            slots=self.context.staleness + 1,
+            on_full=self._reduce,
+        )
+
+    def replica_tensors(self) -> list[torch.Tensor]:
+        """The whole model."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """As always, but backward writes into this step's slot of the buckets."""
+        self._works, self._is_finite = [], True
+        self.buckets.begin(self.steps_begun % self.buckets.slots)
+        facts = super().forward_backward(micro_batches)
+        self.buckets.finish()
+        return facts
+
+    def before_last_backward(self) -> None:
+        """From now on a full bucket may leave."""
+        self.buckets.arm()
+
+    def _reduce(self, bucket: Bucket, slot: int) -> None:
+        flat = bucket.flat[slot]
+        if self.loss_scale.value != 1.0:
+            flat.div_(self.loss_scale.value)
+        # One number tells whether any is not finite; it only names the culprit, the sums decide.
+        self._is_finite = self._is_finite and math.isfinite(flat.sum().item())
+        self._works.append(self.collectives.all_reduce(bucket.to_host(slot), async_op=True))
+
+    def synchronize(self, facts: dict[str, float]) -> InFlight:
+        """The buckets are on their way already; the facts follow them."""
+        facts["is_finite"] = float(self._is_finite)
+        table, work = self.share_facts(facts)
+        return InFlight(self.steps_begun, table, [*self._works, work])
+
+    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+        """Binds the slot of that step."""
+        slot = flight.step % self.buckets.slots
+        self.buckets.bind(slot)
+        return [bucket.from_host(slot) for bucket in self.buckets.buckets]

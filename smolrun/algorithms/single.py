@@ -1,0 +1,49 @@
+"""One process, no network: the yardstick that every other algorithm is measured against.
+
+With staleness K it simulates the delay: the gradient of step t is kept and applied at step t + K. So a delayed
+distributed run can be checked against a program that a reader can hold in mind.
+
+Source: Robbins and Monro, "A stochastic approximation method", 1951.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from smolrun.algorithms.base import Algorithm, InFlight
+from smolrun.data.base import Batch
+
+
+class Single(Algorithm):
+    """Plain training on one rank."""
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Keeps everything."""
+        super().place(model)
+        self._delayed: deque[list[torch.Tensor]] = deque()
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """As always, from no gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return super().forward_backward(micro_batches)
+
+    def synchronize(self, facts: dict[str, float]) -> InFlight:
+        """Nothing to bring together: takes the gradients away until it is their turn."""
+        gradients = []
+        for parameter in self.model.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(gradient.div_(self.loss_scale.value))
+        self._delayed.append(gradients)
+        facts["is_finite"] = float(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+        table, work = self.share_facts(facts)
+        return InFlight(self.steps_begun, table, [work])
+
+    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+        """The oldest gradients come back."""
+        gradients = self._delayed.popleft()
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return gradients

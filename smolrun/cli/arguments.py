@@ -1,0 +1,112 @@
+"""The command line as data: flags apart from `key=value`, and `key=value` in the form Hydra takes.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smolrun.errors import ConfigError
+
+COMPLETING = ("--shell-completion", "-sc")
+SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", *COMPLETING)
+SWEEPING = ("--multirun", "-m")
+IGNORED = ("--run", "-r")
+FOLDER = ("--config-dir", "-cd")
+NAME = ("--config-name", "-cn")
+REFUSED = {
+    "--experimental-rerun": "reads a pickle, which could run anything",
+    "--config-path": "the shipped folder is always there; add yours with --config-dir",
+    "-cp": "the shipped folder is always there; add yours with --config-dir",
+}
+VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
+
+
+@dataclass
+class Arguments:
+    """What was asked for. `overrides` are the `key=value` as typed."""
+
+    overrides: list[str] = field(default_factory=list)
+    is_sweep: bool = False
+    config_dir: Path | None = None
+    config_name: str = "config"
+
+    def flags(self) -> list[str]:
+        """The flags that a job of a sweep needs too."""
+        folder = ["--config-dir", str(self.config_dir)] if self.config_dir else []
+        return [*folder, "--config-name", self.config_name]
+
+
+def is_showing(argv: Iterable[str]) -> bool:
+    """Whether Hydra shall only show or print something."""
+    return any(word.partition("=")[0] in SHOWING for word in argv)
+
+
+def is_completing(argv: Iterable[str]) -> bool:
+    """Whether the shell asks how a word could go on, or for its part of that."""
+    return any(word in COMPLETING for word in argv)
+
+
+def refuse(argv: Iterable[str]) -> None:
+    """ConfigError for flags of Hydra that are not for us, also where they are cut short."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("-")]
+    wrong = [flag for flag in flags for name in REFUSED if name == flag or _is_short(flag, name)]
+    if wrong:
+        raise ConfigError([_unknown(flag, flag) for flag in wrong])
+
+
+def _is_short(flag: str, name: str) -> bool:
+    return len(flag) > 3 and name.startswith(flag)
+
+
+def read(argv: Sequence[str]) -> Arguments:
+    """Sort the words of the command line; ConfigError for every flag that does not exist."""
+    found, problems, words = Arguments(), [], list(argv)
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        if word in SWEEPING:
+            found.is_sweep = True
+        elif flag in FOLDER or flag in NAME:
+            value = value if has_value else (words.pop(0) if words else "")
+            if flag in NAME:
+                found.config_name = value.removesuffix(".yaml")
+            elif Path(value).is_dir():
+                found.config_dir = Path(value).resolve()
+            else:
+                problems.append(f"{flag} {value}: there is no such folder")
+        elif word.startswith("-"):
+            problems += [] if word in IGNORED else [_unknown(flag, word)]
+        else:
+            found.overrides.append(word)
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _unknown(flag: str, word: str) -> str:
+    reason = next(
+        (why for name, why in REFUSED.items() if flag == name or _is_short(flag, name)), ""
+    )
+    if reason:
+        return f"{flag}: {reason}"
+    hint = f"; did you mean {word.lstrip('-')}?" if "=" in word else ""
+    return f"{word}: no such flag; settings are written key=value, without dashes{hint}"
+
+
+def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
+    """Values as `++key=value`, so that a key missing in the files is judged by our classes, all
+    of them at once.
+    """
+    known = set(groups)
+
+    def form(override: str) -> str:
+        key = override.partition("=")[0]
+        is_value = VALUE.match(override) and key not in known and not key.startswith("hydra.")
+        return f"++{override}" if is_value else override
+
+    return [form(override) for override in overrides]

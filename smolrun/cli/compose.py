@@ -1,0 +1,156 @@
+"""Hydra's part: from choices and values to one plain mapping, interpolations resolved, once.
+
+Nothing is written and no logging is set up. Errors are Hydra's own here; `mistakes.py` puts them
+into words.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from smolrun.cli import choices
+from smolrun.cli.arguments import Arguments, for_hydra, is_completing
+from smolrun.config import RunConfig, validate
+from smolrun.errors import ConfigError
+
+# Hydra's API changes at this version number's say-so; the configuration is written for this one.
+VERSION_BASE = "1.3"
+CONF = "smolrun.conf"
+
+
+class OwnConf(SearchPathPlugin):
+    """The user's ./conf in front of everything, and --config-dir behind it."""
+
+    config_dir: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Hydra calls this each time it begins to compose."""
+        own = choices.own_folder(Path.cwd())
+        if own is not None:
+            search_path.prepend("own", f"file://{own}")
+        if self.config_dir is not None:
+            search_path.append("config-dir", f"file://{self.config_dir}")
+
+
+def folders(arguments: Arguments) -> list[Path]:
+    """Where choices come from, the one that wins first."""
+    own = choices.own_folder(Path.cwd())
+    return [
+        folder
+        for folder in (own, choices.shipped_folder(), arguments.config_dir)
+        if folder is not None
+    ]
+
+
+@contextmanager
+def composing(arguments: Arguments) -> Iterator[None]:
+    """Within it, `composed` and `jobs` work."""
+    Plugins.instance().register(OwnConf)
+    OwnConf.config_dir = arguments.config_dir
+    with initialize_config_module(CONF, version_base=VERSION_BASE):
+        yield
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration for these choices and values, as if typed here.
+
+    For tests, benches and tools.
+    """
+    arguments = Arguments(overrides=list(overrides))
+    with composing(arguments):
+        return validate(plain(composed(arguments)))
+
+
+def composed(arguments: Arguments) -> DictConfig:
+    """The composition, Hydra's own part (key `hydra`) included."""
+    overrides = for_hydra(arguments.overrides, choices.groups(folders(arguments)))
+    return hydra.compose(arguments.config_name, overrides, return_hydra_config=True)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Plain values without Hydra's part.
+
+    Interpolations are resolved and keys still to be given (`???`) left out.
+    """
+    HydraConfig.instance().set_config(config)  # so that ${hydra:...} can be resolved
+    with open_dict(config):
+        mine = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    data = OmegaConf.to_container(mine, resolve=True)
+    return _given(data) if isinstance(data, dict) else {}
+
+
+def jobs(arguments: Arguments) -> list[list[str]]:
+    """The overrides of every job of a sweep.
+
+    All combinations, the last one named changes fastest.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    steady = [
+        item.input_line
+        for item in parser.parse_overrides(arguments.overrides)
+        if not item.is_sweep_override()
+    ]
+    base = composed(replace(arguments, overrides=[line for line in steady if line is not None]))
+    params = [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
+    axes: dict[str, list[str]] = {}
+    for item in parser.parse_overrides([*params, *arguments.overrides]):
+        key = item.get_key_element()
+        if not item.is_sweep_override():
+            axes[key] = [str(item.input_line)]
+        elif item.is_discrete_sweep():
+            axes[key] = [f"{key}={value}" for value in item.sweep_string_iterator()]
+        else:
+            raise ConfigError(
+                f"{item.input_line}: has no list of values; write a,b,c or range(1,4) or glob(*)"
+            )
+    return [list(job) for job in product(*axes.values())]
+
+
+def show(argv: Sequence[str], arguments: Arguments) -> None:
+    """Let Hydra print what was asked for (--cfg, --info, --hydra-help, completion).
+
+    It ends by SystemExit or returns.
+    """
+    Plugins.instance().register(OwnConf)
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # Completion's own words (install=bash) are no settings.
+    words = argv if is_completing(argv) else for_hydra(argv, choices.groups(folders(arguments)))
+    sys.argv = [sys.argv[0], *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=f"pkg://{CONF}", config_name="config")(
+            _nothing
+        )()
+    finally:
+        sys.argv = before[0]
+        if before[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before[1]
+
+
+def _nothing(config: DictConfig) -> None:
+    """Hydra wants a function to run; showing runs none."""
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item != "???"}
+    return [_given(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,100 @@
+"""What is wrong with a command line, in words.
+
+Unknown groups and choices, forgotten `=`, and Hydra's own complaints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from smolrun.cli.choices import Groups
+from smolrun.config import not_built
+from smolrun.config.problems import known_keys
+from smolrun.config.suggest import absent, closest, problem
+
+COMPLAINTS = (HydraException, OmegaConfBaseException, YAMLError)
+"""What composing raises when a file or the command line is wrong."""
+
+OVERRIDE = re.compile(
+    r"^(?:\+\+|\+|~)?(?P<key>[^=@]+)(?:@[^=]*)?(?P<equals>=?)(?P<value>.*)$", re.DOTALL
+)
+
+
+def find(overrides: Iterable[str], groups: Groups) -> tuple[list[str], list[str]]:
+    """Problems that can be seen in the overrides themselves, and the overrides that have none."""
+    problems: list[str] = []
+    sound: list[str] = []
+    for override in overrides:
+        found = list(_problems(override, groups))
+        problems += found
+        sound += [] if found else [override]
+    return problems, sound
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra, OmegaConf or the YAML reader."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read ({error.message.splitlines()[0]})"
+    if isinstance(error, MissingConfigException):
+        return f"{error.missing_cfg_file or 'conf'}: {str(error).splitlines()[0]}"
+    if isinstance(error, YAMLError):
+        return f"a YAML file cannot be read: {' '.join(str(error).split())}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error
+    key = getattr(cause, "full_key", None)
+    text = " ".join(
+        line.strip() for line in (str(error) or str(cause)).splitlines() if "full_key:" not in line
+    )
+    text = re.sub(r"\s*object_type=\w+", "", text)
+    ambiguous = re.match(r"Ambiguous value for argument '(?:\+\+)?([^']*)'", text)
+    if ambiguous:
+        return (
+            f"{ambiguous[1]}: several values; add -m to run them all, or write [a,b] for one list"
+        )
+    return f"{key}: {text}" if key and str(key) not in text else text
+
+
+def _problems(override: str, groups: Groups) -> Iterable[str]:
+    match = OVERRIDE.match(override)
+    if match is None or override.startswith("~"):
+        return
+    key, value = match["key"], match["value"]
+    if not match["equals"]:
+        yield _word(override, groups)
+    elif key in groups:
+        for choice in [] if re.search(r"[(\[{]", value) else value.split(","):
+            if choice.strip("'\" ") not in (*groups[key], "null"):
+                yield _choice(key, choice.strip("'\" "), groups)
+    else:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            yield f"{override}: cannot be read ({str(error).splitlines()[0]})"
+
+
+def _word(word: str, groups: Groups) -> str:
+    """A word without `=`, such as `train`."""
+    named = [f"{group}={word}" for group, names in groups.items() if word in names]
+    if named:
+        return absent(word, "is not of the form key=value", meant=" or ".join(named))
+    key = closest(word, [*groups, *known_keys()])
+    return absent(word, "is not of the form key=value", meant=f"{key}=..." if key else None)
+
+
+def _choice(group: str, choice: str, groups: Groups) -> str:
+    allowed = ", ".join(groups[group])
+    if choice in not_built.CHOICES.get(group, ()):
+        return problem(group, choice, "not built yet", allowed=allowed)
+    elsewhere = [f"{other}={choice}" for other, names in groups.items() if choice in names]
+    return problem(
+        group,
+        choice,
+        "no such choice",
+        allowed=allowed,
+        meant=closest(choice, groups[group]) or next(iter(elsewhere), None),
+    )

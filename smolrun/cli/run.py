@@ -1,0 +1,143 @@
+"""From the command line to a checked configuration to its task.
+
+All problems are told at once, then nothing starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from smolrun.cli import choices, compose, mistakes, sweep
+from smolrun.cli.arguments import Arguments, is_showing, read, refuse
+from smolrun.config import RunConfig, validate
+from smolrun.errors import ConfigError, DataError, SmolrunError
+
+BAD_CONFIG = 2
+FAILED = 3
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # the user's own code beside them; last, so that it hides no library
+    try:
+        refuse(argv)
+        if is_showing(argv):
+            return _show(argv)
+        arguments = read(argv)
+        with compose.composing(arguments):
+            if arguments.is_sweep:
+                jobs = checked_jobs(arguments)
+            else:
+                config = checked(arguments)
+    except ConfigError as error:
+        return _report(error.problems, "nothing was started")
+    if arguments.is_sweep:
+        return sweep.run_jobs(jobs, arguments.flags(), sweep.start_job)
+    return drive(config)
+
+
+def drive(config: RunConfig) -> int:
+    """Hand the configuration to its task."""
+    module = f"smolrun.tasks.{config.task}"
+    try:
+        return int(import_module(module).drive(config))
+    except (ConfigError, DataError) as error:
+        return _report(getattr(error, "problems", [str(error)]))
+    except SmolrunError as error:
+        print(f"smolrun: {error}", file=sys.stderr)
+        return FAILED
+
+
+def checked(arguments: Arguments) -> RunConfig:
+    """The configuration, or ConfigError with the problems of the command line and of the values
+    together.
+    """
+    try:
+        return validate(compose.plain(compose.composed(arguments)))
+    except mistakes.COMPLAINTS as error:
+        raise ConfigError(_all_problems(error, arguments, checked)) from error
+
+
+def checked_jobs(arguments: Arguments) -> list[list[str]]:
+    """The overrides of every job; each has been composed and checked.
+
+    ConfigError names the jobs that cannot run.
+    """
+    try:
+        jobs = compose.jobs(arguments)
+    except mistakes.COMPLAINTS as error:
+        raise ConfigError(_all_problems(error, arguments, checked_jobs)) from error
+    found: dict[str, list[str]] = {}
+    for number, overrides in enumerate(jobs, start=1):
+        try:
+            checked(replace(arguments, overrides=overrides))
+        except ConfigError as error:
+            for line in error.problems:
+                found.setdefault(line, []).append(str(number))
+    if found:
+        raise ConfigError(
+            [f"{line} (job {', '.join(at)} of {len(jobs)})" for line, at in found.items()]
+        )
+    return jobs
+
+
+def _all_problems(
+    error: Exception, arguments: Arguments, check: Callable[[Arguments], object]
+) -> list[str]:
+    """What Hydra stumbled over, and whatever `check` finds in the rest."""
+    problems, sound = mistakes.find(arguments.overrides, choices.groups(compose.folders(arguments)))
+    if not problems:
+        return [mistakes.explain(error), *_own_config()]
+    try:
+        check(replace(arguments, overrides=sound))
+    except ConfigError as more:
+        problems += more.problems
+    return problems
+
+
+def _own_config() -> list[str]:
+    """A hint for those who stand in the folder of another project that uses Hydra too."""
+    own = choices.own_folder(Path.cwd())
+    if own is not None and (own / "config.yaml").is_file():
+        return [
+            f"{own / 'config.yaml'} is read instead of smolrun's own;"
+            " if it belongs to another program, go to another folder"
+        ]
+    return []
+
+
+def _show(argv: Sequence[str]) -> int:
+    try:
+        compose.show(argv, Arguments())
+    except mistakes.COMPLAINTS as error:
+        overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+        problems, _ = mistakes.find(overrides, choices.groups(compose.folders(Arguments())))
+        raise ConfigError(problems or [mistakes.explain(error)]) from error
+    except ValueError as error:  # flags that do not go together
+        raise ConfigError(str(error)) from error
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _report(problems: Sequence[str], consequence: str = "") -> int:
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    print(
+        f"smolrun: {count} in the configuration{', ' if consequence else ''}{consequence}:",
+        file=sys.stderr,
+    )
+    for line in problems:
+        print(f"  {line}", file=sys.stderr)
+    print(
+        "`smolrun --help` shows the choices, `smolrun --cfg job` the whole configuration.",
+        file=sys.stderr,
+    )
+    return BAD_CONFIG

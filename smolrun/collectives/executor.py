@@ -1,0 +1,145 @@
+"""The one executor: runs any schedule over any mesh, hop after hop, on the I/O thread, without a thread switch per hop.
+
+All receives are posted at the start, so a peer's grant is there before the data is; a hop's send starts when the
+receives it needs are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from smolrun.collectives.schedule import Range, Schedule
+from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.wire.frame import Tag
+from smolrun.wire.tensor import Payload, as_array, as_bytes, dtype_code
+
+_NUMPY_OPS = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+_TORCH_OPS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+OPS = tuple(_NUMPY_OPS)
+
+
+class Chunks:
+    """A flat tensor seen as numbered ranges of elements."""
+
+    def __init__(self, tensor: torch.Tensor, ranges: Sequence[Range]) -> None:
+        self.ranges = ranges
+        self._tensor = tensor.detach().reshape(-1)
+        self._bytes = as_bytes(tensor)
+        self._dtype = dtype_code(tensor.dtype)
+        self._itemsize = tensor.itemsize
+
+    def is_empty(self, index: int) -> bool:
+        """Whether a chunk has no elements; such a chunk never travels."""
+        start, stop = self.ranges[index]
+        return start == stop
+
+    def payload(self, index: int) -> Payload:
+        """The chunk's memory."""
+        start, stop = self.ranges[index]
+        return Payload(self._bytes[start * self._itemsize : stop * self._itemsize], self._dtype, (stop - start,))
+
+    def combiner(self, index: int, op: str) -> Combine:
+        """A function that folds bytes which belong at a byte offset of the chunk into it."""
+        start, stop = self.ranges[index]
+        return combiner(self._tensor[start:stop], op)
+
+
+def combiner(tensor: torch.Tensor, op: str) -> Combine:
+    """combine(offset, chunk) for a flat tensor: tensor[offset:] = op(tensor[offset:], chunk), in the tensor's dtype."""
+    itemsize = tensor.itemsize
+    array = as_array(tensor)
+    if array is None:  # half precision: numpy has none, or a slow one
+        torch_op = _TORCH_OPS[op]
+
+        def combine_torch(offset: int, chunk: memoryview) -> None:
+            part = torch.frombuffer(chunk, dtype=tensor.dtype)
+            into = tensor[offset // itemsize : offset // itemsize + len(part)]
+            torch_op(into, part, out=into)
+
+        return combine_torch
+    numpy_op, dtype = _NUMPY_OPS[op], array.dtype
+
+    def combine(offset: int, chunk: memoryview) -> None:
+        part = np.frombuffer(chunk, dtype)
+        into = array[offset // itemsize : offset // itemsize + len(part)]
+        numpy_op(into, part, out=into)
+
+    return combine
+
+
+class Run:
+    """One schedule on its way. `on_done` is called once, on the I/O thread, when every hop is done."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        ranks: Sequence[int],
+        tag: Tag,
+        schedule: Schedule,
+        outgoing: Chunks,
+        incoming: Chunks,
+        on_done: Callable[[], None],
+        *,
+        op: str = "sum",
+    ) -> None:
+        self._mesh = mesh
+        self._ranks = ranks
+        self._tag = tag
+        self._schedule = schedule
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._on_done = on_done
+        self._op = op
+        self._has_received = [False] * len(schedule)
+        self._received = 0  # the first so many receives are done
+        self._sent = 0  # the first so many sends were started
+        self._nth_send: dict[int, int] = {}
+        self._open = 1  # sends and receives that are not done, and one for start() itself
+
+    def start(self) -> None:
+        """Posts every receive, then the sends that need none."""
+        nth: dict[int, int] = {}  # hops are numbered per pair and direction, so schedules of different length still meet
+        for index, hop in enumerate(self._schedule):
+            if hop.source is None or self._incoming.is_empty(hop.receive):
+                self._has_received[index] = True
+                continue
+            number = nth[hop.source] = nth.get(hop.source, -1) + 1
+            self._open += 1
+            combine = self._incoming.combiner(hop.receive, self._op) if hop.adds else None
+            self._mesh.post_recv(
+                self._ranks[hop.source],
+                self._tag._replace(hop=number),
+                self._incoming.payload(hop.receive),
+                lambda index=index: self._came(index),  # type: ignore[misc]
+                combine,
+            )
+        self._advance()
+        self._close_one()
+
+    def _came(self, index: int) -> None:
+        self._has_received[index] = True
+        self._advance()
+        self._close_one()
+
+    def _advance(self) -> None:
+        schedule = self._schedule
+        while self._received < len(schedule) and self._has_received[self._received]:
+            self._received += 1
+        while self._sent < len(schedule) and schedule[self._sent].needs <= self._received:
+            hop = schedule[self._sent]
+            self._sent += 1
+            if hop.to is None or self._outgoing.is_empty(hop.send):
+                continue
+            number = self._nth_send[hop.to] = self._nth_send.get(hop.to, -1) + 1
+            self._open += 1
+            self._mesh.post_send(
+                self._ranks[hop.to], self._tag._replace(hop=number), self._outgoing.payload(hop.send), self._close_one
+            )
+
+    def _close_one(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._on_done()

@@ -1,0 +1,218 @@
+"""Rules that join several groups. Each check is a pure function that yields problem lines.
+
+The parameters of a check are the groups it reads: it runs when exactly these are valid by
+themselves, so that one bad key does not hide the problems of all the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from smolrun.config import not_built
+from smolrun.config.base import Section
+from smolrun.config.cluster import Cluster
+from smolrun.config.plan import cluster_size
+from smolrun.config.settings import SGD, Checkpoint, Optimizer, Staleness, Training
+from smolrun.config.suggest import problem
+from smolrun.config.targets import Algorithm, CustomTarget, Data, Decoder, Model, Single
+
+
+def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Training) -> Iterator[str]:
+    """Keys whose other values wait for a later version."""
+    groups: dict[str, Section] = {
+        "cluster": cluster,
+        "checkpoint": checkpoint,
+        "training": training,
+    }
+    for path, accepted in not_built.ONLY.items():
+        group, _, key = path.partition(".")
+        yield from _only(path, getattr(groups[group], key), accepted)
+    for index, host in enumerate(cluster.hosts or []):
+        for key, accepted in not_built.ONLY_PER_HOST.items():
+            yield from _only(f"cluster.hosts[{index}].{key}", getattr(host, key), accepted)
+
+
+def hosts_over_ssh(*, cluster: Cluster) -> Iterator[str]:
+    """Starting ranks on other machines waits for the SSH launcher."""
+    reached = [host.name for host in cluster.hosts or [] if host.ssh is not None]
+    if reached:
+        what = f"starting ranks over SSH ({', '.join(reached)}) is not built yet"
+        yield problem(
+            "cluster",
+            cluster.name,
+            what,
+            allowed="cluster=local, with cluster.ranks=N processes on this machine",
+        )
+
+
+def hosts_are_distinct(*, cluster: Cluster) -> Iterator[str]:
+    """Two hosts of one name could not be told apart in logs; ranks are given in one place only."""
+    for name, count in Counter(host.name for host in cluster.hosts or []).items():
+        if count > 1:
+            yield problem(
+                "cluster.hosts", name, f"{count} hosts have this name", allowed="names that differ"
+            )
+    if cluster.hosts is not None and cluster.ranks != "auto":
+        yield problem(
+            "cluster.ranks",
+            cluster.ranks,
+            "has no meaning beside cluster.hosts",
+            allowed="auto, and `ranks` per host",
+        )
+
+
+def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+    """The reference runs alone."""
+    size = cluster_size(cluster, algorithm)
+    if isinstance(algorithm, Single) and size > 1:
+        key = "cluster.hosts" if cluster.hosts is not None else "cluster.ranks"
+        yield problem(
+            key, size, "algorithm=single is one rank", allowed="1 rank, or algorithm=classicdp"
+        )
+
+
+def ranks_fit_batch(*, cluster: Cluster, algorithm: Algorithm, training: Training) -> Iterator[str]:
+    """Every rank needs at least one sample of each step."""
+    size, batch = cluster_size(cluster, algorithm), training.global_batch_size
+    if size > batch:
+        yield problem(
+            "training.global_batch_size",
+            batch,
+            f"too small for {size} ranks",
+            allowed=f">= {size}, or at most {batch} ranks",
+        )
+
+
+def batch_is_sound(*, training: Training) -> Iterator[str]:
+    """Sizes and steps of the loop agree with each other."""
+    micro, batch = training.micro_batch_size, training.global_batch_size
+    if micro != "auto" and micro > batch:
+        yield problem(
+            "training.micro_batch_size",
+            micro,
+            "larger than the global batch",
+            allowed=f"auto or 1 to {batch}",
+        )
+    if training.warmup_steps > training.steps:
+        yield problem(
+            "training.warmup_steps",
+            training.warmup_steps,
+            "longer than the run",
+            allowed=f"0 to {training.steps}",
+        )
+
+
+def staleness_fits_steps(*, staleness: Staleness, training: Training) -> Iterator[str]:
+    """The first updates of a delayed run are skipped; some must remain."""
+    if staleness.bound != "auto" and staleness.bound >= training.steps:
+        allowed = f"less than training.steps, which is {training.steps}"
+        yield problem("staleness.bound", staleness.bound, "as long as the run", allowed=allowed)
+
+
+def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
+    """A model reads what the data gives, and sequences are not longer than it can read."""
+    if model.consumes and data.produces and model.consumes != data.produces:
+        fitting = "data=python_stdlib or data=text" if model.consumes == "tokens" else "data=digits"
+        other = "model=mlp" if data.produces == "features" else "a model such as model=gpt_tiny"
+        what = f"reads {model.consumes}, but data={data.name} gives {data.produces}"
+        yield problem("model", model.name, what, allowed=f"{fitting}, or {other}")
+    length = getattr(data, "sequence_length", None)
+    if (
+        isinstance(model, Decoder)
+        and isinstance(length, int)
+        and length > model.max_sequence_length
+    ):
+        longest = model.max_sequence_length
+        yield problem(
+            "data.sequence_length",
+            length,
+            f"model={model.name} reads at most {longest}",
+            allowed=f"1 to {longest}",
+        )
+
+
+def heads_fit_width(*, model: Model) -> Iterator[str]:
+    """The widths of attention divide evenly."""
+    if not isinstance(model, Decoder):
+        return
+    if model.head_width is None and model.width % model.heads:
+        yield problem(
+            "model.heads",
+            model.heads,
+            f"does not divide model.width = {model.width}",
+            allowed="a divisor of it",
+        )
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        allowed = f"a divisor of model.heads = {model.heads}"
+        yield problem(
+            "model.kv_heads", model.kv_heads, "does not divide the query heads", allowed=allowed
+        )
+    head_width = model.head_width or model.width // model.heads
+    if model.position == "rope" and head_width % 2:
+        yield problem(
+            "model.head_width",
+            head_width,
+            "odd, but rotary positions turn pairs",
+            allowed="an even number",
+        )
+
+
+def momentum_fits(*, optimizer: Optimizer) -> Iterator[str]:
+    """Nesterov looks ahead along the momentum, so there has to be some."""
+    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+        yield problem(
+            "optimizer.nesterov", True, "needs momentum", allowed="false, or optimizer.momentum > 0"
+        )
+
+
+def own_code_is_there(*, model: Model, data: Data, algorithm: Algorithm) -> Iterator[str]:
+    """Your own module is found without importing it: beside you, or installed."""
+    for group, target in (("model", model), ("data", data), ("algorithm", algorithm)):
+        if isinstance(target, CustomTarget):
+            package = target.target.split(":")[0].split(".")[0]
+            if importlib.util.find_spec(package) is None:
+                allowed = "a module in the folder you are in, or an installed one"
+                yield problem(
+                    f"{group}.target",
+                    target.target,
+                    f"there is no module {package}",
+                    allowed=allowed,
+                )
+
+
+CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
+    not_built_yet,
+    hosts_over_ssh,
+    hosts_are_distinct,
+    ranks_fit_algorithm,
+    ranks_fit_batch,
+    batch_is_sound,
+    staleness_fits_steps,
+    model_fits_data,
+    heads_fit_width,
+    momentum_fits,
+    own_code_is_there,
+)
+
+
+def problems(groups: Mapping[str, Any]) -> Iterator[str]:
+    """Every problem found by the checks whose groups are all there."""
+    for check in CHECKS:
+        needed = inspect.signature(check).parameters
+        if all(name in groups for name in needed):
+            yield from check(**{name: groups[name] for name in needed})
+
+
+def _only(path: str, value: Any, accepted: object) -> Iterator[str]:
+    if value != accepted:
+        plain = value.model_dump() if isinstance(value, Section) else value
+        yield problem(
+            path,
+            plain,
+            "not built yet",
+            allowed="null" if accepted is None else str(accepted).lower(),
+        )

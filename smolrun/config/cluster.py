@@ -1,0 +1,120 @@
+"""The machines of a run: either so many ranks on this one, or a list of hosts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.config import JsonDict
+
+from smolrun.config.base import (
+    Auto,
+    Count,
+    Device,
+    Name,
+    NotNegative,
+    Ports,
+    Positive,
+    Section,
+    TorchBuild,
+)
+
+TWO_PORTS: JsonDict = {"allowed": "two ports such as 40000-40100, or null"}
+
+
+class Emulate(Section):
+    """A machine slower than the one it runs on."""
+
+    compute: Positive = Field(
+        default=1.0, description="Share of this machine's speed, 0.25 = four times slower"
+    )
+    bandwidth_mbps: Positive | None = Field(
+        default=None, description="Speed of its links in Mbit/s; null = as it is"
+    )
+    latency_ms: NotNegative = Field(default=0.0, description="Extra time on the way, one direction")
+
+
+class Restart(Section):
+    """What to do when a host is lost in the middle of a run."""
+
+    max: Count = Field(default=3, description="How many times the run may be started again")
+    wait_s: NotNegative = Field(
+        default=10.0, description="Seconds to wait for the host to come back"
+    )
+    min_hosts: Count = Field(
+        default=1, description="Go on with fewer hosts, but not with fewer than these"
+    )
+
+
+class Host(Section):
+    """One machine. Keys left out follow the cluster's own keys of the same name."""
+
+    name: Name = Field(description="What the logs and tables call it")
+    ssh: Name | None = Field(
+        default=None, description="Where to reach it: user@address or an alias; null = this machine"
+    )
+    address: Name | None = Field(
+        default=None, description="Its address for the other hosts; null = its ssh address"
+    )
+    ranks: Count = Field(default=1, description="Processes to start there, usually one per device")
+    memory_gb: Positive | None = Field(
+        default=None, description="Memory the run may use; null = all there is"
+    )
+    speed: Positive | Auto = Field(
+        default=1.0, description="Relative to the others: 0.5 gets half of the work"
+    )
+    device: Device = Field(default="auto", description="Where it computes")
+    python: Name | None = Field(
+        default=None, description="Absolute path of its Python; null = the one we set up"
+    )
+    torch: TorchBuild = Field(default="auto", description="Which build of torch to install there")
+    workdir: Name | None = Field(
+        default=None, description="Folder for code and data there; null = a cache folder"
+    )
+    ports: Ports | None = Field(
+        default=None,
+        json_schema_extra=TWO_PORTS,
+        description="Ports to listen on, as 40000-40100; null = any free one",
+    )
+    emulate: Emulate | None = Field(
+        default=None, description="Pretend to be a slower machine with slower links"
+    )
+
+
+class Cluster(Section):
+    """Group `cluster`: where the ranks of a run live."""
+
+    name: Name = Field(default="custom", description="What tables call this set of machines")
+    ranks: Auto | Count = Field(
+        default="auto",
+        description="Ranks on this machine when no hosts are listed; auto = 2, for single 1",
+    )
+    hosts: list[Host] | None = Field(
+        default=None, min_length=1, description="The machines; null = this one alone"
+    )
+    server: Name | None = Field(
+        default=None, description="Host that keeps the parameters, for algorithms with a server"
+    )
+    ssh_config: Name | None = Field(
+        default=None, description="An OpenSSH client file to read; null = your usual one"
+    )
+    start_timeout_s: Positive = Field(
+        default=120.0, description="Seconds every rank has to import, connect and say ready"
+    )
+    restart: Restart | None = Field(
+        default=None, description="Start again after a lost host; null = end the run"
+    )
+    ports: Ports | None = Field(
+        default=None,
+        json_schema_extra=TWO_PORTS,
+        description="Ports every rank may listen on, as 40000-40100; null = any",
+    )
+    python: Name | None = Field(default=None, description="Absolute path of Python on the hosts")
+    torch: TorchBuild = Field(
+        default="auto", description="Which build of torch to install on the hosts"
+    )
+    workdir: Name | None = Field(default=None, description="Folder for code and data on the hosts")
+    device: Device = Field(
+        default="auto", description="Where ranks compute; a host may say otherwise"
+    )
+    threads: Auto | Count = Field(
+        default="auto", description="Torch threads per rank; auto = cores / ranks of the host"
+    )

@@ -1,0 +1,46 @@
+"""Names that are planned but not built yet, so that asking for one is answered by name.
+
+Every issue shortens it.
+"""
+
+from __future__ import annotations
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": (
+        "serve",
+        "generate",
+        "chat",
+        "compare",
+        "export",
+        "doctor",
+        "trust",
+        "logs",
+        "status",
+        "attach",
+        "stop",
+    ),
+    "algorithm": ("fsdp", "syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "model": ("hf", "moe"),
+    "precision": ("bf16_params",),
+    "quantization": ("fp16", "bf16", "int8"),
+    "quantization.kind": ("fp16", "bf16", "int8"),
+    "tracker": ("wandb", "tensorboard"),
+    "tracker.kind": ("wandb", "tensorboard"),
+    "mesh": ("torch",),
+    "mesh.kind": ("torch",),
+    "mesh.security": ("tls",),
+    "serving": ("pipeline", "replicas"),
+    "serving.mode": ("pipeline", "replicas"),
+}  # fmt: skip  (one line a group reads better than one line a name)
+
+ONLY: dict[str, object] = {
+    "checkpoint.every": 0,
+    "checkpoint.resume": None,
+    "cluster.server": None,
+    "cluster.restart": None,
+    "training.dry_run": False,
+}
+"""Keys that accept one value until the rest is built."""
+
+ONLY_PER_HOST: dict[str, object] = {"speed": 1.0, "emulate": None}
+"""The same for every entry of cluster.hosts."""

@@ -1,0 +1,69 @@
+"""Which rank lives where: a pure function of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from smolrun.config.base import Device
+from smolrun.config.cluster import Cluster, Host
+from smolrun.config.run import RunConfig
+from smolrun.config.targets import Algorithm, Single
+
+THIS_MACHINE = "local"
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One process of a run. `threads` is for torch.
+
+    Auto = cores of the host / `local_world_size`.
+    """
+
+    rank: int
+    host: str
+    address: str
+    local_rank: int
+    local_world_size: int
+    device: Device
+    threads: int | Literal["auto"]
+
+
+def cluster_size(cluster: Cluster, algorithm: Algorithm) -> int:
+    """Ranks that this cluster starts for this algorithm."""
+    if cluster.hosts is not None:
+        return sum(host.ranks for host in cluster.hosts)
+    if cluster.ranks != "auto":
+        return cluster.ranks
+    return 1 if isinstance(algorithm, Single) else 2
+
+
+def world_size(config: RunConfig) -> int:
+    """How many ranks the run has."""
+    return cluster_size(config.cluster, config.algorithm)
+
+
+def ranks(config: RunConfig) -> list[RankPlan]:
+    """One plan per rank, in rank order: host after host, as the cluster lists them."""
+    cluster = config.cluster
+    hosts = cluster.hosts or [Host(name=THIS_MACHINE, ranks=world_size(config))]
+    places = [(host, local_rank) for host in hosts for local_rank in range(host.ranks)]
+    return [
+        RankPlan(
+            rank=rank,
+            host=host.name,
+            address=_address(host),
+            local_rank=local_rank,
+            local_world_size=host.ranks,
+            device=cluster.device if host.device == "auto" else host.device,
+            threads=cluster.threads,
+        )
+        for rank, (host, local_rank) in enumerate(places)
+    ]
+
+
+def _address(host: Host) -> str:
+    if host.address is not None:
+        return host.address
+    return host.ssh.rpartition("@")[2] if host.ssh is not None else LOOPBACK

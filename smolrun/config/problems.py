@@ -1,0 +1,170 @@
+"""pydantic's errors as lines a person can act on, one per key.
+
+Knows nothing of Hydra or the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from smolrun.config import describe, not_built
+from smolrun.config.run import RunConfig
+from smolrun.config.suggest import absent, closest, problem, shown
+
+WHAT = {
+    "int_type": "not a whole number",
+    "int_from_float": "not a whole number",
+    "float_type": "not a number",
+    "finite_number": "not a finite number",
+    "bool_type": "neither true nor false",
+    "string_type": "not text (to make it text, write it in quotes)",
+    "literal_error": "no such choice",
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "list_type": "not a list",
+    "too_short": "too few entries",
+    "too_long": "too many entries",
+    "string_too_short": "empty",
+    "string_pattern_mismatch": "not of the right form",
+    "model_type": "not a group of keys",
+    "model_attributes_type": "not a group of keys",
+    "union_tag_not_found": "must be given",
+    "union_tag_invalid": "no such choice",
+}
+# When a key allows several types, pydantic reports one error per type. The one that is about the
+# value says most.
+RANK = (
+    "value_error",
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+    "string_pattern_mismatch",
+)
+
+Place = tuple[str | int, ...]
+
+
+def lines(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
+    """One line per key that is wrong, in the order of the configuration."""
+    by_place: dict[Place, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        by_place.setdefault(_place(details, data), []).append(details)
+    return [_line(place, errors, data) for place, errors in by_place.items()]
+
+
+@cache
+def known_keys() -> dict[str, describe.Key]:
+    """Every key of RunConfig by its dotted path; the first class wins where several have one."""
+    found: dict[str, describe.Key] = {}
+    for key in describe.keys(RunConfig):
+        found.setdefault(key.path, key)
+    return found
+
+
+def _place(details: ErrorDetails, data: Any) -> Place:
+    """Where in the user's data the error is: pydantic's path without the names of union members."""
+    place: list[str | int] = []
+    value: Any = data
+    parts = details["loc"]
+    for position, part in enumerate(parts):
+        is_last = position == len(parts) - 1
+        if isinstance(value, Mapping) and (
+            part in value or (is_last and details["type"] == "missing")
+        ):
+            place.append(part)
+            value = value.get(part)
+        elif isinstance(value, Sequence) and not isinstance(value, str) and isinstance(part, int):
+            place.append(part)
+            value = value[part]
+    return tuple(place)
+
+
+def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> str:
+    details = min(
+        errors, key=lambda error: RANK.index(error["type"]) if error["type"] in RANK else len(RANK)
+    )
+    kind = details["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(place, details["input"], data)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        place = (*place, "name")
+    allowed = _allowed(place, data)
+    if "expected_tags" in details.get("ctx", {}):
+        allowed = details["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
+    if kind in ("missing", "union_tag_not_found"):
+        return absent(path(place), allowed=allowed)
+    value = _value(place, data)
+    if shown(value) in not_built.CHOICES.get(path(place), ()):
+        return problem(path(place), value, "not built yet", allowed=allowed)
+    if kind == "value_error":
+        what = str(details["ctx"]["error"])
+    elif len(errors) > 1 and kind not in RANK:
+        what = "not understood"
+    else:
+        what = WHAT.get(kind, details["msg"])
+    meant = closest(value, allowed.split(" or ")) if isinstance(value, str) else None
+    return problem(path(place), value, what, allowed=allowed, meant=meant)
+
+
+def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
+    section = _section(place[:-1], data)
+    start = path(place[:-1])
+    siblings = list(section.model_fields) if section else []
+    near = [f"{start}.{name}" if start else name for name in siblings]
+    meant = closest(path(place), [*near, *known_keys()])
+    return problem(path(place), value, "no such key", allowed=", ".join(siblings), meant=meant)
+
+
+def path(place: Place) -> str:
+    """`cluster.hosts[0].ssh`"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return text.removeprefix(".")
+
+
+def _value(place: Place, data: Any) -> Any:
+    for part in place:
+        data = data[part]
+    return data
+
+
+def _section(place: Place, data: Mapping[str, Any]) -> type[BaseModel] | None:
+    """The class that the mapping at this place is meant to be, or None where anything goes."""
+    section: type[BaseModel] = RunConfig
+    value: Any = data
+    for part in place:
+        value = value[part]
+        if isinstance(part, str):
+            field = section.model_fields.get(part)
+            candidates = describe.sections_of(field) if field else []
+            if not candidates:
+                return None
+        section = _chosen(candidates, value)
+    return section
+
+
+def _chosen(candidates: list[type[BaseModel]], value: Any) -> type[BaseModel]:
+    """The candidate whose `target` or `name` is the value's, else the last (the custom one, or
+    the only one).
+    """
+    for candidate in candidates if isinstance(value, Mapping) else []:
+        for tag in ("target", "name"):
+            field = candidate.model_fields.get(tag)
+            if field is not None and value.get(tag) in describe.choices(field):
+                return candidate
+    return candidates[-1]
+
+
+def _allowed(place: Place, data: Mapping[str, Any]) -> str:
+    while place and isinstance(place[-1], int):
+        place = place[:-1]  # an entry of a list: what the whole list allows says it best
+    section = _section(place[:-1], data) if place else None
+    field = section.model_fields.get(str(place[-1])) if section else None
+    return describe.allowed(field) if field is not None else ""

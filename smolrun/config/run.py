@@ -1,0 +1,73 @@
+"""The whole configuration of a run, and its plain form that travels to the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from smolrun.config.base import Section
+from smolrun.config.cluster import Cluster
+from smolrun.config.settings import (
+    Bench,
+    Checkpoint,
+    Mesh,
+    Optimizer,
+    Quantization,
+    Serving,
+    Staleness,
+    Sweep,
+    Tracker,
+    Training,
+)
+from smolrun.config.targets import Algorithm, Data, Model
+
+
+class RunConfig(Section):
+    """Everything about one run, composed and resolved once on the driver.
+
+    Ranks get it as it is, with its hash.
+    """
+
+    task: Literal["train", "bench"] = Field(description="What to do")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        description="Same seed, same run", json_schema_extra={"allowed": "a whole number >= 0"}
+    )
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
+        description="Part of the run folder's name; null = made from the choices",
+        json_schema_extra={
+            "allowed": "letters, digits, dot, dash and underscore (100 at most), or null"
+        },
+    )
+    precision: Literal["float32", "bf16", "fp16", "float64"] = Field(
+        description="Arithmetic of forward and backward"
+    )
+    cluster: Cluster
+    algorithm: Algorithm
+    model: Model
+    data: Data
+    staleness: Staleness
+    quantization: Quantization
+    optimizer: Optimizer
+    training: Training
+    checkpoint: Checkpoint
+    tracker: Tracker
+    mesh: Mesh
+    serving: Serving
+    bench: Bench
+    sweep: Sweep
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values; `validate` makes an equal RunConfig from it."""
+    return config.model_dump(mode="json")
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hex digits that are equal exactly when two configurations are."""
+    text = json.dumps(
+        resolved(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,166 @@
+"""Groups of plain settings.
+
+How to train, with which optimizer, how often to look, what to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
+
+
+class Staleness(Section):
+    """Group `staleness`: how old a gradient may be when it is used."""
+
+    bound: Auto | Natural = Field(
+        description="Steps a gradient may be late: 0 = synchronous; auto = the algorithm's own"
+    )
+
+
+class Quantization(Section):
+    """Group `quantization`: in which form gradients travel."""
+
+    kind: Literal["none"] = Field(description="none = as they are")
+
+
+class AdamW(Section):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"]
+    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
+        description="Memory of the gradient's mean and of its square"
+    )
+    eps: Positive = Field(description="Keeps the update away from a division by zero")
+    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
+
+
+class SGD(Section):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"]
+    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
+    momentum: Share = Field(description="Memory of earlier gradients; 0 = none")
+    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
+    nesterov: bool = Field(description="Look ahead along the momentum; needs momentum above 0")
+
+
+Optimizer = Annotated[AdamW | SGD, Field(discriminator="name")]
+
+
+class Training(Section):
+    """Group `training`: the loop."""
+
+    steps: Count = Field(description="Optimizer steps of the run")
+    global_batch_size: Count = Field(
+        description="Samples (sequences for text) per step, over all ranks together"
+    )
+    micro_batch_size: Auto | Count = Field(
+        description="Samples one rank computes at once; auto = its whole share"
+    )
+    eval_every: Natural = Field(description="Steps between evaluations; 0 = only at the end")
+    eval_batches: Count | None = Field(
+        description="At most so many global batches per evaluation; null = all of them"
+    )
+    grad_clip: NotNegative = Field(
+        description="Longest gradient (norm over all parameters); 0 = no clipping"
+    )
+    warmup_steps: Natural = Field(
+        description="Steps in which the learning rate rises; auto = a tenth of all, at most 100",
+        json_schema_extra={"allowed": "auto or a whole number >= 0"},
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        description="What the learning rate does afterwards"
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        description="Last learning rate / highest learning rate"
+    )
+    check_replicas: bool = Field(
+        description="Compare a hash of all replicas after every step (slow; for tests)"
+    )
+    sample_tokens: Natural = Field(description="Tokens of text to write at the end; 0 = none")
+    sample_prompt: str = Field(description="How that text begins")
+    recompute: bool = Field(
+        description="Compute each block twice instead of keeping its activations: less memory"
+    )
+    dry_run: bool = Field(description="Only tell what the run would need")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decide_warmup(cls, data: Any) -> Any:
+        steps = data.get("steps") if isinstance(data, Mapping) else None
+        if isinstance(steps, int) and data.get("warmup_steps") == "auto":
+            return {**data, "warmup_steps": min(100, max(0, steps) // 10)}
+        return data
+
+
+class Checkpoint(Section):
+    """Group `checkpoint`: saving and going on later."""
+
+    every: Natural = Field(description="Steps between two checkpoints; 0 = none")
+    resume: Name | None = Field(
+        description="latest, a run folder or a checkpoint folder; null = start anew"
+    )
+
+
+class Tracker(Section):
+    """Group `tracker`: who reads the events of a run, beside the console."""
+
+    kind: Literal["jsonl"] = Field(description="jsonl = the file metrics.jsonl of the run's folder")
+
+
+class Mesh(Section):
+    """Group `mesh`: the connections between ranks."""
+
+    kind: Literal["tcp"] = Field(description="tcp = our own mesh of sockets")
+    security: Literal["auto", "loopback_plain", "insecure"] = Field(
+        description="auto = loopback_plain on one machine: authenticated, not encrypted"
+    )
+    timeout_s: Positive = Field(
+        description="Longest wait for a peer that is alive before the run ends"
+    )
+    liveness: Literal["normal", "fast"] = Field(
+        description="Silent peers are given up after 10 s (normal) or 4 s (fast)"
+    )
+    heartbeat_ms: Annotated[int, Field(ge=10, le=1000)] = Field(
+        description="Time between two signs of life"
+    )
+
+
+class Serving(Section):
+    """Group `serving`: how an inference server works (a task that is not built yet)."""
+
+    mode: Literal["local"] = Field(description="local = the whole model on one rank")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(description="Port of the HTTP server")
+
+
+class CollectivesBench(Section):
+    """Our collectives beside gloo's, in turn."""
+
+    name: Literal["collectives"]
+    sizes: Annotated[list[Count], Field(min_length=1)] = Field(description="Bytes of the tensors")
+    world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
+        description="Ranks"
+    )
+    repeats: Count = Field(description="Measurements of each; the median counts")
+
+
+class StepBench(Section):
+    """A whole training step beside DistributedDataParallel's on gloo, in turn."""
+
+    name: Literal["step"]
+    world_size: Annotated[int, Field(ge=2)] = Field(description="Ranks")
+    steps: Count = Field(description="Steps in one measurement")
+    warmup_steps: Natural = Field(description="Steps before it that do not count")
+    repeats: Count = Field(description="Measurements of each; the median counts")
+
+
+Bench = Annotated[CollectivesBench | StepBench, Field(discriminator="name")]
+
+
+class Sweep(Section):
+    """Keys about `smolrun -m`; none yet."""

@@ -1,0 +1,54 @@
+"""Problem lines: `key = value: what is wrong; allowed: ...; did you mean X?`"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+LONGEST_VALUE = 60
+
+
+def problem(key: str, value: Any, what: str, *, allowed: str = "", meant: str | None = None) -> str:
+    """One line about one key that has a value."""
+    return _line(f"{key} = {shown(value)}", what, allowed, meant)
+
+
+def absent(
+    key: str, what: str = "must be given", *, allowed: str = "", meant: str | None = None
+) -> str:
+    """One line about a key without a value."""
+    return _line(key, what, allowed, meant)
+
+
+def shown(value: Any) -> str:
+    """A value as the user would write it, cut short."""
+    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like this one, or None.
+
+    For dotted keys the last part may match alone.
+    """
+    names = list(dict.fromkeys(known))
+    lower = {name.lower(): name for name in reversed(names)}
+    if found := difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.75):
+        return lower[found[0]]
+    last = word.rpartition(".")[2].lower()
+    ends: dict[str, str] = {}
+    for name in names:
+        ends.setdefault(name.rpartition(".")[2].lower(), name)
+    found = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+    return ends[found[0]] if found else None
+
+
+def _line(subject: str, what: str, allowed: str, meant: str | None) -> str:
+    parts = [f"{subject}: {what}"]
+    if allowed:
+        parts.append(f"allowed: {allowed}")
+    if meant:
+        parts.append(f"did you mean {meant}?")
+    return "; ".join(parts)

@@ -1,0 +1,123 @@
+"""What a rank reads: one split (train or eval) of prepared data, as batches of the samples it asks
+for.
+
+Knows nothing of ranks: which samples a rank asks for is decided above (see order.py).
+Shape suffixes: B batch, T tokens, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smolrun.data.prepared import Prepared, Progress
+from smolrun.errors import DataError
+
+__all__ = ["Batch", "Prepared", "Progress", "Split", "open_split"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and what the model should answer.
+
+    Tokens: int64 [B, T] both, targets are the inputs' next tokens, -100 where there is nothing to
+    learn. Features: float32 [B, F] and int64 [B].
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Split(ABC):
+    """Samples 0 .. len - 1 on a memory-mapped file: opening reads nothing, a batch reads its own
+    samples only.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _gather(self, indices: numpy.ndarray) -> Batch: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples asked for, in that order; no indices give a batch of 0. Raises IndexError
+        outside 0 .. len - 1.
+        """
+        wrong = [index for index in indices if not 0 <= index < len(self)]
+        if wrong:
+            raise IndexError(f"sample {wrong[0]} is not within 0 .. {len(self) - 1}")
+        return self._gather(numpy.asarray(indices, dtype=numpy.int64))
+
+
+class TokenSplit(Split):
+    """One long row of tokens, cut into windows: sample i reads tokens iT .. iT+T-1 and predicts
+    iT+1 .. iT+T.
+    """
+
+    def __init__(self, tokens: Tensor, sequence_length: int) -> None:
+        self._tokens = tokens.numpy()  # numpy, because torch cannot index its own uint16
+        self._offsets = numpy.arange(sequence_length + 1)
+        self._size = max(0, len(tokens) - 1) // sequence_length
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _gather(self, indices: numpy.ndarray) -> Batch:
+        starts = indices * (len(self._offsets) - 1)
+        window = torch.from_numpy(self._tokens[starts[:, None] + self._offsets].astype(numpy.int64))
+        return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+
+
+class FeatureSplit(Split):
+    """Rows of features with a class each; features kept as bytes 0..255 are given as 0..1."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self._inputs, self._targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def _gather(self, indices: numpy.ndarray) -> Batch:
+        rows = torch.from_numpy(indices)
+        inputs = self._inputs[rows]
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
+        return Batch(inputs, self._targets[rows].long())
+
+
+def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bool) -> Split:
+    """One split of the data, memory-mapped. With `verify` the whole file is read once to check its
+    hash.
+
+    Raises DataError if the file is missing, is not the one that was prepared, or does not hold what
+    it should.
+    """
+    try:
+        if verify:
+            with open(prepared.path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != prepared.sha256:
+                raise DataError(
+                    f"{prepared.path} is not the file that was prepared: its sha256 is {actual}, expected "
+                    f"{prepared.sha256}; delete it so that it is prepared anew"
+                )
+        with safe_open(prepared.path, framework="pt") as file:
+            if prepared.kind == "tokens":
+                split: Split = TokenSplit(file.get_tensor(name), prepared.sequence_length or 1)
+            else:
+                split = FeatureSplit(
+                    file.get_tensor(f"{name}_inputs"), file.get_tensor(f"{name}_targets")
+                )
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read the prepared data {prepared.path}: {error}") from None
+    expected = prepared.train_size if name == "train" else prepared.eval_size
+    if len(split) != expected:
+        raise DataError(f"{prepared.path} holds {len(split)} {name} samples, expected {expected}")
+    return split

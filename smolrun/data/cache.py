@@ -1,0 +1,100 @@
+"""Prepared data kept between runs: one folder per (inputs, settings), complete or not there at all.
+
+An entry is made in a folder of its own and renamed into place, so two runs that prepare the same
+data at once both end with a whole entry, whoever comes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolrun.errors import DataError
+
+DATA_FILE = "data.safetensors"
+_FACTS_FILE = "facts.json"
+# Part of every key: raise it when the meaning of an entry changes, and old entries are no longer
+# found.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A complete entry: its folder, the hash of its data file, and what its maker wanted to
+    remember.
+    """
+
+    folder: Path
+    sha256: str
+    facts: dict[str, Any]
+
+    @property
+    def data_path(self) -> Path:
+        return self.folder / DATA_FILE
+
+
+def cached(
+    cache_dir: Path, name: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+) -> Entry:
+    """The entry for `key`; where there is none, or a damaged one, `make(folder)` fills a new one.
+
+    `make` writes DATA_FILE into the folder and returns facts (JSON) to keep. Raises DataError if
+    the cache folder cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()
+    folder = cache_dir / f"{name}-{digest[:16]}"
+    entry = _read(folder)
+    if entry is not None:
+        return entry
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
+    except OSError as error:
+        raise DataError(f"cannot write to the cache folder {cache_dir}: {error}") from None
+    try:
+        (workshop / "entry").mkdir()
+        facts = dict(make(workshop / "entry"))
+        sha256 = _hash(workshop / "entry" / DATA_FILE)
+        (workshop / "entry" / _FACTS_FILE).write_text(
+            json.dumps({"sha256": sha256, "facts": facts}, indent=1)
+        )
+        _publish(workshop, folder)
+    except OSError as error:
+        raise DataError(f"cannot keep prepared data in {cache_dir}: {error}") from None
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return Entry(folder, sha256, facts)
+
+
+def _publish(workshop: Path, folder: Path) -> None:
+    """Renames the new entry into place; another run's whole entry may stay, a damaged one is moved
+    out of the way.
+    """
+    try:
+        os.rename(workshop / "entry", folder)
+    except OSError:
+        if _read(folder) is None:
+            os.rename(folder, workshop / "damaged")
+            os.rename(workshop / "entry", folder)
+
+
+def _read(folder: Path) -> Entry | None:
+    """The entry in a folder, or None if there is none or its data file is not what was written."""
+    try:
+        kept = json.loads((folder / _FACTS_FILE).read_text())
+        entry = Entry(folder, kept["sha256"], kept["facts"])
+        return entry if _hash(entry.data_path) == entry.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

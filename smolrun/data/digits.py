@@ -1,0 +1,144 @@
+"""Drawn digits: small pictures of 0..9 made from a bitmap font, each slanted, sized, shifted and
+noisy in its own way.
+
+A stand-in for handwritten digits that needs no download. Shape suffixes: N pictures, P pixels of
+one picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+from safetensors.numpy import save_file
+
+from smolrun.data.cache import DATA_FILE, cached
+from smolrun.data.prepared import Kind, Prepared, Progress
+from smolrun.errors import DataError
+
+SIDE = 28  # pixels, as in MNIST, so that models made for it fit
+# One row a line, one digit a column of five characters.
+_FONT = """
+ ###    #    ###   ###     #  #####  ##   #####  ###   ###
+#   #  ##   #   # #   #   ##  #     #         # #   # #   #
+#  ##   #       #     #  # #  #     #         # #   # #   #
+# # #   #      #    ##  #  #  ####  ####     #   ###   ####
+##  #   #     #       # #####     # #   #   #   #   #     #
+#   #   #    #    #   #    #  #   # #   #  #    #   #    #
+ ###   ###  #####  ###     #   ###   ###   #     ###   ##
+"""
+_CHUNK = 1000  # pictures drawn at once: about 40 MB of coordinates
+
+
+class Digits:
+    """Ten classes of 28 x 28 pictures; the keys are explained in conf/data/digits.yaml."""
+
+    produces: ClassVar[Kind] = "features"
+
+    def __init__(
+        self, cache_dir: Path, *, train_size: int, eval_size: int, noise: float, seed: int
+    ) -> None:
+        self.cache_dir = cache_dir
+        self.train_size = train_size
+        self.eval_size = eval_size
+        self.noise = noise
+        self.seed = seed
+
+    def prepare(self, progress: Progress) -> Prepared:
+        """Draws the pictures, or takes them from the cache; raises DataError for settings that make
+        no sense.
+        """
+        if self.train_size < 1 or self.eval_size < 1:
+            raise DataError(
+                f"data.train_size={self.train_size} and data.eval_size={self.eval_size} must be at least 1"
+            )
+        if self.noise < 0 or self.seed < 0:
+            raise DataError(
+                f"data.noise={self.noise} and data.seed={self.seed} must not be negative"
+            )
+        key = {"sizes": [self.train_size, self.eval_size], "noise": self.noise, "seed": self.seed}
+        entry = cached(self.cache_dir, "digits", key, lambda folder: self._write(folder, progress))
+        return Prepared(
+            kind="features",
+            path=str(entry.data_path),
+            sha256=entry.sha256,
+            num_outputs=10,
+            num_inputs=SIDE * SIDE,
+            sequence_length=None,
+            tokenizer=None,
+            train_size=self.train_size,
+            eval_size=self.eval_size,
+            description=f"digits: {self.train_size:,} train and {self.eval_size:,} eval pictures of {SIDE} x {SIDE}",
+        )
+
+    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        total = self.train_size + self.eval_size
+        # Train and eval are one row of pictures cut in two, so no picture is in both.
+        random = numpy.random.default_rng(self.seed)
+        targets_N = random.integers(0, 10, total)
+        pictures = []
+        for start in range(0, total, _CHUNK):
+            progress("drawing digits", start, total)
+            pictures.append(draw(targets_N[start : start + _CHUNK], self.noise, random))
+        progress("drawing digits", total, total)
+        inputs_NP = numpy.concatenate(pictures)
+        train, held_out = slice(0, self.train_size), slice(self.train_size, total)
+        tensors = {
+            "train_inputs": inputs_NP[train],
+            "train_targets": targets_N[train],
+            "eval_inputs": inputs_NP[held_out],
+            "eval_targets": targets_N[held_out],
+        }
+        save_file(
+            {name: numpy.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+            folder / DATA_FILE,
+        )
+        return {}
+
+
+def draw(digits_N: numpy.ndarray, noise: float, random: numpy.random.Generator) -> numpy.ndarray:
+    """Pictures [N, P] of bytes: each pixel looks up where it lies in the font's little picture, and
+    blends its dots.
+    """
+    glyphs = _glyphs()
+    count = len(digits_N)
+    scale_N = random.uniform(2.0, 3.0, count)  # pixels per font dot
+    slant_N = random.uniform(-0.35, 0.35, count)
+    shift_N2 = random.uniform(-2.5, 2.5, (count, 2))
+    grid_P = numpy.stack(
+        numpy.meshgrid(numpy.arange(SIDE), numpy.arange(SIDE), indexing="ij"), -1
+    ).reshape(-1, 2)
+    from_middle_NP2 = grid_P[None] - (SIDE - 1) / 2 - shift_N2[:, None]
+    row_NP = from_middle_NP2[..., 0] / scale_N[:, None] + (glyphs.shape[1] - 1) / 2
+    column_NP = from_middle_NP2[..., 1] / scale_N[:, None] + (glyphs.shape[2] - 1) / 2
+    column_NP += slant_N[:, None] * (row_NP - (glyphs.shape[1] - 1) / 2)
+    ink_NP = _blend(glyphs, digits_N[:, None], row_NP, column_NP)
+    ink_NP = ink_NP * random.uniform(0.6, 1.0, (count, 1)) + noise * random.standard_normal(
+        ink_NP.shape
+    )
+    return (ink_NP.clip(0, 1) * 255).astype(numpy.uint8)
+
+
+def _glyphs() -> numpy.ndarray:
+    """The font as [10, rows, columns] of 0 and 1, with an empty border so that edges fade out."""
+    rows = [line.ljust(60) for line in _FONT.strip("\n").splitlines()]
+    digits = [
+        [[cell == "#" for cell in row[6 * digit : 6 * digit + 5]] for row in rows]
+        for digit in range(10)
+    ]
+    return numpy.pad(numpy.asarray(digits, dtype=numpy.float64), ((0, 0), (1, 1), (1, 1)))
+
+
+def _blend(
+    glyphs: numpy.ndarray, digit: numpy.ndarray, row: numpy.ndarray, column: numpy.ndarray
+) -> numpy.ndarray:
+    """Bilinear look-up of glyphs[digit] at fractional places; outside is the empty border."""
+    last_row, last_column = glyphs.shape[1] - 2, glyphs.shape[2] - 2
+    row, column = row.clip(0, last_row + 1), column.clip(0, last_column + 1)
+    top = numpy.minimum(row.astype(int), last_row)
+    left = numpy.minimum(column.astype(int), last_column)
+    down, right = row - top, column - left
+    upper = glyphs[digit, top, left] * (1 - right) + glyphs[digit, top, left + 1] * right
+    lower = glyphs[digit, top + 1, left] * (1 - right) + glyphs[digit, top + 1, left + 1] * right
+    return numpy.asarray(upper * (1 - down) + lower * down)

@@ -1,0 +1,106 @@
+"""Text files read as documents, in an order that mixes folders, and cut into train and eval without
+a shared line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolrun.data.prepared import Progress
+from smolrun.errors import DataError
+
+# More than this share of unreadable characters means: not text at all (a picture, an archive).
+_MOST_REPLACED = 0.1
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The texts, and what had to be replaced because it was not valid UTF-8."""
+
+    texts: list[str]
+    sha256: str
+    replaced_characters: int
+    replaced_files: int
+
+
+def read_documents(
+    files: Mapping[str, Path], max_mb: float | None, progress: Progress
+) -> Documents:
+    """Reads files (name -> path) until `max_mb` of text (10^6 bytes; None: all) are together; the
+    last one is cut.
+
+    Documents come in the order of their names' hashes, so that the first few are a fair mix of all
+    folders. Raises DataError for a file that cannot be read, for no text at all, and for files that
+    are not text.
+    """
+    room = None if max_mb is None else int(max_mb * 1e6)
+    texts: list[str] = []
+    hasher = hashlib.sha256()
+    replaced_characters = replaced_files = 0
+    for done, name in enumerate(
+        sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ):
+        progress("reading text", done, len(files))
+        text, replaced = _read(files[name], room)
+        replaced_characters += replaced
+        replaced_files += replaced > 0
+        if text.strip():
+            texts.append(text)
+            encoded = text.encode()
+            hasher.update(hashlib.sha256(encoded).digest())
+            room = None if room is None else room - len(encoded)
+        if room is not None and room <= 0:
+            break
+    progress("reading text", len(files), len(files))
+    if not texts:
+        raise DataError(
+            f"no text in {len(files)} files, the first is {next(iter(files.values()), None)}: all are empty"
+        )
+    if replaced_characters > _MOST_REPLACED * sum(map(len, texts)):
+        raise DataError(
+            f"{replaced_characters} characters in {replaced_files} of {len(files)} files are not UTF-8: this is not text; "
+            "set data.glob so that it finds text files only"
+        )
+    return Documents(texts, hasher.hexdigest(), replaced_characters, replaced_files)
+
+
+def split_documents(texts: list[str], eval_fraction: float) -> tuple[list[str], list[str]]:
+    """(train, eval): the last documents, together `eval_fraction` of all characters, are for eval.
+
+    The document that the border falls into is cut at a line's end, so one long file is split too.
+    No character is in both parts.
+    """
+    room = round(sum(map(len, texts)) * (1 - eval_fraction))
+    train: list[str] = []
+    held_out: list[str] = []
+    for text in texts:
+        cut = len(text) if len(text) <= room else text.rfind("\n", 0, room) + 1 or room
+        room = room - cut if cut == len(text) else 0
+        if text[:cut]:
+            train.append(text[:cut])
+        if text[cut:]:
+            held_out.append(text[cut:])
+    return train, held_out
+
+
+def _read(path: Path, most_bytes: int | None) -> tuple[str, int]:
+    """A file's text with \\n line ends, and how many characters were replaced because they could
+    not be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(-1 if most_bytes is None else most_bytes)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    # Windows editors write UTF-16 and a mark in front of UTF-8.
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+    # A file cut by most_bytes may end within a character: that is not the file's fault, so it is
+    # dropped, not replaced.
+    text = decoder.decode(data, final=len(data) != most_bytes)
+    replaced = text.count("\ufffd") - data.count("\ufffd".encode())
+    return text.replace("\r\n", "\n"), max(0, replaced)

@@ -1,0 +1,161 @@
+"""Documents to one file of token ids: tokenizer, train part, eval part; made once and kept in the
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+from safetensors.numpy import save_file
+
+from smolrun.data.cache import DATA_FILE, Entry, cached
+from smolrun.data.documents import Documents, split_documents
+from smolrun.data.prepared import Prepared, Progress
+from smolrun.errors import DataError
+
+# Merges learnt from this much text are as good as those from more, and it takes two seconds.
+_BPE_TRAINING_CHARACTERS = 4_000_000
+# Long documents are encoded in pieces, so that progress can be shown and all cores have work.
+_PIECE_CHARACTERS = 100_000
+
+
+def prepare_tokens(
+    cache_dir: Path,
+    name: str,
+    documents: Documents,
+    progress: Progress,
+    *,
+    tokenizer: Literal["bytes", "bpe"],
+    vocab_size: int,
+    sequence_length: int,
+    eval_fraction: float,
+) -> Prepared:
+    """Tokenised documents from the cache, or made now.
+
+    Raises DataError for settings that make no sense and for text too short for one window of
+    sequence_length + 1 tokens in train or in eval.
+    """
+    _check(tokenizer, vocab_size, sequence_length, eval_fraction)
+    key = {"documents": documents.sha256, "tokenizer": tokenizer, "eval_fraction": eval_fraction}
+    if tokenizer == "bpe":
+        key["vocab_size"] = vocab_size
+
+    def make(folder: Path) -> dict[str, Any]:
+        return _write(folder, documents, tokenizer, vocab_size, eval_fraction, progress)
+
+    entry = cached(cache_dir, name, key, make)
+    for part in ("train", "eval"):
+        _check_length(entry, part, sequence_length)
+    facts = entry.facts
+    characters = sum(map(len, documents.texts))
+    description = (
+        f"{name}: {characters / 1e6:.1f} M characters in {len(documents.texts)} documents, {facts['train']:,} train and "
+        f"{facts['eval']:,} eval tokens, {tokenizer} tokenizer of {facts['vocab_size']}"
+    )
+    if documents.replaced_characters:
+        description += f"; {documents.replaced_characters} characters in {documents.replaced_files} files were not UTF-8"
+    return Prepared(
+        kind="tokens",
+        path=str(entry.data_path),
+        sha256=entry.sha256,
+        num_outputs=facts["vocab_size"],
+        num_inputs=None,
+        sequence_length=sequence_length,
+        tokenizer=str(entry.folder),
+        train_size=(facts["train"] - 1) // sequence_length,
+        eval_size=(facts["eval"] - 1) // sequence_length,
+        description=description,
+    )
+
+
+def _write(
+    folder: Path,
+    documents: Documents,
+    tokenizer: str,
+    vocab_size: int,
+    eval_fraction: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fills a new cache entry; returns the number of tokens of each part and the vocabulary size."""
+    from smolrun.data.tokenizer import (
+        bytes_tokenizer,
+        train_bpe,
+    )  # not needed where the cache has the entry
+
+    train, held_out = split_documents(documents.texts, eval_fraction)
+    if tokenizer == "bpe":
+        progress("learning the tokenizer", 0, 1)
+        encoder = train_bpe(
+            _first_characters(train, _BPE_TRAINING_CHARACTERS), vocab_size
+        )  # eval text stays unseen
+        progress("learning the tokenizer", 1, 1)
+    else:
+        encoder = bytes_tokenizer()
+    dtype = numpy.uint16 if encoder.vocab_size <= 1 << 16 else numpy.int32
+    total = sum(map(len, documents.texts))
+    done = 0
+    parts: dict[str, numpy.ndarray] = {}
+    for part, texts in (("train", train), ("eval", held_out)):
+        rows = [numpy.empty(0, dtype)]
+        for text in texts:
+            pieces = list(_pieces(text))
+            rows += [numpy.asarray(ids, dtype) for ids in encoder.encode_batch(pieces)]
+            rows.append(numpy.asarray([encoder.end_id], dtype))
+            done += len(text)
+            progress("encoding text", done, total)
+        parts[part] = numpy.concatenate(rows)
+    save_file(parts, folder / DATA_FILE)
+    encoder.save(folder)
+    return {
+        "train": len(parts["train"]),
+        "eval": len(parts["eval"]),
+        "vocab_size": encoder.vocab_size,
+    }
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of about _PIECE_CHARACTERS, each ending with a line where there is one."""
+    start = 0
+    while start < len(text):
+        stop = min(len(text), start + _PIECE_CHARACTERS)
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        yield text[start:stop]
+        start = stop
+
+
+def _first_characters(texts: Sequence[str], count: int) -> Iterator[str]:
+    for text in texts:
+        if count <= 0:
+            return
+        yield text[:count]
+        count -= len(text)
+
+
+def _check(tokenizer: str, vocab_size: int, sequence_length: int, eval_fraction: float) -> None:
+    problems = []
+    if tokenizer not in ("bytes", "bpe"):
+        problems.append(f"data.tokenizer={tokenizer!r}: must be bytes or bpe")
+    if tokenizer == "bpe" and vocab_size < 257:
+        problems.append(
+            f"data.vocab_size={vocab_size}: bpe needs at least 257 (256 bytes and an end token)"
+        )
+    if sequence_length < 1:
+        problems.append(f"data.sequence_length={sequence_length}: must be at least 1")
+    if not 0 < eval_fraction < 1:
+        problems.append(f"data.eval_fraction={eval_fraction}: must be above 0 and below 1")
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def _check_length(entry: Entry, part: str, sequence_length: int) -> None:
+    if entry.facts[part] > sequence_length:
+        return
+    remedy = "raise data.eval_fraction" if part == "eval" else "lower data.eval_fraction"
+    raise DataError(
+        f"the text is too short: its {part} part has {entry.facts[part]} tokens, one sample needs "
+        f"{sequence_length + 1}; give more text, lower data.sequence_length or {remedy}"
+    )

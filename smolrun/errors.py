@@ -1,0 +1,55 @@
+"""Every error smolrun raises on purpose. Each message says what happened, to whom, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SmolrunError(Exception):
+    """Base of all errors a user may see as one sentence instead of a traceback."""
+
+
+class ConfigError(SmolrunError):
+    """The configuration cannot run; carries every problem found, so that one look mends them all."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(SmolrunError):
+    """The data cannot be used: missing, empty, unreadable, or not what the configuration says."""
+
+
+class ProtocolError(SmolrunError):
+    """Bytes from outside broke the rules of the wire; the connection they came on must be closed."""
+
+
+class HandshakeError(ProtocolError):
+    """The other side of a new connection is not who it must be, or speaks another version."""
+
+
+class PeerLost(SmolrunError):
+    """A peer is gone: dead, frozen, cut off, or it broke the protocol."""
+
+    def __init__(self, rank: int, generation: int, reason: str) -> None:
+        self.rank = rank
+        self.generation = generation
+        self.reason = reason
+        super().__init__(f"lost rank {rank}: {reason}")
+
+
+class WaitTimeout(SmolrunError):
+    """A wait passed its deadline although every peer is still alive."""
+
+
+class MeshClosed(SmolrunError):
+    """The mesh was closed while work was still pending."""
+
+
+class TrainingError(SmolrunError):
+    """Training cannot go on, for example because the loss is no longer a number."""
+
+
+class StopRequested(SmolrunError):
+    """The user asked the run to stop before it could finish what it was doing."""

@@ -1,0 +1,152 @@
+"""What happened in a run, as frozen dataclasses. Whoever wants to know (metrics file, console, W&B) reads these.
+
+Events travel from a worker to the driver as JSON objects: `to_json` and `from_json` are the only two ways in and out.
+They know nothing of who reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from smolrun.errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base: `kind` is the value of the "event" key in metrics.jsonl."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step of the whole run. Loss and tokens are global; bytes and seconds are rank 0's own.
+
+    `tokens` counts target tokens (or labels) with a loss. `grad_norm` is None when the step was skipped.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    time_s: float
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    tokens_per_s: float
+    bytes_sent: int
+    bytes_received: int
+    compute_s: float
+    wait_s: float
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class RankStep(Event):
+    """What one rank did during one step; None where this machine cannot tell.
+
+    Bytes are since the last RankStep of this rank, headers included. `waited_for` is the rank that was slowest.
+    """
+
+    kind: ClassVar[str] = "rank_step"
+    step: int
+    rank: int
+    compute_s: float
+    wait_s: float
+    waited_for: int | None
+    bytes_sent: int
+    bytes_received: int
+    cpu_percent: float | None = None
+    memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
+    device_util: float | None = None
+    temperature_c: float | None = None
+    throttled: bool | None = None
+
+
+@dataclass(frozen=True)
+class EvalDone(Event):
+    """Loss over the evaluation split: sum of losses / number of targets, over all ranks."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    loss: float
+    tokens: int
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class ReplicaHash(Event):
+    """Hash of the parameters of every replica after a step; equal strings mean equal bytes."""
+
+    kind: ClassVar[str] = "replica_hash"
+    step: int
+    hashes: list[str]
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class StepSkipped(Event):
+    """All ranks skipped one update alike, because some rank's gradient was not finite."""
+
+    kind: ClassVar[str] = "step_skipped"
+    step: int
+    ranks: list[int]
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class TextSample(Event):
+    """Text the model wrote at the end of training."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    text: str
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Rank 0's first word: what is about to be trained."""
+
+    kind: ClassVar[str] = "started"
+    parameters: int
+    steps: int
+    train_size: int
+    eval_size: int
+    device: str
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A sentence for the user that fits no other event, such as a warning."""
+
+    kind: ClassVar[str] = "note"
+    level: str
+    message: str
+    rank: int | None = None
+
+
+EVENTS: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (StepDone, RankStep, EvalDone, ReplicaHash, StepSkipped, TextSample, RunStarted, Note)
+}
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as one flat JSON object, its kind first under the key "event"."""
+    return {"event": event.kind, **dataclasses.asdict(event)}
+
+
+def from_json(data: dict[str, Any]) -> Event:
+    """The event that `to_json` made; raises ProtocolError for anything else."""
+    fields = dict(data)
+    cls = EVENTS.get(str(fields.pop("event", None)))
+    if cls is None:
+        raise ProtocolError(f"unknown event {data.get('event')!r}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ProtocolError(f"event {cls.kind!r} has wrong fields: {error}") from None

@@ -1,0 +1,177 @@
+"""Which rank broke the run, and the one line that says so.
+
+When one rank dies, all others fail too: they report that they lost it. So signs are weighed, not
+just timed: a rank that died without a word beats one that reported an error of its own, and that
+beats ranks that only lost somebody else. Pure.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from smolrun.launch.control import EXIT_ABANDONED, EXIT_ABORTED, ErrorReport, ResultMessage
+
+# Errors that a healthy rank reports because of another one.
+_SECOND_HAND = frozenset({"PeerLost", "WaitTimeout", "MeshClosed"})
+_MESSAGE_CHARS = 600
+
+
+@dataclass
+class RankState:
+    """What is known of one rank. `sign` orders the states by when their failure was first seen; 0
+    is none.
+    """
+
+    rank: int
+    host: str
+    address: str
+    log: str
+    port: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    steps: int = 0
+    result: ResultMessage | None = None
+    exit_code: int | None = None
+    problem: str | None = None
+    never_started: bool = False
+    killed: bool = False
+    sign: int = 0
+
+    @property
+    def is_gone(self) -> bool:
+        """No process of this rank runs any more."""
+        return self.exit_code is not None or self.never_started
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is to be expected of this rank."""
+        return self.is_gone or self.result is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank cannot bring the run to a good end."""
+        if self.result is not None:
+            return self.result.status == "failed" or self.problem is not None
+        return self.problem is not None or self.is_gone
+
+    @property
+    def error(self) -> ErrorReport | None:
+        """The error it reported itself."""
+        if self.result is None or self.result.status != "failed":
+            return None
+        return self.result.error or ErrorReport("Error", "it failed without saying why")
+
+    @property
+    def label(self) -> str:
+        """As people read it: rank 2 on mini3."""
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The rank that broke the run, and the line about it."""
+
+    rank: int
+    host: str
+    reason: str
+
+
+def names(states: Sequence[RankState]) -> str:
+    """A list of ranks for a sentence."""
+    return ", ".join(state.label for state in states)
+
+
+def did_not_finish(late: Sequence[RankState], limit_s: float) -> Cause:
+    """The cause when some ranks were done long ago and `late` ones still are not."""
+    state = late[0]
+    reason = f"{names(late)} did not finish within {limit_s:g} s after the others; log: {state.log}"
+    return Cause(state.rank, state.host, reason)
+
+
+def pick_cause(states: Sequence[RankState]) -> Cause:
+    """The first rank of the gravest kind of failure; needs at least one state that is over or has
+    failed.
+    """
+    signs = sorted((state for state in states if state.has_failed), key=lambda state: state.sign)
+    for is_grave in (_is_dead, _has_own_error):
+        if grave := [state for state in signs if is_grave(state)]:
+            return _cause(grave[0], states, _what_happened(grave[0]))
+    if blamed := _blamed(states, signs):
+        return blamed
+    if signs:
+        return _cause(signs[0], states, _what_happened(signs[0]))
+    early = next(state for state in states if state.is_over)
+    return _cause(early, states, "reported its end before the run began")
+
+
+def _is_dead(state: RankState) -> bool:
+    return state.error is None
+
+
+def _has_own_error(state: RankState) -> bool:
+    return state.error is not None and state.error.kind not in _SECOND_HAND
+
+
+def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
+    """The rank that the others lost: one that said nothing itself before one that did, then by
+    votes, then by rank.
+    """
+    by_rank = {state.rank: state for state in states}
+    accused = [
+        (by_rank[s.error.peer], s.error) for s in signs if s.error and s.error.peer in by_rank
+    ]
+    if not accused:
+        return None
+    votes = Counter(state.rank for state, _ in accused)
+    state, error = min(accused, key=lambda one: (one[0].is_over, -votes[one[0].rank], one[0].rank))
+    what = "was cut off from the others" if state.is_over else "stopped answering"
+    return _cause(state, states, f"{what}{_when(state)} ({_one_line(error.message)})")
+
+
+def _what_happened(state: RankState) -> str:
+    if state.problem is not None:
+        what = (
+            "could not be started: " if state.never_started else "broke the control protocol: it "
+        )
+        return what + _one_line(state.problem) + ("" if state.never_started else _when(state))
+    if state.error is not None:
+        return f"failed{_when(state)}: {state.error.kind}: {_one_line(state.error.message)}"
+    hint = "; was its memory full?" if state.exit_code == -9 else ""
+    return f"{describe_exit(state.exit_code or 0)}{_when(state)}{hint}"
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended that was still needed."""
+    if code < 0:
+        try:
+            meaning = (signal.strsignal(-code) or "unknown").lower()
+        except ValueError:
+            meaning = "unknown"
+        return f"died from signal {-code} ({meaning})"
+    if code == EXIT_ABANDONED:
+        return "gave up, because it no longer heard the driver (was this machine asleep or frozen?)"
+    if code == EXIT_ABORTED:
+        return "was told to end at once"
+    if code == 0:
+        return "ended without a result"
+    # Windows reports a crash as a number like 0xC0000005.
+    return f"died with exit code {code if code < 256 else hex(code)}"
+
+
+def _when(state: RankState) -> str:
+    if state.steps:
+        return f" at step {state.steps}"  # the one it was busy with, as steps are numbered from 0
+    return " before its first step" if state.port is not None else " while it started"
+
+
+def _cause(state: RankState, states: Sequence[RankState], what: str) -> Cause:
+    others = sum(1 for other in states if other is not state)
+    ended = f"; {others} other rank{'s' if others > 1 else ''} ended with it" if others else ""
+    return Cause(state.rank, state.host, f"{state.label} {what}{ended}; log: {state.log}")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MESSAGE_CHARS else line[:_MESSAGE_CHARS] + " ..."

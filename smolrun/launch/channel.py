@@ -1,0 +1,229 @@
+"""The worker's end of the control protocol: what this process says to the driver, and hears from
+it.
+
+A worker lives only as long as its driver wants it to. The end of stdin, a pipe that breaks, or too
+long a silence all mean that nobody is left to work for, and the process ends at once, so that no
+orphan ever stays on a host. Knows nothing of tasks, torch or the mesh. Two threads:
+"smolrun-control" reads stdin by plain `os.read`, because Windows has no select on pipes;
+"smolrun-lease" watches the silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
+from smolrun.events import Event, to_json
+from smolrun.launch.control import (
+    EXIT_ABANDONED,
+    EXIT_ABORTED,
+    LEASE_LIMIT_S,
+    AbortMessage,
+    DriverMessage,
+    ErrorReport,
+    EventMessage,
+    LineSplitter,
+    LogMessage,
+    Message,
+    Peer,
+    ReadyMessage,
+    ResultMessage,
+    RosterMessage,
+    StartMessage,
+    StopMessage,
+    decode_from_driver,
+    encode,
+)
+
+_log = logging.getLogger(__name__)
+
+_READ_BYTES = 64 * 1024
+_LAST_WORDS_S = 0.5  # a frozen driver does not empty the log pipe, and nobody must wait for it
+
+
+class WorkerChannel:
+    """Says and hears the control protocol. All methods may be called from any thread; writing may
+    block.
+    """
+
+    def __init__(
+        self,
+        read_fd: int,
+        write_fd: int,
+        *,
+        lease_limit_s: float = LEASE_LIMIT_S,
+        end_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        """Own both descriptors and listen at once. `end_process` must end the process, whatever it
+        is doing.
+        """
+        self.stop_requested = threading.Event()
+        self.start: StartMessage | None = None
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._lease_limit_s = lease_limit_s
+        self._end_process = end_process
+        self._write_lock = threading.Lock()
+        self._heard: queue.SimpleQueue[StartMessage | RosterMessage | StopMessage] = (
+            queue.SimpleQueue()
+        )
+        self._lease_renewed = threading.Event()
+        self._ended = threading.Event()
+        threading.Thread(target=self._listen, name="smolrun-control", daemon=True).start()
+        threading.Thread(target=self._watch_lease, name="smolrun-lease", daemon=True).start()
+
+    @classmethod
+    def take_stdio(cls, *, lease_limit_s: float = LEASE_LIMIT_S) -> WorkerChannel:
+        """Keep stdin and stdout for the protocol alone; must be a worker's first act.
+
+        From here on fd 1 is the rank's log, so what any library prints, even from C, cannot break
+        the protocol; and fd 0 is empty, so that no child process reads the driver's words away.
+        """
+        sys.stdout.flush()
+        read_fd, write_fd = os.dup(0), os.dup(1)
+        os.dup2(2, 1)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        for stream in (sys.stdout, sys.stderr):
+            # Lines reach the log when they are printed, not when the process ends: it may end by
+            # kill -9.
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # always a TextIOWrapper here
+        return cls(read_fd, write_fd, lease_limit_s=lease_limit_s)
+
+    def wait_start(self, timeout_s: float) -> StartMessage:
+        """The driver's first word; raises WaitTimeout, or StopRequested if it is to stop."""
+        message = self._next(timeout_s, "to say what to run")
+        if not isinstance(message, StartMessage):
+            raise ProtocolError(f"the driver sent {type(message).__name__} before start")
+        self.start = message
+        return message
+
+    def wait_roster(self, timeout_s: float) -> list[Peer]:
+        """Where every rank listens, in rank order; raises WaitTimeout, or StopRequested if it is to
+        stop.
+        """
+        message = self._next(timeout_s, "to say where the other ranks are")
+        if not isinstance(message, RosterMessage):
+            raise ProtocolError(f"the driver sent {type(message).__name__} instead of the roster")
+        return message.peers
+
+    def ready(self, port: int, versions: dict[str, str]) -> None:
+        """Tell the driver that this rank listens on `port`; needs `wait_start` before."""
+        assert self.start is not None, "ready() comes after wait_start()"
+        self._send(
+            ReadyMessage(rank=self.start.rank, port=port, pid=os.getpid(), versions=versions)
+        )
+
+    def emit(self, event: Event) -> None:
+        """Tell the driver what happened. A NaN or an infinity in it arrives as null."""
+        self._send(EventMessage(data=to_json(event)))
+
+    def log(self, level: Literal["debug", "info", "warning", "error"], message: str) -> None:
+        """A sentence for the user and for the rank's log."""
+        _log.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
+        self._send(LogMessage(level=level, message=message))
+
+    def result(
+        self,
+        status: Literal["done", "stopped", "failed"],
+        *,
+        error: ErrorReport | None = None,
+        summary: dict[str, Any] | None = None,
+    ) -> None:
+        """The last word of this rank."""
+        self._send(ResultMessage(status=status, error=error, summary=summary or {}))
+
+    def _send(self, message: Message) -> None:
+        line = memoryview(encode(message))
+        try:
+            with self._write_lock:
+                while line:
+                    line = line[os.write(self._write_fd, line) :]
+        except OSError as error:
+            self._abandon(f"the driver hears nothing any more ({error.strerror})")
+
+    def _next(self, timeout_s: float, what: str) -> StartMessage | RosterMessage:
+        try:
+            message = self._heard.get(timeout=timeout_s)
+        except queue.Empty:
+            raise WaitTimeout(f"waited {timeout_s:g} s for the driver {what}") from None
+        if isinstance(message, StopMessage):
+            raise StopRequested("the driver asked this rank to stop before it began")
+        return message
+
+    def _listen(self) -> None:
+        splitter = LineSplitter()
+        try:
+            while data := os.read(self._read_fd, _READ_BYTES):
+                for line in splitter.feed(data):
+                    self._lease_renewed.set()
+                    self._obey(decode_from_driver(line))
+        except ProtocolError as error:
+            self._abandon(str(error))
+        except OSError as error:
+            self._abandon(f"the driver cannot be read any more ({error.strerror})")
+        else:
+            self._abandon("the driver is gone: it closed this worker's input")
+
+    def _obey(self, message: DriverMessage) -> None:
+        if isinstance(message, AbortMessage) or (
+            isinstance(message, StopMessage) and self.stop_requested.is_set()
+        ):
+            self._abandon("the driver asked this worker to end now", EXIT_ABORTED)
+        elif isinstance(message, StopMessage):
+            self.stop_requested.set()
+            self._heard.put(message)
+        elif isinstance(message, StartMessage | RosterMessage):
+            self._heard.put(message)
+
+    def _watch_lease(self) -> None:
+        """Sum up the silence in ticks of this thread, not by the clock.
+
+        A worker that was itself frozen, or on a sleeping laptop, wakes up with leases waiting
+        unread in the pipe: the jump of the clock says nothing about the driver, so a tick never
+        counts for more than twice its length.
+        """
+        tick_s = min(0.5, self._lease_limit_s / 10)
+        silence_s, before = 0.0, time.monotonic()
+        while silence_s < self._lease_limit_s:
+            if self._ended.wait(tick_s):
+                return
+            now = time.monotonic()
+            silence_s += min(now - before, 2 * tick_s)
+            before = now
+            if self._lease_renewed.is_set():
+                self._lease_renewed.clear()
+                silence_s = 0.0
+        self._abandon(f"no word from the driver for {self._lease_limit_s:g} s")
+
+    def _abandon(self, why: str, code: int = EXIT_ABANDONED) -> None:
+        """End this process now, whatever its main thread is doing; only the first call counts."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        text = f"smolrun worker ends: {why}\n".encode()
+        try:
+            # In a thread of its own: stderr may be a full pipe that a frozen driver will never
+            # empty.
+            words = threading.Thread(
+                target=_write_stderr, args=(text,), name="smolrun-last-words", daemon=True
+            )
+            words.start()
+            words.join(_LAST_WORDS_S)
+        except RuntimeError:
+            pass  # no thread can be started any more; leaving matters more than saying why
+        self._end_process(code)
+
+
+def _write_stderr(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # the driver is gone, and with it whoever would read this
+        os.write(2, text)

@@ -1,0 +1,198 @@
+"""The language that driver and worker speak over the worker's stdin and stdout: one JSON object a
+line.
+
+Pure: messages, their bytes, and how a stream of bytes falls into lines. It knows nothing of
+processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` the driver's).
+
+    driver                                   worker
+      | -- start (config, secret) ------------> |
+      | <----------------- ready (its port) --- |
+      | -- roster (everybody's port) ---------> |
+      | -- lease, every 2 s ------------------> |   15 s without one: the worker ends itself
+      | <---------------------- event, log ---- |
+      | -- stop (agree on a last step) -------> |
+      | <-------------------------- result ---- |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from smolrun.errors import ProtocolError
+
+# A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
+# sample.
+MAX_LINE_BYTES = 16 * 1024 * 1024
+LEASE_EVERY_S = 2.0
+LEASE_LIMIT_S = 15.0
+
+# How a worker process ends. 3 is also the driver's own exit code for "a host or rank failed".
+EXIT_DONE = 0
+EXIT_FAILED = 3
+EXIT_ABANDONED = (
+    75  # EX_TEMPFAIL of sysexits.h: the driver is gone, and nobody is left to be told why
+)
+EXIT_ABORTED = 131  # the driver said abort, or stop twice
+
+_SHOWN_BYTES = 80  # of a bad line, in the error about it
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all messages; the class of a line is the value of its key "type"."""
+
+
+class StartMessage(Message, frozen=True, tag="start"):
+    """All a worker needs to begin. `secret` is 32 bytes in hex; `address` is where it binds."""
+
+    rank: int
+    world_size: int
+    host: str
+    run_id: str
+    config: dict[str, Any]
+    config_hash: str
+    secret: str
+    address: str
+    device: str
+    threads: int
+    prepared: dict[str, Any] | None = None
+    generation: int = 0
+
+    def __repr__(self) -> str:
+        """Without secret and config: a start message must be safe to log."""
+        return (
+            f"StartMessage(rank={self.rank}, world_size={self.world_size}, run_id={self.run_id!r})"
+        )
+
+
+class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one rank listens."""
+
+    rank: int
+    host: str
+    address: str
+    port: int
+
+
+class RosterMessage(Message, frozen=True, tag="roster"):
+    """Where every rank listens, in rank order; sent to all once all are ready."""
+
+    peers: list[Peer]
+
+
+class LeaseMessage(Message, frozen=True, tag="lease"):
+    """The driver is alive."""
+
+
+class StopMessage(Message, frozen=True, tag="stop"):
+    """Agree with the others on a last step, save, report. A second one means abort."""
+
+
+class AbortMessage(Message, frozen=True, tag="abort"):
+    """End this process now."""
+
+
+class ReadyMessage(Message, frozen=True, tag="ready"):
+    """The worker is up and listens on `port`."""
+
+    rank: int
+    port: int
+    pid: int
+    versions: dict[str, str]
+
+
+class EventMessage(Message, frozen=True, tag="event"):
+    """Something that happened, as `events.to_json` wrote it. A number that is not finite arrives as
+    null.
+    """
+
+    data: dict[str, Any]
+
+
+class LogMessage(Message, frozen=True, tag="log"):
+    """A sentence for people; everything longer goes to stderr and so to the rank's log file."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    message: str
+
+
+class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any."""
+
+    kind: str
+    message: str
+    peer: int | None = None
+
+
+class ResultMessage(Message, frozen=True, tag="result"):
+    """A worker's last word. `error` is there exactly when the status is failed."""
+
+    status: Literal["done", "stopped", "failed"]
+    error: ErrorReport | None = None
+    summary: dict[str, Any] = {}
+
+
+DriverMessage = StartMessage | RosterMessage | LeaseMessage | StopMessage | AbortMessage
+WorkerMessage = ReadyMessage | EventMessage | LogMessage | ResultMessage
+
+_driver_decoder: msgspec.json.Decoder[DriverMessage] = msgspec.json.Decoder(DriverMessage)
+_worker_decoder: msgspec.json.Decoder[WorkerMessage] = msgspec.json.Decoder(WorkerMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The message as one line, newline included."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_from_driver(line: bytes) -> DriverMessage:
+    """What the driver said; raises ProtocolError if it is no message of the driver."""
+    try:
+        return _driver_decoder.decode(line)
+    except (ValueError, RecursionError) as error:
+        # The line is not shown: a start line holds the secret of the run.
+        raise ProtocolError(f"the driver sent a line that is no message ({error})") from None
+
+
+def decode_from_worker(line: bytes) -> WorkerMessage:
+    """What a worker said; raises ProtocolError, with the line's beginning, if it is no message of a
+    worker.
+    """
+    try:
+        return _worker_decoder.decode(line)
+    except (ValueError, RecursionError) as error:
+        shown = line[:_SHOWN_BYTES].decode("ascii", "backslashreplace")
+        raise ProtocolError(f"sent a line that is no message ({error}): {shown!r}") from None
+
+
+class LineSplitter:
+    """Bytes in, whole lines out. Holds at most one unfinished line, never longer than `limit`
+    bytes.
+    """
+
+    def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that `data` completes, without their newline; raises ProtocolError past the
+        limit.
+        """
+        *ends, rest = data.split(b"\n")
+        lines = [self._complete(end) for end in ends]
+        self._keep(rest)
+        return lines
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size > self._limit:
+            raise ProtocolError(f"sent a line of more than {self._limit} bytes")
+        if part:
+            self._parts.append(part)
+
+    def _complete(self, end: bytes) -> bytes:
+        self._keep(end)
+        line = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return line

@@ -1,0 +1,196 @@
+"""Runs the supervisor against real workers: threads, signals and the clock come in here and nowhere
+else.
+
+Everything that happens comes through one inbox; this loop is the only one that touches the
+supervisor. Every wait has a deadline, and whatever ends the loop, an error of our own included, no
+worker is left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from smolrun.events import Event
+from smolrun.launch.attendant import Attendant
+from smolrun.launch.cause import RankState
+from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
+from smolrun.launch.hosts import Host, WorkerPlan
+from smolrun.launch.moves import (
+    Action,
+    Finish,
+    Input,
+    Interrupted,
+    Kill,
+    Outcome,
+    Reported,
+    SendRoster,
+    SendStop,
+)
+from smolrun.launch.supervisor import Limits, Supervisor
+
+_INBOX_SIZE = 4096  # a worker that tells more than the driver can take in has to wait
+_POLL_S = 0.1  # how late a Ctrl-C may be noticed
+_SAME_CTRL_C_S = (
+    0.2  # one Ctrl-C can arrive twice, from the terminal and from a wrapper such as make
+)
+_LAST_JOIN_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class InterruptCounter:
+    """Counts Ctrl-C, and what means the same: SIGTERM, and the terminal or console window being
+    closed.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last = float("-inf")
+
+    def __call__(self, *_: object) -> None:
+        """The signal handler; it only counts, as the main thread may hold any lock right now."""
+        now = time.monotonic()
+        if now - self._last > _SAME_CTRL_C_S:
+            self.count += 1
+            self._last = now
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the signals over; only the main thread can, elsewhere this does nothing."""
+        found = [
+            getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+        ]
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            # What was ignored stays ignored: nohup does that to SIGHUP.
+            wanted = [
+                number
+                for number in found
+                if number and signal.getsignal(number) is not signal.SIG_IGN
+            ]
+            before = {number: signal.signal(number, self) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Driver:
+    """One run's workers, from start to end."""
+
+    def __init__(
+        self,
+        plans: Sequence[WorkerPlan],
+        host_of: Callable[[WorkerPlan], Host],
+        *,
+        listen: Callable[[Event], None],
+        limits: Limits | None = None,
+        lease_every_s: float = LEASE_EVERY_S,
+    ) -> None:
+        """`plans` are in rank order. `listen` is called for every event, in this thread; while it
+        blocks, the driver waits.
+        """
+        self._plans = plans
+        self._listen = listen
+        self._lease_every_s = lease_every_s
+        self._limits = limits or Limits()
+        self._inbox: queue.Queue[Input] = queue.Queue(_INBOX_SIZE)
+        self._over = threading.Event()
+        self._attendants = [Attendant(plan, host_of(plan), self._post) for plan in plans]
+        self._interrupts = InterruptCounter()
+
+    def run(self) -> Outcome:
+        """Start all workers, see them through, and tell how it ended. No worker is left when this
+        returns or raises.
+        """
+        with self._interrupts.installed():
+            try:
+                self._begin()
+                return self._loop()
+            finally:
+                self._end()
+
+    def log_tail(self, rank: int) -> list[str]:
+        """The last lines that a rank wrote to its log."""
+        return self._attendants[rank].tail
+
+    def _begin(self) -> None:
+        for plan, attendant in zip(self._plans, self._attendants, strict=True):
+            attendant.send(plan.start)
+            attendant.begin()
+        threading.Thread(target=self._renew_leases, name="smolrun-leases", daemon=True).start()
+
+    def _loop(self) -> Outcome:
+        states = [RankState(p.rank, p.host, p.start.address, str(p.log_path)) for p in self._plans]
+        supervisor = Supervisor(states, now=time.monotonic(), limits=self._limits)
+        told_interrupts = 0
+        while True:
+            item = self._next(supervisor.deadline)
+            # What is true of the whole run (rank None) every rank may tell; it counts once, from
+            # rank 0.
+            if isinstance(item, Reported) and (
+                item.rank == 0 or getattr(item.event, "rank", None) is not None
+            ):
+                self._listen(item.event)
+            if self._interrupts.count > told_interrupts:
+                told_interrupts += 1
+                actions = supervisor.handle(Interrupted(), time.monotonic())
+                if outcome := self._perform(actions):
+                    return outcome
+            now = time.monotonic()
+            actions = supervisor.advance(now) if item is None else supervisor.handle(item, now)
+            if outcome := self._perform(actions):
+                return outcome
+
+    def _next(self, deadline: float | None) -> Input | None:
+        wait_s = (
+            _POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic()))
+        )
+        try:
+            return self._inbox.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    def _perform(self, actions: Sequence[Action]) -> Outcome | None:
+        for action in actions:
+            if isinstance(action, Finish):
+                return action.outcome
+            if isinstance(action, Kill):
+                self._attendants[action.rank].kill()
+            elif isinstance(action, SendStop):
+                self._attendants[action.rank].send(StopMessage())
+            elif isinstance(action, SendRoster):
+                for attendant in self._attendants:
+                    attendant.send(RosterMessage(peers=action.peers))
+        return None
+
+    def _post(self, item: Input) -> None:
+        """Called by the attendants' threads; waits while the inbox is full, so a talkative worker
+        is slowed down.
+        """
+        while not self._over.is_set():
+            with contextlib.suppress(queue.Full):
+                self._inbox.put(item, timeout=_POLL_S)
+                return
+
+    def _renew_leases(self) -> None:
+        while not self._over.wait(self._lease_every_s):
+            for attendant in self._attendants:
+                attendant.renew_lease()
+
+    def _end(self) -> None:
+        """Whatever happened: all workers are killed and, within a few seconds, seen to be gone."""
+        for attendant in self._attendants:
+            attendant.kill()
+        self._over.set()
+        give_up = time.monotonic() + _LAST_JOIN_S
+        for attendant in self._attendants:
+            if not attendant.join(max(0.0, give_up - time.monotonic())):
+                log.warning("no sign that rank %d has ended", attendant.plan.rank)

@@ -1,0 +1,63 @@
+"""What the launcher asks of a host: start one worker, and give back its three pipes.
+
+`local.py` does it by subprocess; a host reached over SSH does the same from the other end of a
+connection. Nothing here knows which. Every method may block; the attendant calls each from a thread
+of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from smolrun.launch.control import StartMessage
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One worker to start: its first message, and where its log goes (on the driver)."""
+
+    start: StartMessage
+    log_path: Path
+
+    @property
+    def rank(self) -> int:
+        """The rank this worker will have."""
+        return self.start.rank
+
+    @property
+    def host(self) -> str:
+        """The name of the host it runs on."""
+        return self.start.host
+
+
+class WorkerProcess(Protocol):
+    """A started worker, wherever it runs."""
+
+    def read_control(self) -> bytes:
+        """Some bytes of its stdout; empty at the end."""
+
+    def read_log(self) -> bytes:
+        """Some bytes of its stderr; empty at the end."""
+
+    def write(self, data: bytes) -> None:
+        """All of `data` into its stdin; blocks while it does not read. OSError when it is gone."""
+
+    def close_input(self) -> None:
+        """End its stdin, which means to it: the driver is gone."""
+
+    def wait(self) -> int:
+        """Its exit code once it has ended; -n for signal n where the host can tell."""
+
+    def kill(self) -> None:
+        """End it, and every process it started, at once, even if it is frozen. Never raises; may
+        come twice.
+        """
+
+
+class Host(Protocol):
+    """A machine that can run workers."""
+
+    def start(self, plan: WorkerPlan) -> WorkerProcess:
+        """Start one worker; OSError or SmolrunError, with a sentence, if that is impossible."""

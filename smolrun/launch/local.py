@@ -1,0 +1,143 @@
+"""Workers on this machine, by subprocess.
+
+A worker gets a session of its own, so that the terminal's Ctrl-C reaches the driver alone and a
+kill reaches the worker's own children too. It gets no secret by argv or environment: what it must
+know comes over stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from smolrun.launch.hosts import WorkerPlan
+
+_READ_BYTES = 64 * 1024
+# A variable is a secret if a word of its name is one of these, in the singular or the plural:
+# HF_TOKEN is one, TOKENIZERS_PARALLELISM is not.
+_SECRET_WORDS = frozenset(
+    ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "KEY", "APIKEY", "CREDENTIAL"]
+)
+_SECRET_NAMES = frozenset({"SSH_AUTH_SOCK", "SSH_AGENT_PID"})
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def worker_command() -> list[str]:
+    """The entry point in worker mode, by this very interpreter."""
+    return [sys.executable, "-m", "smolrun.cli", "--worker"]
+
+
+def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
+    """`base` without secrets, with thread counts (they only count if set before numpy and torch
+    load).
+    """
+    environment = {name: value for name, value in base.items() if not _is_secret(name)}
+    environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C leaves its stack in the log
+    environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # logs are UTF-8 on every system
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return environment
+
+
+def _is_secret(name: str) -> bool:
+    words = (word.removesuffix("S") for word in name.upper().split("_"))
+    return name.upper() in _SECRET_NAMES or not _SECRET_WORDS.isdisjoint(words)
+
+
+class LocalHost:
+    """This machine. `command` is what a worker runs (a test brings a small script of its own)."""
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        self._command = list(command) if command is not None else worker_command()
+
+    def start(self, plan: WorkerPlan) -> LocalProcess:
+        """Start one worker in the current directory; OSError if the interpreter cannot be run."""
+        owns_session = hasattr(os, "setsid")
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=worker_environment(os.environ, plan.start.threads),
+            start_new_session=owns_session,
+            # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+        return LocalProcess(process, owns_group=owns_session and hasattr(os, "killpg"))
+
+
+class LocalProcess:
+    """A worker on this machine."""
+
+    def __init__(self, process: subprocess.Popen[bytes], *, owns_group: bool) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._owns_group = owns_group
+        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def read_control(self) -> bytes:
+        """Some bytes of its stdout; empty at the end."""
+        return _read(self._stdout)
+
+    def read_log(self) -> bytes:
+        """Some bytes of its stderr; empty at the end."""
+        return _read(self._stderr)
+
+    def write(self, data: bytes) -> None:
+        """All of `data` into its stdin; blocks while it does not read."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._stdin.fileno(), rest) :]
+
+    def close_input(self) -> None:
+        """End its stdin."""
+        self._stdin.close()
+
+    def wait(self) -> int:
+        """Its exit code once it has ended; -n for signal n. What it started is ended with it."""
+        code = self._process.wait()
+        self._kill_group()
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to its process group (it works on a stopped process too); TerminateProcess on
+        Windows.
+        """
+        if self._process.returncode is None:
+            self._kill_group()
+            self._process.kill()
+
+    def _kill_group(self) -> None:
+        # A group's number is free for others only when its last process is gone: then there is
+        # nothing to find.
+        if self._owns_group:
+            # Nobody left; macOS says EPERM where only zombies are left.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _read(pipe: IO[bytes]) -> bytes:
+    try:
+        return os.read(pipe.fileno(), _READ_BYTES)
+    except (OSError, ValueError):
+        return b""  # closed under us, which is an end like any other

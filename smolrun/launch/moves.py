@@ -1,0 +1,117 @@
+"""The supervisor's vocabulary: what can happen to a run, what can be done about it, and how it can
+end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from smolrun.events import Event
+from smolrun.launch.control import Peer, ResultMessage
+
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 3, 130, 131
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker is up and listens on `port`."""
+
+    rank: int
+    port: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A worker told of an event."""
+
+    rank: int
+    event: Event
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A worker's last word."""
+
+    rank: int
+    result: ResultMessage
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker's process has ended; all it said came before. -n is signal n."""
+
+    rank: int
+    code: int
+
+
+@dataclass(frozen=True)
+class Misbehaved:
+    """A worker broke the control protocol; it may still be alive."""
+
+    rank: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class NotStarted:
+    """A worker could not be started at all."""
+
+    rank: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The user pressed Ctrl-C, or the driver got SIGTERM."""
+
+
+Input = Ready | Reported | Finished | Exited | Misbehaved | NotStarted | Interrupted
+
+
+@dataclass(frozen=True)
+class SendRoster:
+    """Tell every rank where the others are."""
+
+    peers: list[Peer]
+
+
+@dataclass(frozen=True)
+class SendStop:
+    """Ask a rank to agree on a last step and save."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End a rank's process now."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended. `reason` is one line, empty when all is well; `steps` is how many
+    were done.
+    """
+
+    status: Literal["done", "stopped", "failed"]
+    exit_code: int
+    reason: str = ""
+    failed_rank: int | None = None
+    failed_host: str | None = None
+    steps: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over; always the last action, and there is always exactly one."""
+
+    outcome: Outcome
+
+
+Action = SendRoster | SendStop | Kill | Finish

@@ -1,0 +1,255 @@
+"""Decides what the driver does with its workers: start together, end together, always an end.
+
+A pure state machine: what happened goes in, what to do comes out, and time is an argument. It knows
+nothing of processes, threads, signals or the clock, so tests push any order of events through it
+(`driver.py` wires it to real workers).
+
+    STARTING -- all ready: roster --> RUNNING -- first Ctrl-C: stop --> STOPPING
+       |                                |  |                              |
+       |              a rank failed: grace  | all reported      too slow, or second Ctrl-C
+       |                                v  |                              |
+       |                            FAILING |                             |
+       v                                v   v                             v
+       +------------------------------> CLOSING (kill whoever is left) -> FINISHED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from smolrun.events import RankStep, StepDone
+from smolrun.launch.cause import RankState, did_not_finish, names, pick_cause
+from smolrun.launch.control import Peer
+from smolrun.launch.moves import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_STOPPED_NOW,
+    Action,
+    Exited,
+    Finish,
+    Finished,
+    Input,
+    Interrupted,
+    Kill,
+    Misbehaved,
+    NotStarted,
+    Outcome,
+    Ready,
+    Reported,
+    SendRoster,
+    SendStop,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long each wait may last, in seconds.
+
+    `finish_s`: from the first rank's result to the last one's. `stop_s`: from Ctrl-C to the last
+    result (a step, and saving). `grace_s`: from the first sign of failure to its explanation by the
+    others. `exit_s`: from a result to the exit. `kill_s`: from a kill to the exit.
+    """
+
+    start_s: float = 120.0
+    finish_s: float = 300.0
+    stop_s: float = 120.0
+    grace_s: float = 2.0
+    exit_s: float = 5.0
+    kill_s: float = 5.0
+
+
+class Phase(Enum):
+    """Where the run stands; see the picture above."""
+
+    STARTING = auto()
+    RUNNING = auto()
+    STOPPING = auto()
+    FAILING = auto()
+    CLOSING = auto()
+    FINISHED = auto()
+
+
+class Supervisor:
+    """Feed it everything that happens, with the time; do what it says. Call `advance` when
+    `deadline` is reached.
+    """
+
+    def __init__(
+        self, states: Sequence[RankState], *, now: float, limits: Limits | None = None
+    ) -> None:
+        """`states` are in rank order; their workers are about to be started."""
+        self._limits = limits or Limits()
+        self._states = list(states)
+        self._interrupts = 0
+        self._signs = 0
+        self._steps = 0
+        self._hurry = False
+        self._outcome: Outcome | None = None
+        self.phase = Phase.STARTING
+        self.deadline: float | None = now + self._limits.start_s
+
+    def handle(self, item: Input, now: float) -> list[Action]:
+        """What to do now that this has happened."""
+        if self.phase is Phase.FINISHED:
+            return []
+        if isinstance(item, Interrupted):
+            self._interrupts += 1
+            # During FAILING and CLOSING there is nothing to agree on any more: one Ctrl-C is enough
+            # to hurry.
+            self._hurry = (
+                self._hurry or self._interrupts > 1 or self.phase in (Phase.FAILING, Phase.CLOSING)
+            )
+        else:
+            self._note(self._states[item.rank], item)
+        return self.advance(now)
+
+    def advance(self, now: float) -> list[Action]:
+        """What to do because time has passed."""
+        actions: list[Action] = []
+        if self.phase is Phase.STARTING:
+            actions += self._starting(now)
+        if self.phase in (Phase.RUNNING, Phase.STOPPING):
+            actions += self._running(now)
+        if self.phase is Phase.FAILING and (
+            self._hurry or self._is_due(now) or all(s.is_over for s in self._states)
+        ):
+            self._fail(now)
+        if self.phase is Phase.CLOSING:
+            actions += self._closing(now)
+        return actions
+
+    def _is_due(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
+
+    def _note(self, state: RankState, item: Input) -> None:
+        had_failed = state.has_failed
+        if isinstance(item, Ready):
+            state.port = item.port
+            state.versions = item.versions
+        elif isinstance(item, Reported):
+            if isinstance(item.event, RankStep | StepDone):
+                state.steps = item.event.step + 1  # steps are numbered from 0
+                self._steps = max(self._steps, state.steps)
+        elif isinstance(item, Finished):
+            state.result = state.result or item.result
+        elif isinstance(item, Exited):
+            state.exit_code = item.code
+        elif isinstance(item, Misbehaved | NotStarted):
+            state.problem = state.problem or item.problem
+            state.never_started = state.never_started or isinstance(item, NotStarted)
+        if state.has_failed and not had_failed:
+            self._signs += 1
+            state.sign = self._signs
+
+    def _starting(self, now: float) -> list[Action]:
+        waited_for = [state for state in self._states if state.port is None]
+        if any(state.is_over or state.has_failed for state in self._states):
+            self._fail(now)  # nobody works yet, so there is nothing for the others to add
+        elif self._interrupts:
+            self._close(
+                now,
+                Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began"),
+                hurry=True,
+            )
+        elif not waited_for:
+            self.phase, self.deadline = Phase.RUNNING, None
+            return [
+                SendRoster(
+                    [
+                        Peer(s.rank, s.host, s.address, s.port)
+                        for s in self._states
+                        if s.port is not None
+                    ]
+                )
+            ]
+        elif self._is_due(now):
+            late = waited_for[0]
+            reason = (
+                f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
+            )
+            self._close(
+                now, Outcome("failed", EXIT_FAILED, reason, late.rank, late.host), hurry=True
+            )
+        return []
+
+    def _running(self, now: float) -> list[Action]:
+        late = [state for state in self._states if state.result is None]
+        if self._hurry:
+            self._close(
+                now,
+                Outcome(
+                    "stopped", EXIT_STOPPED_NOW, "stopped at once by the user; nothing was saved"
+                ),
+            )
+        elif any(state.has_failed for state in self._states):
+            self.phase, self.deadline = Phase.FAILING, now + self._limits.grace_s
+        elif not late:
+            stopped = any(
+                state.result and state.result.status == "stopped" for state in self._states
+            )
+            done = Outcome("done", EXIT_DONE)
+            self._close(
+                now, Outcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
+            )
+        elif self._interrupts and self.phase is Phase.RUNNING:
+            self.phase, self.deadline = Phase.STOPPING, now + self._limits.stop_s
+            return [SendStop(state.rank) for state in late]
+        elif self._is_due(now) and self.phase is Phase.STOPPING:
+            reason = (
+                f"{names(late)} did not stop within {self._limits.stop_s:g} s; nothing was saved"
+            )
+            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+        elif self._is_due(now):
+            cause = did_not_finish(late, self._limits.finish_s)
+            self._close(now, Outcome("failed", EXIT_FAILED, cause.reason, cause.rank, cause.host))
+        elif len(late) < len(self._states) and self.deadline is None:
+            self.deadline = now + self._limits.finish_s
+        return []
+
+    def _fail(self, now: float) -> None:
+        cause = pick_cause(self._states)
+        self._close(now, Outcome("failed", EXIT_FAILED, cause.reason, cause.rank, cause.host))
+
+    def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
+        self._hurry = self._hurry or hurry
+        self._outcome = outcome
+        self.phase, self.deadline = Phase.CLOSING, now + self._limits.exit_s
+
+    def _closing(self, now: float) -> list[Action]:
+        """Those who reported may leave on their own, for a while; all others are killed at once."""
+        alive = [state for state in self._states if not state.is_gone]
+        doomed = [
+            s
+            for s in alive
+            if not s.killed and (self._hurry or s.result is None or self._is_due(now))
+        ]
+        actions: list[Action] = [Kill(state.rank) for state in doomed]
+        for state in doomed:
+            state.killed = True
+        unsure = all(state.killed for state in alive)
+        if alive and unsure and doomed:
+            self.deadline = now + self._limits.kill_s
+        elif not alive or (unsure and self._is_due(now)):
+            actions.append(Finish(self._final(alive)))
+            self.phase, self.deadline = Phase.FINISHED, None
+        return actions
+
+    def _final(self, alive: Sequence[RankState]) -> Outcome:
+        assert self._outcome is not None, "CLOSING is only entered with an outcome"
+        reason = self._outcome.reason
+        if alive:
+            reason = f"{reason or 'the run is over'}; no sign of the end of {names(alive)}"
+        return replace(
+            self._outcome,
+            reason=reason,
+            steps=self._steps,
+            versions=self._states[0].versions,
+            summaries={
+                state.rank: state.result.summary
+                for state in self._states
+                if state.result is not None
+            },
+        )

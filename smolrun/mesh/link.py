@@ -1,0 +1,223 @@
+"""One connection: frames out of a queue into a byte pipe, bytes from the pipe into frames, and counters.
+
+    send(header, payload) -> queue -> pipe ~~~~ pipe -> decoder -> on_frame(frame)
+
+A `Pipe` is a non-blocking stream of bytes; the plain one is below, an encrypted one has the same five methods.
+Runs on the I/O thread only. Knows nothing of ranks, tags or who waits for what.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from smolrun.errors import ProtocolError
+from smolrun.mesh.io import READ, WRITE, IoThread
+from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
+
+# Large buffers let the kernel move data while Python adds; the OS may grant less.
+_SOCKET_BUFFER = 4 * 1024 * 1024
+# After so many bytes of one connection the others get their turn.
+_TURN_BYTES = 1024 * 1024
+
+
+class Pipe(Protocol):
+    """A non-blocking stream of bytes. Methods raise BlockingIOError when they would wait, OSError when it is broken.
+
+    After BlockingIOError, `send` is called again with buffers that begin with the same bytes (TLS insists on that).
+    `recv_into` is called until it blocks, so a pipe may hold decrypted bytes that the selector does not see.
+    """
+
+    def fileno(self) -> int:
+        """The descriptor to select on."""
+        ...
+
+    def send(self, buffers: list[memoryview]) -> int:
+        """Sends a beginning of the buffers; returns how many bytes."""
+        ...
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Fills a beginning of `buffer`; returns how many bytes, 0 at the end of the stream."""
+        ...
+
+    def close(self) -> None:
+        """Closes at once."""
+        ...
+
+
+class PlainPipe:
+    """A TCP socket as a pipe."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        tune(sock)
+        self._socket = sock
+        self._can_gather = hasattr(sock, "sendmsg")  # Windows has no sendmsg
+
+    def fileno(self) -> int:
+        """See Pipe."""
+        return self._socket.fileno()
+
+    def send(self, buffers: list[memoryview]) -> int:
+        """See Pipe."""
+        return self._socket.sendmsg(buffers) if self._can_gather else self._socket.send(buffers[0])
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """See Pipe."""
+        return self._socket.recv_into(buffer)
+
+    def close(self) -> None:
+        """See Pipe."""
+        self._socket.close()
+
+
+def tune(sock: socket.socket) -> None:
+    """Non-blocking, no Nagle, large buffers, and a kernel that notices a dead path by itself where it can."""
+    sock.setblocking(False)
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER),
+        (socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    # Not every system has these (macOS calls the first TCP_KEEPALIVE): heartbeats find a dead path without them too.
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    for level, option, value in options:
+        try:
+            sock.setsockopt(level, option, value)
+        except OSError:
+            continue  # an option is a wish
+
+
+class Connection:
+    """A pipe with a decoder at one end and a queue of frames at the other.
+
+    `on_frame` gets every complete frame, `on_closed(reason)` is called once when the pipe ends or breaks or the peer
+    breaks the protocol. `refill` is asked for more frames (it calls `send`) when the queue has run empty, so a sender
+    with much to say decides late what goes next.
+    """
+
+    def __init__(
+        self,
+        io: IoThread,
+        pipe: Pipe,
+        *,
+        place: Callable[[Header], memoryview],
+        on_frame: Callable[[Frame], None],
+        on_closed: Callable[[str], None],
+        refill: Callable[[], None] | None = None,
+    ) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.is_open = True
+        self._io = io
+        self._pipe = pipe
+        self._fd = pipe.fileno()
+        self._decoder = FrameDecoder(place)
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+        self._refill = refill
+        self._queue: deque[tuple[list[memoryview], Callable[[], None] | None]] = deque()
+        self._sequence = 0
+        self._events = 0
+        self._is_flushing = False
+        self._listen(READ)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything queued has been handed to the kernel."""
+        return not self._queue
+
+    def send(self, header: Header, payload: memoryview | None = None, on_sent: Callable[[], None] | None = None) -> None:
+        """Queues a frame; `on_sent` runs when the kernel has all of it, and only then may the payload change."""
+        head = encode_header(header._replace(sequence=self._sequence))
+        self._sequence += 1
+        buffers = [memoryview(head), payload] if payload is not None and len(payload) else [memoryview(head)]
+        self._queue.append((buffers, on_sent))
+        if not self._events & WRITE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what the kernel takes now; asks to be called again when it takes more."""
+        if self._is_flushing or not self.is_open:
+            return  # on_sent or refill called send: the loop below goes on with it
+        self._is_flushing = True
+        try:
+            self._flush()
+        except BlockingIOError:
+            self._listen(READ | WRITE)
+        except OSError as error:
+            self._end(f"sending failed: {error.strerror or error}")
+        finally:
+            self._is_flushing = False
+
+    def _flush(self) -> None:
+        budget = _TURN_BYTES
+        while True:
+            if not self._queue and self._refill is not None:
+                self._refill()
+            if not self._queue:
+                return self._listen(READ)
+            if budget <= 0:
+                return self._listen(READ | WRITE)
+            buffers, on_sent = self._queue[0]
+            sent = self._pipe.send(buffers)
+            self.bytes_sent += sent
+            budget -= sent
+            while buffers and sent >= len(buffers[0]):
+                sent -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][sent:]
+                continue
+            self._queue.popleft()
+            if on_sent is not None:
+                on_sent()
+
+    def _ready(self, events: int) -> None:
+        if events & READ and self.is_open:
+            self._read()
+        if events & WRITE and self.is_open:
+            self.flush()
+
+    def _read(self) -> None:
+        budget = _TURN_BYTES
+        decoder = self._decoder
+        try:
+            while budget > 0 and self.is_open:
+                count = self._pipe.recv_into(decoder.buffer())
+                if count == 0:
+                    return self._end("the connection was closed")
+                self.bytes_received += count
+                budget -= count
+                frame = decoder.filled(count)
+                if frame is not None:
+                    self._on_frame(frame)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            return self._end(f"receiving failed: {error.strerror or error}")
+        except ProtocolError as error:
+            return self._end(f"it broke the protocol: {error}")
+        # The budget is spent but the pipe may hold more, even bytes the selector cannot see.
+        self._io.post(lambda: self._ready(READ))
+
+    def close(self) -> None:
+        """Closes at once, without `on_closed`."""
+        if self.is_open:
+            self.is_open = False
+            self._listen(0)
+            self._pipe.close()
+            self._queue.clear()
+
+    def _end(self, reason: str) -> None:
+        if self.is_open:
+            self.close()
+            self._on_closed(reason)
+
+    def _listen(self, events: int) -> None:
+        if events != self._events:
+            self._events = events
+            self._io.watch(self._fd, events, self._ready)

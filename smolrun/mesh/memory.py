@@ -1,0 +1,134 @@
+"""The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread matches sends and receives.
+
+For tests and lessons: the same contract as TcpMesh, without sockets, ports or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from smolrun.errors import MeshClosed, PeerLost, ProtocolError
+from smolrun.mesh.io import IoThread
+from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.wire.frame import Tag
+from smolrun.wire.tensor import Payload
+
+_Key = tuple[int, int, Tag]  # from, to, tag
+
+
+class MemoryWorld:
+    """The ether between the ranks of one process: `meshes[rank]` is that rank's mesh."""
+
+    def __init__(self, world_size: int, *, timeout_s: float = 30.0) -> None:
+        self.io = IoThread("mesh-memory", self._failed)
+        self.meshes = [MemoryMesh(self, rank, world_size, timeout_s) for rank in range(world_size)]
+        self._sends: dict[_Key, tuple[Payload, Callable[[], None]]] = {}
+        self._receives: dict[_Key, tuple[Payload, Callable[[], None], Combine | None]] = {}
+        self._open = set(range(world_size))
+        self.io.start()
+
+    def lose(self, rank: int, reason: str = "it was taken away") -> None:
+        """Makes all other ranks lose `rank`, as if it had died; for tests."""
+
+        def spread() -> None:
+            for mesh in self.meshes:
+                if mesh.rank != rank:
+                    mesh.fail(PeerLost(rank, mesh.generation, reason))
+
+        self.io.post(spread)
+
+    def meet_send(self, key: _Key, payload: Payload, on_done: Callable[[], None]) -> None:
+        """A send was posted: deliver it, or remember it until its receive is posted."""
+        receive = self._receives.pop(key, None)
+        if receive is None:
+            self._sends[key] = (payload, on_done)
+        else:
+            self._deliver(payload, on_done, *receive)
+
+    def meet_recv(self, key: _Key, payload: Payload, on_done: Callable[[], None], combine: Combine | None) -> None:
+        """A receive was posted: take what was sent, or remember it until it is."""
+        send = self._sends.pop(key, None)
+        if send is None:
+            self._receives[key] = (payload, on_done, combine)
+        else:
+            self._deliver(*send, payload, on_done, combine)
+
+    def _deliver(
+        self,
+        sent: Payload,
+        on_sent: Callable[[], None],
+        wanted: Payload,
+        on_received: Callable[[], None],
+        combine: Combine | None,
+    ) -> None:
+        if (sent.dtype, sent.shape) != (wanted.dtype, wanted.shape):
+            shapes = f"{list(sent.shape)} was sent where {list(wanted.shape)} is expected"
+            return self._failed(ProtocolError(f"{shapes}: the two ranks run different operations"))
+        if combine is not None:
+            combine(0, sent.data)
+        else:
+            wanted.data[:] = sent.data
+        self.io.post(on_sent)  # posted, not called: a long chain of hops must not become a deep stack
+        self.io.post(on_received)
+
+    def leave(self, rank: int) -> None:
+        """A rank has closed its mesh; the thread ends with the last one."""
+        self._open.discard(rank)
+        if not self._open:
+            self.io.stop()
+
+    def _failed(self, error: BaseException) -> None:
+        for mesh in self.meshes:
+            mesh.fail(error)
+
+
+class MemoryMesh(Mesh):
+    """See Mesh. Bytes counted are payload only: there are no headers here."""
+
+    def __init__(self, world: MemoryWorld, rank: int, world_size: int, timeout_s: float) -> None:
+        super().__init__(rank, world_size, timeout_s=timeout_s)
+        self._world = world
+        self._sent = 0
+        self._received = 0
+        self._is_closed = False
+
+    @property
+    def bytes_sent(self) -> int:
+        """See Mesh."""
+        return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """See Mesh."""
+        return self._received
+
+    def peer_progress(self, peer: int) -> int:
+        """See Mesh."""
+        return self._world.meshes[peer].progress
+
+    def post(self, function: Callable[[], None]) -> None:
+        """See Mesh."""
+        self._world.io.post(function)
+
+    def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
+        """See Mesh."""
+        self._sent += len(payload.data)
+        self._world.meet_send((self.rank, peer, tag), payload, on_done)
+
+    def post_recv(
+        self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None = None
+    ) -> None:
+        """See Mesh."""
+        self._received += len(payload.data)
+        self._world.meet_recv((peer, self.rank, tag), payload, on_done, combine)
+
+    def close(self) -> None:
+        """See Mesh."""
+        if not self._is_closed:
+            self._is_closed = True
+
+            def end() -> None:
+                self.fail(MeshClosed("the mesh was closed"))
+                self._world.leave(self.rank)
+
+            self.post(end)

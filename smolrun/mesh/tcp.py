@@ -1,0 +1,201 @@
+"""The mesh over TCP sockets: one I/O thread, two connections to every peer, heartbeats, and one verdict when a peer is lost.
+
+    endpoint = Endpoint("127.0.0.1")           listens; tell its port to the others
+    mesh = endpoint.connect(identity, roster)  blocks until every link stands and both ends have proved themselves
+
+Knows nothing of collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from smolrun.errors import MeshClosed, PeerLost
+from smolrun.mesh.io import IoThread
+from smolrun.mesh.link import Pipe
+from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.mesh.peer import Peer, PeerEvents
+from smolrun.mesh.rendezvous import Endpoint, Rendezvous, Seat
+from smolrun.wire.frame import FrameKind, Tag
+from smolrun.wire.handshake import Identity
+from smolrun.wire.tensor import Payload
+
+__all__ = ["Endpoint", "Seat", "TcpMesh", "connect"]
+
+_log = logging.getLogger(__name__)
+
+# How long a closing mesh waits for the kernel to take the last frames.
+_FLUSH_S = 2.0
+
+
+def connect(
+    endpoint: Endpoint,
+    identity: Identity,
+    roster: list[Seat],
+    *,
+    timeout_s: float = 300.0,
+    silence_s: float = 10.0,
+    heartbeat_s: float = 0.25,
+    start_timeout_s: float = 60.0,
+    wrap: Callable[[Pipe, int, str], Pipe] | None = None,
+) -> TcpMesh:
+    """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the ranks that are missing.
+
+    `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all before it counts as
+    lost. `wrap(pipe, rank, channel)` may put something between frames and sockets (faults, shaping, encryption).
+    """
+    mesh = TcpMesh(identity, timeout_s=timeout_s, silence_s=silence_s, heartbeat_s=heartbeat_s)
+    try:
+        rendezvous = Rendezvous(mesh.io, endpoint, identity, roster)
+        pipes = rendezvous.run(start_timeout_s)
+        if wrap is not None:
+            pipes = {rank: {name: wrap(pipe, rank, name) for name, pipe in two.items()} for rank, two in pipes.items()}
+        mesh.adopt(pipes)
+    except BaseException:
+        mesh.close()
+        raise
+    finally:
+        endpoint.close()
+    return mesh
+
+
+class TcpMesh(Mesh):
+    """See Mesh. Built by `connect`."""
+
+    def __init__(self, identity: Identity, *, timeout_s: float, silence_s: float, heartbeat_s: float) -> None:
+        super().__init__(identity.rank, identity.world_size, generation=identity.generation, timeout_s=timeout_s)
+        self.io = IoThread(f"mesh-io-r{identity.rank}", self._io_failed)
+        self._silence_s = silence_s
+        self._heartbeat_s = heartbeat_s
+        self._peers: dict[int, Peer] = {}
+        self._last_tick = 0.0
+        self._is_closed = False
+        self.io.start()
+
+    def adopt(self, pipes: dict[int, dict[str, Pipe]]) -> None:
+        """Takes over authenticated pipes, by rank and channel, and starts to talk; returns when that is done."""
+        adopted = threading.Event()
+
+        def begin() -> None:
+            events = PeerEvents(on_lost=self._lost, on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it"))
+            for rank, channels in sorted(pipes.items()):
+                self._peers[rank] = Peer(self.io, self.rank, rank, self.generation, channels, events)
+            self._last_tick = time.monotonic()
+            self._tick()
+            adopted.set()
+
+        self.post(begin)
+        if not adopted.wait(self.timeout_s):
+            raise MeshClosed("the I/O thread does not run")
+
+    @property
+    def bytes_sent(self) -> int:
+        """See Mesh."""
+        return sum(peer.control.bytes_sent + peer.bulk.bytes_sent for peer in self._peers.values())
+
+    @property
+    def bytes_received(self) -> int:
+        """See Mesh."""
+        return sum(peer.control.bytes_received + peer.bulk.bytes_received for peer in self._peers.values())
+
+    @property
+    def dropped_frames(self) -> int:
+        """Frames of an earlier generation that came and were dropped."""
+        return sum(peer.dropped_frames for peer in self._peers.values())
+
+    def peer_progress(self, peer: int) -> int:
+        """See Mesh."""
+        return self._peers[peer].progress
+
+    def describe_waiting(self) -> str:
+        """See Mesh."""
+        waits = {rank: peer.waits_for for rank, peer in self._peers.items()}
+        named = [f"rank {rank} (step {self._peers[rank].progress}) for {tags[0]}" for rank, tags in waits.items() if tags]
+        return f"rank {self.rank} waits for {', '.join(named) or 'nobody'}"
+
+    def post(self, function: Callable[[], None]) -> None:
+        """See Mesh."""
+        self.io.post(function)
+
+    def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
+        """See Mesh."""
+        self._check_present(peer, is_here=not self._peers[peer].has_left)
+        self._peers[peer].post_send(tag, payload, on_done)
+
+    def post_recv(
+        self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None = None
+    ) -> None:
+        """See Mesh."""
+        self._check_present(peer, is_here=not self._peers[peer].has_left or self._peers[peer].has_mail(tag))
+        self._peers[peer].post_recv(tag, payload, on_done, combine)
+
+    def _check_present(self, rank: int, *, is_here: bool) -> None:
+        if not is_here:
+            self._lost(rank, "it left the run")
+        if self.failure is not None:
+            raise self.failure
+
+    def _lost(self, rank: int, reason: str) -> None:
+        """A peer is gone: everything pending fails, the other peers are told, and they reach the same verdict."""
+        if self.failure is not None or rank == self.rank:
+            return
+        _log.warning("lost rank %d: %s", rank, reason)
+        self.fail(PeerLost(rank, self.generation, reason))
+        for other in self._peers.values():
+            if other.rank != rank:
+                other.say(FrameKind.LOST, rank)
+
+    def _io_failed(self, error: BaseException) -> None:
+        """A defect on the I/O thread: everything pending fails with it, and the peers see the connections end."""
+        self.fail(error)
+        for peer in self._peers.values():
+            peer.close()
+
+    def _tick(self) -> None:
+        """Every heartbeat: tell all peers that this rank lives, and count the silence of each.
+
+        Time in which this thread did not run is not counted: what a peer said meanwhile has not been read yet.
+        """
+        now = time.monotonic()
+        elapsed = min(now - self._last_tick, 2 * self._heartbeat_s)
+        self._last_tick = now
+        for peer in self._peers.values():
+            if peer.has_left or not peer.control.is_open:
+                continue
+            if peer.control.is_idle:  # otherwise it has something to read already, or does not read at all
+                peer.say(FrameKind.HEARTBEAT, self.progress)
+            if peer.tick(elapsed) > self._silence_s:
+                self._lost(peer.rank, f"silent for {peer.silence_s:.1f} s: frozen, asleep or cut off")
+        self.io.call_later(self._heartbeat_s, self._tick)
+
+    def close(self) -> None:
+        """See Mesh."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        deadline = time.monotonic() + _FLUSH_S
+        flushed = threading.Event()
+
+        def finish() -> None:
+            open_peers = [peer for peer in self._peers.values() if peer.control.is_open]
+            if time.monotonic() < deadline and not all(p.control.is_idle and p.bulk.is_idle for p in open_peers):
+                self.io.call_later(0.01, finish)
+                return
+            self.fail(MeshClosed("the mesh was closed"))
+            for peer in self._peers.values():
+                peer.close()
+            flushed.set()
+
+        def begin() -> None:
+            for peer in self._peers.values():
+                peer.say(FrameKind.GOODBYE)
+            finish()
+
+        self.post(begin)
+        flushed.wait(_FLUSH_S + 1.0)
+        self.io.stop()
+        if self.io.longest_gap_s > 1.0:
+            _log.warning("the I/O thread was kept from its sockets for %.1f s at most", self.io.longest_gap_s)

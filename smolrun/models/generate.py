@@ -1,0 +1,88 @@
+"""Writes text: asks the model for one token after the other, with a key/value cache so that each is
+computed once.
+
+Knows token ids only; whoever calls it turns them into text. For one whole model in one process
+(serving has its own scheduler, and algorithms that cut a model have `logits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smolrun.models.decoder import Decoder
+
+
+def generate(
+    model: Decoder,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> list[int]:
+    """The token ids that follow the prompt (without the prompt): see `generate_batch`."""
+    return generate_batch(
+        model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )[0]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> list[list[int]]:
+    """Continues prompts of different lengths side by side.
+
+    temperature 0 takes the likeliest token each time; top_k 0 allows every token. A row ends early
+    where it reaches the model's max_sequence_length. Each row draws from its own generator, so its
+    text does not depend on its neighbours. Raises ValueError for an empty prompt or one that leaves
+    no room.
+    """
+    limit = model.shape.max_sequence_length
+    for prompt in prompts:
+        if not 1 <= len(prompt) < limit:
+            raise ValueError(
+                f"a prompt needs 1 to {limit - 1} tokens (max_sequence_length={limit}), got {len(prompt)}"
+            )
+    device = next(model.parameters()).device
+    budgets = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    capacity = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
+    cache = model.new_cache(len(prompts), capacity)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    pending = [list(prompt) for prompt in prompts]
+    while any(len(ids) < budget for ids, budget in zip(new_ids, budgets, strict=True)):
+        counts = [len(ids) for ids in pending]
+        tokens_BT = torch.tensor(
+            [ids + [0] * (max(counts) - len(ids)) for ids in pending], device=device
+        )
+        logits_BTV = model(tokens_BT, cache, counts)
+        for row, ids in enumerate(new_ids):
+            if len(ids) == budgets[row]:
+                pending[row] = []
+                continue
+            last_V = logits_BTV[row, counts[row] - 1].float().cpu()
+            ids.append(pick(last_V, temperature, top_k, generators[row]))
+            pending[row] = ids[-1:]
+    return new_ids
+
+
+def pick(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id drawn from float32 CPU logits [V]."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if 0 < top_k < len(logits_V):
+        logits_V, ids = logits_V.topk(top_k)
+    else:
+        ids = torch.arange(len(logits_V))
+    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
+    return int(ids[torch.multinomial(probabilities_V, 1, generator=generator)])

@@ -1,0 +1,230 @@
+"""Where each of our decoder's parameters lies in a Hugging Face checkpoint, and the other way
+round. Pure name maps.
+
+Families: gpt2, llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3. It reads no files and needs
+no transformers.
+
+    ours                            gpt2 (Conv1D: transposed, q k v in one)     the others
+    blocks.3.attention.key.weight   h.3.attn.c_attn.weight, 2nd third, .T       layers.3.self_attn.k_proj.weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolrun.errors import ConfigError
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter's place: the tensor's name, which of its equal parts, and whether it is stored
+    transposed.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    is_transposed: bool = False
+
+
+_GPT2_OUTSIDE = {
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+_GPT2_INSIDE = {
+    "attention_norm": ("ln_1", 0),
+    "attention.query": ("attn.c_attn", 0),
+    "attention.key": ("attn.c_attn", 1),
+    "attention.value": ("attn.c_attn", 2),
+    "attention.output": ("attn.c_proj", 0),
+    "feed_forward_norm": ("ln_2", 0),
+    "feed_forward.up": ("mlp.c_fc", 0),
+    "feed_forward.down": ("mlp.c_proj", 0),
+}
+_LLAMA_OUTSIDE = {"token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_LLAMA_INSIDE = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def place_of(name: str, family: str) -> Place:
+    """Where our parameter `name` lies in a checkpoint of `family`; raises ConfigError if the family
+    has no such part.
+    """
+    module, _, leaf = name.rpartition(".")  # blocks.3.attention.key, weight
+    layer = ""
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+    try:
+        if family == "gpt2" and layer:
+            inside, part = _GPT2_INSIDE[module]
+            parts = 3 if inside == "attn.c_attn" else 1
+            is_transposed = leaf == "weight" and not inside.startswith("ln_")
+            return Place(f"transformer.h.{layer}.{inside}.{leaf}", part, parts, is_transposed)
+        if family == "gpt2":
+            return Place(f"{_GPT2_OUTSIDE[module]}.{leaf}")
+        if family in FAMILIES and layer:
+            return Place(f"model.layers.{layer}.{_LLAMA_INSIDE[module]}.{leaf}")
+        if family in FAMILIES:
+            return Place(f"{_LLAMA_OUTSIDE[module]}.{leaf}")
+    except KeyError:
+        raise ConfigError(f"a {family} checkpoint has no place for the parameter {name}") from None
+    raise ConfigError(f"unknown model family {family!r}: must be one of {', '.join(FAMILIES)}")
+
+
+def from_huggingface(
+    tensors: Mapping[str, Tensor], names: Iterable[str], family: str
+) -> dict[str, Tensor]:
+    """Our parameters `names` out of a checkpoint's tensors; a stretch of layers asks for its own
+    names only.
+
+    GPT-2 checkpoints come with and without the prefix "transformer."; both are read. Raises
+    ConfigError naming a tensor that is missing.
+    """
+    found = {}
+    for name in names:
+        place = place_of(name, family)
+        source = place.name if place.name in tensors else place.name.removeprefix("transformer.")
+        if source not in tensors:
+            raise ConfigError(
+                f"the {family} checkpoint has no tensor {place.name}, which {name} needs"
+            )
+        tensor = tensors[source].chunk(place.parts, dim=-1)[place.part]
+        found[name] = (tensor.T if place.is_transposed else tensor).contiguous()
+    return found
+
+
+def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors from all our parameters. Tied heads are left out, as in Hugging Face's
+    own files.
+    """
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in parameters.items():
+        place = place_of(name, family)
+        pieces.setdefault(place.name, {})[place.part] = tensor.T if place.is_transposed else tensor
+    return {
+        name: torch.cat([parts[i] for i in range(len(parts))], dim=-1).contiguous()
+        for name, parts in pieces.items()
+    }
+
+
+def decoder_keys_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `decoder.build` for a Hugging Face config.json; raises ConfigError for what our
+    decoder cannot be.
+
+    The vocabulary size is not among them: it comes from the data or the tokenizer
+    (`config["vocab_size"]`).
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(f"model_type={family!r}: our decoder can be {', '.join(FAMILIES)}")
+    return _gpt2_keys(config) if family == "gpt2" else _llama_keys(config, str(family))
+
+
+def _gpt2_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_unless(config, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+    _refuse_unless(config, "scale_attn_weights", True)
+    _refuse_unless(config, "scale_attn_by_inverse_layer_idx", False)
+    return {
+        "layers": config["n_layer"],
+        "width": config["n_embd"],
+        "heads": config["n_head"],
+        "kv_heads": None,
+        "head_width": None,
+        "ffn_width": config.get("n_inner"),
+        "max_sequence_length": config["n_positions"],
+        "position": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "qk_norm": False,
+        "sliding_window": None,
+        "rope_theta": 10000.0,
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    _refuse_unless(config, "hidden_act", "silu")
+    return {
+        "layers": config["num_hidden_layers"],
+        "width": config["hidden_size"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": config.get("num_key_value_heads"),
+        "head_width": config.get("head_dim"),
+        "ffn_width": config["intermediate_size"],
+        "max_sequence_length": config["max_position_embeddings"],
+        "position": "rope",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        # Qwen2 always has biases on query, key and value and never on the output.
+        "attention_bias": "qkv" if family == "qwen2" else config.get("attention_bias", False),
+        "mlp_bias": config.get("mlp_bias", False),
+        "qk_norm": family == "qwen3",
+        "sliding_window": _sliding_window(config, family),
+        "rope_theta": _rope_theta(config),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+    }
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """transformers 5 keeps rope in `rope_parameters`; files made before have `rope_theta` and
+    `rope_scaling`.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(
+            f"rope_type={kind!r}: our decoder knows plain rope only, so this model cannot be loaded yet"
+        )
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
+    """One window for all layers, or none; Qwen's files name a window even where they do not use it."""
+    window = config.get("sliding_window")
+    if window is None or family == "llama":
+        return None
+    if family == "mistral":
+        return int(window)
+    if not config.get("use_sliding_window", False):
+        return None
+    layers = config["num_hidden_layers"]
+    kinds = config.get("layer_types") or [
+        "full_attention" if layer < config.get("max_window_layers", layers) else "sliding_attention"
+        for layer in range(layers)
+    ]
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            "a sliding window on some layers only is something our decoder does not know"
+        )
+    return int(window) if "sliding_attention" in kinds else None
+
+
+def _refuse_unless(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
+    if config.get(key, allowed[0]) not in allowed:
+        raise ConfigError(
+            f"{key}={config[key]!r}: our decoder needs {' or '.join(map(repr, allowed))}"
+        )

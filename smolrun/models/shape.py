@@ -1,0 +1,87 @@
+"""The numbers that make a decoder a GPT-2, a Llama or a Qwen: its keys, filled in and checked.
+Knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from smolrun.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder's keys with every null replaced by its number; the fields mean what
+    `conf/model/gpt_tiny.yaml` says.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    max_sequence_length: int
+    position: Literal["rope", "learned"]
+    norm: Literal["rmsnorm", "layernorm"]
+    activation: Literal["swiglu", "gelu"]
+    tie_embeddings: bool
+    attention_bias: bool | Literal["qkv"]
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    rope_theta: float
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError(problems)
+
+
+def default_ffn_width(width: int, activation: str) -> int:
+    """4 x width for gelu; 8/3 x width for swiglu, rounded up to a multiple of 64: about as many
+    parameters.
+    """
+    return 4 * width if activation == "gelu" else 64 * math.ceil(width * 8 / 3 / 64)
+
+
+def _problems(shape: DecoderShape) -> list[str]:
+    """Everything that cannot be built, one sentence each."""
+    sizes = (
+        "layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "head_width",
+        "ffn_width",
+        "max_sequence_length",
+    )
+    problems = [
+        f"model.{key}={getattr(shape, key)}: must be at least 1"
+        for key in sizes
+        if getattr(shape, key) < 1
+    ]
+    choices = {
+        "position": ("rope", "learned"),
+        "norm": ("rmsnorm", "layernorm"),
+        "activation": ("swiglu", "gelu"),
+        "attention_bias": (True, False, "qkv"),
+    }
+    for key, allowed in choices.items():
+        if getattr(shape, key) not in allowed:
+            names = ", ".join(str(value).lower() for value in allowed)
+            problems.append(f"model.{key}={getattr(shape, key)!r}: must be one of {names}")
+    if shape.kv_heads >= 1 and shape.heads % shape.kv_heads:
+        problems.append(f"model.kv_heads={shape.kv_heads}: must divide model.heads={shape.heads}")
+    if shape.position == "rope" and shape.head_width % 2:
+        problems.append(
+            f"model.head_width={shape.head_width}: must be even, because rope turns pairs"
+        )
+    if shape.sliding_window is not None and shape.sliding_window < 1:
+        problems.append(
+            f"model.sliding_window={shape.sliding_window}: must be at least 1, or null for none"
+        )
+    return problems

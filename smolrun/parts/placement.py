@@ -1,0 +1,53 @@
+"""Who gets how much: pure arithmetic over shares. Knows nothing of tensors or ranks' addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` whole things split in proportion to `weights`, by largest remainder; they add up exactly.
+
+    Equal remainders go to the lower index, so every rank computes the same split.
+    """
+    if not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"weights must be positive numbers, got {list(weights)}")
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: (counts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one rank walks its part of every global batch.
+
+    All ranks run the same number of micro-batches, so that collectives meet; their sizes differ and may be 0.
+    """
+
+    first: int  # this rank's first sample within the global batch
+    sizes: tuple[int, ...]  # samples per micro-batch
+    global_batch_size: int
+
+    def positions(self, step: int) -> list[range]:
+        """The global sample positions of each micro-batch of a step."""
+        start = step * self.global_batch_size + self.first
+        ranges = []
+        for size in self.sizes:
+            ranges.append(range(start, start + size))
+            start += size
+        return ranges
+
+
+def plan_batches(
+    global_batch_size: int, weights: Sequence[float], rank: int, micro_batch_size: int | None = None
+) -> BatchPlan:
+    """Rank `rank`'s part of a batch shared by `weights` (speeds); at most `micro_batch_size` samples at once."""
+    counts = shares(global_batch_size, weights)
+    largest = max(counts)
+    num_micro_batches = -(-largest // (micro_batch_size or largest))
+    sizes = shares(counts[rank], [1.0] * num_micro_batches)
+    return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size)

@@ -1,0 +1,187 @@
+"""What a person sees while a run goes on: a progress bar in a terminal, a line now and then
+anywhere else.
+
+Nothing it does can fail: once its stream is gone it keeps silent. It starts no thread; the bar
+moves when events come.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+import rich.console
+import rich.progress
+
+from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+
+_REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
+_LINE_EVERY_S = 5.0  # where there is no bar
+_SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
+
+
+class Console:
+    """A tracker that talks to the user. Colours and width are rich's business (it honours
+    NO_COLOR).
+    """
+
+    def __init__(self, *, steps: int, world_size: int, stream: TextIO | None = None) -> None:
+        """`steps` is what a whole run has."""
+        self._steps = steps
+        self._world_size = world_size
+        self._stream = stream or sys.stdout
+        self._rich = rich.console.Console(
+            file=self._stream, highlight=False, markup=False, emoji=False
+        )
+        self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
+        self._bar: rich.progress.Progress | None = None
+        self._task = rich.progress.TaskID(0)
+        self._drawn_at = 0.0
+        self._line_due_s = 0.0
+        self._preparing = ""
+        self._compute_s: dict[int, float] = {}
+        self._is_broken = False
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show how far the data is: `done` of `total`."""
+        self._quietly(lambda: self._prepare(what, done, total))
+
+    def record(self, event: Event) -> None:
+        """Show what happened, if a person wants to know."""
+        self._quietly(lambda: self._show(event))
+
+    def say(self, text: str) -> None:
+        """Write a line, above the bar if there is one."""
+        self._quietly(lambda: self._print(text))
+
+    def close(self) -> None:
+        """Take the bar away, and leave its last state."""
+        self._quietly(self._end_bar)
+
+    def _quietly(self, act: Callable[[], None]) -> None:
+        if self._is_broken:
+            return
+        try:
+            act()
+        except Exception:  # a closed terminal, a full disk, an encoding: none is worth a run
+            self._is_broken = True
+
+    def _print(self, text: str) -> None:
+        shown = printable(text)
+        try:
+            shown.encode(self._stream.encoding or "utf-8")
+        except UnicodeEncodeError:
+            shown = shown.encode("ascii", "backslashreplace").decode("ascii")
+        self._rich.print(shown, soft_wrap=True)
+
+    def _prepare(self, what: str, done: int, total: int) -> None:
+        if what != self._preparing:
+            self._preparing = what
+            self._end_bar()
+            if self._is_live:
+                self._begin_bar(what, total)
+            else:
+                self._print(f"data: {what}")
+        self._move_bar(done, "", total=total, is_last=done >= total)
+
+    def _show(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._show_step(event)
+        elif isinstance(event, RankStep):
+            before = self._compute_s.get(event.rank, event.compute_s)
+            self._compute_s[event.rank] = 0.8 * before + 0.2 * event.compute_s
+        elif isinstance(event, EvalDone):
+            self._print(f"after step {event.step + 1}: evaluation loss {_number(event.loss)}")
+        elif isinstance(event, RunStarted):
+            self._show_start(event)
+        elif isinstance(event, StepSkipped):
+            ranks = ", ".join(str(rank) for rank in event.ranks) or "no rank alone"
+            self._print(f"step {event.step + 1} is skipped: no finite gradient ({ranks})")
+        elif isinstance(event, Note) and event.level != "debug":
+            whose = "" if event.rank is None else f" (rank {event.rank})"
+            self._print(f"{event.level}: {event.message}{whose}")
+
+    def _show_start(self, event: RunStarted) -> None:
+        ranks = "1 rank" if self._world_size == 1 else f"{self._world_size} ranks"
+        self._print(
+            f"training {event.parameters:,} parameters on {ranks} ({event.device}): "
+            f"{event.steps} steps, {event.train_size:,} samples, "
+            f"{event.eval_size:,} more for evaluation"
+        )
+
+    def _show_step(self, event: StepDone) -> None:
+        is_last = event.step + 1 >= self._steps
+        if self._is_live:
+            if self._bar is None or self._preparing:
+                self._preparing = ""
+                self._begin_bar("training", self._steps)
+            self._move_bar(event.step + 1, self._figures(event), total=self._steps, is_last=is_last)
+        elif is_last or event.time_s >= self._line_due_s:
+            self._line_due_s = event.time_s + _LINE_EVERY_S
+            self._print(f"step {event.step + 1}/{self._steps}  {self._figures(event)}")
+
+    def _figures(self, event: StepDone) -> str:
+        left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
+        parts = [
+            f"loss {_number(event.loss)}",
+            f"{event.tokens_per_s:,.0f} tokens/s",
+            f"{clock(left_s)} left",
+        ]
+        slow = slowest(self._compute_s)
+        return "  ".join([*parts, f"slowest: rank {slow}"] if slow is not None else parts)
+
+    def _begin_bar(self, what: str, total: int) -> None:
+        self._end_bar()
+        column = rich.progress.TextColumn
+        self._bar = rich.progress.Progress(
+            column("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            column("{task.fields[figures]}", markup=False),
+            console=self._rich,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(what, total=total, figures="")
+        self._bar.start()
+
+    def _move_bar(self, done: int, figures: str, *, total: int, is_last: bool) -> None:
+        now = time.monotonic()
+        if self._bar is not None and (is_last or now - self._drawn_at >= _REFRESH_S):
+            self._drawn_at = now
+            self._bar.update(self._task, completed=done, total=total, figures=figures)
+            self._bar.refresh()
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.stop()
+
+
+def slowest(compute_s: dict[int, float]) -> int | None:
+    """The rank that computes clearly longer than the mean of the others, if there is one."""
+    if len(compute_s) < 2:
+        return None
+    rank = max(compute_s, key=lambda rank: compute_s[rank])
+    others = sum(compute_s.values()) - compute_s[rank]
+    return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:01:05."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model, or a broken worker, may write any byte, and a terminal
+    obeys some of them.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"

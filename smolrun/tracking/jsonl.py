@@ -1,0 +1,37 @@
+"""`metrics.jsonl`: every event of a run, one JSON object a line. The source of truth that all other
+views can be made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from smolrun.events import Event, to_json
+
+
+class JsonLines:
+    """Appends events to a file. A line is in the system's hands as soon as it is recorded."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending; OSError if that is impossible."""
+        self._file = path.open("ab", buffering=0)
+
+    def record(self, event: Event) -> None:
+        """Write one line."""
+        self._file.write(line(event))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def line(event: Event) -> bytes:
+    """The event as one line: event, step and rank come first. JSON has no NaN: what is not finite
+    becomes null.
+    """
+    data = to_json(event)
+    first = {key: data.pop(key) for key in ("event", "step", "rank") if key in data}
+    # Spaces after colons and commas, so that a grep for "event": "eval" finds what people expect.
+    return msgspec.json.format(msgspec.json.encode({**first, **data}), indent=0) + b"\n"

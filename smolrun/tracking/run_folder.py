@@ -1,0 +1,102 @@
+"""The folder of one run under `outputs/`: its name, what lies where, and the pointer to the newest.
+
+outputs/latest -> 20260131-142501-classicdp-gpt_tiny-3fa9
+outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
+    config.yaml     the configuration, resolved
+    metrics.jsonl   every event
+    summary.json    how it ended
+    logs/           what each rank printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+LATEST = "latest"
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run leaves everything. `path` is relative if `outputs` was."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, outputs: Path, title: str, *, now: datetime) -> RunFolder:
+        """A new folder in `outputs`, with a name of its own; OSError if it cannot be made."""
+        outputs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = cls(outputs / run_id(title, now=now, suffix=secrets.token_hex(2)))
+            with contextlib.suppress(FileExistsError):  # two runs in one second, and one in 65536
+                folder.path.mkdir()
+                folder.logs.mkdir()
+                return folder
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run."""
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        """Where the logs of the ranks lie."""
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of all events."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, rank: int, host: str) -> Path:
+        """What this rank printed."""
+        return self.logs / f"rank{rank}-{_for_names(host)}.log"
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved configuration, as yaml."""
+        _replace(self.path / "config.yaml", text.encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Keep how the run ended; what is not finite becomes null."""
+        encoded = msgspec.json.format(msgspec.json.encode(dict(summary)), indent=2)
+        _replace(self.path / "summary.json", encoded + b"\n")
+
+    def become_latest(self) -> None:
+        """Let `outputs/latest` point here: a link, or a text file with the name where links are not
+        possible.
+        """
+        latest = self.path.parent / LATEST
+        fresh = self.path.parent / f".{LATEST}-{self.run_id}"
+        try:
+            fresh.symlink_to(self.run_id, target_is_directory=True)
+            os.replace(fresh, latest)
+        except (OSError, NotImplementedError):
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            _replace(latest, f"{self.run_id}\n".encode())
+
+
+def run_id(title: str, *, now: datetime, suffix: str) -> str:
+    """The name of a run: it sorts by time, says what it is, and is a plain file name everywhere."""
+    return f"{now:%Y%m%d-%H%M%S}-{_for_names(title)}-{suffix}"
+
+
+def _for_names(text: str) -> str:
+    return _NOT_IN_NAMES.sub("_", text)[:80] or "_"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or not there."""
+    fresh = path.with_name(f".{path.name}.part")
+    fresh.write_bytes(content)
+    os.replace(fresh, path)

@@ -1,0 +1,69 @@
+"""What is left of a run when it is over: a few figures, and its summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from smolrun.events import EvalDone, Event, StepDone, TextSample
+
+
+class RunRecord:
+    """A tracker that remembers the last figures."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.tokens = 0
+        self.time_s = 0.0
+        self.train_loss: float | None = None
+        self.eval_loss: float | None = None
+        self.sample: TextSample | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over the whole training, evaluations included."""
+        return self.tokens / self.time_s if self.time_s > 0 else None
+
+    def record(self, event: Event) -> None:
+        """Remember what the end of the run will need."""
+        if isinstance(event, StepDone):
+            self.steps = event.step + 1  # steps are numbered from 0
+            self.tokens += event.tokens
+            self.time_s = event.time_s
+            self.train_loss = event.loss
+        elif isinstance(event, EvalDone):
+            self.eval_loss = event.loss
+        elif isinstance(event, TextSample):
+            self.sample = event
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+    def summary(
+        self,
+        *,
+        status: Literal["done", "stopped", "failed"],
+        reason: str,
+        failed_rank: int | None,
+        failed_host: str | None,
+        wall_s: float,
+        world_size: int,
+        algorithm: str,
+        config_hash: str,
+        versions: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """The content of summary.json, whose keys other programs read: they stay."""
+        return {
+            "status": status,
+            "reason": reason or None,
+            "failed_rank": failed_rank,
+            "failed_host": failed_host,
+            "steps": self.steps,
+            "wall_s": round(wall_s, 3),
+            "final_train_loss": self.train_loss,
+            "final_eval_loss": self.eval_loss,
+            "world_size": world_size,
+            "algorithm": algorithm,
+            "config_hash": config_hash,
+            "versions": dict(versions),
+        }

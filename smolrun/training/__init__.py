@@ -1,0 +1,1 @@
+"""Floor 6: the training loop and what belongs to it."""

@@ -1,0 +1,38 @@
+"""The samples of one rank, step after step: which they are follows from the step alone, never from the world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from smolrun.data.base import Batch, Split
+from smolrun.data.order import SampleOrder
+from smolrun.parts.placement import BatchPlan
+
+
+class Feed:
+    """This rank's micro-batches of every global batch, in the run's shuffled order."""
+
+    def __init__(self, split: Split, order: SampleOrder, plan: BatchPlan) -> None:
+        self._split = split
+        self._order = order
+        self._plan = plan
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of one step; some may be empty."""
+        return [
+            self._split.batch(self._order.indices(positions.start, positions.stop))
+            for positions in self._plan.positions(step)
+        ]
+
+
+def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each global batch of a split, in file order, `limit` global batches at most.
+
+    The last batch may be short; every rank gets the same number of batches.
+    """
+    num_batches = -(-len(split) // plan.global_batch_size)
+    for step in range(num_batches if limit is None else min(limit, num_batches)):
+        yield [
+            split.batch(range(min(positions.start, len(split)), min(positions.stop, len(split))))
+            for positions in plan.positions(step)
+        ]

@@ -1,0 +1,140 @@
+"""What one rank does in task=train: build model, data, algorithm and trainer from the resolved config, and train.
+
+Only wiring; the driver's half is train.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolrun.algorithms.base import Algorithm, Context
+from smolrun.data.base import Prepared, Split, open_split
+from smolrun.data.order import SampleOrder
+from smolrun.errors import ConfigError
+from smolrun.events import Event, RunStarted, TextSample
+from smolrun.mesh.mesh import Mesh
+from smolrun.models.initialise import build_model
+from smolrun.parts.placement import plan_batches
+from smolrun.parts.precision import PRECISIONS
+from smolrun.training.feed import Feed, every_sample
+from smolrun.training.lr_schedule import lr_schedule
+from smolrun.training.optimizer import make_optimizer
+from smolrun.training.trainer import Trainer, evaluate, write_text
+
+
+def train(
+    config: dict[str, Any],
+    prepared: Prepared,
+    mesh: Mesh,
+    *,
+    device: str,
+    speeds: list[float],
+    emit: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number per rank."""
+    training = config["training"]
+    torch.manual_seed(config["seed"])
+    train_split = open_split(prepared, "train", verify=True)
+    eval_split = open_split(prepared, "eval", verify=False)
+    algorithm = _place_algorithm(config, prepared, mesh, torch.device(device))
+    micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
+    plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
+    emit(
+        RunStarted(
+            parameters=sum(parameter.numel() for parameter in algorithm.model.parameters()),
+            steps=training["steps"],
+            train_size=len(train_split),
+            eval_size=len(eval_split),
+            device=device,
+        )
+    )
+    trainer = Trainer(
+        algorithm,
+        Feed(train_split, SampleOrder(len(train_split), config["seed"]), plan),
+        steps=training["steps"],
+        evaluate=functools.partial(_evaluate, algorithm, eval_split, plan, training["eval_batches"]),
+        eval_every=training["eval_every"],
+        check_replicas=training["check_replicas"],
+        emit=emit,
+        should_stop=should_stop,
+    )
+    outcome = trainer.fit()
+    if prepared.tokenizer and training["sample_tokens"] and not outcome.was_stopped:
+        emit(_write_sample(algorithm, prepared, config, outcome.steps))
+    algorithm.collectives.barrier()  # nobody leaves while another still needs it
+    return {
+        "steps": outcome.steps,
+        "was_stopped": outcome.was_stopped,
+        "final_train_loss": outcome.final_train_loss,
+        "final_eval_loss": outcome.final_eval_loss,
+    }
+
+
+def target(path: str) -> Any:
+    """The object that `module:name` names; raises ConfigError with the reason where there is none."""
+    module_name, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot load {path}: {error}") from error
+
+
+def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """What a target is called with: its yaml without the two keys that are for the house."""
+    return {key: value for key, value in section.items() if key not in ("name", "target")}
+
+
+def _place_algorithm(config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device) -> Algorithm:
+    training, optimizer = config["training"], config["optimizer"]
+    precision = PRECISIONS[config["precision"]]
+    bound = config["staleness"]["bound"]
+    optimizer_keys = {key: value for key, value in optimizer.items() if key != "lr"}
+    context = Context(
+        mesh=mesh,
+        device=device,
+        precision=precision,
+        make_optimizer=functools.partial(make_optimizer, lr=optimizer["lr"], **optimizer_keys),
+        learning_rate=lr_schedule(
+            training["lr_schedule"],
+            peak=optimizer["lr"],
+            steps=training["steps"],
+            warmup_steps=training["warmup_steps"],
+            min_ratio=training["min_lr_ratio"],
+        ),
+        staleness=0 if bound == "auto" else bound,
+        grad_clip=training["grad_clip"],
+        expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
+    )
+    make_model = functools.partial(target(config["model"]["target"]), prepared, **yaml_keys(config["model"]))
+    model = build_model(make_model, config["seed"], dtype=precision.parameters, device=device)
+    if training["recompute"]:
+        model.recompute = True
+    algorithm: Algorithm = target(config["algorithm"]["target"])(context, **yaml_keys(config["algorithm"]))
+    algorithm.place(model)
+    return algorithm
+
+
+def _evaluate(algorithm: Algorithm, split: Split, plan: Any, limit: int | None) -> tuple[float, int]:
+    return evaluate(algorithm, lambda: every_sample(split, plan, limit))
+
+
+def _write_sample(algorithm: Algorithm, prepared: Prepared, config: dict[str, Any], step: int) -> TextSample:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(prepared.tokenizer or "") / "tokenizer.json"))
+    prompt = config["training"]["sample_prompt"]
+    ids = write_text(
+        algorithm.logits,
+        tokenizer.encode(prompt).ids or [0],
+        config["training"]["sample_tokens"],
+        context_length=prepared.sequence_length or 1,
+        seed=config["seed"],
+    )
+    return TextSample(step, prompt, tokenizer.decode(ids))

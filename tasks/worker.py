@@ -1,0 +1,142 @@
+"""What a host runs for every rank: `smolrun --worker`. It wires the control channel, the mesh and
+the task together.
+
+The driver speaks first: until it does, nothing is known here, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from smolrun.errors import PeerLost, SmolrunError, StopRequested
+from smolrun.launch.channel import WorkerChannel
+from smolrun.launch.control import EXIT_DONE, EXIT_FAILED, ErrorReport, StartMessage
+
+if TYPE_CHECKING:
+    from smolrun.mesh.mesh import Mesh
+    from smolrun.mesh.tcp import Endpoint
+
+_START_S = 60.0  # the driver sends the start message before anything else
+# `mesh.liveness`: how long a peer may say nothing at all before it counts as lost.
+_SILENCE_S = {"normal": 10.0, "fast": 4.0}
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Be one rank of a run, then end this process with its exit code; the driver sits at stdin and
+    stdout.
+    """
+    channel = WorkerChannel.take_stdio()
+    # Ctrl-C is the driver's: it tells all ranks to stop at the same step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
+    code = run(channel)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Not sys.exit: all is said, and a thread that a library left behind must not keep this process
+    # alive.
+    os._exit(code)
+
+
+def run(channel: WorkerChannel) -> int:
+    """Run the task that the driver asks for and report how it ended; returns the exit code."""
+    # The mesh is closed after the report: its farewell may take seconds, and the driver waits for
+    # the report only.
+    with contextlib.ExitStack() as closing:
+        try:
+            start = channel.wait_start(_START_S)
+            summary = _run_task(start, channel, closing)
+        except StopRequested as stop:
+            _log.info("%s", stop)
+            channel.result("stopped")
+        except SmolrunError as error:
+            _log.error("%s: %s", type(error).__name__, error)
+            peer = error.rank if isinstance(error, PeerLost) else None
+            channel.result("failed", error=ErrorReport(type(error).__name__, str(error), peer))
+            return EXIT_FAILED
+        except (
+            BaseException
+        ) as error:  # even SystemExit, out of the user's own code, must reach the driver
+            traceback.print_exc()
+            channel.result("failed", error=ErrorReport(type(error).__name__, str(error)))
+            return EXIT_FAILED
+        else:
+            channel.result("stopped" if summary.get("was_stopped") else "done", summary=summary)
+        return EXIT_DONE
+
+
+def _run_task(
+    start: StartMessage, channel: WorkerChannel, closing: contextlib.ExitStack
+) -> dict[str, Any]:
+    """From the start message to the task's summary."""
+    # The start deadline is the driver's; this one only ends the wait for a driver that lives but
+    # never says more.
+    start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
+    import torch  # seconds, on a small machine: the driver knows by now that this process lives
+
+    torch.set_num_threads(start.threads)
+    from smolrun.mesh.tcp import Endpoint
+
+    endpoint = Endpoint(start.address)
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "smolrun": version("smolrun"),
+    }
+    channel.ready(endpoint.port, versions)
+    mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
+    closing.callback(_close, mesh)
+    from smolrun.tasks.train import work
+
+    return work(start, mesh, channel)
+
+
+def _close(mesh: Mesh) -> None:
+    try:
+        mesh.close()
+    except Exception:  # how the task ended is what counts, and that has been told
+        _log.exception("the mesh did not close cleanly")
+
+
+def _build_mesh(
+    start: StartMessage, endpoint: Endpoint, channel: WorkerChannel, start_timeout_s: float
+) -> Mesh:
+    """Wait for the roster, then link up with all peers."""
+    from smolrun.mesh.tcp import Seat, connect
+    from smolrun.wire.handshake import Identity
+
+    peers = channel.wait_roster(start_timeout_s)
+    identity = Identity(
+        rank=start.rank,
+        world_size=start.world_size,
+        run_id=start.run_id,
+        config_hash=start.config_hash,
+        generation=start.generation,
+        secret=bytes.fromhex(start.secret),
+    )
+    settings = start.config["mesh"]
+    return connect(
+        endpoint,
+        identity,
+        [Seat(peer.rank, peer.host, peer.address, peer.port) for peer in peers],
+        timeout_s=float(settings["timeout_s"]),
+        silence_s=_SILENCE_S[settings["liveness"]],
+        heartbeat_s=settings["heartbeat_ms"] / 1000,
+        start_timeout_s=start_timeout_s,
+    )

@@ -1,0 +1,380 @@
+"""The driver's decisions, as a pure state machine: no process is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolrun.events import RankStep, StepDone
+from smolrun.launch.cause import RankState, describe_exit
+from smolrun.launch.control import EXIT_ABANDONED, ErrorReport, Peer, ResultMessage
+from smolrun.launch.moves import (
+    Action,
+    Exited,
+    Finish,
+    Finished,
+    Input,
+    Interrupted,
+    Kill,
+    Misbehaved,
+    NotStarted,
+    Outcome,
+    Ready,
+    Reported,
+    SendRoster,
+    SendStop,
+)
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
+
+LIMITS = Limits(start_s=120, finish_s=300, stop_s=60, grace_s=2, exit_s=5, kill_s=5)
+
+
+def states(count: int) -> list[RankState]:
+    return [
+        RankState(r, f"host{r}", "127.0.0.1", f"logs/rank{r}-host{r}.log") for r in range(count)
+    ]
+
+
+def starting(count: int) -> Supervisor:
+    return Supervisor(states(count), now=0.0, limits=LIMITS)
+
+
+def running(count: int) -> Supervisor:
+    supervisor = starting(count)
+    for rank in range(count):
+        supervisor.handle(Ready(rank, 5000 + rank, {"python": "3.11"}), 1.0)
+    assert supervisor.phase is Phase.RUNNING
+    return supervisor
+
+
+def step(rank: int, number: int) -> Reported:
+    return Reported(rank, RankStep(number, rank, 0.1, 0.0, None, 0, 0))
+
+
+def done(rank: int) -> Finished:
+    return Finished(rank, ResultMessage(status="done", summary={"rank": rank}))
+
+
+def failed(rank: int, kind: str, message: str, peer: int | None = None) -> Finished:
+    return Finished(rank, ResultMessage(status="failed", error=ErrorReport(kind, message, peer)))
+
+
+def outcome_of(actions: list[Action]) -> Outcome:
+    (finish,) = [action for action in actions if isinstance(action, Finish)]
+    assert actions[-1] is finish
+    return finish.outcome
+
+
+def bury(supervisor: Supervisor, actions: list[Action], now: float) -> Outcome:
+    """Let every killed worker end, and give the outcome."""
+    for rank in sorted({action.rank for action in actions if isinstance(action, Kill)}):
+        actions = supervisor.handle(Exited(rank, -9), now) or actions
+    return outcome_of(actions)
+
+
+def test_the_roster_is_sent_once_all_are_ready() -> None:
+    supervisor = starting(2)
+    assert supervisor.handle(Ready(1, 5001), 1.0) == []
+    actions = supervisor.handle(Ready(0, 5000), 2.0)
+    expected = [Peer(0, "host0", "127.0.0.1", 5000), Peer(1, "host1", "127.0.0.1", 5001)]
+    assert actions == [SendRoster(expected)]
+    assert supervisor.deadline is None
+
+
+def test_a_run_that_goes_well() -> None:
+    supervisor = running(2)
+    supervisor.handle(Reported(0, StepDone(7, 1.0, 2.0, 1.0, 0.1, 8, 8.0, 0, 0, 0.1, 0.0)), 2.0)
+    assert supervisor.handle(done(0), 3.0) == []
+    assert supervisor.handle(done(1), 3.1) == []
+    assert supervisor.handle(Exited(0, 0), 3.2) == []
+    outcome = outcome_of(supervisor.handle(Exited(1, 0), 3.3))
+    assert (outcome.status, outcome.exit_code, outcome.reason, outcome.steps) == ("done", 0, "", 8)
+    assert outcome.summaries == {0: {"rank": 0}, 1: {"rank": 1}}
+    assert outcome.versions == {"python": "3.11"}
+
+
+def test_the_start_deadline_names_all_that_are_not_ready() -> None:
+    supervisor = starting(3)
+    supervisor.handle(Ready(1, 5001), 1.0)
+    assert supervisor.advance(119.9) == []
+    actions = supervisor.advance(120.0)
+    assert actions == [Kill(0), Kill(1), Kill(2)]
+    outcome = bury(supervisor, actions, 120.1)
+    assert outcome.exit_code == 3
+    assert "rank 0 on host0, rank 2 on host2 not ready within 120 s" in outcome.reason
+    assert (outcome.failed_rank, outcome.failed_host) == (0, "host0")
+
+
+def test_a_killed_rank_is_named_with_its_signal_step_and_log() -> None:
+    supervisor = running(4)
+    supervisor.handle(step(2, 139), 2.0)
+    supervisor.handle(failed(0, "PeerLost", "lost rank 2: it closed the link", 2), 3.0)
+    supervisor.handle(Exited(2, -9), 3.1)
+    supervisor.handle(failed(1, "PeerLost", "lost rank 2: it closed the link", 2), 3.1)
+    actions = supervisor.handle(failed(3, "PeerLost", "lost rank 0: it closed the link", 0), 3.2)
+    assert actions == []  # all have reported: they may leave on their own
+    for rank in (0, 1):
+        supervisor.handle(Exited(rank, 3), 3.3)
+    outcome = outcome_of(supervisor.handle(Exited(3, 3), 3.4))
+    assert outcome.exit_code == 3
+    assert outcome.reason == (
+        "rank 2 on host2 died from signal 9 (killed) at step 140; was its memory full?; "
+        "3 other ranks ended with it; log: logs/rank2-host2.log"
+    )
+
+
+def test_an_own_error_beats_those_who_lost_somebody() -> None:
+    supervisor = running(3)
+    supervisor.handle(failed(0, "PeerLost", "lost rank 1: gone", 1), 3.0)
+    supervisor.handle(failed(1, "ValueError", "shapes do not fit"), 3.1)
+    assert supervisor.advance(5.0) == [Kill(2)]
+    for rank in (0, 1):
+        supervisor.handle(Exited(rank, 3), 5.1)
+    assert outcome_of(supervisor.handle(Exited(2, -9), 5.2)).failed_rank == 1
+
+
+def test_the_error_is_shown_on_one_line() -> None:
+    supervisor = running(1)
+    supervisor.handle(failed(0, "ValueError", "shapes\n  do not fit"), 3.1)
+    outcome = outcome_of(supervisor.handle(Exited(0, 3), 3.2))
+    expected = "rank 0 on host0 failed before its first step: ValueError: shapes do not fit; log: "
+    assert outcome.reason == expected + "logs/rank0-host0.log"
+
+
+def test_a_frozen_rank_is_named_by_the_others_and_killed() -> None:
+    supervisor = running(3)
+    supervisor.handle(step(1, 11), 2.0)
+    supervisor.handle(failed(0, "PeerLost", "lost rank 1: silent for 10 s", 1), 12.0)
+    assert supervisor.handle(failed(2, "PeerLost", "lost rank 1: silent for 10 s", 1), 12.1) == []
+    assert supervisor.advance(13.9) == []
+    actions = supervisor.advance(14.0)
+    assert actions == [Kill(1)]
+    supervisor.handle(Exited(0, 3), 14.1)
+    supervisor.handle(Exited(2, 3), 14.1)
+    outcome = outcome_of(supervisor.handle(Exited(1, -9), 14.2))
+    assert (outcome.failed_rank, outcome.exit_code) == (1, 3)
+    assert "rank 1 on host1 stopped answering at step 12 (lost rank 1: silent" in outcome.reason
+
+
+def test_the_grace_ends_at_once_when_all_have_reported() -> None:
+    supervisor = running(2)
+    supervisor.handle(failed(0, "TrainingError", "loss is no number"), 2.0)
+    assert supervisor.deadline == 4.0
+    supervisor.handle(failed(1, "PeerLost", "lost rank 0: closed", 0), 2.1)
+    assert supervisor.phase is Phase.CLOSING
+
+
+def test_whoever_keeps_silent_after_a_failure_is_killed_after_the_grace() -> None:
+    supervisor = running(2)
+    supervisor.handle(Exited(0, 7), 2.0)
+    assert supervisor.advance(3.9) == []
+    actions = supervisor.advance(4.0)
+    assert actions == [Kill(1)]
+    assert "died with exit code 7" in bury(supervisor, actions, 4.1).reason
+
+
+def test_two_ranks_that_lost_each_other_still_give_one_culprit() -> None:
+    supervisor = running(2)
+    supervisor.handle(failed(1, "PeerLost", "lost rank 0: silent", 0), 2.0)
+    supervisor.handle(failed(0, "PeerLost", "lost rank 1: silent", 1), 2.0)
+    supervisor.handle(Exited(0, 3), 2.0)
+    outcome = outcome_of(supervisor.handle(Exited(1, 3), 2.0))
+    assert "was cut off from the others" in outcome.reason
+    assert outcome.failed_rank == 0
+
+
+def test_when_nobody_is_blamed_the_first_to_report_is_named() -> None:
+    supervisor = running(2)
+    supervisor.handle(failed(1, "WaitTimeout", "no step within 300 s"), 2.0)
+    supervisor.handle(failed(0, "MeshClosed", "closed"), 2.0)
+    supervisor.handle(Exited(0, 3), 2.0)
+    assert outcome_of(supervisor.handle(Exited(1, 3), 2.0)).failed_rank == 1
+
+
+def test_a_blamed_rank_that_does_not_exist_is_ignored() -> None:
+    supervisor = running(1)
+    supervisor.handle(failed(0, "PeerLost", "lost rank 9: odd", 9), 2.0)
+    assert outcome_of(supervisor.handle(Exited(0, 3), 2.0)).failed_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (Misbehaved(1, "sent a line that is no message"), "broke the control protocol: it sent"),
+        (NotStarted(1, "No such file: python9"), "could not be started: No such file: python9"),
+        (Exited(1, 1), "died with exit code 1 while it started"),
+        (Exited(1, 0), "ended without a result while it started"),
+        (Finished(1, ResultMessage(status="done")), "reported its end before the run began"),
+    ],
+)
+def test_a_failure_during_the_start_ends_all_at_once(problem: Input, words: str) -> None:
+    supervisor = starting(2)
+    actions = supervisor.handle(problem, 1.0)
+    assert Kill(0) in actions
+    assert supervisor.phase is Phase.CLOSING
+    actions += [Kill(1)]  # one with a result may leave on its own, and does; the others are killed
+    outcome = bury(supervisor, actions, 1.1)
+    assert (outcome.exit_code, outcome.failed_rank) == (3, 1)
+    assert words in outcome.reason
+
+
+def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
+    supervisor = running(2)
+    assert supervisor.handle(Interrupted(), 2.0) == [SendStop(0), SendStop(1)]
+    assert supervisor.advance(3.0) == []
+    for rank in (0, 1):
+        supervisor.handle(Finished(rank, ResultMessage(status="stopped")), 4.0)
+    supervisor.handle(Exited(0, 0), 4.1)
+    outcome = outcome_of(supervisor.handle(Exited(1, 0), 4.1))
+    assert (outcome.status, outcome.exit_code) == ("stopped", 130)
+
+
+def test_a_run_that_ends_before_the_stop_reaches_it_is_done() -> None:
+    supervisor = running(1)
+    supervisor.handle(Interrupted(), 2.0)
+    supervisor.handle(done(0), 2.0)
+    assert outcome_of(supervisor.handle(Exited(0, 0), 2.1)).exit_code == 0
+
+
+def test_the_second_ctrl_c_ends_all_now() -> None:
+    supervisor = running(2)
+    supervisor.handle(Interrupted(), 2.0)
+    actions = supervisor.handle(Interrupted(), 2.5)
+    assert actions == [Kill(0), Kill(1)]
+    outcome = bury(supervisor, actions, 2.6)
+    assert (outcome.status, outcome.exit_code) == ("stopped", 131)
+
+
+def test_a_rank_that_ignores_stop_is_killed_at_the_deadline() -> None:
+    supervisor = running(2)
+    supervisor.handle(Interrupted(), 2.0)
+    supervisor.handle(Finished(0, ResultMessage(status="stopped")), 3.0)
+    actions = supervisor.advance(62.0)
+    assert actions == [Kill(0), Kill(1)]
+    outcome = bury(supervisor, actions, 62.1)
+    assert outcome.exit_code == 131
+    assert "rank 1 on host1 did not stop within 60 s" in outcome.reason
+
+
+def test_ctrl_c_before_training_began_ends_at_once() -> None:
+    supervisor = starting(2)
+    actions = supervisor.handle(Interrupted(), 1.0)
+    assert actions == [Kill(0), Kill(1)]
+    assert bury(supervisor, actions, 1.1).exit_code == 130
+
+
+def test_a_failure_while_stopping_is_a_failure() -> None:
+    supervisor = running(2)
+    supervisor.handle(Interrupted(), 2.0)
+    supervisor.handle(Exited(1, -11), 2.1)
+    outcome = bury(supervisor, supervisor.advance(4.1), 4.2)
+    assert outcome.exit_code == 3
+    assert "segmentation fault" in outcome.reason
+
+
+def test_ctrl_c_during_the_grace_keeps_the_cause_and_hurries() -> None:
+    supervisor = running(2)
+    supervisor.handle(Exited(1, -9), 2.0)
+    actions = supervisor.handle(Interrupted(), 2.1)
+    assert actions == [Kill(0)]
+    assert bury(supervisor, actions, 2.2).exit_code == 3
+
+
+def test_ranks_that_never_finish_after_the_first_are_named() -> None:
+    supervisor = running(3)
+    supervisor.handle(done(0), 10.0)
+    assert supervisor.deadline == 310.0
+    assert supervisor.advance(310.0) == [Kill(1), Kill(2)]
+    supervisor.handle(Exited(0, 0), 310.1)
+    outcome = bury(supervisor, [Kill(1), Kill(2)], 310.2)
+    assert "rank 1 on host1, rank 2 on host2 did not finish within 300 s" in outcome.reason
+
+
+def test_a_rank_that_does_not_exit_after_its_result_is_killed_and_the_run_is_still_done() -> None:
+    supervisor = running(1)
+    assert supervisor.handle(done(0), 2.0) == []
+    assert supervisor.advance(7.0) == [Kill(0)]
+    assert outcome_of(supervisor.handle(Exited(0, -9), 7.1)).exit_code == 0
+
+
+def test_a_kill_without_an_exit_does_not_hang_and_is_told() -> None:
+    supervisor = running(1)
+    supervisor.handle(Interrupted(), 2.0)
+    supervisor.handle(Interrupted(), 2.5)
+    outcome = outcome_of(supervisor.advance(7.5))
+    assert "no sign of the end of rank 0 on host0" in outcome.reason
+
+
+def test_how_ends_are_described() -> None:
+    assert describe_exit(-15) == "died from signal 15 (terminated)"
+    assert describe_exit(-64000) == "died from signal 64000 (unknown)"
+    assert describe_exit(0xC0000005) == "died with exit code 0xc0000005"
+    assert "no longer heard the driver" in describe_exit(EXIT_ABANDONED)
+
+
+def inputs(count: int) -> st.SearchStrategy[Input]:
+    rank = st.integers(0, count - 1)
+    kinds = st.sampled_from(["PeerLost", "WaitTimeout", "ValueError"])
+    error = st.builds(ErrorReport, kinds, st.just("it"), st.none() | st.integers(0, 4))
+    status = st.sampled_from(["done", "stopped", "failed"])
+    result: Callable[..., ResultMessage] = ResultMessage
+    return st.one_of(
+        st.builds(Ready, rank, st.just(5000)),
+        st.builds(step, rank, st.integers(1, 9)),
+        st.builds(Finished, rank, st.builds(result, status=status, error=st.none() | error)),
+        st.builds(Exited, rank, st.sampled_from([0, 3, 75, 131, -9, -11])),
+        st.builds(Misbehaved, rank, st.just("garbage")),
+        st.builds(NotStarted, rank, st.just("no python")),
+        st.just(Interrupted()),
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4))
+    supervisor = starting(count)
+    if data.draw(st.booleans()):
+        supervisor = running(count)
+    obedient = data.draw(st.booleans())  # do killed processes really end?
+    now, gone, killed, outcomes = 1.0, set[int](), list[int](), list[Outcome]()
+
+    def take(actions: list[Action]) -> None:
+        assert not outcomes or not actions, "nothing may follow the finish"
+        for action in actions:
+            if isinstance(action, Finish):
+                outcomes.append(action.outcome)
+            elif isinstance(action, Kill):
+                assert action.rank not in gone
+                killed.append(action.rank)
+        for action in actions:
+            if isinstance(action, Kill) and obedient and action.rank not in gone:
+                gone.add(action.rank)
+                take(supervisor.handle(Exited(action.rank, -9), now))
+
+    for item in data.draw(st.lists(inputs(count), max_size=15)):
+        now += data.draw(st.sampled_from([0.0, 0.1, 3.0, 70.0, 400.0]))
+        if isinstance(item, Exited | NotStarted):
+            gone.add(item.rank)
+        take(supervisor.handle(item, now))
+    for _ in range(20):
+        if outcomes:
+            break
+        if (
+            supervisor.deadline is None
+        ):  # all are at work, and nothing is wrong: only the user ends that
+            take(supervisor.handle(Interrupted(), now))
+        else:
+            now = max(now, supervisor.deadline)
+            take(supervisor.advance(now))
+    (outcome,) = outcomes
+    assert len(killed) == len(set(killed)), "a rank is killed once"
+    assert set(killed) | gone == set(range(count)), "a rank may still be running"
+    codes = {"done": {0}, "failed": {3}, "stopped": {130, 131}}
+    assert outcome.exit_code in codes[outcome.status]
+    assert (outcome.failed_rank is not None) == (outcome.status == "failed")
+    assert "\n" not in outcome.reason
+    assert supervisor.handle(Interrupted(), now) == []

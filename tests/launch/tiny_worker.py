@@ -1,0 +1,107 @@
+"""A worker without torch and mesh, for tests with real processes: it does what
+`config["behave"][rank]` says.
+
+It leaves its pid in `config["folder"]`, where the tests look.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from smolrun.events import RankStep, StepDone
+from smolrun.launch.channel import WorkerChannel
+from smolrun.launch.control import LEASE_LIMIT_S, ErrorReport, StartMessage
+
+
+def main() -> int:
+    if os.environ.get("TINY_NOISE"):
+        os.write(
+            1, b"Welcome to this host!\n"
+        )  # before the channel is there, as a login script would
+    channel = WorkerChannel.take_stdio(
+        lease_limit_s=float(os.environ.get("TINY_LEASE_S", LEASE_LIMIT_S))
+    )
+    start = channel.wait_start(10.0)
+    folder, behave = (
+        Path(start.config["folder"]),
+        start.config["behave"].get(str(start.rank), "train"),
+    )
+    leave(folder / f"pid{start.rank}", os.getpid())
+    if behave == "never_ready":
+        sleep_forever()
+    if behave == "exit_early":
+        print("no such thing as a GPU", file=sys.stderr)
+        return 7
+    channel.ready(5000 + start.rank, {"python": "3.11"})
+    channel.wait_roster(10.0)
+    leave(folder / f"running{start.rank}", os.getpid())
+    return act(behave, start, channel, folder)
+
+
+def act(behave: str, start: StartMessage, channel: WorkerChannel, folder: Path) -> int:
+    if behave == "print":
+        print("this is no JSON")
+        os.write(1, b"neither is this\n")
+        subprocess.run(
+            [sys.executable, "-c", "import sys; print(sys.stdin.read() == '')"], check=True
+        )
+    elif behave == "garbage":
+        os.write(channel._write_fd, b"%% not json %%\n")
+        sleep_forever()
+    elif behave == "endless_line":
+        while True:
+            os.write(channel._write_fd, b"x" * 65536)
+    elif behave == "raise":
+        channel.result("failed", error=ErrorReport("ValueError", "shapes do not fit"))
+        return 3
+    elif behave == "lose_1":
+        run_steps(start, channel, 5)
+        channel.result("failed", error=ErrorReport("PeerLost", "lost rank 1: silent for 4 s", 1))
+        return 3
+    elif behave == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        leave(folder / "child", child.pid)
+    elif behave == "chatty":
+        while True:
+            print("x" * 200, file=sys.stderr)
+    elif behave == "ignore_stop":
+        channel.stop_requested.clear = channel.stop_requested.set  # type: ignore[method-assign]
+        sleep_forever()
+    elif behave == "hang_after_result":
+        channel.result("done", summary={})
+        sleep_forever()
+    stopped = run_steps(start, channel, start.config["steps"])
+    channel.result("stopped" if stopped else "done", summary={"rank": start.rank})
+    return 0
+
+
+def run_steps(start: StartMessage, channel: WorkerChannel, steps: int) -> bool:
+    """Events as training makes them; True if it was stopped."""
+    for step in range(steps):
+        channel.emit(RankStep(step, start.rank, 0.01, 0.0, None, 0, 0))
+        channel.emit(StepDone(step, 0.01 * step, 1.0, 1.0, 0.1, 8, 800.0, 0, 0, 0.01, 0.0))
+        if channel.stop_requested.wait(0.01):
+            return True
+    return False
+
+
+def leave(path: Path, pid: int) -> None:
+    """Write a pid so that whoever sees the file sees all of it."""
+    part = path.with_suffix(".part")
+    part.write_text(str(pid))
+    part.rename(path)
+
+
+def sleep_forever() -> None:
+    while True:
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)

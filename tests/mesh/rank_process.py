@@ -1,0 +1,51 @@
+"""One rank as a process of its own, for tests that kill it: all_reduces without end, one line per event on stdout.
+
+argv: rank world_size secret(hex) liveness_s port0,port1,... [hold]     "hold" keeps the GIL for 2 s every 20 steps
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from smolrun.collectives.api import Collectives
+from smolrun.errors import SmolrunError
+from smolrun.mesh.tcp import Endpoint, Seat, connect
+from smolrun.wire.handshake import Identity
+
+
+def hold_gil(seconds: float) -> None:
+    """One C call of about this length that does not let go of the GIL."""
+    started, trial = time.perf_counter(), 3_000_000
+    sum(range(trial))
+    sum(range(int(trial * seconds / (time.perf_counter() - started))))
+
+
+def main() -> None:
+    """Runs until it fails or is killed."""
+    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    ports = [int(port) for port in sys.argv[5].split(",")]
+    roster = [Seat(other, "local", "127.0.0.1", port) for other, port in enumerate(ports)]
+    identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
+    mesh = connect(Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4]))
+    collectives = Collectives(mesh)
+    tensor = torch.ones(2_000_000)
+    limit = 60 if "hold" in sys.argv else 10**9
+    try:
+        for step in range(limit):
+            if "hold" in sys.argv and rank == 1 and step % 30 == 10:
+                hold_gil(2.0)
+            collectives.all_reduce(tensor)
+            if step in (0, 5):
+                print(f"step {step}", flush=True)
+        collectives.barrier()
+        print(f"done gap {mesh.io.longest_gap_s:.2f}", flush=True)
+    except SmolrunError as error:
+        print(f"error {time.time():.3f} {error}", flush=True)
+    mesh.close()
+
+
+main()

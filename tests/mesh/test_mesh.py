@@ -1,0 +1,152 @@
+"""Point to point, over both meshes: tags meet in any order, memory stays bounded, waits have deadlines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolrun.errors import MeshClosed, PeerLost, SmolrunError, WaitTimeout
+from smolrun.mesh.mesh import Mesh
+from smolrun.testing import run_ranks
+from smolrun.wire.frame import EAGER_BYTES, Tag
+from tests.waiting import until
+
+KINDS = pytest.mark.parametrize("kind", ["memory", "tcp"])
+SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
+
+
+@KINDS
+def test_sends_and_receives_meet_by_tag_in_any_order(kind: str) -> None:
+    tags = [Tag(7, operation, hop) for operation in range(3) for hop in range(4)]
+
+    def rank_main(mesh: Mesh) -> None:
+        other = 1 - mesh.rank
+        sends = [mesh.send(other, tag, torch.full((SMALL if tag.hop % 2 else LARGE,), float(tag.operation * 10 + tag.hop))) for tag in tags]
+        for tag in reversed(tags):
+            into = torch.empty(SMALL if tag.hop % 2 else LARGE)
+            mesh.recv(other, tag, into).wait()
+            assert bool((into == tag.operation * 10 + tag.hop).all())
+        for work in sends:
+            work.wait()
+
+    run_ranks(2, rank_main, kind=kind)
+
+
+@KINDS
+def test_shapes_and_dtypes_travel(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        for number, dtype in enumerate([torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool]):
+            sent = torch.arange(12).reshape(3, 4).to(dtype)
+            tag = Tag(1, number, 0)
+            if mesh.rank == 0:
+                mesh.send(1, tag, sent).wait()
+            else:
+                into = torch.zeros(3, 4, dtype=dtype)
+                mesh.recv(0, tag, into).wait()
+                assert torch.equal(into, sent)
+
+    run_ranks(2, rank_main, kind=kind)
+
+
+@KINDS
+def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            with pytest.raises(WaitTimeout, match="receive from rank 1: not done after 0.2 s"):
+                mesh.recv(1, Tag(1, 0, 0), torch.empty(1)).wait(0.2)
+        mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
+        mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
+
+    run_ranks(2, rank_main, kind=kind)
+
+
+@KINDS
+def test_closing_fails_what_is_pending(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        work = mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1))
+        mesh.close()
+        with pytest.raises((MeshClosed, PeerLost)):
+            work.wait(5)
+        mesh.close()
+
+    run_ranks(2, rank_main, kind=kind)
+
+
+def test_nothing_large_is_sent_before_it_is_wanted() -> None:
+    def rank_main(mesh: Mesh) -> int:
+        if mesh.rank == 0:
+            work = mesh.send(1, Tag(1, 0, 0), torch.ones(LARGE * 16))
+            with pytest.raises(WaitTimeout):
+                work.wait(0.3)
+            sent = mesh.bytes_sent
+            mesh.send(1, Tag(2, 0, 0), torch.ones(1)).wait()
+            work.wait()
+            return sent
+        mesh.recv(0, Tag(2, 0, 0), torch.empty(1)).wait()
+        mesh.recv(0, Tag(1, 0, 0), torch.empty(LARGE * 16)).wait()
+        return 0
+
+    assert run_ranks(2, rank_main, kind="tcp")[0] < EAGER_BYTES
+
+
+def test_small_tensors_that_nobody_wants_are_bounded() -> None:
+    def rank_main(mesh: Mesh) -> str:
+        if mesh.rank == 1:
+            with pytest.raises(SmolrunError) as caught:
+                mesh.recv(0, Tag(9, 0, 0), torch.empty(1)).wait()
+            return str(caught.value)
+        works = [mesh.send(1, Tag(1, number, 0), torch.ones(SMALL)) for number in range(1100)]
+        with pytest.raises(SmolrunError):
+            for work in works:
+                work.wait()
+            mesh.recv(1, Tag(9, 0, 0), torch.empty(1)).wait()
+        return ""
+
+    assert "nobody wants them" in run_ranks(2, rank_main, kind="tcp")[1]
+
+
+def test_what_was_sent_can_be_taken_after_the_sender_has_left() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            mesh.send(1, Tag(1, 0, 0), torch.ones(4)).wait()
+            return  # closes the mesh
+        until(lambda: mesh._peers[0].has_left)  # type: ignore[attr-defined]
+        into = torch.zeros(4)
+        mesh.recv(0, Tag(1, 0, 0), into).wait()
+        assert bool((into == 1).all())
+        with pytest.raises(PeerLost, match="lost rank 0: it left the run"):
+            mesh.recv(0, Tag(2, 0, 0), into).wait()
+
+    run_ranks(2, rank_main, kind="tcp")
+
+
+def test_progress_is_told_with_the_heartbeats() -> None:
+    def rank_main(mesh: Mesh) -> int:
+        mesh.progress = 10 + mesh.rank
+        until(lambda: mesh.peer_progress(1 - mesh.rank) > 0)
+        heard = mesh.peer_progress(1 - mesh.rank)
+        mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
+        mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
+        return heard
+
+    assert run_ranks(2, rank_main, kind="tcp") == [11, 10]
+
+
+@KINDS
+def test_a_lost_rank_fails_everything_on_the_others(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> str:
+        if mesh.rank == 1:
+            if kind == "memory":
+                mesh._world.lose(1)  # type: ignore[attr-defined]
+            else:
+                mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[attr-defined,func-returns-value]
+            return "lost rank 1"
+        works = [mesh.recv(1, Tag(1, n, 0), torch.empty(4)) for n in range(3)]
+        for work in works:
+            with pytest.raises(PeerLost) as caught:
+                work.wait()
+        with pytest.raises(PeerLost):
+            mesh.send(2 - mesh.rank, Tag(5, 0, 0), torch.ones(1)).wait()
+        return str(caught.value)
+
+    assert all("lost rank 1" in said for said in run_ranks(3, rank_main, kind=kind))

@@ -1,0 +1,102 @@
+"""Ranks as real processes with real sockets: killed, frozen, or busy with something that holds the GIL.
+
+A fault counts only with a pid and a TCP port in its evidence, so both are checked.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+SCRIPT = Path(__file__).with_name("rank_process.py")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+@contextmanager
+def ranks(world_size: int, silence_s: float, *extra: str) -> Iterator[tuple[list[subprocess.Popen[str]], list[int]]]:
+    ports = free_ports(world_size)
+    secret = secrets.token_hex(32)
+    listed = ",".join(str(port) for port in ports)
+    command = [sys.executable, str(SCRIPT)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), secret, str(silence_s), listed, *extra], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        yield processes, ports
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def next_line(process: subprocess.Popen[str], start: str) -> str:
+    """The next line that begins with `start`; the test's timeout is the deadline."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(start):
+            return line.strip()
+    raise AssertionError(f"process {process.pid} ended without saying {start!r}")
+
+
+def has_established_link(pid: int, ports: list[int]) -> bool:
+    connections = psutil.Process(pid).net_connections("tcp")
+    return any(c.status == "ESTABLISHED" and {c.laddr.port, c.raddr.port} & set(ports) for c in connections)
+
+
+def seconds_until_error(survivor: subprocess.Popen[str], since: float, lost: int) -> float:
+    _, at, text = next_line(survivor, "error").split(" ", 2)
+    assert f"lost rank {lost}" in text
+    return float(at) - since
+
+
+def test_a_killed_rank_is_seen_within_a_second(record_property: pytest.RecordProperty) -> None:
+    with ranks(3, 10.0) as (processes, ports):
+        for process in processes:
+            next_line(process, "step 5")
+        assert has_established_link(processes[2].pid, ports)
+        killed_at = time.time()
+        processes[2].send_signal(signal.SIGKILL)
+        seconds = [seconds_until_error(survivor, killed_at, lost=2) for survivor in processes[:2]]
+    record_property("seconds_until_seen", seconds)
+    assert max(seconds) <= 1.0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot freeze a process")
+def test_a_frozen_rank_is_seen_within_the_silence_limit(record_property: pytest.RecordProperty) -> None:
+    with ranks(3, 2.0) as (processes, ports):
+        for process in processes:
+            next_line(process, "step 5")
+        assert has_established_link(processes[1].pid, ports)
+        stopped_at = time.time()
+        processes[1].send_signal(signal.SIGSTOP)
+        seconds = [seconds_until_error(processes[rank], stopped_at, lost=1) for rank in (0, 2)]
+        processes[1].send_signal(signal.SIGCONT)  # it wakes to a mesh that has ended
+        next_line(processes[1], "error")
+    record_property("seconds_until_seen", seconds)
+    assert 1.0 < max(seconds) <= 4.0
+
+
+def test_a_rank_that_holds_the_gil_for_two_seconds_is_not_taken_for_dead() -> None:
+    with ranks(2, 4.0, "hold") as (processes, _):
+        gaps = [float(next_line(process, "done gap").split()[-1]) for process in processes]
+    assert gaps[1] > 0.5, "rank 1 must really have been kept from its sockets"

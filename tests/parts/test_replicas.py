@@ -1,0 +1,29 @@
+"""Hashes see a single changed bit, and replicas that differ are made equal."""
+
+from __future__ import annotations
+
+import torch
+
+from smolrun.collectives.api import Collectives
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.replicas import gather_hashes, make_equal, parameter_hash
+from smolrun.testing import run_ranks
+
+
+def test_one_bit_changes_the_hash() -> None:
+    tensor = torch.ones(1000)
+    before = parameter_hash([tensor])
+    tensor.view(torch.int32)[500] ^= 1
+    assert parameter_hash([tensor]) != before
+
+
+def test_replicas_that_differ_become_rank_0s() -> None:
+    def rank_main(mesh: Mesh) -> tuple[bool, bool, list[str], float]:
+        collectives = Collectives(mesh)
+        tensors = [torch.ones(3, 2), torch.full((2,), float(mesh.rank))]
+        changed = make_equal(collectives, tensors)
+        again = make_equal(collectives, tensors)
+        return changed, again, gather_hashes(collectives, parameter_hash(tensors)), tensors[1][0].item()
+
+    for changed, again, hashes, value in run_ranks(3, rank_main):
+        assert (changed, again, len(set(hashes)), value) == (True, False, 1, 0.0)

@@ -1,0 +1,14 @@
+"""Waiting in tests: for a condition, with a deadline, never for a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns as soon as `condition()` is true; fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still not true after {timeout_s} s"
+        time.sleep(0.005)

@@ -1,0 +1,100 @@
+"""Only a rank of this run, of this generation and with this config is let in, and nobody else learns why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolrun.errors import HandshakeError
+from smolrun.wire.handshake import Acceptor, Conversation, Dialer, Identity
+
+ZERO = Identity(0, 4, "run-1", "cafe", 0, b"s" * 32)
+TWO = dataclasses.replace(ZERO, rank=2)
+
+
+def say(listener: Conversation, data: bytes) -> bytes:
+    """Feeds bytes to a side in small pieces; returns all it answers."""
+    answer = b""
+    while data:
+        room = listener.buffer()
+        count = min(3, len(room), len(data))
+        room[:count] = data[:count]
+        answer += listener.filled(count)
+        data = data[count:]
+    return answer
+
+
+def talk(dialer: Dialer, acceptor: Acceptor) -> list[bytes]:
+    """Lets the two talk to the end; returns every message, in order."""
+    said = [dialer.start()]
+    listeners: list[Conversation] = [acceptor, dialer]
+    while said[-1]:
+        said.append(say(listeners[(len(said) - 1) % 2], said[-1]))
+    return said
+
+
+@pytest.mark.parametrize("channel", ["control", "bulk"])
+def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
+    dialer, acceptor = Dialer(TWO, 0, channel), Acceptor(ZERO)
+    said = talk(dialer, acceptor)
+    assert dialer.is_done and acceptor.is_done
+    assert (dialer.peer, acceptor.peer, acceptor.channel) == (0, 2, channel)
+    assert not any(TWO.secret in message or TWO.secret.hex().encode() in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("dialer", "acceptor", "words"),
+    [
+        (dataclasses.replace(TWO, secret=b"t" * 32), ZERO, "acceptor does not know this run's secret"),
+        (dataclasses.replace(TWO, run_id="run-2"), ZERO, "acceptor does not know"),
+        (dataclasses.replace(TWO, rank=0), ZERO, "no rank 0 dials rank 0"),
+        (dataclasses.replace(TWO, rank=4), ZERO, "no rank 4 dials rank 0"),
+        (TWO, dataclasses.replace(ZERO, rank=1), "dialed rank 0, but rank 1 answered"),
+        (dataclasses.replace(TWO, config_hash="beef"), ZERO, "rank 0 refused: your config_hash is 'beef', mine is 'cafe'"),
+        (dataclasses.replace(TWO, generation=1), ZERO, "rank 0 refused: your generation is 1, mine is 0"),
+    ],
+)
+def test_everybody_else_is_refused(dialer: Identity, acceptor: Identity, words: str) -> None:
+    with pytest.raises(HandshakeError, match=words):
+        talk(Dialer(dialer, 0, "control"), Acceptor(acceptor))
+
+
+def test_a_dialer_that_does_not_know_the_secret_is_refused_by_the_acceptor() -> None:
+    liar, acceptor = Dialer(dataclasses.replace(TWO, secret=b"t" * 32), 0, "control"), Acceptor(ZERO)
+    liar._check = lambda role, proof: None  # type: ignore[method-assign]  # a liar does not check
+    with pytest.raises(HandshakeError, match="dialer does not know"):
+        talk(liar, acceptor)
+    assert acceptor.peer is None
+
+
+def test_a_replayed_conversation_is_refused() -> None:
+    recorded = talk(Dialer(TWO, 0, "control"), Acceptor(ZERO))
+    fresh = Acceptor(ZERO)
+    assert say(fresh, recorded[0]), "the hello alone is harmless"
+    with pytest.raises(HandshakeError, match="dialer does not know"):
+        say(fresh, recorded[2])
+
+
+def test_a_reflected_proof_is_refused() -> None:
+    acceptor, dialer = Acceptor(ZERO), Dialer(TWO, 0, "control")
+    challenge = say(acceptor, dialer.start())
+    reflected = challenge.replace(b'"challenge"', b'"proof"')
+    with pytest.raises(HandshakeError):
+        say(acceptor, (len(reflected) - 2).to_bytes(2, "little") + reflected[2:])
+
+
+@given(st.binary(min_size=1, max_size=300))
+def test_garbage_raises_nothing_but_handshake_errors(data: bytes) -> None:
+    for side in (Acceptor(ZERO), Dialer(TWO, 0, "bulk")):
+        try:
+            say(side, data)
+        except HandshakeError:
+            pass  # the only way to fail; anything else fails the test
+        assert not side.is_done
+
+
+def test_the_secret_is_not_printed() -> None:
+    assert "sss" not in repr(ZERO)
