@@ -1,16 +1,16 @@
-"""task=train: prepare the data, start one worker per rank, watch, and tell how it ended. Only
-wiring.
+"""task=train: prepare the data, start one worker per rank, watch, and tell how it ended.
 
 `drive` is the driver's half, `work` what every rank does once the mesh stands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -48,11 +48,12 @@ def drive(config: RunConfig) -> int:
     record = RunRecord()
     try:
         prepared = _prepare(config, console.preparing)
-        folder = _make_folder(config)
-        console.say(
-            f"{folder.path}: starting {world_size(config)} ranks; data: {prepared.description}"
-        )
-        trackers = Fanout([JsonLines(folder.metrics), console, record], warn=console.say)
+        with _nothing_started():
+            folder = _make_folder(config, prepared)
+            metrics = JsonLines(folder.metrics)
+        _become_latest(folder, console)
+        console.say(f"{folder.path}: starting {world_size(config)} ranks; {prepared.description}")
+        trackers = Fanout([metrics, console, record], warn=console.say)
         driver = Driver(
             _plans(config, prepared, folder),
             lambda plan: LocalHost(),
@@ -69,7 +70,8 @@ def drive(config: RunConfig) -> int:
     _write_summary(config, folder, record, outcome, wall_s)
     _tell(console, folder, record, outcome, wall_s)
     if outcome.failed_rank is not None:
-        _complain(outcome, driver.log_tail(outcome.failed_rank))
+        with contextlib.suppress(OSError):  # nobody reads it
+            _complain(outcome, driver.log_tail(outcome.failed_rank))
     return outcome.exit_code
 
 
@@ -117,21 +119,32 @@ def load_target(path: str) -> Any:
         raise ConfigError(f"cannot load {path}: {error}") from error
 
 
-def _make_folder(config: RunConfig) -> RunFolder:
-    title = config.run_name or f"{config.algorithm.name}-{config.model.name}"
+@contextlib.contextmanager
+def _nothing_started() -> Iterator[None]:
     try:
-        folder = RunFolder.create(OUTPUTS, title, now=datetime.now())
-        folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
-        folder.become_latest()
+        yield
     except OSError as error:
         raise ConfigError(f"cannot write to {OUTPUTS.absolute()}: {error}") from error
+
+
+def _make_folder(config: RunConfig, prepared: Prepared) -> RunFolder:
+    title = config.run_name or f"{config.algorithm.name}-{config.model.name}"
+    folder = RunFolder.create(OUTPUTS, title, now=datetime.now())
+    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    if prepared.tokenizer is not None:
+        folder.keep_tokenizer(Path(prepared.tokenizer))
     return folder
 
 
+def _become_latest(folder: RunFolder, console: Console) -> None:
+    try:
+        folder.become_latest()
+    except OSError as error:
+        console.say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
+
+
 def _plans(config: RunConfig, prepared: Prepared, folder: RunFolder) -> list[WorkerPlan]:
-    """One worker per rank. The secret is made here, and leaves this process only into the workers'
-    stdin.
-    """
+    """One worker per rank. The secret is made here and goes nowhere but into the workers' stdin."""
     plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
     return [
         WorkerPlan(
@@ -155,9 +168,7 @@ def _plans(config: RunConfig, prepared: Prepared, folder: RunFolder) -> list[Wor
 
 
 def _threads(rank: RankPlan) -> int:
-    """Torch threads of one rank: the cores that this process may use, shared among the ranks of the
-    host.
-    """
+    """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
     if rank.threads != "auto":
         return rank.threads
     cores = (

@@ -1,5 +1,4 @@
-"""What a host runs for every rank: `smolrun --worker`. It wires the control channel, the mesh and
-the task together.
+"""What a host runs for every rank, `smolrun --worker`: wires channel, mesh and task together.
 
 The driver speaks first: until it does, nothing is known here, and nothing heavy is imported.
 """
@@ -32,9 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Be one rank of a run, then end this process with its exit code; the driver sits at stdin and
-    stdout.
-    """
+    """Be one rank of a run, with the driver at stdin and stdout; ends this process."""
     channel = WorkerChannel.take_stdio()
     # Ctrl-C is the driver's: it tells all ranks to stop at the same step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

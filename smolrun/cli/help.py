@@ -6,6 +6,7 @@ Written for people, made from conf/, and instant because nothing heavy is import
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 
 from smolrun.cli import choices
 
@@ -54,5 +55,8 @@ def text(beside: Path | None = None) -> str:
             sorted(found[group], key=lambda name: (name != default, name))
         ):
             title, star = group if number == 0 else "", "*" if choice == default else " "
-            lines.append(f"  {title:<12} {star} {choice:<14} {found[group][choice]}")
+            start = f"  {title:<12} {star} {choice:<14} "
+            lines += wrap(
+                found[group][choice], 100, initial_indent=start, subsequent_indent=" " * 32
+            )
     return HEAD + "\n".join(lines) + "\n" + TAIL

@@ -33,19 +33,36 @@ def run_jobs(
 
 
 def start_job(arguments: list[str]) -> int:
-    """One run in a new process; returns its exit code.
+    """One run in a new process; returns its exit code, or 130 when this process was told to end.
 
     The terminal's Ctrl-C reaches the job too, which decides how to stop, so here it only means: go
     on waiting.
     """
-    # -P: the folder we are in comes last on Python's path, as it does for the command `smolrun`.
-    job = subprocess.Popen([sys.executable, "-P", "-m", "smolrun.cli", *arguments])  # noqa: S603
-    before = signal.signal(signal.SIGTERM, lambda *_: job.terminate())
+    job: subprocess.Popen[bytes] | None = None
+    is_ending = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        is_ending = True
+        if job is not None:
+            job.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        while True:
-            try:
-                return job.wait()
-            except KeyboardInterrupt:
-                continue
+        # -P: the folder we are in comes last on Python's path, as for the command `smolrun`.
+        command = [sys.executable, "-P", "-m", "smolrun.cli", *arguments]
+        job = subprocess.Popen(command)  # noqa: S603  (our own interpreter)
+        if is_ending:
+            job.terminate()
+        code = _wait(job)
     finally:
         signal.signal(signal.SIGTERM, before)
+    return STOPPED[0] if is_ending else code
+
+
+def _wait(job: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return job.wait()
+        except KeyboardInterrupt:
+            continue

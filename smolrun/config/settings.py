@@ -92,10 +92,11 @@ class Training(Section):
     @model_validator(mode="before")
     @classmethod
     def _decide_warmup(cls, data: Any) -> Any:
-        steps = data.get("steps") if isinstance(data, Mapping) else None
-        if isinstance(steps, int) and data.get("warmup_steps") == "auto":
-            return {**data, "warmup_steps": min(100, max(0, steps) // 10)}
-        return data
+        if not isinstance(data, Mapping) or data.get("warmup_steps") != "auto":
+            return data
+        steps = data.get("steps")
+        tenth = steps // 10 if isinstance(steps, int) else 0
+        return {**data, "warmup_steps": min(100, max(0, tenth))}
 
 
 class Checkpoint(Section):

@@ -1,5 +1,4 @@
-"""What a rank reads: one split (train or eval) of prepared data, as batches of the samples it asks
-for.
+"""What a rank reads: one split (train or eval) of prepared data, in batches.
 
 Knows nothing of ranks: which samples a rank asks for is decided above (see order.py).
 Shape suffixes: B batch, T tokens, F features.
@@ -37,9 +36,7 @@ class Batch:
 
 
 class Split(ABC):
-    """Samples 0 .. len - 1 on a memory-mapped file: opening reads nothing, a batch reads its own
-    samples only.
-    """
+    """Samples 0 .. len - 1 of a memory-mapped file: only a batch's own samples are read."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,8 +45,9 @@ class Split(ABC):
     def _gather(self, indices: numpy.ndarray) -> Batch: ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples asked for, in that order; no indices give a batch of 0. Raises IndexError
-        outside 0 .. len - 1.
+        """The samples asked for, in that order; no indices give a batch of none.
+
+        Raises IndexError for an index that is not within 0 .. len - 1.
         """
         wrong = [index for index in indices if not 0 <= index < len(self)]
         if wrong:
@@ -58,9 +56,7 @@ class Split(ABC):
 
 
 class TokenSplit(Split):
-    """One long row of tokens, cut into windows: sample i reads tokens iT .. iT+T-1 and predicts
-    iT+1 .. iT+T.
-    """
+    """A long row of tokens cut into windows: sample i reads iT .. iT+T-1, predicts iT+1 .. iT+T."""
 
     def __init__(self, tokens: Tensor, sequence_length: int) -> None:
         self._tokens = tokens.numpy()  # numpy, because torch cannot index its own uint16
@@ -93,8 +89,7 @@ class FeatureSplit(Split):
 
 
 def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bool) -> Split:
-    """One split of the data, memory-mapped. With `verify` the whole file is read once to check its
-    hash.
+    """One split of the data, memory-mapped; `verify` reads the whole file once to check its hash.
 
     Raises DataError if the file is missing, is not the one that was prepared, or does not hold what
     it should.
@@ -105,8 +100,8 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != prepared.sha256:
                 raise DataError(
-                    f"{prepared.path} is not the file that was prepared: its sha256 is {actual}, expected "
-                    f"{prepared.sha256}; delete it so that it is prepared anew"
+                    f"{prepared.path} is not the file that was prepared: its sha256 is {actual}, "
+                    f"expected {prepared.sha256}; delete it so that it is prepared anew"
                 )
         with safe_open(prepared.path, framework="pt") as file:
             if prepared.kind == "tokens":

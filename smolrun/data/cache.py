@@ -20,24 +20,26 @@ from smolrun.errors import DataError
 
 DATA_FILE = "data.safetensors"
 _FACTS_FILE = "facts.json"
-# Part of every key: raise it when the meaning of an entry changes, and old entries are no longer
-# found.
+# Part of every key. Raise it when entries change their meaning: old ones are then not found.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A complete entry: its folder, the hash of its data file, and what its maker wanted to
-    remember.
-    """
+    """A complete entry: its folder, the hash of each file, and what its maker wants to remember."""
 
     folder: Path
-    sha256: str
+    hashes: dict[str, str]
     facts: dict[str, Any]
 
     @property
     def data_path(self) -> Path:
         return self.folder / DATA_FILE
+
+    @property
+    def sha256(self) -> str:
+        """Of the data file."""
+        return self.hashes[DATA_FILE]
 
 
 def cached(
@@ -59,24 +61,22 @@ def cached(
     except OSError as error:
         raise DataError(f"cannot write to the cache folder {cache_dir}: {error}") from None
     try:
-        (workshop / "entry").mkdir()
-        facts = dict(make(workshop / "entry"))
-        sha256 = _hash(workshop / "entry" / DATA_FILE)
-        (workshop / "entry" / _FACTS_FILE).write_text(
-            json.dumps({"sha256": sha256, "facts": facts}, indent=1)
-        )
+        made = workshop / "entry"
+        made.mkdir()
+        facts = dict(make(made))
+        hashes = {path.name: _hash(path) for path in sorted(made.iterdir())}
+        kept = json.dumps({"hashes": hashes, "facts": facts}, indent=1)
+        (made / _FACTS_FILE).write_text(kept)
         _publish(workshop, folder)
     except OSError as error:
         raise DataError(f"cannot keep prepared data in {cache_dir}: {error}") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    return Entry(folder, sha256, facts)
+    return Entry(folder, hashes, facts)
 
 
 def _publish(workshop: Path, folder: Path) -> None:
-    """Renames the new entry into place; another run's whole entry may stay, a damaged one is moved
-    out of the way.
-    """
+    """Renames the new entry into place; another run's entry stays, a damaged one goes."""
     try:
         os.rename(workshop / "entry", folder)
     except OSError:
@@ -86,12 +86,13 @@ def _publish(workshop: Path, folder: Path) -> None:
 
 
 def _read(folder: Path) -> Entry | None:
-    """The entry in a folder, or None if there is none or its data file is not what was written."""
+    """The entry in a folder, or None if there is none or a file is not what was written."""
     try:
         kept = json.loads((folder / _FACTS_FILE).read_text())
-        entry = Entry(folder, kept["sha256"], kept["facts"])
-        return entry if _hash(entry.data_path) == entry.sha256 else None
-    except (OSError, ValueError, KeyError, TypeError):
+        entry = Entry(folder, kept["hashes"], kept["facts"])
+        is_whole = all(_hash(folder / name) == hash_ for name, hash_ in entry.hashes.items())
+        return entry if is_whole and DATA_FILE in entry.hashes else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

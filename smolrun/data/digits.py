@@ -1,8 +1,7 @@
-"""Drawn digits: small pictures of 0..9 made from a bitmap font, each slanted, sized, shifted and
-noisy in its own way.
+"""Drawn digits: pictures of 0..9, each slanted, sized, shifted and noisy in its own way.
 
-A stand-in for handwritten digits that needs no download. Shape suffixes: N pictures, P pixels of
-one picture.
+A stand-in for handwritten digits that needs no download.
+Shape suffixes: N pictures, P pixels of one picture.
 """
 
 from __future__ import annotations
@@ -46,18 +45,12 @@ class Digits:
         self.seed = seed
 
     def prepare(self, progress: Progress) -> Prepared:
-        """Draws the pictures, or takes them from the cache; raises DataError for settings that make
-        no sense.
-        """
-        if self.train_size < 1 or self.eval_size < 1:
-            raise DataError(
-                f"data.train_size={self.train_size} and data.eval_size={self.eval_size} must be at least 1"
-            )
-        if self.noise < 0 or self.seed < 0:
-            raise DataError(
-                f"data.noise={self.noise} and data.seed={self.seed} must not be negative"
-            )
-        key = {"sizes": [self.train_size, self.eval_size], "noise": self.noise, "seed": self.seed}
+        """Draws the pictures, or takes them from the cache; raises DataError for bad settings."""
+        lowest = {"train_size": 1, "eval_size": 1, "noise": 0, "seed": 0}
+        key = {name: getattr(self, name) for name in lowest}
+        for name, limit in lowest.items():
+            if key[name] < limit:
+                raise DataError(f"data.{name}={key[name]}: must be at least {limit}")
         entry = cached(self.cache_dir, "digits", key, lambda folder: self._write(folder, progress))
         return Prepared(
             kind="features",
@@ -69,7 +62,7 @@ class Digits:
             tokenizer=None,
             train_size=self.train_size,
             eval_size=self.eval_size,
-            description=f"digits: {self.train_size:,} train and {self.eval_size:,} eval pictures of {SIDE} x {SIDE}",
+            description=f"digits: {self.train_size:,} train and {self.eval_size:,} eval pictures",
         )
 
     def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -83,51 +76,41 @@ class Digits:
             pictures.append(draw(targets_N[start : start + _CHUNK], self.noise, random))
         progress("drawing digits", total, total)
         inputs_NP = numpy.concatenate(pictures)
-        train, held_out = slice(0, self.train_size), slice(self.train_size, total)
+        border = self.train_size
         tensors = {
-            "train_inputs": inputs_NP[train],
-            "train_targets": targets_N[train],
-            "eval_inputs": inputs_NP[held_out],
-            "eval_targets": targets_N[held_out],
+            "train_inputs": inputs_NP[:border],
+            "train_targets": targets_N[:border],
+            "eval_inputs": inputs_NP[border:],
+            "eval_targets": targets_N[border:],
         }
-        save_file(
-            {name: numpy.ascontiguousarray(tensor) for name, tensor in tensors.items()},
-            folder / DATA_FILE,
-        )
+        save_file(tensors, folder / DATA_FILE)
         return {}
 
 
 def draw(digits_N: numpy.ndarray, noise: float, random: numpy.random.Generator) -> numpy.ndarray:
-    """Pictures [N, P] of bytes: each pixel looks up where it lies in the font's little picture, and
-    blends its dots.
-    """
+    """Pictures [N, P] of bytes: each pixel looks up its place in the font and blends the dots."""
     glyphs = _glyphs()
+    middle_row, middle_column = (glyphs.shape[1] - 1) / 2, (glyphs.shape[2] - 1) / 2
     count = len(digits_N)
     scale_N = random.uniform(2.0, 3.0, count)  # pixels per font dot
     slant_N = random.uniform(-0.35, 0.35, count)
     shift_N2 = random.uniform(-2.5, 2.5, (count, 2))
-    grid_P = numpy.stack(
-        numpy.meshgrid(numpy.arange(SIDE), numpy.arange(SIDE), indexing="ij"), -1
-    ).reshape(-1, 2)
-    from_middle_NP2 = grid_P[None] - (SIDE - 1) / 2 - shift_N2[:, None]
-    row_NP = from_middle_NP2[..., 0] / scale_N[:, None] + (glyphs.shape[1] - 1) / 2
-    column_NP = from_middle_NP2[..., 1] / scale_N[:, None] + (glyphs.shape[2] - 1) / 2
-    column_NP += slant_N[:, None] * (row_NP - (glyphs.shape[1] - 1) / 2)
+    grid_P2 = numpy.indices((SIDE, SIDE)).reshape(2, -1).T - (SIDE - 1) / 2
+    places_NP2 = (grid_P2 - shift_N2[:, None]) / scale_N[:, None, None]
+    row_NP = places_NP2[..., 0] + middle_row
+    column_NP = places_NP2[..., 1] + middle_column + slant_N[:, None] * places_NP2[..., 0]
     ink_NP = _blend(glyphs, digits_N[:, None], row_NP, column_NP)
-    ink_NP = ink_NP * random.uniform(0.6, 1.0, (count, 1)) + noise * random.standard_normal(
-        ink_NP.shape
-    )
-    return (ink_NP.clip(0, 1) * 255).astype(numpy.uint8)
+    ink_NP *= random.uniform(0.6, 1.0, (count, 1))
+    ink_NP += noise * random.standard_normal(ink_NP.shape)
+    return numpy.asarray((ink_NP.clip(0, 1) * 255).astype(numpy.uint8))
 
 
 def _glyphs() -> numpy.ndarray:
     """The font as [10, rows, columns] of 0 and 1, with an empty border so that edges fade out."""
     rows = [line.ljust(60) for line in _FONT.strip("\n").splitlines()]
-    digits = [
-        [[cell == "#" for cell in row[6 * digit : 6 * digit + 5]] for row in rows]
-        for digit in range(10)
-    ]
-    return numpy.pad(numpy.asarray(digits, dtype=numpy.float64), ((0, 0), (1, 1), (1, 1)))
+    dots = numpy.array([[dot == "#" for dot in row] for row in rows], dtype=numpy.float64)
+    glyphs = dots.reshape(len(rows), 10, 6).transpose(1, 0, 2)[:, :, :5]
+    return numpy.pad(glyphs, ((0, 0), (1, 1), (1, 1)))
 
 
 def _blend(

@@ -1,6 +1,4 @@
-"""Text files read as documents, in an order that mixes folders, and cut into train and eval without
-a shared line.
-"""
+"""Text files read as documents, and their split into train and eval without a shared line."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ class Documents:
 def read_documents(
     files: Mapping[str, Path], max_mb: float | None, progress: Progress
 ) -> Documents:
-    """Reads files (name -> path) until `max_mb` of text (10^6 bytes; None: all) are together; the
-    last one is cut.
+    """Reads files (name -> path), at most `max_mb` of text (10^6 bytes; None: all of it).
 
     Documents come in the order of their names' hashes, so that the first few are a fair mix of all
     folders. Raises DataError for a file that cannot be read, for no text at all, and for files that
@@ -41,9 +38,7 @@ def read_documents(
     texts: list[str] = []
     hasher = hashlib.sha256()
     replaced_characters = replaced_files = 0
-    for done, name in enumerate(
-        sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
-    ):
+    for done, name in enumerate(sorted(files, key=lambda name: _hash(name.encode()))):
         progress("reading text", done, len(files))
         text, replaced = _read(files[name], room)
         replaced_characters += replaced
@@ -51,19 +46,17 @@ def read_documents(
         if text.strip():
             texts.append(text)
             encoded = text.encode()
-            hasher.update(hashlib.sha256(encoded).digest())
+            hasher.update(_hash(encoded))
             room = None if room is None else room - len(encoded)
         if room is not None and room <= 0:
             break
     progress("reading text", len(files), len(files))
     if not texts:
-        raise DataError(
-            f"no text in {len(files)} files, the first is {next(iter(files.values()), None)}: all are empty"
-        )
+        raise DataError(f"there is no text in {', '.join(map(str, files.values()))[:200]}: empty")
     if replaced_characters > _MOST_REPLACED * sum(map(len, texts)):
         raise DataError(
-            f"{replaced_characters} characters in {replaced_files} of {len(files)} files are not UTF-8: this is not text; "
-            "set data.glob so that it finds text files only"
+            f"{replaced_characters} characters in {replaced_files} of {len(files)} files are not "
+            "UTF-8: this is not text; set data.glob so that it finds text files only"
         )
     return Documents(texts, hasher.hexdigest(), replaced_characters, replaced_files)
 
@@ -88,9 +81,7 @@ def split_documents(texts: list[str], eval_fraction: float) -> tuple[list[str], 
 
 
 def _read(path: Path, most_bytes: int | None) -> tuple[str, int]:
-    """A file's text with \\n line ends, and how many characters were replaced because they could
-    not be read.
-    """
+    """A file's text, and how many of its characters had to be replaced as unreadable."""
     try:
         with open(path, "rb") as file:
             data = file.read(-1 if most_bytes is None else most_bytes)
@@ -99,8 +90,11 @@ def _read(path: Path, most_bytes: int | None) -> tuple[str, int]:
     # Windows editors write UTF-16 and a mark in front of UTF-8.
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
-    # A file cut by most_bytes may end within a character: that is not the file's fault, so it is
-    # dropped, not replaced.
+    # A file cut by most_bytes may end within a character, which is then dropped, not replaced.
     text = decoder.decode(data, final=len(data) != most_bytes)
     replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     return text.replace("\r\n", "\n"), max(0, replaced)
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 
-ROUNDS = 6  # four give a random-looking permutation (Luby and Rackoff 1988); two more because the halves are small
+# Four rounds look random (Luby and Rackoff 1988); two more, because the halves are small numbers.
+ROUNDS = 6
 
 
 class SampleOrder:

@@ -46,7 +46,7 @@ class Prepared:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prepared:
-        """What `to_json` made; raises DataError naming what is missing, unknown or of a wrong type."""
+        """What `to_json` made; raises DataError naming what is missing, unknown or wrong."""
         allowed: dict[str, tuple[type, ...]] = {
             "kind": (str,),
             "path": (str,),
@@ -68,7 +68,8 @@ class Prepared:
             sizes = ("num_outputs", "train_size", "eval_size", needed)
             wrong = [key for key in sizes if data[key] is None or data[key] < 1]
         if wrong:
+            names = ", ".join(wrong)
             raise DataError(
-                f"the description of the prepared data is damaged: wrong or missing {', '.join(wrong)}"
+                f"the description of prepared data is damaged: wrong or missing {names}"
             )
         return cls(**data)

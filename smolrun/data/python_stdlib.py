@@ -18,14 +18,13 @@ from smolrun.errors import DataError
 # Tests and installed packages are no part of the library; encodings and pydoc_data are tables
 # rather than code.
 _SKIPPED = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
-}  # fmt: skip
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "pydoc_data"),
+}
 
 
 class PythonStdlib:
-    """The standard library as training data; the keys are explained in
-    conf/data/python_stdlib.yaml.
-    """
+    """The standard library as training data; conf/data/python_stdlib.yaml explains the keys."""
 
     produces: ClassVar[Kind] = "tokens"
 
@@ -47,9 +46,7 @@ class PythonStdlib:
         self.max_mb = max_mb
 
     def prepare(self, progress: Progress) -> Prepared:
-        """Reads, tokenises and keeps the source; raises DataError where this Python comes without
-        it.
-        """
+        """Reads, tokenises and keeps the source; raises DataError if this Python has none."""
         return prepare_tokens(
             self.cache_dir,
             "python_stdlib",
@@ -65,7 +62,7 @@ class PythonStdlib:
 def source_files() -> dict[str, Path]:
     """Name (relative, with /) -> path of every module of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {}
+    files: dict[str, Path] = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
         paths = [Path(folder, name) for name in names if name.endswith(".py")]

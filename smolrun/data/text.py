@@ -39,9 +39,7 @@ class TextFiles:
         self.max_mb = max_mb
 
     def prepare(self, progress: Progress) -> Prepared:
-        """Reads, tokenises and keeps the text; raises DataError where there is none or too little
-        of it.
-        """
+        """Reads, tokenises and keeps the text; raises DataError for none or too little of it."""
         return prepare_tokens(
             self.cache_dir,
             "text",
@@ -54,9 +52,7 @@ class TextFiles:
         )
 
     def _files(self) -> dict[str, Path]:
-        """Name -> path. Names are relative to the folder given, so that a moved folder is the same
-        data.
-        """
+        """Name -> path; names are relative to data.path, so a moved folder is the same data."""
         if not self.paths:
             raise DataError("data.path names no file and no folder")
         files: dict[str, Path] = {}
@@ -70,7 +66,6 @@ class TextFiles:
                     raise DataError(f"no file in the folder {path} matches data.glob={self.glob!r}")
                 files |= {f"{number}/{file.relative_to(path).as_posix()}": file for file in found}
             else:
-                raise DataError(
-                    f"data.path={given!r}: there is no such file or folder (looked for {path.absolute()})"
-                )
+                where = path.absolute()
+                raise DataError(f"data.path={given!r}: there is no file or folder {where}")
         return files

@@ -1,10 +1,8 @@
-"""Documents to one file of token ids: tokenizer, train part, eval part; made once and kept in the
-cache.
-"""
+"""Documents to one file of token ids, train and eval part; made once and kept in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,13 +48,6 @@ def prepare_tokens(
     for part in ("train", "eval"):
         _check_length(entry, part, sequence_length)
     facts = entry.facts
-    characters = sum(map(len, documents.texts))
-    description = (
-        f"{name}: {characters / 1e6:.1f} M characters in {len(documents.texts)} documents, {facts['train']:,} train and "
-        f"{facts['eval']:,} eval tokens, {tokenizer} tokenizer of {facts['vocab_size']}"
-    )
-    if documents.replaced_characters:
-        description += f"; {documents.replaced_characters} characters in {documents.replaced_files} files were not UTF-8"
     return Prepared(
         kind="tokens",
         path=str(entry.data_path),
@@ -67,7 +58,7 @@ def prepare_tokens(
         tokenizer=str(entry.folder),
         train_size=(facts["train"] - 1) // sequence_length,
         eval_size=(facts["eval"] - 1) // sequence_length,
-        description=description,
+        description=_describe(name, documents, tokenizer, facts),
     )
 
 
@@ -79,18 +70,15 @@ def _write(
     eval_fraction: float,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fills a new cache entry; returns the number of tokens of each part and the vocabulary size."""
-    from smolrun.data.tokenizer import (
-        bytes_tokenizer,
-        train_bpe,
-    )  # not needed where the cache has the entry
+    """Fills a new cache entry; returns the number of tokens in each part and the vocabulary."""
+    # Imported here, because it is not needed where the cache has the entry.
+    from smolrun.data.tokenizer import bytes_tokenizer, train_bpe
 
     train, held_out = split_documents(documents.texts, eval_fraction)
     if tokenizer == "bpe":
         progress("learning the tokenizer", 0, 1)
-        encoder = train_bpe(
-            _first_characters(train, _BPE_TRAINING_CHARACTERS), vocab_size
-        )  # eval text stays unseen
+        # From train only: the tokenizer must not have seen the eval text either.
+        encoder = train_bpe(_first_characters(train, _BPE_TRAINING_CHARACTERS), vocab_size)
         progress("learning the tokenizer", 1, 1)
     else:
         encoder = bytes_tokenizer()
@@ -109,15 +97,25 @@ def _write(
         parts[part] = numpy.concatenate(rows)
     save_file(parts, folder / DATA_FILE)
     encoder.save(folder)
-    return {
-        "train": len(parts["train"]),
-        "eval": len(parts["eval"]),
-        "vocab_size": encoder.vocab_size,
-    }
+    sizes = {part: len(tokens) for part, tokens in parts.items()}
+    return {**sizes, "vocab_size": encoder.vocab_size}
+
+
+def _describe(name: str, documents: Documents, tokenizer: str, facts: Mapping[str, Any]) -> str:
+    megas = sum(map(len, documents.texts)) / 1e6
+    description = (
+        f"{name}: {megas:.1f} M characters in {len(documents.texts)} documents, "
+        f"{facts['train']:,} train and {facts['eval']:,} eval tokens, "
+        f"{tokenizer} tokenizer of {facts['vocab_size']}"
+    )
+    if documents.replaced_characters:
+        replaced, files = documents.replaced_characters, documents.replaced_files
+        description += f"; {replaced} characters in {files} files were not UTF-8"
+    return description
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about _PIECE_CHARACTERS, each ending with a line where there is one."""
+    """The text in pieces of at most _PIECE_CHARACTERS, each ending with a line if it can."""
     start = 0
     while start < len(text):
         stop = min(len(text), start + _PIECE_CHARACTERS)

@@ -1,8 +1,8 @@
-"""Text to token ids and back. Both kinds are byte-level, so every text has ids and gets back
-exactly.
+"""Text to token ids and back. Both kinds know all bytes, so every text comes back exactly.
 
     bytes   256 tokens, one per byte value; nothing to learn
     bpe     256 bytes, an end token, and merges learnt from the text itself in seconds
+
 Both are kept as the `tokenizer.json` that Hugging Face tools read too.
 Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 """
@@ -18,7 +18,6 @@ from smolrun.errors import DataError
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|endoftext|>"
-SMALLEST_BPE = 257  # 256 bytes and the end token
 
 
 class TextTokenizer:
@@ -29,8 +28,7 @@ class TextTokenizer:
         # A file that happens to contain the words "<|endoftext|>" is text like any other.
         tokenizer.encode_special_tokens = True
         self.vocab_size: int = tokenizer.get_vocab_size()
-        # The bytes tokenizer has no room for an end token: byte 0, which no text contains, does its
-        # work.
+        # The bytes tokenizer has no room for an end token: byte 0, hardly ever in a text, does it.
         self.end_id: int = tokenizer.token_to_id(END_TOKEN) or 0
 
     def encode(self, text: str) -> list[int]:
@@ -39,10 +37,8 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; faster than one by one, because it uses all cores."""
-        return [
-            encoding.ids
-            for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are no whole character become U+FFFD."""
@@ -54,13 +50,11 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The tokenizer kept in a folder (`Prepared.tokenizer`); raises DataError if it cannot be read."""
+    """The tokenizer kept in a folder (`Prepared.tokenizer`); raises DataError if unreadable."""
     path = Path(folder) / FILE_NAME
     try:
         return TextTokenizer(Tokenizer.from_str(path.read_text(encoding="utf-8")))
-    except (
-        Exception
-    ) as error:  # tokenizers raises plain Exception for a file it does not understand
+    except Exception as error:  # tokenizers raises plain Exception for what it does not understand
         raise DataError(f"cannot read the tokenizer {path}: {error}") from None
 
 
@@ -71,9 +65,7 @@ def bytes_tokenizer() -> TextTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """A tokenizer of at most `vocab_size` ids learnt from the texts; fewer where they have too
-    little to merge.
-    """
+    """A tokenizer of `vocab_size` ids learnt from the texts; fewer if they have less to merge."""
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -93,11 +85,7 @@ def _byte_level(model: models.Model, use_regex: bool) -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte value 0..255 (GPT-2's
-    table).
-    """
+    """The printable character that stands for each byte value, as in GPT-2's tokenizer."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    others = [value for value in range(256) if value not in printable]
-    return [
-        chr(value) if value in printable else chr(256 + others.index(value)) for value in range(256)
-    ]
+    others = (chr(number) for number in range(256, 512))
+    return [chr(value) if value in printable else next(others) for value in range(256)]

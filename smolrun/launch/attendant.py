@@ -60,9 +60,7 @@ class Attendant:
         self._queue(encode(message))
 
     def renew_lease(self) -> None:
-        """Queue a lease, unless one still waits to be written: a frozen worker must not fill the
-        memory.
-        """
+        """Queue a lease, unless one still waits: a frozen worker must not fill the memory."""
         with self._lock:
             if _LEASE not in self._outbox:
                 self._queue(_LEASE)
@@ -192,9 +190,7 @@ class Attendant:
 
 
 def _shown(line: str) -> str:
-    """What a terminal would still show of the line: a progress bar overwrites itself by carriage
-    returns.
-    """
+    """What a terminal would still show of the line: progress bars overwrite themselves."""
     return line.rstrip("\r").rsplit("\r", 1)[-1][-_TAIL_LINE_CHARS:]
 
 

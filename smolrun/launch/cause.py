@@ -21,9 +21,7 @@ _MESSAGE_CHARS = 600
 
 @dataclass
 class RankState:
-    """What is known of one rank. `sign` orders the states by when their failure was first seen; 0
-    is none.
-    """
+    """What is known of one rank. `sign` numbers the first signs of failure in order; 0 is none."""
 
     rank: int
     host: str
@@ -91,9 +89,7 @@ def did_not_finish(late: Sequence[RankState], limit_s: float) -> Cause:
 
 
 def pick_cause(states: Sequence[RankState]) -> Cause:
-    """The first rank of the gravest kind of failure; needs at least one state that is over or has
-    failed.
-    """
+    """The first rank of the gravest kind of failure; at least one must be over or have failed."""
     signs = sorted((state for state in states if state.has_failed), key=lambda state: state.sign)
     for is_grave in (_is_dead, _has_own_error):
         if grave := [state for state in signs if is_grave(state)]:
@@ -115,9 +111,7 @@ def _has_own_error(state: RankState) -> bool:
 
 
 def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
-    """The rank that the others lost: one that said nothing itself before one that did, then by
-    votes, then by rank.
-    """
+    """The rank that the others lost: a silent one first, then by votes, then by rank."""
     by_rank = {state.rank: state for state in states}
     accused = [
         (by_rank[s.error.peer], s.error) for s in signs if s.error and s.error.peer in by_rank
@@ -127,7 +121,8 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
     votes = Counter(state.rank for state, _ in accused)
     state, error = min(accused, key=lambda one: (one[0].is_over, -votes[one[0].rank], one[0].rank))
     what = "was cut off from the others" if state.is_over else "stopped answering"
-    return _cause(state, states, f"{what}{_when(state)} ({_one_line(error.message)})")
+    told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
+    return _cause(state, states, f"{what}{_when(state)} ({told})")
 
 
 def _what_happened(state: RankState) -> str:

@@ -1,5 +1,4 @@
-"""The worker's end of the control protocol: what this process says to the driver, and hears from
-it.
+"""The worker's end of the control protocol: what it says to the driver, and hears from it.
 
 A worker lives only as long as its driver wants it to. The end of stdin, a pipe that breaks, or too
 long a silence all mean that nobody is left to work for, and the process ends at once, so that no
@@ -50,9 +49,7 @@ _LAST_WORDS_S = 0.5  # a frozen driver does not empty the log pipe, and nobody m
 
 
 class WorkerChannel:
-    """Says and hears the control protocol. All methods may be called from any thread; writing may
-    block.
-    """
+    """Says and hears the control protocol, from any thread; writing may block."""
 
     def __init__(
         self,
@@ -62,9 +59,7 @@ class WorkerChannel:
         lease_limit_s: float = LEASE_LIMIT_S,
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
-        """Own both descriptors and listen at once. `end_process` must end the process, whatever it
-        is doing.
-        """
+        """Own both descriptors and listen at once. `end_process` only returns in tests."""
         self.stop_requested = threading.Event()
         self.start: StartMessage | None = None
         self._read_fd = read_fd
@@ -108,9 +103,7 @@ class WorkerChannel:
         return message
 
     def wait_roster(self, timeout_s: float) -> list[Peer]:
-        """Where every rank listens, in rank order; raises WaitTimeout, or StopRequested if it is to
-        stop.
-        """
+        """Where every rank listens, in rank order; raises WaitTimeout, or StopRequested."""
         message = self._next(timeout_s, "to say where the other ranks are")
         if not isinstance(message, RosterMessage):
             raise ProtocolError(f"the driver sent {type(message).__name__} instead of the roster")

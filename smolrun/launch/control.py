@@ -1,5 +1,4 @@
-"""The language that driver and worker speak over the worker's stdin and stdout: one JSON object a
-line.
+"""The language of driver and worker, over the worker's stdin and stdout: one JSON object a line.
 
 Pure: messages, their bytes, and how a stream of bytes falls into lines. It knows nothing of
 processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` the driver's).
@@ -103,9 +102,7 @@ class ReadyMessage(Message, frozen=True, tag="ready"):
 
 
 class EventMessage(Message, frozen=True, tag="event"):
-    """Something that happened, as `events.to_json` wrote it. A number that is not finite arrives as
-    null.
-    """
+    """Something that happened, as `events.to_json` wrote it; NaN and infinity arrive as null."""
 
     data: dict[str, Any]
 
@@ -155,9 +152,7 @@ def decode_from_driver(line: bytes) -> DriverMessage:
 
 
 def decode_from_worker(line: bytes) -> WorkerMessage:
-    """What a worker said; raises ProtocolError, with the line's beginning, if it is no message of a
-    worker.
-    """
+    """What a worker said; raises ProtocolError, with the line's beginning, if it is no message."""
     try:
         return _worker_decoder.decode(line)
     except (ValueError, RecursionError) as error:
@@ -166,9 +161,7 @@ def decode_from_worker(line: bytes) -> WorkerMessage:
 
 
 class LineSplitter:
-    """Bytes in, whole lines out. Holds at most one unfinished line, never longer than `limit`
-    bytes.
-    """
+    """Bytes in, whole lines out; holds back one unfinished line, never more than `limit` bytes."""
 
     def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
         self._limit = limit
@@ -176,9 +169,7 @@ class LineSplitter:
         self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that `data` completes, without their newline; raises ProtocolError past the
-        limit.
-        """
+        """The lines that `data` completes, without newline; raises ProtocolError past the limit."""
         *ends, rest = data.split(b"\n")
         lines = [self._complete(end) for end in ends]
         self._keep(rest)

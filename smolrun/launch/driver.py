@@ -1,5 +1,4 @@
-"""Runs the supervisor against real workers: threads, signals and the clock come in here and nowhere
-else.
+"""Runs the supervisor against real workers: signals and the clock come in here.
 
 Everything that happens comes through one inbox; this loop is the only one that touches the
 supervisor. Every wait has a deadline, and whatever ends the loop, an error of our own included, no
@@ -45,9 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class InterruptCounter:
-    """Counts Ctrl-C, and what means the same: SIGTERM, and the terminal or console window being
-    closed.
-    """
+    """Counts Ctrl-C and what means the same: SIGTERM, or the terminal being closed."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -94,9 +91,7 @@ class Driver:
         limits: Limits | None = None,
         lease_every_s: float = LEASE_EVERY_S,
     ) -> None:
-        """`plans` are in rank order. `listen` is called for every event, in this thread; while it
-        blocks, the driver waits.
-        """
+        """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick."""
         self._plans = plans
         self._listen = listen
         self._lease_every_s = lease_every_s
@@ -107,9 +102,7 @@ class Driver:
         self._interrupts = InterruptCounter()
 
     def run(self) -> Outcome:
-        """Start all workers, see them through, and tell how it ended. No worker is left when this
-        returns or raises.
-        """
+        """Start all workers and tell how it ended; none is left when this returns or raises."""
         with self._interrupts.installed():
             try:
                 self._begin()
@@ -172,9 +165,7 @@ class Driver:
         return None
 
     def _post(self, item: Input) -> None:
-        """Called by the attendants' threads; waits while the inbox is full, so a talkative worker
-        is slowed down.
-        """
+        """For the attendants' threads; waits while the inbox is full, so a flood is slowed down."""
         while not self._over.is_set():
             with contextlib.suppress(queue.Full):
                 self._inbox.put(item, timeout=_POLL_S)

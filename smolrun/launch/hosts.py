@@ -51,9 +51,7 @@ class WorkerProcess(Protocol):
         """Its exit code once it has ended; -n for signal n where the host can tell."""
 
     def kill(self) -> None:
-        """End it, and every process it started, at once, even if it is frozen. Never raises; may
-        come twice.
-        """
+        """End it and all it started, at once, even if frozen. Never raises; may come twice."""
 
 
 class Host(Protocol):

@@ -34,14 +34,16 @@ _THREAD_VARIABLES = (
 
 
 def worker_command() -> list[str]:
-    """The entry point in worker mode, by this very interpreter."""
-    return [sys.executable, "-m", "smolrun.cli", "--worker"]
+    """The entry point in worker mode, by this very interpreter.
+
+    -P keeps the current folder away from the front of Python's path, where a file of the user's
+    could hide a library; the worker puts it at the end.
+    """
+    return [sys.executable, "-P", "-m", "smolrun.cli", "--worker"]
 
 
 def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
-    """`base` without secrets, with thread counts (they only count if set before numpy and torch
-    load).
-    """
+    """`base` without secrets, with thread counts (which only count before numpy and torch load)."""
     environment = {name: value for name, value in base.items() if not _is_secret(name)}
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     environment["PYTHONUNBUFFERED"] = "1"
@@ -120,9 +122,7 @@ class LocalProcess:
         return code
 
     def kill(self) -> None:
-        """SIGKILL to its process group (it works on a stopped process too); TerminateProcess on
-        Windows.
-        """
+        """SIGKILL to its process group, stopped or not; TerminateProcess on Windows."""
         if self._process.returncode is None:
             self._kill_group()
             self._process.kill()

@@ -1,6 +1,4 @@
-"""The supervisor's vocabulary: what can happen to a run, what can be done about it, and how it can
-end.
-"""
+"""The supervisor's vocabulary: what can happen to a run, what can be done, how it can end."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the run ended. `reason` is one line, empty when all is well; `steps` is how many
-    were done.
-    """
+    """How the run ended. `reason` is one line, empty if all is well; `steps` were done."""
 
     status: Literal["done", "stopped", "failed"]
     exit_code: int

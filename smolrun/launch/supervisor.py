@@ -73,9 +73,7 @@ class Phase(Enum):
 
 
 class Supervisor:
-    """Feed it everything that happens, with the time; do what it says. Call `advance` when
-    `deadline` is reached.
-    """
+    """Feed it all that happens, with the time; do what it says; `advance` it at its `deadline`."""
 
     def __init__(
         self, states: Sequence[RankState], *, now: float, limits: Limits | None = None

@@ -1,14 +1,12 @@
-"""What the house asks of a model: how it is built, what it reads, how its parameters start.
+"""What the house tells a model when it builds it, and what a model tells about its first values.
 
-Knows nothing of ranks, meshes or configuration objects: a model is plain torch.
+A model is plain torch: it knows nothing of ranks, meshes or configuration objects.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import Literal, Protocol
 
 Kind = Literal["tokens", "features"]
 
@@ -16,9 +14,8 @@ Kind = Literal["tokens", "features"]
 class ModelSpec(Protocol):
     """What the data asks of the model; `smolrun.data.base.Prepared` fits.
 
-    num_outputs is the vocabulary size for tokens or the number of classes for features. num_inputs
-    is the number of features of one sample (None for tokens). sequence_length is in tokens (None
-    for features).
+    num_outputs is the vocabulary size, or the number of classes. num_inputs is the number of
+    features of one sample (None for tokens); sequence_length counts tokens (None for features).
     """
 
     @property
@@ -31,14 +28,11 @@ class ModelSpec(Protocol):
 
 @dataclass(frozen=True)
 class Init:
-    """How one parameter starts; std is only read where kind is "normal" (its mean is 0)."""
+    """How one parameter starts; std is only read where kind is "normal" (its mean is 0).
+
+    A model gives it by `init_rule(name, parameter) -> Init`, and may then be built on the meta
+    device, that is, without any memory for its parameters.
+    """
 
     kind: Literal["normal", "zeros", "ones"]
     std: float = 0.0
-
-
-@runtime_checkable
-class HasInitRule(Protocol):
-    """A model that tells how each of its parameters starts, and so may be built on the meta device."""
-
-    def init_rule(self, name: str, parameter: Tensor) -> Init: ...

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolrun.models.attention import Attention, Rotation
-from smolrun.models.kv_cache import CacheStep, KVCache
+from smolrun.models.attention import Attention, Sight
 from smolrun.models.shape import DecoderShape
 
 
@@ -20,8 +19,9 @@ def norm_of(shape: DecoderShape) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Each token thinks for itself: width -> ffn_width -> width, gated (SwiGLU, arXiv:2002.05202)
-    or plain GELU.
+    """Each token thinks for itself: width -> ffn_width -> width.
+
+    Source: arXiv:2002.05202 (SwiGLU), 1606.08415 (GELU).
     """
 
     def __init__(self, shape: DecoderShape) -> None:
@@ -38,7 +38,8 @@ class FeedForward(nn.Module):
         else:
             # GPT-2's GELU is the tanh approximation; its checkpoints need exactly this one.
             inner_BTF = F.gelu(self.up(hidden_BTD), approximate="tanh")
-        return self.down(inner_BTF)  # type: ignore[no-any-return]  # nn.Module.__call__
+        output_BTD: Tensor = self.down(inner_BTF)
+        return output_BTD
 
 
 class Block(nn.Module):
@@ -51,15 +52,7 @@ class Block(nn.Module):
         self.feed_forward_norm = norm_of(shape)
         self.feed_forward = FeedForward(shape)
 
-    def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: Rotation | None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        step: CacheStep | None = None,
-    ) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(
-            self.attention_norm(hidden_BTD), rotation, mask, cache, step
-        )
-        return hidden_BTD + self.feed_forward(self.feed_forward_norm(hidden_BTD))
+    def forward(self, hidden_BTD: Tensor, sight: Sight) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), sight)
+        output_BTD: Tensor = hidden_BTD + self.feed_forward(self.feed_forward_norm(hidden_BTD))
+        return output_BTD

@@ -1,13 +1,12 @@
 """One readable decoder that is GPT-2, Llama, Qwen2, Qwen3, Mistral or SmolLM by its keys.
 
-    tokens -> token_embedding (+ position_embedding) -> blocks[0] .. blocks[layers - 1] -> norm -> logits
-              `-- has_embedding                        `-- first_layer .. last_layer       `-- has_head
+    tokens -> token_embedding [+ position_embedding] -> blocks[0] .. blocks[n - 1] -> norm -> head
+              has_embedding                             first_layer .. last_layer     has_head
 
 Any stretch of it can be built alone, so that layers can be spread over hosts; a parameter has the
 same name in every stretch. With tied embeddings the stretch that has the head also holds
-`token_embedding.weight`: the first and the last host then own one parameter together and must add
-up its gradients. It knows nothing of hosts: whoever cuts it moves `hidden_BTD` from one stretch to
-the next.
+`token_embedding.weight`: then the first and the last host own one parameter together and must add
+up its gradients. The decoder knows nothing of hosts: whoever cuts it moves hidden_BTD onwards.
 
 Shape suffixes: B batch, T tokens, S tokens looked at, D width, V vocabulary.
 """
@@ -24,17 +23,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smolrun.errors import ConfigError
-from smolrun.models.attention import rotation_of
+from smolrun.models.attention import Sight, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
 from smolrun.models.blocks import Block, norm_of
-from smolrun.models.kv_cache import CacheStep, KVCache, may_look
-from smolrun.models.shape import DecoderShape, default_ffn_width
+from smolrun.models.kv_cache import KVCache, may_look
+from smolrun.models.shape import DecoderShape, default_ffn_width, default_head_width
 
 
 class Decoder(nn.Module):
-    """Layers first_layer..last_layer (both included) of a decoder, with or without its embedding
-    and its head.
-    """
+    """Layers first_layer .. last_layer (both included), with or without embedding and head."""
 
     consumes: ClassVar[Kind] = "tokens"
 
@@ -50,22 +47,19 @@ class Decoder(nn.Module):
         super().__init__()
         last_layer = shape.layers - 1 if last_layer is None else last_layer
         if not 0 <= first_layer <= last_layer < shape.layers:
-            raise ValueError(
-                f"layers {first_layer}..{last_layer} are not within 0..{shape.layers - 1}"
-            )
+            known = f"0..{shape.layers - 1}"
+            raise ValueError(f"layers {first_layer}..{last_layer} are not within {known}")
         self.shape = shape
         self.vocab_size = vocab_size
         self.has_embedding, self.has_head = has_embedding, has_head
-        # Set to True to keep only each block's input for backward and compute the rest again: less
-        # memory, more time.
+        # True: keep only each block's input for backward and compute the rest again then.
         self.recompute = False
         if has_embedding or (has_head and shape.tie_embeddings):
             self.token_embedding = nn.Embedding(vocab_size, shape.width)
         if has_embedding and shape.position == "learned":
             self.position_embedding = nn.Embedding(shape.max_sequence_length, shape.width)
-        self.blocks = nn.ModuleDict(
-            {str(i): Block(shape, i) for i in range(first_layer, last_layer + 1)}
-        )
+        layers = range(first_layer, last_layer + 1)
+        self.blocks = nn.ModuleDict({str(layer): Block(shape, layer) for layer in layers})
         if has_head:
             self.norm = norm_of(shape)
             if not shape.tie_embeddings:
@@ -74,86 +68,76 @@ class Decoder(nn.Module):
     def forward(
         self, inputs: Tensor, cache: KVCache | None = None, counts: Sequence[int] | None = None
     ) -> Tensor:
-        """Logits [B, T, V] (or hidden [B, T, D] without the head) for token ids [B, T] (or hidden
-        [B, T, D]).
+        """Token ids [B, T] to logits [B, T, V].
 
-        With a cache, the inputs continue its sequences; `counts[row]` tells how many of a row's T
-        inputs are real, the rest is padding on the right. Raises ValueError where a sequence grows
-        past max_sequence_length.
+        A stretch without embedding takes hidden [B, T, D]; one without head returns it. With a
+        cache the inputs continue its sequences, and `counts[row]` tells how many of a row's T
+        inputs are real, the rest being padding on the right (None: all are real). Raises
+        ValueError for a sequence longer than max_sequence_length or than the cache.
         """
-        step = (
-            None
-            if cache is None
-            else cache.plan(inputs.shape[1], counts, self.shape.sliding_window)
-        )
-        positions = self._positions(inputs) if step is None else step.positions_BT
-        mask = self._window_mask(positions) if step is None else step.mask_B1TS
+        window = self.shape.sliding_window
+        if cache is None:
+            step = None
+            positions = self._positions(inputs)
+            mask = self._window_mask(positions)
+        else:
+            step = cache.plan(inputs.shape[1], counts, window)
+            positions, mask = step.positions_BT, step.mask_B1TS
         hidden_BTD = self._embed(inputs, positions) if self.has_embedding else inputs
-        hidden_BTD = self._run_blocks(hidden_BTD, positions, mask, cache, step)
-        if cache is not None and step is not None:
-            cache.advance(step)
+        hidden_BTD = self._run_blocks(hidden_BTD, Sight(self._rotation(positions), mask, step))
+        if step is not None:
+            step.finish()
         if not self.has_head:
             return hidden_BTD
         head = self.token_embedding if self.shape.tie_embeddings else self.head
         return F.linear(self.norm(hidden_BTD), head.weight)
 
     def _positions(self, inputs: Tensor) -> Tensor:
-        """0 .. T-1 for a call without a cache."""
-        if inputs.shape[1] > self.shape.max_sequence_length:
-            limit = self.shape.max_sequence_length
-            raise ValueError(
-                f"a sequence of {inputs.shape[1]} tokens passes max_sequence_length={limit}"
-            )
-        return torch.arange(inputs.shape[1], device=inputs.device)
+        """0 .. T-1, for a call without a cache."""
+        length, limit = inputs.shape[1], self.shape.max_sequence_length
+        if length > limit:
+            raise ValueError(f"a sequence of {length} tokens passes max_sequence_length={limit}")
+        return torch.arange(length, device=inputs.device)
 
     def _window_mask(self, positions_T: Tensor) -> Tensor | None:
-        """[T, T] for a window shorter than the sequence; else None, which lets torch use its fast
-        causal kernel.
-        """
+        """[T, T] if the window hides anything; else None, for torch's fast causal kernel."""
         window = self.shape.sliding_window
         if window is None or window >= len(positions_T):
             return None
         return may_look(positions_T[:, None], positions_T, window)
 
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.shape.position == "learned":
+            return None
+        cos, sin = rotation_of(positions, self.shape.head_width, self.shape.rope_theta)
+        return cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
+
     def _embed(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
         hidden_BTD: Tensor = self.token_embedding(tokens_BT)
-        return (
-            hidden_BTD + self.position_embedding(positions)
-            if self.shape.position == "learned"
-            else hidden_BTD
-        )
+        if self.shape.position == "learned":
+            hidden_BTD = hidden_BTD + self.position_embedding(positions)
+        return hidden_BTD
 
-    def _run_blocks(
-        self,
-        hidden_BTD: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        step: CacheStep | None,
-    ) -> Tensor:
-        rotation = None
-        if self.shape.position == "rope":
-            cos, sin = rotation_of(positions, self.shape.head_width, self.shape.rope_theta)
-            rotation = (cos.unsqueeze(-3), sin.unsqueeze(-3))  # one angle for all heads
-        recompute = self.recompute and torch.is_grad_enabled() and cache is None
+    def _run_blocks(self, hidden_BTD: Tensor, sight: Sight) -> Tensor:
+        recompute = self.recompute and torch.is_grad_enabled() and sight.step is None
         for block in self.blocks.values():
             if recompute:
-                # Nothing in a block is random, so there is no random state to keep.
+                # Nothing in a block is random, so there is no random state to keep for later.
                 hidden_BTD = checkpoint(
-                    block, hidden_BTD, rotation, mask, use_reentrant=False, preserve_rng_state=False
+                    block, hidden_BTD, sight, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden_BTD = block(hidden_BTD, rotation, mask, cache, step)
+                hidden_BTD = block(hidden_BTD, sight)
         return hidden_BTD
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for the layers held here; `capacity` tokens a row, at most
-        max_sequence_length.
+        """An empty cache for the layers held here, with room for `capacity` tokens a row.
+
+        Raises ValueError if the capacity is more than max_sequence_length.
         """
-        if capacity > self.shape.max_sequence_length:
-            raise ValueError(
-                f"a cache of {capacity} tokens passes max_sequence_length={self.shape.max_sequence_length}"
-            )
+        limit = self.shape.max_sequence_length
+        if capacity > limit:
+            raise ValueError(f"a cache of {capacity} tokens passes max_sequence_length={limit}")
         parameter = next(self.parameters())
         return KVCache(
             [int(name) for name in self.blocks],
@@ -166,9 +150,7 @@ class Decoder(nn.Module):
         )
 
     def init_rule(self, name: str, parameter: Tensor) -> Init:
-        """GPT-2's rule: 0.02, and less for what is added to the residual stream, which `2 x layers`
-        parts add to.
-        """
+        """GPT-2's rule: 0.02, and less for what each of 2 x layers parts adds to the residual."""
         if name.endswith(".bias"):
             return Init("zeros")
         if name.endswith("norm.weight"):
@@ -205,27 +187,15 @@ def build(
 ) -> Decoder:
     """The decoder for `spec`, or the stretch of it that the parameters before the star ask for.
 
-    Raises ConfigError with every problem found.
+    The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
     """
-    if spec.sequence_length is None:
-        raise ConfigError(
-            "a gpt model reads tokens, but the data gives features; use data=python_stdlib or data=text"
-        )
-    if spec.sequence_length > max_sequence_length:
-        raise ConfigError(
-            f"data.sequence_length={spec.sequence_length} is more than "
-            f"model.max_sequence_length={max_sequence_length}; lower the first or raise the second"
-        )
-    if head_width is None and (heads < 1 or width % heads):
-        raise ConfigError(
-            f"model.heads={heads}: must divide model.width={width}, or set model.head_width"
-        )
+    _check_fit(spec, max_sequence_length)
     shape = DecoderShape(
         layers=layers,
         width=width,
         heads=heads,
         kv_heads=heads if kv_heads is None else kv_heads,
-        head_width=width // heads if head_width is None else head_width,
+        head_width=default_head_width(width, heads) if head_width is None else head_width,
         ffn_width=default_ffn_width(width, activation) if ffn_width is None else ffn_width,
         max_sequence_length=max_sequence_length,
         position=position,
@@ -240,3 +210,16 @@ def build(
         norm_eps=norm_eps,
     )
     return Decoder(shape, spec.num_outputs, first_layer, last_layer, has_embedding, has_head)
+
+
+def _check_fit(spec: ModelSpec, max_sequence_length: int) -> None:
+    if spec.sequence_length is None:
+        raise ConfigError(
+            "a gpt model reads tokens, but the data gives features; "
+            "use data=python_stdlib or data=text"
+        )
+    if spec.sequence_length > max_sequence_length:
+        raise ConfigError(
+            f"data.sequence_length={spec.sequence_length} is more than "
+            f"model.max_sequence_length={max_sequence_length}; lower the first or raise the second"
+        )

@@ -1,8 +1,8 @@
-"""Writes text: asks the model for one token after the other, with a key/value cache so that each is
-computed once.
+"""Writes text token by token, with a key/value cache so that each token is computed once.
 
-Knows token ids only; whoever calls it turns them into text. For one whole model in one process
-(serving has its own scheduler, and algorithms that cut a model have `logits`).
+Knows token ids only; whoever calls it turns them into text. It is for one whole model in one
+process: serving has its own scheduler, and algorithms that cut a model have `logits`.
+Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,15 +44,13 @@ def generate_batch(
 
     temperature 0 takes the likeliest token each time; top_k 0 allows every token. A row ends early
     where it reaches the model's max_sequence_length. Each row draws from its own generator, so its
-    text does not depend on its neighbours. Raises ValueError for an empty prompt or one that leaves
-    no room.
+    text does not depend on its neighbours. Raises ValueError for an empty or too long prompt.
     """
     limit = model.shape.max_sequence_length
     for prompt in prompts:
         if not 1 <= len(prompt) < limit:
-            raise ValueError(
-                f"a prompt needs 1 to {limit - 1} tokens (max_sequence_length={limit}), got {len(prompt)}"
-            )
+            allowed = f"1 to {limit - 1} tokens (max_sequence_length={limit})"
+            raise ValueError(f"a prompt needs {allowed}, got {len(prompt)}")
     device = next(model.parameters()).device
     budgets = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
@@ -62,9 +60,8 @@ def generate_batch(
     pending = [list(prompt) for prompt in prompts]
     while any(len(ids) < budget for ids, budget in zip(new_ids, budgets, strict=True)):
         counts = [len(ids) for ids in pending]
-        tokens_BT = torch.tensor(
-            [ids + [0] * (max(counts) - len(ids)) for ids in pending], device=device
-        )
+        padded = [ids + [0] * (max(counts) - len(ids)) for ids in pending]
+        tokens_BT = torch.tensor(padded, device=device)
         logits_BTV = model(tokens_BT, cache, counts)
         for row, ids in enumerate(new_ids):
             if len(ids) == budgets[row]:

@@ -1,11 +1,11 @@
-"""Where each of our decoder's parameters lies in a Hugging Face checkpoint, and the other way
-round. Pure name maps.
+"""Where each parameter of our decoder lies in a Hugging Face checkpoint, and the other way round.
 
-Families: gpt2, llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3. It reads no files and needs
-no transformers.
+    ours         blocks.3.attention.key.weight
+    gpt2         h.3.attn.c_attn.weight, the second third, transposed (Conv1D; q, k, v in one)
+    the others   layers.3.self_attn.k_proj.weight
 
-    ours                            gpt2 (Conv1D: transposed, q k v in one)     the others
-    blocks.3.attention.key.weight   h.3.attn.c_attn.weight, 2nd third, .T       layers.3.self_attn.k_proj.weight
+Pure name maps for gpt2, llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3: it reads no files
+and needs no transformers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter's place: the tensor's name, which of its equal parts, and whether it is stored
-    transposed.
-    """
+    """A parameter's place: the tensor's name, which of its equal parts, whether transposed."""
 
     name: str
     part: int = 0
@@ -67,8 +65,9 @@ _LLAMA_INSIDE = {
 
 
 def place_of(name: str, family: str) -> Place:
-    """Where our parameter `name` lies in a checkpoint of `family`; raises ConfigError if the family
-    has no such part.
+    """Where our parameter `name` lies in a checkpoint of `family`.
+
+    Raises ConfigError if the family has no such part, or is unknown.
     """
     module, _, leaf = name.rpartition(".")  # blocks.3.attention.key, weight
     layer = ""
@@ -94,8 +93,7 @@ def place_of(name: str, family: str) -> Place:
 def from_huggingface(
     tensors: Mapping[str, Tensor], names: Iterable[str], family: str
 ) -> dict[str, Tensor]:
-    """Our parameters `names` out of a checkpoint's tensors; a stretch of layers asks for its own
-    names only.
+    """Our parameters `names` from a checkpoint; a stretch of layers asks for its own names only.
 
     GPT-2 checkpoints come with and without the prefix "transformer."; both are read. Raises
     ConfigError naming a tensor that is missing.
@@ -105,18 +103,14 @@ def from_huggingface(
         place = place_of(name, family)
         source = place.name if place.name in tensors else place.name.removeprefix("transformer.")
         if source not in tensors:
-            raise ConfigError(
-                f"the {family} checkpoint has no tensor {place.name}, which {name} needs"
-            )
+            raise ConfigError(f"the {family} checkpoint lacks {place.name}, which {name} needs")
         tensor = tensors[source].chunk(place.parts, dim=-1)[place.part]
         found[name] = (tensor.T if place.is_transposed else tensor).contiguous()
     return found
 
 
 def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """A checkpoint's tensors from all our parameters. Tied heads are left out, as in Hugging Face's
-    own files.
-    """
+    """A checkpoint's tensors from all our parameters, without tied heads, as its own files are."""
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, tensor in parameters.items():
         place = place_of(name, family)
@@ -128,11 +122,10 @@ def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, T
 
 
 def decoder_keys_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `decoder.build` for a Hugging Face config.json; raises ConfigError for what our
-    decoder cannot be.
+    """The keys of `decoder.build` for a Hugging Face config.json.
 
-    The vocabulary size is not among them: it comes from the data or the tokenizer
-    (`config["vocab_size"]`).
+    The vocabulary size (`config["vocab_size"]`) is not among them: a model's spec brings it. Raises
+    ConfigError for what our decoder cannot be.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -190,20 +183,18 @@ def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """transformers 5 keeps rope in `rope_parameters`; files made before have `rope_theta` and
-    `rope_scaling`.
-    """
+    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(
-            f"rope_type={kind!r}: our decoder knows plain rope only, so this model cannot be loaded yet"
+            f"rope_type={kind!r}: our decoder knows plain rope only, it cannot load this model yet"
         )
     return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """One window for all layers, or none; Qwen's files name a window even where they do not use it."""
+    """One window for all layers, or none; Qwen's files name a window even if it is not used."""
     window = config.get("sliding_window")
     if window is None or family == "llama":
         return None
@@ -217,14 +208,11 @@ def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
         for layer in range(layers)
     ]
     if len(set(kinds)) > 1:
-        raise ConfigError(
-            "a sliding window on some layers only is something our decoder does not know"
-        )
+        raise ConfigError("our decoder knows no sliding window on some layers only")
     return int(window) if "sliding_attention" in kinds else None
 
 
 def _refuse_unless(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
     if config.get(key, allowed[0]) not in allowed:
-        raise ConfigError(
-            f"{key}={config[key]!r}: our decoder needs {' or '.join(map(repr, allowed))}"
-        )
+        choices = " or ".join(map(repr, allowed))
+        raise ConfigError(f"{key}={config[key]!r}: our decoder needs {choices}")

@@ -1,5 +1,4 @@
-"""A plain multilayer perceptron: features in, class logits out. The smallest real model, for
-`smolrun model=mlp`.
+"""A plain multilayer perceptron, the smallest real model: features in, class logits out.
 
 Shape suffixes: B batch, F features, C classes.
 """
@@ -8,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -27,10 +27,8 @@ class MLP(nn.Module):
         self, num_inputs: int, num_outputs: int, widths: Sequence[int], activation: str
     ) -> None:
         super().__init__()
-        sizes = [num_inputs, *widths, num_outputs]
-        self.layers = nn.ModuleList(
-            nn.Linear(size, after) for size, after in zip(sizes, sizes[1:], strict=False)
-        )
+        sizes = pairwise([num_inputs, *widths, num_outputs])
+        self.layers = nn.ModuleList(nn.Linear(size, after) for size, after in sizes)
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, inputs_BF: Tensor) -> Tensor:
@@ -41,9 +39,7 @@ class MLP(nn.Module):
         return hidden
 
     def init_rule(self, name: str, parameter: Tensor) -> Init:
-        """He initialisation (arXiv:1502.01852): keeps the size of activations through rectified
-        layers.
-        """
+        """He initialisation (arXiv:1502.01852): rectified layers keep the size of activations."""
         if name.endswith("bias"):
             return Init("zeros")
         return Init("normal", math.sqrt(2.0 / parameter.shape[1]))
@@ -54,7 +50,7 @@ def build(spec: ModelSpec, *, widths: Sequence[int], activation: str) -> MLP:
     problems = []
     if spec.num_inputs is None:
         problems.append(
-            "model=mlp reads features (images), but the data gives tokens; use data=digits or a gpt model"
+            "model=mlp reads features, but the data gives tokens; use data=digits or model=gpt_tiny"
         )
     if any(width < 1 for width in widths):
         problems.append(f"model.widths={list(widths)}: every width must be at least 1")

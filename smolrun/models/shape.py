@@ -1,6 +1,4 @@
-"""The numbers that make a decoder a GPT-2, a Llama or a Qwen: its keys, filled in and checked.
-Knows no torch.
-"""
+"""The numbers that make a decoder a GPT-2, a Llama or a Qwen: its keys, completed and checked."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from smolrun.errors import ConfigError
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A decoder's keys with every null replaced by its number; the fields mean what
-    `conf/model/gpt_tiny.yaml` says.
+    """A decoder's keys with every null replaced by its number; see conf/model/gpt_tiny.yaml.
+
+    Raises ConfigError with every problem found.
     """
 
     layers: int
@@ -41,27 +40,25 @@ class DecoderShape:
             raise ConfigError(problems)
 
 
+def default_head_width(width: int, heads: int) -> int:
+    """width / heads; raises ConfigError if that is not a whole number."""
+    if heads < 1 or width % heads:
+        remedy = f"must divide model.width={width}, or set model.head_width"
+        raise ConfigError(f"model.heads={heads}: {remedy}")
+    return width // heads
+
+
 def default_ffn_width(width: int, activation: str) -> int:
-    """4 x width for gelu; 8/3 x width for swiglu, rounded up to a multiple of 64: about as many
-    parameters.
-    """
+    """4 x width for gelu, 8/3 x width for swiglu (in steps of 64): about as many parameters."""
     return 4 * width if activation == "gelu" else 64 * math.ceil(width * 8 / 3 / 64)
 
 
 def _problems(shape: DecoderShape) -> list[str]:
     """Everything that cannot be built, one sentence each."""
-    sizes = (
-        "layers",
-        "width",
-        "heads",
-        "kv_heads",
-        "head_width",
-        "ffn_width",
-        "max_sequence_length",
-    )
+    sizes = "layers width heads kv_heads head_width ffn_width max_sequence_length"
     problems = [
         f"model.{key}={getattr(shape, key)}: must be at least 1"
-        for key in sizes
+        for key in sizes.split()
         if getattr(shape, key) < 1
     ]
     choices = {
@@ -77,11 +74,7 @@ def _problems(shape: DecoderShape) -> list[str]:
     if shape.kv_heads >= 1 and shape.heads % shape.kv_heads:
         problems.append(f"model.kv_heads={shape.kv_heads}: must divide model.heads={shape.heads}")
     if shape.position == "rope" and shape.head_width % 2:
-        problems.append(
-            f"model.head_width={shape.head_width}: must be even, because rope turns pairs"
-        )
+        problems.append(f"model.head_width={shape.head_width}: must be even, as rope turns pairs")
     if shape.sliding_window is not None and shape.sliding_window < 1:
-        problems.append(
-            f"model.sliding_window={shape.sliding_window}: must be at least 1, or null for none"
-        )
+        problems.append(f"model.sliding_window={shape.sliding_window}: must be at least 1, or null")
     return problems

@@ -1,5 +1,4 @@
-"""What a person sees while a run goes on: a progress bar in a terminal, a line now and then
-anywhere else.
+"""What a person sees of a run: a bar in a terminal, a line now and then anywhere else.
 
 Nothing it does can fail: once its stream is gone it keeps silent. It starts no thread; the bar
 moves when events come.
@@ -7,6 +6,8 @@ moves when events come.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,19 +23,21 @@ _LINE_EVERY_S = 5.0  # where there is no bar
 _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
 
 
+class _Screen(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here, and with it a run that somebody piped into `head`."""
+        raise BrokenPipeError
+
+
 class Console:
-    """A tracker that talks to the user. Colours and width are rich's business (it honours
-    NO_COLOR).
-    """
+    """A tracker that talks to the user. Colours are rich's business, which honours NO_COLOR."""
 
     def __init__(self, *, steps: int, world_size: int, stream: TextIO | None = None) -> None:
         """`steps` is what a whole run has."""
         self._steps = steps
         self._world_size = world_size
         self._stream = stream or sys.stdout
-        self._rich = rich.console.Console(
-            file=self._stream, highlight=False, markup=False, emoji=False
-        )
+        self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
         self._bar: rich.progress.Progress | None = None
         self._task = rich.progress.TaskID(0)
@@ -67,6 +70,8 @@ class Console:
             act()
         except Exception:  # a closed terminal, a full disk, an encoding: none is worth a run
             self._is_broken = True
+            self._bar = None
+            _let_go(self._stream)
 
     def _print(self, text: str) -> None:
         shown = printable(text)
@@ -159,6 +164,14 @@ class Console:
             bar.stop()
 
 
+def _let_go(stream: TextIO) -> None:
+    """Send the rest nowhere: a broken stdout would spoil the exit code when Python flushes it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def slowest(compute_s: dict[int, float]) -> int | None:
     """The rank that computes clearly longer than the mean of the others, if there is one."""
     if len(compute_s) < 2:
@@ -175,9 +188,7 @@ def clock(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model, or a broken worker, may write any byte, and a terminal
-    obeys some of them.
-    """
+    """Without control characters: a model may write any of them, and terminals obey some."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

@@ -1,6 +1,4 @@
-"""`metrics.jsonl`: every event of a run, one JSON object a line. The source of truth that all other
-views can be made from.
-"""
+"""`metrics.jsonl`: every event of a run, one JSON object a line; all other views come second."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ class JsonLines:
 
 
 def line(event: Event) -> bytes:
-    """The event as one line: event, step and rank come first. JSON has no NaN: what is not finite
-    becomes null.
-    """
+    """The event as one line, its kind, step and rank first; what is not finite becomes null."""
     data = to_json(event)
     first = {key: data.pop(key) for key in ("event", "step", "rank") if key in data}
     # Spaces after colons and commas, so that a grep for "event": "eval" finds what people expect.

@@ -5,6 +5,7 @@ outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     config.yaml     the configuration, resolved
     metrics.jsonl   every event
     summary.json    how it ended
+    tokenizer/      what turns text into tokens, if there is text
     logs/           what each rank printed
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +25,7 @@ from typing import Any
 import msgspec
 
 LATEST = "latest"
+TOKENIZER_FILE = "tokenizer.json"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -71,10 +74,13 @@ class RunFolder:
         encoded = msgspec.json.format(msgspec.json.encode(dict(summary)), indent=2)
         _replace(self.path / "summary.json", encoded + b"\n")
 
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Keep a copy of `tokenizer`/tokenizer.json, so that the folder is whole by itself."""
+        (self.path / "tokenizer").mkdir(exist_ok=True)
+        shutil.copyfile(tokenizer / TOKENIZER_FILE, self.path / "tokenizer" / TOKENIZER_FILE)
+
     def become_latest(self) -> None:
-        """Let `outputs/latest` point here: a link, or a text file with the name where links are not
-        possible.
-        """
+        """Let `outputs/latest` point here: a link, or a text file where links are not possible."""
         latest = self.path.parent / LATEST
         fresh = self.path.parent / f".{LATEST}-{self.run_id}"
         try:

@@ -1,6 +1,4 @@
-"""What a reader of events is, and how several of them read the same run without being able to hurt
-it.
-"""
+"""What a reader of events is, and how several of them read one run without hurting it."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ class Tracker(Protocol):
 
 
 class Fanout:
-    """Hands every event to all trackers. One that raises is switched off, with one warning, for
-    good.
-    """
+    """Hands every event to all trackers; one that raises is switched off, with one warning."""
 
     def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None]) -> None:
         """`warn` gets one sentence per tracker that breaks; it must not raise."""

@@ -1,4 +1,4 @@
-"""What a configuration may say: every problem in one error, each with key, value and what is allowed."""
+"""Every problem of a configuration in one error, each with key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shipped() -> dict[str, Any]:
 
 
 def changed(shipped: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The shipped configuration with some keys set; `training__steps` is the key steps of training."""
+    """The shipped configuration with keys set; `training__steps` is the key steps of training."""
     data = copy.deepcopy(shipped)
     for path, value in changes.items():
         *groups, key = path.split("__")
@@ -81,7 +81,7 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ),
         (
             {"optimizer__lr": float("nan")},
-            "optimizer.lr = NaN: too small; allowed: a number > 0",
+            "optimizer.lr = NaN: not a finite number; allowed: a number > 0",
         ),
         (
             {"optimizer__lr": float("inf")},

@@ -92,7 +92,7 @@ def test_the_entry_of_a_faster_run_is_kept(tmp_path: Path) -> None:
 
 def test_a_cache_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot write to the cache folder .*file"):
+    with pytest.raises(DataError, match=r"cannot write to the cache folder .*file"):
         cached(tmp_path / "file", "x", {}, Maker())
 
 

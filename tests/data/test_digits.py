@@ -33,7 +33,7 @@ def test_batches_are_pictures_and_classes(tmp_path: Path) -> None:
 
 def test_train_and_eval_share_no_picture_even_without_noise(tmp_path: Path) -> None:
     prepared = prepare(tmp_path, train_size=2000, eval_size=500)
-    train, held_out = (open_split(prepared, name, verify=True) for name in ("train", "eval"))  # type: ignore[arg-type]
+    train, held_out = (open_split(prepared, name, verify=True) for name in ("train", "eval"))
     pictures = torch.cat([train.batch(range(2000)).inputs, held_out.batch(range(500)).inputs])
     assert len({picture.numpy().tobytes() for picture in pictures}) == 2500
     assert set(held_out.batch(range(500)).targets.tolist()) == set(range(10))

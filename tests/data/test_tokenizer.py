@@ -87,5 +87,5 @@ def test_it_is_kept_in_a_file(tokenizer: TextTokenizer, tmp_path: Path) -> None:
 def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match="cannot read the tokenizer .*tokenizer.json"):
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*tokenizer.json"):
         load_tokenizer(tmp_path)

@@ -59,9 +59,7 @@ def vague_names(files: Iterable[Path]) -> list[str]:
 
 
 def unsafe_code(files: Iterable[Path]) -> list[str]:
-    """Names and calls that can run code from data, found in the code itself, not in comments or
-    text.
-    """
+    """Imports and calls that can run code from data; comments and texts do not count."""
     found = []
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -77,9 +75,7 @@ def unsafe_code(files: Iterable[Path]) -> list[str]:
 
 
 def undescribed(files: Iterable[Path]) -> list[str]:
-    """YAML files that do not begin with a one-line description (below Hydra's own header, if
-    any).
-    """
+    """YAML files that do not begin with a one-line description (Hydra's own header may precede)."""
     found = []
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines() or [""]
@@ -102,10 +98,7 @@ def star_rule(target: Callable[..., Any], section: Mapping[str, Any]) -> list[st
 
 
 def lonely_algorithms(algorithms: Path, conf: Path, tests: Path) -> list[str]:
-    """Algorithms without a yaml, a test that names them or a `Source:`.
-
-    And yaml files without one.
-    """
+    """Algorithms without a yaml, a test that names them or a `Source:`; yaml files without one."""
     found = []
     words = "\n".join(file.read_text(encoding="utf-8") for file in tests.rglob("test_*.py"))
     files = [

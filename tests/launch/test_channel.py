@@ -1,6 +1,4 @@
-"""The worker's end of the control protocol, over plain pipes in this process; nothing here ends a
-process.
-"""
+"""The worker's end of the control protocol, over plain pipes in this process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The driver and real worker processes: every way to fail ends in time, names the culprit, and
-leaves nobody behind.
-"""
+"""Driver and real workers: every failure ends in time, names the culprit, leaves nobody behind."""
 
 from __future__ import annotations
 

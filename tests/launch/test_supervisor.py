@@ -156,7 +156,7 @@ def test_a_frozen_rank_is_named_by_the_others_and_killed() -> None:
     supervisor.handle(Exited(2, 3), 14.1)
     outcome = outcome_of(supervisor.handle(Exited(1, -9), 14.2))
     assert (outcome.failed_rank, outcome.exit_code) == (1, 3)
-    assert "rank 1 on host1 stopped answering at step 12 (lost rank 1: silent" in outcome.reason
+    assert "rank 1 on host1 stopped answering at step 12 (silent for 10 s)" in outcome.reason
 
 
 def test_the_grace_ends_at_once_when_all_have_reported() -> None:

@@ -1,5 +1,6 @@
-"""A driver process for tests: runs tiny workers as its one argument (JSON) says, prints the
-outcome, exits with its code.
+"""A driver process for tests: runs tiny workers as its one argument (JSON) says.
+
+Prints the outcome and exits with its code.
 
 Also imported by tests that run a driver in their own process.
 """

@@ -1,5 +1,4 @@
-"""A worker without torch and mesh, for tests with real processes: it does what
-`config["behave"][rank]` says.
+"""A worker without torch and mesh, for tests: it does what `config["behave"][rank]` says.
 
 It leaves its pid in `config["folder"]`, where the tests look.
 """
@@ -18,18 +17,13 @@ from smolrun.launch.control import LEASE_LIMIT_S, ErrorReport, StartMessage
 
 
 def main() -> int:
-    if os.environ.get("TINY_NOISE"):
-        os.write(
-            1, b"Welcome to this host!\n"
-        )  # before the channel is there, as a login script would
-    channel = WorkerChannel.take_stdio(
-        lease_limit_s=float(os.environ.get("TINY_LEASE_S", LEASE_LIMIT_S))
-    )
+    if os.environ.get("TINY_NOISE"):  # before the channel is there, as a login script would
+        os.write(1, b"Welcome to this host!\n")
+    lease_limit_s = float(os.environ.get("TINY_LEASE_S", LEASE_LIMIT_S))
+    channel = WorkerChannel.take_stdio(lease_limit_s=lease_limit_s)
     start = channel.wait_start(10.0)
-    folder, behave = (
-        Path(start.config["folder"]),
-        start.config["behave"].get(str(start.rank), "train"),
-    )
+    folder = Path(start.config["folder"])
+    behave = start.config["behave"].get(str(start.rank), "train")
     leave(folder / f"pid{start.rank}", os.getpid())
     if behave == "never_ready":
         sleep_forever()

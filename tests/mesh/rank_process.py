@@ -17,10 +17,13 @@ from smolrun.wire.handshake import Identity
 
 
 def hold_gil(seconds: float) -> None:
-    """One C call of about this length that does not let go of the GIL."""
-    started, trial = time.perf_counter(), 3_000_000
-    sum(range(trial))
-    sum(range(int(trial * seconds / (time.perf_counter() - started))))
+    """Makes C calls that do not let go of the GIL, longer and longer, until one took so long."""
+    count, taken = 10_000_000, 0.0
+    while taken < seconds:
+        started = time.perf_counter()
+        sum(range(count))
+        taken = time.perf_counter() - started
+        count = int(count * min(2.0, max(1.2, 1.2 * seconds / taken)))
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     mesh = connect(Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4]))
     collectives = Collectives(mesh)
     tensor = torch.ones(2_000_000)
-    limit = 60 if "hold" in sys.argv else 10**9
+    limit = 40 if "hold" in sys.argv else 10**9
     try:
         for step in range(limit):
             if "hold" in sys.argv and rank == 1 and step % 30 == 10:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models.tiny import GPT2, KINDS, TINY, MakeDecoder, Spec, enliven
 
 from smolrun.errors import ConfigError
 from smolrun.models.decoder import build
+from tests.models.tiny import GPT2, KINDS, TINY, MakeDecoder, Spec, enliven
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:
@@ -61,7 +62,7 @@ def test_stretches_of_layers_are_the_whole_model_cut(
     borders = [0, *cuts, 4]
     stretches = [
         make_decoder((first, stop - 1, first == 0, stop == 4), seed=5, **keys)
-        for first, stop in zip(borders, borders[1:], strict=False)
+        for first, stop in pairwise(borders)
     ]
     parameters = whole.state_dict()
     seen: set[str] = set()
@@ -96,14 +97,16 @@ def test_recompute_gives_equal_gradients(make_decoder: MakeDecoder, keys: dict[s
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         other = gradients[1][name]
-        assert gradient is not None and other is not None and torch.equal(gradient, other), name
+        assert gradient is not None
+        assert other is not None
+        assert torch.equal(gradient, other), name
 
 
 def test_recompute_runs_each_block_again_in_backward(make_decoder: MakeDecoder) -> None:
     model = make_decoder()
     calls: list[str] = []
     for name, block in model.blocks.items():
-        block.attention.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        block.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     model.recompute = True
     loss = model(tokens(1, 6)).sum()
     assert calls == ["0", "1", "2", "3"]
@@ -149,7 +152,7 @@ def test_too_long_a_sequence_is_refused(make_decoder: MakeDecoder) -> None:
         ({"layers": 0}, "model.layers=0: must be at least 1"),
         ({"norm": "batchnorm"}, "model.norm='batchnorm': must be one of rmsnorm, layernorm"),
         ({"attention_bias": "all"}, "must be one of true, false, qkv"),
-        ({"sliding_window": 0}, "or null for none"),
+        ({"sliding_window": 0}, "must be at least 1, or null"),
         (
             {"max_sequence_length": 47},
             "data.sequence_length=48 is more than model.max_sequence_length=47",

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import KINDS, MakeDecoder, enliven, make_tiny_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.models.decoder import Decoder
 from smolrun.models.generate import generate, generate_batch, pick
+from tests.models.tiny import KINDS, MakeDecoder, enliven, make_tiny_decoder
 
 PROMPTS = [[1], [5, 9, 2, 44, 7, 7, 0, 12], [60, 3, 3]]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import Spec
 
 from smolrun.errors import ConfigError
 from smolrun.models.decoder import Decoder, build
@@ -17,6 +16,7 @@ from smolrun.models.huggingface_names import (
     to_huggingface,
 )
 from smolrun.models.initialise import build_model
+from tests.models.tiny import Spec
 
 LLAMA = {
     "vocab_size": 61,
@@ -30,8 +30,14 @@ LLAMA = {
     "eos_token_id": 0,
 }
 GPT2 = {
-    "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0
-}  # fmt: skip
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 CONFIGS = [
     pytest.param("gpt2", GPT2, id="gpt2"),
     pytest.param("llama", LLAMA, id="llama"),
@@ -103,7 +109,7 @@ def test_a_stretch_of_layers_reads_its_own_tensors_only() -> None:
         name.removeprefix("transformer."): tensor for name, tensor in available.items()
     }
     assert set(from_huggingface(without_prefix, names, "gpt2")) == set(names)
-    with pytest.raises(ConfigError, match=r"no tensor transformer\.h\.2\.ln_1\.weight"):
+    with pytest.raises(ConfigError, match=r"lacks transformer\.h\.2\.ln_1\.weight"):
         from_huggingface(available, ["blocks.2.attention_norm.weight"], "gpt2")
 
 

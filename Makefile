@@ -1,0 +1,49 @@
+# The commands of this project for Linux and macOS. README.md has the same as pip lines for Windows.
+#
+# Needs only python3 >= 3.11. Everything is installed into .venv here (VENV=... puts it elsewhere)
+# by plain pip, so pip's own settings and constraints hold.
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+ARGS ?=
+
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench soak docs fix
+
+help:  ## show these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.steps=50" for more)
+	$(VENV)/bin/smolrun $(ARGS)
+
+test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of them)
+	$(PYTHON) -m pytest -m "not soak" $(ARGS)
+
+check: $(READY)  ## format, lint, types, floors: what every change must pass
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) tests/house/as_installed.py mypy -p smolrun --cache-dir $(CURDIR)/.mypy_cache
+	$(PYTHON) tests/house/as_installed.py lint-imports --no-logo
+
+bench: $(READY)  ## measure smolrun beside other libraries (ARGS="bench=step" for another bench)
+	$(VENV)/bin/smolrun task=bench $(ARGS)
+
+soak: $(READY)  ## the long tests
+	$(PYTHON) -m pytest -m soak --timeout 3600 $(ARGS)
+
+docs: $(READY)  ## write what is made from the code: docs/configuration.md
+	$(PYTHON) -m smolrun.cli.reference docs/configuration.md
+
+fix: $(READY)  ## format, and mend what ruff can mend
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+$(READY): pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "smolrun needs Python >= 3.11; say BASE_PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,113 @@
+"""Every algorithm in conf/algorithm against `single` on the same global batches. A new yaml is tested the day it is written.
+
+`single` itself is tested against a loop that a reader can hold in mind.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tests.algorithms.worlds import ALGORITHMS, MODELS, Trace, sample, train
+
+WORLDS = {"single": [1]}  # every other algorithm runs on these
+ALL_WORLDS = [1, 2, 3, 4, 5]
+CASES = [(name, world) for name in ALGORITHMS for world in WORLDS.get(name, ALL_WORLDS)]
+
+
+def difference(one: Trace, other: Trace) -> float:
+    """The largest difference of any parameter."""
+    pairs = [(one.parameters[name], other.parameters[name]) for name in one.parameters]
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("algorithm", "world_size"), CASES)
+def test_equals_single_on_the_same_global_batches(algorithm: str, world_size: int, model: str) -> None:
+    reference = train("single", model, 1)[0]
+    for trace in train(algorithm, model, world_size):
+        assert difference(trace, reference) <= 1e-12
+        assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
+        assert [r.weight for r in trace.results] == [r.weight for r in reference.results]
+        assert [r.grad_norm for r in trace.results] == pytest.approx([r.grad_norm for r in reference.results], abs=1e-12)
+        assert trace.eval == pytest.approx(reference.eval, abs=1e-10)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
+def test_staleness_equals_a_single_process_that_simulates_the_delay(algorithm: str, staleness: int, optimizer: str) -> None:
+    reference = train("single", "mlp", 1, staleness=staleness, optimizer=optimizer)[0]
+    for trace in train(algorithm, "mlp", 3, staleness=staleness, optimizer=optimizer):
+        assert difference(trace, reference) <= 1e-11
+        assert len(trace.results) == 10, "every gradient is applied, the last ones by drain"
+
+
+@pytest.mark.parametrize("kind", ["memory", "tcp"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
+def test_replicas_are_bit_equal_after_every_update(algorithm: str, precision: str, kind: str) -> None:
+    traces = train(algorithm, "language_model", 3, precision=precision, staleness=1, optimizer="adamw", kind=kind)
+    assert traces[0].hashes == traces[1].hashes == traces[2].hashes
+    assert len(set(traces[0].hashes)) > 5, "and they do change"
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
+def test_shares_by_speed_change_who_computes_but_not_what(algorithm: str) -> None:
+    reference = train("single", "language_model", 1)[0]
+    for trace in train(algorithm, "language_model", 3, speeds=[8.0, 1.0, 3.0], micro_batch_size=2):
+        assert difference(trace, reference) <= 1e-12
+
+
+def plain_loop(model: str, *, steps: int, staleness: int) -> tuple[list[float], torch.nn.Module]:
+    """Training as in a textbook: mean loss of the whole batch, clip, momentum SGD; gradients wait `staleness` steps."""
+    torch.manual_seed(0)
+    net = MODELS[model]().double()
+    vectors = [p for p in net.parameters() if p.ndim < 2]
+    matrices = [p for p in net.parameters() if p.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    losses: list[float] = []
+    waiting: list[list[torch.Tensor]] = []
+    for step in range(steps + staleness):
+        if step < steps:
+            batch = sample(model, step)
+            inputs = batch.inputs.double() if batch.inputs.is_floating_point() else batch.inputs
+            loss = cross_entropy(net(inputs).flatten(0, -2), batch.targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+            waiting.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()])
+        if step >= staleness:
+            for parameter, gradient in zip(net.parameters(), waiting.pop(0), strict=True):
+                parameter.grad = gradient
+            norm = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm()
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= min(1.0, 0.5 / norm.item())
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 / (1 + step - staleness)
+            optimizer.step()
+    return losses, net
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_single_is_a_textbook_loop(model: str, staleness: int) -> None:
+    losses, net = plain_loop(model, steps=10, staleness=staleness)
+    trace = train("single", model, 1, staleness=staleness, micro_batch_size=None)[0]
+    assert trace.losses == pytest.approx(losses, abs=1e-12)
+    for name, parameter in net.named_parameters():
+        assert torch.allclose(parameter, trace.parameters[name], rtol=0, atol=1e-12)
+
+
+def test_the_yardstick_can_tell_a_wrong_algorithm() -> None:
+    """A negative control: without the division by the true weights, the difference is far above every tolerance here."""
+    reference = train("single", "language_model", 1)[0]
+    wrong = copy.deepcopy(reference)
+    shorter = train("single", "language_model", 1, steps=9)[0]
+    wrong.parameters = shorter.parameters
+    assert difference(wrong, reference) > 1e-6

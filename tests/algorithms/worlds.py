@@ -1,0 +1,135 @@
+"""What the equivalence tests run: two small models with data, in float64, under any algorithm and world size."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from smolrun.algorithms.base import Algorithm, Context, StepResult
+from smolrun.data.base import Batch
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.placement import plan_batches
+from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.replicas import parameter_hash
+from smolrun.tasks.train_rank import target, yaml_keys
+from smolrun.testing import run_ranks
+from smolrun.training.optimizer import make_optimizer
+
+CONF = Path(__file__).parents[2] / "conf"
+ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
+GLOBAL_BATCH = 12
+
+
+class TinyLanguageModel(nn.Module):
+    """Embedding, a tied head, and a layer that gets no gradient: what makes gradients irregular."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, 12)
+        self.mix = nn.Linear(12, 12)
+        self.unused = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(12)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        hidden = hidden + torch.tanh(self.mix(hidden)).cumsum(1) / tokens.shape[1]
+        return self.norm(hidden) @ self.embedding.weight.T
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 31), nn.Tanh(), nn.Linear(31, 5))
+
+
+MODELS = {"language_model": TinyLanguageModel, "mlp": mlp}
+
+
+def sample(model: str, step: int) -> Batch:
+    """The global batch of a step; language targets carry no loss in places, so samples weigh differently."""
+    generator = torch.Generator().manual_seed(100 + step)
+    if model == "mlp":
+        inputs = torch.randn(GLOBAL_BATCH, 9, generator=generator)
+        return Batch(inputs, torch.randint(5, (GLOBAL_BATCH,), generator=generator))
+    tokens = torch.randint(17, (GLOBAL_BATCH, 8), generator=generator)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    targets[torch.arange(GLOBAL_BATCH) % 3 == 0, 3:] = -100
+    return Batch(tokens, targets)
+
+
+@dataclass
+class Trace:
+    """What one rank saw."""
+
+    results: list[StepResult] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)  # of the replica, after every update
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    eval: tuple[float, int] = (0.0, 0)
+
+    @property
+    def losses(self) -> list[float]:
+        return [result.loss for result in self.results]
+
+
+def train(
+    algorithm: str,
+    model: str,
+    world_size: int,
+    *,
+    steps: int = 10,
+    staleness: int = 0,
+    optimizer: str = "sgd",
+    precision: str = "float64",
+    micro_batch_size: int | None = 3,
+    speeds: list[float] | None = None,
+    kind: str = "memory",
+    overrides: dict[str, Any] | None = None,
+) -> list[Trace]:
+    """Trains with the keys of the algorithm's yaml; one trace per rank."""
+    section = {**yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text()), **(overrides or {})}
+
+    torch.manual_seed(0)  # here, because the ranks are threads and share one random generator
+    start = MODELS[model]().to(PRECISIONS[precision].parameters)
+
+    def rank_main(mesh: Mesh) -> Trace:
+        net = copy.deepcopy(start)
+        keys = {"lr": 0.1, "weight_decay": 0.01} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+        context = Context(
+            mesh=mesh,
+            device=torch.device("cpu"),
+            precision=PRECISIONS[precision],
+            make_optimizer=functools.partial(make_optimizer, name=optimizer, **keys),
+            learning_rate=lambda update: 0.05 / (1 + update),
+            staleness=staleness,
+            grad_clip=0.5,
+        )
+        runner: Algorithm = target(section["target"])(context, **yaml_keys(section))
+        runner.place(net)
+        plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
+        trace = Trace()
+
+        def note(result: StepResult) -> None:
+            trace.results.append(result)
+            trace.hashes.append(parameter_hash(runner.replica_tensors()))
+
+        for step in range(steps):
+            batch = sample(model, step)
+            parts = [slice(p.start - step * GLOBAL_BATCH, p.stop - step * GLOBAL_BATCH) for p in plan.positions(step)]
+            result = runner.train_step([Batch(batch.inputs[part], batch.targets[part]) for part in parts])
+            if result is not None:
+                note(result)
+        for result in runner.drain():
+            note(result)
+        trace.parameters = {name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()}
+        own = sample(model, 999)
+        share = slice(plan.first, plan.first + sum(plan.sizes))
+        trace.eval = runner.eval_step([Batch(own.inputs[share], own.targets[share])])
+        return trace
+
+    return run_ranks(world_size, rank_main, kind=kind)

@@ -1,0 +1,151 @@
+"""`smolrun` as people type it: wrong input ends with exit code 2, one message, nothing started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Done, smolrun
+
+# The goal is 0.8 s on a machine that has nothing else to do.
+SECONDS = 1.6
+
+
+def refused(folder: Path, *arguments: str) -> list[str]:
+    """The problem lines of a command that must not start anything."""
+    done = smolrun(folder, *arguments)
+    assert done.code == 2, done
+    assert done.out == ""
+    assert "Traceback" not in done.error
+    head, *lines, tail = done.error.splitlines()
+    assert head.startswith("smolrun: ")
+    assert head.endswith("in the configuration, nothing was started:")
+    assert "--help" in tail
+    assert done.seen == "['import hydra']"
+    assert list(folder.iterdir()) == []
+    return [line.removeprefix("  ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        (
+            "algorithm=clasicdp",
+            "algorithm = clasicdp: no such choice; allowed: classicdp, single;"
+            " did you mean classicdp?",
+        ),
+        ("algorithm=fsdp", "algorithm = fsdp: not built yet; allowed: classicdp, single"),
+        ("task=serve", "task = serve: not built yet; allowed: bench, train"),
+        ("algorithm=gpt_tiny", "allowed: classicdp, single; did you mean model=gpt_tiny?"),
+        ("algoritm=single", "did you mean algorithm?"),
+        ("sede=1", "did you mean seed?"),
+        ("training.step=5", "training.step = 5: no such key; allowed: steps, "),
+        ("training.step=5", "did you mean training.steps?"),
+        ("+training.step=5", "did you mean training.steps?"),
+        ("train", "train: is not of the form key=value; did you mean task=train?"),
+        ("training.steps", "is not of the form key=value; did you mean training.steps=...?"),
+        ("training.steps=ten", "training.steps = ten: not a whole number; allowed: "),
+        ("training.steps=[1", "training.steps=[1: cannot be read"),
+        ("training.steps=1,2", "training.steps=1,2: several values; add -m to run them all"),
+        ("training.steps=${nothing}", "Interpolation key 'nothing' not found"),
+        ("data=text", "data.path: must be given; allowed: text or a list of text"),
+        ("cluster=macmini3", "starting ranks over SSH (mini1, mini2, mini3) is not built yet"),
+        ("--traning.steps=5", "written key=value, without dashes; did you mean traning.steps=5?"),
+        ("--config-dir=nowhere", "--config-dir nowhere: there is no such folder"),
+        ("--config-name=mine", "mine: Cannot find primary config 'mine'"),
+        ("--experimental-rerun=x.pickle", "reads a pickle"),
+        ("--exp=x.pickle", "reads a pickle"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, argument: str, line: str):
+    found = refused(tmp_path, argument)
+    assert len(found) == 1
+    assert line in found[0]
+
+
+def test_mistakes_of_every_sort_come_together(tmp_path: Path):
+    found = refused(
+        tmp_path,
+        "algorithm=clasicdp",
+        "train",
+        "training.stepz=5",
+        "optimizer.lr=fast",
+        "cluster.ranks=0",
+        "model.heads=3",
+        "seed=[1",
+    )
+    assert [line.split(" ")[0].rstrip(":") for line in found] == [
+        "algorithm",
+        "train",
+        "seed=[1",
+        "cluster.ranks",
+        "optimizer.lr",
+        "training.stepz",
+        "model.heads",
+    ]
+
+
+@pytest.mark.parametrize("bad", [["algorithm=clasicdp"], ["seed=-1", "optimizer.lr=0", "a=1"]])
+def test_mistakes_are_told_at_once(tmp_path: Path, bad: list[str]):
+    best = min(smolrun(tmp_path, *bad).wall_s for _ in range(3))
+    print(f"{best:.2f} s for {' '.join(bad)}")
+    assert best < SECONDS
+
+
+def test_an_unfinished_yaml_of_ones_own_is_named(tmp_path: Path):
+    file = tmp_path / "conf" / "cluster" / "home.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# Mine\nhosts: [\n")
+    done = smolrun(tmp_path, "cluster=home")
+    assert done.code == 2
+    assert "Traceback" not in done.error
+    assert str(file) in done.error
+
+
+def shown(folder: Path, *arguments: str) -> Done:
+    done = smolrun(folder, *arguments)
+    assert done.code == 0, done
+    assert "Popen" not in done.seen
+    return done
+
+
+def test_cfg_job_shows_the_composition(tmp_path: Path):
+    out = shown(tmp_path, "--cfg", "job", "training.steps=7", "precision=bf16").out
+    assert "precision: bf16\n" in out
+    assert "  steps: 7\n" in out
+    assert "hydra" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_explains_mistakes_too(tmp_path: Path):
+    done = smolrun(tmp_path, "--cfg", "job", "data=textt")
+    assert done.code == 2
+    assert "did you mean text?" in done.error
+
+
+def test_a_pickle_is_not_even_read_beside_cfg(tmp_path: Path):
+    done = smolrun(tmp_path, "--cfg", "job", "--experimental-rerun", "x.pickle")
+    assert done.code == 2
+    assert "reads a pickle" in done.error
+
+
+def test_info_and_hydra_help_print(tmp_path: Path):
+    assert "pkg://smolrun.conf" in shown(tmp_path, "--info", "searchpath").out
+    assert "hydra" in shown(tmp_path, "--hydra-help").out.lower()
+
+
+def test_completion_offers_groups_choices_and_keys(tmp_path: Path):
+    def offered(line: str) -> list[str]:
+        environment = {"COMP_LINE": line}
+        return smolrun(tmp_path, "-sc", "query=bash", environment=environment).out.split()
+
+    assert offered("smolrun algorithm=") == ["algorithm=classicdp", "algorithm=single"]
+    assert "training.steps=" in offered("smolrun training.")
+    assert "smolrun" in shown(tmp_path, "-sc", "install=bash").out
+
+
+def test_version(tmp_path: Path):
+    done = shown(tmp_path, "--version")
+    assert done.out.startswith("smolrun 0.")
+    assert done.seen == "[]"

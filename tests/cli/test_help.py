@@ -1,0 +1,73 @@
+"""`smolrun --help`: complete, instant, narrow enough, and aware of the user's own ./conf."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from smolrun.cli import choices, help
+from tests.cli.command import smolrun
+
+# The goal is 0.25 s; a busy test machine may need longer.
+SECONDS = 0.5
+
+
+def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path):
+    times = []
+    for flag in ("--help", "-h", "--help"):
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "smolrun.cli", "model=gpt_tiny", flag],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+        times.append(time.perf_counter() - began)
+    print(f"--help: {', '.join(f'{wall_s:.3f}' for wall_s in times)} s")
+    assert min(times) < SECONDS
+    assert smolrun(tmp_path, "--help").seen == "[]"
+
+
+def test_help_names_every_choice_with_its_description():
+    shipped = choices.shipped_folder()
+    text = help.text(Path("/"))
+    for group, names in choices.groups([shipped]).items():
+        assert f"\n  {group} " in text
+        for name, description in names.items():
+            assert f" {name} " in text
+            assert description in " ".join(text.split())
+    for default in ("* train ", "* local ", "* classicdp ", "* gpt_tiny "):
+        assert default in text
+
+
+def test_help_fits_a_terminal():
+    assert max(len(line) for line in help.text(Path("/")).splitlines()) <= 100
+
+
+def test_help_shows_examples_exit_codes_and_completion():
+    text = help.text(Path("/"))
+    assert text.count("\n  smolrun ") == 5
+    for word in ("130 stopped", "-sc install=bash", "--cfg job", "docs/configuration.md"):
+        assert word in text
+
+
+def test_help_shows_ones_own_choices(tmp_path: Path):
+    cluster = tmp_path / "conf" / "cluster"
+    cluster.mkdir(parents=True)
+    (cluster / "home.yaml").write_text("# What stands in my kitchen\nhosts: null\n")
+    (cluster / "local.yaml").write_text("# My own way of local\nranks: 3\n")
+    text = help.text(tmp_path)
+    assert "home           What stands in my kitchen\n" in text
+    assert "* local          My own way of local\n" in text
+    assert "This machine alone" not in text
+
+
+def test_help_survives_a_reader_that_leaves(tmp_path: Path):
+    command = f"{sys.executable} -m smolrun.cli --help | head -n 1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("smolrun trains")
+    assert done.stderr == ""

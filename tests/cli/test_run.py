@@ -1,0 +1,143 @@
+"""From the command line to the task: what it gets, what its errors become, whose conf/ counts."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smolrun import cli
+from smolrun.config import RunConfig
+from smolrun.errors import ConfigError, DataError, PeerLost
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def driven(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The configurations that a stand-in for tasks/train.py was given."""
+    configs: list[RunConfig] = []
+    stand_in = types.ModuleType("smolrun.tasks.train")
+    stand_in.drive = lambda config: configs.append(config) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "smolrun.tasks.train", stand_in)
+    return configs
+
+
+@pytest.fixture
+def run(driven: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Types `smolrun ...` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def typed(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["smolrun", *arguments])
+        return cli.main()
+
+    return typed
+
+
+def test_the_task_gets_the_checked_configuration(run: Run, driven: list[RunConfig], tmp_path: Path):
+    assert run("training.steps=7", "cluster.ranks=3", "run_name=first") == 0
+    (config,) = driven
+    assert (config.task, config.training.steps, config.cluster.ranks) == ("train", 7, 3)
+    assert config.run_name == "first"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_exit_code_is_ours(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["smolrun.tasks.train"], "drive", lambda config: 3)
+    assert run() == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (DataError("no folder /nowhere"), 2, "no folder /nowhere"),
+        (ConfigError(["one", "two"]), 2, "2 problems"),
+        (PeerLost(1, 0, "killed"), 3, "lost rank 1: killed"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_its_errors_are_sentences(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    words: str,
+):
+    def drive(config: RunConfig) -> int:
+        raise error
+
+    monkeypatch.setattr(sys.modules["smolrun.tasks.train"], "drive", drive)
+    assert run() == code
+    assert words in capsys.readouterr().err
+
+
+def test_ones_own_conf_comes_first(run: Run, driven: list[RunConfig], tmp_path: Path):
+    for group in ("cluster", "training"):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+    home = "# Mine\nname: home\nhosts: [{name: desk, ranks: 2}, {name: shelf}]\n"
+    (tmp_path / "conf" / "cluster" / "home.yaml").write_text(home)
+    own = "# Mine\ndefaults: [quick, _self_]\nsteps: 11\n"
+    (tmp_path / "conf" / "training" / "default.yaml").write_text(own)
+    text = (Path(cli.__file__).parents[2] / "conf" / "training" / "default.yaml").read_text()
+    (tmp_path / "conf" / "training" / "quick.yaml").write_text(text)
+    assert run("cluster=home", "cluster.start_timeout_s=9") == 0
+    (config,) = driven
+    assert config.training.steps == 11
+    assert [host.name for host in config.cluster.hosts or []] == ["desk", "shelf"]
+    assert config.cluster.start_timeout_s == 9
+
+
+def test_another_config_dir_adds_choices(run: Run, driven: list[RunConfig], tmp_path: Path):
+    (tmp_path / "more" / "training").mkdir(parents=True)
+    text = "# Mine\ndefaults: [default, _self_]\nsteps: 13\n"
+    (tmp_path / "more" / "training" / "mine.yaml").write_text(text)
+    assert run("--config-dir", "more", "training=mine") == 0
+    assert driven[0].training.steps == 13
+    assert run("training=mine") == 2
+
+
+def test_the_folder_of_another_hydra_program_is_pointed_out(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("defaults: [net: big]\n")
+    assert run() == 2
+    assert "conf/config.yaml is read instead of smolrun's own" in capsys.readouterr().err
+
+
+def test_ones_own_code_is_found_beside_oneself(run: Run, driven: list[RunConfig], tmp_path: Path):
+    (tmp_path / "my_code_of_a_test.py").write_text("def build(spec, *, size): ...\n")
+    assert run("model.target=my_code_of_a_test:build", "model.size=5") == 0
+    assert driven[0].model.keywords()["size"] == 5
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_values_may_be_given_where_the_files_have_none(run: Run, driven: list[RunConfig]):
+    assert run("cluster.workdir=/tmp/x", "+cluster.python=/usr/bin/python3") == 0
+    assert driven[0].cluster.workdir == "/tmp/x"
+    assert driven[0].cluster.python == "/usr/bin/python3"
+
+
+def test_interpolations_are_resolved_once(run: Run, driven: list[RunConfig]):
+    assert run("run_name=${model.name}-${seed}", "seed=5") == 0
+    assert driven[0].run_name == "gpt_tiny-5"
+
+
+def test_an_experiment_sets_many_things(run: Run, driven: list[RunConfig]):
+    assert run("experiment=late_gradients", "cluster.ranks=2") == 0
+    assert driven[0].staleness.bound == 2
+    assert driven[0].cluster.ranks == 2
+
+
+def test_a_worker_never_meets_hydra(run: Run, monkeypatch: pytest.MonkeyPatch):
+    worker = types.ModuleType("smolrun.tasks.worker")
+    worker.main = lambda: 5  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "smolrun.tasks.worker", worker)
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    assert run("--worker") == 5

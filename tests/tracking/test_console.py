@@ -1,0 +1,173 @@
+"""What a person sees: lines in a file, a bar in a terminal, and never an error."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+from smolrun.tracking.console import Console, clock, printable, slowest
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, *, time_s: float, loss: Any = 2.5) -> StepDone:
+    return StepDone(number, time_s, loss, 1.0, 0.1, 8, 5120.4, 0, 0, 0.1, 0.0)
+
+
+def rank_step(rank: int, compute_s: float) -> RankStep:
+    return RankStep(0, rank, compute_s, 0.0, None, 0, 0)
+
+
+def lines_of(*events: Event, steps: int = 100, world_size: int = 2) -> list[str]:
+    stream = io.StringIO()
+    console = Console(steps=steps, world_size=world_size, stream=stream)
+    for event in events:
+        console.record(event)
+    console.close()
+    return stream.getvalue().splitlines()
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then() -> None:
+    events = [step(number, time_s=float(number)) for number in range(12)]
+    lines = lines_of(*events, steps=12)
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 1/12",
+        "step 6/12",
+        "step 11/12",
+        "step 12/12",
+    ]
+    assert lines[1] == "step 6/12  loss 2.5000  5,120 tokens/s  0:00:05 left"
+
+
+def test_events_as_sentences() -> None:
+    assert lines_of(
+        RunStarted(1_115_264, 20, 27_886, 1_516, "cpu"),
+        EvalDone(9, 1.5, 8),
+        StepSkipped(4, [1]),
+        Note("warning", "[red] is no markup :smile:", rank=1),
+        Note("debug", "not for people"),
+    ) == [
+        "training 1,115,264 parameters on 2 ranks (cpu): 20 steps, 27,886 samples, "
+        "1,516 more for evaluation",
+        "after step 10: evaluation loss 1.5000",
+        "step 5 is skipped: no finite gradient (1)",
+        "warning: [red] is no markup :smile: (rank 1)",
+    ]
+
+
+def test_a_loss_that_is_no_number_arrives_as_null_and_is_told() -> None:
+    (line,) = lines_of(step(0, time_s=0.1, loss=None))
+    assert "loss not a number" in line
+
+
+def test_the_slowest_rank_is_named_when_it_is_clearly_slower() -> None:
+    (line,) = lines_of(rank_step(0, 0.1), rank_step(1, 0.2), step(0, time_s=0.2))
+    assert line.endswith("slowest: rank 1")
+    (line,) = lines_of(rank_step(0, 0.1), rank_step(1, 0.105), step(0, time_s=0.2))
+    assert "slowest" not in line
+    assert slowest({}) is None
+    assert slowest({0: 1.0}) is None
+    assert slowest({0: 0.0, 1: 0.0}) is None
+
+
+def test_data_is_told_once_per_kind_of_work() -> None:
+    stream = io.StringIO()
+    console = Console(steps=1, world_size=1, stream=stream)
+    for done in range(50):
+        console.preparing("reading text", done, 50)
+    console.preparing("encoding text", 0, 0)
+    assert stream.getvalue() == "data: reading text\ndata: encoding text\n"
+
+
+def test_a_terminal_gets_a_bar_and_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    console = Console(steps=2, world_size=1, stream=stream)
+    console.preparing("reading text", 1, 2)
+    console.record(step(0, time_s=0.5))
+    console.say("in between")
+    console.record(step(1, time_s=1.0))
+    console.close()
+    shown = stream.getvalue()
+    assert "reading text" in shown
+    assert "2/2" in shown
+    assert "loss 2.5000  5,120 tokens/s" in shown
+    assert "in between" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def shown() -> str:
+        stream = Terminal()
+        console = Console(steps=2, world_size=1, stream=stream)
+        console.record(step(0, time_s=0.5))
+        console.record(step(1, time_s=1.0))
+        console.close()
+        return stream.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[38;" in shown()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[38;" not in shown()
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    console = Console(steps=2, world_size=1, stream=stream)
+    console.record(step(0, time_s=0.5))
+    console.close()
+    assert stream.getvalue() == "step 1/2  loss 2.5000  5,120 tokens/s  0:00:00 left\n"
+
+
+def test_a_stream_that_is_gone_is_no_error() -> None:
+    stream = io.StringIO()
+    console = Console(steps=2, world_size=1, stream=stream)
+    stream.close()
+    console.preparing("reading", 0, 1)
+    console.record(step(0, time_s=0.5))
+    console.say("nobody hears this")
+    console.close()
+
+
+def test_a_reader_that_has_left_does_not_spoil_the_exit_code() -> None:
+    code = (
+        "from smolrun.tracking.console import Console\n"
+        "console = Console(steps=1, world_size=1)\n"
+        "for _ in range(100_000): console.say('x' * 100)\n"
+        "console.close()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, complaints = process.communicate(timeout=20)
+    assert (process.returncode, complaints) == (0, b"")
+
+
+def test_an_encoding_that_lacks_a_letter_is_no_error() -> None:
+    raw = io.BytesIO()
+    console = Console(steps=1, world_size=1, stream=io.TextIOWrapper(raw, encoding="ascii"))
+    console.say("gr\u00fc\u00dfe \u4e16")
+    console.say("plain")
+    console.close()
+    assert raw.getvalue().splitlines() == [b"gr\\xfc\\xdfe \\u4e16", b"plain"]
+
+
+def test_what_a_model_writes_cannot_command_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\n\tc") == "a\ufffd[2Jb\ufffd\ufffd\n\tc"
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (-1, 0, 65.4, 3661)] == ["0:00:00", "0:00:00", "0:01:05", "1:01:01"]

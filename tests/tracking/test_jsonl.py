@@ -1,0 +1,68 @@
+"""metrics.jsonl: the keys that other programs read, in the order that people expect."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from smolrun.events import EVENTS, EvalDone, Note, RankStep, ReplicaHash, StepDone
+from smolrun.tracking.jsonl import JsonLines, line
+
+STEP = StepDone(12, 3.21, 2.31, 0.9, 3e-4, 8192, 5120.0, 123, 124, 0.1, 0.2)
+
+
+def test_a_step_has_the_keys_of_the_design() -> None:
+    assert line(STEP).startswith(b'{"event": "step", "step": 12, "rank": null, "time_s": 3.21')
+    assert json.loads(line(STEP)) == {
+        "event": "step",
+        "step": 12,
+        "rank": None,
+        "time_s": 3.21,
+        "loss": 2.31,
+        "grad_norm": 0.9,
+        "lr": 3e-4,
+        "tokens": 8192,
+        "tokens_per_s": 5120.0,
+        "bytes_sent": 123,
+        "bytes_received": 124,
+        "compute_s": 0.1,
+        "wait_s": 0.2,
+    }
+
+
+def test_what_a_rank_cannot_tell_is_null() -> None:
+    row = json.loads(line(RankStep(3, 1, 0.1, 0.2, 0, 10, 20)))
+    assert (row["event"], row["step"], row["rank"], row["waited_for"]) == ("rank_step", 3, 1, 0)
+    assert row["temperature_c"] is None
+    assert row["throttled"] is None
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_every_line_is_json_even_with_numbers_that_json_lacks(loss: float) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(line(EvalDone(1, loss, 8)), parse_constant=refuse)["loss"] is None
+
+
+def test_every_event_is_one_line_whatever_text_it_holds() -> None:
+    assert line(Note("warning", "two\nlines \u2028 here", rank=1)).count(b"\n") == 1
+    assert {"step", "rank_step", "eval", "replica_hash"} <= set(EVENTS)
+
+
+def test_lines_are_in_the_file_at_once_and_a_resumed_run_goes_on_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path)
+    first.record(STEP)
+    assert path.read_bytes() == line(STEP)  # not closed: a driver may be killed here
+    first.close()
+    second = JsonLines(path)
+    second.record(ReplicaHash(12, ["ab", "ab"]))
+    second.close()
+    assert [json.loads(row)["event"] for row in path.read_text().splitlines()] == [
+        "step",
+        "replica_hash",
+    ]

@@ -1,0 +1,83 @@
+"""The folder of a run: names, the pointer to the newest, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolrun.tracking.run_folder import RunFolder, run_id
+
+NOW = datetime(2026, 1, 31, 14, 25, 1)
+
+
+def test_a_run_id_tells_when_and_what() -> None:
+    assert run_id("classicdp-gpt_tiny", now=NOW, suffix="3fa9") == (
+        "20260131-142501-classicdp-gpt_tiny-3fa9"
+    )
+
+
+def test_a_folder_is_made_with_its_logs(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "outputs", "single-mlp", now=NOW)
+    assert re.fullmatch(r"20260131-142501-single-mlp-[0-9a-f]{4}", folder.run_id)
+    assert folder.path == tmp_path / "outputs" / folder.run_id
+    assert folder.logs.is_dir()
+    assert folder.log(2, "mini3") == folder.logs / "rank2-mini3.log"
+
+
+def test_names_are_file_names_on_every_system(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "../my run: 50%", now=NOW)
+    assert folder.path.parent == tmp_path
+    assert re.fullmatch(r"20260131-142501-\.\._my_run_50_-[0-9a-f]{4}", folder.run_id)
+    assert folder.log(0, "user@fe80::1/../x").name == "rank0-user_fe80_1_.._x.log"
+
+
+def test_two_runs_of_one_second_get_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffixes = iter(["aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(secrets, "token_hex", lambda size: next(suffixes))
+    names = {RunFolder.create(tmp_path, "x", now=NOW).run_id for _ in range(2)}
+    assert names == {"20260131-142501-x-aaaa", "20260131-142501-x-bbbb"}
+
+
+def test_latest_points_to_the_newest(tmp_path: Path) -> None:
+    for title in ("first", "second"):
+        folder = RunFolder.create(tmp_path, title, now=NOW)
+        folder.become_latest()
+    latest = tmp_path / "latest"
+    assert latest.is_symlink()
+    assert latest.resolve() == folder.path
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_latest_is_a_text_file_where_links_are_not_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for title in ("first", "second"):
+        folder = RunFolder.create(tmp_path, title, now=NOW)
+        folder.become_latest()
+    assert (tmp_path / "latest").read_text() == f"{folder.run_id}\n"
+
+
+def test_files_of_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "outputs", "x", now=NOW)
+    folder.write_config("seed: 1\n")
+    folder.write_summary({"status": "done", "final_train_loss": math.nan})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    folder.keep_tokenizer(tmp_path)
+    assert (folder.path / "config.yaml").read_text() == "seed: 1\n"
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary == {"status": "done", "final_train_loss": None}
+    names = {path.name for path in folder.path.iterdir()}
+    assert names == {"config.yaml", "summary.json", "tokenizer", "logs"}

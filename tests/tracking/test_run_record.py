@@ -1,0 +1,48 @@
+"""The last figures of a run, and the keys of summary.json."""
+
+from __future__ import annotations
+
+from smolrun.events import EvalDone, RankStep, StepDone, TextSample
+from smolrun.tracking.run_record import RunRecord
+
+
+def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
+    record = RunRecord()
+    for step in range(4):
+        record.record(RankStep(step, 0, 0.1, 0.0, None, 0, 0))
+        record.record(StepDone(step, 0.5 * (step + 1), 3.0 - step, 1, 1, 100, 200, 0, 0, 0, 0))
+    record.record(EvalDone(3, 1.25, 50))
+    record.record(TextSample(4, "def ", "f():"))
+    summary = record.summary(
+        status="failed",
+        reason="rank 1 on pi5 died",
+        failed_rank=1,
+        failed_host="pi5",
+        wall_s=12.34567,
+        world_size=2,
+        algorithm="classicdp",
+        config_hash="c0ffee",
+        versions={"python": "3.11.7"},
+    )
+    assert summary == {
+        "status": "failed",
+        "reason": "rank 1 on pi5 died",
+        "failed_rank": 1,
+        "failed_host": "pi5",
+        "steps": 4,
+        "wall_s": 12.346,
+        "final_train_loss": 0.0,
+        "final_eval_loss": 1.25,
+        "world_size": 2,
+        "algorithm": "classicdp",
+        "config_hash": "c0ffee",
+        "versions": {"python": "3.11.7"},
+    }
+    assert record.tokens_per_s == 200.0
+    assert record.sample == TextSample(4, "def ", "f():")
+
+
+def test_a_run_that_never_stepped_has_no_figures() -> None:
+    record = RunRecord()
+    assert (record.steps, record.train_loss, record.eval_loss) == (0, None, None)
+    assert record.tokens_per_s is None
