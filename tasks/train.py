@@ -78,9 +78,9 @@ def drive(config: RunConfig) -> int:
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """What one rank does between a mesh that stands and its result; returns its summary."""
     import torch
-    from smolrun.tasks.train_rank import train
 
     from smolrun.data.prepared import Prepared
+    from smolrun.tasks.train_rank import train
 
     device = start.device
     if device == "auto":

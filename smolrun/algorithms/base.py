@@ -162,6 +162,30 @@ class Algorithm(ABC):
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
         """Puts the summed gradients of a finished flight into `parameter.grad`; returns the distinct tensors that hold them."""
 
+    @torch.no_grad()
+    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+        """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None if the update was skipped.
+
+        All ranks see the same norm, so all take the same decision.
+        """
+        gradients = self.load_gradients(flight)
+        norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
+        if not math.isfinite(norm):
+            return None
+        clip = self.context.grad_clip
+        factor = (clip / norm if 0 < clip < norm else 1.0) / weight
+        for gradient in gradients:
+            gradient.mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return norm
+
+    def norm_squared(self, gradients: list[torch.Tensor]) -> float:
+        """Squared norm of the whole model's gradient; where ranks hold parts of it, an override adds them up."""
+        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients]
+        return sum(square.item() for square in squares)
+
     # -- shared by all ----------------------------------------------------------------------------------------------
 
     def share_facts(self, facts: dict[str, float]) -> tuple[torch.Tensor, Work]:
@@ -199,7 +223,7 @@ class Algorithm(ABC):
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(_FACTS)}
         weight = sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
-        grad_norm = self._apply(self.load_gradients(flight), weight, learning_rate)
+        grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
         self._compute_s += time.perf_counter() - started
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
@@ -218,22 +242,3 @@ class Algorithm(ABC):
         )
         self._compute_s = self._wait_s = 0.0
         return result
-
-    @torch.no_grad()
-    def _apply(self, gradients: list[torch.Tensor], weight: float, learning_rate: float) -> float | None:
-        """Divides, clips and steps; returns the norm of the mean gradient, or None if the update was skipped.
-
-        All ranks hold the same sums, so all take the same decision.
-        """
-        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients]
-        norm = math.sqrt(sum(square.item() for square in squares)) / weight if weight else math.nan
-        if not math.isfinite(norm):
-            return None
-        clip = self.context.grad_clip
-        factor = (clip / norm if 0 < clip < norm else 1.0) / weight
-        for gradient in gradients:
-            gradient.mul_(factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        return norm

@@ -48,13 +48,13 @@ def defaults(folders: Iterable[Path]) -> dict[str, str]:
     for folder in folders:
         file = folder / "config.yaml"
         if file.is_file():
-            return dict(DEFAULT.findall(file.read_text(encoding="utf-8")))
+            return dict(DEFAULT.findall(file.read_text(encoding="utf-8", errors="replace")))
     return {}
 
 
 def description(file: Path) -> str:
     """The first comment line of a choice, without Hydra's own header lines."""
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.startswith("#"):
                 break

@@ -38,14 +38,14 @@ def run(argv: Sequence[str]) -> int:
             else:
                 config = checked(arguments)
     except ConfigError as error:
-        return _report(error.problems, "nothing was started")
+        return _report(error.problems)
     if arguments.is_sweep:
         return sweep.run_jobs(jobs, arguments.flags(), sweep.start_job)
     return drive(config)
 
 
 def drive(config: RunConfig) -> int:
-    """Hand the configuration to its task."""
+    """Hand the configuration to its task. Its ConfigError and DataError come before it starts."""
     module = f"smolrun.tasks.{config.task}"
     try:
         return int(import_module(module).drive(config))
@@ -128,16 +128,12 @@ def _show(argv: Sequence[str]) -> int:
     return 0
 
 
-def _report(problems: Sequence[str], consequence: str = "") -> int:
+def _report(problems: Sequence[str]) -> int:
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-    print(
-        f"smolrun: {count} in the configuration{', ' if consequence else ''}{consequence}:",
-        file=sys.stderr,
-    )
-    for line in problems:
-        print(f"  {line}", file=sys.stderr)
-    print(
+    lines = [
+        f"smolrun: {count} in the configuration, nothing was started:",
+        *(f"  {line}" for line in problems),
         "`smolrun --help` shows the choices, `smolrun --cfg job` the whole configuration.",
-        file=sys.stderr,
-    )
+    ]
+    print("\n".join(lines), file=sys.stderr)
     return BAD_CONFIG

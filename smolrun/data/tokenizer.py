@@ -9,12 +9,16 @@ Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smolrun.errors import DataError
+
+# Said out loud, because tokenizers warns on every fork of a process that left it to chance.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|endoftext|>"

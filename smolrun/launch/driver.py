@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from smolrun.events import Event
+from smolrun.events import Event, Note
 from smolrun.launch.attendant import Attendant
 from smolrun.launch.cause import RankState
 from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
@@ -152,6 +152,8 @@ class Driver:
             return None
 
     def _perform(self, actions: Sequence[Action]) -> Outcome | None:
+        if any(isinstance(action, SendStop) for action in actions):
+            self._listen(Note("info", "stopping at the next agreed step; Ctrl-C again: at once"))
         for action in actions:
             if isinstance(action, Finish):
                 return action.outcome

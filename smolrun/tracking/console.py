@@ -90,6 +90,8 @@ class Console:
             else:
                 self._print(f"data: {what}")
         self._move_bar(done, "", total=total, is_last=done >= total)
+        if done >= total:
+            self._end_bar()
 
     def _show(self, event: Event) -> None:
         if isinstance(event, StepDone):

@@ -80,6 +80,18 @@ def test_violations_are_seen(tree: Path, module: str, line: str, contract: str):
     assert f"{file.parent.name}.{file.stem} -> " in report
 
 
+def test_a_new_folder_has_to_be_given_its_floor(tree: Path):
+    folder = tree / "smolrun" / "attic"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    try:
+        done = lint(tree)
+    finally:
+        shutil.rmtree(folder)
+    assert done.returncode == 1
+    assert "attic" in done.stdout
+
+
 def test_every_package_is_shipped():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = [path.parent for path in sorted((ROOT / "smolrun").rglob("__init__.py"))]

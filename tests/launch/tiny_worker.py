@@ -1,10 +1,12 @@
 """A worker without torch and mesh, for tests: it does what `config["behave"][rank]` says.
 
-It leaves its pid in `config["folder"]`, where the tests look.
+It leaves its pid in `config["folder"]`, where the tests look. Where the config is a real one, the
+environment (TINY_CONFIG) holds these keys.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,8 +24,9 @@ def main() -> int:
     lease_limit_s = float(os.environ.get("TINY_LEASE_S", LEASE_LIMIT_S))
     channel = WorkerChannel.take_stdio(lease_limit_s=lease_limit_s)
     start = channel.wait_start(10.0)
-    folder = Path(start.config["folder"])
-    behave = start.config["behave"].get(str(start.rank), "train")
+    config = json.loads(os.environ.get("TINY_CONFIG", "null")) or start.config
+    folder = Path(config["folder"])
+    behave = config["behave"].get(str(start.rank), "train")
     leave(folder / f"pid{start.rank}", os.getpid())
     if behave == "never_ready":
         sleep_forever()
@@ -33,10 +36,10 @@ def main() -> int:
     channel.ready(5000 + start.rank, {"python": "3.11"})
     channel.wait_roster(10.0)
     leave(folder / f"running{start.rank}", os.getpid())
-    return act(behave, start, channel, folder)
+    return act(behave, config["steps"], start, channel, folder)
 
 
-def act(behave: str, start: StartMessage, channel: WorkerChannel, folder: Path) -> int:
+def act(behave: str, steps: int, start: StartMessage, channel: WorkerChannel, folder: Path) -> int:
     if behave == "print":
         print("this is no JSON")
         os.write(1, b"neither is this\n")
@@ -68,7 +71,7 @@ def act(behave: str, start: StartMessage, channel: WorkerChannel, folder: Path) 
     elif behave == "hang_after_result":
         channel.result("done", summary={})
         sleep_forever()
-    stopped = run_steps(start, channel, start.config["steps"])
+    stopped = run_steps(start, channel, steps)
     channel.result("stopped" if stopped else "done", summary={"rank": start.rank})
     return 0
 
