@@ -1,4 +1,4 @@
-"""Every error smolrun raises on purpose. Each message says what happened, to whom, and what to do."""
+"""Every error smolrun raises on purpose: what happened, to whom, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class SmolrunError(Exception):
 
 
 class ConfigError(SmolrunError):
-    """The configuration cannot run; carries every problem found, so that one look mends them all."""
+    """The configuration cannot run; carries every problem, so that one look mends all."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
@@ -22,7 +22,7 @@ class DataError(SmolrunError):
 
 
 class ProtocolError(SmolrunError):
-    """Bytes from outside broke the rules of the wire; the connection they came on must be closed."""
+    """Bytes from outside broke the rules of the wire; their connection must be closed."""
 
 
 class HandshakeError(ProtocolError):

@@ -1,8 +1,8 @@
-"""What happened in a run, as frozen dataclasses. Whoever wants to know (metrics file, console, W&B) reads these.
+"""What happened in a run, as frozen dataclasses. Whoever wants to know (metrics file, console, W&B)
+reads these.
 
-Events travel from a worker to the driver as JSON objects: `to_json` and `from_json` are the only two ways in and out.
-They know nothing of who reads them.
-"""
+Events travel from a worker to the driver as JSON objects: `to_json` and `from_json` are the only
+two ways in and out. They know nothing of who reads them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Event:
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step of the whole run. Loss and tokens are global; bytes and seconds are rank 0's own.
+    """One optimizer step of the whole run. Loss and tokens are global; bytes and seconds are rank
+    0's own.
 
-    `tokens` counts target tokens (or labels) with a loss. `grad_norm` is None when the step was skipped.
-    """
+    `tokens` counts target tokens (or labels) with a loss. `grad_norm` is None when the step was
+    skipped."""
 
     kind: ClassVar[str] = "step"
     step: int
@@ -46,8 +47,8 @@ class StepDone(Event):
 class RankStep(Event):
     """What one rank did during one step; None where this machine cannot tell.
 
-    Bytes are since the last RankStep of this rank, headers included. `waited_for` is the rank that was slowest.
-    """
+    Bytes are since the last RankStep of this rank, headers included. `waited_for` is the rank that
+    was slowest."""
 
     kind: ClassVar[str] = "rank_step"
     step: int
@@ -131,7 +132,17 @@ class Note(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (StepDone, RankStep, EvalDone, ReplicaHash, StepSkipped, TextSample, RunStarted, Note)
+    cls.kind: cls
+    for cls in (
+        StepDone,
+        RankStep,
+        EvalDone,
+        ReplicaHash,
+        StepSkipped,
+        TextSample,
+        RunStarted,
+        Note,
+    )
 }
 
 

@@ -1,7 +1,8 @@
-"""Tools to try distributed code without a cluster: ranks as threads or as processes, and links that fail on demand.
+"""Tools to try distributed code without a cluster: ranks as threads or as processes, and links that
+fail on demand.
 
-    run_ranks(3, lambda mesh: Collectives(mesh).all_reduce(torch.ones(4)))            threads, one MemoryMesh
-    run_ranks(3, fn, kind="tcp")                                                     threads, real sockets on loopback
+run_ranks(3, lambda mesh: Collectives(mesh).all_reduce(torch.ones(4)))    threads, memory
+run_ranks(3, fn, kind="tcp")                                             threads, real sockets
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ def run_ranks(
     silence_s: float = 10.0,
     wrap: Callable[[int], Wrap] | None = None,
 ) -> list[T]:
-    """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank order.
+    """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank
+    order.
 
-    `kind` is "memory" or "tcp". The first exception of any rank is raised, after all have ended. `wrap(rank)` gives the
-    wrapper of that rank's pipes, for faults.
-    """
+    `kind` is "memory" or "tcp". The first exception of any rank is raised, after all have ended.
+    `wrap(rank)` gives the wrapper of that rank's pipes, for faults."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
-    build = _memory_meshes(world_size, timeout_s) if kind == "memory" else _tcp_meshes(world_size, timeout_s, silence_s, wrap)
+    build = (
+        _memory_meshes(world_size, timeout_s)
+        if kind == "memory"
+        else _tcp_meshes(world_size, timeout_s, silence_s, wrap)
+    )
 
     def rank_main(rank: int) -> None:
         mesh = None
@@ -51,7 +56,10 @@ def run_ranks(
             if mesh is not None:
                 mesh.close()
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(world_size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True)
+        for rank in range(world_size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,21 +81,30 @@ def _tcp_meshes(
     world_size: int, timeout_s: float, silence_s: float, wrap: Callable[[int], Wrap] | None
 ) -> Callable[[int], Mesh]:
     endpoints = [Endpoint("127.0.0.1") for _ in range(world_size)]
-    roster = [Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)]
+    roster = [
+        Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)
+    ]
     secret = secrets.token_bytes(32)
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
         wrapper = wrap(rank) if wrap is not None else None
         return connect(
-            endpoints[rank], identity, roster, timeout_s=timeout_s, silence_s=silence_s, wrap=wrapper, heartbeat_s=0.05
+            endpoints[rank],
+            identity,
+            roster,
+            timeout_s=timeout_s,
+            silence_s=silence_s,
+            wrap=wrapper,
+            heartbeat_s=0.05,
         )
 
     return build
 
 
 class FaultyPipe:
-    """A pipe with a fault: it cuts the connection or goes silent after so many bytes, or moves a few bytes at a time."""
+    """A pipe with a fault: it cuts the connection or goes silent after so many bytes, or moves a
+    few bytes at a time."""
 
     def __init__(
         self,

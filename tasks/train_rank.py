@@ -1,4 +1,5 @@
-"""What one rank does in task=train: build model, data, algorithm and trainer from the resolved config, and train.
+"""What one rank does in task=train: build model, data, algorithm and trainer from the resolved
+config, and train.
 
 Only wiring; the driver's half is train.py.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from smolrun.algorithms.base import Algorithm, Context
 from smolrun.data.base import Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
+from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted, TextSample
 from smolrun.mesh.mesh import Mesh
@@ -38,7 +39,8 @@ def train(
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number per rank."""
+    """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
+    per rank."""
     training = config["training"]
     torch.manual_seed(config["seed"])
     train_split = open_split(prepared, "train", verify=True)
@@ -59,7 +61,9 @@ def train(
         algorithm,
         Feed(train_split, SampleOrder(len(train_split), config["seed"]), plan),
         steps=training["steps"],
-        evaluate=functools.partial(_evaluate, algorithm, eval_split, plan, training["eval_batches"]),
+        evaluate=functools.partial(
+            _evaluate, algorithm, eval_split, plan, training["eval_batches"]
+        ),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],
         emit=emit,
@@ -78,7 +82,7 @@ def train(
 
 
 def target(path: str) -> Any:
-    """The object that `module:name` names; raises ConfigError with the reason where there is none."""
+    """What `module:name` names; ConfigError with the reason where there is no such thing."""
     module_name, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module_name), name)
@@ -91,7 +95,9 @@ def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("name", "target")}
 
 
-def _place_algorithm(config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device) -> Algorithm:
+def _place_algorithm(
+    config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device
+) -> Algorithm:
     training, optimizer = config["training"], config["optimizer"]
     precision = PRECISIONS[config["precision"]]
     bound = config["staleness"]["bound"]
@@ -112,27 +118,35 @@ def _place_algorithm(config: dict[str, Any], prepared: Prepared, mesh: Mesh, dev
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
     )
-    make_model = functools.partial(target(config["model"]["target"]), prepared, **yaml_keys(config["model"]))
+    make_model = functools.partial(
+        target(config["model"]["target"]), prepared, **yaml_keys(config["model"])
+    )
     model = build_model(make_model, config["seed"], dtype=precision.parameters, device=device)
     if training["recompute"]:
-        model.recompute = True
-    algorithm: Algorithm = target(config["algorithm"]["target"])(context, **yaml_keys(config["algorithm"]))
+        if not hasattr(model, "recompute"):
+            raise ConfigError(f"model.name = {config['model']['name']} cannot recompute its blocks")
+        setattr(model, "recompute", True)  # noqa: B010  (nn.Module's own type has no such name)
+    algorithm: Algorithm = target(config["algorithm"]["target"])(
+        context, **yaml_keys(config["algorithm"])
+    )
     algorithm.place(model)
     return algorithm
 
 
-def _evaluate(algorithm: Algorithm, split: Split, plan: Any, limit: int | None) -> tuple[float, int]:
+def _evaluate(
+    algorithm: Algorithm, split: Split, plan: Any, limit: int | None
+) -> tuple[float, int]:
     return evaluate(algorithm, lambda: every_sample(split, plan, limit))
 
 
-def _write_sample(algorithm: Algorithm, prepared: Prepared, config: dict[str, Any], step: int) -> TextSample:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(prepared.tokenizer or "") / "tokenizer.json"))
+def _write_sample(
+    algorithm: Algorithm, prepared: Prepared, config: dict[str, Any], step: int
+) -> TextSample:
+    tokenizer = load_tokenizer(prepared.tokenizer or "")
     prompt = config["training"]["sample_prompt"]
     ids = write_text(
         algorithm.logits,
-        tokenizer.encode(prompt).ids or [0],
+        tokenizer.encode(prompt) or [0],
         config["training"]["sample_tokens"],
         context_length=prepared.sequence_length or 1,
         seed=config["seed"],

@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 import traceback
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,13 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Not sys.exit: all is said, and a thread that a library left behind must not keep this process
-    # alive.
+    # Not sys.exit: all is said, and no thread that a library left behind may keep this process.
     os._exit(code)
 
 
 def run(channel: WorkerChannel) -> int:
     """Run the task that the driver asks for and report how it ended; returns the exit code."""
-    # The mesh is closed after the report: its farewell may take seconds, and the driver waits for
-    # the report only.
+    # The mesh is closed after the report: its farewell may take seconds, the driver is waiting.
     with contextlib.ExitStack() as closing:
         try:
             start = channel.wait_start(_START_S)
@@ -67,9 +66,8 @@ def run(channel: WorkerChannel) -> int:
             peer = error.rank if isinstance(error, PeerLost) else None
             channel.result("failed", error=ErrorReport(type(error).__name__, str(error), peer))
             return EXIT_FAILED
-        except (
-            BaseException
-        ) as error:  # even SystemExit, out of the user's own code, must reach the driver
+        # Even SystemExit, out of the user's own code, must reach the driver.
+        except BaseException as error:
             traceback.print_exc()
             channel.result("failed", error=ErrorReport(type(error).__name__, str(error)))
             return EXIT_FAILED
@@ -82,12 +80,12 @@ def _run_task(
     start: StartMessage, channel: WorkerChannel, closing: contextlib.ExitStack
 ) -> dict[str, Any]:
     """From the start message to the task's summary."""
-    # The start deadline is the driver's; this one only ends the wait for a driver that lives but
-    # never says more.
+    # The start deadline is the driver's; this one ends the wait for a driver that says no more.
     start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
-    import torch  # seconds, on a small machine: the driver knows by now that this process lives
+    import torch  # seconds, on a small machine
 
     torch.set_num_threads(start.threads)
+    task = import_module(f"smolrun.tasks.{start.config['task']}")
     from smolrun.mesh.tcp import Endpoint
 
     endpoint = Endpoint(start.address)
@@ -99,9 +97,8 @@ def _run_task(
     channel.ready(endpoint.port, versions)
     mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
     closing.callback(_close, mesh)
-    from smolrun.tasks.train import work
-
-    return work(start, mesh, channel)
+    summary: dict[str, Any] = task.work(start, mesh, channel)
+    return summary
 
 
 def _close(mesh: Mesh) -> None:

@@ -1,1 +1,2 @@
-"""Floor 5: the ways to distribute training, one short file each; a file's name is its name on the command line."""
+"""Floor 5: the ways to distribute training, one short file each; a file's name is its name on the
+command line."""

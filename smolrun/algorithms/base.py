@@ -1,13 +1,15 @@
-"""What every algorithm is: one template, a few verbs, and it overrides only those that make it itself.
+"""What every algorithm is: one template, a few verbs, and it overrides only those that make it
+itself.
 
     train_step(micro_batches)
         forward_backward    this rank's gradient of the sum of losses over its samples
         synchronize         start to bring the gradients of all ranks together
-        update              when that is done: divide by the sum of weights, clip, step the optimizer
+        update              when that is done: divide by the sum of weights, clip, step
 
-With staleness K an update uses the gradient of K steps ago: the step starts its own synchronization and finishes the one
-that was started K steps earlier, so the network has K steps of compute to hide behind. The weight of a sample is the
-number of its targets: sums of gradients and sums of weights are reduced, and divided once.
+With staleness K an update uses the gradient of K steps ago: the step starts its own synchronization
+and finishes the one that was started K steps earlier, so the network has K steps of compute to hide
+behind. The weight of a sample is the number of its targets: sums of gradients and sums of weights
+are reduced, and divided once.
 
 Knows nothing of where data comes from, of files, or of configs.
 """
@@ -51,7 +53,8 @@ class Context:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update of the whole run. `grad_norm` is None when the update was skipped because it was not finite."""
+    """One update of the whole run. `grad_norm` is None when the update was skipped because it was
+    not finite."""
 
     step: int
     loss: float
@@ -75,18 +78,21 @@ class InFlight:
 
 
 class Algorithm(ABC):
-    """One way to distribute training. `place` first, then `train_step` again and again, then `drain`."""
+    """One way to distribute training. `place` first, then `train_step` again and again, then
+    `drain`."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collectives = Collectives(context.mesh)
-        self.wants_stop = False  # set by this rank's trainer; all ranks learn of it with the next step
+        self.wants_stop = (
+            False  # set by this rank's trainer; all ranks learn of it with the next step
+        )
         self.steps_begun = 0
         self._in_flight: deque[InFlight] = deque()
         self._compute_s = 0.0
         self._wait_s = 0.0
 
-    # -- what a trainer calls ---------------------------------------------------------------------------------------
+    # -- what a trainer calls ----
 
     def place(self, model: torch.nn.Module) -> None:
         """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
@@ -95,7 +101,8 @@ class Algorithm(ABC):
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
-        """One step over this rank's samples; returns the update it finished, None while the first K are in flight."""
+        """One step over this rank's samples; returns the update it finished, None while the first K
+        are in flight."""
         started, waited = time.perf_counter(), self._wait_s
         self.context.mesh.progress = self.steps_begun
         facts = self.forward_backward(micro_batches)
@@ -112,7 +119,8 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        """Sum of losses and number of targets over the samples of all ranks; collective, changes nothing."""
+        """Sum of losses and number of targets over the samples of all ranks; collective, changes
+        nothing."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in micro_batches:
@@ -133,38 +141,43 @@ class Algorithm(ABC):
         return output.float().cpu()
 
     def replica_tensors(self) -> list[torch.Tensor]:
-        """What must be equal on all ranks after every update, for the replica check; empty where nothing is replicated."""
+        """What must be equal on all ranks after every update, for the replica check; empty where
+        nothing is replicated."""
         return []
 
-    # -- what an algorithm overrides --------------------------------------------------------------------------------
+    # -- what an algorithm overrides ----
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's facts."""
+        """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's
+        facts."""
         loss_sum, weight = torch.zeros((), dtype=torch.float64, device=self.context.device), 0
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
             if len(batch.inputs):
                 loss = self._loss_sum(batch)
-                (loss * self.loss_scale.value).backward()  # type: ignore[no-untyped-call]
+                (loss * self.loss_scale.value).backward()
                 loss_sum += loss.detach()
                 weight += int((batch.targets != IGNORED).sum())
         return {"loss_sum": loss_sum.item(), "weight": weight}
 
     def before_last_backward(self) -> None:
-        """Called before the last micro-batch: gradients that become complete from now on may leave."""
+        """Called before the last micro-batch: gradients complete from now on may leave."""
 
     @abstractmethod
     def synchronize(self, facts: dict[str, float]) -> InFlight:
-        """Starts to bring this step's gradients and facts of all ranks together; must not wait for them."""
+        """Starts to bring this step's gradients and facts of all ranks together; must not wait for
+        them."""
 
     @abstractmethod
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
-        """Puts the summed gradients of a finished flight into `parameter.grad`; returns the distinct tensors that hold them."""
+        """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
+        distinct tensors that hold them."""
 
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
-        """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None if the update was skipped.
+        """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
+        if the update was skipped.
 
         All ranks see the same norm, so all take the same decision.
         """
@@ -182,11 +195,14 @@ class Algorithm(ABC):
         return norm
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
-        """Squared norm of the whole model's gradient; where ranks hold parts of it, an override adds them up."""
-        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients]
-        return sum(square.item() for square in squares)
+        """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
+        adds them up."""
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients
+        ]
+        return float(sum(square.item() for square in squares))
 
-    # -- shared by all ----------------------------------------------------------------------------------------------
+    # -- shared by all ----
 
     def share_facts(self, facts: dict[str, float]) -> tuple[torch.Tensor, Work]:
         """Starts to tell all ranks this rank's facts."""
@@ -237,7 +253,11 @@ class Algorithm(ABC):
             compute_s=self._compute_s,
             wait_s=self._wait_s,
             waited_for=self.collectives.ranks[slowest] if has_waited else None,
-            culprits=tuple(self.collectives.ranks[i] for i, is_finite in enumerate(facts["is_finite"]) if not is_finite),
+            culprits=tuple(
+                self.collectives.ranks[i]
+                for i, is_finite in enumerate(facts["is_finite"])
+                if not is_finite
+            ),
             wants_stop=any(facts["wants_stop"]),
         )
         self._compute_s = self._wait_s = 0.0

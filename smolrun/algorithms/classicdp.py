@@ -1,18 +1,21 @@
-"""Classic data parallelism: every rank holds the whole model, sees its share of the batch, and gradients are summed.
+"""Classic data parallelism: every rank holds the whole model, sees its share of the batch, and
+gradients are summed.
 
     rank 0   backward: [bucket 0][bucket 1][bucket 2]                          update
     network            ......[ ring all_reduce 0 ][ 1 ][ 2 ]
     rank 1   backward: [bucket 0][bucket 1][bucket 2]                          update
 
-Gradients leave in buckets while backward still computes the rest, in a ring that moves 2(N-1)/N of their bytes. All ranks
-receive the same bytes and take the same step, so replicas stay equal bit by bit without ever sending weights.
+Gradients leave in buckets while backward still computes the rest, in a ring that moves 2(N-1)/N of
+their bytes. All ranks receive the same bytes and take the same step, so replicas stay equal bit by
+bit without ever sending weights.
 
-With staleness K the update of step t applies the sums of step t-K, on all ranks alike: replicas stay equal, no rank is
-ever more than K steps ahead, and the network has K whole steps to hide behind.
+With staleness K the update of step t applies the sums of step t-K, on all ranks alike: replicas
+stay equal, no rank is ever more than K steps ahead, and the network has K whole steps to hide
+behind.
 
-Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020 (buckets, overlap);
-Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", 2013 (bounded staleness).
-"""
+Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020
+(buckets, overlap); Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel
+Parameter Server", 2013 (bounded staleness)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One process, no network: the yardstick that every other algorithm is measured against.
 
-With staleness K it simulates the delay: the gradient of step t is kept and applied at step t + K. So a delayed
-distributed run can be checked against a program that a reader can hold in mind.
+With staleness K it simulates the delay: the gradient of step t is kept and applied at step t + K.
+So a delayed distributed run can be checked against a program that a reader can hold in mind.
 
 Source: Robbins and Monro, "A stochastic approximation method", 1951.
 """
@@ -37,7 +37,9 @@ class Single(Algorithm):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(gradient.div_(self.loss_scale.value))
         self._delayed.append(gradients)
-        facts["is_finite"] = float(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+        facts["is_finite"] = float(
+            all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        )
         table, work = self.share_facts(facts)
         return InFlight(self.steps_begun, table, [work])
 

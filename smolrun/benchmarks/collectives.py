@@ -1,4 +1,5 @@
-"""all_reduce of ours beside gloo's, size by size. The same loop also tells where direct exchange should give way to the ring."""
+"""all_reduce of ours beside gloo's, size by size. The same loop also tells where direct exchange
+should give way to the ring."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from smolrun.benchmarks.compare import compare
 from smolrun.collectives.api import Collectives
 
-# One measurement moves about this much, so that small sizes are repeated often enough for the clock.
+# One measurement moves about this much, so that small sizes are repeated often enough for the
+# clock.
 _BYTES_PER_MEASUREMENT = 100_000_000
 _MOST_CALLS = 200
 
@@ -19,7 +21,8 @@ _MOST_CALLS = 200
 def compare_all_reduce(
     collectives: Collectives, sizes: Sequence[int], *, repeats: int, security: str
 ) -> Iterator[dict[str, Any]]:
-    """One row per size (bytes of a float32 tensor); collective, gloo must have been joined. Rank 0's clock counts."""
+    """One row per size (bytes of a float32 tensor); collective, gloo must have been joined. Rank
+    0's clock counts."""
     for size in sizes:
         ours, peer = torch.zeros(size // 4), torch.zeros(size // 4)
         calls = max(1, min(_MOST_CALLS, _BYTES_PER_MEASUREMENT // (size + 100_000)))

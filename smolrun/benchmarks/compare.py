@@ -1,4 +1,5 @@
-"""Two ways to do one thing, measured in turn: A B, B A, A B, ... so that a machine that drifts harms neither."""
+"""Two ways to do one thing, measured in turn: A B, B A, A B, ... so that a machine that drifts
+harms neither."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call of ours and the peer's: medians, the median of the pairwise ratios, and their spread."""
+    """Seconds per call of ours and the peer's: medians, the median of the pairwise ratios, and
+    their spread."""
 
     ours_s: float
     peer_s: float
@@ -30,7 +32,8 @@ def compare(
     meet: Callable[[], object],
     warm_up: int = 1,
 ) -> Comparison:
-    """Times `calls` calls of each side, `repeats` times in turn; `meet` is called before every measurement.
+    """Times `calls` calls of each side, `repeats` times in turn; `meet` is called before every
+    measurement.
 
     CPU seconds are those of this process, all threads.
     """
@@ -45,7 +48,9 @@ def compare(
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 call()
-            taken[name].append(((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls))
+            taken[name].append(
+                ((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls)
+            )
     ratios = [mine[0] / other[0] for mine, other in zip(taken["ours"], taken["peer"], strict=True)]
     return Comparison(
         ours_s=statistics.median(wall for wall, _ in taken["ours"]),

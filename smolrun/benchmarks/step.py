@@ -1,4 +1,5 @@
-"""A whole training step of classicdp beside DistributedDataParallel on gloo: same model, same batches, same optimizer."""
+"""A whole training step of classicdp beside DistributedDataParallel on gloo: same model, same
+batches, same optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def compare_step(
     warm_up: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row; collective. `peer_model` is a second copy of the placed model, `batch(step)` this rank's samples."""
+    """One row; collective. `peer_model` is a second copy of the placed model, `batch(step)` this
+    rank's samples."""
     peer = DistributedDataParallel(peer_model)
     counts = {"ours": 0, "peer": 0}
     losses = {"ours": 0.0, "peer": 0.0}
@@ -37,9 +39,11 @@ def compare_step(
     def peer_step() -> None:
         samples = batch(counts["peer"])
         counts["peer"] += 1
-        loss = cross_entropy(peer(samples.inputs).flatten(0, -2), samples.targets.flatten(), ignore_index=IGNORED)
+        loss = cross_entropy(
+            peer(samples.inputs).flatten(0, -2), samples.targets.flatten(), ignore_index=IGNORED
+        )
         peer_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         clip = algorithm.context.grad_clip
         if clip:
             torch.nn.utils.clip_grad_norm_(peer.parameters(), clip)
@@ -47,7 +51,12 @@ def compare_step(
         losses["peer"] = loss.item()
 
     result = compare(
-        our_step, peer_step, repeats=repeats, calls=steps, meet=algorithm.collectives.barrier, warm_up=warm_up
+        our_step,
+        peer_step,
+        repeats=repeats,
+        calls=steps,
+        meet=algorithm.collectives.barrier,
+        warm_up=warm_up,
     )
     return {
         "bench": "step",

@@ -1,8 +1,9 @@
-"""Collectives with torch.distributed's names and meanings, on contiguous CPU tensors, over any mesh.
+"""Collectives with torch.distributed's names and meanings, on contiguous CPU tensors, over any
+mesh.
 
-Every rank of the group must call the same operations of one stream in the same order, as with torch.distributed; two
-streams are independent of each other. Each operation picks its schedule by numbers that all ranks share.
-"""
+Every rank of the group must call the same operations of one stream in the same order, as with
+torch.distributed; two streams are independent of each other. Each operation picks its schedule by
+numbers that all ranks share."""
 
 from __future__ import annotations
 
@@ -11,26 +12,38 @@ from collections.abc import Callable, Sequence
 import torch
 
 from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
-from smolrun.collectives.executor import OPS, Chunks, Run
+from smolrun.collectives.executor import OPS, TORCH_OPS, Chunks, Run
 from smolrun.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from smolrun.collectives.schedule import Schedule, even_ranges, ranges_of
-from smolrun.collectives.tree import dissemination_barrier, star_gather, star_scatter, tree_broadcast
+from smolrun.collectives.tree import (
+    dissemination_barrier,
+    star_gather,
+    star_scatter,
+    tree_broadcast,
+)
 from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.wire.frame import Tag
 
-# Below this many bytes one direct round beats the ring's 2(N-1) hops, see task=bench bench=collectives.
+# Below this many bytes one direct round beats the ring's 2(N-1) hops, see task=bench
+# bench=collectives.
 DIRECT_BYTES = 64 * 1024
 
 
 class Collectives:
-    """Operations among `ranks` (all by default). Sums run in a fixed order, so all ranks end with the same bytes.
+    """Operations among `ranks` (all by default). Sums run in a fixed order, so all ranks end with
+    the same bytes.
 
     With `async_op` a call returns at once and its Work says when the tensors may be touched again.
     """
 
     def __init__(
-        self, mesh: Mesh, ranks: Sequence[int] | None = None, *, stream: int = 1, direct_bytes: int = DIRECT_BYTES
+        self,
+        mesh: Mesh,
+        ranks: Sequence[int] | None = None,
+        *,
+        stream: int = 1,
+        direct_bytes: int = DIRECT_BYTES,
     ) -> None:
         self.mesh = mesh
         self.ranks = list(range(mesh.world_size)) if ranks is None else list(ranks)
@@ -49,13 +62,21 @@ class Collectives:
         chunks = Chunks(tensor, even_ranges(tensor.numel(), self.size))
         fold = "sum" if op == "mean" else op
         schedule = ring_all_reduce(self.index, self.size)
-        return self._run("all_reduce", schedule, chunks, chunks, async_op, op=fold, finish=self._mean_of(tensor, op))
+        return self._run(
+            "all_reduce",
+            schedule,
+            chunks,
+            chunks,
+            async_op,
+            op=fold,
+            finish=self._mean_of(tensor, op),
+        )
 
     def _all_reduce_direct(self, tensor: torch.Tensor, op: str, async_op: bool) -> Work:
         scratch = torch.empty((self.size, tensor.numel()), dtype=tensor.dtype)
         outgoing = Chunks(tensor, [(0, tensor.numel())] * self.size)
         incoming = Chunks(scratch, even_ranges(scratch.numel(), self.size))
-        fold = {"sum": torch.add, "mean": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+        fold = TORCH_OPS["sum" if op == "mean" else op]
 
         def add_up() -> None:
             flat = tensor.detach().reshape(-1)
@@ -69,28 +90,47 @@ class Collectives:
         return self._run("all_reduce", schedule, outgoing, incoming, async_op, finish=add_up)
 
     def reduce_scatter(
-        self, output: torch.Tensor, tensor: torch.Tensor, sizes: Sequence[int] | None = None, *, async_op: bool = False
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        sizes: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
     ) -> Work:
-        """Sums the tensors of all ranks; each gets its part in `output`. `tensor` is used up as scratch memory.
+        """Sums the tensors of all ranks; each gets its part in `output`. `tensor` is used up as
+        scratch memory.
 
         `sizes[i]` elements go to rank i of the group; by default they differ by at most one.
         """
         ranges = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
         start, stop = ranges[self.index]
-        self._check_sizes("reduce_scatter", tensor.numel(), ranges[-1][1], output.numel(), stop - start)
+        self._check_sizes(
+            "reduce_scatter", tensor.numel(), ranges[-1][1], output.numel(), stop - start
+        )
         chunks = Chunks(tensor, ranges)
 
         def take() -> None:
             output.detach().reshape(-1).copy_(tensor.detach().reshape(-1)[start:stop])
 
         return self._run(
-            "reduce_scatter", ring_reduce_scatter(self.index, self.size), chunks, chunks, async_op, finish=take
+            "reduce_scatter",
+            ring_reduce_scatter(self.index, self.size),
+            chunks,
+            chunks,
+            async_op,
+            finish=take,
         )
 
     def all_gather(
-        self, output: torch.Tensor, shard: torch.Tensor, sizes: Sequence[int] | None = None, *, async_op: bool = False
+        self,
+        output: torch.Tensor,
+        shard: torch.Tensor,
+        sizes: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
     ) -> Work:
-        """Puts the shards of all ranks into `output`, in rank order; `shard` may be this rank's part of `output`."""
+        """Puts the shards of all ranks into `output`, in rank order; `shard` may be this rank's
+        part of `output`."""
         ranges = even_ranges(output.numel(), self.size) if sizes is None else ranges_of(sizes)
         start, stop = ranges[self.index]
         self._check_sizes("all_gather", output.numel(), ranges[-1][1], shard.numel(), stop - start)
@@ -105,10 +145,20 @@ class Collectives:
     def broadcast(self, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
         """Copies the tensor of rank `root` (counted within the group) to all."""
         chunks = Chunks(tensor, [(0, tensor.numel())])
-        return self._run("broadcast", tree_broadcast(self.index, self.size, root), chunks, chunks, async_op)
+        return self._run(
+            "broadcast", tree_broadcast(self.index, self.size, root), chunks, chunks, async_op
+        )
 
-    def gather(self, output: torch.Tensor | None, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
-        """Rank `root` gets `output[i]` = the tensor of rank i; the others pass None. All tensors have one size."""
+    def gather(
+        self,
+        output: torch.Tensor | None,
+        tensor: torch.Tensor,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+    ) -> Work:
+        """Rank `root` gets `output[i]` = the tensor of rank i; the others pass None. All tensors
+        have one size."""
         if self.index != root:
             outgoing = incoming = Chunks(tensor, [(0, tensor.numel())] * self.size)
         else:
@@ -117,10 +167,20 @@ class Collectives:
             self._check_sizes("gather", output.numel(), self.size * tensor.numel())
             output.detach().view(self.size, -1)[root] = tensor.detach().reshape(-1)
             outgoing = incoming = Chunks(output, even_ranges(output.numel(), self.size))
-        return self._run("gather", star_gather(self.index, self.size, root), outgoing, incoming, async_op)
+        return self._run(
+            "gather", star_gather(self.index, self.size, root), outgoing, incoming, async_op
+        )
 
-    def scatter(self, output: torch.Tensor, tensor: torch.Tensor | None, root: int = 0, *, async_op: bool = False) -> Work:
-        """Rank i gets `tensor[i]` of rank `root` in `output`; the others pass None. All parts have one size."""
+    def scatter(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor | None,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+    ) -> Work:
+        """Rank i gets `tensor[i]` of rank `root` in `output`; the others pass None. All parts have
+        one size."""
         if self.index != root:
             outgoing = incoming = Chunks(output, [(0, output.numel())] * self.size)
         else:
@@ -129,7 +189,9 @@ class Collectives:
             self._check_sizes("scatter", tensor.numel(), self.size * output.numel())
             output.detach().reshape(-1).copy_(tensor.detach().view(self.size, -1)[root])
             outgoing = incoming = Chunks(tensor, even_ranges(tensor.numel(), self.size))
-        return self._run("scatter", star_scatter(self.index, self.size, root), outgoing, incoming, async_op)
+        return self._run(
+            "scatter", star_scatter(self.index, self.size, root), outgoing, incoming, async_op
+        )
 
     def all_to_all(
         self,
@@ -140,19 +202,30 @@ class Collectives:
         *,
         async_op: bool = False,
     ) -> Work:
-        """Sends `sizes[i]` elements of `tensor` to rank i, receives `output_sizes[i]` from it; even parts by default."""
+        """Sends `sizes[i]` elements of `tensor` to rank i, receives `output_sizes[i]` from it; even
+        parts by default."""
         sends = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
-        receives = even_ranges(output.numel(), self.size) if output_sizes is None else ranges_of(output_sizes)
+        receives = (
+            even_ranges(output.numel(), self.size)
+            if output_sizes is None
+            else ranges_of(output_sizes)
+        )
         own_from, own_to = sends[self.index], receives[self.index]
-        self._check_sizes("all_to_all", tensor.numel(), sends[-1][1], output.numel(), receives[-1][1])
+        self._check_sizes(
+            "all_to_all", tensor.numel(), sends[-1][1], output.numel(), receives[-1][1]
+        )
         output.detach().reshape(-1)[slice(*own_to)] = tensor.detach().reshape(-1)[slice(*own_from)]
         schedule = direct_all_to_all(self.index, self.size)
-        return self._run("all_to_all", schedule, Chunks(tensor, sends), Chunks(output, receives), async_op)
+        return self._run(
+            "all_to_all", schedule, Chunks(tensor, sends), Chunks(output, receives), async_op
+        )
 
     def barrier(self, *, async_op: bool = False) -> Work:
         """Returns when every rank of the group has called it."""
         token = Chunks(torch.zeros(1, dtype=torch.uint8), [(0, 1)])
-        return self._run("barrier", dissemination_barrier(self.index, self.size), token, token, async_op)
+        return self._run(
+            "barrier", dissemination_barrier(self.index, self.size), token, token, async_op
+        )
 
     def _run(
         self,

@@ -1,8 +1,8 @@
-"""The one executor: runs any schedule over any mesh, hop after hop, on the I/O thread, without a thread switch per hop.
+"""The one executor: runs any schedule over any mesh, hop after hop, on the I/O thread, without a
+thread switch per hop.
 
-All receives are posted at the start, so a peer's grant is there before the data is; a hop's send starts when the
-receives it needs are done.
-"""
+All receives are posted at the start, so a peer's grant is there before the data is; a hop's send
+starts when the receives it needs are done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, as_array, as_bytes, dtype_code
 
 _NUMPY_OPS = {"sum": np.add, "max": np.maximum, "min": np.minimum}
-_TORCH_OPS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+TORCH_OPS: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 OPS = tuple(_NUMPY_OPS)
 
 
@@ -39,7 +43,11 @@ class Chunks:
     def payload(self, index: int) -> Payload:
         """The chunk's memory."""
         start, stop = self.ranges[index]
-        return Payload(self._bytes[start * self._itemsize : stop * self._itemsize], self._dtype, (stop - start,))
+        return Payload(
+            self._bytes[start * self._itemsize : stop * self._itemsize],
+            self._dtype,
+            (stop - start,),
+        )
 
     def combiner(self, index: int, op: str) -> Combine:
         """A function that folds bytes which belong at a byte offset of the chunk into it."""
@@ -48,11 +56,12 @@ class Chunks:
 
 
 def combiner(tensor: torch.Tensor, op: str) -> Combine:
-    """combine(offset, chunk) for a flat tensor: tensor[offset:] = op(tensor[offset:], chunk), in the tensor's dtype."""
+    """combine(offset, chunk) for a flat tensor: tensor[offset:] = op(tensor[offset:], chunk), in
+    the tensor's dtype."""
     itemsize = tensor.itemsize
     array = as_array(tensor)
     if array is None:  # half precision: numpy has none, or a slow one
-        torch_op = _TORCH_OPS[op]
+        torch_op = TORCH_OPS[op]
 
         def combine_torch(offset: int, chunk: memoryview) -> None:
             part = torch.frombuffer(chunk, dtype=tensor.dtype)
@@ -71,7 +80,7 @@ def combiner(tensor: torch.Tensor, op: str) -> Combine:
 
 
 class Run:
-    """One schedule on its way. `on_done` is called once, on the I/O thread, when every hop is done."""
+    """One schedule on its way. `on_done` is called once, on the I/O thread, after the last hop."""
 
     def __init__(
         self,
@@ -101,7 +110,8 @@ class Run:
 
     def start(self) -> None:
         """Posts every receive, then the sends that need none."""
-        nth: dict[int, int] = {}  # hops are numbered per pair and direction, so schedules of different length still meet
+        # Hops are numbered per pair and direction, so that schedules of different length meet.
+        nth: dict[int, int] = {}
         for index, hop in enumerate(self._schedule):
             if hop.source is None or self._incoming.is_empty(hop.receive):
                 self._has_received[index] = True
@@ -136,7 +146,10 @@ class Run:
             number = self._nth_send[hop.to] = self._nth_send.get(hop.to, -1) + 1
             self._open += 1
             self._mesh.post_send(
-                self._ranks[hop.to], self._tag._replace(hop=number), self._outgoing.payload(hop.send), self._close_one
+                self._ranks[hop.to],
+                self._tag._replace(hop=number),
+                self._outgoing.payload(hop.send),
+                self._close_one,
             )
 
     def _close_one(self) -> None:

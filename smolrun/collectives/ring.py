@@ -1,15 +1,17 @@
-"""Ring schedules for large tensors: every rank talks only to its two neighbours, and every link is busy all the time.
+"""Ring schedules for large tensors: every rank talks only to its two neighbours, and every link is
+busy all the time.
 
     reduce_scatter, 3 ranks, rank 1:   hop 0   send chunk 0 -> 2    receive chunk 2 <- 0, add
-                                       hop 1   send chunk 2 -> 2    receive chunk 1 <- 0, add    (chunk 1 is complete)
+                                       hop 1   send chunk 2 -> 2    receive chunk 1 <- 0, add  = sum
     all_gather goes on from there:     hop 2   send chunk 1 -> 2    receive chunk 0 <- 0
                                        hop 3   send chunk 0 -> 2    receive chunk 2 <- 0
 
-Each rank sends (N-1)/N of the tensor per phase, 2(N-1)/N for an all_reduce: the least that is possible. A chunk is
-summed once, in the order of the ring, and then copied, so all ranks end with the same bytes.
+Each rank sends (N-1)/N of the tensor per phase, 2(N-1)/N for an all_reduce: the least that is
+possible. A chunk is summed once, in the order of the ring, and then copied, so all ranks end with
+the same bytes.
 
-Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.
-"""
+Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
+2009."""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def ring_reduce_scatter(index: int, size: int) -> Schedule:
 
 
 def ring_all_gather(index: int, size: int, *, after: int = 0) -> Schedule:
-    """Rank `index` starts with chunk `index` and ends with all; `after` hops of the same schedule come before these."""
+    """Rank `index` starts with chunk `index` and ends with all; `after` hops of the same schedule
+    come before these."""
     return [
         Hop(
             to=(index + 1) % size,

@@ -2,9 +2,9 @@
 
     broadcast from 0, 8 ranks:   0 -> 4      0 -> 2, 4 -> 6      0 -> 1, 2 -> 3, 4 -> 5, 6 -> 7
 
-Source: the binomial tree of MPI implementations, Thakur et al., "Optimization of Collective Communication Operations
-in MPICH", 2005; the barrier is Hensgen, Finkel and Manber's dissemination barrier, 1988.
-"""
+Source: the binomial tree of MPI implementations, Thakur et al., "Optimization of Collective
+Communication Operations in MPICH", 2005; the barrier is Hensgen, Finkel and Manber's dissemination
+barrier, 1988."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def star_scatter(index: int, size: int, root: int) -> Schedule:
 
 
 def dissemination_barrier(index: int, size: int) -> Schedule:
-    """In round k every rank tells the rank 2^k further; after log2(N) rounds each has heard of all, directly or not."""
+    """In round k every rank tells the rank 2^k further; after log2(N) rounds each has heard of all,
+    directly or not."""
     return [
         Hop(to=(index + (1 << hop)) % size, source=(index - (1 << hop)) % size, needs=hop)
         for hop in range((size - 1).bit_length())

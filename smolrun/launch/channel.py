@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import psutil
+
 from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
 from smolrun.events import Event, to_json
 from smolrun.launch.control import (
@@ -45,7 +47,7 @@ from smolrun.launch.control import (
 _log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
-_LAST_WORDS_S = 0.5  # a frozen driver does not empty the log pipe, and nobody must wait for it
+_LAST_ACTS_S = 0.5
 
 
 class WorkerChannel:
@@ -57,15 +59,15 @@ class WorkerChannel:
         write_fd: int,
         *,
         lease_limit_s: float = LEASE_LIMIT_S,
-        end_process: Callable[[int], object] = os._exit,
+        end_process: Callable[[int], object] | None = None,
     ) -> None:
-        """Own both descriptors and listen at once. `end_process` only returns in tests."""
+        """Own both descriptors and listen at once. `end_process` is for tests, and may return."""
         self.stop_requested = threading.Event()
         self.start: StartMessage | None = None
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._lease_limit_s = lease_limit_s
-        self._end_process = end_process
+        self._end_process = end_process or _end_process
         self._write_lock = threading.Lock()
         self._heard: queue.SimpleQueue[StartMessage | RosterMessage | StopMessage] = (
             queue.SimpleQueue()
@@ -203,20 +205,34 @@ class WorkerChannel:
         if self._ended.is_set():
             return
         self._ended.set()
-        text = f"smolrun worker ends: {why}\n".encode()
-        try:
-            # In a thread of its own: stderr may be a full pipe that a frozen driver will never
-            # empty.
-            words = threading.Thread(
-                target=_write_stderr, args=(text,), name="smolrun-last-words", daemon=True
-            )
-            words.start()
-            words.join(_LAST_WORDS_S)
-        except RuntimeError:
-            pass  # no thread can be started any more; leaving matters more than saying why
+        # A frozen driver does not empty the log pipe, and nobody must wait for that.
+        _at_most(_LAST_ACTS_S, lambda: _write_log(f"smolrun worker ends: {why}\n"))
         self._end_process(code)
 
 
-def _write_stderr(text: bytes) -> None:
+def _end_process(code: int) -> None:
+    """End this process and all that it started, without asking anybody."""
+    _at_most(_LAST_ACTS_S, _kill_children)
+    os._exit(code)
+
+
+def _at_most(seconds: float, act: Callable[[], None]) -> None:
+    """Do something that may hang, but do not wait for it longer than that."""
+    thread = threading.Thread(target=act, name="smolrun-last-acts", daemon=True)
+    with contextlib.suppress(
+        RuntimeError
+    ):  # no thread can be started any more; leaving matters more
+        thread.start()
+        thread.join(seconds)
+
+
+def _write_log(text: str) -> None:
     with contextlib.suppress(OSError):  # the driver is gone, and with it whoever would read this
-        os.write(2, text)
+        os.write(2, text.encode())
+
+
+def _kill_children() -> None:
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()

@@ -1,7 +1,7 @@
 """The I/O thread: one thread per process that drives every socket and every timer of the mesh.
 
-Whatever runs here must not block. Other threads hand it work with `post`. Knows nothing of frames or ranks.
-"""
+Whatever runs here must not block. Other threads hand it work with `post`. Knows nothing of frames
+or ranks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class IoThread:
-    """Runs callbacks for readable and writable sockets, timers and posted functions, all in one named thread.
+    """Runs callbacks for readable and writable sockets, timers and posted functions, all in one
+    named thread.
 
-    `longest_gap_s` is the longest time this thread was kept from its sockets, by a callback or by code that held the
-    GIL: silence of peers during such a gap is our own fault.
-    """
+    `longest_gap_s` is the longest time this thread was kept from its sockets, by a callback or by
+    code that held the GIL: silence of peers during such a gap is our own fault."""
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
         self.longest_gap_s = 0.0
@@ -64,8 +64,11 @@ class IoThread:
         """Runs `function` once after `delay_s`; only on this thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function))
 
-    def watch(self, sock: socket.socket | int, events: int, callback: Callable[[int], None]) -> None:
-        """Calls `callback(ready)` whenever one of `events` (READ, WRITE) holds; 0 stops; only on this thread."""
+    def watch(
+        self, sock: socket.socket | int, events: int, callback: Callable[[int], None]
+    ) -> None:
+        """Calls `callback(ready)` whenever one of `events` (READ, WRITE) holds; 0 stops; only on
+        this thread."""
         known = self._selector.get_map()
         if not events:
             if sock in known:

@@ -1,10 +1,10 @@
-"""One connection: frames out of a queue into a byte pipe, bytes from the pipe into frames, and counters.
+"""One connection: frames out of a queue into a byte pipe, bytes from the pipe into frames, and
+counters.
 
     send(header, payload) -> queue -> pipe ~~~~ pipe -> decoder -> on_frame(frame)
 
-A `Pipe` is a non-blocking stream of bytes; the plain one is below, an encrypted one has the same five methods.
-Runs on the I/O thread only. Knows nothing of ranks, tags or who waits for what.
-"""
+A `Pipe` is a non-blocking stream of bytes; the plain one is below, an encrypted one has the same
+five methods. Runs on the I/O thread only. Knows nothing of ranks, tags or who waits for what."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _TURN_BYTES = 1024 * 1024
 
 
 class Pipe(Protocol):
-    """A non-blocking stream of bytes. Methods raise BlockingIOError when they would wait, OSError when it is broken.
+    """A non-blocking stream of bytes. Methods raise BlockingIOError when they would wait, OSError
+    when it is broken.
 
-    After BlockingIOError, `send` is called again with buffers that begin with the same bytes (TLS insists on that).
-    `recv_into` is called until it blocks, so a pipe may hold decrypted bytes that the selector does not see.
-    """
+    After BlockingIOError, `send` is called again with buffers that begin with the same bytes (TLS
+    insists on that). `recv_into` is called until it blocks, so a pipe may hold decrypted bytes that
+    the selector does not see."""
 
     def fileno(self) -> int:
         """The descriptor to select on."""
@@ -73,7 +74,8 @@ class PlainPipe:
 
 
 def tune(sock: socket.socket) -> None:
-    """Non-blocking, no Nagle, large buffers, and a kernel that notices a dead path by itself where it can."""
+    """Non-blocking, no Nagle, large buffers, and a kernel that notices a dead path by itself where
+    it can."""
     sock.setblocking(False)
     options = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -81,7 +83,8 @@ def tune(sock: socket.socket) -> None:
         (socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     ]
-    # Not every system has these (macOS calls the first TCP_KEEPALIVE): heartbeats find a dead path without them too.
+    # Not every system has these (macOS calls the first TCP_KEEPALIVE): heartbeats find a dead path
+    # without them too.
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
@@ -95,10 +98,9 @@ def tune(sock: socket.socket) -> None:
 class Connection:
     """A pipe with a decoder at one end and a queue of frames at the other.
 
-    `on_frame` gets every complete frame, `on_closed(reason)` is called once when the pipe ends or breaks or the peer
-    breaks the protocol. `refill` is asked for more frames (it calls `send`) when the queue has run empty, so a sender
-    with much to say decides late what goes next.
-    """
+    `on_frame` gets every complete frame, `on_closed(reason)` is called once when the pipe ends or
+    breaks or the peer breaks the protocol. `refill` is asked for more frames (it calls `send`) when
+    the queue has run empty, so a sender with much to say decides late what goes next."""
 
     def __init__(
         self,
@@ -131,11 +133,21 @@ class Connection:
         """Whether everything queued has been handed to the kernel."""
         return not self._queue
 
-    def send(self, header: Header, payload: memoryview | None = None, on_sent: Callable[[], None] | None = None) -> None:
-        """Queues a frame; `on_sent` runs when the kernel has all of it, and only then may the payload change."""
+    def send(
+        self,
+        header: Header,
+        payload: memoryview | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Queues a frame; `on_sent` runs when the kernel has all of it, and only then may the
+        payload change."""
         head = encode_header(header._replace(sequence=self._sequence))
         self._sequence += 1
-        buffers = [memoryview(head), payload] if payload is not None and len(payload) else [memoryview(head)]
+        buffers = (
+            [memoryview(head), payload]
+            if payload is not None and len(payload)
+            else [memoryview(head)]
+        )
         self._queue.append((buffers, on_sent))
         if not self._events & WRITE:
             self.flush()
@@ -159,10 +171,9 @@ class Connection:
         while True:
             if not self._queue and self._refill is not None:
                 self._refill()
-            if not self._queue:
-                return self._listen(READ)
-            if budget <= 0:
-                return self._listen(READ | WRITE)
+            if not self._queue or budget <= 0:
+                self._listen(READ | WRITE if self._queue else READ)
+                return
             buffers, on_sent = self._queue[0]
             sent = self._pipe.send(buffers)
             self.bytes_sent += sent
@@ -183,26 +194,31 @@ class Connection:
             self.flush()
 
     def _read(self) -> None:
-        budget = _TURN_BYTES
-        decoder = self._decoder
         try:
-            while budget > 0 and self.is_open:
-                count = self._pipe.recv_into(decoder.buffer())
-                if count == 0:
-                    return self._end("the connection was closed")
-                self.bytes_received += count
-                budget -= count
-                frame = decoder.filled(count)
-                if frame is not None:
-                    self._on_frame(frame)
+            self._read_frames()
         except BlockingIOError:
-            return None
+            return  # all that was there has been read
         except OSError as error:
-            return self._end(f"receiving failed: {error.strerror or error}")
+            self._end(f"receiving failed: {error.strerror or error}")
         except ProtocolError as error:
-            return self._end(f"it broke the protocol: {error}")
-        # The budget is spent but the pipe may hold more, even bytes the selector cannot see.
-        self._io.post(lambda: self._ready(READ))
+            self._end(f"it broke the protocol: {error}")
+        else:
+            # The pipe may hold more, even bytes that the selector cannot see.
+            self._io.post(lambda: self._ready(READ))
+
+    def _read_frames(self) -> None:
+        """Reads until the pipe is empty (BlockingIOError), it ends, or others must get a turn."""
+        budget = _TURN_BYTES
+        while budget > 0 and self.is_open:
+            count = self._pipe.recv_into(self._decoder.buffer())
+            if count == 0:
+                self._end("the connection was closed")
+                return
+            self.bytes_received += count
+            budget -= count
+            frame = self._decoder.filled(count)
+            if frame is not None:
+                self._on_frame(frame)
 
     def close(self) -> None:
         """Closes at once, without `on_closed`."""

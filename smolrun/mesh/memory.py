@@ -1,4 +1,5 @@
-"""The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread matches sends and receives.
+"""The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread
+matches sends and receives.
 
 For tests and lessons: the same contract as TcpMesh, without sockets, ports or processes.
 """
@@ -45,7 +46,9 @@ class MemoryWorld:
         else:
             self._deliver(payload, on_done, *receive)
 
-    def meet_recv(self, key: _Key, payload: Payload, on_done: Callable[[], None], combine: Combine | None) -> None:
+    def meet_recv(
+        self, key: _Key, payload: Payload, on_done: Callable[[], None], combine: Combine | None
+    ) -> None:
         """A receive was posted: take what was sent, or remember it until it is."""
         send = self._sends.pop(key, None)
         if send is None:
@@ -63,12 +66,14 @@ class MemoryWorld:
     ) -> None:
         if (sent.dtype, sent.shape) != (wanted.dtype, wanted.shape):
             shapes = f"{list(sent.shape)} was sent where {list(wanted.shape)} is expected"
-            return self._failed(ProtocolError(f"{shapes}: the two ranks run different operations"))
+            self._failed(ProtocolError(f"{shapes}: the two ranks run different operations"))
+            return
         if combine is not None:
             combine(0, sent.data)
         else:
             wanted.data[:] = sent.data
-        self.io.post(on_sent)  # posted, not called: a long chain of hops must not become a deep stack
+        # Posted, not called: a long chain of hops must not become a deep stack.
+        self.io.post(on_sent)
         self.io.post(on_received)
 
     def leave(self, rank: int) -> None:
@@ -116,7 +121,12 @@ class MemoryMesh(Mesh):
         self._world.meet_send((self.rank, peer, tag), payload, on_done)
 
     def post_recv(
-        self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None = None
+        self,
+        peer: int,
+        tag: Tag,
+        payload: Payload,
+        on_done: Callable[[], None],
+        combine: Combine | None = None,
     ) -> None:
         """See Mesh."""
         self._received += len(payload.data)

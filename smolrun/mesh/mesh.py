@@ -4,10 +4,10 @@
     work = mesh.recv(peer, tag, into)          `into` must not be touched until the work is done
     work.wait()
 
-Sends and receives with equal tags meet in any order. Two families of methods: `send`, `recv`, `submit` are for any
-thread; `post_send`, `post_recv` are for code that already runs on the I/O thread (the hops of a collective) and call
-`on_done` there. Knows nothing of sockets: `tcp.py` and `memory.py` are the two homes.
-"""
+Sends and receives with equal tags meet in any order. Two families of methods: `send`, `recv`,
+`submit` are for any thread; `post_send`, `post_recv` are for code that already runs on the I/O
+thread (the hops of a collective) and call `on_done` there. Knows nothing of sockets: `tcp.py` and
+`memory.py` are the two homes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,15 @@ class Work:
         self._gate.acquire()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Blocks until done; raises PeerLost, MeshClosed, ProtocolError, or WaitTimeout after the mesh's `timeout_s`."""
+        """Blocks until done; raises PeerLost, MeshClosed, ProtocolError, or WaitTimeout after the
+        mesh's `timeout_s`."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         if not self.is_done:
             if not self._gate.acquire(timeout=limit):
-                raise WaitTimeout(f"{self.label}: not done after {limit:g} s although every peer is alive; {self._who()}")
+                raise WaitTimeout(
+                    f"{self.label}: not done after {limit:g} s although every peer is alive; "
+                    f"{self._who()}"
+                )
             self._gate.release()
         if self._error is not None:
             raise self._error
@@ -63,33 +67,40 @@ class Work:
 class Mesh(ABC):
     """All ranks of one run as seen from one of them."""
 
-    def __init__(self, rank: int, world_size: int, *, generation: int = 0, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, rank: int, world_size: int, *, generation: int = 0, timeout_s: float = 300.0
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.generation = generation
         self.timeout_s = timeout_s
-        self.progress = 0  # told to the peers with every heartbeat: the training step this rank works on
+        self.progress = (
+            0  # told to the peers with every heartbeat: the training step this rank works on
+        )
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
 
-    # -- for any thread ---------------------------------------------------------------------------------------------
+    # -- for any thread ----
 
     def send(self, peer: int, tag: Tag, tensor: torch.Tensor) -> Work:
-        """Starts sending a contiguous CPU tensor; the work is done when the tensor may change again."""
+        """Starts sending a contiguous CPU tensor; the work is done when the tensor may change
+        again."""
         payload = payload_of(tensor)
         return self.submit(
-            f"send to rank {peer}", lambda work: self.post_send(peer, tag, payload, lambda: self.finish(work))
+            f"send to rank {peer}",
+            lambda work: self.post_send(peer, tag, payload, lambda: self.finish(work)),
         )
 
     def recv(self, peer: int, tag: Tag, into: torch.Tensor) -> Work:
-        """Starts receiving into a contiguous CPU tensor of the dtype and shape that the peer sends."""
+        """Starts receiving into a contiguous CPU tensor of the dtype and shape that is sent."""
         payload = payload_of(into)
         return self.submit(
-            f"receive from rank {peer}", lambda work: self.post_recv(peer, tag, payload, lambda: self.finish(work))
+            f"receive from rank {peer}",
+            lambda work: self.post_recv(peer, tag, payload, lambda: self.finish(work)),
         )
 
     def submit(self, label: str, start: Callable[[Work], None]) -> Work:
-        """Runs `start(work)` on the I/O thread; whatever it posts must end in `finish(work)` there."""
+        """Runs `start(work)` on the I/O thread; what it posts must end in `finish(work)`."""
         work = Work(label, self.timeout_s, self.describe_waiting)
 
         def begin() -> None:
@@ -99,7 +110,9 @@ class Mesh(ABC):
             try:
                 start(work)
             except SmolrunError as error:
-                self.fail(error)  # it may be half posted, and the peers already wait for the other half
+                self.fail(
+                    error
+                )  # it may be half posted, and the peers already wait for the other half
 
         self.post(begin)
         return work
@@ -128,9 +141,10 @@ class Mesh(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Says goodbye to all peers and ends the I/O thread; pending work fails with MeshClosed. Safe to call twice."""
+        """Says goodbye to all peers and ends the I/O thread; pending work fails with MeshClosed.
+        Safe to call twice."""
 
-    # -- for the I/O thread -----------------------------------------------------------------------------------------
+    # -- for the I/O thread ----
 
     @abstractmethod
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
@@ -138,9 +152,15 @@ class Mesh(ABC):
 
     @abstractmethod
     def post_recv(
-        self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None = None
+        self,
+        peer: int,
+        tag: Tag,
+        payload: Payload,
+        on_done: Callable[[], None],
+        combine: Combine | None = None,
     ) -> None:
-        """Starts a receive into `payload.data`, or, with `combine`, hands over the bytes piece by piece instead."""
+        """Starts a receive into `payload.data`, or, with `combine`, hands over the bytes piece by
+        piece instead."""
 
     def finish(self, work: Work) -> None:
         """Marks submitted work as done."""

@@ -1,27 +1,28 @@
 """One other rank: two connections, and the matching of what it sends with what was posted here.
 
-    control   heartbeats, grants, and tensors up to EAGER_BYTES, sent at once into the posted buffer or the mailbox
-    bulk      larger tensors in slices, sent only after the receiver has posted a buffer and granted it over control
+    control   heartbeats, grants, and tensors up to EAGER_BYTES, sent at once, kept in a mailbox
+              until they are asked for
+    bulk      larger tensors in slices, sent only after the receiver has granted a buffer
 
-So nothing large arrives that nobody waits for, a heartbeat never queues behind a large tensor, and two streams that
-are used in different order on two ranks cannot block each other. Runs on the I/O thread only.
-"""
+So nothing large arrives that nobody waits for, a heartbeat never queues behind a large tensor, and
+two streams that are used in different order on two ranks cannot block each other. Runs on the I/O
+thread only."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from smolrun.errors import ProtocolError
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Connection, Pipe
+from smolrun.mesh.mailbox import Mailbox
 from smolrun.mesh.mesh import Combine
+from smolrun.mesh.transfers import Transfer, Transfers
 from smolrun.wire.frame import EAGER_BYTES, SLICE_BYTES, Frame, FrameKind, Header, Tag
 from smolrun.wire.tensor import Payload, dtype_of
 
-# Far above what collectives leave unread; a peer that passes it sends what nobody will ever want.
-_MAILBOX_BYTES = 64 * 1024 * 1024
+# So many large tensors may wait for their grant, or grants for their tensor.
 _MAX_WAITING = 65536
 
 
@@ -33,14 +34,6 @@ class _Receive:
     received: int = 0
 
 
-@dataclass(slots=True)
-class _Send:
-    tag: Tag
-    payload: Payload
-    on_done: Callable[[], None]
-    offset: int = 0
-
-
 @dataclass(frozen=True)
 class PeerEvents:
     """What a peer tells its mesh."""
@@ -50,9 +43,18 @@ class PeerEvents:
 
 
 class Peer:
-    """Sends to and receives from one rank; counts what came from an earlier generation and was dropped."""
+    """Sends to and receives from one rank; counts what came from an earlier generation and was
+    dropped."""
 
-    def __init__(self, io: IoThread, me: int, rank: int, generation: int, pipes: dict[str, Pipe], events: PeerEvents) -> None:
+    def __init__(
+        self,
+        io: IoThread,
+        me: int,
+        rank: int,
+        generation: int,
+        pipes: dict[str, Pipe],
+        events: PeerEvents,
+    ) -> None:
         self.rank = rank
         self.progress = 0
         self.silence_s = 0.0
@@ -62,37 +64,47 @@ class Peer:
         self._generation = generation
         self._events = events
         self._posted: dict[Tag, _Receive] = {}
-        self._mailbox: dict[Tag, tuple[Header, memoryview]] = {}
-        self._mailbox_bytes = 0
+        self._mailbox = Mailbox()
         self._grants: dict[Tag, Header] = {}
-        self._ungranted: dict[Tag, _Send] = {}
-        self._transfers: dict[int, deque[_Send]] = {}  # per stream, in the order of their grants
-        self._turns: deque[int] = deque()  # streams that have something to send, in turn
+        self._ungranted: dict[Tag, Transfer] = {}
+        self._transfers = Transfers()
         self._scratch = memoryview(bytearray(SLICE_BYTES))
         self._heard = 0
         self.control = Connection(
-            io, pipes["control"], place=self._place_control, on_frame=self._control_frame, on_closed=self._closed
+            io,
+            pipes["control"],
+            place=self._place_control,
+            on_frame=self._control_frame,
+            on_closed=self._closed,
         )
         self.bulk = Connection(
-            io, pipes["bulk"], place=self._place_bulk, on_frame=self._bulk_frame, on_closed=self._closed, refill=self._refill
+            io,
+            pipes["bulk"],
+            place=self._place_bulk,
+            on_frame=self._bulk_frame,
+            on_closed=self._closed,
+            refill=self._refill,
         )
 
-    # -- posting ----------------------------------------------------------------------------------------------------
+    # -- posting ----
 
     def post_send(self, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """Sends at once if small, otherwise as soon as the peer has granted it."""
         if len(payload.data) <= EAGER_BYTES:
             self.control.send(self._header(FrameKind.TENSOR, tag, payload), payload.data, on_done)
             return
-        send = _Send(tag, payload, on_done)
+        send = Transfer(tag, payload, on_done)
         grant = self._grants.pop(tag, None)
         if grant is None:
             self._ungranted[tag] = send
         else:
             self._start(send, grant)
 
-    def post_recv(self, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None) -> None:
-        """Takes it from the mailbox if it is there, otherwise remembers it, and grants it if it is large."""
+    def post_recv(
+        self, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None
+    ) -> None:
+        """Takes it from the mailbox if it is there, otherwise remembers it, and grants it if it is
+        large."""
         if tag in self._posted:
             raise ProtocolError(f"two receives from rank {self.rank} for {tag}")
         receive = _Receive(payload, on_done, combine)
@@ -100,8 +112,7 @@ class Peer:
             self._posted[tag] = receive
             self.control.send(self._header(FrameKind.GRANT, tag, payload)._replace(nbytes=0))
         elif tag in self._mailbox:
-            header, data = self._mailbox.pop(tag)
-            self._mailbox_bytes -= len(data)
+            header, data = self._mailbox.take(tag)
             self._check_match(header, payload)
             self._deliver(receive, data)
         else:
@@ -128,34 +139,42 @@ class Peer:
         return list(self._posted)
 
     def tick(self, elapsed_s: float) -> float:
-        """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the silence so far."""
+        """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the silence
+        so far."""
         heard = self.control.bytes_received + self.bulk.bytes_received
         self.silence_s = 0.0 if heard != self._heard else self.silence_s + elapsed_s
         self._heard = heard
         return self.silence_s
 
-    # -- frames that arrive -----------------------------------------------------------------------------------------
+    # -- frames that arrive ----
 
     def _is_current(self, header: Header) -> bool:
-        """Whether a frame is of this generation; raises ProtocolError for one that cannot be from this peer."""
+        """Whether a frame is of this generation; raises ProtocolError for one that cannot be from
+        this peer."""
         if header.sender != self.rank:
-            raise ProtocolError(f"rank {self.rank} sent a frame in the name of rank {header.sender}")
+            raise ProtocolError(
+                f"rank {self.rank} sent a frame in the name of rank {header.sender}"
+            )
         if header.generation > self._generation:
-            raise ProtocolError(f"frame of generation {header.generation} in generation {self._generation}")
+            raise ProtocolError(
+                f"frame of generation {header.generation} in generation {self._generation}"
+            )
         return header.generation == self._generation
 
     def _place_control(self, header: Header) -> memoryview:
         if not self._is_current(header):
             return self._scratch[: header.nbytes]
         if header.kind is not FrameKind.TENSOR or header.size > EAGER_BYTES:
-            raise ProtocolError(f"{header.kind.name} of {header.size} bytes on the control connection")
+            raise ProtocolError(
+                f"{header.kind.name} of {header.size} bytes on the control connection"
+            )
         receive = self._posted.get(header.tag)
         if receive is not None:
             self._check_match(header, receive.payload)
-            return receive.payload.data if receive.combine is None else self._scratch[: header.nbytes]
-        if self._mailbox_bytes + header.nbytes > _MAILBOX_BYTES or len(self._mailbox) >= _MAX_WAITING:
-            raise ProtocolError(f"{self._mailbox_bytes} bytes in {len(self._mailbox)} tensors wait and nobody wants them")
-        return memoryview(bytearray(header.nbytes))
+            return (
+                receive.payload.data if receive.combine is None else self._scratch[: header.nbytes]
+            )
+        return self._mailbox.room_for(header)
 
     def _control_frame(self, frame: Frame) -> None:
         header = frame.header
@@ -180,11 +199,8 @@ class Peer:
         receive = self._posted.pop(header.tag, None)
         if receive is not None:
             self._deliver(receive, data)
-        elif header.tag in self._mailbox:
-            raise ProtocolError(f"two tensors for {header.tag}")
         else:
-            self._mailbox[header.tag] = (header, data)
-            self._mailbox_bytes += len(data)
+            self._mailbox.put(header, data)
 
     def _deliver(self, receive: _Receive, data: memoryview) -> None:
         if receive.combine is not None:
@@ -204,17 +220,29 @@ class Peer:
 
     def _said_goodbye(self) -> None:
         self.has_left = True
-        if self._posted or self._ungranted or self._turns:
-            self._events.on_lost(self.rank, "it left the run while this rank still had work with it")
+        if self._posted or self._ungranted or self._transfers:
+            self._events.on_lost(
+                self.rank, "it left the run while this rank still had work with it"
+            )
 
     def _place_bulk(self, header: Header) -> memoryview:
         if not self._is_current(header):
             return self._scratch[: header.nbytes]
         receive = self._posted.get(header.tag)
-        if header.kind is not FrameKind.SLICE or receive is None or len(receive.payload.data) <= EAGER_BYTES:
+        if (
+            header.kind is not FrameKind.SLICE
+            or receive is None
+            or len(receive.payload.data) <= EAGER_BYTES
+        ):
             raise ProtocolError(f"{header.kind.name} for {header.tag}, which was never granted")
-        if (header.dtype, header.size, header.offset) != (receive.payload.dtype, len(receive.payload.data), receive.received):
-            raise ProtocolError(f"slice at {header.offset} of {header.size} bytes does not continue {header.tag}")
+        if (header.dtype, header.size, header.offset) != (
+            receive.payload.dtype,
+            len(receive.payload.data),
+            receive.received,
+        ):
+            raise ProtocolError(
+                f"slice at {header.offset} of {header.size} bytes does not continue {header.tag}"
+            )
         if receive.combine is not None:
             return self._scratch[: header.nbytes]
         return receive.payload.data[header.offset : header.offset + header.nbytes]
@@ -238,39 +266,37 @@ class Peer:
         if not self.has_left:
             self._events.on_lost(self.rank, reason)
 
-    # -- bulk transfers ---------------------------------------------------------------------------------------------
+    # -- bulk transfers ----
 
-    def _start(self, send: _Send, grant: Header) -> None:
-        self._check_match(grant, send.payload)
-        transfers = self._transfers.setdefault(send.tag.stream, deque())
-        if not transfers:
-            self._turns.append(send.tag.stream)
-        transfers.append(send)
+    def _start(self, transfer: Transfer, grant: Header) -> None:
+        self._check_match(grant, transfer.payload)
+        self._transfers.add(transfer)
         self.bulk.flush()
 
     def _refill(self) -> None:
-        """Queues one slice of the stream whose turn it is."""
-        if not self._turns:
+        """Queues one slice of whatever is next."""
+        piece = self._transfers.next_slice()
+        if piece is None:
             return
-        stream = self._turns.popleft()
-        send = self._transfers[stream][0]
-        start, stop = send.offset, min(send.offset + SLICE_BYTES, len(send.payload.data))
-        send.offset = stop
-        is_last = stop == len(send.payload.data)
-        if is_last:
-            self._transfers[stream].popleft()
-        if self._transfers[stream]:
-            self._turns.append(stream)
-        header = self._header(FrameKind.SLICE, send.tag, send.payload)._replace(shape=(), offset=start, nbytes=stop - start)
-        self.bulk.send(header, send.payload.data[start:stop], send.on_done if is_last else None)
+        tag, payload, on_done = piece.transfer.tag, piece.transfer.payload, piece.transfer.on_done
+        header = self._header(FrameKind.SLICE, tag, payload)._replace(
+            shape=(), offset=piece.start, nbytes=piece.stop - piece.start
+        )
+        self.bulk.send(
+            header, payload.data[piece.start : piece.stop], on_done if piece.is_last else None
+        )
 
     def _header(self, kind: FrameKind, tag: Tag, payload: Payload) -> Header:
         size = len(payload.data)
-        return Header(kind, tag, payload.dtype, payload.shape, size, 0, size, self._me, self._generation)
+        return Header(
+            kind, tag, payload.dtype, payload.shape, size, 0, size, self._me, self._generation
+        )
 
     def _check_match(self, header: Header, payload: Payload) -> None:
         if (header.dtype, header.shape) != (payload.dtype, payload.shape):
+            theirs = f"{dtype_of(header.dtype)} {list(header.shape)}"
+            mine = f"{dtype_of(payload.dtype)} {list(payload.shape)}"
             raise ProtocolError(
-                f"rank {self.rank} has {dtype_of(header.dtype)} {list(header.shape)} for {header.tag}, rank {self._me} has "
-                f"{dtype_of(payload.dtype)} {list(payload.shape)}: the two ranks run different operations"
+                f"for {header.tag} rank {self.rank} has {theirs}, rank {self._me} has {mine}: "
+                "the two ranks run different operations"
             )

@@ -1,7 +1,8 @@
-"""How the mesh comes to stand: every rank listens, higher ranks dial lower ones, and nobody is believed without proof.
+"""How the mesh comes to stand: every rank listens, higher ranks dial lower ones, and nobody is
+believed without proof.
 
-A stranger costs one small object and at most `_KNOCK_S` seconds, and there are never more than `_MAX_KNOCKS` of them.
-"""
+A stranger costs one small object and at most `_KNOCK_S` seconds, and there are never more than
+`_MAX_KNOCKS` of them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ _log = logging.getLogger(__name__)
 _KNOCK_S = 5.0  # a stranger has this long to prove itself
 _MAX_KNOCKS = 64
 _RETRY_S = 0.1
-_CONNECTING = {0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EAGAIN, getattr(errno, "WSAEWOULDBLOCK", 0)}
+_CONNECTING = {
+    0,
+    errno.EINPROGRESS,
+    errno.EWOULDBLOCK,
+    errno.EAGAIN,
+    getattr(errno, "WSAEWOULDBLOCK", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -51,22 +58,27 @@ class Endpoint:
 
 
 class Rendezvous:
-    """Collects one authenticated pipe per peer and channel. `run` blocks the caller, the work is done on the I/O thread."""
+    """Collects one authenticated pipe per peer and channel. `run` blocks the caller, the work is
+    done on the I/O thread."""
 
-    def __init__(self, io: IoThread, endpoint: Endpoint, identity: Identity, roster: list[Seat]) -> None:
+    def __init__(
+        self, io: IoThread, endpoint: Endpoint, identity: Identity, roster: list[Seat]
+    ) -> None:
         self.refused = 0  # connections that did not prove themselves
         self._io = io
         self._endpoint = endpoint
         self._identity = identity
         self._seats = {seat.rank: seat for seat in roster}
-        self._pipes: dict[int, dict[str, Pipe]] = {seat.rank: {} for seat in roster if seat.rank != identity.rank}
+        self._pipes: dict[int, dict[str, Pipe]] = {
+            seat.rank: {} for seat in roster if seat.rank != identity.rank
+        }
         self._knocks: set[_Knock] = set()
         self._complete = threading.Event()
         self._error: SmolrunError | None = None
         self._is_over = False
 
     def run(self, timeout_s: float) -> dict[int, dict[str, Pipe]]:
-        """Pipes by rank and channel; raises HandshakeError, or WaitTimeout naming who is missing."""
+        """Pipes by rank and channel; raises HandshakeError, or WaitTimeout with who is missing."""
         self._io.post(self._begin)
         self._complete.wait(timeout_s)
         closed = threading.Event()
@@ -82,10 +94,17 @@ class Rendezvous:
         closed.wait(timeout_s)
         if self._error is not None:
             raise self._error
-        missing = [seat for rank, seat in self._seats.items() if rank in self._pipes and len(self._pipes[rank]) < len(CHANNELS)]
+        missing = [
+            seat
+            for rank, seat in self._seats.items()
+            if rank in self._pipes and len(self._pipes[rank]) < len(CHANNELS)
+        ]
         if missing:
             names = ", ".join(f"rank {s.rank} ({s.host}, {s.address}:{s.port})" for s in missing)
-            raise WaitTimeout(f"rank {self._identity.rank} has no link to {names} after {timeout_s:g} s: is a firewall between them?")
+            raise WaitTimeout(
+                f"rank {self._identity.rank} has no link to {names} after {timeout_s:g} s: "
+                "is a firewall between them?"
+            )
         return self._pipes
 
     def _begin(self) -> None:
@@ -178,7 +197,8 @@ class _Knock:
     def _connected(self, _events: int) -> None:
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            return self._end(OSError(code, "connecting failed"))
+            self._end(OSError(code, "connecting failed"))
+            return
         assert isinstance(self.conversation, Dialer)
         self._io.watch(self.sock, READ, self._readable)
         self._send(self.conversation.start())
@@ -191,7 +211,7 @@ class _Knock:
                     raise ConnectionResetError("closed during the handshake")
                 self._send(self.conversation.filled(count))
                 if self.conversation.is_done:
-                    return self._end(None)
+                    self._end(None)
         except BlockingIOError:
             return
         except (OSError, ProtocolError) as error:

@@ -1,7 +1,8 @@
-"""The mesh over TCP sockets: one I/O thread, two connections to every peer, heartbeats, and one verdict when a peer is lost.
+"""The mesh over TCP sockets: one I/O thread, two connections to every peer, heartbeats, and one
+verdict when a peer is lost.
 
-    endpoint = Endpoint("127.0.0.1")           listens; tell its port to the others
-    mesh = endpoint.connect(identity, roster)  blocks until every link stands and both ends have proved themselves
+    endpoint = Endpoint("127.0.0.1")              listens; tell its port to the others
+    mesh = connect(endpoint, identity, roster)    blocks until every link stands, both ends proved
 
 Knows nothing of collectives.
 """
@@ -42,17 +43,21 @@ def connect(
     start_timeout_s: float = 60.0,
     wrap: Callable[[Pipe, int, str], Pipe] | None = None,
 ) -> TcpMesh:
-    """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the ranks that are missing.
+    """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the
+    ranks that are missing.
 
-    `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all before it counts as
-    lost. `wrap(pipe, rank, channel)` may put something between frames and sockets (faults, shaping, encryption).
-    """
+    `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all
+    before it counts as lost. `wrap(pipe, rank, channel)` may put something between frames and
+    sockets (faults, shaping, encryption)."""
     mesh = TcpMesh(identity, timeout_s=timeout_s, silence_s=silence_s, heartbeat_s=heartbeat_s)
     try:
         rendezvous = Rendezvous(mesh.io, endpoint, identity, roster)
         pipes = rendezvous.run(start_timeout_s)
         if wrap is not None:
-            pipes = {rank: {name: wrap(pipe, rank, name) for name, pipe in two.items()} for rank, two in pipes.items()}
+            pipes = {
+                rank: {name: wrap(pipe, rank, name) for name, pipe in two.items()}
+                for rank, two in pipes.items()
+            }
         mesh.adopt(pipes)
     except BaseException:
         mesh.close()
@@ -65,8 +70,12 @@ def connect(
 class TcpMesh(Mesh):
     """See Mesh. Built by `connect`."""
 
-    def __init__(self, identity: Identity, *, timeout_s: float, silence_s: float, heartbeat_s: float) -> None:
-        super().__init__(identity.rank, identity.world_size, generation=identity.generation, timeout_s=timeout_s)
+    def __init__(
+        self, identity: Identity, *, timeout_s: float, silence_s: float, heartbeat_s: float
+    ) -> None:
+        super().__init__(
+            identity.rank, identity.world_size, generation=identity.generation, timeout_s=timeout_s
+        )
         self.io = IoThread(f"mesh-io-r{identity.rank}", self._io_failed)
         self._silence_s = silence_s
         self._heartbeat_s = heartbeat_s
@@ -76,13 +85,19 @@ class TcpMesh(Mesh):
         self.io.start()
 
     def adopt(self, pipes: dict[int, dict[str, Pipe]]) -> None:
-        """Takes over authenticated pipes, by rank and channel, and starts to talk; returns when that is done."""
+        """Takes over authenticated pipes, by rank and channel, and starts to talk; returns when
+        that is done."""
         adopted = threading.Event()
 
         def begin() -> None:
-            events = PeerEvents(on_lost=self._lost, on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it"))
+            events = PeerEvents(
+                on_lost=self._lost,
+                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it"),
+            )
             for rank, channels in sorted(pipes.items()):
-                self._peers[rank] = Peer(self.io, self.rank, rank, self.generation, channels, events)
+                self._peers[rank] = Peer(
+                    self.io, self.rank, rank, self.generation, channels, events
+                )
             self._last_tick = time.monotonic()
             self._tick()
             adopted.set()
@@ -99,7 +114,9 @@ class TcpMesh(Mesh):
     @property
     def bytes_received(self) -> int:
         """See Mesh."""
-        return sum(peer.control.bytes_received + peer.bulk.bytes_received for peer in self._peers.values())
+        return sum(
+            peer.control.bytes_received + peer.bulk.bytes_received for peer in self._peers.values()
+        )
 
     @property
     def dropped_frames(self) -> int:
@@ -113,7 +130,11 @@ class TcpMesh(Mesh):
     def describe_waiting(self) -> str:
         """See Mesh."""
         waits = {rank: peer.waits_for for rank, peer in self._peers.items()}
-        named = [f"rank {rank} (step {self._peers[rank].progress}) for {tags[0]}" for rank, tags in waits.items() if tags]
+        named = [
+            f"rank {rank} (step {self._peers[rank].progress}) for {tags[0]}"
+            for rank, tags in waits.items()
+            if tags
+        ]
         return f"rank {self.rank} waits for {', '.join(named) or 'nobody'}"
 
     def post(self, function: Callable[[], None]) -> None:
@@ -126,10 +147,17 @@ class TcpMesh(Mesh):
         self._peers[peer].post_send(tag, payload, on_done)
 
     def post_recv(
-        self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None = None
+        self,
+        peer: int,
+        tag: Tag,
+        payload: Payload,
+        on_done: Callable[[], None],
+        combine: Combine | None = None,
     ) -> None:
         """See Mesh."""
-        self._check_present(peer, is_here=not self._peers[peer].has_left or self._peers[peer].has_mail(tag))
+        self._check_present(
+            peer, is_here=not self._peers[peer].has_left or self._peers[peer].has_mail(tag)
+        )
         self._peers[peer].post_recv(tag, payload, on_done, combine)
 
     def _check_present(self, rank: int, *, is_here: bool) -> None:
@@ -139,7 +167,8 @@ class TcpMesh(Mesh):
             raise self.failure
 
     def _lost(self, rank: int, reason: str) -> None:
-        """A peer is gone: everything pending fails, the other peers are told, and they reach the same verdict."""
+        """A peer is gone: everything pending fails, the other peers are told, and they reach the
+        same verdict."""
         if self.failure is not None or rank == self.rank:
             return
         _log.warning("lost rank %d: %s", rank, reason)
@@ -149,7 +178,8 @@ class TcpMesh(Mesh):
                 other.say(FrameKind.LOST, rank)
 
     def _io_failed(self, error: BaseException) -> None:
-        """A defect on the I/O thread: everything pending fails with it, and the peers see the connections end."""
+        """A defect on the I/O thread: everything pending fails with it, and the peers see the
+        connections end."""
         self.fail(error)
         for peer in self._peers.values():
             peer.close()
@@ -157,18 +187,22 @@ class TcpMesh(Mesh):
     def _tick(self) -> None:
         """Every heartbeat: tell all peers that this rank lives, and count the silence of each.
 
-        Time in which this thread did not run is not counted: what a peer said meanwhile has not been read yet.
-        """
+        Time in which this thread did not run is not counted: what a peer said meanwhile has not
+        been read yet."""
         now = time.monotonic()
         elapsed = min(now - self._last_tick, 2 * self._heartbeat_s)
         self._last_tick = now
         for peer in self._peers.values():
             if peer.has_left or not peer.control.is_open:
                 continue
-            if peer.control.is_idle:  # otherwise it has something to read already, or does not read at all
+            if (
+                peer.control.is_idle
+            ):  # otherwise it has something to read already, or does not read at all
                 peer.say(FrameKind.HEARTBEAT, self.progress)
             if peer.tick(elapsed) > self._silence_s:
-                self._lost(peer.rank, f"silent for {peer.silence_s:.1f} s: frozen, asleep or cut off")
+                self._lost(
+                    peer.rank, f"silent for {peer.silence_s:.1f} s: frozen, asleep or cut off"
+                )
         self.io.call_later(self._heartbeat_s, self._tick)
 
     def close(self) -> None:
@@ -181,7 +215,9 @@ class TcpMesh(Mesh):
 
         def finish() -> None:
             open_peers = [peer for peer in self._peers.values() if peer.control.is_open]
-            if time.monotonic() < deadline and not all(p.control.is_idle and p.bulk.is_idle for p in open_peers):
+            if time.monotonic() < deadline and not all(
+                p.control.is_idle and p.bulk.is_idle for p in open_peers
+            ):
                 self.io.call_later(0.01, finish)
                 return
             self.fail(MeshClosed("the mesh was closed"))
@@ -198,4 +234,6 @@ class TcpMesh(Mesh):
         flushed.wait(_FLUSH_S + 1.0)
         self.io.stop()
         if self.io.longest_gap_s > 1.0:
-            _log.warning("the I/O thread was kept from its sockets for %.1f s at most", self.io.longest_gap_s)
+            _log.warning(
+                "the I/O thread was kept from its sockets for %.1f s at most", self.io.longest_gap_s
+            )

@@ -1,13 +1,13 @@
-"""Gradients packed into flat buckets, filled by backward itself: `parameter.grad` is a view into a bucket, nothing is copied.
+"""Gradients packed into flat buckets, filled by backward itself: `parameter.grad` is a view into a
+bucket, nothing is copied.
 
                  backward goes from the last layer to the first
-    slot 0   [ bucket 0: head, block 5 | bucket 1: blocks 4, 3 | bucket 2: blocks 2, 1, 0, embedding ]
-    slot 1   [ the same again ]                                  one slot per step in flight (staleness + 1)
+    slot 0   [ bucket 0: head, block 5 | bucket 1: blocks 4, 3 | bucket 2: blocks 2, 1, 0 ]
+    slot 1   [ the same again ]           one slot per step in flight: staleness + 1
 
-A bucket is launched when the last of its gradients is there, so the network works while backward goes on. Buckets are
-launched in one fixed order on all ranks, also those that never fill because a parameter got no gradient.
-Knows nothing of what launching means.
-"""
+A bucket is launched when the last of its gradients is there, so the network works while backward
+goes on. Buckets are launched in one fixed order on all ranks, also those that never fill because a
+parameter got no gradient. Knows nothing of what launching means."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ import torch
 
 @dataclass
 class Bucket:
-    """Several gradients in one flat tensor, once per slot. `host[slot]` is what travels: the same memory on a CPU."""
+    """Several gradients in one flat tensor, once per slot. `host[slot]` is what travels: the same
+    memory on a CPU."""
 
     index: int
     parameters: list[torch.nn.Parameter]
-    flat: list[torch.Tensor] = field(default_factory=list)  # per slot: (num_elements,), the parameters' dtype and device
-    host: list[torch.Tensor] = field(default_factory=list)  # per slot: the same values in host memory
-    views: list[list[torch.Tensor]] = field(default_factory=list)  # per slot: one gradient per parameter
+    flat: list[torch.Tensor] = field(
+        default_factory=list
+    )  # per slot: (num_elements,), the parameters' dtype and device
+    host: list[torch.Tensor] = field(
+        default_factory=list
+    )  # per slot: the same values in host memory
+    views: list[list[torch.Tensor]] = field(
+        default_factory=list
+    )  # per slot: one gradient per parameter
 
     @property
     def size(self) -> int:
@@ -46,7 +53,8 @@ class Bucket:
 
 
 class GradientBuckets:
-    """All gradients of a model in buckets of about `bucket_bytes`; owns `parameter.grad`, zeroing included.
+    """All gradients of a model in buckets of about `bucket_bytes`; owns `parameter.grad`, zeroing
+    included.
 
     on_full(bucket, slot) is called during the last backward of a step, once per bucket, in order.
     """
@@ -84,7 +92,8 @@ class GradientBuckets:
         self.bind(slot)
 
     def arm(self) -> None:
-        """Says that the next backward is the last of this step: full buckets are launched from now on."""
+        """Says that the next backward is the last of this step: full buckets are launched from now
+        on."""
         self._is_armed = True
 
     def finish(self) -> None:
@@ -115,13 +124,18 @@ class GradientBuckets:
 
 
 def _pack(parameters: list[torch.nn.Parameter], bucket_bytes: int) -> list[Bucket]:
-    """Parameters in reverse order, about the order of their gradients; a bucket has one dtype and one device."""
+    """Parameters in reverse order, about the order of their gradients; a bucket has one dtype and
+    one device."""
     buckets: list[Bucket] = []
     room = 0
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.itemsize
         last = buckets[-1].parameters[-1] if buckets else None
-        fits = last is not None and size <= room and (last.dtype, last.device) == (parameter.dtype, parameter.device)
+        fits = (
+            last is not None
+            and size <= room
+            and (last.dtype, last.device) == (parameter.dtype, parameter.device)
+        )
         if not fits:
             buckets.append(Bucket(len(buckets), []))
             room = bucket_bytes
@@ -137,7 +151,9 @@ def _allocate(bucket: Bucket, slots: int, stages: bool | None) -> None:
         flat = torch.zeros(bucket.size, dtype=first.dtype, device=first.device)
         pinned = first.device.type == "cuda"
         bucket.flat.append(flat)
-        bucket.host.append(torch.empty(bucket.size, dtype=first.dtype, pin_memory=pinned) if stages else flat)
+        bucket.host.append(
+            torch.empty(bucket.size, dtype=first.dtype, pin_memory=pinned) if stages else flat
+        )
         views, start = [], 0
         for parameter in bucket.parameters:
             views.append(flat[start : start + parameter.numel()].view_as(parameter))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` whole things split in proportion to `weights`, by largest remainder; they add up exactly.
+    """`total` whole things split in proportion to `weights`, by largest remainder; they add up
+    exactly.
 
     Equal remainders go to the lower index, so every rank computes the same split.
     """
@@ -15,7 +16,9 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
         raise ValueError(f"weights must be positive numbers, got {list(weights)}")
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda index: (counts[index] - exact[index], index))
+    by_remainder = sorted(
+        range(len(weights)), key=lambda index: (counts[index] - exact[index], index)
+    )
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
@@ -25,8 +28,8 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 class BatchPlan:
     """How one rank walks its part of every global batch.
 
-    All ranks run the same number of micro-batches, so that collectives meet; their sizes differ and may be 0.
-    """
+    All ranks run the same number of micro-batches, so that collectives meet; their sizes differ and
+    may be 0."""
 
     first: int  # this rank's first sample within the global batch
     sizes: tuple[int, ...]  # samples per micro-batch
@@ -45,7 +48,8 @@ class BatchPlan:
 def plan_batches(
     global_batch_size: int, weights: Sequence[float], rank: int, micro_batch_size: int | None = None
 ) -> BatchPlan:
-    """Rank `rank`'s part of a batch shared by `weights` (speeds); at most `micro_batch_size` samples at once."""
+    """Rank `rank`'s part of a batch shared by `weights` (speeds); at most `micro_batch_size`
+    samples at once."""
     counts = shares(global_batch_size, weights)
     largest = max(counts)
     num_micro_batches = -(-largest // (micro_batch_size or largest))

@@ -1,7 +1,10 @@
-"""Which number formats a run computes in, and the loss scale that keeps float16 gradients from vanishing.
+"""Which number formats a run computes in, and the loss scale that keeps float16 gradients from
+vanishing.
 
-    float32    everything in float32                       bf16    float32 weights, matrix products in bfloat16
-    float64    everything in float64 (for proofs)          fp16    float32 weights, products in float16, scaled loss
+    float32    everything in float32
+    float64    everything in float64, for proofs
+    bf16       float32 weights, matrix products in bfloat16
+    fp16       float32 weights, matrix products in float16, loss scaled
 
 Source: Micikevicius et al., "Mixed precision training", 2018.
 """
@@ -24,13 +27,19 @@ class Precision:
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """What the forward pass runs under."""
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+        return (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(device.type, dtype=self.autocast)
+        )
 
     def loss_scale(self, weight: int) -> LossScale:
-        """The loss scale for micro-batches of about `weight` targets; constant 1 unless float16 needs one."""
+        """The loss scale for micro-batches of about `weight` targets; constant 1 unless float16
+        needs one."""
         if self.autocast is not torch.float16:
             return LossScale(1.0, is_dynamic=False)
-        # The loss is a sum over targets, so its gradients are `weight` times those of a mean: start that much lower.
+        # The loss is a sum over targets, so its gradients are `weight` times those of a mean: start
+        # that much lower.
         return LossScale(2.0 ** (16 - int(math.log2(max(1, weight)))), is_dynamic=True)
 
 
@@ -43,7 +52,8 @@ PRECISIONS = {
 
 
 class LossScale:
-    """A power of two that all ranks change alike: halved when a step overflowed, doubled after many that did not."""
+    """A power of two that all ranks change alike: halved when a step overflowed, doubled after many
+    that did not."""
 
     growth_interval = 200
 

@@ -1,4 +1,5 @@
-"""Replicas that agree: the hash of a model's parameters, and making all replicas equal before the first step."""
+"""Replicas that agree: the hash of a model's parameters, and making all replicas equal before the
+first step."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def gather_hashes(collectives: Collectives, own: str) -> list[str]:
 
 
 def make_equal(collectives: Collectives, tensors: list[torch.Tensor]) -> bool:
-    """Copies rank 0's tensors to all where any hash differs; returns whether that was needed; collective."""
+    """Copies rank 0's tensors to all where any hash differs; returns whether that was needed;
+    collective."""
     hashes = gather_hashes(collectives, parameter_hash(tensors))
     if len(set(hashes)) == 1:
         return False

@@ -1,4 +1,5 @@
-"""The samples of one rank, step after step: which they are follows from the step alone, never from the world size."""
+"""The samples of one rank, step after step: which they are follows from the step alone, never from
+the world size."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Feed:
 
 
 def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each global batch of a split, in file order, `limit` global batches at most.
+    """This rank's micro-batches of each global batch of a split, in file order, `limit` global
+    batches at most.
 
     The last batch may be short; every rank gets the same number of batches.
     """

@@ -9,7 +9,8 @@ from collections.abc import Callable
 def lr_schedule(
     kind: str, *, peak: float, steps: int, warmup_steps: int, min_ratio: float
 ) -> Callable[[int], float]:
-    """A linear warm-up to `peak`, then `kind` (cosine, linear or constant) down to `min_ratio * peak` at the last update."""
+    """A linear warm-up to `peak`, then `kind` (cosine, linear or constant) down to `min_ratio *
+    peak` at the last update."""
     falls: dict[str, Callable[[float], float]] = {
         "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
         "linear": lambda done: 1 - done,

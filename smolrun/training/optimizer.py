@@ -11,11 +11,15 @@ import torch
 def make_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], name: str, **keys: Any
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` (adamw, sgd) with the keys of its yaml; `weight_decay` applies to tensors of 2 and more dimensions."""
+    """The optimizer `name` (adamw, sgd) with the keys of its yaml; `weight_decay` applies to
+    tensors of 2 and more dimensions."""
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     decay = keys.pop("weight_decay", 0.0)
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": decay},
+        {
+            "params": [parameter for parameter in trained if parameter.ndim >= 2],
+            "weight_decay": decay,
+        },
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

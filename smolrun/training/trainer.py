@@ -1,26 +1,28 @@
-"""The training loop, and nothing else: draw micro-batches, let the algorithm take a step, tell what happened.
+"""The training loop, and nothing else: draw micro-batches, let the algorithm take a step, tell what
+happened.
 
-It holds no algorithm's name and no rank's number: every rank runs the same loop, and whoever listens decides which
-rank's words count.
-"""
+It holds no algorithm's name and no rank's number: every rank runs the same loop, and whoever
+listens decides which rank's words count."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.data.base import Batch
 from smolrun.errors import TrainingError
-from smolrun.events import Event, EvalDone, RankStep, ReplicaHash, StepDone, StepSkipped
+from smolrun.events import EvalDone, Event, RankStep, ReplicaHash, StepDone, StepSkipped
 from smolrun.parts.replicas import gather_hashes, parameter_hash
 from smolrun.training.feed import Feed
 from smolrun.training.vitals import Vitals
 
-# A float16 run skips a few steps while its loss scale settles; more in a row means that something is broken.
+# A float16 run skips a few steps while its loss scale settles; more in a row means that something
+# is broken.
 _MAX_SKIPPED = 20
 
 
@@ -35,7 +37,8 @@ class Outcome:
 
 
 class Trainer:
-    """Runs `steps` steps. `should_stop` is asked once a step; when any rank is told to stop, all stop at the same step."""
+    """Runs `steps` steps. `should_stop` is asked once a step; when any rank is told to stop, all
+    stop at the same step."""
 
     def __init__(
         self,
@@ -90,10 +93,14 @@ class Trainer:
         self._tell(result)
         self._check_finite(result)
         if self._check_replicas and self._algorithm.replica_tensors():
-            hashes = gather_hashes(self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors()))
+            hashes = gather_hashes(
+                self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors())
+            )
             self._emit(ReplicaHash(result.step, hashes))
             if len(set(hashes)) > 1:
-                raise TrainingError(f"replicas differ after step {result.step}: {', '.join(hashes)}")
+                raise TrainingError(
+                    f"replicas differ after step {result.step}: {', '.join(hashes)}"
+                )
         if self._eval_every and self.outcome.steps % self._eval_every == 0:
             self._eval()
 
@@ -101,7 +108,7 @@ class Trainer:
         now = time.perf_counter()
         duration, self._last_step_at = now - self._last_step_at, now
         sent, received = self._mesh.bytes_sent, self._mesh.bytes_received
-        figures = {
+        figures: dict[str, Any] = {
             "compute_s": result.compute_s,
             "wait_s": result.wait_s,
             "bytes_sent": sent - self._bytes[0],
@@ -109,7 +116,13 @@ class Trainer:
         }
         self._bytes = (sent, received)
         self._emit(
-            RankStep(result.step, self._mesh.rank, waited_for=result.waited_for, **figures, **self._vitals.read())  # type: ignore[arg-type]
+            RankStep(
+                result.step,
+                self._mesh.rank,
+                waited_for=result.waited_for,
+                **figures,
+                **self._vitals.read(),
+            )
         )
         self._emit(
             StepDone(
@@ -120,7 +133,7 @@ class Trainer:
                 lr=result.learning_rate,
                 tokens=result.weight,
                 tokens_per_s=result.weight / duration if duration > 0 else 0.0,
-                **figures,  # type: ignore[arg-type]
+                **figures,
             )
         )
 
@@ -133,7 +146,8 @@ class Trainer:
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             ranks = ", ".join(str(rank) for rank in result.culprits) or "none alone"
             raise TrainingError(
-                f"{_MAX_SKIPPED} steps in a row had a gradient that is not a number, last of rank {ranks} at step "
+                f"{_MAX_SKIPPED} steps in a row had a gradient that is not a number, "
+                f"last of rank {ranks} at step "
                 f"{result.step}; lower optimizer.lr, or try precision=float32"
             )
 
@@ -143,7 +157,9 @@ class Trainer:
         self.outcome.final_eval_loss = loss
         self._evaluated_at = self.outcome.steps
         self._emit(EvalDone(self.outcome.steps - 1, loss, weight))
-        self._last_step_at = time.perf_counter()  # the next step's tokens per second are not about this
+        self._last_step_at = (
+            time.perf_counter()
+        )  # the next step's tokens per second are not about this
 
 
 @torch.no_grad()
@@ -157,7 +173,8 @@ def write_text(
     temperature: float = 0.8,
     top_k: int = 40,
 ) -> list[int]:
-    """Token ids that the model writes after `prompt`; collective where `logits` is, and equal on all ranks.
+    """Token ids that the model writes after `prompt`; collective where `logits` is, and equal on
+    all ranks.
 
     Every token runs the whole context again, so that it works for every way of splitting a model.
     """
@@ -171,7 +188,9 @@ def write_text(
     return tokens[len(prompt) :]
 
 
-def evaluate(algorithm: Algorithm, batches: Callable[[], Iterable[list[Batch]]]) -> tuple[float, int]:
+def evaluate(
+    algorithm: Algorithm, batches: Callable[[], Iterable[list[Batch]]]
+) -> tuple[float, int]:
     """Sum of losses and number of targets over all samples of all ranks; collective."""
     total, weight = 0.0, 0
     for micro_batches in batches():

@@ -1,4 +1,4 @@
-"""How this process and its machine are doing: CPU, memory, temperature, as far as the system tells."""
+"""How this process and its machine are doing, as far as the system tells."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Vitals:
         self._last: dict[str, Any] = {}
 
     def read(self) -> dict[str, Any]:
-        """cpu_percent (100 is one core), memory_bytes, temperature_c, and the device's where there is one."""
+        """cpu_percent (100 is one core), memory_bytes, temperature_c, and the device's where there
+        is one."""
         now = time.monotonic()
         if now - self._read_at >= _INTERVAL_S:
             self._read_at = now
@@ -38,7 +39,9 @@ def _temperature() -> float | None:
     sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
     if sensors is None:
         return None
-    readings = [entry.current for entries in sensors().values() for entry in entries if entry.current]
+    readings = [
+        entry.current for entries in sensors().values() for entry in entries if entry.current
+    ]
     return max(readings, default=None)
 
 

@@ -1,1 +1,1 @@
-"""Floor 1: bytes <-> frames. Pure code that knows nothing of sockets, threads or clocks (sans-IO)."""
+"""Floor 1: bytes <-> frames. Pure: it knows nothing of sockets, threads or clocks."""

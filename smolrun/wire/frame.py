@@ -1,11 +1,13 @@
-"""The frame: a fixed 48-byte header, up to 8 dimensions of shape, then the payload. All numbers are little-endian.
+"""The frame: a fixed 48-byte header, up to 8 dimensions of shape, then the payload. All numbers are
+little-endian.
 
-    magic version kind dtype ndim | generation sequence | sender stream hop 0 | operation nbytes | size offset | shape | payload
+    magic version kind dtype ndim | generation sequence | sender stream hop 0 | operation nbytes |
+    size offset | shape | payload
 
-`FrameDecoder` is sans-IO and copies nothing: it offers the memory that must be filled next, and for a payload that is
-the memory chosen by `place`, in general the tensor itself. So every number a peer sends is checked before a byte of its
-payload is read, and nothing is ever allocated by a peer's number alone. Knows nothing of sockets or of who waits for what.
-"""
+`FrameDecoder` is sans-IO and copies nothing: it offers the memory that must be filled next, and for
+a payload that is the memory chosen by `place`, in general the tensor itself. So every number a peer
+sends is checked before a byte of its payload is read, and nothing is ever allocated by a peer's
+number alone. Knows nothing of sockets or of who waits for what."""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ VERSION = 1
 MAX_DIMENSIONS = 8
 # Larger tensors are granted and sliced: a small one costs less than the round trip of a grant.
 EAGER_BYTES = 64 * 1024
-# One slice is added while the next is in flight, and a heartbeat waits for at most one; smaller ones cost more headers.
+# One slice is added while the next is in flight, and a heartbeat waits for at most one; smaller
+# ones cost more headers.
 SLICE_BYTES = 256 * 1024
 
 _HEADER = struct.Struct("<HBBBBHIIHHHHIIQQ")
@@ -32,7 +35,8 @@ _UINT32 = 0xFFFFFFFF
 
 
 class FrameKind(IntEnum):
-    """What a frame is for. HEARTBEAT, TENSOR, GRANT, LOST and GOODBYE use the control connection, SLICE the bulk one."""
+    """What a frame is for. HEARTBEAT, TENSOR, GRANT, LOST and GOODBYE use the control connection,
+    SLICE the bulk one."""
 
     HEARTBEAT = 1  # I am alive; `operation` is my progress (the training step)
     TENSOR = 2  # a whole small tensor, sent without asking
@@ -46,7 +50,8 @@ _KINDS = frozenset(int(kind) for kind in FrameKind)
 
 
 class Tag(NamedTuple):
-    """What a tensor belongs to. Both sides count operations of a stream in the same order, so tags meet without talk."""
+    """What a tensor belongs to. Both sides count operations of a stream in the same order, so tags
+    meet without talk."""
 
     stream: int  # 16 bits: one independent sequence of operations
     operation: int  # 32 bits: which operation of that stream
@@ -54,7 +59,8 @@ class Tag(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Everything in a frame but its payload. `size` is the whole tensor in bytes, `nbytes` this frame's payload."""
+    """Everything in a frame but its payload. `size` is the whole tensor in bytes, `nbytes` this
+    frame's payload."""
 
     kind: FrameKind
     tag: Tag = Tag(0, 0, 0)
@@ -76,7 +82,8 @@ class Frame(NamedTuple):
 
 
 def encode_header(header: Header) -> bytes:
-    """The bytes that go before the payload. `sequence` must grow by one with every frame of a connection."""
+    """The bytes that go before the payload. `sequence` must grow by one with every frame of a
+    connection."""
     tag, shape = header.tag, header.shape
     head = _HEADER.pack(
         MAGIC, VERSION, header.kind, header.dtype, len(shape), 0,
@@ -89,14 +96,17 @@ def encode_header(header: Header) -> bytes:
 
 
 class FrameDecoder:
-    """Turns filled memory into frames: `buffer()` says where the next bytes go, `filled(n)` that n of them arrived.
+    """Turns filled memory into frames: `buffer()` says where the next bytes go, `filled(n)` that n
+    of them arrived.
 
-    `place(header) -> memoryview` is called once per frame that has a payload, after every check that needs no
-    knowledge of what is expected, and must return exactly `header.nbytes` of writable memory; it raises ProtocolError
-    to refuse the frame. A decoder that raised must not be used again.
-    """
+    `place(header) -> memoryview` is called once per frame that has a payload, after every check
+    that needs no knowledge of what is expected, and must return exactly `header.nbytes` of writable
+    memory; it raises ProtocolError to refuse the frame. A decoder that raised must not be used
+    again."""
 
-    def __init__(self, place: Callable[[Header], memoryview], *, max_payload: int = SLICE_BYTES) -> None:
+    def __init__(
+        self, place: Callable[[Header], memoryview], *, max_payload: int = SLICE_BYTES
+    ) -> None:
         self._place = place
         self._max_payload = max_payload
         self._head = memoryview(bytearray(HEADER_BYTES + 8 * MAX_DIMENSIONS))
@@ -126,7 +136,9 @@ class FrameDecoder:
             return self._finish(header)
         target = self._place(header)
         if len(target) != header.nbytes:
-            raise ProtocolError(f"{header.kind.name} of {header.nbytes} bytes was given {len(target)} bytes of memory")
+            raise ProtocolError(
+                f"{header.kind.name} of {header.nbytes} bytes got {len(target)} bytes of memory"
+            )
         self._header, self._target, self._done = header, target, 0
         return None
 
@@ -136,22 +148,44 @@ class FrameDecoder:
         return frame
 
     def _parse(self) -> Header:
-        """The header in `_head`, checked for everything that can be checked without knowing what is expected."""
+        """The header in `_head`, checked for everything that can be checked without knowing what is
+        expected."""
         (
             magic, version, kind, dtype, ndim, zero,
             generation, sequence, sender, stream, hop, zero_too,
             operation, nbytes, size, offset,
         ) = _HEADER.unpack_from(self._head)  # fmt: skip
         if magic != MAGIC or version != VERSION:
-            raise ProtocolError(f"not a smolrun frame of version {VERSION} (magic {magic:#06x}, version {version})")
-        if kind not in _KINDS or dtype >= len(ITEM_SIZES) or ndim > MAX_DIMENSIONS or zero or zero_too:
-            raise ProtocolError(f"frame of unknown kind {kind}, dtype {dtype}, {ndim} dimensions or with set padding")
+            raise ProtocolError(
+                f"not a smolrun frame of version {VERSION} (magic {magic:#06x}, version {version})"
+            )
+        if (
+            kind not in _KINDS
+            or dtype >= len(ITEM_SIZES)
+            or ndim > MAX_DIMENSIONS
+            or zero
+            or zero_too
+        ):
+            raise ProtocolError(
+                f"unknown kind {kind}, dtype {dtype}, {ndim} dimensions, or padding is set"
+            )
         if sequence != self._sequence:
-            raise ProtocolError(f"frame {sequence} where frame {self._sequence} was due: lost, doubled or replayed")
+            raise ProtocolError(
+                f"frame {sequence} where frame {self._sequence} was due: lost, doubled or replayed"
+            )
         self._sequence = (sequence + 1) & _UINT32
         shape = struct.unpack_from(f"<{ndim}Q", self._head, HEADER_BYTES)
         header = Header(
-            FrameKind(kind), Tag(stream, operation, hop), dtype, shape, size, offset, nbytes, sender, generation, sequence
+            FrameKind(kind),
+            Tag(stream, operation, hop),
+            dtype,
+            shape,
+            size,
+            offset,
+            nbytes,
+            sender,
+            generation,
+            sequence,
         )
         _check_sizes(header, self._max_payload)
         return header
@@ -163,12 +197,18 @@ def _check_sizes(header: Header, max_payload: int) -> None:
     if nbytes > max_payload:
         raise ProtocolError(f"{kind.name} of {nbytes} bytes; at most {max_payload} are allowed")
     if header.offset + nbytes > size:
-        raise ProtocolError(f"{kind.name} of bytes {header.offset}..{header.offset + nbytes} in a tensor of {size}")
+        raise ProtocolError(
+            f"{kind.name} of bytes {header.offset}..{header.offset + nbytes} in a tensor of {size}"
+        )
     if kind is FrameKind.TENSOR or kind is FrameKind.GRANT:
         if math.prod(header.shape) * ITEM_SIZES[header.dtype] != size:
-            raise ProtocolError(f"{kind.name}: shape {list(header.shape)} does not make {size} bytes")
+            raise ProtocolError(
+                f"{kind.name}: shape {list(header.shape)} does not make {size} bytes"
+            )
         if nbytes != (size if kind is FrameKind.TENSOR else 0):
-            raise ProtocolError(f"{kind.name} of a {size}-byte tensor with a payload of {nbytes} bytes")
+            raise ProtocolError(
+                f"{kind.name} of a {size}-byte tensor with a payload of {nbytes} bytes"
+            )
     elif header.shape:
         raise ProtocolError(f"{kind.name} carries no shape")
     elif (kind is FrameKind.SLICE) != (nbytes > 0):

@@ -1,4 +1,5 @@
-"""Who is there? Two ranks prove to each other that they know the run's secret before a single frame is read.
+"""Who is there? Two ranks prove to each other that they know the run's secret before a single frame
+is read.
 
     dialer                                                   acceptor
       HELLO  version, rank, channel, nonce               ->
@@ -6,11 +7,11 @@
       PROOF  generation, config hash, proof              ->
                                                          <-  WELCOME | REFUSED  reason
 
-proof = HMAC-SHA256(secret, role + hash of the run's id and of all messages so far, this one included). The role label
-stops a reflected proof, the two fresh nonces stop a replayed one. A reason is told only to a peer that proved itself.
-A message is a JSON object behind a 2-byte length, 1 KiB at most. Sans-IO like FrameDecoder: `buffer()` is the memory
-to fill, `filled(n)` returns what to send.
-"""
+proof = HMAC-SHA256(secret, role + hash of the run's id and of all messages so far, this one
+included). The role label stops a reflected proof, the two fresh nonces stop a replayed one. A
+reason is told only to a peer that proved itself. A message is a JSON object behind a 2-byte length,
+1 KiB at most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)` returns what
+to send."""
 
 from __future__ import annotations
 
@@ -62,14 +63,17 @@ class Conversation:
         return self._memory[self._have : self._need]
 
     def filled(self, count: int) -> bytes:
-        """Takes note of `count` new bytes; returns what must be sent now, maybe nothing. Raises HandshakeError."""
+        """Takes note of `count` new bytes; returns what must be sent now, maybe nothing. Raises
+        HandshakeError."""
         self._have += count
         if self._have < self._need:
             return b""
         if self._need == 2:
             length = int.from_bytes(self._memory[:2], "little")
             if not 2 <= length <= _MAX_MESSAGE:
-                raise HandshakeError(f"handshake message of {length} bytes: the other side is not smolrun")
+                raise HandshakeError(
+                    f"handshake message of {length} bytes: the other side is not smolrun"
+                )
             self._need = 2 + length
             return b""
         try:
@@ -78,7 +82,9 @@ class Conversation:
             message = None
         self._need, self._have = 2, 0
         if not isinstance(message, dict):
-            raise HandshakeError("the handshake is not a JSON object: the other side is not smolrun")
+            raise HandshakeError(
+                "the handshake is not a JSON object: the other side is not smolrun"
+            )
         proof = message.pop("proof", None)
         self._record(message)
         return self._received(message, proof)
@@ -96,10 +102,14 @@ class Conversation:
         self._transcript.update(json.dumps(message, sort_keys=True).encode())
 
     def _proof(self, role: str) -> str:
-        return hmac.new(self.identity.secret, role.encode() + self._transcript.digest(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self.identity.secret, role.encode() + self._transcript.digest(), hashlib.sha256
+        ).hexdigest()
 
     def _check(self, role: str, proof: object) -> None:
-        if not isinstance(proof, str) or not hmac.compare_digest(self._proof(role).encode(), proof.encode()):
+        if not isinstance(proof, str) or not hmac.compare_digest(
+            self._proof(role).encode(), proof.encode()
+        ):
             raise HandshakeError(f"the {role} does not know this run's secret")
 
 
@@ -115,27 +125,43 @@ class Dialer(Conversation):
         """The first bytes of the conversation."""
         nonce = secrets.token_hex(_NONCE_BYTES)
         rank = self.identity.rank
-        return self._say({"type": "hello", "version": VERSION, "rank": rank, "channel": self.channel, "nonce": nonce})
+        return self._say(
+            {
+                "type": "hello",
+                "version": VERSION,
+                "rank": rank,
+                "channel": self.channel,
+                "nonce": nonce,
+            }
+        )
 
     def _received(self, message: dict[str, Any], proof: object) -> bytes:
         match message.get("type"), self.peer:
             case "challenge", None:
                 self._check("acceptor", proof)
                 if message.get("rank") != self.dialed:
-                    raise HandshakeError(f"dialed rank {self.dialed}, but rank {message.get('rank')} answered")
+                    raise HandshakeError(
+                        f"dialed rank {self.dialed}, but rank {message.get('rank')} answered"
+                    )
                 self.peer = self.dialed
-                facts = {"generation": self.identity.generation, "config_hash": self.identity.config_hash}
+                facts = {
+                    "generation": self.identity.generation,
+                    "config_hash": self.identity.config_hash,
+                }
                 return self._say({"type": "proof", **facts}, prove_as="dialer")
             case "welcome", int():
                 self.is_done = True
                 return b""
             case "refused", int():
-                raise HandshakeError(f"rank {self.peer} refused: {str(message.get('reason'))[:200]}")
+                raise HandshakeError(
+                    f"rank {self.peer} refused: {str(message.get('reason'))[:200]}"
+                )
         raise HandshakeError(f"unexpected handshake message {str(message.get('type'))[:40]!r}")
 
 
 class Acceptor(Conversation):
-    """The side that was called: told which rank and channel this is, it believes so only with proof."""
+    """The side that was called: told which rank and channel this is, it believes so only with
+    proof."""
 
     _claimed: int | None = None
 
@@ -145,27 +171,43 @@ class Acceptor(Conversation):
                 self._check_hello(message)
                 nonce = secrets.token_hex(_NONCE_BYTES)
                 return self._say(
-                    {"type": "challenge", "rank": self.identity.rank, "nonce": nonce}, prove_as="acceptor"
+                    {"type": "challenge", "rank": self.identity.rank, "nonce": nonce},
+                    prove_as="acceptor",
                 )
             case "proof", int():
                 self._check("dialer", proof)
                 self.peer = self._claimed
                 reason = self._mismatch(message)
                 self.is_done = not reason
-                return self._say({"type": "refused", "reason": reason} if reason else {"type": "welcome"})
+                return self._say(
+                    {"type": "refused", "reason": reason} if reason else {"type": "welcome"}
+                )
         raise HandshakeError(f"unexpected handshake message {str(message.get('type'))[:40]!r}")
 
     def _check_hello(self, message: dict[str, Any]) -> None:
         rank, channel = message.get("rank"), message.get("channel")
         if message.get("version") != VERSION:
-            raise HandshakeError(f"the dialer speaks version {str(message.get('version'))[:20]}, this is {VERSION}")
+            raise HandshakeError(
+                f"the dialer speaks version {str(message.get('version'))[:20]}, this is {VERSION}"
+            )
         # Higher ranks dial lower ones, so that each pair has exactly one direction.
-        if type(rank) is not int or not self.identity.rank < rank < self.identity.world_size or channel not in CHANNELS:
-            raise HandshakeError(f"no rank {str(rank)[:20]} dials rank {self.identity.rank} for {str(channel)[:20]!r}")
+        if (
+            type(rank) is not int
+            or not self.identity.rank < rank < self.identity.world_size
+            or channel not in CHANNELS
+        ):
+            raise HandshakeError(
+                f"no rank {str(rank)[:20]} dials rank {self.identity.rank} "
+                f"for {str(channel)[:20]!r}"
+            )
         self._claimed, self.channel = rank, channel
 
     def _mismatch(self, message: dict[str, Any]) -> str:
         """Why a peer that knows the secret still must not take part; empty if it may."""
         mine = {"generation": self.identity.generation, "config_hash": self.identity.config_hash}
-        wrong = [f"your {key} is {message.get(key)!r}, mine is {mine[key]!r}" for key in mine if message.get(key) != mine[key]]
+        wrong = [
+            f"your {key} is {message.get(key)!r}, mine is {mine[key]!r}"
+            for key in mine
+            if message.get(key) != mine[key]
+        ]
         return "; ".join(wrong)

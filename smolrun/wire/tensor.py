@@ -1,4 +1,5 @@
-"""Tensors as bytes and back, without copying and without pickle: a closed table of dtypes and views of storage.
+"""Tensors as bytes and back, without copying and without pickle: a closed table of dtypes and views
+of storage.
 
 Knows nothing of frames or sockets.
 """
@@ -33,7 +34,9 @@ def dtype_code(dtype: torch.dtype) -> int:
     """The wire code of `dtype`; raises ProtocolError for a dtype that does not travel."""
     code = _CODES.get(dtype)
     if code is None:
-        raise ProtocolError(f"{dtype} does not travel; convert to one of {', '.join(str(d) for d in _DTYPES)}")
+        raise ProtocolError(
+            f"{dtype} does not travel; convert to one of {', '.join(str(d) for d in _DTYPES)}"
+        )
     return code
 
 
@@ -43,17 +46,23 @@ def dtype_of(code: int) -> torch.dtype:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A writable byte view of a contiguous CPU tensor; it shares storage, so the tensor must outlive its use."""
+    """A writable byte view of a contiguous CPU tensor; it shares storage, so the tensor must
+    outlive its use."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ProtocolError(f"only contiguous CPU tensors travel, this one is {tensor.device} and strided {tensor.stride()}")
+        raise ProtocolError(
+            f"only contiguous CPU tensors travel, this one is on {tensor.device} "
+            f"with strides {tensor.stride()}"
+        )
     if tensor.numel() == 0:
         return memoryview(b"")
     # uint8 views exist for every dtype, also for bfloat16, which numpy does not know.
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    array: npt.NDArray[np.uint8] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array.data
 
 
 def as_array(tensor: torch.Tensor) -> npt.NDArray[np.generic] | None:
-    """A flat numpy view for arithmetic, or None where numpy has no fast arithmetic for the dtype (float16, bfloat16)."""
+    """A flat numpy view for arithmetic, or None where numpy has no fast arithmetic for the dtype
+    (float16, bfloat16)."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return None
     array: npt.NDArray[np.generic] = tensor.detach().reshape(-1).numpy()

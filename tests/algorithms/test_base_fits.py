@@ -1,8 +1,8 @@
-"""Four ways to distribute training, each sketched in a few lines on `Algorithm`, so that its verbs are known to fit them.
+"""Four ways to distribute training, each sketched in a few lines on `Algorithm`, so that its verbs
+are known to fit them.
 
-They are sketches: no overlap, no prefetch, no buckets. Each must still equal `single` (edp: must learn), see
-docs/decisions/003-the-algorithm-contract.md.
-"""
+They are sketches: no overlap, no prefetch, no buckets. Each must still equal `single` (edp: must
+learn), see docs/decisions/003-the-algorithm-contract.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class SketchedDP(Algorithm):
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
         table, work = self.share_facts({**facts, "is_finite": 1.0})
-        works = [self.collectives.all_reduce(p.grad, async_op=True) for p in self.model.parameters() if p.grad is not None]
+        works = [
+            self.collectives.all_reduce(p.grad, async_op=True)
+            for p in self.model.parameters()
+            if p.grad is not None
+        ]
         return InFlight(self.steps_begun, table, [*works, work])
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -49,8 +53,14 @@ class SketchedFSDP(Algorithm):
         assert isinstance(model, nn.Sequential)
         self.layers, self.shards = list(model), []
         for layer in self.layers:
-            flat = torch.cat([p.detach().flatten() for p in layer.parameters()] or [torch.zeros(0)]).double()
-            self.shards.append(nn.Parameter(flat.tensor_split(self.collectives.size)[self.collectives.index].clone()))
+            flat = torch.cat(
+                [p.detach().flatten() for p in layer.parameters()] or [torch.zeros(0)]
+            ).double()
+            self.shards.append(
+                nn.Parameter(
+                    flat.tensor_split(self.collectives.size)[self.collectives.index].clone()
+                )
+            )
         super().place(nn.ParameterList(self.shards))
 
     def whole(self, index: int) -> dict[str, torch.Tensor]:
@@ -77,7 +87,9 @@ class SketchedFSDP(Algorithm):
             gradient, *own = torch.autograd.grad(output, [inputs, *parameters.values()], gradient)
             if own:
                 self.shards[index].grad = torch.zeros_like(self.shards[index])
-                self.collectives.reduce_scatter(self.shards[index].grad, torch.cat([g.flatten() for g in own]))
+                self.collectives.reduce_scatter(
+                    self.shards[index].grad, torch.cat([g.flatten() for g in own])
+                )
         return {"loss_sum": loss.item(), "weight": len(batch.targets)}
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
@@ -94,7 +106,8 @@ class SketchedFSDP(Algorithm):
 
 
 class SketchedPipeline(Algorithm):
-    """One stage of layers per rank; GPipe: all micro-batches forward, then all back, point to point."""
+    """One stage of layers per rank; GPipe: all micro-batches forward, then all back, point to
+    point."""
 
     def place(self, model: nn.Module) -> None:
         assert isinstance(model, nn.Sequential)
@@ -117,7 +130,13 @@ class SketchedPipeline(Algorithm):
         for number, batch in enumerate(micro_batches):
             width = next(self.model.parameters()).shape[-1]
             empty = torch.empty(len(batch.targets), width, dtype=torch.float64)
-            ins.append((batch.inputs.double() if self.is_first else self.take(0, number, rank - 1, empty)).requires_grad_())
+            ins.append(
+                (
+                    batch.inputs.double()
+                    if self.is_first
+                    else self.take(0, number, rank - 1, empty)
+                ).requires_grad_()
+            )
             outs.append(self.model(ins[-1]))
             if not self.is_last:
                 self.give(0, number, rank + 1, outs[-1].detach().contiguous())
@@ -125,9 +144,14 @@ class SketchedPipeline(Algorithm):
             if self.is_last:
                 loss = cross_entropy(outs[number], batch.targets, reduction="sum")
                 loss.backward()
-                facts = {"loss_sum": facts["loss_sum"] + loss.item(), "weight": facts["weight"] + len(batch.targets)}
+                facts = {
+                    "loss_sum": facts["loss_sum"] + loss.item(),
+                    "weight": facts["weight"] + len(batch.targets),
+                }
             else:
-                outs[number].backward(self.take(1, number, rank + 1, torch.empty_like(outs[number])))
+                outs[number].backward(
+                    self.take(1, number, rank + 1, torch.empty_like(outs[number]))
+                )
             if not self.is_first:
                 gradient = ins[number].grad
                 assert gradient is not None
@@ -140,7 +164,8 @@ class SketchedPipeline(Algorithm):
 
 
 class SketchedEDP(Algorithm):
-    """Rank 0 keeps the parameters and takes gradients of any age; the others push, take what is there, and never meet."""
+    """Rank 0 keeps the parameters and takes gradients of any age; the others push, take what is
+    there, and never meet."""
 
     def place(self, model: nn.Module) -> None:
         super().place(model)
@@ -150,15 +175,27 @@ class SketchedEDP(Algorithm):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
     def load(self, flat: torch.Tensor) -> None:
-        for p, part in zip(self.model.parameters(), flat.split([p.numel() for p in self.model.parameters()]), strict=True):
+        for p, part in zip(
+            self.model.parameters(),
+            flat.split([p.numel() for p in self.model.parameters()]),
+            strict=True,
+        ):
             p.data.copy_(part.view_as(p))
 
     def serve(self, num_pushes: int) -> None:
-        inbox = [(worker, number) for number in range(num_pushes) for worker in range(1, self.context.mesh.world_size)]
+        inbox = [
+            (worker, number)
+            for number in range(num_pushes)
+            for worker in range(1, self.context.mesh.world_size)
+        ]
         for worker, number in inbox:
             gradient = torch.empty_like(self.flat())
             self.context.mesh.recv(worker, Tag(20, number, 0), gradient).wait()
-            for p, part in zip(self.model.parameters(), gradient.split([p.numel() for p in self.model.parameters()]), strict=True):
+            for p, part in zip(
+                self.model.parameters(),
+                gradient.split([p.numel() for p in self.model.parameters()]),
+                strict=True,
+            ):
                 p.grad = part.view_as(p)
             self.optimizer.step()
             self.context.mesh.send(worker, Tag(21, number, 0), self.flat()).wait()
@@ -168,11 +205,16 @@ class SketchedEDP(Algorithm):
         return super().forward_backward(micro_batches)
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
-        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]) / facts["weight"]
+        gradient = (
+            torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+            / facts["weight"]
+        )
         push = self.context.mesh.send(0, Tag(20, self.steps_begun, 0), gradient)
         self.pulled = torch.empty_like(gradient)
         pull = self.context.mesh.recv(0, Tag(21, self.steps_begun, 0), self.pulled)
-        own = torch.tensor([[facts["loss_sum"], facts["weight"], 1.0, facts["compute_s"], 0.0]])  # no facts of others
+        own = torch.tensor(
+            [[facts["loss_sum"], facts["weight"], 1.0, facts["compute_s"], 0.0]]
+        )  # no facts of others
         return InFlight(self.steps_begun, own, [push, pull])
 
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
@@ -185,7 +227,9 @@ class SketchedEDP(Algorithm):
 
 def start() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 5)).double()
+    return nn.Sequential(
+        nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 5)
+    ).double()
 
 
 def global_batch(step: int) -> Batch:
@@ -195,15 +239,22 @@ def global_batch(step: int) -> Batch:
 
 
 def run(
-    cls: Callable[[Context], Algorithm], world_size: int, parts: Callable[[Mesh, Batch], list[Batch]], steps: int = STEPS
+    cls: Callable[[Context], Algorithm],
+    world_size: int,
+    parts: Callable[[Mesh, Batch], list[Batch]],
+    steps: int = STEPS,
 ) -> list[Any]:
     first = start()
 
     def rank_main(mesh: Mesh) -> Any:
         context = Context(
-            mesh, torch.device("cpu"), PRECISIONS["float64"],
-            lambda named: torch.optim.SGD([p for _, p in named], lr=0.1, momentum=0.9), lambda update: 0.1, grad_clip=1.0,
-        )  # fmt: skip
+            mesh,
+            torch.device("cpu"),
+            PRECISIONS["float64"],
+            lambda named: torch.optim.SGD([p for _, p in named], lr=0.1, momentum=0.9),
+            lambda update: 0.1,
+            grad_clip=1.0,
+        )
         algorithm = cls(context)
         algorithm.place(copy.deepcopy(first))
         if isinstance(algorithm, SketchedEDP) and mesh.rank == 0:
@@ -226,9 +277,17 @@ def micro(mesh: Mesh, batch: Batch) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("cls", "world_size", "parts"),
-    [(SketchedDP, 3, share), (SketchedFSDP, 3, share), (SketchedFSDP, 2, share), (SketchedPipeline, 3, micro), (SketchedPipeline, 2, micro)],
+    [
+        (SketchedDP, 3, share),
+        (SketchedFSDP, 3, share),
+        (SketchedFSDP, 2, share),
+        (SketchedPipeline, 3, micro),
+        (SketchedPipeline, 2, micro),
+    ],
 )
-def test_the_contract_fits(cls: type[Algorithm], world_size: int, parts: Callable[[Mesh, Batch], list[Batch]]) -> None:
+def test_the_contract_fits(
+    cls: type[Algorithm], world_size: int, parts: Callable[[Mesh, Batch], list[Batch]]
+) -> None:
     (reference,) = run(Single, 1, lambda mesh, batch: [batch])
     for trace in run(cls, world_size, parts):
         assert torch.allclose(torch.tensor(trace), torch.tensor(reference), rtol=0, atol=1e-12)

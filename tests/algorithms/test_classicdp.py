@@ -1,4 +1,5 @@
-"""What classicdp promises beyond equal results: bytes, overlap, bounded drift, and one verdict on a bad gradient."""
+"""What classicdp promises beyond equal results: bytes, overlap, bounded drift, and one verdict on a
+bad gradient."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def context(mesh: Mesh, *, staleness: int = 0, precision: str = "float32") -> Co
         make_optimizer=lambda named: torch.optim.SGD([parameter for _, parameter in named], lr=0.1),
         learning_rate=lambda update: 0.1,
         staleness=staleness,
-        expected_weight=4096,  # so that float16 starts with a scale that these small models do not overflow
+        expected_weight=4096,  # float16 starts with a scale that does not overflow here
     )
 
 
@@ -40,7 +41,9 @@ def build(mesh: Mesh, width: int = 64, **keys: int | str) -> ClassicDP:
 
 def batch(rank: int, step: int) -> Batch:
     generator = torch.Generator().manual_seed(rank * 1000 + step)
-    return Batch(torch.randn(4, 16, generator=generator), torch.randint(8, (4,), generator=generator))
+    return Batch(
+        torch.randn(4, 16, generator=generator), torch.randint(8, (4,), generator=generator)
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -68,7 +71,8 @@ def test_replicas_start_equal_although_their_seeds_differ() -> None:
 
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_no_rank_runs_further_ahead_than_the_bound(staleness: int) -> None:
-    """Rank 1 is held back at random; at every moment, all ranks' steps begun differ by at most the bound."""
+    """Rank 1 is held back at random; at every moment, all ranks' steps begun differ by at most the
+    bound."""
     begun, lock, worst = [0, 0, 0], threading.Lock(), [0]
     release = threading.Semaphore(0)
 
@@ -85,7 +89,9 @@ def test_no_rank_runs_further_ahead_than_the_bound(staleness: int) -> None:
 
     def let_go() -> None:
         for _ in range(20):
-            deadline = time.monotonic() + 5  # until the others have run into the bound, then let the straggler do one step
+            deadline = (
+                time.monotonic() + 5
+            )  # until the others have run into the bound, then let the straggler do one step
             while begun[0] - begun[1] < staleness and begun[0] < 19 and time.monotonic() < deadline:
                 time.sleep(0.001)
             release.release()
@@ -94,7 +100,8 @@ def test_no_rank_runs_further_ahead_than_the_bound(staleness: int) -> None:
     holder.start()
     run_ranks(3, rank_main, kind="tcp")
     holder.join()
-    # A rank may have begun step t+1 while the straggler has not yet noted that it began t+1-K: one more than the bound.
+    # A rank may have begun step t+1 while the straggler has not yet noted that it began t+1-K: one
+    # more than the bound.
     assert staleness <= worst[0] <= staleness + 1
 
 

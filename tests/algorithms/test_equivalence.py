@@ -1,4 +1,5 @@
-"""Every algorithm in conf/algorithm against `single` on the same global batches. A new yaml is tested the day it is written.
+"""Every algorithm in conf/algorithm against `single` on the same global batches. A new yaml is
+tested the day it is written.
 
 `single` itself is tested against a loop that a reader can hold in mind.
 """
@@ -26,20 +27,26 @@ def difference(one: Trace, other: Trace) -> float:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("algorithm", "world_size"), CASES)
-def test_equals_single_on_the_same_global_batches(algorithm: str, world_size: int, model: str) -> None:
+def test_equals_single_on_the_same_global_batches(
+    algorithm: str, world_size: int, model: str
+) -> None:
     reference = train("single", model, 1)[0]
     for trace in train(algorithm, model, world_size):
         assert difference(trace, reference) <= 1e-12
         assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
         assert [r.weight for r in trace.results] == [r.weight for r in reference.results]
-        assert [r.grad_norm for r in trace.results] == pytest.approx([r.grad_norm for r in reference.results], abs=1e-12)
+        assert [r.grad_norm for r in trace.results] == pytest.approx(
+            [r.grad_norm for r in reference.results], abs=1e-12
+        )
         assert trace.eval == pytest.approx(reference.eval, abs=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
-def test_staleness_equals_a_single_process_that_simulates_the_delay(algorithm: str, staleness: int, optimizer: str) -> None:
+def test_staleness_equals_a_single_process_that_simulates_the_delay(
+    algorithm: str, staleness: int, optimizer: str
+) -> None:
     reference = train("single", "mlp", 1, staleness=staleness, optimizer=optimizer)[0]
     for trace in train(algorithm, "mlp", 3, staleness=staleness, optimizer=optimizer):
         assert difference(trace, reference) <= 1e-11
@@ -49,8 +56,18 @@ def test_staleness_equals_a_single_process_that_simulates_the_delay(algorithm: s
 @pytest.mark.parametrize("kind", ["memory", "tcp"])
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
-def test_replicas_are_bit_equal_after_every_update(algorithm: str, precision: str, kind: str) -> None:
-    traces = train(algorithm, "language_model", 3, precision=precision, staleness=1, optimizer="adamw", kind=kind)
+def test_replicas_are_bit_equal_after_every_update(
+    algorithm: str, precision: str, kind: str
+) -> None:
+    traces = train(
+        algorithm,
+        "language_model",
+        3,
+        precision=precision,
+        staleness=1,
+        optimizer="adamw",
+        kind=kind,
+    )
     assert traces[0].hashes == traces[1].hashes == traces[2].hashes
     assert len(set(traces[0].hashes)) > 5, "and they do change"
 
@@ -63,7 +80,8 @@ def test_shares_by_speed_change_who_computes_but_not_what(algorithm: str) -> Non
 
 
 def plain_loop(model: str, *, steps: int, staleness: int) -> tuple[list[float], torch.nn.Module]:
-    """Training as in a textbook: mean loss of the whole batch, clip, momentum SGD; gradients wait `staleness` steps."""
+    """Training as in a textbook: mean loss of the whole batch, clip, momentum SGD; gradients wait
+    `staleness` steps."""
     torch.manual_seed(0)
     net = MODELS[model]().double()
     vectors = [p for p in net.parameters() if p.ndim < 2]
@@ -80,11 +98,18 @@ def plain_loop(model: str, *, steps: int, staleness: int) -> tuple[list[float], 
             optimizer.zero_grad()
             loss.backward()
             losses.append(loss.item())
-            waiting.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()])
+            waiting.append(
+                [
+                    torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                    for p in net.parameters()
+                ]
+            )
         if step >= staleness:
             for parameter, gradient in zip(net.parameters(), waiting.pop(0), strict=True):
                 parameter.grad = gradient
-            norm = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm()
+            norm = torch.cat(
+                [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+            ).norm()
             for parameter in net.parameters():
                 assert parameter.grad is not None
                 parameter.grad *= min(1.0, 0.5 / norm.item())
@@ -105,7 +130,8 @@ def test_single_is_a_textbook_loop(model: str, staleness: int) -> None:
 
 
 def test_the_yardstick_can_tell_a_wrong_algorithm() -> None:
-    """A negative control: without the division by the true weights, the difference is far above every tolerance here."""
+    """A negative control: without the division by the true weights, the difference is far above
+    every tolerance here."""
     reference = train("single", "language_model", 1)[0]
     wrong = copy.deepcopy(reference)
     shorter = train("single", "language_model", 1, steps=9)[0]

@@ -1,4 +1,5 @@
-"""What the equivalence tests run: two small models with data, in float64, under any algorithm and world size."""
+"""What the equivalence tests run: two small models with data, in float64, under any algorithm and
+world size."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ MODELS = {"language_model": TinyLanguageModel, "mlp": mlp}
 
 
 def sample(model: str, step: int) -> Batch:
-    """The global batch of a step; language targets carry no loss in places, so samples weigh differently."""
+    """The global batch of a step; language targets carry no loss in places, so samples weigh
+    differently."""
     generator = torch.Generator().manual_seed(100 + step)
     if model == "mlp":
         inputs = torch.randn(GLOBAL_BATCH, 9, generator=generator)
@@ -77,6 +79,19 @@ class Trace:
         return [result.loss for result in self.results]
 
 
+def _context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Context:
+    keys = {"lr": 0.1, "weight_decay": 0.01} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+    return Context(
+        mesh=mesh,
+        device=torch.device("cpu"),
+        precision=PRECISIONS[precision],
+        make_optimizer=functools.partial(make_optimizer, name=optimizer, **keys),
+        learning_rate=lambda update: 0.05 / (1 + update),
+        staleness=staleness,
+        grad_clip=0.5,
+    )
+
+
 def train(
     algorithm: str,
     model: str,
@@ -92,23 +107,17 @@ def train(
     overrides: dict[str, Any] | None = None,
 ) -> list[Trace]:
     """Trains with the keys of the algorithm's yaml; one trace per rank."""
-    section = {**yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text()), **(overrides or {})}
+    section = {
+        **yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text()),
+        **(overrides or {}),
+    }
 
     torch.manual_seed(0)  # here, because the ranks are threads and share one random generator
     start = MODELS[model]().to(PRECISIONS[precision].parameters)
 
     def rank_main(mesh: Mesh) -> Trace:
         net = copy.deepcopy(start)
-        keys = {"lr": 0.1, "weight_decay": 0.01} | ({"momentum": 0.9} if optimizer == "sgd" else {})
-        context = Context(
-            mesh=mesh,
-            device=torch.device("cpu"),
-            precision=PRECISIONS[precision],
-            make_optimizer=functools.partial(make_optimizer, name=optimizer, **keys),
-            learning_rate=lambda update: 0.05 / (1 + update),
-            staleness=staleness,
-            grad_clip=0.5,
-        )
+        context = _context(mesh, precision, optimizer, staleness)
         runner: Algorithm = target(section["target"])(context, **yaml_keys(section))
         runner.place(net)
         plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
@@ -120,13 +129,20 @@ def train(
 
         for step in range(steps):
             batch = sample(model, step)
-            parts = [slice(p.start - step * GLOBAL_BATCH, p.stop - step * GLOBAL_BATCH) for p in plan.positions(step)]
-            result = runner.train_step([Batch(batch.inputs[part], batch.targets[part]) for part in parts])
+            parts = [
+                slice(p.start - step * GLOBAL_BATCH, p.stop - step * GLOBAL_BATCH)
+                for p in plan.positions(step)
+            ]
+            result = runner.train_step(
+                [Batch(batch.inputs[part], batch.targets[part]) for part in parts]
+            )
             if result is not None:
                 note(result)
         for result in runner.drain():
             note(result)
-        trace.parameters = {name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()}
+        trace.parameters = {
+            name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()
+        }
         own = sample(model, 999)
         share = slice(plan.first, plan.first + sum(plan.sizes))
         trace.eval = runner.eval_step([Batch(own.inputs[share], own.targets[share])])

@@ -1,4 +1,5 @@
-"""Every collective over both meshes against a sum one can see, with bytes counted and links that misbehave."""
+"""Every collective over both meshes against a sum one can see, with bytes counted and links that
+misbehave."""
 
 from __future__ import annotations
 
@@ -38,13 +39,17 @@ def test_all_reduce(kind: str, world_size: int) -> None:
         return results
 
     results = run_ranks(world_size, rank_main, kind=kind)
-    assert all(torch.equal(mine, first) for mine, first in zip(results[-1], results[0], strict=True))
+    assert all(
+        torch.equal(mine, first) for mine, first in zip(results[-1], results[0], strict=True)
+    )
     stack = torch.stack([values(rank, 300_001, torch.float64) for rank in range(world_size)])
     for op, tensor in zip(("amax", "amin", "mean"), results[0][-3:], strict=True):
         assert torch.allclose(tensor, getattr(stack, op)(0))
     for tensor in results[0][:-3]:
         expected = sum(values(rank, tensor.numel(), tensor.dtype) for rank in range(world_size))
-        assert torch.equal(tensor, expected if isinstance(expected, torch.Tensor) else values(0, tensor.numel()))
+        assert torch.equal(
+            tensor, expected if isinstance(expected, torch.Tensor) else values(0, tensor.numel())
+        )
 
 
 @KINDS
@@ -83,13 +88,21 @@ def test_broadcast_gather_scatter_all_to_all_barrier(kind: str, world_size: int)
                 if table is not None:
                     assert torch.equal(table, torch.stack([values(r, size) for r in range(n)]))
                 part = torch.empty(size)
-                collectives.scatter(part, torch.stack([values(r, size) for r in range(n)]) if rank == root else None, root)
+                collectives.scatter(
+                    part,
+                    torch.stack([values(r, size) for r in range(n)]) if rank == root else None,
+                    root,
+                )
                 assert torch.equal(part, values(rank, size))
-        sends = [(rank + 1) * (to + 1) * 3000 for to in range(n)]  # rank r sends (r+1)(t+1) * 3000 to t
+        sends = [
+            (rank + 1) * (to + 1) * 3000 for to in range(n)
+        ]  # rank r sends (r+1)(t+1) * 3000 to t
         receives = [(source + 1) * (rank + 1) * 3000 for source in range(n)]
         output = torch.empty(sum(receives))
         collectives.all_to_all(output, torch.full((sum(sends),), float(rank)), receives, sends)
-        assert torch.equal(output, torch.cat([torch.full((count,), float(r)) for r, count in enumerate(receives)]))
+        assert torch.equal(
+            output, torch.cat([torch.full((count,), float(r)) for r, count in enumerate(receives)])
+        )
         collectives.barrier()
 
     run_ranks(world_size, rank_main, kind=kind)
@@ -115,8 +128,14 @@ def test_two_streams_used_in_different_order_on_two_ranks() -> None:
         streams = [Collectives(mesh, stream=1), Collectives(mesh, stream=2)]
         tensors = [values(mesh.rank, 500_000), values(mesh.rank + 5, 500_000)]
         order = [0, 1] if mesh.rank == 0 else [1, 0]
-        for which in order:  # each waits for its own first stream, which the other has not even begun
-            works = [streams[w].all_reduce(tensors[w], async_op=True) for w in order] if which == order[0] else []
+        for (
+            which
+        ) in order:  # each waits for its own first stream, which the other has not even begun
+            works = (
+                [streams[w].all_reduce(tensors[w], async_op=True) for w in order]
+                if which == order[0]
+                else []
+            )
             for work in works:
                 work.wait()
         return tensors

@@ -9,7 +9,12 @@ import pytest
 from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
 from smolrun.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from smolrun.collectives.schedule import elements_sent, even_ranges, ranges_of, simulate
-from smolrun.collectives.tree import dissemination_barrier, star_gather, star_scatter, tree_broadcast
+from smolrun.collectives.tree import (
+    dissemination_barrier,
+    star_gather,
+    star_scatter,
+    tree_broadcast,
+)
 
 SIZES = range(1, 12)
 
@@ -26,14 +31,18 @@ def test_ring_all_reduce_sums_everything_everywhere(size: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_ring_reduce_scatter_gives_each_rank_its_own_chunk(size: int) -> None:
     chunks = [[float(rank + 1)] * size for rank in range(size)]
-    result = simulate([ring_reduce_scatter(rank, size) for rank in range(size)], chunks, operator.add)
+    result = simulate(
+        [ring_reduce_scatter(rank, size) for rank in range(size)], chunks, operator.add
+    )
     assert [result[rank][rank] for rank in range(size)] == [sum(range(1, size + 1))] * size
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("schedule", [ring_all_gather, direct_all_gather])
 def test_all_gather(size: int, schedule: object) -> None:
-    chunks = [[float(rank) if chunk == rank else -1.0 for chunk in range(size)] for rank in range(size)]
+    chunks = [
+        [float(rank) if chunk == rank else -1.0 for chunk in range(size)] for rank in range(size)
+    ]
     result = simulate([schedule(rank, size) for rank in range(size)], chunks, operator.add)  # type: ignore[operator]
     assert result == [[float(chunk) for chunk in range(size)]] * size
 
@@ -42,18 +51,31 @@ def test_all_gather(size: int, schedule: object) -> None:
 def test_trees_and_stars_for_every_root(size: int) -> None:
     for root in range(size):
         at_root = [[7.0 if rank == root else 0.0] for rank in range(size)]
-        assert simulate([tree_broadcast(r, size, root) for r in range(size)], at_root, operator.add) == [[7.0]] * size
-        own = [[float(rank) if chunk == rank else -1.0 for chunk in range(size)] for rank in range(size)]
+        assert (
+            simulate([tree_broadcast(r, size, root) for r in range(size)], at_root, operator.add)
+            == [[7.0]] * size
+        )
+        own = [
+            [float(rank) if chunk == rank else -1.0 for chunk in range(size)]
+            for rank in range(size)
+        ]
         gathered = simulate([star_gather(r, size, root) for r in range(size)], own, operator.add)
         assert gathered[root] == [float(chunk) for chunk in range(size)]
-        full = [[float(chunk) if rank == root else -1.0 for chunk in range(size)] for rank in range(size)]
+        full = [
+            [float(chunk) if rank == root else -1.0 for chunk in range(size)]
+            for rank in range(size)
+        ]
         scattered = simulate([star_scatter(r, size, root) for r in range(size)], full, operator.add)
-        assert [scattered[rank][rank] for rank in range(size)] == [float(rank) for rank in range(size)]
+        assert [scattered[rank][rank] for rank in range(size)] == [
+            float(rank) for rank in range(size)
+        ]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_broadcast_takes_logarithmic_rounds(size: int) -> None:
-    most = max(sum(hop.to is not None for hop in tree_broadcast(rank, size, 0)) for rank in range(size))
+    most = max(
+        sum(hop.to is not None for hop in tree_broadcast(rank, size, 0)) for rank in range(size)
+    )
     assert most == (size - 1).bit_length()
 
 
@@ -65,7 +87,11 @@ def test_after_a_barrier_each_rank_has_heard_of_all(size: int) -> None:
         before = [set(ranks) for ranks in heard]
         for rank in range(size):
             source = schedules[rank][hop].source
-            assert source is not None and schedules[source][hop].to == rank and schedules[rank][hop].needs == hop
+            assert (
+                source is not None
+                and schedules[source][hop].to == rank
+                and schedules[rank][hop].needs == hop
+            )
             heard[rank] |= before[source]
     assert heard == [set(range(size))] * size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -27,3 +28,9 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def pid_of(folder: Path, name: str) -> int:
+    """The pid that a tiny worker left in a file of this name; waits for it."""
+    until((folder / name).exists)
+    return int((folder / name).read_text())

@@ -1,6 +1,6 @@
 """The real worker entry point with a stub for torch, mesh and task, so that it starts in 0.1 s.
 
-`config["task"]` names what the stub of the task does.
+`config["act"]` names what the stub of the task does.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Endpoint:
 
 
 def work(start: Any, mesh: Mesh, channel: Any) -> dict[str, Any]:
-    print("this goes to the log", start.config["task"])
-    task = start.config["task"]
+    task = start.config["act"]
+    print("this goes to the log", task)
     if task == "lost":
         raise PeerLost(1, 0, "silent for 10 s")
     if task == "training_error":

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from smolrun.events import RankStep, StepDone
-from smolrun.launch.cause import RankState, describe_exit
-from smolrun.launch.control import EXIT_ABANDONED, ErrorReport, Peer, ResultMessage
+from smolrun.launch.cause import RankState
+from smolrun.launch.control import ErrorReport, Peer, ResultMessage
 from smolrun.launch.moves import (
     Action,
     Exited,
@@ -176,30 +172,6 @@ def test_whoever_keeps_silent_after_a_failure_is_killed_after_the_grace() -> Non
     assert "died with exit code 7" in bury(supervisor, actions, 4.1).reason
 
 
-def test_two_ranks_that_lost_each_other_still_give_one_culprit() -> None:
-    supervisor = running(2)
-    supervisor.handle(failed(1, "PeerLost", "lost rank 0: silent", 0), 2.0)
-    supervisor.handle(failed(0, "PeerLost", "lost rank 1: silent", 1), 2.0)
-    supervisor.handle(Exited(0, 3), 2.0)
-    outcome = outcome_of(supervisor.handle(Exited(1, 3), 2.0))
-    assert "was cut off from the others" in outcome.reason
-    assert outcome.failed_rank == 0
-
-
-def test_when_nobody_is_blamed_the_first_to_report_is_named() -> None:
-    supervisor = running(2)
-    supervisor.handle(failed(1, "WaitTimeout", "no step within 300 s"), 2.0)
-    supervisor.handle(failed(0, "MeshClosed", "closed"), 2.0)
-    supervisor.handle(Exited(0, 3), 2.0)
-    assert outcome_of(supervisor.handle(Exited(1, 3), 2.0)).failed_rank == 1
-
-
-def test_a_blamed_rank_that_does_not_exist_is_ignored() -> None:
-    supervisor = running(1)
-    supervisor.handle(failed(0, "PeerLost", "lost rank 9: odd", 9), 2.0)
-    assert outcome_of(supervisor.handle(Exited(0, 3), 2.0)).failed_rank == 0
-
-
 @pytest.mark.parametrize(
     ("problem", "words"),
     [
@@ -306,75 +278,3 @@ def test_a_kill_without_an_exit_does_not_hang_and_is_told() -> None:
     supervisor.handle(Interrupted(), 2.5)
     outcome = outcome_of(supervisor.advance(7.5))
     assert "no sign of the end of rank 0 on host0" in outcome.reason
-
-
-def test_how_ends_are_described() -> None:
-    assert describe_exit(-15) == "died from signal 15 (terminated)"
-    assert describe_exit(-64000) == "died from signal 64000 (unknown)"
-    assert describe_exit(0xC0000005) == "died with exit code 0xc0000005"
-    assert "no longer heard the driver" in describe_exit(EXIT_ABANDONED)
-
-
-def inputs(count: int) -> st.SearchStrategy[Input]:
-    rank = st.integers(0, count - 1)
-    kinds = st.sampled_from(["PeerLost", "WaitTimeout", "ValueError"])
-    error = st.builds(ErrorReport, kinds, st.just("it"), st.none() | st.integers(0, 4))
-    status = st.sampled_from(["done", "stopped", "failed"])
-    result: Callable[..., ResultMessage] = ResultMessage
-    return st.one_of(
-        st.builds(Ready, rank, st.just(5000)),
-        st.builds(step, rank, st.integers(1, 9)),
-        st.builds(Finished, rank, st.builds(result, status=status, error=st.none() | error)),
-        st.builds(Exited, rank, st.sampled_from([0, 3, 75, 131, -9, -11])),
-        st.builds(Misbehaved, rank, st.just("garbage")),
-        st.builds(NotStarted, rank, st.just("no python")),
-        st.just(Interrupted()),
-    )
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 4))
-    supervisor = starting(count)
-    if data.draw(st.booleans()):
-        supervisor = running(count)
-    obedient = data.draw(st.booleans())  # do killed processes really end?
-    now, gone, killed, outcomes = 1.0, set[int](), list[int](), list[Outcome]()
-
-    def take(actions: list[Action]) -> None:
-        assert not outcomes or not actions, "nothing may follow the finish"
-        for action in actions:
-            if isinstance(action, Finish):
-                outcomes.append(action.outcome)
-            elif isinstance(action, Kill):
-                assert action.rank not in gone
-                killed.append(action.rank)
-        for action in actions:
-            if isinstance(action, Kill) and obedient and action.rank not in gone:
-                gone.add(action.rank)
-                take(supervisor.handle(Exited(action.rank, -9), now))
-
-    for item in data.draw(st.lists(inputs(count), max_size=15)):
-        now += data.draw(st.sampled_from([0.0, 0.1, 3.0, 70.0, 400.0]))
-        if isinstance(item, Exited | NotStarted):
-            gone.add(item.rank)
-        take(supervisor.handle(item, now))
-    for _ in range(20):
-        if outcomes:
-            break
-        if (
-            supervisor.deadline is None
-        ):  # all are at work, and nothing is wrong: only the user ends that
-            take(supervisor.handle(Interrupted(), now))
-        else:
-            now = max(now, supervisor.deadline)
-            take(supervisor.advance(now))
-    (outcome,) = outcomes
-    assert len(killed) == len(set(killed)), "a rank is killed once"
-    assert set(killed) | gone == set(range(count)), "a rank may still be running"
-    codes = {"done": {0}, "failed": {3}, "stopped": {130, 131}}
-    assert outcome.exit_code in codes[outcome.status]
-    assert (outcome.failed_rank is not None) == (outcome.status == "failed")
-    assert "\n" not in outcome.reason
-    assert supervisor.handle(Interrupted(), now) == []

@@ -43,7 +43,8 @@ class Worker:
         assert self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         config: dict[str, Any] = {
-            "task": task,
+            "task": "train",
+            "act": task,
             "cluster": {"start_timeout_s": 10.0},
             "mesh": {"timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
         }

@@ -1,6 +1,8 @@
-"""One rank as a process of its own, for tests that kill it: all_reduces without end, one line per event on stdout.
+"""One rank as a process of its own, for tests that kill it: all_reduces without end, one line per
+event on stdout.
 
-argv: rank world_size secret(hex) liveness_s port0,port1,... [hold]     "hold" keeps the GIL for 2 s every 20 steps
+argv: rank world_size secret(hex) silence_s port0,port1,... [hold]
+"hold" keeps the GIL of rank 1 for 2 s every 30 steps
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def main() -> None:
     ports = [int(port) for port in sys.argv[5].split(",")]
     roster = [Seat(other, "local", "127.0.0.1", port) for other, port in enumerate(ports)]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
-    mesh = connect(Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4]))
+    mesh = connect(
+        Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4])
+    )
     collectives = Collectives(mesh)
     tensor = torch.ones(2_000_000)
     limit = 40 if "hold" in sys.argv else 10**9

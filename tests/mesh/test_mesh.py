@@ -1,4 +1,5 @@
-"""Point to point, over both meshes: tags meet in any order, memory stays bounded, waits have deadlines."""
+"""Point to point, over both meshes: tags meet in any order, memory stays bounded, waits have
+deadlines."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ def test_sends_and_receives_meet_by_tag_in_any_order(kind: str) -> None:
 
     def rank_main(mesh: Mesh) -> None:
         other = 1 - mesh.rank
-        sends = [mesh.send(other, tag, torch.full((SMALL if tag.hop % 2 else LARGE,), float(tag.operation * 10 + tag.hop))) for tag in tags]
+        sends = [
+            mesh.send(
+                other,
+                tag,
+                torch.full((SMALL if tag.hop % 2 else LARGE,), float(tag.operation * 10 + tag.hop)),
+            )
+            for tag in tags
+        ]
         for tag in reversed(tags):
             into = torch.empty(SMALL if tag.hop % 2 else LARGE)
             mesh.recv(other, tag, into).wait()
@@ -35,7 +43,9 @@ def test_sends_and_receives_meet_by_tag_in_any_order(kind: str) -> None:
 @KINDS
 def test_shapes_and_dtypes_travel(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
-        for number, dtype in enumerate([torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool]):
+        for number, dtype in enumerate(
+            [torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool]
+        ):
             sent = torch.arange(12).reshape(3, 4).to(dtype)
             tag = Tag(1, number, 0)
             if mesh.rank == 0:
@@ -52,7 +62,7 @@ def test_shapes_and_dtypes_travel(kind: str) -> None:
 def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank == 0:
-            with pytest.raises(WaitTimeout, match="receive from rank 1: not done after 0.2 s"):
+            with pytest.raises(WaitTimeout, match=r"receive from rank 1: not done after 0\.2 s"):
                 mesh.recv(1, Tag(1, 0, 0), torch.empty(1)).wait(0.2)
         mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
         mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()

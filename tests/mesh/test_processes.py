@@ -1,4 +1,5 @@
-"""Ranks as real processes with real sockets: killed, frozen, or busy with something that holds the GIL.
+"""Ranks as real processes with real sockets: killed, frozen, or busy with something that holds the
+GIL.
 
 A fault counts only with a pid and a TCP port in its evidence, so both are checked.
 """
@@ -30,14 +31,18 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def ranks(world_size: int, silence_s: float, *extra: str) -> Iterator[tuple[list[subprocess.Popen[str]], list[int]]]:
+def ranks(
+    world_size: int, silence_s: float, *extra: str
+) -> Iterator[tuple[list[subprocess.Popen[str]], list[int]]]:
     ports = free_ports(world_size)
     secret = secrets.token_hex(32)
     listed = ",".join(str(port) for port in ports)
     command = [sys.executable, str(SCRIPT)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(world_size), secret, str(silence_s), listed, *extra], stdout=subprocess.PIPE, text=True
+            [*command, str(rank), str(world_size), secret, str(silence_s), listed, *extra],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world_size)
     ]
@@ -60,7 +65,9 @@ def next_line(process: subprocess.Popen[str], start: str) -> str:
 
 def has_established_link(pid: int, ports: list[int]) -> bool:
     connections = psutil.Process(pid).net_connections("tcp")
-    return any(c.status == "ESTABLISHED" and {c.laddr.port, c.raddr.port} & set(ports) for c in connections)
+    return any(
+        c.status == "ESTABLISHED" and {c.laddr.port, c.raddr.port} & set(ports) for c in connections
+    )
 
 
 def seconds_until_error(survivor: subprocess.Popen[str], since: float, lost: int) -> float:
@@ -82,7 +89,9 @@ def test_a_killed_rank_is_seen_within_a_second(record_property: pytest.RecordPro
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot freeze a process")
-def test_a_frozen_rank_is_seen_within_the_silence_limit(record_property: pytest.RecordProperty) -> None:
+def test_a_frozen_rank_is_seen_within_the_silence_limit(
+    record_property: pytest.RecordProperty,
+) -> None:
     with ranks(3, 2.0) as (processes, ports):
         for process in processes:
             next_line(process, "step 5")

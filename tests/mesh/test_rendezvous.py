@@ -24,15 +24,22 @@ def identity(rank: int, world_size: int = 2) -> Identity:
     return Identity(rank, world_size, "run", "hash", 0, SECRET)
 
 
-def build(identities: list[Identity], *, start_timeout_s: float = 10.0) -> list[TcpMesh | SmolrunError]:
+def build(
+    identities: list[Identity], *, start_timeout_s: float = 10.0
+) -> list[TcpMesh | SmolrunError]:
     """Lets all ranks connect at once; returns each one's mesh or error."""
     endpoints = [Endpoint("127.0.0.1") for _ in identities]
-    roster = [Seat(rank, f"host{rank}", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)]
+    roster = [
+        Seat(rank, f"host{rank}", "127.0.0.1", endpoint.port)
+        for rank, endpoint in enumerate(endpoints)
+    ]
     results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
 
     def rank_main(rank: int) -> None:
         try:
-            results[rank] = connect(endpoints[rank], identities[rank], roster, start_timeout_s=start_timeout_s)
+            results[rank] = connect(
+                endpoints[rank], identities[rank], roster, start_timeout_s=start_timeout_s
+            )
         except SmolrunError as error:
             results[rank] = error
 
@@ -48,7 +55,9 @@ def build(identities: list[Identity], *, start_timeout_s: float = 10.0) -> list[
 
 
 def test_ranks_that_fit_together_build_a_mesh() -> None:
-    assert all(isinstance(result, TcpMesh) for result in build([identity(rank, 4) for rank in range(4)]))
+    assert all(
+        isinstance(result, TcpMesh) for result in build([identity(rank, 4) for rank in range(4)])
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,30 +69,46 @@ def test_ranks_that_fit_together_build_a_mesh() -> None:
         ({"run_id": "yesterday"}, "does not know this run's secret"),
     ],
 )
-def test_a_rank_of_another_run_or_config_is_told_why(changes: dict[str, object], words: str) -> None:
+def test_a_rank_of_another_run_or_config_is_told_why(
+    changes: dict[str, object], words: str
+) -> None:
     results = build([identity(0), dataclasses.replace(identity(1), **changes)], start_timeout_s=2.0)  # type: ignore[arg-type]
     assert all(isinstance(result, SmolrunError) for result in results)
-    assert any(isinstance(result, HandshakeError) and words in str(result) for result in results), results
+    assert any(isinstance(result, HandshakeError) and words in str(result) for result in results), (
+        results
+    )
 
 
 def test_a_missing_rank_is_named_with_its_host_and_address() -> None:
     endpoint, absent = Endpoint("127.0.0.1"), Endpoint("127.0.0.1")
-    roster = [Seat(0, "mini1", "127.0.0.1", absent.port), Seat(1, "mini2", "127.0.0.1", endpoint.port)]
+    roster = [
+        Seat(0, "mini1", "127.0.0.1", absent.port),
+        Seat(1, "mini2", "127.0.0.1", endpoint.port),
+    ]
     absent.close()
-    with pytest.raises(WaitTimeout, match=rf"no link to rank 0 \(mini1, 127.0.0.1:{absent.port}\) after 0.5 s"):
+    with pytest.raises(
+        WaitTimeout, match=rf"no link to rank 0 \(mini1, 127.0.0.1:{absent.port}\) after 0.5 s"
+    ):
         connect(endpoint, identity(1), roster, start_timeout_s=0.5)
 
 
 def strangers(kind: str, index: int) -> bytes:
     """What somebody without the secret may say first."""
-    hello = {"type": "hello", "version": 1, "rank": 1, "channel": "control", "nonce": secrets.token_hex(16)}
+    hello = {
+        "type": "hello",
+        "version": 1,
+        "rank": 1,
+        "channel": "control",
+        "nonce": secrets.token_hex(16),
+    }
     spoken = {
         "garbage": os.urandom(64),
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         "oversized": b"\xff\xff" + bytes(100),
         "hello": _framed(hello),
         "wrong rank": _framed({**hello, "rank": index}),
-        "false proof": _framed(hello) + _framed({"type": "proof", "generation": 0, "config_hash": "hash", "proof": "0" * 64}),
+        "false proof": _framed(hello)
+        + _framed({"type": "proof", "generation": 0, "config_hash": "hash", "proof": "0" * 64}),
     }
     return spoken[kind]
 
@@ -98,7 +123,9 @@ STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof
 
 def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
     endpoints = [Endpoint("127.0.0.1"), Endpoint("127.0.0.1")]
-    roster = [Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)]
+    roster = [
+        Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)
+    ]
     io = IoThread("test-io", lambda error: None)
     io.start()
     rendezvous = Rendezvous(io, endpoints[0], identity(0), roster)

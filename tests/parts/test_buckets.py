@@ -23,13 +23,17 @@ class Partial(nn.Module):
         return x
 
 
-def build(model: nn.Module, *, slots: int = 1, stages: bool | None = None) -> tuple[GradientBuckets, list[int]]:
+def build(
+    model: nn.Module, *, slots: int = 1, stages: bool | None = None
+) -> tuple[GradientBuckets, list[int]]:
     launched: list[int] = []
 
     def on_full(bucket: Bucket, slot: int) -> None:
         launched.append(bucket.index)
 
-    return GradientBuckets(model.parameters(), bucket_bytes=300, slots=slots, on_full=on_full, stages=stages), launched
+    return GradientBuckets(
+        model.parameters(), bucket_bytes=300, slots=slots, on_full=on_full, stages=stages
+    ), launched
 
 
 def run(model: nn.Module, buckets: GradientBuckets, slot: int, inputs: list[torch.Tensor]) -> None:
@@ -48,11 +52,17 @@ def test_gradients_are_those_of_plain_backward(skips: bool) -> None:
     model.skips = skips
     for x in inputs:
         model(x).sum().backward()
-    expected = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    expected = [
+        torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
+    ]
     buckets, launched = build(model)
     for _ in range(2):  # the second step must not see the first one's gradients
         run(model, buckets, 0, inputs)
-        assert all(torch.allclose(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True) if p.grad is not None)
+        assert all(
+            torch.allclose(p.grad, e)
+            for p, e in zip(model.parameters(), expected, strict=True)
+            if p.grad is not None
+        )
     assert launched == list(range(len(buckets.buckets))) * 2, "every bucket, in order, once a step"
 
 
@@ -70,12 +80,16 @@ def test_full_buckets_leave_during_backward() -> None:
     model = Partial()
     buckets, launched = build(model)
     seen_by_first_layer: list[int] = []
-    model.layers[0].register_full_backward_hook(lambda *_: seen_by_first_layer.append(len(launched)))
+    model.layers[0].register_full_backward_hook(
+        lambda *_: seen_by_first_layer.append(len(launched))
+    )
     buckets.begin(0)
     buckets.arm()
     model(torch.ones(2, 8)).sum().backward()
     buckets.finish()
-    assert seen_by_first_layer[0] > 0, "the last layer's bucket is on its way while the first layer still computes"
+    assert seen_by_first_layer[0] > 0, (
+        "the last layer's bucket is on its way while the first layer still computes"
+    )
 
 
 def test_slots_do_not_share_memory() -> None:
@@ -83,10 +97,14 @@ def test_slots_do_not_share_memory() -> None:
     buckets, _ = build(model, slots=3)
     for slot in range(3):
         run(model, buckets, slot, [torch.full((1, 8), float(slot))])
-    sums = [sum(bucket.flat[slot].abs().sum().item() for bucket in buckets.buckets) for slot in range(3)]
+    sums = [
+        sum(bucket.flat[slot].abs().sum().item() for bucket in buckets.buckets) for slot in range(3)
+    ]
     assert len(set(sums)) == 3
     buckets.bind(1)
-    assert sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None) == pytest.approx(sums[1])
+    assert sum(
+        p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None
+    ) == pytest.approx(sums[1])
 
 
 def test_a_device_is_staged_through_host_memory() -> None:

@@ -24,15 +24,22 @@ def test_ranks_cover_every_global_batch_without_overlap(
     global_batch: int, weights: list[float], micro: int | None, step: int
 ) -> None:
     plans = [plan_batches(global_batch, weights, rank, micro) for rank in range(len(weights))]
-    seen = [position for plan in plans for positions in plan.positions(step) for position in positions]
+    seen = [
+        position for plan in plans for positions in plan.positions(step) for position in positions
+    ]
     assert sorted(seen) == list(range(step * global_batch, (step + 1) * global_batch))
-    assert len({len(plan.sizes) for plan in plans}) == 1, "all ranks run the same number of micro-batches"
+    assert len({len(plan.sizes) for plan in plans}) == 1, (
+        "all ranks run the same number of micro-batches"
+    )
     assert micro is None or max(max(plan.sizes) for plan in plans) <= micro
 
 
 def test_examples() -> None:
     assert shares(32, [1, 1, 1]) == [11, 11, 10]
     assert shares(8, [4, 2, 1, 1]) == [4, 2, 1, 1]
-    assert plan_batches(32, [8, 1, 3], 1, 4).sizes == (1, 1, 1, 0, 0, 0)[: len(plan_batches(32, [8, 1, 3], 1, 4).sizes)]
+    assert (
+        plan_batches(32, [8, 1, 3], 1, 4).sizes
+        == (1, 1, 1, 0, 0, 0)[: len(plan_batches(32, [8, 1, 3], 1, 4).sizes)]
+    )
     with pytest.raises(ValueError, match="positive"):
         shares(3, [0.0, 0.0])

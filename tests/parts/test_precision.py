@@ -29,6 +29,10 @@ def test_the_scale_halves_at_once_and_doubles_slowly() -> None:
 
 
 def test_autocast_runs_products_in_half_precision() -> None:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)):
+    for name, dtype in (
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("float32", torch.float32),
+    ):
         with PRECISIONS[name].context(torch.device("cpu")):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

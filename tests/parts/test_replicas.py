@@ -23,7 +23,12 @@ def test_replicas_that_differ_become_rank_0s() -> None:
         tensors = [torch.ones(3, 2), torch.full((2,), float(mesh.rank))]
         changed = make_equal(collectives, tensors)
         again = make_equal(collectives, tensors)
-        return changed, again, gather_hashes(collectives, parameter_hash(tensors)), tensors[1][0].item()
+        return (
+            changed,
+            again,
+            gather_hashes(collectives, parameter_hash(tensors)),
+            tensors[1][0].item(),
+        )
 
     for changed, again, hashes, value in run_ranks(3, rank_main):
         assert (changed, again, len(set(hashes)), value) == (True, False, 1, 0.0)

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import ProtocolError
-from smolrun.wire.frame import EAGER_BYTES, HEADER_BYTES, Frame, FrameDecoder, FrameKind, Header, Tag, encode_header
+from smolrun.wire.frame import (
+    EAGER_BYTES,
+    HEADER_BYTES,
+    Frame,
+    FrameDecoder,
+    FrameKind,
+    Header,
+    Tag,
+    encode_header,
+)
 
 TENSOR = Header(FrameKind.TENSOR, Tag(3, 70_000, 9), 1, (2, 3), 24, 0, 24, sender=2, generation=5)
 SLICE = Header(FrameKind.SLICE, Tag(1, 4, 0), 1, (), 1000, 400, 200)
@@ -21,7 +30,8 @@ BEAT = Header(FrameKind.HEARTBEAT, Tag(0, 17, 0))
 
 def encode(headers: list[Header]) -> bytes:
     return b"".join(
-        encode_header(header._replace(sequence=number)) + bytes(range(header.nbytes))[: header.nbytes]
+        encode_header(header._replace(sequence=number))
+        + bytes(range(header.nbytes))[: header.nbytes]
         for number, header in enumerate(headers)
     )
 
@@ -40,10 +50,15 @@ def decode(data: bytes, pieces: list[int] | None = None) -> list[Frame]:
     return frames
 
 
-@given(st.lists(st.sampled_from([TENSOR, SLICE, GRANT, BEAT]), max_size=6), st.lists(st.integers(1, 60), min_size=1))
+@given(
+    st.lists(st.sampled_from([TENSOR, SLICE, GRANT, BEAT]), max_size=6),
+    st.lists(st.integers(1, 60), min_size=1),
+)
 def test_frames_survive_any_cutting(headers: list[Header], pieces: list[int]) -> None:
     frames = decode(encode(headers), pieces)
-    assert [frame.header for frame in frames] == [h._replace(sequence=n) for n, h in enumerate(headers)]
+    assert [frame.header for frame in frames] == [
+        h._replace(sequence=n) for n, h in enumerate(headers)
+    ]
     assert all(bytes(frame.payload) == bytes(range(frame.header.nbytes)) for frame in frames)
 
 
@@ -51,7 +66,11 @@ def test_payload_lands_in_the_memory_that_was_given() -> None:
     home = bytearray(24)
     decoder = FrameDecoder(lambda header: memoryview(home))
     data = encode([TENSOR])
-    for start, stop in ((0, HEADER_BYTES), (HEADER_BYTES, HEADER_BYTES + 16), (HEADER_BYTES + 16, len(data))):
+    for start, stop in (
+        (0, HEADER_BYTES),
+        (HEADER_BYTES, HEADER_BYTES + 16),
+        (HEADER_BYTES + 16, len(data)),
+    ):
         decoder.buffer()[: stop - start] = data[start:stop]
         decoder.filled(stop - start)
     assert bytes(home) == bytes(range(24))
@@ -93,7 +112,11 @@ def test_a_replayed_frame_is_refused() -> None:
 
 
 def test_other_protocols_are_refused() -> None:
-    for stranger in (b"GET / HTTP/1.1\r\nHost: mini1.local\r\nAccept: */*\r\n\r\n", b"\x16\x03\x01" + bytes(60), b"SSH-2.0-" + b"x" * 60):
+    for stranger in (
+        b"GET / HTTP/1.1\r\nHost: mini1.local\r\nAccept: */*\r\n\r\n",
+        b"\x16\x03\x01" + bytes(60),
+        b"SSH-2.0-" + b"x" * 60,
+    ):
         with pytest.raises(ProtocolError, match="not a smolrun frame"):
             decode(stranger)
 
@@ -110,7 +133,9 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
             case 2:
                 del damaged[where : where + rng.randint(1, 8)]
             case _:
-                field = rng.choice([struct.pack("<Q", rng.getrandbits(64)), struct.pack("<I", 2**32 - 1), bytes(8)])
+                field = rng.choice(
+                    [struct.pack("<Q", rng.getrandbits(64)), struct.pack("<I", 2**32 - 1), bytes(8)]
+                )
                 damaged[where : where + len(field)] = field
         if not damaged:
             break
@@ -118,7 +143,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 def feed_mutated(count: int, seed: int) -> tuple[int, int]:
-    """Feeds damaged frames; returns how many were refused and the peak of traced memory in bytes."""
+    """Feeds damaged frames; returns how many were refused and the peak of memory in bytes."""
     rng = random.Random(seed)
     good = [encode([TENSOR, BEAT, SLICE]), encode([GRANT, TENSOR]), encode([SLICE, SLICE])]
     refused = 0

@@ -1,4 +1,5 @@
-"""Only a rank of this run, of this generation and with this config is let in, and nobody else learns why not."""
+"""Only a rank of this run, of this generation and with this config is let in, and nobody else
+learns why not."""
 
 from __future__ import annotations
 
@@ -42,19 +43,33 @@ def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
     said = talk(dialer, acceptor)
     assert dialer.is_done and acceptor.is_done
     assert (dialer.peer, acceptor.peer, acceptor.channel) == (0, 2, channel)
-    assert not any(TWO.secret in message or TWO.secret.hex().encode() in message for message in said)
+    assert not any(
+        TWO.secret in message or TWO.secret.hex().encode() in message for message in said
+    )
 
 
 @pytest.mark.parametrize(
     ("dialer", "acceptor", "words"),
     [
-        (dataclasses.replace(TWO, secret=b"t" * 32), ZERO, "acceptor does not know this run's secret"),
+        (
+            dataclasses.replace(TWO, secret=b"t" * 32),
+            ZERO,
+            "acceptor does not know this run's secret",
+        ),
         (dataclasses.replace(TWO, run_id="run-2"), ZERO, "acceptor does not know"),
         (dataclasses.replace(TWO, rank=0), ZERO, "no rank 0 dials rank 0"),
         (dataclasses.replace(TWO, rank=4), ZERO, "no rank 4 dials rank 0"),
         (TWO, dataclasses.replace(ZERO, rank=1), "dialed rank 0, but rank 1 answered"),
-        (dataclasses.replace(TWO, config_hash="beef"), ZERO, "rank 0 refused: your config_hash is 'beef', mine is 'cafe'"),
-        (dataclasses.replace(TWO, generation=1), ZERO, "rank 0 refused: your generation is 1, mine is 0"),
+        (
+            dataclasses.replace(TWO, config_hash="beef"),
+            ZERO,
+            "rank 0 refused: your config_hash is 'beef', mine is 'cafe'",
+        ),
+        (
+            dataclasses.replace(TWO, generation=1),
+            ZERO,
+            "rank 0 refused: your generation is 1, mine is 0",
+        ),
     ],
 )
 def test_everybody_else_is_refused(dialer: Identity, acceptor: Identity, words: str) -> None:
@@ -63,7 +78,10 @@ def test_everybody_else_is_refused(dialer: Identity, acceptor: Identity, words: 
 
 
 def test_a_dialer_that_does_not_know_the_secret_is_refused_by_the_acceptor() -> None:
-    liar, acceptor = Dialer(dataclasses.replace(TWO, secret=b"t" * 32), 0, "control"), Acceptor(ZERO)
+    liar, acceptor = (
+        Dialer(dataclasses.replace(TWO, secret=b"t" * 32), 0, "control"),
+        Acceptor(ZERO),
+    )
     liar._check = lambda role, proof: None  # type: ignore[method-assign]  # a liar does not check
     with pytest.raises(HandshakeError, match="dialer does not know"):
         talk(liar, acceptor)

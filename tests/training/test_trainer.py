@@ -1,0 +1,171 @@
+"""The loop: what it tells, when it evaluates, how it stops, and that it gives up on a run that is
+broken."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smolrun.data.digits import Digits
+from smolrun.data.prepared import Prepared
+from smolrun.errors import TrainingError
+from smolrun.events import EvalDone, Event, RankStep, ReplicaHash, StepDone
+from smolrun.mesh.mesh import Mesh
+from smolrun.tasks.train_rank import train
+from smolrun.testing import run_ranks
+from smolrun.training.trainer import write_text
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    cache: Path = tmp_path_factory.mktemp("cache")
+    return Digits(cache, train_size=400, eval_size=90, noise=0.2, seed=0).prepare(lambda *_: None)
+
+
+def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
+    algorithms = {
+        "single": {"name": "single", "target": "smolrun.algorithms.single:Single"},
+        "classicdp": {
+            "name": "classicdp",
+            "target": "smolrun.algorithms.classicdp:ClassicDP",
+            "bucket_mb": 0.05,
+        },
+    }
+    defaults = {
+        "steps": 12,
+        "global_batch_size": 20,
+        "micro_batch_size": "auto",
+        "eval_every": 5,
+        "eval_batches": None,
+        "grad_clip": 1.0,
+        "warmup_steps": 3,
+        "lr_schedule": "cosine",
+        "min_lr_ratio": 0.1,
+        "check_replicas": False,
+        "sample_tokens": 0,
+        "sample_prompt": "",
+        "recompute": False,
+    }
+    return {
+        "seed": 0,
+        "precision": "float32",
+        "algorithm": algorithms[algorithm],
+        "model": {
+            "name": "mlp",
+            "target": "smolrun.models.mlp:build",
+            "widths": [24],
+            "activation": "relu",
+        },
+        "staleness": {"bound": training.pop("staleness", "auto")},
+        "optimizer": {
+            "name": "adamw",
+            "lr": 3e-3,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+        },
+        "training": {**defaults, **training},
+    }
+
+
+def run(
+    prepared: Prepared, world_size: int, settings: dict[str, Any], stop_at: int | None = None
+) -> list[tuple[dict[str, Any], list[Event]]]:
+    """Trains on `world_size` ranks; rank 1 is told to stop when it has seen step `stop_at`."""
+
+    def rank_main(mesh: Mesh) -> tuple[dict[str, Any], list[Event]]:
+        events: list[Event] = []
+
+        def should_stop() -> bool:
+            return (
+                stop_at is not None
+                and mesh.rank == 1
+                and any(isinstance(e, StepDone) and e.step >= stop_at for e in events)
+            )
+
+        summary = train(
+            settings,
+            prepared,
+            mesh,
+            device="cpu",
+            speeds=[1.0] * world_size,
+            emit=events.append,
+            should_stop=should_stop,
+        )
+        return summary, events
+
+    return run_ranks(world_size, rank_main, kind="tcp")
+
+
+def of(kind: type[Event], events: list[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_every_step_and_evaluation_is_told(prepared: Prepared) -> None:
+    for summary, events in run(prepared, 2, config(check_replicas=True)):
+        assert [event.step for event in of(StepDone, events)] == list(range(12))
+        assert [event.step for event in of(EvalDone, events)] == [4, 9, 11]
+        assert len(of(RankStep, events)) == 12
+        assert all(
+            len(set(event.hashes)) == 1 and len(event.hashes) == 2
+            for event in of(ReplicaHash, events)
+        )
+        assert of(StepDone, events)[-1].loss < of(StepDone, events)[0].loss
+        assert summary["final_eval_loss"] == of(EvalDone, events)[-1].loss
+        assert all(event.tokens == 20 and event.bytes_sent > 0 for event in of(StepDone, events))
+        assert all(event.memory_bytes for event in of(RankStep, events))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_losses_of_1_to_4_ranks_agree_over_50_steps(
+    prepared: Prepared, precision: str, tolerance: float
+) -> None:
+    losses = []
+    for world_size in (1, 2, 3, 4):
+        settings = config("single" if world_size == 1 else "classicdp", steps=50, eval_every=0) | {
+            "precision": precision
+        }
+        losses.append(
+            [event.loss for event in of(StepDone, run(prepared, world_size, settings)[0][1])]
+        )
+    assert all(len(trace) == 50 for trace in losses)
+    worst = max(abs(a - b) for trace in losses for a, b in zip(trace, losses[0], strict=True))
+    assert worst <= tolerance
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_one_rank_told_to_stop_stops_all_at_the_same_step(
+    prepared: Prepared, staleness: int
+) -> None:
+    outcomes = run(prepared, 3, config(steps=10_000, staleness=staleness), stop_at=6)
+    assert len({summary["steps"] for summary, _ in outcomes}) == 1
+    assert all(summary["was_stopped"] and summary["steps"] < 100 for summary, _ in outcomes)
+
+
+def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence(prepared: Prepared) -> None:
+    with pytest.raises(
+        TrainingError, match="20 steps in a row had a gradient that is not a number, last of rank 0"
+    ):
+        run(
+            prepared,
+            1,
+            config("single", steps=40)
+            | {"precision": "float32", "optimizer": {"name": "sgd", "lr": math.inf}},
+        )
+
+
+def test_written_text_is_the_same_on_all_ranks_and_stays_within_the_context() -> None:
+    seen: list[int] = []
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens.shape[1])
+        return torch.arange(50.0).expand(1, tokens.shape[1], 50)
+
+    first = write_text(logits, [1, 2], 20, context_length=8, seed=3)
+    assert first == write_text(logits, [1, 2], 20, context_length=8, seed=3)
+    assert len(first) == 20 and max(seen) == 8 and all(10 <= token < 50 for token in first)
