@@ -122,6 +122,15 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class BenchRow(Event):
+    """One result of task=bench: what was measured, ours beside a peer's, and the ratio."""
+
+    kind: ClassVar[str] = "bench"
+    row: dict[str, Any]
+    rank: None = None
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """A sentence for the user that fits no other event, such as a warning."""
 
@@ -141,6 +150,7 @@ EVENTS: dict[str, type[Event]] = {
         StepSkipped,
         TextSample,
         RunStarted,
+        BenchRow,
         Note,
     )
 }

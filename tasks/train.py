@@ -6,27 +6,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-import platformdirs
-
-from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
-from smolrun.errors import ConfigError
-from smolrun.launch.control import StartMessage
+from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.launch.driver import Driver
-from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
+from smolrun.tasks.workers import plan_workers
 from smolrun.tracking.console import Console, clock, printable
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
@@ -34,11 +23,9 @@ from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.tracker import Fanout
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Prepared
     from smolrun.launch.channel import WorkerChannel
+    from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
-
-OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here and only here
 
 
 def drive(config: RunConfig) -> int:
@@ -47,15 +34,16 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=config.training.steps, world_size=world_size(config))
     record = RunRecord()
     try:
-        prepared = _prepare(config, console.preparing)
-        with _nothing_started():
-            folder = _make_folder(config, prepared)
+        prepared = prepare_data(config, console.preparing)
+        title = f"{config.algorithm.name}-{config.model.name}"
+        with nothing_started():
+            folder = make_folder(config, title, prepared.tokenizer)
             metrics = JsonLines(folder.metrics)
-        _become_latest(folder, console)
+        become_latest(folder, console.say)
         console.say(f"{folder.path}: starting {world_size(config)} ranks; {prepared.description}")
         trackers = Fanout([metrics, console, record], warn=console.say)
         driver = Driver(
-            _plans(config, prepared, folder),
+            plan_workers(config, folder, prepared),
             lambda plan: LocalHost(),
             listen=trackers.record,
             limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
@@ -77,104 +65,18 @@ def drive(config: RunConfig) -> int:
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """What one rank does between a mesh that stands and its result; returns its summary."""
-    import torch
-
     from smolrun.data.prepared import Prepared
-    from smolrun.tasks.train_rank import train
+    from smolrun.tasks.train_rank import pick_device, train
 
-    device = start.device
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
     return train(
         start.config,
         Prepared.from_json(start.prepared or {}),
         mesh,
-        device=device,
+        device=pick_device(start.device),
         speeds=[1.0] * start.world_size,
         emit=channel.emit,
         should_stop=channel.stop_requested.is_set,
     )
-
-
-def _prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Prepared:
-    """Make the data ready on this machine, or find it ready."""
-    cache = platformdirs.user_cache_path("smolrun") / "data"
-    data = load_target(config.data.target)(cache, **config.data.keywords())
-    prepared: Prepared = data.prepare(progress)
-    return prepared
-
-
-def load_target(path: str) -> Any:
-    """What `module:name` names; ConfigError with the reason where there is no such thing."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot load {path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _nothing_started() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"cannot write to {OUTPUTS.absolute()}: {error}") from error
-
-
-def _make_folder(config: RunConfig, prepared: Prepared) -> RunFolder:
-    title = config.run_name or f"{config.algorithm.name}-{config.model.name}"
-    folder = RunFolder.create(OUTPUTS, title, now=datetime.now())
-    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
-    if prepared.tokenizer is not None:
-        folder.keep_tokenizer(Path(prepared.tokenizer))
-    return folder
-
-
-def _become_latest(folder: RunFolder, console: Console) -> None:
-    try:
-        folder.become_latest()
-    except OSError as error:
-        console.say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
-
-
-def _plans(config: RunConfig, prepared: Prepared, folder: RunFolder) -> list[WorkerPlan]:
-    """One worker per rank. The secret is made here and goes nowhere but into the workers' stdin."""
-    plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
-    return [
-        WorkerPlan(
-            StartMessage(
-                rank=rank.rank,
-                world_size=world_size(config),
-                host=rank.host,
-                run_id=folder.run_id,
-                config=plain,
-                config_hash=digest,
-                secret=secret,
-                address=rank.address,
-                device=rank.device,
-                threads=_threads(rank),
-                prepared=prepared.to_json(),
-            ),
-            folder.log(rank.rank, rank.host),
-        )
-        for rank in ranks(config)
-    ]
-
-
-def _threads(rank: RankPlan) -> int:
-    """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
-    if rank.threads != "auto":
-        return rank.threads
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, cores // rank.local_world_size)
 
 
 def _write_summary(

@@ -7,7 +7,6 @@ Only wiring; the driver's half is train.py.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model
 from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
+from smolrun.tasks.workers import load_target
 from smolrun.training.feed import Feed, every_sample
 from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import make_optimizer
@@ -45,7 +45,7 @@ def train(
     torch.manual_seed(config["seed"])
     train_split = open_split(prepared, "train", verify=True)
     eval_split = open_split(prepared, "eval", verify=False)
-    algorithm = _place_algorithm(config, prepared, mesh, torch.device(device))
+    algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
     emit(
@@ -81,13 +81,13 @@ def train(
     }
 
 
-def target(path: str) -> Any:
-    """What `module:name` names; ConfigError with the reason where there is no such thing."""
-    module_name, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot load {path}: {error}") from error
+def pick_device(device: str) -> str:
+    """The device that a rank computes on; "auto" takes an accelerator where there is one."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
@@ -95,21 +95,20 @@ def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("name", "target")}
 
 
-def _place_algorithm(
+def place_algorithm(
     config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device
 ) -> Algorithm:
-    training, optimizer = config["training"], config["optimizer"]
-    precision = PRECISIONS[config["precision"]]
+    """The algorithm of the resolved `config`, with its model placed; collective."""
+    training = config["training"]
     bound = config["staleness"]["bound"]
-    optimizer_keys = {key: value for key, value in optimizer.items() if key != "lr"}
     context = Context(
         mesh=mesh,
         device=device,
-        precision=precision,
-        make_optimizer=functools.partial(make_optimizer, lr=optimizer["lr"], **optimizer_keys),
+        precision=PRECISIONS[config["precision"]],
+        make_optimizer=optimizer_maker(config),
         learning_rate=lr_schedule(
             training["lr_schedule"],
-            peak=optimizer["lr"],
+            peak=config["optimizer"]["lr"],
             steps=training["steps"],
             warmup_steps=training["warmup_steps"],
             min_ratio=training["min_lr_ratio"],
@@ -118,19 +117,28 @@ def _place_algorithm(
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
     )
-    make_model = functools.partial(
-        target(config["model"]["target"]), prepared, **yaml_keys(config["model"])
-    )
-    model = build_model(make_model, config["seed"], dtype=precision.parameters, device=device)
-    if training["recompute"]:
-        if not hasattr(model, "recompute"):
-            raise ConfigError(f"model.name = {config['model']['name']} cannot recompute its blocks")
-        setattr(model, "recompute", True)  # noqa: B010  (nn.Module's own type has no such name)
-    algorithm: Algorithm = target(config["algorithm"]["target"])(
-        context, **yaml_keys(config["algorithm"])
-    )
-    algorithm.place(model)
+    make = load_target(config["algorithm"]["target"])
+    algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
+    algorithm.place(new_model(config, prepared, device))
     return algorithm
+
+
+def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    """make(named_parameters) -> the optimizer of the config."""
+    return functools.partial(make_optimizer, **config["optimizer"])
+
+
+def new_model(config: dict[str, Any], prepared: Prepared, device: torch.device) -> torch.nn.Module:
+    """The model of the config with its first values, the same on every rank."""
+    section = config["model"]
+    make = functools.partial(load_target(section["target"]), prepared, **yaml_keys(section))
+    dtype = PRECISIONS[config["precision"]].parameters
+    model = build_model(make, config["seed"], dtype=dtype, device=device)
+    if config["training"]["recompute"]:
+        if not hasattr(model, "recompute"):
+            raise ConfigError(f"model.name = {section['name']} cannot recompute its blocks")
+        setattr(model, "recompute", True)  # noqa: B010  (nn.Module's own type has no such name)
+    return model
 
 
 def _evaluate(

@@ -33,17 +33,11 @@ def compare_all_reduce(
             calls=calls,
             meet=collectives.barrier,
         )
-        yield {
-            "bench": "collectives",
-            "op": "all_reduce",
-            "world_size": collectives.size,
-            "bytes": size,
-            "security": security,
-            "ours_s": result.ours_s,
-            "peer": "gloo",
-            "peer_s": result.peer_s,
-            "ratio": result.ratio,
-            "repeats": result.repeats,
-            "spread": list(result.spread),
-            "cpu_ratio": result.ours_cpu_s / result.peer_cpu_s,
-        }
+        yield result.row(
+            "collectives",
+            "all_reduce",
+            "gloo",
+            world_size=collectives.size,
+            bytes=size,
+            security=security,
+        )

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,21 @@ class Comparison:
     ratio: float
     spread: tuple[float, float]
     repeats: int
+
+    def row(self, bench: str, op: str, peer: str, **facts: Any) -> dict[str, Any]:
+        """The result as one flat JSON object; `facts` say what was measured."""
+        return {
+            "bench": bench,
+            "op": op,
+            **facts,
+            "ours_s": self.ours_s,
+            "peer": peer,
+            "peer_s": self.peer_s,
+            "ratio": self.ratio,
+            "repeats": self.repeats,
+            "spread": list(self.spread),
+            "cpu_ratio": self.ours_cpu_s / self.peer_cpu_s,
+        }
 
 
 def compare(

@@ -1,5 +1,7 @@
-"""A whole training step of classicdp beside DistributedDataParallel on gloo: same model, same
-batches, same optimizer."""
+"""A whole training step of ours beside DistributedDataParallel's on gloo.
+
+Same model, same batches, same optimizer, same clipping, in the same processes.
+"""
 
 from __future__ import annotations
 
@@ -15,60 +17,61 @@ from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
 
 
+class PeerStep:
+    """A step as people write it with torch alone."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float
+    ) -> None:
+        self.model = DistributedDataParallel(model)
+        self._optimizer = optimizer
+        self._grad_clip = grad_clip
+        self.loss = 0.0
+
+    def __call__(self, batch: Batch) -> None:
+        """Forward, backward, clip, update; keeps this rank's loss."""
+        logits = self.model(batch.inputs).flatten(0, -2)
+        loss = cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
+        self._optimizer.zero_grad()
+        loss.backward()
+        if self._grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
+        self._optimizer.step()
+        self.loss = loss.item()
+
+
 def compare_step(
     algorithm: Algorithm,
-    peer_model: torch.nn.Module,
-    peer_optimizer: torch.optim.Optimizer,
+    peer: PeerStep,
     batch: Callable[[int], Batch],
     *,
     steps: int,
     warm_up: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row; collective. `peer_model` is a second copy of the placed model, `batch(step)` this
-    rank's samples."""
-    peer = DistributedDataParallel(peer_model)
+    """One row; collective. `batch(step)` gives this rank's samples, the same for both sides."""
     counts = {"ours": 0, "peer": 0}
     losses = {"ours": 0.0, "peer": 0.0}
 
     def our_step() -> None:
         result = algorithm.train_step([batch(counts["ours"])])
         counts["ours"] += 1
-        losses["ours"] = result.loss if result is not None else 0.0
+        losses["ours"] = result.loss if result is not None else losses["ours"]
 
     def peer_step() -> None:
-        samples = batch(counts["peer"])
+        peer(batch(counts["peer"]))
         counts["peer"] += 1
-        loss = cross_entropy(
-            peer(samples.inputs).flatten(0, -2), samples.targets.flatten(), ignore_index=IGNORED
-        )
-        peer_optimizer.zero_grad()
-        loss.backward()
-        clip = algorithm.context.grad_clip
-        if clip:
-            torch.nn.utils.clip_grad_norm_(peer.parameters(), clip)
-        peer_optimizer.step()
-        losses["peer"] = loss.item()
+        losses["peer"] = peer.loss
 
-    result = compare(
-        our_step,
-        peer_step,
-        repeats=repeats,
-        calls=steps,
-        meet=algorithm.collectives.barrier,
-        warm_up=warm_up,
+    meet = algorithm.collectives.barrier
+    result = compare(our_step, peer_step, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
+    return result.row(
+        "step",
+        "train_step",
+        "ddp-gloo",
+        world_size=algorithm.collectives.size,
+        parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
+        steps_run=counts["ours"],
+        final_loss_ours=losses["ours"],
+        final_loss_peer_rank0=losses["peer"],
     )
-    return {
-        "bench": "step",
-        "op": "train_step",
-        "world_size": algorithm.collectives.size,
-        "parameters": sum(parameter.numel() for parameter in peer_model.parameters()),
-        "ours_s": result.ours_s,
-        "peer": "ddp-gloo",
-        "peer_s": result.peer_s,
-        "ratio": result.ratio,
-        "repeats": result.repeats,
-        "spread": list(result.spread),
-        "cpu_ratio": result.ours_cpu_s / result.peer_cpu_s,
-        "final_losses": [losses["ours"], losses["peer"]],
-    }

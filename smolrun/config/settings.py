@@ -154,7 +154,9 @@ class StepBench(Section):
     """A whole training step beside DistributedDataParallel's on gloo, in turn."""
 
     name: Literal["step"]
-    world_size: Annotated[int, Field(ge=2)] = Field(description="Ranks")
+    world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
+        description="Ranks"
+    )
     steps: Count = Field(description="Steps in one measurement")
     warmup_steps: Natural = Field(description="Steps before it that do not count")
     repeats: Count = Field(description="Measurements of each; the median counts")

@@ -19,7 +19,8 @@ from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
-from smolrun.tasks.train_rank import target, yaml_keys
+from smolrun.tasks.train_rank import yaml_keys
+from smolrun.tasks.workers import load_target
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
 
@@ -118,7 +119,7 @@ def train(
     def rank_main(mesh: Mesh) -> Trace:
         net = copy.deepcopy(start)
         context = _context(mesh, precision, optimizer, staleness)
-        runner: Algorithm = target(section["target"])(context, **yaml_keys(section))
+        runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
         runner.place(net)
         plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
         trace = Trace()

@@ -8,6 +8,13 @@ from smolrun.launch.moves import Exited
 from tests.launch.test_supervisor import failed, outcome_of, running
 
 
+def test_a_rank_that_died_without_a_word_beats_an_error_that_was_reported_before() -> None:
+    supervisor = running(2)
+    supervisor.handle(failed(0, "ValueError", "no answer from the other"), 2.0)
+    supervisor.handle(Exited(1, -9), 2.1)
+    assert outcome_of(supervisor.handle(Exited(0, 3), 2.2)).failed_rank == 1
+
+
 def test_two_ranks_that_lost_each_other_still_give_one_culprit() -> None:
     supervisor = running(2)
     supervisor.handle(failed(1, "PeerLost", "lost rank 0: silent", 0), 2.0)

@@ -6,6 +6,8 @@ import contextlib
 import os
 import queue
 import threading
+import time
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -149,6 +151,18 @@ def test_silence_ends_the_worker_and_leases_keep_it() -> None:
         with pytest.raises(queue.Empty):
             wires.ended.get(timeout=0.15)
         wires.say(LeaseMessage())
+    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    wires.close()
+
+
+def test_a_jump_of_the_clock_is_no_silence_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    jump_s = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + jump_s[0])
+    monkeypatch.setattr("smolrun.launch.channel.time", clock)
+    wires = Wires(lease_limit_s=1.0)
+    jump_s[0] = 3600.0
+    with pytest.raises(queue.Empty):  # this process was frozen, or the laptop asleep
+        wires.ended.get(timeout=0.4)
     assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
     wires.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from smolrun.events import Event, Note, RankStep, StepDone
-from smolrun.launch.moves import Outcome
+from smolrun.launch.attendant import Attendant
+from smolrun.launch.hosts import WorkerPlan, WorkerProcess
+from smolrun.launch.local import LocalHost
+from smolrun.launch.moves import Exited, Input, Outcome
 from tests.launch.deadline import is_running, pid_of, until
-from tests.launch.tiny_driver import make_driver
+from tests.launch.tiny_driver import WORKER, make_driver, plans
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
@@ -50,6 +54,31 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
     # Every rank tells its own steps; what all tell alike counts once, from rank 0.
     assert [event.step for event in events if isinstance(event, StepDone)] == [0, 1, 2, 3]
     assert sum(isinstance(event, RankStep) for event in events) == 12
+
+
+def test_leases_keep_a_worker_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_LEASE_S", "0.5")
+    assert make_driver(tmp_path, ranks=1, steps=100, lease_every_s=0.1).run().exit_code == 0
+
+
+def test_a_worker_that_is_still_being_started_when_it_must_end(tmp_path: Path) -> None:
+    class SlowHost:
+        """As a host over a slow network: the order to end comes before the worker is there."""
+
+        def start(self, plan: WorkerPlan) -> WorkerProcess:
+            until(lambda: doomed)
+            return LocalHost(WORKER).start(plan)
+
+    posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
+    doomed: list[bool] = []
+    (plan,) = plans(tmp_path, {}, ranks=1, steps=10_000)
+    attendant = Attendant(plan, SlowHost(), posted.put)
+    attendant.send(plan.start)
+    attendant.begin()
+    attendant.kill()
+    doomed.append(True)
+    assert posted.get(timeout=5.0) == Exited(0, -9 if os.name != "nt" else 1)
+    assert attendant.join(5.0)
 
 
 def test_what_a_worker_prints_goes_to_its_log_and_its_children_read_nothing(tmp_path: Path) -> None:

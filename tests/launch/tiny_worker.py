@@ -64,7 +64,7 @@ def act(behave: str, steps: int, start: StartMessage, channel: WorkerChannel, fo
         leave(folder / "child", child.pid)
     elif behave == "chatty":
         while True:
-            print("x" * 200, file=sys.stderr)
+            os.write(2, b"x" * 4095 + b"\n")  # whole pages: a full pipe has not a byte of room
     elif behave == "ignore_stop":
         channel.stop_requested.clear = channel.stop_requested.set  # type: ignore[method-assign]
         sleep_forever()

@@ -1,0 +1,159 @@
+"""task=bench: measure ourselves beside a named peer, in turn; a table and JSON lines.
+
+`drive` is the driver's half, `work` what every rank does once the mesh stands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from smolrun.config import RunConfig
+from smolrun.events import BenchRow, Event
+from smolrun.launch.driver import Driver
+from smolrun.launch.local import LocalHost
+from smolrun.launch.moves import EXIT_DONE
+from smolrun.launch.supervisor import Limits
+from smolrun.tasks.workers import (
+    become_latest,
+    make_folder,
+    nothing_started,
+    plan_workers,
+    prepare_data,
+)
+
+if TYPE_CHECKING:
+    from smolrun.launch.channel import WorkerChannel
+    from smolrun.launch.control import StartMessage
+    from smolrun.mesh.mesh import Mesh
+
+
+def drive(config: RunConfig) -> int:
+    """Run the bench once per world size; rows go to bench.jsonl in the run folder."""
+    bench = config.bench
+    needs_data = bench.name == "step"
+    prepared = prepare_data(config, lambda *_: None) if needs_data else None
+    rows: list[dict[str, Any]] = []
+    with nothing_started():
+        folder = make_folder(config, f"bench-{bench.name}")
+        out = (folder.path / "bench.jsonl").open("w", encoding="utf-8")
+    become_latest(folder, print)
+    with out as file:
+
+        def listen(event: Event) -> None:
+            if isinstance(event, BenchRow):
+                rows.append(event.row)
+                file.write(json.dumps(event.row) + "\n")
+                file.flush()
+                print(_line(event.row))
+
+        for size in bench.world_sizes:
+            cluster = config.cluster.model_copy(update={"ranks": size})
+            driver = Driver(
+                plan_workers(config.model_copy(update={"cluster": cluster}), folder, prepared),
+                lambda plan: LocalHost(),
+                listen=listen,
+                limits=Limits(start_s=cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
+            )
+            outcome = driver.run()
+            if outcome.exit_code != EXIT_DONE:
+                print(f"smolrun: {outcome.reason}", file=sys.stderr)
+                return outcome.exit_code
+    Console().print(_table(rows))
+    print(f"the rows: {folder.path / 'bench.jsonl'}")
+    return EXIT_DONE
+
+
+def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
+    """Measure on this rank; rank 0's clock counts."""
+    from smolrun.benchmarks.gloo import join_gloo, leave_gloo
+    from smolrun.collectives.api import Collectives
+
+    collectives = Collectives(mesh)
+    join_gloo(collectives, start.address, mesh.timeout_s)
+    try:
+        for row in _rows(start, mesh, collectives):
+            if mesh.rank == 0:
+                channel.emit(BenchRow(row))
+        collectives.barrier()
+    finally:
+        leave_gloo()
+    return {}
+
+
+def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
+    from smolrun.benchmarks.collectives import compare_all_reduce
+
+    bench = start.config["bench"]
+    if bench["name"] == "collectives":
+        # Between ranks of one machine links are authenticated and plain.
+        return compare_all_reduce(
+            collectives, bench["sizes"], repeats=bench["repeats"], security="plain"
+        )
+    return [_step_row(start, mesh)]
+
+
+def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:
+    import torch
+
+    from smolrun.benchmarks.step import PeerStep, compare_step
+    from smolrun.data.base import open_split
+    from smolrun.data.order import SampleOrder
+    from smolrun.data.prepared import Prepared
+    from smolrun.parts.placement import plan_batches
+    from smolrun.tasks.train_rank import new_model, optimizer_maker, place_algorithm
+    from smolrun.training.feed import Feed
+
+    config, device = start.config, torch.device("cpu")  # gloo's side of the comparison is the CPU
+    prepared = Prepared.from_json(start.prepared or {})
+    split = open_split(prepared, "train", verify=False)
+    training, bench = config["training"], config["bench"]
+    plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
+    feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
+    peer_model = new_model(config, prepared, device)
+    peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
+    return compare_step(
+        place_algorithm(config, prepared, mesh, device),
+        PeerStep(peer_model, peer_optimizer, training["grad_clip"]),
+        lambda step: feed.step(step)[0],
+        steps=bench["steps"],
+        warm_up=bench["warmup_steps"],
+        repeats=bench["repeats"],
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['bytes']:>11,} bytes" if "bytes" in row else f"{row['parameters']:,} parameters"
+    low, high = row["spread"]
+    return (
+        f"{row['op']} on {row['world_size']} ranks, {what}: {_time(row['ours_s'])}, "
+        f"{row['peer']} {_time(row['peer_s'])}, ratio {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    )
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    peer = rows[0]["peer"]
+    table = Table(
+        title=f"{rows[0]['op']}: smolrun beside {peer}; a ratio below 1: smolrun is faster"
+    )
+    for name in ("ranks", "size", "smolrun", peer, "ratio", "min to max", "CPU ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["world_size"]),
+            f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M",
+            _time(row["ours_s"]),
+            _time(row["peer_s"]),
+            f"{row['ratio']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["spread"]),
+            f"{row['cpu_ratio']:.2f}",
+        )
+    return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} us" if seconds < 0.01 else f"{seconds * 1e3:,.0f} ms"

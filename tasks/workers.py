@@ -1,0 +1,104 @@
+"""What every task that runs on ranks needs: the run's folder, and a worker for each rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import platformdirs
+
+from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
+from smolrun.errors import ConfigError
+from smolrun.launch.control import StartMessage
+from smolrun.launch.hosts import WorkerPlan
+from smolrun.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared, Progress
+
+OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here and only here
+
+
+def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
+    """Make the data ready on this machine, or find it ready."""
+    cache = platformdirs.user_cache_path("smolrun") / "data"
+    data = load_target(config.data.target)(cache, **config.data.keywords())
+    prepared: Prepared = data.prepare(progress)
+    return prepared
+
+
+def load_target(path: str) -> Any:
+    """What `module:name` names; ConfigError with the reason where there is no such thing."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot load {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def nothing_started() -> Iterator[None]:
+    """A disk that refuses before anything was started is the configuration's problem: exit 2."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write to {OUTPUTS.absolute()}: {error}") from error
+
+
+def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> RunFolder:
+    """A fresh run folder with the resolved configuration in it."""
+    folder = RunFolder.create(OUTPUTS, config.run_name or title, now=datetime.now())
+    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    if tokenizer is not None:
+        folder.keep_tokenizer(Path(tokenizer))
+    return folder
+
+
+def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Let outputs/latest point to the run; a system that cannot do that gets a warning."""
+    try:
+        folder.become_latest()
+    except OSError as error:
+        say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
+
+
+def plan_workers(
+    config: RunConfig, folder: RunFolder, prepared: Prepared | None
+) -> list[WorkerPlan]:
+    """One worker per rank. The secret is made here and goes nowhere but into their stdin."""
+    plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
+    return [
+        WorkerPlan(
+            StartMessage(
+                rank=rank.rank,
+                world_size=world_size(config),
+                host=rank.host,
+                run_id=folder.run_id,
+                config=plain,
+                config_hash=digest,
+                secret=secret,
+                address=rank.address,
+                device=rank.device,
+                threads=_threads(rank),
+                prepared=prepared.to_json() if prepared is not None else None,
+            ),
+            folder.log(rank.rank, rank.host),
+        )
+        for rank in ranks(config)
+    ]
+
+
+def _threads(rank: RankPlan) -> int:
+    """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
+    if rank.threads != "auto":
+        return rank.threads
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // rank.local_world_size)
