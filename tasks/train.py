@@ -15,7 +15,13 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
-from smolrun.tasks.workers import plan_workers
+from smolrun.tasks.workers import (
+    become_latest,
+    make_folder,
+    nothing_started,
+    plan_workers,
+    prepare_data,
+)
 from smolrun.tracking.console import Console, clock, printable
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
