@@ -34,8 +34,9 @@ bench: $(READY)  ## measure smolrun beside other libraries (ARGS="bench=step" fo
 soak: $(READY)  ## the long tests
 	$(PYTHON) -m pytest -m soak --timeout 3600 $(ARGS)
 
-docs: $(READY)  ## write what is made from the code: docs/configuration.md
+docs: $(READY)  ## write what is made from the code: the key reference and the pictures
 	$(PYTHON) -m smolrun.cli.reference docs/configuration.md
+	$(PYTHON) docs/pictures.py
 
 fix: $(READY)  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .

@@ -1,0 +1,144 @@
+"""Draws the pictures of the docs from the code: `make docs`; a test checks that they are fresh.
+
+docs/floors.md      which floor imports which, counted from the imports
+docs/schedules.md   what moves when in a collective, read off the schedules that run
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from smolrun.collectives.direct import direct_all_gather
+from smolrun.collectives.ring import ring_all_reduce
+from smolrun.collectives.schedule import Schedule, elements_sent, even_ranges
+from smolrun.collectives.tree import dissemination_barrier, tree_broadcast
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    ["cli"],
+    ["tasks"],
+    ["testing"],
+    ["training", "benchmarks", "tracking", "launch"],
+    ["algorithms"],
+    ["parts"],
+    ["collectives"],
+    ["mesh"],
+    ["wire"],
+]
+WINGS = ["models", "data", "config"]
+EVERYWHERE = {"errors", "events"}  # imported from anywhere, so their arrows would say nothing
+
+
+def imports(root: Path) -> Counter[tuple[str, str]]:
+    """How many modules of one part of smolrun import from another part."""
+    found: Counter[tuple[str, str]] = Counter()
+    files = [*(root / "smolrun").rglob("*.py"), *(root / "tasks").rglob("*.py")]
+    for file in sorted(files):
+        path = file.relative_to(root).with_suffix("").parts
+        part = "tasks" if path[0] == "tasks" else path[1]
+        others = {name for name in _imported_parts(file) if name not in (part, *EVERYWHERE)}
+        found.update((part, other) for other in others)
+    return found
+
+
+def _imported_parts(file: Path) -> Iterable[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smolrun."):
+            yield (node.module or "").split(".")[1]
+
+
+def floors(root: Path) -> str:
+    """The page about floors, as Markdown with a Mermaid graph."""
+    lines = ["flowchart TD"]
+    for number, floor in enumerate(FLOORS):
+        lines.append(f"  subgraph f{number}[ ]")
+        lines.append("    direction LR")
+        lines += [f"    {name}" for name in floor]
+        lines.append("  end")
+    lines += [f"  {name}([{name}])" for name in WINGS]
+    known = {name for floor in FLOORS for name in floor} | set(WINGS)
+    for (part, other), count in sorted(imports(root).items()):
+        if {part, other} <= known:
+            lines.append(f"  {part} -- {count} --> {other}")
+    return "\n".join(
+        [
+            "# The floors",
+            "",
+            "Arrows are imports, the number is how many files have one; they only go down. Rounded",
+            "boxes are side wings: plain torch, plain data, plain configuration. `errors` and `events`",
+            "may be imported from anywhere. import-linter keeps it so (`make check`); this page is",
+            "drawn from the imports by `make docs`.",
+            "",
+            "```mermaid",
+            *lines,
+            "```",
+            "",
+        ]
+    )
+
+
+def table(schedules: list[Schedule]) -> list[str]:
+    """What every rank does in every hop, as a Markdown table."""
+    most = max(len(schedule) for schedule in schedules)
+    rows = ["| rank | " + " | ".join(f"hop {hop}" for hop in range(most)) + " |"]
+    rows.append("|---" * (most + 1) + "|")
+    for rank, schedule in enumerate(schedules):
+        cells = []
+        for hop in schedule:
+            words = []
+            if hop.to is not None:
+                words.append(f"{hop.send} → rank {hop.to}")
+            if hop.source is not None:
+                words.append(f"{hop.receive} ← rank {hop.source}{', add' if hop.adds else ''}")
+            cells.append("<br>".join(words))
+        cells += [""] * (most - len(cells))
+        rows.append(f"| {rank} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def schedules() -> str:
+    """The page about schedules."""
+    size, elements = 4, 1_000_000
+    ring = [ring_all_reduce(rank, size) for rank in range(size)]
+    sent = elements_sent(ring[0], even_ranges(elements, size)) / elements
+    pages = [
+        "# What moves when",
+        "",
+        "Each table is printed from the schedule that runs, for 4 ranks. `2 → rank 1` sends chunk 2",
+        "to rank 1; `3 ← rank 0, add` receives chunk 3 from rank 0 and adds it. Drawn by",
+        "`make docs`.",
+        "",
+        "## all_reduce round the ring (large tensors)",
+        "",
+        *table(ring),
+        "",
+        f"Every rank sends {sent:g} times the tensor: 2(N-1)/N.",
+        "",
+        "## all_gather to all at once (small tensors; a small all_reduce adds up what it gathered)",
+        "",
+        *table([direct_all_gather(rank, size) for rank in range(size)]),
+        "",
+        "## broadcast from rank 0 in a binomial tree (8 ranks)",
+        "",
+        *table([tree_broadcast(rank, 8, 0) for rank in range(8)]),
+        "",
+        "## barrier by dissemination",
+        "",
+        *table([dissemination_barrier(rank, size) for rank in range(size)]),
+        "",
+    ]
+    return "\n".join(pages)
+
+
+def main(folder: Path) -> None:
+    """Writes the pages into a folder."""
+    (folder / "floors.md").write_text(floors(ROOT), encoding="utf-8")
+    (folder / "schedules.md").write_text(schedules(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs")

@@ -1,0 +1,16 @@
+"""The pictures of the docs are those of the code as it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_pictures_are_fresh(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures.py", tmp_path], check=True)
+    for page in tmp_path.iterdir():
+        shipped = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
+        assert shipped == page.read_text(encoding="utf-8"), f"docs/{page.name}: run `make docs`"
