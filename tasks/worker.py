@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from smolrun.mesh.tcp import Endpoint
 
 _START_S = 60.0  # the driver sends the start message before anything else
-# `mesh.liveness`: how long a peer may say nothing at all before it counts as lost.
-_SILENCE_S = {"normal": 10.0, "fast": 4.0}
+# `mesh.liveness`: how long a peer may say nothing at all before it counts as lost. With the time to
+# tell the driver, the run ends within 10 and 4 seconds.
+_SILENCE_S = {"normal": 9.0, "fast": 3.0}
 
 _log = logging.getLogger(__name__)
 

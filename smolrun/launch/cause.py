@@ -102,6 +102,12 @@ def pick_cause(states: Sequence[RankState]) -> Cause:
     return _cause(early, states, "reported its end before the run began")
 
 
+def is_explained(states: Sequence[RankState]) -> bool:
+    """Whether every rank that has not reported is one that the others say they lost."""
+    accused = {state.error.peer for state in states if state.error is not None}
+    return all(state.is_over or state.rank in accused for state in states)
+
+
 def _is_dead(state: RankState) -> bool:
     return state.error is None
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from smolrun.events import RankStep, StepDone
-from smolrun.launch.cause import RankState, did_not_finish, names, pick_cause
+from smolrun.launch.cause import RankState, did_not_finish, is_explained, names, pick_cause
 from smolrun.launch.control import Peer
 from smolrun.launch.moves import (
     EXIT_DONE,
@@ -50,13 +50,14 @@ class Limits:
 
     `finish_s`: from the first rank's result to the last one's. `stop_s`: from Ctrl-C to the last
     result (a step, and saving). `grace_s`: from the first sign of failure to its explanation by the
-    others. `exit_s`: from a result to the exit. `kill_s`: from a kill to the exit.
+    others; `settle_s` is enough once all others have named whoever is silent. `exit_s`: from a result to the exit. `kill_s`: from a kill to the exit.
     """
 
     start_s: float = 120.0
     finish_s: float = 300.0
     stop_s: float = 120.0
     grace_s: float = 2.0
+    settle_s: float = 0.5
     exit_s: float = 5.0
     kill_s: float = 5.0
 
@@ -111,6 +112,8 @@ class Supervisor:
             actions += self._starting(now)
         if self.phase in (Phase.RUNNING, Phase.STOPPING):
             actions += self._running(now)
+        if self.phase is Phase.FAILING and self.deadline is not None and is_explained(self._states):
+            self.deadline = min(self.deadline, now + self._limits.settle_s)
         if self.phase is Phase.FAILING and (
             self._hurry or self._is_due(now) or all(s.is_over for s in self._states)
         ):

@@ -14,6 +14,7 @@ from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, config_hash, resolved
 from smolrun.errors import ConfigError
 from smolrun.launch.local import LocalHost
+from smolrun.tasks.workers import load_target
 from tests.launch.tiny_driver import WORKER
 
 Drive = Callable[..., int]
@@ -115,4 +116,4 @@ def test_a_foreign_thing_called_latest_costs_a_warning(
 def test_what_cannot_be_loaded_is_told() -> None:
     for path in ("no_such_module:build", "smolrun.errors:NoSuchThing"):
         with pytest.raises(ConfigError, match=f"cannot load {path}"):
-            train.load_target(path)
+            load_target(path)
