@@ -19,7 +19,7 @@ from smolrun.mesh.link import Connection, Pipe
 from smolrun.mesh.mailbox import Mailbox
 from smolrun.mesh.mesh import Combine
 from smolrun.mesh.transfers import Transfer, Transfers
-from smolrun.wire.frame import EAGER_BYTES, SLICE_BYTES, Frame, FrameKind, Header, Tag
+from smolrun.wire.frame import EAGER_BYTES, PIECE_BYTES, Frame, FrameKind, Header, Tag
 from smolrun.wire.tensor import Payload, dtype_of
 
 # So many large tensors may wait for their grant, or grants for their tensor.
@@ -68,7 +68,7 @@ class Peer:
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
-        self._scratch = memoryview(bytearray(SLICE_BYTES))
+        self._scratch = memoryview(bytearray(PIECE_BYTES))
         self._heard = 0
         self.control = Connection(
             io,

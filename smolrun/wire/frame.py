@@ -25,9 +25,10 @@ VERSION = 1
 MAX_DIMENSIONS = 8
 # Larger tensors are granted and sliced: a small one costs less than the round trip of a grant.
 EAGER_BYTES = 64 * 1024
-# One slice is added while the next is in flight, and a heartbeat waits for at most one; smaller
-# ones cost more headers.
-SLICE_BYTES = 256 * 1024
+# A slice is one frame: larger ones cost fewer headers, smaller ones let streams take turns sooner.
+SLICE_BYTES = 1024 * 1024
+# So much of a slice is added up at once, while the rest arrives: it fits a core's own cache.
+PIECE_BYTES = 256 * 1024
 
 _HEADER = struct.Struct("<HBBBBHIIHHHHIIQQ")
 HEADER_BYTES = _HEADER.size
@@ -99,10 +100,12 @@ class FrameDecoder:
     """Turns filled memory into frames: `buffer()` says where the next bytes go, `filled(n)` that n
     of them arrived.
 
-    `place(header) -> memoryview` is called once per frame that has a payload, after every check
-    that needs no knowledge of what is expected, and must return exactly `header.nbytes` of writable
-    memory; it raises ProtocolError to refuse the frame. A decoder that raised must not be used
-    again."""
+    `place(header) -> memoryview` is called before a payload is read, after every check that needs
+    no knowledge of what is expected, and must return exactly `header.nbytes` of writable memory; it
+    raises ProtocolError to refuse the frame. A slice comes out in pieces of `PIECE_BYTES` at most,
+    each like a frame of its own, so that it can be added up while the rest is still on its way. A
+    decoder that raised must not be used again.
+    """
 
     def __init__(
         self, place: Callable[[Header], memoryview], *, max_payload: int = SLICE_BYTES
@@ -113,10 +116,13 @@ class FrameDecoder:
         self._target = self._head[:HEADER_BYTES]  # memory to fill: header, then shape, then payload
         self._done = 0
         self._header: Header | None = None  # set while a payload is being read
+        self._rest: Header | None = None  # of a slice: what comes after the piece being read
         self._sequence = 0
 
     def buffer(self) -> memoryview:
         """The memory that must be filled next; never empty."""
+        if self._header is None and self._rest is not None:
+            self._begin_payload(self._rest)
         return self._target[self._done :]
 
     def filled(self, count: int) -> Frame | None:
@@ -134,13 +140,22 @@ class FrameDecoder:
         if header.nbytes == 0:
             self._target = memoryview(b"")
             return self._finish(header)
+        self._begin_payload(header)
+        return None
+
+    def _begin_payload(self, header: Header) -> None:
+        """Asks for the memory of a payload, or of the next piece of a slice."""
+        self._rest = None
+        if header.kind is FrameKind.SLICE and header.nbytes > PIECE_BYTES:
+            left = header.nbytes - PIECE_BYTES
+            self._rest = header._replace(offset=header.offset + PIECE_BYTES, nbytes=left)
+            header = header._replace(nbytes=PIECE_BYTES)
         target = self._place(header)
         if len(target) != header.nbytes:
             raise ProtocolError(
                 f"{header.kind.name} of {header.nbytes} bytes got {len(target)} bytes of memory"
             )
         self._header, self._target, self._done = header, target, 0
-        return None
 
     def _finish(self, header: Header) -> Frame:
         frame = Frame(header, self._target)
