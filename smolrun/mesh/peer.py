@@ -1,8 +1,8 @@
-"""One other rank: two connections, and the matching of what it sends with what was posted here.
+"""One other rank: its connections, and the matching of what it sends with what was posted here.
 
     control   heartbeats, grants, and tensors up to EAGER_BYTES, sent at once, kept in a mailbox
               until they are asked for
-    bulk      larger tensors in slices, sent only after the receiver has granted a buffer
+    up, down  larger tensors in slices, one way each, only after the receiver has granted a buffer
 
 So nothing large arrives that nobody waits for, a heartbeat never queues behind a large tensor, and
 two streams that are used in different order on two ranks cannot block each other. Runs on the I/O
@@ -77,14 +77,24 @@ class Peer:
             on_frame=self._control_frame,
             on_closed=self._closed,
         )
-        self.bulk = Connection(
+        # One socket per direction: the kernel lets only one side of a socket work at a time.
+        sending, receiving = ("up", "down") if me > rank else ("down", "up")
+        self.outgoing = Connection(
             io,
-            pipes["bulk"],
-            place=self._place_bulk,
+            pipes[sending],
+            place=self._place_nothing,
             on_frame=self._bulk_frame,
             on_closed=self._closed,
             refill=self._refill,
         )
+        self.incoming = Connection(
+            io,
+            pipes[receiving],
+            place=self._place_bulk,
+            on_frame=self._bulk_frame,
+            on_closed=self._closed,
+        )
+        self.connections = (self.control, self.outgoing, self.incoming)
 
     # -- posting ----
 
@@ -129,9 +139,24 @@ class Peer:
             self.control.send(Header(kind, tag, sender=self._me, generation=self._generation))
 
     def close(self) -> None:
-        """Closes both connections at once."""
-        self.control.close()
-        self.bulk.close()
+        """Closes all connections at once."""
+        for connection in self.connections:
+            connection.close()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed to the kernel for this peer, headers included."""
+        return sum(connection.bytes_sent for connection in self.connections)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that came from this peer."""
+        return sum(connection.bytes_received for connection in self.connections)
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether the kernel has everything that was to be sent, or nothing can be sent any more."""
+        return all(connection.is_idle or not connection.is_open for connection in self.connections)
 
     @property
     def waits_for(self) -> list[Tag]:
@@ -141,7 +166,7 @@ class Peer:
     def tick(self, elapsed_s: float) -> float:
         """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the silence
         so far."""
-        heard = self.control.bytes_received + self.bulk.bytes_received
+        heard = self.bytes_received
         self.silence_s = 0.0 if heard != self._heard else self.silence_s + elapsed_s
         self._heard = heard
         return self.silence_s
@@ -247,6 +272,9 @@ class Peer:
             return self._scratch[: header.nbytes]
         return receive.payload.data[header.offset : header.offset + header.nbytes]
 
+    def _place_nothing(self, header: Header) -> memoryview:
+        raise ProtocolError(f"{header.kind.name} against the direction of its connection")
+
     def _bulk_frame(self, frame: Frame) -> None:
         header = frame.header
         if not self._is_current(header):
@@ -271,7 +299,7 @@ class Peer:
     def _start(self, transfer: Transfer, grant: Header) -> None:
         self._check_match(grant, transfer.payload)
         self._transfers.add(transfer)
-        self.bulk.flush()
+        self.outgoing.flush()
 
     def _refill(self) -> None:
         """Queues one slice of whatever is next."""
@@ -282,7 +310,7 @@ class Peer:
         header = self._header(FrameKind.SLICE, tag, payload)._replace(
             shape=(), offset=piece.start, nbytes=piece.stop - piece.start
         )
-        self.bulk.send(
+        self.outgoing.send(
             header, payload.data[piece.start : piece.stop], on_done if piece.is_last else None
         )
 

@@ -1,4 +1,4 @@
-"""The mesh over TCP sockets: one I/O thread, two connections to every peer, heartbeats, and one
+"""The mesh over TCP sockets: one I/O thread, three connections to every peer, heartbeats, and one
 verdict when a peer is lost.
 
     endpoint = Endpoint("127.0.0.1")              listens; tell its port to the others
@@ -109,14 +109,12 @@ class TcpMesh(Mesh):
     @property
     def bytes_sent(self) -> int:
         """See Mesh."""
-        return sum(peer.control.bytes_sent + peer.bulk.bytes_sent for peer in self._peers.values())
+        return sum(peer.bytes_sent for peer in self._peers.values())
 
     @property
     def bytes_received(self) -> int:
         """See Mesh."""
-        return sum(
-            peer.control.bytes_received + peer.bulk.bytes_received for peer in self._peers.values()
-        )
+        return sum(peer.bytes_received for peer in self._peers.values())
 
     @property
     def dropped_frames(self) -> int:
@@ -214,10 +212,8 @@ class TcpMesh(Mesh):
         flushed = threading.Event()
 
         def finish() -> None:
-            open_peers = [peer for peer in self._peers.values() if peer.control.is_open]
-            if time.monotonic() < deadline and not all(
-                p.control.is_idle and p.bulk.is_idle for p in open_peers
-            ):
+            is_flushed = all(peer.is_flushed for peer in self._peers.values())
+            if not is_flushed and time.monotonic() < deadline:
                 self.io.call_later(0.01, finish)
                 return
             self.fail(MeshClosed("the mesh was closed"))

@@ -25,7 +25,9 @@ from typing import Any
 from smolrun.errors import HandshakeError
 from smolrun.wire.frame import VERSION
 
-CHANNELS = ("control", "bulk")
+# What a connection is for: control goes both ways, "up" carries large tensors from the higher rank
+# to the lower one, "down" the other way.
+CHANNELS = ("control", "up", "down")
 _MAX_MESSAGE = 1024
 _NONCE_BYTES = 16
 
@@ -114,7 +116,7 @@ class Conversation:
 
 
 class Dialer(Conversation):
-    """The side that opened the connection, to `peer`, for `channel` ("control" or "bulk")."""
+    """The side that opened the connection, to `peer`, for `channel`, one of CHANNELS."""
 
     def __init__(self, identity: Identity, peer: int, channel: str) -> None:
         super().__init__(identity)

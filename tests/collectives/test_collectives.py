@@ -223,7 +223,7 @@ def test_wrong_sizes_and_ops_are_refused_at_the_call() -> None:
 def test_a_cut_link_ends_every_operation() -> None:
     def wrap(rank: int) -> object:
         def faulty(pipe: Pipe, peer: int, channel: str) -> Pipe:
-            is_cut = (rank, peer, channel) == (1, 0, "bulk")
+            is_cut = (rank, peer, channel) == (1, 0, "up")
             return FaultyPipe(pipe, cut_after=300_000 if is_cut else None)
 
         return faulty

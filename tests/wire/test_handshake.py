@@ -37,7 +37,7 @@ def talk(dialer: Dialer, acceptor: Acceptor) -> list[bytes]:
     return said
 
 
-@pytest.mark.parametrize("channel", ["control", "bulk"])
+@pytest.mark.parametrize("channel", ["control", "up", "down"])
 def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
     dialer, acceptor = Dialer(TWO, 0, channel), Acceptor(ZERO)
     said = talk(dialer, acceptor)
@@ -106,7 +106,7 @@ def test_a_reflected_proof_is_refused() -> None:
 
 @given(st.binary(min_size=1, max_size=300))
 def test_garbage_raises_nothing_but_handshake_errors(data: bytes) -> None:
-    for side in (Acceptor(ZERO), Dialer(TWO, 0, "bulk")):
+    for side in (Acceptor(ZERO), Dialer(TWO, 0, "up")):
         try:
             say(side, data)
         except HandshakeError:
