@@ -138,6 +138,10 @@ class FaultyPipe:
         """See Pipe."""
         return self._pipe.recv_into(buffer if self._piece is None else buffer[: self._piece])
 
+    def end(self) -> None:
+        """See Pipe."""
+        self._pipe.end()
+
     def close(self) -> None:
         """See Pipe."""
         self._pipe.close()

@@ -50,7 +50,8 @@ class Limits:
 
     `finish_s`: from the first rank's result to the last one's. `stop_s`: from Ctrl-C to the last
     result (a step, and saving). `grace_s`: from the first sign of failure to its explanation by the
-    others; `settle_s` is enough once all others have named whoever is silent. `exit_s`: from a result to the exit. `kill_s`: from a kill to the exit.
+    others; `settle_s` is enough once all others have named whoever is silent. `exit_s`: from a
+    result to the exit. `kill_s`: from a kill to the exit.
     """
 
     start_s: float = 120.0

@@ -29,7 +29,6 @@ class IoThread:
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
         self.longest_gap_s = 0.0
-        self.gaps_s = 0.0  # sum of all gaps over half a second, for clocks that must not count them
         self._on_error = on_error
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
@@ -107,7 +106,6 @@ class IoThread:
         else:
             timeout = None
         ready = self._selector.select(timeout)
-        self._note_gap()
         for key, events in ready:
             if key.data is None:
                 self._wake_in.recv(4096)
@@ -116,12 +114,7 @@ class IoThread:
         for _ in range(len(self._posted)):  # what these post themselves waits for the next round
             self._posted.popleft()()
         while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
-
-    def _note_gap(self) -> None:
-        """A timer that is overdue tells how long this thread was kept away."""
-        if self._timers:
-            gap = time.monotonic() - self._timers[0][0]
-            self.longest_gap_s = max(self.longest_gap_s, gap)
-            if gap > 0.5:
-                self.gaps_s += gap
+            due, _, function = heapq.heappop(self._timers)
+            # A timer that is overdue tells how long this thread was kept away.
+            self.longest_gap_s = max(self.longest_gap_s, time.monotonic() - due)
+            function()

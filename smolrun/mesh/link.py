@@ -20,7 +20,7 @@ from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
 # Large buffers let the kernel move data while Python adds; the OS may grant less.
 _SOCKET_BUFFER = 4 * 1024 * 1024
 # After so many bytes of one connection the others get their turn.
-_TURN_BYTES = 1024 * 1024
+_TURN_BYTES = 512 * 1024
 
 
 class Pipe(Protocol):
@@ -41,6 +41,10 @@ class Pipe(Protocol):
 
     def recv_into(self, buffer: memoryview) -> int:
         """Fills a beginning of `buffer`; returns how many bytes, 0 at the end of the stream."""
+        ...
+
+    def end(self) -> None:
+        """Says that nothing more will be sent; receiving goes on."""
         ...
 
     def close(self) -> None:
@@ -67,6 +71,10 @@ class PlainPipe:
     def recv_into(self, buffer: memoryview) -> int:
         """See Pipe."""
         return self._socket.recv_into(buffer)
+
+    def end(self) -> None:
+        """See Pipe."""
+        self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """See Pipe."""
@@ -126,6 +134,8 @@ class Connection:
         self._sequence = 0
         self._events = 0
         self._is_flushing = False
+        self._is_finishing = False
+        self._has_ended = False
         self._listen(READ)
 
     @property
@@ -173,6 +183,9 @@ class Connection:
                 self._refill()
             if not self._queue or budget <= 0:
                 self._listen(READ | WRITE if self._queue else READ)
+                if self._is_finishing and not self._queue and not self._has_ended:
+                    self._has_ended = True
+                    self._pipe.end()
                 return
             buffers, on_sent = self._queue[0]
             sent = self._pipe.send(buffers)
@@ -219,6 +232,12 @@ class Connection:
             frame = self._decoder.filled(count)
             if frame is not None:
                 self._on_frame(frame)
+
+    def finish(self) -> None:
+        """Ends the sending side once the queue is empty; the other end then ends its own."""
+        if not self._is_finishing:
+            self._is_finishing = True
+            self.flush()
 
     def close(self) -> None:
         """Closes at once, without `on_closed`."""

@@ -1,12 +1,12 @@
-"""One other rank: its connections, and the matching of what it sends with what was posted here.
+"""One other rank: three connections, what may go over each, and how it leaves or gets lost.
 
-    control   heartbeats, grants, and tensors up to EAGER_BYTES, sent at once, kept in a mailbox
-              until they are asked for
-    up, down  larger tensors in slices, one way each, only after the receiver has granted a buffer
+    control   both ways: heartbeats, grants, and tensors up to EAGER_BYTES, sent at once
+    up, down  one way each: larger tensors in slices, after the receiver has granted a buffer
 
 So nothing large arrives that nobody waits for, a heartbeat never queues behind a large tensor, and
 two streams that are used in different order on two ranks cannot block each other. Runs on the I/O
-thread only."""
+thread only.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from smolrun.errors import ProtocolError
+from smolrun.mesh.inbox import Inbox, Receive, check_match
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Connection, Pipe
-from smolrun.mesh.mailbox import Mailbox
 from smolrun.mesh.mesh import Combine
 from smolrun.mesh.transfers import Transfer, Transfers
-from smolrun.wire.frame import EAGER_BYTES, PIECE_BYTES, Frame, FrameKind, Header, Tag
-from smolrun.wire.tensor import Payload, dtype_of
+from smolrun.wire.frame import EAGER_BYTES, Frame, FrameKind, Header, Tag
+from smolrun.wire.tensor import Payload
 
 # So many large tensors may wait for their grant, or grants for their tensor.
 _MAX_WAITING = 65536
-
-
-@dataclass(slots=True)
-class _Receive:
-    payload: Payload
-    on_done: Callable[[], None]
-    combine: Combine | None
-    received: int = 0
+# A goodbye on control and the end of another connection may overtake each other by this much.
+_GOODBYE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,7 @@ class PeerEvents:
 
 
 class Peer:
-    """Sends to and receives from one rank; counts what came from an earlier generation and was
-    dropped."""
+    """Sends to and receives from one rank; drops and counts what is from an earlier generation."""
 
     def __init__(
         self,
@@ -60,22 +53,21 @@ class Peer:
         self.silence_s = 0.0
         self.has_left = False
         self.dropped_frames = 0
+        self.inbox = Inbox()
+        self._io = io
         self._me = me
         self._generation = generation
         self._events = events
-        self._posted: dict[Tag, _Receive] = {}
-        self._mailbox = Mailbox()
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
-        self._scratch = memoryview(bytearray(PIECE_BYTES))
         self._heard = 0
         self.control = Connection(
             io,
             pipes["control"],
             place=self._place_control,
             on_frame=self._control_frame,
-            on_closed=self._closed,
+            on_closed=self._control_closed,
         )
         # One socket per direction: the kernel lets only one side of a socket work at a time.
         sending, receiving = ("up", "down") if me > rank else ("down", "up")
@@ -83,18 +75,18 @@ class Peer:
             io,
             pipes[sending],
             place=self._place_nothing,
-            on_frame=self._bulk_frame,
-            on_closed=self._closed,
+            on_frame=self._slice_frame,
+            on_closed=self._bulk_closed,
             refill=self._refill,
         )
         self.incoming = Connection(
             io,
             pipes[receiving],
-            place=self._place_bulk,
-            on_frame=self._bulk_frame,
-            on_closed=self._closed,
+            place=self._place_slice,
+            on_frame=self._slice_frame,
+            on_closed=self._bulk_closed,
         )
-        self.connections = (self.control, self.outgoing, self.incoming)
+        self._connections = (self.control, self.outgoing, self.incoming)
 
     # -- posting ----
 
@@ -103,34 +95,20 @@ class Peer:
         if len(payload.data) <= EAGER_BYTES:
             self.control.send(self._header(FrameKind.TENSOR, tag, payload), payload.data, on_done)
             return
-        send = Transfer(tag, payload, on_done)
+        transfer = Transfer(tag, payload, on_done)
         grant = self._grants.pop(tag, None)
         if grant is None:
-            self._ungranted[tag] = send
+            self._ungranted[tag] = transfer
         else:
-            self._start(send, grant)
+            self._start(transfer, grant)
 
     def post_recv(
         self, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None
     ) -> None:
-        """Takes it from the mailbox if it is there, otherwise remembers it, and grants it if it is
-        large."""
-        if tag in self._posted:
-            raise ProtocolError(f"two receives from rank {self.rank} for {tag}")
-        receive = _Receive(payload, on_done, combine)
+        """Takes it from the mailbox, or expects it, and grants it if it is large."""
+        self.inbox.post(tag, Receive(payload, on_done, combine))
         if len(payload.data) > EAGER_BYTES:
-            self._posted[tag] = receive
             self.control.send(self._header(FrameKind.GRANT, tag, payload)._replace(nbytes=0))
-        elif tag in self._mailbox:
-            header, data = self._mailbox.take(tag)
-            self._check_match(header, payload)
-            self._deliver(receive, data)
-        else:
-            self._posted[tag] = receive
-
-    def has_mail(self, tag: Tag) -> bool:
-        """Whether a small tensor for this tag has come already."""
-        return tag in self._mailbox
 
     def say(self, kind: FrameKind, operation: int = 0) -> None:
         """Sends a frame that is its own message: HEARTBEAT, LOST or GOODBYE."""
@@ -138,44 +116,64 @@ class Peer:
             tag = Tag(0, operation, 0)
             self.control.send(Header(kind, tag, sender=self._me, generation=self._generation))
 
+    # -- leaving ----
+
+    def leave(self) -> None:
+        """Says goodbye, and that nothing follows; the peer answers by closing its ends."""
+        self.say(FrameKind.GOODBYE)
+        for connection in self._connections:
+            connection.finish()
+
     def close(self) -> None:
         """Closes all connections at once."""
-        for connection in self.connections:
+        for connection in self._connections:
             connection.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can come or go any more."""
+        return not any(connection.is_open for connection in self._connections)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes handed to the kernel for this peer, headers included."""
-        return sum(connection.bytes_sent for connection in self.connections)
+        return sum(connection.bytes_sent for connection in self._connections)
 
     @property
     def bytes_received(self) -> int:
         """Bytes that came from this peer."""
-        return sum(connection.bytes_received for connection in self.connections)
-
-    @property
-    def is_flushed(self) -> bool:
-        """Whether the kernel has everything that was to be sent, or nothing can be sent any more."""
-        return all(connection.is_idle or not connection.is_open for connection in self.connections)
-
-    @property
-    def waits_for(self) -> list[Tag]:
-        """Tags of the receives that this rank still waits for."""
-        return list(self._posted)
+        return sum(connection.bytes_received for connection in self._connections)
 
     def tick(self, elapsed_s: float) -> float:
-        """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the silence
-        so far."""
+        """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the sum."""
         heard = self.bytes_received
         self.silence_s = 0.0 if heard != self._heard else self.silence_s + elapsed_s
         self._heard = heard
         return self.silence_s
 
+    def _control_closed(self, reason: str) -> None:
+        if not self.has_left:
+            self._events.on_lost(self.rank, reason)
+        self._check_left()
+
+    def _bulk_closed(self, reason: str) -> None:
+        def judge() -> None:
+            if not self.has_left:
+                self._events.on_lost(self.rank, reason)
+
+        # Its goodbye may still be on the way, over another connection.
+        self._io.call_later(_GOODBYE_S, judge)
+        self._check_left()
+
+    def _check_left(self) -> None:
+        """A peer that has left owes nothing once its last byte has been read."""
+        if self.has_left and self.is_closed and (self.inbox.waits_for or self._ungranted):
+            self._events.on_lost(self.rank, "it left the run while work with it was pending")
+
     # -- frames that arrive ----
 
     def _is_current(self, header: Header) -> bool:
-        """Whether a frame is of this generation; raises ProtocolError for one that cannot be from
-        this peer."""
+        """Whether a frame is of this generation; ProtocolError for what cannot be its own."""
         if header.sender != self.rank:
             raise ProtocolError(
                 f"rank {self.rank} sent a frame in the name of rank {header.sender}"
@@ -187,19 +185,11 @@ class Peer:
         return header.generation == self._generation
 
     def _place_control(self, header: Header) -> memoryview:
+        if header.kind is not FrameKind.TENSOR:
+            raise ProtocolError(f"{header.kind.name} on the control connection")
         if not self._is_current(header):
-            return self._scratch[: header.nbytes]
-        if header.kind is not FrameKind.TENSOR or header.size > EAGER_BYTES:
-            raise ProtocolError(
-                f"{header.kind.name} of {header.size} bytes on the control connection"
-            )
-        receive = self._posted.get(header.tag)
-        if receive is not None:
-            self._check_match(header, receive.payload)
-            return (
-                receive.payload.data if receive.combine is None else self._scratch[: header.nbytes]
-            )
-        return self._mailbox.room_for(header)
+            return memoryview(bytearray(header.nbytes))  # read and dropped; bounded by the decoder
+        return self.inbox.place_tensor(header)
 
     def _control_frame(self, frame: Frame) -> None:
         header = frame.header
@@ -210,94 +200,48 @@ class Peer:
             case FrameKind.HEARTBEAT:
                 self.progress = header.tag.operation
             case FrameKind.TENSOR:
-                self._tensor_came(header, frame.payload)
+                self.inbox.tensor_came(header, frame.payload)
             case FrameKind.GRANT:
                 self._granted(header)
             case FrameKind.LOST:
                 self._events.on_told(self.rank, header.tag.operation)
             case FrameKind.GOODBYE:
-                self._said_goodbye()
+                self.has_left = True
+                self.outgoing.finish()
             case _:
                 raise ProtocolError(f"{header.kind.name} on the control connection")
 
-    def _tensor_came(self, header: Header, data: memoryview) -> None:
-        receive = self._posted.pop(header.tag, None)
-        if receive is not None:
-            self._deliver(receive, data)
-        else:
-            self._mailbox.put(header, data)
-
-    def _deliver(self, receive: _Receive, data: memoryview) -> None:
-        if receive.combine is not None:
-            receive.combine(0, data)
-        elif data is not receive.payload.data:
-            receive.payload.data[:] = data
-        receive.on_done()
-
     def _granted(self, header: Header) -> None:
-        send = self._ungranted.pop(header.tag, None)
-        if send is not None:
-            self._start(send, header)
+        transfer = self._ungranted.pop(header.tag, None)
+        if transfer is not None:
+            self._start(transfer, header)
         elif len(self._grants) >= _MAX_WAITING or header.tag in self._grants:
             raise ProtocolError(f"grant for {header.tag} twice, or too many grants")
         else:
             self._grants[header.tag] = header
 
-    def _said_goodbye(self) -> None:
-        self.has_left = True
-        if self._posted or self._ungranted or self._transfers:
-            self._events.on_lost(
-                self.rank, "it left the run while this rank still had work with it"
-            )
-
-    def _place_bulk(self, header: Header) -> memoryview:
-        if not self._is_current(header):
-            return self._scratch[: header.nbytes]
-        receive = self._posted.get(header.tag)
-        if (
-            header.kind is not FrameKind.SLICE
-            or receive is None
-            or len(receive.payload.data) <= EAGER_BYTES
-        ):
-            raise ProtocolError(f"{header.kind.name} for {header.tag}, which was never granted")
-        if (header.dtype, header.size, header.offset) != (
-            receive.payload.dtype,
-            len(receive.payload.data),
-            receive.received,
-        ):
-            raise ProtocolError(
-                f"slice at {header.offset} of {header.size} bytes does not continue {header.tag}"
-            )
-        if receive.combine is not None:
-            return self._scratch[: header.nbytes]
-        return receive.payload.data[header.offset : header.offset + header.nbytes]
-
     def _place_nothing(self, header: Header) -> memoryview:
         raise ProtocolError(f"{header.kind.name} against the direction of its connection")
 
-    def _bulk_frame(self, frame: Frame) -> None:
-        header = frame.header
-        if not self._is_current(header):
-            self.dropped_frames += 1
-            return
+    def _place_slice(self, header: Header) -> memoryview:
         if header.kind is not FrameKind.SLICE:
-            raise ProtocolError(f"{header.kind.name} on the bulk connection")
-        receive = self._posted[header.tag]
-        if receive.combine is not None:
-            receive.combine(header.offset, frame.payload)
-        receive.received += header.nbytes
-        if receive.received == header.size:
-            del self._posted[header.tag]
-            receive.on_done()
+            raise ProtocolError(f"{header.kind.name} among slices")
+        if not self._is_current(header):
+            return memoryview(bytearray(header.nbytes))
+        return self.inbox.place_slice(header)
 
-    def _closed(self, reason: str) -> None:
-        if not self.has_left:
-            self._events.on_lost(self.rank, reason)
+    def _slice_frame(self, frame: Frame) -> None:
+        if frame.header.kind is not FrameKind.SLICE:
+            raise ProtocolError(f"{frame.header.kind.name} among slices")
+        if self._is_current(frame.header):
+            self.inbox.slice_came(frame.header, frame.payload)
+        else:
+            self.dropped_frames += 1
 
-    # -- bulk transfers ----
+    # -- large tensors on their way out ----
 
     def _start(self, transfer: Transfer, grant: Header) -> None:
-        self._check_match(grant, transfer.payload)
+        check_match(grant, transfer.payload)
         self._transfers.add(transfer)
         self.outgoing.flush()
 
@@ -310,21 +254,11 @@ class Peer:
         header = self._header(FrameKind.SLICE, tag, payload)._replace(
             shape=(), offset=piece.start, nbytes=piece.stop - piece.start
         )
-        self.outgoing.send(
-            header, payload.data[piece.start : piece.stop], on_done if piece.is_last else None
-        )
+        data = payload.data[piece.start : piece.stop]
+        self.outgoing.send(header, data, on_done if piece.is_last else None)
 
     def _header(self, kind: FrameKind, tag: Tag, payload: Payload) -> Header:
         size = len(payload.data)
         return Header(
             kind, tag, payload.dtype, payload.shape, size, 0, size, self._me, self._generation
         )
-
-    def _check_match(self, header: Header, payload: Payload) -> None:
-        if (header.dtype, header.shape) != (payload.dtype, payload.shape):
-            theirs = f"{dtype_of(header.dtype)} {list(header.shape)}"
-            mine = f"{dtype_of(payload.dtype)} {list(payload.shape)}"
-            raise ProtocolError(
-                f"for {header.tag} rank {self.rank} has {theirs}, rank {self._me} has {mine}: "
-                "the two ranks run different operations"
-            )

@@ -28,7 +28,7 @@ __all__ = ["Endpoint", "Seat", "TcpMesh", "connect"]
 
 _log = logging.getLogger(__name__)
 
-# How long a closing mesh waits for the kernel to take the last frames.
+# How long a closing mesh waits until its peers have read its last words and closed their ends.
 _FLUSH_S = 2.0
 
 
@@ -127,7 +127,7 @@ class TcpMesh(Mesh):
 
     def describe_waiting(self) -> str:
         """See Mesh."""
-        waits = {rank: peer.waits_for for rank, peer in self._peers.items()}
+        waits = {rank: peer.inbox.waits_for for rank, peer in self._peers.items()}
         named = [
             f"rank {rank} (step {self._peers[rank].progress}) for {tags[0]}"
             for rank, tags in waits.items()
@@ -154,7 +154,7 @@ class TcpMesh(Mesh):
     ) -> None:
         """See Mesh."""
         self._check_present(
-            peer, is_here=not self._peers[peer].has_left or self._peers[peer].has_mail(tag)
+            peer, is_here=not self._peers[peer].has_left or self._peers[peer].inbox.has_mail(tag)
         )
         self._peers[peer].post_recv(tag, payload, on_done, combine)
 
@@ -187,6 +187,8 @@ class TcpMesh(Mesh):
 
         Time in which this thread did not run is not counted: what a peer said meanwhile has not
         been read yet."""
+        if self._is_closed:
+            return
         now = time.monotonic()
         elapsed = min(now - self._last_tick, 2 * self._heartbeat_s)
         self._last_tick = now
@@ -212,18 +214,18 @@ class TcpMesh(Mesh):
         flushed = threading.Event()
 
         def finish() -> None:
-            is_flushed = all(peer.is_flushed for peer in self._peers.values())
-            if not is_flushed and time.monotonic() < deadline:
-                self.io.call_later(0.01, finish)
+            peers = self._peers.values()
+            if time.monotonic() < deadline and not all(peer.is_closed for peer in peers):
+                self.io.call_later(0.005, finish)
                 return
-            self.fail(MeshClosed("the mesh was closed"))
-            for peer in self._peers.values():
+            for peer in peers:
                 peer.close()
             flushed.set()
 
         def begin() -> None:
+            self.fail(MeshClosed("the mesh was closed"))
             for peer in self._peers.values():
-                peer.say(FrameKind.GOODBYE)
+                peer.leave()
             finish()
 
         self.post(begin)

@@ -16,7 +16,7 @@ from torch import nn
 from smolrun.algorithms.base import Algorithm, Context, StepResult
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.placement import plan_batches
+from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
 from smolrun.tasks.train_rank import yaml_keys
@@ -93,6 +93,13 @@ def _context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Cont
     )
 
 
+def _share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:
+    """One rank's micro-batches of a global batch."""
+    first = step * GLOBAL_BATCH
+    parts = [slice(p.start - first, p.stop - first) for p in plan.positions(step)]
+    return [Batch(batch.inputs[part], batch.targets[part]) for part in parts]
+
+
 def train(
     algorithm: str,
     model: str,
@@ -129,14 +136,7 @@ def train(
             trace.hashes.append(parameter_hash(runner.replica_tensors()))
 
         for step in range(steps):
-            batch = sample(model, step)
-            parts = [
-                slice(p.start - step * GLOBAL_BATCH, p.stop - step * GLOBAL_BATCH)
-                for p in plan.positions(step)
-            ]
-            result = runner.train_step(
-                [Batch(batch.inputs[part], batch.targets[part]) for part in parts]
-            )
+            result = runner.train_step(_share(sample(model, step), plan, step))
             if result is not None:
                 note(result)
         for result in runner.drain():

@@ -197,6 +197,25 @@ def test_links_that_move_few_bytes_at_a_time(piece: int) -> None:
     assert torch.equal(first, values(0, size) + values(1, size))
 
 
+def test_small_and_large_tensors_that_are_half_read_at_once_do_not_mix() -> None:
+    sizes = [60_000, 5_000, 200_000, 9_000, 31_000]
+
+    def wrap(_rank: int) -> object:
+        return lambda pipe, _peer, _channel: FaultyPipe(pipe, piece_bytes=999)
+
+    def rank_main(mesh: Mesh) -> list[torch.Tensor]:
+        collectives = Collectives(mesh, direct_bytes=0)
+        tensors = [values(mesh.rank + index, size) for index, size in enumerate(sizes * 4)]
+        for work in [collectives.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+        return tensors
+
+    for result in run_ranks(3, rank_main, kind="tcp", wrap=wrap):  # type: ignore[arg-type]
+        for index, tensor in enumerate(result):
+            expected = torch.stack([values(r + index, tensor.numel()) for r in range(3)]).sum(0)
+            assert torch.equal(tensor, expected), index
+
+
 @KINDS
 @pytest.mark.parametrize("sizes", [(10, 11), (100_000, 100_001)])
 def test_ranks_that_run_different_operations_are_told_so(kind: str, sizes: tuple[int, int]) -> None:
