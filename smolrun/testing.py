@@ -15,7 +15,7 @@ from typing import TypeVar
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
-from smolrun.mesh.tcp import Endpoint, Seat, connect
+from smolrun.mesh.tcp import Endpoint, Seat, TcpMesh, connect
 from smolrun.wire.handshake import Identity
 
 T = TypeVar("T")
@@ -55,6 +55,8 @@ def run_ranks(
         finally:
             if mesh is not None:
                 mesh.close()
+                crash = mesh.io.crash if isinstance(mesh, TcpMesh) else None
+                errors[rank] = errors[rank] or crash  # a defect, even if the function survived it
 
     threads = [
         threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolrun.config import RunConfig
+from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
 from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
@@ -36,6 +37,11 @@ def drive(config: RunConfig) -> int:
     """Run the bench once per world size; rows go to bench.jsonl in the run folder."""
     bench = config.bench
     needs_data = bench.name == "step"
+    if needs_data and (config.precision != "float32" or config.staleness.bound not in ("auto", 0)):
+        raise ConfigError(
+            "bench = step: the peer trains in float32 and waits for every gradient; "
+            "allowed: precision=float32 staleness=strict"
+        )
     prepared = prepare_data(config, lambda *_: None) if needs_data else None
     rows: list[dict[str, Any]] = []
     with nothing_started():

@@ -15,6 +15,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
+from smolrun.tasks.before_start import check_before_start
 from smolrun.tasks.workers import (
     become_latest,
     make_folder,
@@ -22,7 +23,7 @@ from smolrun.tasks.workers import (
     plan_workers,
     prepare_data,
 )
-from smolrun.tracking.console import Console, clock, printable
+from smolrun.tracking.console import Console, clock, counted, printable
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
@@ -37,16 +38,19 @@ if TYPE_CHECKING:
 def drive(config: RunConfig) -> int:
     """Train as configured; returns the exit code. ConfigError, DataError: nothing was started."""
     began = time.monotonic()
+    check_before_start(config)
     console = Console(steps=config.training.steps, world_size=world_size(config))
     record = RunRecord()
     try:
         prepared = prepare_data(config, console.preparing)
+        console.unit = "tokens" if prepared.sequence_length else "samples"
         title = f"{config.algorithm.name}-{config.model.name}"
         with nothing_started():
             folder = make_folder(config, title, prepared.tokenizer)
             metrics = JsonLines(folder.metrics)
         become_latest(folder, console.say)
-        console.say(f"{folder.path}: starting {world_size(config)} ranks; {prepared.description}")
+        ranks = counted(world_size(config), "rank")
+        console.say(f"{folder.path}: starting {ranks}; {prepared.description}")
         trackers = Fanout([metrics, console, record], warn=console.say)
         driver = Driver(
             plan_workers(config, folder, prepared),
@@ -109,17 +113,19 @@ def _tell(
     console: Console, folder: RunFolder, record: RunRecord, outcome: Outcome, wall_s: float
 ) -> None:
     """The last lines of a run."""
-    figures = [f"{record.steps} steps in {clock(wall_s)}"]
+    figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
     if record.train_loss is not None:
         figures.append(f"loss {record.train_loss:.4f}")
     if record.eval_loss is not None:
         figures.append(f"evaluation loss {record.eval_loss:.4f}")
     if record.tokens_per_s is not None:
-        figures.append(f"{record.tokens_per_s:,.0f} tokens/s")
+        figures.append(f"{record.tokens_per_s:,.0f} {console.unit}/s")
     reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
     console.say(f"{outcome.status}{reason}: {', '.join(figures)}")
     if record.sample is not None:
         console.say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
+    if record.divergence:
+        console.say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
     console.say(f"everything about this run: {folder.path}")
 
 

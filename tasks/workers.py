@@ -35,12 +35,13 @@ def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
 
 
 def load_target(path: str) -> Any:
-    """What `module:name` names; ConfigError with the reason where there is no such thing."""
+    """What `module:name` names; ConfigError with the reason where it cannot be had."""
     module, _, name = path.partition(":")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot load {path}: {error}") from error
+    except Exception as error:  # an import runs the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: cannot be loaded ({reason})") from error
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Context:
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
-    expected_weight: int = 1  # targets in a full micro-batch, a hint for the first loss scale
+    expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ class Algorithm(ABC):
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's
         facts."""
-        loss_sum, weight = torch.zeros((), dtype=torch.float64, device=self.context.device), 0
+        losses, weight = [], 0
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
             if len(batch.inputs):
                 loss = self._loss_sum(batch)
                 (loss * self.loss_scale.value).backward()
-                loss_sum += loss.detach()
+                losses.append(loss.detach())
                 weight += int((batch.targets != IGNORED).sum())
-        return {"loss_sum": loss_sum.item(), "weight": weight}
+        return {"loss_sum": sum(loss.item() for loss in losses), "weight": weight}
 
     def before_last_backward(self) -> None:
         """Called before the last micro-batch: gradients complete from now on may leave."""
@@ -197,9 +197,10 @@ class Algorithm(ABC):
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
         """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
         adds them up."""
-        squares = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients
-        ]
+        # Apple's devices have no float64.
+        has_double = self.context.device.type != "mps"
+        dtype = torch.float64 if has_double else torch.float32
+        squares = [torch.linalg.vector_norm(gradient, dtype=dtype) ** 2 for gradient in gradients]
         return float(sum(square.item() for square in squares))
 
     # -- shared by all ----

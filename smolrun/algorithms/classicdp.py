@@ -10,8 +10,8 @@ their bytes. All ranks receive the same bytes and take the same step, so replica
 bit without ever sending weights.
 
 With staleness K the update of step t applies the sums of step t-K, on all ranks alike: replicas
-stay equal, no rank is ever more than K steps ahead, and the network has K whole steps to hide
-behind.
+stay equal, no rank begins step t before all have finished step t-K-1, and the network has K whole
+steps to hide behind.
 
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020
 (buckets, overlap); Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel

@@ -28,7 +28,7 @@ class PeerStep:
         self._grad_clip = grad_clip
         self.loss = 0.0
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, batch: Batch, learning_rate: float) -> None:
         """Forward, backward, clip, update; keeps this rank's loss."""
         logits = self.model(batch.inputs).flatten(0, -2)
         loss = cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
@@ -36,6 +36,8 @@ class PeerStep:
         loss.backward()
         if self._grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
         self.loss = loss.item()
 
@@ -59,7 +61,8 @@ def compare_step(
         losses["ours"] = result.loss if result is not None else losses["ours"]
 
     def peer_step() -> None:
-        peer(batch(counts["peer"]))
+        step = counts["peer"]
+        peer(batch(step), algorithm.context.learning_rate(step))
         counts["peer"] += 1
         losses["peer"] = peer.loss
 

@@ -57,6 +57,8 @@ class Collectives:
         """Combines the tensors of all ranks in place; `op` is sum, mean, max or min."""
         if op not in (*OPS, "mean"):
             raise SmolrunError(f"all_reduce knows {', '.join(OPS)} and mean, not {op!r}")
+        if op == "mean" and not tensor.is_floating_point():
+            raise SmolrunError(f"all_reduce cannot take the mean of {tensor.dtype}")
         if tensor.numel() * tensor.itemsize <= self._direct_bytes:
             return self._all_reduce_direct(tensor, op, async_op)
         chunks = Chunks(tensor, even_ranges(tensor.numel(), self.size))
@@ -211,6 +213,7 @@ class Collectives:
             else ranges_of(output_sizes)
         )
         own_from, own_to = sends[self.index], receives[self.index]
+        self._check_sizes("all_to_all", own_from[1] - own_from[0], own_to[1] - own_to[0])
         self._check_sizes(
             "all_to_all", tensor.numel(), sends[-1][1], output.numel(), receives[-1][1]
         )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from smolrun.collectives.schedule import Range, Schedule
+from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Combine, Mesh
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, as_array, as_bytes, dtype_code
@@ -130,8 +131,14 @@ class Run:
         self._close_one()
 
     def _came(self, index: int) -> None:
+        if self._mesh.failure is not None:
+            return  # this run has failed with the mesh; what still comes in changes nothing
         self._has_received[index] = True
-        self._advance()
+        try:
+            self._advance()
+        except SmolrunError as error:
+            self._mesh.fail(error)  # not an error of the peer whose bytes are being read just now
+            return
         self._close_one()
 
     def _advance(self) -> None:

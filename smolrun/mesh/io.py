@@ -39,6 +39,8 @@ class IoThread:
         self._wake_out.setblocking(False)
         self._selector.register(self._wake_in, READ, None)
         self._is_stopping = False
+        self._has_ended = False
+        self.crash: BaseException | None = None  # why the thread ended, if it was not asked to
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ident = 0
 
@@ -53,7 +55,9 @@ class IoThread:
     def post(self, function: Callable[[], None]) -> None:
         """Runs `function` on this thread soon; callable from any thread, never blocks."""
         self._posted.append(function)
-        if threading.get_ident() != self._ident:
+        if self._has_ended:
+            self._run_leftovers()
+        elif threading.get_ident() != self._ident:
             try:
                 self._wake_out.send(b"x")
             except OSError:
@@ -91,11 +95,22 @@ class IoThread:
                 self._turn()
         except BaseException as error:
             _log.exception("the I/O thread failed")
+            self.crash = error
             self._on_error(error)
         finally:
+            self._has_ended = True
+            self._run_leftovers()
             self._selector.close()
             self._wake_in.close()
             self._wake_out.close()
+
+    def _run_leftovers(self) -> None:
+        """What was posted too late still runs, so that whoever waits for it learns of the end."""
+        while self._posted:
+            try:
+                self._posted.popleft()()
+            except IndexError:
+                return  # another thread was faster
 
     def _turn(self) -> None:
         """One round: wait for something to do, then do all of it."""

@@ -8,16 +8,18 @@ five methods. Runs on the I/O thread only. Knows nothing of ranks, tags or who w
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from smolrun.errors import ProtocolError
 from smolrun.mesh.io import READ, WRITE, IoThread
 from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
 
-# Large buffers let the kernel move data while Python adds; the OS may grant less.
+# Large buffers let the kernel move data while Python adds.
 _SOCKET_BUFFER = 4 * 1024 * 1024
 # After so many bytes of one connection the others get their turn.
 _TURN_BYTES = 512 * 1024
@@ -87,10 +89,11 @@ def tune(sock: socket.socket) -> None:
     sock.setblocking(False)
     options = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER),
-        (socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     ]
+    if _may_set_buffers():
+        options.append((socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER))
+        options.append((socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER))
     # Not every system has these (macOS calls the first TCP_KEEPALIVE): heartbeats find a dead path
     # without them too.
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
@@ -101,6 +104,16 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(level, option, value)
         except OSError:
             continue  # an option is a wish
+
+
+@functools.cache
+def _may_set_buffers() -> bool:
+    """False on a Linux that would cut the size down: left alone, it grows buffers by itself."""
+    try:
+        limits = [Path(f"/proc/sys/net/core/{side}mem_max").read_text() for side in "rw"]
+    except OSError:
+        return True  # not Linux
+    return all(int(limit) >= _SOCKET_BUFFER for limit in limits)
 
 
 class Connection:

@@ -1,7 +1,8 @@
 """The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread
 matches sends and receives.
 
-For tests and lessons: the same contract as TcpMesh, without sockets, ports or processes.
+For tests and lessons, without sockets, ports or processes. Unlike TcpMesh it has no eager sends: a
+send is done when its receive was posted; and a rank that closes its mesh is not missed by others.
 """
 
 from __future__ import annotations

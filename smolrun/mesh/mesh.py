@@ -12,7 +12,6 @@ thread (the hops of a collective) and call `on_done` there. Knows nothing of soc
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -29,12 +28,11 @@ Combine = Callable[[int, memoryview], None]
 class Work:
     """Something posted to the mesh. `wait` returns when it is done and raises why it failed."""
 
-    __slots__ = ("_error", "_gate", "_timeout_s", "_who", "finished_at", "is_done", "label")
+    __slots__ = ("_error", "_gate", "_timeout_s", "_who", "is_done", "label")
 
     def __init__(self, label: str, timeout_s: float, who: Callable[[], str]) -> None:
         self.label = label
         self.is_done = False
-        self.finished_at = 0.0  # time.perf_counter() when it was done
         self._error: BaseException | None = None
         self._timeout_s = timeout_s
         self._who = who
@@ -59,7 +57,6 @@ class Work:
         """Marks the work as done; only on the I/O thread, the first call counts."""
         if not self.is_done:
             self._error = error
-            self.finished_at = time.perf_counter()
             self.is_done = True
             self._gate.release()
 
@@ -85,6 +82,7 @@ class Mesh(ABC):
     def send(self, peer: int, tag: Tag, tensor: torch.Tensor) -> Work:
         """Starts sending a contiguous CPU tensor; the work is done when the tensor may change
         again."""
+        self._check_peer(peer)
         payload = payload_of(tensor)
         return self.submit(
             f"send to rank {peer}",
@@ -93,6 +91,7 @@ class Mesh(ABC):
 
     def recv(self, peer: int, tag: Tag, into: torch.Tensor) -> Work:
         """Starts receiving into a contiguous CPU tensor of the dtype and shape that is sent."""
+        self._check_peer(peer)
         payload = payload_of(into)
         return self.submit(
             f"receive from rank {peer}",
@@ -109,13 +108,20 @@ class Mesh(ABC):
             self._pending.add(work)
             try:
                 start(work)
-            except SmolrunError as error:
+            except Exception as error:
                 self.fail(
                     error
                 )  # it may be half posted, and the peers already wait for the other half
 
-        self.post(begin)
+        if self.failure is not None:
+            work.finish(self.failure)
+        else:
+            self.post(begin)
         return work
+
+    def _check_peer(self, peer: int) -> None:
+        if peer == self.rank or not 0 <= peer < self.world_size:
+            raise SmolrunError(f"rank {self.rank} of {self.world_size} has no peer {peer}")
 
     def describe_waiting(self) -> str:
         """Whom this rank waits for, as part of a sentence."""

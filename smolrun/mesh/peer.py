@@ -24,8 +24,9 @@ from smolrun.wire.tensor import Payload
 
 # So many large tensors may wait for their grant, or grants for their tensor.
 _MAX_WAITING = 65536
-# A goodbye on control and the end of another connection may overtake each other by this much.
-_GOODBYE_S = 0.5
+# The end of another connection may overtake the goodbye on control by this much; one that breaks
+# is not followed by any goodbye.
+_GOODBYE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Peer:
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
+        self._open_sends = 0
         self._heard = 0
         self.control = Connection(
             io,
@@ -92,10 +94,16 @@ class Peer:
 
     def post_send(self, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """Sends at once if small, otherwise as soon as the peer has granted it."""
+        self._open_sends += 1
+
+        def sent() -> None:
+            self._open_sends -= 1
+            on_done()
+
         if len(payload.data) <= EAGER_BYTES:
-            self.control.send(self._header(FrameKind.TENSOR, tag, payload), payload.data, on_done)
+            self.control.send(self._header(FrameKind.TENSOR, tag, payload), payload.data, sent)
             return
-        transfer = Transfer(tag, payload, on_done)
+        transfer = Transfer(tag, payload, sent)
         grant = self._grants.pop(tag, None)
         if grant is None:
             self._ungranted[tag] = transfer
@@ -167,7 +175,7 @@ class Peer:
 
     def _check_left(self) -> None:
         """A peer that has left owes nothing once its last byte has been read."""
-        if self.has_left and self.is_closed and (self.inbox.waits_for or self._ungranted):
+        if self.has_left and self.is_closed and (self.inbox.waits_for or self._open_sends):
             self._events.on_lost(self.rank, "it left the run while work with it was pending")
 
     # -- frames that arrive ----

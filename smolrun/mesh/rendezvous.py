@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smolrun.errors import HandshakeError, ProtocolError, SmolrunError, WaitTimeout
+from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
 from smolrun.mesh.io import READ, WRITE, IoThread
 from smolrun.mesh.link import Pipe, PlainPipe, tune
 from smolrun.wire.handshake import CHANNELS, Acceptor, Conversation, Dialer, Identity
@@ -85,6 +85,10 @@ class Rendezvous:
 
         def end() -> None:
             self._is_over = True
+            if not self._is_complete():
+                for channels in self._pipes.values():
+                    for pipe in channels.values():
+                        pipe.close()
             self._io.watch(self._endpoint.socket, 0, self._accept)
             for knock in list(self._knocks):
                 knock.close()
@@ -121,7 +125,8 @@ class Rendezvous:
                 sock, _ = self._endpoint.socket.accept()
             except OSError:
                 return  # nobody more, or the caller has gone already
-            if len(self._knocks) >= _MAX_KNOCKS:
+            strangers = sum(isinstance(k.conversation, Acceptor) for k in self._knocks)
+            if strangers >= _MAX_KNOCKS:
                 self.refused += 1
                 sock.close()
                 continue
@@ -146,8 +151,9 @@ class Rendezvous:
         talk = knock.conversation
         if error is None and talk.peer is not None and not self._is_over:
             if talk.channel in self._pipes[talk.peer]:
-                knock.close()
-                return
+                self._pipes[talk.peer][
+                    talk.channel
+                ].close()  # it dialed again, so it lost the first
             self._pipes[talk.peer][talk.channel] = PlainPipe(knock.sock)
             self._check_complete()
             return
@@ -162,13 +168,18 @@ class Rendezvous:
                 self._io.call_later(_RETRY_S, lambda: self._dial(seat, channel))
         else:
             _log.info("refused a connection: %s", error)
-            if talk.peer is not None and isinstance(error, HandshakeError):
-                self._error = error  # it knows the secret, so this is one of us with another config
+            if isinstance(talk, Acceptor) and talk.refused_because:
+                # It knows the secret, so it is one of us, of another generation or configuration.
+                self._error = HandshakeError(f"refused rank {talk.peer}: {talk.refused_because}")
                 self._complete.set()
 
     def _check_complete(self) -> None:
-        if all(len(channels) == len(CHANNELS) for channels in self._pipes.values()):
+        if self._is_complete():
             self._complete.set()
+
+    def _is_complete(self) -> bool:
+        full = all(len(channels) == len(CHANNELS) for channels in self._pipes.values())
+        return full and self._error is None
 
 
 class _Knock:
@@ -214,7 +225,7 @@ class _Knock:
                     self._end(None)
         except BlockingIOError:
             return
-        except (OSError, ProtocolError) as error:
+        except Exception as error:  # whatever a stranger provokes ends this conversation only
             self._end(error)
 
     def _send(self, data: bytes) -> None:

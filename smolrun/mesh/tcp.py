@@ -29,7 +29,7 @@ __all__ = ["Endpoint", "Seat", "TcpMesh", "connect"]
 _log = logging.getLogger(__name__)
 
 # How long a closing mesh waits until its peers have read its last words and closed their ends.
-_FLUSH_S = 2.0
+_FLUSH_S = 5.0
 
 
 def connect(
@@ -210,7 +210,9 @@ class TcpMesh(Mesh):
         if self._is_closed:
             return
         self._is_closed = True
-        deadline = time.monotonic() + _FLUSH_S
+        # A peer that is lost answers no goodbye.
+        patience_s = _FLUSH_S if self.failure is None else _FLUSH_S / 10
+        deadline = time.monotonic() + patience_s
         flushed = threading.Event()
 
         def finish() -> None:

@@ -59,6 +59,7 @@ class LossScale:
 
     def __init__(self, value: float, *, is_dynamic: bool) -> None:
         self.value = value
+        self._least = value * 2.0**-16
         self.is_dynamic = is_dynamic
         self._good_steps = 0
 
@@ -67,7 +68,7 @@ class LossScale:
         if not self.is_dynamic:
             return
         if not was_finite:
-            self.value, self._good_steps = max(1.0, self.value / 2), 0
+            self.value, self._good_steps = max(self._least, self.value / 2), 0
             return
         self._good_steps += 1
         if self._good_steps == self.growth_interval:

@@ -182,7 +182,8 @@ def write_text(
     tokens = list(prompt)
     for _ in range(num_tokens):
         window = torch.tensor([tokens[-context_length:]])
-        values, ids = logits(window)[0, -1].topk(top_k)
+        last = logits(window)[0, -1]
+        values, ids = last.topk(min(top_k, len(last)))
         choice = torch.multinomial(torch.softmax(values / temperature, 0), 1, generator=generator)
         tokens.append(int(ids[choice]))
     return tokens[len(prompt) :]

@@ -39,8 +39,12 @@ def _temperature() -> float | None:
     sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
     if sensors is None:
         return None
+    try:
+        sensors_now = sensors()
+    except OSError:
+        return None  # a machine may have sensors and not let us read them
     readings = [
-        entry.current for entries in sensors().values() for entry in entries if entry.current
+        entry.current for entries in sensors_now.values() for entry in entries if entry.current
     ]
     return max(readings, default=None)
 

@@ -138,6 +138,8 @@ class FrameDecoder:
             return None
         header = self._parse()
         if header.nbytes == 0:
+            if header.kind is FrameKind.TENSOR:
+                self._place(header)  # an empty tensor is checked like any other
             self._target = memoryview(b"")
             return self._finish(header)
         self._begin_payload(header)
@@ -224,6 +226,8 @@ def _check_sizes(header: Header, max_payload: int) -> None:
             raise ProtocolError(
                 f"{kind.name} of a {size}-byte tensor with a payload of {nbytes} bytes"
             )
+    elif kind is FrameKind.SLICE and (header.offset | nbytes) % ITEM_SIZES[header.dtype]:
+        raise ProtocolError(f"a slice of {nbytes} bytes at {header.offset} cuts through an element")
     elif header.shape:
         raise ProtocolError(f"{kind.name} carries no shape")
     elif (kind is FrameKind.SLICE) != (nbytes > 0):

@@ -109,9 +109,8 @@ class Conversation:
         ).hexdigest()
 
     def _check(self, role: str, proof: object) -> None:
-        if not isinstance(proof, str) or not hmac.compare_digest(
-            self._proof(role).encode(), proof.encode()
-        ):
+        is_text = isinstance(proof, str) and proof.isascii()  # compare_digest refuses the rest
+        if not is_text or not hmac.compare_digest(self._proof(role), str(proof)):
             raise HandshakeError(f"the {role} does not know this run's secret")
 
 
@@ -165,6 +164,7 @@ class Acceptor(Conversation):
     """The side that was called: told which rank and channel this is, it believes so only with
     proof."""
 
+    refused_because = ""  # why a peer that proved itself may not take part
     _claimed: int | None = None
 
     def _received(self, message: dict[str, Any], proof: object) -> bytes:
@@ -179,7 +179,7 @@ class Acceptor(Conversation):
             case "proof", int():
                 self._check("dialer", proof)
                 self.peer = self._claimed
-                reason = self._mismatch(message)
+                reason = self.refused_because = self._mismatch(message)
                 self.is_done = not reason
                 return self._say(
                     {"type": "refused", "reason": reason} if reason else {"type": "welcome"}

@@ -124,24 +124,24 @@ def test_many_operations_in_flight_finish_in_any_order_of_waiting(kind: str) -> 
 
 
 def test_two_streams_used_in_different_order_on_two_ranks() -> None:
+    """Rank 0 ends stream 1 before it begins stream 2, rank 1 begins them the other way round."""
+
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
         streams = [Collectives(mesh, stream=1), Collectives(mesh, stream=2)]
         tensors = [values(mesh.rank, 500_000), values(mesh.rank + 5, 500_000)]
-        order = [0, 1] if mesh.rank == 0 else [1, 0]
-        for (
-            which
-        ) in order:  # each waits for its own first stream, which the other has not even begun
-            works = (
-                [streams[w].all_reduce(tensors[w], async_op=True) for w in order]
-                if which == order[0]
-                else []
-            )
+        if mesh.rank == 0:
+            for stream, tensor in zip(streams, tensors, strict=True):
+                stream.all_reduce(tensor)
+        else:
+            works = [streams[which].all_reduce(tensors[which], async_op=True) for which in (1, 0)]
             for work in works:
                 work.wait()
         return tensors
 
     first, second = run_ranks(2, rank_main, kind="tcp")
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for which, tensor in enumerate(first):
+        assert torch.equal(tensor, second[which])
+        assert torch.equal(tensor, values(5 * which, 500_000) + values(1 + 5 * which, 500_000))
 
 
 def test_a_group_of_some_ranks_works_beside_the_others() -> None:
@@ -233,6 +233,8 @@ def test_wrong_sizes_and_ops_are_refused_at_the_call() -> None:
         collectives = Collectives(mesh)
         with pytest.raises(SmolrunError, match="not 'product'"):
             collectives.all_reduce(torch.ones(2), "product")
+        with pytest.raises(SmolrunError, match=r"mean of torch\.int64"):
+            collectives.all_reduce(torch.ones(2, dtype=torch.int64), "mean")
         with pytest.raises(SmolrunError, match="has 5 elements, its sizes say 3"):
             collectives.all_gather(torch.ones(5), torch.ones(3), [3])
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smolrun.collectives.api import Collectives
 from smolrun.errors import MeshClosed, PeerLost, SmolrunError, WaitTimeout
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
@@ -160,3 +161,77 @@ def test_a_lost_rank_fails_everything_on_the_others(kind: str) -> None:
         return str(caught.value)
 
     assert all("lost rank 1" in said for said in run_ranks(3, rank_main, kind=kind))
+
+
+def test_survivors_of_a_lost_rank_keep_their_io_thread() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        collectives = Collectives(mesh)
+        works = [collectives.all_reduce(torch.ones(400_000), async_op=True) for _ in range(6)]
+        if mesh.rank == 1:
+            works[0].wait()
+            for peer in mesh._peers.values():  # type: ignore[attr-defined]
+                mesh.post(peer.close)
+            return
+        with pytest.raises(PeerLost):
+            for work in works:
+                work.wait(10)
+            collectives.barrier()
+        with pytest.raises(PeerLost):
+            collectives.all_reduce(torch.ones(3))  # at once, not after a deadline
+
+    run_ranks(3, rank_main, kind="tcp")
+
+
+def test_work_posted_after_the_end_fails_at_once() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        mesh.close()
+        with pytest.raises(MeshClosed):
+            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(5)
+
+    run_ranks(2, rank_main, kind="tcp")
+
+
+def test_a_large_send_to_a_peer_that_leaves_fails() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            work = mesh.send(1, Tag(1, 0, 0), torch.ones(16_000_000))
+            with pytest.raises(PeerLost, match="lost rank 1"):
+                work.wait(20)
+        else:
+            mesh.recv(0, Tag(1, 0, 0), torch.empty(16_000_000))  # grants it, and goes
+
+    run_ranks(2, rank_main, kind="tcp")
+
+
+@pytest.mark.parametrize("is_posted_first", [True, False])
+def test_an_empty_tensor_where_another_is_expected_is_told(is_posted_first: bool) -> None:
+    def rank_main(mesh: Mesh) -> str:
+        ready, tag = Tag(2, 0, 0), Tag(1, 0, 0)
+        if mesh.rank == 0:
+            if is_posted_first:
+                mesh.recv(1, ready, torch.empty(1)).wait()
+            mesh.send(1, tag, torch.ones(0)).wait()
+            with pytest.raises(SmolrunError):
+                mesh.send(1, ready, torch.ones(1)).wait()
+                mesh.recv(1, Tag(3, 0, 0), torch.empty(1)).wait()
+            return ""
+        if is_posted_first:
+            work = mesh.recv(0, tag, torch.empty(4))
+            mesh.send(0, ready, torch.ones(1))
+        else:
+            mesh.recv(0, ready, torch.empty(1)).wait()
+            work = mesh.recv(0, tag, torch.empty(4))
+        with pytest.raises(SmolrunError) as caught:
+            work.wait(5)
+        return str(caught.value)
+
+    assert "different operations" in run_ranks(2, rank_main, kind="tcp")[1]
+
+
+def test_a_peer_that_does_not_exist_is_refused_at_the_call() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        for peer in (mesh.rank, 7, -1):
+            with pytest.raises(SmolrunError, match="has no peer"):
+                mesh.send(peer, Tag(1, 0, 0), torch.ones(1))
+
+    run_ranks(2, rank_main, kind="tcp")

@@ -63,20 +63,31 @@ def test_ranks_that_fit_together_build_a_mesh() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config_hash": "other"}, "config_hash is"),
-        ({"generation": 7}, "generation is"),
         ({"secret": b"x" * 32}, "does not know this run's secret"),
         ({"run_id": "yesterday"}, "does not know this run's secret"),
     ],
 )
-def test_a_rank_of_another_run_or_config_is_told_why(
-    changes: dict[str, object], words: str
-) -> None:
+def test_a_rank_of_another_run_is_refused(changes: dict[str, object], words: str) -> None:
     results = build([identity(0), dataclasses.replace(identity(1), **changes)], start_timeout_s=2.0)  # type: ignore[arg-type]
     assert all(isinstance(result, SmolrunError) for result in results)
     assert any(isinstance(result, HandshakeError) and words in str(result) for result in results), (
         results
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"config_hash": "other"}, {"generation": 7}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_both_ends_are_told_at_once_that_their_configurations_differ(
+    changes: dict[str, object],
+) -> None:
+    (key,) = changes
+    results = build([identity(0), dataclasses.replace(identity(1), **changes)])  # type: ignore[arg-type]
+    for result in results:
+        assert isinstance(result, HandshakeError)
+        assert f"{key} is" in str(result)
 
 
 def test_a_missing_rank_is_named_with_its_host_and_address() -> None:
@@ -110,6 +121,8 @@ def strangers(kind: str, index: int) -> bytes:
         "false proof": _framed(hello)
         + _framed({"type": "proof", "generation": 0, "config_hash": "hash", "proof": "0" * 64}),
     }
+    surrogate = {"type": "proof", "proof": "\ud800"}
+    spoken["surrogate"] = _framed(hello) + _framed(surrogate)
     return spoken[kind]
 
 
@@ -118,7 +131,7 @@ def _framed(message: dict[str, object]) -> bytes:
     return len(raw).to_bytes(2, "little") + raw
 
 
-STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof"]
+STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof", "surrogate"]
 
 
 def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
@@ -148,6 +161,7 @@ def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
     waiting.join(10)
     assert isinstance(outcome[0], dict) and set(outcome[0][1]) == {"control", "up", "down"}
     assert rendezvous.refused == 1000
+    assert io.crash is None
     assert bytes_got < 1000 * 200, "a challenge at most"
     honest.close()
     io.stop()
