@@ -26,12 +26,12 @@ class StepDone(Event):
     0's own.
 
     `tokens` counts target tokens (or labels) with a loss. `grad_norm` is None when the step was
-    skipped."""
+    skipped. A loss that is not finite arrives as None, because JSON has no word for it."""
 
     kind: ClassVar[str] = "step"
     step: int
     time_s: float
-    loss: float
+    loss: float | None
     grad_norm: float | None
     lr: float
     tokens: int

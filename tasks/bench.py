@@ -19,6 +19,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.launch.supervisor import Limits
+from smolrun.tasks.before_start import check_before_start
 from smolrun.tasks.workers import (
     become_latest,
     make_folder,
@@ -43,6 +44,7 @@ def drive(config: RunConfig) -> int:
             "allowed: precision=float32 staleness=strict"
         )
     prepared = prepare_data(config, lambda *_: None) if needs_data else None
+    check_before_start(config)
     rows: list[dict[str, Any]] = []
     with nothing_started():
         folder = make_folder(config, f"bench-{bench.name}")

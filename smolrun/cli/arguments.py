@@ -23,6 +23,8 @@ REFUSED = {
     "--config-path": "the shipped folder is always there; add yours with --config-dir",
     "-cp": "the shipped folder is always there; add yours with --config-dir",
 }
+HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
+PLAIN = re.compile(r"^[\w./-]+$")  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
 
 
@@ -96,6 +98,20 @@ def _unknown(flag: str, word: str) -> str:
         return f"{flag}: {reason}"
     hint = f"; did you mean {word.lstrip('-')}?" if "=" in word else ""
     return f"{word}: no such flag; settings are written key=value, without dashes{hint}"
+
+
+def at_home(word: str) -> str:
+    """`key=~/x` with the home folder in place of the tilde, which no shell does within a word."""
+    key, _, value = word.partition("=")
+    if not VALUE.match(key.lstrip("+") + "=") or "'" in value or '"' in value:
+        return word
+    return HOME.sub(lambda found: _quoted(Path.home().as_posix() + found[1]), word)
+
+
+def _quoted(text: str) -> str:
+    if PLAIN.match(text):
+        return text
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ from smolrun.errors import ConfigError
 # Hydra's API changes at this version number's say-so; the configuration is written for this one.
 VERSION_BASE = "1.3"
 CONF = "smolrun.conf"
+TARGETS = ("model", "data", "algorithm")  # groups whose `target` may be the user's own
 
 
 class OwnConf(SearchPathPlugin):
@@ -75,7 +76,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     arguments = Arguments(overrides=list(overrides))
     with composing(arguments):
-        return validate(plain(composed(arguments)))
+        return validate(values(arguments))
 
 
 def composed(arguments: Arguments) -> DictConfig:
@@ -94,6 +95,36 @@ def plain(config: DictConfig) -> dict[str, Any]:
         mine = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     data = OmegaConf.to_container(mine, resolve=True)
     return _given(data) if isinstance(data, dict) else {}
+
+
+def values(arguments: Arguments) -> dict[str, Any]:
+    """The plain values of a run.
+
+    Where the command line names another target than the chosen file, the file's keys are not for
+    it: only those of the command line go on to it.
+    """
+    data = plain(composed(arguments))
+    keys = [override.partition("=")[0].lstrip("+") for override in arguments.overrides]
+    renamed = [group for group in TARGETS if f"{group}.target" in keys]
+    if not renamed:
+        return data
+    is_target = [key in [f"{group}.target" for group in renamed] for key in keys]
+    rest = [line for line, skip in zip(arguments.overrides, is_target, strict=True) if not skip]
+    chosen = plain(composed(replace(arguments, overrides=rest)))
+    for group in renamed:
+        target = data[group].get("target")
+        before = (chosen.get(group) or {}).get("target")
+        if isinstance(target, str) and before not in (None, target):
+            typed = {key.split(".")[1] for key in keys if key.startswith(f"{group}.")}
+            kept = {key: value for key, value in data[group].items() if key in typed}
+            data[group] = {"name": _short_name(target), **kept}
+    return data
+
+
+def _short_name(target: str) -> str:
+    """`my_code.model:build` is called model, `my_code:Net` is called Net."""
+    module, _, name = target.partition(":")
+    return name if name not in ("", "build") else module.rpartition(".")[2] or target
 
 
 def jobs(arguments: Arguments) -> list[list[str]]:

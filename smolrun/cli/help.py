@@ -12,6 +12,7 @@ from smolrun.cli import choices
 
 HEAD = """\
 smolrun trains and serves neural networks across the machines you already own.
+Today it trains on one machine, with several ranks; more machines, over SSH, come next.
 
 usage: smolrun [group=choice ...] [key=value ...]     one run; plain `smolrun` is a good first one
        smolrun -m group=a,b key=1,2                   a run for each combination, one after another
@@ -32,7 +33,7 @@ Examples:
   smolrun model=mlp                                       another model, which brings its own data
   smolrun -m staleness.bound=0,1,4 seed=1,2               six runs to compare
 
-Also: --cfg job (show the configuration that would run)   --info   --version   --hydra-help
+Also: --cfg job (the configuration as composed, unchecked)   --info   --version   --hydra-help
       --config-dir DIR (more choices)   --config-name NAME (instead of config.yaml)
 Tab completion: eval "$(smolrun -sc install=bash)"   (zsh and fish too; for your shell's start file)
 Exit codes: 0 done, 2 bad configuration and nothing started, 3 a host or rank failed,

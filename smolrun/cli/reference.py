@@ -1,4 +1,7 @@
-"""docs/configuration.md from the classes and files: `python -m smolrun.cli.reference FILE`."""
+"""docs/configuration.md from the classes and files: `python -m smolrun.cli.reference FILE`.
+
+It writes outputs.md beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from smolrun.cli import choices, compose
+from smolrun.cli import choices, compose, outputs
 from smolrun.cli.arguments import Arguments
 from smolrun.config import RunConfig, describe, not_built
 from smolrun.config.targets import CustomTarget
@@ -22,7 +25,7 @@ HEAD = """\
 
 A run is configured by choices and values. A choice picks a file of a group: `model=gpt_small` is
 `conf/model/gpt_small.yaml`. A value sets one key: `training.steps=50`. `smolrun --cfg job` shows
-what they give together, without running it.
+what they give together, as composed, unchecked, and runs nothing.
 
 - A folder `conf/` where you stand comes first: `conf/cluster/home.yaml` is `cluster=home`, and a
   file with the name of a shipped one replaces it.
@@ -144,4 +147,6 @@ def _allowed(path: str, key: describe.Key) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(text(), encoding="utf-8")
+    page = Path(sys.argv[1])
+    page.write_text(text(), encoding="utf-8")
+    page.with_name("outputs.md").write_text(outputs.text(), encoding="utf-8")

@@ -18,7 +18,7 @@ from smolrun.config.cluster import Cluster
 from smolrun.config.plan import cluster_size
 from smolrun.config.settings import SGD, Checkpoint, Optimizer, Staleness, Training
 from smolrun.config.suggest import problem
-from smolrun.config.targets import Algorithm, CustomTarget, Data, Decoder, Model, Single
+from smolrun.config.targets import Algorithm, CustomTarget, Data, Decoder, Mlp, Model, Single
 
 
 def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Training) -> Iterator[str]:
@@ -161,6 +161,13 @@ def heads_fit_width(*, model: Model) -> Iterator[str]:
         )
 
 
+def blocks_can_be_recomputed(*, model: Model, training: Training) -> Iterator[str]:
+    """Only a model of blocks can compute them twice."""
+    if training.recompute and isinstance(model, Mlp):
+        what = f"model={model.name} has no blocks to compute twice"
+        yield problem("training.recompute", True, what, allowed="false")
+
+
 def momentum_fits(*, optimizer: Optimizer) -> Iterator[str]:
     """Nesterov looks ahead along the momentum, so there has to be some."""
     if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
@@ -194,6 +201,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     staleness_fits_steps,
     model_fits_data,
     heads_fit_width,
+    blocks_can_be_recomputed,
     momentum_fits,
     own_code_is_there,
 )

@@ -79,6 +79,12 @@ def allowed(field: FieldInfo) -> str:
     return phrase(field.annotation, field.metadata)
 
 
+def asked(field: FieldInfo | None) -> str:
+    """How to ask for a field that has not been given; empty where no words of its own exist."""
+    extra = field.json_schema_extra if field is not None else None
+    return str(extra["absent"]) if isinstance(extra, dict) and "absent" in extra else ""
+
+
 def phrase(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A type and its limits as a phrase."""
     origin, arguments = get_origin(annotation), get_args(annotation)

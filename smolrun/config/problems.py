@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from smolrun.config import describe, not_built
@@ -100,7 +101,8 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     if "expected_tags" in details.get("ctx", {}):
         allowed = details["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
     if kind in ("missing", "union_tag_not_found"):
-        return absent(path(place), allowed=allowed)
+        asked = describe.asked(_field(place, data))
+        return absent(path(place), asked) if asked else absent(path(place), allowed=allowed)
     value = _value(place, data)
     if shown(value) in not_built.CHOICES.get(path(place), ()):
         return problem(path(place), value, "not built yet", allowed=allowed)
@@ -111,12 +113,17 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     else:
         what = WHAT.get(kind, details["msg"])
     meant = closest(value, allowed.split(" or ")) if isinstance(value, str) else None
+    if kind == "list_type":
+        meant = f"'{path(place)}=[{shown(value)}]'"
     return problem(path(place), value, what, allowed=allowed, meant=meant)
 
 
 def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
     section = _section(place[:-1], data)
     start = path(place[:-1])
+    while isinstance(value, Mapping) and len(value) == 1:  # say the key as it was typed
+        ((part, value),) = value.items()
+        place = (*place, part)
     siblings = list(section.model_fields) if section else []
     near = [f"{start}.{name}" if start else name for name in siblings]
     meant = closest(path(place), [*near, *known_keys()])
@@ -165,6 +172,10 @@ def _chosen(candidates: list[type[BaseModel]], value: Any) -> type[BaseModel]:
 def _allowed(place: Place, data: Mapping[str, Any]) -> str:
     while place and isinstance(place[-1], int):
         place = place[:-1]  # an entry of a list: what the whole list allows says it best
-    section = _section(place[:-1], data) if place else None
-    field = section.model_fields.get(str(place[-1])) if section else None
+    field = _field(place, data)
     return describe.allowed(field) if field is not None else ""
+
+
+def _field(place: Place, data: Mapping[str, Any]) -> FieldInfo | None:
+    section = _section(place[:-1], data) if place else None
+    return section.model_fields.get(str(place[-1])) if section else None

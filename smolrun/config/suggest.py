@@ -39,7 +39,8 @@ def closest(word: str, known: Iterable[str]) -> str | None:
         return lower[found[0]]
     last = word.rpartition(".")[2].lower()
     ends: dict[str, str] = {}
-    for name in names:
+    # A key of the whole run is meant more often than one of an entry of a list.
+    for name in sorted(names, key=lambda name: "[" in name):
         ends.setdefault(name.rpartition(".")[2].lower(), name)
     found = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
     return ends[found[0]] if found else None

@@ -113,7 +113,10 @@ class TextFiles(_Text):
 
     target: Literal["smolrun.data.text:TextFiles"]
     path: Name | Annotated[list[Name], Field(min_length=1)] = Field(
-        description="A file or folder, or a list of them"
+        description="A file or folder, or a list of them",
+        json_schema_extra={
+            "absent": "say where the text is: data.path=FILE or FOLDER, or a list of them"
+        },
     )
     glob: Name = Field(description="Which files of a folder, such as **/*.txt")
 

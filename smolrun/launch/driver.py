@@ -35,9 +35,7 @@ from smolrun.launch.supervisor import Limits, Supervisor
 
 _INBOX_SIZE = 4096  # a worker that tells more than the driver can take in has to wait
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed
-_SAME_CTRL_C_S = (
-    0.2  # one Ctrl-C can arrive twice, from the terminal and from a wrapper such as make
-)
+_SAME_CTRL_C_S = 0.05  # one Ctrl-C can come twice: from the terminal and a wrapper such as make
 _LAST_JOIN_S = 5.0
 
 log = logging.getLogger(__name__)

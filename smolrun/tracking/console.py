@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import rich.console
@@ -20,6 +20,7 @@ from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
+_RATE_OVER_S = 1.0  # tokens/s are a mean: with late gradients the steps come in bursts
 _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
 
 
@@ -34,6 +35,7 @@ class Console:
 
     def __init__(self, *, steps: int, world_size: int, stream: TextIO | None = None) -> None:
         """`steps` is what a whole run has."""
+        self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
         self._stream = stream or sys.stdout
@@ -43,6 +45,9 @@ class Console:
         self._task = rich.progress.TaskID(0)
         self._drawn_at = 0.0
         self._line_due_s = 0.0
+        self._tokens = 0
+        self._rate = 0.0
+        self._rate_from_s = 0.0
         self._preparing = ""
         self._compute_s: dict[int, float] = {}
         self._is_broken = False
@@ -104,36 +109,45 @@ class Console:
         elif isinstance(event, RunStarted):
             self._show_start(event)
         elif isinstance(event, StepSkipped):
-            ranks = ", ".join(str(rank) for rank in event.ranks) or "no rank alone"
-            self._print(f"step {event.step + 1} is skipped: no finite gradient ({ranks})")
+            where = f" on {named(event.ranks)}" if event.ranks else ""
+            self._print(f"step {event.step + 1} is skipped: no finite gradient{where}")
         elif isinstance(event, Note) and event.level != "debug":
             whose = "" if event.rank is None else f" (rank {event.rank})"
             self._print(f"{event.level}: {event.message}{whose}")
 
     def _show_start(self, event: RunStarted) -> None:
-        ranks = "1 rank" if self._world_size == 1 else f"{self._world_size} ranks"
         self._print(
-            f"training {event.parameters:,} parameters on {ranks} ({event.device}): "
-            f"{event.steps} steps, {event.train_size:,} samples, "
+            f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
+            f"({event.device}): {counted(event.steps, 'step')}, {event.train_size:,} samples, "
             f"{event.eval_size:,} more for evaluation"
         )
 
     def _show_step(self, event: StepDone) -> None:
         is_last = event.step + 1 >= self._steps
+        self._tokens += event.tokens
         if self._is_live:
+            self._measure(event, over_s=_RATE_OVER_S)
             if self._bar is None or self._preparing:
                 self._preparing = ""
                 self._begin_bar("training", self._steps)
             self._move_bar(event.step + 1, self._figures(event), total=self._steps, is_last=is_last)
         elif is_last or event.time_s >= self._line_due_s:
             self._line_due_s = event.time_s + _LINE_EVERY_S
+            self._measure(event, over_s=0.0)
             self._print(f"step {event.step + 1}/{self._steps}  {self._figures(event)}")
+
+    def _measure(self, event: StepDone, *, over_s: float) -> None:
+        """A new rate, over all since the last one, once `over_s` have passed."""
+        passed_s = event.time_s - self._rate_from_s
+        if passed_s > 0 and (passed_s >= over_s or self._rate == 0.0):
+            self._rate = self._tokens / passed_s
+            self._rate_from_s, self._tokens = event.time_s, 0
 
     def _figures(self, event: StepDone) -> str:
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
             f"loss {_number(event.loss)}",
-            f"{event.tokens_per_s:,.0f} tokens/s",
+            f"{self._rate:,.0f} {self.unit}/s",
             f"{clock(left_s)} left",
         ]
         slow = slowest(self._compute_s)
@@ -181,6 +195,17 @@ def slowest(compute_s: dict[int, float]) -> int | None:
     rank = max(compute_s, key=lambda rank: compute_s[rank])
     others = sum(compute_s.values()) - compute_s[rank]
     return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
+
+
+def counted(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`rank 1`, `ranks 0 and 1`, `ranks 0, 1 and 2`."""
+    *first, last = [str(rank) for rank in ranks]
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
 
 
 def clock(seconds: float) -> str:

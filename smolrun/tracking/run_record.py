@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,13 @@ class RunRecord:
         self.train_loss: float | None = None
         self.eval_loss: float | None = None
         self.sample: TextSample | None = None
+        self._not_finite_since: int | None = None
+
+    @property
+    def divergence(self) -> str:
+        """Since when the loss is not a number, as a sentence; empty if it ended as one."""
+        since = self._not_finite_since
+        return "" if since is None else f"the loss is not a number since step {since}"
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -31,6 +39,11 @@ class RunRecord:
             self.tokens += event.tokens
             self.time_s = event.time_s
             self.train_loss = event.loss
+            # Whoever wrote the event as JSON had to write null for what is not finite.
+            if event.loss is not None and math.isfinite(event.loss):
+                self._not_finite_since = None
+            elif self._not_finite_since is None:
+                self._not_finite_since = self.steps  # counted from 1, as people do
         elif isinstance(event, EvalDone):
             self.eval_loss = event.loss
         elif isinstance(event, TextSample):
@@ -55,7 +68,7 @@ class RunRecord:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
             "status": status,
-            "reason": reason or None,
+            "reason": reason or self.divergence or None,
             "failed_rank": failed_rank,
             "failed_host": failed_host,
             "steps": self.steps,

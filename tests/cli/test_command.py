@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,14 @@ def refused(folder: Path, *arguments: str) -> list[str]:
         ("training.steps=[1", "training.steps=[1: cannot be read"),
         ("training.steps=1,2", "training.steps=1,2: several values; add -m to run them all"),
         ("training.steps=${nothing}", "Interpolation key 'nothing' not found"),
-        ("data=text", "data.path: must be given; allowed: text or a list of text"),
+        (
+            "data=text",
+            "data.path: say where the text is: data.path=FILE or FOLDER, or a list of them",
+        ),
+        ("traning.steps=5", "traning.steps = 5: no such key; allowed: task, seed, "),
+        ("traning.steps=5", "did you mean training.steps?"),
+        ("device=cuda", "did you mean cluster.device?"),
+        ("bench.sizes=4096", "did you mean 'bench.sizes=[4096]'?"),
         ("cluster=macmini3", "starting ranks over SSH (mini1, mini2, mini3) is not built yet"),
         ("--traning.steps=5", "written key=value, without dashes; did you mean traning.steps=5?"),
         ("--config-dir=nowhere", "--config-dir nowhere: there is no such folder"),
@@ -133,6 +142,15 @@ def test_a_pickle_is_not_even_read_beside_cfg(tmp_path: Path):
 def test_info_and_hydra_help_print(tmp_path: Path):
     assert "pkg://smolrun.conf" in shown(tmp_path, "--info", "searchpath").out
     assert "hydra" in shown(tmp_path, "--hydra-help").out.lower()
+
+
+def test_showing_survives_a_reader_that_leaves(tmp_path: Path):
+    for flag in ("--info", "--cfg job"):
+        command = f"{sys.executable} -m smolrun.cli {flag} | head -c 1"
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert (len(done.stdout), done.stderr) == (1, "")
 
 
 def test_completion_offers_groups_choices_and_keys(tmp_path: Path):

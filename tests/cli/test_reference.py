@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from smolrun.cli import reference
+from smolrun.cli import outputs, reference
+from smolrun.events import EVENTS
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
 
 def test_the_page_is_fresh():
     assert FILE.read_text(encoding="utf-8") == reference.text(), "run `make docs`"
+
+
+def test_the_page_about_outputs_is_fresh_and_has_every_key():
+    text = outputs.text()
+    assert FILE.with_name("outputs.md").read_text(encoding="utf-8") == text, "run `make docs`"
+    for kind in EVENTS:
+        assert f"\n### {kind}\n" in text
+    used = {field.name for event in EVENTS.values() for field in dataclasses.fields(event)}
+    assert used == set(outputs.MEANINGS)
 
 
 def test_it_has_every_group_and_tells_what_is_not_built():

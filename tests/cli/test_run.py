@@ -114,8 +114,19 @@ def test_the_folder_of_another_hydra_program_is_pointed_out(
 def test_ones_own_code_is_found_beside_oneself(run: Run, driven: list[RunConfig], tmp_path: Path):
     (tmp_path / "my_code_of_a_test.py").write_text("def build(spec, *, size): ...\n")
     assert run("model.target=my_code_of_a_test:build", "model.size=5") == 0
-    assert driven[0].model.keywords()["size"] == 5
+    model = driven[0].model
+    assert (model.name, model.keywords()) == ("my_code_of_a_test", {"size": 5})
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_a_file_without_a_target_gives_its_keys_to_the_one_typed(
+    run: Run, driven: list[RunConfig], tmp_path: Path
+):
+    folder = tmp_path / "conf" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# Mine\nname: mine\ntarget: ???\nwidth: 3\n")
+    assert run("model=mine", "model.target=json:loads", "model.depth=5") == 0
+    assert driven[0].model.keywords() == {"width": 3, "depth": 5}
 
 
 def test_values_may_be_given_where_the_files_have_none(run: Run, driven: list[RunConfig]):
@@ -141,3 +152,19 @@ def test_a_worker_never_meets_hydra(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "smolrun.tasks.worker", worker)
     monkeypatch.setitem(sys.modules, "hydra", None)
     assert run("--worker") == 5
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("~/x.txt", "/home/a b/x.txt"),
+        ("[~/x,~/y]", ["/home/a b/x", "/home/a b/y"]),
+        ("'~/x'", "~/x"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(
+    run: Run, driven: list[RunConfig], monkeypatch: pytest.MonkeyPatch, typed: str, path: object
+):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/a b"))
+    assert run("data=text", f"data.path={typed}") == 0
+    assert driven[0].data.keywords()["path"] == path

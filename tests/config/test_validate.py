@@ -261,6 +261,11 @@ def test_a_model_must_read_what_the_data_gives():
         compose(["model=gpt2", "data=digits"])
 
 
+def test_only_a_model_of_blocks_can_recompute_them():
+    with pytest.raises(ConfigError, match="model=mlp has no blocks to compute twice"):
+        compose(["model=mlp", "training.recompute=true"])
+
+
 def test_delayed_updates_of_one_rank_are_allowed():
     assert compose(["algorithm=single", "staleness.bound=2"]).staleness.bound == 2
 

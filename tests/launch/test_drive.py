@@ -115,5 +115,5 @@ def test_a_foreign_thing_called_latest_costs_a_warning(
 
 def test_what_cannot_be_loaded_is_told() -> None:
     for path in ("no_such_module:build", "smolrun.errors:NoSuchThing"):
-        with pytest.raises(ConfigError, match=f"cannot load {path}"):
+        with pytest.raises(ConfigError, match=f"{path}: cannot be loaded"):
             load_target(path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
-from smolrun.tracking.console import Console, clock, printable, slowest
+from smolrun.tracking.console import Console, clock, named, printable, slowest
 
 
 class Terminal(io.StringIO):
@@ -44,21 +44,38 @@ def test_without_a_terminal_there_is_a_line_now_and_then() -> None:
         "step 11/12",
         "step 12/12",
     ]
-    assert lines[1] == "step 6/12  loss 2.5000  5,120 tokens/s  0:00:05 left"
+    assert lines[1] == "step 6/12  loss 2.5000  10 tokens/s  0:00:05 left"
+
+
+def test_speed_is_a_mean_since_the_last_line() -> None:
+    events = [step(number, time_s=time_s) for number, time_s in enumerate([2.0, 9.0, 9.001, 12.0])]
+    stream = io.StringIO()
+    console = Console(steps=4, world_size=1, stream=stream)
+    console.unit = "samples"
+    for event in events:
+        console.record(event)
+    speeds = [line.split("  ")[2] for line in stream.getvalue().splitlines()]
+    assert speeds == ["4 samples/s", "1 samples/s", "5 samples/s"]
+
+
+def test_one_is_singular() -> None:
+    (line,) = lines_of(RunStarted(1, 1, 2, 3, "cpu"), world_size=1)
+    assert "on 1 rank (cpu): 1 step, " in line
+    assert [named([1]), named([0, 1, 2])] == ["rank 1", "ranks 0, 1 and 2"]
 
 
 def test_events_as_sentences() -> None:
     assert lines_of(
         RunStarted(1_115_264, 20, 27_886, 1_516, "cpu"),
         EvalDone(9, 1.5, 8),
-        StepSkipped(4, [1]),
+        StepSkipped(4, [0, 1]),
         Note("warning", "[red] is no markup :smile:", rank=1),
         Note("debug", "not for people"),
     ) == [
         "training 1,115,264 parameters on 2 ranks (cpu): 20 steps, 27,886 samples, "
         "1,516 more for evaluation",
         "after step 10: evaluation loss 1.5000",
-        "step 5 is skipped: no finite gradient (1)",
+        "step 5 is skipped: no finite gradient on ranks 0 and 1",
         "warning: [red] is no markup :smile: (rank 1)",
     ]
 
@@ -99,7 +116,7 @@ def test_a_terminal_gets_a_bar_and_the_cursor_back(monkeypatch: pytest.MonkeyPat
     shown = stream.getvalue()
     assert "reading text" in shown
     assert "2/2" in shown
-    assert "loss 2.5000  5,120 tokens/s" in shown
+    assert "loss 2.5000  16 tokens/s" in shown
     assert "in between" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
 
@@ -127,7 +144,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(steps=2, world_size=1, stream=stream)
     console.record(step(0, time_s=0.5))
     console.close()
-    assert stream.getvalue() == "step 1/2  loss 2.5000  5,120 tokens/s  0:00:00 left\n"
+    assert stream.getvalue() == "step 1/2  loss 2.5000  16 tokens/s  0:00:00 left\n"
 
 
 def test_a_stream_that_is_gone_is_no_error() -> None:

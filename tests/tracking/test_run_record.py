@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from smolrun.events import EvalDone, RankStep, StepDone, TextSample
 from smolrun.tracking.run_record import RunRecord
 
@@ -46,3 +50,29 @@ def test_a_run_that_never_stepped_has_no_figures() -> None:
     record = RunRecord()
     assert (record.steps, record.train_loss, record.eval_loss) == (0, None, None)
     assert record.tokens_per_s is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "divergence"),
+    [
+        ([3.0, 2.0], ""),
+        ([3.0, float("nan"), 2.0], ""),
+        ([3.0, None, 2.0, float("inf"), None], "the loss is not a number since step 4"),
+    ],
+)
+def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], divergence: str):
+    record = RunRecord()
+    for step, loss in enumerate(losses):
+        record.record(StepDone(step, 0.5, loss, 1, 1, 100, 200, 0, 0, 0, 0))
+    summary = record.summary(
+        status="done",
+        reason="",
+        failed_rank=None,
+        failed_host=None,
+        wall_s=1.0,
+        world_size=1,
+        algorithm="single",
+        config_hash="c0ffee",
+        versions={},
+    )
+    assert (record.divergence, summary["reason"]) == (divergence, divergence or None)

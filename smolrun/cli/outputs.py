@@ -1,0 +1,117 @@
+"""docs/outputs.md: what a run leaves behind, made from the classes of the events."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import get_args, get_type_hints
+
+from smolrun.events import EVENTS, Event
+
+HEAD = """\
+# What a run leaves
+
+<!-- Made by `make docs` from smolrun/events.py and smolrun/cli/outputs.py. Change those. -->
+
+Every run makes a folder of its own, `outputs/<date>-<time>-<algorithm>-<model>-<four digits>/`,
+below the folder you are in, and writes nowhere else but to the cache of prepared data. `run_name`
+takes the place of algorithm and model. `outputs/latest` points to the newest run.
+
+| file | what it is |
+| --- | --- |
+| `config.yaml` | The configuration as it ran, with all choices and values resolved |
+| `metrics.jsonl` | Every event of a training run, one JSON object a line, see below |
+| `summary.json` | How the run ended, see below; written last |
+| `tokenizer/tokenizer.json` | What turns text into tokens; only where the data is text |
+| `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
+| `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
+
+## summary.json
+
+| key | meaning |
+| --- | --- |
+| `status` | `done`, `stopped` (by you) or `failed` |
+| `reason` | Why, as a sentence; also when a run that is done ended without a loss; else null |
+| `failed_rank`, `failed_host` | Which rank broke the run; else null |
+| `steps` | Optimizer steps done |
+| `wall_s` | Seconds from the command to the end, preparing data included |
+| `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
+| `world_size`, `algorithm` | How many ranks shared the work, and how |
+| `config_hash` | Equal for equal configurations |
+| `versions` | Of smolrun, Python and torch |
+
+## metrics.jsonl
+
+Each line has its kind under `event`. `step` counts from 0 here, and from 1 in sentences. `time_s`
+counts from the start of training. `rank` is null where an event is about the whole run. Numbers
+that are not finite are written as null.
+"""
+
+MEANINGS = {
+    "step": "Which optimizer step, counted from 0",
+    "rank": "Whose event it is; null = the whole run's",
+    "time_s": "Seconds since training began",
+    "loss": "Mean loss of a target token, or of a sample's label; null = not a number",
+    "grad_norm": "Length of the gradient before clipping; null = the step was skipped",
+    "lr": "Learning rate of the step",
+    "tokens": "Targets that the loss is a mean of, on all ranks together",
+    "tokens_per_s": "Of this step alone; with late gradients steps come in bursts",
+    "bytes_sent": "To other ranks, headers included",
+    "bytes_received": "From other ranks, headers included",
+    "compute_s": "Seconds spent computing",
+    "wait_s": "Seconds spent waiting for other ranks",
+    "waited_for": "The rank that was slowest; null = none",
+    "cpu_percent": "Load of the process; 100 = one core",
+    "memory_bytes": "Memory of the process",
+    "device_memory_bytes": "Memory on the accelerator",
+    "device_util": "Load of the accelerator; not measured yet",
+    "temperature_c": "Of the hottest sensor, in degrees Celsius",
+    "throttled": "Whether the machine runs slower to stay cool; not measured yet",
+    "hashes": "One per rank, in rank order",
+    "ranks": "Those whose gradient was not finite",
+    "prompt": "How the text begins",
+    "text": "What the model wrote",
+    "parameters": "Numbers the model learns",
+    "steps": "Steps the run is to have",
+    "train_size": "Samples to train on",
+    "eval_size": "Samples kept for evaluation",
+    "device": "Where rank 0 computes",
+    "row": "The result, with all its figures",
+    "level": "debug, info, warning or error",
+    "message": "The sentence",
+}
+
+
+def text() -> str:
+    """The whole page."""
+    lines = [HEAD.rstrip("\n")]
+    for kind, event in EVENTS.items():
+        lines += ["", f"### {kind}", "", _told(event), "", "| key | type | meaning |"]
+        lines += ["| --- | --- | --- |", *_keys(event)]
+    return "\n".join(lines) + "\n"
+
+
+def _told(event: type[Event]) -> str:
+    return " ".join((event.__doc__ or "").split())
+
+
+def _keys(event: type[Event]) -> Iterator[str]:
+    types_of = get_type_hints(event)
+    for field in dataclasses.fields(event):
+        yield f"| `{field.name}` | {_type(types_of[field.name])} | {MEANINGS[field.name]} |"
+
+
+def _type(annotation: object) -> str:
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_type(member) for member in get_args(annotation))
+    words = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+        list[int]: "list of whole numbers",
+        list[str]: "list of text",
+    }  # fmt: skip  (a table)
+    return words.get(annotation, "object")  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,87 @@
+"""What is told before any rank starts: own code that does not fit, devices that are not there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.errors import ConfigError
+from smolrun.tasks.before_start import check_before_start
+from tests.tasks.test_whole_runs import finish, start, summary
+
+NAMES = (f"own_code_before_start_{number}" for number in itertools.count())
+BUILD = "def build(spec, *, width, depth=1): ...\n"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that no other test has imported, for a file in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return next(NAMES)
+
+
+def problems(*overrides: str) -> list[str]:
+    config = compose(overrides)
+    with pytest.raises(ConfigError) as error:
+        check_before_start(config)
+    return error.value.problems
+
+
+def test_own_code_that_fits_is_fine(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(BUILD)
+    check_before_start(compose([f"model.target={module}:build", "model.width=5"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "line"),
+    [
+        (
+            BUILD,
+            ["model.width=1", "model.dept=2"],
+            "model.dept = 2: {}:build takes no such key; "
+            "allowed: width, depth; did you mean model.depth?",
+        ),
+        (BUILD, [], "model.width: must be given, {}:build needs it"),
+        ("x = 1\n", [], "model.target = {}:build: cannot be loaded (AttributeError: "),
+        ("build = 1\n", [], "model.target = {}:build: neither a function nor a class"),
+        ("import nothing_of_this_name\n", [], "cannot be loaded (ModuleNotFoundError: No module"),
+        ("1 / 0\n", [], "model.target = {}:build: cannot be loaded (ZeroDivisionError: "),
+        ("def build(): ...\n", [], "cannot be called with its keys: too many positional"),
+    ],
+)  # fmt: skip  (a case a line)
+def test_own_code_that_does_not_fit_is_told(
+    module: str, tmp_path: Path, text: str, overrides: list[str], line: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    (found,) = problems(f"model.target={module}:build", *overrides)
+    assert line.format(module) in found
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert problems("cluster.device=cuda")[0].startswith(
+        "cluster.device = cuda: torch finds no such device on this machine; allowed: auto or cpu"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_before_start(compose(["cluster.device=cuda"]))
+
+
+def test_a_run_with_a_model_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def build(spec, *, width):\n"
+        "    return nn.Sequential(\n"
+        "        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)\n"
+        "    )\n"
+    )
+    wanted = ["model.target=my_net:build", "model.width=8", "data=digits", "training.steps=3"]
+    code, _, err = finish(start(tmp_path, *wanted))
+    assert code == 0, err
+    assert summary(tmp_path)["steps"] == 3
+    code, _, err = finish(start(tmp_path, *wanted, "model.widht=9"))
+    assert code == 2
+    assert "did you mean model.width?" in err
