@@ -84,9 +84,8 @@ class Algorithm(ABC):
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collectives = Collectives(context.mesh)
-        self.wants_stop = (
-            False  # set by this rank's trainer; all ranks learn of it with the next step
-        )
+        # Set by this rank's trainer; all ranks learn of it with the next step.
+        self.wants_stop = False
         self.steps_begun = 0
         self._in_flight: deque[InFlight] = deque()
         self._compute_s = 0.0
