@@ -71,9 +71,8 @@ class Mesh(ABC):
         self.world_size = world_size
         self.generation = generation
         self.timeout_s = timeout_s
-        self.progress = (
-            0  # told to the peers with every heartbeat: the training step this rank works on
-        )
+        # The training step this rank works on; heartbeats tell it to the peers.
+        self.progress = 0
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
 
