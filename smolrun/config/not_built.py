@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker.kind": ("wandb", "tensorboard"),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
-    "mesh.security": ("tls",),
+    "mesh.security": ("tls", "insecure"),
     "serving": ("pipeline", "replicas"),
     "serving.mode": ("pipeline", "replicas"),
 }  # fmt: skip  (one line a group reads better than one line a name)
@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ONLY: dict[str, object] = {
     "checkpoint.every": 0,
     "checkpoint.resume": None,
+    "cluster.ports": None,
     "cluster.server": None,
     "cluster.restart": None,
     "training.dry_run": False,

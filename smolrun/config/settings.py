@@ -118,7 +118,7 @@ class Mesh(Section):
     """Group `mesh`: the connections between ranks."""
 
     kind: Literal["tcp"] = Field(description="tcp = our own mesh of sockets")
-    security: Literal["auto", "loopback_plain", "insecure"] = Field(
+    security: Literal["auto", "loopback_plain"] = Field(
         description="auto = loopback_plain on one machine: authenticated, not encrypted"
     )
     timeout_s: Positive = Field(

@@ -128,7 +128,7 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ({"training": 5}, "training = 5: not a group of keys"),
         (
             {"mesh__security": "tls"},
-            "mesh.security = tls: not built yet; allowed: auto or loopback_plain or insecure",
+            "mesh.security = tls: not built yet; allowed: auto or loopback_plain",
         ),
         ({"precision": "bf16_params"}, "precision = bf16_params: not built yet; allowed: float32"),
         ({"task": "serve"}, "task = serve: not built yet; allowed: train or bench"),
