@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from smolrun.config import not_built
+from smolrun.config.algorithms import Algorithm, Single
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
+from smolrun.config.data import Data
+from smolrun.config.models import Decoder, Mlp, Model
+from smolrun.config.optimizers import SGD, Optimizer
 from smolrun.config.plan import cluster_size
-from smolrun.config.settings import SGD, Checkpoint, Optimizer, Staleness, Training
+from smolrun.config.settings import Checkpoint, Staleness, Training
 from smolrun.config.suggest import problem
-from smolrun.config.targets import Algorithm, CustomTarget, Data, Decoder, Mlp, Model, Single
+from smolrun.config.targets import CustomTarget
 
 
 def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Training) -> Iterator[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from smolrun.config.algorithms import Algorithm, Single
 from smolrun.config.base import Device
 from smolrun.config.cluster import Cluster, Host
 from smolrun.config.run import RunConfig
-from smolrun.config.targets import Algorithm, Single
 
 THIS_MACHINE = "local"
 LOOPBACK = "127.0.0.1"

@@ -8,21 +8,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from smolrun.config.algorithms import Algorithm
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
+from smolrun.config.data import Data
+from smolrun.config.models import Model
+from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
     Checkpoint,
     Mesh,
-    Optimizer,
     Quantization,
     Serving,
     Staleness,
     Sweep,
-    Tracker,
     Training,
 )
-from smolrun.config.targets import Algorithm, Data, Model
+from smolrun.config.trackers import Tracker
 
 
 class RunConfig(Section):

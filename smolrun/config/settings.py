@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
+from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section
 
 
 class Staleness(Section):
@@ -25,31 +25,6 @@ class Quantization(Section):
     """Group `quantization`: in which form gradients travel."""
 
     kind: Literal["none"] = Field(description="none = as they are")
-
-
-class AdamW(Section):
-    """Adam with decoupled weight decay."""
-
-    name: Literal["adamw"]
-    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
-        description="Memory of the gradient's mean and of its square"
-    )
-    eps: Positive = Field(description="Keeps the update away from a division by zero")
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
-
-
-class SGD(Section):
-    """Stochastic gradient descent."""
-
-    name: Literal["sgd"]
-    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
-    momentum: Share = Field(description="Memory of earlier gradients; 0 = none")
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
-    nesterov: bool = Field(description="Look ahead along the momentum; needs momentum above 0")
-
-
-Optimizer = Annotated[AdamW | SGD, Field(discriminator="name")]
 
 
 class Training(Section):
@@ -106,12 +81,6 @@ class Checkpoint(Section):
     resume: Name | None = Field(
         description="latest, a run folder or a checkpoint folder; null = start anew"
     )
-
-
-class Tracker(Section):
-    """Group `tracker`: who reads the events of a run, beside the console."""
-
-    kind: Literal["jsonl"] = Field(description="jsonl = the file metrics.jsonl of the run's folder")
 
 
 class Mesh(Section):
