@@ -21,6 +21,10 @@ class DataError(SmolrunError):
     """The data cannot be used: missing, empty, unreadable, or not what the configuration says."""
 
 
+class CheckpointError(SmolrunError):
+    """A checkpoint is damaged, foreign, or not there: which one, and what is wrong with it."""
+
+
 class ProtocolError(SmolrunError):
     """Bytes from outside broke the rules of the wire; their connection must be closed."""
 

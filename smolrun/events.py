@@ -68,12 +68,69 @@ class RankStep(Event):
 
 @dataclass(frozen=True)
 class EvalDone(Event):
-    """Loss over the evaluation split: sum of losses / number of targets, over all ranks."""
+    """Loss over the evaluation split: sum of losses / number of targets, over all ranks.
+
+    `accuracy` is the share of right answers, for classes only."""
 
     kind: ClassVar[str] = "eval"
     step: int
     loss: float
     tokens: int
+    accuracy: float | None = None
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class Norms(Event):
+    """Norms layer by layer at one update: of the mean gradient (clipped), of the parameters after
+    it, and of the change."""
+
+    kind: ClassVar[str] = "norms"
+    step: int
+    gradients: dict[str, float]
+    parameters: dict[str, float] | None = None
+    updates: dict[str, float] | None = None
+    rank: None = None
+
+
+@dataclass(frozen=True)
+class ShardSaved(Event):
+    """A rank wrote its part of the checkpoint after `updates` updates; the driver makes the whole.
+
+    `report` is `checkpoints.writer.write_shard`'s, `state` JSON (only rank 0 gives what is true of
+    the whole run); `waited_s` is how long training stood still for it."""
+
+    kind: ClassVar[str] = "shard_saved"
+    updates: int
+    rank: int
+    report: dict[str, Any]
+    state: dict[str, Any]
+    waited_s: float
+    write_s: float
+
+
+@dataclass(frozen=True)
+class ShardFailed(Event):
+    """A rank could not write its part of the checkpoint after `updates` updates."""
+
+    kind: ClassVar[str] = "shard_failed"
+    updates: int
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A whole checkpoint lies in `folder`; `step` is the last update that is in it.
+
+    `waited_s` is the longest time that training stood still for it on any rank."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    folder: str
+    bytes: int
+    waited_s: float
+    write_s: float
     rank: None = None
 
 
@@ -146,6 +203,10 @@ EVENTS: dict[str, type[Event]] = {
         StepDone,
         RankStep,
         EvalDone,
+        Norms,
+        ShardSaved,
+        ShardFailed,
+        CheckpointSaved,
         ReplicaHash,
         StepSkipped,
         TextSample,

@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import secrets
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from smolrun.checkpoints.keeper import Keeper
 from smolrun.config import RunConfig, config_hash, world_size
+from smolrun.events import Event
+from smolrun.launch.control import EXIT_FAILED, Saving
 from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.tasks.before_start import check_before_start
+from smolrun.tasks.going_on import Earlier, check_data, find_earlier, take_up
 from smolrun.tasks.workers import (
     become_latest,
     make_folder,
@@ -30,6 +37,7 @@ from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.tracker import Fanout
 
 if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
@@ -40,37 +48,85 @@ def drive(config: RunConfig) -> int:
     began = time.monotonic()
     check_before_start(config)
     console = Console(steps=config.training.steps, world_size=world_size(config))
-    record = RunRecord()
     try:
+        earlier = find_earlier(config, console.say)
         prepared = prepare_data(config, console.preparing)
         console.unit = "tokens" if prepared.sequence_length else "samples"
-        title = f"{config.algorithm.name}-{config.model.name}"
         with nothing_started():
-            folder = make_folder(config, title, prepared.tokenizer)
+            folder = _folder(config, prepared, earlier, console)
             metrics = JsonLines(folder.metrics)
         become_latest(folder, console.say)
         ranks = counted(world_size(config), "rank")
         console.say(f"{folder.path}: starting {ranks}; {prepared.description}")
+        record = RunRecord(earlier.time_s if earlier else 0.0)
         trackers = Fanout([metrics, console, record], warn=console.say)
+        saving, keeper = _checkpoints(config, folder, earlier, trackers.record)
         driver = Driver(
-            plan_workers(config, folder, prepared),
+            plan_workers(config, folder, prepared, saving),
             lambda plan: LocalHost(),
-            listen=trackers.record,
+            listen=lambda event: keeper.record(event) or trackers.record(event),
             limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
         )
         try:
-            outcome = driver.run()
+            outcome = unsaved(driver.run(), keeper)
         finally:
+            keeper.close()
             trackers.close()
     finally:
         console.close()
     wall_s = time.monotonic() - began
     _write_summary(config, folder, record, outcome, wall_s)
     _tell(console, folder, record, outcome, wall_s)
-    if outcome.failed_rank is not None:
+    if outcome.status == "failed":
+        failed = outcome.failed_rank
         with contextlib.suppress(OSError):  # nobody reads it
-            _complain(outcome, driver.log_tail(outcome.failed_rank))
+            _complain(outcome, driver.log_tail(failed) if failed is not None else [])
     return outcome.exit_code
+
+
+def _folder(
+    config: RunConfig, prepared: Prepared, earlier: Earlier | None, console: Console
+) -> RunFolder:
+    """A fresh folder, or that of the run that goes on."""
+    if earlier is None:
+        title = f"{config.algorithm.name}-{config.model.name}"
+        return make_folder(config, title, prepared.tokenizer)
+    check_data(earlier, prepared.sha256)
+    console.go_on(earlier.time_s)
+    return take_up(earlier, config, console.say)
+
+
+def _checkpoints(
+    config: RunConfig,
+    folder: RunFolder,
+    earlier: Earlier | None,
+    emit: Callable[[Event], None],
+) -> tuple[Saving | None, Keeper]:
+    """What the ranks are told about saving, and who makes checkpoints of what they write."""
+    token = secrets.token_hex(4)
+    keeper = Keeper(
+        folder.checkpoints,
+        token,
+        world_size=world_size(config),
+        run_id=folder.run_id,
+        config_hash=config_hash(config),
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        emit=emit,
+    )
+    if not config.checkpoint.every and earlier is None:
+        return None, keeper
+    resume = str(earlier.checkpoint) if earlier else None
+    return Saving(str(folder.checkpoints.absolute()), token, resume), keeper
+
+
+def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
+    """A run whose last checkpoint could not be written has failed, however well it trained."""
+    if keeper.failure is None or outcome.status == "failed":
+        return outcome
+    return dataclasses.replace(
+        outcome, status="failed", exit_code=EXIT_FAILED, reason=keeper.failure
+    )
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
@@ -86,6 +142,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
         speeds=[1.0] * start.world_size,
         emit=channel.emit,
         should_stop=channel.stop_requested.is_set,
+        saving=start.saving,
     )
 
 

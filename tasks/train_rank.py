@@ -12,21 +12,25 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import Algorithm, Context
+from smolrun.algorithms.base import Algorithm, Context, EvalSums
 from smolrun.data.base import Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted, TextSample
+from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model
+from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
+from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.workers import load_target
+from smolrun.training.evaluation import evaluate, write_text
 from smolrun.training.feed import Feed, every_sample
 from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import make_optimizer
-from smolrun.training.trainer import Trainer, evaluate, write_text
+from smolrun.training.trainer import Trainer
 
 
 def train(
@@ -38,9 +42,10 @@ def train(
     speeds: list[float],
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    saving: Saving | None = None,
 ) -> dict[str, Any]:
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
-    per rank."""
+    per rank; without `saving` nothing is saved."""
     training = config["training"]
     torch.manual_seed(config["seed"])
     train_split = open_split(prepared, "train", verify=True)
@@ -57,6 +62,9 @@ def train(
             device=device,
         )
     )
+    checkpoints = saving and RankCheckpoints(
+        saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
+    )
     trainer = Trainer(
         algorithm,
         Feed(train_split, SampleOrder(len(train_split), config["seed"]), plan),
@@ -68,8 +76,15 @@ def train(
         check_replicas=training["check_replicas"],
         emit=emit,
         should_stop=should_stop,
+        save_every=config["checkpoint"]["every"] if checkpoints else 0,
+        save=checkpoints.save if checkpoints else None,
     )
+    if checkpoints:
+        checkpoints.trainer = trainer
+        checkpoints.restore()
     outcome = trainer.fit()
+    if checkpoints:
+        checkpoints.finish()
     if prepared.tokenizer and training["sample_tokens"] and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
     algorithm.collectives.barrier()  # nobody leaves while another still needs it
@@ -116,6 +131,7 @@ def place_algorithm(
         staleness=0 if bound == "auto" else bound,
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
+        norms=LayerNorms(training["norms"], training["norms_every"]),
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
@@ -141,9 +157,7 @@ def new_model(config: dict[str, Any], prepared: Prepared, device: torch.device) 
     return model
 
 
-def _evaluate(
-    algorithm: Algorithm, split: Split, plan: Any, limit: int | None
-) -> tuple[float, int]:
+def _evaluate(algorithm: Algorithm, split: Split, plan: Any, limit: int | None) -> EvalSums:
     return evaluate(algorithm, lambda: every_sample(split, plan, limit))
 
 

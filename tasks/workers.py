@@ -16,7 +16,7 @@ import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
 from smolrun.errors import ConfigError
-from smolrun.launch.control import StartMessage
+from smolrun.launch.control import Saving, StartMessage
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.tracking.run_folder import RunFolder
 
@@ -71,7 +71,10 @@ def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
 
 
 def plan_workers(
-    config: RunConfig, folder: RunFolder, prepared: Prepared | None
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared | None,
+    saving: Saving | None = None,
 ) -> list[WorkerPlan]:
     """One worker per rank. The secret is made here and goes nowhere but into their stdin."""
     plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
@@ -89,6 +92,7 @@ def plan_workers(
                 device=rank.device,
                 threads=_threads(rank),
                 prepared=prepared.to_json() if prepared is not None else None,
+                saving=saving,
             ),
             folder.log(rank.rank, rank.host),
         )

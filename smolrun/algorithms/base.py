@@ -20,61 +20,31 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from smolrun.algorithms import saved
+from smolrun.algorithms.contract import FACTS, IGNORED, Context, InFlight, StepResult
+from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
-from smolrun.mesh.mesh import Mesh, Work
-from smolrun.parts.precision import Precision
+from smolrun.mesh.mesh import Work
 
-IGNORED = -100  # targets with this value carry no loss and no weight
-
-# Sums over the samples of one rank and step, exchanged between all ranks as float64.
-_FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+__all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "StepResult"]
 
 
 @dataclass(frozen=True)
-class Context:
-    """What the house gives every algorithm."""
+class EvalSums:
+    """Over the samples of all ranks. `correct` counts right answers, for classes only."""
 
-    mesh: Mesh
-    device: torch.device
-    precision: Precision
-    make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
-    learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
-    staleness: int = 0
-    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
-    expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One update of the whole run. `grad_norm` is None when the update was skipped because it was
-    not finite."""
-
-    step: int
     loss: float
     weight: int
-    grad_norm: float | None
-    learning_rate: float
-    compute_s: float
-    wait_s: float
-    waited_for: int | None  # the rank with the longest compute, if this rank waited for it
-    culprits: tuple[int, ...]  # ranks whose own gradient was not finite
-    wants_stop: bool  # some rank was asked to stop
-
-
-@dataclass
-class InFlight:
-    """A step whose gradient is on its way."""
-
-    step: int
-    facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
-    works: list[Work]
+    correct: int | None
 
 
 class Algorithm(ABC):
@@ -87,9 +57,10 @@ class Algorithm(ABC):
         # Set by this rank's trainer; all ranks learn of it with the next step.
         self.wants_stop = False
         self.steps_begun = 0
-        self._in_flight: deque[InFlight] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self._compute_s = 0.0
         self._wait_s = 0.0
+        self._norms: dict[str, dict[str, float]] | None = None
 
     # -- what a trainer calls ----
 
@@ -108,27 +79,31 @@ class Algorithm(ABC):
         self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
         facts["compute_s"] = self._compute_s
         facts["wants_stop"] = float(self.wants_stop)
-        self._in_flight.append(self.synchronize(facts))
+        self.in_flight.append(self.synchronize(facts))
         self.steps_begun += 1
-        return self._update_oldest() if len(self._in_flight) > self.context.staleness else None
+        return self._update_oldest() if len(self.in_flight) > self.context.staleness else None
 
     def drain(self) -> list[StepResult]:
         """Finishes the updates that are still in flight."""
-        return [self._update_oldest() for _ in range(len(self._in_flight))]
+        return [self._update_oldest() for _ in range(len(self.in_flight))]
 
     @torch.no_grad()
-    def eval_step(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        """Sum of losses and number of targets over the samples of all ranks; collective, changes
-        nothing."""
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
+        """Sums over the samples of all ranks; collective, changes nothing."""
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
+        is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
         for batch in micro_batches:
             if len(batch.inputs):
-                sums[0] += self._loss_sum(batch).item()
-                sums[1] += int((batch.targets != IGNORED).sum())
+                logits, targets = self._answer(batch)
+                sums[0] += _loss_sum(logits, targets).item()
+                sums[1] += int((targets != IGNORED).sum())
+                if is_classes:
+                    sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
         self.collectives.all_reduce(sums)
-        return sums[0].item(), int(sums[1].item())
+        loss, weight, correct = sums.tolist()
+        return EvalSums(loss, int(weight), int(correct) if is_classes else None)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -144,6 +119,28 @@ class Algorithm(ABC):
         nothing is replicated."""
         return []
 
+    def pieces(self) -> list[Piece]:
+        """What this rank writes into a checkpoint; all ranks' pieces together are the whole.
+
+        The tensors are the living ones: copy them before the next step. Waits for the gradients in
+        flight.
+        """
+        for flight in self.in_flight:
+            for work in flight.works:
+                self.wait(work)
+        return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
+        return saved.state(self)
+
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Goes on where `checkpoint` was made, `place` has been called before.
+
+        CheckpointError for a checkpoint of another model or optimizer.
+        """
+        saved.restore(self, checkpoint, state)
+
     # -- what an algorithm overrides ----
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -154,7 +151,7 @@ class Algorithm(ABC):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
             if len(batch.inputs):
-                loss = self._loss_sum(batch)
+                loss = _loss_sum(*self._answer(batch))
                 (loss * self.loss_scale.value).backward()
                 losses.append(loss.detach())
                 weight += int((batch.targets != IGNORED).sum())
@@ -173,6 +170,13 @@ class Algorithm(ABC):
         """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
         distinct tensors that hold them."""
 
+    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
+        """The summed gradients of a flight whose works are done, one per parameter that is
+        trained, in the model's order; for checkpoints, which read them and write into them.
+
+        Whoever allows staleness must have it."""
+        raise NotImplementedError(f"{type(self).__name__} cannot save gradients in flight")
+
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
@@ -182,6 +186,7 @@ class Algorithm(ABC):
         """
         gradients = self.load_gradients(flight)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
+        self._norms = None
         if not math.isfinite(norm):
             return None
         clip = self.context.grad_clip
@@ -190,7 +195,9 @@ class Algorithm(ABC):
             gradient.mul_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        measured = self.context.norms.begin(flight.step, self.model.named_parameters())
         self.optimizer.step()
+        self._norms = measured.finish() if measured else None
         return norm
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
@@ -206,8 +213,8 @@ class Algorithm(ABC):
 
     def share_facts(self, facts: dict[str, float]) -> tuple[torch.Tensor, Work]:
         """Starts to tell all ranks this rank's facts."""
-        table = torch.zeros((self.collectives.size, len(_FACTS)), dtype=torch.float64)
-        row = torch.tensor([facts[name] for name in _FACTS], dtype=torch.float64)
+        table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
+        row = torch.tensor([facts[name] for name in FACTS], dtype=torch.float64)
         return table, self.collectives.all_gather(table, row, async_op=True)
 
     def wait(self, work: Work) -> None:
@@ -223,20 +230,20 @@ class Algorithm(ABC):
         dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
         return inputs.to(device=self.context.device, dtype=dtype)
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+    def _answer(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, in float32 at least, and targets, both on the device."""
         device = self.context.device
         with self.context.precision.context(device):
             logits = self.model(self._to_device(batch.inputs))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        targets = batch.targets.to(device).flatten()
-        return cross_entropy(logits.flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
+        return logits, batch.targets.to(device)
 
     def _update_oldest(self) -> StepResult:
-        flight = self._in_flight.popleft()
+        flight = self.in_flight.popleft()
         for work in flight.works:
             self.wait(work)
         started = time.perf_counter()
-        facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(_FACTS)}
+        facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         weight = sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
         grad_norm = self.update(flight, weight, learning_rate)
@@ -259,6 +266,12 @@ class Algorithm(ABC):
                 if not is_finite
             ),
             wants_stop=any(facts["wants_stop"]),
+            norms=self._norms,
         )
         self._compute_s = self._wait_s = 0.0
         return result
+
+
+def _loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    flat = logits.flatten(0, -2)
+    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

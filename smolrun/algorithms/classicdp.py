@@ -86,3 +86,7 @@ class ClassicDP(Algorithm):
         slot = flight.step % self.buckets.slots
         self.buckets.bind(slot)
         return [bucket.from_host(slot) for bucket in self.buckets.buckets]
+
+    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
+        """Views into what travelled, which is where `load_gradients` takes them from."""
+        return self.buckets.travelled(flight.step % self.buckets.slots)

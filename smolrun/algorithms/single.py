@@ -33,7 +33,7 @@ class Single(Algorithm):
     def synchronize(self, facts: dict[str, float]) -> InFlight:
         """Nothing to bring together: takes the gradients away until it is their turn."""
         gradients = []
-        for parameter in self.model.parameters():
+        for parameter in self._trained():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(gradient.div_(self.loss_scale.value))
         self._delayed.append(gradients)
@@ -46,6 +46,16 @@ class Single(Algorithm):
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
         """The oldest gradients come back."""
         gradients = self._delayed.popleft()
-        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self._trained(), gradients, strict=True):
             parameter.grad = gradient
         return gradients
+
+    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
+        """The oldest flight has the oldest gradients."""
+        position = flight.step - self.steps_begun + self.context.staleness
+        while len(self._delayed) <= position:  # going on from a checkpoint: room to write into
+            self._delayed.append([torch.zeros_like(parameter) for parameter in self._trained()])
+        return self._delayed[position]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

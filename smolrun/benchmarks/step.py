@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from smolrun.algorithms.base import IGNORED, Algorithm
+from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
 

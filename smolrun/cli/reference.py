@@ -113,7 +113,7 @@ def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _is_of(section: type[BaseModel], value: Mapping[str, Any]) -> bool:
     if section is CustomTarget:
         return False
-    tags = [tag for tag in ("target", "name") if tag in section.model_fields]
+    tags = [tag for tag in ("target", "name", "kind") if tag in section.model_fields]
     tag = next((tag for tag in tags if describe.choices(section.model_fields[tag])), None)
     return tag is None or value.get(tag) in describe.choices(section.model_fields[tag])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from smolrun.cli import choices, compose, mistakes, sweep
 from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse
+from smolrun.cli.resume import resumed
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
 
@@ -63,7 +64,7 @@ def checked(arguments: Arguments) -> RunConfig:
     together.
     """
     try:
-        return validate(compose.values(arguments))
+        return validate(resumed(compose.values(arguments), arguments.overrides))
     except mistakes.COMPLAINTS as error:
         raise ConfigError(_all_problems(error, arguments, checked)) from error
 

@@ -11,7 +11,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "generate",
         "chat",
         "compare",
-        "export",
         "doctor",
         "trust",
         "logs",
@@ -20,12 +19,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "stop",
     ),
     "algorithm": ("fsdp", "syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
-    "model": ("hf", "moe"),
-    "precision": ("bf16_params",),
+    "model": ("moe",),
     "quantization": ("fp16", "bf16", "int8"),
     "quantization.kind": ("fp16", "bf16", "int8"),
-    "tracker": ("wandb", "tensorboard"),
-    "tracker.kind": ("wandb", "tensorboard"),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
     "mesh.security": ("tls", "insecure"),
@@ -34,12 +30,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip  (one line a group reads better than one line a name)
 
 ONLY: dict[str, object] = {
-    "checkpoint.every": 0,
-    "checkpoint.resume": None,
     "cluster.ports": None,
     "cluster.server": None,
     "cluster.restart": None,
-    "training.dry_run": False,
 }
 """Keys that accept one value until the rest is built."""
 

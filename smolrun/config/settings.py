@@ -63,6 +63,11 @@ class Training(Section):
         description="Compute each block twice instead of keeping its activations: less memory"
     )
     dry_run: bool = Field(description="Only tell what the run would need")
+    norms: Literal["none", "gradients", "all"] = Field(
+        description="Norms layer by layer: of gradients, or also of parameters and updates (these "
+        "need a copy of the model while they are taken)"
+    )
+    norms_every: Count = Field(description="Updates from one such measurement to the next")
 
     @model_validator(mode="before")
     @classmethod
@@ -77,9 +82,17 @@ class Training(Section):
 class Checkpoint(Section):
     """Group `checkpoint`: saving and going on later."""
 
-    every: Natural = Field(description="Steps between two checkpoints; 0 = none")
+    every: Natural = Field(
+        description="Steps between two checkpoints; a last one is made at the end; 0 = none at all"
+    )
+    keep: Count = Field(description="How many of the newest to keep")
+    keep_best: bool = Field(
+        description="Keep the one with the lowest evaluation loss too, of those made right after "
+        "an evaluation"
+    )
     resume: Name | None = Field(
-        description="latest, a run folder or a checkpoint folder; null = start anew"
+        description="latest, a run folder or a checkpoint folder; null = start anew. The run's own "
+        "configuration counts, keys given now go on top"
     )
 
 
@@ -132,6 +145,17 @@ class StepBench(Section):
 
 
 Bench = Annotated[CollectivesBench | StepBench, Field(discriminator="name")]
+
+
+class Export(Section):
+    """Group `export`: how a trained model is written for other tools."""
+
+    out: Name | None = Field(
+        description="The folder to write, new or empty; null = a new one in the run's folder"
+    )
+    dtype: Literal["as_is", "float32", "bf16", "fp16"] = Field(
+        description="Type of the numbers; as_is = as the model was trained"
+    )
 
 
 class Sweep(Section):

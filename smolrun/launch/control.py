@@ -9,6 +9,8 @@ processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` t
       | -- roster (everybody's port) ---------> |
       | -- lease, every 2 s ------------------> |   15 s without one: the worker ends itself
       | <---------------------- event, log ---- |
+      | <------------------------ want_rows --- |   only where the data is a stream
+      | -- rows ------------------------------> |
       | -- stop (agree on a last step) -------> |
       | <-------------------------- result ---- |
 """
@@ -42,6 +44,14 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fiel
     """Base of all messages; the class of a line is the value of its key "type"."""
 
 
+class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a rank writes checkpoints, and which one it goes on from, as seen on its host."""
+
+    folder: str
+    token: str  # new for every start of a run: unfinished folders of two starts never mix
+    resume: str | None = None
+
+
 class StartMessage(Message, frozen=True, tag="start"):
     """All a worker needs to begin. `secret` is 32 bytes in hex; `address` is where it binds."""
 
@@ -56,6 +66,7 @@ class StartMessage(Message, frozen=True, tag="start"):
     device: str
     threads: int
     prepared: dict[str, Any] | None = None
+    saving: Saving | None = None
     generation: int = 0
 
     def __repr__(self) -> str:
@@ -88,6 +99,17 @@ class StopMessage(Message, frozen=True, tag="stop"):
     """Agree with the others on a last step, save, report. A second one means abort."""
 
 
+class RowsMessage(Message, frozen=True, tag="rows"):
+    """Rows `first` to `first + count - 1` of the stream, all of one size, one after the other.
+
+    They come in the order in which they were wanted; `data` travels as base64.
+    """
+
+    first: int
+    count: int
+    data: bytes
+
+
 class AbortMessage(Message, frozen=True, tag="abort"):
     """End this process now."""
 
@@ -105,6 +127,17 @@ class EventMessage(Message, frozen=True, tag="event"):
     """Something that happened, as `events.to_json` wrote it; NaN and infinity arrive as null."""
 
     data: dict[str, Any]
+
+
+class WantRowsMessage(Message, frozen=True, tag="want_rows"):
+    """This rank needs rows `first` to `stop - 1` of the stream, and then none before `next_first`.
+
+    `next_first` None: none at all. Where first == stop, it needs nothing now.
+    """
+
+    first: int
+    stop: int
+    next_first: int | None
 
 
 class LogMessage(Message, frozen=True, tag="log"):
@@ -130,8 +163,10 @@ class ResultMessage(Message, frozen=True, tag="result"):
     summary: dict[str, Any] = {}
 
 
-DriverMessage = StartMessage | RosterMessage | LeaseMessage | StopMessage | AbortMessage
-WorkerMessage = ReadyMessage | EventMessage | LogMessage | ResultMessage
+DriverMessage = (
+    StartMessage | RosterMessage | LeaseMessage | RowsMessage | StopMessage | AbortMessage
+)
+WorkerMessage = ReadyMessage | EventMessage | WantRowsMessage | LogMessage | ResultMessage
 
 _driver_decoder: msgspec.json.Decoder[DriverMessage] = msgspec.json.Decoder(DriverMessage)
 _worker_decoder: msgspec.json.Decoder[WorkerMessage] = msgspec.json.Decoder(WorkerMessage)

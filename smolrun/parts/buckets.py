@@ -107,6 +107,13 @@ class GradientBuckets:
             for parameter, view in zip(bucket.parameters, bucket.views[slot], strict=True):
                 parameter.grad = view
 
+    def travelled(self, slot: int) -> list[torch.Tensor]:
+        """Every gradient of a slot as it lies in host memory, in the order the parameters came."""
+        views = [
+            view for bucket in self.buckets for view in _views(bucket.host[slot], bucket.parameters)
+        ]
+        return views[::-1]  # buckets are packed from the last parameter to the first
+
     def _hook(self, bucket: Bucket) -> Callable[[torch.Tensor], None]:
         def gradient_is_there(_: torch.Tensor) -> None:
             if self._is_armed:
@@ -154,8 +161,10 @@ def _allocate(bucket: Bucket, slots: int, stages: bool | None) -> None:
         bucket.host.append(
             torch.empty(bucket.size, dtype=first.dtype, pin_memory=pinned) if stages else flat
         )
-        views, start = [], 0
-        for parameter in bucket.parameters:
-            views.append(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
-        bucket.views.append(views)
+        bucket.views.append(_views(flat, bucket.parameters))
+
+
+def _views(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """One after the other, each in its parameter's shape."""
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

@@ -5,6 +5,9 @@ vanishing.
     float64    everything in float64, for proofs
     bf16       float32 weights, matrix products in bfloat16
     fp16       float32 weights, matrix products in float16, loss scaled
+    bf16_params  weights, gradients and the optimizer's memory in bfloat16 too: half the memory.
+                 Updates are computed in float32 and rounded by chance (training/rounding.py); the
+                 loss is float32 as always
 
 Source: Micikevicius et al., "Mixed precision training", 2018.
 """
@@ -48,6 +51,7 @@ PRECISIONS = {
     "float64": Precision(torch.float64),
     "bf16": Precision(torch.float32, torch.bfloat16),
     "fp16": Precision(torch.float32, torch.float16),
+    "bf16_params": Precision(torch.bfloat16),
 }
 
 
@@ -61,15 +65,15 @@ class LossScale:
         self.value = value
         self._least = value * 2.0**-16
         self.is_dynamic = is_dynamic
-        self._good_steps = 0
+        self.good_steps = 0
 
     def update(self, was_finite: bool) -> None:
         """Takes note of one finished step."""
         if not self.is_dynamic:
             return
         if not was_finite:
-            self.value, self._good_steps = max(self._least, self.value / 2), 0
+            self.value, self.good_steps = max(self._least, self.value / 2), 0
             return
-        self._good_steps += 1
-        if self._good_steps == self.growth_interval:
-            self.value, self._good_steps = self.value * 2, 0
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value, self.good_steps = self.value * 2, 0

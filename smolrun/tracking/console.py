@@ -56,6 +56,10 @@ class Console:
         """Show how far the data is: `done` of `total`."""
         self._quietly(lambda: self._prepare(what, done, total))
 
+    def go_on(self, earlier_s: float) -> None:
+        """The run had trained so long before; rates are about what comes now."""
+        self._rate_from_s = self._line_due_s = earlier_s
+
     def record(self, event: Event) -> None:
         """Show what happened, if a person wants to know."""
         self._quietly(lambda: self._show(event))
@@ -105,7 +109,10 @@ class Console:
             before = self._compute_s.get(event.rank, event.compute_s)
             self._compute_s[event.rank] = 0.8 * before + 0.2 * event.compute_s
         elif isinstance(event, EvalDone):
-            self._print(f"after step {event.step + 1}: evaluation loss {_number(event.loss)}")
+            share = f", {event.accuracy:.1%} right" if event.accuracy is not None else ""
+            self._print(
+                f"after step {event.step + 1}: evaluation loss {_number(event.loss)}{share}"
+            )
         elif isinstance(event, RunStarted):
             self._show_start(event)
         elif isinstance(event, StepSkipped):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -31,3 +33,22 @@ def line(event: Event) -> bytes:
     first = {key: data.pop(key) for key in ("event", "step", "rank") if key in data}
     # Spaces after colons and commas, so that a grep for "event": "eval" finds what people expect.
     return msgspec.json.format(msgspec.json.encode({**first, **data}), indent=0) + b"\n"
+
+
+def forget_from(path: Path, step: int) -> None:
+    """Takes away all lines about `step` and later ones, for a run that does these steps again.
+
+    A last line that was cut short goes too. The file is whole at every moment.
+    """
+    if not path.exists():
+        return
+    fresh = path.with_name(f".{path.name}.part")
+    with path.open("rb") as old, fresh.open("wb") as new:
+        for row in old:
+            try:
+                number = msgspec.json.decode(row, type=dict[str, Any]).get("step")
+            except msgspec.DecodeError:
+                continue
+            if not isinstance(number, int) or number < step:
+                new.write(row)
+    os.replace(fresh, path)

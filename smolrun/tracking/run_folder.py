@@ -5,6 +5,7 @@ outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     config.yaml     the configuration, resolved
     metrics.jsonl   every event
     summary.json    how it ended
+    checkpoints/    step-00000100 ...
     tokenizer/      what turns text into tokens, if there is text
     logs/           what each rank printed
 """
@@ -57,6 +58,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
     def metrics(self) -> Path:
         """The file of all events."""
         return self.path / "metrics.jsonl"
@@ -78,6 +84,9 @@ class RunFolder:
         """Keep a copy of `tokenizer`/tokenizer.json, so that the folder is whole by itself."""
         (self.path / "tokenizer").mkdir(exist_ok=True)
         shutil.copyfile(tokenizer / TOKENIZER_FILE, self.path / "tokenizer" / TOKENIZER_FILE)
+
+    def driver_lives(self) -> bool:
+        return False
 
     def become_latest(self) -> None:
         """Let `outputs/latest` point here: a link, or a text file where links are not possible."""

@@ -12,7 +12,9 @@ from smolrun.events import EvalDone, Event, StepDone, TextSample
 class RunRecord:
     """A tracker that remembers the last figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier_s: float = 0.0) -> None:
+        """`earlier_s` is what a run that goes on had trained before."""
+        self._earlier_s = earlier_s
         self.steps = 0
         self.tokens = 0
         self.time_s = 0.0
@@ -37,7 +39,7 @@ class RunRecord:
         if isinstance(event, StepDone):
             self.steps = event.step + 1  # steps are numbered from 0
             self.tokens += event.tokens
-            self.time_s = event.time_s
+            self.time_s = event.time_s - self._earlier_s
             self.train_loss = event.loss
             # Whoever wrote the event as JSON had to write null for what is not finite.
             if event.loss is not None and math.isfinite(event.loss):

@@ -7,23 +7,27 @@ listens decides which rank's words count."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from smolrun.algorithms.base import Algorithm, StepResult
+from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
 from smolrun.data.base import Batch
-from smolrun.errors import TrainingError
-from smolrun.events import EvalDone, Event, RankStep, ReplicaHash, StepDone, StepSkipped
+from smolrun.errors import CheckpointError, TrainingError
+from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
 from smolrun.parts.replicas import gather_hashes, parameter_hash
-from smolrun.training.feed import Feed
 from smolrun.training.vitals import Vitals
 
 # A float16 run skips a few steps while its loss scale settles; more in a row means that something
 # is broken.
 _MAX_SKIPPED = 20
+
+
+class Samples(Protocol):
+    """Where this rank's micro-batches come from."""
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of one step; some may be empty."""
 
 
 @dataclass
@@ -37,20 +41,23 @@ class Outcome:
 
 
 class Trainer:
-    """Runs `steps` steps. `should_stop` is asked once a step; when any rank is told to stop, all
-    stop at the same step."""
+    """Runs up to `steps` steps. `should_stop` is asked once a step; when any rank is told to stop,
+    all stop at the same step. `save(updates)` is called after every `save_every` updates and at the
+    end, on all ranks alike; None: nothing is saved."""
 
     def __init__(
         self,
         algorithm: Algorithm,
-        feed: Feed,
+        feed: Samples,
         *,
         steps: int,
-        evaluate: Callable[[], tuple[float, int]],
+        evaluate: Callable[[], EvalSums],
         eval_every: int,
         check_replicas: bool,
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
+        save_every: int = 0,
+        save: Callable[[int], None] | None = None,
     ) -> None:
         self.outcome = Outcome()
         self._algorithm = algorithm
@@ -61,28 +68,60 @@ class Trainer:
         self._check_replicas = check_replicas
         self._emit = emit
         self._should_stop = should_stop
+        self._save_every = save_every
+        self._save = save
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
+        self._started_at = 0.0
+        self._earlier_s = 0.0  # what the run had trained before it was interrupted
         self._evaluated_at = 0
+        self._saved_at = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the loop, as JSON."""
+        return {
+            "time_s": self._earlier_s + time.perf_counter() - self._started_at,
+            "steps": self.outcome.steps,
+            "train_loss": self.outcome.final_train_loss,
+            "eval_loss": self.outcome.final_eval_loss,
+            "evaluated_at": self._evaluated_at,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the updates that a checkpoint has; call it before `fit`."""
+        try:
+            self._earlier_s = float(state["time_s"])
+            self.outcome.steps = self._saved_at = int(state["steps"])
+            self.outcome.final_train_loss = state["train_loss"]
+            self.outcome.final_eval_loss = state["eval_loss"]
+            self._evaluated_at = int(state["evaluated_at"])
+            self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the saved state of training cannot be used: {error}") from None
 
     def fit(self) -> Outcome:
         """Trains to the end, or to the step at which the run was asked to stop."""
         self._bytes = (self._mesh.bytes_sent, self._mesh.bytes_received)
         self._started_at = self._last_step_at = time.perf_counter()
-        for step in range(self._steps):
+        for step in range(self._algorithm.steps_begun, self._steps):
             self._algorithm.wants_stop = self._should_stop()
             result = self._algorithm.train_step(self._feed.step(step))
             if result is not None:
                 self._finish(result)
             if self.outcome.was_stopped:
                 break
-        for result in self._algorithm.drain():
-            self._finish(result)
+        # A run that was stopped goes on later: then its late gradients belong into the checkpoint.
+        if self._save is None or not self.outcome.was_stopped:
+            for result in self._algorithm.drain():
+                self._finish(result)
         if self._evaluated_at != self.outcome.steps and not self.outcome.was_stopped:
             self._eval()
+        if self._save is not None and self._saved_at != self.outcome.steps:
+            self._save(self.outcome.steps)
         return self.outcome
 
     def _finish(self, result: StepResult) -> None:
@@ -103,6 +142,11 @@ class Trainer:
                 )
         if self._eval_every and self.outcome.steps % self._eval_every == 0:
             self._eval()
+        # `fit` saves the last one, when all is done.
+        is_due = self._save_every and self.outcome.steps % self._save_every == 0
+        if self._save and is_due and self.outcome.steps < self._steps:
+            self._saved_at = self.outcome.steps
+            self._save(self.outcome.steps)
 
     def _tell(self, result: StepResult) -> None:
         now = time.perf_counter()
@@ -127,7 +171,7 @@ class Trainer:
         self._emit(
             StepDone(
                 step=result.step,
-                time_s=now - self._started_at,
+                time_s=self._earlier_s + now - self._started_at,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 lr=result.learning_rate,
@@ -136,6 +180,9 @@ class Trainer:
                 **figures,
             )
         )
+
+        if result.norms is not None:
+            self._emit(Norms(result.step, **result.norms))
 
     def _check_finite(self, result: StepResult) -> None:
         if result.grad_norm is not None:
@@ -152,49 +199,11 @@ class Trainer:
             )
 
     def _eval(self) -> None:
-        loss_sum, weight = self._evaluate()
-        loss = loss_sum / weight if weight else float("nan")
+        sums = self._evaluate()
+        loss = sums.loss / sums.weight if sums.weight else float("nan")
+        accuracy = None if sums.correct is None else sums.correct / max(1, sums.weight)
         self.outcome.final_eval_loss = loss
         self._evaluated_at = self.outcome.steps
-        self._emit(EvalDone(self.outcome.steps - 1, loss, weight))
-        self._last_step_at = (
-            time.perf_counter()
-        )  # the next step's tokens per second are not about this
-
-
-@torch.no_grad()
-def write_text(
-    logits: Callable[[torch.Tensor], torch.Tensor],
-    prompt: list[int],
-    num_tokens: int,
-    *,
-    context_length: int,
-    seed: int,
-    temperature: float = 0.8,
-    top_k: int = 40,
-) -> list[int]:
-    """Token ids that the model writes after `prompt`; collective where `logits` is, and equal on
-    all ranks.
-
-    Every token runs the whole context again, so that it works for every way of splitting a model.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        window = torch.tensor([tokens[-context_length:]])
-        last = logits(window)[0, -1]
-        values, ids = last.topk(min(top_k, len(last)))
-        choice = torch.multinomial(torch.softmax(values / temperature, 0), 1, generator=generator)
-        tokens.append(int(ids[choice]))
-    return tokens[len(prompt) :]
-
-
-def evaluate(
-    algorithm: Algorithm, batches: Callable[[], Iterable[list[Batch]]]
-) -> tuple[float, int]:
-    """Sum of losses and number of targets over all samples of all ranks; collective."""
-    total, weight = 0.0, 0
-    for micro_batches in batches():
-        loss_sum, count = algorithm.eval_step(micro_batches)
-        total, weight = total + loss_sum, weight + count
-    return total, weight
+        self._emit(EvalDone(self.outcome.steps - 1, loss, sums.weight, accuracy))
+        # The next step's tokens per second are not about this.
+        self._last_step_at = time.perf_counter()

@@ -37,7 +37,12 @@ def test_equals_single_on_the_same_global_batches(
         assert [r.grad_norm for r in trace.results] == pytest.approx(
             [r.grad_norm for r in reference.results], abs=1e-12
         )
-        assert trace.eval == pytest.approx(reference.eval, abs=1e-10)
+        assert trace.eval is not None and reference.eval is not None
+        assert trace.eval.loss == pytest.approx(reference.eval.loss, abs=1e-10)
+        assert (trace.eval.weight, trace.eval.correct) == (
+            reference.eval.weight,
+            reference.eval.correct,
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

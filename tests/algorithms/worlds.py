@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from smolrun.algorithms.base import Algorithm, Context, StepResult
+from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches
@@ -73,14 +73,14 @@ class Trace:
     results: list[StepResult] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # of the replica, after every update
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    eval: tuple[float, int] = (0.0, 0)
+    eval: EvalSums | None = None
 
     @property
     def losses(self) -> list[float]:
         return [result.loss for result in self.results]
 
 
-def _context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Context:
+def context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Context:
     keys = {"lr": 0.1, "weight_decay": 0.01} | ({"momentum": 0.9} if optimizer == "sgd" else {})
     return Context(
         mesh=mesh,
@@ -93,7 +93,7 @@ def _context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Cont
     )
 
 
-def _share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:
+def share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:
     """One rank's micro-batches of a global batch."""
     first = step * GLOBAL_BATCH
     parts = [slice(p.start - first, p.stop - first) for p in plan.positions(step)]
@@ -125,8 +125,8 @@ def train(
 
     def rank_main(mesh: Mesh) -> Trace:
         net = copy.deepcopy(start)
-        context = _context(mesh, precision, optimizer, staleness)
-        runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
+        made = context(mesh, precision, optimizer, staleness)
+        runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
         runner.place(net)
         plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
         trace = Trace()
@@ -136,7 +136,7 @@ def train(
             trace.hashes.append(parameter_hash(runner.replica_tensors()))
 
         for step in range(steps):
-            result = runner.train_step(_share(sample(model, step), plan, step))
+            result = runner.train_step(share(sample(model, step), plan, step))
             if result is not None:
                 note(result)
         for result in runner.drain():
@@ -145,8 +145,8 @@ def train(
             name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()
         }
         own = sample(model, 999)
-        share = slice(plan.first, plan.first + sum(plan.sizes))
-        trace.eval = runner.eval_step([Batch(own.inputs[share], own.targets[share])])
+        part = slice(plan.first, plan.first + sum(plan.sizes))
+        trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
         return trace
 
     return run_ranks(world_size, rank_main, kind=kind)

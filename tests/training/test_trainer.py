@@ -17,7 +17,7 @@ from smolrun.events import EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh
 from smolrun.tasks.train_rank import train
 from smolrun.testing import run_ranks
-from smolrun.training.trainer import write_text
+from smolrun.training.evaluation import write_text
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,8 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
         "sample_tokens": 0,
         "sample_prompt": "",
         "recompute": False,
+        "norms": "none",
+        "norms_every": 10,
     }
     return {
         "seed": 0,

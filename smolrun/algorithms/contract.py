@@ -1,0 +1,62 @@
+"""What the house gives every algorithm, and what comes back from a step.
+
+Plain records: how they are made and used is in base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.parts.norms import NO_NORMS, LayerNorms
+from smolrun.parts.precision import Precision
+
+IGNORED = -100  # targets with this value carry no loss and no weight
+
+# Sums over the samples of one rank and step, exchanged between all ranks as float64.
+FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the house gives every algorithm."""
+
+    mesh: Mesh
+    device: torch.device
+    precision: Precision
+    make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
+    learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
+    staleness: int = 0
+    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
+    expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
+    norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update of the whole run. `grad_norm` is None when the update was skipped because it was
+    not finite."""
+
+    step: int
+    loss: float
+    weight: int
+    grad_norm: float | None
+    learning_rate: float
+    compute_s: float
+    wait_s: float
+    waited_for: int | None  # the rank with the longest compute, if this rank waited for it
+    culprits: tuple[int, ...]  # ranks whose own gradient was not finite
+    wants_stop: bool  # some rank was asked to stop
+    norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
+
+
+@dataclass
+class InFlight:
+    """A step whose gradient is on its way."""
+
+    step: int
+    facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
+    works: list[Work]

@@ -1,0 +1,134 @@
+"""What a checkpoint holds of an algorithm whose ranks all hold the same: everything, dealt out.
+
+    model/<name>                 parameters and buffers
+    optimizer/<state>/<name>     what the optimizer remembers of each parameter
+    in_flight/<n>/<name>         summed gradients that no update has used yet, oldest first
+    in_flight/<n>/facts          and the sums that came with them
+
+Keys are names, never ranks or positions, so that any other number of ranks can go on. Each rank
+writes a part of the keys: together they write everything once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smolrun.algorithms.contract import FACTS, InFlight
+from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.reader import Checkpoint
+from smolrun.errors import CheckpointError
+from smolrun.training.optimizer import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from smolrun.algorithms.base import Algorithm
+
+
+def tensors(algorithm: Algorithm) -> dict[str, torch.Tensor]:
+    """Everything by key; the tensors are the living ones."""
+    model = algorithm.model
+    found = {f"model/{name}": tensor for name, tensor in model_tensors(model)}
+    remembered = optimizer_state(algorithm.optimizer, model.named_parameters())
+    found |= {f"optimizer/{key}": tensor for key, tensor in remembered.items()}
+    for number, flight in enumerate(algorithm.in_flight):
+        found |= dict(_flight_tensors(algorithm, number, flight))
+        found[f"in_flight/{number}/facts"] = flight.facts
+    return found
+
+
+def model_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, each tensor once, without buffers that are made anew."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[Piece]:
+    """The part of `whole` that rank `index` of `size` writes: the largest first, each to whom has
+    least."""
+    loads = [0] * size
+    mine = []
+    for key in sorted(whole, key=lambda key: (-whole[key].nbytes, key)):
+        owner = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owner] += whole[key].nbytes
+        if owner == index:
+            mine.append(key)
+    return [Piece(key, tuple(whole[key].shape), 0, whole[key].detach()) for key in sorted(mine)]
+
+
+def state(algorithm: Algorithm) -> dict[str, Any]:
+    """Numbers beside the tensors."""
+    scale = algorithm.loss_scale
+    return {
+        "steps_begun": algorithm.steps_begun,
+        "in_flight": [flight.step for flight in algorithm.in_flight],
+        "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+    }
+
+
+@torch.no_grad()
+def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Puts everything back; CheckpointError names what is missing, unknown or of another shape."""
+    for name, tensor in model_tensors(algorithm.model):
+        _read_into(tensor, checkpoint, f"model/{name}")
+    known = {f"model/{name}" for name, _ in model_tensors(algorithm.model)}
+    if unknown := [key for key in checkpoint.keys("model/") if key not in known]:
+        raise CheckpointError(f"{checkpoint.folder} is of another model: it has {unknown[0]}")
+    prefix = "optimizer/"
+    load_optimizer_state(
+        algorithm.optimizer,
+        algorithm.model.named_parameters(),
+        {key.removeprefix(prefix): checkpoint.read(key) for key in checkpoint.keys(prefix)},
+    )
+    algorithm.loss_scale.value = state["loss_scale"]["value"]
+    algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
+    algorithm.steps_begun = state["steps_begun"]
+    if len(state["in_flight"]) != min(algorithm.context.staleness, algorithm.steps_begun):
+        raise CheckpointError(
+            f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, "
+            f"staleness.bound = {algorithm.context.staleness} needs as many; go on with the bound "
+            "that the run had"
+        )
+    for number, step in enumerate(state["in_flight"]):
+        facts = _facts(checkpoint.read(f"in_flight/{number}/facts"), algorithm.collectives.size)
+        flight = InFlight(step, facts, [])
+        algorithm.in_flight.append(flight)
+        for key, tensor in _flight_tensors(algorithm, number, flight):
+            _read_into(tensor, checkpoint, key)
+
+
+def _flight_tensors(
+    algorithm: Algorithm, number: int, flight: InFlight
+) -> Iterator[tuple[str, torch.Tensor]]:
+    names = [name for name, p in algorithm.model.named_parameters() if p.requires_grad]
+    for name, gradient in zip(names, algorithm.gradients_in_flight(flight), strict=True):
+        yield f"in_flight/{number}/{name}", gradient
+
+
+def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
+    """The facts of a flight for `size` ranks, which need not be as many as wrote them.
+
+    Only sums and "all were finite" matter now: who was slow, or asked to stop, was another run.
+    """
+    table = torch.zeros((size, len(FACTS)), dtype=torch.float64)
+    columns = {name: saved[:, column] for column, name in enumerate(FACTS)}
+    for name in ("loss_sum", "weight"):
+        table[0, FACTS.index(name)] = columns[name].sum()
+    table[:, FACTS.index("is_finite")] = columns["is_finite"].min()
+    return table
+
+
+def _read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
+    if key not in checkpoint.keys(key):
+        raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
+    value = checkpoint.read(key)
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{checkpoint.folder} is of another model: {key} is {tuple(value.shape)} of "
+            f"{value.dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
+        )
+    tensor.copy_(value)

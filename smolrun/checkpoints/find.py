@@ -1,0 +1,216 @@
+"""Finding checkpoints and telling good ones from damaged ones, before anything is loaded.
+
+Knows no torch. A checkpoint exists only if its manifest verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from smolrun.checkpoints.bounds import ITEM_BYTES
+from smolrun.checkpoints.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
+from smolrun.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+OLD = ".old"
+STEP_FOLDER = re.compile(r"step-(\d{8,})(?:\.old)?", re.ASCII)
+LATEST = "latest"
+
+
+class _HeaderLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def checkpoints_in(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what looks like a checkpoint, newest step first. Empty if there is none."""
+    found = []
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    # One that is being replaced comes after the one that replaces it.
+    return sorted(found, key=lambda item: (-item[0], item[1].name))
+
+
+def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose manifest, sizes and hashes are right, or None.
+
+    Damaged ones are passed over, each told by `warn` with the reason.
+    """
+    for _, folder in checkpoints_in(checkpoints):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warn(f"{error}; this checkpoint is passed over")
+        else:
+            return folder
+    return None
+
+
+def is_whole(folder: Path, *, hashes: bool) -> bool:
+    """Whether a checkpoint verifies; without `hashes` by manifest and sizes alone."""
+    try:
+        check_files(folder, read_manifest(folder), hashes=hashes)
+    except CheckpointError:
+        return False
+    return True
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose every byte was compared with it; reads all files.
+
+    Raises CheckpointError naming the file and what is wrong.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=True)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest of a folder; says nothing yet about its files."""
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    size = _size(path)
+    if size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: {size:,} bytes are too many for a manifest")
+    try:
+        return Manifest.from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Compares the files with the manifest: sizes, headers, and the hashes if asked."""
+    contents: dict[str, dict[str, tuple[str, int]]] = {name: {} for name in manifest.files}
+    for tensor in manifest.tensors.values():
+        for piece in tensor.pieces:
+            contents[piece.file][piece.name] = (tensor.dtype, piece.stop - piece.start)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        size = _size(path)
+        if size != entry.bytes:
+            raise CheckpointError(f"{path} has {size:,} bytes, {entry.bytes:,} were written")
+        try:
+            with open(path, "rb") as file:
+                if hashes and hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                    raise CheckpointError(f"{path} is damaged: its bytes are not what was written")
+                file.seek(0)
+                _check_header(file.read, path, size, contents[name])
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _size(path: Path) -> int:
+    """Of a plain file; a link, a folder or a device in its place could lead anywhere."""
+    try:
+        found = os.lstat(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no plain file, so it is not followed")
+    return found.st_size
+
+
+def _check_header(
+    read: Callable[[int], bytes], path: Path, size: int, wanted: dict[str, tuple[str, int]]
+) -> None:
+    """A file's own table of contents must be what the manifest says, and fill the file exactly."""
+    length = int.from_bytes(read(8), "little")
+    # Our writer needs at most twelve characters for one of a name (JSON's escapes), and less than
+    # 256 for the rest of a line. A longer header would only fill the memory.
+    most = 4096 + sum(12 * len(name) + 256 for name in wanted)
+    if length > min(most, size - 8):
+        raise CheckpointError(f"{path}: its header of {length:,} bytes is too long for its tensors")
+    try:
+        header = msgspec.convert(json.loads(read(length)), dict[str, _HeaderLine])
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: its header cannot be read") from None
+    if header.keys() != wanted.keys():
+        raise CheckpointError(f"{path}: it holds other tensors than the manifest says")
+    offset = 0
+    for name, line in sorted(header.items(), key=lambda item: item[1].data_offsets):
+        dtype, count = wanted[name]
+        stop = offset + count * ITEM_BYTES[dtype]
+        if line != _HeaderLine(dtype, [count], (offset, stop)):
+            raise CheckpointError(f"{path}: {name[:100]!r} is not as the manifest says")
+        offset = stop
+    if 8 + length + offset != size:
+        raise CheckpointError(f"{path}: it is longer than its tensors")
+
+
+def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that `checkpoint.resume=TEXT` means.
+
+    TEXT is "latest" (the newest run below `outputs`), a run (its id below `outputs`, or a path), or
+    a checkpoint folder. Of a run, the newest valid checkpoint is taken. A checkpoint folder that
+    lies in no run's `checkpoints` folder gives its parent as the run folder. Raises CheckpointError
+    that says what was looked for and what there is.
+    """
+    folder = _named(text, outputs)
+    if _is_checkpoint(folder):
+        verify(folder)
+        return run_folder(text, outputs), folder
+    newest = newest_valid(folder / CHECKPOINTS, warn)
+    if newest is None:
+        raise CheckpointError(
+            f"the run {folder.name} has no checkpoint that can be used{_what_exists(outputs)}"
+        )
+    return folder, newest
+
+
+def run_folder(text: str, outputs: Path) -> Path:
+    """The run folder that `locate` would give; looks at no checkpoint."""
+    folder = _named(text, outputs)
+    if not _is_checkpoint(folder):
+        return folder
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
+
+
+def _named(text: str, outputs: Path) -> Path:
+    candidates = [outputs / text, Path(os.path.expanduser(text))]
+    if text == LATEST:
+        candidates = [_latest(outputs)]
+    folder = next((path for path in candidates if path.is_dir()), None)
+    if folder is None:
+        raise CheckpointError(f"there is no run and no checkpoint {text!r}{_what_exists(outputs)}")
+    return folder.resolve()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(folder.name) is not None
+
+
+def _latest(outputs: Path) -> Path:
+    """The run `outputs/latest` points to: a link, or a text file where links are not possible."""
+    pointer = outputs / LATEST
+    try:
+        return (
+            outputs / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else pointer
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{pointer} cannot be read: {error}") from None
+
+
+def _what_exists(outputs: Path) -> str:
+    """The runs that have checkpoints, newest names first, for the end of an error."""
+    runs = [
+        path.name
+        for path in (outputs.iterdir() if outputs.is_dir() else ())
+        if path.name != LATEST and checkpoints_in(path / CHECKPOINTS)
+    ]
+    if not runs:
+        return f"; no run in {outputs} has checkpoints (checkpoint.every=N makes them)"
+    return f"; runs with checkpoints in {outputs}: {', '.join(sorted(runs, reverse=True)[:10])}"

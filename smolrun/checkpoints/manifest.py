@@ -1,0 +1,174 @@
+"""What a checkpoint holds: the manifest, which lists every file, tensor and range, and is written
+last.
+
+Everything that is read from a disk or told by a worker is checked here before anybody trusts it:
+plain file names, known dtypes, ranges that tile each tensor exactly and fit into their files.
+Knows no torch, so that the driver can commit and verify checkpoints without loading it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from smolrun.checkpoints.bounds import check_tensors
+from smolrun.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "smolrun-checkpoint"
+VERSION = 1
+# A thousand times what a model of 100 tensors on 2 ranks needs; more is no manifest of ours.
+MAX_MANIFEST_BYTES = 64 << 20
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: its size and the sha256 of its bytes, in hex."""
+
+    bytes: int
+    sha256: str
+
+
+class PieceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Elements [start, stop) of a flattened tensor: in which file, under which name there."""
+
+    file: str
+    name: str
+    start: int
+    stop: int
+
+
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor: its dtype in safetensors' words, its global shape, its pieces by start."""
+
+    dtype: str
+    shape: list[int]
+    pieces: list[PieceEntry]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank says it wrote."""
+
+    rank: int
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole checkpoint. `state` is JSON that its writer understands; `created` is ISO time."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    step: int
+    run_id: str
+    config_hash: str
+    world_size: int
+    created: str
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files, the manifest not counted."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """JSON, one key a line, so that people can read it."""
+        return (json.dumps(msgspec.to_builtins(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """What `to_bytes` made, checked; CheckpointError names `where` and what is wrong."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{where}: {len(data):,} bytes are too many for a manifest")
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{where}: no JSON: {error}") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise CheckpointError(f"{where}: no manifest of a smolrun checkpoint")
+        if found.get("version") != VERSION:
+            raise CheckpointError(
+                f"{where}: format version {found.get('version')!r}, this smolrun reads {VERSION}"
+            )
+        try:
+            manifest = msgspec.convert(found, cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        manifest.check(where)
+        return manifest
+
+    def check(self, where: str) -> None:
+        """Raises CheckpointError if anything in it cannot be true."""
+        if self.step < 0 or self.world_size < 1:
+            raise CheckpointError(f"{where}: step {self.step} of {self.world_size} ranks cannot be")
+        check_tensors(self.files, self.tensors, where)
+
+
+def merge(
+    reports: Sequence[Mapping[str, Any]],
+    *,
+    step: int,
+    run_id: str,
+    config_hash: str,
+    world_size: int,
+    state: Mapping[str, Any],
+) -> Manifest:
+    """One manifest of what all ranks reported; CheckpointError where they do not fit together.
+
+    Pieces of a key may come from several ranks; together they must tile the tensor exactly.
+    """
+    files: dict[str, FileEntry] = {}
+    tensors: dict[str, TensorEntry] = {}
+    ranks: set[int] = set()
+    for given in reports:
+        report = _report(given)
+        where = f"the report of rank {report.rank}"
+        if report.rank in ranks or not 0 <= report.rank < world_size:
+            raise CheckpointError(f"{where} came twice, or there is no such rank")
+        ranks.add(report.rank)
+        if not all(name.startswith(f"rank{report.rank}-") for name in report.files):
+            raise CheckpointError(f"{where} names files of another rank")
+        files.update(report.files)
+        for key, tensor in report.tensors.items():
+            tensors[key] = _joined(tensors.get(key), tensor, f"{where}: {key}")
+    manifest = Manifest(
+        step=step,
+        run_id=run_id,
+        config_hash=config_hash,
+        world_size=world_size,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        tensors=tensors,
+        state=dict(state),
+    )
+    manifest.check(f"the checkpoint of step {step}")
+    return manifest
+
+
+def _report(given: Mapping[str, Any]) -> _Report:
+    try:
+        return msgspec.convert(dict(given), _Report)
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise CheckpointError(f"a report of a rank's saved files is damaged: {error}") from None
+
+
+def _joined(known: TensorEntry | None, new: TensorEntry, where: str) -> TensorEntry:
+    """Both entries' pieces in the order of their ranges."""
+    pieces = new.pieces
+    if known is not None:
+        if (known.dtype, known.shape) != (new.dtype, new.shape):
+            raise CheckpointError(
+                f"{where} is {new.dtype} {new.shape}, another rank says {known.dtype} {known.shape}"
+            )
+        pieces = known.pieces + new.pieces
+    return TensorEntry(new.dtype, new.shape, sorted(pieces, key=lambda piece: piece.start))

@@ -1,0 +1,96 @@
+"""Reading a checkpoint: any range of any tensor, whoever wrote it, however it was cut.
+
+Files are mapped, so only what is asked for is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from smolrun.checkpoints.find import check_files, read_manifest
+from smolrun.checkpoints.manifest import TensorEntry
+from smolrun.checkpoints.piece import DTYPE_OF_NAME
+from smolrun.errors import CheckpointError
+
+
+class Checkpoint:
+    """An opened checkpoint. Sizes and tables of contents are checked here; the hashes were by
+    whoever found it (`newest_valid`, `locate`, `verify`).
+
+    Close it, or use it in a `with`, before its folder is moved: Windows does not move open files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        check_files(folder, self.manifest, hashes=False)
+        self._files: dict[str, Any] = {}
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Of all tensors whose key starts with `prefix`, sorted."""
+        return sorted(key for key in self.manifest.tensors if key.startswith(prefix))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The global shape."""
+        return tuple(self._entry(key).shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return DTYPE_OF_NAME[self._entry(key).dtype]
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """The whole tensor, or elements [start, stop) of it, flat; a new tensor on the CPU."""
+        entry = self._entry(key)
+        first = 0 if start is None else start
+        last = entry.num_elements if stop is None else stop
+        if not 0 <= first <= last <= entry.num_elements:
+            raise CheckpointError(
+                f"{key} has {entry.num_elements:,} elements, not the range {first:,} to {last:,}"
+            )
+        flat = torch.empty(last - first, dtype=DTYPE_OF_NAME[entry.dtype])
+        for piece in entry.pieces:
+            low, high = max(first, piece.start), min(last, piece.stop)
+            if low < high:
+                values = self._values(piece.file, piece.name, low - piece.start, high - piece.start)
+                flat[low - first : high - first].copy_(values)
+        return flat.view(entry.shape) if start is None and stop is None else flat
+
+    def _values(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
+        path = self.folder / file
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(path, framework="pt").__enter__()
+            values: torch.Tensor = self._files[file].get_slice(name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return values
+
+    def _entry(self, key: str) -> TensorEntry:
+        entry = self.manifest.tensors.get(key)
+        if entry is None:
+            raise CheckpointError(
+                f"the checkpoint {self.folder} has no {key!r}; it holds "
+                f"{len(self.manifest.tensors)} other tensors"
+            )
+        return entry
+
+    def close(self) -> None:
+        """Lets go of the files; reading opens them again."""
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

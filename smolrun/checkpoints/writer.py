@@ -1,0 +1,151 @@
+"""Writing one rank's part of a checkpoint: safetensors files, durable and hashed.
+
+A rank writes and reports; the driver merges the reports and commits. So no rank needs to know when
+all are done. Knows no manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolrun.checkpoints.piece import Piece
+from smolrun.errors import CheckpointError
+
+# Hashed and written in turns, so that the bytes are still in the processor's cache.
+_CHUNK_BYTES = 4 << 20
+
+
+def write_shard(
+    folder: Path, rank: int, pieces: Iterable[Piece], max_file_bytes: int = 1 << 30
+) -> dict[str, Any]:
+    """Writes a rank's pieces into files of at most `max_file_bytes` below `folder`, and says what
+    is where, in JSON, for `merge`.
+
+    The folder is made if needed. Blocks until everything is on the disk. `pieces` is walked once,
+    and no more than one file's tensors are held, so it may make them as it goes. If writing fails
+    (disk full, read-only: OSError), the files of this call are removed first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shard = _Shard(folder, rank)
+    try:
+        batch: list[Piece] = []
+        size = 0
+        for piece in _cut(pieces, max_file_bytes):
+            if batch and size + piece.num_bytes > max_file_bytes:
+                shard.write(batch)
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.num_bytes
+        if batch:
+            shard.write(batch)
+    except BaseException:
+        shard.remove()
+        raise
+    return {"rank": rank, "files": shard.files, "tensors": shard.tensors}
+
+
+def _cut(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
+    """The pieces, those too large for a file as several; views, nothing is copied."""
+    for piece in pieces:
+        most = max(1, max_bytes // piece.values.element_size())
+        if piece.values.numel() <= most:
+            yield piece
+            continue
+        start = piece.start
+        for values in piece.values.detach().reshape(-1).split(most):
+            yield Piece(piece.key, piece.shape, start, values)
+            start += values.numel()
+
+
+class _Shard:
+    """The files one call has written so far."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._begun: list[Path] = []
+        self.files: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, dict[str, Any]] = {}
+
+    def write(self, batch: list[Piece]) -> None:
+        """One more file. Pieces of no elements are told, not written."""
+        name = f"rank{self._rank}-{len(self.files)}.safetensors"
+        for piece in batch:
+            self._tell(name, piece)
+        filled = [piece for piece in batch if piece.num_bytes]
+        if not filled:
+            return
+        path = self._folder / name
+        # "x": a file that is there already was written by somebody else.
+        with open(path, "xb") as file:
+            self._begun.append(path)
+            digest = hashlib.sha256()
+            for chunk in _safetensors(filled):
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        self.files[name] = {"bytes": size, "sha256": digest.hexdigest()}
+
+    def _tell(self, file: str, piece: Piece) -> None:
+        new = {"dtype": piece.dtype_name, "shape": list(piece.shape), "pieces": []}
+        told = self.tensors.setdefault(piece.key, new)
+        if (told["dtype"], told["shape"]) != (new["dtype"], new["shape"]):
+            raise CheckpointError(f"{piece.key}: two pieces disagree about its dtype or shape")
+        if any(other["start"] == piece.start for other in told["pieces"]):
+            raise CheckpointError(f"{piece.key}: element {piece.start} was given twice")
+        if piece.num_bytes:
+            entry = {"file": file, "name": _name(piece), "start": piece.start, "stop": piece.stop}
+            told["pieces"].append(entry)
+
+    def remove(self) -> None:
+        """Everything this call wrote, as far as the disk lets us."""
+        for path in self._begun:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass
+
+
+def _name(piece: Piece) -> str:
+    """In a file: readable, and never a name that safetensors keeps for itself."""
+    return f"{piece.key}@{piece.start}"
+
+
+def _safetensors(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file.
+
+    Written here, not by safetensors' save_file, for three reasons: the hash is made on the way
+    and nothing is read back; tensors that share memory (tied weights) may be saved; and a full
+    disk is an OSError. Source: https://huggingface.co/docs/safetensors (Format).
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for piece in pieces:
+        stop = offset + piece.num_bytes
+        header[_name(piece)] = {
+            "dtype": piece.dtype_name,
+            "shape": [piece.values.numel()],
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    yield len(text).to_bytes(8, "little") + text
+    for piece in pieces:
+        # One tensor at a time comes from its device.
+        flat = piece.values.detach().to("cpu").reshape(-1).view(torch.uint8)
+        yield from _chunks(memoryview(flat.numpy()))
+
+
+def _chunks(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), _CHUNK_BYTES):
+        yield data[start : start + _CHUNK_BYTES]

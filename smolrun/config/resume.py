@@ -1,0 +1,83 @@
+"""Going on with a run: its own configuration, with what was typed now on top.
+
+    stored (the run's config.yaml)   seed 3   model gpt_small   training.steps 1000
+    typed  checkpoint.resume=latest training.steps=2000
+    gives                            seed 3   model gpt_small   training.steps 2000
+
+Only keys that leave what was learnt so far meaningful may differ; all others are refused, each by
+name. Pure: knows of no files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from smolrun.config.suggest import problem
+
+MAY_CHANGE = (
+    "algorithm",
+    "bench",
+    "checkpoint",
+    "cluster",
+    "mesh",
+    "serving",
+    "sweep",
+    "task",
+    "tracker",
+    "training.check_replicas",
+    "training.dry_run",
+    "training.eval_batches",
+    "training.eval_every",
+    "training.micro_batch_size",
+    "training.norms",
+    "training.norms_every",
+    "training.recompute",
+    "training.sample_prompt",
+    "training.sample_tokens",
+    "training.steps",
+)
+"""Keys, and groups of keys, that a resumed run may have otherwise than before."""
+
+
+def on_top(
+    stored: Mapping[str, Any], composed: Mapping[str, Any], typed: Sequence[str]
+) -> dict[str, Any]:
+    """The stored configuration with every key of `typed` taken from the composed one.
+
+    `typed` are keys (`training.steps`) and names of groups (`cluster`), as on the command line.
+    """
+    merged = copy.deepcopy(dict(stored))
+    for path in typed:
+        words = path.split(".")
+        source: Any = composed
+        target: Any = merged
+        for word in words[:-1]:
+            source = source.get(word) if isinstance(source, Mapping) else None
+            target = target.setdefault(word, {}) if isinstance(target, dict) else None
+        if isinstance(source, Mapping) and isinstance(target, dict) and words[-1] in source:
+            target[words[-1]] = copy.deepcopy(source[words[-1]])
+    return merged
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A problem for every key that differs and must not."""
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    for path in sorted({*before, *after}):
+        may = any(path == key or path.startswith(f"{key}.") for key in MAY_CHANGE)
+        if not may and before.get(path) != after.get(path):
+            yield problem(
+                path,
+                after.get(path),
+                "differs from the run that is to go on",
+                allowed=str(before.get(path)),
+            )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value

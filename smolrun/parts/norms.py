@@ -1,0 +1,76 @@
+"""Norms layer by layer: of gradients, and if asked of parameters and of what an update changed.
+
+A layer is what stands before a number in a parameter's name, number included (`blocks.3`), or the
+module that owns it (`token_embedding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["none", "gradients", "all"]
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Which norms to take, on every `every`-th update."""
+
+    kind: Kind
+    every: int
+
+    def begin(self, update: int, named: Iterable[tuple[str, torch.Tensor]]) -> Measurement | None:
+        """Takes the gradients' norms just before an update; None where this one is not measured.
+
+        With kind "all" it keeps a copy of the parameters until the update is done.
+        """
+        if self.kind == "none" or update % self.every:
+            return None
+        return Measurement(list(named), also_parameters=self.kind == "all")
+
+
+NO_NORMS = LayerNorms("none", 1)
+
+
+class Measurement:
+    """The norms of one update, begun before it and finished after it."""
+
+    def __init__(self, named: list[tuple[str, torch.Tensor]], *, also_parameters: bool) -> None:
+        self._named = named
+        self._norms = {
+            "gradients": by_layer((name, p.grad) for name, p in named if p.grad is not None)
+        }
+        self._before = [p.detach().clone() for _, p in named] if also_parameters else None
+
+    def finish(self) -> dict[str, dict[str, float]]:
+        """What -> layer -> norm: "gradients", and if asked "parameters" and "updates"."""
+        if self._before is not None:
+            changes = [
+                (name, p.detach() - old)
+                for (name, p), old in zip(self._named, self._before, strict=True)
+            ]
+            self._norms["parameters"] = by_layer((name, p.detach()) for name, p in self._named)
+            self._norms["updates"] = by_layer(changes)
+        return self._norms
+
+
+def by_layer(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """The euclidean norm over all tensors of each layer, in order of appearance."""
+    squares: dict[str, float] = {}
+    for name, tensor in named:
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+        layer = layer_of(name)
+        squares[layer] = squares.get(layer, 0.0) + norm * norm
+    return {layer: square**0.5 for layer, square in squares.items()}
+
+
+def layer_of(name: str) -> str:
+    """`blocks.3.attention.query.weight` belongs to `blocks.3`."""
+    words = name.split(".")
+    for position, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join(words[: position + 1])
+    return ".".join(words[:-1]) or name

@@ -1,0 +1,93 @@
+"""checkpoint.resume on the driver: finds the checkpoint, checks that the run can go on from it, and
+makes the run's folder ready for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smolrun.checkpoints.find import STEP_FOLDER, checkpoints_in, locate, read_manifest
+from smolrun.checkpoints.folder import remove_leftovers
+from smolrun.config import RunConfig, resolved
+from smolrun.config.suggest import problem
+from smolrun.errors import CheckpointError, ConfigError
+from smolrun.tasks.workers import OUTPUTS
+from smolrun.tracking.jsonl import forget_from
+from smolrun.tracking.run_folder import RunFolder
+
+SET_ASIDE = ".set-aside"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training."""
+
+    folder: RunFolder
+    checkpoint: Path
+    updates: int
+    time_s: float
+    data_sha256: str | None
+    driver_state: Mapping[str, Any]
+
+
+def find_earlier(config: RunConfig, say: Callable[[str], None]) -> Earlier | None:
+    """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on."""
+    wanted = config.checkpoint.resume
+    if wanted is None:
+        return None
+    try:
+        path, checkpoint = locate(wanted, OUTPUTS, lambda text: say(f"warning: {text}"))
+        manifest = read_manifest(checkpoint)
+    except CheckpointError as error:
+        raise ConfigError(problem("checkpoint.resume", wanted, str(error))) from None
+    folder = RunFolder(path)
+    if folder.driver_lives():
+        what = f"the run {folder.run_id} is still running; stop it first"
+        raise ConfigError(problem("checkpoint.resume", wanted, what))
+    if manifest.step >= config.training.steps:
+        what = f"the run {folder.run_id} has made {manifest.step} steps already"
+        allowed = f"more than {manifest.step}"
+        raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
+    training = manifest.state.get("training") or {}
+    data = manifest.state.get("data") or {}
+    return Earlier(
+        folder,
+        checkpoint,
+        manifest.step,
+        float(training.get("time_s", 0.0)),
+        data.get("sha256"),
+        manifest.state.get("driver") or {},
+    )
+
+
+def check_data(earlier: Earlier, sha256: str) -> None:
+    """ConfigError if the data is not what the run was trained on."""
+    if earlier.data_sha256 not in (None, sha256):
+        raise ConfigError(
+            f"the data has changed since {earlier.folder.run_id} was trained on it: its hash is "
+            f"{sha256[:12]}, it was {str(earlier.data_sha256)[:12]}; bring the old data back, or "
+            "start a new run without checkpoint.resume"
+        )
+
+
+def take_up(earlier: Earlier, config: RunConfig, say: Callable[[str], None]) -> RunFolder:
+    """Makes the run's folder what it was when the checkpoint was made; OSError passes.
+
+    Newer checkpoints, which somebody chose not to go on from, are set aside, not deleted.
+    """
+    folder = earlier.folder
+    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    forget_from(folder.metrics, earlier.updates)
+    remove_leftovers(folder.checkpoints)
+    for step, path in checkpoints_in(folder.checkpoints):
+        if step > earlier.updates and STEP_FOLDER.fullmatch(path.name):
+            aside = path.with_name(path.name + SET_ASIDE)
+            if not aside.exists():
+                path.rename(aside)
+                say(f"a newer checkpoint is set aside as {aside.name}")
+    say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
+    return folder

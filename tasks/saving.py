@@ -1,0 +1,78 @@
+"""What one rank saves, and how it goes on from what was saved: the trainer, the algorithm, and the
+random generators put their state together here.
+
+The rank writes tensors and tells the driver; the driver makes the checkpoint of it (keeper.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from smolrun.algorithms.base import Algorithm
+from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.saver import Saver
+from smolrun.errors import CheckpointError
+from smolrun.events import Event
+from smolrun.launch.control import Saving
+from smolrun.training.randomness import random_state, restore_random_state, seed_everything
+from smolrun.training.trainer import Trainer
+
+
+class RankCheckpoints:
+    """Saves and restores one rank of a run; `trainer` is given once it is there."""
+
+    trainer: Trainer
+
+    def __init__(
+        self,
+        saving: Saving,
+        algorithm: Algorithm,
+        emit: Callable[[Event], None],
+        *,
+        seed: int,
+        data_sha256: str,
+    ) -> None:
+        self._saving = saving
+        self._algorithm = algorithm
+        self._seed = seed
+        self._data_sha256 = data_sha256
+        self._rank = algorithm.context.mesh.rank
+        self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
+
+    def save(self, updates: int) -> None:
+        """Starts to save what is true after so many updates; on all ranks alike."""
+        pieces = self._algorithm.pieces()
+        state = {"rank": {"random": random_state(self._algorithm.context.device)}}
+        if self._rank == 0:
+            state["run"] = {
+                "training": self.trainer.state(),
+                "algorithm": self._algorithm.state(),
+                "data": {"sha256": self._data_sha256},
+            }
+        self._saver.save(updates, pieces, state)
+
+    def restore(self) -> None:
+        """Goes on from the checkpoint, if there is one to go on from; on all ranks alike.
+
+        As many ranks as before get their own random states back. Another number of ranks has none
+        to get back: each is seeded anew from the run's seed, its rank and the step.
+        """
+        if self._saving.resume is None:
+            return
+        with Checkpoint(Path(self._saving.resume)) as checkpoint:
+            state = checkpoint.manifest.state
+            try:
+                self._algorithm.restore(checkpoint, state["algorithm"])
+                self.trainer.restore(state["training"])
+                if checkpoint.manifest.world_size == self._algorithm.context.mesh.world_size:
+                    mine = state["ranks"][str(self._rank)]["random"]
+                    restore_random_state(mine, self._algorithm.context.device)
+                else:
+                    seed_everything(self._seed, self._rank, checkpoint.manifest.step)
+            except KeyError as error:
+                raise CheckpointError(f"{checkpoint.folder} lacks {error}") from None
+
+    def finish(self) -> None:
+        """Waits until the last save is written."""
+        self._saver.finish()

@@ -1,0 +1,263 @@
+"""Going on from a checkpoint: the same bytes as if nothing had happened, on as many ranks or
+others, and not so where something is left out."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from smolrun.algorithms.base import Algorithm
+from smolrun.checkpoints.folder import commit, part_folder
+from smolrun.checkpoints.manifest import merge
+from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.writer import write_shard
+from smolrun.errors import CheckpointError
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.placement import plan_batches
+from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.replicas import parameter_hash
+from smolrun.tasks.train_rank import yaml_keys
+from smolrun.tasks.workers import load_target
+from smolrun.testing import run_ranks
+from tests.algorithms import worlds
+
+STEPS = 9
+Hurt = Callable[[Algorithm, dict[str, Any]], None]
+
+
+class Dropped(worlds.TinyLanguageModel):
+    """Uses random numbers while it trains."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(tokens), 0.2, self.training)
+
+
+def run_part(
+    tmp_path: Path,
+    algorithm: str,
+    world_size: int,
+    *,
+    until: int,
+    resume: Path | None = None,
+    model: Callable[[], torch.nn.Module] = worlds.TinyLanguageModel,
+    staleness: int = 0,
+    optimizer: str = "adamw",
+    precision: str = "float64",
+    shift: int = 0,
+    hurt: Hurt = lambda algorithm, state: None,
+) -> tuple[Path, list[str]]:
+    """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
+
+    Each rank is a thread, so only a world of one may draw random numbers.
+    """
+    section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
+    torch.manual_seed(0)
+    start = model().to(PRECISIONS[precision].parameters)
+    torch.manual_seed(random.getrandbits(32))  # whatever a fresh process would draw
+    part = part_folder(tmp_path, until, f"{random.getrandbits(32):x}")
+
+    def rank_main(mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any], str]:
+        context = worlds.context(mesh, precision, optimizer, staleness)
+        runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
+        runner.place(copy.deepcopy(start))
+        if resume is not None:
+            with Checkpoint(resume) as checkpoint:
+                state = copy.deepcopy(checkpoint.manifest.state)
+                runner.restore(checkpoint, state["algorithm"])
+                if "random" in state:
+                    torch.set_rng_state(torch.tensor(state["random"], dtype=torch.uint8))
+                hurt(runner, state)
+        plan = plan_batches(worlds.GLOBAL_BATCH, [1.0] * world_size, mesh.rank, 3)
+        updates = runner.steps_begun - len(runner.in_flight)
+        while updates < until:
+            batch = worlds.sample("language_model", runner.steps_begun + shift)
+            share = worlds.share(batch, plan, runner.steps_begun)
+            updates += runner.train_step(share) is not None
+        report = write_shard(part, mesh.rank, runner.pieces())
+        return report, runner.state(), parameter_hash(runner.replica_tensors() or start_of(runner))
+
+    told = run_ranks(world_size, rank_main)
+    state = {"algorithm": told[0][1], "random": torch.get_rng_state().tolist()}
+    manifest = merge(
+        [report for report, _, _ in told],
+        step=until,
+        run_id="test",
+        config_hash="hash",
+        world_size=world_size,
+        state=state,
+    )
+    return commit(part, manifest), [digest for _, _, digest in told]
+
+
+def start_of(runner: Algorithm) -> list[torch.Tensor]:
+    return list(runner.model.parameters())
+
+
+def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with Checkpoint(checkpoint) as opened:
+        return {key: opened.read(key) for key in opened.keys("")}
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = contents(one), contents(other)
+    # `facts` hold seconds.
+    keys = [key for key in first if not key.endswith("/facts")]
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in keys)
+
+
+def world_sizes(algorithm: str) -> tuple[int, ...]:
+    return (1,) if algorithm == "single" else (1, 3)
+
+
+CASES = [(name, size) for name in worlds.ALGORITHMS for size in world_sizes(name)]
+
+
+@pytest.mark.parametrize(("algorithm", "world_size"), CASES)
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "adafactor"])
+def test_a_run_that_goes_on_equals_one_that_never_stopped(
+    tmp_path: Path, algorithm: str, world_size: int, staleness: int, optimizer: str
+) -> None:
+    keys = {"staleness": staleness, "optimizer": optimizer}
+    whole, hashes = run_part(tmp_path / "a", algorithm, world_size, until=STEPS, **keys)
+    at = random.randrange(1, STEPS)
+    first, _ = run_part(tmp_path / "b", algorithm, world_size, until=at, **keys)
+    second, again = run_part(
+        tmp_path / "b", algorithm, world_size, until=STEPS, resume=first, **keys
+    )
+    assert again == hashes
+    assert same(whole, second), f"stopped after {at}"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16_params"])
+def test_every_precision_goes_on_exactly(tmp_path: Path, precision: str) -> None:
+    whole, _ = run_part(tmp_path / "a", "classicdp", 2, until=STEPS, precision=precision)
+    first, _ = run_part(tmp_path / "b", "classicdp", 2, until=4, precision=precision)
+    second, _ = run_part(
+        tmp_path / "b", "classicdp", 2, until=STEPS, resume=first, precision=precision
+    )
+    assert same(whole, second)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_other_numbers_of_ranks_go_on_with_the_same_state(tmp_path: Path, staleness: int) -> None:
+    """2 -> 3 -> 1 -> 4 -> 2 ranks learn the same as 2 that never stopped."""
+    whole, _ = run_part(tmp_path / "a", "classicdp", 2, until=STEPS, staleness=staleness)
+    checkpoint: Path | None = None
+    for until, world_size in ((2, 2), (4, 3), (6, 1), (8, 4), (STEPS, 2)):
+        checkpoint, hashes = run_part(
+            tmp_path / "b",
+            "classicdp",
+            world_size,
+            until=until,
+            resume=checkpoint,
+            staleness=staleness,
+        )
+        assert len(set(hashes)) == 1
+    assert checkpoint is not None
+    expected, found = contents(whole), contents(checkpoint)
+    assert expected.keys() == found.keys()
+    worst = max(
+        (expected[key] - found[key]).abs().max().item() for key in expected if "facts" not in key
+    )
+    assert worst < 1e-12
+
+
+def test_what_is_loaded_is_what_was_saved_at_every_world_size(tmp_path: Path) -> None:
+    first, _ = run_part(tmp_path, "classicdp", 3, until=3, staleness=2)
+    before = contents(first)
+    for world_size in (1, 2, 4):
+        # Not one more step: saved again as it was loaded.
+        loaded, _ = run_part(
+            tmp_path / str(world_size), "classicdp", world_size, until=3, resume=first, staleness=2
+        )
+        after = contents(loaded)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before if "facts" not in key)
+
+
+def test_random_numbers_go_on_too(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"model": Dropped, "optimizer": "sgd"}
+    torch.manual_seed(1)
+    random.seed(1)
+    whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS, **keys)
+    random.seed(1)
+    first, _ = run_part(tmp_path / "b", "single", 1, until=4, **keys)
+    second, _ = run_part(tmp_path / "b", "single", 1, until=STEPS, resume=first, **keys)
+    assert same(whole, second)
+
+
+def forget_random_numbers(algorithm: Algorithm, state: dict[str, Any]) -> None:
+    torch.manual_seed(12345)
+
+
+def forget_the_schedule(algorithm: Algorithm, state: dict[str, Any]) -> None:
+    later = algorithm.context.learning_rate
+    object.__setattr__(algorithm.context, "learning_rate", lambda update: later(update - 4))
+
+
+def forget_the_optimizer(algorithm: Algorithm, state: dict[str, Any]) -> None:
+    algorithm.optimizer.state.clear()
+
+
+def forget_gradients_in_flight(algorithm: Algorithm, state: dict[str, Any]) -> None:
+    for flight in algorithm.in_flight:
+        for gradient in algorithm.gradients_in_flight(flight):
+            gradient.zero_()
+
+
+@pytest.mark.parametrize(
+    ("hurt", "shift"),
+    [
+        (forget_random_numbers, 0),
+        (forget_the_schedule, 0),
+        (forget_the_optimizer, 0),
+        (forget_gradients_in_flight, 0),
+        (lambda algorithm, state: None, 1),
+    ],
+    ids=["random numbers", "schedule", "optimizer", "gradients in flight", "data position"],
+)
+def test_whatever_is_left_out_is_seen(tmp_path: Path, hurt: Hurt, shift: int) -> None:
+    """The negative controls: the comparison above can fail, for each part of the state."""
+    keys: dict[str, Any] = {"model": Dropped, "staleness": 2}
+    random.seed(1)
+    whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS, **keys)
+    random.seed(1)
+    first, _ = run_part(tmp_path / "b", "single", 1, until=4, **keys)
+    second, _ = run_part(
+        tmp_path / "b", "single", 1, until=STEPS, resume=first, hurt=hurt, shift=shift, **keys
+    )
+    assert not same(whole, second)
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    first, _ = run_part(tmp_path, "single", 1, until=2)
+
+    class Wider(worlds.TinyLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Linear(3, 4)
+
+    class Renamed(worlds.TinyLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = torch.nn.Linear(1, 1)
+
+    for model, named in ((Wider, "unused"), (Renamed, "more")):
+        with pytest.raises(CheckpointError, match=f"another model: .*{named}"):
+            run_part(tmp_path / named, "single", 1, until=4, resume=first, model=model)
+
+
+def test_another_optimizer_or_bound_is_refused(tmp_path: Path) -> None:
+    first, _ = run_part(tmp_path, "classicdp", 2, until=2, staleness=1)
+    with pytest.raises(CheckpointError, match="optimizer"):
+        run_part(tmp_path, "classicdp", 2, until=4, resume=first, staleness=1, optimizer="sgd")
+    with pytest.raises(CheckpointError, match="1 gradients in flight"):
+        run_part(tmp_path, "classicdp", 2, until=4, resume=first)
