@@ -87,11 +87,11 @@ def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, An
     algorithm.loss_scale.value = state["loss_scale"]["value"]
     algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
     algorithm.steps_begun = state["steps_begun"]
-    if len(state["in_flight"]) != min(algorithm.context.staleness, algorithm.steps_begun):
+    # Fewer is right too: a run that came to its end has applied them all.
+    if len(state["in_flight"]) > algorithm.context.staleness:
         raise CheckpointError(
-            f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, "
-            f"staleness.bound = {algorithm.context.staleness} needs as many; go on with the bound "
-            "that the run had"
+            f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, more than "
+            f"staleness.bound = {algorithm.context.staleness}; go on with the bound that it had"
         )
     for number, step in enumerate(state["in_flight"]):
         facts = _facts(checkpoint.read(f"in_flight/{number}/facts"), algorithm.collectives.size)

@@ -52,7 +52,7 @@ class Single(Algorithm):
 
     def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
         """The oldest flight has the oldest gradients."""
-        position = flight.step - self.steps_begun + self.context.staleness
+        (position,) = (n for n, other in enumerate(self.in_flight) if other is flight)
         while len(self._delayed) <= position:  # going on from a checkpoint: room to write into
             self._delayed.append([torch.zeros_like(parameter) for parameter in self._trained()])
         return self._delayed[position]

@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
-from smolrun.events import EVENTS, Event
+from smolrun.events import EVENTS, Event, ShardFailed, ShardSaved
 
 HEAD = """\
 # What a run leaves
@@ -24,6 +24,8 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `metrics.jsonl` | Every event of a training run, one JSON object a line, see below |
 | `summary.json` | How the run ended, see below; written last |
 | `tokenizer/tokenizer.json` | What turns text into tokens; only where the data is text |
+| `checkpoints/step-00000100/` | All it takes to go on after 100 steps; `manifest.json` comes last |
+| `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
 | `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
 
@@ -48,6 +50,9 @@ counts from the start of training. `rank` is null where an event is about the wh
 that are not finite are written as null.
 """
 
+# Between the ranks and the driver, which makes checkpoints of them: never in metrics.jsonl.
+PRIVATE = (ShardSaved, ShardFailed)
+
 MEANINGS = {
     "step": "Which optimizer step, counted from 0",
     "rank": "Whose event it is; null = the whole run's",
@@ -65,11 +70,20 @@ MEANINGS = {
     "cpu_percent": "Load of the process; 100 = one core",
     "memory_bytes": "Memory of the process",
     "device_memory_bytes": "Memory on the accelerator",
-    "device_util": "Load of the accelerator; not measured yet",
+    "device_util": "Load of the accelerator; 100 = always busy",
     "temperature_c": "Of the hottest sensor, in degrees Celsius",
-    "throttled": "Whether the machine runs slower to stay cool; not measured yet",
+    "throttled": "Whether the machine slowed itself down: heat, or a weak power supply",
+    "spans": "[what, lane, step, start_s, duration_s] each; timeline.json is made of them",
     "hashes": "One per rank, in rank order",
     "ranks": "Those whose gradient was not finite",
+    "accuracy": "Share of right answers, for classes; else null",
+    "gradients": "Layer -> norm of its mean gradient, after clipping",
+    "norms.parameters": "Layer -> norm of its parameters after the update; null = not asked for",
+    "updates": "Layer -> norm of what the update changed; null = not asked for",
+    "folder": "Its name below `checkpoints/`; the number in it counts updates",
+    "bytes": "Size of all its files",
+    "waited_s": "How long training stood still for it, on the rank that waited longest",
+    "write_s": "How long writing took, on the slowest rank, while training went on",
     "prompt": "How the text begins",
     "text": "What the model wrote",
     "parameters": "Numbers the model learns",
@@ -86,7 +100,8 @@ MEANINGS = {
 def text() -> str:
     """The whole page."""
     lines = [HEAD.rstrip("\n")]
-    for kind, event in EVENTS.items():
+    public = {kind: event for kind, event in EVENTS.items() if event not in PRIVATE}
+    for kind, event in public.items():
         lines += ["", f"### {kind}", "", _told(event), "", "| key | type | meaning |"]
         lines += ["| --- | --- | --- |", *_keys(event)]
     return "\n".join(lines) + "\n"
@@ -99,7 +114,8 @@ def _told(event: type[Event]) -> str:
 def _keys(event: type[Event]) -> Iterator[str]:
     types_of = get_type_hints(event)
     for field in dataclasses.fields(event):
-        yield f"| `{field.name}` | {_type(types_of[field.name])} | {MEANINGS[field.name]} |"
+        meaning = MEANINGS.get(f"{event.kind}.{field.name}") or MEANINGS[field.name]
+        yield f"| `{field.name}` | {_type(types_of[field.name])} | {meaning} |"
 
 
 def _type(annotation: object) -> str:

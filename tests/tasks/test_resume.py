@@ -1,0 +1,269 @@
+"""Runs that are killed, stopped, or hurt on the disk, and go on: real processes, real files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from smolrun.checkpoints.find import newest_valid
+from smolrun.checkpoints.reader import Checkpoint
+from tests.tasks.test_whole_runs import SMALL, finish, is_alive, rows, start, summary
+from tests.waiting import until
+
+# Late gradients, accumulation, and 24 steps of a few milliseconds each.
+RUN = [
+    *SMALL,
+    "training.steps=24",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "training.eval_every=10",
+    "training.eval_batches=1",
+    "training.sample_tokens=0",
+    "staleness.bound=2",
+    "checkpoint.every=3",
+]
+
+
+def train(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    return finish(start(folder, *overrides))
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint of outputs/latest, times excepted."""
+    newest = newest_valid(folder / "outputs" / "latest" / "checkpoints", pytest.fail)
+    assert newest is not None
+    with Checkpoint(newest) as checkpoint:
+        assert checkpoint.manifest.step == 24
+        return {key: checkpoint.read(key) for key in checkpoint.keys("") if "facts" not in key}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("whole")
+    code, _, err = train(folder, *RUN)
+    assert code == 0, err
+    return folder, state_of(folder)
+
+
+def begin(folder: Path) -> subprocess.Popen[str]:
+    return start(folder, *RUN)
+
+
+def kill_all(run: subprocess.Popen[str]) -> None:
+    """The power goes: driver and workers at once."""
+    workers = psutil.Process(run.pid).children(recursive=True)
+    for process in (psutil.Process(run.pid), *workers):
+        process.kill()
+    run.communicate()
+    until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def steps_told(folder: Path) -> int:
+    try:
+        return len(rows(folder, "step"))
+    except (OSError, ValueError):  # not there yet, or half a line
+        return 0
+
+
+def kill_and_go_on(folder: Path, dice: random.Random) -> None:
+    """Killed after some step plus a fraction of one, as often as the dice say, then to the end."""
+    run = begin(folder)
+    for _ in range(dice.choice((1, 1, 2))):
+        wanted = dice.randrange(4, 22)
+        until(functools.partial(_has_come_so_far, run, folder, wanted))
+        pause = time.perf_counter() + dice.random() * 0.05
+        while time.perf_counter() < pause:
+            pass
+        if run.poll() is None:
+            kill_all(run)
+        run = start(folder, "checkpoint.resume=latest")
+    code, out, err = finish(run)
+    # A kill in the last moment may find the run complete.
+    assert code == 0 or "has made 24 steps already" in err, f"{out}{err}"
+
+
+def _has_come_so_far(run: subprocess.Popen[str], folder: Path, steps: int) -> bool:
+    return steps_told(folder) >= steps or run.poll() is not None
+
+
+def check_traces(folder: Path) -> None:
+    """No step is missing or doubled, nothing unfinished lies about."""
+    assert [row["step"] for row in rows(folder, "step")] == list(range(24))
+    assert [row["step"] for row in rows(folder, "eval")] == [9, 19, 23]
+    times = [row["time_s"] for row in rows(folder, "step")]
+    assert times == sorted(times)
+    checkpoints = folder / "outputs" / "latest" / "checkpoints"
+    assert not list(checkpoints.glob("*.part-*"))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]], seed: int
+) -> None:
+    kill_and_go_on(tmp_path, random.Random(seed))
+    assert_same(whole[1], state_of(tmp_path))
+    check_traces(tmp_path)
+    assert summary(tmp_path)["status"] == "done"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    for seed in range(int(os.environ.get("SMOLRUN_KILLS", "100"))):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        kill_and_go_on(folder, random.Random(1000 + seed))
+        assert_same(whole[1], state_of(folder))
+        check_traces(folder)
+        print(f"{seed + 1} killed runs equal the one that was not")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.timeout(120)
+def test_a_run_that_is_told_to_end_saves_and_goes_on(
+    tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    run = start(tmp_path, *RUN, "checkpoint.every=1000")
+    until(lambda: steps_told(tmp_path) >= 5)
+    run.send_signal(signal.SIGTERM)
+    code, out, err = finish(run)
+    assert code == 130, err
+    stopped = rows(tmp_path, "checkpoint")[-1]
+    assert stopped["step"] == rows(tmp_path, "step")[-1]["step"]
+    code, out, err = train(tmp_path, "checkpoint.resume=latest", "checkpoint.every=3")
+    assert code == 0, err
+    assert f"going on after step {stopped['step'] + 1}" in out
+    assert_same(whole[1], state_of(tmp_path))
+    check_traces(tmp_path)
+
+
+@pytest.fixture
+def copy(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]) -> Path:
+    """The finished run with its last checkpoints, to be hurt."""
+    shutil.copytree(whole[0] / "outputs", tmp_path / "outputs", symlinks=True)
+    return tmp_path
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    copy: Path, whole: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    newest = copy / "outputs" / "latest" / "checkpoints" / "step-00000024"
+    shard = min(newest.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    code, out, err = train(copy, "checkpoint.resume=latest")
+    assert code == 0, err
+    assert f"{shard.name} is damaged" in out and "passed over" in out
+    assert "going on after step 21" in out
+    assert_same(whole[1], state_of(copy))
+
+
+def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
+    changes = ["seed=5", "model=gpt_small", "data.max_mb=2", "optimizer=sgd", "staleness.bound=0"]
+    code, _, err = train(copy, "checkpoint.resume=latest", *changes)
+    assert code == 2
+    for what in (
+        "seed = 5: differs from the run that is to go on; allowed: 0",
+        "model.layers = 6: differs",
+        "data.max_mb = 2: differs",
+        "optimizer.name = sgd: differs",
+        "staleness.bound = 0: differs",
+    ):
+        assert what in err
+    assert len(rows(copy, "step")) == 24
+
+
+def test_a_run_that_is_done_needs_more_steps(copy: Path) -> None:
+    code, _, err = train(copy, "checkpoint.resume=latest")
+    assert code == 2
+    assert "has made 24 steps already; allowed: more than 24" in err
+
+
+def test_nothing_to_go_on_from(tmp_path: Path) -> None:
+    code, _, err = train(tmp_path, "checkpoint.resume=latest")
+    assert code == 2
+    assert "checkpoint.resume = latest: " in err and "there is no run" in err
+
+
+@pytest.mark.timeout(120)
+def test_other_ranks_and_more_steps_go_on(copy: Path) -> None:
+    code, _, err = train(
+        copy, "checkpoint.resume=latest", "training.steps=26", "cluster.ranks=3",
+        "training.check_replicas=true",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [row["step"] for row in rows(copy, "step")] == list(range(26))
+    assert all(len(set(row["hashes"])) == 1 for row in rows(copy, "replica_hash"))
+    assert summary(copy)["world_size"] == 3
+
+
+@pytest.mark.timeout(120)
+def test_changed_data_is_seen(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day in April.\n" * 900)
+    keys = [*RUN, "data=text", f"data.path={book}", "data.sequence_length=16"]
+    keys = [key for key in keys if key != "data.max_mb=1"]
+    code, _, err = train(tmp_path, *keys, "data.tokenizer=bytes", "training.steps=4")
+    assert code == 0, err
+    book.write_text("It was a bright cold day in April.\n" * 600)
+    code, _, err = train(tmp_path, "checkpoint.resume=latest", "training.steps=8")
+    assert code == 2
+    assert "the data has changed since" in err
+
+
+def limited(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    """No process may write a file of more than 300 KiB: a disk that is full for checkpoints."""
+    code = (
+        "import resource, runpy, signal, sys;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10));"
+        "sys.argv = ['smolrun', *sys.argv[1:]];"
+        "runpy.run_module('smolrun.cli', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *overrides],
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
+@pytest.mark.timeout(120)
+def test_a_disk_that_is_full_does_not_end_training_but_is_not_silent(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    code, out, err = limited(tmp_path, *RUN, "staleness.bound=auto", "training.steps=8")
+    assert code == 3, out
+    assert "the checkpoint after 3 steps could not be written: rank" in out
+    assert "File too large" in out and "training goes on" in out
+    assert len(rows(tmp_path, "step")) == 8
+    assert "the checkpoint after 8 steps could not be written" in err
+    told: dict[str, Any] = json.loads((tmp_path / "outputs/latest/summary.json").read_text())
+    assert told["status"] == "failed" and "could not be written" in told["reason"]
+    assert list((tmp_path / "outputs" / "latest" / "checkpoints").iterdir()) == []
