@@ -135,6 +135,18 @@ class CheckpointSaved(Event):
 
 
 @dataclass(frozen=True)
+class Timeline(Event):
+    """What one rank did during a few steps, `step` being the first of them.
+
+    A span is [what, lane, step, start_s, duration_s]; 0 is the same moment on all ranks."""
+
+    kind: ClassVar[str] = "timeline"
+    step: int
+    rank: int
+    spans: list[list[Any]]
+
+
+@dataclass(frozen=True)
 class ReplicaHash(Event):
     """Hash of the parameters of every replica after a step; equal strings mean equal bytes."""
 
@@ -207,6 +219,7 @@ EVENTS: dict[str, type[Event]] = {
         ShardSaved,
         ShardFailed,
         CheckpointSaved,
+        Timeline,
         ReplicaHash,
         StepSkipped,
         TextSample,

@@ -22,6 +22,14 @@ def check_before_start(config: RunConfig) -> None:
         raise ConfigError(found)
 
 
+def check_model_fits(config: RunConfig, kind: str) -> None:
+    """ConfigError if the model cannot read what the data turned out to be."""
+    if config.model.consumes not in (None, kind):
+        what = f"reads {config.model.consumes}, but data={config.data.name} gives {kind}"
+        fitting = "model=mlp" if kind == "features" else "a model such as model=gpt_tiny"
+        raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
+
+
 def _own_code(config: RunConfig) -> Iterator[str]:
     groups = {"model": config.model, "data": config.data, "algorithm": config.algorithm}
     for group, section in groups.items():

@@ -16,13 +16,13 @@ from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving
 from smolrun.training.randomness import random_state, restore_random_state, seed_everything
-from smolrun.training.trainer import Trainer
+from smolrun.training.trainer import Outcome, Trainer
 
 
 class RankCheckpoints:
-    """Saves and restores one rank of a run; `trainer` is given once it is there."""
+    """Saves and restores one rank of a run."""
 
-    trainer: Trainer
+    _trainer: Trainer
 
     def __init__(
         self,
@@ -40,19 +40,28 @@ class RankCheckpoints:
         self._rank = algorithm.context.mesh.rank
         self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
 
+    def fit(self, trainer: Trainer) -> Outcome:
+        """Trains from the checkpoint on, if there is one to go on from; the last save is written
+        when this returns."""
+        self._trainer = trainer
+        self._restore()
+        outcome = trainer.fit()
+        self._saver.finish()
+        return outcome
+
     def save(self, updates: int) -> None:
         """Starts to save what is true after so many updates; on all ranks alike."""
         pieces = self._algorithm.pieces()
         state = {"rank": {"random": random_state(self._algorithm.context.device)}}
         if self._rank == 0:
             state["run"] = {
-                "training": self.trainer.state(),
+                "training": self._trainer.state(),
                 "algorithm": self._algorithm.state(),
                 "data": {"sha256": self._data_sha256},
             }
         self._saver.save(updates, pieces, state)
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Goes on from the checkpoint, if there is one to go on from; on all ranks alike.
 
         As many ranks as before get their own random states back. Another number of ranks has none
@@ -64,7 +73,7 @@ class RankCheckpoints:
             state = checkpoint.manifest.state
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])
-                self.trainer.restore(state["training"])
+                self._trainer.restore(state["training"])
                 if checkpoint.manifest.world_size == self._algorithm.context.mesh.world_size:
                     mine = state["ranks"][str(self._rank)]["random"]
                     restore_random_state(mine, self._algorithm.context.device)
@@ -72,7 +81,3 @@ class RankCheckpoints:
                     seed_everything(self._seed, self._rank, checkpoint.manifest.step)
             except KeyError as error:
                 raise CheckpointError(f"{checkpoint.folder} lacks {error}") from None
-
-    def finish(self) -> None:
-        """Waits until the last save is written."""
-        self._saver.finish()

@@ -21,8 +21,10 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
-from smolrun.tasks.before_start import check_before_start
+from smolrun.tasks.before_start import check_before_start, check_model_fits
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, take_up
+from smolrun.tasks.readers import more_readers, time_teller
+from smolrun.tasks.streaming import open_reader, reader_state
 from smolrun.tasks.workers import (
     become_latest,
     make_folder,
@@ -38,6 +40,7 @@ from smolrun.tracking.tracker import Fanout
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
+    from smolrun.data.stream import StreamReader
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
@@ -47,86 +50,190 @@ def drive(config: RunConfig) -> int:
     """Train as configured; returns the exit code. ConfigError, DataError: nothing was started."""
     began = time.monotonic()
     check_before_start(config)
+    if config.training.dry_run:
+        from smolrun.tasks.dry_run_text import report  # loads torch
+
+        return report(config)
     console = Console(steps=config.training.steps, world_size=world_size(config))
     try:
-        earlier = find_earlier(config, console.say)
-        prepared = prepare_data(config, console.preparing)
-        console.unit = "tokens" if prepared.sequence_length else "samples"
-        with nothing_started():
-            folder = _folder(config, prepared, earlier, console)
-            metrics = JsonLines(folder.metrics)
-        become_latest(folder, console.say)
-        ranks = counted(world_size(config), "rank")
-        console.say(f"{folder.path}: starting {ranks}; {prepared.description}")
-        record = RunRecord(earlier.time_s if earlier else 0.0)
-        trackers = Fanout([metrics, console, record], warn=console.say)
-        saving, keeper = _checkpoints(config, folder, earlier, trackers.record)
-        driver = Driver(
-            plan_workers(config, folder, prepared, saving),
-            lambda plan: LocalHost(),
-            listen=lambda event: keeper.record(event) or trackers.record(event),
-            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
-        )
-        try:
-            outcome = unsaved(driver.run(), keeper)
-        finally:
-            keeper.close()
-            trackers.close()
+        run = _Run(config, console)
+        outcome = run.train()
     finally:
         console.close()
-    wall_s = time.monotonic() - began
-    _write_summary(config, folder, record, outcome, wall_s)
-    _tell(console, folder, record, outcome, wall_s)
-    if outcome.status == "failed":
-        failed = outcome.failed_rank
-        with contextlib.suppress(OSError):  # nobody reads it
-            _complain(outcome, driver.log_tail(failed) if failed is not None else [])
+    run.tell(outcome, time.monotonic() - began)
     return outcome.exit_code
 
 
-def _folder(
+class _Run:
+    """One training run, as the driver sees it: everything is ready when it is made."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        """Finds or makes data and folder; ConfigError, DataError: nothing was started."""
+        self._config = config
+        self._console = console
+        self._earlier = find_earlier(config, console.say)
+        self._prepared = prepare_data(config, console.preparing)
+        check_model_fits(config, self._prepared.kind)
+        self._rows = _reader(config, self._prepared, self._earlier, console)
+        console.unit = "tokens" if self._prepared.sequence_length else "samples"
+        with nothing_started():
+            self._folder = self._open_folder()
+            self._metrics = JsonLines(self._folder.metrics)
+        become_latest(self._folder, console.say)
+        self._record = RunRecord(self._earlier.time_s if self._earlier else 0.0)
+        self._times = time_teller(config, console.say)
+        self._log_tail: Callable[[int], list[str]] = lambda rank: []
+
+    def _open_folder(self) -> RunFolder:
+        """A fresh folder, or that of the run that goes on."""
+        if self._earlier is None:
+            title = f"{self._config.algorithm.name}-{self._config.model.name}"
+            folder = make_folder(self._config, title, self._prepared.tokenizer)
+        else:
+            check_data(self._earlier, self._prepared.sha256)
+            self._console.go_on(self._earlier.time_s)
+            folder = take_up(self._earlier, self._config, self._console.say)
+        folder.write_driver(self._config.training.steps)
+        return folder
+
+    def train(self) -> Outcome:
+        """Starts the ranks and hears them out; none is left when this returns or raises."""
+        config, say = self._config, self._console.say
+        ranks = counted(world_size(config), "rank")
+        say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
+        more = more_readers(config, self._folder, say)
+        readers = [self._metrics, self._console, self._record, self._times, *more]
+        trackers = Fanout(readers, warn=say)
+        keeper, saving = self._checkpoints(trackers.record)
+
+        def listen(event: Event) -> None:
+            if not keeper.record(event):
+                trackers.record(event)
+
+        driver = Driver(
+            plan_workers(config, self._folder, self._prepared, saving),
+            lambda plan: LocalHost(),
+            listen=listen,
+            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
+            rows=self._rows,
+        )
+        self._log_tail = driver.log_tail
+        try:
+            outcome = driver.run()
+        finally:
+            keeper.close()
+            trackers.close()
+        return _with_remedies(config, _unsaved(outcome, keeper))
+
+    def _checkpoints(self, emit: Callable[[Event], None]) -> tuple[Keeper, Saving | None]:
+        """Who makes checkpoints of what the ranks write, and what they are told about it."""
+        config, token = self._config, secrets.token_hex(4)
+        keeper = Keeper(
+            self._folder.checkpoints,
+            token,
+            world_size=world_size(config),
+            run_id=self._folder.run_id,
+            config_hash=config_hash(config),
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            emit=emit,
+            driver_state=lambda updates: reader_state(config, self._rows, updates),
+        )
+        if not config.checkpoint.every and self._earlier is None:
+            return keeper, None
+        resume = str(self._earlier.checkpoint) if self._earlier else None
+        return keeper, Saving(str(self._folder.checkpoints.absolute()), token, resume)
+
+    def tell(self, outcome: Outcome, wall_s: float) -> None:
+        """The summary, and the last lines."""
+        self._write_summary(outcome, wall_s)
+        record, say = self._record, self._console.say
+        figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
+        if record.train_loss is not None:
+            figures.append(f"loss {record.train_loss:.4f}")
+        if record.eval_loss is not None:
+            figures.append(f"evaluation loss {record.eval_loss:.4f}")
+        if record.eval_accuracy is not None:
+            figures.append(f"{record.eval_accuracy:.1%} right")
+        if record.tokens_per_s is not None:
+            figures.append(f"{record.tokens_per_s:,.0f} {self._console.unit}/s")
+        reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
+        say(f"{outcome.status}{reason}: {', '.join(figures)}")
+        if self._times.line:
+            say(self._times.line)
+        if record.sample is not None:
+            say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
+        if record.divergence:
+            say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
+        say(f"everything about this run: {self._folder.path}")
+        if outcome.status == "stopped" and record.checkpoint is not None:
+            say(f"go on with: smolrun checkpoint.resume={self._folder.run_id}")
+        if outcome.status == "failed":
+            with contextlib.suppress(OSError):  # nobody reads it
+                self._complain(outcome)
+
+    def _write_summary(self, outcome: Outcome, wall_s: float) -> None:
+        config = self._config
+        summary = self._record.summary(
+            status=outcome.status,
+            reason=outcome.reason,
+            failed_rank=outcome.failed_rank,
+            failed_host=outcome.failed_host,
+            wall_s=wall_s,
+            world_size=world_size(config),
+            algorithm=config.algorithm.name,
+            config_hash=config_hash(config),
+            versions=outcome.versions,
+            time=self._times.summary(),
+        )
+        try:
+            self._folder.write_summary(summary)
+        except OSError as error:
+            where = self._folder.path
+            print(f"smolrun: cannot write the summary of {where}: {error}", file=sys.stderr)
+
+    def _complain(self, outcome: Outcome) -> None:
+        """Why the run failed, and the last lines of the log of the rank that broke it."""
+        print(printable(f"smolrun: {outcome.reason}"), file=sys.stderr)
+        failed = outcome.failed_rank
+        for line in self._log_tail(failed) if failed is not None else []:
+            print(printable(f"  | {line}"), file=sys.stderr)
+        if self._record.checkpoint is not None:
+            command = f"smolrun checkpoint.resume={self._folder.run_id}"
+            print(f"smolrun: to go on after {self._record.checkpoint}: {command}", file=sys.stderr)
+
+
+def _reader(
     config: RunConfig, prepared: Prepared, earlier: Earlier | None, console: Console
-) -> RunFolder:
-    """A fresh folder, or that of the run that goes on."""
+) -> StreamReader | None:
+    """The reader of the stream, where the data is one and the run goes on."""
     if earlier is None:
-        title = f"{config.algorithm.name}-{config.model.name}"
-        return make_folder(config, title, prepared.tokenizer)
-    check_data(earlier, prepared.sha256)
-    console.go_on(earlier.time_s)
-    return take_up(earlier, config, console.say)
-
-
-def _checkpoints(
-    config: RunConfig,
-    folder: RunFolder,
-    earlier: Earlier | None,
-    emit: Callable[[Event], None],
-) -> tuple[Saving | None, Keeper]:
-    """What the ranks are told about saving, and who makes checkpoints of what they write."""
-    token = secrets.token_hex(4)
-    keeper = Keeper(
-        folder.checkpoints,
-        token,
-        world_size=world_size(config),
-        run_id=folder.run_id,
-        config_hash=config_hash(config),
-        keep=config.checkpoint.keep,
-        keep_best=config.checkpoint.keep_best,
-        emit=emit,
+        return open_reader(config, prepared, console.preparing)
+    return open_reader(
+        config,
+        prepared,
+        console.preparing,
+        updates=earlier.updates,
+        driver_state=earlier.driver_state,
     )
-    if not config.checkpoint.every and earlier is None:
-        return None, keeper
-    resume = str(earlier.checkpoint) if earlier else None
-    return Saving(str(folder.checkpoints.absolute()), token, resume), keeper
 
 
-def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
+def _unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
     """A run whose last checkpoint could not be written has failed, however well it trained."""
     if keeper.failure is None or outcome.status == "failed":
         return outcome
     return dataclasses.replace(
         outcome, status="failed", exit_code=EXIT_FAILED, reason=keeper.failure
     )
+
+
+def _with_remedies(config: RunConfig, outcome: Outcome) -> Outcome:
+    """What would save most memory, where that was the end of the run."""
+    if not outcome.out_of_memory:
+        return outcome
+    from smolrun.tasks.dry_run_text import with_remedies  # loads torch
+
+    return with_remedies(config, outcome)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
@@ -143,51 +250,5 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
         emit=channel.emit,
         should_stop=channel.stop_requested.is_set,
         saving=start.saving,
+        rows=channel.rows,
     )
-
-
-def _write_summary(
-    config: RunConfig, folder: RunFolder, record: RunRecord, outcome: Outcome, wall_s: float
-) -> None:
-    summary = record.summary(
-        status=outcome.status,
-        reason=outcome.reason,
-        failed_rank=outcome.failed_rank,
-        failed_host=outcome.failed_host,
-        wall_s=wall_s,
-        world_size=world_size(config),
-        algorithm=config.algorithm.name,
-        config_hash=config_hash(config),
-        versions=outcome.versions,
-    )
-    try:
-        folder.write_summary(summary)
-    except OSError as error:
-        print(f"smolrun: cannot write the summary of {folder.path}: {error}", file=sys.stderr)
-
-
-def _tell(
-    console: Console, folder: RunFolder, record: RunRecord, outcome: Outcome, wall_s: float
-) -> None:
-    """The last lines of a run."""
-    figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
-    if record.train_loss is not None:
-        figures.append(f"loss {record.train_loss:.4f}")
-    if record.eval_loss is not None:
-        figures.append(f"evaluation loss {record.eval_loss:.4f}")
-    if record.tokens_per_s is not None:
-        figures.append(f"{record.tokens_per_s:,.0f} {console.unit}/s")
-    reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
-    console.say(f"{outcome.status}{reason}: {', '.join(figures)}")
-    if record.sample is not None:
-        console.say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
-    if record.divergence:
-        console.say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
-    console.say(f"everything about this run: {folder.path}")
-
-
-def _complain(outcome: Outcome, log_tail: list[str]) -> None:
-    """Why the run failed, and the last lines of the log of the rank that broke it."""
-    print(printable(f"smolrun: {outcome.reason}"), file=sys.stderr)
-    for line in log_tail:
-        print(printable(f"  | {line}"), file=sys.stderr)

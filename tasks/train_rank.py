@@ -22,15 +22,19 @@ from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import plan_batches
+from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.tasks.saving import RankCheckpoints
+from smolrun.tasks.streaming import stream_feed
 from smolrun.tasks.workers import load_target
 from smolrun.training.evaluation import evaluate, write_text
 from smolrun.training.feed import Feed, every_sample
 from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import make_optimizer
+from smolrun.training.stream_feed import Rows, StreamFeed
 from smolrun.training.trainer import Trainer
+
+_PROMPT_TOKENS = 8  # of an evaluation sample, where nobody said how the text should begin
 
 
 def train(
@@ -43,31 +47,23 @@ def train(
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
     saving: Saving | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
-    per rank; without `saving` nothing is saved."""
+    per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
     training = config["training"]
     torch.manual_seed(config["seed"])
-    train_split = open_split(prepared, "train", verify=True)
-    eval_split = open_split(prepared, "eval", verify=False)
+    eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
-    emit(
-        RunStarted(
-            parameters=sum(parameter.numel() for parameter in algorithm.model.parameters()),
-            steps=training["steps"],
-            train_size=len(train_split),
-            eval_size=len(eval_split),
-            device=device,
-        )
-    )
+    emit(_started(algorithm, prepared, training["steps"]))
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
     trainer = Trainer(
         algorithm,
-        Feed(train_split, SampleOrder(len(train_split), config["seed"]), plan),
+        _feed(config, prepared, plan, rows),
         steps=training["steps"],
         evaluate=functools.partial(
             _evaluate, algorithm, eval_split, plan, training["eval_batches"]
@@ -78,13 +74,9 @@ def train(
         should_stop=should_stop,
         save_every=config["checkpoint"]["every"] if checkpoints else 0,
         save=checkpoints.save if checkpoints else None,
+        timeline_steps=config["tracker"]["timeline_steps"],
     )
-    if checkpoints:
-        checkpoints.trainer = trainer
-        checkpoints.restore()
-    outcome = trainer.fit()
-    if checkpoints:
-        checkpoints.finish()
+    outcome = checkpoints.fit(trainer) if checkpoints else trainer.fit()
     if prepared.tokenizer and training["sample_tokens"] and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
     algorithm.collectives.barrier()  # nobody leaves while another still needs it
@@ -94,6 +86,27 @@ def train(
         "final_train_loss": outcome.final_train_loss,
         "final_eval_loss": outcome.final_eval_loss,
     }
+
+
+def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:
+    return RunStarted(
+        parameters=sum(parameter.numel() for parameter in algorithm.model.parameters()),
+        steps=steps,
+        train_size=prepared.train_size,
+        eval_size=prepared.eval_size,
+        device=algorithm.context.device.type,
+    )
+
+
+def _feed(
+    config: dict[str, Any], prepared: Prepared, plan: BatchPlan, rows: Rows | None
+) -> Feed | StreamFeed:
+    """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
+    if prepared.stream is not None:
+        assert rows is not None, "the driver of a stream has its rows"
+        return stream_feed(config, prepared, plan, rows)
+    split = open_split(prepared, "train", verify=False)
+    return Feed(split, SampleOrder(len(split), config["seed"]), plan)
 
 
 def pick_device(device: str) -> str:
@@ -166,6 +179,9 @@ def _write_sample(
 ) -> TextSample:
     tokenizer = load_tokenizer(prepared.tokenizer or "")
     prompt = config["training"]["sample_prompt"]
+    if prompt == "auto":
+        beginning = open_split(prepared, "eval", verify=False).batch([0]).inputs[0, :_PROMPT_TOKENS]
+        prompt = tokenizer.decode(beginning.tolist())
     ids = write_text(
         algorithm.logits,
         tokenizer.encode(prompt) or [0],

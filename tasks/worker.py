@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import PeerLost, SmolrunError, StopRequested
 from smolrun.launch.channel import WorkerChannel
-from smolrun.launch.control import EXIT_DONE, EXIT_FAILED, ErrorReport, StartMessage
+from smolrun.launch.control import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    OUT_OF_MEMORY,
+    ErrorReport,
+    StartMessage,
+)
+from smolrun.launch.out_of_memory import is_out_of_memory, told
 
 if TYPE_CHECKING:
     from smolrun.mesh.mesh import Mesh
@@ -70,11 +77,17 @@ def run(channel: WorkerChannel) -> int:
         # Even SystemExit, out of the user's own code, must reach the driver.
         except BaseException as error:
             traceback.print_exc()
-            channel.result("failed", error=ErrorReport(type(error).__name__, str(error)))
+            channel.result("failed", error=_report(error))
             return EXIT_FAILED
         else:
             channel.result("stopped" if summary.get("was_stopped") else "done", summary=summary)
         return EXIT_DONE
+
+
+def _report(error: BaseException) -> ErrorReport:
+    if is_out_of_memory(error):
+        return ErrorReport(OUT_OF_MEMORY, told(error))
+    return ErrorReport(type(error).__name__, str(error))
 
 
 def _run_task(

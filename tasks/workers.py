@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib import import_module
@@ -18,6 +20,7 @@ from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, wo
 from smolrun.errors import ConfigError
 from smolrun.launch.control import Saving, StartMessage
 from smolrun.launch.hosts import WorkerPlan
+from smolrun.tasks.prepare_model import prepare_model, tokenizer_for, with_model
 from smolrun.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -27,11 +30,14 @@ OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here 
 
 
 def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
-    """Make the data ready on this machine, or find it ready."""
+    """Make the data, and a model that has to be fetched, ready on this machine, or find it so."""
+    model = prepare_model(config, progress)
+    keys = config.data.keywords()
+    if (tokenizer := tokenizer_for(config, model)) is not None:
+        keys["tokenizer"] = tokenizer
     cache = platformdirs.user_cache_path("smolrun") / "data"
-    data = load_target(config.data.target)(cache, **config.data.keywords())
-    prepared: Prepared = data.prepare(progress)
-    return prepared
+    prepared: Prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
+    return with_model(config, prepared, model)
 
 
 def load_target(path: str) -> Any:
@@ -39,9 +45,24 @@ def load_target(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # an import runs the user's code, which may raise anything
-        reason = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # an import runs the user's code: it may raise all
+        reason = f"{type(error).__name__}: {error}{_place(error)}"
         raise ConfigError(f"{path}: cannot be loaded ({reason})") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an import broke: ` at file:line`, or nothing if not in a file."""
+    if isinstance(error, SyntaxError):  # its own message names the line, not the folder
+        return f" at {error.filename}:{error.lineno}"
+    steps = traceback.extract_tb(error.__traceback__)[1:]  # without our own call
+    mine = [step for step in steps if _is_users(step.filename)]
+    return f" at {mine[-1].filename}:{mine[-1].lineno}" if mine else ""
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is one, and neither Python's nor that of an installed package."""
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    return not file.startswith(("<", *(f"{folder}{os.sep}" for folder in installed)))
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ def commit(part: Path, manifest: Manifest) -> Path:
         file.write(manifest.to_bytes())
         file.flush()
         os.fsync(file.fileno())
+    _sync_folder(part)
     final = step_folder(part.parent, manifest.step)
     old = final.with_name(final.name + OLD)
     if final.exists():
@@ -93,26 +94,37 @@ def prune(checkpoints: Path, *, keep: int, protect: Collection[int] = ()) -> lis
     return removed
 
 
+def leftovers(checkpoints: Path) -> list[Path]:
+    """What dead saves left behind, as long as nobody is saving; it can be deleted."""
+    found = []
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
+        is_replaced = STEP_FOLDER.fullmatch(path.name) and path.name.endswith(OLD)
+        if is_replaced and not _replacing(path).exists():
+            continue  # the new one never came
+        if (is_replaced or _PART.fullmatch(path.name)) and not path.is_symlink():
+            found.append(path)
+    return found
+
+
 def remove_leftovers(checkpoints: Path) -> list[Path]:
     """Removes what dead saves left behind; only for a run that is not saving. Returns the folders.
 
     A checkpoint that was being replaced goes back to its place if the new one never came.
     """
-    removed = []
-    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
-        if path.is_symlink() or not path.is_dir():
-            continue
+    for _, path in checkpoints_in(checkpoints):
+        if path.name.endswith(OLD) and not _replacing(path).exists():
+            os.rename(path, _replacing(path))
+    found = leftovers(checkpoints)
+    for path in found:
         if _PART.fullmatch(path.name):
             abandon(path)
-            removed.append(path)
-        elif path.name.endswith(OLD) and STEP_FOLDER.fullmatch(path.name):
-            final = path.with_name(path.name.removesuffix(OLD))
-            if final.exists():
-                _remove(path)
-                removed.append(path)
-            else:
-                os.rename(path, final)
-    return removed
+        else:
+            _remove(path)
+    return found
+
+
+def _replacing(old: Path) -> Path:
+    return old.with_name(old.name.removesuffix(OLD))
 
 
 def _remove(folder: Path) -> None:

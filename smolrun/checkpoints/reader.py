@@ -63,7 +63,7 @@ class Checkpoint:
         path = self.folder / file
         try:
             if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt").__enter__()
+                self._files[file] = safe_open(path, framework="pt")
             values: torch.Tensor = self._files[file].get_slice(name)[start:stop]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
@@ -80,9 +80,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Lets go of the files; reading opens them again."""
-        for file in self._files.values():
-            file.__exit__(None, None, None)
-        self._files.clear()
+        self._files.clear()  # a file is closed with its last reference
 
     def __enter__(self) -> Self:
         return self

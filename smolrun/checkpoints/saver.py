@@ -68,12 +68,12 @@ class Saver:
         self, updates: int, pieces: list[Piece], state: dict[str, Any], waited_s: float
     ) -> None:
         started = time.perf_counter()
-        part = part_folder(self._folder, updates, self._token)
         try:
+            part = part_folder(self._folder, updates, self._token)
             report = write_shard(part, self._rank, pieces)
         except Exception as error:  # whatever it is, training goes on
             reason = error.strerror if isinstance(error, OSError) else None
-            self._emit(ShardFailed(updates, self._rank, f"{reason or error} ({part.parent})"))
+            self._emit(ShardFailed(updates, self._rank, f"{reason or error} ({self._folder})"))
             return
         write_s = time.perf_counter() - started
         self._emit(ShardSaved(updates, self._rank, report, state, waited_s, write_s))

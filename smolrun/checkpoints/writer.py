@@ -143,7 +143,7 @@ def _safetensors(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
     for piece in pieces:
         # One tensor at a time comes from its device.
         flat = piece.values.detach().to("cpu").reshape(-1).view(torch.uint8)
-        yield from _chunks(memoryview(flat.numpy()))
+        yield from _chunks(flat.numpy().data)
 
 
 def _chunks(data: memoryview) -> Iterator[memoryview]:

@@ -27,6 +27,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `checkpoints/step-00000100/` | All it takes to go on after 100 steps; `manifest.json` comes last |
 | `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
 | `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
+| `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
 
 ## summary.json
@@ -39,9 +40,13 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `steps` | Optimizer steps done |
 | `wall_s` | Seconds from the command to the end, preparing data included |
 | `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
+| `final_eval_accuracy` | Share of right answers, for classes; else null |
+| `checkpoint` | The newest one, below `checkpoints/`; null: none |
 | `world_size`, `algorithm` | How many ranks shared the work, and how |
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
+| `time` | Where the time went: shares of computing, waiting and network, and advice |
+| `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 
 ## metrics.jsonl
 

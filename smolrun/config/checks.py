@@ -17,11 +17,11 @@ from smolrun.config.algorithms import Algorithm, Single
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
 from smolrun.config.data import Data
-from smolrun.config.models import Decoder, Mlp, Model
+from smolrun.config.models import Decoder, HuggingFace, Mlp, Model, Trained
 from smolrun.config.optimizers import SGD, Optimizer
 from smolrun.config.plan import cluster_size
 from smolrun.config.settings import Checkpoint, Staleness, Training
-from smolrun.config.suggest import problem
+from smolrun.config.suggest import absent, problem
 from smolrun.config.targets import CustomTarget
 
 
@@ -40,8 +40,10 @@ def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Trainin
             yield from _only(f"cluster.hosts[{index}].{key}", getattr(host, key), accepted)
 
 
-def hosts_over_ssh(*, cluster: Cluster) -> Iterator[str]:
-    """Starting ranks on other machines waits for the SSH launcher."""
+def hosts_over_ssh(*, cluster: Cluster, training: Training) -> Iterator[str]:
+    """Starting ranks on other machines waits for the SSH launcher; a dry run starts none."""
+    if training.dry_run:
+        return
     reached = [host.name for host in cluster.hosts or [] if host.ssh is not None]
     if reached:
         what = f"starting ranks over SSH ({', '.join(reached)}) is not built yet"
@@ -139,6 +141,34 @@ def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
         )
 
 
+def model_is_named(*, model: Model) -> Iterator[str]:
+    """Names of models are for model=hf only, and there they must be given."""
+    if isinstance(model, HuggingFace) and model.name == "hf":
+        yield absent("model.name", "say which model: model.name=NAME of the hub, or a FOLDER")
+    if isinstance(model, Decoder | Mlp) and "/" in model.name:
+        yield problem(
+            "model.name",
+            model.name,
+            "a model of smolrun's own is not loaded by name",
+            allowed=f"model=hf model.name={model.name}",
+        )
+
+
+def model_fits_task(*, task: str, model: Model) -> Iterator[str]:
+    """An earlier run's model is there to be exported; to train on, it is exported first."""
+    if isinstance(model, Trained) and task != "export":
+        yield problem(
+            "model",
+            model.name,
+            "is for task=export",
+            allowed="checkpoint.resume=RUN to go on with a run; or export it, and train on with "
+            "model=hf model.name=FOLDER",
+        )
+    if task == "export" and not isinstance(model, Trained):
+        what = "task=export takes its model from a run"
+        yield problem("model", model.name, what, allowed="no model=..., but model.run=latest|RUN")
+
+
 def heads_fit_width(*, model: Model) -> Iterator[str]:
     """The widths of attention divide evenly."""
     if not isinstance(model, Decoder):
@@ -204,6 +234,8 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     batch_is_sound,
     staleness_fits_steps,
     model_fits_data,
+    model_is_named,
+    model_fits_task,
     heads_fit_width,
     blocks_can_be_recomputed,
     momentum_fits,

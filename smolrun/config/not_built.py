@@ -14,7 +14,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "doctor",
         "trust",
         "logs",
-        "status",
         "attach",
         "stop",
     ),

@@ -96,7 +96,7 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     if kind == "extra_forbidden":
         return _unknown_key(place, details["input"], data)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        place = (*place, "name")
+        place = (*place, str(details["ctx"]["discriminator"]).strip("'"))
     allowed = _allowed(place, data)
     if "expected_tags" in details.get("ctx", {}):
         allowed = details["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
@@ -126,7 +126,8 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
         place = (*place, part)
     siblings = list(section.model_fields) if section else []
     near = [f"{start}.{name}" if start else name for name in siblings]
-    meant = closest(path(place), [*near, *known_keys()])
+    others = [key for key in known_keys() if key != path(place)]  # those of another choice
+    meant = closest(path(place), [*near, *others])
     return problem(path(place), value, "no such key", allowed=", ".join(siblings), meant=meant)
 
 
@@ -158,11 +159,11 @@ def _section(place: Place, data: Mapping[str, Any]) -> type[BaseModel] | None:
 
 
 def _chosen(candidates: list[type[BaseModel]], value: Any) -> type[BaseModel]:
-    """The candidate whose `target` or `name` is the value's, else the last (the custom one, or
-    the only one).
+    """The candidate whose `target`, `name` or `kind` is the value's, else the last (the custom
+    one, or the only one).
     """
     for candidate in candidates if isinstance(value, Mapping) else []:
-        for tag in ("target", "name"):
+        for tag in ("target", "name", "kind"):
             field = candidate.model_fields.get(tag)
             if field is not None and value.get(tag) in describe.choices(field):
                 return candidate

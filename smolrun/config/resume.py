@@ -50,14 +50,15 @@ def on_top(
     """
     merged = copy.deepcopy(dict(stored))
     for path in typed:
-        words = path.split(".")
+        *groups, key = path.split(".")
         source: Any = composed
-        target: Any = merged
-        for word in words[:-1]:
-            source = source.get(word) if isinstance(source, Mapping) else None
-            target = target.setdefault(word, {}) if isinstance(target, dict) else None
-        if isinstance(source, Mapping) and isinstance(target, dict) and words[-1] in source:
-            target[words[-1]] = copy.deepcopy(source[words[-1]])
+        for group in groups:
+            source = source.get(group) if isinstance(source, Mapping) else None
+        if isinstance(source, Mapping) and key in source:
+            target = merged
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[key] = copy.deepcopy(source[key])
     return merged
 
 

@@ -17,6 +17,7 @@ from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
     Checkpoint,
+    Export,
     Mesh,
     Quantization,
     Serving,
@@ -33,7 +34,9 @@ class RunConfig(Section):
     Ranks get it as it is, with its hash.
     """
 
-    task: Literal["train", "bench"] = Field(description="What to do")
+    task: Literal["train", "bench", "export", "init", "status", "clean"] = Field(
+        description="What to do"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         description="Same seed, same run", json_schema_extra={"allowed": "a whole number >= 0"}
     )
@@ -43,7 +46,7 @@ class RunConfig(Section):
             "allowed": "letters, digits, dot, dash and underscore (100 at most), or null"
         },
     )
-    precision: Literal["float32", "bf16", "fp16", "float64"] = Field(
+    precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"
     )
     cluster: Cluster
@@ -59,6 +62,7 @@ class RunConfig(Section):
     mesh: Mesh
     serving: Serving
     bench: Bench
+    export: Export
     sweep: Sweep
 
 

@@ -22,13 +22,15 @@ from smolrun.errors import DataError
 
 __all__ = ["Batch", "Prepared", "Progress", "Split", "open_split"]
 
+NOT_LEARNT = -100  # a target without a loss
+
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs and what the model should answer.
 
-    Tokens: int64 [B, T] both, targets are the inputs' next tokens, -100 where there is nothing to
-    learn. Features: float32 [B, F] and int64 [B].
+    Tokens: int64 [B, T] both, targets are the inputs' next tokens, NOT_LEARNT where there is
+    nothing to learn. Features: float32 [B, F] and int64 [B].
     """
 
     inputs: Tensor
@@ -72,6 +74,24 @@ class TokenSplit(Split):
         return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
 
 
+class MarkedSplit(Split):
+    """Rows of tokens; only those that are marked are targets (see row_file.py)."""
+
+    def __init__(self, tokens: Tensor, learn: Tensor) -> None:
+        if tokens.shape != learn.shape or tokens.dim() != 2:
+            raise DataError(f"marks of shape {learn.shape} do not fit tokens of {tokens.shape}")
+        self._tokens, self._learn = tokens.numpy(), learn.numpy()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def _gather(self, indices: numpy.ndarray) -> Batch:
+        rows = torch.from_numpy(self._tokens[indices].astype(numpy.int64))
+        marks = torch.from_numpy(self._learn[indices])[:, 1:]
+        targets = rows[:, 1:].masked_fill(marks == 0, NOT_LEARNT)
+        return Batch(rows[:, :-1].contiguous(), targets)
+
+
 class FeatureSplit(Split):
     """Rows of features with a class each; features kept as bytes 0..255 are given as 0..1."""
 
@@ -104,8 +124,10 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
                     f"expected {prepared.sha256}; delete it so that it is prepared anew"
                 )
         with safe_open(prepared.path, framework="pt") as file:
-            if prepared.kind == "tokens":
-                split: Split = TokenSplit(file.get_tensor(name), prepared.sequence_length or 1)
+            if prepared.masked:
+                split: Split = MarkedSplit(file.get_tensor(name), file.get_tensor(f"{name}_learn"))
+            elif prepared.kind == "tokens":
+                split = TokenSplit(file.get_tensor(name), prepared.sequence_length or 1)
             else:
                 split = FeatureSplit(
                     file.get_tensor(f"{name}_inputs"), file.get_tensor(f"{name}_targets")

@@ -17,18 +17,39 @@ _MOST_REPLACED = 0.1
 
 @dataclass(frozen=True)
 class Documents:
-    """The texts, and what had to be replaced because it was not valid UTF-8."""
+    """The texts, and what had to be replaced because it was not valid UTF-8.
+
+    `held_out`: texts for evaluation; None: a part of `texts` is to be kept for it.
+    """
 
     texts: list[str]
     sha256: str
-    replaced_characters: int
-    replaced_files: int
+    replaced_characters: int = 0
+    replaced_files: int = 0
+    held_out: list[str] | None = None
+
+    def parts(self, eval_fraction: float) -> tuple[list[str], list[str]]:
+        """The texts to train on, and those to evaluate on."""
+        if self.held_out is not None:
+            return self.texts, self.held_out
+        return split_documents(self.texts, eval_fraction)
+
+    @property
+    def characters(self) -> int:
+        """Of all texts together."""
+        return sum(map(len, self.texts)) + sum(map(len, self.held_out or ()))
+
+    @property
+    def count(self) -> int:
+        """Of all texts together."""
+        return len(self.texts) + len(self.held_out or ())
 
 
 def read_documents(
-    files: Mapping[str, Path], max_mb: float | None, progress: Progress
+    files: Mapping[str, Path | bytes], max_mb: float | None, progress: Progress
 ) -> Documents:
-    """Reads files (name -> path), at most `max_mb` of text (10^6 bytes; None: all of it).
+    """Reads files (name -> path, or what is in it), at most `max_mb` of text (10^6 bytes each; None
+    for all of it).
 
     Documents come in the order of their names' hashes, so that the first few are a fair mix of all
     folders. Raises DataError for a file that cannot be read, for no text at all, and for files that
@@ -52,7 +73,8 @@ def read_documents(
             break
     progress("reading text", len(files), len(files))
     if not texts:
-        raise DataError(f"there is no text in {', '.join(map(str, files.values()))[:200]}: empty")
+        names = [name if isinstance(file, bytes) else str(file) for name, file in files.items()]
+        raise DataError(f"there is no text in {', '.join(names)[:200]}: empty")
     if replaced_characters > _MOST_REPLACED * sum(map(len, texts)):
         raise DataError(
             f"{replaced_characters} characters in {replaced_files} of {len(files)} files are not "
@@ -80,13 +102,27 @@ def split_documents(texts: list[str], eval_fraction: float) -> tuple[list[str], 
     return train, held_out
 
 
-def _read(path: Path, most_bytes: int | None) -> tuple[str, int]:
+def split_between(texts: list[str], eval_fraction: float) -> tuple[list[str], list[str]]:
+    """As `split_documents`, but between two documents: each part has at least one, whole."""
+    room = sum(map(len, texts)) * (1 - eval_fraction)
+    border = 0
+    while border < len(texts) and len(texts[border]) <= room:
+        room -= len(texts[border])
+        border += 1
+    border = min(max(border, 1), len(texts) - 1)
+    return texts[:border], texts[border:]
+
+
+def _read(source: Path | bytes, most_bytes: int | None) -> tuple[str, int]:
     """A file's text, and how many of its characters had to be replaced as unreadable."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(-1 if most_bytes is None else most_bytes)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if isinstance(source, bytes):
+        data = source[:most_bytes]
+    else:
+        try:
+            with open(source, "rb") as file:
+                data = file.read(-1 if most_bytes is None else most_bytes)
+        except OSError as error:
+            raise DataError(f"cannot read {source}: {error.strerror}") from None
     # Windows editors write UTF-16 and a mark in front of UTF-8.
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")

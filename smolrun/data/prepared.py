@@ -27,6 +27,8 @@ class Prepared:
     kind "tokens": num_outputs is the vocabulary size, sequence_length the tokens of one sample,
     `tokenizer` a folder with tokenizer.json (None: not text). kind "features": num_outputs is the
     number of classes, num_inputs the number of features. train_size and eval_size count samples.
+    `masked`: each token has a mark that says whether it is to be learnt (chat). `stream`: how the
+    train part, which is then no file and has no size (0), is read and fetched.
     """
 
     kind: Kind
@@ -39,6 +41,9 @@ class Prepared:
     train_size: int
     eval_size: int
     description: str
+    masked: bool = False
+    model_folder: str | None = None
+    stream: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object."""
@@ -58,6 +63,9 @@ class Prepared:
             "train_size": (int,),
             "eval_size": (int,),
             "description": (str,),
+            "masked": (bool,),
+            "model_folder": (str, type(None)),
+            "stream": (dict, type(None)),
         }
         wrong = sorted(set(allowed) ^ set(data))
         wrong += [key for key in allowed if key in data and type(data[key]) not in allowed[key]]
@@ -67,9 +75,20 @@ class Prepared:
             needed = "sequence_length" if data["kind"] == "tokens" else "num_inputs"
             sizes = ("num_outputs", "train_size", "eval_size", needed)
             wrong = [key for key in sizes if data[key] is None or data[key] < 1]
+            if data["stream"] is not None:
+                wrong = [key for key in wrong if key != "train_size"]
+                wrong += [] if _is_stream(data["stream"]) else ["stream"]
         if wrong:
             names = ", ".join(wrong)
             raise DataError(
                 f"the description of prepared data is damaged: wrong or missing {names}"
             )
         return cls(**data)
+
+
+def _is_stream(facts: Mapping[str, Any]) -> bool:
+    """From which document on it is read, in blocks of how many, and how many steps ahead."""
+    lowest = {"first_document": 0, "block_documents": 1, "prefetch_steps": 0}
+    return set(facts) == set(lowest) and all(
+        type(facts[key]) is int and facts[key] >= limit for key, limit in lowest.items()
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sysconfig
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from smolrun.data.documents import read_documents
 from smolrun.data.prepared import Kind, Prepared, Progress
@@ -32,7 +32,7 @@ class PythonStdlib:
         self,
         cache_dir: Path,
         *,
-        tokenizer: Literal["bytes", "bpe"],
+        tokenizer: str,
         vocab_size: int,
         sequence_length: int,
         eval_fraction: float,

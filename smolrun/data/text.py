@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from smolrun.data.documents import read_documents
 from smolrun.data.prepared import Kind, Prepared, Progress
@@ -23,7 +23,7 @@ class TextFiles:
         *,
         path: str | Sequence[str],
         glob: str,
-        tokenizer: Literal["bytes", "bpe"],
+        tokenizer: str,
         vocab_size: int,
         sequence_length: int,
         eval_fraction: float,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 from safetensors.numpy import save_file
 
 from smolrun.data.cache import DATA_FILE, Entry, cached
-from smolrun.data.documents import Documents, split_documents
+from smolrun.data.documents import Documents
+from smolrun.data.encoders import Encoder, encoder_for
 from smolrun.data.prepared import Prepared, Progress
 from smolrun.errors import DataError
 
-# Merges learnt from this much text are as good as those from more, and it takes two seconds.
-_BPE_TRAINING_CHARACTERS = 4_000_000
 # Long documents are encoded in pieces, so that progress can be shown and all cores have work.
 _PIECE_CHARACTERS = 100_000
 
@@ -26,7 +25,7 @@ def prepare_tokens(
     documents: Documents,
     progress: Progress,
     *,
-    tokenizer: Literal["bytes", "bpe"],
+    tokenizer: str,
     vocab_size: int,
     sequence_length: int,
     eval_fraction: float,
@@ -36,13 +35,12 @@ def prepare_tokens(
     Raises DataError for settings that make no sense and for text too short for one window of
     sequence_length + 1 tokens in train or in eval.
     """
-    _check(tokenizer, vocab_size, sequence_length, eval_fraction)
-    key = {"documents": documents.sha256, "tokenizer": tokenizer, "eval_fraction": eval_fraction}
-    if tokenizer == "bpe":
-        key["vocab_size"] = vocab_size
+    check_numbers(sequence_length, eval_fraction)
+    encoder = encoder_for(tokenizer, vocab_size, progress)
+    key = {"documents": documents.sha256, "eval_fraction": eval_fraction, **encoder.key}
 
     def make(folder: Path) -> dict[str, Any]:
-        return _write(folder, documents, tokenizer, vocab_size, eval_fraction, progress)
+        return _write(folder, documents, encoder, eval_fraction, progress)
 
     entry = cached(cache_dir, name, key, make)
     for part in ("train", "eval"):
@@ -58,53 +56,49 @@ def prepare_tokens(
         tokenizer=str(entry.folder),
         train_size=(facts["train"] - 1) // sequence_length,
         eval_size=(facts["eval"] - 1) // sequence_length,
-        description=_describe(name, documents, tokenizer, facts),
+        description=describe(name, documents, encoder.name, facts),
     )
 
 
 def _write(
     folder: Path,
     documents: Documents,
-    tokenizer: str,
-    vocab_size: int,
+    encoder: Encoder,
     eval_fraction: float,
     progress: Progress,
 ) -> dict[str, Any]:
     """Fills a new cache entry; returns the number of tokens in each part and the vocabulary."""
-    # Imported here, because it is not needed where the cache has the entry.
-    from smolrun.data.tokenizer import bytes_tokenizer, train_bpe
-
-    train, held_out = split_documents(documents.texts, eval_fraction)
-    if tokenizer == "bpe":
-        progress("learning the tokenizer", 0, 1)
-        # From train only: the tokenizer must not have seen the eval text either.
-        encoder = train_bpe(_first_characters(train, _BPE_TRAINING_CHARACTERS), vocab_size)
-        progress("learning the tokenizer", 1, 1)
-    else:
-        encoder = bytes_tokenizer()
-    dtype = numpy.uint16 if encoder.vocab_size <= 1 << 16 else numpy.int32
-    total = sum(map(len, documents.texts))
+    train, held_out = documents.parts(eval_fraction)
+    # From train only: the tokenizer must not have seen the eval text either.
+    tokenizer = encoder.make(folder, train)
+    dtype = token_dtype(tokenizer.vocab_size)
+    total = documents.characters
     done = 0
     parts: dict[str, numpy.ndarray] = {}
     for part, texts in (("train", train), ("eval", held_out)):
         rows = [numpy.empty(0, dtype)]
         for text in texts:
             pieces = list(_pieces(text))
-            rows += [numpy.asarray(ids, dtype) for ids in encoder.encode_batch(pieces)]
-            rows.append(numpy.asarray([encoder.end_id], dtype))
+            rows += [numpy.asarray(ids, dtype) for ids in tokenizer.encode_batch(pieces)]
+            rows.append(numpy.asarray([tokenizer.end_id], dtype))
             done += len(text)
             progress("encoding text", done, total)
         parts[part] = numpy.concatenate(rows)
     save_file(parts, folder / DATA_FILE)
-    encoder.save(folder)
     sizes = {part: len(tokens) for part, tokens in parts.items()}
-    return {**sizes, "vocab_size": encoder.vocab_size}
+    return {**sizes, "vocab_size": tokenizer.vocab_size}
 
 
-def _describe(name: str, documents: Documents, tokenizer: str, facts: Mapping[str, Any]) -> str:
-    megas = sum(map(len, documents.texts)) / 1e6
+def token_dtype(vocab_size: int) -> Any:
+    """The smallest type that holds every id."""
+    return numpy.uint16 if vocab_size <= 1 << 16 else numpy.int32
+
+
+def describe(name: str, documents: Documents, tokenizer: str, facts: Mapping[str, Any]) -> str:
+    """One line about what was made of the documents."""
+    megas = documents.characters / 1e6
     description = (
-        f"{name}: {megas:.1f} M characters in {len(documents.texts)} documents, "
+        f"{name}: {megas:.1f} M characters in {documents.count} documents, "
         f"{facts['train']:,} train and {facts['eval']:,} eval tokens, "
         f"{tokenizer} tokenizer of {facts['vocab_size']}"
     )
@@ -125,22 +119,9 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _first_characters(texts: Sequence[str], count: int) -> Iterator[str]:
-    for text in texts:
-        if count <= 0:
-            return
-        yield text[:count]
-        count -= len(text)
-
-
-def _check(tokenizer: str, vocab_size: int, sequence_length: int, eval_fraction: float) -> None:
+def check_numbers(sequence_length: int, eval_fraction: float) -> None:
+    """Raises DataError for what the configuration would have refused."""
     problems = []
-    if tokenizer not in ("bytes", "bpe"):
-        problems.append(f"data.tokenizer={tokenizer!r}: must be bytes or bpe")
-    if tokenizer == "bpe" and vocab_size < 257:
-        problems.append(
-            f"data.vocab_size={vocab_size}: bpe needs at least 257 (256 bytes and an end token)"
-        )
     if sequence_length < 1:
         problems.append(f"data.sequence_length={sequence_length}: must be at least 1")
     if not 0 < eval_fraction < 1:

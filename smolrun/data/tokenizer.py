@@ -1,14 +1,16 @@
-"""Text to token ids and back. Both kinds know all bytes, so every text comes back exactly.
+"""Text to token ids and back. Our own kinds know all bytes, so every text comes back exactly.
 
-    bytes   256 tokens, one per byte value; nothing to learn
-    bpe     256 bytes, an end token, and merges learnt from the text itself in seconds
+    bytes    256 tokens, one per byte value; nothing to learn
+    bpe      256 bytes, an end token, and merges learnt from the text itself in seconds
+    foreign  a model's own, from its Hugging Face folder (see foreign_tokenizer.py)
 
-Both are kept as the `tokenizer.json` that Hugging Face tools read too.
+All are kept as the `tokenizer.json` that Hugging Face tools read too.
 Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,19 +23,31 @@ from smolrun.errors import DataError
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 FILE_NAME = "tokenizer.json"
+# Beside it lies, in a folder of Hugging Face's, which token means what.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 END_TOKEN = "<|endoftext|>"
+NO_NAME = "\0"  # the end token of the bytes tokenizer, as text
 
 
 class TextTokenizer:
-    """Encodes and decodes. `vocab_size` counts all ids; `end_id` marks the end of a document."""
+    """Encodes and decodes. `vocab_size` is one more than the largest id; `end_id` marks the end
+    of a document, and `end_token` is its text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_token: str = END_TOKEN) -> None:
         self._tokenizer = tokenizer
         # A file that happens to contain the words "<|endoftext|>" is text like any other.
         tokenizer.encode_special_tokens = True
-        self.vocab_size: int = tokenizer.get_vocab_size()
+        # What a folder of Hugging Face's asks for would cut and fill our texts in silence.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.get_vocab().values()
+        self.vocab_size: int = max(ids, default=-1) + 1
+        end_id = tokenizer.token_to_id(end_token)
+        if end_id is None and self.vocab_size != 256:
+            raise DataError(f"the tokenizer has no end token {end_token!r}")
         # The bytes tokenizer has no room for an end token: byte 0, hardly ever in a text, does it.
-        self.end_id: int = tokenizer.token_to_id(END_TOKEN) or 0
+        self.end_id: int = 0 if end_id is None else end_id
+        self.end_token: str = NO_NAME if end_id is None else end_token
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token."""
@@ -43,6 +57,15 @@ class TextTokenizer:
         """The ids of each text; faster than one by one, because it uses all cores."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, where the name of a special token, such as <|im_end|>, is that
+        token: for what a chat template wrote."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode_batch(texts)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are no whole character become U+FFFD."""
@@ -57,9 +80,21 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer kept in a folder (`Prepared.tokenizer`); raises DataError if unreadable."""
     path = Path(folder) / FILE_NAME
     try:
-        return TextTokenizer(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return TextTokenizer(tokenizer, _end_token(Path(folder)) or END_TOKEN)
     except Exception as error:  # tokenizers raises plain Exception for what it does not understand
         raise DataError(f"cannot read the tokenizer {path}: {error}") from None
+
+
+def _end_token(folder: Path) -> str | None:
+    """What the folder calls its end-of-sequence token, or None where it says nothing of it."""
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return token
+    return None
 
 
 def bytes_tokenizer() -> TextTokenizer:

@@ -23,11 +23,21 @@ from smolrun.launch.control import (
     LogMessage,
     Message,
     ReadyMessage,
+    WantRowsMessage,
     decode_from_worker,
     encode,
 )
 from smolrun.launch.hosts import Host, WorkerPlan, WorkerProcess
-from smolrun.launch.moves import Exited, Finished, Input, Misbehaved, NotStarted, Ready, Reported
+from smolrun.launch.moves import (
+    Exited,
+    Finished,
+    Input,
+    Misbehaved,
+    NotStarted,
+    Ready,
+    Reported,
+    WantsRows,
+)
 
 _TAIL_LINES = 20
 _TAIL_LINE_CHARS = 400
@@ -120,7 +130,7 @@ class Attendant:
         with self._lock:
             self._closing = True
             self._lock.notify_all()
-        self._post(Exited(rank, code))
+        self._post(Exited(rank, code, process.out_of_memory()))
 
     def _write(self, process: WorkerProcess) -> None:
         with contextlib.suppress(OSError):  # the worker is gone: its exit tells the story
@@ -159,6 +169,8 @@ class Attendant:
             if message.rank != rank:
                 raise ProtocolError(f"says that it is rank {message.rank}")
             self._post(Ready(rank, message.port, message.versions))
+        elif isinstance(message, WantRowsMessage):
+            self._post(WantsRows(rank, message))
         else:
             self._post(Finished(rank, message))
 

@@ -12,7 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from smolrun.launch.control import EXIT_ABANDONED, EXIT_ABORTED, ErrorReport, ResultMessage
+from smolrun.launch.control import (
+    EXIT_ABANDONED,
+    EXIT_ABORTED,
+    OUT_OF_MEMORY,
+    ErrorReport,
+    ResultMessage,
+)
 
 # Errors that a healthy rank reports because of another one.
 _SECOND_HAND = frozenset({"PeerLost", "WaitTimeout", "MeshClosed"})
@@ -35,6 +41,7 @@ class RankState:
     problem: str | None = None
     never_started: bool = False
     killed: bool = False
+    out_of_memory: str | None = None
     sign: int = 0
 
     @property
@@ -74,6 +81,7 @@ class Cause:
     rank: int
     host: str
     reason: str
+    out_of_memory: bool = False
 
 
 def names(states: Sequence[RankState]) -> str:
@@ -137,10 +145,19 @@ def _what_happened(state: RankState) -> str:
             "could not be started: " if state.never_started else "broke the control protocol: it "
         )
         return what + _one_line(state.problem) + ("" if state.never_started else _when(state))
+    if memory := _out_of_memory(state):
+        return f"ran out of memory{_when(state)}: {_one_line(memory)}"
     if state.error is not None:
         return f"failed{_when(state)}: {state.error.kind}: {_one_line(state.error.message)}"
     hint = "; was its memory full?" if state.exit_code == -9 else ""
     return f"{describe_exit(state.exit_code or 0)}{_when(state)}{hint}"
+
+
+def _out_of_memory(state: RankState) -> str | None:
+    """What is known of it, if that is why the rank failed: by its own word or by the system's."""
+    if state.error is not None and state.error.kind == OUT_OF_MEMORY:
+        return state.error.message
+    return state.out_of_memory if state.error is None else None
 
 
 def describe_exit(code: int) -> str:
@@ -170,7 +187,9 @@ def _when(state: RankState) -> str:
 def _cause(state: RankState, states: Sequence[RankState], what: str) -> Cause:
     others = sum(1 for other in states if other is not state)
     ended = f"; {others} other rank{'s' if others > 1 else ''} ended with it" if others else ""
-    return Cause(state.rank, state.host, f"{state.label} {what}{ended}; log: {state.log}")
+    reason = f"{state.label} {what}{ended}; log: {state.log}"
+    has_own = state.problem is None and _out_of_memory(state) is not None
+    return Cause(state.rank, state.host, reason, has_own)
 
 
 def _one_line(text: str) -> str:

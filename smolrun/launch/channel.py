@@ -38,11 +38,13 @@ from smolrun.launch.control import (
     ReadyMessage,
     ResultMessage,
     RosterMessage,
+    RowsMessage,
     StartMessage,
     StopMessage,
     decode_from_driver,
     encode,
 )
+from smolrun.launch.rows import RowInbox
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class WorkerChannel:
         """Own both descriptors and listen at once. `end_process` is for tests, and may return."""
         self.stop_requested = threading.Event()
         self.start: StartMessage | None = None
+        self.rows = RowInbox(self._send)
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._lease_limit_s = lease_limit_s
@@ -179,6 +182,8 @@ class WorkerChannel:
             self._heard.put(message)
         elif isinstance(message, StartMessage | RosterMessage):
             self._heard.put(message)
+        elif isinstance(message, RowsMessage):
+            self.rows.put(message)
 
     def _watch_lease(self) -> None:
         """Sum up the silence in ticks of this thread, not by the clock.

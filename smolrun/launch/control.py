@@ -147,6 +147,9 @@ class LogMessage(Message, frozen=True, tag="log"):
     message: str
 
 
+OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memory was full
+
+
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any."""
 

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from smolrun.errors import ProtocolError
 from smolrun.events import Event, Note
 from smolrun.launch.attendant import Attendant
 from smolrun.launch.cause import RankState
 from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
+from smolrun.launch.desk import RowDesk, RowReader
 from smolrun.launch.hosts import Host, WorkerPlan
 from smolrun.launch.moves import (
     Action,
@@ -26,10 +28,13 @@ from smolrun.launch.moves import (
     Input,
     Interrupted,
     Kill,
+    Misbehaved,
     Outcome,
+    ReaderFailed,
     Reported,
     SendRoster,
     SendStop,
+    WantsRows,
 )
 from smolrun.launch.supervisor import Limits, Supervisor
 
@@ -88,8 +93,12 @@ class Driver:
         listen: Callable[[Event], None],
         limits: Limits | None = None,
         lease_every_s: float = LEASE_EVERY_S,
+        rows: RowReader | None = None,
     ) -> None:
-        """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick."""
+        """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick.
+
+        `rows` is what the ranks may ask for where the data is a stream.
+        """
         self._plans = plans
         self._listen = listen
         self._lease_every_s = lease_every_s
@@ -98,6 +107,8 @@ class Driver:
         self._over = threading.Event()
         self._attendants = [Attendant(plan, host_of(plan), self._post) for plan in plans]
         self._interrupts = InterruptCounter()
+        self._rows = rows
+        self._desk: RowDesk | None = None
 
     def run(self) -> Outcome:
         """Start all workers and tell how it ended; none is left when this returns or raises."""
@@ -113,6 +124,13 @@ class Driver:
         return self._attendants[rank].tail
 
     def _begin(self) -> None:
+        if self._rows is not None:
+            self._desk = RowDesk(
+                self._rows,
+                [plan.rank for plan in self._plans],
+                send=lambda rank, message: self._attendants[rank].send(message),
+                fail=lambda problem: self._post(ReaderFailed(problem)),
+            )
         for plan, attendant in zip(self._plans, self._attendants, strict=True):
             attendant.send(plan.start)
             attendant.begin()
@@ -145,9 +163,20 @@ class Driver:
             _POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic()))
         )
         try:
-            return self._inbox.get(timeout=wait_s)
+            item = self._inbox.get(timeout=wait_s)
         except queue.Empty:
             return None
+        return self._pass_on(item) if isinstance(item, WantsRows) else item
+
+    def _pass_on(self, item: WantsRows) -> Input | None:
+        """To the desk; what is left for the supervisor is a wish that cannot be met."""
+        if self._desk is None:
+            return Misbehaved(item.rank, "asks for rows of a stream, but the data is no stream")
+        try:
+            self._desk.want(item.rank, item.wanted)
+        except ProtocolError as error:
+            return Misbehaved(item.rank, str(error))
+        return None
 
     def _perform(self, actions: Sequence[Action]) -> Outcome | None:
         if any(isinstance(action, SendStop) for action in actions):
@@ -181,6 +210,8 @@ class Driver:
         for attendant in self._attendants:
             attendant.kill()
         self._over.set()
+        if self._desk is not None:
+            self._desk.close()
         give_up = time.monotonic() + _LAST_JOIN_S
         for attendant in self._attendants:
             if not attendant.join(max(0.0, give_up - time.monotonic())):

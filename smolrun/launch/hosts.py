@@ -50,6 +50,9 @@ class WorkerProcess(Protocol):
     def wait(self) -> int:
         """Its exit code once it has ended; -n for signal n where the host can tell."""
 
+    def out_of_memory(self) -> str | None:
+        """After `wait`: a sentence if the system ended it because memory was full."""
+
     def kill(self) -> None:
         """End it and all it started, at once, even if frozen. Never raises; may come twice."""
 

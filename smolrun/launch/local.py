@@ -15,7 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from smolrun.launch import out_of_memory
 from smolrun.launch.hosts import WorkerPlan
+from smolrun.launch.machine_memory import machine_memory
 
 _READ_BYTES = 64 * 1024
 # A variable is a secret if a word of its name is one of these, in the singular or the plural:
@@ -67,6 +69,7 @@ class LocalHost:
     def start(self, plan: WorkerPlan) -> LocalProcess:
         """Start one worker in the current directory; OSError if the interpreter cannot be run."""
         owns_session = hasattr(os, "setsid")
+        kills = machine_memory().kills
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -78,18 +81,22 @@ class LocalHost:
             # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-        return LocalProcess(process, owns_group=owns_session and hasattr(os, "killpg"))
+        owns_group = owns_session and hasattr(os, "killpg")
+        return LocalProcess(process, owns_group=owns_group, kills_before=kills)
 
 
 class LocalProcess:
     """A worker on this machine."""
 
-    def __init__(self, process: subprocess.Popen[bytes], *, owns_group: bool) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], *, owns_group: bool, kills_before: int
+    ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         self._process = process
         self._owns_group = owns_group
+        self._kills_before = kills_before
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
 
     @property
@@ -121,6 +128,14 @@ class LocalProcess:
         self._kill_group()
         return code
 
+    def out_of_memory(self) -> str | None:
+        """After `wait`: what Linux did, if it ended this worker because memory was full."""
+        memory = machine_memory()
+        was_killed = self._process.returncode == -getattr(signal, "SIGKILL", 9)
+        if not was_killed or memory.kills == self._kills_before:
+            return None
+        return out_of_memory.ended_by_linux(_largest_child(), memory.total)
+
     def kill(self) -> None:
         """SIGKILL to its process group, stopped or not; TerminateProcess on Windows."""
         if self._process.returncode is None:
@@ -134,6 +149,15 @@ class LocalProcess:
             # Nobody left; macOS says EPERM where only zombies are left.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _largest_child() -> int:
+    """Most bytes that a child of ours which has ended ever had in memory; 0 where unknown."""
+    if sys.platform != "linux":
+        return 0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _read(pipe: IO[bytes]) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from smolrun.events import Event
-from smolrun.launch.control import Peer, ResultMessage
+from smolrun.launch.control import Peer, ResultMessage, WantRowsMessage
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 3, 130, 131
 
@@ -29,6 +29,14 @@ class Reported:
 
 
 @dataclass(frozen=True)
+class WantsRows:
+    """A worker asks for rows of the stream; for the desk, the supervisor has no use for it."""
+
+    rank: int
+    wanted: WantRowsMessage
+
+
+@dataclass(frozen=True)
 class Finished:
     """A worker's last word."""
 
@@ -38,10 +46,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Exited:
-    """A worker's process has ended; all it said came before. -n is signal n."""
+    """A worker's process has ended; all it said came before. -n is signal n.
+
+    `out_of_memory` says so if the system ended it because memory was full.
+    """
 
     rank: int
     code: int
+    out_of_memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +73,28 @@ class NotStarted:
 
 
 @dataclass(frozen=True)
+class ReaderFailed:
+    """The driver itself cannot read the stream any more; no rank is to blame."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
 class Interrupted:
     """The user pressed Ctrl-C, or the driver got SIGTERM."""
 
 
-Input = Ready | Reported | Finished | Exited | Misbehaved | NotStarted | Interrupted
+Input = (
+    Ready
+    | Reported
+    | WantsRows
+    | Finished
+    | Exited
+    | Misbehaved
+    | NotStarted
+    | ReaderFailed
+    | Interrupted
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +127,7 @@ class Outcome:
     reason: str = ""
     failed_rank: int | None = None
     failed_host: str | None = None
+    out_of_memory: bool = False
     steps: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -37,6 +37,7 @@ from smolrun.launch.moves import (
     Misbehaved,
     NotStarted,
     Outcome,
+    ReaderFailed,
     Ready,
     Reported,
     SendRoster,
@@ -102,6 +103,10 @@ class Supervisor:
             self._hurry = (
                 self._hurry or self._interrupts > 1 or self.phase in (Phase.FAILING, Phase.CLOSING)
             )
+        elif isinstance(item, ReaderFailed):
+            # A failure that came first may still be the cause of this one, and it names a rank.
+            if self.phase not in (Phase.FAILING, Phase.CLOSING):
+                self._close(now, Outcome("failed", EXIT_FAILED, item.problem), hurry=True)
         else:
             self._note(self._states[item.rank], item)
         return self.advance(now)
@@ -139,6 +144,7 @@ class Supervisor:
             state.result = state.result or item.result
         elif isinstance(item, Exited):
             state.exit_code = item.code
+            state.out_of_memory = item.out_of_memory
         elif isinstance(item, Misbehaved | NotStarted):
             state.problem = state.problem or item.problem
             state.never_started = state.never_started or isinstance(item, NotStarted)
@@ -213,7 +219,12 @@ class Supervisor:
 
     def _fail(self, now: float) -> None:
         cause = pick_cause(self._states)
-        self._close(now, Outcome("failed", EXIT_FAILED, cause.reason, cause.rank, cause.host))
+        self._close(
+            now,
+            Outcome(
+                "failed", EXIT_FAILED, cause.reason, cause.rank, cause.host, cause.out_of_memory
+            ),
+        )
 
     def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
         self._hurry = self._hurry or hurry

@@ -12,6 +12,7 @@ thread (the hops of a collective) and call `on_done` there. Knows nothing of soc
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -26,13 +27,16 @@ Combine = Callable[[int, memoryview], None]
 
 
 class Work:
-    """Something posted to the mesh. `wait` returns when it is done and raises why it failed."""
+    """Something posted to the mesh. `wait` returns when it is done and raises why it failed.
 
-    __slots__ = ("_error", "_gate", "_timeout_s", "_who", "is_done", "label")
+    `posted_s` and `done_s` are perf_counter's, for timelines."""
+
+    __slots__ = ("_error", "_gate", "_timeout_s", "_who", "done_s", "is_done", "label", "posted_s")
 
     def __init__(self, label: str, timeout_s: float, who: Callable[[], str]) -> None:
         self.label = label
         self.is_done = False
+        self.posted_s = self.done_s = time.perf_counter()
         self._error: BaseException | None = None
         self._timeout_s = timeout_s
         self._who = who
@@ -57,6 +61,7 @@ class Work:
         """Marks the work as done; only on the I/O thread, the first call counts."""
         if not self.is_done:
             self._error = error
+            self.done_s = time.perf_counter()
             self.is_done = True
             self._gate.release()
 

@@ -8,6 +8,7 @@ Source: arXiv:1706.03762 (attention), 2104.09864 (rotary positions), 2305.13245 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolrun.models.kv_cache import CacheStep
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import DecoderShape, RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -93,15 +94,28 @@ def _head_norm(shape: DecoderShape) -> nn.Module:
     return HeadNorm(shape.head_width, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
 
 
-def rotation_of(positions: Tensor, head_width: int, theta: float) -> Rotation:
+def rotation_of(
+    positions: Tensor, head_width: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotation:
     """Cosines and sines [..., T, R] in float32 for whole positions [..., T].
 
     Made anew in every forward: it is tiny, and a model without buffers needs no care on the meta
     device or in casts.
     """
     pairs_R = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    angles_TR = positions.float()[..., None] * (1.0 / theta ** (pairs_R / head_width))
+    frequencies_R = 1.0 / theta ** (pairs_R / head_width)
+    if scaling is not None:
+        frequencies_R = _stretched(frequencies_R, scaling)
+    angles_TR = positions.float()[..., None] * frequencies_R
     return angles_TR.cos(), angles_TR.sin()
+
+
+def _stretched(frequencies_R: Tensor, scaling: RopeScaling) -> Tensor:
+    """Source: arXiv:2407.21783 (Llama 3), after arXiv:2306.15595."""
+    turns_R = scaling.original_max_position_embeddings * frequencies_R / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_R = ((turns_R - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies_R * (kept_R + (1.0 - kept_R) / scaling.factor)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:

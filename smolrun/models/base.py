@@ -16,6 +16,7 @@ class ModelSpec(Protocol):
 
     num_outputs is the vocabulary size, or the number of classes. num_inputs is the number of
     features of one sample (None for tokens); sequence_length counts tokens (None for features).
+    model_folder is where a model that had to be fetched lies (None: it had not).
     """
 
     @property
@@ -24,6 +25,8 @@ class ModelSpec(Protocol):
     def num_inputs(self) -> int | None: ...
     @property
     def sequence_length(self) -> int | None: ...
+    @property
+    def model_folder(self) -> str | None: ...
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Shape suffixes: B batch, T tokens, S tokens looked at, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -27,7 +27,12 @@ from smolrun.models.attention import Sight, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
 from smolrun.models.blocks import Block, norm_of
 from smolrun.models.kv_cache import KVCache, may_look
-from smolrun.models.shape import DecoderShape, default_ffn_width, default_head_width
+from smolrun.models.shape import (
+    DecoderShape,
+    default_ffn_width,
+    default_head_width,
+    rope_scaling_of,
+)
 
 
 class Decoder(nn.Module):
@@ -109,7 +114,8 @@ class Decoder(nn.Module):
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.shape.position == "learned":
             return None
-        cos, sin = rotation_of(positions, self.shape.head_width, self.shape.rope_theta)
+        shape = self.shape
+        cos, sin = rotation_of(positions, shape.head_width, shape.rope_theta, shape.rope_scaling)
         return cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
 
     def _embed(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
@@ -167,6 +173,7 @@ def build(
     has_embedding: bool = True,
     has_head: bool = True,
     *,
+    vocab_size: int | None,
     layers: int,
     width: int,
     heads: int,
@@ -183,13 +190,14 @@ def build(
     qk_norm: bool,
     sliding_window: int | None,
     rope_theta: float,
+    rope_scaling: Mapping[str, float] | None,
     norm_eps: float,
 ) -> Decoder:
     """The decoder for `spec`, or the stretch of it that the parameters before the star ask for.
 
     The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
     """
-    _check_fit(spec, max_sequence_length)
+    _check_fit(spec, max_sequence_length, vocab_size)
     shape = DecoderShape(
         layers=layers,
         width=width,
@@ -207,12 +215,14 @@ def build(
         qk_norm=qk_norm,
         sliding_window=sliding_window,
         rope_theta=rope_theta,
+        rope_scaling=rope_scaling_of(rope_scaling),
         norm_eps=norm_eps,
     )
-    return Decoder(shape, spec.num_outputs, first_layer, last_layer, has_embedding, has_head)
+    num_outputs = vocab_size or spec.num_outputs
+    return Decoder(shape, num_outputs, first_layer, last_layer, has_embedding, has_head)
 
 
-def _check_fit(spec: ModelSpec, max_sequence_length: int) -> None:
+def _check_fit(spec: ModelSpec, max_sequence_length: int, vocab_size: int | None) -> None:
     if spec.sequence_length is None:
         raise ConfigError(
             "a gpt model reads tokens, but the data gives features; "
@@ -222,4 +232,9 @@ def _check_fit(spec: ModelSpec, max_sequence_length: int) -> None:
         raise ConfigError(
             f"data.sequence_length={spec.sequence_length} is more than "
             f"model.max_sequence_length={max_sequence_length}; lower the first or raise the second"
+        )
+    if vocab_size is not None and vocab_size < spec.num_outputs:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is less than the {spec.num_outputs} tokens of the "
+            "data's tokenizer; leave it null, or take a smaller vocabulary"
         )

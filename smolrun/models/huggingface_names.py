@@ -11,13 +11,14 @@ and needs no transformers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smolrun.errors import ConfigError
+from smolrun.models.shape import RopeScaling
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -124,8 +125,7 @@ def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, T
 def decoder_keys_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `decoder.build` for a Hugging Face config.json.
 
-    The vocabulary size (`config["vocab_size"]`) is not among them: a model's spec brings it. Raises
-    ConfigError for what our decoder cannot be.
+    Raises ConfigError for what our decoder cannot be.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -138,6 +138,7 @@ def _gpt2_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unless(config, "scale_attn_weights", True)
     _refuse_unless(config, "scale_attn_by_inverse_layer_idx", False)
     return {
+        "vocab_size": config["vocab_size"],
         "layers": config["n_layer"],
         "width": config["n_embd"],
         "heads": config["n_head"],
@@ -154,6 +155,7 @@ def _gpt2_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": False,
         "sliding_window": None,
         "rope_theta": 10000.0,
+        "rope_scaling": None,
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
     }
 
@@ -161,6 +163,7 @@ def _gpt2_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     _refuse_unless(config, "hidden_act", "silu")
     return {
+        "vocab_size": config["vocab_size"],
         "layers": config["num_hidden_layers"],
         "width": config["hidden_size"],
         "heads": config["num_attention_heads"],
@@ -178,19 +181,34 @@ def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         "qk_norm": family == "qwen3",
         "sliding_window": _sliding_window(config, family),
         "rope_theta": _rope_theta(config),
+        "rope_scaling": _rope_scaling(config),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
     }
 
 
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` (transformers 5), or `rope_scaling` (before)."""
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope
+
+
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """From `rope_parameters` (transformers 5), or `rope_theta` (before)."""
+    return float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The key `rope_scaling`; raises ConfigError for a kind that is neither plain nor Llama 3's."""
+    rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(
-            f"rope_type={kind!r}: our decoder knows plain rope only, it cannot load this model yet"
-        )
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"rope_type={kind!r}: our decoder knows plain rope and llama3 only")
+    lacking = [field.name for field in fields(RopeScaling) if field.name not in rope]
+    if lacking:
+        raise ConfigError(f"rope_type='llama3' needs {', '.join(lacking)} beside it")
+    return {field.name: rope[field.name] for field in fields(RopeScaling)}
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from smolrun.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3 stretches rotary positions to texts longer than it was first trained on.
+
+    Angles that turn slowly (less than low_freq_factor turns in the original length) turn `factor`
+    times slower still, those with more than high_freq_factor turns stay, between them it blends.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,36 @@ class DecoderShape:
     qk_norm: bool
     sliding_window: int | None
     rope_theta: float
+    rope_scaling: RopeScaling | None
     norm_eps: float
 
     def __post_init__(self) -> None:
         problems = _problems(self)
         if problems:
             raise ConfigError(problems)
+
+
+def rope_scaling_of(keys: Mapping[str, float] | None) -> RopeScaling | None:
+    """From the key `rope_scaling`; raises ConfigError for keys that are missing or unknown."""
+    if keys is None:
+        return None
+    needed = [field.name for field in fields(RopeScaling)]
+    if set(keys) != set(needed):
+        found = ", ".join(keys)
+        raise ConfigError(f"model.rope_scaling needs {', '.join(needed)}, or null; found {found}")
+    scaling = RopeScaling(
+        keys["factor"],
+        keys["low_freq_factor"],
+        keys["high_freq_factor"],
+        int(keys["original_max_position_embeddings"]),
+    )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if min(scaling.factor, low, scaling.original_max_position_embeddings) <= 0 or high <= low:
+        raise ConfigError(
+            f"model.rope_scaling={dict(keys)}: numbers must be above 0, and high_freq_factor "
+            "above low_freq_factor"
+        )
+    return scaling
 
 
 def default_head_width(width: int, heads: int) -> int:

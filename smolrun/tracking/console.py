@@ -125,7 +125,7 @@ class Console:
     def _show_start(self, event: RunStarted) -> None:
         self._print(
             f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
-            f"({event.device}): {counted(event.steps, 'step')}, {event.train_size:,} samples, "
+            f"({event.device}): {counted(event.steps, 'step')}, {_samples(event)}, "
             f"{event.eval_size:,} more for evaluation"
         )
 
@@ -226,6 +226,10 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
+
+
+def _samples(event: RunStarted) -> str:
+    return f"{event.train_size:,} samples" if event.train_size else "a stream of samples"
 
 
 def _number(value: float | None) -> str:

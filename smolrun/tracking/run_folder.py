@@ -3,6 +3,7 @@
 outputs/latest -> 20260131-142501-classicdp-gpt_tiny-3fa9
 outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     config.yaml     the configuration, resolved
+    driver.json     who drives it, or did
     metrics.jsonl   every event
     summary.json    how it ended
     checkpoints/    step-00000100 ...
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -26,7 +28,13 @@ from typing import Any
 import msgspec
 
 LATEST = "latest"
-TOKENIZER_FILE = "tokenizer.json"
+# The first is always there; the others come with the tokenizers of other people's models.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# A process's number is given again after its end; the time of its birth, give or take, is not.
+_SAME_PROCESS_S = 2.0
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -81,12 +89,55 @@ class RunFolder:
         _replace(self.path / "summary.json", encoded + b"\n")
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Keep a copy of `tokenizer`/tokenizer.json, so that the folder is whole by itself."""
+        """Keep a copy of the tokenizer in a folder, so that the run's is whole by itself."""
         (self.path / "tokenizer").mkdir(exist_ok=True)
-        shutil.copyfile(tokenizer / TOKENIZER_FILE, self.path / "tokenizer" / TOKENIZER_FILE)
+        for name in TOKENIZER_FILES:
+            if name == TOKENIZER_FILES[0] or (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, self.path / "tokenizer" / name)
+
+    def write_driver(self, steps: int) -> None:
+        """Keep who drives the run, so that `task=status` can tell a running run from a dead one."""
+        import psutil
+
+        me = psutil.Process()
+        driver = {
+            "pid": me.pid,
+            "host": platform.node(),
+            "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "steps": steps,
+            "process_created": me.create_time(),
+        }
+        _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
+
+    def driver(self) -> dict[str, Any]:
+        """What `write_driver` kept last; empty if there is nothing to read."""
+        return _read_json(self.path / "driver.json")
+
+    def summary(self) -> dict[str, Any]:
+        """How the run ended; empty if it has not, or has gone on since."""
+        try:
+            ended_at = (self.path / "summary.json").stat().st_mtime_ns
+            if ended_at < (self.path / "driver.json").stat().st_mtime_ns:
+                return {}
+        except OSError:
+            pass  # one of them is not there
+        return _read_json(self.path / "summary.json")
 
     def driver_lives(self) -> bool:
-        return False
+        """Whether the run is running: not ended, and its driver a living process of this host."""
+        import psutil
+
+        driver = self.driver()
+        pid, created = driver.get("pid"), driver.get("process_created")
+        is_here = driver.get("host") == platform.node()
+        if not is_here or not isinstance(pid, int) or not isinstance(created, float):
+            return False
+        try:
+            process = psutil.Process(pid)
+            is_same = abs(process.create_time() - created) < _SAME_PROCESS_S
+            return is_same and process.status() != psutil.STATUS_ZOMBIE and not self.summary()
+        except (psutil.Error, ValueError, OverflowError):
+            return False
 
     def become_latest(self) -> None:
         """Let `outputs/latest` point here: a link, or a text file where links are not possible."""
@@ -115,3 +166,11 @@ def _replace(path: Path, content: bytes) -> None:
     fresh = path.with_name(f".{path.name}.part")
     fresh.write_bytes(content)
     os.replace(fresh, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, ValueError):
+        return {}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from smolrun.events import EvalDone, Event, StepDone, TextSample
+from smolrun.events import CheckpointSaved, EvalDone, Event, StepDone, TextSample
 
 
 class RunRecord:
@@ -20,6 +20,8 @@ class RunRecord:
         self.time_s = 0.0
         self.train_loss: float | None = None
         self.eval_loss: float | None = None
+        self.eval_accuracy: float | None = None
+        self.checkpoint: str | None = None
         self.sample: TextSample | None = None
         self._not_finite_since: int | None = None
 
@@ -47,7 +49,9 @@ class RunRecord:
             elif self._not_finite_since is None:
                 self._not_finite_since = self.steps  # counted from 1, as people do
         elif isinstance(event, EvalDone):
-            self.eval_loss = event.loss
+            self.eval_loss, self.eval_accuracy = event.loss, event.accuracy
+        elif isinstance(event, CheckpointSaved):
+            self.checkpoint = event.folder
         elif isinstance(event, TextSample):
             self.sample = event
 
@@ -66,6 +70,7 @@ class RunRecord:
         algorithm: str,
         config_hash: str,
         versions: Mapping[str, str],
+        time: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
@@ -77,8 +82,11 @@ class RunRecord:
             "wall_s": round(wall_s, 3),
             "final_train_loss": self.train_loss,
             "final_eval_loss": self.eval_loss,
+            "final_eval_accuracy": self.eval_accuracy,
+            "checkpoint": self.checkpoint,
             "world_size": world_size,
             "algorithm": algorithm,
             "config_hash": config_hash,
             "versions": dict(versions),
+            "time": dict(time) if time is not None else None,
         }

@@ -144,7 +144,8 @@ class _RandomBits:
         block = self._block if repeats == 1 else self._block[:PIECE].repeat(repeats + 1)
         bits = block[start : start + size].view(source.shape)
         # bfloat16 is the upper half of a float32; a carry goes on into the digits kept.
-        target.copy_(source.view(torch.int32).add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32))
+        cut = source.view(torch.int32).add_(bits).bitwise_and_(-(1 << 16))
+        target.copy_(cut.view(torch.float32))
 
 
 def _number(text: str) -> int:

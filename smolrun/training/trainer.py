@@ -16,6 +16,7 @@ from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
 from smolrun.parts.replicas import gather_hashes, parameter_hash
+from smolrun.training.spans import SpanRecorder
 from smolrun.training.vitals import Vitals
 
 # A float16 run skips a few steps while its loss scale settles; more in a row means that something
@@ -58,6 +59,7 @@ class Trainer:
         should_stop: Callable[[], bool],
         save_every: int = 0,
         save: Callable[[int], None] | None = None,
+        timeline_steps: int = 0,
     ) -> None:
         self.outcome = Outcome()
         self._algorithm = algorithm
@@ -72,6 +74,7 @@ class Trainer:
         self._save = save
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
+        self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
@@ -109,11 +112,13 @@ class Trainer:
         self._started_at = self._last_step_at = time.perf_counter()
         for step in range(self._algorithm.steps_begun, self._steps):
             self._algorithm.wants_stop = self._should_stop()
+            self._spans.before(step, self._steps)
             result = self._algorithm.train_step(self._feed.step(step))
             if result is not None:
                 self._finish(result)
             if self.outcome.was_stopped:
                 break
+        self._spans.finish()
         # A run that was stopped goes on later: then its late gradients belong into the checkpoint.
         if self._save is None or not self.outcome.was_stopped:
             for result in self._algorithm.drain():

@@ -38,7 +38,7 @@ def refused(folder: Path, *arguments: str) -> list[str]:
             " did you mean classicdp?",
         ),
         ("algorithm=fsdp", "algorithm = fsdp: not built yet; allowed: classicdp, single"),
-        ("task=serve", "task = serve: not built yet; allowed: bench, train"),
+        ("task=serve", "task = serve: not built yet; allowed: bench, clean, export, init, "),
         ("algorithm=gpt_tiny", "allowed: classicdp, single; did you mean model=gpt_tiny?"),
         ("algoritm=single", "did you mean algorithm?"),
         ("sede=1", "did you mean seed?"),

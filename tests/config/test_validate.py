@@ -99,7 +99,7 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ),
         (
             {"optimizer__name": "adam"},
-            "optimizer.name = adam: no such choice; allowed: adamw or sgd; did you mean adamw?",
+            "optimizer.name = adam: no such choice; allowed: adamw or adafactor or lion or sgd; did you mean adamw?",
         ),
         (
             {"cluster__ranks": 0},
@@ -132,12 +132,8 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             {"mesh__security": "tls"},
             "mesh.security = tls: not built yet; allowed: auto or loopback_plain",
         ),
-        ({"precision": "bf16_params"}, "precision = bf16_params: not built yet; allowed: float32"),
         ({"task": "serve"}, "task = serve: not built yet; allowed: train or bench"),
         ({"quantization__kind": "int8"}, "quantization.kind = int8: not built yet; allowed: none"),
-        ({"checkpoint__every": 10}, "checkpoint.every = 10: not built yet; allowed: 0"),
-        ({"checkpoint__resume": "latest"}, "checkpoint.resume = latest: not built yet"),
-        ({"training__dry_run": True}, "training.dry_run = true: not built yet; allowed: false"),
         ({"cluster__restart": {"max": 1}}, 'cluster.restart = {"max": 1, "wait_s": 10.0'),
     ],
 )

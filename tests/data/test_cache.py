@@ -161,6 +161,16 @@ def test_a_changed_file_is_found_by_its_hash(prepared: Prepared) -> None:
     open_split(prepared, "train", verify=False)
 
 
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_file_that_shrank_is_told(prepared: Prepared, keep: int) -> None:
+    path = Path(prepared.path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="is not the file that was prepared"):
+        open_split(prepared, "train", verify=True)
+    with pytest.raises(DataError, match="cannot read the prepared data"):
+        open_split(prepared, "train", verify=False)
+
+
 def test_a_file_that_is_gone_or_garbage_is_named(prepared: Prepared) -> None:
     Path(prepared.path).write_bytes(b"garbage")
     with pytest.raises(DataError, match="cannot read the prepared data"):

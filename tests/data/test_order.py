@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolrun.data.base import FeatureSplit
 from smolrun.data.order import SampleOrder
+from smolrun.parts.placement import plan_batches
+from smolrun.training.feed import Feed, every_sample
 
 sizes = st.integers(1, 400)
 seeds = st.integers(0, 2**64)
@@ -68,6 +73,30 @@ def test_huge_data_needs_no_list(size: int, seed: int, position: int) -> None:
 def test_the_order_stays_the_same_between_versions() -> None:
     expected = [8, 9, 4, 2, 3, 6, 5, 1, 0, 7, 5, 0, 6, 4, 2, 9, 1, 8, 7, 3]
     assert SampleOrder(10, 0).indices(0, 20) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 3, 8, 50])
+def test_few_samples_come_again_and_no_rank_goes_without(size: int, ranks: int) -> None:
+    """More ranks than samples, and less data than a batch: it is repeated, pass after pass."""
+    split = FeatureSplit(torch.arange(size)[:, None], torch.arange(size))
+    feeds = [
+        Feed(split, SampleOrder(size, 5), plan_batches(8, [1.0] * ranks, rank))
+        for rank in range(ranks)
+    ]
+    drawn: list[int] = []
+    for step in range(25):
+        parts = [torch.cat([batch.targets for batch in feed.step(step)]) for feed in feeds]
+        assert all(len(part) for part in parts)
+        drawn += torch.cat(parts).tolist()
+    assert drawn == SampleOrder(size, 5).indices(0, 8 * 25)
+    counts = Counter(drawn)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    plans = [plan_batches(8, [1.0] * ranks, rank) for rank in range(ranks)]
+    every = [list(every_sample(split, plan, None)) for plan in plans]
+    assert len({len(batches) for batches in every}) == 1
+    seen = [batch.targets for batches in every for step in batches for batch in step]
+    assert sorted(torch.cat(seen).tolist()) == list(range(size))
 
 
 @pytest.mark.parametrize(("size", "position"), [(0, 0), (-1, 0), (5, -1)])

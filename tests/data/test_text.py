@@ -173,7 +173,10 @@ def test_a_character_cut_by_max_mb_is_not_counted_as_unreadable(tmp_path: Path) 
         ({"path": "texts", "glob": "*.png"}, "this is not text"),
         ({"path": "empty.txt"}, "there is no text in"),
         ({"path": "blank.txt"}, "there is no text in"),
-        ({"path": "texts", "tokenizer": "words"}, "data.tokenizer='words': must be bytes or bpe"),
+        (
+            {"path": "texts", "tokenizer": "words"},
+            "data.tokenizer=words: there is no such folder, and the hub does not give it",
+        ),
         (
             {"path": "texts", "tokenizer": "bpe", "vocab_size": 256},
             "data.vocab_size=256: bpe needs at least 257",
@@ -187,6 +190,7 @@ def test_what_cannot_be_used_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("empty.txt").touch()
     Path("blank.txt").write_text(" \n\n ")
     with pytest.raises(DataError, match=message):

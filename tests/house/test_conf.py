@@ -23,7 +23,13 @@ FILES = sorted(CONF.glob("*/*.yaml"))
 ALSO = {
     "data/text": ["data.path=README.md"],
     "model/mlp": ["data=digits"],
+    "model/hf": ["model.name=some/model"],
+    "model/trained": ["task=export"],
     "data/digits": ["model=mlp"],
+    "data/fashion_mnist": ["model=mlp"],
+    "data/mnist": ["model=mlp"],
+    "data/hf": ["data.path=some/dataset"],
+    "data/chat": ["data.path=chats.jsonl"],
 }
 # Choices that are complete but whose feature is not: the one problem each is refused with.
 REFUSED = {

@@ -14,6 +14,7 @@ from typing import Any
 
 from smolrun.events import Event
 from smolrun.launch.control import StartMessage
+from smolrun.launch.desk import RowReader
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
@@ -54,6 +55,7 @@ def make_driver(
     events: list[Event] | None = None,
     command: list[str] | None = None,
     lease_every_s: float = 0.2,
+    rows: RowReader | None = None,
     **limits: Any,
 ) -> Driver:
     host = LocalHost(command or WORKER)
@@ -64,6 +66,7 @@ def make_driver(
         listen=heard.append,
         limits=Limits(**limits),
         lease_every_s=lease_every_s,
+        rows=rows,
     )
 
 

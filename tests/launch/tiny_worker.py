@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from smolrun.errors import SmolrunError
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import LEASE_LIMIT_S, ErrorReport, StartMessage
@@ -65,12 +66,19 @@ def act(behave: str, steps: int, start: StartMessage, channel: WorkerChannel, fo
     elif behave == "chatty":
         while True:
             os.write(2, b"x" * 4095 + b"\n")  # whole pages: a full pipe has not a byte of room
+    elif behave == "hoard":
+        run_steps(start, channel, 2)
+        hoard = []
+        while True:
+            hoard.append(bytearray(4 << 20))
     elif behave == "ignore_stop":
         channel.stop_requested.clear = channel.stop_requested.set  # type: ignore[method-assign]
         sleep_forever()
     elif behave == "hang_after_result":
         channel.result("done", summary={})
         sleep_forever()
+    elif behave.startswith("stream"):
+        return read_stream(start, channel, steps, float(behave.removeprefix("stream") or 10))
     stopped = run_steps(start, channel, steps)
     channel.result("stopped" if stopped else "done", summary={"rank": start.rank})
     return 0
@@ -84,6 +92,27 @@ def run_steps(start: StartMessage, channel: WorkerChannel, steps: int) -> bool:
         if channel.stop_requested.wait(0.01):
             return True
     return False
+
+
+def read_stream(start: StartMessage, channel: WorkerChannel, steps: int, timeout_s: float) -> int:
+    """Two rows of every step, asked for two steps ahead; the result tells their first bytes."""
+    firsts = [2 * (step * start.world_size + start.rank) for step in range(steps)]
+    share = [range(first, first + 2) for first in firsts]
+    seen: list[int] = []
+    try:
+        for step in range(-2, steps):
+            if step + 2 < steps:
+                next_first = share[step + 3].start if step + 3 < steps else None
+                channel.rows.request(share[step + 2].start, share[step + 2].stop, next_first)
+            if step >= 0:
+                data = channel.rows.take(share[step].start, share[step].stop, timeout_s)
+                seen += [int.from_bytes(part, "little") for part in (data[:4], data[-4:])]
+                channel.emit(RankStep(step, start.rank, 0.01, 0.0, None, 0, 0))
+    except SmolrunError as error:
+        channel.result("failed", error=ErrorReport(type(error).__name__, str(error)))
+        return 3
+    channel.result("done", summary={"rows": seen})
+    return 0
 
 
 def leave(path: Path, pid: int) -> None:

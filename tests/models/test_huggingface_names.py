@@ -38,6 +38,15 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+# As Llama 3.1 has it, but for a text of 16 tokens, so that every kind of angle is there.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CONFIGS = [
     pytest.param("gpt2", GPT2, id="gpt2"),
     pytest.param("llama", LLAMA, id="llama"),
@@ -52,6 +61,7 @@ CONFIGS = [
         id="qwen2-window",
     ),
     pytest.param("qwen3", {**LLAMA, "head_dim": 16}, id="qwen3"),
+    pytest.param("llama", {**LLAMA, "rope_parameters": LLAMA3_ROPE}, id="llama3"),
     pytest.param("mistral", {**LLAMA, "sliding_window": 6, "rope_theta": 500.0}, id="mistral"),
 ]
 
@@ -134,7 +144,8 @@ def test_a_config_file_made_before_transformers_5_is_read() -> None:
     [
         ({"model_type": "bert"}, "model_type='bert'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
         (
             {
                 "model_type": "qwen2",

@@ -54,7 +54,12 @@ def test_the_first_line_tells_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "vocab_size", "millions"),
-    [("gpt_tiny", 2048, 1.16), ("gpt_small", 2048, 10.23), ("gpt2", 50257, 124.44)],
+    [
+        ("gpt_tiny", 2048, 1.16),
+        ("gpt_small", 2048, 10.23),
+        ("gpt2", 50257, 124.44),
+        ("llama32_1b", 512, 1235.81),
+    ],
 )
 def test_models_have_the_promised_size(name: str, vocab_size: int, millions: float) -> None:
     keys = keys_of(CONF / "model" / f"{name}.yaml")

@@ -13,6 +13,7 @@ from smolrun.models.decoder import Decoder, build
 from smolrun.models.initialise import build_model
 
 TINY: dict[str, Any] = {
+    "vocab_size": None,
     "layers": 4,
     "width": 32,
     "heads": 4,
@@ -29,6 +30,7 @@ TINY: dict[str, Any] = {
     "qk_norm": False,
     "sliding_window": None,
     "rope_theta": 10000.0,
+    "rope_scaling": None,
     "norm_eps": 1e-5,
 }
 GPT2 = {
@@ -53,6 +55,7 @@ class Spec:
     num_outputs: int = 61
     num_inputs: int | None = None
     sequence_length: int | None = 48
+    model_folder: str | None = None
 
 
 MakeDecoder = Callable[..., Decoder]

@@ -75,7 +75,7 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
         )
     )
     assert code == 0, err
-    assert "a sample:\ndef " in out
+    assert "a sample:\n" in out
     steps = rows(tmp_path, "step")
     assert [row["step"] for row in steps] == list(range(6))
     promised = "event step rank time_s loss grad_norm lr tokens tokens_per_s"
@@ -87,7 +87,8 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert (told["status"], told["steps"], told["world_size"]) == ("done", 6, 2)
     assert told["final_train_loss"] == steps[-1]["loss"]
     assert {path.name for path in (tmp_path / "outputs" / "latest").iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "tokenizer", "logs",
+        "config.yaml", "metrics.jsonl", "summary.json", "timeline.json", "driver.json",
+        "tokenizer", "logs", "checkpoints",
     }  # fmt: skip
 
 

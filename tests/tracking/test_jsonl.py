@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.events import EVENTS, EvalDone, Note, RankStep, ReplicaHash, StepDone
-from smolrun.tracking.jsonl import JsonLines, line
+from smolrun.tracking.jsonl import JsonLines, forget_from, line
 
 STEP = StepDone(12, 3.21, 2.31, 0.9, 3e-4, 8192, 5120.0, 123, 124, 0.1, 0.2)
 
@@ -66,3 +66,19 @@ def test_lines_are_in_the_file_at_once_and_a_resumed_run_goes_on_in_it(tmp_path:
         "step",
         "replica_hash",
     ]
+
+
+def test_a_run_that_goes_on_forgets_the_steps_it_does_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"event": "started", "steps": 9},
+        *({"event": event, "step": step} for step in range(5) for event in ("step", "rank_step")),
+        {"event": "note", "message": "step"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "step", "st')
+    forget_from(path, 3)
+    kept = [json.loads(row) for row in path.read_text().splitlines()]
+    assert kept == [row for row in rows if row.get("step", 0) < 3]
+    JsonLines(path).record(EvalDone(3, 1.0, 2))
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 3
+    forget_from(tmp_path / "not there", 3)

@@ -74,8 +74,11 @@ def test_files_of_the_folder(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "outputs", "x", now=NOW)
     folder.write_config("seed: 1\n")
     folder.write_summary({"status": "done", "final_train_loss": math.nan})
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "chat_template.jinja", "data.safetensors"):
+        (tmp_path / name).write_text("{}")
     folder.keep_tokenizer(tmp_path)
+    kept = {path.name for path in (folder.path / "tokenizer").iterdir()}
+    assert kept == {"tokenizer.json", "chat_template.jinja"}
     assert (folder.path / "config.yaml").read_text() == "seed: 1\n"
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary == {"status": "done", "final_train_loss": None}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smolrun.events import EvalDone, RankStep, StepDone, TextSample
+from smolrun.events import CheckpointSaved, EvalDone, RankStep, StepDone, TextSample
 from smolrun.tracking.run_record import RunRecord
 
 
@@ -15,7 +15,8 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
     for step in range(4):
         record.record(RankStep(step, 0, 0.1, 0.0, None, 0, 0))
         record.record(StepDone(step, 0.5 * (step + 1), 3.0 - step, 1, 1, 100, 200, 0, 0, 0, 0))
-    record.record(EvalDone(3, 1.25, 50))
+    record.record(EvalDone(3, 1.25, 50, 0.5))
+    record.record(CheckpointSaved(3, "step-00000004", 100, 0.1, 0.2))
     record.record(TextSample(4, "def ", "f():"))
     summary = record.summary(
         status="failed",
@@ -27,6 +28,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         algorithm="classicdp",
         config_hash="c0ffee",
         versions={"python": "3.11.7"},
+        time={"computing": 1.0},
     )
     assert summary == {
         "status": "failed",
@@ -37,10 +39,13 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "wall_s": 12.346,
         "final_train_loss": 0.0,
         "final_eval_loss": 1.25,
+        "final_eval_accuracy": 0.5,
+        "checkpoint": "step-00000004",
         "world_size": 2,
         "algorithm": "classicdp",
         "config_hash": "c0ffee",
         "versions": {"python": "3.11.7"},
+        "time": {"computing": 1.0},
     }
     assert record.tokens_per_s == 200.0
     assert record.sample == TextSample(4, "def ", "f():")
@@ -74,5 +79,6 @@ def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], di
         algorithm="single",
         config_hash="c0ffee",
         versions={},
+        time=None,
     )
     assert (record.divergence, summary["reason"]) == (divergence, divergence or None)

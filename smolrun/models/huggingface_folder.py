@@ -1,0 +1,210 @@
+"""A Hugging Face model folder, looked at before anything is loaded: is it whole, safe, and does it
+fit the data?
+
+Knows no torch and no transformers, so that the driver can tell every problem at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolrun.errors import ConfigError
+from smolrun.models.base import ModelSpec
+
+CONFIG_FILE = "config.json"
+# Any of these is a tokenizer; data.tokenizer makes a tokenizer.json of the older ones.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+WEIGHTS = "*.safetensors"
+# safetensors' own limit for the table of contents at the start of a file.
+_MOST_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model that is ready on this machine.
+
+    `tokenizer_folder` is where its tokenizer lies (None: it brings none that can be read). `sha256`
+    tells models apart: of config.json and the names, sizes and tables of contents of the weights.
+    """
+
+    folder: str
+    tokenizer_folder: str | None
+    sha256: str
+
+
+def fetched(folder: Path, name: str, *, needs_weights: bool) -> Fetched:
+    """The model in a folder; raises ConfigError with every problem of it."""
+    problems = list(_problems(folder, name, needs_weights))
+    if problems:
+        raise ConfigError(problems)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
+    for path in weight_files(folder) if needs_weights else []:
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode() + _header(path))
+    path = folder.resolve()
+    return Fetched(str(path), str(path) if has_tokenizer else None, digest.hexdigest())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is; raises ConfigError where it is missing or no JSON object."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is no model folder: it has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no JSON object")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files, in the order of their names."""
+    return sorted(folder.glob(WEIGHTS))
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Token ids the model knows, padding included; None where config.json does not say."""
+    return _number(config, "vocab_size")
+
+
+def longest_sequence(config: Mapping[str, Any]) -> int | None:
+    """Tokens the model can read at once; None where it has no such limit."""
+    return _number(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def check_fit(config: Mapping[str, Any], name: str, spec: ModelSpec) -> None:
+    """Raises ConfigError with every reason why the model cannot learn from this data."""
+    if spec.sequence_length is None:
+        raise ConfigError(
+            f"model.name={name} reads tokens, but the data gives features; "
+            "use data=python_stdlib or data=text"
+        )
+    problems = []
+    vocabulary, longest = vocabulary_size(config), longest_sequence(config)
+    if vocabulary is not None and spec.num_outputs > vocabulary:
+        problems.append(
+            f"tokenizer and model disagree: the tokenizer has {spec.num_outputs} tokens, but "
+            f"model.name={name} knows {vocabulary}; use the model's own (data.tokenizer=auto)"
+        )
+    if longest is not None and spec.sequence_length > longest:
+        problems.append(
+            f"data.sequence_length={spec.sequence_length} is more than model.name={name} can read "
+            f"({longest} tokens); lower it"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of `keys` that is a number; models that also see keep theirs in `text_config`."""
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in keys:
+            if isinstance(section.get(key), int):
+                return int(section[key])
+    return None
+
+
+def _problems(folder: Path, name: str, needs_weights: bool) -> Iterator[str]:
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        yield f"{folder / CONFIG_FILE} has no model_type: it is no model of transformers"
+        return
+    if "auto_map" in config and not _is_known(kind):
+        yield (
+            f"model.name={name}: model_type={kind!r} needs Python code that comes with the "
+            "weights, and smolrun runs no code of a model; take a model that transformers has "
+            "a class for"
+        )
+    elif not _looks_causal(config) and not _is_known(kind):
+        yield (
+            f"model.name={name}: transformers has no class that writes text for model_type={kind!r}"
+        )
+    if config.get("quantization_config"):
+        yield (
+            f"model.name={name}: its weights are quantized, which cannot be trained; "
+            "take the model they were made from"
+        )
+    if needs_weights:
+        yield from _weight_problems(folder, name)
+
+
+def _looks_causal(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures") or []
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def _is_known(kind: str) -> bool:
+    """Seconds, because it imports transformers; so only asked where the files leave a doubt."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _weight_problems(folder: Path, name: str) -> Iterator[str]:
+    files = weight_files(folder)
+    if not files:
+        yield no_safetensors(name, sorted(path.name for path in folder.glob("*")))
+    missing = _indexed(folder) - {path.name for path in files}
+    if missing:
+        yield f"{folder} is not whole: {', '.join(sorted(missing))} is missing"
+    for path in files:
+        try:
+            _header(path)
+        except ConfigError as error:
+            yield str(error)
+
+
+def no_safetensors(name: str, files: list[str]) -> str:
+    """Why there is nothing to load, and how to make it."""
+    pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if not pickled:
+        return (
+            f"model.name={name} has no weights (*.safetensors); model.pretrained=false needs none"
+        )
+    return (
+        f"model.name={name} has its weights in {pickled[0]} only, a format that can run any code; "
+        "smolrun reads safetensors. If you trust it, convert it in Python: "
+        f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER'), "
+        "then model.name=FOLDER"
+    )
+
+
+def _indexed(folder: Path) -> set[str]:
+    """The files that an index of several promises."""
+    path = folder / "model.safetensors.index.json"
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(file) for file in places.values()}
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path} is damaged") from None
+
+
+def _header(path: Path) -> bytes:
+    """A safetensors file's table of contents; ConfigError where the file is not as long as that
+    says."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+            raise ConfigError(f"{path} is damaged: it is no safetensors file")
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ConfigError(f"{path} is damaged: its table of contents cannot be read") from None
+    if size != expected:
+        raise ConfigError(f"{path} is damaged: it has {size} bytes, expected {expected}")
+    return header

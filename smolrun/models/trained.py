@@ -1,0 +1,56 @@
+"""model=trained: the model of an earlier run, as its newest whole checkpoint has it.
+
+Only finds and describes it; knows nothing of what is done with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolrun.checkpoints.find import locate
+from smolrun.errors import CheckpointError
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's folder, one of its checkpoints, and the resolved configuration it was trained by."""
+
+    run_folder: Path
+    checkpoint: Path
+    config: dict[str, Any]
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The configuration of the model."""
+        section: dict[str, Any] = self.config["model"]
+        return section
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What the model was built with, beside name and target."""
+        return {key: value for key, value in self.section.items() if key not in ("name", "target")}
+
+
+def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> Trained:
+    """The model that `run` means: latest, a run below `outputs`, or a checkpoint folder.
+
+    Damaged checkpoints are passed over, each told by `warn`. Raises CheckpointError where there is
+    no whole one, or where the run's configuration cannot be read.
+    """
+    run_folder, checkpoint = locate(run, outputs, warn)
+    path = run_folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    section = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(section, dict) or not isinstance(section.get("target"), str):
+        raise CheckpointError(f"{path} does not say which model was trained")
+    return Trained(run_folder, checkpoint, config)

@@ -1,0 +1,195 @@
+"""What the runs below `outputs/` left behind, read back: which there are, and how each one does.
+
+Reads only the ends of long files, and believes none of them: a damaged file is an unknown figure.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from smolrun.tracking.run_folder import LATEST, RunFolder
+
+State = Literal["running", "elsewhere", "done", "stopped", "failed", "died", "bench"]
+
+_TAIL_BYTES = (64 << 10, 1 << 20)  # the second only if the first holds no step
+_QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no longer running
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run at a glance; None is unknown.
+
+    `elsewhere`: another host began it and may still drive it. `died`: nobody drives it and nobody
+    told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
+    """
+
+    folder: RunFolder
+    state: State
+    step: int | None
+    steps: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    left_s: float | None
+    age_s: float
+    checkpoint_bytes: int
+
+    @property
+    def may_be_running(self) -> bool:
+        """Nobody may take its files away."""
+        return self.state in ("running", "elsewhere")
+
+
+def run_folders(outputs: Path) -> list[RunFolder]:
+    """All runs, newest first. A run is a folder, no link, with a configuration in it."""
+    paths = outputs.iterdir() if outputs.is_dir() else ()
+    found = [
+        path
+        for path in paths
+        if not path.name.startswith(".")
+        and path.name != LATEST
+        and not path.is_symlink()
+        and (path / "config.yaml").is_file()
+    ]
+    # Names begin with the time.
+    return [RunFolder(path) for path in sorted(found, key=lambda path: path.name, reverse=True)]
+
+
+def look(folder: RunFolder) -> PastRun:
+    """What one run did and does."""
+    summary = folder.summary()
+    state = _state(folder, summary)
+    events = _last_steps(folder.metrics)
+    last = events[-1] if events else {}
+    steps = _steps(folder)
+    step = last["step"] + 1 if events else None
+    step_s = _mean_step_s(events)
+    has_left = state == "running" and None not in (step, steps, step_s)
+    return PastRun(
+        folder=folder,
+        state=state,
+        step=step,
+        steps=steps,
+        loss=_number(last.get("loss")),
+        tokens_per_s=_rate(events),
+        left_s=max(0, steps - step) * step_s if has_left else None,  # type: ignore[operator]
+        age_s=max(0.0, time.time() - _began(folder)),
+        checkpoint_bytes=bytes_below(folder.checkpoints),
+    )
+
+
+def bytes_below(path: Path) -> int:
+    """Of a file, or of all files of a folder; links are not followed. What is gone counts 0."""
+    try:
+        if path.is_symlink() or not path.is_dir():
+            return path.lstat().st_size
+        return sum(bytes_below(Path(entry)) for entry in os.scandir(path))
+    except OSError:
+        return 0
+
+
+def _state(folder: RunFolder, summary: dict[str, Any]) -> State:
+    status = summary.get("status")
+    if status in ("done", "stopped", "failed"):
+        return status  # type: ignore[no-any-return]
+    if folder.driver_lives():
+        return "running"
+    driver = folder.driver()
+    if driver and driver.get("host") != platform.node() and _quiet_s(folder) < _QUIET_S:
+        return "elsewhere"
+    return "bench" if (folder.path / "bench.jsonl").exists() else "died"
+
+
+def _quiet_s(folder: RunFolder) -> float:
+    """Seconds since the run wrote something."""
+    written = [_modified(folder.metrics), _modified(folder.path / "driver.json")]
+    return time.time() - max(written)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _began(folder: RunFolder) -> float:
+    """By the name, which keeps it when files are copied."""
+    try:
+        return datetime.strptime(folder.run_id[:15], "%Y%m%d-%H%M%S").astimezone().timestamp()
+    except (ValueError, OverflowError, OSError):
+        return _modified(folder.path)
+
+
+def _steps(folder: RunFolder) -> int | None:
+    """How many steps the run is to have."""
+    steps = folder.driver().get("steps")
+    if not isinstance(steps, int):
+        try:
+            config = msgspec.yaml.decode((folder.path / "config.yaml").read_bytes())
+            steps = config["training"]["steps"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+    return steps if isinstance(steps, int) else None
+
+
+def _last_steps(metrics: Path) -> list[dict[str, Any]]:
+    """The last events of kind "step", oldest first."""
+    for size in _TAIL_BYTES:
+        if steps := list(_steps_in(_tail(metrics, size))):
+            return steps
+    return []
+
+
+def _tail(path: Path, size: int) -> bytes:
+    """The last `size` bytes of a file, from the beginning of a line on."""
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - size))
+            data = file.read(size)
+    except OSError:
+        return b""
+    return data if length <= size else data.partition(b"\n")[2]
+
+
+def _steps_in(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        try:
+            event = msgspec.json.decode(line, type=dict[str, Any])
+        except ValueError:  # cut short, or no line of ours
+            continue
+        if event.get("event") == "step" and isinstance(event.get("step"), int):
+            yield event
+
+
+def _mean_step_s(events: list[dict[str, Any]]) -> float | None:
+    """Seconds for one of the last steps."""
+    ends: list[tuple[int, float]] = [
+        (event["step"], time_s) for event in events if (time_s := _number(event.get("time_s")))
+    ]
+    if not ends:
+        return None
+    (first, began), (last, ended) = ends[0], ends[-1]
+    if first == last:
+        return ended / (last + 1)
+    return (ended - began) / float(last - first) if last > first else None
+
+
+def _rate(events: list[dict[str, Any]]) -> float | None:
+    """Tokens per second over the last steps: with late gradients single steps come in bursts."""
+    step_s = _mean_step_s(events)
+    tokens = [number for event in events if (number := _number(event.get("tokens"))) is not None]
+    return sum(tokens) / len(tokens) / step_s if tokens and step_s else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

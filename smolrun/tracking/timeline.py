@@ -1,0 +1,84 @@
+"""`timeline.json`: a few steps of all ranks side by side, in Chrome's trace format.
+
+One process per rank, one row per lane (compute, wait, network); open it in https://ui.perfetto.dev
+or chrome://tracing. Times count from the barrier at which all ranks began to record.
+
+Source: "Trace Event Format", the Chromium project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smolrun.events import Event, Timeline
+
+_LANES = ("compute", "wait", "network")
+
+
+class TimelineFile:
+    """A tracker that writes the file as soon as all ranks have told, or at the end with those that
+    have."""
+
+    def __init__(self, path: Path, hosts: Sequence[str]) -> None:
+        """`hosts` has the name of each rank's host."""
+        self._path = path
+        self._hosts = list(hosts)
+        self._told: dict[int, Timeline] = {}
+        self._is_written = False
+
+    def record(self, event: Event) -> None:
+        """Keep a rank's part; OSError if the file cannot be written."""
+        if isinstance(event, Timeline):
+            self._told[event.rank] = event
+            if len(self._told) == len(self._hosts):
+                self._write()
+
+    def close(self) -> None:
+        """Write what there is; OSError as above."""
+        if self._told and not self._is_written:
+            self._write()
+
+    def _write(self) -> None:
+        self._is_written = True
+        rows = [row for rank in sorted(self._told) for row in self._rows(self._told[rank])]
+        trace = {"displayTimeUnit": "ms", "traceEvents": rows}
+        fresh = self._path.with_name(f".{self._path.name}.part")
+        fresh.write_bytes(msgspec.json.encode(trace) + b"\n")
+        os.replace(fresh, self._path)
+
+    def _rows(self, told: Timeline) -> Iterator[dict[str, Any]]:
+        rank = told.rank
+        yield _name("process", rank, 0, f"rank {rank} ({self._hosts[rank]})")
+        yield {**_name("process", rank, 0, ""), "name": "process_sort_index",
+               "args": {"sort_index": rank}}  # fmt: skip
+        named = set()
+        for row, lane, (name, _, step, start_s, duration_s) in _rowed(told.spans):
+            if row not in named:
+                named.add(row)
+                yield _name("thread", rank, row, lane)
+            yield {
+                "name": name, "cat": lane, "ph": "X", "pid": rank, "tid": row,
+                "ts": round(start_s * 1e6, 1), "dur": round(duration_s * 1e6, 1),
+                "args": {"step": step},
+            }  # fmt: skip
+
+
+def _name(kind: str, rank: int, row: int, name: str) -> dict[str, Any]:
+    return {"name": f"{kind}_name", "ph": "M", "pid": rank, "tid": row, "args": {"name": name}}
+
+
+def _rowed(spans: list[list[Any]]) -> Iterator[tuple[int, str, list[Any]]]:
+    """Each span with its row: those of one lane that overlap go to rows below each other, because
+    a row of this format can hold only what is nested."""
+    for index, lane in enumerate(_LANES):
+        ends: list[float] = []
+        for span in sorted((span for span in spans if span[1] == lane), key=lambda span: span[3]):
+            start_s, end_s = span[3], span[3] + span[4]
+            row = next((row for row, end in enumerate(ends) if end <= start_s), len(ends))
+            ends[row : row + 1] = [end_s]
+            yield index * 100 + row, lane, span

@@ -1,0 +1,250 @@
+"""Where the time of a run went, in one line: computing, waiting for whom, the network; what to try.
+
+    rank 0   [ compute 1.0 s ][ wait 1.8 s          ]
+    rank 1   [ compute 2.3 s             ][ wait 0.5 ]
+                              |<-- 1.3 -->|<-- 0.5 ->|
+                            waits for rank 1   network
+
+The rule, step by step: no rank could go on before the slowest one had computed, so of a rank's wait
+as much as it computed less is waiting for that rank, and the rest is the network. Shares are means
+over all ranks. What is neither computing nor waiting (evaluation, data, saving) is other.
+
+Pure: events in, figures and a sentence out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smolrun.events import Event, RankStep, StepDone
+
+_MOST_OPEN_STEPS = 256  # a rank that tells nothing must not fill the memory
+# From here on something is worth a word of advice: a tenth of the time can be felt.
+_WORTH = 0.1
+_SLOW = 1.1  # as the console's: less is noise
+_MOSTLY = 2 / 3  # of all waiting for slower ranks: that one is the slow one, not just unlucky
+_THROTTLED = 0.1  # of the steps
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the run is, as far as advice depends on it. Per rank: its host, and the key that sets
+    its share of the work, None where there is none to set."""
+
+    hosts: Sequence[str]
+    speed_keys: Sequence[str | None]
+    speeds: Sequence[float]
+    global_batch_size: int
+    staleness: int | None = None  # None: this algorithm has none to set
+    can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
+
+
+@dataclass
+class Sums:
+    """Seconds, summed over steps; those of one rank by its number."""
+
+    world_size: int
+    steps: int = 0
+    total_s: float = 0.0  # over all ranks
+    network_s: float = 0.0
+    bytes_sent: int = 0
+    compute_s: dict[int, float] = field(default_factory=dict)
+    waited_for_s: dict[int, float] = field(default_factory=dict)
+    throttled: dict[int, int] = field(default_factory=dict)  # steps
+    hottest_c: dict[int, float] = field(default_factory=dict)
+
+    def add(self, ranks: dict[int, RankStep], duration_s: float) -> None:
+        """Add one step, told by all ranks."""
+        slowest = max(ranks, key=lambda rank: ranks[rank].compute_s)
+        self.steps += 1
+        for rank, told in ranks.items():
+            behind_s = min(told.wait_s, ranks[slowest].compute_s - told.compute_s)
+            _add(self.waited_for_s, slowest, behind_s)
+            _add(self.compute_s, rank, told.compute_s)
+            self.network_s += told.wait_s - behind_s
+            self.total_s += max(duration_s, told.compute_s + told.wait_s)
+            self.bytes_sent += told.bytes_sent
+            _add(self.throttled, rank, 1 if told.throttled else 0)
+            if told.temperature_c is not None:
+                hottest = self.hottest_c.get(rank, told.temperature_c)
+                self.hottest_c[rank] = max(told.temperature_c, hottest)
+
+
+class TimeShares:
+    """A tracker that sums up where the time goes: `run` over all steps but the first, which warms
+    up, and `recent` since `take_recent`."""
+
+    def __init__(self, world_size: int) -> None:
+        self.run = Sums(world_size)
+        self.recent = Sums(world_size)
+        self._world_size = world_size
+        self._told: dict[int, dict[int, RankStep]] = {}
+        self._durations_s: dict[int, float] = {}
+        self._last_time_s: float | None = None
+
+    def record(self, event: Event) -> None:
+        """Take a step into account once everybody has told about it."""
+        if isinstance(event, StepDone):
+            if self._last_time_s is not None:
+                self._durations_s[event.step] = event.time_s - self._last_time_s
+            self._last_time_s = event.time_s
+        elif isinstance(event, RankStep):
+            self._told.setdefault(event.step, {})[event.rank] = event
+        else:
+            return
+        self._close(event.step)
+        for open_ in (self._told, self._durations_s):
+            if len(open_) > _MOST_OPEN_STEPS:
+                open_.pop(min(open_))
+
+    def take_recent(self) -> Sums:
+        """The sums since the last call."""
+        recent, self.recent = self.recent, Sums(self._world_size)
+        return recent
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+    def _close(self, step: int) -> None:
+        ranks = self._told.get(step, {})
+        if step in self._durations_s and len(ranks) == self._world_size:
+            duration_s = self._durations_s.pop(step)
+            self.run.add(self._told.pop(step), duration_s)
+            self.recent.add(ranks, duration_s)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Shares of the time, which add up to 1, and what stands out. Make it by `judge`."""
+
+    computing: float
+    waiting: float  # for ranks that computed longer
+    network: float
+    other: float
+    slow_rank: int | None  # the one that most of the waiting was for
+    slow_factor: float  # it computes so many times as long as the others do
+    throttled: tuple[int, ...]  # ranks that their machines slowed down
+    hottest_c: float | None  # of those
+    bytes_per_step: float  # sent by a rank
+    bytes_per_s: float
+    advice: str
+    line: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {
+            "computing": round(self.computing, 4),
+            "waiting_for_slower_ranks": round(self.waiting, 4),
+            "network": round(self.network, 4),
+            "other": round(self.other, 4),
+            "slow_rank": self.slow_rank,
+            "slow_factor": round(self.slow_factor, 3),
+            "throttled_ranks": list(self.throttled),
+            "bytes_sent_per_step": round(self.bytes_per_step),
+            "advice": self.advice or None,
+        }
+
+
+def judge(sums: Sums, setup: Setup) -> Verdict | None:
+    """What the sums say; None as long as they say nothing."""
+    if not sums.steps or sums.total_s <= 0:
+        return None
+    computing = sum(sums.compute_s.values()) / sums.total_s
+    waiting = sum(sums.waited_for_s.values()) / sums.total_s
+    network = sums.network_s / sums.total_s
+    slow_rank, slow_factor = _slow(sums)
+    throttled = tuple(r for r, n in sorted(sums.throttled.items()) if n > _THROTTLED * sums.steps)
+    found = Verdict(
+        computing=computing,
+        waiting=waiting,
+        network=network,
+        other=max(0.0, 1.0 - computing - waiting - network),
+        slow_rank=slow_rank,
+        slow_factor=slow_factor,
+        throttled=throttled,
+        hottest_c=max((sums.hottest_c[r] for r in throttled if r in sums.hottest_c), default=None),
+        bytes_per_step=sums.bytes_sent / sums.steps / sums.world_size,
+        bytes_per_s=sums.bytes_sent / sums.total_s,
+        advice="",
+        line="",
+    )
+    return _with_words(found, setup)
+
+
+def _slow(sums: Sums) -> tuple[int | None, float]:
+    """The rank that most of the waiting was for, and how many times as long it computes."""
+    waited = sum(sums.waited_for_s.values())
+    if sums.world_size < 2 or waited <= 0:
+        return None, 1.0
+    rank = max(sums.waited_for_s, key=lambda rank: sums.waited_for_s[rank])
+    others = [seconds for other, seconds in sums.compute_s.items() if other != rank]
+    mean = sum(others) / len(others)
+    factor = sums.compute_s[rank] / mean if mean > 0 else 1.0
+    is_slow = factor >= _SLOW and sums.waited_for_s[rank] >= _MOSTLY * waited
+    return (rank, factor) if is_slow else (None, 1.0)
+
+
+def _with_words(found: Verdict, setup: Setup) -> Verdict:
+    parts = [(found.computing, "computing"), (found.waiting, _waiting(found, setup))]
+    parts += [(found.network, _network(found)), (found.other, "other (data, evaluation, saving)")]
+    shares = [f"{share:.0%}".replace("%", " %") + f" {what}" for share, what in parts]
+    said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
+    advice = _advice(found, setup)
+    line = "; ".join([", ".join(said), *([advice] if advice else [])])
+    return Verdict(**{**found.__dict__, "advice": advice, "line": line})
+
+
+def _waiting(found: Verdict, setup: Setup) -> str:
+    if found.slow_rank is None:
+        return "waiting for slower ranks, in turn"
+    who = _named(found.slow_rank, setup)
+    return f"waiting for {who} (computes {found.slow_factor:.1f}x as long)"
+
+
+def _network(found: Verdict) -> str:
+    return f"network ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
+
+
+def _advice(found: Verdict, setup: Setup) -> str:
+    """What to try against the largest loss; only keys that this version and run can set."""
+    if found.throttled:
+        names = ", ".join(_named(rank, setup) for rank in found.throttled)
+        heat = "" if found.hottest_c is None else f" at {found.hottest_c:.0f} °C"
+        return f"{names}: slowed down by the machine itself{heat}; cool it, or check its power"
+    if found.waiting >= max(_WORTH, found.network) and found.slow_rank is not None:
+        return _advice_for_slow(found, found.slow_rank, setup)
+    if found.network >= _WORTH:
+        if setup.staleness == 0:
+            return "try staleness.bound=1, which hides the network behind the next step"
+        return f"try training.global_batch_size={2 * setup.global_batch_size}"
+    if found.waiting >= _WORTH and setup.staleness == 0:
+        return "try staleness.bound=1, which evens out ranks that are slow in turn"
+    if found.computing >= 0.9 and setup.can_use_bf16:
+        return "try precision=bf16"
+    return ""
+
+
+def _advice_for_slow(found: Verdict, rank: int, setup: Setup) -> str:
+    key = setup.speed_keys[rank]
+    if key is not None:
+        return f"try {key}={setup.speeds[rank] / found.slow_factor:.2g}"
+    size = len(setup.hosts)
+    gain = found.slow_factor * (size - 1) / size  # the others would share its work
+    if gain >= _SLOW:
+        return f"without it the others would be about {gain:.1f}x as fast"
+    return ""
+
+
+def _named(rank: int, setup: Setup) -> str:
+    host = setup.hosts[rank]
+    return f"rank {rank} on {host}" if len(set(setup.hosts)) > 1 else f"rank {rank}"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"
+
+
+def _add(sums: dict[int, Any], rank: int, value: float) -> None:
+    sums[rank] = sums.get(rank, 0) + value

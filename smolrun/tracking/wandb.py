@@ -1,0 +1,252 @@
+"""W&B's half of `tracker=wandb`, in a process of its own: `python -m smolrun.tracking.wandb`.
+
+It reads metrics.jsonl as it grows, and nothing of the run waits for it: a server that is down, slow
+or broken costs the run nothing. It speaks through one file, `wandb/status.json` of the run folder.
+
+    stdin, first line   what to do, as JSON (`Start`)
+    stdin, other lines  empty: there may be something new to read
+    stdin, its end      nothing more will come
+
+The key is W&B's business: environment, netrc or `wandb login`, found here, told to nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlparse
+
+import msgspec
+
+from smolrun.tracking.figures import Rows
+from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
+
+_SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
+_SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")
+_MOST_READ_BYTES = 1 << 20  # of metrics.jsonl at once
+
+
+def main() -> int:
+    """Follow one run to its end; exit code 0 if W&B has it, or the disk has it for W&B."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(5)  # the ranks of this machine come first
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # a run speaks to one server only
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    folder = Path(start.folder)
+    before = read_status(folder)
+    status = Status(last_step=before.last_step if before is not None else -1)
+    try:
+        Recorder(start, status).follow(sys.stdin.buffer)
+    except Exception as error:  # whatever W&B does, it is told in one line, and the run goes on
+        status.state = "failed"
+        status.warning = f"W&B broke ({type(error).__name__}: {_one_line(error)})"
+    write_status(folder, status)
+    return 0 if status.state == "done" else 1
+
+
+class Recorder:
+    """Writes one W&B run."""
+
+    def __init__(self, start: Start, status: Status) -> None:
+        self._start = start
+        self._folder = Path(start.folder)
+        self._config = _read_config(self._folder)
+        self._status = status
+        self._run = self._open()
+        first_step = status.last_step + 1
+        if status.state == "online":
+            first_step = int(self._run.starting_step)  # what the server has is what counts
+        self._rows = Rows(start.world_size, first_step=first_step)
+
+    def follow(self, pokes: BinaryIO) -> None:
+        """Log what is new whenever poked, until there are no pokes any more."""
+        write_status(self._folder, self._status)
+        with (self._folder / "metrics.jsonl").open("rb") as metrics:
+            lines = Lines(metrics)
+            for _ in pokes:
+                self._log(lines)
+            self._log(lines)
+        for step, row in self._rows.rest():
+            self._write(step, row)
+        self._finish()
+
+    def _log(self, lines: Lines) -> None:
+        for event in lines:
+            if event.get("event") == "sample":
+                self._run.summary["sample"] = event.get("text")
+            for step, row in self._rows.add(event):
+                self._write(step, row)
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        self._run.log(row, step=step)
+        self._status.last_step = step
+
+    def _finish(self) -> None:
+        steps = self._config.get("training", {}).get("steps", 0)
+        is_whole = self._status.last_step + 1 >= steps
+        was_online, self._status.state = self._status.state == "online", "done"
+        try:
+            self._run.finish(exit_code=0 if is_whole else 1)
+        except TimeoutError:
+            limit = f"the server did not take everything within {self._start.timeout_s:g} s"
+            self._status.warning = self._instead(limit)
+        if not was_online and not self._status.warning:
+            self._status.note = f"W&B offline; to upload it: {self._sync()}"
+
+    def _open(self) -> Any:
+        """The W&B run: online if that is wanted and works, else offline."""
+        import wandb
+
+        forced = os.environ.pop("WANDB_MODE", "")  # it would contradict what is decided here
+        settings = wandb.Settings(**self._settings())
+        mode, why = _mode(self._start.mode, forced, str(wandb.setup().settings.base_url))
+        if mode == "online":
+            try:
+                return self._begin(wandb, settings, "online")
+            except Exception as error:  # no server, no right, no sense: offline always works
+                why = _one_line(error)
+                wandb.teardown()
+        run = self._begin(wandb, settings, "offline")
+        if why:
+            self._status.warning = self._instead(why)
+        return run
+
+    def _begin(self, wandb: Any, settings: Any, mode: Any) -> Any:
+        run = wandb.init(
+            mode=mode,
+            dir=str(self._folder),
+            id=run_id(self._folder.name),
+            resume="allow" if mode == "online" else None,
+            name=self._folder.name,
+            project=self._start.project,
+            entity=self._start.entity,
+            group=self._start.group,
+            tags=self._start.tags,
+            config=self._config,
+            settings=settings,
+        )
+        self._status.state = mode
+        self._status.url = run.url if mode == "online" else None
+        self._status.path = str(Path(run.dir).parent)
+        return run
+
+    def _settings(self) -> dict[str, Any]:
+        """Quiet, bounded, and nothing about this process: the ranks' figures are in the events."""
+        return {
+            "silent": True,
+            "program": "smolrun",
+            "console": "off",
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            "x_disable_stats": True,
+            "x_disable_machine_info": True,
+            "x_save_requirements": False,
+            "allow_val_change": True,
+            "init_timeout": self._start.timeout_s,
+            "login_timeout": self._start.timeout_s,
+            "finish_timeout": self._start.timeout_s,
+            "finish_timeout_raises": True,
+            "x_transaction_log_flush_interval": 2.0,  # so little is lost if this process is killed
+        }
+
+    def _instead(self, why: str) -> str:
+        return f"W&B offline: {why}; to upload it later: {self._sync()}"
+
+    def _sync(self) -> str:
+        """The command; a run that went on offline lies in several parts, which belong together."""
+        path = Path(self._status.path or self._folder / "wandb")
+        parts = [part for part in path.parent.glob("offline-run-*") if part.is_dir()]
+        return f"wandb sync {path.parent / 'offline-run-*' if len(parts) > 1 else path}"
+
+
+class Lines:
+    """The events of a file that grows; a line counts when it is whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._rest = b""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while data := self._file.read(_MOST_READ_BYTES):
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            for line in lines:
+                try:
+                    event = msgspec.json.decode(line)
+                except ValueError:  # cut by a crash long ago; the others are still good
+                    continue
+                if isinstance(event, dict):
+                    yield event
+
+
+def run_id(name: str) -> str:
+    """A legal and unique id of a W&B run from the name of a run folder: at most 64 characters, its
+    time and its random end kept."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
+    return plain if len(plain) <= 64 else f"{plain[:43]}-{plain[-20:]}"
+
+
+def without_secrets(values: Any) -> Any:
+    """A copy in which the text of every key that is called a secret is hidden."""
+    if isinstance(values, list):
+        return [without_secrets(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: "hidden" if isinstance(value, str) and _is_secret(key) else without_secrets(value)
+        for key, value in values.items()
+    }
+
+
+def _is_secret(key: str) -> bool:
+    words = {word.removesuffix("s") for word in key.lower().replace("-", "_").split("_")}
+    return not _SECRET_WORDS.isdisjoint(words) or key.lower().endswith(_SECRET_PAIRS)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = msgspec.yaml.decode((folder / "config.yaml").read_bytes())
+    hidden: dict[str, Any] = without_secrets(config)
+    return hidden
+
+
+def _mode(wanted: str, forced: str, base_url: str) -> tuple[str, str]:
+    """online or offline, and why it is not what was asked for. `forced` is the environment's."""
+    if wanted == "offline" or (wanted == "auto" and forced in ("offline", "disabled", "dryrun")):
+        return "offline", ""
+    if has_key(base_url):
+        return "online", ""
+    return "offline", "not logged in (run: wandb login)" if wanted == "online" else ""
+
+
+def has_key(base_url: str) -> bool:
+    """Whether W&B would find a key, without asking anybody."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        path = Path(name).expanduser() if name else None
+        if path is not None and path.is_file():
+            with contextlib.suppress(OSError, netrc.NetrcParseError):
+                return (
+                    netrc.netrc(str(path)).hosts.get(urlparse(base_url).hostname or "") is not None
+                )
+    return False
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if key := os.environ.get("WANDB_API_KEY"):
+        text = text.replace(key, "(the key)")
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # what is left to W&B's own threads is on the disk

@@ -1,0 +1,142 @@
+"""The driver's half of `tracker=wandb`: starts W&B's process, pokes it, and gives it a bounded time
+to end.
+
+No event passes through here: W&B's process (`wandb.py`) reads metrics.jsonl itself. So nothing that
+W&B or its server does can slow the run; only `close` waits, and not for long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from smolrun.events import Event
+from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
+
+_POKE_EVERY_S = 0.5
+_GRACE_S = 3.0  # beside the server's own timeouts: to import W&B, and to end
+_SILENT_S = 2.0  # an end that takes longer is told
+
+
+class WandbRun:
+    """A tracker that keeps one W&B run for the run of `folder`. `warn` and `note` get a sentence
+    each when there is something to say."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        world_size: int,
+        mode: Literal["auto", "online", "offline"],
+        project: str,
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+        timeout_s: float,
+        warn: Callable[[str], None],
+        note: Callable[[str], None],
+    ) -> None:
+        """OSError if the process cannot be started."""
+        self._folder, self._shown = folder.absolute(), folder
+        self._timeout_s = timeout_s
+        self._warn = warn
+        self._note = note
+        self._poked_at = 0.0
+        self._began_at = time.monotonic()
+        self._told = ""
+        start = Start(
+            folder=str(self._folder), world_size=world_size, mode=mode, project=project,
+            entity=entity, group=group, tags=tags, timeout_s=timeout_s,
+        )  # fmt: skip
+        self._forget_last_time()
+        with (self._folder / "logs" / "wandb.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "smolrun.tracking.wandb"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                bufsize=0,
+                start_new_session=hasattr(os, "setsid"),
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self._write(msgspec.json.encode(start) + b"\n")
+        # Should it ever stop reading for hours, the pipe is full and a poke is not needed.
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
+
+    @property
+    def pid(self) -> int:
+        """The process id of W&B's half."""
+        return self._process.pid
+
+    def record(self, event: Event) -> None:
+        """Say that there is something new, at most twice a second."""
+        now = time.monotonic()
+        if now - self._poked_at >= _POKE_EVERY_S:
+            self._poked_at = now
+            self._write(b"\n")
+            self._tell()
+
+    def close(self) -> None:
+        """Wait until W&B has everything: at most `timeout_s`, and what the start still needs."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        # A server that does not answer costs its timeout once at the start and once at the end.
+        start_left_s = self._began_at + self._timeout_s - time.monotonic()
+        limit_s = self._timeout_s + max(0.0, start_left_s) + _GRACE_S
+        if not self._has_ended(_SILENT_S):
+            self._note(f"waiting for W&B, at most {limit_s:.0f} s")
+            if not self._has_ended(limit_s - _SILENT_S):
+                self._kill()
+        status = self._tell()
+        if status is None or status.state not in ("done", "failed"):
+            where = status.path if status is not None and status.path else self._folder / "wandb"
+            late = f"W&B did not finish in time; to upload it later: wandb sync {where}"
+            self._warn(self._short(late))
+        elif status.state == "done" and (said := status.note or status.url) and not status.warning:
+            self._note(self._short(said) if status.note else f"W&B: {said}")
+
+    def _write(self, data: bytes) -> None:
+        # A broken pipe: the process is gone, and its status says why. A full one: it is poked.
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(data)  # type: ignore[union-attr]
+
+    def _tell(self) -> Status | None:
+        status = read_status(self._folder)
+        if status is not None and status.warning and status.warning != self._told:
+            self._told = status.warning
+            self._warn(self._short(status.warning))
+        return status
+
+    def _short(self, text: str) -> str:
+        """Paths as the user knows them."""
+        return text.replace(str(self._folder), str(self._shown))
+
+    def _has_ended(self, within_s: float) -> bool:
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _kill(self) -> None:
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+        self._process.wait()
+
+    def _forget_last_time(self) -> None:
+        """A resumed run finds the words of the run before it; only its last step still counts."""
+        if (before := read_status(self._folder)) is not None:
+            before.state, before.warning, before.note = "starting", "", ""
+            write_status(self._folder, before)

@@ -1,0 +1,168 @@
+"""task=clean: what runs, unfinished checkpoints and the cache take on the disk.
+
+Deletes what you say, nothing without an answer, and never a run that may be running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from smolrun.checkpoints.folder import leftovers
+from smolrun.config import RunConfig
+from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
+from smolrun.tasks.status import age, size
+from smolrun.tasks.workers import OUTPUTS
+from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
+from smolrun.tracking.run_folder import LATEST
+
+_DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
+_CACHES = ("data", "models")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be deleted. `keep` looks once more, and says why not after all."""
+
+    path: Path
+    what: str
+    num_bytes: int
+    keep: Callable[[], str | None] = lambda: None
+
+
+def drive(config: RunConfig) -> int:
+    """Lists everything, then asks about each; exit code 0, or 130 where the answers end."""
+    runs = [look(folder) for folder in run_folders(OUTPUTS)]
+    lists = {
+        "unfinished": list(_unfinished(runs)),
+        "cache": list(_cache(runs)),
+        "runs": [_run_item(run) for run in runs if not run.may_be_running],
+    }
+    _show(runs, lists)
+    if not any(lists.values()):
+        return EXIT_DONE
+    if not sys.stdin.isatty():
+        print("nothing is deleted without an answer: type `smolrun task=clean` in a terminal")
+        return EXIT_DONE
+    freed = 0
+    try:
+        for kind, items in lists.items():
+            for item in chosen(items, kind, _ask):
+                freed += _delete(item)
+    except (EOFError, KeyboardInterrupt):
+        print(f"\nstopped; {size(freed)} freed")
+        return EXIT_STOPPED
+    finally:
+        _mend_latest()
+    print(f"{size(freed)} freed")
+    return EXIT_DONE
+
+
+def chosen(items: list[Item], kind: str, ask: Callable[[str], str]) -> Iterator[Item]:
+    """The items whose deletion is wanted; `all` takes the rest of this list without asking."""
+    is_all = False
+    for item in items:
+        if not is_all:
+            question = f"delete {item.what}, {size(item.num_bytes)}? [y/N/all {kind}] "
+            answer = ask(question).strip().lower()
+            is_all = answer in ("all", f"all {kind}")
+            if not is_all and answer not in ("y", "yes"):
+                continue
+        yield item
+
+
+def _ask(question: str) -> str:
+    return input(question)
+
+
+def _show(runs: list[PastRun], lists: dict[str, list[Item]]) -> None:
+    for run in runs:
+        if run.may_be_running:
+            num_bytes = bytes_below(run.folder.path)
+            print(f"{size(num_bytes):>8}  run {run.folder.run_id}: {run.state}, so it stays")
+    for items in lists.values():
+        for item in items:
+            print(f"{size(item.num_bytes):>8}  {item.what}")
+    found = [item for items in lists.values() for item in items]
+    paths = {item.path for item in found}
+    # What lies within another item counts with that.
+    total = sum(item.num_bytes for item in found if paths.isdisjoint(item.path.parents))
+    print(f"{size(total):>8}  in all" if found else "there is nothing to delete")
+
+
+def _run_item(run: PastRun) -> Item:
+    def keep() -> str | None:
+        return "it is running now" if look(run.folder).may_be_running else None
+
+    what = f"run {run.folder.run_id} ({run.state}, {age(run.age_s)} old)"
+    num_bytes = bytes_below(run.folder.path)
+    return Item(run.folder.path, what, num_bytes, keep)
+
+
+def _unfinished(runs: list[PastRun]) -> Iterator[Item]:
+    """What saves and deletions that died left in runs that are over."""
+    for run in runs:
+        keep = _run_item(run).keep
+        for path in [] if run.may_be_running else leftovers(run.folder.checkpoints):
+            what = f"unfinished checkpoint {path.name} of {run.folder.run_id}"
+            yield Item(path, what, bytes_below(path), keep)
+    for path in sorted(OUTPUTS.glob(f"{_DOOMED}*")):
+        yield Item(path, f"rest of a deleted run, {path.name}", bytes_below(path))
+
+
+def _cache(runs: list[PastRun]) -> Iterator[Item]:
+    """Prepared data and fetched models; what a run needs again is made again."""
+    cache = platformdirs.user_cache_path("smolrun")
+    if any(run.may_be_running for run in runs):
+        print(f"a run is going on, so the cache in {cache} stays as it is")
+        return
+    for folder in (cache / name for name in _CACHES):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # another run may have taken it away
+                idle_s = max(0.0, time.time() - path.stat().st_mtime)
+                what = f"cached {folder.name}/{path.name} ({age(idle_s)} old)"
+                yield Item(path, what, bytes_below(path))
+
+
+def _delete(item: Item) -> int:
+    """Deletes it; returns how many bytes are free now. Refusals are told, not raised."""
+    if reason := item.keep():
+        print(f"{item.what} stays: {reason}")
+        return 0
+    doomed = item.path
+    num_bytes = bytes_below(doomed)
+    try:
+        if not item.path.name.startswith(_DOOMED):
+            doomed = item.path.with_name(_DOOMED + item.path.name)
+            os.rename(item.path, doomed)
+        if doomed.is_dir() and not doomed.is_symlink():
+            shutil.rmtree(doomed)
+        else:
+            doomed.unlink()
+    except OSError as error:
+        print(f"cannot delete all of {item.path}: {error}", file=sys.stderr)
+        return max(0, num_bytes - bytes_below(doomed))
+    return num_bytes
+
+
+def _mend_latest() -> None:
+    """outputs/latest points to a run that is there, or is gone too."""
+    latest = OUTPUTS / LATEST
+    with contextlib.suppress(OSError, ValueError):
+        is_text = latest.is_file() and not latest.is_symlink()
+        name = latest.read_text(encoding="utf-8").strip() if is_text else ""
+        if latest.is_dir() or (name and (OUTPUTS / name).is_dir()):
+            return
+        if not (latest.is_symlink() or is_text):
+            return  # there never was one
+        latest.unlink()
+        if remaining := run_folders(OUTPUTS):
+            remaining[0].become_latest()

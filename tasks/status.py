@@ -1,0 +1,83 @@
+"""task=status: a table of the runs below outputs/: what they do, how far they are, what they keep.
+
+Only reads, and starts nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from smolrun.config import RunConfig
+from smolrun.launch.moves import EXIT_DONE
+from smolrun.tasks.workers import OUTPUTS
+from smolrun.tracking.console import clock
+from smolrun.tracking.past_runs import PastRun, look, run_folders
+
+MOST_RUNS = 20
+COLUMNS = ("run", "state", "step", "loss", "tokens/s", "left", "age", "checkpoints")
+_UNKNOWN = "-"
+
+
+def drive(config: RunConfig) -> int:
+    """Prints the table; exit code 0."""
+    folders = run_folders(OUTPUTS)
+    if not folders:
+        print(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
+        return EXIT_DONE
+    _print([row(look(folder)) for folder in folders[:MOST_RUNS]])
+    if len(folders) > MOST_RUNS:
+        print(f"and {len(folders) - MOST_RUNS} older ones")
+    return EXIT_DONE
+
+
+def row(run: PastRun) -> tuple[str, ...]:
+    """One run as the texts of its columns."""
+    done = _UNKNOWN if run.step is None else f"{run.step:,}"
+    return (
+        run.folder.run_id,
+        run.state,
+        done if run.steps is None else f"{done}/{run.steps:,}",
+        _UNKNOWN if run.loss is None else f"{run.loss:.4f}",
+        _UNKNOWN if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+        _UNKNOWN if run.left_s is None else clock(run.left_s),
+        age(run.age_s),
+        size(run.checkpoint_bytes) if run.checkpoint_bytes else _UNKNOWN,
+    )
+
+
+def age(seconds: float) -> str:
+    """A time in its largest unit: 40 s, 3 min, 5 h, 12 d."""
+    for unit, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as disks are sold: 1 MB is a million."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def _print(rows: Sequence[Sequence[str]]) -> None:
+    """A table in a terminal, aligned lines where a program may read them."""
+    if sys.stdout.isatty():
+        table = Table()
+        for name in COLUMNS:
+            is_text = name in ("run", "state")
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "run")
+        for cells in rows:
+            table.add_row(*cells)
+        Console(markup=False, highlight=False).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    for cells in (COLUMNS, *rows):
+        line = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print("  ".join(line).rstrip())

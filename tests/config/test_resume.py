@@ -1,0 +1,58 @@
+"""Going on: what was typed lies on top of what the run had, and only some keys may differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smolrun.cli.compose import compose
+from smolrun.config import resolved
+from smolrun.config.resume import MAY_CHANGE, differences, on_top
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(*overrides: str) -> dict[str, Any]:
+    return resolved(compose(overrides))
+
+
+def test_only_what_was_typed_comes_from_now() -> None:
+    stored = config("model=gpt_small", "optimizer.lr=0.001", "seed=7", "training.steps=900")
+    now = config("training.steps=1000", "cluster.ranks=3")
+    merged = on_top(stored, now, ["training.steps", "cluster.ranks"])
+    assert merged["training"]["steps"] == 1000 and merged["cluster"]["ranks"] == 3
+    assert merged["model"] == stored["model"] and merged["seed"] == 7
+    assert merged["optimizer"]["lr"] == 0.001
+    assert stored["training"]["steps"] == 900, "the stored one is left as it was"
+    assert list(differences(stored, merged)) == []
+
+
+def test_a_group_comes_as_a_whole() -> None:
+    stored = config("cluster.ranks=4", "checkpoint.every=7")
+    merged = on_top(stored, config("checkpoint=best"), ["checkpoint"])
+    assert merged["checkpoint"]["every"] == 100 and merged["checkpoint"]["keep_best"]
+    assert merged["cluster"]["ranks"] == 4
+
+
+def test_every_difference_is_told_by_name() -> None:
+    stored = config()
+    changes = ["seed=1", "model.layers=1", "optimizer.lr=1", "training.grad_clip=9", "data=text"]
+    now = config(*changes, "data.path=README.md")
+    told = "\n".join(differences(stored, now))
+    for key in ("seed = 1", "model.layers = 1", "optimizer.lr = 1", "training.grad_clip = 9"):
+        assert f"{key}" in told
+    assert "data.target" in told and "allowed: 0" in told
+
+
+def test_all_that_may_change_exists_and_is_in_the_guide() -> None:
+    stored = config()
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for key in MAY_CHANGE:
+        group, _, name = key.partition(".")
+        assert group in stored and (not name or name in stored[group]), key
+        assert f"`{key}`" in guide, key
+
+
+def test_keys_that_are_not_there_do_no_harm() -> None:
+    stored = config()
+    assert on_top(stored, stored, ["experiment", "hydra.run.dir", "training.typo"]) == stored

@@ -1,0 +1,110 @@
+"""docs/own_code.md is true: its very files run; and code that breaks is told with its place."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from smolrun.errors import ConfigError
+from smolrun.tasks.workers import load_target
+from tests.tasks.test_whole_runs import finish, rows, start, summary
+
+PAGE = (Path(__file__).parents[2] / "docs" / "own_code.md").read_text(encoding="utf-8")
+FILES = dict(
+    re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+)
+(COMMAND,) = re.findall(r"^```\nsmolrun (.*?)\n```", PAGE, flags=re.MULTILINE)
+
+
+def write_files(folder: Path) -> None:
+    for name, content in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def test_the_page_shows_three_short_files() -> None:
+    assert list(FILES) == ["my_code.py", "conf/model/my_net.yaml", "conf/data/spirals.yaml"]
+    lines = [line for line in FILES["my_code.py"].splitlines() if line.strip()]
+    assert len(lines) <= 22
+
+
+def test_the_pages_example_learns_on_two_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing of an older page
+    code, out, err = finish(start(tmp_path, *shlex.split(COMMAND), "training.check_replicas=true"))
+    assert code == 0, err
+    assert summary(tmp_path)["world_size"] == 2
+    assert summary(tmp_path)["final_eval_loss"] < 0.3, "a guess has 1.1"
+    assert all(len(set(row["hashes"])) == 1 for row in rows(tmp_path, "replica_hash"))
+    assert "spirals: 4,000 train and 500 eval" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("x = 1\n\nimport no_such_library\n", 3, "ModuleNotFoundError: No module named"),
+        ("def f():\n    return 1 / 0\n\nf()\n", 2, "ZeroDivisionError: division by zero"),
+        ("def build(spec:\n    pass\n", 1, "SyntaxError: "),
+        ("import sys\nsys.exit('no licence')\n", 2, "SystemExit: no licence"),
+    ],
+)
+def test_code_that_raises_on_import_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, line: int, what: str
+) -> None:
+    name = f"raises_on_import_{abs(hash(text))}"
+    path = tmp_path / f"{name}.py"
+    path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        load_target(f"{name}:build")
+    assert f"{path}:{line}" in str(error.value)
+    assert what in str(error.value)
+
+
+def test_nothing_starts_with_code_that_raises(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text("import torch\nraise RuntimeError('not on Sundays')\n")
+    code, _, err = finish(start(tmp_path, "model.target=my_net:build", "data=digits"))
+    assert code == 2
+    assert f"{tmp_path / 'my_net.py'}:2" in err
+    assert "RuntimeError: not on Sundays" in err
+    assert not (tmp_path / "outputs").exists()
+
+
+# Whichever worker comes first finds the file and takes it: it is the host that lacks a package.
+ON_ONE_HOST = """
+import os
+import sys
+from torch import nn
+
+if "--worker" in sys.argv:
+    try:
+        os.rename("lacking", "taken")
+    except OSError:
+        pass
+    else:
+        import a_package_of_another_host
+
+
+def build(spec):
+    return nn.Linear(784, 10)
+"""
+
+
+def test_code_that_raises_on_one_host_only_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text(ON_ONE_HOST)
+    (tmp_path / "lacking").touch()
+    code, _, err = finish(start(tmp_path, "model.target=my_net:build", "data=digits"))
+    assert code == 3
+    assert (tmp_path / "taken").exists()
+    told = summary(tmp_path)
+    assert told["status"] == "failed"
+    assert told["failed_rank"] in (0, 1)
+    assert f"rank {told['failed_rank']} on {told['failed_host']} failed" in err
+    assert "No module named 'a_package_of_another_host'" in told["reason"]
+    assert f"{tmp_path / 'my_net.py'}:12" in told["reason"]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smolrun.tasks import status
+from tests.cli.command import smolrun
+from tests.tracking.test_past_runs import a_run, write_steps
+
+
+def test_the_command(tmp_path: Path):
+    outputs = tmp_path / "outputs"
+    done = a_run(outputs, "20260131-142501-done-aaaa")
+    write_steps(done, *range(100))
+    done.write_summary({"status": "done"})
+    (done.checkpoints / "step-00000100").mkdir(parents=True)
+    (done.checkpoints / "step-00000100" / "rank0-0.safetensors").write_bytes(b"x" * 12_345_678)
+    running = a_run(outputs, "20260202-142501-running-aaaa", steps=1000)
+    running.write_driver(steps=1000)
+    write_steps(running, *range(10))
+    running.become_latest()
+    a_run(outputs, "20260201-142501-died-aaaa")
+    ended = smolrun(tmp_path, "task=status")
+    assert ended.code == 0, ended
+    assert ended.error == ""
+    assert ended.seen == "['import hydra']"  # no torch, nothing started
+    head, *lines = [line.split("  ") for line in ended.out.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert [cell.strip() for cell in head if cell.strip()] == list(status.COLUMNS)
+    assert cells[0][:6] == [running.run_id, "running", "10/1,000", "3.2500", "2,000", "0:08:15"]
+    assert cells[1][:6] == ["20260201-142501-died-aaaa", "died", "-/100", "-", "-", "-"]
+    assert cells[2][:6] == [done.run_id, "done", "100/100", "3.2500", "2,000", "-"]
+    assert cells[2][-1] == "12.3 MB"
+
+
+def test_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    assert status.drive(None) == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().out.startswith("no runs below ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    for number in range(23):
+        a_run(tmp_path / "outputs", f"20260131-1425{number:02}-x-aaaa")
+    assert status.drive(None) == 0  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 22
+    assert lines[1].startswith("20260131-142522")
+    assert lines[-1] == "and 3 older ones"
+
+
+def test_in_a_terminal_it_is_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    a_run(tmp_path / "outputs")
+    monkeypatch.setattr(status.sys.stdout, "isatty", lambda: True)
+    assert status.drive(None) == 0  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "┃" in out
+    assert "20260131-142501-x-aaaa" in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (3600, "1 h"), (86_400 * 40, "40 d")],
+)
+def test_ages(seconds: float, text: str):
+    assert status.age(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_999, "1 MB"),
+        (1_234_567, "1.23 MB"),
+        (5e11, "500 GB"),
+        (2.5e15, "2,500.0 TB"),
+    ],
+)
+def test_sizes(num_bytes: float, text: str):
+    assert status.size(num_bytes) == text

@@ -1,0 +1,60 @@
+"""What goes to W&B by name: ids, the configuration without secrets, and whether there is a key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smolrun.tracking.wandb import Lines, has_key, run_id, without_secrets
+from tests.tracking.fake_wandb import KEY
+
+
+def test_ids_are_legal_and_stay_unique():
+    assert run_id("20260131-142501-classicdp-gpt_tiny-3fa9") == (
+        "20260131-142501-classicdp-gpt_tiny-3fa9"
+    )
+    long = run_id("20260131-142501-" + "a.b" * 30 + "-3fa9")
+    assert len(long) <= 64
+    assert long.startswith("20260131-142501-a-b")
+    assert long.endswith("-3fa9")
+
+
+def test_secrets_in_the_configuration_are_hidden():
+    config = {
+        "model": {"api_key": "x", "hub_token": "y", "heads": 2, "target": "a:b"},
+        "training": {"sample_tokens": 5, "sample_prompt": "def "},
+        "list": [{"password": "z"}],
+        "data": {"tokenizer": "bpe"},
+    }
+    assert without_secrets(config) == {
+        "model": {"api_key": "hidden", "hub_token": "hidden", "heads": 2, "target": "a:b"},
+        "training": {"sample_tokens": 5, "sample_prompt": "def "},
+        "list": [{"password": "hidden"}],
+        "data": {"tokenizer": "bpe"},
+    }
+
+
+def test_a_key_is_found_where_wandb_login_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_key("https://api.wandb.ai")
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    assert has_key("https://api.wandb.ai")
+    assert not has_key("http://wandb.home")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert has_key("http://wandb.home")
+
+
+def test_lines_that_are_not_whole_yet_wait_and_broken_ones_are_passed_over(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "step"}\n{"event": "ev')
+    with path.open("rb") as file:
+        lines = Lines(file)
+        assert list(lines) == [{"event": "step"}]
+        with path.open("ab") as more:
+            more.write(b'al"}\nbroken\n[1]\n{"event": "note"}\n')
+        assert list(lines) == [{"event": "eval"}, {"event": "note"}]

@@ -1,0 +1,104 @@
+"""Spans of a few steps: what is in them, and that all ranks share one zero."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from smolrun.algorithms.base import Algorithm, Context
+from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.data.base import Batch
+from smolrun.events import Event, Timeline
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.precision import PRECISIONS
+from smolrun.testing import run_ranks
+from smolrun.training.optimizer import make_optimizer
+from smolrun.training.spans import FIRST_STEP, SpanRecorder
+
+SLOW_S = 0.05
+
+
+class SlowOnRank1(ClassicDP):
+    def forward_backward(self, micro_batches: list[Batch]) -> dict[str, float]:  # type: ignore[override]
+        if self.context.mesh.rank == 1:
+            time.sleep(SLOW_S)
+        return super().forward_backward(micro_batches)
+
+
+def algorithm(mesh: Mesh, staleness: int = 0) -> Algorithm:
+    context = Context(
+        mesh=mesh,
+        device=torch.device("cpu"),
+        precision=PRECISIONS["float32"],
+        make_optimizer=functools.partial(make_optimizer, name="sgd", lr=0.1, weight_decay=0.0),
+        learning_rate=lambda _: 0.1,
+        staleness=staleness,
+    )
+    made = SlowOnRank1(context, bucket_mb=1.0)
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    made.place(model)
+    return made
+
+
+BATCH = Batch(torch.arange(8.0).view(2, 4), torch.tensor([0, 1]))
+
+
+def record(
+    mesh: Mesh, steps: int, wanted: int, staleness: int = 0
+) -> tuple[list[Event], Algorithm]:
+    made, events = algorithm(mesh, staleness), list[Event]()
+    recorder = SpanRecorder(made, steps=wanted, emit=events.append)
+    for step in range(steps):
+        recorder.before(step, steps)
+        made.train_step([BATCH])
+    recorder.finish()
+    made.drain()
+    made.collectives.barrier()
+    return events, made
+
+
+def spans(event: Event, lane: str) -> list[tuple[str, int, float, float]]:
+    assert isinstance(event, Timeline)
+    return [(what, step, a, a + d) for what, in_lane, step, a, d in event.spans if in_lane == lane]
+
+
+def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
+    told = run_ranks(2, lambda mesh: record(mesh, 12, 3), kind="tcp")
+    for rank, (events, made) in enumerate(told):
+        (event,) = events
+        assert isinstance(event, Timeline)
+        assert (event.step, event.rank) == (FIRST_STEP, rank)
+        computed = [what for what, *_ in spans(event, "compute") if what == "forward_backward"]
+        assert len(computed) == 3
+        assert {step for _, step, _, _ in spans(event, "compute")} == {5, 6, 7}
+        assert not {"forward_backward", "synchronize", "update", "wait"} & set(vars(made))
+    (fast,), (slow,) = told[0][0], told[1][0]
+    waits = [span for span in spans(fast, "wait") if span[0].startswith("all_reduce")]
+    works = [span for span in spans(slow, "compute") if span[0] == "forward_backward"]
+    for (_, _, begins, ends), (_, _, works_from, works_to) in zip(waits, works, strict=True):
+        assert ends - begins > SLOW_S / 2, "rank 0 waits for rank 1"
+        assert abs(ends - works_to) < SLOW_S, "until that one has computed, on one clock"
+        assert works_to - works_from >= SLOW_S
+    travels = [span for span in spans(fast, "network") if span[0].startswith("all_reduce")]
+    assert len(travels) == 3
+    assert all(begins >= 0 for _, _, begins, _ in travels)
+
+
+def test_a_short_run_shows_its_last_steps_and_none_are_shown_when_none_are_wanted() -> None:
+    for steps, wanted, expected in ((4, 3, 1), (2, 5, 0)):
+        events, _ = run_ranks(1, lambda mesh, s=steps, w=wanted: record(mesh, s, w))[0]
+        (event,) = events
+        assert isinstance(event, Timeline)
+        assert event.step == expected
+    assert run_ranks(1, lambda mesh: record(mesh, 8, 0))[0][0] == []
+
+
+def test_late_gradients_keep_their_place_in_time() -> None:
+    (events, _), _ = run_ranks(2, lambda mesh: record(mesh, 10, 3, staleness=1), kind="tcp")
+    (event,) = events
+    assert all(begins >= 0 for lane in ("compute", "wait", "network")
+               for _, _, begins, _ in spans(event, lane))  # fmt: skip

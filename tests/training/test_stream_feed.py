@@ -1,0 +1,111 @@
+"""A stream's rows reach the ranks in the same order, whatever their number and their prefetch."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from smolrun.data.base import Batch, TokenSplit
+from smolrun.data.stream_batch import token_batch
+from smolrun.errors import DataError
+from smolrun.parts.placement import BatchPlan, plan_batches
+from smolrun.training.stream_feed import StreamFeed
+
+LENGTH = 3
+BATCH = 8
+TOKENS = torch.arange(4000, dtype=torch.int32)
+
+
+def row(number: int) -> bytes:
+    """Row i of a stream whose tokens are 0, 1, 2, ..."""
+    return TOKENS[number * LENGTH : (number + 1) * LENGTH + 1].numpy().astype("<i4").tobytes()
+
+
+class Rows:
+    """Gives every row at once, and remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int | None]] = []
+        self.waits: list[float] = []
+        self.taken = 0
+
+    def request(self, first: int, stop: int, next_first: int | None) -> None:
+        self.asked.append((first, stop, next_first))
+
+    def take(self, first: int, stop: int, timeout_s: float) -> bytes:
+        assert self.asked[self.taken][:2] == (first, stop), "taken in the order of the requests"
+        self.taken += 1
+        self.waits.append(timeout_s)
+        return b"".join(row(number) for number in range(first, stop))
+
+
+def feed(rows: Rows, plan: BatchPlan, *, steps: int = 6, prefetch_steps: int = 2) -> StreamFeed:
+    return StreamFeed(
+        rows,
+        plan,
+        sequence_length=LENGTH,
+        steps=steps,
+        prefetch_steps=prefetch_steps,
+        timeout_s=7.0,
+    )
+
+
+def first_tokens(batches: list[Batch]) -> list[int]:
+    return [int(sample[0]) for batch in batches for sample in batch.inputs]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 4, 50])
+def test_order_knows_neither_world_size_nor_prefetch(world_size: int, prefetch_steps: int) -> None:
+    plans = [plan_batches(BATCH, [1.0] * world_size, rank, 2) for rank in range(world_size)]
+    feeds = [feed(Rows(), plan, prefetch_steps=prefetch_steps) for plan in plans]
+    seen = [token for step in range(6) for one in feeds for token in first_tokens(one.step(step))]
+    assert seen == [LENGTH * number for number in range(6 * BATCH)]
+
+
+def test_micro_batches_are_those_of_a_token_file() -> None:
+    """So a stream trains as the same tokens in a file would."""
+    plan = plan_batches(BATCH, [1.0, 1.0], 1, 3)
+    split = TokenSplit(TOKENS, LENGTH)
+    one = feed(Rows(), plan)
+    for step in range(4):
+        expected = [split.batch(list(positions)) for positions in plan.positions(step)]
+        for batch, wanted in zip(one.step(step), expected, strict=True):
+            assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+            assert torch.equal(batch.inputs, wanted.inputs)
+            assert torch.equal(batch.targets, wanted.targets)
+
+
+def test_it_asks_ahead_never_beyond_the_end_and_says_where_it_goes_on() -> None:
+    rows = Rows()
+    one = feed(rows, plan_batches(BATCH, [1.0, 1.0], 1), steps=5, prefetch_steps=2)
+    assert rows.asked == []
+    one.step(2)  # a run that goes on in the middle
+    assert rows.asked == [(20, 24, 28), (28, 32, 36), (36, 40, None)]
+    one.step(3)
+    one.step(4)
+    assert len(rows.asked) == 3
+    assert rows.waits == [7.0] * 3
+
+
+def test_a_rank_without_a_share_says_so_and_gets_empty_batches() -> None:
+    rows = Rows()
+    plan = plan_batches(3, [1.0, 0.0], 1, 2)
+    (first, second) = feed(rows, plan, steps=2).step(0)
+    assert first.inputs.shape == second.targets.shape == (0, LENGTH)
+    assert rows.asked == [(3, 3, 6), (6, 6, None)]
+
+
+def test_there_is_no_way_back() -> None:
+    one = feed(Rows(), plan_batches(BATCH, [1.0], 0))
+    one.step(1)
+    with pytest.raises(ValueError, match="step 1 of a stream, where step 2 comes next"):
+        one.step(1)
+
+
+def test_bytes_that_are_no_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="15 bytes of the stream are no rows of 4 tokens"):
+        token_batch(bytes(15), LENGTH)
+    assert token_batch(row(2), LENGTH).targets.tolist() == [[7, 8, 9]]
+    assert numpy.frombuffer(row(2), "<i4").tolist() == [6, 7, 8, 9]
