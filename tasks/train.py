@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.keeper import Keeper
@@ -36,7 +37,7 @@ from smolrun.tracking.console import Console, clock, counted, printable
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
-from smolrun.tracking.tracker import Fanout
+from smolrun.tracking.tracker import Fanout, Tracker
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
@@ -89,6 +90,8 @@ class _Run:
         if self._earlier is None:
             title = f"{self._config.algorithm.name}-{self._config.model.name}"
             folder = make_folder(self._config, title, self._prepared.tokenizer)
+            if self._prepared.model_folder is not None:
+                folder.keep_model_config(Path(self._prepared.model_folder))
         else:
             check_data(self._earlier, self._prepared.sha256)
             self._console.go_on(self._earlier.time_s)
@@ -101,9 +104,8 @@ class _Run:
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
-        more = more_readers(config, self._folder, say)
-        readers = [self._metrics, self._console, self._record, self._times, *more]
-        trackers = Fanout(readers, warn=say)
+        readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
+        trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)
         keeper, saving = self._checkpoints(trackers.record)
 
         def listen(event: Event) -> None:

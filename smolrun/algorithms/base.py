@@ -20,7 +20,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 
 __all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "StepResult"]
+
+_NORM_PIECE = 1 << 20  # numbers of a gradient that are in double precision at one time
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,14 @@ class Algorithm(ABC):
         # Apple's devices have no float64.
         has_double = self.context.device.type != "mps"
         dtype = torch.float64 if has_double else torch.float32
-        squares = [torch.linalg.vector_norm(gradient, dtype=dtype) ** 2 for gradient in gradients]
-        return float(sum(square.item() for square in squares))
+        # The norm makes a copy in `dtype` first. In pieces, with numbers of Python between them,
+        # that copy stays small: left to itself it grew to several copies of the gradient.
+        norms: Iterator[float] = (
+            torch.linalg.vector_norm(piece, dtype=dtype).item()
+            for gradient in gradients
+            for piece in gradient.flatten().split(_NORM_PIECE)
+        )
+        return sum(norm * norm for norm in norms)
 
     # -- shared by all ----
 

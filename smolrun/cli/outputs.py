@@ -26,6 +26,8 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `tokenizer/tokenizer.json` | What turns text into tokens; only where the data is text |
 | `checkpoints/step-00000100/` | All it takes to go on after 100 steps; `manifest.json` comes last |
 | `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
+| `driver.json` | Who drives the run: process, host, begin, steps |
+| `model/` | The shape of a model of transformers, for `task=export` |
 | `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
 | `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |

@@ -32,6 +32,8 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         stored = _stored(run_folder(wanted, OUTPUTS) / "config.yaml")
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume = {wanted}: {error}") from None
+    # Groups that this version has and the run's did not.
+    stored = {**{group: data[group] for group in data if group not in stored}, **stored}
     keys = [line.partition("=")[0].lstrip("+~") for line in overrides]
     if any(key in WHOLE for key in keys):
         merged = dict(data)

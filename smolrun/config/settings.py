@@ -58,7 +58,9 @@ class Training(Section):
         description="Compare a hash of all replicas after every step (slow; for tests)"
     )
     sample_tokens: Natural = Field(description="Tokens of text to write at the end; 0 = none")
-    sample_prompt: str = Field(description="How that text begins; auto = as the first evaluation sample")
+    sample_prompt: str = Field(
+        description="How that text begins; auto = as the first evaluation sample"
+    )
     recompute: bool = Field(
         description="Compute each block twice instead of keeping its activations: less memory"
     )

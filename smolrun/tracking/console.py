@@ -97,7 +97,7 @@ class Console:
             if self._is_live:
                 self._begin_bar(what, total)
             else:
-                self._print(f"data: {what}")
+                self._print(f"preparing: {what}")
         self._move_bar(done, "", total=total, is_last=done >= total)
         if done >= total:
             self._end_bar()

@@ -95,6 +95,13 @@ class RunFolder:
             if name == TOKENIZER_FILES[0] or (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, self.path / "tokenizer" / name)
 
+    def keep_model_config(self, model: Path) -> None:
+        """Keep what says how a model of Hugging Face is built, so that the run can be exported."""
+        (self.path / "model").mkdir(exist_ok=True)
+        for name in ("config.json", "generation_config.json"):
+            if (model / name).is_file():
+                shutil.copyfile(model / name, self.path / "model" / name)
+
     def write_driver(self, steps: int) -> None:
         """Keep who drives the run, so that `task=status` can tell a running run from a dead one."""
         import psutil

@@ -242,9 +242,14 @@ def _harm(keys: Sequence[str]) -> int:
 def _with(setting: Setting, keys: Sequence[str]) -> Setting:
     for key in keys:
         name, _, value = key.rpartition("=")
-        name = name.removeprefix("training.")
-        typed = value == "true" if name == "recompute" else value
-        setting = replace(setting, **{name: int(value) if name == "micro_batch_size" else typed})
+        if name == "training.recompute":
+            setting = replace(setting, recompute=True)
+        elif name == "training.micro_batch_size":
+            setting = replace(setting, micro_batch_size=int(value))
+        elif name == "optimizer":
+            setting = replace(setting, optimizer=value)
+        else:
+            setting = replace(setting, precision=value)
     return setting
 
 

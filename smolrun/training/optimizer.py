@@ -131,7 +131,7 @@ def load_optimizer_state(
         for key, shape in _shapes_of(optimizer, parameter).items()
     }
     _check_names(set(wanted), set(state))
-    loaded: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
+    loaded: dict[Tensor, dict[str, Tensor]] = {}
     for path in state:
         key, parameter, shape = wanted[path]
         value = state[path]

@@ -17,10 +17,13 @@ from smolrun.errors import CheckpointError
 def random_state(device: torch.device) -> dict[str, Any]:
     """Where every generator of this process stands."""
     version, words, gauss = random.getstate()
-    numbers = numpy.random.get_state(legacy=True)
+    numbers = numpy.random.get_state(legacy=False)
     return {
         "python": [version, list(words), gauss],
-        "numpy": [str(numbers[0]), numbers[1].tolist(), *numbers[2:]],  # type: ignore[union-attr]
+        "numpy": {
+            **numbers,
+            "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()},
+        },
         "torch": _text(torch.get_rng_state()),
         "device": [device.type, _text(_device_state(device))],
     }
@@ -32,8 +35,9 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     try:
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+        numbers = state["numpy"]
+        words = numpy.array(numbers["state"]["key"], dtype=numpy.uint32)
+        numpy.random.set_state({**numbers, "state": {**numbers["state"], "key": words}})
         torch.set_rng_state(_tensor(state["torch"]))
         kind, encoded = state["device"]
         if kind == device.type == "cuda":

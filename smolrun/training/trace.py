@@ -103,7 +103,7 @@ def _forward_backward(
         logits = model(inputs)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def _batch(spec: ModelSpec, batch_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class _Counter(TorchDispatchMode):
     """Sees every operation, and when the storages that it made are let go."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: set[int] = set()
         self._now = [0, 0]  # small, large
         self._peaks = [0, 0]
@@ -153,7 +153,8 @@ class _Counter(TorchDispatchMode):
         self._moved = 0
 
     def trace(self) -> Trace:
-        return Trace(self._peak, *self._peaks, self._flops, self._moved)
+        small, large = self._peaks
+        return Trace(self._peak, small, large, self._flops, self._moved)
 
     def pass_over(self, tensors: list[Tensor]) -> None:
         """Do not count these, nor what is written into them."""

@@ -187,7 +187,12 @@ class Trainer:
         )
 
         if result.norms is not None:
-            self._emit(Norms(result.step, **result.norms))
+            norms = result.norms
+            self._emit(
+                Norms(
+                    result.step, norms["gradients"], norms.get("parameters"), norms.get("updates")
+                )
+            )
 
     def _check_finite(self, result: StepResult) -> None:
         if result.grad_norm is not None:

@@ -29,7 +29,7 @@ from smolrun.testing import run_ranks
 from tests.algorithms import worlds
 
 STEPS = 9
-Hurt = Callable[[Algorithm, dict[str, Any]], None]
+Hurt = Callable[[Algorithm], None]
 
 
 class Dropped(worlds.TinyLanguageModel):
@@ -37,6 +37,13 @@ class Dropped(worlds.TinyLanguageModel):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(super().forward(tokens), 0.2, self.training)
+
+
+def restore(runner: Algorithm, resume: Path) -> None:
+    with Checkpoint(resume) as checkpoint:
+        state = checkpoint.manifest.state
+        runner.restore(checkpoint, state["algorithm"])
+        torch.set_rng_state(torch.tensor(state["random"], dtype=torch.uint8))
 
 
 def run_part(
@@ -51,7 +58,7 @@ def run_part(
     optimizer: str = "adamw",
     precision: str = "float64",
     shift: int = 0,
-    hurt: Hurt = lambda algorithm, state: None,
+    hurt: Hurt = lambda algorithm: None,
 ) -> tuple[Path, list[str]]:
     """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
 
@@ -68,12 +75,8 @@ def run_part(
         runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
         runner.place(copy.deepcopy(start))
         if resume is not None:
-            with Checkpoint(resume) as checkpoint:
-                state = copy.deepcopy(checkpoint.manifest.state)
-                runner.restore(checkpoint, state["algorithm"])
-                if "random" in state:
-                    torch.set_rng_state(torch.tensor(state["random"], dtype=torch.uint8))
-                hurt(runner, state)
+            restore(runner, resume)
+            hurt(runner)
         plan = plan_batches(worlds.GLOBAL_BATCH, [1.0] * world_size, mesh.rank, 3)
         updates = runner.steps_begun - len(runner.in_flight)
         while updates < until:
@@ -194,20 +197,20 @@ def test_random_numbers_go_on_too(tmp_path: Path) -> None:
     assert same(whole, second)
 
 
-def forget_random_numbers(algorithm: Algorithm, state: dict[str, Any]) -> None:
+def forget_random_numbers(algorithm: Algorithm) -> None:
     torch.manual_seed(12345)
 
 
-def forget_the_schedule(algorithm: Algorithm, state: dict[str, Any]) -> None:
+def forget_the_schedule(algorithm: Algorithm) -> None:
     later = algorithm.context.learning_rate
     object.__setattr__(algorithm.context, "learning_rate", lambda update: later(update - 4))
 
 
-def forget_the_optimizer(algorithm: Algorithm, state: dict[str, Any]) -> None:
+def forget_the_optimizer(algorithm: Algorithm) -> None:
     algorithm.optimizer.state.clear()
 
 
-def forget_gradients_in_flight(algorithm: Algorithm, state: dict[str, Any]) -> None:
+def forget_gradients_in_flight(algorithm: Algorithm) -> None:
     for flight in algorithm.in_flight:
         for gradient in algorithm.gradients_in_flight(flight):
             gradient.zero_()
@@ -220,7 +223,7 @@ def forget_gradients_in_flight(algorithm: Algorithm, state: dict[str, Any]) -> N
         (forget_the_schedule, 0),
         (forget_the_optimizer, 0),
         (forget_gradients_in_flight, 0),
-        (lambda algorithm, state: None, 1),
+        (lambda algorithm: None, 1),
     ],
     ids=["random numbers", "schedule", "optimizer", "gradients in flight", "data position"],
 )

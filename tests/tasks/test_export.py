@@ -151,7 +151,7 @@ def test_a_model_of_transformers_trains_on_two_ranks_and_comes_back(
     choices = ["model=hf", "model.name=mine", "data=text", "data.path=text.txt"]
     choices += ["data.sequence_length=32", "training.steps=6", "training.recompute=true"]
     choices += ["training.check_replicas=true", "checkpoint.every=6", "optimizer.lr=0.01"]
-    code, out, err = finish(start(tmp_path, *choices, "training.sample_tokens=4"))
+    code, _, err = finish(start(tmp_path, *choices, "training.sample_tokens=4"))
     assert code == 0, err
     assert export("export.out=out") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained("out")

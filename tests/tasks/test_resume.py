@@ -88,7 +88,7 @@ def kill_and_go_on(folder: Path, dice: random.Random) -> None:
     run = begin(folder)
     for _ in range(dice.choice((1, 1, 2))):
         wanted = dice.randrange(4, 22)
-        until(functools.partial(_has_come_so_far, run, folder, wanted))
+        until(functools.partial(_has_come_so_far, run, folder, wanted), 60)
         pause = time.perf_counter() + dice.random() * 0.05
         while time.perf_counter() < pause:
             pass
@@ -144,7 +144,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(
     tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
     run = start(tmp_path, *RUN, "checkpoint.every=1000")
-    until(lambda: steps_told(tmp_path) >= 5)
+    until(lambda: steps_told(tmp_path) >= 5, 60)
     run.send_signal(signal.SIGTERM)
     code, out, err = finish(run)
     assert code == 130, err

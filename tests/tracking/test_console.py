@@ -101,7 +101,7 @@ def test_data_is_told_once_per_kind_of_work() -> None:
     for done in range(50):
         console.preparing("reading text", done, 50)
     console.preparing("encoding text", 0, 0)
-    assert stream.getvalue() == "data: reading text\ndata: encoding text\n"
+    assert stream.getvalue() == "preparing: reading text\npreparing: encoding text\n"
 
 
 def test_a_terminal_gets_a_bar_and_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:

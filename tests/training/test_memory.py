@@ -66,7 +66,9 @@ def test_the_bytes_per_parameter_that_the_docs_promise() -> None:
 
 def test_late_gradients_staging_norms_and_checkpoints_are_counted() -> None:
     plain = need(RANK, SETTING, None).parts
-    assert plain["late gradients"] == plain["staging"] == plain["checkpoint"] == plain["update"] == 0
+    assert (
+        plain["late gradients"] == plain["staging"] == plain["checkpoint"] == plain["update"] == 0
+    )
     rank = replace(RANK, slots=3, is_staged=True, saves=True, copies_for_norms=True)
     parts = need(rank, SETTING, None).parts
     assert parts["late gradients"] == 2 * 4 * TRAINED

@@ -1,0 +1,211 @@
+"""training.dry_run=true from the command line: what it counts, what it says, and that it starts
+nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.errors import ConfigError
+from smolrun.launch.moves import Outcome
+from smolrun.tasks import dry_run, dry_run_text, train
+from smolrun.tasks.dry_run import GB, Estimate, Process, estimate
+from smolrun.tasks.dry_run_text import report, verdict, with_remedies
+
+LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
+
+
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading torch in another process takes seconds; one test does it."""
+    monkeypatch.setattr(dry_run, "_start_probe", lambda: None)
+
+
+def made(*overrides: str) -> Estimate:
+    return estimate(compose([*overrides, "training.dry_run=true"]))
+
+
+def total(estimate: Estimate) -> int:
+    return estimate.total(estimate.places[0], estimate.setting)
+
+
+def test_it_is_reached_from_the_command_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.drive(compose(["training.dry_run=true", "staleness.bound=2"])) == 0
+    assert list(tmp_path.iterdir()) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("dry run: model=gpt_tiny, 1,")
+    assert lines[-1] == "fits"
+    assert all(line.isascii() for line in lines)
+    assert any("gradients of late steps" in line for line in lines)
+    assert any(line.startswith("network: each rank sends and receives 4.7 MB") for line in lines)
+    assert any(line.startswith("time: about ") and "measured now" in line for line in lines)
+
+
+def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert report(compose([*LLAMA, "training.dry_run=true"])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("does not fit: mini1 needs ")
+    assert lines[-1].count(" of 16.0 GB") == 3
+    advice = lines[lines.index("what would make it fit:") + 1 : -1]
+    good = [line for line in advice if line.endswith("fits") and "not built" not in line]
+    assert good
+    keys = [word for word in good[-1].split(":")[0].split() if "=" in word]
+    better = made(*LLAMA, *keys)
+    assert verdict(better) == "fits"
+    assert any("algorithm=fsdp stage 3 (not built yet)" in line for line in advice)
+    assert any(line.startswith("time: unknown on these machines; ") for line in lines)
+    assert any("Gbit/s" in line for line in lines if line.startswith("network: "))
+
+
+def test_the_parts_of_llama_by_hand() -> None:
+    estimate = made(*LLAMA, "checkpoint.every=0")
+    parts = estimate.need(estimate.places[0], estimate.setting).parts
+    parameters = 1_235_814_400
+    assert parts["parameters"] == parts["gradients"] == parts["staging"] == 4 * parameters
+    assert parts["optimizer"] == pytest.approx(8 * parameters, rel=1e-4)
+    assert parts["checkpoint"] == 0
+    assert estimate.wire() == 2 * 2 * 4 * parameters // 3
+
+
+def test_ranks_of_one_host_add_up_and_share_libraries() -> None:
+    four = made("cluster.ranks=4")
+    alone = four.need(four.places[0], four.setting).total - four.process.size
+    four.process = Process(300, 100)
+    assert total(four) == 4 * (alone + 300) - 3 * 100
+
+
+def test_micro_batches_recompute_and_precision_change_it_as_they_should() -> None:
+    plain = made()
+    for override in (
+        "training.micro_batch_size=2",
+        "training.recompute=true",
+        "precision=bf16_params",
+        "optimizer=adafactor",
+    ):
+        assert total(made(override)) < total(plain), override
+    assert made("training.micro_batch_size=2").micro_batches == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "outputs"),
+    [
+        (("data.tokenizer=bytes",), 256),
+        (("data.vocab_size=999",), 999),
+        (("model=mlp", "data=digits"), 10),
+    ],
+)
+def test_what_the_model_must_fit_is_known_without_the_data(
+    overrides: tuple[str, ...], outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> None:
+        raise AssertionError("data must not be prepared")
+
+    monkeypatch.setattr("smolrun.tasks.model_spec.prepare_data", nothing)
+    assert made(*overrides).spec.num_outputs == outputs
+
+
+def test_a_tokenizer_folder_tells_its_size_and_a_name_is_assumed(tmp_path: Path) -> None:
+    known = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 5}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(known))
+    assert made(f"data.tokenizer={tmp_path}").spec.num_outputs == 6
+    assumed = made("data.tokenizer=some/name", "data.vocab_size=5000")
+    assert assumed.spec.num_outputs == 5000
+    assert "is not known here: 5000 assumed" in assumed.notes[0]
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.layer = nn.Linear(spec.num_inputs, spec.num_outputs)
+        self.size = int(torch.ones(()).item())
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+def build(spec, *, flavour):
+    return Net(spec)
+"""
+
+
+def test_own_code_that_needs_values_is_counted_without_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "needs_values.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["data=digits", "model=mlp", "model.target=needs_values:build", "+model.flavour=1"]
+    estimate = made(*overrides, "~model.widths", "~model.activation")
+    assert estimate.shapes == ((10, 784), (10,))
+    assert estimate.need(estimate.places[0], estimate.setting).parts["activations"] == 0
+    assert "cannot be built without values" in estimate.cannot_trace
+
+
+def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=10**6)
+    monkeypatch.setattr("smolrun.tasks.dry_run_text.shutil.disk_usage", lambda _: usage)
+    estimate = made("checkpoint.every=10", "checkpoint.keep=3", "checkpoint.keep_best=true")
+    size = 4 * 3 * estimate.rank(estimate.places[0]).trained  # parameters, and AdamW's two memories
+    assert estimate.checkpoint() == pytest.approx(size, rel=1e-3)
+    line = dry_run_text._disk(estimate)
+    assert f"up to 5 at a time: {5 * estimate.checkpoint() / 1e6:.1f} MB of 1.0 MB free" in line
+    assert line.endswith("which is NOT ENOUGH")
+    assert dry_run_text._disk(made("checkpoint.every=0")).startswith("no checkpoints")
+
+
+def test_hosts_over_ssh_are_still_refused_without_a_dry_run() -> None:
+    with pytest.raises(ConfigError, match="over SSH"):
+        compose(["cluster=macmini3"])
+
+
+def test_an_unknown_memory_is_no_yes() -> None:
+    estimate = made()
+    estimate.places = [replace(estimate.places[0], name="pi", room=None)]
+    assert verdict(estimate) == "fits, as far as is known: the memory of pi is not (memory_gb)"
+
+
+def outcome(is_memory: bool) -> Outcome:
+    return Outcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
+
+
+def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies() -> None:
+    told = with_remedies(compose(["model=gpt_small", "data.sequence_length=512"]), outcome(True))
+    start, _, advice = told.reason.partition("; try ")
+    assert start == "rank 0 on local ran out of memory"
+    first, second = advice.split(" or ")
+    assert first.startswith("training.micro_batch_size=1 (saves about ")
+    assert second.startswith("training.recompute=true (saves about ")
+
+
+def test_other_ends_get_no_advice() -> None:
+    plain = outcome(False)
+    assert with_remedies(compose([]), plain) is plain
+
+
+def test_no_estimate_does_not_hide_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("no torch here")
+
+    monkeypatch.setattr(dry_run_text, "estimate", broken)
+    reason = with_remedies(compose([]), outcome(True)).reason
+    assert reason.endswith("a smaller training.micro_batch_size (no estimate: no torch here)")
+
+
+def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    process = dry_run._end_probe(dry_run._start_probe())
+    assert process is not None
+    assert 0 <= process.shared < process.size
+    assert 0.1 * GB < process.size < GB
