@@ -17,7 +17,7 @@ import torch
 from smolrun.config import RunConfig, world_size
 from smolrun.launch.moves import Outcome
 from smolrun.launch.out_of_memory import gb
-from smolrun.tasks.dry_run import Estimate, Place, estimate
+from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.console import counted
 
@@ -43,13 +43,17 @@ def report(config: RunConfig) -> int:
 
 def verdict(made: Estimate) -> str:
     """The last line."""
-    too_small = []
+    too_small: list[str] = []
+    narrow: list[str] = []
     for place in made.places:
         total = made.total(place, made.setting)
-        if place.room is not None and total > place.room:
-            too_small.append(f"{place.name} needs {gb(total)} of {gb(place.room)}")
+        if place.room is not None and MARGIN * total > place.room:
+            where = too_small if total > place.room else narrow
+            where.append(f"{place.name} needs {gb(total)} of {gb(place.room)}")
     if too_small:
-        return f"does not fit: {', '.join(too_small)}"
+        return f"does not fit: {', '.join(too_small + narrow)}"
+    if narrow:
+        return f"fits narrowly, if at all: {', '.join(narrow)}, give or take {MARGIN - 1:.0%}"
     unknown = [place.name for place in made.places if place.room is None]
     if unknown:
         return f"fits, as far as is known: the memory of {', '.join(unknown)} is not (memory_gb)"
@@ -147,14 +151,18 @@ def _lines(made: Estimate) -> Iterator[str]:
     yield f"network: {_network(made)}"
     yield f"time: {_time(made)}"
     yield f"disk: {_disk(made)}"
-    yield (
-        "assumed: an empty process is as large on every host as here; the memory of a GPU is not "
-        "looked at separately; data files are read through the page cache"
-        if any(place.device != "cpu" or not place.is_here for place in made.places)
-        else "assumed: data files are read through the page cache"
-    )
+    yield f"assumed: {_assumed(made)}"
     if made.lacking(made.setting) > 0:
         yield from _remedies(made)
+
+
+def _assumed(made: Estimate) -> str:
+    parts = ["data files are read through the page cache"]
+    if not all(place.is_here for place in made.places):
+        parts.append("an empty process is as large on every host as here")
+    if any(place.device == "cuda" for place in made.places):
+        parts.append("all of a rank counts against the memory of its GPU, where that is known")
+    return "; ".join(parts)
 
 
 def _network(made: Estimate) -> str:
@@ -231,7 +239,7 @@ def _existing(path: Path) -> Path:
 
 
 def _remedies(made: Estimate) -> Iterator[str]:
-    yield "what would make it fit:"
+    yield f"what would make it fit, with {MARGIN - 1:.0%} to spare:"
     remedies = made.best_switches(count=4)
     best = made.smallest_change()
     place = made.places[0]
@@ -258,5 +266,6 @@ def _sharded(made: Estimate, place: Place) -> Iterator[str]:
     for stage, parts in enumerate(spread, start=1):
         kept += sum(need.parts[part] for part in parts) * (size - 1) // size
         total = made.total(place, made.setting) - place.ranks * kept
-        answer = "would fit" if place.room is None or total <= place.room else "not enough"
+        has_room = place.room is None or MARGIN * total <= place.room
+        answer = "would fit" if has_room else "not enough"
         yield f"  algorithm=fsdp stage {stage} (not built yet): {gb(total)}, {answer}"

@@ -187,6 +187,10 @@ class _Run:
             config_hash=config_hash(config),
             versions=outcome.versions,
             time=self._times.summary(),
+            peak_memory_bytes=[
+                outcome.summaries.get(rank, {}).get("peak_memory_bytes")
+                for rank in range(world_size(config))
+            ],
         )
         try:
             self._folder.write_summary(summary)

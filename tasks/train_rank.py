@@ -33,6 +33,7 @@ from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import make_optimizer
 from smolrun.training.stream_feed import Rows, StreamFeed
 from smolrun.training.trainer import Trainer
+from smolrun.training.vitals import peak_memory
 
 _PROMPT_TOKENS = 8  # of an evaluation sample, where nobody said how the text should begin
 
@@ -85,6 +86,7 @@ def train(
         "was_stopped": outcome.was_stopped,
         "final_train_loss": outcome.final_train_loss,
         "final_eval_loss": outcome.final_eval_loss,
+        "peak_memory_bytes": peak_memory(),
     }
 
 
@@ -154,7 +156,7 @@ def place_algorithm(
 
 def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
     """make(named_parameters) -> the optimizer of the config."""
-    return functools.partial(make_optimizer, **config["optimizer"])
+    return functools.partial(make_optimizer, seed=config["seed"], **config["optimizer"])
 
 
 def new_model(config: dict[str, Any], prepared: Prepared, device: torch.device) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from smolrun.algorithms.contract import FACTS, InFlight
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import CheckpointError
-from smolrun.training.optimizer import load_optimizer_state, optimizer_state
+from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state
 
 if TYPE_CHECKING:
     from smolrun.algorithms.base import Algorithm

@@ -47,7 +47,9 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `world_size`, `algorithm` | How many ranks shared the work, and how |
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
+| `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went: shares of computing, waiting and network, and advice |
+| `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 
 ## metrics.jsonl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from smolrun.events import CheckpointSaved, EvalDone, Event, StepDone, TextSample
@@ -71,6 +71,7 @@ class RunRecord:
         config_hash: str,
         versions: Mapping[str, str],
         time: Mapping[str, Any] | None,
+        peak_memory_bytes: Sequence[int | None],
     ) -> dict[str, Any]:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
@@ -88,5 +89,6 @@ class RunRecord:
             "algorithm": algorithm,
             "config_hash": config_hash,
             "versions": dict(versions),
+            "peak_memory_bytes": list(peak_memory_bytes),
             "time": dict(time) if time is not None else None,
         }

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from smolrun.training.optimizer import state_shapes
+from smolrun.parts.optimizer_state import state_shapes
 from smolrun.training.rounding import PIECE
 from smolrun.training.trace import Trace
 
@@ -54,6 +54,7 @@ class Rank:
     world_size: int
     process_bytes: int
     slots: int = 1  # gradients in memory: staleness + 1
+    is_on_device: bool = False  # on a GPU, whose allocator lets free blocks serve any size
     is_staged: bool = False
     has_momentum: bool = True
     copies_for_norms: bool = False
@@ -131,8 +132,9 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     size = item_bytes(setting.precision)
     gradients = size * rank.trained
     small, large = (work.small_peak, work.large_peak) if work else (0, 0)
-    # Small blocks that are free do not go back to the system, so both peaks count.
-    activations = max(work.peak, small + large) if work else 0
+    # Small blocks that are free do not go back to the system, so on a CPU both peaks count.
+    apart = 0 if rank.is_on_device else small + large
+    activations = max(work.peak, apart) if work else 0
     update = update_bytes(rank, setting)
     parts = {
         "process": rank.process_bytes,

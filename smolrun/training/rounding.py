@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UPDATES = "updates"  # state of every parameter: how many times it was updated
+from smolrun.parts.optimizer_state import UPDATES
+
 # Numbers that are in float32 at one time: half a MB a tensor. An update of AdamW takes 4 ns per
 # parameter on one core, 11 with pieces of 2^15, 5 with pieces of 2^20 (and 0.6 in plain float32).
 PIECE = 1 << 17

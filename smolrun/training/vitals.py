@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,16 @@ class Vitals:
                 "throttled": throttled(),
             }
         return self._last
+
+
+def peak_memory() -> int | None:
+    """The most memory this process ever had, in bytes; None where the system keeps no such mark."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most if sys.platform == "darwin" else most * 1024)
 
 
 def throttled(pi: Path = _PI, cpu: Path = _CPU) -> bool | None:

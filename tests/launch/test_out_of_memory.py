@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -109,9 +110,9 @@ def test_a_real_worker_that_gets_no_more_memory_reports_it(workers: list) -> Non
     assert "Traceback" in log
 
 
-@pytest.fixture
-def control_group() -> Iterator[Path]:
-    """A control group with 200 MB of memory, inside our own."""
+@contextmanager
+def limited_group(size: int) -> Iterator[Path]:
+    """A control group inside our own with so many bytes of memory; skips where there is none."""
     for own in own_groups(Path("/")):
         group = own / f"smolrun-test-{os.getpid()}"
         limits = [group / "memory.limit_in_bytes", group / "memory.max"]
@@ -120,25 +121,26 @@ def control_group() -> Iterator[Path]:
         except OSError:
             continue
         if limit := next((path for path in limits if path.exists()), None):
-            limit.write_text(str(200 << 20))
-            yield group
-            group.rmdir()
+            limit.write_text(str(size))
+            try:
+                yield group
+            finally:
+                group.rmdir()
             return
         group.rmdir()
     pytest.skip("needs Linux, and the right to make a memory control group")
 
 
-def test_linux_ends_a_real_worker_and_the_driver_says_so(
-    control_group: Path, tmp_path: Path
-) -> None:
+def test_linux_ends_a_real_worker_and_the_driver_says_so(tmp_path: Path) -> None:
     options = json.dumps({"folder": str(tmp_path), "behave": {"1": "hoard"}, "steps": 10_000})
     command = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
-    driver = subprocess.run(
-        ["sh", "-c", command, str(control_group), sys.executable, str(TINY_DRIVER), options],
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+    with limited_group(200 << 20) as group:
+        driver = subprocess.run(
+            ["sh", "-c", command, str(group), sys.executable, str(TINY_DRIVER), options],
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
     assert driver.returncode == 3, driver.stderr
     reason = json.loads(driver.stdout)["reason"]
     assert reason.startswith("rank 1 on local ran out of memory at step 2: Linux ended it ")

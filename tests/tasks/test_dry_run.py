@@ -56,7 +56,7 @@ def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("does not fit: mini1 needs ")
     assert lines[-1].count(" of 16.0 GB") == 3
-    advice = lines[lines.index("what would make it fit:") + 1 : -1]
+    advice = lines[lines.index("what would make it fit, with 15% to spare:") + 1 : -1]
     good = [line for line in advice if line.endswith("fits") and "not built" not in line]
     assert good
     keys = [word for word in good[-1].split(":")[0].split() if "=" in word]
@@ -168,6 +168,17 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_hosts_over_ssh_are_still_refused_without_a_dry_run() -> None:
     with pytest.raises(ConfigError, match="over SSH"):
         compose(["cluster=macmini3"])
+
+
+@pytest.mark.parametrize(
+    ("share", "start"),
+    [(0.99, "does not fit: local needs "), (1.01, "fits narrowly, if at all: "), (1.2, "fits")],
+)
+def test_a_narrow_fit_is_called_so(share: float, start: str) -> None:
+    estimate = made()
+    estimate.places = [replace(estimate.places[0], room=int(share * total(estimate)))]
+    assert verdict(estimate).startswith(start)
+    assert (verdict(estimate) == "fits") == (estimate.lacking(estimate.setting) <= 0)
 
 
 def test_an_unknown_memory_is_no_yes() -> None:

@@ -29,6 +29,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         config_hash="c0ffee",
         versions={"python": "3.11.7"},
         time={"computing": 1.0},
+        peak_memory_bytes=[5, None],
     )
     assert summary == {
         "status": "failed",
@@ -45,6 +46,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "algorithm": "classicdp",
         "config_hash": "c0ffee",
         "versions": {"python": "3.11.7"},
+        "peak_memory_bytes": [5, None],
         "time": {"computing": 1.0},
     }
     assert record.tokens_per_s == 200.0
@@ -80,5 +82,6 @@ def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], di
         config_hash="c0ffee",
         versions={},
         time=None,
+        peak_memory_bytes=[],
     )
     assert (record.divergence, summary["reason"]) == (divergence, divergence or None)

@@ -1,0 +1,129 @@
+"""What an optimizer remembers, by the names of parameters: shapes, reading, and putting it back.
+
+Knows the optimizers by the names of their classes only; training/optimizer.py makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from smolrun.errors import CheckpointError
+
+UPDATES = "updates"  # how many times a parameter was updated; counted where updates are rounded
+
+
+def state_shapes(
+    name: str, shape: Sequence[int], *, has_momentum: bool = True, is_rounded: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """What optimizer `name` remembers of a parameter of this shape, after its first update.
+
+    `has_momentum` counts for sgd alone; `is_rounded`: the parameter is in bfloat16.
+    """
+    whole = tuple(shape)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if name in ("adamw", "adafactor"):
+        shapes["step"] = ()
+    if name == "adamw":
+        shapes |= {"exp_avg": whole, "exp_avg_sq": whole}
+    elif name == "lion":
+        shapes["exp_avg"] = whole
+    elif name == "sgd" and has_momentum:
+        shapes["momentum_buffer"] = whole
+    elif name == "adafactor" and len(whole) > 1:
+        shapes |= {"row_var": (*whole[:-1], 1), "col_var": (*whole[:-2], 1, whole[-1])}
+    elif name == "adafactor":
+        shapes["variance"] = whole
+    if is_rounded:
+        shapes[UPDATES] = ()
+    return shapes
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> dict[str, Tensor]:
+    """All that the optimizer remembers, as "<state name>/<parameter name>"; empty before the first
+    update.
+
+    The tensors are the optimizer's own, not copies; numbers come as tensors without dimensions.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in named_parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                state[f"{key}/{name}"] = torch.as_tensor(value).detach()
+    return state
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Gives a new optimizer the memory that `optimizer_state` told of; it goes on bit by bit.
+
+    Reads each key once and copies, so that `state` may be a view of a file. CheckpointError, with
+    nothing changed, for keys that are missing, foreign, or of another shape.
+    """
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    wanted = {
+        f"{key}/{name}": (key, parameter, shape)
+        for name, parameter in trained
+        for key, shape in _shapes_of(optimizer, parameter).items()
+    }
+    _check_names(set(wanted), set(state))
+    loaded: dict[Tensor, dict[str, Tensor]] = {}
+    for path in state:
+        key, parameter, shape = wanted[path]
+        value = state[path]
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"the optimizer's {path} has shape {tuple(value.shape)} in the checkpoint, but "
+                f"{shape} in this run; resume with the model and optimizer that were saved"
+            )
+        device = _device_of(optimizer, parameter, key)
+        loaded.setdefault(parameter, {})[key] = value.detach().to(device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+
+
+def _check_names(wanted: set[str], found: set[str]) -> None:
+    """Nothing at all is right too: a checkpoint from before the first update."""
+    missing, foreign = sorted(wanted - found) if found else [], sorted(found - wanted)
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if foreign:
+        problems.append(f"has {_some(foreign)}, which this run does not know")
+    if problems:
+        raise CheckpointError(
+            f"the optimizer state of the checkpoint {' and '.join(problems)}; "
+            "resume with the model and optimizer that were saved"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _shapes_of(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter
+) -> dict[str, tuple[int, ...]]:
+    inner = getattr(optimizer, "inner", None)  # of one that rounds, see training/rounding.py
+    name = type(optimizer if inner is None else inner).__name__.lower()
+    is_rounded = inner is not None
+    has_momentum = bool(optimizer.param_groups[0].get("momentum"))
+    return state_shapes(name, parameter.shape, has_momentum=has_momentum, is_rounded=is_rounded)
+
+
+def _device_of(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, key: str
+) -> torch.device:
+    """Where torch itself keeps it: counters stay on the CPU unless a fused kernel reads them."""
+    is_fused = bool(optimizer.param_groups[0].get("fused"))
+    if key == UPDATES or (key == "step" and not is_fused):
+        return torch.device("cpu")
+    return parameter.device
