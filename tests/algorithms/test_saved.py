@@ -87,14 +87,13 @@ def run_part(
         return report, runner.state(), parameter_hash(runner.replica_tensors() or start_of(runner))
 
     told = run_ranks(world_size, rank_main)
-    state = {"algorithm": told[0][1], "random": torch.get_rng_state().tolist()}
     manifest = merge(
         [report for report, _, _ in told],
         step=until,
         run_id="test",
         config_hash="hash",
         world_size=world_size,
-        state=state,
+        state={"algorithm": told[0][1], "random": torch.get_rng_state().tolist()},
     )
     return commit(part, manifest), [digest for _, _, digest in told]
 

@@ -99,7 +99,8 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ),
         (
             {"optimizer__name": "adam"},
-            "optimizer.name = adam: no such choice; allowed: adamw or adafactor or lion or sgd; did you mean adamw?",
+            "optimizer.name = adam: no such choice; allowed: adamw or adafactor or lion or sgd; "
+            "did you mean adamw?",
         ),
         (
             {"cluster__ranks": 0},

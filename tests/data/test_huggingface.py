@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
@@ -19,24 +20,13 @@ from smolrun.data.prepared import Prepared
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import DataError
 
+CONF = Path(__file__).parents[2] / "conf" / "data" / "hf.yaml"
 KEYS: dict[str, Any] = {
-    "subset": None,
-    "split": "train",
-    "eval_split": None,
+    **{k: v for k, v in yaml.safe_load(CONF.read_text()).items() if k not in ("name", "target")},
     "eval_fraction": 0.1,
-    "streaming": False,
-    "eval_documents": 5,
-    "block_documents": 10,
-    "prefetch_steps": 1,
-    "text_column": None,
-    "image_column": None,
-    "label_column": None,
-    "image_size": None,
-    "image_mode": "grey",
     "tokenizer": "bytes",
     "vocab_size": 300,
     "sequence_length": 8,
-    "packing": True,
     "max_mb": None,
 }
 TEXTS = [f"text number {number}, which is unlike others\n" for number in range(40)]

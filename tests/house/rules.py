@@ -102,7 +102,9 @@ def lonely_algorithms(algorithms: Path, conf: Path, tests: Path) -> list[str]:
     found = []
     words = "\n".join(file.read_text(encoding="utf-8") for file in tests.rglob("test_*.py"))
     files = [
-        file for file in sorted(algorithms.glob("*.py")) if file.stem not in ("__init__", "base", "contract", "saved")
+        file
+        for file in sorted(algorithms.glob("*.py"))
+        if file.stem not in ("__init__", "base", "contract", "saved")
     ]
     for file in files:
         docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""

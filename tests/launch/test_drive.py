@@ -48,7 +48,7 @@ def test_a_good_run_leaves_its_folder(drive: Drive, capfd: pytest.CaptureFixture
     assert Path("outputs/latest").resolve() == folder.resolve()
     assert "-classicdp-mlp-" in folder.name
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "logs"}
+    assert names == {"config.yaml", "driver.json", "metrics.jsonl", "summary.json", "logs"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "done"
     assert (summary["reason"], summary["failed_rank"], summary["failed_host"]) == (None, None, None)

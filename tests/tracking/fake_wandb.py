@@ -128,6 +128,13 @@ def _bucket(name: str, run: Run, project: str) -> dict[str, Any]:
     }
 
 
+def _fault_at(fault: str, path: str) -> str:
+    """What goes wrong at this address: some faults hit uploads only."""
+    if not fault.startswith("upload_"):
+        return fault
+    return fault.removeprefix("upload_") if path != "/graphql" else ""
+
+
 def _make_answers(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
     class Answers(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -146,10 +153,7 @@ def _make_answers(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
-            is_upload = self.path != "/graphql"
-            fault = server.fault
-            if fault.startswith("upload_"):
-                fault = fault.removeprefix("upload_") if is_upload else ""  # type: ignore[assignment]
+            fault = _fault_at(server.fault, self.path)
             if fault == "slow":
                 server.over.wait(server.delay_s)
             elif fault == "500":
