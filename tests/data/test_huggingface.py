@@ -22,13 +22,18 @@ from smolrun.errors import DataError
 
 CONF = Path(__file__).parents[2] / "conf" / "data" / "hf.yaml"
 KEYS: dict[str, Any] = {
-    **{k: v for k, v in yaml.safe_load(CONF.read_text()).items() if k not in ("name", "target")},
+    **yaml.safe_load(CONF.read_text()),
     "eval_fraction": 0.1,
+    "eval_documents": 5,
+    "block_documents": 10,
+    "prefetch_steps": 1,
     "tokenizer": "bytes",
     "vocab_size": 300,
     "sequence_length": 8,
     "max_mb": None,
 }
+for key in ("name", "target", "path"):
+    del KEYS[key]
 TEXTS = [f"text number {number}, which is unlike others\n" for number in range(40)]
 
 
