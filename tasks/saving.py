@@ -6,6 +6,7 @@ The rank writes tensors and tells the driver; the driver makes the checkpoint of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,10 +45,26 @@ class RankCheckpoints:
         """Trains from the checkpoint on, if there is one to go on from; the last save is written
         when this returns."""
         self._trainer = trainer
+        self._check_space()
         self._restore()
         outcome = trainer.fit()
         self._saver.finish()
         return outcome
+
+    def _check_space(self) -> None:
+        """CheckpointError if this host's disk has no room for what will be kept."""
+        folder = Path(self._saving.folder)
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        kept = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())
+        # One more than are kept, as a new one is whole before an old one goes.
+        needed = self._algorithm.checkpoint_bytes() * (self._saving.keep + 1) - kept
+        if needed > free:
+            raise CheckpointError(
+                f"checkpoints need {needed / 1e9:.1f} GB more in {folder}, the disk has "
+                f"{free / 1e9:.1f} GB free; `smolrun task=clean` deletes old runs, or set "
+                "checkpoint.keep=1, or checkpoint=none"
+            )
 
     def save(self, updates: int) -> None:
         """Starts to save what is true after so many updates; on all ranks alike."""

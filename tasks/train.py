@@ -144,7 +144,9 @@ class _Run:
         if not config.checkpoint.every and self._earlier is None:
             return keeper, None
         resume = str(self._earlier.checkpoint) if self._earlier else None
-        return keeper, Saving(str(self._folder.checkpoints.absolute()), token, resume)
+        return keeper, Saving(
+            str(self._folder.checkpoints.absolute()), token, config.checkpoint.keep, resume
+        )
 
     def tell(self, outcome: Outcome, wall_s: float) -> None:
         """The summary, and the last lines."""

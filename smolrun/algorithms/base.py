@@ -20,7 +20,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,10 @@ class Algorithm(ABC):
                 self.wait(work)
         return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
 
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be, all ranks together."""
+        return saved.expected_bytes(self)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
         return saved.state(self)
@@ -206,15 +210,16 @@ class Algorithm(ABC):
         """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
         adds them up."""
         # Apple's devices have no float64.
-        has_double = self.context.device.type != "mps"
-        dtype = torch.float64 if has_double else torch.float32
-        # The norm makes a copy in `dtype` first. In pieces, with numbers of Python between them,
-        # that copy stays small: left to itself it grew to several copies of the gradient.
-        norms: Iterator[float] = (
-            torch.linalg.vector_norm(piece, dtype=dtype).item()
+        kind = self.context.device.type
+        dtype = torch.float32 if kind == "mps" else torch.float64
+        # On a CPU the norm makes a copy in `dtype` first. One piece after the other, that stays
+        # small; left to itself it grew to several copies of the gradient.
+        parts = (
+            piece
             for gradient in gradients
-            for piece in gradient.flatten().split(_NORM_PIECE)
+            for piece in (gradient.flatten().split(_NORM_PIECE) if kind == "cpu" else (gradient,))
         )
+        norms = (float(torch.linalg.vector_norm(part, dtype=dtype)) for part in parts)
         return sum(norm * norm for norm in norms)
 
     # -- shared by all ----

@@ -20,6 +20,7 @@ from smolrun.algorithms.contract import FACTS, InFlight
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import CheckpointError
+from smolrun.parts.optimizer_state import expected_bytes as optimizer_bytes
 from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[Piec
         if owner == index:
             mine.append(key)
     return [Piece(key, tuple(whole[key].shape), 0, whole[key].detach()) for key in sorted(mine)]
+
+
+def expected_bytes(algorithm: Algorithm) -> int:
+    """About how large a checkpoint will be, all ranks together."""
+    trained = [p for p in algorithm.model.parameters() if p.requires_grad]
+    held = sum(tensor.nbytes for _, tensor in model_tensors(algorithm.model))
+    late = algorithm.context.staleness * sum(p.nbytes for p in trained)
+    return held + late + optimizer_bytes(algorithm.optimizer, trained)
 
 
 def state(algorithm: Algorithm) -> dict[str, Any]:

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "bench",
     "checkpoint",
     "cluster",
+    "data.prefetch_steps",
     "mesh",
     "serving",
     "sweep",

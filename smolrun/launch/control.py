@@ -49,6 +49,7 @@ class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     folder: str
     token: str  # new for every start of a run: unfinished folders of two starts never mix
+    keep: int
     resume: str | None = None
 
 

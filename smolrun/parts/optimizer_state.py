@@ -5,6 +5,7 @@ Knows the optimizers by the names of their classes only; training/optimizer.py m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -107,6 +108,18 @@ def _check_names(wanted: set[str], found: set[str]) -> None:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def expected_bytes(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]
+) -> int:
+    """Bytes of all that the optimizer will remember once it has made an update."""
+    return sum(
+        math.prod(shape) * (parameter.itemsize if shape == tuple(parameter.shape) else 4)
+        for parameter in parameters
+        if parameter.requires_grad
+        for shape in _shapes_of(optimizer, parameter).values()
+    )
 
 
 def _shapes_of(

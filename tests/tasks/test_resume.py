@@ -267,3 +267,25 @@ def test_a_disk_that_is_full_does_not_end_training_but_is_not_silent(
     told: dict[str, Any] = json.loads((tmp_path / "outputs/latest/summary.json").read_text())
     assert told["status"] == "failed" and "could not be written" in told["reason"]
     assert list((tmp_path / "outputs" / "latest" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="only root on Linux can mount a small disk"
+)
+@pytest.mark.timeout(120)
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path: Path) -> None:
+    disk = tmp_path / "outputs"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "smolrun-test", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        code, _, err = train(tmp_path, *RUN, "staleness.bound=auto")
+        assert code == 3
+        assert "checkpoints need" in err and "task=clean" in err
+        assert rows(tmp_path, "step") == []
+        assert train(tmp_path, *RUN, "staleness.bound=auto", "checkpoint.every=0")[0] == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
