@@ -82,8 +82,8 @@ class EvalDone(Event):
 
 @dataclass(frozen=True)
 class Norms(Event):
-    """Norms layer by layer at one update: of the mean gradient (clipped), of the parameters after
-    it, and of the change."""
+    """Norms layer by layer at one update: of the mean gradient (before clipping), of the parameters
+    after it, and of the change."""
 
     kind: ClassVar[str] = "norms"
     step: int

@@ -3,14 +3,20 @@ makes the run's folder ready for that."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.find import STEP_FOLDER, checkpoints_in, locate, read_manifest
+from smolrun.checkpoints.find import checkpoints_in, locate, read_manifest
 from smolrun.checkpoints.folder import remove_leftovers
 from smolrun.config import RunConfig, resolved
 from smolrun.config.suggest import problem
@@ -18,6 +24,7 @@ from smolrun.errors import CheckpointError, ConfigError
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.jsonl import forget_from
 from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.wandb_status import forget_wandb_from
 
 SET_ASIDE = ".set-aside"
 
@@ -30,12 +37,19 @@ class Earlier:
     checkpoint: Path
     updates: int
     time_s: float
+    train_loss: float | None
+    eval_loss: float | None
     data_sha256: str | None
     driver_state: Mapping[str, Any]
 
 
-def find_earlier(config: RunConfig, say: Callable[[str], None]) -> Earlier | None:
-    """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on."""
+def find_earlier(
+    config: RunConfig, say: Callable[[str], None], closing: ExitStack
+) -> Earlier | None:
+    """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on.
+
+    The run is this driver's alone until `closing` ends.
+    """
     wanted = config.checkpoint.resume
     if wanted is None:
         return None
@@ -45,9 +59,10 @@ def find_earlier(config: RunConfig, say: Callable[[str], None]) -> Earlier | Non
     except CheckpointError as error:
         raise ConfigError(problem("checkpoint.resume", wanted, str(error))) from None
     folder = RunFolder(path)
-    if folder.driver_lives():
+    if folder.driver_lives() or not folder.claim():
         what = f"the run {folder.run_id} is still running; stop it first"
         raise ConfigError(problem("checkpoint.resume", wanted, what))
+    closing.callback(folder.release)
     if manifest.step >= config.training.steps:
         what = f"the run {folder.run_id} has made {manifest.step} steps already"
         allowed = f"more than {manifest.step}"
@@ -59,6 +74,8 @@ def find_earlier(config: RunConfig, say: Callable[[str], None]) -> Earlier | Non
         checkpoint,
         manifest.step,
         float(training.get("time_s", 0.0)),
+        training.get("train_loss"),
+        training.get("eval_loss"),
         data.get("sha256"),
         manifest.state.get("driver") or {},
     )
@@ -74,20 +91,42 @@ def check_data(earlier: Earlier, sha256: str) -> None:
         )
 
 
-def take_up(earlier: Earlier, config: RunConfig, say: Callable[[str], None]) -> RunFolder:
-    """Makes the run's folder what it was when the checkpoint was made; OSError passes.
+def take_up(
+    earlier: Earlier, config: RunConfig, say: Callable[[str], None]
+) -> list[Callable[[], None]]:
+    """Makes the run's folder what it was when the checkpoint was made; returns what undoes that,
+    for a run that then cannot begin. OSError passes.
 
     Newer checkpoints, which somebody chose not to go on from, are set aside, not deleted.
     """
     folder = earlier.folder
+    undo: list[Callable[[], None]] = []
+    old = folder.path / "config.yaml"
+    undo.append(functools.partial(folder.write_config, old.read_text(encoding="utf-8")))
     folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    before = folder.metrics.with_name(".metrics.jsonl.before")
+    if folder.metrics.exists():
+        shutil.copyfile(folder.metrics, before)
+        undo.append(functools.partial(os.replace, before, folder.metrics))
     forget_from(folder.metrics, earlier.updates)
+    forget_wandb_from(folder.path, earlier.updates)
     remove_leftovers(folder.checkpoints)
     for step, path in checkpoints_in(folder.checkpoints):
-        if step > earlier.updates and STEP_FOLDER.fullmatch(path.name):
-            aside = path.with_name(path.name + SET_ASIDE)
-            if not aside.exists():
-                path.rename(aside)
-                say(f"a newer checkpoint is set aside as {aside.name}")
+        if step > earlier.updates:
+            aside = _free_name(path)
+            path.rename(aside)
+            undo.append(functools.partial(os.replace, aside, path))
+            say(f"a newer checkpoint is set aside as {aside.name}")
     say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
-    return folder
+    return undo
+
+
+def forget_undo(earlier: Earlier) -> None:
+    """The run has begun: what `take_up` kept for the case that it cannot is no longer needed."""
+    earlier.folder.metrics.with_name(".metrics.jsonl.before").unlink(missing_ok=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Where a checkpoint can be set aside; others of its step may be there already."""
+    names = (f"{path.name}{SET_ASIDE}{number}" for number in itertools.chain([""], count(2)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())

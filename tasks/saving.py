@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smolrun.algorithms.base import Algorithm
+from smolrun.checkpoints.find import checkpoints_in
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.saver import Saver
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving
 from smolrun.training.randomness import random_state, restore_random_state, seed_everything
-from smolrun.training.trainer import Outcome, Trainer
+from smolrun.training.trainer import Trainer
 
 
 class RankCheckpoints:
@@ -34,6 +35,7 @@ class RankCheckpoints:
         seed: int,
         data_sha256: str,
     ) -> None:
+        self.saves = saving.every > 0
         self._saving = saving
         self._algorithm = algorithm
         self._seed = seed
@@ -41,24 +43,29 @@ class RankCheckpoints:
         self._rank = algorithm.context.mesh.rank
         self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
 
-    def fit(self, trainer: Trainer) -> Outcome:
-        """Trains from the checkpoint on, if there is one to go on from; the last save is written
-        when this returns."""
+    def begin(self, trainer: Trainer) -> None:
+        """Looks for room on the disk, and goes on from the checkpoint if there is one; on all ranks
+        alike. CheckpointError if the run cannot begin."""
         self._trainer = trainer
-        self._check_space()
+        if self.saves:
+            self._check_space()
         self._restore()
-        outcome = trainer.fit()
+        # What the driver does next to the run's folder must not come before all ranks are ready.
+        self._algorithm.collectives.barrier()
+
+    def finish(self) -> None:
+        """Waits until the last save is written."""
         self._saver.finish()
-        return outcome
 
     def _check_space(self) -> None:
         """CheckpointError if this host's disk has no room for what will be kept."""
-        folder = Path(self._saving.folder)
+        saving, folder = self._saving, Path(self._saving.folder)
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free
-        kept = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())
+        kept = [path for _, path in checkpoints_in(folder)][: saving.keep]
+        held = sum(file.stat().st_size for path in kept for file in path.iterdir())
         # One more than are kept, as a new one is whole before an old one goes.
-        needed = self._algorithm.checkpoint_bytes() * (self._saving.keep + 1) - kept
+        needed = self._algorithm.checkpoint_bytes() * (saving.keep + saving.keep_best + 1) - held
         if needed > free:
             raise CheckpointError(
                 f"checkpoints need {needed / 1e9:.1f} GB more in {folder}, the disk has "
@@ -96,5 +103,7 @@ class RankCheckpoints:
                     restore_random_state(mine, self._algorithm.context.device)
                 else:
                     seed_everything(self._seed, self._rank, checkpoint.manifest.step)
-            except KeyError as error:
-                raise CheckpointError(f"{checkpoint.folder} lacks {error}") from None
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"the state in {checkpoint.folder} cannot be used: {error!r}"
+                ) from None

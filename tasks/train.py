@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import secrets
 import sys
 import time
@@ -16,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.keeper import Keeper
 from smolrun.config import RunConfig, config_hash, world_size
-from smolrun.events import Event
-from smolrun.launch.control import EXIT_FAILED, Saving
+from smolrun.events import Event, RunStarted
+from smolrun.launch.control import Saving
 from smolrun.launch.driver import Driver
 from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.tasks.before_start import check_before_start, check_model_fits
-from smolrun.tasks.going_on import Earlier, check_data, find_earlier, take_up
+from smolrun.tasks.ending import unsaved, with_advice
+from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.streaming import open_reader, reader_state
 from smolrun.tasks.workers import (
+    OUTPUTS,
     become_latest,
     make_folder,
     nothing_started,
@@ -56,32 +57,42 @@ def drive(config: RunConfig) -> int:
 
         return report(config)
     console = Console(steps=config.training.steps, world_size=world_size(config))
-    try:
-        run = _Run(config, console)
+    with contextlib.ExitStack() as closing:
+        closing.callback(console.close)
+        run = _Run(config, console, closing)
         outcome = run.train()
-    finally:
         console.close()
-    run.tell(outcome, time.monotonic() - began)
+        run.tell(outcome, time.monotonic() - began)
     return outcome.exit_code
 
 
 class _Run:
     """One training run, as the driver sees it: everything is ready when it is made."""
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        """Finds or makes data and folder; ConfigError, DataError: nothing was started."""
+    def __init__(self, config: RunConfig, console: Console, closing: contextlib.ExitStack) -> None:
+        """Finds or makes data and folder; ConfigError, DataError: nothing was started. What it
+        holds until the end of the run is given back when `closing` ends."""
         self._config = config
         self._console = console
-        self._earlier = find_earlier(config, console.say)
+        self._earlier = earlier = find_earlier(config, console.say, closing)
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
         self._rows = _reader(config, self._prepared, self._earlier, console)
         console.unit = "tokens" if self._prepared.sequence_length else "samples"
+        self._undo: list[Callable[[], None]] = []
         with nothing_started():
             self._folder = self._open_folder()
             self._metrics = JsonLines(self._folder.metrics)
         become_latest(self._folder, console.say)
-        self._record = RunRecord(self._earlier.time_s if self._earlier else 0.0)
+        self._record = RunRecord()
+        if earlier is not None:
+            self._record = RunRecord(
+                earlier_s=earlier.time_s,
+                steps=earlier.updates,
+                train_loss=earlier.train_loss,
+                eval_loss=earlier.eval_loss,
+                checkpoint=earlier.checkpoint.name,
+            )
         self._times = time_teller(config, console.say)
         self._log_tail: Callable[[int], list[str]] = lambda rank: []
 
@@ -95,7 +106,8 @@ class _Run:
         else:
             check_data(self._earlier, self._prepared.sha256)
             self._console.go_on(self._earlier.time_s)
-            folder = take_up(self._earlier, self._config, self._console.say)
+            folder = self._earlier.folder
+            self._undo = take_up(self._earlier, self._config, self._console.say)
         folder.write_driver(self._config.training.steps)
         return folder
 
@@ -109,6 +121,8 @@ class _Run:
         keeper, saving = self._checkpoints(trackers.record)
 
         def listen(event: Event) -> None:
+            if isinstance(event, RunStarted):
+                self._has_begun()
             if not keeper.record(event):
                 trackers.record(event)
 
@@ -116,7 +130,7 @@ class _Run:
             plan_workers(config, self._folder, self._prepared, saving),
             lambda plan: LocalHost(),
             listen=listen,
-            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
+            limits=_limits(config),
             rows=self._rows,
         )
         self._log_tail = driver.log_tail
@@ -125,7 +139,15 @@ class _Run:
         finally:
             keeper.close()
             trackers.close()
-        return _with_remedies(config, _unsaved(outcome, keeper))
+            for act in reversed(self._undo):
+                act()
+        return with_advice(config, unsaved(outcome, keeper))
+
+    def _has_begun(self) -> None:
+        """From now on there is nothing to undo."""
+        self._undo.clear()
+        if self._earlier is not None:
+            forget_undo(self._earlier)
 
     def _checkpoints(self, emit: Callable[[Event], None]) -> tuple[Keeper, Saving | None]:
         """Who makes checkpoints of what the ranks write, and what they are told about it."""
@@ -138,6 +160,7 @@ class _Run:
             config_hash=config_hash(config),
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
+            newest=self._earlier.checkpoint if self._earlier else None,
             emit=emit,
             driver_state=lambda updates: reader_state(config, self._rows, updates),
         )
@@ -145,7 +168,12 @@ class _Run:
             return keeper, None
         resume = str(self._earlier.checkpoint) if self._earlier else None
         return keeper, Saving(
-            str(self._folder.checkpoints.absolute()), token, config.checkpoint.keep, resume
+            str(self._folder.checkpoints.absolute()),
+            token,
+            every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            resume=resume,
         )
 
     def tell(self, outcome: Outcome, wall_s: float) -> None:
@@ -170,11 +198,17 @@ class _Run:
         if record.divergence:
             say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
         say(f"everything about this run: {self._folder.path}")
-        if outcome.status == "stopped" and record.checkpoint is not None:
-            say(f"go on with: smolrun checkpoint.resume={self._folder.run_id}")
+        if outcome.status == "stopped":
+            command = f"smolrun checkpoint.resume={self._resume_name()}"
+            say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
         if outcome.status == "failed":
             with contextlib.suppress(OSError):  # nobody reads it
                 self._complain(outcome)
+
+    def _resume_name(self) -> str:
+        """How a person names this run: by its name alone where it lies in the usual place."""
+        is_here = self._folder.path.parent.resolve() == OUTPUTS.resolve()
+        return self._folder.run_id if is_here else str(self._folder.path)
 
     def _write_summary(self, outcome: Outcome, wall_s: float) -> None:
         config = self._config
@@ -207,8 +241,16 @@ class _Run:
         for line in self._log_tail(failed) if failed is not None else []:
             print(printable(f"  | {line}"), file=sys.stderr)
         if self._record.checkpoint is not None:
-            command = f"smolrun checkpoint.resume={self._folder.run_id}"
+            command = f"smolrun checkpoint.resume={self._resume_name()}"
             print(f"smolrun: to go on after {self._record.checkpoint}: {command}", file=sys.stderr)
+
+
+def _limits(config: RunConfig) -> Limits:
+    """How long to wait. A disk may be as slow as a peer: saving takes part in an end."""
+    wait_s = config.mesh.timeout_s
+    return Limits(
+        start_s=config.cluster.start_timeout_s, finish_s=2 * wait_s, stop_s=max(120.0, 2 * wait_s)
+    )
 
 
 def _reader(
@@ -224,24 +266,6 @@ def _reader(
         updates=earlier.updates,
         driver_state=earlier.driver_state,
     )
-
-
-def _unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
-    """A run whose last checkpoint could not be written has failed, however well it trained."""
-    if keeper.failure is None or outcome.status == "failed":
-        return outcome
-    return dataclasses.replace(
-        outcome, status="failed", exit_code=EXIT_FAILED, reason=keeper.failure
-    )
-
-
-def _with_remedies(config: RunConfig, outcome: Outcome) -> Outcome:
-    """What would save most memory, where that was the end of the run."""
-    if not outcome.out_of_memory:
-        return outcome
-    from smolrun.tasks.dry_run_text import with_remedies  # loads torch
-
-    return with_remedies(config, outcome)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

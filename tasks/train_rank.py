@@ -6,6 +6,7 @@ Only wiring; the driver's half is train.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,6 @@ def train(
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
-    emit(_started(algorithm, prepared, training["steps"]))
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -73,21 +73,20 @@ def train(
         check_replicas=training["check_replicas"],
         emit=emit,
         should_stop=should_stop,
-        save_every=config["checkpoint"]["every"] if checkpoints else 0,
-        save=checkpoints.save if checkpoints else None,
+        save_every=saving.every if saving else 0,
+        save=checkpoints.save if checkpoints and checkpoints.saves else None,
         timeline_steps=config["tracker"]["timeline_steps"],
     )
-    outcome = checkpoints.fit(trainer) if checkpoints else trainer.fit()
+    if checkpoints:
+        checkpoints.begin(trainer)
+    emit(_started(algorithm, prepared, training["steps"]))
+    outcome = trainer.fit()
     if prepared.tokenizer and training["sample_tokens"] and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
     algorithm.collectives.barrier()  # nobody leaves while another still needs it
-    return {
-        "steps": outcome.steps,
-        "was_stopped": outcome.was_stopped,
-        "final_train_loss": outcome.final_train_loss,
-        "final_eval_loss": outcome.final_eval_loss,
-        "peak_memory_bytes": peak_memory(),
-    }
+    if checkpoints:
+        checkpoints.finish()  # last, as no other rank has to wait for this disk
+    return {**dataclasses.asdict(outcome), "peak_memory_bytes": peak_memory()}
 
 
 def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:

@@ -84,7 +84,12 @@ def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> 
 
 
 def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Let outputs/latest point to the run; a system that cannot do that gets a warning."""
+    """Let outputs/latest point to the run; a system that cannot do that gets a warning.
+
+    A run that lies elsewhere and goes on there changes nothing here, nor there.
+    """
+    if folder.path.parent.resolve() != OUTPUTS.resolve():
+        return
     try:
         folder.become_latest()
     except OSError as error:

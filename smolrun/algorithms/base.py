@@ -196,12 +196,12 @@ class Algorithm(ABC):
         if not math.isfinite(norm):
             return None
         clip = self.context.grad_clip
-        factor = (clip / norm if 0 < clip < norm else 1.0) / weight
+        shrunk = clip / norm if 0 < clip < norm else 1.0
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(shrunk / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(flight.step, self.model.named_parameters())
+        measured = self.context.norms.begin(flight.step, self.model.named_parameters(), shrunk)
         self.optimizer.step()
         self._norms = measured.finish() if measured else None
         return norm

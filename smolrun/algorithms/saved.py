@@ -132,7 +132,7 @@ def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
-    if key not in checkpoint.keys(key):
+    if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
     value = checkpoint.read(key)
     if value.shape != tensor.shape or value.dtype != tensor.dtype:

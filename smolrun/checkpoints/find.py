@@ -166,7 +166,7 @@ def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path,
     newest = newest_valid(folder / CHECKPOINTS, warn)
     if newest is None:
         raise CheckpointError(
-            f"the run {folder.name} has no checkpoint that can be used{_what_exists(outputs)}"
+            f"the run {folder.name} has no checkpoint that can be used{what_exists(outputs)}"
         )
     return folder, newest
 
@@ -174,9 +174,9 @@ def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path,
 def run_folder(text: str, outputs: Path) -> Path:
     """The run folder that `locate` would give; looks at no checkpoint."""
     folder = _named(text, outputs)
-    if not _is_checkpoint(folder):
-        return folder
-    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
+    if _is_checkpoint(folder):
+        folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
+    return folder
 
 
 def _named(text: str, outputs: Path) -> Path:
@@ -185,8 +185,9 @@ def _named(text: str, outputs: Path) -> Path:
         candidates = [_latest(outputs)]
     folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
-        raise CheckpointError(f"there is no run and no checkpoint {text!r}{_what_exists(outputs)}")
-    return folder.resolve()
+        raise CheckpointError(f"there is no run and no checkpoint {text!r}{what_exists(outputs)}")
+    folder = folder.resolve()
+    return folder.parent if folder.name == CHECKPOINTS else folder
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -204,7 +205,7 @@ def _latest(outputs: Path) -> Path:
         raise CheckpointError(f"{pointer} cannot be read: {error}") from None
 
 
-def _what_exists(outputs: Path) -> str:
+def what_exists(outputs: Path) -> str:
     """The runs that have checkpoints, newest names first, for the end of an error."""
     runs = [
         path.name

@@ -70,12 +70,15 @@ def abandon(part: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def prune(checkpoints: Path, *, keep: int, protect: Collection[int] = ()) -> list[Path]:
+def prune(
+    checkpoints: Path, *, keep: int, protect: Collection[int] = (), good: Path | None = None
+) -> list[Path]:
     """Removes all but the newest `keep` whole checkpoints and those of the steps in `protect`.
 
     Damaged ones do not count as kept; they go when they are older than what is kept. The newest
     one that is kept has its hashes checked first, which reads it, so this may take seconds: the
-    newest valid checkpoint is never removed. Returns the folders that are gone.
+    newest valid checkpoint is never removed. `good`, just written, needs no such look. Returns the
+    folders that are gone.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least one checkpoint has to be kept")
@@ -87,7 +90,7 @@ def prune(checkpoints: Path, *, keep: int, protect: Collection[int] = ()) -> lis
     for step, folder in found:
         if kept < keep:
             # The first is the one a resume would take: it must be good, hashes and all.
-            kept += is_whole(folder, hashes=kept == 0)
+            kept += is_whole(folder, hashes=kept == 0 and folder != good)
         elif step not in protect and not folder.is_symlink():
             _remove(folder)
             removed.append(folder)

@@ -39,11 +39,12 @@ class Keeper:
         config_hash: str,
         keep: int,
         keep_best: bool,
+        newest: Path | None = None,
         emit: Callable[[Event], None],
         driver_state: Callable[[int], dict[str, Any]] = lambda updates: {},
     ) -> None:
         """`driver_state(updates)` is what the driver itself must remember, as JSON."""
-        self.newest: Path | None = None
+        self.newest = newest
         self.failure: str | None = None
         self._path = path
         self._token = token
@@ -125,7 +126,12 @@ class Keeper:
     def _prune(self) -> None:
         best = self._best() if self._keep_best else None
         try:
-            folder.prune(self._path, keep=self._keep, protect=() if best is None else (best,))
+            folder.prune(
+                self._path,
+                keep=self._keep,
+                protect=() if best is None else (best,),
+                good=self.newest,
+            )
         except OSError as error:
             self._emit(Note("warning", f"an old checkpoint could not be deleted: {error}"))
 

@@ -8,6 +8,7 @@ Knows no torch, so that the driver can commit and verify checkpoints without loa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def to_bytes(self) -> bytes:
         """JSON, one key a line, so that people can read it."""
-        return (json.dumps(msgspec.to_builtins(self), indent=1) + "\n").encode()
+        plain = msgspec.to_builtins(self)
+        return (json.dumps({**plain, "sha256": hash_of(plain)}, indent=1) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
@@ -100,6 +102,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise CheckpointError(
                 f"{where}: format version {found.get('version')!r}, this smolrun reads {VERSION}"
             )
+        if found.pop("sha256", None) != hash_of(found):
+            raise CheckpointError(f"{where}: it was changed after it was written")
         try:
             manifest = msgspec.convert(found, cls)
         except (msgspec.ValidationError, RecursionError) as error:
@@ -112,6 +116,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if self.step < 0 or self.world_size < 1:
             raise CheckpointError(f"{where}: step {self.step} of {self.world_size} ranks cannot be")
         check_tensors(self.files, self.tensors, where)
+
+
+def hash_of(plain: Mapping[str, Any]) -> str:
+    """Of a manifest's content, however it is laid out."""
+    try:
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def merge(

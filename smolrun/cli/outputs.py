@@ -86,7 +86,7 @@ MEANINGS = {
     "hashes": "One per rank, in rank order",
     "ranks": "Those whose gradient was not finite",
     "accuracy": "Share of right answers, for classes; else null",
-    "gradients": "Layer -> norm of its mean gradient, after clipping",
+    "gradients": "Layer -> norm of its mean gradient, before clipping",
     "norms.parameters": "Layer -> norm of its parameters after the update; null = not asked for",
     "updates": "Layer -> norm of what the update changed; null = not asked for",
     "folder": "Its name below `checkpoints/`; the number in it counts updates",

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.find import run_folder
+from smolrun.checkpoints.find import run_folder, what_exists
 from smolrun.config import resume
 from smolrun.errors import CheckpointError, ConfigError
 
@@ -32,19 +32,21 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         stored = _stored(run_folder(wanted, OUTPUTS) / "config.yaml")
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume = {wanted}: {error}") from None
-    # Groups that this version has and the run's did not.
-    stored = {**{group: data[group] for group in data if group not in stored}, **stored}
+    stored = resume.completed(stored, data)
     keys = [line.partition("=")[0].lstrip("+~") for line in overrides]
     if any(key in WHOLE for key in keys):
         merged = dict(data)
     else:
         merged = resume.on_top(stored, data, [key.partition("@")[0] for key in keys])
+    merged["checkpoint"]["resume"] = wanted
     if problems := list(resume.differences(stored, merged)):
         raise ConfigError(problems)
     return merged
 
 
 def _stored(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no run's folder{what_exists(OUTPUTS)}")
     try:
         return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "cluster",
     "data.prefetch_steps",
     "mesh",
+    "run_name",
     "serving",
     "sweep",
     "task",
@@ -61,6 +62,22 @@ def on_top(
                 target = target.setdefault(group, {})
             target[key] = copy.deepcopy(source[key])
     return merged
+
+
+def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
+    """What an older version stored, with the keys that this one has beside those.
+
+    A group is completed where it is about the same thing: the same target, name or kind.
+    """
+    whole = dict(stored)
+    for group, now in composed.items():
+        before = stored.get(group, now)
+        if isinstance(now, Mapping) and isinstance(before, Mapping):
+            tag = next((tag for tag in ("target", "name", "kind") if tag in now), None)
+            if tag is None or before.get(tag) == now[tag]:
+                before = {**now, **before}
+        whole[group] = before
+    return whole
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

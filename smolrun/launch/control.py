@@ -49,7 +49,9 @@ class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     folder: str
     token: str  # new for every start of a run: unfinished folders of two starts never mix
+    every: int  # 0: nothing is saved
     keep: int
+    keep_best: bool
     resume: str | None = None
 
 

@@ -189,7 +189,9 @@ class Supervisor:
             self._close(
                 now,
                 Outcome(
-                    "stopped", EXIT_STOPPED_NOW, "stopped at once by the user; nothing was saved"
+                    "stopped",
+                    EXIT_STOPPED_NOW,
+                    "stopped at once by the user; what came after the last checkpoint is lost",
                 ),
             )
         elif any(state.has_failed for state in self._states):
@@ -207,7 +209,8 @@ class Supervisor:
             return [SendStop(state.rank) for state in late]
         elif self._is_due(now) and self.phase is Phase.STOPPING:
             reason = (
-                f"{names(late)} did not stop within {self._limits.stop_s:g} s; nothing was saved"
+                f"{names(late)} did not stop within {self._limits.stop_s:g} s; "
+                "what came after the last checkpoint is lost"
             )
             self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         elif self._is_due(now):

@@ -22,14 +22,17 @@ class LayerNorms:
     kind: Kind
     every: int
 
-    def begin(self, update: int, named: Iterable[tuple[str, torch.Tensor]]) -> Measurement | None:
+    def begin(
+        self, update: int, named: Iterable[tuple[str, torch.Tensor]], shrunk: float = 1.0
+    ) -> Measurement | None:
         """Takes the gradients' norms just before an update; None where this one is not measured.
 
+        Clipping has made the gradients `shrunk` times as long as they were: that is undone.
         With kind "all" it keeps a copy of the parameters until the update is done.
         """
         if self.kind == "none" or update % self.every:
             return None
-        return Measurement(list(named), also_parameters=self.kind == "all")
+        return Measurement(list(named), shrunk, also_parameters=self.kind == "all")
 
 
 NO_NORMS = LayerNorms("none", 1)
@@ -38,11 +41,12 @@ NO_NORMS = LayerNorms("none", 1)
 class Measurement:
     """The norms of one update, begun before it and finished after it."""
 
-    def __init__(self, named: list[tuple[str, torch.Tensor]], *, also_parameters: bool) -> None:
+    def __init__(
+        self, named: list[tuple[str, torch.Tensor]], shrunk: float, *, also_parameters: bool
+    ) -> None:
         self._named = named
-        self._norms = {
-            "gradients": by_layer((name, p.grad) for name, p in named if p.grad is not None)
-        }
+        clipped = by_layer((name, p.grad) for name, p in named if p.grad is not None)
+        self._norms = {"gradients": {layer: norm / shrunk for layer, norm in clipped.items()}}
         self._before = [p.detach().clone() for _, p in named] if also_parameters else None
 
     def finish(self) -> dict[str, dict[str, float]]:

@@ -104,15 +104,10 @@ class RunFolder:
 
     def write_driver(self, steps: int) -> None:
         """Keep who drives the run, so that `task=status` can tell a running run from a dead one."""
-        import psutil
-
-        me = psutil.Process()
         driver = {
-            "pid": me.pid,
-            "host": platform.node(),
+            **_this_process(),
             "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "steps": steps,
-            "process_created": me.create_time(),
         }
         _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
@@ -130,25 +125,36 @@ class RunFolder:
             pass  # one of them is not there
         return _read_json(self.path / "summary.json")
 
+    def claim(self) -> bool:
+        """Makes the run this process's alone; False if another living one has it."""
+        lock = self.path / "driver.lock"
+        mine = msgspec.json.encode(_this_process())
+        for _ in range(2):
+            try:
+                with lock.open("xb") as file:
+                    file.write(mine)
+                return True
+            except FileExistsError:
+                if _is_alive(_read_json(lock)):
+                    return False
+                lock.unlink(missing_ok=True)  # of a driver that was killed
+        return False
+
+    def release(self) -> None:
+        """Ends the claim."""
+        (self.path / "driver.lock").unlink(missing_ok=True)
+
     def driver_lives(self) -> bool:
         """Whether the run is running: not ended, and its driver a living process of this host."""
-        import psutil
-
-        driver = self.driver()
-        pid, created = driver.get("pid"), driver.get("process_created")
-        is_here = driver.get("host") == platform.node()
-        if not is_here or not isinstance(pid, int) or not isinstance(created, float):
-            return False
-        try:
-            process = psutil.Process(pid)
-            is_same = abs(process.create_time() - created) < _SAME_PROCESS_S
-            return is_same and process.status() != psutil.STATUS_ZOMBIE and not self.summary()
-        except (psutil.Error, ValueError, OverflowError):
-            return False
+        return _is_alive(self.driver()) and not self.summary()
 
     def become_latest(self) -> None:
-        """Let `outputs/latest` point here: a link, or a text file where links are not possible."""
+        """Let `outputs/latest` point here: a link, or a text file where links are not possible.
+
+        What is neither of these, and so not ours, stays; OSError says so."""
         latest = self.path.parent / LATEST
+        if latest.exists() and not latest.is_symlink() and not _is_pointer(latest):
+            raise OSError(f"{latest} is in the way")
         fresh = self.path.parent / f".{LATEST}-{self.run_id}"
         try:
             fresh.symlink_to(self.run_id, target_is_directory=True)
@@ -166,6 +172,38 @@ def run_id(title: str, *, now: datetime, suffix: str) -> str:
 
 def _for_names(text: str) -> str:
     return _NOT_IN_NAMES.sub("_", text)[:80] or "_"
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file holds nothing but the name of a run beside it."""
+    try:
+        name = path.read_text(encoding="utf-8").strip() if path.stat().st_size < 300 else ""
+    except (OSError, ValueError):
+        return False
+    return bool(name) and (path.parent / name).is_dir()
+
+
+def _this_process() -> dict[str, Any]:
+    import psutil
+
+    me = psutil.Process()
+    return {"pid": me.pid, "host": platform.node(), "process_created": me.create_time()}
+
+
+def _is_alive(process: Mapping[str, Any]) -> bool:
+    """Whether what `_this_process` told of is still there, on this host."""
+    import psutil
+
+    pid, created = process.get("pid"), process.get("process_created")
+    is_here = process.get("host") == platform.node()
+    if not is_here or not isinstance(pid, int) or not isinstance(created, float):
+        return False
+    try:
+        found = psutil.Process(pid)
+        is_same = abs(found.create_time() - created) < _SAME_PROCESS_S
+        return is_same and found.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, ValueError, OverflowError):
+        return False
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -12,16 +12,24 @@ from smolrun.events import CheckpointSaved, EvalDone, Event, StepDone, TextSampl
 class RunRecord:
     """A tracker that remembers the last figures."""
 
-    def __init__(self, earlier_s: float = 0.0) -> None:
-        """`earlier_s` is what a run that goes on had trained before."""
+    def __init__(
+        self,
+        *,
+        earlier_s: float = 0.0,
+        steps: int = 0,
+        train_loss: float | None = None,
+        eval_loss: float | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
+        """The figures are those of a run that goes on: `earlier_s` it has been trained before."""
         self._earlier_s = earlier_s
-        self.steps = 0
+        self.steps = steps
         self.tokens = 0
         self.time_s = 0.0
-        self.train_loss: float | None = None
-        self.eval_loss: float | None = None
+        self.train_loss = train_loss
+        self.eval_loss = eval_loss
         self.eval_accuracy: float | None = None
-        self.checkpoint: str | None = None
+        self.checkpoint = checkpoint
         self.sample: TextSample | None = None
         self._not_finite_since: int | None = None
 

@@ -44,6 +44,15 @@ def read_status(folder: Path) -> Status | None:
         return None
 
 
+def forget_wandb_from(folder: Path, step: int) -> None:
+    """A run goes on from an earlier step than W&B has: these steps are told again, as far as W&B
+    takes them (its server never takes a step twice)."""
+    status = read_status(folder)
+    if status is not None and status.last_step >= step:
+        status.last_step = step - 1
+        write_status(folder, status)
+
+
 def write_status(folder: Path, status: Status) -> None:
     """Replace the file; a disk that refuses is not worth more than silence here."""
     path = folder / _FILE

@@ -119,10 +119,13 @@ class Trainer:
             if self.outcome.was_stopped:
                 break
         self._spans.finish()
+        # Who was told to stop in the last step has nothing left to stop.
+        is_over = self._algorithm.steps_begun >= self._steps
         # A run that was stopped goes on later: then its late gradients belong into the checkpoint.
-        if self._save is None or not self.outcome.was_stopped:
+        if is_over or self._save is None:
             for result in self._algorithm.drain():
                 self._finish(result)
+        self.outcome.was_stopped = not is_over
         if self._evaluated_at != self.outcome.steps and not self.outcome.was_stopped:
             self._eval()
         if self._save is not None and self._saved_at != self.outcome.steps:

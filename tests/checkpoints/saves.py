@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from smolrun.checkpoints.folder import commit, part_folder
-from smolrun.checkpoints.manifest import Manifest, merge
+from smolrun.checkpoints.manifest import Manifest, hash_of, merge
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.writer import write_shard
@@ -48,3 +50,9 @@ def tag_of(folder: Path) -> int:
             tags |= {int(value) for value in checkpoint.read(key).view(-1).tolist()}
     assert len(tags) == 1, f"a mix of the saves {tags}"
     return tags.pop()
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A changed manifest with its own hash made true again."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return json.dumps({**content, "sha256": hash_of(content)}).encode()

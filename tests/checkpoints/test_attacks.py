@@ -16,7 +16,7 @@ import pytest
 from smolrun.checkpoints.find import newest_valid, verify
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import CheckpointError
-from tests.checkpoints.saves import save
+from tests.checkpoints.saves import save, sealed
 
 FILE = "rank0-0.safetensors"
 MOST_MEMORY = 64 << 20
@@ -39,7 +39,7 @@ def seal(folder: Path) -> None:
         with open(folder / name, "rb") as file:
             entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         entry["bytes"] = (folder / name).stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(sealed(manifest))
 
 
 def change(**line: Any) -> Callable[[Path], None]:
@@ -140,6 +140,7 @@ def test_a_name_that_leads_out_is_never_opened(tmp_path: Path):
     folder = save(tmp_path / "checkpoints", 1)
     manifest = (folder / "manifest.json").read_text()
     for name in ("../../secret", "/etc/shadow", "rank0-0.safetensors/../../secret"):
-        (folder / "manifest.json").write_text(manifest.replace(FILE, name))
+        changed = json.loads(manifest.replace(FILE, name))
+        (folder / "manifest.json").write_bytes(sealed(changed))
         with pytest.raises(CheckpointError, match="is no name of a checkpoint's file"):
             verify(folder)

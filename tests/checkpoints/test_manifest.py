@@ -11,7 +11,7 @@ from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import MAX_MANIFEST_BYTES, Manifest, merge
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError
-from tests.checkpoints.saves import manifest_of, pieces_of
+from tests.checkpoints.saves import manifest_of, pieces_of, sealed
 
 KEY = "model/weight"
 
@@ -23,7 +23,7 @@ def content(tmp_path: Path) -> Any:
 
 
 def read(content: Any) -> Manifest:
-    return Manifest.from_bytes(json.dumps(content).encode(), "M")
+    return Manifest.from_bytes(sealed(content), "M")
 
 
 def test_comes_back_as_it_was(content: Any):
@@ -169,3 +169,9 @@ def test_a_rank_cannot_speak_of_another_ones_files(reports: list[dict[str, Any]]
 def test_a_damaged_report_is_told(report: dict[str, Any]):
     with pytest.raises(CheckpointError, match="report of a rank"):
         merged([report])
+
+
+def test_one_changed_digit_of_the_state_is_seen(content: Any):
+    content["state"] = {"tag": 4}
+    with pytest.raises(CheckpointError, match="changed after it was written"):
+        Manifest.from_bytes(json.dumps(content).encode(), "M")
