@@ -64,8 +64,11 @@ def find_earlier(
         raise ConfigError(problem("checkpoint.resume", wanted, what))
     closing.callback(folder.release)
     if manifest.step >= config.training.steps:
-        what = f"the run {folder.run_id} has made {manifest.step} steps already"
-        allowed = f"more than {manifest.step}"
+        what = f"the run {folder.run_id} has made {manifest.step} steps already, it is finished"
+        allowed = (
+            f"more than {manifest.step}; to train longer: "
+            f"smolrun checkpoint.resume={wanted} training.steps=N"
+        )
         raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
     training = manifest.state.get("training") or {}
     data = manifest.state.get("data") or {}

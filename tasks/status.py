@@ -5,11 +5,9 @@ Only reads, and starts nothing.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
 
 from smolrun.config import RunConfig
 from smolrun.launch.moves import EXIT_DONE
@@ -67,17 +65,14 @@ def size(num_bytes: float) -> str:
 
 
 def _print(rows: Sequence[Sequence[str]]) -> None:
-    """A table in a terminal, aligned lines where a program may read them."""
-    if sys.stdout.isatty():
-        table = Table()
-        for name in COLUMNS:
-            is_text = name in ("run", "state")
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "run")
-        for cells in rows:
-            table.add_row(*cells)
-        Console(markup=False, highlight=False).print(table)
-        return
+    """Aligned lines. A terminal gets as many columns as fit, but names and states always: a name
+    that is cut is of no use to `checkpoint.resume=`."""
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    shown = list(range(len(COLUMNS)))
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns
+        while len(shown) > 2 and sum(widths[n] + 2 for n in shown) - 2 > room:
+            shown.pop()
     for cells in (COLUMNS, *rows):
-        line = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        line = (cells[n].ljust(widths[n]) for n in shown)
         print("  ".join(line).rstrip())

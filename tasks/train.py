@@ -34,7 +34,7 @@ from smolrun.tasks.workers import (
     plan_workers,
     prepare_data,
 )
-from smolrun.tracking.console import Console, clock, counted, printable
+from smolrun.tracking.console import Console, clock, counted, printable, rate
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
@@ -188,7 +188,7 @@ class _Run:
         if record.eval_accuracy is not None:
             figures.append(f"{record.eval_accuracy:.1%} right")
         if record.tokens_per_s is not None:
-            figures.append(f"{record.tokens_per_s:,.0f} {self._console.unit}/s")
+            figures.append(f"{rate(record.tokens_per_s)} {self._console.unit}/s")
         reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:

@@ -207,11 +207,13 @@ def _latest(outputs: Path) -> Path:
 
 def what_exists(outputs: Path) -> str:
     """The runs that have checkpoints, newest names first, for the end of an error."""
+    if not outputs.is_dir():
+        return f"; there is no folder {outputs.absolute()}: are you where the runs are?"
     runs = [
         path.name
         for path in (outputs.iterdir() if outputs.is_dir() else ())
         if path.name != LATEST and checkpoints_in(path / CHECKPOINTS)
     ]
     if not runs:
-        return f"; no run in {outputs} has checkpoints (checkpoint.every=N makes them)"
+        return f"; no run in {outputs} has checkpoints"
     return f"; runs with checkpoints in {outputs}: {', '.join(sorted(runs, reverse=True)[:10])}"

@@ -52,8 +52,11 @@ def drive(config: RunConfig) -> int:
     module = f"smolrun.tasks.{config.task}"
     try:
         return int(import_module(module).drive(config))
-    except (ConfigError, DataError) as error:
-        return _report(getattr(error, "problems", [str(error)]))
+    except ConfigError as error:
+        return _report(error.problems)
+    except DataError as error:
+        print(f"smolrun: nothing was started: {error}", file=sys.stderr)
+        return BAD_CONFIG
     except SmolrunError as error:
         print(f"smolrun: {error}", file=sys.stderr)
         return FAILED

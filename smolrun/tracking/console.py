@@ -154,7 +154,7 @@ class Console:
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
             f"loss {_number(event.loss)}",
-            f"{self._rate:,.0f} {self.unit}/s",
+            f"{rate(self._rate)} {self.unit}/s",
             f"{clock(left_s)} left",
         ]
         slow = slowest(self._compute_s)
@@ -202,6 +202,11 @@ def slowest(compute_s: dict[int, float]) -> int | None:
     rank = max(compute_s, key=lambda rank: compute_s[rank])
     others = sum(compute_s.values()) - compute_s[rank]
     return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
+
+
+def rate(per_second: float) -> str:
+    """`12,345`, or `1.8` where whole numbers would hide it."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
 def counted(number: int, what: str) -> str:
