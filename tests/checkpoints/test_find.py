@@ -156,5 +156,8 @@ def test_what_is_not_there_is_told_with_what_is(outputs: Path, text: str, proble
 
 
 def test_without_any_run(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"'latest'; there is no folder .*outputs: are you"):
+        locate("latest", tmp_path / "outputs", no_warnings)
+    (tmp_path / "outputs").mkdir()
     with pytest.raises(CheckpointError, match=r"'latest'; no run in .* has checkpoints"):
         locate("latest", tmp_path / "outputs", no_warnings)

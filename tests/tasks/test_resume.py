@@ -20,6 +20,7 @@ import torch
 
 from smolrun.checkpoints.find import newest_valid
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.test_whole_runs import SMALL, finish, is_alive, rows, start, summary
 from tests.waiting import until
 
@@ -198,7 +199,7 @@ def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
 def test_a_run_that_is_done_needs_more_steps(copy: Path) -> None:
     code, _, err = train(copy, "checkpoint.resume=latest")
     assert code == 2
-    assert "has made 24 steps already; allowed: more than 24" in err
+    assert "has made 24 steps already, it is finished; allowed: more than 24" in err
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -289,3 +290,45 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path: Path) 
         assert train(tmp_path, *RUN, "staleness.bound=auto", "checkpoint.every=0")[0] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.timeout(180)
+def test_rewinding_twice_never_mixes_two_timelines(copy: Path) -> None:
+    run = (copy / "outputs" / "latest").resolve()
+    for attempt in ("", "2"):
+        code, out, err = train(
+            copy, f"checkpoint.resume={run}/checkpoints/step-00000021", "training.steps=23"
+        )
+        assert code == 0, err
+        if attempt == "":
+            assert "step-00000024.set-aside" in out
+        checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+        assert "step-00000023" in checkpoints and "step-00000024" not in checkpoints
+        assert [row["step"] for row in rows(copy, "step")] == list(range(23))
+    assert "step-00000023.set-aside" in checkpoints
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_cannot_begin_again_is_left_as_it_was(copy: Path) -> None:
+    run = (copy / "outputs" / "latest").resolve()
+    before = (run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()
+    there = {path.name for path in (run / "checkpoints").iterdir()}
+    code, _, err = train(
+        copy,
+        f"checkpoint.resume={run}/checkpoints/step-00000021",
+        "training.steps=30",
+        "checkpoint.keep=100000000",  # no disk has room for so many
+    )
+    assert code == 3 and "checkpoints need" in err, err
+    assert ((run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()) == before
+    assert {path.name for path in (run / "checkpoints").iterdir()} == there
+
+
+def test_a_run_belongs_to_one_driver_at_a_time(copy: Path) -> None:
+    folder = RunFolder((copy / "outputs" / "latest").resolve())
+    assert folder.claim() and not folder.claim()
+    code, _, err = train(copy, "checkpoint.resume=latest", "training.steps=30")
+    assert code == 2
+    assert "is still running" in err
+    folder.release()
+    assert folder.claim()

@@ -55,7 +55,7 @@ def test_speed_is_a_mean_since_the_last_line() -> None:
     for event in events:
         console.record(event)
     speeds = [line.split("  ")[2] for line in stream.getvalue().splitlines()]
-    assert speeds == ["4.0 samples....3 samples/s"]
+    assert speeds == ["4.0 samples/s", "1.1 samples/s", "5.3 samples/s"]
 
 
 def test_one_is_singular() -> None:
