@@ -11,3 +11,5 @@ def pytest_sessionstart() -> None:
     A shell that runs the tests in the background has them ignore it, and they hand that down.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):  # nohup ignores it, and children inherit that
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

