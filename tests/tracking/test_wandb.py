@@ -27,6 +27,7 @@ from smolrun.tracking.tracker import Fanout
 from smolrun.tracking.wandb_run import WandbRun
 from smolrun.tracking.wandb_status import read_status
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb
+from tests.waiting import until
 
 STEPS = 12
 
@@ -285,13 +286,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", script], cwd=root, check=False, timeout=30)
-    deadline = time.monotonic() + 20
 
     def is_over() -> bool:
         status = read_status(folder.path)
         return status is not None and status.state == "done"
 
-    while not is_over():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(is_over, 20)
     assert server.runs[folder.run_id].steps == list(range(4))
