@@ -51,6 +51,16 @@ class MeshClosed(SmolrunError):
     """The mesh was closed while work was still pending."""
 
 
+class HostError(SmolrunError):
+    """A machine of the cluster cannot do its part: which one, why, and what to do about it."""
+
+    def __init__(self, host: str, what: str, todo: str | None = None) -> None:
+        self.host = host
+        self.what = what
+        self.todo = todo
+        super().__init__(f"{host}: {what}" + (f"; {todo}" if todo else ""))
+
+
 class TrainingError(SmolrunError):
     """Training cannot go on, for example because the loss is no longer a number."""
 

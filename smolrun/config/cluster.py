@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 from pydantic.config import JsonDict
 
@@ -51,8 +53,11 @@ class Host(Section):
     ssh: Name | None = Field(
         default=None, description="Where to reach it: user@address or an alias; null = this machine"
     )
-    address: Name | None = Field(
-        default=None, description="Its address for the other hosts; null = its ssh address"
+    address: Name | Annotated[list[Name], Field(min_length=1)] | None = Field(
+        default=None,
+        json_schema_extra={"allowed": "an address, a list of addresses (best first), or null"},
+        description="Its address for the other hosts, or several, best first; null = its ssh "
+        "address",
     )
     ranks: Count = Field(default=1, description="Processes to start there, usually one per device")
     memory_gb: Positive | None = Field(
@@ -68,6 +73,9 @@ class Host(Section):
     torch: TorchBuild = Field(default="auto", description="Which build of torch to install there")
     workdir: Name | None = Field(
         default=None, description="Folder for code and data there; null = a cache folder"
+    )
+    env: dict[Name, str] = Field(
+        default={}, description="Environment variables of its processes; nothing secret"
     )
     ports: Ports | None = Field(
         default=None,
@@ -98,6 +106,14 @@ class Cluster(Section):
     )
     start_timeout_s: Positive = Field(
         default=120.0, description="Seconds every rank has to import, connect and say ready"
+    )
+    connect_timeout_s: Positive = Field(
+        default=15.0, description="Seconds a host has to answer and log us in"
+    )
+    deploy: Literal["none", "rsync", "wheel"] = Field(
+        default="wheel",
+        description="How our code and yours reach the hosts: wheel = by hash, beside what "
+        "task=setup installed; rsync = changed files of one tree; none = they have it",
     )
     restart: Restart | None = Field(
         default=None, description="Start again after a lost host; null = end the run"

@@ -11,11 +11,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "generate",
         "chat",
         "compare",
-        "doctor",
-        "trust",
         "logs",
-        "attach",
-        "stop",
     ),
     "algorithm": ("fsdp", "syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
@@ -23,15 +19,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantization.kind": ("fp16", "bf16", "int8"),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
-    "mesh.security": ("tls", "insecure"),
     "serving": ("pipeline", "replicas"),
     "serving.mode": ("pipeline", "replicas"),
 }  # fmt: skip  (one line a group reads better than one line a name)
 
 ONLY: dict[str, object] = {
-    "cluster.ports": None,
     "cluster.server": None,
-    "cluster.restart": None,
 }
 """Keys that accept one value until the rest is built."""
 

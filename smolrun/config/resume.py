@@ -22,7 +22,11 @@ MAY_CHANGE = (
     "checkpoint",
     "cluster",
     "data.prefetch_steps",
+    "detach",
+    "driver",
+    "format",
     "mesh",
+    "run",
     "run_name",
     "serving",
     "sweep",
@@ -39,6 +43,7 @@ MAY_CHANGE = (
     "training.sample_prompt",
     "training.sample_tokens",
     "training.steps",
+    "write",
 )
 """Keys, and groups of keys, that a resumed run may have otherwise than before."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from smolrun.config.algorithms import Algorithm
-from smolrun.config.base import Section
+from smolrun.config.base import Name, Section
 from smolrun.config.cluster import Cluster
 from smolrun.config.data import Data
 from smolrun.config.models import Model
@@ -34,9 +34,19 @@ class RunConfig(Section):
     Ranks get it as it is, with its hash.
     """
 
-    task: Literal["train", "bench", "export", "init", "status", "clean"] = Field(
-        description="What to do"
-    )
+    task: Literal[
+        "train",
+        "bench",
+        "export",
+        "init",
+        "setup",
+        "trust",
+        "doctor",
+        "status",
+        "attach",
+        "stop",
+        "clean",
+    ] = Field(description="What to do")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         description="Same seed, same run", json_schema_extra={"allowed": "a whole number >= 0"}
     )
@@ -46,6 +56,16 @@ class RunConfig(Section):
             "allowed": "letters, digits, dot, dash and underscore (100 at most), or null"
         },
     )
+    detach: bool = Field(description="Go on without this terminal; task=attach shows it again")
+    driver: Name | None = Field(
+        description="Host of the cluster that drives the run, so that this machine may leave; null "
+        "= this machine"
+    )
+    run: Name = Field(
+        description="Which run task=attach, stop and status are about; latest = the newest"
+    )
+    write: bool = Field(description="task=doctor writes what it found into the cluster file")
+    format: Literal["text", "json"] = Field(description="How task=doctor answers")
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"
     )

@@ -102,8 +102,10 @@ class Mesh(Section):
     """Group `mesh`: the connections between ranks."""
 
     kind: Literal["tcp"] = Field(description="tcp = our own mesh of sockets")
-    security: Literal["auto", "loopback_plain"] = Field(
-        description="auto = loopback_plain on one machine: authenticated, not encrypted"
+    security: Literal["auto", "tls", "loopback_plain", "insecure"] = Field(
+        description="tls = encrypted, each rank with its own certificate; loopback_plain = "
+        "authenticated only, for one machine; insecure = that between machines; auto = "
+        "loopback_plain on one machine, tls between machines"
     )
     timeout_s: Positive = Field(
         description="Longest wait for a peer that is alive before the run ends"

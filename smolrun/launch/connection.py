@@ -1,0 +1,67 @@
+"""What the launcher asks of a connection to another machine: commands, files, and pipes.
+
+`ssh.py` is the real one; a test has one that runs everything on this machine. Nothing here knows
+what is run or copied. Every method may block, and none blocks longer than its deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+# Called with the number of bytes that have been copied since the last call.
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that has ended. -n is signal n."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+
+class RemoteProcess(Protocol):
+    """A command that runs on the other machine, and its three pipes."""
+
+    def read_out(self) -> bytes:
+        """Some bytes of its stdout; empty at the end."""
+
+    def read_err(self) -> bytes:
+        """Some bytes of its stderr; empty at the end."""
+
+    def write(self, data: bytes) -> None:
+        """All of `data` into its stdin; blocks while it does not read. OSError when it is gone."""
+
+    def close_input(self) -> None:
+        """End its stdin."""
+
+    def wait(self) -> int | None:
+        """Its exit code once it has ended; None if the connection ended first."""
+
+    def close(self) -> None:
+        """Give the pipes up, whatever state it is in. Never raises; may come twice."""
+
+
+class Connection(Protocol):
+    """A machine that can be talked to. Methods raise HostError, with a sentence and what to do."""
+
+    name: str
+
+    def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
+        """Run a line of the machine's own shell to its end, with `data` as its stdin."""
+
+    def start(self, command: str) -> RemoteProcess:
+        """Start a line of the machine's own shell."""
+
+    def put(self, source: Path | bytes, path: str, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file there, whole or not at all; its folder must exist."""
+
+    def get(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file from there, whole or not at all; the folder of `target` must exist."""
+
+    def close(self) -> None:
+        """End the connection and all that was started through it. Never raises."""
