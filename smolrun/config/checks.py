@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config import not_built
+from smolrun.config import cluster_checks, not_built
 from smolrun.config.algorithms import Algorithm, Single
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
@@ -38,37 +37,6 @@ def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Trainin
     for index, host in enumerate(cluster.hosts or []):
         for key, accepted in not_built.ONLY_PER_HOST.items():
             yield from _only(f"cluster.hosts[{index}].{key}", getattr(host, key), accepted)
-
-
-def hosts_over_ssh(*, cluster: Cluster, training: Training) -> Iterator[str]:
-    """Starting ranks on other machines waits for the SSH launcher; a dry run starts none."""
-    if training.dry_run:
-        return
-    reached = [host.name for host in cluster.hosts or [] if host.ssh is not None]
-    if reached:
-        what = f"starting ranks over SSH ({', '.join(reached)}) is not built yet"
-        yield problem(
-            "cluster",
-            cluster.name,
-            what,
-            allowed="cluster=local, with cluster.ranks=N processes on this machine",
-        )
-
-
-def hosts_are_distinct(*, cluster: Cluster) -> Iterator[str]:
-    """Two hosts of one name could not be told apart in logs; ranks are given in one place only."""
-    for name, count in Counter(host.name for host in cluster.hosts or []).items():
-        if count > 1:
-            yield problem(
-                "cluster.hosts", name, f"{count} hosts have this name", allowed="names that differ"
-            )
-    if cluster.hosts is not None and cluster.ranks != "auto":
-        yield problem(
-            "cluster.ranks",
-            cluster.ranks,
-            "has no meaning beside cluster.hosts",
-            allowed="auto, and `ranks` per host",
-        )
 
 
 def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
@@ -227,8 +195,14 @@ def own_code_is_there(*, model: Model, data: Data, algorithm: Algorithm) -> Iter
 
 CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     not_built_yet,
-    hosts_over_ssh,
-    hosts_are_distinct,
+    cluster_checks.hosts_are_distinct,
+    cluster_checks.hosts_can_meet,
+    cluster_checks.ssh_is_a_target,
+    cluster_checks.env_is_sound,
+    cluster_checks.ports_suffice,
+    cluster_checks.named_hosts_exist,
+    cluster_checks.restart_can_be,
+    cluster_checks.links_are_safe,
     ranks_fit_algorithm,
     ranks_fit_batch,
     batch_is_sound,

@@ -23,7 +23,7 @@ class RankPlan:
 
     rank: int
     host: str
-    address: str
+    addresses: list[str]
     local_rank: int
     local_world_size: int
     device: Device
@@ -53,7 +53,7 @@ def ranks(config: RunConfig) -> list[RankPlan]:
         RankPlan(
             rank=rank,
             host=host.name,
-            address=_address(host),
+            addresses=addresses(host),
             local_rank=local_rank,
             local_world_size=host.ranks,
             device=cluster.device if host.device == "auto" else host.device,
@@ -63,7 +63,10 @@ def ranks(config: RunConfig) -> list[RankPlan]:
     ]
 
 
-def _address(host: Host) -> str:
+def addresses(host: Host) -> list[str]:
+    """Where the other hosts can reach it, best first: as configured, else as SSH reaches it."""
+    if isinstance(host.address, str):
+        return [host.address]
     if host.address is not None:
-        return host.address
-    return host.ssh.rpartition("@")[2] if host.ssh is not None else LOOPBACK
+        return list(host.address)
+    return [LOOPBACK if host.ssh is None else host.ssh.rpartition("@")[2]]

@@ -28,15 +28,15 @@ def test_world_size(overrides: list[str], size: int):
 
 def test_local_ranks_share_this_machine():
     assert ranks(compose(["cluster.ranks=3", "cluster.threads=2"]))[1:] == [
-        RankPlan(1, "local", "127.0.0.1", 1, 3, "auto", 2),
-        RankPlan(2, "local", "127.0.0.1", 2, 3, "auto", 2),
+        RankPlan(1, "local", ["127.0.0.1"], 1, 3, "auto", 2),
+        RankPlan(2, "local", ["127.0.0.1"], 2, 3, "auto", 2),
     ]
 
 
 def test_ranks_go_host_after_host():
     config = compose([f"cluster.hosts={HOSTS}", "cluster.device=mps"])
     assert ranks(config) == [
-        RankPlan(0, "a", "127.0.0.1", 0, 2, "cpu", "auto"),
-        RankPlan(1, "a", "127.0.0.1", 1, 2, "cpu", "auto"),
-        RankPlan(2, "b", "127.0.0.9", 0, 1, "mps", "auto"),
+        RankPlan(0, "a", ["127.0.0.1"], 0, 2, "cpu", "auto"),
+        RankPlan(1, "a", ["127.0.0.1"], 1, 2, "cpu", "auto"),
+        RankPlan(2, "b", ["127.0.0.9"], 0, 1, "mps", "auto"),
     ]

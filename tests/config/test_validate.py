@@ -130,12 +130,13 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ({"seed": -1}, "seed = -1: too small; allowed: a whole number >= 0"),
         ({"training": 5}, "training = 5: not a group of keys"),
         (
-            {"mesh__security": "tls"},
-            "mesh.security = tls: not built yet; allowed: auto or loopback_plain",
+            {"mesh__security": "ssl"},
+            "mesh.security = ssl: no such choice; allowed: auto or tls or loopback_plain or "
+            "insecure",
         ),
         ({"task": "serve"}, "task = serve: not built yet; allowed: train or bench"),
         ({"quantization__kind": "int8"}, "quantization.kind = int8: not built yet; allowed: none"),
-        ({"cluster__restart": {"max": 1}}, 'cluster.restart = {"max": 1, "wait_s": 10.0'),
+        ({"cluster__server": "a"}, "cluster.server = a: not built yet; allowed: null"),
     ],
 )
 def test_one_bad_value_is_one_line(shipped: dict[str, Any], changes: dict[str, Any], line: str):
@@ -201,9 +202,48 @@ def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dic
             "no meaning",
         ),
         (
-            {"cluster__hosts": [{"name": "a", "ssh": "a.local"}]},
-            "cluster = local",
-            "SSH (a) is not built yet",
+            {"cluster__hosts": [{"name": "a", "ssh": "a"}, {"name": "b"}]},
+            "cluster.hosts[1].address = null",
+            "b is this machine",
+        ),
+        (
+            {"cluster__hosts": [{"name": n, "ssh": "a.local", "address": n} for n in "ab"]},
+            "cluster.hosts = a.local",
+            "2 hosts have this ssh (a, b)",
+        ),
+        (
+            {"cluster__hosts": [{"name": n, "ssh": n, "address": "10.0.0.1"} for n in "ab"]},
+            "cluster.hosts = 10.0.0.1",
+            "2 hosts have this address (a, b)",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "ssh": "-oProxyCommand=x"}]},
+            "cluster.hosts[0].ssh = -oProxyCommand=x",
+            "begins with a dash",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "env": {"A B": "1"}}]},
+            "cluster.hosts[0].env.A B = 1",
+            "cannot be set",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "ranks": 3}], "cluster__ports": "40000-40001"},
+            "cluster.ports = 40000-40001",
+            "at least 3 of the ports",
+        ),
+        ({"driver": "pi"}, "driver = pi", "no host of cluster=local"),
+        (
+            {"cluster__restart": {"max": 1, "wait_s": 1.0, "min_hosts": 2}},
+            "cluster.restart.min_hosts = 2",
+            "1 to 1",
+        ),
+        (
+            {
+                "cluster__hosts": [{"name": "a", "ssh": "a"}],
+                "mesh__security": "loopback_plain",
+            },
+            "mesh.security = loopback_plain",
+            "without encryption",
         ),
         (
             {"cluster__hosts": [{"name": "a", "speed": 0.5}]},

@@ -1,0 +1,137 @@
+"""Rules about the machines of a run, as checks.py has them for everything else.
+
+Only what can be known without asking a machine: each yields problem lines, and starts nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from smolrun.config.algorithms import Algorithm
+from smolrun.config.cluster import Cluster
+from smolrun.config.plan import addresses, cluster_size
+from smolrun.config.settings import Mesh
+from smolrun.config.suggest import problem
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_HIGHEST_PORT = 65535
+
+
+def hosts_are_distinct(*, cluster: Cluster) -> Iterator[str]:
+    """Two hosts of one name could not be told apart in logs, and one machine is one host."""
+    hosts = cluster.hosts or []
+    for name, count in Counter(host.name for host in hosts).items():
+        if count > 1:
+            what = f"{count} hosts have this name"
+            yield problem("cluster.hosts", name, what, allowed="names that differ")
+    reached = Counter(host.ssh for host in hosts if host.ssh is not None)
+    placed = Counter(
+        address for host in hosts if host.ssh is not None for address in addresses(host)
+    )
+    for what, counts in (("ssh", reached), ("address", placed)):
+        for value, count in counts.items():
+            if count > 1:
+                named = ", ".join(
+                    host.name for host in hosts if value in (host.ssh, *addresses(host))
+                )
+                yield problem(
+                    "cluster.hosts",
+                    value,
+                    f"{count} hosts have this {what} ({named})",
+                    allowed="one host per machine; `ranks: 2` starts two processes on it",
+                )
+    if cluster.hosts is not None and cluster.ranks != "auto":
+        what = "has no meaning beside cluster.hosts"
+        yield problem("cluster.ranks", cluster.ranks, what, allowed="auto, and `ranks` per host")
+
+
+def hosts_can_meet(*, cluster: Cluster) -> Iterator[str]:
+    """Beside machines elsewhere, this one needs an address that they can reach."""
+    hosts = cluster.hosts or []
+    if not any(host.ssh is not None for host in hosts):
+        return
+    for index, host in enumerate(hosts):
+        if host.ssh is None and (host.address is None or _is_loopback(addresses(host)[0])):
+            yield problem(
+                f"cluster.hosts[{index}].address",
+                host.address,
+                f"{host.name} is this machine, and the other hosts must reach it",
+                allowed="its address in their network",
+            )
+
+
+def ssh_is_a_target(*, cluster: Cluster) -> Iterator[str]:
+    """What begins with a dash would be read as an option by programs that are given it."""
+    for index, host in enumerate(cluster.hosts or []):
+        for key, value in (("name", host.name), ("ssh", host.ssh or "")):
+            if value.startswith("-") or any(c.isspace() or not c.isprintable() for c in value):
+                yield problem(
+                    f"cluster.hosts[{index}].{key}",
+                    value,
+                    "begins with a dash, or has a space in it",
+                    allowed="a name, or user@address for ssh",
+                )
+
+
+def env_is_sound(*, cluster: Cluster) -> Iterator[str]:
+    """Names that every shell can set, and values of one line."""
+    for index, host in enumerate(cluster.hosts or []):
+        for name, value in host.env.items():
+            if not _ENV_NAME.fullmatch(name) or any(c in value for c in "\n\r\0"):
+                yield problem(
+                    f"cluster.hosts[{index}].env.{name}",
+                    value,
+                    "cannot be set as an environment variable",
+                    allowed="a name of letters, digits and _, and a value of one line",
+                )
+
+
+def ports_suffice(*, cluster: Cluster) -> Iterator[str]:
+    """Every rank of a host listens on a port of its own."""
+    ranges = [("cluster.ports", cluster.ports, 1)]
+    for index, host in enumerate(cluster.hosts or []):
+        where = "cluster.ports" if host.ports is None else f"cluster.hosts[{index}].ports"
+        ranges.append((where, host.ports or cluster.ports, host.ranks))
+    for where, ports, needed in dict.fromkeys(ranges):
+        if ports is None:
+            continue
+        first, last = (int(number) for number in ports.split("-"))
+        if not (1024 <= first <= last <= _HIGHEST_PORT and last - first + 1 >= needed):
+            allowed = f"at least {needed} of the ports 1024-{_HIGHEST_PORT}, as 40000-40100"
+            yield problem(where, ports, "cannot be listened on", allowed=allowed)
+
+
+def named_hosts_exist(*, cluster: Cluster, driver: str | None) -> Iterator[str]:
+    """`driver` is one of the hosts, and it is another machine."""
+    reached = [host.name for host in cluster.hosts or [] if host.ssh is not None]
+    if driver is not None and driver not in reached:
+        allowed = ", ".join(reached) if reached else "null: this cluster has no other machine"
+        yield problem("driver", driver, f"no host of cluster={cluster.name}", allowed=allowed)
+
+
+def restart_can_be(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+    """Fewer hosts than there are can be enough, more cannot."""
+    count = len(cluster.hosts or [None])
+    if cluster.restart is not None and cluster.restart.min_hosts > count:
+        yield problem(
+            "cluster.restart.min_hosts",
+            cluster.restart.min_hosts,
+            f"there are {count} hosts, with {cluster_size(cluster, algorithm)} ranks",
+            allowed=f"1 to {count}",
+        )
+
+
+def links_are_safe(*, cluster: Cluster, mesh: Mesh) -> Iterator[str]:
+    """What is only authenticated stays on one machine, unless somebody says so plainly."""
+    others = [host.name for host in cluster.hosts or [] if host.ssh is not None]
+    if mesh.security == "loopback_plain" and others:
+        what = f"{', '.join(others)} would be reached over a network without encryption"
+        yield problem(
+            "mesh.security", mesh.security, what, allowed="auto or tls; insecure, if you must"
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
