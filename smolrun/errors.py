@@ -61,6 +61,14 @@ class HostError(SmolrunError):
         super().__init__(f"{host}: {what}" + (f"; {todo}" if todo else ""))
 
 
+class HostErrors(SmolrunError):
+    """Several machines of the cluster cannot do their part; all are named, a line each."""
+
+    def __init__(self, errors: Sequence[SmolrunError]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(str(error) for error in errors))
+
+
 class TrainingError(SmolrunError):
     """Training cannot go on, for example because the loss is no longer a number."""
 

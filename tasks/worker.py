@@ -22,14 +22,17 @@ from smolrun.launch.control import (
     EXIT_DONE,
     EXIT_FAILED,
     OUT_OF_MEMORY,
+    Address,
     ErrorReport,
     StartMessage,
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
 
 if TYPE_CHECKING:
+    from smolrun.mesh.guards import Guard
     from smolrun.mesh.mesh import Mesh
     from smolrun.mesh.tcp import Endpoint
+    from smolrun.wire.handshake import Identity
 
 _START_S = 60.0  # the driver sends the start message before anything else
 # `mesh.liveness`: how long a peer may say nothing at all before it counts as lost. With the time to
@@ -102,13 +105,14 @@ def _run_task(
     task = import_module(f"smolrun.tasks.{start.config['task']}")
     from smolrun.mesh.tcp import Endpoint
 
-    endpoint = Endpoint(start.address)
+    _check_links(start)
+    endpoint = Endpoint(start.addresses, start.ports, host=start.host)
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "smolrun": version("smolrun"),
     }
-    channel.ready(endpoint.port, versions)
+    channel.ready([Address(*where) for where in endpoint.addresses], versions)
     mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
     closing.callback(_close, mesh)
     summary: dict[str, Any] = task.work(start, mesh, channel)
@@ -142,9 +146,38 @@ def _build_mesh(
     return connect(
         endpoint,
         identity,
-        [Seat(peer.rank, peer.host, peer.address, peer.port) for peer in peers],
+        [
+            Seat(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
+            for peer in peers
+        ],
         timeout_s=float(settings["timeout_s"]),
         silence_s=_SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
+        guard=_guard(start, identity),
     )
+
+
+def _check_links(start: StartMessage) -> None:
+    """Whatever the driver said: nothing leaves this machine readable unless somebody asked."""
+    from smolrun.mesh.addresses import is_loopback
+
+    if start.security == "insecure":
+        _log.warning("mesh.security = insecure: whoever is on the way can read and change all")
+    elif start.security == "loopback_plain":
+        if others := [where for where in start.addresses if not is_loopback(where)]:
+            raise SmolrunError(
+                f"rank {start.rank} on {start.host}: mesh.security = loopback_plain, but "
+                f"{', '.join(others)} is no loopback address; set mesh.security=tls"
+            )
+    elif start.credentials is None:
+        raise SmolrunError(f"rank {start.rank} on {start.host} was given no key for TLS")
+
+
+def _guard(start: StartMessage, identity: Identity) -> Guard | None:
+    """What encrypts the links; None if nothing does."""
+    if start.credentials is None:
+        return None
+    from smolrun.mesh.guards import TlsGuard
+
+    return TlsGuard(start.credentials, identity)

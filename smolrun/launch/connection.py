@@ -51,6 +51,14 @@ class Connection(Protocol):
 
     name: str
 
+    @property
+    def address(self) -> str | None:
+        """Where it goes, as numbers; None if something stands between that hides it."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why it is gone, if it is and nobody closed it."""
+
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin."""
 

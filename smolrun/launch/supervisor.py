@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from smolrun.events import RankStep, StepDone
-from smolrun.launch.cause import RankState, did_not_finish, is_explained, names, pick_cause
+from smolrun.launch.cause import Cause, RankState, did_not_finish, is_explained, names, pick_cause
 from smolrun.launch.control import Peer
 from smolrun.launch.moves import (
     EXIT_DONE,
@@ -134,7 +134,7 @@ class Supervisor:
     def _note(self, state: RankState, item: Input) -> None:
         had_failed = state.has_failed
         if isinstance(item, Ready):
-            state.port = item.port
+            state.addresses = item.addresses
             state.versions = item.versions
         elif isinstance(item, Reported):
             if isinstance(item.event, RankStep | StepDone):
@@ -145,6 +145,7 @@ class Supervisor:
         elif isinstance(item, Exited):
             state.exit_code = item.code
             state.out_of_memory = item.out_of_memory
+            state.lost = item.lost
         elif isinstance(item, Misbehaved | NotStarted):
             state.problem = state.problem or item.problem
             state.never_started = state.never_started or isinstance(item, NotStarted)
@@ -153,7 +154,7 @@ class Supervisor:
             state.sign = self._signs
 
     def _starting(self, now: float) -> list[Action]:
-        waited_for = [state for state in self._states if state.port is None]
+        waited_for = [state for state in self._states if not state.addresses]
         if any(state.is_over or state.has_failed for state in self._states):
             self._fail(now)  # nobody works yet, so there is nothing for the others to add
         elif self._interrupts:
@@ -164,23 +165,14 @@ class Supervisor:
             )
         elif not waited_for:
             self.phase, self.deadline = Phase.RUNNING, None
-            return [
-                SendRoster(
-                    [
-                        Peer(s.rank, s.host, s.address, s.port)
-                        for s in self._states
-                        if s.port is not None
-                    ]
-                )
-            ]
+            return [SendRoster([Peer(s.rank, s.host, s.addresses) for s in self._states])]
         elif self._is_due(now):
             late = waited_for[0]
             reason = (
                 f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
             )
-            self._close(
-                now, Outcome("failed", EXIT_FAILED, reason, late.rank, late.host), hurry=True
-            )
+            cause = Cause(late.rank, late.host, reason, is_lost=True)
+            self._close(now, _failed(cause), hurry=True)
         return []
 
     def _running(self, now: float) -> list[Action]:
@@ -215,19 +207,13 @@ class Supervisor:
             self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         elif self._is_due(now):
             cause = did_not_finish(late, self._limits.finish_s)
-            self._close(now, Outcome("failed", EXIT_FAILED, cause.reason, cause.rank, cause.host))
+            self._close(now, _failed(cause))
         elif len(late) < len(self._states) and self.deadline is None:
             self.deadline = now + self._limits.finish_s
         return []
 
     def _fail(self, now: float) -> None:
-        cause = pick_cause(self._states)
-        self._close(
-            now,
-            Outcome(
-                "failed", EXIT_FAILED, cause.reason, cause.rank, cause.host, cause.out_of_memory
-            ),
-        )
+        self._close(now, _failed(pick_cause(self._states)))
 
     def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
         self._hurry = self._hurry or hurry
@@ -269,3 +255,15 @@ class Supervisor:
                 if state.result is not None
             },
         )
+
+
+def _failed(cause: Cause) -> Outcome:
+    return Outcome(
+        "failed",
+        EXIT_FAILED,
+        cause.reason,
+        cause.rank,
+        cause.host,
+        out_of_memory=cause.out_of_memory,
+        is_lost=cause.is_lost,
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.cause import RankState
-from smolrun.launch.control import ErrorReport, Peer, ResultMessage
+from smolrun.launch.control import Address, ErrorReport, Peer, ResultMessage
 from smolrun.launch.moves import (
     Action,
     Exited,
@@ -28,10 +28,12 @@ from smolrun.launch.supervisor import Limits, Phase, Supervisor
 LIMITS = Limits(start_s=120, finish_s=300, stop_s=60, grace_s=2, exit_s=5, kill_s=5)
 
 
+def at(port: int) -> list[Address]:
+    return [Address("127.0.0.1", port)]
+
+
 def states(count: int) -> list[RankState]:
-    return [
-        RankState(r, f"host{r}", "127.0.0.1", f"logs/rank{r}-host{r}.log") for r in range(count)
-    ]
+    return [RankState(r, f"host{r}", f"logs/rank{r}-host{r}.log") for r in range(count)]
 
 
 def starting(count: int) -> Supervisor:
@@ -41,7 +43,7 @@ def starting(count: int) -> Supervisor:
 def running(count: int) -> Supervisor:
     supervisor = starting(count)
     for rank in range(count):
-        supervisor.handle(Ready(rank, 5000 + rank, {"python": "3.11"}), 1.0)
+        supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
     assert supervisor.phase is Phase.RUNNING
     return supervisor
 
@@ -73,9 +75,9 @@ def bury(supervisor: Supervisor, actions: list[Action], now: float) -> Outcome:
 
 def test_the_roster_is_sent_once_all_are_ready() -> None:
     supervisor = starting(2)
-    assert supervisor.handle(Ready(1, 5001), 1.0) == []
-    actions = supervisor.handle(Ready(0, 5000), 2.0)
-    expected = [Peer(0, "host0", "127.0.0.1", 5000), Peer(1, "host1", "127.0.0.1", 5001)]
+    assert supervisor.handle(Ready(1, at(5001)), 1.0) == []
+    actions = supervisor.handle(Ready(0, at(5000)), 2.0)
+    expected = [Peer(0, "host0", at(5000)), Peer(1, "host1", at(5001))]
     assert actions == [SendRoster(expected)]
     assert supervisor.deadline is None
 
@@ -94,7 +96,7 @@ def test_a_run_that_goes_well() -> None:
 
 def test_the_start_deadline_names_all_that_are_not_ready() -> None:
     supervisor = starting(3)
-    supervisor.handle(Ready(1, 5001), 1.0)
+    supervisor.handle(Ready(1, at(5001)), 1.0)
     assert supervisor.advance(119.9) == []
     actions = supervisor.advance(120.0)
     assert actions == [Kill(0), Kill(1), Kill(2)]

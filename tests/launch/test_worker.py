@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from smolrun.launch.control import (
+    Address,
     EventMessage,
     Peer,
     ReadyMessage,
@@ -48,7 +49,11 @@ class Worker:
             "cluster": {"start_timeout_s": 10.0},
             "mesh": {"timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
         }
-        self.say(msgspec.structs.replace(START, rank=0, world_size=1, config=config))
+        self.say(
+            msgspec.structs.replace(
+                START, rank=0, world_size=1, config=config, addresses=["127.0.0.1"]
+            )
+        )
 
     def say(self, message: Any) -> None:
         self.stdin.write(encode(message))
@@ -59,7 +64,7 @@ class Worker:
 
     def join_the_mesh(self) -> None:
         assert isinstance(self.heard(), ReadyMessage)
-        self.say(RosterMessage(peers=[Peer(0, "local", "127.0.0.1", 4711)]))
+        self.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
 
     def end(self) -> tuple[ResultMessage, int, str]:
         """Its result, exit code and log; its stdin stays open until it is gone."""
@@ -89,10 +94,14 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     worker = begin(workers, "good")
     ready = worker.heard()
     assert isinstance(ready, ReadyMessage)
-    assert (ready.rank, ready.port, ready.pid) == (0, 4711, worker.process.pid)
+    assert (ready.rank, ready.addresses, ready.pid) == (
+        0,
+        [Address("127.0.0.1", 4711)],
+        worker.process.pid,
+    )
     assert ready.versions["torch"] == "2.0-stub"
     assert set(ready.versions) == {"python", "torch", "smolrun"}
-    worker.say(RosterMessage(peers=[Peer(0, "local", "127.0.0.1", 4711)]))
+    worker.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
     event = worker.heard()
     assert isinstance(event, EventMessage)
     assert event.data["event"] == "step"

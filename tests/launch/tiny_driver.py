@@ -36,7 +36,7 @@ def plans(folder: Path, behave: dict[str, str], *, ranks: int, steps: int) -> li
                 config=config,
                 config_hash="0",
                 secret=SECRET,
-                address="127.0.0.1",
+                addresses=["127.0.0.1"],
                 device="cpu",
                 threads=1,
             ),

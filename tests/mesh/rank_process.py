@@ -33,10 +33,13 @@ def main() -> None:
     rank, world_size = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     ports = [int(port) for port in sys.argv[5].split(",")]
-    roster = [Seat(other, "local", "127.0.0.1", port) for other, port in enumerate(ports)]
+    roster = [Seat(other, "local", [("127.0.0.1", port)]) for other, port in enumerate(ports)]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
     mesh = connect(
-        Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4])
+        Endpoint(["127.0.0.1"], (ports[rank], ports[rank])),
+        identity,
+        roster,
+        silence_s=float(sys.argv[4]),
     )
     collectives = Collectives(mesh)
     tensor = torch.ones(2_000_000)

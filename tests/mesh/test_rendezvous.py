@@ -12,8 +12,9 @@ import threading
 import pytest
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
+from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.io import IoThread
-from smolrun.mesh.rendezvous import Endpoint, Rendezvous, Seat
+from smolrun.mesh.rendezvous import Rendezvous, Seat
 from smolrun.mesh.tcp import TcpMesh, connect
 from smolrun.wire.handshake import Identity
 
@@ -28,10 +29,9 @@ def build(
     identities: list[Identity], *, start_timeout_s: float = 10.0
 ) -> list[TcpMesh | SmolrunError]:
     """Lets all ranks connect at once; returns each one's mesh or error."""
-    endpoints = [Endpoint("127.0.0.1") for _ in identities]
+    endpoints = [Endpoint(["127.0.0.1"]) for _ in identities]
     roster = [
-        Seat(rank, f"host{rank}", "127.0.0.1", endpoint.port)
-        for rank, endpoint in enumerate(endpoints)
+        Seat(rank, f"host{rank}", endpoint.addresses) for rank, endpoint in enumerate(endpoints)
     ]
     results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
 
@@ -91,14 +91,15 @@ def test_both_ends_are_told_at_once_that_their_configurations_differ(
 
 
 def test_a_missing_rank_is_named_with_its_host_and_address() -> None:
-    endpoint, absent = Endpoint("127.0.0.1"), Endpoint("127.0.0.1")
+    endpoint, absent = Endpoint(["127.0.0.1"]), Endpoint(["127.0.0.1"])
     roster = [
-        Seat(0, "mini1", "127.0.0.1", absent.port),
-        Seat(1, "mini2", "127.0.0.1", endpoint.port),
+        Seat(0, "mini1", absent.addresses),
+        Seat(1, "mini2", endpoint.addresses),
     ]
     absent.close()
     with pytest.raises(
-        WaitTimeout, match=rf"no link to rank 0 \(mini1, 127.0.0.1:{absent.port}\) after 0.5 s"
+        WaitTimeout,
+        match=rf"no link to rank 0 \(mini1, 127.0.0.1:{absent.addresses[0][1]}\) after 0.5 s",
     ):
         connect(endpoint, identity(1), roster, start_timeout_s=0.5)
 
@@ -135,10 +136,8 @@ STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof
 
 
 def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
-    endpoints = [Endpoint("127.0.0.1"), Endpoint("127.0.0.1")]
-    roster = [
-        Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)
-    ]
+    endpoints = [Endpoint(["127.0.0.1"]), Endpoint(["127.0.0.1"])]
+    roster = [Seat(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)]
     io = IoThread("test-io", lambda error: None)
     io.start()
     rendezvous = Rendezvous(io, endpoints[0], identity(0), roster)
@@ -147,7 +146,9 @@ def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
     waiting.start()
     bytes_got = 0
     for index in range(1000):
-        with socket.create_connection(("127.0.0.1", endpoints[0].port), timeout=10) as sock:
+        with socket.create_connection(
+            ("127.0.0.1", endpoints[0].addresses[0][1]), timeout=10
+        ) as sock:
             try:
                 sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
                 sock.shutdown(socket.SHUT_WR)
