@@ -79,7 +79,10 @@ def train_on(
             run = make(found)
             restarts.keep_config(found.earlier.folder)
         except (HostError, HostErrors) as error:  # it answered a moment ago
-            lost = dataclasses.replace(lost, outcome=not_equipped(error), has_begun=False)
+            done = max(lost.done, lost.outcome.steps)
+            lost = dataclasses.replace(
+                lost, outcome=not_equipped(error), done=done, has_begun=False
+            )
         except (SmolrunError, OSError) as error:
             reason = f"{lost.outcome.reason}; it could not be started again: {error}"
             return run, dataclasses.replace(lost.outcome, reason=reason)

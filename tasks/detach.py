@@ -32,7 +32,7 @@ from smolrun.tracking.run_folder import RunFolder
 
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--driver"]
 _LOG = "SMOLRUN_DRIVER_LOG"  # for the driver alone: the file that its output goes to at first
-_FOLDER = "smolrun-run-folder: "
+FOLDER = "smolrun-run-folder: "  # before the line that names it
 _POLL_S = 0.05
 _END_S = 10.0  # for a driver that is to end before its run began
 
@@ -123,8 +123,8 @@ def _hear(
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 text = line.decode("utf-8", "replace").rstrip("\r")
-                if text.startswith(_FOLDER):
-                    return EXIT_DONE, text.removeprefix(_FOLDER)
+                if text.startswith(FOLDER):
+                    return EXIT_DONE, text.removeprefix(FOLDER)
                 say(text)
         if has_ended:
             if rest:
@@ -156,7 +156,7 @@ def begin_driving(folder: RunFolder, *, steps: int, unit: str) -> None:
         shutil.copyfileobj(said, own)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os.write(1, f"{_FOLDER}{folder.path.absolute()}\n".encode())
+    os.write(1, f"{FOLDER}{folder.path.absolute()}\n".encode())
     own_fd = os.open(folder.driver_log, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
     for fd in (1, 2):
         os.dup2(own_fd, fd)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +21,7 @@ from smolrun.tasks.doctor_hosts import Patients
 _GB = 1e9
 _UNKNOWN = "-"
 _COLOURS = {"fine": "green", "usable": "yellow", "cannot run": "red"}
+_PLAIN: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
 _WIDTH = 100  # where nobody says how wide it is, as in a pipe
 
 
@@ -44,7 +47,7 @@ def report(patients: Patients) -> None:
 
 
 def _hosts(patients: Patients) -> Table:
-    table = Table(title=f"cluster={patients.config.cluster.name}", title_justify="left")
+    table = Table(title=f"cluster={patients.config.cluster.name}", **_PLAIN)
     for name in ("host", "system", "cores", "memory free", "disk free", "Python", "torch"):
         table.add_column(name, overflow="fold")
     for name in ("device", "verdict"):
@@ -64,7 +67,7 @@ def row(one: Examined) -> list[str]:
     total, free = system["memory_total"], system["memory_available"]
     packages = environment.get("packages", {})
     return [
-        f"{system['system']}, {system['arch']}",
+        f"{short(system['system'])} {system['arch']}",
         str(system["usable_cores"] or _UNKNOWN),
         f"{_gigabytes(free)} of {_gigabytes(total)}",
         _gigabytes(system["folder"]["free"]),
@@ -72,6 +75,11 @@ def row(one: Examined) -> list[str]:
         str(packages.get("torch") or _UNKNOWN),
         device(environment),
     ]
+
+
+def short(system: str) -> str:
+    """The name of a system without its code name: Debian 12."""
+    return re.sub(r" GNU/Linux|\s*\(.*?\)", "", system)
 
 
 def device(environment: Mapping[str, Any]) -> str:
@@ -93,8 +101,8 @@ def details(one: Examined) -> list[str]:
         lines.append(f"clock {clock['offset_s']:+.2f} s, give or take {clock['uncertain_s']:.2f} s")
     if (score := facts.get("environment", {}).get("score")) is not None:
         lines.append(
-            f"{score['flops'] / 1e9:,.0f} GFLOP/s, {score['memory_bytes_per_s'] / _GB:,.0f} GB/s of "
-            f"memory on {score['device']}"
+            f"{score['device']}: {score['flops'] / 1e9:,.0f} GFLOP/s, "
+            f"memory {score['memory_bytes_per_s'] / _GB:,.0f} GB/s"
         )
     for told in facts.get("network", {}).get("interfaces", []):
         if told["kind"] != "loopback":
@@ -105,7 +113,7 @@ def details(one: Examined) -> list[str]:
 
 def _links(patients: Patients) -> Table:
     security = "through the mesh, with its encryption" if patients.machines else "on this machine"
-    table = Table(title=f"links, measured {security}", title_justify="left")
+    table = Table(title=f"links, measured {security}", **_PLAIN)
     for name in ("from", "to", "round trip", "bandwidth", "over"):
         table.add_column(name, overflow="fold", justify="left")
     for one in link_rows(patients):

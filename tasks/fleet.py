@@ -67,12 +67,13 @@ class Fleet:
         from smolrun.launch.delivery.run_folder import CheckpointFiles
 
         hashes = FileHashes(platformdirs.user_cache_path("smolrun") / "hashes.json")
+        weights = getattr(self._config.model, "pretrained", True)
         order = Order(
             run_id,
             self._config.cluster.name,
             self._config.cluster.deploy,
-            code_archive(Path.cwd(), _own_targets(self._config)),
-            PreparedFiles(prepared, hashes) if prepared is not None else None,
+            code_archive(Path.cwd(), own_targets(self._config)),
+            PreparedFiles(prepared, hashes, weights=weights) if prepared is not None else None,
             CheckpointFiles(checkpoint) if checkpoint is not None else None,
         )
         ready = provision(self.machines, order, progress)
@@ -208,7 +209,7 @@ def _host(config: RunConfig, name: str) -> HostConfig:
     return hosts.get(name) or HostConfig(name=name)
 
 
-def _own_targets(config: RunConfig) -> list[str]:
+def own_targets(config: RunConfig) -> list[str]:
     """What the configuration names of the user's own code."""
     groups = (config.model, config.data, config.algorithm)
     return [group.target for group in groups if isinstance(group, CustomTarget)]

@@ -27,6 +27,7 @@ from smolrun.launch.control import (
     StartMessage,
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
+from smolrun.launch.wake import awake
 
 if TYPE_CHECKING:
     from smolrun.mesh.guards import Guard
@@ -54,7 +55,8 @@ def main() -> int:
     )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
-    code = run(channel)
+    with awake():
+        code = run(channel)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

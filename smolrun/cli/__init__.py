@@ -22,6 +22,8 @@ def main() -> int:
     try:
         if "--driver" in arguments:
             return int(import_module("smolrun.cli.driver").main())
+        if "--start-driver" in arguments:
+            return int(import_module("smolrun.cli.driver").start_main())
         return int(import_module("smolrun.cli.run").run(arguments))
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from smolrun.errors import HostError
+
 # Called with the number of bytes that have been copied since the last call.
 OnBytes = Callable[[int], None]
 
@@ -22,6 +24,10 @@ class Completed:
     code: int
     out: bytes
     err: bytes
+
+
+class TookTooLong(HostError):
+    """A command did not end within its deadline."""
 
 
 class RemoteProcess(Protocol):
@@ -60,7 +66,10 @@ class Connection(Protocol):
         """Why it is gone, if it is and nobody closed it."""
 
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
-        """Run a line of the machine's own shell to its end, with `data` as its stdin."""
+        """Run a line of the machine's own shell to its end, with `data` as its stdin.
+
+        TookTooLong when the deadline comes first.
+        """
 
     def start(self, command: str) -> RemoteProcess:
         """Start a line of the machine's own shell."""

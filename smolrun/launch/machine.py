@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolrun.errors import HostError
-from smolrun.launch import find_python
 from smolrun.launch.at_once import on_all
 from smolrun.launch.call import call
 from smolrun.launch.connection import Completed, Connection, OnBytes
+from smolrun.launch.meeting import Facts, learn, no_python
 from smolrun.launch.remote_worker import RemoteWorker, start_worker
-from smolrun.launch.shell import PROBE, Shell, command, which_shell
+from smolrun.launch.shell import command
 from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.login import AskPassword
 
-DEFAULT_WORKDIR = "~/.cache/smolrun"
-_SHELL_S = 30.0  # a Pi with a slow card takes its time for the first command
+_LEAST_SHELL_S = 10.0  # a Pi with a slow card takes its time for the first command
 
 
 @dataclass(frozen=True)
@@ -43,33 +41,19 @@ class Machine:
     `python` are absolute, with "/" between their parts on every system.
     """
 
-    def __init__(
-        self,
-        spec: HostSpec,
-        connection: Connection,
-        *,
-        shell: Shell,
-        os: str,
-        home: str,
-        workdir: str,
-        python: str,
-        user: str = "",
-        architecture: str = "",
-        python_version: str = "",
-        cores: int = 1,
-    ) -> None:
+    def __init__(self, spec: HostSpec, connection: Connection, facts: Facts) -> None:
         self.spec = spec
         self.name = spec.name
         self.connection = connection
-        self.shell = shell
-        self.os = os
-        self.home = home
-        self.workdir = workdir
-        self.python = python
-        self.user = user
-        self.architecture = architecture
-        self.python_version = python_version
-        self.cores = cores
+        self.shell = facts.shell
+        self.os = facts.os
+        self.home = facts.home
+        self.workdir = facts.workdir
+        self.python = facts.python
+        self.python_version = facts.python_version
+        self.user = facts.user
+        self.architecture = facts.architecture
+        self.cores = facts.cores
 
     @property
     def address(self) -> str | None:
@@ -79,7 +63,7 @@ class Machine:
     def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """What on_host/<script>.py answers there."""
         if not self.python:
-            raise _no_python(self.name, "NAME")
+            raise no_python(self.name, "NAME")
         return call(self.connection, self.python, script, request, timeout_s, shell=self.shell)
 
     def run(
@@ -139,7 +123,8 @@ def open_machine(
         ask_password=ask_password,
     )
     try:
-        return meet(spec, connection, cluster=cluster, needs_python=needs_python)
+        shell_s = max(timeout_s, _LEAST_SHELL_S)
+        return meet(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
     except BaseException:
         connection.close()
         raise
@@ -173,102 +158,13 @@ def open_machines(
 
 
 def meet(
-    spec: HostSpec, connection: Connection, *, cluster: str = "NAME", needs_python: bool = True
+    spec: HostSpec,
+    connection: Connection,
+    *,
+    cluster: str = "NAME",
+    needs_python: bool = True,
+    shell_s: float = 30.0,
 ) -> Machine:
-    """The machine at the other end of a connection."""
-    shell = _shell(connection)
-    found = _look_around(spec, connection, shell)
-    candidates = [spec.python] if spec.python else found.pythons
-    failures: list[HostError] = []
-    for python in candidates:
-        try:
-            return _asked(spec, connection, shell, python, cluster)
-        except _CannotUse as error:
-            raise error.told from None
-        except HostError as error:
-            failures.append(error)
-    if spec.python and failures:
-        raise failures[0]
-    if needs_python:
-        raise _no_python(spec.name, cluster, failures)
-    return Machine(
-        spec,
-        connection,
-        shell=shell,
-        os=found.os,
-        home=found.home,
-        workdir=found.workdir,
-        python="",
-    )
-
-
-class _CannotUse(Exception):
-    """A Python that works well told why the machine cannot be used: no other need be tried."""
-
-    def __init__(self, told: HostError) -> None:
-        self.told = told
-
-
-def _asked(
-    spec: HostSpec, connection: Connection, shell: Shell, python: str, cluster: str
-) -> Machine:
-    request = {"workdir": spec.workdir or DEFAULT_WORKDIR}
-    said = call(connection, python, "who", request, _SHELL_S, shell=shell)
-    if said["problem"]:
-        raise _CannotUse(
-            HostError(
-                spec.name,
-                f"its folder {said['workdir']} cannot be used: {said['problem']}",
-                "make room or give the folder to its user, or set `workdir:` in the cluster file",
-            )
-        )
-    return Machine(
-        spec,
-        connection,
-        shell=shell,
-        os=said["os"],
-        home=said["home"],
-        workdir=said["workdir"],
-        python=said["executable"],
-        user=said["user"],
-        architecture=said["architecture"],
-        python_version=said["python"],
-        cores=said["cores"],
-    )
-
-
-def _shell(connection: Connection) -> Shell:
-    done = connection.run(PROBE, timeout_s=_SHELL_S)
-    shell = which_shell(done.out.decode("utf-8", "replace"))
-    if shell is None:
-        words = (done.err.strip() or done.out.strip()).decode("utf-8", "replace").splitlines()
-        raise HostError(
-            connection.name,
-            f"its login shell runs no commands: {words[-1][:300] if words else 'it said nothing'}",
-            "smolrun needs an account with an ordinary shell",
-        )
-    return shell
-
-
-def _look_around(spec: HostSpec, connection: Connection, shell: Shell) -> find_python.Answer:
-    workdir = spec.workdir or DEFAULT_WORKDIR
-    if shell is Shell.POSIX:
-        question = find_python.unix_question(workdir).encode()
-        done = connection.run("exec sh -s", data=question, timeout_s=_SHELL_S)
-    else:
-        line = command(shell, find_python.windows_question(workdir))
-        done = connection.run(line, timeout_s=_SHELL_S)
-    found = find_python.understood(done.out.decode("utf-8", "replace"))
-    if found is None:
-        words = done.err.decode("utf-8", "replace").strip()[-300:] or "it said nothing"
-        raise HostError(connection.name, f"its shell does not say what is there: {words}")
-    return found
-
-
-def _no_python(name: str, cluster: str, failures: Sequence[HostError] = ()) -> HostError:
-    tried = "; " + "; ".join(error.what for error in failures) if failures else ""
-    return HostError(
-        name,
-        f"has no Python 3.8 or newer in any of the usual places{tried}",
-        f"smolrun task=setup cluster={cluster} installs one, or set `python:` in the cluster file",
-    )
+    """The machine at the other end of a connection that is open."""
+    facts = learn(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
+    return Machine(spec, connection, facts)

@@ -90,9 +90,8 @@ def _cmd(argv: Sequence[str], env: Mapping[str, str], cwd: str | None) -> str:
     parts = [f"set {name}={_careted(value)}&&" for name, value in env.items()]
     if cwd is not None:
         parts.append(f"cd /d {_careted(subprocess.list2cmdline([_backslashed(cwd)]))}&&")
-    program = subprocess.list2cmdline([_backslashed(argv[0])])
-    rest = subprocess.list2cmdline(argv[1:])
-    return " ".join([*parts, _careted(f"{program} {rest}".rstrip())])
+    line = subprocess.list2cmdline([_backslashed(argv[0]), *argv[1:]])
+    return " ".join([*parts, _careted(line)])
 
 
 def _careted(text: str) -> str:

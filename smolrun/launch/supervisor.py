@@ -247,6 +247,7 @@ class Supervisor:
         return replace(
             self._outcome,
             reason=reason,
+            is_lost=self._outcome.is_lost and not self._interrupts,  # the user wants no new start
             steps=self._steps,
             versions=self._states[0].versions,
             summaries={

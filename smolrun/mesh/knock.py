@@ -77,6 +77,8 @@ class Knock:
             self.pipe.close()
 
     def _connected(self, _events: int) -> None:
+        if not self._is_open:
+            return  # closed in the same turn of the loop
         code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self._fail(OSError(code, os.strerror(code)))

@@ -226,7 +226,6 @@ class Rendezvous:
     def _on_failed(self, knock: Knock, error: Exception) -> None:
         self._knocks.discard(knock)
         self._strangers.discard(knock)
-        self.refused += 1
         talk = knock.conversation
         if talk.peer is not None:
             self._pairings[talk.peer].gone(knock)
@@ -236,6 +235,9 @@ class Rendezvous:
                 self._give_up(error)
             self._dial_failed(talk.dialed, self._dialed[knock][1], talk.channel, error)
             return
+        if talk.is_proven:
+            return  # its rank keeps another one, or dials again
+        self.refused += 1
         _log.info("refused a connection: %s", error)
         assert isinstance(talk, Acceptor)
         if talk.claimed is not None:

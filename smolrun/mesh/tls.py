@@ -138,7 +138,7 @@ class TlsPipe:
     def _read(self, buffer: memoryview) -> int:
         """Decrypts into `buffer` what has come; 0 if the other side said that nothing follows."""
         try:
-            return int(self._tls.read(len(buffer), buffer))  # type: ignore[arg-type]  # any writable memory
+            return int(self._tls.read(len(buffer), buffer))
         except ssl.SSLZeroReturnError:
             return 0
 
@@ -189,4 +189,6 @@ def _reason(error: ssl.SSLError) -> str:
     """OpenSSL's own words, without its place in the source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return str(error.verify_message)
+    if error.reason == "CALLBACK_FAILED":
+        return "it asked for another rank"
     return (error.reason or str(error)).lower().replace("_", " ")

@@ -18,7 +18,9 @@ import msgspec
 
 from smolrun.tracking.run_folder import LATEST, RunFolder
 
-State = Literal["running", "elsewhere", "remote", "done", "stopped", "failed", "died", "bench"]
+State = Literal[
+    "running", "elsewhere", "remote", "unreachable", "done", "stopped", "failed", "died", "bench"
+]
 
 _TAIL_BYTES = (64 << 10, 1 << 20)  # the second only if the first holds no step
 _QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no longer running
@@ -29,8 +31,8 @@ class PastRun:
     """One run at a glance; None is unknown.
 
     `elsewhere`: another host began it and may still drive it. `remote`: we had another host drive
-    it, which alone knows more. `died`: nobody drives it and nobody
-    told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
+    it, which alone knows more; `unreachable` if it cannot be asked. `died`: nobody drives it and
+    nobody told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
     """
 
     folder: RunFolder
@@ -46,7 +48,7 @@ class PastRun:
     @property
     def may_be_running(self) -> bool:
         """Nobody may take its files away."""
-        return self.state in ("running", "elsewhere", "remote")
+        return self.state in ("running", "elsewhere", "remote", "unreachable")
 
 
 def run_folders(outputs: Path) -> list[RunFolder]:

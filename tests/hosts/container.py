@@ -96,8 +96,10 @@ class Container:
         while waiting := [one for one in waiting if one.poll() is None]:
             # The `nsenter` of a frozen one stands still too, and would never learn that it ended.
             # They are woken, not killed: each has to collect its own dead, or the kernel waits.
-            late = time.monotonic() > deadline
-            _signal((one.pid for one in waiting), signal.SIGKILL if late else signal.SIGCONT)
+            late_s = time.monotonic() - deadline
+            _signal((one.pid for one in waiting), signal.SIGKILL if late_s > 0 else signal.SIGCONT)
+            if late_s > timeout_s:
+                raise LabError(f"{self.name}: {[one.args for one in waiting]} do not end")
             time.sleep(0.002)
 
     def start(self, *argv: str, **options: Any) -> subprocess.Popen[bytes]:

@@ -24,7 +24,7 @@ import yaml
 
 from tests.hosts.claims import claim, let_out, release
 from tests.hosts.host import Host, make_key, sshd_program
-from tests.hosts.network import BOX, LabError, Network, bits_per_second
+from tests.hosts.network import BOX, LabError, Network, bits_per_second, command, search_path
 
 TOOLS = {
     "iproute2": ("ip", "tc"),
@@ -48,8 +48,9 @@ def missing() -> str | None:
         return "the lab of hosts needs Linux, for its network namespaces"
     if os.geteuid() != 0:
         return "the lab of hosts needs root, for its network namespaces"
+    path = search_path()
     absent = {
-        package: [tool for tool in tools if shutil.which(tool) is None]
+        package: [tool for tool in tools if shutil.which(tool, path=path) is None]
         for package, tools in TOOLS.items()
     }
     packages = [package for package, tools in absent.items() if tools]
@@ -58,19 +59,21 @@ def missing() -> str | None:
         install = "apt-get install --no-install-recommends " + " ".join(packages)
         return f"the lab of hosts needs {names}: {install}"
     trial = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "sh", "-c"]
-    done = subprocess.run([*trial, TRIAL], capture_output=True, text=True, timeout=20)
-    if done.returncode:
-        return f"this kernel or container allows no lab of hosts: {done.stderr.strip()}"
+    try:
+        command(*trial, TRIAL)
+    except LabError as error:
+        return f"this kernel or container allows no lab of hosts: {error}"
     return None
 
 
 class Lab:
     """Hosts that are up, and the user's side: `ssh_config`, `known_hosts` and a `key`.
 
-    `address` and `address6` are the box's own, as the hosts see it.
+    `name` is that of its interface; `address` and `address6` are the box's, as the hosts see it.
     """
 
     def __init__(self, network: Network, hosts: list[Host], folder: Path) -> None:
+        self.name = network.name
         self.hosts = hosts
         self.folder = folder
         self.address = network.address(BOX)

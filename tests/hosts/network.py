@@ -30,9 +30,21 @@ class LabError(Exception):
     """The lab could not do what it was asked: the command, and what it said."""
 
 
+def search_path() -> str:
+    """PATH, and where the box's tools are: a root that came by `su` does not have them on it."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
 def command(*argv: str, data: str = "", timeout_s: float = 20.0) -> str:
     """Run a command of the box to its end, with `data` as its stdin; gives its stdout."""
-    done = subprocess.run(argv, input=data, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(
+        argv,
+        input=data,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=os.environ | {"PATH": search_path()},
+    )
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise LabError(f"`{' '.join(argv)}` ended with {done.returncode}: {said}")

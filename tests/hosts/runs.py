@@ -25,11 +25,12 @@ class Driver:
         folder.mkdir(exist_ok=True)
         self.lab = lab
         self.folder = folder
+        self._started: list[subprocess.Popen[str]] = []
         lab.write_cluster(folder / "conf", "lab", **cluster)
 
     def start(self, *overrides: str, cluster: str = "lab") -> subprocess.Popen[str]:
         """The command, with its output in pipes."""
-        return subprocess.Popen(
+        run = subprocess.Popen(
             [sys.executable, "-m", "smolrun.cli", f"cluster={cluster}", *overrides],
             cwd=self.folder,
             env={**os.environ, "NO_COLOR": "1"},
@@ -38,6 +39,19 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._started.append(run)
+        return run
+
+    def end(self) -> None:
+        """Ends what a failed test left running, and waits until all hosts are clean."""
+        for run in self._started:
+            if run.poll() is None:
+                run.kill()
+                run.communicate()
+        until(lambda: not any(workers(host) for host in self.lab.hosts), 20.0)
+        for host in self.lab.hosts:  # a driver that was killed could not clean up
+            for folder in host.workdir.glob("runs/*"):
+                host.run("rm", "-r", str(folder))
 
     def run(
         self, *overrides: str, cluster: str = "lab", timeout_s: float = 90.0
@@ -86,7 +100,7 @@ def finish(run: subprocess.Popen[str], timeout_s: float = 90.0) -> tuple[int, st
 
 def workers(host: Host) -> list[int]:
     """Process ids of the workers on a host."""
-    return [one.pid for one in host.processes() if "--worker" in " ".join(one.command)]
+    return [one.pid for one in host.processes() if "--worker" in one.command]
 
 
 def is_clean(hosts: Sequence[Host]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import subprocess
 import sys
 import time
@@ -20,6 +19,9 @@ from tests.waiting import until
 pytestmark = pytest.mark.hosts
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -30,12 +32,6 @@ def traces(name: str) -> list[str]:
     found += [one.name for one in Path("/sys/class/net").iterdir() if one.name == name]
     found += [line for line in command("nft", "list", "tables").splitlines() if name in line]
     return found
-
-
-def name_of(the_lab: Lab) -> str:
-    """Of its network: the first word of the interface with the box's address in it."""
-    lines = command("ip", "-4", "-oneline", "address").splitlines()
-    return next(line.split()[1] for line in lines if f" {the_lab.address}/" in line)
 
 
 def test_each_host_is_reached_by_ssh_and_has_name_home_and_key_of_its_own(lab3: Lab):
@@ -88,6 +84,19 @@ def test_a_frozen_host_stands_still_and_goes_on(lab3: Lab):
     host.thaw()
     until(lambda: file.stat().st_size > at)
     host.kill(*(one.pid for one in host.processes()))
+
+
+def test_a_host_asleep_says_nothing_until_it_wakes(make_lab: Maker):
+    the_lab = make_lab(hosts=1)
+    host = the_lab.hosts[0]
+    argv = ["ssh", "-F", str(the_lab.ssh_config), "-o", "ConnectTimeout=1", host.ssh, "true"]
+    host.freeze(sshd=True)
+    assert subprocess.run(argv, capture_output=True, timeout=30).returncode == 255
+    host.cut()
+    assert subprocess.run(argv, capture_output=True, timeout=30).returncode == 255
+    host.heal()
+    host.thaw()
+    assert the_lab.run_ssh(host, "true").returncode == 0
 
 
 def test_a_changed_and_an_unknown_host_key_are_refused(lab3: Lab):
@@ -198,22 +207,19 @@ def test_the_cluster_file_is_one_that_smolrun_reads(lab3: Lab, tmp_path: Path):
 
 
 def test_hosts_get_out_if_they_may(make_lab: Maker):
-    before = claims.FORWARDING.read_text()
     the_lab = make_lab(hosts=1, internet=True)
     assert the_lab.address in the_lab.hosts[0].run("ip", "route", "get", "192.0.2.77")
-    assert "masquerade" in command("nft", "list", "table", "ip", name_of(the_lab))
+    assert "masquerade" in command("nft", "list", "table", "ip", the_lab.name)
     assert claims.FORWARDING.read_text().strip() == "1"
     with pytest.raises(LabError, match="unreachable"):
         make_lab(hosts=1).hosts[0].run("ip", "route", "get", "192.0.2.77")
-    assert before in ("0\n", "1\n")
 
 
 def test_the_end_leaves_nothing_also_after_an_error(possible: None, tmp_path: Path):
     pids = []
-    before = claims.FORWARDING.read_text()
     options = {"hosts": 2, "folder": tmp_path, "internet": True}
     with pytest.raises(ZeroDivisionError), lab(**options) as the_lab:
-        name = name_of(the_lab)
+        name = the_lab.name
         host = the_lab.hosts[0]
         the_lab.run_ssh(host, "setsid nohup sleep 1000 < /dev/null > /dev/null 2>&1 &")
         host.start("sleep", "2000")
@@ -228,41 +234,29 @@ def test_the_end_leaves_nothing_also_after_an_error(possible: None, tmp_path: Pa
     assert time.monotonic() - began < 5
     assert traces(name) == []
     assert not any(exists(pid) for pid in pids)
-    assert claims.FORWARDING.read_text() == before
 
 
 def test_what_a_killed_run_left_is_removed_and_no_other_lab(
     lab3: Lab, make_lab: Maker, tmp_path: Path
 ):
     code = (
-        "import os, pathlib, sys\n"
+        "import pathlib, sys\n"
         "from tests.hosts.lab import lab\n"
         "with lab(hosts=1, folder=pathlib.Path(sys.argv[1])) as the_lab:\n"
-        "    process = the_lab.hosts[0].start('sleep', '1000')\n"
-        "    print(the_lab.address, flush=True)\n"
+        "    the_lab.hosts[0].start('sleep', '1000')\n"
+        "    while len(found := the_lab.hosts[0].processes(sshd=True)) < 2: pass\n"
+        "    print(the_lab.name, *(one.pid for one in found), flush=True)\n"
         "    sys.stdin.read()\n"
     )
     argv = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(argv, cwd=root, **pipes, text=True) as other:
+    with subprocess.Popen(argv, cwd=ROOT, **pipes, text=True) as other:
         assert other.stdout is not None
-        address = other.stdout.readline().strip()
-        name = next(
-            line.split()[1]
-            for line in command("ip", "-4", "-oneline", "address").splitlines()
-            if f" {address}/" in line
-        )
-        other.send_signal(signal.SIGKILL)
-    assert traces(name)
-    # Its processes have ended by themselves; what is left are the names of its network.
-    until(lambda: all(claims.processes_in(trace.split()[0]) == [] for trace in traces(name)[:2]))
-    fresh = name_of(make_lab(hosts=1))
-    assert fresh == name or traces(name) == []
+        name, *pids = other.stdout.readline().split()
+        assert all(exists(int(pid)) for pid in pids)
+        other.kill()
+    until(lambda: not any(exists(int(pid)) for pid in pids))  # they have ended by themselves
+    claim = claims.CLAIMS / f"{name.removeprefix('smol')}.json"
+    make_lab(hosts=1)
+    assert not claim.exists() or json.loads(claim.read_text())["pid"] != other.pid
     assert lab3.run_ssh(lab3.hosts[0], "true").returncode == 0
-
-
-def test_a_process_that_took_the_pid_of_a_dead_owner_is_not_the_owner():
-    pid = os.getpid()
-    assert claims.is_alive({"pid": pid, "started": claims.started(pid)})
-    assert not claims.is_alive({"pid": pid, "started": -1})

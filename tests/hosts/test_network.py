@@ -76,15 +76,25 @@ def hears(sender: Host, receiver: Host, timeout_s: float = 5.0) -> bool:
     return False
 
 
+def carries(sender: Host, receiver: Host, rate: float, size: int) -> bool:
+    """Whether it is `rate` Mbit/s within 15 %; again if this machine had no time to look."""
+    for _ in range(4):
+        measured = megabits_per_second(sender, receiver, size)
+        assert measured < 1.15 * rate
+        if measured > 0.85 * rate:
+            return True
+    return False
+
+
 def test_the_rate_is_what_it_says_in_both_directions(make_lab: Maker):
     first, second = make_lab(hosts=2, rate="200mbit").hosts
-    assert megabits_per_second(first, second, 16_000_000) == pytest.approx(200, rel=0.15)
-    assert megabits_per_second(second, first, 16_000_000) == pytest.approx(200, rel=0.15)
+    assert carries(first, second, 200, 16_000_000)
+    assert carries(second, first, 200, 16_000_000)
     second.rate("8mbit")  # one slow cable is enough, whoever sends
-    assert megabits_per_second(first, second, 1_000_000) == pytest.approx(8, rel=0.15)
-    assert megabits_per_second(second, first, 1_000_000) == pytest.approx(8, rel=0.15)
+    assert carries(first, second, 8, 600_000)
+    assert carries(second, first, 8, 600_000)
     second.heal()
-    assert megabits_per_second(first, second, 16_000_000) == pytest.approx(200, rel=0.15)
+    assert carries(first, second, 200, 16_000_000)
 
 
 def test_a_cut_is_silent_and_heals(pair: tuple[Host, Host]):

@@ -1,14 +1,18 @@
-"""A connection to this very machine, without SSH: the same shell line, run by a shell like sshd's."""
+"""A connection to this very machine, without SSH: lines go to a shell, as sshd does it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+from typing import IO
 
-from smolrun.errors import HostError
-from smolrun.launch.connection import Completed, OnBytes
+from smolrun.launch.connection import Completed, OnBytes, TookTooLong
+from tests import waiting
 
 
 class ConnectionHere:
@@ -28,7 +32,7 @@ class ConnectionHere:
         try:
             done = subprocess.run(argv, input=data, capture_output=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise HostError(self.name, f"did not end within {timeout_s:g} s") from None
+            raise TookTooLong(self.name, f"did not end within {timeout_s:g} s") from None
         return Completed(done.returncode, done.stdout, done.stderr)
 
     def start(self, command: str) -> ProcessHere:
@@ -59,12 +63,20 @@ class ConnectionHere:
         for process in self._processes:
             process.close()
 
+    def end_all(self) -> None:
+        """At the end of a test: nothing that was started here goes on."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.popen.pid, signal.SIGKILL)
+            process.popen.wait(10)
+
 
 class ProcessHere:
     """RemoteProcess by subprocess, in a session of its own, as sshd does it."""
 
     def __init__(self, line: str) -> None:
         self.is_lost = False
+        self.is_closed = False
         self.popen = subprocess.Popen(
             ["sh", "-c", line],
             stdin=subprocess.PIPE,
@@ -75,15 +87,22 @@ class ProcessHere:
         )
 
     def read_out(self) -> bytes:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.read(65536) or b""
+        return self._read(self.popen.stdout)
 
     def read_err(self) -> bytes:
-        assert self.popen.stderr is not None
-        return self.popen.stderr.read(65536) or b""
+        return self._read(self.popen.stderr)
+
+    def _read(self, pipe: IO[bytes] | None) -> bytes:
+        assert pipe is not None
+        while not self.is_closed:
+            if select.select([pipe], [], [], 0.01)[0]:
+                return os.read(pipe.fileno(), 65536)
+        return b""
 
     def write(self, data: bytes) -> None:
         assert self.popen.stdin is not None
+        if self.is_closed:
+            raise BrokenPipeError("closed")
         self.popen.stdin.write(data)
 
     def close_input(self) -> None:
@@ -92,9 +111,10 @@ class ProcessHere:
             self.popen.stdin.close()
 
     def wait(self) -> int | None:
-        code = self.popen.wait()
-        return None if self.is_lost else code
+        waiting.until(lambda: self.is_closed or self.popen.poll() is not None, 30)
+        return None if self.is_lost else self.popen.poll()
 
     def close(self) -> None:
+        # What runs goes on, as over SSH.
         self.close_input()
-        self.popen.kill()
+        self.is_closed = True

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import _thread
 import threading
+import time
 
 import pytest
 
@@ -42,3 +44,17 @@ def test_every_machine_that_failed_is_named() -> None:
 def test_threads_are_named_after_machine_and_work() -> None:
     named = on_all({"mini2": None}, lambda _: threading.current_thread().name, "code")
     assert named == {"mini2": "smolrun-mini2-code"}
+
+
+def test_ctrl_c_does_not_wait_for_a_machine_that_hangs() -> None:
+    release = threading.Event()
+
+    def act(name: str) -> None:
+        _thread.interrupt_main()
+        release.wait(30)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        on_all({"mini1": "mini1"}, act, "test")
+    assert time.monotonic() - began < 5
+    release.set()

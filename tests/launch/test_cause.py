@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+
 from smolrun.launch.cause import describe_exit
-from smolrun.launch.control import EXIT_ABANDONED
-from smolrun.launch.moves import Exited
-from tests.launch.test_supervisor import failed, outcome_of, running
+from smolrun.launch.control import EXIT_ABANDONED, OUT_OF_MEMORY
+from smolrun.launch.moves import (
+    Exited,
+    Finish,
+    Input,
+    Interrupted,
+    Kill,
+    Misbehaved,
+    NotStarted,
+    Outcome,
+)
+from tests.launch.test_supervisor import bury, done, failed, outcome_of, running, starting
 
 
 def test_a_rank_that_died_without_a_word_beats_an_error_that_was_reported_before() -> None:
@@ -44,3 +55,58 @@ def test_how_ends_are_described() -> None:
     assert describe_exit(-64000) == "died from signal 64000 (unknown)"
     assert describe_exit(0xC0000005) == "died with exit code 0xc0000005"
     assert "no longer heard the driver" in describe_exit(EXIT_ABANDONED)
+
+
+def ended(*inputs: Input) -> Outcome:
+    """The end of a run of two ranks to which this happened; whoever is killed then ends."""
+    supervisor = running(2)
+    waiting = list(inputs)
+    now = 2.0
+    while True:
+        actions = supervisor.handle(waiting.pop(0), now) if waiting else supervisor.advance(now)
+        waiting += [Exited(action.rank, -9) for action in actions if isinstance(action, Kill)]
+        if any(isinstance(action, Finish) for action in actions):
+            return outcome_of(actions)
+        if not waiting:
+            assert supervisor.deadline is not None and now < 1000
+            now = max(now, supervisor.deadline)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [Exited(1, -9)],
+        [Exited(1, 1)],
+        [Exited(1, EXIT_ABANDONED)],
+        [failed(0, "PeerLost", "lost rank 1: silent", 1)],
+        [failed(0, "WaitTimeout", "no step within 300 s"), Exited(0, 3)],
+        [NotStarted(1, "ssh: connection refused")],
+        [Exited(1, -9), failed(0, "PeerLost", "lost rank 1: closed", 1)],
+        [done(0)],  # and rank 1 never reports
+    ],
+)
+def test_what_is_gone_or_out_of_reach_is_lost(inputs: list[Input]) -> None:
+    outcome = ended(*inputs)
+    assert outcome.status == "failed" and outcome.is_lost
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [failed(1, "ValueError", "my own mistake"), failed(0, "PeerLost", "lost rank 1", 1)],
+        [failed(1, OUT_OF_MEMORY, "20 GB wanted")],
+        [Exited(1, -9, "Linux ended it: memory was full")],
+        [failed(1, "TrainingError", "the loss is not a number")],
+        [failed(1, "ConfigError", "no such optimizer")],
+        [Misbehaved(1, "sent a line that is no message")],
+        [Exited(1, -9), Interrupted()],  # lost, but the user wants it to end
+    ],
+)
+def test_what_would_come_again_is_not_lost(inputs: list[Input]) -> None:
+    outcome = ended(*inputs)
+    assert outcome.status == "failed" and not outcome.is_lost
+
+
+def test_a_host_that_is_never_ready_is_lost() -> None:
+    supervisor = starting(2)
+    assert bury(supervisor, supervisor.advance(121.0), 122.0).is_lost

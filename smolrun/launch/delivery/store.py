@@ -100,7 +100,8 @@ def check_room(machine: Machine, folder: str, needed: int, free: int) -> None:
     if needed + _SPARE_BYTES > free:
         raise HostError(
             machine.name,
-            f"{_size(needed)} do not fit on the disk of {folder}, which has {_size(free)} free",
+            f"{_size(needed)}, and {_size(_SPARE_BYTES)} to spare, do not fit on the disk of "
+            f"{folder}, which has {_size(free)} free",
             "make room there, or set workdir: in the cluster file to a folder on a larger disk",
         )
 

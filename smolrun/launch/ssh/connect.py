@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 _MOST_JUMPS = 8
 # The library's own deadlines come after ours, which knows what to say.
 _LATER_S = 5.0
+_ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
 
 
 def connect(
@@ -155,12 +157,14 @@ class _Attempt:
             target=self._run, name=f"smolrun-ssh-{self._name}-open", daemon=True
         ).start()
         try:
-            in_time = self._done.wait(self._timeout_s)
+            in_time = self._wait()
         except BaseException:
             self._give_up()
             raise
         hop = self._current()
-        if not in_time:
+        if not in_time and hop.proxy_end:
+            failed = failure.no_proxy(hop, hop.proxy_end)
+        elif not in_time:
             failed = failure.too_late(hop, self._timeout_s)
         elif self._error is not None:
             failed = failure.explain(hop, self._error)
@@ -169,6 +173,18 @@ class _Attempt:
         self._give_up()
         what = f"on the way to it, {failed.what}" if hop.is_jump else failed.what
         raise HostError(self._name, what, failed.todo)
+
+    def _wait(self) -> bool:
+        """False if the deadline came first, or the end of a ProxyCommand, which paramiko misses."""
+        deadline = time.monotonic() + self._timeout_s
+        while not self._done.wait(min(_ROUND_S, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or self._proxy_has_ended():
+                return False
+        return True
+
+    def _proxy_has_ended(self) -> bool:
+        process = getattr(self._hops[0].wire, "process", None)
+        return process is not None and process.poll() is not None
 
     def _run(self) -> None:
         try:

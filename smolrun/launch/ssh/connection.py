@@ -15,7 +15,7 @@ from pathlib import Path
 from paramiko import ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
-from smolrun.launch.connection import Completed, OnBytes
+from smolrun.launch.connection import Completed, OnBytes, TookTooLong
 from smolrun.launch.ssh.files import SshFiles
 from smolrun.launch.ssh.hop import Hop, Wire
 from smolrun.launch.ssh.process import SshProcess
@@ -31,15 +31,13 @@ _MOST_OUTPUT_BYTES = 64 * 1024 * 1024
 class SshConnection:
     """Connection by Fabric. Several threads may use it at once."""
 
-    def __init__(
-        self, name: str, hops: list[Hop], *, silence_limit_s: float = SILENCE_LIMIT_S
-    ) -> None:
+    def __init__(self, name: str, hops: list[Hop]) -> None:
         self.name = name
         self.settings = hops[-1].settings
         self._hops = hops
         self._transport: Transport = hops[-1].fabric.transport
         self._files = SshFiles(name, self._transport)
-        self._silence_limit_s = silence_limit_s
+        self._silence_limit_s = SILENCE_LIMIT_S
         self._closed = threading.Event()
         self._silent = False
         assert hops[-1].wire is not None, "an open connection has a wire"
@@ -86,7 +84,7 @@ class SshConnection:
             alarm.cancel()
             process.close()
         if late.is_set():
-            raise HostError(self.name, f"{_shown(command)} did not end within {timeout_s:g} s")
+            raise TookTooLong(self.name, f"{_shown(command)} did not end within {timeout_s:g} s")
         if out.is_too_much or err.is_too_much:
             raise HostError(self.name, f"{_shown(command)} wrote more than 64 MiB")
         if code is None:

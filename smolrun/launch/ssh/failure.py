@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paramiko import ChannelException, ProxyCommandFailure, SSHException
+from paramiko import ChannelException, SSHException
 from paramiko.ssh_exception import IncompatiblePeer
 
 from smolrun.launch.host_keys import HostKey
@@ -60,9 +60,17 @@ def revoked_key(hop: Hop, key: HostKey) -> Failed:
     )
 
 
+def no_proxy(hop: Hop, why: str) -> Failed:
+    """The ProxyCommand is of no use."""
+    what = f"its ProxyCommand brings us no SSH server ({why})"
+    return Failed(what, f"try it by hand: {hop.proxy_command}")
+
+
 def too_late(hop: Hop, timeout_s: float) -> Failed:
     """The deadline passed; the stage it was in says what was waited for."""
     place, after = hop.settings.place, f"within {timeout_s:g} s"
+    if hop.proxy_command and not hop.greeted:
+        return no_proxy(hop, f"no answer {after}")
     if hop.stage == "reach":
         return Failed(f"{place} does not answer {after}", _IS_IT_ON)
     if hop.stage == "greeting" and not hop.greeted:
@@ -89,8 +97,8 @@ def explain(hop: Hop, error: Exception) -> Failed:
     place = hop.settings.place
     if isinstance(error, Failed):
         return error
-    if isinstance(error, ProxyCommandFailure):
-        return Failed(f"the ProxyCommand to {place} failed ({error})", "run it by hand")
+    if hop.proxy_command and not hop.greeted:
+        return no_proxy(hop, hop.proxy_end or getattr(error, "strerror", None) or str(error))
     if isinstance(error, ChannelException):  # a jump host that cannot go on
         return Failed(f"the jump host cannot reach {place} ({error.text.lower()})", _IS_IT_ON)
     if hop.stage == "login":

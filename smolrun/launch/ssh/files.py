@@ -22,7 +22,10 @@ from smolrun.launch.connection import OnBytes
 
 # A server that does not answer for so long will not answer any more.
 _ANSWER_S = 30.0
-_REQUESTS_AHEAD = 64  # as OpenSSH's own client; more only fills memory
+# Asked for at once, so that the way there and back is not waited for with every block. SFTP servers
+# answer with 32 KiB at most.
+_BLOCK_BYTES = 32 * 1024
+_ROUND_BYTES = 128 * _BLOCK_BYTES
 
 
 class SshFiles:
@@ -51,9 +54,7 @@ class SshFiles:
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
         try:
             with self._session(f"read {path}") as client, part.open("xb") as file:
-                wanted = client.stat(path).st_size
-                got = client.getfo(path, file, _steps(on_bytes), True, _REQUESTS_AHEAD)
-                if wanted is not None and got != wanted:
+                if not _read(client, path, file, on_bytes):
                     raise HostError(self._name, f"{path} changed while it was read")
                 file.flush()
                 os.fsync(file.fileno())
@@ -116,6 +117,22 @@ def _opened(source: Path | bytes) -> Iterator[tuple[BinaryIO, int]]:
     else:
         with source.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
+
+
+def _read(client: SFTPClient, path: str, file: BinaryIO, on_bytes: OnBytes | None) -> bool:
+    """Copy a file from there; False if it got shorter meanwhile.
+
+    In rounds, as the library's own `get` keeps all that has come in memory.
+    """
+    with client.open(path, "rb") as source:
+        size = source.stat().st_size
+        for first in range(0, size, _ROUND_BYTES):
+            places = range(first, min(first + _ROUND_BYTES, size), _BLOCK_BYTES)
+            for data in source.readv([(at, min(_BLOCK_BYTES, size - at)) for at in places]):
+                file.write(data)
+                if on_bytes is not None and data:
+                    on_bytes(len(data))
+        return bool(file.tell() == size)
 
 
 def _steps(on_bytes: OnBytes | None) -> Callable[[int, int], None] | None:

@@ -6,6 +6,7 @@ came.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,6 +41,11 @@ class Wire:
         self.heard = time.monotonic()
         return data
 
+    def close(self) -> None:
+        """Never raises: a ProxyCommand may have ended before."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
@@ -67,6 +73,20 @@ class Hop:
         """Whether an SSH server answered at all."""
         transport = self.fabric.client.get_transport()
         return transport is not None and bool(transport.remote_version)
+
+    @property
+    def proxy_command(self) -> str | None:
+        """The program that passes the bytes on, if ssh_config names one."""
+        return self.fabric.gateway if isinstance(self.fabric.gateway, str) else None
+
+    @property
+    def proxy_end(self) -> str | None:
+        """How that program ended, if it did, with its last words."""
+        process = getattr(self.wire, "process", None)
+        if process is None or process.poll() is None:
+            return None
+        words = process.stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+        return ": ".join([f"it ended with exit code {process.returncode}", *words])
 
     @property
     def known(self) -> KnownHosts:

@@ -25,9 +25,11 @@ _GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 _DEEPEST_INCLUDE = 16  # as in OpenSSH
 _WORD = re.compile(r"\s*(?P<key>\w+)(?:\s*=\s*|\s+)(?P<value>.*\S)")
-# user@host:port, where an IPv6 address stands in brackets if a port follows.
+# user@host:port; an IPv6 address may stand alone, and stands in brackets if a port follows.
 _TARGET = re.compile(
-    r"(?:(?P<user>[^@\s]+)@)?(?:\[(?P<v6>[^\]\s]+)\]|(?P<host>[^\s\[\]]+?))(?::(?P<port>\d+))?"
+    r"(?:(?P<user>[^@\s]+)@)?"
+    r"(?:\[(?P<v6>[^\]@\s]+)\]|(?P<host>[^:@\s\[\]]+|[^@\s\[\]]*:[^@\s\[\]]*:[^@\s\[\]]*))"
+    r"(?::(?P<port>\d{1,5}))?"
 )
 
 
@@ -68,15 +70,12 @@ class Settings:
 
 def parse_target(name: str, text: str) -> Target:
     """user@host:port in its parts; HostError if no machine can be meant by it."""
-    match = _TARGET.fullmatch(text) if text.count(":") < 2 or "[" in text else None
-    if match is None and text.count(":") >= 2 and not re.search(r"[\s\[\]]", text):
-        user, _, host = text.rpartition("@")  # a bare IPv6 address
-        parsed = Target(host, user or None)
-    elif match is None:
+    match = _TARGET.fullmatch(text)
+    if match is None:
         parsed = Target("")
     else:
         port = int(match["port"]) if match["port"] else None
-        parsed = Target(match["v6"] or match["host"] or "", match["user"], port)
+        parsed = Target(match["v6"] or match["host"], match["user"], port)
     port_is_wrong = parsed.port is not None and not 0 < parsed.port < 65536
     # A name that begins with a dash would be an option to a ProxyCommand, or to ssh itself.
     if not parsed.host or port_is_wrong or "-" in (parsed.host[0], (parsed.user or "x")[0]):

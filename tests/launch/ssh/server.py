@@ -52,6 +52,11 @@ class Server:
         kind, data = (public or self.folder / "host_key.pub").read_text().split()[:2]
         self.known_hosts.write_text(f"{self.entry} {kind} {data}\n")
 
+    def authorize(self, *keys: Path) -> None:
+        """Who may log in."""
+        lines = [Path(f"{key}.pub").read_text() for key in keys]
+        (self.folder / "authorized_keys").write_text("".join(lines))
+
     def configure(self, *more: str, host: str = "box", first: str = "") -> None:
         """Write the client file."""
         lines = [
@@ -94,23 +99,20 @@ def ssh_server(folder: Path, *options: str) -> Iterator[Server]:
     host_key, user_key = make_key(folder / "host_key"), make_key(folder / "user_key")
     shutil.copy(f"{user_key}.pub", folder / "authorized_keys")
     port = free_port()
-    (folder / "sshd_config").write_text(
-        "\n".join(
-            [
-                *options,
-                f"Port {port}",
-                "ListenAddress 127.0.0.1",
-                f"HostKey {host_key}",
-                f"PidFile {folder / 'pid'}",
-                f"AuthorizedKeysFile {folder / 'authorized_keys'}",
-                "StrictModes no",
-                "UsePAM no",
-                "PasswordAuthentication no",
-                "PermitRootLogin yes",
-                "Subsystem sftp internal-sftp",
-            ]
-        )
-    )
+    settings = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "PidFile": folder / "pid",
+        "AuthorizedKeysFile": folder / "authorized_keys",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "PermitRootLogin": "yes",
+        "Subsystem": "sftp internal-sftp",
+    }
+    lines = [f"HostKey {host_key}", *options]
+    lines += [f"{k} {v}" for k, v in settings.items() if not any(o.startswith(k) for o in options)]
+    (folder / "sshd_config").write_text("\n".join(lines) + "\n")
     log = (folder / "sshd.log").open("wb")
     process = subprocess.Popen(
         [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")],
