@@ -174,10 +174,15 @@ class _Run:
         except (HostError, HostErrors) as error:
             return not_equipped(error)
         fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), keeper)
+
+        def heard(event: Event) -> None:
+            if not fetched.take(event):
+                listen(event)
+
         driver = Driver(
             plans,
             fleet.host_of,
-            listen=lambda event: fetched.take(event) or listen(event),
+            listen=heard,
             limits=_limits(self._config),
             rows=self._rows,
             stop_requests=folder.stop_requests,

@@ -61,7 +61,9 @@ class Maker:
         name = plan.environment.rpartition("/")[2]
         part = f"{envs}/.{name}.part-{secrets.token_hex(2)}"
         self._sh(f"mkdir -p {shlex.quote(envs)}")
-        self._sh(f"find {shlex.quote(envs)} -maxdepth 1 -name '.*.part-*' -mtime +1 -exec rm -rf {{}} +")
+        self._sh(
+            f"find {shlex.quote(envs)} -maxdepth 1 -name '.*.part-*' -mtime +1 -exec rm -rf {{}} +"
+        )
         try:
             self._fill(part)
             target = shlex.quote(plan.environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Mapping
+from itertools import permutations
 from typing import Any
 
 from smolrun.errors import HostError
@@ -15,7 +16,7 @@ from smolrun.launch.links import Host, to_dial
 # Where the cluster file names no ports: any that are usually free.
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 _PORTS = 3
-_WAIT_S = 8.0
+_WAIT_S = 12.0  # so much later than the first may the last be ready
 _START_S = 60.0  # a Python on a Pi, from a cold card
 
 
@@ -32,18 +33,27 @@ def reach_test(
     """
     if len(machines) < 2:
         return {}
-    nonce = secrets.token_hex(16)
+    common = {"nonce": secrets.token_hex(16), "wait_s": wait_s}
     listen = {name: _ports(ports.get(name)) for name in machines}
+    dials = {
+        (source, to): to_dial(hosts[source], hosts[to]) for source, to in permutations(machines, 2)
+    }
 
     def ask(name: str) -> dict[str, Any]:
         peers = {
-            other: {"addresses": to_dial(hosts[name], hosts[other]), "ports": listen[other]}
-            for other in machines
-            if other != name
+            to: {"addresses": addresses, "ports": listen[to]}
+            for (source, to), addresses in dials.items()
+            if source == name
         }
-        request = {"me": name, "nonce": nonce, "listen": listen[name], "peers": peers}
+        expected = [
+            [source, address]
+            for (source, to), addresses in dials.items()
+            if to == name
+            for address in addresses
+        ]
+        asked = {"me": name, "listen": listen[name], "peers": peers, "expected": expected}
         try:
-            answer = machines[name].call("reach", {**request, "wait_s": wait_s}, wait_s + _START_S)
+            answer = machines[name].call("reach", common | asked, wait_s + _START_S)
         except HostError as error:
             return {"error": error.what, "dialed": {}}
         return answer

@@ -6,6 +6,7 @@ came over SSH. Needs no mesh and nothing of smolrun; standard library, Python >=
 
     request: me, nonce (hex), listen [port, ..], wait_s,
              peers {name: {"addresses": [..], "ports": [..]}}
+             expected [[peer, address it dials], ..]      when all have knocked, it is over
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ _PAUSE_S = 0.1
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """`port` it listened on (None: all were taken), `heard` of whom, and `dialed` every peer."""
+    """`port` it listened on (None: all were taken), `heard` whom at which address of ours, and
+    `dialed` every peer."""
     nonce = bytes.fromhex(request["nonce"])
     deadline = time.monotonic() + request["wait_s"]
     listener = _listen(request["listen"])
-    heard: dict[str, str] = {}
+    heard: list[list[str]] = []
     dialed: dict[str, list[dict[str, Any]]] = {name: [] for name in request["peers"]}
     threads = [
         threading.Thread(target=_dial, args=(request["me"], peer, address, nonce, deadline, told))
@@ -83,33 +85,34 @@ def _answer(
     nonce: bytes,
     deadline: float,
     request: dict[str, Any],
-    heard: dict[str, str],
+    heard: list[list[str]],
 ) -> None:
-    """Answers one knock after the other until every peer was heard, or time is up."""
-    while time.monotonic() < deadline and len(heard) < len(request["peers"]):
+    """Answers one knock after the other until all have come, or time is up."""
+    expected = [list(one) for one in request["expected"]]
+    while time.monotonic() < deadline and len(heard) < len(expected):
         listener.settimeout(max(0.05, deadline - time.monotonic()))
         try:
-            sock, where = listener.accept()
+            sock, _ = listener.accept()
         except OSError:
             continue
         with sock:
             try:
                 sock.settimeout(_DIAL_S)
-                name = _read_name(sock, nonce)
-                if name in request["peers"]:
-                    heard[name] = where[0].replace("::ffff:", "")
+                knock = _read_knock(sock, nonce)
+                if knock in expected and knock not in heard:
+                    heard.append(knock)
             except OSError:
                 continue  # a stranger, or one who left
 
 
-def _read_name(sock: socket.socket, nonce: bytes) -> str:
-    """Who knocks; it is answered only if it knows the nonce."""
+def _read_knock(sock: socket.socket, nonce: bytes) -> list[str]:
+    """Who knocks, and at which address; it is answered only if it knows the nonce."""
     challenge, proof = _take(sock, _CHALLENGE), _take(sock, _PROOF)
     name = _take(sock, _take(sock, 1)[0])
     if not hmac.compare_digest(proof, _proof(nonce, b"dial", challenge, name)):
         raise OSError("not one of us")
     sock.sendall(_proof(nonce, b"answer", challenge, name))
-    return name.decode("utf-8", "replace")
+    return name.decode("utf-8", "replace").split("\n")
 
 
 def _dial(
@@ -121,7 +124,7 @@ def _dial(
     told: dict[str, Any],
 ) -> None:
     """Tries the ports in turn, again and again: the other may not listen yet."""
-    name = me.encode("utf-8")[:255]
+    name = f"{me}\n{address}".encode()[:255]
     while time.monotonic() < deadline:
         for port in peer["ports"]:
             left = deadline - time.monotonic()

@@ -129,6 +129,12 @@ def _included(value: str, file: Path) -> list[Path]:
     return [Path(found) for pattern in patterns for found in sorted(glob.glob(pattern))]
 
 
+def identities(name: str, target: str, ssh_config: str | None) -> list[Path]:
+    """The private keys that the client files name for a host, or else the usual ones."""
+    config, place = load(name, ssh_config), parse_target(name, target)
+    return _identities(config.base_ssh_config.lookup(place.host).get("identityfile"))
+
+
 def settings_of(connection: Connection) -> Settings:
     """What the client files say about the server of a Fabric connection."""
     said: SSHConfigDict = connection.ssh_config
