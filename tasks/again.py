@@ -29,6 +29,7 @@ from smolrun.tracking.run_folder import RunFolder
 
 _ASK_EVERY_S = 1.0
 _POLL_S = 0.1
+_QUICK_S = 1.0  # what takes longer is told
 _ANSWER_S = 60.0  # beyond the time to wait: a host has its own, shorter, limits to answer
 
 
@@ -154,7 +155,7 @@ class Restarts:
         lost_at = time.monotonic()
         is_told = False
         while True:
-            answered = self._answers(lost_at + policy.wait_s + _ANSWER_S, is_stopped)
+            answered = self._answers(lost, lost_at + policy.wait_s + _ANSWER_S, is_stopped)
             if answered is None:
                 return None
             move = decide(
@@ -180,7 +181,9 @@ class Restarts:
                     return None
                 time.sleep(_POLL_S)
 
-    def _answers(self, deadline: float, is_stopped: Callable[[], bool]) -> Sequence[str] | None:
+    def _answers(
+        self, lost: Lost, deadline: float, is_stopped: Callable[[], bool]
+    ) -> Sequence[str] | None:
         """Who answers; nobody if that cannot be said in time. None if the user stopped the run."""
         answered: list[str] = []
 
@@ -190,6 +193,9 @@ class Restarts:
 
         asking = threading.Thread(target=ask, name="smolrun-who-answers", daemon=True)
         asking.start()
+        asking.join(_QUICK_S)
+        if asking.is_alive():  # a host that is off answers only by its silence
+            self._say(f"{lost.outcome.reason}; asking the hosts who answers")
         while asking.is_alive() and time.monotonic() < deadline:
             if is_stopped():
                 return None

@@ -70,12 +70,12 @@ class Show:
     def show(self, view: View) -> bool:
         """Whatever is new since the last look; False if nothing is."""
         self._has_log = bool(view.driver.get("has_log"))
+        if not self._has_log or self._console.is_live:
+            self._show_events(view.metrics)
         for line in _recent(view.log):
             # With a bar, steps are its business.
             if not (self._console.is_live and is_step_line(line)):
                 self._console.say(line.rstrip("\r"))
-        if not self._has_log or self._console.is_live:
-            self._show_events(view.metrics)
         return bool(view.log.lines or view.metrics.lines)
 
     def _show_events(self, metrics: Chunk) -> None:

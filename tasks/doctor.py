@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.driver import Driver
-from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED
+from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.verdicts import Finding
 from smolrun.tasks.doctor_hosts import Patients, with_hosts
 from smolrun.tasks.fleet import Fleet
 from smolrun.tasks.workers import plan_workers
+from smolrun.tracking.console import counted
 from smolrun.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,18 +39,22 @@ _LINKS_S = 300.0  # of a mesh with a link of 1 Mbit/s in it
 
 
 def drive(config: RunConfig) -> int:
-    """Looks and tells; exit code 0 if every host is of use, 3 if one cannot run."""
+    """Looks and tells; exit code 0 if every host is of use, 3 if one cannot run, 130 if stopped."""
     say = _to_stderr
     patients = Patients.of(config)
     try:
-        say(f"looking at {len(patients.names)} host(s)...")
+        say(f"looking at {counted(len(patients.names), 'host')}...")
         patients.examine()
         if len(patients.reachable) > 1:
             say("who reaches whom...")
             patients.test_ways()
-        say("starting a worker on each, and measuring the links...")
-        patients.links = _measured(patients)
+        if names := patients.fit_for_mesh():
+            say("starting a worker on each, and measuring the links...")
+            patients.links = _measured(patients, names)
         return _tell(patients)
+    except KeyboardInterrupt:
+        say("stopped")
+        return EXIT_STOPPED
     finally:
         patients.close()
 
@@ -71,14 +76,11 @@ def _tell(patients: Patients) -> int:
     return exit_code
 
 
-def _measured(patients: Patients) -> list[dict[str, Any]]:
-    """What the ranks measured: {from, to, rtt_s, bytes_per_s}, hosts by name.
+def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What ranks on these hosts measured: {from, to, rtt_s, bytes_per_s}, hosts by name.
 
-    Hosts that cannot be part of a mesh are left out; those that spoil it are named.
+    A host that spoils it is named in its findings.
     """
-    names = patients.fit_for_mesh()
-    if not names:
-        return []
     config = with_hosts(patients.config, names)
     fleet = Fleet(
         config, {name: patients.machines[name] for name in names if name in patients.machines}

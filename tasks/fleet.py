@@ -11,6 +11,7 @@ Only wiring. Where every rank is on this machine all of it is trivial, and nothi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ import platformdirs
 from smolrun.config import RankPlan, RunConfig, ranks
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.config.targets import CustomTarget
-from smolrun.errors import HostError
+from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import Host, WorkerPlan
 from smolrun.launch.local import LocalHost
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from smolrun.launch.delivery.provision import Provisioned
     from smolrun.launch.delivery.shards import ShardFetcher
     from smolrun.launch.machine import HostSpec, Machine
+
+_AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
 
 # As in smolrun.data.prepared, which is not loaded for it.
 Progress = Callable[[str, int, int], None]
@@ -151,7 +154,20 @@ class Fleet:
             return []
         from smolrun.launch.delivery.provision import clear_all
 
+        self._reach_again()
         return clear_all(self.machines, run_id)
+
+    def _reach_again(self) -> None:
+        """A host that did no more than end our connection is to be left clean all the same."""
+        from smolrun.launch.machine import open_machine
+
+        for name, machine in self.machines.items():
+            if machine.connection.lost is None or machine.connection.is_silent:
+                continue
+            with contextlib.suppress(SmolrunError):
+                self.machines[name] = open_machine(
+                    machine.spec, ssh_config=self._config.cluster.ssh_config, timeout_s=_AGAIN_S
+                )
 
     def close(self) -> None:
         """End all connections."""

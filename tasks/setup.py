@@ -1,8 +1,8 @@
 """task=setup: makes the hosts of a cluster ready: your SSH key, Python, and what a run needs.
 
-All that will be done on a host is said before it is done. Nothing needs root there, nothing lies
-outside ~/.ssh/authorized_keys, uv's folder of Pythons and the workdir. A second run finds that
-there is nothing to do.
+All that will be done on a host is said before it is done. Nothing needs root there; what changes is
+~/.ssh/authorized_keys, the workdir, and the folders where uv and pip keep Pythons and downloads. A
+second run finds that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class Setup:
             key = make_key()
         line = read_key(key)
         print(f"{name}: your key {key} will be added to ~/.ssh/authorized_keys of {target}")
-        self._open(name, self._ask)
+        # Asked here and not in the middle of the login, which has a deadline.
+        password = self._ask(target)
+        self._open(name, lambda _: password)
         machine = self._machines.pop(name)
         try:
             if install(machine, line):

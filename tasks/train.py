@@ -124,7 +124,7 @@ class _Run:
                 folder.keep_model_config(Path(self._prepared.model_folder))
         else:
             check_data(self._earlier, self._prepared.sha256)
-            self._console.go_on(self._earlier.time_s)
+            self._console.go_on(self._earlier.time_s, world_size(self._config))
             folder = self._earlier.folder
             self._undo = take_up(self._earlier, self._config, self._console.say)
         begin_driving(folder, steps=self._config.training.steps, unit=self._console.unit)

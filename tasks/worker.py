@@ -16,6 +16,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from smolrun.errors import PeerLost, SmolrunError, StopRequested
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
@@ -76,8 +78,10 @@ def run(channel: WorkerChannel) -> int:
             channel.result("stopped")
         except SmolrunError as error:
             _log.error("%s: %s", type(error).__name__, error)
-            peer = error.rank if isinstance(error, PeerLost) else None
-            channel.result("failed", error=ErrorReport(type(error).__name__, str(error), peer))
+            report = ErrorReport(type(error).__name__, str(error))
+            if isinstance(error, PeerLost):
+                report = replace(report, peer=error.rank, told_by=error.told_by)
+            channel.result("failed", error=report)
             return EXIT_FAILED
         # Even SystemExit, out of the user's own code, must reach the driver.
         except BaseException as error:
@@ -107,7 +111,7 @@ def _run_task(
     task = import_module(f"smolrun.tasks.{start.config['task']}")
     from smolrun.mesh.tcp import Endpoint
 
-    _check_links(start)
+    _check_links(start, channel)
     endpoint = Endpoint(start.addresses, start.ports, host=start.host)
     versions = {
         "python": platform.python_version(),
@@ -160,25 +164,30 @@ def _build_mesh(
     )
 
 
-def _check_links(start: StartMessage) -> None:
+def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
     """Whatever the driver said: nothing leaves this machine readable unless somebody asked."""
     from smolrun.mesh.addresses import is_loopback
 
-    if start.security == "insecure":
-        _log.warning("mesh.security = insecure: whoever is on the way can read and change all")
-    elif start.security == "loopback_plain":
-        if others := [where for where in start.addresses if not is_loopback(where)]:
-            raise SmolrunError(
-                f"rank {start.rank} on {start.host}: mesh.security = loopback_plain, but "
-                f"{', '.join(others)} is no loopback address; set mesh.security=tls"
-            )
-    elif start.credentials is None:
-        raise SmolrunError(f"rank {start.rank} on {start.host} was given no key for TLS")
+    who = f"rank {start.rank} on {start.host}"
+    others = [where for where in start.addresses if not is_loopback(where)]
+    if start.security == "tls" and start.credentials is None:
+        raise SmolrunError(f"{who}: it was given no key for TLS")
+    if start.security == "loopback_plain" and others:
+        raise SmolrunError(
+            f"{who}: mesh.security = loopback_plain, but {', '.join(others)} is no loopback "
+            "address; set mesh.security=tls"
+        )
+    if start.security == "insecure" and start.rank == 0:
+        channel.log(
+            "warning",
+            "mesh.security = insecure: whoever is in the network can read and change what ranks "
+            "send each other",
+        )
 
 
 def _guard(start: StartMessage, identity: Identity) -> Guard | None:
     """What encrypts the links; None if nothing does."""
-    if start.credentials is None:
+    if start.security != "tls" or start.credentials is None:
         return None
     from smolrun.mesh.guards import TlsGuard
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from smolrun.errors import HostError
 from smolrun.launch.connection import Completed, Connection
+from smolrun.launch.last_words import last_words
 from smolrun.launch.shell import Shell, command
 
 OLDEST_PYTHON = (3, 8)
@@ -45,6 +46,7 @@ def call(
     timeout_s: float = 60.0,
     *,
     shell: Shell = Shell.POSIX,
+    cluster: str = "NAME",
 ) -> dict[str, Any]:
     """What `main(request)` of on_host/<script>.py returns there; HostError in every other case."""
     mark = f"smolrun-{secrets.token_hex(8)}"
@@ -53,8 +55,8 @@ def call(
     done = connection.run(line, data=program.encode("ascii"), timeout_s=timeout_s)
     for text in done.out.decode("utf-8", "replace").splitlines():
         if text.startswith(mark):
-            return _reply(connection.name, python, text.removeprefix(mark).strip())
-    raise _no_reply(connection.name, python, script, done)
+            return _reply(connection.name, python, text.removeprefix(mark).strip(), cluster)
+    raise _no_reply(connection.name, python, script, done, cluster)
 
 
 def _program(script: str, request: dict[str, Any], mark: str) -> str:
@@ -69,14 +71,9 @@ def _program(script: str, request: dict[str, Any], mark: str) -> str:
     )
 
 
-def _reply(host: str, python: str, text: str) -> dict[str, Any]:
+def _reply(host: str, python: str, text: str, cluster: str) -> dict[str, Any]:
     if text.startswith("old "):
-        oldest = ".".join(map(str, OLDEST_PYTHON))
-        raise HostError(
-            host,
-            f"its {python} is Python {text.removeprefix('old ')}, which is older than {oldest}",
-            "smolrun task=setup cluster=NAME installs one, or name another by `python:`",
-        )
+        raise _too_old(host, python, text.removeprefix("old "), cluster)
     try:
         reply = json.loads(text)
     except ValueError:
@@ -86,14 +83,28 @@ def _reply(host: str, python: str, text: str) -> dict[str, Any]:
     return reply
 
 
-def _no_reply(host: str, python: str, script: str, done: Completed) -> HostError:
+def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    what = f"its {python} is Python {version}, which is older than {oldest}"
+    return HostError(host, what, get_python(cluster))
+
+
+def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str) -> HostError:
     """Why there is no answer, as far as its last words tell."""
-    words = (done.err.strip() or done.out.strip()).decode("utf-8", "replace")
-    last = words.splitlines()[-1][:500] if words else "it said nothing"
+    last = last_words(done.err, done.out)
+    if b"Unknown option: -I" in done.err:  # Python 2 knows no -I
+        return _too_old(host, python, "2", cluster)
     if done.code == 127 or "not found" in last or "No such file" in last:
         return HostError(
             host,
             f"there is no Python at {python} ({last})",
-            "smolrun task=setup cluster=NAME installs one, or set `python:` in the cluster file",
+            get_python(cluster),
         )
     return HostError(host, f"its {python} could not do {script!r}, exit code {done.code}: {last}")
+
+
+def get_python(cluster: str) -> str:
+    """What to do about a host without a Python that is of use."""
+    return (
+        f"smolrun task=setup cluster={cluster} installs one, or set `python:` in the cluster file"
+    )

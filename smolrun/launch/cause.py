@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from smolrun.launch.control import (
@@ -136,10 +136,24 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
         return None
     votes = Counter(state.rank for state, _ in accused)
     state, error = min(accused, key=lambda one: (one[0].is_over, -votes[one[0].rank], one[0].rank))
+    seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
     what = "was cut off from the others" if state.is_over else "stopped answering"
+    pair = {state.rank}
+    if state.is_over and len(seen) == 1 and state.error and state.error.peer is not None:
+        # Both live and can tell us; of the others, nobody missed either.
+        other, error = seen[0]
+        what = f"and {other.label} lost each other"
+        pair.add(other.rank)
+    elif seen:
+        error = seen[0][1]
     told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
-    cause = _cause(state, states, f"{what}{_when(state)} ({told})")
+    cause = _cause(state, states, f"{what}{_when(state)} ({told})", pair)
     return replace(cause, is_lost=True)
+
+
+def _saw(error: ErrorReport, rank: int) -> bool:
+    """Whether it lost that rank, and not only heard that another one did."""
+    return error.peer == rank and error.told_by is None
 
 
 def _what_happened(state: RankState) -> str:
@@ -189,9 +203,12 @@ def _when(state: RankState) -> str:
     return " before its first step" if state.addresses else " while it started"
 
 
-def _cause(state: RankState, states: Sequence[RankState], what: str) -> Cause:
-    others = sum(1 for other in states if other is not state)
-    ended = f"; {others} other rank{'s' if others > 1 else ''} ended with it" if others else ""
+def _cause(
+    state: RankState, states: Sequence[RankState], what: str, named: Set[int] = frozenset()
+) -> Cause:
+    others = sum(1 for other in states if other is not state and other.rank not in named)
+    it = "them" if len(named) > 1 else "it"
+    ended = f"; {others} other rank{'s' if others > 1 else ''} ended with {it}" if others else ""
     reason = f"{state.label} {what}{ended}; log: {state.log}"
     has_own = state.problem is None and _out_of_memory(state) is not None
     is_lost = not has_own and _is_lost(state)

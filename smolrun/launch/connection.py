@@ -65,6 +65,13 @@ class Connection(Protocol):
     def lost(self) -> str | None:
         """Why it is gone, if it is and nobody closed it."""
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has left a question unanswered for seconds; also once it is lost for that."""
+
+    def give_up(self) -> None:
+        """Take it for lost now: who waits for it waits no longer. Never raises."""
+
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin.
 

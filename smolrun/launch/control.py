@@ -172,11 +172,15 @@ OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memor
 
 
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any."""
+    """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any.
+
+    `told_by` is the rank from which it knows that, where it did not see it itself.
+    """
 
     kind: str
     message: str
     peer: int | None = None
+    told_by: int | None = None
 
 
 class ResultMessage(Message, frozen=True, tag="result"):

@@ -150,6 +150,7 @@ class Maker:
     @contextmanager
     def _step(self, what: str) -> Iterator[None]:
         began = time.monotonic()
+        self._say(f"{self._plan.host}: {what}...")
         yield
         self._say(f"{self._plan.host}: {what}: {time.monotonic() - began:.1f} s")
 

@@ -41,7 +41,9 @@ class Machine:
     `python` are absolute, with "/" between their parts on every system.
     """
 
-    def __init__(self, spec: HostSpec, connection: Connection, facts: Facts) -> None:
+    def __init__(
+        self, spec: HostSpec, connection: Connection, facts: Facts, *, cluster: str = "NAME"
+    ) -> None:
         self.spec = spec
         self.name = spec.name
         self.connection = connection
@@ -54,6 +56,7 @@ class Machine:
         self.user = facts.user
         self.architecture = facts.architecture
         self.cores = facts.cores
+        self._cluster = cluster
 
     @property
     def address(self) -> str | None:
@@ -63,8 +66,16 @@ class Machine:
     def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """What on_host/<script>.py answers there."""
         if not self.python:
-            raise no_python(self.name, "NAME")
-        return call(self.connection, self.python, script, request, timeout_s, shell=self.shell)
+            raise no_python(self.name, self._cluster)
+        return call(
+            self.connection,
+            self.python,
+            script,
+            request,
+            timeout_s,
+            shell=self.shell,
+            cluster=self._cluster,
+        )
 
     def run(
         self,
@@ -167,4 +178,4 @@ def meet(
 ) -> Machine:
     """The machine at the other end of a connection that is open."""
     facts = learn(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
-    return Machine(spec, connection, facts)
+    return Machine(spec, connection, facts, cluster=cluster)

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from smolrun.errors import HostError
 from smolrun.launch import find_python
-from smolrun.launch.call import call
+from smolrun.launch.call import call, get_python
 from smolrun.launch.connection import Connection, TookTooLong
+from smolrun.launch.last_words import last_words
 from smolrun.launch.shell import PROBE, Shell, command, which_shell
 
 DEFAULT_WORKDIR = "~/.cache/smolrun"
@@ -68,7 +69,7 @@ def learn(
     failures: list[HostError] = []
     for python in [wishes.python] if wishes.python else found.pythons:
         try:
-            return _asked(wishes, connection, shell, python)
+            return _asked(wishes, connection, shell, python, cluster)
         except (_CannotUse, TookTooLong):
             raise
         except HostError as error:
@@ -84,9 +85,11 @@ class _CannotUse(HostError):
     """A Python that works well says why the machine cannot be used: no other need be tried."""
 
 
-def _asked(wishes: Wishes, connection: Connection, shell: Shell, python: str) -> Facts:
+def _asked(
+    wishes: Wishes, connection: Connection, shell: Shell, python: str, cluster: str
+) -> Facts:
     request = {"workdir": wishes.workdir or DEFAULT_WORKDIR}
-    said = call(connection, python, "who", request, _ANSWER_S, shell=shell)
+    said = call(connection, python, "who", request, _ANSWER_S, shell=shell, cluster=cluster)
     if said["problem"]:
         raise _CannotUse(
             wishes.name,
@@ -117,10 +120,9 @@ def _shell(connection: Connection, timeout_s: float) -> Shell:
         ) from None
     shell = which_shell(done.out.decode("utf-8", "replace"))
     if shell is None:
-        words = (done.err.strip() or done.out.strip()).decode("utf-8", "replace").splitlines()
         raise HostError(
             connection.name,
-            f"its login shell runs no commands: {words[-1][:300] if words else 'it said nothing'}",
+            f"its login shell runs no commands: {last_words(done.err, done.out)}",
             "smolrun needs an account with an ordinary shell",
         )
     return shell
@@ -136,7 +138,7 @@ def _look_around(wishes: Wishes, connection: Connection, shell: Shell) -> find_p
         done = connection.run(line, timeout_s=_ANSWER_S)
     found = find_python.understood(done.out.decode("utf-8", "replace"))
     if found is None:
-        words = done.err.decode("utf-8", "replace").strip()[-300:] or "it said nothing"
+        words = last_words(done.err, done.out)
         raise HostError(connection.name, f"its shell does not say what is there: {words}")
     return found
 
@@ -147,5 +149,5 @@ def no_python(name: str, cluster: str, failures: Sequence[HostError] = ()) -> Ho
     return HostError(
         name,
         f"has no Python 3.8 or newer in any of the usual places{tried}",
-        f"smolrun task=setup cluster={cluster} installs one, or set `python:` in the cluster file",
+        get_python(cluster),
     )

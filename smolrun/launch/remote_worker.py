@@ -13,15 +13,18 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.connection import Connection, RemoteProcess
 from smolrun.launch.control import EXIT_ABANDONED
+from smolrun.launch.last_words import last_words
 from smolrun.launch.shell import Shell, command, posix, script
 
 _START_S = 30.0
 _KILL_S = 3.0
+_POLL_S = 0.1
 _MOST_NOISE_BYTES = 64 * 1024
 # What sh makes of signal n is 128 + n. Only these: 130 and 131 are words of our own.
 _SIGNALS = (1, 4, 6, 7, 8, 9, 10, 11, 13, 15)
@@ -69,11 +72,11 @@ class RemoteWorker:
     def wait(self) -> int:
         """Its exit code once it has ended, -n for signal n; see `lost` for the other case."""
         code = self._process.wait()
-        if code is None and self._killing is None:
-            self._lost = self._connection.lost or "the SSH connection was lost"
-            return EXIT_ABANDONED
         if code is None:
-            return -9
+            # After a kill, what closed the connection may have been ourselves.
+            unknown = None if self._killing else "the SSH connection was lost"
+            self._lost = self._connection.lost or unknown
+            return EXIT_ABANDONED if self._lost else -9
         return 128 - code if code - 128 in _SIGNALS else code
 
     def lost(self) -> str | None:
@@ -94,6 +97,19 @@ class RemoteWorker:
                 self._killing.start()
 
     def _kill(self) -> None:
+        asking = threading.Thread(
+            target=self._ask_to_end, name=f"smolrun-ssh-{self._connection.name}-end", daemon=True
+        )
+        asking.start()
+        give_up = time.monotonic() + _KILL_S
+        while asking.is_alive() and time.monotonic() < give_up:
+            if self._connection.is_silent:  # it is cut off or asleep: nobody there hears this
+                self._connection.give_up()
+                break
+            asking.join(_POLL_S)
+        self._process.close()
+
+    def _ask_to_end(self) -> None:
         with contextlib.suppress(OSError):
             self._process.close_input()
         if self._group is not None:
@@ -101,7 +117,6 @@ class RemoteWorker:
                 # A shell that is no head of a group, as a strange SSH server may have it, is alone.
                 line = script(f"kill -9 -{self._group} 2>/dev/null || kill -9 {self._group}")
                 self._connection.run(line, timeout_s=_KILL_S)
-        self._process.close()
 
 
 def start_worker(
@@ -174,7 +189,5 @@ def _no_start(connection: Connection, process: RemoteProcess) -> HostError:
     process.close()
     if code is None:
         return HostError(connection.name, connection.lost or "the SSH connection was lost")
-    last = words.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-    return HostError(
-        connection.name, f"its login shell ended (exit code {code}) before our command: {last[0]}"
-    )
+    what = f"its login shell ended (exit code {code}) before our command: {last_words(words)}"
+    return HostError(connection.name, what)

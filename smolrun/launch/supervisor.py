@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from smolrun.events import RankStep, StepDone
+from smolrun.events import Note, RankStep, StepDone
 from smolrun.launch.cause import Cause, RankState, did_not_finish, is_explained, names, pick_cause
 from smolrun.launch.control import Peer
 from smolrun.launch.moves import (
@@ -87,6 +87,7 @@ class Supervisor:
         self._interrupts = 0
         self._signs = 0
         self._steps = 0
+        self._has_begun = False
         self._hurry = False
         self._outcome: Outcome | None = None
         self.phase = Phase.STARTING
@@ -137,6 +138,7 @@ class Supervisor:
             state.addresses = item.addresses
             state.versions = item.versions
         elif isinstance(item, Reported):
+            self._has_begun = self._has_begun or not isinstance(item.event, Note)
             if isinstance(item.event, RankStep | StepDone):
                 state.steps = item.event.step + 1  # steps are numbered from 0
                 self._steps = max(self._steps, state.steps)
@@ -158,11 +160,7 @@ class Supervisor:
         if any(state.is_over or state.has_failed for state in self._states):
             self._fail(now)  # nobody works yet, so there is nothing for the others to add
         elif self._interrupts:
-            self._close(
-                now,
-                Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began"),
-                hurry=True,
-            )
+            self._stop_before_it_began(now)
         elif not waited_for:
             self.phase, self.deadline = Phase.RUNNING, None
             return [SendRoster([Peer(s.rank, s.host, s.addresses) for s in self._states])]
@@ -196,6 +194,8 @@ class Supervisor:
             self._close(
                 now, Outcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
             )
+        elif self._interrupts and not self._has_begun:
+            self._stop_before_it_began(now)  # they link up, or load a model: nothing to agree on
         elif self._interrupts and self.phase is Phase.RUNNING:
             self.phase, self.deadline = Phase.STOPPING, now + self._limits.stop_s
             return [SendStop(state.rank) for state in late]
@@ -211,6 +211,10 @@ class Supervisor:
         elif len(late) < len(self._states) and self.deadline is None:
             self.deadline = now + self._limits.finish_s
         return []
+
+    def _stop_before_it_began(self, now: float) -> None:
+        outcome = Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began")
+        self._close(now, outcome, hurry=True)
 
     def _fail(self, now: float) -> None:
         self._close(now, _failed(pick_cause(self._states)))
@@ -244,6 +248,8 @@ class Supervisor:
         reason = self._outcome.reason
         if alive:
             reason = f"{reason or 'the run is over'}; no sign of the end of {names(alive)}"
+        for host in sorted({s.host for s in self._states if s.killed and s.lost is not None}):
+            reason += f"; {host} is out of reach: what still runs there ends by itself"
         return replace(
             self._outcome,
             reason=reason,

@@ -95,7 +95,7 @@ class TcpMesh(Mesh):
         def begin() -> None:
             events = PeerEvents(
                 on_lost=self._lost,
-                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it"),
+                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
             )
             for rank, channels in sorted(pipes.items()):
                 self._peers[rank] = Peer(
@@ -167,13 +167,13 @@ class TcpMesh(Mesh):
         if self.failure is not None:
             raise self.failure
 
-    def _lost(self, rank: int, reason: str) -> None:
+    def _lost(self, rank: int, reason: str, told_by: int | None = None) -> None:
         """A peer is gone: everything pending fails, the other peers are told, and they reach the
         same verdict."""
         if self.failure is not None or rank == self.rank:
             return
         _log.warning("lost rank %d: %s", rank, reason)
-        self.fail(PeerLost(rank, self.generation, reason))
+        self.fail(PeerLost(rank, self.generation, reason, told_by))
         for other in self._peers.values():
             if other.rank != rank:
                 other.say(FrameKind.LOST, rank)

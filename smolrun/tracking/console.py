@@ -62,9 +62,10 @@ class Console:
         """Show how far the data is: `done` of `total`."""
         self._quietly(lambda: self._prepare(what, done, total))
 
-    def go_on(self, earlier_s: float) -> None:
-        """The run had trained so long before, perhaps on other ranks; rates are about what comes
-        now."""
+    def go_on(self, earlier_s: float, world_size: int | None = None) -> None:
+        """The run had trained so long before, perhaps on so many ranks fewer or more; rates are
+        about what comes now."""
+        self._world_size = world_size or self._world_size
         self._rate_from_s = self._line_due_s = earlier_s
         self._tokens, self._rate = 0, 0.0
         self._compute_s.clear()

@@ -45,7 +45,9 @@ def test_it_drives_the_others_while_the_box_may_leave(driver: Driver) -> None:
     run_id = out.split(" runs in the background")[0]
     status = driver.run("task=status")[1]
     assert f"{run_id}  running" in status
-    until(lambda: all(workers(host) for host in driver.lab.hosts), 60)
+    (metrics,) = driver.lab.hosts[0].workdir.glob(f"driver/*/outputs/{run_id}/metrics.jsonl")
+    until(lambda: metrics.read_text().count('"event": "step"') > 3, 60)
+    assert all(workers(host) for host in driver.lab.hosts)
     code, out, err = driver.run("task=stop")
     assert code == 0, out + err
     assert "stopped (stopped by the user)" in out

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.hosts.conftest import Maker
-from tests.hosts.host import Host
+from tests.hosts.host import Host, make_key
 from tests.hosts.lab import Lab
+from tests.hosts.network import command
 from tests.hosts.runs import Driver, workers
+from tests.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(150)]
 
@@ -112,6 +115,31 @@ def test_hosts_that_do_not_answer_are_told_with_what_mends_it(make_lab: Maker, t
     assert "task=setup" in out
     assert "lab1: fine" in out
     assert max(map(len, out.splitlines()[:12])) <= 100  # the table
+
+
+def test_ssh_gets_in_and_smolrun_does_not(make_lab: Maker, tmp_path: Path):
+    """By an agent of ssh_config, which only the system's ssh reads."""
+    lab = make_lab(hosts=1)
+    (host,) = lab.hosts
+    other, socket = tmp_path / "other", tmp_path / "agent"
+    make_key(other)
+    lab.authorize(host, other)
+    text = lab.ssh_config.read_text().replace("IdentitiesOnly yes", f"IdentityAgent {socket}")
+    lab.ssh_config.write_text(text)
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(socket)], stdout=subprocess.DEVNULL)
+    try:
+        until(socket.exists)
+        command("env", f"SSH_AUTH_SOCK={socket}", "ssh-add", "-q", str(other))
+        code, told, _ = ask(Driver(lab, tmp_path))
+    finally:
+        agent.terminate()
+        agent.wait(10)
+    assert code == 3
+    assert "does not let root in" in findings(told, "lab1")
+    assert (
+        f"the system's ssh gets in, smolrun does not: ssh uses identityagent {socket}"
+        in findings(told, "lab1")
+    )
 
 
 def test_no_environment_and_no_room(make_lab: Maker, tmp_path: Path):

@@ -22,6 +22,7 @@ class ConnectionHere:
         self.name = name
         self.address = "127.0.0.1"
         self.lost: str | None = None
+        self.is_silent = False
         self.commands: list[str] = []
         self._profile = profile
         self._processes: list[ProcessHere] = []
@@ -58,6 +59,9 @@ class ConnectionHere:
         for process in self._processes:
             process.is_lost = True
             process.close()
+
+    def give_up(self) -> None:
+        self.lose("no answer")
 
     def close(self) -> None:
         for process in self._processes:

@@ -76,6 +76,13 @@ def test_an_old_python_says_so_itself(script, tmp_path: Path):
         call(ConnectionHere(), old, "x", {})
 
 
+def test_a_python_that_knows_none_of_our_flags(script, tmp_path: Path):
+    script("def main(request):\n    return {}\n")
+    old = python(tmp_path, "echo 'Unknown option: -I' >&2; echo 'usage: python' >&2; exit 2")
+    with pytest.raises(HostError, match=r"is Python 2, which is older than 3\.8; .*task=setup"):
+        call(ConnectionHere(), old, "x", {})
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.events import RankStep, StepDone
+from smolrun.events import Note, RankStep, StepDone
 from smolrun.launch.cause import RankState
 from smolrun.launch.control import Address, ErrorReport, Peer, ResultMessage
 from smolrun.launch.moves import (
@@ -45,6 +45,12 @@ def running(count: int) -> Supervisor:
     for rank in range(count):
         supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
     assert supervisor.phase is Phase.RUNNING
+    return supervisor
+
+
+def training(count: int) -> Supervisor:
+    supervisor = running(count)
+    supervisor.handle(step(0, 0), 1.5)
     return supervisor
 
 
@@ -196,7 +202,7 @@ def test_a_failure_during_the_start_ends_all_at_once(problem: Input, words: str)
 
 
 def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     assert supervisor.handle(Interrupted(), 2.0) == [SendStop(0), SendStop(1)]
     assert supervisor.advance(3.0) == []
     for rank in (0, 1):
@@ -207,14 +213,14 @@ def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
 
 
 def test_a_run_that_ends_before_the_stop_reaches_it_is_done() -> None:
-    supervisor = running(1)
+    supervisor = training(1)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(done(0), 2.0)
     assert outcome_of(supervisor.handle(Exited(0, 0), 2.1)).exit_code == 0
 
 
 def test_the_second_ctrl_c_ends_all_now() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     actions = supervisor.handle(Interrupted(), 2.5)
     assert actions == [Kill(0), Kill(1)]
@@ -223,7 +229,7 @@ def test_the_second_ctrl_c_ends_all_now() -> None:
 
 
 def test_a_rank_that_ignores_stop_is_killed_at_the_deadline() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(Finished(0, ResultMessage(status="stopped")), 3.0)
     actions = supervisor.advance(62.0)
@@ -240,8 +246,17 @@ def test_ctrl_c_before_training_began_ends_at_once() -> None:
     assert bury(supervisor, actions, 1.1).exit_code == 130
 
 
-def test_a_failure_while_stopping_is_a_failure() -> None:
+def test_ctrl_c_while_ranks_link_up_ends_at_once() -> None:
     supervisor = running(2)
+    supervisor.handle(Reported(0, Note("info", "still linking")), 1.5)
+    actions = supervisor.handle(Interrupted(), 2.0)
+    assert actions == [Kill(0), Kill(1)]
+    outcome = bury(supervisor, actions, 2.1)
+    assert (outcome.exit_code, outcome.reason) == (130, "stopped by the user before training began")
+
+
+def test_a_failure_while_stopping_is_a_failure() -> None:
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(Exited(1, -11), 2.1)
     outcome = bury(supervisor, supervisor.advance(4.1), 4.2)
@@ -250,7 +265,7 @@ def test_a_failure_while_stopping_is_a_failure() -> None:
 
 
 def test_ctrl_c_during_the_grace_keeps_the_cause_and_hurries() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Exited(1, -9), 2.0)
     actions = supervisor.handle(Interrupted(), 2.1)
     assert actions == [Kill(0)]

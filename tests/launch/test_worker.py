@@ -15,6 +15,7 @@ import pytest
 from smolrun.launch.control import (
     Address,
     EventMessage,
+    LogMessage,
     Peer,
     ReadyMessage,
     ResultMessage,
@@ -32,7 +33,9 @@ SCRIPT = Path(__file__).with_name("stub_rank.py")
 class Worker:
     """A worker with the test as its driver."""
 
-    def __init__(self, task: str, **environment: str) -> None:
+    def __init__(
+        self, task: str, changes: dict[str, Any] | None = None, **environment: str
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -49,11 +52,10 @@ class Worker:
             "cluster": {"start_timeout_s": 10.0},
             "mesh": {"timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
         }
-        self.say(
-            msgspec.structs.replace(
-                START, rank=0, world_size=1, config=config, addresses=["127.0.0.1"]
-            )
+        start = msgspec.structs.replace(
+            START, rank=0, world_size=1, config=config, addresses=["127.0.0.1"]
         )
+        self.say(msgspec.structs.replace(start, **changes or {}))
 
     def say(self, message: Any) -> None:
         self.stdin.write(encode(message))
@@ -85,8 +87,10 @@ def workers() -> Iterator[list[Worker]]:
         worker.process.communicate()
 
 
-def begin(workers: list[Worker], task: str, **environment: str) -> Worker:
-    workers.append(Worker(task, **environment))
+def begin(
+    workers: list[Worker], task: str, changes: dict[str, Any] | None = None, **environment: str
+) -> Worker:
+    workers.append(Worker(task, changes, **environment))
     return workers[-1]
 
 
@@ -169,3 +173,32 @@ def test_a_thread_that_a_library_left_behind_does_not_keep_the_process(
     worker = begin(workers, "thread_left_behind")
     worker.join_the_mesh()
     assert worker.end()[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"addresses": ["127.0.0.1", "192.0.2.1"]},
+            "rank 0 on local: mesh.security = loopback_plain, but 192.0.2.1 is no loopback "
+            "address; set mesh.security=tls",
+        ),
+        ({"security": "tls"}, "rank 0 on local: it was given no key for TLS"),
+    ],
+)
+def test_a_rank_does_not_open_a_link_that_is_less_safe_than_it_was_told(
+    workers: list[Worker], changes: dict[str, Any], words: str
+) -> None:
+    result, code, _ = begin(workers, "good", changes).end()
+    assert (result.status, code) == ("failed", 3)
+    assert result.error is not None and result.error.message == words
+
+
+def test_insecure_links_are_told_to_the_user(workers: list[Worker]) -> None:
+    worker = begin(workers, "good", {"security": "insecure"})
+    warning = worker.heard()
+    assert isinstance(warning, LogMessage) and warning.level == "warning"
+    assert "can read and change what ranks send" in warning.message
+    worker.join_the_mesh()
+    result, _, _ = worker.end()
+    assert result.status == "done"

@@ -101,6 +101,13 @@ def waiting_rank(guard: Guard | None = None) -> Iterator[tuple[Rendezvous, Endpo
         absent.close()
 
 
+def join(absent: Endpoint, mine: Endpoint, guard: Guard | None = None) -> None:
+    """Rank 1 comes to a `waiting_rank`, and goes without a farewell, which nobody would answer."""
+    mesh = connect(absent, identity(1), seats([mine, absent]), guard=guard)
+    mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[func-returns-value]
+    mesh.close()
+
+
 @contextmanager
 def dead_address(kind: str) -> Iterator[tuple[str, int]]:
     """An address that leads nowhere: it refuses, says nothing, or swallows every packet."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
@@ -18,12 +18,12 @@ import pytest
 
 from smolrun.mesh.guards import TlsGuard
 from smolrun.mesh.security import mint, peer_name
-from smolrun.mesh.tcp import TcpMesh, connect
+from smolrun.mesh.tcp import TcpMesh
 from smolrun.mesh.tls import TlsPipe
 from smolrun.wire.credentials import Credentials
 from smolrun.wire.frame import FrameDecoder
 from smolrun.wire.handshake import Acceptor, Dialer
-from tests.mesh.meeting import identity, meet, seats, tls_guards, waiting_rank
+from tests.mesh.meeting import identity, join, meet, tls_guards, waiting_rank
 from tests.waiting import until
 
 OURS = mint("run", 3)
@@ -114,7 +114,7 @@ INTRUDERS: dict[str, Callable[[socket.socket, Folder], None]] = {
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes the decoders were given on the called side."""
     counts: list[int] = []
     for decoder in (Acceptor, FrameDecoder):
@@ -125,7 +125,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             return filled(self, count)
 
         monkeypatch.setattr(decoder, "filled", watch)
-    yield counts
+    return counts
 
 
 @pytest.mark.parametrize("who", INTRUDERS)
@@ -135,12 +135,12 @@ def test_an_intruder_gets_no_byte_decoded_and_honest_ranks_connect(
     guards = [TlsGuard(OURS[rank], identity(rank, 3)) for rank in range(2)]
     with waiting_rank(guards[0]) as (rendezvous, mine, absent):
         for _ in range(3):
-            with socket.create_connection(mine.addresses[0], timeout=10) as sock:
-                with suppress(OSError):  # hung up on: as good as refused
-                    INTRUDERS[who](sock, tmp_path)
+            sock = socket.create_connection(mine.addresses[0], timeout=10)
+            with sock, suppress(OSError):  # hung up on: as good as refused
+                INTRUDERS[who](sock, tmp_path)
         until(lambda: rendezvous.refused == 3)
         assert decoded == []
-        connect(absent, identity(1), seats([mine, absent]), guard=guards[1]).close()
+        join(absent, mine, guards[1])
         assert rendezvous.refused == 3
     assert decoded, "the honest rank was heard"
 
@@ -157,7 +157,7 @@ def test_a_rank_that_claims_to_be_another_is_refused(decoded: list[int]) -> None
                 assert pipe.recv_into(memoryview(bytearray(100))) == 0
         assert "claims to be rank 1 with rank 2's key" not in rendezvous._called.values()
         assert sum(decoded) == len(HELLO)
-        connect(absent, identity(1), seats([mine, absent]), guard=guards[1]).close()
+        join(absent, mine, guards[1])
 
 
 def _is_done(act: Callable[[], None]) -> bool:
@@ -179,7 +179,7 @@ def test_a_thousand_idle_connections_do_not_keep_honest_ranks_out(is_secure: boo
         until(lambda: rendezvous.refused >= 1000 - 64)
         assert len(rendezvous._knocks) <= 64
         assert psutil.Process().memory_info().rss - before < 64 * 1024 * 1024
-        connect(absent, identity(1), seats([mine, absent]), guard=guards[1]).close()
+        join(absent, mine, guards[1])
 
 
 def test_two_runs_do_not_mix() -> None:

@@ -22,6 +22,7 @@ from tests.mesh.meeting import (
     LOOPBACK,
     dead_address,
     identity,
+    join,
     meet,
     seats,
     tls_guards,
@@ -214,6 +215,6 @@ def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
                 except OSError:
                     pass  # hung up on: as good as refused
         assert not rendezvous._complete.is_set(), "nobody of these may complete the mesh"
-        connect(absent, identity(1), seats([mine, absent])).close()
+        join(absent, mine)
         assert rendezvous.refused == 1000
     assert bytes_got < 1000 * 200, "a challenge at most"

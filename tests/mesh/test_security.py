@@ -1,4 +1,4 @@
-"""What is minted for a run: names nobody shares, keys nobody can read, certificates without a clock."""
+"""What is minted for a run: names nobody shares, keys nobody can read, no clock asked."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_printing_credentials_shows_nothing_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "run_id", ["20260101-000000-single-mlp-abcd", "Äpfel & Birnen", "x" * 300, "...", "a" * 40 + "_b"]
+    "run_id",
+    ["20260101-000000-single-mlp-abcd", "Äpfel & Birnen", "x" * 300, "...", "a" * 40 + "_b"],
 )
 def test_any_run_has_a_name_that_dns_allows(run_id: str) -> None:
     name = peer_name(12, run_id)

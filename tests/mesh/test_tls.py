@@ -1,5 +1,4 @@
-"""The encrypted pipe by itself: every byte arrives, in order, and an end is an end only if the other
-side said so."""
+"""The encrypted pipe by itself: every byte arrives in order, and only what was said ends it."""
 
 from __future__ import annotations
 
@@ -87,7 +86,6 @@ def read_some(pipe: TlsPipe, into: bytearray, size: int) -> bool:
 def test_every_byte_arrives_although_the_kernel_takes_no_more(
     pipes: tuple[TlsPipe, TlsPipe], size: int, room: int
 ) -> None:
-    dialer, acceptor = pipes
     data = random.Random(size).randbytes(size)
     for one, other in (pipes, pipes[::-1]):
         got = bytearray()

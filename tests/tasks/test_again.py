@@ -72,6 +72,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(again, "_ASK_EVERY_S", 0.02)
     monkeypatch.setattr(again, "_POLL_S", 0.01)
+    monkeypatch.setattr(again, "_QUICK_S", 0.1)
 
 
 def test_it_goes_on_with_those_that_answer_and_says_so_in_one_line(folder: RunFolder) -> None:

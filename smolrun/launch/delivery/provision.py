@@ -110,7 +110,8 @@ def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
         try:
             done = clear_run(machine, run_id)
         except SmolrunError as error:
-            return f"{run_on_host(machine, run_id)} could not be removed: {error}"
+            place = run_on_host(machine, run_id)
+            return f"{place} could not be removed: {error}; it can be deleted"
         place = f"{run_on_host(machine, run_id)} on {machine.name}"
         return None if done else f"{place} could not be removed; it can be deleted"
 

@@ -84,9 +84,9 @@ def _by_ioctl() -> dict[str, list[str]]:
             length = bin(int.from_bytes(mask, "big")).count("1")
             found[name] = [f"{socket.inet_ntoa(address)}/{length}"]
     for line in _read("/proc/net/if_inet6").splitlines():
-        digits, _, length, _, _, name = line.split()
+        digits, _, length6, _, _, name = line.split()
         address6 = ipaddress.IPv6Address(bytes.fromhex(digits))
-        found.setdefault(name, []).append(f"{address6}/{int(length, 16)}")
+        found.setdefault(name, []).append(f"{address6}/{int(length6, 16)}")
     return found
 
 

@@ -22,7 +22,8 @@ from smolrun.launch.ssh.process import SshProcess
 
 # The worker's lease is as long: both sides give up at about the same time.
 SILENCE_LIMIT_S = 15.0
-_ASK_AFTER_S = 5.0
+_ASK_AFTER_S = 1.0
+_UNANSWERED_S = 2.5  # no judgement yet, but an end of all should not wait for it
 _TICK_S = 0.5
 _OPEN_S = 20.0  # a new session on a machine that is alive but busy
 _MOST_OUTPUT_BYTES = 64 * 1024 * 1024
@@ -39,7 +40,8 @@ class SshConnection:
         self._files = SshFiles(name, self._transport)
         self._silence_limit_s = SILENCE_LIMIT_S
         self._closed = threading.Event()
-        self._silent = False
+        self._silence_s = 0.0
+        self._given_up = False
         assert hops[-1].wire is not None, "an open connection has a wire"
         self._thread("alive", self._watch, hops[-1].wire).start()
 
@@ -53,9 +55,19 @@ class SshConnection:
         """Why the connection is gone, if it is and nobody closed it."""
         if self._closed.is_set() or self._transport.is_active():
             return None
-        if self._silent:
-            return f"the SSH connection was lost (no answer for {self._silence_limit_s:g} s)"
+        if self._given_up:
+            return f"the SSH connection was lost (no answer for {self._silence_s:.0f} s)"
         return "the SSH connection was lost (the other side ended it)"
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has left a question unanswered for seconds."""
+        return self._silence_s >= _UNANSWERED_S
+
+    def give_up(self) -> None:
+        """Take it for lost now, without waiting longer for an answer."""
+        self._given_up = True
+        self._hang_up()
 
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin."""
@@ -138,23 +150,24 @@ class SshConnection:
         The silence is summed in ticks of this thread: a driver that was frozen itself must not take
         its own absence for the other side's.
         """
-        silence_s, before, heard = 0.0, time.monotonic(), wire.heard
+        before, heard = time.monotonic(), wire.heard
         asking: threading.Thread | None = None
         while not self._closed.wait(_TICK_S) and self._transport.is_active():
             now = time.monotonic()
-            silence_s += min(now - before, 2 * _TICK_S)
+            silence_s = self._silence_s + min(now - before, 2 * _TICK_S)
             before = now
             if wire.heard != heard:
                 silence_s, heard = 0.0, wire.heard
+            self._silence_s = silence_s
             if silence_s >= self._silence_limit_s:
-                self._silent = True
-                self._hang_up()
+                self.give_up()
             elif silence_s >= _ASK_AFTER_S and (asking is None or not asking.is_alive()):
                 asking = self._thread("ask", self._ask)
                 asking.start()
 
     def _ask(self) -> None:
-        # No server knows this question, and each must answer that: RFC 4254, section 4.
+        # The library's own keepalive asks for no answer. No server knows this question, and each
+        # must say so: RFC 4254, section 4.
         with contextlib.suppress(SSHException, OSError, EOFError):
             self._transport.global_request("keepalive@openssh.com", wait=True)
 

@@ -20,8 +20,9 @@ from paramiko import SFTPClient, SSHException, Transport
 from smolrun.errors import HostError
 from smolrun.launch.connection import OnBytes
 
-# A server that does not answer for so long will not answer any more.
-_ANSWER_S = 30.0
+# A machine that is gone is noticed long before; this is for an SFTP server that hangs alone, and
+# for 2 MiB that are still on their way over a very slow link.
+_ANSWER_S = 120.0
 # Asked for at once, so that the way there and back is not waited for with every block. SFTP servers
 # answer with 32 KiB at most.
 _BLOCK_BYTES = 32 * 1024

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fabric import Connection
 
 from smolrun.launch.host_keys import HostKey, KnownHosts
+from smolrun.launch.last_words import last_words, printable
 from smolrun.launch.ssh.settings import Settings
 
 Stage = Literal["reach", "greeting", "login", "in"]
@@ -24,7 +25,7 @@ class Failed(Exception):
 
     def __init__(self, what: str, todo: str | None = None) -> None:
         super().__init__(what)
-        self.what = what
+        self.what = printable(what)  # a server's own words may be in it
         self.todo = todo
 
 
@@ -85,8 +86,8 @@ class Hop:
         process = getattr(self.wire, "process", None)
         if process is None or process.poll() is None:
             return None
-        words = process.stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-        return ": ".join([f"it ended with exit code {process.returncode}", *words])
+        words = last_words(process.stderr.read())
+        return f"it ended with exit code {process.returncode}: {words}"
 
     @property
     def known(self) -> KnownHosts:

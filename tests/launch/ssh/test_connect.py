@@ -332,8 +332,8 @@ def test_a_proxy_command_that_fails(server: Server):
     server.configure(f"ProxyCommand sh {server.folder}/fails.sh")
     sentence, seconds = took(lambda: refused(server))
     assert "it ended with exit code 7: no way" in sentence
-    assert seconds < 3
+    assert seconds < 8  # of 10
     server.configure("ProxyCommand sleep 30")
     sentence, seconds = took(lambda: refused(server, timeout_s=1))
     assert "no answer within 1 s" in sentence
-    assert seconds < 2
+    assert seconds < 5
