@@ -140,6 +140,7 @@ def _build_mesh(
     from smolrun.wire.handshake import Identity
 
     peers = channel.wait_roster(start_timeout_s)
+    _log.info("links up with %d other ranks", len(peers) - 1)
     identity = Identity(
         rank=start.rank,
         world_size=start.world_size,

@@ -90,6 +90,11 @@ class Attendant:
         return not self._life.is_alive()
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the worker's host does not answer, for seconds already."""
+        return self._process is not None and self._process.is_silent()
+
+    @property
     def tail(self) -> list[str]:
         """The last lines of the rank's log."""
         with self._lock:

@@ -43,6 +43,7 @@ class RankState:
     killed: bool = False
     out_of_memory: str | None = None
     lost: str | None = None  # why its host is out of reach
+    is_silent: bool = False  # its host did not answer the driver when the run began to fail
     sign: int = 0
 
     @property
@@ -127,7 +128,8 @@ def _has_own_error(state: RankState) -> bool:
 
 
 def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
-    """The rank that the others lost: a silent one first, then by votes, then by rank."""
+    """The rank that the others lost: first one whose host does not answer us either, then one that
+    has not reported, then by votes, then by rank."""
     by_rank = {state.rank: state for state in states}
     accused = [
         (by_rank[s.error.peer], s.error) for s in signs if s.error and s.error.peer in by_rank
@@ -135,12 +137,15 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
     if not accused:
         return None
     votes = Counter(state.rank for state, _ in accused)
-    state, error = min(accused, key=lambda one: (one[0].is_over, -votes[one[0].rank], one[0].rank))
+    state, error = min(
+        accused,
+        key=lambda one: (not one[0].is_silent, one[0].is_over, -votes[one[0].rank], one[0].rank),
+    )
     seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
     what = "was cut off from the others" if state.is_over else "stopped answering"
     pair = {state.rank}
-    if state.is_over and len(seen) == 1 and state.error and state.error.peer is not None:
-        # Both live and can tell us; of the others, nobody missed either.
+    if len(seen) == 1 and not state.is_silent and state.error and state.error.peer is not None:
+        # Both live and answer us, and of the others nobody misses either.
         other, error = seen[0]
         what = f"and {other.label} lost each other"
         pair.add(other.rank)

@@ -34,9 +34,10 @@ from smolrun.launch.moves import (
     Reported,
     SendRoster,
     SendStop,
+    Silent,
     WantsRows,
 )
-from smolrun.launch.supervisor import Limits, Supervisor
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
 _INBOX_SIZE = 4096  # a worker that tells more than the driver can take in has to wait
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed
@@ -164,9 +165,17 @@ class Driver:
                 if outcome := self._perform(actions):
                     return outcome
             now = time.monotonic()
-            actions = supervisor.advance(now) if item is None else supervisor.handle(item, now)
+            actions = self._look_for_silence(supervisor, now)
+            actions += supervisor.advance(now) if item is None else supervisor.handle(item, now)
             if outcome := self._perform(actions):
                 return outcome
+
+    def _look_for_silence(self, supervisor: Supervisor, now: float) -> list[Action]:
+        """While the cause of a failure is sought, it counts who does not answer us either."""
+        if supervisor.phase is not Phase.FAILING:
+            return []
+        silent = [Silent(one.plan.rank) for one in self._attendants if one.is_silent]
+        return [action for item in silent for action in supervisor.handle(item, now)]
 
     def _asked_to_stop(self) -> int:
         """How often, by signals and by other processes together."""

@@ -146,6 +146,10 @@ class LocalProcess:
     def lost(self) -> None:
         """Never: this machine is always in reach."""
 
+    def is_silent(self) -> bool:
+        """Never, for the same reason."""
+        return False
+
     def kill(self) -> None:
         """SIGKILL to its process group, stopped or not; TerminateProcess on Windows."""
         if self._process.returncode is None:

@@ -59,6 +59,13 @@ class Exited:
 
 
 @dataclass(frozen=True)
+class Silent:
+    """A worker's host does not answer the driver; it may be nothing, or the end of it."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
 class Misbehaved:
     """A worker broke the control protocol; it may still be alive."""
 
@@ -92,6 +99,7 @@ Input = (
     | WantsRows
     | Finished
     | Exited
+    | Silent
     | Misbehaved
     | NotStarted
     | ReaderFailed

@@ -83,6 +83,10 @@ class RemoteWorker:
         """After `wait`: why nobody can know how it ended, if that is so."""
         return self._lost
 
+    def is_silent(self) -> bool:
+        """Whether the connection has been asked whether it is there, and nothing came back."""
+        return self._connection.is_silent
+
     def out_of_memory(self) -> str | None:
         """Not known: the system there tells nobody."""
         return None

@@ -42,6 +42,7 @@ from smolrun.launch.moves import (
     Reported,
     SendRoster,
     SendStop,
+    Silent,
 )
 
 
@@ -148,6 +149,8 @@ class Supervisor:
             state.exit_code = item.code
             state.out_of_memory = item.out_of_memory
             state.lost = item.lost
+        elif isinstance(item, Silent):
+            state.is_silent = True
         elif isinstance(item, Misbehaved | NotStarted):
             state.problem = state.problem or item.problem
             state.never_started = state.never_started or isinstance(item, NotStarted)
@@ -230,7 +233,8 @@ class Supervisor:
         doomed = [
             s
             for s in alive
-            if not s.killed and (self._hurry or s.result is None or self._is_due(now))
+            if not s.killed
+            and (self._hurry or s.result is None or s.is_silent or self._is_due(now))
         ]
         actions: list[Action] = [Kill(state.rank) for state in doomed]
         for state in doomed:

@@ -16,6 +16,7 @@ from smolrun.launch.moves import (
     Misbehaved,
     NotStarted,
     Outcome,
+    Silent,
 )
 from tests.launch.test_supervisor import bury, done, failed, outcome_of, running, starting, training
 
@@ -48,6 +49,22 @@ def test_a_rank_that_two_others_miss_was_cut_off() -> None:
     outcome = bury(supervisor, supervisor.advance(4.1) + supervisor.advance(9.2), 9.2)
     assert outcome.reason.startswith(
         "rank 1 on host1 was cut off from the others before its first step (silent); 2 other ranks"
+    )
+
+
+def test_of_two_that_miss_each_other_the_one_that_does_not_answer_us_was_cut_off() -> None:
+    supervisor = running(2)
+    supervisor.handle(failed(1, "PeerLost", "lost rank 0: silent", 0), 2.0)  # it can still send
+    assert supervisor.handle(Silent(1), 2.1) == []
+    actions = supervisor.handle(failed(0, "PeerLost", "lost rank 1: closed", 1), 2.2)
+    assert actions == [Kill(1)]  # and rank 0 may leave on its own
+    supervisor.handle(Exited(0, 3), 2.7)
+    outcome = outcome_of(supervisor.handle(Exited(1, 75, lost="no answer for 4 s"), 2.7))
+    assert outcome.failed_rank == 1
+    assert outcome.reason == (
+        "rank 1 on host1 was cut off from the others before its first step (closed); 1 other rank "
+        "ended with it; log: logs/rank1-host1.log; "
+        "host1 is out of reach: what still runs there ends by itself"
     )
 
 

@@ -141,7 +141,6 @@ def test_an_intruder_gets_no_byte_decoded_and_honest_ranks_connect(
         until(lambda: rendezvous.refused == 3)
         assert decoded == []
         join(absent, mine, guards[1])
-        assert rendezvous.refused == 3
     assert decoded, "the honest rank was heard"
 
 

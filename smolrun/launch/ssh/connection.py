@@ -23,7 +23,7 @@ from smolrun.launch.ssh.process import SshProcess
 # The worker's lease is as long: both sides give up at about the same time.
 SILENCE_LIMIT_S = 15.0
 _ASK_AFTER_S = 1.0
-_UNANSWERED_S = 2.5  # no judgement yet, but an end of all should not wait for it
+_UNANSWERED_S = 1.5  # no judgement yet, but an end of the run should not wait for it
 _TICK_S = 0.5
 _OPEN_S = 20.0  # a new session on a machine that is alive but busy
 _MOST_OUTPUT_BYTES = 64 * 1024 * 1024
@@ -40,7 +40,7 @@ class SshConnection:
         self._files = SshFiles(name, self._transport)
         self._silence_limit_s = SILENCE_LIMIT_S
         self._closed = threading.Event()
-        self._silence_s = 0.0
+        self._silence_s = self._unanswered_s = 0.0
         self._given_up = False
         assert hops[-1].wire is not None, "an open connection has a wire"
         self._thread("alive", self._watch, hops[-1].wire).start()
@@ -61,8 +61,8 @@ class SshConnection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it has left a question unanswered for seconds."""
-        return self._silence_s >= _UNANSWERED_S
+        """Whether it has left a question unanswered for seconds; true also once it is given up."""
+        return self._given_up or self._unanswered_s >= _UNANSWERED_S
 
     def give_up(self) -> None:
         """Take it for lost now, without waiting longer for an answer."""
@@ -154,14 +154,16 @@ class SshConnection:
         asking: threading.Thread | None = None
         while not self._closed.wait(_TICK_S) and self._transport.is_active():
             now = time.monotonic()
-            silence_s = self._silence_s + min(now - before, 2 * _TICK_S)
-            before = now
+            passed_s = min(now - before, 2 * _TICK_S)
+            silence_s, before = self._silence_s + passed_s, now
+            is_open = asking is not None and asking.is_alive()
+            self._unanswered_s = self._unanswered_s + passed_s if is_open else 0.0
             if wire.heard != heard:
                 silence_s, heard = 0.0, wire.heard
             self._silence_s = silence_s
             if silence_s >= self._silence_limit_s:
                 self.give_up()
-            elif silence_s >= _ASK_AFTER_S and (asking is None or not asking.is_alive()):
+            elif silence_s >= _ASK_AFTER_S and not is_open:
                 asking = self._thread("ask", self._ask)
                 asking.start()
 
