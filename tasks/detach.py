@@ -149,7 +149,9 @@ def begin_driving(folder: RunFolder, *, steps: int, unit: str) -> None:
     """This process drives the run from now on; in the background, it now says so to whoever
     started it, and all else into the run's own log."""
     log = os.environ.pop(_LOG, None)
-    folder.write_driver(steps, unit=unit, has_log=log is not None)
+    # A run that was started again says it there already.
+    has_log = log is not None or _is_ours(folder.driver_log)
+    folder.write_driver(steps, unit=unit, has_log=has_log)
     if log is None:
         return
     with contextlib.suppress(OSError), folder.driver_log.open("ab") as own, open(log, "rb") as said:
@@ -163,3 +165,10 @@ def begin_driving(folder: RunFolder, *, steps: int, unit: str) -> None:
     os.close(own_fd)
     with contextlib.suppress(OSError):  # Windows: the starter has it open, and takes it away
         os.unlink(log)
+
+
+def _is_ours(log: Path) -> bool:
+    """Whether what this process says goes into that file."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(1), log.stat())
+    return False

@@ -168,6 +168,7 @@ class Fleet:
                 self.machines[name] = open_machine(
                     machine.spec, ssh_config=self._config.cluster.ssh_config, timeout_s=_AGAIN_S
                 )
+                machine.close()  # a jump host on the way to it may still be there
 
     def close(self) -> None:
         """End all connections."""

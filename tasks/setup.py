@@ -164,7 +164,7 @@ class Setup:
             )
 
         self._each(list(self._machines), look, "look")
-        return found
+        return {name: found[name] for name in self._specs if name in found}
 
     def _check_given(self, machine: Machine, python: str) -> None:
         """The user chose this Python: nothing is installed, what it lacks is told."""

@@ -172,6 +172,7 @@ class _Run:
             )
             plans = plan_workers(self._config, folder, fleet, saving)
         except (HostError, HostErrors) as error:
+            fleet.clear(folder.run_id)
             return not_equipped(error)
         fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), keeper)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from smolrun.config import RunConfig
 from smolrun.config.plan import THIS_MACHINE
-from smolrun.errors import HostError
 from smolrun.tasks.fleet import host_specs
 
 
@@ -30,7 +29,7 @@ def who_answers(config: RunConfig) -> list[str]:
                     timeout_s=config.cluster.connect_timeout_s,
                     cluster=config.cluster.name,
                 )
-            except HostError:
+            except Exception:  # one that fails in a way of its own must not speak for the others
                 return False
             machine.close()
             return True

@@ -51,6 +51,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `world_size`, `algorithm` | How many ranks shared the work, and how |
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
+| `host_versions` | Of each host reached over SSH, transformers too |
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 | `restarts` | One for each time that the run was started again after a loss, see below |

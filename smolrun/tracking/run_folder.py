@@ -116,14 +116,17 @@ class RunFolder:
         `unit` is what its rates count, `has_log` whether what it says goes to `driver_log`. What
         was asked of an earlier driver is forgotten.
         """
+        me, before = _this_process(), self.driver()
         driver = {
-            **_this_process(),
+            **me,
             "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "steps": steps,
             "unit": unit,
             "has_log": has_log,
         }
-        self._stop.unlink(missing_ok=True)
+        # This driver may begin its run again, after a loss: a stop asked for meanwhile holds.
+        if any(before.get(key) != value for key, value in me.items()):
+            self._stop.unlink(missing_ok=True)
         _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
     def driver(self) -> dict[str, Any]:

@@ -67,9 +67,7 @@ def _losses(log: Path) -> list[float]:
     """When a rank noticed that it had lost another."""
     lines = map(_LOG_LINE.match, log.read_text().splitlines())
     return [
-        datetime.strptime(line[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()  # noqa: DTZ007  # as logged
-        for line in lines
-        if line
+        datetime.strptime(line[1], "%Y-%m-%d %H:%M:%S,%f").timestamp() for line in lines if line
     ]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.faults import (
-    FAST,
     FAST_S,
     LONG,
     NORMAL_S,
@@ -90,7 +89,7 @@ def test_two_hosts_that_lose_each_other(driver: Driver) -> None:
 
 def test_bad_cables_only_make_it_slow(driver: Driver) -> None:
     """5 % loss on one, 1 Mbit/s on another: no false alarm, and the same bytes everywhere."""
-    slow = ["training.steps=12", "model.width=32", "training.check_replicas=true"]
+    slow = ["training.steps=12", "model.widths=[32]", "training.check_replicas=true"]
     run = driver.start(*SMALL, *slow, "mesh.liveness=fast", "checkpoint.every=4")
     driver.wait_for_step(2)
     driver.lab.hosts[0].lose(5)

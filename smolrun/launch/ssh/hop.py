@@ -7,6 +7,7 @@ came.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,6 +69,7 @@ class Hop:
     tried: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     takes: list[str] = field(default_factory=list)
+    proxy_words: bytes | None = None  # what a ProxyCommand said before it ended
 
     @property
     def greeted(self) -> bool:
@@ -86,7 +88,12 @@ class Hop:
         process = getattr(self.wire, "process", None)
         if process is None or process.poll() is None:
             return None
-        words = last_words(process.stderr.read())
+        # Read once, and without waiting: something it left running may hold the pipe open.
+        if self.proxy_words is None:
+            with contextlib.suppress(OSError, AttributeError):  # no set_blocking on Windows, 3.11
+                os.set_blocking(process.stderr.fileno(), False)
+                self.proxy_words = process.stderr.read() or b""
+        words = last_words(self.proxy_words or b"")
         return f"it ended with exit code {process.returncode}: {words}"
 
     @property
