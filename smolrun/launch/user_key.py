@@ -7,6 +7,7 @@ rights that its SSH server insists on.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ _USUAL = ("id_ed25519", "id_ecdsa", "id_rsa")
 _LINE = re.compile(r"(ssh-[a-z0-9-]+|ecdsa-[a-z0-9-]+|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]+( [^\n\r]*)?")
 _RUN_S = 30.0
 
-# $1 is the line. A file without a newline at its end would swallow it.
+# Over stdin, as not every login shell takes an argument of several lines. A file without a newline
+# at its end would swallow the key.
 _INSTALL = """\
 set -e
 umask 077
@@ -30,7 +32,7 @@ chmod 700 "$HOME/.ssh"
 file=$HOME/.ssh/authorized_keys
 touch "$file"
 chmod 600 "$file"
-key=$(cat)
+key={key}
 if grep -qF -- "$key" "$file"; then echo there; exit 0; fi
 [ -s "$file" ] && [ -n "$(tail -c 1 "$file")" ] && echo >> "$file"
 printf '%s\\n' "$key" >> "$file"
@@ -84,7 +86,8 @@ def install(machine: Machine, line: str) -> bool:
             "on Windows, add your .pub file to C:/ProgramData/ssh/administrators_authorized_keys",
         )
     kind_and_key = " ".join(line.split()[:2])
-    done = machine.run(["sh", "-c", _INSTALL], data=f"{kind_and_key}\n".encode(), timeout_s=_RUN_S)
+    piece = _INSTALL.format(key=shlex.quote(kind_and_key)).encode()
+    done = machine.run(["sh", "-s"], data=piece, timeout_s=_RUN_S)
     words = done.out.decode("utf-8", "replace").split()
     if done.code or not {"there", "added"} & set(words):
         said = done.err.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]

@@ -229,7 +229,7 @@ class Acceptor(Conversation):
         rank, channel = message.get("rank"), message.get("channel")
         if message.get("version") != VERSION:
             raise HandshakeError(
-                f"the dialer speaks version {str(message.get('version'))[:20]}, this is {VERSION}"
+                f"the dialer speaks version {repr(message.get('version'))[:20]}, this is {VERSION}"
             )
         if (
             type(rank) is not int
@@ -238,7 +238,7 @@ class Acceptor(Conversation):
             or channel not in CHANNELS
         ):
             raise HandshakeError(
-                f"no rank {str(rank)[:20]} dials rank {self.identity.rank} "
+                f"no rank {repr(rank)[:20]} dials rank {self.identity.rank} "
                 f"for {str(channel)[:20]!r}"
             )
         if self.certified not in (None, rank):

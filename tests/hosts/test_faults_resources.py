@@ -23,7 +23,8 @@ def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
     the_driver.end()
 
 
-def test_a_disk_that_fills_up_while_training_goes_on(driver: Driver) -> None:
+def test_a_disk_that_is_full_for_a_while(driver: Driver) -> None:
+    """Training goes on without checkpoints, and has them again as soon as there is room."""
     host = driver.lab.hosts[1]
     host.small_disk(64)
     try:
@@ -31,6 +32,8 @@ def test_a_disk_that_fills_up_while_training_goes_on(driver: Driver) -> None:
         driver.wait_for_step(7)
         host.run("sh", "-c", f"cat /dev/zero > {host.workdir}/full; true")
         driver.wait_for_step(17)
+        host.run("rm", f"{host.workdir}/full")
+        driver.wait_for_step(len(driver.rows("step")) + 3)
         run.send_signal(2)
         code, out, err = finish(run)
     finally:
@@ -38,7 +41,8 @@ def test_a_disk_that_fills_up_while_training_goes_on(driver: Driver) -> None:
     warnings = [line for line in out.splitlines() if "warning" in line and "lab2" in line]
     assert any("No space left" in line for line in warnings), out + err
     assert code == 130, out + err
-    assert driver.summary["steps"] >= 17
+    assert driver.summary["steps"] >= 20
+    assert driver.summary["checkpoint"] == f"step-{driver.summary['steps']:08d}"
     assert_checkpoint_is_whole(driver)
 
 

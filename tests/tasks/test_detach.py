@@ -124,3 +124,29 @@ def test_a_dry_run_stays_here(tmp_path: Path) -> None:
     code, out, err = finish(start(tmp_path, *SMALL, "detach=true", "training.dry_run=true"))
     assert code == 0, err
     assert "in the background" not in out and not list(tmp_path.glob("outputs/*"))
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from smolrun.tasks.detach import begin_driving
+from smolrun.tracking.run_folder import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+said = []
+for _ in range(2):
+    begin_driving(run, steps=3, unit="tokens")
+    said.append(run.driver()["has_log"])
+sys.exit(0 if said == [True, True] else 1)
+"""
+
+
+def test_a_run_that_is_started_again_still_has_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "driver.log.first"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, str(tmp_path)],
+            env={**os.environ, "SMOLRUN_DRIVER_LOG": str(log)},
+            stdout=output,
+            timeout=30,
+        )
+    assert done.returncode == 0
