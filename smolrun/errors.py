@@ -63,6 +63,16 @@ class HostError(SmolrunError):
         super().__init__(f"{host}: {what}" + (f"; {todo}" if todo else ""))
 
 
+class LoginFailed(HostError):
+    """No SSH connection to a machine; `is_refused`: it is there, but takes none of our keys."""
+
+    def __init__(
+        self, host: str, what: str, todo: str | None = None, *, is_refused: bool = False
+    ) -> None:
+        self.is_refused = is_refused
+        super().__init__(host, what, todo)
+
+
 class HostErrors(SmolrunError):
     """Several machines of the cluster cannot do their part; all are named, a line each."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, ranks
 from smolrun.config.cluster import Host as HostConfig
-from smolrun.errors import HostError
+from smolrun.errors import HostError, LoginFailed
 from smolrun.launch import findings, links, reachability
 from smolrun.launch.at_once import on_all
 from smolrun.launch.environment import own_dependencies
@@ -75,7 +75,9 @@ class Patients:
             machine = self._reached(name)
         except HostError as error:
             found = unreachable(error)
-            if (more := self._compared(name, error)) is not None:
+            # Only of a login is it of interest that the system's own ssh does better.
+            more = self._compared(name, error) if isinstance(error, LoginFailed) else None
+            if more is not None:
                 found.findings.append(more)
             return found
         self.askable[name] = machine

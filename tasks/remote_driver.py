@@ -145,10 +145,10 @@ def _keep(
     config: RunConfig, spec: HostSpec, ready: Provisioned, folder: str, code_of: str
 ) -> RunFolder:
     """A folder here under the run's name, which says where it really is."""
-    is_windows = "\\" in folder
-    run = RunFolder(
-        OUTPUTS / (PureWindowsPath(folder) if is_windows else PurePosixPath(folder)).name
-    )
+    name = (PureWindowsPath(folder) if "\\" in folder else PurePosixPath(folder)).name
+    if name in ("", ".."):
+        raise HostError(spec.name, f"tells of a run in {folder!r}, which cannot be")
+    run = RunFolder(OUTPUTS / name)
     run.path.mkdir(parents=True, exist_ok=True)
     run.write_config(msgspec.yaml.encode(resolved(config)).decode())
     run.write_remote(

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from smolrun.config import RunConfig
-from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
+from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
 from smolrun.launch.at_once import on_all
 from smolrun.launch.blank_host import Blank
-from smolrun.launch.environment import PYTHON, env_python, environment_name, own_dependencies
+from smolrun.launch.environment import env_python, environment_name, own_dependencies
 from smolrun.launch.environment_maker import Maker, planned
 from smolrun.launch.machine import HostSpec, Machine, open_machine
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -26,7 +26,6 @@ from smolrun.launch.user_key import install, make_key, public_key, read_key
 from smolrun.tasks.fleet import host_specs
 from smolrun.tasks.workers import OUTPUTS
 
-_REFUSED = "does not let"  # how the launcher says that no key was accepted
 _CHECK_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -94,7 +93,7 @@ class Setup:
         locked = [
             name
             for name, error in self._failed.items()
-            if isinstance(error, HostError) and _REFUSED in error.what
+            if isinstance(error, LoginFailed) and error.is_refused
         ]
         for name in locked:
             error = self._failed.pop(name)
@@ -154,7 +153,7 @@ class Setup:
             if spec.python is not None:
                 self._check_given(machine, spec.python)
                 return
-            label = environment_name(self._requirements, PYTHON, spec.torch)
+            label = environment_name(self._requirements, spec.torch)
             python = env_python(machine.workdir, label, machine.os)
             found[name] = planned(
                 machine,

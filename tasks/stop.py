@@ -10,6 +10,7 @@ import sys
 import time
 
 from smolrun.config import RunConfig
+from smolrun.errors import HostError
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.tasks import ending_lines
 from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened
@@ -18,6 +19,7 @@ from smolrun.tracking.run_view import Request, View
 # A run may take this long beyond what its ranks have, to write its last words and tell W&B.
 _BEYOND_S = 60.0
 _TELL_EVERY_S = 10.0
+_OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 
 def drive(config: RunConfig) -> int:
@@ -51,10 +53,14 @@ def _stopped(run: OpenRun, view: View) -> View:
     has_hurried = False
     began = time.monotonic()
     give_up, tell_at = began + _patience_s(run), began + _TELL_EVERY_S
+    heard = began
     while not view.has_ended and time.monotonic() < give_up:
         try:
             time.sleep(run.every_s)
-            view = run.ask(Request(""))
+            view, heard = run.ask(Request("")), time.monotonic()
+        except HostError:  # it has been asked: it stops whether we see it or not
+            if time.monotonic() - heard > _OUT_OF_REACH_S:
+                raise
         except KeyboardInterrupt:
             if has_hurried:
                 raise

@@ -20,12 +20,13 @@ from smolrun.launch.control import Saving
 from smolrun.launch.driver import Driver
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
+from smolrun.launch.wake import awake
 from smolrun.tasks.again import Lost, Restarts, train_on
 from smolrun.tasks.before_start import check_before_start, check_model_fits
 from smolrun.tasks.detach import begin_driving
 from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
 from smolrun.tasks.fetched import Fetched
-from smolrun.tasks.fleet import open_fleet
+from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.streaming import open_reader, reader_state
@@ -63,6 +64,8 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=config.training.steps, world_size=world_size(config))
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
+        if is_elsewhere(config):  # their leases come from here
+            closing.enter_context(awake())
         restarts = Restarts(config, console.say, lambda: who_answers(config))
         run, outcome = train_on(
             _Run(config, console, closing),

@@ -199,6 +199,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     cluster_checks.hosts_can_meet,
     cluster_checks.ssh_is_a_target,
     cluster_checks.env_is_sound,
+    cluster_checks.keys_mean_something,
     cluster_checks.ports_suffice,
     cluster_checks.named_hosts_exist,
     cluster_checks.restart_can_be,

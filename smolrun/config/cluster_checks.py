@@ -75,6 +75,16 @@ def ssh_is_a_target(*, cluster: Cluster) -> Iterator[str]:
                 )
 
 
+def keys_mean_something(*, cluster: Cluster) -> Iterator[str]:
+    """Ranks of this machine run in the Python and the folder that the driver is in."""
+    for index, host in enumerate(cluster.hosts or []):
+        for key, value in (("python", host.python), ("workdir", host.workdir), ("env", host.env)):
+            if host.ssh is None and value:
+                what = f"{host.name} is this machine, which runs its ranks as it runs you"
+                allowed = "none of it, or its `ssh:` to be reached as another machine"
+                yield problem(f"cluster.hosts[{index}].{key}", value, what, allowed=allowed)
+
+
 def env_is_sound(*, cluster: Cluster) -> Iterator[str]:
     """Names that every shell can set, and values of one line."""
     for index, host in enumerate(cluster.hosts or []):

@@ -1,6 +1,6 @@
 """Where the libraries that a worker needs lie on a host: one venv for each set of them.
 
-    <workdir>/envs/py3.12-cpu-1f0c2e4d9a77/bin/python
+    <workdir>/envs/cpu-1f0c2e4d9a77/bin/python
 
 `task=setup` makes it, a run looks for it; both ask here for its name, so they always mean the same
 one. Pure: it touches no host.
@@ -24,14 +24,15 @@ def own_dependencies() -> list[str]:
     return [line for line in requires("smolrun") or [] if not _EXTRA.search(line)]
 
 
-def environment_name(dependencies: Iterable[str], python: str = PYTHON, torch: str = "auto") -> str:
-    """The name of the environment with these requirement lines, Python (3.12) and torch build.
+def environment_name(dependencies: Iterable[str], torch: str = "auto") -> str:
+    """The name of the environment with these requirement lines and this torch build.
 
-    The order of the lines, and of the bounds in a line, means nothing.
+    The order of the lines, and of the bounds in a line, means nothing. Which Python it has is the
+    host's matter: any that smolrun takes is fine.
     """
     lines = sorted({_plain(line) for line in dependencies})
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return f"py{python}-{torch}-{digest[:12]}"
+    return f"{torch}-{digest[:12]}"
 
 
 def env_python(workdir: str, name: str, os: str) -> str:

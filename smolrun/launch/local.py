@@ -51,7 +51,7 @@ _KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 3
 
 def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
     """`base` without secrets, with thread counts (which only count before numpy and torch load)."""
-    environment = {name: value for name, value in base.items() if not _is_secret(name)}
+    environment = {name: value for name, value in base.items() if not is_secret(name)}
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     for name, size in _KEPT_MEMORY.items():
         environment.setdefault(name, str(size))
@@ -62,7 +62,8 @@ def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
     return environment
 
 
-def _is_secret(name: str) -> bool:
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name is kept from workers."""
     words = (word.removesuffix("S") for word in name.upper().split("_"))
     return name.upper() in _SECRET_NAMES or not _SECRET_WORDS.isdisjoint(words)
 

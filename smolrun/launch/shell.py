@@ -2,7 +2,8 @@
 
 An SSH server gives the line to the user's login shell, whatever that is. On Unix the line therefore
 says as little as possible to that shell: `exec sh -c '...'` means the same in bash, zsh, dash, ksh,
-fish and csh (there on one line; what has several goes to stdin). cmd.exe and PowerShell follow their documented rules.
+fish and csh (which must have it on one line: what has several goes to stdin). cmd.exe and
+PowerShell follow their documented rules.
 Not run: cmd.exe and PowerShell; the tests know their rules, no Windows machine has seen them.
 
 Nothing secret may be in a line: every user of that machine can read it in the list of processes.

@@ -35,4 +35,3 @@ class ThisMachine:
 
     def close(self) -> None:
         """Nothing to end."""
-

@@ -40,7 +40,7 @@ def shipped() -> dict[str, Any]:
             "begins with a dash",
         ),
         (
-            {"cluster__hosts": [{"name": "a", "env": {"A B": "1"}}]},
+            {"cluster__hosts": [{"name": "a", "ssh": "a", "env": {"A B": "1"}}]},
             "cluster.hosts[0].env.A B = 1",
             "cannot be set",
         ),
@@ -48,6 +48,11 @@ def shipped() -> dict[str, Any]:
             {"cluster__hosts": [{"name": "a", "ranks": 3}], "cluster__ports": "40000-40001"},
             "cluster.ports = 40000-40001",
             "at least 3 of the ports",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "python": "/usr/bin/python3"}]},
+            "cluster.hosts[0].python = /usr/bin/python3",
+            "a is this machine",
         ),
         ({"driver": "pi"}, "driver = pi", "no host of cluster=local"),
         (

@@ -40,6 +40,10 @@ def test_sh_goes_to_any_folder(tmp_path, name: str, monkeypatch: pytest.MonkeyPa
     assert through_sh(line)[2] == str(tmp_path / name)
 
 
+def test_csh_finds_no_history_in_a_line():
+    assert script("echo a!b") == r"exec sh -c 'echo a'\!'b'"
+
+
 @needs_sh
 def test_the_line_becomes_the_command_itself():
     # One process less to end: sh puts the command in its own place.

@@ -94,3 +94,12 @@ def test_a_run_with_a_model_of_ones_own(tmp_path: Path) -> None:
     code, _, err = finish(start(tmp_path, *wanted, "model.widht=9"))
     assert code == 2
     assert "did you mean model.width?" in err
+
+
+def test_a_secret_by_its_name_does_not_travel_as_a_variable() -> None:
+    config = compose(["cluster.hosts=[{name: a, ssh: a, env: {HF_TOKEN: hf_0, HF_HOME: /big}}]"])
+    with pytest.raises(ConfigError) as refusal:
+        check_before_start(config)
+    (line,) = refusal.value.problems
+    assert line.startswith("cluster.hosts[0].env.HF_TOKEN")
+    assert "hf_0" not in line

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -143,6 +145,14 @@ def test_other_hosts_must_be_reached_from_there(
     told = capsys.readouterr().err
     assert "box: smolrun: pi: " in told
     assert "has to reach the other hosts over SSH by itself" in told
+
+
+@pytest.mark.parametrize("folder", ["/home/me/..", "/"])
+def test_a_host_does_not_choose_where_we_write(box: Box, folder: str) -> None:
+    ready: Any = SimpleNamespace(argv=["python"], env={})
+    with pytest.raises(HostError, match="which cannot be"):
+        remote_driver._keep(configured(box), HostSpec("box", "me@box"), ready, folder, "code")
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from smolrun.errors import HostError
 from smolrun.tasks import stop
 from smolrun.tasks.find_run import OpenRun
 from smolrun.tracking.run_view import Request, View
@@ -62,6 +63,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: list[object]) 
         answer = views.pop(0)
         if answer == "ctrl-c":
             raise KeyboardInterrupt
+        if answer == "silence":
+            raise HostError("mini1", "does not answer")
         assert isinstance(answer, View)
         return answer
 
@@ -81,6 +84,17 @@ def test_ctrl_c_while_it_waits_hurries_and_a_second_one_leaves(
     assert "asked to stop at once" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         asked(tmp_path / "b", monkeypatch, [running, "ctrl-c", hurried, "ctrl-c"])
+
+
+def test_a_machine_that_is_out_of_reach_for_a_moment_ends_no_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = View("running", asked=1)
+    views: list[object] = [running, "silence", "silence", running, View("stopped")]
+    assert len(asked(tmp_path / "a", monkeypatch, views)) == 5
+    monkeypatch.setattr(stop, "_OUT_OF_REACH_S", 0.0)
+    with pytest.raises(HostError, match="mini1"):
+        asked(tmp_path / "b", monkeypatch, [running, "silence"])
 
 
 def test_it_does_not_wait_for_ever(

@@ -67,11 +67,11 @@ def provision(machines: Mapping[str, Machine], order: Order, progress: Progress 
 
     HostError, or HostErrors with all of them, if some cannot be; then nothing of the run stays
     there. `progress` is called from other threads, one at a time. Ctrl-C leaves nothing half done
-    in its place.
+    in its place, and nothing of the run.
     """
     try:
         return _provision(machines, order, progress)
-    except Exception:
+    except BaseException:  # a Ctrl-C too
         clear_all(machines, order.run_id)
         raise
 

@@ -101,10 +101,14 @@ class ShardFetcher:
 
     def take(self, event: Event) -> bool:
         """True if the event is held back, and comes by `arrived` or `finish`; never blocks."""
-        if not isinstance(event, ShardSaved) or event.rank not in self._origins:
+        if not isinstance(event, ShardSaved | ShardFailed) or event.rank not in self._origins:
             return False
         origin = self._origins[event.rank]
         lane = self._lanes[origin.machine.name]
+        if isinstance(event, ShardFailed):  # a path of it alone does not tell whose disk is full
+            reason = f"{lane.name}: {event.reason}"
+            self._arrived.append(ShardFailed(event.updates, event.rank, reason))
+            return True
         with self._changed:
             try:
                 job = _Job(event, _files(event, lane.name), origin)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code import Deploy
-from smolrun.launch.environment import PYTHON, env_python, environment_name, own_dependencies
+from smolrun.launch.environment import env_python, environment_name, own_dependencies
 
 if TYPE_CHECKING:
     from smolrun.launch.machine import Machine
@@ -45,7 +45,7 @@ def pythons(machine: Machine, deploy: Deploy) -> list[str]:
     """Which interpreters a worker may run by, the first that is there counts."""
     if machine.spec.python:
         return [machine.spec.python]
-    name = environment_name(own_dependencies(), PYTHON, machine.spec.torch)
+    name = environment_name(own_dependencies(), machine.spec.torch)
     ours = env_python(machine.workdir, name, machine.os)
     # The other ways come without task=setup: what the host has must do.
     return [ours] if deploy == "wheel" else [ours, machine.python]

@@ -17,7 +17,7 @@ from typing import Any
 from fabric import Config, Connection
 from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
 
-from smolrun.errors import HostError
+from smolrun.errors import HostError, LoginFailed
 from smolrun.launch.host_keys import HostKey
 from smolrun.launch.ssh import failure
 from smolrun.launch.ssh.connection import SshConnection
@@ -172,7 +172,7 @@ class _Attempt:
             return
         self._give_up()
         what = f"on the way to it, {failed.what}" if hop.is_jump else failed.what
-        raise HostError(self._name, what, failed.todo)
+        raise LoginFailed(self._name, what, failed.todo, is_refused=failed.is_refused)
 
     def _wait(self) -> bool:
         """False if the deadline came first, or the end of a ProxyCommand, which paramiko misses."""

@@ -126,4 +126,5 @@ def _not_let_in(hop: Hop) -> Failed:
         + (agent if hop.settings.has_own_agent else ""),
         f"smolrun task=setup cluster={hop.cluster} brings your key there, "
         f"or ssh-copy-id {user}@{host}",
+        is_refused=True,
     )

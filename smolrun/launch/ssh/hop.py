@@ -22,12 +22,13 @@ Stage = Literal["reach", "greeting", "login", "in"]
 
 
 class Failed(Exception):
-    """Why a server cannot be used, and what to do; becomes a HostError with the host's name."""
+    """Why a server cannot be used, and what to do; becomes a LoginFailed with the host's name."""
 
-    def __init__(self, what: str, todo: str | None = None) -> None:
+    def __init__(self, what: str, todo: str | None = None, *, is_refused: bool = False) -> None:
         super().__init__(what)
         self.what = printable(what)  # a server's own words may be in it
         self.todo = todo
+        self.is_refused = is_refused
 
 
 class Wire:

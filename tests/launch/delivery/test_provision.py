@@ -129,6 +129,22 @@ def test_a_host_that_breaks_off_is_named_and_the_others_are_ready(tmp_path: Path
     assert [os.listdir(f"{host.workdir}/runs") for host in hosts.values()] == [[], [], []]
 
 
+def test_after_ctrl_c_nothing_of_the_run_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, on_all = make_hosts(tmp_path, 2), module.on_all
+
+    def interrupted(machines: Any, act: Any, what: str) -> Any:
+        if what == "files":
+            raise KeyboardInterrupt
+        return on_all(machines, act, what)
+
+    monkeypatch.setattr(module, "on_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        provision(hosts, order(tmp_path))
+    assert [os.listdir(f"{host.workdir}/runs") for host in hosts.values()] == [[], []]
+
+
 def test_hosts_are_served_at_the_same_time(tmp_path: Path) -> None:
     hosts = make_hosts(tmp_path)
     meeting = threading.Barrier(3)

@@ -95,8 +95,14 @@ def test_a_ranks_word_comes_when_its_files_are_here(hosts: Hosts) -> None:
 def test_what_is_no_word_of_a_rank_elsewhere_passes(hosts: Hosts) -> None:
     fetcher = hosts.fetcher()
     of_this_machine = ShardSaved(10, 7, {"files": {}}, {}, 0.0, 0.0)
-    for event in (StepSkipped(1, [0]), ShardFailed(10, 1, "disk full"), of_this_machine):
+    for event in (StepSkipped(1, [0]), ShardFailed(10, 7, "disk full"), of_this_machine):
         assert not fetcher.take(event)
+
+
+def test_a_save_that_failed_elsewhere_is_told_with_its_host(hosts: Hosts) -> None:
+    fetcher = hosts.fetcher()
+    assert fetcher.take(ShardFailed(10, 1, "disk full"))
+    assert fetcher.arrived() == [ShardFailed(10, 1, "mini2: disk full")]
 
 
 def test_a_checkpoint_of_two_hosts_is_whole_on_the_driver(hosts: Hosts) -> None:
