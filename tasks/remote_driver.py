@@ -101,7 +101,8 @@ def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
     for host in cluster["hosts"]:
         if host["name"] == machine.name:
             host["address"] = host["address"] or machine.address or host["ssh"].rpartition("@")[2]
-            host["ssh"] = None
+            # Its driver was started by that Python, with these variables.
+            host.update(ssh=None, python=None, workdir=None, env={})
     return {**plain, "detach": False, "driver": None}
 
 

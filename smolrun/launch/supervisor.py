@@ -221,6 +221,8 @@ class Supervisor:
 
     def _fail(self, now: float) -> None:
         self._close(now, _failed(pick_cause(self._states)))
+        # Nothing is saved any more, and a farewell to peers that are lost comes to nothing.
+        self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 
     def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
         self._hurry = self._hurry or hurry

@@ -125,7 +125,7 @@ class RunFolder:
             "has_log": has_log,
         }
         # This driver may begin its run again, after a loss: a stop asked for meanwhile holds.
-        if any(before.get(key) != value for key, value in me.items()):
+        if self.summary() or any(before.get(key) != value for key, value in me.items()):
             self._stop.unlink(missing_ok=True)
         _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 

@@ -99,6 +99,7 @@ def test_two_runs_on_the_same_hosts(driver: Driver, tmp_path: Path) -> None:
         other.end()
 
 
+@pytest.mark.soak
 def test_a_stream_is_read_for_hosts_that_cannot_see_it(driver: Driver) -> None:
     pytest.importorskip("datasets")
     write_documents(driver.folder / "docs", 80)

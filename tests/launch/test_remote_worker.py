@@ -191,3 +191,14 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
         return False
+
+
+def test_a_kill_does_not_wait_for_a_host_that_answers_nothing(connect):
+    connection = connect()
+    worker = start(connection, "import os, time; os.write(1, b'up'); time.sleep(60)")
+    assert worker.read_control() == b"up"
+    assert not worker.is_silent()
+    connection.is_silent = True
+    worker.kill()
+    assert worker.wait() == EXIT_ABANDONED
+    assert worker.lost() == "no answer"

@@ -90,6 +90,7 @@ def test_a_wish_is_counted_until_the_next_driver(folder: RunFolder) -> None:
     folder.write_driver(steps=100)
     assert [answer(Request(str(folder.path), stop=True)).asked for _ in range(2)] == [1, 2]
     assert answer(Request(str(folder.path))).asked == folder.stop_requests() == 2
+    change_driver(folder, process_created=1.0)
     folder.write_driver(steps=100)
     assert folder.stop_requests() == 0
 
