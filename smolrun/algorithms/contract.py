@@ -33,6 +33,9 @@ class Context:
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
+    shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
+    # The first value of a parameter by its name, where `place` gets a model on the meta device.
+    first_value: Callable[[str, torch.nn.Parameter], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ world size."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,10 @@ import yaml
 from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
+from smolrun.checkpoints.piece import Piece
+from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
@@ -72,7 +76,8 @@ class Trace:
 
     results: list[StepResult] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # of the replica, after every update
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # of all ranks' pieces
     eval: EvalSums | None = None
 
     @property
@@ -141,12 +146,43 @@ def train(
                 note(result)
         for result in runner.drain():
             note(result)
-        trace.parameters = {
-            name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()
-        }
+        trace.pieces = [
+            dataclasses.replace(piece, values=piece.values.clone()) for piece in runner.pieces()
+        ]
         own = sample(model, 999)
         part = slice(plan.first, plan.first + sum(plan.sizes))
         trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
         return trace
 
-    return run_ranks(world_size, rank_main, kind=kind)
+    traces = run_ranks(world_size, rank_main, kind=kind)
+    whole = joined([piece for trace in traces for piece in trace.pieces])
+    for trace in traces:
+        trace.parameters = whole
+    return traces
+
+
+@functools.cache
+def refusal(algorithm: str, staleness: int, optimizer: str) -> str:
+    """Why the configuration refuses a combination; empty where it does not."""
+    try:
+        compose(
+            [f"algorithm={algorithm}", f"staleness.bound={staleness}", f"optimizer={optimizer}"]
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def joined(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    """The model that all ranks hold together; every element comes from exactly one of them."""
+    whole: dict[str, torch.Tensor] = {}
+    filled: dict[str, int] = {}
+    for piece in pieces:
+        if piece.key.startswith("model/"):
+            name = piece.key.removeprefix("model/")
+            values = piece.values.flatten()
+            into = whole.setdefault(name, torch.full(piece.shape, torch.nan, dtype=values.dtype))
+            into.view(-1)[piece.start : piece.stop] = values
+            filled[name] = filled.get(name, 0) + values.numel()
+    assert {name: tensor.numel() for name, tensor in whole.items()} == filled
+    return whole
