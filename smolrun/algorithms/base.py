@@ -53,7 +53,7 @@ class Algorithm(ABC):
     """One way to distribute training. `place` first, then `train_step` again and again, then
     `drain`."""
 
-    # Whether every rank holds the model; otherwise `place` takes one on the meta device too.
+    # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
 
     def __init__(self, context: Context) -> None:

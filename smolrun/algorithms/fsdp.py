@@ -22,7 +22,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +38,7 @@ from smolrun.checkpoints.reader import Checkpoint
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
-from smolrun.parts.buckets import Bucket, GradientBuckets, pack
+from smolrun.parts.buckets import Bucket, pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
 from smolrun.parts.norms import joined
 from smolrun.parts.passing_gradients import PassingGradients
@@ -61,15 +61,12 @@ def fsdp(
     )
 
 
-class OptimizerShards(Algorithm):
-    """Stage 1: a replica, and the optimizer of this rank's slices."""
+class OptimizerShards(ClassicDP):
+    """Stage 1: as classicdp, but a rank sums and steps its own slices only."""
 
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
-        super().__init__(context)
-        self._bucket_bytes = int(bucket_mb * 1024 * 1024)
+        super().__init__(context, bucket_mb=bucket_mb)
         self._weights = context.shard_weights or (1.0,) * self.collectives.size
-        self._works: list[Work] = []
-        self._is_finite = True
 
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
@@ -95,44 +92,9 @@ class OptimizerShards(Algorithm):
         self.optimizer = self.context.make_optimizer(self.stepped)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
-    def catch_gradients(self) -> None:
-        """Backward fills whole buckets, as in classicdp."""
-        self.buckets = GradientBuckets(
-            self.model.parameters(),
-            bucket_bytes=self._bucket_bytes,
-            slots=self.context.staleness + 1,
-            on_full=self._reduce,
-        )
-
-    def replica_tensors(self) -> list[Tensor]:
-        """The whole model."""
-        return [*self.model.parameters(), *self.model.buffers()]
-
-    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """As always, but backward writes into this step's slot of the buckets."""
-        self._works, self._is_finite = [], True
-        self.buckets.begin(self.steps_begun % self.buckets.slots)
-        facts = super().forward_backward(micro_batches)
-        self.buckets.finish()
-        return facts
-
-    def before_last_backward(self) -> None:
-        """From now on a full bucket may leave."""
-        self.buckets.arm()
-
-    def _reduce(self, bucket: Bucket, slot: int) -> None:
-        flat = bucket.flat[slot]
-        if self.loss_scale.value != 1.0:
-            flat.div_(self.loss_scale.value)
-        self._is_finite = self._is_finite and math.isfinite(flat.sum().item())
-        shard = self.shards[bucket.index]
-        self._works.append(shard.reduce(self.collectives, bucket.to_host(slot)))
-
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
-        """The buckets are on their way already; the facts follow them."""
-        facts["is_finite"] = float(self._is_finite)
-        table, work = self.share_facts(facts)
-        return InFlight(self.steps_begun, table, [*self._works, work])
+    def send(self, bucket: Bucket, slot: int) -> Work:
+        """Half of an all_reduce: every rank gets its own part of the sum."""
+        return self.shards[bucket.index].reduce(self.collectives, bucket.to_host(slot))
 
     def load_gradients(self, flight: InFlight) -> list[Tensor]:
         """This rank's parts of the sums."""
@@ -269,11 +231,11 @@ class ParameterShards(GradientShards):
         for parameters in layers_of(model, self._bucket_bytes):
             parts: list[tuple[ShardedBucket, torch.dtype]] = []
             for dtype in dict.fromkeys((half or master, master)):
-                used = [p for p in parameters if (p in products and half or master) is dtype]
+                used = [p for p in parameters if ((p in products and half) or master) is dtype]
                 packed = pack(used, self._bucket_bytes)
                 buckets = cut(model, packed, self._weights, self.collectives.index, master)
                 for bucket in buckets:
-                    bucket.take_own(self.context.first_value, self.context.device)
+                    bucket.take_own(functools.partial(self.context.first_value, model))
                 parts += [(bucket, dtype) for bucket in buckets]
             self.shards += [bucket for bucket, _ in parts]
             layers.append(Layer(parts))

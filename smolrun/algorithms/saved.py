@@ -104,9 +104,7 @@ def refuse_unknown(algorithm: Algorithm, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has {unknown[0]}")
 
 
-def restore_numbers(
-    algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]
-) -> None:
+def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
     """Puts back what is not in tensors."""
     algorithm.loss_scale.value = state["loss_scale"]["value"]
     algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
@@ -152,6 +150,7 @@ def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
+    """Fills a whole tensor; CheckpointError where the checkpoint has no such one."""
     if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
     value = checkpoint.read(key)

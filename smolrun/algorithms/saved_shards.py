@@ -120,9 +120,9 @@ def _read(checkpoint: Checkpoint, key: str, part: Slice) -> Tensor:
 def _check(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> None:
     if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
-    if checkpoint.shape(key) != shape:
+    if (found := checkpoint.shape(key)) != shape:
         raise CheckpointError(
-            f"{checkpoint.folder} is of another model: {key} is {checkpoint.shape(key)}, not {shape}"
+            f"{checkpoint.folder} is of another model: {key} is {found}, not {shape}"
         )
 
 

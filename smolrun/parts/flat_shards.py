@@ -22,9 +22,6 @@ from smolrun.mesh.mesh import Work
 from smolrun.parts.placement import shares
 
 
-FirstValue = Callable[[str, nn.Parameter], Tensor]
-
-
 @dataclass(frozen=True)
 class Slice:
     """This rank's part of one parameter: its elements from `start`, at `offset` of the shard."""
@@ -85,19 +82,13 @@ class ShardedBucket:
         self.keep(self.own(flat))
         return flat
 
-    def take_own(self, first_value: FirstValue | None, device: torch.device) -> None:
-        """Copies this rank's part of every parameter, and nothing else; a parameter on the meta
-        device gets its values from `first_value`, one at a time."""
-        shard = torch.empty(self.stop - self.start, dtype=self.dtype, device=device)
-        self.device = device
+    def take_own(self, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
+        """Copies this rank's part of every parameter, one parameter after the other."""
+        shard = torch.empty(self.stop - self.start, dtype=self.dtype, device=self.device)
         self.keep(shard)
         for part in self.slices:
             parameter = self.parameters[self.names.index(part.name)]
-            if parameter.is_meta:
-                assert first_value is not None, "a model without values comes with their source"
-                whole = first_value(part.name, parameter)
-            else:
-                whole = parameter.detach()
+            whole = value_of(part.name, parameter)
             part.of(shard).copy_(whole.reshape(-1)[part.start : part.stop])
 
     def keep(self, shard: Tensor) -> None:

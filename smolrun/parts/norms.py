@@ -81,7 +81,9 @@ def joined(
     layers = list(dict.fromkeys(map(layer_of, names)))
     parts = [[kind.get(layer, 0.0) for layer in layers] for kind in norms.values()]
     rows = sum_over_ranks(torch.tensor(parts, dtype=torch.float64).square()).sqrt().tolist()
-    return {what: dict(zip(layers, row, strict=True)) for what, row in zip(norms, rows, strict=True)}
+    return {
+        what: dict(zip(layers, row, strict=True)) for what, row in zip(norms, rows, strict=True)
+    }
 
 
 def layer_of(name: str) -> str:

@@ -124,7 +124,9 @@ class PassingGradients:
                 break
             self._launched += 1
             bucket = self._buckets[number]
-            flat, _ = self._filling.pop(number, None) or self._allocate(bucket)
+            if number not in self._filling:
+                self._filling[number] = self._allocate(bucket)
+            flat, _ = self._filling.pop(number)
             if self.scale != 1.0:
                 flat.div_(self.scale)
             # One number tells whether any is not finite; it only names the culprit.

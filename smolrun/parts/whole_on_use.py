@@ -99,7 +99,7 @@ class _Part(NamedTuple):
     number: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class WholeOnUse:
@@ -115,7 +115,9 @@ class WholeOnUse:
         wait: Callable[[Work], None],
     ) -> None:
         self._layers = layers
-        self._layer_of = {p: layer for layer in layers for b, _ in layer.buckets for p in b.parameters}
+        self._layer_of = {
+            p: layer for layer in layers for b, _ in layer.buckets for p in b.parameters
+        }
         self._collectives = collectives
         self._prefetch = prefetch
         self._wait = wait
