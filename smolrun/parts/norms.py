@@ -65,7 +65,8 @@ def by_layer(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
     """The euclidean norm over all tensors of each layer, in order of appearance."""
     squares: dict[str, float] = {}
     for name, tensor in named:
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(tensor, dtype=dtype).item()
         layer = layer_of(name)
         squares[layer] = squares.get(layer, 0.0) + norm * norm
     return {layer: square**0.5 for layer, square in squares.items()}

@@ -37,7 +37,7 @@ class Layer:
         self.whole: list[Tensor] = []
         # Seen where there is nothing: right in shape, no memory, and loudly wrong.
         self._absent = [
-            torch.full((1,), torch.nan, dtype=dtype, device=bucket.device)
+            torch.full((), torch.nan, dtype=dtype, device=bucket.device)
             for bucket, dtype in buckets
         ]
         self.free()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 31), nn.Tanh(), nn.Linear(31, 5))
 
 
-MODELS = {"language_model": TinyLanguageModel, "mlp": mlp}
+MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}
 
 
 def sample(model: str, step: int) -> Batch:
@@ -79,6 +80,7 @@ class Trace:
     pieces: list[Piece] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # of all ranks' pieces
     eval: EvalSums | None = None
+    logits: torch.Tensor | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -118,8 +120,10 @@ def train(
     speeds: list[float] | None = None,
     kind: str = "memory",
     overrides: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> list[Trace]:
-    """Trains with the keys of the algorithm's yaml; one trace per rank."""
+    """Trains with the keys of the algorithm's yaml; one trace per rank. `overrides` are other keys,
+    `more` other fields of the context."""
     section = {
         **yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text()),
         **(overrides or {}),
@@ -129,36 +133,42 @@ def train(
     start = MODELS[model]().to(PRECISIONS[precision].parameters)
 
     def rank_main(mesh: Mesh) -> Trace:
-        net = copy.deepcopy(start)
-        made = context(mesh, precision, optimizer, staleness)
+        made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
         runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
-        runner.place(net)
+        runner.place(copy.deepcopy(start))
         plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
-        trace = Trace()
-
-        def note(result: StepResult) -> None:
-            trace.results.append(result)
-            trace.hashes.append(parameter_hash(runner.replica_tensors()))
-
-        for step in range(steps):
-            result = runner.train_step(share(sample(model, step), plan, step))
-            if result is not None:
-                note(result)
-        for result in runner.drain():
-            note(result)
-        trace.pieces = [
-            dataclasses.replace(piece, values=piece.values.clone()) for piece in runner.pieces()
-        ]
-        own = sample(model, 999)
-        part = slice(plan.first, plan.first + sum(plan.sizes))
-        trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
-        return trace
+        return run(runner, model, plan, steps)
 
     traces = run_ranks(world_size, rank_main, kind=kind)
     whole = joined([piece for trace in traces for piece in trace.pieces])
     for trace in traces:
         trace.parameters = whole
     return traces
+
+
+def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
+    """One rank: trains, evaluates, and writes down what it sees."""
+    trace = Trace()
+
+    def note(result: StepResult) -> None:
+        trace.results.append(result)
+        trace.hashes.append(parameter_hash(runner.replica_tensors()))
+
+    for step in range(steps):
+        result = runner.train_step(share(sample(model, step), plan, step))
+        if result is not None:
+            note(result)
+    for result in runner.drain():
+        note(result)
+    trace.pieces = [
+        dataclasses.replace(piece, values=piece.values.clone()) for piece in runner.pieces()
+    ]
+    own = sample(model, 999)
+    part = slice(plan.first, plan.first + sum(plan.sizes))
+    trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
+    if not own.inputs.is_floating_point():
+        trace.logits = runner.logits(own.inputs)
+    return trace
 
 
 @functools.cache
