@@ -23,7 +23,7 @@ from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import BatchPlan, plan_batches
+from smolrun.parts.placement import BatchPlan, memory_shares, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.streaming import stream_feed
@@ -154,13 +154,6 @@ def place_algorithm(
     is_whole = algorithm.holds_whole_model
     algorithm.place(new_model(config, prepared, device, has_values=is_whole))
     return algorithm
-
-
-def memory_shares(hosts: list[dict[str, Any]] | None) -> tuple[float, ...]:
-    """How much memory each rank has, relative to others; empty where that is not known of all."""
-    if not hosts or not all(host["memory_gb"] for host in hosts):
-        return ()
-    return tuple(host["memory_gb"] / host["ranks"] for host in hosts for _ in range(host["ranks"]))
 
 
 def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:

@@ -61,7 +61,7 @@ def micro_batches(rank: int, count: int = 1) -> list[Batch]:
 
 def held(algorithm: Algorithm) -> int:
     """Bytes of all tensors that can be reached from an algorithm, each storage once: parameters,
-    gradients, optimizer, buckets, what is whole just now; not activations, which hang on the loss."""
+    gradients, optimizer, buckets, what is whole just now; not activations."""
     seen: set[int] = {id(algorithm.context.mesh)}
     storages: dict[int, int] = {}
     waiting: list[Any] = [algorithm]
