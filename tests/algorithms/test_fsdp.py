@@ -61,6 +61,14 @@ def test_equals_single(stage: int, world_size: int, model: str) -> None:
     assert_equal(train("fsdp", model, world_size, overrides=keys(stage)), reference)
 
 
+@pytest.mark.parametrize("stage", CUT)
+def test_equals_single_over_sockets_however_much_is_ahead(stage: int) -> None:
+    reference = train("single", "language_model", 1)[0]
+    for ahead in ({"prefetch": 0}, {"prefetch": 3, "max_live_buckets": 3}):
+        traces = train("fsdp", "language_model", 3, overrides=keys(stage, **ahead), kind="tcp")
+        assert_equal(traces, reference)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 @pytest.mark.parametrize("world_size", [2, 5])
 @pytest.mark.parametrize("stage", CUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from smolrun.algorithms.fsdp import fsdp
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_shell, first_value
+from smolrun.parts.flat_shards import ShardedBucket
 from smolrun.parts.precision import PRECISIONS
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
@@ -134,8 +136,6 @@ def test_stage_3_never_holds_the_model_not_even_to_begin() -> None:
     def rank_main(mesh: Mesh) -> int:
         return held(made(mesh, GPT_NARROW))
 
-    from smolrun.parts.flat_shards import ShardedBucket
-
     right = ShardedBucket.take_own
 
     def counted(self: ShardedBucket, value_of: Any) -> None:
@@ -195,3 +195,40 @@ def test_prefetch_sends_nothing_more() -> None:
     """Only a layer or two more may still be whole when a pass turns back."""
     without, ahead = sent(3, 2, 2, prefetch=0)[0][0], sent(3, 2, 2, prefetch=2)[0][0]
     assert 0.85 * without <= ahead <= without
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_nobody_keeps_a_layer_alive(
+    precision: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither autograd nor autocast: every storage that is gathered is watched until it is gone."""
+    alive: dict[int, int] = {0: 0, 1: 0}
+    most: dict[int, int] = {0: 0, 1: 0}
+    right = ShardedBucket.gather
+
+    def gather(self: ShardedBucket, collectives: Any, flat: torch.Tensor) -> Any:
+        rank, size = collectives.index, flat.untyped_storage().nbytes()
+
+        def gone() -> None:
+            alive[rank] -= size
+
+        alive[rank] += size
+        most[rank] = max(most[rank], alive[rank])
+        weakref.finalize(flat.untyped_storage(), gone)
+        return right(self, collectives, flat)
+
+    monkeypatch.setattr(ShardedBucket, "gather", gather)
+
+    def rank_main(mesh: Mesh) -> int:
+        algorithm = made(mesh, {**GPT_NARROW, "layers": 8}, precision, bucket_mb=0.01)
+        setattr(algorithm.model, "recompute", recompute)  # noqa: B010
+        algorithm.train_step(micro_batches(mesh.rank, 2))
+        algorithm.train_step(micro_batches(mesh.rank, 2))
+        gc.collect()
+        return alive[mesh.rank]
+
+    assert run_ranks(2, rank_main) == [0, 0]
+    _, block = whole_bytes(GPT_NARROW)
+    # The one in use, the next, and the one before while the last of its gradients are computed.
+    assert max(most.values()) <= 3 * block * (0.55 if precision == "bf16" else 1.02)
