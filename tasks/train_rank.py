@@ -146,7 +146,7 @@ def place_algorithm(
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),
-        shard_weights=memory_shares(config["cluster"]["hosts"]),
+        shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
     )
     make = load_target(config["algorithm"]["target"])

@@ -62,11 +62,9 @@ def run_part(
     overrides: dict[str, Any] | None = None,
 ) -> tuple[Path, list[str]]:
     """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
-
-    Each rank is a thread, so only a world of one may draw random numbers.
-    """
-    section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
-    section |= overrides or {}
+    Each rank is a thread, so only a world of one may draw random numbers."""
+    file = worlds.CONF / "algorithm" / f"{algorithm}.yaml"
+    section = {**yaml.safe_load(file.read_text()), **(overrides or {})}
     torch.manual_seed(0)
     start = model().to(PRECISIONS[precision].parameters)
     torch.manual_seed(random.getrandbits(32))  # whatever a fresh process would draw
