@@ -6,12 +6,14 @@
 VENV ?= .venv
 BASE_PYTHON ?= python3
 ARGS ?=
+HOSTS ?= 3
+RATE ?= 200mbit
 
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench soak docs fix
+.PHONY: help run test check bench soak lab docs fix
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -33,6 +35,9 @@ bench: $(READY)  ## measure smolrun beside other libraries (ARGS="bench=step" fo
 
 soak: $(READY)  ## the long tests
 	$(PYTHON) -m pytest -m soak --timeout 3600 $(ARGS)
+
+lab: $(READY)  ## hosts with SSH on this one Linux machine, as root (HOSTS=3 RATE=200mbit; docs/lab.md)
+	$(PYTHON) -m tests.hosts.by_hand --hosts $(HOSTS) --rate $(RATE) $(ARGS)
 
 docs: $(READY)  ## write what is made from the code: the key reference and the pictures
 	$(PYTHON) -m smolrun.cli.reference docs/configuration.md

@@ -36,8 +36,10 @@ class HandshakeError(ProtocolError):
 class PeerLost(SmolrunError):
     """A peer is gone: dead, frozen, cut off, or it broke the protocol."""
 
-    def __init__(self, rank: int, generation: int, reason: str) -> None:
+    def __init__(self, rank: int, generation: int, reason: str, told_by: int | None = None) -> None:
+        """`told_by`: the rank that said so, where this one did not see it itself."""
         self.rank = rank
+        self.told_by = told_by
         self.generation = generation
         self.reason = reason
         super().__init__(f"lost rank {rank}: {reason}")
@@ -59,6 +61,14 @@ class HostError(SmolrunError):
         self.what = what
         self.todo = todo
         super().__init__(f"{host}: {what}" + (f"; {todo}" if todo else ""))
+
+
+class HostErrors(SmolrunError):
+    """Several machines of the cluster cannot do their part; all are named, a line each."""
+
+    def __init__(self, errors: Sequence[SmolrunError]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(str(error) for error in errors))
 
 
 class TrainingError(SmolrunError):

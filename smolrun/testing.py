@@ -3,6 +3,7 @@ fail on demand.
 
 run_ranks(3, lambda mesh: Collectives(mesh).all_reduce(torch.ones(4)))    threads, memory
 run_ranks(3, fn, kind="tcp")                                             threads, real sockets
+run_ranks(3, fn, kind="tls")                                             and encrypted
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from smolrun.mesh.guards import TlsGuard
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.security import mint
 from smolrun.mesh.tcp import Endpoint, Seat, TcpMesh, connect
 from smolrun.wire.handshake import Identity
 
@@ -35,14 +38,14 @@ def run_ranks(
     """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank
     order.
 
-    `kind` is "memory" or "tcp". The first exception of any rank is raised, after all have ended.
-    `wrap(rank)` gives the wrapper of that rank's pipes, for faults."""
+    `kind` is "memory", "tcp" or "tls". The first exception of any rank is raised, after all have
+    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
     build = (
         _memory_meshes(world_size, timeout_s)
         if kind == "memory"
-        else _tcp_meshes(world_size, timeout_s, silence_s, wrap)
+        else _tcp_meshes(world_size, timeout_s, silence_s, wrap, is_secure=kind == "tls")
     )
 
     def rank_main(rank: int) -> None:
@@ -80,13 +83,17 @@ def _memory_meshes(world_size: int, timeout_s: float) -> Callable[[int], Mesh]:
 
 
 def _tcp_meshes(
-    world_size: int, timeout_s: float, silence_s: float, wrap: Callable[[int], Wrap] | None
+    world_size: int,
+    timeout_s: float,
+    silence_s: float,
+    wrap: Callable[[int], Wrap] | None,
+    *,
+    is_secure: bool,
 ) -> Callable[[int], Mesh]:
-    endpoints = [Endpoint("127.0.0.1") for _ in range(world_size)]
-    roster = [
-        Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)
-    ]
+    endpoints = [Endpoint(["127.0.0.1"]) for _ in range(world_size)]
+    roster = [Seat(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)]
     secret = secrets.token_bytes(32)
+    minted = mint("test", world_size) if is_secure else []
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
@@ -97,6 +104,7 @@ def _tcp_meshes(
             roster,
             timeout_s=timeout_s,
             silence_s=silence_s,
+            guard=TlsGuard(minted[rank], identity) if is_secure else None,
             wrap=wrapper,
             heartbeat_s=0.05,
         )

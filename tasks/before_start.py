@@ -78,7 +78,9 @@ def misfits(group: str, target: str, make: Any, keys: Mapping[str, Any]) -> Iter
 
 
 def _devices(config: RunConfig) -> Iterator[str]:
-    wanted = {rank.device for rank in ranks(config)} & {"cuda", "mps"}
+    elsewhere = {host.name for host in config.cluster.hosts or [] if host.ssh is not None}
+    wanted = {rank.device for rank in ranks(config) if rank.host not in elsewhere}
+    wanted &= {"cuda", "mps"}
     if not wanted:
         return
     import torch  # only where it is needed to know

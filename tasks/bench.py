@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from smolrun.config import RunConfig
+from smolrun.config import RunConfig, world_size
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
 from smolrun.launch.driver import Driver
-from smolrun.launch.local import LocalHost
-from smolrun.launch.moves import EXIT_DONE
+from smolrun.launch.moves import EXIT_DONE, Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.tasks.before_start import check_before_start
+from smolrun.tasks.fleet import open_fleet
 from smolrun.tasks.workers import (
     become_latest,
     make_folder,
@@ -29,9 +31,11 @@ from smolrun.tasks.workers import (
 )
 
 if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
+    from smolrun.tracking.run_folder import RunFolder
 
 
 def drive(config: RunConfig) -> int:
@@ -43,6 +47,8 @@ def drive(config: RunConfig) -> int:
             "bench = step: the peer trains in float32 and waits for every gradient; "
             "allowed: precision=float32 staleness=strict"
         )
+    for size in bench.world_sizes:
+        _smaller(config, size)
     prepared = prepare_data(config, lambda *_: None) if needs_data else None
     check_before_start(config)
     rows: list[dict[str, Any]] = []
@@ -60,14 +66,7 @@ def drive(config: RunConfig) -> int:
                 print(_line(event.row))
 
         for size in bench.world_sizes:
-            cluster = config.cluster.model_copy(update={"ranks": size})
-            driver = Driver(
-                plan_workers(config.model_copy(update={"cluster": cluster}), folder, prepared),
-                lambda plan: LocalHost(),
-                listen=listen,
-                limits=Limits(start_s=cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
-            )
-            outcome = driver.run()
+            outcome = _measure(_smaller(config, size), folder, prepared, listen)
             if outcome.exit_code != EXIT_DONE:
                 print(f"smolrun: {outcome.reason}", file=sys.stderr)
                 return outcome.exit_code
@@ -76,13 +75,58 @@ def drive(config: RunConfig) -> int:
     return EXIT_DONE
 
 
+def _smaller(config: RunConfig, size: int) -> RunConfig:
+    """The configuration with so many ranks: on this machine, or on the first hosts of the list."""
+    cluster = config.cluster
+    if cluster.hosts is None:
+        update: dict[str, Any] = {"ranks": size}
+    else:
+        ranks = [host for host in cluster.hosts for _ in range(host.ranks)][:size]
+        names = Counter(host.name for host in ranks)
+        hosts = {host.name: host for host in ranks}
+        update = {
+            "hosts": [
+                host.model_copy(update={"ranks": names[name]}) for name, host in hosts.items()
+            ]
+        }
+    smaller = config.model_copy(update={"cluster": cluster.model_copy(update=update)})
+    if world_size(smaller) != size:
+        raise ConfigError(
+            f"bench.world_sizes = {size}: cluster={cluster.name} has {world_size(config)} ranks; "
+            f"allowed: 2 to {world_size(config)}"
+        )
+    return smaller
+
+
+def _measure(
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared | None,
+    listen: Callable[[Event], None],
+) -> Outcome:
+    """One world size, from connecting to its last row."""
+    fleet = open_fleet(config)
+    try:
+        fleet.equip(folder.run_id, prepared, None, progress=lambda *_: None, say=print)
+        driver = Driver(
+            plan_workers(config, folder, fleet),
+            fleet.host_of,
+            listen=listen,
+            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
+        )
+        return driver.run()
+    finally:
+        fleet.clear(folder.run_id)
+        fleet.close()
+
+
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
     from smolrun.collectives.api import Collectives
 
     collectives = Collectives(mesh)
-    join_gloo(collectives, start.address, mesh.timeout_s)
+    join_gloo(collectives, start.addresses[0], mesh.timeout_s)
     try:
         for row in _rows(start, mesh, collectives):
             if mesh.rank == 0:
@@ -95,14 +139,24 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
 
 def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
     from smolrun.benchmarks.collectives import compare_all_reduce
+    from smolrun.benchmarks.link import compare_link
 
     bench = start.config["bench"]
+    security = "tls" if start.security == "tls" else "plain"
     if bench["name"] == "collectives":
-        # Between ranks of one machine links are authenticated and plain.
         return compare_all_reduce(
-            collectives, bench["sizes"], repeats=bench["repeats"], security="plain"
+            collectives, bench["sizes"], repeats=bench["repeats"], security=security
         )
-    return [_step_row(start, mesh)]
+    if bench["name"] == "link":
+        return compare_link(
+            collectives,
+            bench["sizes"],
+            addresses=start.addresses,
+            repeats=bench["repeats"],
+            security=security,
+            timeout_s=mesh.timeout_s,
+        )
+    return [{**_step_row(start, mesh), "security": security}]
 
 
 def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:

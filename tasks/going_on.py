@@ -18,6 +18,7 @@ import msgspec
 
 from smolrun.checkpoints.find import checkpoints_in, locate, read_manifest
 from smolrun.checkpoints.folder import remove_leftovers
+from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig, resolved
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
@@ -31,10 +32,13 @@ SET_ASIDE = ".set-aside"
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training."""
+    """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training.
+
+    Without a checkpoint it begins again, in its folder.
+    """
 
     folder: RunFolder
-    checkpoint: Path
+    checkpoint: Path | None
     updates: int
     time_s: float
     train_loss: float | None
@@ -70,6 +74,11 @@ def find_earlier(
             f"smolrun checkpoint.resume={wanted} training.steps=N"
         )
         raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
+    return earlier_of(folder, checkpoint, manifest)
+
+
+def earlier_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> Earlier:
+    """What a checkpoint of the run says about it."""
     training = manifest.state.get("training") or {}
     data = manifest.state.get("data") or {}
     return Earlier(
@@ -120,7 +129,10 @@ def take_up(
             path.rename(aside)
             undo.append(functools.partial(os.replace, aside, path))
             say(f"a newer checkpoint is set aside as {aside.name}")
-    say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
+    if earlier.checkpoint is None:
+        say("beginning again: there is no checkpoint that can be used")
+    else:
+        say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
     return undo
 
 

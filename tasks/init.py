@@ -53,9 +53,10 @@ def drive(config: RunConfig) -> int:
     others = [host["name"] for host in hosts if "ssh" in host]
     if others:
         print(
-            f"cluster=home is known now, but this version cannot start ranks on {', '.join(others)}"
-            " yet: starting over SSH comes with a later one, which will read this file.\n"
-            "until then: smolrun cluster=local"
+            "next, once:  smolrun task=trust cluster=home    (look at their SSH keys)\n"
+            "             smolrun task=setup cluster=home    (Python and torch on them)\n"
+            "             smolrun task=doctor cluster=home   (is all well?)\n"
+            "then:        smolrun cluster=home"
         )
     else:
         print("next: smolrun cluster=home")

@@ -1,15 +1,17 @@
 """task=status: a table of the runs below outputs/: what they do, how far they are, what they keep.
 
-Only reads, and starts nothing.
+Only reads, and starts nothing. A run that another machine drives is asked for there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
 
 from smolrun.config import RunConfig
+from smolrun.errors import HostError
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.console import clock
@@ -26,10 +28,31 @@ def drive(config: RunConfig) -> int:
     if not folders:
         print(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
         return EXIT_DONE
-    _print([row(look(folder)) for folder in folders[:MOST_RUNS]])
+    _print([row(run) for run in _with_remote([look(folder) for folder in folders[:MOST_RUNS]])])
     if len(folders) > MOST_RUNS:
         print(f"and {len(folders) - MOST_RUNS} older ones")
     return EXIT_DONE
+
+
+def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
+    """What the machines say that drive some of the runs, all asked at once."""
+    remote = {run.folder.run_id: run for run in runs if run.state == "remote"}
+    if not remote:
+        return list(runs)
+    from smolrun.launch.at_once import on_all
+    from smolrun.tasks.find_run import opened
+    from smolrun.tracking.run_view import Request
+
+    def ask(run: PastRun) -> PastRun:
+        try:
+            with opened(run.folder) as there:
+                view = there.ask(Request("", figures=True))
+        except HostError:
+            return dataclasses.replace(run, state="unreachable")
+        return dataclasses.replace(run, state=view.state, **view.figures)
+
+    found = on_all(remote, ask, "status")
+    return [found.get(run.folder.run_id, run) for run in runs]
 
 
 def row(run: PastRun) -> tuple[str, ...]:

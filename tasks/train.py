@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +14,30 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.keeper import Keeper
 from smolrun.config import RunConfig, config_hash, world_size
+from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.launch.driver import Driver
-from smolrun.launch.local import LocalHost
 from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
+from smolrun.tasks.again import Lost, Restarts, train_on
 from smolrun.tasks.before_start import check_before_start, check_model_fits
-from smolrun.tasks.ending import unsaved, with_advice
+from smolrun.tasks.detach import begin_driving
+from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
+from smolrun.tasks.fetched import Fetched
+from smolrun.tasks.fleet import open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.streaming import open_reader, reader_state
+from smolrun.tasks.who_answers import who_answers
 from smolrun.tasks.workers import (
-    OUTPUTS,
     become_latest,
     make_folder,
     nothing_started,
     plan_workers,
     prepare_data,
 )
-from smolrun.tracking.console import Console, clock, counted, printable, rate
+from smolrun.tracking.console import Console, counted
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
 
 
 def drive(config: RunConfig) -> int:
-    """Train as configured; returns the exit code. ConfigError, DataError: nothing was started."""
+    """Train as configured; returns the exit code. ConfigError, DataError, HostError: nothing was
+    started."""
     began = time.monotonic()
     check_before_start(config)
     if config.training.dry_run:
@@ -59,22 +63,37 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=config.training.steps, world_size=world_size(config))
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
-        run = _Run(config, console, closing)
-        outcome = run.train()
+        restarts = Restarts(config, console.say, lambda: who_answers(config))
+        run, outcome = train_on(
+            _Run(config, console, closing),
+            restarts,
+            lambda start: _Run(start.config, console, closing, start.earlier),
+        )
         console.close()
-        run.tell(outcome, time.monotonic() - began)
+        run.tell(outcome, time.monotonic() - began, restarts.rows)
     return outcome.exit_code
 
 
 class _Run:
     """One training run, as the driver sees it: everything is ready when it is made."""
 
-    def __init__(self, config: RunConfig, console: Console, closing: contextlib.ExitStack) -> None:
-        """Finds or makes data and folder; ConfigError, DataError: nothing was started. What it
-        holds until the end of the run is given back when `closing` ends."""
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        closing: contextlib.ExitStack,
+        earlier: Earlier | None = None,
+    ) -> None:
+        """Connects to the hosts, finds or makes data and folder; ConfigError, DataError, HostError:
+        nothing was started. What it holds until the end of the run is given back when `closing`
+        ends. With `earlier` it goes on with a run that is this driver's already."""
+        self._fleet = open_fleet(config)
+        closing.callback(self._fleet.close)
         self._config = config
         self._console = console
-        self._earlier = earlier = find_earlier(config, console.say, closing)
+        earlier = earlier or find_earlier(config, console.say, closing)
+        self._earlier = earlier
+        self._is_begun = False
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
         self._rows = _reader(config, self._prepared, self._earlier, console)
@@ -91,7 +110,7 @@ class _Run:
                 steps=earlier.updates,
                 train_loss=earlier.train_loss,
                 eval_loss=earlier.eval_loss,
-                checkpoint=earlier.checkpoint.name,
+                checkpoint=earlier.checkpoint.name if earlier.checkpoint else None,
             )
         self._times = time_teller(config, console.say)
         self._log_tail: Callable[[int], list[str]] = lambda rank: []
@@ -105,10 +124,10 @@ class _Run:
                 folder.keep_model_config(Path(self._prepared.model_folder))
         else:
             check_data(self._earlier, self._prepared.sha256)
-            self._console.go_on(self._earlier.time_s)
+            self._console.go_on(self._earlier.time_s, world_size(self._config))
             folder = self._earlier.folder
             self._undo = take_up(self._earlier, self._config, self._console.say)
-        folder.write_driver(self._config.training.steps)
+        begin_driving(folder, steps=self._config.training.steps, unit=self._console.unit)
         return folder
 
     def train(self) -> Outcome:
@@ -126,25 +145,61 @@ class _Run:
             if not keeper.record(event):
                 trackers.record(event)
 
-        driver = Driver(
-            plan_workers(config, self._folder, self._prepared, saving),
-            lambda plan: LocalHost(),
-            listen=listen,
-            limits=_limits(config),
-            rows=self._rows,
-        )
-        self._log_tail = driver.log_tail
         try:
-            outcome = driver.run()
+            outcome = self._on_hosts(keeper, saving, listen)
         finally:
+            self._fleet.close()
             keeper.close()
             trackers.close()
             for act in reversed(self._undo):
                 act()
         return with_advice(config, unsaved(outcome, keeper))
 
+    def _on_hosts(
+        self, keeper: Keeper, saving: Saving | None, listen: Callable[[Event], None]
+    ) -> Outcome:
+        """Everything the ranks need is brought to their hosts, they run, and the hosts are clean
+        again."""
+        folder, fleet, console = self._folder, self._fleet, self._console
+        checkpoint = self._earlier.checkpoint if self._earlier else None
+        try:
+            fleet.equip(
+                folder.run_id,
+                self._prepared,
+                checkpoint,
+                progress=console.preparing,
+                say=console.say,
+            )
+            plans = plan_workers(self._config, folder, fleet, saving)
+        except (HostError, HostErrors) as error:
+            fleet.clear(folder.run_id)
+            return not_equipped(error)
+        fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), keeper)
+
+        def heard(event: Event) -> None:
+            if not fetched.take(event):
+                listen(event)
+
+        driver = Driver(
+            plans,
+            fleet.host_of,
+            listen=heard,
+            limits=_limits(self._config),
+            rows=self._rows,
+            stop_requests=folder.stop_requests,
+            meanwhile=fetched.hand_on,
+        )
+        self._log_tail = driver.log_tail
+        try:
+            return driver.run()
+        finally:
+            fetched.finish(console.say)
+            for line in fleet.clear(folder.run_id):
+                console.say(f"warning: {line}")
+
     def _has_begun(self) -> None:
         """From now on there is nothing to undo."""
+        self._is_begun = True
         self._undo.clear()
         if self._earlier is not None:
             forget_undo(self._earlier)
@@ -166,7 +221,7 @@ class _Run:
         )
         if not config.checkpoint.every and self._earlier is None:
             return keeper, None
-        resume = str(self._earlier.checkpoint) if self._earlier else None
+        resume = str(keeper.newest) if keeper.newest else None
         return keeper, Saving(
             str(self._folder.checkpoints.absolute()),
             token,
@@ -176,73 +231,21 @@ class _Run:
             resume=resume,
         )
 
-    def tell(self, outcome: Outcome, wall_s: float) -> None:
+    def lost(self, outcome: Outcome) -> Lost:
+        """What is to be known of this start when it is over."""
+        done = self._earlier.updates if self._earlier else 0
+        return Lost(outcome, self._folder, done, self._is_begun, self._log_tail)
+
+    def tell(self, outcome: Outcome, wall_s: float, restarts: list[dict[str, Any]]) -> None:
         """The summary, and the last lines."""
-        self._write_summary(outcome, wall_s)
-        record, say = self._record, self._console.say
-        figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
-        if record.train_loss is not None:
-            figures.append(f"loss {record.train_loss:.4f}")
-        if record.eval_loss is not None:
-            figures.append(f"evaluation loss {record.eval_loss:.4f}")
-        if record.eval_accuracy is not None:
-            figures.append(f"{record.eval_accuracy:.1%} right")
-        if record.tokens_per_s is not None:
-            figures.append(f"{rate(record.tokens_per_s)} {self._console.unit}/s")
-        reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
-        say(f"{outcome.status}{reason}: {', '.join(figures)}")
-        if self._times.line:
-            say(self._times.line)
-        if record.sample is not None:
-            say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
-        if record.divergence:
-            say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
-        say(f"everything about this run: {self._folder.path}")
-        if outcome.status == "stopped":
-            command = f"smolrun checkpoint.resume={self._resume_name()}"
-            say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
-        if outcome.status == "failed":
-            with contextlib.suppress(OSError):  # nobody reads it
-                self._complain(outcome)
-
-    def _resume_name(self) -> str:
-        """How a person names this run: by its name alone where it lies in the usual place."""
-        is_here = self._folder.path.parent.resolve() == OUTPUTS.resolve()
-        return self._folder.run_id if is_here else str(self._folder.path)
-
-    def _write_summary(self, outcome: Outcome, wall_s: float) -> None:
-        config = self._config
-        summary = self._record.summary(
-            status=outcome.status,
-            reason=outcome.reason,
-            failed_rank=outcome.failed_rank,
-            failed_host=outcome.failed_host,
-            wall_s=wall_s,
-            world_size=world_size(config),
-            algorithm=config.algorithm.name,
-            config_hash=config_hash(config),
-            versions=outcome.versions,
-            time=self._times.summary(),
-            peak_memory_bytes=[
-                outcome.summaries.get(rank, {}).get("peak_memory_bytes")
-                for rank in range(world_size(config))
-            ],
-        )
-        try:
-            self._folder.write_summary(summary)
-        except OSError as error:
-            where = self._folder.path
-            print(f"smolrun: cannot write the summary of {where}: {error}", file=sys.stderr)
-
-    def _complain(self, outcome: Outcome) -> None:
-        """Why the run failed, and the last lines of the log of the rank that broke it."""
-        print(printable(f"smolrun: {outcome.reason}"), file=sys.stderr)
-        failed = outcome.failed_rank
-        for line in self._log_tail(failed) if failed is not None else []:
-            print(printable(f"  | {line}"), file=sys.stderr)
-        if self._record.checkpoint is not None:
-            command = f"smolrun checkpoint.resume={self._resume_name()}"
-            print(f"smolrun: to go on after {self._record.checkpoint}: {command}", file=sys.stderr)
+        Ending(
+            self._config,
+            self._folder,
+            self._record,
+            self._times,
+            self._fleet.versions(),
+            restarts,
+        ).tell(outcome, wall_s, self._console, self._log_tail)
 
 
 def _limits(config: RunConfig) -> Limits:

@@ -16,20 +16,26 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from smolrun.errors import PeerLost, SmolrunError, StopRequested
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
     EXIT_DONE,
     EXIT_FAILED,
     OUT_OF_MEMORY,
+    Address,
     ErrorReport,
     StartMessage,
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
+from smolrun.launch.wake import awake
 
 if TYPE_CHECKING:
+    from smolrun.mesh.guards import Guard
     from smolrun.mesh.mesh import Mesh
     from smolrun.mesh.tcp import Endpoint
+    from smolrun.wire.handshake import Identity
 
 _START_S = 60.0  # the driver sends the start message before anything else
 # `mesh.liveness`: how long a peer may say nothing at all before it counts as lost. With the time to
@@ -51,7 +57,8 @@ def main() -> int:
     )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
-    code = run(channel)
+    with awake():
+        code = run(channel)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -71,8 +78,10 @@ def run(channel: WorkerChannel) -> int:
             channel.result("stopped")
         except SmolrunError as error:
             _log.error("%s: %s", type(error).__name__, error)
-            peer = error.rank if isinstance(error, PeerLost) else None
-            channel.result("failed", error=ErrorReport(type(error).__name__, str(error), peer))
+            report = ErrorReport(type(error).__name__, str(error))
+            if isinstance(error, PeerLost):
+                report = replace(report, peer=error.rank, told_by=error.told_by)
+            channel.result("failed", error=report)
             return EXIT_FAILED
         # Even SystemExit, out of the user's own code, must reach the driver.
         except BaseException as error:
@@ -102,13 +111,14 @@ def _run_task(
     task = import_module(f"smolrun.tasks.{start.config['task']}")
     from smolrun.mesh.tcp import Endpoint
 
-    endpoint = Endpoint(start.address)
+    _check_links(start, channel)
+    endpoint = Endpoint(start.addresses, start.ports, host=start.host)
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "smolrun": version("smolrun"),
     }
-    channel.ready(endpoint.port, versions)
+    channel.ready([Address(*where) for where in endpoint.addresses], versions)
     mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
     closing.callback(_close, mesh)
     summary: dict[str, Any] = task.work(start, mesh, channel)
@@ -130,6 +140,7 @@ def _build_mesh(
     from smolrun.wire.handshake import Identity
 
     peers = channel.wait_roster(start_timeout_s)
+    _log.info("links up with %d other ranks", len(peers) - 1)
     identity = Identity(
         rank=start.rank,
         world_size=start.world_size,
@@ -142,9 +153,43 @@ def _build_mesh(
     return connect(
         endpoint,
         identity,
-        [Seat(peer.rank, peer.host, peer.address, peer.port) for peer in peers],
+        [
+            Seat(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
+            for peer in peers
+        ],
         timeout_s=float(settings["timeout_s"]),
         silence_s=_SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
+        guard=_guard(start, identity),
     )
+
+
+def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
+    """Whatever the driver said: nothing leaves this machine readable unless somebody asked."""
+    from smolrun.mesh.addresses import is_loopback
+
+    who = f"rank {start.rank} on {start.host}"
+    others = [where for where in start.addresses if not is_loopback(where)]
+    if start.security == "tls" and start.credentials is None:
+        raise SmolrunError(f"{who}: it was given no key for TLS")
+    if start.security == "loopback_plain" and others:
+        raise SmolrunError(
+            f"{who}: mesh.security = loopback_plain, but {', '.join(others)} is no loopback "
+            "address; set mesh.security=tls"
+        )
+    if start.security == "insecure" and start.rank == 0:
+        channel.log(
+            "warning",
+            "mesh.security = insecure: whoever is in the network can read and change what ranks "
+            "send each other",
+        )
+
+
+def _guard(start: StartMessage, identity: Identity) -> Guard | None:
+    """What encrypts the links; None if nothing does."""
+    if start.security != "tls" or start.credentials is None:
+        return None
+    from smolrun.mesh.guards import TlsGuard
+
+    return TlsGuard(start.credentials, identity)

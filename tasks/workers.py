@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import platformdirs
 
-from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
+from smolrun.config import RunConfig, config_hash, ranks, resolved, world_size
 from smolrun.errors import ConfigError
-from smolrun.launch.control import Saving, StartMessage
+from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
+from smolrun.mesh.security import mint
+from smolrun.tasks.fleet import Fleet, is_elsewhere
 from smolrun.tasks.prepare_model import prepare_model, tokenizer_for, with_model
 from smolrun.tracking.run_folder import RunFolder
 
@@ -97,39 +99,39 @@ def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
 
 
 def plan_workers(
-    config: RunConfig,
-    folder: RunFolder,
-    prepared: Prepared | None,
-    saving: Saving | None = None,
+    config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
 ) -> list[WorkerPlan]:
-    """One worker per rank. The secret is made here and goes nowhere but into their stdin."""
+    """One worker per rank. Secret and keys are made here and go nowhere but into their stdin."""
     plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
-    return [
-        WorkerPlan(
-            StartMessage(
-                rank=rank.rank,
-                world_size=world_size(config),
-                host=rank.host,
-                run_id=folder.run_id,
-                config=plain,
-                config_hash=digest,
-                secret=secret,
-                address=rank.address,
-                device=rank.device,
-                threads=_threads(rank),
-                prepared=prepared.to_json() if prepared is not None else None,
-                saving=saving,
-            ),
-            folder.log(rank.rank, rank.host),
+    size, security = world_size(config), _security(config)
+    keys = mint(folder.run_id, size) if security == "tls" else [None] * size
+    plans = []
+    for rank in ranks(config):
+        prepared = fleet.prepared(rank.host)
+        start = StartMessage(
+            rank=rank.rank,
+            world_size=size,
+            host=rank.host,
+            run_id=folder.run_id,
+            config=plain,
+            config_hash=digest,
+            secret=secret,
+            addresses=fleet.addresses(rank),
+            ports=rank.ports,
+            security=security,
+            credentials=keys[rank.rank],
+            device=rank.device,
+            threads=fleet.threads(rank),
+            prepared=prepared.to_json() if prepared is not None else None,
+            saving=fleet.saving(rank.host, saving),
         )
-        for rank in ranks(config)
-    ]
+        plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
+    return plans
 
 
-def _threads(rank: RankPlan) -> int:
-    """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
-    if rank.threads != "auto":
-        return rank.threads
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, cores // rank.local_world_size)
+def _security(config: RunConfig) -> Security:
+    """auto: what stays on this machine needs no encryption, what leaves it does."""
+    chosen = config.mesh.security
+    if chosen == "auto":
+        return "tls" if is_elsewhere(config) else "loopback_plain"
+    return chosen

@@ -5,6 +5,7 @@ Same model, same batches, same optimizer, same clipping, in the same processes.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -52,14 +53,23 @@ def compare_step(
     warm_up: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row; collective. `batch(step)` gives this rank's samples, the same for both sides."""
+    """One row; collective. `batch(step)` gives this rank's samples, the same for both sides.
+
+    `wait_s` is what rank 0 waited for the network in a step, `bytes_sent` what it sent: of the
+    time that these bytes need on the link, all that is not waited for is hidden behind compute.
+    """
     counts = {"ours": 0, "peer": 0}
     losses = {"ours": 0.0, "peer": 0.0}
+    waits: list[float] = []
+    mesh = algorithm.context.mesh
+    sent_before = mesh.bytes_sent
 
     def our_step() -> None:
         result = algorithm.train_step([batch(counts["ours"])])
         counts["ours"] += 1
-        losses["ours"] = result.loss if result is not None else losses["ours"]
+        if result is not None:
+            losses["ours"] = result.loss
+            waits.append(result.wait_s)
 
     def peer_step() -> None:
         step = counts["peer"]
@@ -76,6 +86,8 @@ def compare_step(
         world_size=algorithm.collectives.size,
         parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
         steps_run=counts["ours"],
+        wait_s=statistics.median(waits) if waits else None,
+        bytes_sent=(mesh.bytes_sent - sent_before) / counts["ours"],
         final_loss_ours=losses["ours"],
         final_loss_peer_rank0=losses["peer"],
     )

@@ -20,6 +20,10 @@ def main() -> int:
     if "--version" in arguments:
         return _say("smolrun " + import_module("importlib.metadata").version("smolrun"))
     try:
+        if "--driver" in arguments:
+            return int(import_module("smolrun.cli.driver").main())
+        if "--start-driver" in arguments:
+            return int(import_module("smolrun.cli.driver").start_main())
         return int(import_module("smolrun.cli.run").run(arguments))
     except KeyboardInterrupt:
         return 130

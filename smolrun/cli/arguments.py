@@ -81,6 +81,8 @@ def read(argv: Sequence[str]) -> Arguments:
                 found.config_dir = Path(value).resolve()
             else:
                 problems.append(f"{flag} {value}: there is no such folder")
+        elif word == "--json":  # as other programs call it
+            found.overrides.append("format=json")
         elif word.startswith("-"):
             problems += [] if word in IGNORED else [_unknown(flag, word)]
         else:

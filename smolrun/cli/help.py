@@ -12,7 +12,7 @@ from smolrun.cli import choices
 
 HEAD = """\
 smolrun trains and serves neural networks across the machines you already own.
-Today it trains on one machine, with several ranks; more machines, over SSH, come next.
+It starts one process per rank, here or over SSH, and they talk over plain TCP sockets.
 
 usage: smolrun [group=choice ...] [key=value ...]     one run; plain `smolrun` is a good first one
        smolrun -m group=a,b key=1,2                   a run for each combination, one after another
@@ -31,6 +31,9 @@ Examples:
   smolrun algorithm=single training.steps=50              the same on one rank, shorter
   smolrun model=gpt_small cluster.ranks=4 precision=bf16  a larger model on four ranks
   smolrun model=mlp                                       another model, which brings its own data
+  smolrun task=init                                       write down your machines: cluster=home
+  smolrun task=setup cluster=home                         make them ready; task=doctor looks at them
+  smolrun cluster=home detach=true                        train on them, without this terminal
   smolrun -m staleness.bound=0,1,4 seed=1,2               six runs to compare
 
 Also: --cfg job (the configuration as composed, unchecked)   --info   --version   --hydra-help

@@ -27,6 +27,9 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `checkpoints/step-00000100/` | All it takes to go on after 100 steps; `manifest.json` comes last |
 | `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
 | `driver.json` | Who drives the run: process, host, begin, steps |
+| `driver.log` | What the driver said, where it has no terminal: `detach=true`, `driver=HOST` |
+| `remote.json` | Only with `driver=HOST`: on which machine the run is driven, and where it lies |
+| `stop` | How often somebody asked the run to stop, by `task=stop` |
 | `model/` | The shape of a model of transformers, for `task=export` |
 | `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
 | `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
@@ -37,6 +40,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | key | meaning |
 | --- | --- |
 | `status` | `done`, `stopped` (by you) or `failed` |
+| `exit_code` | Of the command: 0 done, 3 failed, 130 stopped and saved, 131 stopped at once |
 | `reason` | Why, as a sentence; also when a run that is done ended without a loss; else null |
 | `failed_rank`, `failed_host` | Which rank broke the run; else null |
 | `steps` | Optimizer steps done |
@@ -47,10 +51,14 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `world_size`, `algorithm` | How many ranks shared the work, and how |
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
-| `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
-| `time` | Where the time went: shares of computing, waiting and network, and advice |
+| `host_versions` | Of each host reached over SSH, transformers too |
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
+| `restarts` | One for each time that the run was started again after a loss, see below |
+
+Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
+`reason`, `resumed_from` (steps in the checkpoint; 0: the beginning), `lost_steps` (made twice) and
+`hosts` (those it went on with).
 
 ## metrics.jsonl
 

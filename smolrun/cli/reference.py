@@ -142,7 +142,7 @@ def _shown(value: Any) -> str:
 
 def _allowed(path: str, key: describe.Key) -> str:
     per_host = {f"cluster.hosts[].{name}": value for name, value in not_built.ONLY_PER_HOST.items()}
-    only = {**not_built.ONLY, **per_host, "cluster.hosts[].ssh": None}
+    only = {**not_built.ONLY, **per_host}
     return f"{json.dumps(only[path])}; the rest is not built yet" if path in only else key.allowed
 
 

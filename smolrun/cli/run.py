@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
 
 def drive(config: RunConfig) -> int:
     """Hand the configuration to its task. Its ConfigError and DataError come before it starts."""
-    module = f"smolrun.tasks.{config.task}"
+    module = f"smolrun.tasks.{'detach' if _goes_away(config) else config.task}"
     try:
         return int(import_module(module).drive(config))
     except ConfigError as error:
@@ -60,6 +60,12 @@ def drive(config: RunConfig) -> int:
     except SmolrunError as error:
         print(f"smolrun: {error}", file=sys.stderr)
         return FAILED
+
+
+def _goes_away(config: RunConfig) -> bool:
+    """Whether the driver shall be another process; a dry run is over before that."""
+    is_run = config.task == "train" and not config.training.dry_run
+    return is_run and (config.detach or config.driver is not None)
 
 
 def checked(arguments: Arguments) -> RunConfig:
@@ -84,7 +90,8 @@ def checked_jobs(arguments: Arguments) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for number, overrides in enumerate(jobs, start=1):
         try:
-            checked(replace(arguments, overrides=overrides))
+            if _goes_away(checked(replace(arguments, overrides=overrides))):
+                raise ConfigError("detach and driver would start all jobs of -m at the same time")
         except ConfigError as error:
             for line in error.problems:
                 found.setdefault(line, []).append(str(number))

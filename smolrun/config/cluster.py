@@ -66,6 +66,9 @@ class Host(Section):
     speed: Positive | Auto = Field(
         default=1.0, description="Relative to the others: 0.5 gets half of the work"
     )
+    os: Literal["auto", "linux", "darwin", "windows"] = Field(
+        default="auto", description="Its system, as task=doctor found it; auto = ask it"
+    )
     device: Device = Field(default="auto", description="Where it computes")
     python: Name | None = Field(
         default=None, description="Absolute path of its Python; null = the one we set up"

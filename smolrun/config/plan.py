@@ -28,6 +28,7 @@ class RankPlan:
     local_world_size: int
     device: Device
     threads: int | Literal["auto"]
+    ports: tuple[int, int] | None = None
 
 
 def cluster_size(cluster: Cluster, algorithm: Algorithm) -> int:
@@ -58,6 +59,7 @@ def ranks(config: RunConfig) -> list[RankPlan]:
             local_world_size=host.ranks,
             device=cluster.device if host.device == "auto" else host.device,
             threads=cluster.threads,
+            ports=_range(host.ports or cluster.ports),
         )
         for rank, (host, local_rank) in enumerate(places)
     ]
@@ -70,3 +72,11 @@ def addresses(host: Host) -> list[str]:
     if host.address is not None:
         return list(host.address)
     return [LOOPBACK if host.ssh is None else host.ssh.rpartition("@")[2]]
+
+
+def _range(ports: str | None) -> tuple[int, int] | None:
+    """40000-40100 as two numbers."""
+    if ports is None:
+        return None
+    first, _, last = ports.partition("-")
+    return int(first), int(last)

@@ -64,7 +64,10 @@ class RunConfig(Section):
     run: Name = Field(
         description="Which run task=attach, stop and status are about; latest = the newest"
     )
-    write: bool = Field(description="task=doctor writes what it found into the cluster file")
+    write: bool = Field(
+        description="task=doctor writes what it found into the cluster file; task=trust trusts "
+        "new keys without asking"
+    )
     format: Literal["text", "json"] = Field(description="How task=doctor answers")
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"

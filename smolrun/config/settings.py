@@ -136,6 +136,17 @@ class CollectivesBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
+class LinkBench(Section):
+    """An all_reduce beside one plain TCP stream over the same link, in turn."""
+
+    name: Literal["link"]
+    sizes: Annotated[list[Count], Field(min_length=1)] = Field(description="Bytes of the tensors")
+    world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
+        description="Ranks"
+    )
+    repeats: Count = Field(description="Measurements of each; the median counts")
+
+
 class StepBench(Section):
     """A whole training step beside DistributedDataParallel's on gloo, in turn."""
 
@@ -148,7 +159,7 @@ class StepBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
-Bench = Annotated[CollectivesBench | StepBench, Field(discriminator="name")]
+Bench = Annotated[CollectivesBench | LinkBench | StepBench, Field(discriminator="name")]
 
 
 class Export(Section):

@@ -90,6 +90,11 @@ class Attendant:
         return not self._life.is_alive()
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the worker's host does not answer, for seconds already."""
+        return self._process is not None and self._process.is_silent()
+
+    @property
     def tail(self) -> list[str]:
         """The last lines of the rank's log."""
         with self._lock:
@@ -130,7 +135,7 @@ class Attendant:
         with self._lock:
             self._closing = True
             self._lock.notify_all()
-        self._post(Exited(rank, code, process.out_of_memory()))
+        self._post(Exited(rank, code, process.out_of_memory(), process.lost()))
 
     def _write(self, process: WorkerProcess) -> None:
         with contextlib.suppress(OSError):  # the worker is gone: its exit tells the story
@@ -168,7 +173,7 @@ class Attendant:
         elif isinstance(message, ReadyMessage):
             if message.rank != rank:
                 raise ProtocolError(f"says that it is rank {message.rank}")
-            self._post(Ready(rank, message.port, message.versions))
+            self._post(Ready(rank, message.addresses, message.versions))
         elif isinstance(message, WantRowsMessage):
             self._post(WantsRows(rank, message))
         else:

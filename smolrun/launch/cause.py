@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from smolrun.launch.control import (
     EXIT_ABANDONED,
     EXIT_ABORTED,
     OUT_OF_MEMORY,
+    Address,
     ErrorReport,
     ResultMessage,
 )
@@ -31,9 +32,8 @@ class RankState:
 
     rank: int
     host: str
-    address: str
     log: str
-    port: int | None = None
+    addresses: list[Address] = field(default_factory=list)  # where it listens, once it does
     versions: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     result: ResultMessage | None = None
@@ -42,6 +42,8 @@ class RankState:
     never_started: bool = False
     killed: bool = False
     out_of_memory: str | None = None
+    lost: str | None = None  # why its host is out of reach
+    is_silent: bool = False  # its host did not answer the driver when the run began to fail
     sign: int = 0
 
     @property
@@ -82,6 +84,7 @@ class Cause:
     host: str
     reason: str
     out_of_memory: bool = False
+    is_lost: bool = False  # the rank is gone or out of reach; nothing says that it did wrong
 
 
 def names(states: Sequence[RankState]) -> str:
@@ -93,7 +96,7 @@ def did_not_finish(late: Sequence[RankState], limit_s: float) -> Cause:
     """The cause when some ranks were done long ago and `late` ones still are not."""
     state = late[0]
     reason = f"{names(late)} did not finish within {limit_s:g} s after the others; log: {state.log}"
-    return Cause(state.rank, state.host, reason)
+    return Cause(state.rank, state.host, reason, is_lost=True)
 
 
 def pick_cause(states: Sequence[RankState]) -> Cause:
@@ -125,7 +128,8 @@ def _has_own_error(state: RankState) -> bool:
 
 
 def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
-    """The rank that the others lost: a silent one first, then by votes, then by rank."""
+    """The rank that the others lost: first one whose host does not answer us either, then one that
+    has not reported, then by votes, then by rank."""
     by_rank = {state.rank: state for state in states}
     accused = [
         (by_rank[s.error.peer], s.error) for s in signs if s.error and s.error.peer in by_rank
@@ -133,10 +137,28 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
     if not accused:
         return None
     votes = Counter(state.rank for state, _ in accused)
-    state, error = min(accused, key=lambda one: (one[0].is_over, -votes[one[0].rank], one[0].rank))
+    state, error = min(
+        accused,
+        key=lambda one: (not one[0].is_silent, one[0].is_over, -votes[one[0].rank], one[0].rank),
+    )
+    seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
     what = "was cut off from the others" if state.is_over else "stopped answering"
+    pair = {state.rank}
+    if len(seen) == 1 and not state.is_silent and state.error and state.error.peer is not None:
+        # Both live and answer us, and of the others nobody misses either.
+        other, error = seen[0]
+        what = f"and {other.label} lost each other"
+        pair.add(other.rank)
+    elif seen:
+        error = seen[0][1]
     told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
-    return _cause(state, states, f"{what}{_when(state)} ({told})")
+    cause = _cause(state, states, f"{what}{_when(state)} ({told})", pair)
+    return replace(cause, is_lost=True)
+
+
+def _saw(error: ErrorReport, rank: int) -> bool:
+    """Whether it lost that rank, and not only heard that another one did."""
+    return error.peer == rank and error.told_by is None
 
 
 def _what_happened(state: RankState) -> str:
@@ -149,6 +171,8 @@ def _what_happened(state: RankState) -> str:
         return f"ran out of memory{_when(state)}: {_one_line(memory)}"
     if state.error is not None:
         return f"failed{_when(state)}: {state.error.kind}: {_one_line(state.error.message)}"
+    if state.lost is not None:
+        return f"is out of reach{_when(state)}: {state.lost}; what runs there ends by itself"
     hint = "; was its memory full?" if state.exit_code == -9 else ""
     return f"{describe_exit(state.exit_code or 0)}{_when(state)}{hint}"
 
@@ -181,15 +205,29 @@ def describe_exit(code: int) -> str:
 def _when(state: RankState) -> str:
     if state.steps:
         return f" at step {state.steps}"  # the one it was busy with, as steps are numbered from 0
-    return " before its first step" if state.port is not None else " while it started"
+    return " before its first step" if state.addresses else " while it started"
 
 
-def _cause(state: RankState, states: Sequence[RankState], what: str) -> Cause:
-    others = sum(1 for other in states if other is not state)
-    ended = f"; {others} other rank{'s' if others > 1 else ''} ended with it" if others else ""
+def _cause(
+    state: RankState, states: Sequence[RankState], what: str, named: Set[int] = frozenset()
+) -> Cause:
+    others = sum(1 for other in states if other is not state and other.rank not in named)
+    it = "them" if len(named) > 1 else "it"
+    ended = f"; {others} other rank{'s' if others > 1 else ''} ended with {it}" if others else ""
     reason = f"{state.label} {what}{ended}; log: {state.log}"
     has_own = state.problem is None and _out_of_memory(state) is not None
-    return Cause(state.rank, state.host, reason, has_own)
+    is_lost = not has_own and _is_lost(state)
+    return Cause(state.rank, state.host, reason, has_own, is_lost)
+
+
+def _is_lost(state: RankState) -> bool:
+    """Whether another start could go better: the rank went without a word, or never came, or it
+    only tells of others. An error of its own would come again."""
+    if state.problem is not None:
+        return state.never_started
+    if state.error is not None:
+        return state.error.kind in _SECOND_HAND
+    return state.result is None
 
 
 def _one_line(text: str) -> str:

@@ -28,6 +28,7 @@ from smolrun.launch.control import (
     EXIT_ABORTED,
     LEASE_LIMIT_S,
     AbortMessage,
+    Address,
     DriverMessage,
     ErrorReport,
     EventMessage,
@@ -114,11 +115,13 @@ class WorkerChannel:
             raise ProtocolError(f"the driver sent {type(message).__name__} instead of the roster")
         return message.peers
 
-    def ready(self, port: int, versions: dict[str, str]) -> None:
-        """Tell the driver that this rank listens on `port`; needs `wait_start` before."""
+    def ready(self, addresses: list[Address], versions: dict[str, str]) -> None:
+        """Tell the driver that this rank listens there, best first; needs `wait_start` before."""
         assert self.start is not None, "ready() comes after wait_start()"
         self._send(
-            ReadyMessage(rank=self.start.rank, port=port, pid=os.getpid(), versions=versions)
+            ReadyMessage(
+                rank=self.start.rank, addresses=addresses, pid=os.getpid(), versions=versions
+            )
         )
 
     def emit(self, event: Event) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from smolrun.errors import HostError
+
 # Called with the number of bytes that have been copied since the last call.
 OnBytes = Callable[[int], None]
 
@@ -22,6 +24,10 @@ class Completed:
     code: int
     out: bytes
     err: bytes
+
+
+class TookTooLong(HostError):
+    """A command did not end within its deadline."""
 
 
 class RemoteProcess(Protocol):
@@ -51,8 +57,26 @@ class Connection(Protocol):
 
     name: str
 
+    @property
+    def address(self) -> str | None:
+        """Where it goes, as numbers; None if something stands between that hides it."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why it is gone, if it is and nobody closed it."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has left a question unanswered for seconds; also once it is lost for that."""
+
+    def give_up(self) -> None:
+        """Take it for lost now: who waits for it waits no longer. Never raises."""
+
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
-        """Run a line of the machine's own shell to its end, with `data` as its stdin."""
+        """Run a line of the machine's own shell to its end, with `data` as its stdin.
+
+        TookTooLong when the deadline comes first.
+        """
 
     def start(self, command: str) -> RemoteProcess:
         """Start a line of the machine's own shell."""

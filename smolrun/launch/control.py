@@ -5,8 +5,8 @@ processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` t
 
     driver                                   worker
       | -- start (config, secret) ------------> |
-      | <----------------- ready (its port) --- |
-      | -- roster (everybody's port) ---------> |
+      | <------------ ready (its addresses) --- |
+      | -- roster (everybody's addresses) ----> |
       | -- lease, every 2 s ------------------> |   15 s without one: the worker ends itself
       | <---------------------- event, log ---- |
       | <------------------------ want_rows --- |   only where the data is a stream
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from smolrun.errors import ProtocolError
+from smolrun.wire.credentials import Credentials
 
 # A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
 # sample.
@@ -55,8 +56,16 @@ class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume: str | None = None
 
 
+# How links are protected: TLS; authenticated but readable, and only on loopback; or that anywhere.
+Security = Literal["tls", "loopback_plain", "insecure"]
+
+
 class StartMessage(Message, frozen=True, tag="start"):
-    """All a worker needs to begin. `secret` is 32 bytes in hex; `address` is where it binds."""
+    """All a worker needs to begin.
+
+    `secret` is 32 bytes in hex; `addresses` is where it listens, as numbers, best first, on one of
+    `ports` (first and last) or on any. `credentials` are there exactly when `security` is tls.
+    """
 
     rank: int
     world_size: int
@@ -65,9 +74,12 @@ class StartMessage(Message, frozen=True, tag="start"):
     config: dict[str, Any]
     config_hash: str
     secret: str
-    address: str
+    addresses: list[str]
     device: str
     threads: int
+    ports: tuple[int, int] | None = None
+    security: Security = "loopback_plain"
+    credentials: Credentials | None = None
     prepared: dict[str, Any] | None = None
     saving: Saving | None = None
     generation: int = 0
@@ -79,13 +91,19 @@ class StartMessage(Message, frozen=True, tag="start"):
         )
 
 
+class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one socket listens: an IP address as numbers, and its port."""
+
+    address: str
+    port: int
+
+
 class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one rank listens."""
+    """Where one rank listens, best first."""
 
     rank: int
     host: str
-    address: str
-    port: int
+    addresses: list[Address]
 
 
 class RosterMessage(Message, frozen=True, tag="roster"):
@@ -118,10 +136,10 @@ class AbortMessage(Message, frozen=True, tag="abort"):
 
 
 class ReadyMessage(Message, frozen=True, tag="ready"):
-    """The worker is up and listens on `port`."""
+    """The worker is up and listens on `addresses`, best first."""
 
     rank: int
-    port: int
+    addresses: list[Address]
     pid: int
     versions: dict[str, str]
 
@@ -154,11 +172,15 @@ OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memor
 
 
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any."""
+    """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any.
+
+    `told_by` is the rank from which it knows that, where it did not see it itself.
+    """
 
     kind: str
     message: str
     peer: int | None = None
+    told_by: int | None = None
 
 
 class ResultMessage(Message, frozen=True, tag="result"):

@@ -34,12 +34,14 @@ from smolrun.launch.moves import (
     Reported,
     SendRoster,
     SendStop,
+    Silent,
     WantsRows,
 )
-from smolrun.launch.supervisor import Limits, Supervisor
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
 _INBOX_SIZE = 4096  # a worker that tells more than the driver can take in has to wait
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed
+_REQUESTS_EVERY_S = 0.5  # how late a wish of another process may be
 _SAME_CTRL_C_S = 0.05  # one Ctrl-C can come twice: from the terminal and a wrapper such as make
 _LAST_JOIN_S = 5.0
 
@@ -94,10 +96,14 @@ class Driver:
         limits: Limits | None = None,
         lease_every_s: float = LEASE_EVERY_S,
         rows: RowReader | None = None,
+        stop_requests: Callable[[], int] = lambda: 0,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick.
+        `meanwhile` is called there too, a few times a second at least.
 
-        `rows` is what the ranks may ask for where the data is a stream.
+        `rows` is what the ranks may ask for where the data is a stream. `stop_requests` tells how
+        often another process asked this run to stop, which counts as so many Ctrl-C.
         """
         self._plans = plans
         self._listen = listen
@@ -109,6 +115,10 @@ class Driver:
         self._interrupts = InterruptCounter()
         self._rows = rows
         self._desk: RowDesk | None = None
+        self._stop_requests = stop_requests
+        self._requested = 0
+        self._requests_due = 0.0
+        self._meanwhile = meanwhile
 
     def run(self) -> Outcome:
         """Start all workers and tell how it ended; none is left when this returns or raises."""
@@ -137,26 +147,43 @@ class Driver:
         threading.Thread(target=self._renew_leases, name="smolrun-leases", daemon=True).start()
 
     def _loop(self) -> Outcome:
-        states = [RankState(p.rank, p.host, p.start.address, str(p.log_path)) for p in self._plans]
+        states = [RankState(p.rank, p.host, str(p.log_path)) for p in self._plans]
         supervisor = Supervisor(states, now=time.monotonic(), limits=self._limits)
         told_interrupts = 0
         while True:
             item = self._next(supervisor.deadline)
+            self._meanwhile()
             # What is true of the whole run (rank None) every rank may tell; it counts once, from
             # rank 0.
             if isinstance(item, Reported) and (
                 item.rank == 0 or getattr(item.event, "rank", None) is not None
             ):
                 self._listen(item.event)
-            if self._interrupts.count > told_interrupts:
+            if self._asked_to_stop() > told_interrupts:
                 told_interrupts += 1
                 actions = supervisor.handle(Interrupted(), time.monotonic())
                 if outcome := self._perform(actions):
                     return outcome
             now = time.monotonic()
-            actions = supervisor.advance(now) if item is None else supervisor.handle(item, now)
+            actions = self._look_for_silence(supervisor, now)
+            actions += supervisor.advance(now) if item is None else supervisor.handle(item, now)
             if outcome := self._perform(actions):
                 return outcome
+
+    def _look_for_silence(self, supervisor: Supervisor, now: float) -> list[Action]:
+        """While the cause of a failure is sought, it counts who does not answer us either."""
+        if supervisor.phase is not Phase.FAILING:
+            return []
+        silent = [Silent(one.plan.rank) for one in self._attendants if one.is_silent]
+        return [action for item in silent for action in supervisor.handle(item, now)]
+
+    def _asked_to_stop(self) -> int:
+        """How often, by signals and by other processes together."""
+        now = time.monotonic()
+        if now >= self._requests_due:
+            self._requests_due = now + _REQUESTS_EVERY_S
+            self._requested = self._stop_requests()
+        return self._interrupts.count + self._requested
 
     def _next(self, deadline: float | None) -> Input | None:
         wait_s = (

@@ -53,6 +53,12 @@ class WorkerProcess(Protocol):
     def out_of_memory(self) -> str | None:
         """After `wait`: a sentence if the system ended it because memory was full."""
 
+    def lost(self) -> str | None:
+        """After `wait`: a sentence if nobody can know how it ended, as its host is out of reach."""
+
+    def is_silent(self) -> bool:
+        """Whether its host has left a question unanswered for seconds."""
+
     def kill(self) -> None:
         """End it and all it started, at once, even if frozen. Never raises; may come twice."""
 

@@ -143,6 +143,13 @@ class LocalProcess:
             return None
         return out_of_memory.ended_by_linux(_largest_child(), memory.total)
 
+    def lost(self) -> None:
+        """Never: this machine is always in reach."""
+
+    def is_silent(self) -> bool:
+        """Never, for the same reason."""
+        return False
+
     def kill(self) -> None:
         """SIGKILL to its process group, stopped or not; TerminateProcess on Windows."""
         if self._process.returncode is None:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from smolrun.events import Event
-from smolrun.launch.control import Peer, ResultMessage, WantRowsMessage
+from smolrun.launch.control import Address, Peer, ResultMessage, WantRowsMessage
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 3, 130, 131
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker is up and listens on `port`."""
+    """A worker is up and listens on `addresses`, best first."""
 
     rank: int
-    port: int
+    addresses: list[Address]
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -48,12 +48,21 @@ class Finished:
 class Exited:
     """A worker's process has ended; all it said came before. -n is signal n.
 
-    `out_of_memory` says so if the system ended it because memory was full.
+    `out_of_memory` says so if the system ended it because memory was full; `lost`, if its host is
+    out of reach and the code means nothing.
     """
 
     rank: int
     code: int
     out_of_memory: str | None = None
+    lost: str | None = None
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A worker's host does not answer the driver; it may be nothing, or the end of it."""
+
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ Input = (
     | WantsRows
     | Finished
     | Exited
+    | Silent
     | Misbehaved
     | NotStarted
     | ReaderFailed
@@ -120,7 +130,10 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the run ended. `reason` is one line, empty if all is well; `steps` were done."""
+    """How the run ended. `reason` is one line, empty if all is well; `steps` were done.
+
+    `is_lost`: it failed because a rank or its host is gone, so that another start may go better.
+    """
 
     status: Literal["done", "stopped", "failed"]
     exit_code: int
@@ -128,6 +141,7 @@ class Outcome:
     failed_rank: int | None = None
     failed_host: str | None = None
     out_of_memory: bool = False
+    is_lost: bool = False
     steps: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from smolrun.events import RankStep, StepDone
-from smolrun.launch.cause import RankState, did_not_finish, is_explained, names, pick_cause
+from smolrun.events import Note, RankStep, StepDone
+from smolrun.launch.cause import Cause, RankState, did_not_finish, is_explained, names, pick_cause
 from smolrun.launch.control import Peer
 from smolrun.launch.moves import (
     EXIT_DONE,
@@ -42,6 +42,7 @@ from smolrun.launch.moves import (
     Reported,
     SendRoster,
     SendStop,
+    Silent,
 )
 
 
@@ -87,6 +88,7 @@ class Supervisor:
         self._interrupts = 0
         self._signs = 0
         self._steps = 0
+        self._has_begun = False
         self._hurry = False
         self._outcome: Outcome | None = None
         self.phase = Phase.STARTING
@@ -134,9 +136,10 @@ class Supervisor:
     def _note(self, state: RankState, item: Input) -> None:
         had_failed = state.has_failed
         if isinstance(item, Ready):
-            state.port = item.port
+            state.addresses = item.addresses
             state.versions = item.versions
         elif isinstance(item, Reported):
+            self._has_begun = self._has_begun or not isinstance(item.event, Note)
             if isinstance(item.event, RankStep | StepDone):
                 state.steps = item.event.step + 1  # steps are numbered from 0
                 self._steps = max(self._steps, state.steps)
@@ -145,6 +148,9 @@ class Supervisor:
         elif isinstance(item, Exited):
             state.exit_code = item.code
             state.out_of_memory = item.out_of_memory
+            state.lost = item.lost
+        elif isinstance(item, Silent):
+            state.is_silent = True
         elif isinstance(item, Misbehaved | NotStarted):
             state.problem = state.problem or item.problem
             state.never_started = state.never_started or isinstance(item, NotStarted)
@@ -153,34 +159,21 @@ class Supervisor:
             state.sign = self._signs
 
     def _starting(self, now: float) -> list[Action]:
-        waited_for = [state for state in self._states if state.port is None]
+        waited_for = [state for state in self._states if not state.addresses]
         if any(state.is_over or state.has_failed for state in self._states):
             self._fail(now)  # nobody works yet, so there is nothing for the others to add
         elif self._interrupts:
-            self._close(
-                now,
-                Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began"),
-                hurry=True,
-            )
+            self._stop_before_it_began(now)
         elif not waited_for:
             self.phase, self.deadline = Phase.RUNNING, None
-            return [
-                SendRoster(
-                    [
-                        Peer(s.rank, s.host, s.address, s.port)
-                        for s in self._states
-                        if s.port is not None
-                    ]
-                )
-            ]
+            return [SendRoster([Peer(s.rank, s.host, s.addresses) for s in self._states])]
         elif self._is_due(now):
             late = waited_for[0]
             reason = (
                 f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
             )
-            self._close(
-                now, Outcome("failed", EXIT_FAILED, reason, late.rank, late.host), hurry=True
-            )
+            cause = Cause(late.rank, late.host, reason, is_lost=True)
+            self._close(now, _failed(cause), hurry=True)
         return []
 
     def _running(self, now: float) -> list[Action]:
@@ -204,6 +197,8 @@ class Supervisor:
             self._close(
                 now, Outcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
             )
+        elif self._interrupts and not self._has_begun:
+            self._stop_before_it_began(now)  # they link up, or load a model: nothing to agree on
         elif self._interrupts and self.phase is Phase.RUNNING:
             self.phase, self.deadline = Phase.STOPPING, now + self._limits.stop_s
             return [SendStop(state.rank) for state in late]
@@ -215,19 +210,17 @@ class Supervisor:
             self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         elif self._is_due(now):
             cause = did_not_finish(late, self._limits.finish_s)
-            self._close(now, Outcome("failed", EXIT_FAILED, cause.reason, cause.rank, cause.host))
+            self._close(now, _failed(cause))
         elif len(late) < len(self._states) and self.deadline is None:
             self.deadline = now + self._limits.finish_s
         return []
 
+    def _stop_before_it_began(self, now: float) -> None:
+        outcome = Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began")
+        self._close(now, outcome, hurry=True)
+
     def _fail(self, now: float) -> None:
-        cause = pick_cause(self._states)
-        self._close(
-            now,
-            Outcome(
-                "failed", EXIT_FAILED, cause.reason, cause.rank, cause.host, cause.out_of_memory
-            ),
-        )
+        self._close(now, _failed(pick_cause(self._states)))
 
     def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
         self._hurry = self._hurry or hurry
@@ -240,7 +233,8 @@ class Supervisor:
         doomed = [
             s
             for s in alive
-            if not s.killed and (self._hurry or s.result is None or self._is_due(now))
+            if not s.killed
+            and (self._hurry or s.result is None or s.is_silent or self._is_due(now))
         ]
         actions: list[Action] = [Kill(state.rank) for state in doomed]
         for state in doomed:
@@ -258,9 +252,12 @@ class Supervisor:
         reason = self._outcome.reason
         if alive:
             reason = f"{reason or 'the run is over'}; no sign of the end of {names(alive)}"
+        for host in sorted({s.host for s in self._states if s.killed and s.lost is not None}):
+            reason += f"; {host} is out of reach: what still runs there ends by itself"
         return replace(
             self._outcome,
             reason=reason,
+            is_lost=self._outcome.is_lost and not self._interrupts,  # the user wants no new start
             steps=self._steps,
             versions=self._states[0].versions,
             summaries={
@@ -269,3 +266,15 @@ class Supervisor:
                 if state.result is not None
             },
         )
+
+
+def _failed(cause: Cause) -> Outcome:
+    return Outcome(
+        "failed",
+        EXIT_FAILED,
+        cause.reason,
+        cause.rank,
+        cause.host,
+        out_of_memory=cause.out_of_memory,
+        is_lost=cause.is_lost,
+    )

@@ -104,7 +104,7 @@ class Inbox:
 def _deliver(receive: Receive, data: memoryview) -> None:
     if receive.combine is not None:
         receive.combine(0, data)
-    elif data is not receive.payload.data:
+    elif len(data) and data is not receive.payload.data:  # memory of nothing is read-only
         receive.payload.data[:] = data
     receive.on_done()
 

@@ -72,6 +72,8 @@ class IoThread:
     ) -> None:
         """Calls `callback(ready)` whenever one of `events` (READ, WRITE) holds; 0 stops; only on
         this thread."""
+        if self._has_ended:
+            return
         known = self._selector.get_map()
         if not events:
             if sock in known:

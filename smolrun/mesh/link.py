@@ -150,6 +150,8 @@ class Connection:
         self._is_finishing = False
         self._has_ended = False
         self._listen(READ)
+        # What came with the handshake's last bytes may be in the pipe already.
+        io.post(lambda: self._ready(READ))
 
     @property
     def is_idle(self) -> bool:
@@ -197,8 +199,8 @@ class Connection:
             if not self._queue or budget <= 0:
                 self._listen(READ | WRITE if self._queue else READ)
                 if self._is_finishing and not self._queue and not self._has_ended:
+                    self._pipe.end()  # or BlockingIOError: then it is asked again
                     self._has_ended = True
-                    self._pipe.end()
                 return
             buffers, on_sent = self._queue[0]
             sent = self._pipe.send(buffers)

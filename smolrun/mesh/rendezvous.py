@@ -1,29 +1,36 @@
-"""How the mesh comes to stand: every rank listens, higher ranks dial lower ones, and nobody is
-believed without proof.
+"""How the mesh comes to stand: every rank listens and dials, and nobody is believed without proof.
 
-A stranger costs one small object and at most `_KNOCK_S` seconds, and there are never more than
-`_MAX_KNOCKS` of them."""
+A pair of ranks first agrees on one path, over its control connection (`pairing.py` decides which);
+whoever dialed that then dials the other channels the same way. A stranger costs one small object
+and a few seconds at most, and there are never more than a few of them (`strangers.py`)."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
-from smolrun.mesh.io import READ, WRITE, IoThread
-from smolrun.mesh.link import Pipe, PlainPipe, tune
-from smolrun.wire.handshake import CHANNELS, Acceptor, Conversation, Dialer, Identity
+from smolrun.mesh.addresses import reachable_as, shown, socket_address
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.guards import Guard, PlainGuard
+from smolrun.mesh.io import READ, IoThread
+from smolrun.mesh.knock import Knock, KnockEvents
+from smolrun.mesh.link import Pipe
+from smolrun.mesh.pairing import FIRST_PAUSE_S, Pairing, Way
+from smolrun.mesh.strangers import Strangers
+from smolrun.wire.handshake import CHANNELS, Acceptor, Dialer, Identity
 
 _log = logging.getLogger(__name__)
 
-_KNOCK_S = 5.0  # a stranger has this long to prove itself
-_MAX_KNOCKS = 64
-_RETRY_S = 0.1
+_TICK_S = 0.05  # how late a retry or a decision may come
+_ACCEPTS_PER_TURN = 64  # then others get theirs
 _CONNECTING = {
     0,
     errno.EINPROGRESS,
@@ -35,26 +42,11 @@ _CONNECTING = {
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank of the run can be reached."""
+    """Where a rank of the run can be reached, as numbers, best first."""
 
     rank: int
     host: str
-    address: str
-    port: int
-
-
-class Endpoint:
-    """A listening socket; `port` is the one it really got."""
-
-    def __init__(self, address: str, port: int = 0) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.socket = socket.create_server((address, port), family=family, backlog=128)
-        self.socket.setblocking(False)
-        self.port: int = self.socket.getsockname()[1]
-
-    def close(self) -> None:
-        """Stops listening."""
-        self.socket.close()
+    addresses: list[tuple[str, int]]
 
 
 class Rendezvous:
@@ -62,17 +54,29 @@ class Rendezvous:
     done on the I/O thread."""
 
     def __init__(
-        self, io: IoThread, endpoint: Endpoint, identity: Identity, roster: list[Seat]
+        self,
+        io: IoThread,
+        endpoint: Endpoint,
+        identity: Identity,
+        roster: list[Seat],
+        guard: Guard | None = None,
     ) -> None:
         self.refused = 0  # connections that did not prove themselves
         self._io = io
         self._endpoint = endpoint
         self._identity = identity
+        self._guard = guard or PlainGuard()
         self._seats = {seat.rank: seat for seat in roster}
         self._pipes: dict[int, dict[str, Pipe]] = {
             seat.rank: {} for seat in roster if seat.rank != identity.rank
         }
-        self._knocks: set[_Knock] = set()
+        self._pairings: dict[int, Pairing[Knock]] = {}
+        self._dialed: dict[Knock, tuple[int, Way]] = {}
+        self._knocks: set[Knock] = set()
+        origins = {(s.rank, a.partition("%")[0]) for s in roster for a, _ in s.addresses}
+        self._strangers: Strangers[Knock] = Strangers(Counter(where for _, where in origins))
+        self._called: dict[int, str] = {}  # how the last call that a peer made here went
+        self._events = KnockEvents(self._on_proven, self._on_kept, self._on_failed)
         self._complete = threading.Event()
         self._error: SmolrunError | None = None
         self._is_over = False
@@ -89,7 +93,8 @@ class Rendezvous:
                 for channels in self._pipes.values():
                     for pipe in channels.values():
                         pipe.close()
-            self._io.watch(self._endpoint.socket, 0, self._accept)
+            for sock in self._endpoint.sockets:
+                self._io.watch(sock, 0, self._nothing)
             for knock in list(self._knocks):
                 knock.close()
             closed.set()
@@ -98,158 +103,187 @@ class Rendezvous:
         closed.wait(timeout_s)
         if self._error is not None:
             raise self._error
-        missing = [
-            seat
-            for rank, seat in self._seats.items()
-            if rank in self._pipes and len(self._pipes[rank]) < len(CHANNELS)
-        ]
-        if missing:
-            names = ", ".join(f"rank {s.rank} ({s.host}, {s.address}:{s.port})" for s in missing)
-            raise WaitTimeout(
-                f"rank {self._identity.rank} has no link to {names} after {timeout_s:g} s: "
-                "is a firewall between them?"
-            )
+        if missing := [rank for rank in self._pipes if self._is_missing(rank)]:
+            raise WaitTimeout(self._whats_missing(missing, timeout_s))
         return self._pipes
 
     def _begin(self) -> None:
-        self._io.watch(self._endpoint.socket, READ, self._accept)
-        for seat in self._seats.values():
-            if seat.rank < self._identity.rank:
-                for channel in CHANNELS:
-                    self._dial(seat, channel)
+        for place, sock in enumerate(self._endpoint.sockets):
+            self._io.watch(sock, READ, functools.partial(self._accept, sock, place))
+        now = time.monotonic()
+        for rank in self._pipes:
+            ways = [
+                (place, reachable, port)
+                for place, (address, port) in enumerate(self._seats[rank].addresses)
+                for reachable in reachable_as(address)
+            ]
+            decides = self._identity.rank > rank
+            self._pairings[rank] = Pairing(decides=decides, ways=ways, now=now)
         self._check_complete()
+        self._tick()
 
-    def _accept(self, _events: int) -> None:
-        while not self._is_over:
-            try:
-                sock, _ = self._endpoint.socket.accept()
-            except OSError:
-                return  # nobody more, or the caller has gone already
-            strangers = sum(isinstance(k.conversation, Acceptor) for k in self._knocks)
-            if strangers >= _MAX_KNOCKS:
-                self.refused += 1
-                sock.close()
-                continue
-            self._knocks.add(_Knock(self._io, sock, Acceptor(self._identity), self._knocked))
+    def _nothing(self, _events: int) -> None:
+        """Nobody is let in any more."""
 
-    def _dial(self, seat: Seat, channel: str) -> None:
+    def _tick(self) -> None:
         if self._is_over:
             return
-        family = socket.AF_INET6 if ":" in seat.address else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        conversation = Dialer(self._identity, seat.rank, channel)
-        if sock.connect_ex((seat.address, seat.port)) not in _CONNECTING:
-            sock.close()
-            self._io.call_later(_RETRY_S, lambda: self._dial(seat, channel))
-            return
-        self._knocks.add(_Knock(self._io, sock, conversation, self._knocked))
+        for rank in self._pairings:
+            self._advance(rank)
+        self._io.call_later(_TICK_S, self._tick)
 
-    def _knocked(self, knock: _Knock, error: Exception | None) -> None:
-        """A conversation ended, well (error is None) or not."""
-        self._knocks.discard(knock)
-        talk = knock.conversation
-        if error is None and talk.peer is not None and not self._is_over:
-            if talk.channel in self._pipes[talk.peer]:
-                self._pipes[talk.peer][
-                    talk.channel
-                ].close()  # it dialed again, so it lost the first
-            self._pipes[talk.peer][talk.channel] = PlainPipe(knock.sock)
-            self._check_complete()
+    def _advance(self, rank: int) -> None:
+        """Does what is due with one peer."""
+        pairing, now = self._pairings[rank], time.monotonic()
+        for way in pairing.due(now):
+            self._dial(rank, way, "control")
+        knock = pairing.choice(now)
+        if knock is not None:
+            knock.keep()
+
+    # -- connections that begin ----
+
+    def _accept(self, listening: socket.socket, place: int, _events: int) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            if self._is_over:
+                return
+            try:
+                sock, where = listening.accept()
+            except OSError:
+                return  # nobody more, or the caller has gone already
+            origin = str(where[0]).partition("%")[0]
+            leaving = self._strangers.room_for(origin)
+            if leaving is not None:
+                leaving.close()
+                self._knocks.discard(leaving)
+                self.refused += 1
+            pipe = self._guard.accepting(sock)
+            knock = Knock(self._io, sock, pipe, Acceptor(self._identity), place, self._events)
+            self._knocks.add(knock)
+            self._strangers.add(knock, origin)
+            knock.begin()
+
+    def _dial(self, rank: int, way: Way, channel: str) -> None:
+        if self._is_over:
             return
-        knock.close()
-        self.refused += 1
+        sock = None
+        try:
+            family, where = socket_address(way.address, way.port)
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            code = sock.connect_ex(where)
+            if code not in _CONNECTING:
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            if sock is not None:
+                sock.close()
+            self._dial_failed(rank, way, channel, error)
+            return
+        conversation = Dialer(self._identity, rank, channel)
+        pipe = self._guard.dialing(sock, rank)
+        knock = Knock(self._io, sock, pipe, conversation, way.place, self._events)
+        self._knocks.add(knock)
+        self._dialed[knock] = (rank, way)
+        knock.begin()
+
+    # -- how they go on ----
+
+    def _on_proven(self, knock: Knock) -> None:
+        talk = knock.conversation
+        assert talk.peer is not None
+        self._strangers.discard(knock)
+        if talk.channel != "control":
+            if talk.decides:
+                knock.keep()
+            return
+        self._pairings[talk.peer].proven(knock, knock.place, time.monotonic())
+        self._advance(talk.peer)
+
+    def _on_kept(self, knock: Knock) -> None:
+        rank, channel = knock.conversation.peer, knock.conversation.channel
+        assert rank is not None
+        self._knocks.discard(knock)
+        if channel in self._pipes[rank]:
+            self._pipes[rank][channel].close()  # the peer dialed again, so it lost the first
+        self._pipes[rank][channel] = knock.pipe
+        if channel == "control":
+            self._settle(rank, knock)
+        self._check_complete()
+
+    def _settle(self, rank: int, kept: Knock) -> None:
+        """This is the path: other tries end, and whoever dialed it dials what is missing."""
+        self._pairings[rank].kept = kept
+        for knock in list(self._knocks):
+            talk = knock.conversation
+            to, _ = self._dialed.get(knock, (talk.peer, None))
+            if to == rank and talk.channel == "control":
+                knock.close()
+                self._knocks.discard(knock)
+        if kept in self._dialed:
+            for channel in CHANNELS[1:]:
+                self._dial(rank, self._dialed[kept][1], channel)
+
+    def _on_failed(self, knock: Knock, error: Exception) -> None:
+        self._knocks.discard(knock)
+        self._strangers.discard(knock)
+        talk = knock.conversation
+        if talk.peer is not None:
+            self._pairings[talk.peer].gone(knock)
         if isinstance(talk, Dialer):
-            if isinstance(error, HandshakeError):
-                self._error = error
-                self._complete.set()
-            elif not self._is_over:
-                seat, channel = self._seats[talk.dialed], talk.channel
-                self._io.call_later(_RETRY_S, lambda: self._dial(seat, channel))
-        else:
-            _log.info("refused a connection: %s", error)
-            if isinstance(talk, Acceptor) and talk.refused_because:
-                # It knows the secret, so it is one of us, of another generation or configuration.
-                self._error = HandshakeError(f"refused rank {talk.peer}: {talk.refused_because}")
-                self._complete.set()
+            # A stranger at one address is no reason to give up, the right peer's word is.
+            if isinstance(error, HandshakeError) and talk.peer is not None and not talk.is_proven:
+                self._give_up(error)
+            self._dial_failed(talk.dialed, self._dialed[knock][1], talk.channel, error)
+            return
+        if talk.is_proven:
+            return  # its rank keeps another one, or dials again
+        self.refused += 1
+        _log.info("refused a connection: %s", error)
+        assert isinstance(talk, Acceptor)
+        if talk.claimed is not None:
+            self._called[talk.claimed] = str(error)
+        if talk.refused_because:
+            # It knows the secret, so it is one of us, of another generation or configuration.
+            self._give_up(HandshakeError(f"refused rank {talk.peer}: {talk.refused_because}"))
+
+    def _dial_failed(self, rank: int, way: Way, channel: str, error: Exception) -> None:
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        if channel == "control":
+            self._pairings[rank].failed(way, why, time.monotonic())
+            return
+        way.outcome = why
+        if not self._is_over:
+            self._io.call_later(FIRST_PAUSE_S, lambda: self._dial(rank, way, channel))
+
+    def _give_up(self, error: SmolrunError) -> None:
+        self._error = self._error or error
+        self._complete.set()
+
+    # -- how it ends ----
 
     def _check_complete(self) -> None:
         if self._is_complete():
             self._complete.set()
 
+    def _is_missing(self, rank: int) -> bool:
+        return len(self._pipes[rank]) < len(CHANNELS)
+
     def _is_complete(self) -> bool:
-        full = all(len(channels) == len(CHANNELS) for channels in self._pipes.values())
-        return full and self._error is None
+        return self._error is None and not any(self._is_missing(rank) for rank in self._pipes)
 
+    def _whats_missing(self, missing: list[int], timeout_s: float) -> str:
+        me = self._seats[self._identity.rank]
+        peers = "; ".join(self._how_it_went(rank) for rank in missing)
+        here = ", ".join(shown(*where) for where in me.addresses)
+        return (
+            f"rank {me.rank} on {me.host} has no link to {peers}, after {timeout_s:g} s: does a "
+            f"firewall keep it from them, and them from {here}?"
+        )
 
-class _Knock:
-    """A connection whose other end has not proved itself yet."""
-
-    def __init__(
-        self,
-        io: IoThread,
-        sock: socket.socket,
-        conversation: Conversation,
-        on_end: Callable[[_Knock, Exception | None], None],
-    ) -> None:
-        tune(sock)
-        self.sock = sock
-        self.conversation = conversation
-        self._io = io
-        self._on_end = on_end
-        self._deadline = time.monotonic() + _KNOCK_S
-        self._is_open = True
-        io.call_later(_KNOCK_S, self._expired)
-        if isinstance(conversation, Dialer):
-            io.watch(sock, WRITE, self._connected)
-        else:
-            io.watch(sock, READ, self._readable)
-
-    def _connected(self, _events: int) -> None:
-        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._end(OSError(code, "connecting failed"))
-            return
-        assert isinstance(self.conversation, Dialer)
-        self._io.watch(self.sock, READ, self._readable)
-        self._send(self.conversation.start())
-
-    def _readable(self, _events: int) -> None:
-        try:
-            while self._is_open:
-                count = self.sock.recv_into(self.conversation.buffer())
-                if count == 0:
-                    raise ConnectionResetError("closed during the handshake")
-                self._send(self.conversation.filled(count))
-                if self.conversation.is_done:
-                    self._end(None)
-        except BlockingIOError:
-            return
-        except Exception as error:  # whatever a stranger provokes ends this conversation only
-            self._end(error)
-
-    def _send(self, data: bytes) -> None:
-        # A fresh socket takes a kilobyte at once; one that does not is no peer of ours.
-        if data and self._is_open:
-            try:
-                if self.sock.send(data) != len(data):
-                    raise ConnectionResetError("the handshake could not be sent")
-            except OSError as error:
-                self._end(error)
-
-    def _expired(self) -> None:
-        if self._is_open:
-            self._end(TimeoutError(f"no proof within {_KNOCK_S:g} s"))
-
-    def _end(self, error: Exception | None) -> None:
-        if self._is_open:
-            self._is_open = False
-            self._io.watch(self.sock, 0, self._readable)
-            self._on_end(self, error)
-
-    def close(self) -> None:
-        """Closes the socket, whatever state the conversation is in."""
-        if self._is_open:
-            self._is_open = False
-            self._io.watch(self.sock, 0, self._readable)
-        self.sock.close()
+    def _how_it_went(self, rank: int) -> str:
+        """rank 2 (mini3): dialed 10.0.0.3:4000 (connection refused), it has not called."""
+        pairing = self._pairings.get(rank)
+        ways = pairing.ways if pairing is not None else []
+        dialed = ", ".join(f"{shown(way.address, way.port)} ({way.outcome})" for way in ways)
+        called = f"its call: {self._called[rank]}" if rank in self._called else "it has not called"
+        return f"rank {rank} ({self._seats[rank].host}): dialed {dialed}, {called}"

@@ -1,7 +1,7 @@
 """The mesh over TCP sockets: one I/O thread, three connections to every peer, heartbeats, and one
 verdict when a peer is lost.
 
-    endpoint = Endpoint("127.0.0.1")              listens; tell its port to the others
+    endpoint = Endpoint(["10.0.0.2"])             listens; tell its addresses to the others
     mesh = connect(endpoint, identity, roster)    blocks until every link stands, both ends proved
 
 Knows nothing of collectives.
@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 
 from smolrun.errors import MeshClosed, PeerLost
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.guards import Guard
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Combine, Mesh
 from smolrun.mesh.peer import Peer, PeerEvents
-from smolrun.mesh.rendezvous import Endpoint, Rendezvous, Seat
+from smolrun.mesh.rendezvous import Rendezvous, Seat
 from smolrun.wire.frame import FrameKind, Tag
 from smolrun.wire.handshake import Identity
 from smolrun.wire.tensor import Payload
@@ -41,17 +43,18 @@ def connect(
     silence_s: float = 10.0,
     heartbeat_s: float = 0.25,
     start_timeout_s: float = 60.0,
+    guard: Guard | None = None,
     wrap: Callable[[Pipe, int, str], Pipe] | None = None,
 ) -> TcpMesh:
     """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the
     ranks that are missing.
 
     `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all
-    before it counts as lost. `wrap(pipe, rank, channel)` may put something between frames and
-    sockets (faults, shaping, encryption)."""
+    before it counts as lost. `guard` makes pipes of sockets: TLS, or plain ones if there is none.
+    `wrap(pipe, rank, channel)` may put something between frames and pipes (faults, shaping)."""
     mesh = TcpMesh(identity, timeout_s=timeout_s, silence_s=silence_s, heartbeat_s=heartbeat_s)
     try:
-        rendezvous = Rendezvous(mesh.io, endpoint, identity, roster)
+        rendezvous = Rendezvous(mesh.io, endpoint, identity, roster, guard)
         pipes = rendezvous.run(start_timeout_s)
         if wrap is not None:
             pipes = {
@@ -92,7 +95,7 @@ class TcpMesh(Mesh):
         def begin() -> None:
             events = PeerEvents(
                 on_lost=self._lost,
-                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it"),
+                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
             )
             for rank, channels in sorted(pipes.items()):
                 self._peers[rank] = Peer(
@@ -164,13 +167,13 @@ class TcpMesh(Mesh):
         if self.failure is not None:
             raise self.failure
 
-    def _lost(self, rank: int, reason: str) -> None:
+    def _lost(self, rank: int, reason: str, told_by: int | None = None) -> None:
         """A peer is gone: everything pending fails, the other peers are told, and they reach the
         same verdict."""
         if self.failure is not None or rank == self.rank:
             return
         _log.warning("lost rank %d: %s", rank, reason)
-        self.fail(PeerLost(rank, self.generation, reason))
+        self.fail(PeerLost(rank, self.generation, reason, told_by))
         for other in self._peers.values():
             if other.rank != rank:
                 other.say(FrameKind.LOST, rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -52,13 +53,22 @@ class Console:
         self._compute_s: dict[int, float] = {}
         self._is_broken = False
 
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a bar that moves; elsewhere there are lines."""
+        return self._is_live
+
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show how far the data is: `done` of `total`."""
         self._quietly(lambda: self._prepare(what, done, total))
 
-    def go_on(self, earlier_s: float) -> None:
-        """The run had trained so long before; rates are about what comes now."""
+    def go_on(self, earlier_s: float, world_size: int | None = None) -> None:
+        """The run had trained so long before, perhaps on so many ranks fewer or more; rates are
+        about what comes now."""
+        self._world_size = world_size or self._world_size
         self._rate_from_s = self._line_due_s = earlier_s
+        self._tokens, self._rate = 0, 0.0
+        self._compute_s.clear()
 
     def record(self, event: Event) -> None:
         """Show what happened, if a person wants to know."""
@@ -185,6 +195,11 @@ class Console:
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.stop()
+
+
+def is_step_line(line: str) -> bool:
+    """Whether a console that has no bar wrote this line for a step."""
+    return re.match(r"step \d+/\d+  ", line) is not None
 
 
 def _let_go(stream: TextIO) -> None:

@@ -18,7 +18,9 @@ import msgspec
 
 from smolrun.tracking.run_folder import LATEST, RunFolder
 
-State = Literal["running", "elsewhere", "done", "stopped", "failed", "died", "bench"]
+State = Literal[
+    "running", "elsewhere", "remote", "unreachable", "done", "stopped", "failed", "died", "bench"
+]
 
 _TAIL_BYTES = (64 << 10, 1 << 20)  # the second only if the first holds no step
 _QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no longer running
@@ -28,8 +30,9 @@ _QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no 
 class PastRun:
     """One run at a glance; None is unknown.
 
-    `elsewhere`: another host began it and may still drive it. `died`: nobody drives it and nobody
-    told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
+    `elsewhere`: another host began it and may still drive it. `remote`: we had another host drive
+    it, which alone knows more; `unreachable` if it cannot be asked. `died`: nobody drives it and
+    nobody told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
     """
 
     folder: RunFolder
@@ -45,7 +48,7 @@ class PastRun:
     @property
     def may_be_running(self) -> bool:
         """Nobody may take its files away."""
-        return self.state in ("running", "elsewhere")
+        return self.state in ("running", "elsewhere", "remote", "unreachable")
 
 
 def run_folders(outputs: Path) -> list[RunFolder]:
@@ -65,8 +68,7 @@ def run_folders(outputs: Path) -> list[RunFolder]:
 
 def look(folder: RunFolder) -> PastRun:
     """What one run did and does."""
-    summary = folder.summary()
-    state = _state(folder, summary)
+    state = state_of(folder)
     events = _last_steps(folder.metrics)
     last = events[-1] if events else {}
     steps = _steps(folder)
@@ -96,15 +98,19 @@ def bytes_below(path: Path) -> int:
         return 0
 
 
-def _state(folder: RunFolder, summary: dict[str, Any]) -> State:
-    status = summary.get("status")
+def state_of(folder: RunFolder) -> State:
+    """Whether a run is running, and how it ended if it is not."""
+    is_alive = folder.driver_lives()
+    status = folder.summary().get("status")  # read last: it is a driver's last word
     if status in ("done", "stopped", "failed"):
         return status  # type: ignore[no-any-return]
-    if folder.driver_lives():
+    if is_alive:
         return "running"
     driver = folder.driver()
     if driver and driver.get("host") != platform.node() and _quiet_s(folder) < _QUIET_S:
         return "elsewhere"
+    if folder.remote():
+        return "remote"
     return "bench" if (folder.path / "bench.jsonl").exists() else "died"
 
 

@@ -4,6 +4,9 @@ outputs/latest -> 20260131-142501-classicdp-gpt_tiny-3fa9
 outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     config.yaml     the configuration, resolved
     driver.json     who drives it, or did
+    driver.log      what a driver without a terminal said
+    remote.json     where its driver is, if that is another machine: the files are there
+    stop            what somebody asked of its driver
     metrics.jsonl   every event
     summary.json    how it ended
     checkpoints/    step-00000100 ...
@@ -75,6 +78,11 @@ class RunFolder:
         """The file of all events."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def driver_log(self) -> Path:
+        """What the driver said, if it runs without a terminal."""
+        return self.path / "driver.log"
+
     def log(self, rank: int, host: str) -> Path:
         """What this rank printed."""
         return self.logs / f"rank{rank}-{_for_names(host)}.log"
@@ -102,18 +110,55 @@ class RunFolder:
             if (model / name).is_file():
                 shutil.copyfile(model / name, self.path / "model" / name)
 
-    def write_driver(self, steps: int) -> None:
-        """Keep who drives the run, so that `task=status` can tell a running run from a dead one."""
+    def write_driver(self, steps: int, *, unit: str = "tokens", has_log: bool = False) -> None:
+        """Keep who drives the run, so that `task=status` can tell a running run from a dead one.
+
+        `unit` is what its rates count, `has_log` whether what it says goes to `driver_log`. What
+        was asked of an earlier driver is forgotten.
+        """
+        me, before = _this_process(), self.driver()
         driver = {
-            **_this_process(),
+            **me,
             "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "steps": steps,
+            "unit": unit,
+            "has_log": has_log,
         }
+        # This driver may begin its run again, after a loss: a stop asked for meanwhile holds.
+        if any(before.get(key) != value for key, value in me.items()):
+            self._stop.unlink(missing_ok=True)
         _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
     def driver(self) -> dict[str, Any]:
         """What `write_driver` kept last; empty if there is nothing to read."""
         return _read_json(self.path / "driver.json")
+
+    def write_remote(self, remote: Mapping[str, Any]) -> None:
+        """Keep on which machine the run is driven, and where its folder is there."""
+        _replace(self.path / "remote.json", msgspec.json.encode(dict(remote)) + b"\n")
+
+    def remote(self) -> dict[str, Any]:
+        """What `write_remote` kept; empty for a run that is driven here."""
+        return _read_json(self.path / "remote.json")
+
+    def ask_to_stop(self) -> int:
+        """Ask the driver to stop: at an agreed step, and when asked again, at once. Returns how
+        often it has been asked; OSError if that cannot be written."""
+        with self._stop.open("ab") as file:
+            file.write(b"stop\n")
+        return self.stop_requests()
+
+    def stop_requests(self) -> int:
+        """How often the driver was asked to stop since it began."""
+        try:
+            return self._stop.stat().st_size // len(b"stop\n")
+        except OSError:
+            return 0
+
+    @property
+    def _stop(self) -> Path:
+        """A file instead of a signal: it works on every system, and over SSH."""
+        return self.path / "stop"
 
     def summary(self) -> dict[str, Any]:
         """How the run ended; empty if it has not, or has gone on since."""

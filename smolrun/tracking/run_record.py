@@ -80,10 +80,14 @@ class RunRecord:
         versions: Mapping[str, str],
         time: Mapping[str, Any] | None,
         peak_memory_bytes: Sequence[int | None],
+        exit_code: int | None = None,
+        restarts: Sequence[Mapping[str, Any]] = (),
+        host_versions: Mapping[str, Mapping[str, str | None]] | None = None,
     ) -> dict[str, Any]:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
             "status": status,
+            "exit_code": exit_code,
             "reason": reason or self.divergence or None,
             "failed_rank": failed_rank,
             "failed_host": failed_host,
@@ -97,6 +101,8 @@ class RunRecord:
             "algorithm": algorithm,
             "config_hash": config_hash,
             "versions": dict(versions),
+            "host_versions": {host: dict(found) for host, found in (host_versions or {}).items()},
             "peak_memory_bytes": list(peak_memory_bytes),
             "time": dict(time) if time is not None else None,
+            "restarts": [dict(row) for row in restarts],
         }

@@ -6,12 +6,17 @@ is read.
                                                          <-  CHALLENGE  rank, nonce, proof
       PROOF  generation, config hash, proof              ->
                                                          <-  WELCOME | REFUSED  reason
+      higher rank                                              lower rank
+      KEEP  proof                                        ->
+                                                         <-  KEPT  proof
 
 proof = HMAC-SHA256(secret, role + hash of the run's id and of all messages so far, this one
 included). The role label stops a reflected proof, the two fresh nonces stop a replayed one. A
-reason is told only to a peer that proved itself. A message is a JSON object behind a 2-byte length,
-1 KiB at most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)` returns what
-to send."""
+reason is told only to a peer that proved itself. Either rank may dial, and two ranks may have
+several conversations at once; the higher one says which it keeps, and a connection is one for
+frames only once both have said so. A message is a JSON object behind a 2-byte length, 1 KiB at
+most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)` returns what to
+send."""
 
 from __future__ import annotations
 
@@ -54,7 +59,9 @@ class Conversation:
         self.identity = identity
         self.peer: int | None = None  # the other rank, once it has proved itself
         self.channel = ""
-        self.is_done = False
+        self.is_proven = False  # both have proved themselves, and fit together
+        self.is_done = False  # and both keep this connection: what follows are frames
+        self._has_kept = False
         self._transcript = hashlib.sha256(identity.run_id.encode())
         self._memory = memoryview(bytearray(2 + _MAX_MESSAGE))
         self._need = 2
@@ -89,7 +96,33 @@ class Conversation:
             )
         proof = message.pop("proof", None)
         self._record(message)
+        if self.is_proven:
+            return self._agree(message, proof)
         return self._received(message, proof)
+
+    @property
+    def decides(self) -> bool:
+        """Whether this side says which connection is kept."""
+        return self.peer is not None and self.identity.rank > self.peer
+
+    def keep(self) -> bytes:
+        """The words that make this connection the one; for the side that decides, once."""
+        assert self.decides and self.is_proven and not self._has_kept
+        self._has_kept = True
+        return self._say({"type": "keep"}, prove_as="keeper")
+
+    def _agree(self, message: dict[str, Any], proof: object) -> bytes:
+        """What follows the proofs: the higher rank keeps this connection, the lower one too."""
+        match message.get("type"), self.decides:
+            case "keep", False:
+                self._check("keeper", proof)
+                self.is_done = True
+                return self._say({"type": "kept"}, prove_as="kept")
+            case "kept", True if self._has_kept:
+                self._check("kept", proof)
+                self.is_done = True
+                return b""
+        raise _unexpected(message)
 
     def _received(self, message: dict[str, Any], proof: object) -> bytes:
         raise NotImplementedError
@@ -151,24 +184,30 @@ class Dialer(Conversation):
                 }
                 return self._say({"type": "proof", **facts}, prove_as="dialer")
             case "welcome", int():
-                self.is_done = True
+                self.is_proven = True
                 return b""
             case "refused", int():
                 raise HandshakeError(
                     f"rank {self.peer} refused: {str(message.get('reason'))[:200]}"
                 )
-        raise HandshakeError(f"unexpected handshake message {str(message.get('type'))[:40]!r}")
+        raise _unexpected(message)
 
 
 class Acceptor(Conversation):
     """The side that was called: told which rank and channel this is, it believes so only with
-    proof."""
+    proof.
 
-    refused_because = ""  # why a peer that proved itself may not take part
-    _claimed: int | None = None
+    `certified` is the rank that the other side's certificate names, where there is one: it can
+    claim to be no other."""
+
+    def __init__(self, identity: Identity, certified: int | None = None) -> None:
+        super().__init__(identity)
+        self.refused_because = ""  # why a peer that proved itself may not take part
+        self.certified = certified
+        self.claimed: int | None = None
 
     def _received(self, message: dict[str, Any], proof: object) -> bytes:
-        match message.get("type"), self._claimed:
+        match message.get("type"), self.claimed:
             case "hello", None:
                 self._check_hello(message)
                 nonce = secrets.token_hex(_NONCE_BYTES)
@@ -178,31 +217,33 @@ class Acceptor(Conversation):
                 )
             case "proof", int():
                 self._check("dialer", proof)
-                self.peer = self._claimed
+                self.peer = self.claimed
                 reason = self.refused_because = self._mismatch(message)
-                self.is_done = not reason
+                self.is_proven = not reason
                 return self._say(
                     {"type": "refused", "reason": reason} if reason else {"type": "welcome"}
                 )
-        raise HandshakeError(f"unexpected handshake message {str(message.get('type'))[:40]!r}")
+        raise _unexpected(message)
 
     def _check_hello(self, message: dict[str, Any]) -> None:
         rank, channel = message.get("rank"), message.get("channel")
         if message.get("version") != VERSION:
             raise HandshakeError(
-                f"the dialer speaks version {str(message.get('version'))[:20]}, this is {VERSION}"
+                f"the dialer speaks version {repr(message.get('version'))[:20]}, this is {VERSION}"
             )
-        # Higher ranks dial lower ones, so that each pair has exactly one direction.
         if (
             type(rank) is not int
-            or not self.identity.rank < rank < self.identity.world_size
+            or not 0 <= rank < self.identity.world_size
+            or rank == self.identity.rank
             or channel not in CHANNELS
         ):
             raise HandshakeError(
-                f"no rank {str(rank)[:20]} dials rank {self.identity.rank} "
+                f"no rank {repr(rank)[:20]} dials rank {self.identity.rank} "
                 f"for {str(channel)[:20]!r}"
             )
-        self._claimed, self.channel = rank, channel
+        if self.certified not in (None, rank):
+            raise HandshakeError(f"it claims to be rank {rank} with rank {self.certified}'s key")
+        self.claimed, self.channel = rank, channel
 
     def _mismatch(self, message: dict[str, Any]) -> str:
         """Why a peer that knows the secret still must not take part; empty if it may."""
@@ -213,3 +254,7 @@ class Acceptor(Conversation):
             if message.get(key) != mine[key]
         ]
         return "; ".join(wrong)
+
+
+def _unexpected(message: dict[str, Any]) -> HandshakeError:
+    return HandshakeError(f"unexpected handshake message {str(message.get('type'))[:40]!r}")

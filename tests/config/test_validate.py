@@ -202,50 +202,6 @@ def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dic
             "no meaning",
         ),
         (
-            {"cluster__hosts": [{"name": "a", "ssh": "a"}, {"name": "b"}]},
-            "cluster.hosts[1].address = null",
-            "b is this machine",
-        ),
-        (
-            {"cluster__hosts": [{"name": n, "ssh": "a.local", "address": n} for n in "ab"]},
-            "cluster.hosts = a.local",
-            "2 hosts have this ssh (a, b)",
-        ),
-        (
-            {"cluster__hosts": [{"name": n, "ssh": n, "address": "10.0.0.1"} for n in "ab"]},
-            "cluster.hosts = 10.0.0.1",
-            "2 hosts have this address (a, b)",
-        ),
-        (
-            {"cluster__hosts": [{"name": "a", "ssh": "-oProxyCommand=x"}]},
-            "cluster.hosts[0].ssh = -oProxyCommand=x",
-            "begins with a dash",
-        ),
-        (
-            {"cluster__hosts": [{"name": "a", "env": {"A B": "1"}}]},
-            "cluster.hosts[0].env.A B = 1",
-            "cannot be set",
-        ),
-        (
-            {"cluster__hosts": [{"name": "a", "ranks": 3}], "cluster__ports": "40000-40001"},
-            "cluster.ports = 40000-40001",
-            "at least 3 of the ports",
-        ),
-        ({"driver": "pi"}, "driver = pi", "no host of cluster=local"),
-        (
-            {"cluster__restart": {"max": 1, "wait_s": 1.0, "min_hosts": 2}},
-            "cluster.restart.min_hosts = 2",
-            "1 to 1",
-        ),
-        (
-            {
-                "cluster__hosts": [{"name": "a", "ssh": "a"}],
-                "mesh__security": "loopback_plain",
-            },
-            "mesh.security = loopback_plain",
-            "without encryption",
-        ),
-        (
             {"cluster__hosts": [{"name": "a", "speed": 0.5}]},
             "cluster.hosts[0].speed = 0.5",
             "not built yet; allowed: 1.0",

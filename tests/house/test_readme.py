@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
+from tests.house.guides import write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> list[list[str]]:
@@ -31,6 +32,7 @@ def test_every_command_composes(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_home(tmp_path)
     if arguments == ["--help"]:
         return
     jobs = [[]]  # type: list[list[str]]

@@ -19,11 +19,11 @@ from smolrun.events import StepDone
 
 class Mesh:
     def __init__(
-        self, endpoint: Endpoint, identity: Any, roster: list[Any], **settings: float
+        self, endpoint: Endpoint, identity: Any, roster: list[Any], guard: None, **settings: float
     ) -> None:
-        assert endpoint.address == "127.0.0.1"
+        assert endpoint.host == "local"
         assert identity.secret == bytes.fromhex("5e" * 32)
-        assert [(seat.rank, seat.port) for seat in roster] == [(0, 4711)]
+        assert [(seat.rank, seat.addresses) for seat in roster] == [(0, [("127.0.0.1", 4711)])]
         print("mesh", *(f"{key}={value}" for key, value in sorted(settings.items())))
 
     def close(self) -> None:
@@ -33,10 +33,10 @@ class Mesh:
 
 
 class Endpoint:
-    port = 4711
-
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, addresses: list[str], ports: None, *, host: str) -> None:
+        assert (addresses, ports) == (["127.0.0.1"], None)
+        self.host = host
+        self.addresses = [("127.0.0.1", 4711)]
 
 
 def work(start: Any, mesh: Mesh, channel: Any) -> dict[str, Any]:
@@ -73,12 +73,10 @@ def stub(name: str, **content: Any) -> None:
 
 if __name__ == "__main__":
     stub("torch", set_num_threads=lambda count: print("threads", count), __version__="2.0-stub")
-    stub("smolrun.mesh")
     stub("smolrun.mesh.tcp", Endpoint=Endpoint, connect=Mesh, Seat=types.SimpleNamespace)
-    sys.modules["smolrun.mesh.tcp"].Seat = lambda rank, host, address, port: types.SimpleNamespace(  # type: ignore[attr-defined]
-        rank=rank, port=port
+    sys.modules["smolrun.mesh.tcp"].Seat = lambda rank, host, addresses: types.SimpleNamespace(  # type: ignore[attr-defined]
+        rank=rank, addresses=addresses
     )
-    stub("smolrun.wire")
     stub("smolrun.wire.handshake", Identity=types.SimpleNamespace)
     stub("smolrun.tasks.train", work=work)
     from smolrun.tasks import worker

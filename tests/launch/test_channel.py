@@ -19,6 +19,7 @@ from smolrun.launch.control import (
     EXIT_ABANDONED,
     EXIT_ABORTED,
     AbortMessage,
+    Address,
     ErrorReport,
     EventMessage,
     LeaseMessage,
@@ -77,7 +78,7 @@ def wires() -> Iterator[Wires]:
 
 
 def test_start_and_roster_arrive_in_their_turn(wires: Wires) -> None:
-    peers = [Peer(0, "local", "127.0.0.1", 4000)]
+    peers = [Peer(0, "local", [Address("::1", 4000)])]
     wires.say(START, LeaseMessage(), RosterMessage(peers=peers))
     assert wires.channel.wait_start(5.0) == START
     assert wires.channel.wait_roster(5.0) == peers
@@ -87,7 +88,7 @@ def test_start_and_roster_arrive_in_their_turn(wires: Wires) -> None:
 def test_everything_said_arrives_whole_from_several_threads(wires: Wires) -> None:
     wires.say(START)
     wires.channel.wait_start(5.0)
-    wires.channel.ready(4000, {"python": "3"})
+    wires.channel.ready([Address("::1", 4000)], {"python": "3"})
     wires.channel.log("info", "hello")
     threads = [
         threading.Thread(target=wires.channel.emit, args=(EvalDone(step, 1.0, 8),))
@@ -99,7 +100,9 @@ def test_everything_said_arrives_whole_from_several_threads(wires: Wires) -> Non
         thread.join(5.0)
     wires.channel.result("failed", error=ErrorReport("E", "m"), summary={"steps": 3})
     ready, log, *events, result = wires.heard()
-    assert ready == ReadyMessage(rank=1, port=4000, pid=os.getpid(), versions={"python": "3"})
+    assert ready == ReadyMessage(
+        rank=1, addresses=[Address("::1", 4000)], pid=os.getpid(), versions={"python": "3"}
+    )
     assert log == LogMessage(level="info", message="hello")
     assert sorted(event.data["step"] for event in events if isinstance(event, EventMessage)) == [
         *range(8)

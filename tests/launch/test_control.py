@@ -12,6 +12,7 @@ from smolrun.errors import ProtocolError
 from smolrun.events import EvalDone, to_json
 from smolrun.launch.control import (
     AbortMessage,
+    Address,
     ErrorReport,
     EventMessage,
     LeaseMessage,
@@ -37,7 +38,7 @@ START = StartMessage(
     config={"seed": 1, "model": {"name": "mlp"}},
     config_hash="c0ffee",
     secret="5e" * 32,
-    address="127.0.0.1",
+    addresses=["10.0.0.2", "fe80::2"],
     device="cpu",
     threads=1,
 )
@@ -47,7 +48,9 @@ START = StartMessage(
     "message",
     [
         START,
-        RosterMessage(peers=[Peer(0, "a", "127.0.0.1", 1), Peer(1, "b", "::1", 2)]),
+        RosterMessage(
+            peers=[Peer(0, "a", [Address("127.0.0.1", 1)]), Peer(1, "b", [Address("::1", 2)])]
+        ),
         LeaseMessage(),
         StopMessage(),
         AbortMessage(),
@@ -62,7 +65,9 @@ def test_what_the_driver_says_arrives_unchanged(message: Message) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        ReadyMessage(rank=1, port=4000, pid=7, versions={"python": "3.11.7"}),
+        ReadyMessage(
+            rank=1, addresses=[Address("::1", 4000)], pid=7, versions={"python": "3.11.7"}
+        ),
         EventMessage(data=to_json(EvalDone(step=3, loss=1.5, tokens=8))),
         LogMessage(level="warning", message="two\nlines and \u2028 more"),
         ResultMessage(status="done", summary={"steps": 3}),
@@ -95,8 +100,8 @@ def test_printing_a_start_message_shows_neither_secret_nor_config() -> None:
         b"[1]",
         b"{}",
         b'{"type":"lease"}',  # only the driver says that
-        b'{"type":"ready","rank":0,"port":"x","pid":1,"versions":{}}',
-        b'{"type":"ready","rank":0,"port":1,"pid":1,"versions":{},"more":1}',
+        b'{"type":"ready","rank":0,"addresses":["x"],"pid":1,"versions":{}}',
+        b'{"type":"ready","rank":0,"addresses":[],"pid":1,"versions":{},"more":1}',
         b'{"type":"event","data":{"a":' + b"[" * 100_000,
         b'{"type":"result","status":"fine"}',
     ],

@@ -218,3 +218,15 @@ def test_without_sessions_and_fork_as_on_windows(
     assert make_driver(tmp_path).run().exit_code == 0
     outcome = make_driver(tmp_path, {"1": "garbage"}, steps=10_000, grace_s=0.2).run()
     assert (outcome.exit_code, outcome.failed_rank) == (3, 1)
+
+
+@pytest.mark.parametrize(("asked", "code"), [(1, 130), (2, 131)])
+def test_another_process_can_ask_it_to_stop(tmp_path: Path, asked: int, code: int) -> None:
+    events: list[Event] = []
+    outcome = make_driver(
+        tmp_path,
+        steps=1_000_000,
+        events=events,
+        stop_requests=lambda: asked if has_steps(events, 0) else 0,
+    ).run()
+    assert (outcome.status, outcome.exit_code) == ("stopped", code)

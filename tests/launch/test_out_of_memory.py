@@ -91,7 +91,7 @@ def test_a_rank_that_linux_ended_is_named_with_it_and_others_are_not() -> None:
 
 
 def test_a_protocol_error_stays_the_cause_of_a_rank_that_was_killed_later() -> None:
-    state = RankState(0, "local", "127.0.0.1", "log", out_of_memory="killed", exit_code=-9)
+    state = RankState(0, "local", "log", out_of_memory="killed", exit_code=-9)
     state.problem = "sent a line that is no message"
     cause = pick_cause([state])
     assert not cause.out_of_memory

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.events import RankStep, StepDone
+from smolrun.events import Note, RankStep, StepDone
 from smolrun.launch.cause import RankState
-from smolrun.launch.control import ErrorReport, Peer, ResultMessage
+from smolrun.launch.control import Address, ErrorReport, Peer, ResultMessage
 from smolrun.launch.moves import (
     Action,
     Exited,
@@ -28,10 +28,12 @@ from smolrun.launch.supervisor import Limits, Phase, Supervisor
 LIMITS = Limits(start_s=120, finish_s=300, stop_s=60, grace_s=2, exit_s=5, kill_s=5)
 
 
+def at(port: int) -> list[Address]:
+    return [Address("127.0.0.1", port)]
+
+
 def states(count: int) -> list[RankState]:
-    return [
-        RankState(r, f"host{r}", "127.0.0.1", f"logs/rank{r}-host{r}.log") for r in range(count)
-    ]
+    return [RankState(r, f"host{r}", f"logs/rank{r}-host{r}.log") for r in range(count)]
 
 
 def starting(count: int) -> Supervisor:
@@ -41,8 +43,14 @@ def starting(count: int) -> Supervisor:
 def running(count: int) -> Supervisor:
     supervisor = starting(count)
     for rank in range(count):
-        supervisor.handle(Ready(rank, 5000 + rank, {"python": "3.11"}), 1.0)
+        supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
     assert supervisor.phase is Phase.RUNNING
+    return supervisor
+
+
+def training(count: int) -> Supervisor:
+    supervisor = running(count)
+    supervisor.handle(step(0, 0), 1.5)
     return supervisor
 
 
@@ -73,9 +81,9 @@ def bury(supervisor: Supervisor, actions: list[Action], now: float) -> Outcome:
 
 def test_the_roster_is_sent_once_all_are_ready() -> None:
     supervisor = starting(2)
-    assert supervisor.handle(Ready(1, 5001), 1.0) == []
-    actions = supervisor.handle(Ready(0, 5000), 2.0)
-    expected = [Peer(0, "host0", "127.0.0.1", 5000), Peer(1, "host1", "127.0.0.1", 5001)]
+    assert supervisor.handle(Ready(1, at(5001)), 1.0) == []
+    actions = supervisor.handle(Ready(0, at(5000)), 2.0)
+    expected = [Peer(0, "host0", at(5000)), Peer(1, "host1", at(5001))]
     assert actions == [SendRoster(expected)]
     assert supervisor.deadline is None
 
@@ -94,7 +102,7 @@ def test_a_run_that_goes_well() -> None:
 
 def test_the_start_deadline_names_all_that_are_not_ready() -> None:
     supervisor = starting(3)
-    supervisor.handle(Ready(1, 5001), 1.0)
+    supervisor.handle(Ready(1, at(5001)), 1.0)
     assert supervisor.advance(119.9) == []
     actions = supervisor.advance(120.0)
     assert actions == [Kill(0), Kill(1), Kill(2)]
@@ -194,7 +202,7 @@ def test_a_failure_during_the_start_ends_all_at_once(problem: Input, words: str)
 
 
 def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     assert supervisor.handle(Interrupted(), 2.0) == [SendStop(0), SendStop(1)]
     assert supervisor.advance(3.0) == []
     for rank in (0, 1):
@@ -205,14 +213,14 @@ def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
 
 
 def test_a_run_that_ends_before_the_stop_reaches_it_is_done() -> None:
-    supervisor = running(1)
+    supervisor = training(1)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(done(0), 2.0)
     assert outcome_of(supervisor.handle(Exited(0, 0), 2.1)).exit_code == 0
 
 
 def test_the_second_ctrl_c_ends_all_now() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     actions = supervisor.handle(Interrupted(), 2.5)
     assert actions == [Kill(0), Kill(1)]
@@ -221,7 +229,7 @@ def test_the_second_ctrl_c_ends_all_now() -> None:
 
 
 def test_a_rank_that_ignores_stop_is_killed_at_the_deadline() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(Finished(0, ResultMessage(status="stopped")), 3.0)
     actions = supervisor.advance(62.0)
@@ -238,8 +246,17 @@ def test_ctrl_c_before_training_began_ends_at_once() -> None:
     assert bury(supervisor, actions, 1.1).exit_code == 130
 
 
-def test_a_failure_while_stopping_is_a_failure() -> None:
+def test_ctrl_c_while_ranks_link_up_ends_at_once() -> None:
     supervisor = running(2)
+    supervisor.handle(Reported(0, Note("info", "still linking")), 1.5)
+    actions = supervisor.handle(Interrupted(), 2.0)
+    assert actions == [Kill(0), Kill(1)]
+    outcome = bury(supervisor, actions, 2.1)
+    assert (outcome.exit_code, outcome.reason) == (130, "stopped by the user before training began")
+
+
+def test_a_failure_while_stopping_is_a_failure() -> None:
+    supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
     supervisor.handle(Exited(1, -11), 2.1)
     outcome = bury(supervisor, supervisor.advance(4.1), 4.2)
@@ -248,7 +265,7 @@ def test_a_failure_while_stopping_is_a_failure() -> None:
 
 
 def test_ctrl_c_during_the_grace_keeps_the_cause_and_hurries() -> None:
-    supervisor = running(2)
+    supervisor = training(2)
     supervisor.handle(Exited(1, -9), 2.0)
     actions = supervisor.handle(Interrupted(), 2.1)
     assert actions == [Kill(0)]

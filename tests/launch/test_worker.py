@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from smolrun.launch.control import (
+    Address,
     EventMessage,
+    LogMessage,
     Peer,
     ReadyMessage,
     ResultMessage,
@@ -31,7 +33,9 @@ SCRIPT = Path(__file__).with_name("stub_rank.py")
 class Worker:
     """A worker with the test as its driver."""
 
-    def __init__(self, task: str, **environment: str) -> None:
+    def __init__(
+        self, task: str, changes: dict[str, Any] | None = None, **environment: str
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -48,7 +52,10 @@ class Worker:
             "cluster": {"start_timeout_s": 10.0},
             "mesh": {"timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
         }
-        self.say(msgspec.structs.replace(START, rank=0, world_size=1, config=config))
+        start = msgspec.structs.replace(
+            START, rank=0, world_size=1, config=config, addresses=["127.0.0.1"]
+        )
+        self.say(msgspec.structs.replace(start, **changes or {}))
 
     def say(self, message: Any) -> None:
         self.stdin.write(encode(message))
@@ -59,7 +66,7 @@ class Worker:
 
     def join_the_mesh(self) -> None:
         assert isinstance(self.heard(), ReadyMessage)
-        self.say(RosterMessage(peers=[Peer(0, "local", "127.0.0.1", 4711)]))
+        self.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
 
     def end(self) -> tuple[ResultMessage, int, str]:
         """Its result, exit code and log; its stdin stays open until it is gone."""
@@ -80,8 +87,10 @@ def workers() -> Iterator[list[Worker]]:
         worker.process.communicate()
 
 
-def begin(workers: list[Worker], task: str, **environment: str) -> Worker:
-    workers.append(Worker(task, **environment))
+def begin(
+    workers: list[Worker], task: str, changes: dict[str, Any] | None = None, **environment: str
+) -> Worker:
+    workers.append(Worker(task, changes, **environment))
     return workers[-1]
 
 
@@ -89,16 +98,20 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     worker = begin(workers, "good")
     ready = worker.heard()
     assert isinstance(ready, ReadyMessage)
-    assert (ready.rank, ready.port, ready.pid) == (0, 4711, worker.process.pid)
+    assert (ready.rank, ready.addresses, ready.pid) == (
+        0,
+        [Address("127.0.0.1", 4711)],
+        worker.process.pid,
+    )
     assert ready.versions["torch"] == "2.0-stub"
     assert set(ready.versions) == {"python", "torch", "smolrun"}
-    worker.say(RosterMessage(peers=[Peer(0, "local", "127.0.0.1", 4711)]))
+    worker.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
     event = worker.heard()
     assert isinstance(event, EventMessage)
     assert event.data["event"] == "step"
     result, code, log = worker.end()
     assert (result.status, result.summary, code) == ("done", {"steps": 1}, 0)
-    assert log.splitlines() == [
+    assert [line for line in log.splitlines() if " smolrun.launch.wake: " not in line] == [
         "threads 1",
         "mesh heartbeat_s=0.25 silence_s=3.0 start_timeout_s=40.0 timeout_s=300.0",
         "this goes to the log good",
@@ -160,3 +173,32 @@ def test_a_thread_that_a_library_left_behind_does_not_keep_the_process(
     worker = begin(workers, "thread_left_behind")
     worker.join_the_mesh()
     assert worker.end()[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"addresses": ["127.0.0.1", "192.0.2.1"]},
+            "rank 0 on local: mesh.security = loopback_plain, but 192.0.2.1 is no loopback "
+            "address; set mesh.security=tls",
+        ),
+        ({"security": "tls"}, "rank 0 on local: it was given no key for TLS"),
+    ],
+)
+def test_a_rank_does_not_open_a_link_that_is_less_safe_than_it_was_told(
+    workers: list[Worker], changes: dict[str, Any], words: str
+) -> None:
+    result, code, _ = begin(workers, "good", changes).end()
+    assert (result.status, code) == ("failed", 3)
+    assert result.error is not None and result.error.message == words
+
+
+def test_insecure_links_are_told_to_the_user(workers: list[Worker]) -> None:
+    worker = begin(workers, "good", {"security": "insecure"})
+    warning = worker.heard()
+    assert isinstance(warning, LogMessage) and warning.level == "warning"
+    assert "can read and change what ranks send" in warning.message
+    worker.join_the_mesh()
+    result, _, _ = worker.end()
+    assert result.status == "done"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def plans(folder: Path, behave: dict[str, str], *, ranks: int, steps: int) -> li
                 config=config,
                 config_hash="0",
                 secret=SECRET,
-                address="127.0.0.1",
+                addresses=["127.0.0.1"],
                 device="cpu",
                 threads=1,
             ),
@@ -56,6 +57,7 @@ def make_driver(
     command: list[str] | None = None,
     lease_every_s: float = 0.2,
     rows: RowReader | None = None,
+    stop_requests: Callable[[], int] = lambda: 0,
     **limits: Any,
 ) -> Driver:
     host = LocalHost(command or WORKER)
@@ -67,6 +69,7 @@ def make_driver(
         limits=Limits(**limits),
         lease_every_s=lease_every_s,
         rows=rows,
+        stop_requests=stop_requests,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from smolrun.errors import SmolrunError
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
-from smolrun.launch.control import LEASE_LIMIT_S, ErrorReport, StartMessage
+from smolrun.launch.control import LEASE_LIMIT_S, Address, ErrorReport, StartMessage
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     if behave == "exit_early":
         print("no such thing as a GPU", file=sys.stderr)
         return 7
-    channel.ready(5000 + start.rank, {"python": "3.11"})
+    channel.ready([Address("127.0.0.1", 5000 + start.rank)], {"python": "3.11"})
     channel.wait_roster(10.0)
     leave(folder / f"running{start.rank}", os.getpid())
     return act(behave, config["steps"], start, channel, folder)

@@ -1,12 +1,13 @@
 """One rank as a process of its own, for tests that kill it: all_reduces without end, one line per
 event on stdout.
 
-argv: rank world_size secret(hex) silence_s port0,port1,... [hold]
-"hold" keeps the GIL of rank 1 for 2 s every 30 steps
+argv: rank world_size secret(hex) silence_s port0,port1,... [hold] [tls]
+"hold" keeps the GIL of rank 1 for 2 s every 30 steps; "tls": credentials are on stdin, as JSON
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
@@ -14,7 +15,9 @@ import torch
 
 from smolrun.collectives.api import Collectives
 from smolrun.errors import SmolrunError
+from smolrun.mesh.guards import TlsGuard
 from smolrun.mesh.tcp import Endpoint, Seat, connect
+from smolrun.wire.credentials import Credentials
 from smolrun.wire.handshake import Identity
 
 
@@ -33,10 +36,15 @@ def main() -> None:
     rank, world_size = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     ports = [int(port) for port in sys.argv[5].split(",")]
-    roster = [Seat(other, "local", "127.0.0.1", port) for other, port in enumerate(ports)]
+    roster = [Seat(other, "local", [("127.0.0.1", port)]) for other, port in enumerate(ports)]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
+    guard = TlsGuard(Credentials(**json.load(sys.stdin)), identity) if "tls" in sys.argv else None
     mesh = connect(
-        Endpoint("127.0.0.1", ports[rank]), identity, roster, silence_s=float(sys.argv[4])
+        Endpoint(["127.0.0.1"], (ports[rank], ports[rank])),
+        identity,
+        roster,
+        silence_s=float(sys.argv[4]),
+        guard=guard,
     )
     collectives = Collectives(mesh)
     tensor = torch.ones(2_000_000)

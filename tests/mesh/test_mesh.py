@@ -8,12 +8,14 @@ import torch
 
 from smolrun.collectives.api import Collectives
 from smolrun.errors import MeshClosed, PeerLost, SmolrunError, WaitTimeout
+from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
-from smolrun.testing import run_ranks
+from smolrun.testing import FaultyPipe, run_ranks
 from smolrun.wire.frame import EAGER_BYTES, Tag
 from tests.waiting import until
 
-KINDS = pytest.mark.parametrize("kind", ["memory", "tcp"])
+KINDS = pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
+SOCKETS = pytest.mark.parametrize("kind", ["tcp", "tls"])
 SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
 
 
@@ -83,7 +85,8 @@ def test_closing_fails_what_is_pending(kind: str) -> None:
     run_ranks(2, rank_main, kind=kind)
 
 
-def test_nothing_large_is_sent_before_it_is_wanted() -> None:
+@SOCKETS
+def test_nothing_large_is_sent_before_it_is_wanted(kind: str) -> None:
     def rank_main(mesh: Mesh) -> int:
         if mesh.rank == 0:
             work = mesh.send(1, Tag(1, 0, 0), torch.ones(LARGE * 16))
@@ -97,10 +100,11 @@ def test_nothing_large_is_sent_before_it_is_wanted() -> None:
         mesh.recv(0, Tag(1, 0, 0), torch.empty(LARGE * 16)).wait()
         return 0
 
-    assert run_ranks(2, rank_main, kind="tcp")[0] < EAGER_BYTES
+    assert run_ranks(2, rank_main, kind=kind)[0] < EAGER_BYTES
 
 
-def test_small_tensors_that_nobody_wants_are_bounded() -> None:
+@SOCKETS
+def test_small_tensors_that_nobody_wants_are_bounded(kind: str) -> None:
     def rank_main(mesh: Mesh) -> str:
         if mesh.rank == 1:
             with pytest.raises(SmolrunError) as caught:
@@ -113,10 +117,11 @@ def test_small_tensors_that_nobody_wants_are_bounded() -> None:
             mesh.recv(1, Tag(9, 0, 0), torch.empty(1)).wait()
         return ""
 
-    assert "nobody wants them" in run_ranks(2, rank_main, kind="tcp")[1]
+    assert "nobody wants them" in run_ranks(2, rank_main, kind=kind)[1]
 
 
-def test_what_was_sent_can_be_taken_after_the_sender_has_left() -> None:
+@SOCKETS
+def test_what_was_sent_can_be_taken_after_the_sender_has_left(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank == 0:
             mesh.send(1, Tag(1, 0, 0), torch.ones(4)).wait()
@@ -128,7 +133,7 @@ def test_what_was_sent_can_be_taken_after_the_sender_has_left() -> None:
         with pytest.raises(PeerLost, match="lost rank 0: it left the run"):
             mesh.recv(0, Tag(2, 0, 0), into).wait()
 
-    run_ranks(2, rank_main, kind="tcp")
+    run_ranks(2, rank_main, kind=kind)
 
 
 def test_progress_is_told_with_the_heartbeats() -> None:
@@ -163,7 +168,8 @@ def test_a_lost_rank_fails_everything_on_the_others(kind: str) -> None:
     assert all("lost rank 1" in said for said in run_ranks(3, rank_main, kind=kind))
 
 
-def test_survivors_of_a_lost_rank_keep_their_io_thread() -> None:
+@SOCKETS
+def test_survivors_of_a_lost_rank_keep_their_io_thread(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         collectives = Collectives(mesh)
         works = [collectives.all_reduce(torch.ones(400_000), async_op=True) for _ in range(6)]
@@ -179,7 +185,7 @@ def test_survivors_of_a_lost_rank_keep_their_io_thread() -> None:
         with pytest.raises(PeerLost):
             collectives.all_reduce(torch.ones(3))  # at once, not after a deadline
 
-    run_ranks(3, rank_main, kind="tcp")
+    run_ranks(3, rank_main, kind=kind)
 
 
 def test_work_posted_after_the_end_fails_at_once() -> None:
@@ -191,7 +197,8 @@ def test_work_posted_after_the_end_fails_at_once() -> None:
     run_ranks(2, rank_main, kind="tcp")
 
 
-def test_a_large_send_to_a_peer_that_leaves_fails() -> None:
+@SOCKETS
+def test_a_large_send_to_a_peer_that_leaves_fails(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank == 0:
             work = mesh.send(1, Tag(1, 0, 0), torch.ones(16_000_000))
@@ -200,7 +207,7 @@ def test_a_large_send_to_a_peer_that_leaves_fails() -> None:
         else:
             mesh.recv(0, Tag(1, 0, 0), torch.empty(16_000_000))  # grants it, and goes
 
-    run_ranks(2, rank_main, kind="tcp")
+    run_ranks(2, rank_main, kind=kind)
 
 
 @pytest.mark.parametrize("is_posted_first", [True, False])
@@ -235,3 +242,46 @@ def test_a_peer_that_does_not_exist_is_refused_at_the_call() -> None:
                 mesh.send(peer, Tag(1, 0, 0), torch.ones(1))
 
     run_ranks(2, rank_main, kind="tcp")
+
+
+@SOCKETS
+@pytest.mark.parametrize("piece_bytes", [None, 1, 1000])
+def test_tensors_of_any_size_arrive_in_pieces_of_any_size(
+    kind: str, piece_bytes: int | None
+) -> None:
+    """A pipe that moves a few bytes at a time, as a slow link does."""
+    most = 2_000 if piece_bytes == 1 else 3_000_000
+    sizes = [size for size in (0, 1, 100, 16_384, 16_385, most) if size <= most]
+
+    def rank_main(mesh: Mesh) -> None:
+        other = 1 - mesh.rank
+        for number, size in enumerate(sizes):
+            into = torch.zeros(size)
+            work = mesh.recv(other, Tag(1, number, 0), into)
+            mesh.send(other, Tag(1, number, 0), torch.arange(size) + float(other)).wait()
+            work.wait()
+            assert torch.equal(into, torch.arange(size) + float(mesh.rank))
+
+    run_ranks(
+        2,
+        rank_main,
+        kind=kind,
+        wrap=lambda _: lambda pipe, *_: FaultyPipe(pipe, piece_bytes=piece_bytes),
+    )
+
+
+@SOCKETS
+@pytest.mark.parametrize(
+    ("channel", "fault"), [("down", {"cut_after": 3_000_000}), ("control", {"silent_after": 1500})]
+)
+def test_a_cut_and_a_silence_are_seen(kind: str, channel: str, fault: dict[str, int]) -> None:
+    def wrap(pipe: Pipe, _: int, name: str) -> Pipe:
+        return FaultyPipe(pipe, **fault) if name == channel else pipe  # type: ignore[arg-type]
+
+    def rank_main(mesh: Mesh) -> None:
+        collectives = Collectives(mesh)
+        with pytest.raises(PeerLost):
+            while True:
+                collectives.all_reduce(torch.ones(400_000))
+
+    run_ranks(2, rank_main, kind=kind, silence_s=0.5, timeout_s=10.0, wrap=lambda _: wrap)

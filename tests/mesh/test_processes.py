@@ -6,6 +6,8 @@ A fault counts only with a pid and a TCP port in its evidence, so both are check
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import secrets
 import signal
 import socket
@@ -18,6 +20,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from smolrun.mesh.security import mint
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
 
@@ -41,11 +45,17 @@ def ranks(
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(world_size), secret, str(silence_s), listed, *extra],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(world_size)
     ]
+    for process, credentials in zip(processes, mint("run", world_size), strict=True):
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(dataclasses.asdict(credentials)))
+        process.stdin.close()
+        process.stdin = None  # communicate() would write to it
     try:
         yield processes, ports
     finally:
@@ -76,8 +86,11 @@ def seconds_until_error(survivor: subprocess.Popen[str], since: float, lost: int
     return float(at) - since
 
 
-def test_a_killed_rank_is_seen_within_a_second(record_property: pytest.RecordProperty) -> None:
-    with ranks(3, 10.0) as (processes, ports):
+@pytest.mark.parametrize("security", ["plain", "tls"])
+def test_a_killed_rank_is_seen_within_a_second(
+    security: str, record_property: pytest.RecordProperty
+) -> None:
+    with ranks(3, 10.0, security) as (processes, ports):
         for process in processes:
             next_line(process, "step 5")
         assert has_established_link(processes[2].pid, ports)

@@ -7,51 +7,35 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
+import time
 
 import pytest
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
-from smolrun.mesh.io import IoThread
-from smolrun.mesh.rendezvous import Endpoint, Rendezvous, Seat
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.rendezvous import Seat
 from smolrun.mesh.tcp import TcpMesh, connect
 from smolrun.wire.handshake import Identity
-
-SECRET = secrets.token_bytes(32)
-
-
-def identity(rank: int, world_size: int = 2) -> Identity:
-    return Identity(rank, world_size, "run", "hash", 0, SECRET)
+from tests.mesh.meeting import (
+    LOOPBACK,
+    dead_address,
+    identity,
+    join,
+    meet,
+    seats,
+    tls_guards,
+    waiting_rank,
+)
+from tests.waiting import until
 
 
 def build(
     identities: list[Identity], *, start_timeout_s: float = 10.0
 ) -> list[TcpMesh | SmolrunError]:
-    """Lets all ranks connect at once; returns each one's mesh or error."""
-    endpoints = [Endpoint("127.0.0.1") for _ in identities]
-    roster = [
-        Seat(rank, f"host{rank}", "127.0.0.1", endpoint.port)
-        for rank, endpoint in enumerate(endpoints)
-    ]
-    results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
-
-    def rank_main(rank: int) -> None:
-        try:
-            results[rank] = connect(
-                endpoints[rank], identities[rank], roster, start_timeout_s=start_timeout_s
-            )
-        except SmolrunError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(len(identities))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(start_timeout_s + 10)
-    for result in results:
-        if isinstance(result, TcpMesh):
-            result.close()
-    return results
+    endpoints = [Endpoint([LOOPBACK]) for _ in identities]
+    return meet(endpoints, identities, start_timeout_s=start_timeout_s)
 
 
 def test_ranks_that_fit_together_build_a_mesh() -> None:
@@ -70,9 +54,7 @@ def test_ranks_that_fit_together_build_a_mesh() -> None:
 def test_a_rank_of_another_run_is_refused(changes: dict[str, object], words: str) -> None:
     results = build([identity(0), dataclasses.replace(identity(1), **changes)], start_timeout_s=2.0)  # type: ignore[arg-type]
     assert all(isinstance(result, SmolrunError) for result in results)
-    assert any(isinstance(result, HandshakeError) and words in str(result) for result in results), (
-        results
-    )
+    assert any(words in str(result) for result in results), results
 
 
 @pytest.mark.parametrize(
@@ -90,17 +72,103 @@ def test_both_ends_are_told_at_once_that_their_configurations_differ(
         assert f"{key} is" in str(result)
 
 
-def test_a_missing_rank_is_named_with_its_host_and_address() -> None:
-    endpoint, absent = Endpoint("127.0.0.1"), Endpoint("127.0.0.1")
-    roster = [
-        Seat(0, "mini1", "127.0.0.1", absent.port),
-        Seat(1, "mini2", "127.0.0.1", endpoint.port),
-    ]
-    absent.close()
-    with pytest.raises(
-        WaitTimeout, match=rf"no link to rank 0 \(mini1, 127.0.0.1:{absent.port}\) after 0.5 s"
-    ):
-        connect(endpoint, identity(1), roster, start_timeout_s=0.5)
+def test_a_missing_rank_is_named_with_host_and_every_address_and_how_each_went() -> None:
+    endpoint = Endpoint([LOOPBACK])
+    with dead_address("refuses") as first, dead_address("silent") as second:
+        roster = [Seat(0, "mini1", [first, second]), Seat(1, "mini2", endpoint.addresses)]
+        with pytest.raises(WaitTimeout) as caught:
+            connect(endpoint, identity(1), roster, start_timeout_s=0.5)
+    assert str(caught.value) == (
+        "rank 1 on mini2 has no link to rank 0 (mini1): "
+        f"dialed 127.0.0.1:{first[1]} (Connection refused), "
+        f"127.0.0.1:{second[1]} (no answer yet), it has not called, after 0.5 s: "
+        f"does a firewall keep it from them, and them from 127.0.0.1:{endpoint.addresses[0][1]}?"
+    )
+
+
+DEAD = [
+    "refuses",
+    "silent",
+    pytest.param(
+        "swallows",
+        marks=pytest.mark.skipif(sys.platform != "linux", reason="how a full backlog behaves"),
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", DEAD)
+@pytest.mark.parametrize("rank", [0, 1], ids=["lower", "higher"])
+def test_a_first_address_that_is_dead_costs_two_seconds_at_most(kind: str, rank: int) -> None:
+    endpoints = [Endpoint([LOOPBACK]), Endpoint([LOOPBACK])]
+    with dead_address(kind) as dead:
+        roster = seats(endpoints)
+        roster[rank] = Seat(rank, "x", [dead, *endpoints[rank].addresses])
+        began = time.monotonic()
+        results = meet(endpoints, [identity(0), identity(1)], [roster, roster])
+        assert all(isinstance(result, TcpMesh) for result in results), results
+        assert time.monotonic() - began < 2.0
+
+
+@pytest.mark.parametrize("caller", [0, 1], ids=["lower", "higher"])
+@pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
+def test_it_is_enough_that_one_of_two_ranks_can_call(caller: int, is_secure: bool) -> None:
+    endpoints = [Endpoint([LOOPBACK]) for _ in range(2)]
+    guards = tls_guards(2) if is_secure else None
+    with dead_address("silent") as dead:
+        blind = seats(endpoints)
+        blind[caller] = Seat(caller, "x", [dead])  # what the other one is told
+        rosters = [blind, blind]
+        rosters[caller] = seats(endpoints)
+        results = meet(endpoints, [identity(0), identity(1)], rosters, guards)
+    assert all(isinstance(result, TcpMesh) for result in results), results
+
+
+def test_ranks_meet_over_ipv6_and_prefer_the_first_address() -> None:
+    try:
+        endpoints = [Endpoint(["::1", LOOPBACK]) for _ in range(3)]
+    except SmolrunError:
+        pytest.skip("this machine has no IPv6")
+    assert [where[0] for where in endpoints[0].addresses] == ["::1", LOOPBACK]
+    kept: list[str] = []
+    wrapped = []
+
+    def spy(pipe, rank, channel):  # type: ignore[no-untyped-def]
+        sock = socket.socket(fileno=os.dup(pipe.fileno()))
+        kept.append(sock.getsockname()[0])
+        sock.close()
+        return pipe
+
+    def rank_main(rank: int) -> None:
+        wrapped.append(connect(endpoints[rank], identity(rank, 3), seats(endpoints), wrap=spy))
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for mesh in wrapped:
+        mesh.close()
+    assert kept == ["::1"] * 18
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
+def test_many_ranks_of_one_host_get_in(is_secure: bool) -> None:
+    count = 12
+    endpoints = [Endpoint([LOOPBACK]) for _ in range(count)]
+    guards = tls_guards(count) if is_secure else None
+    identities = [identity(rank, count) for rank in range(count)]
+    results = meet(endpoints, identities, guards=guards, start_timeout_s=40.0)
+    assert all(isinstance(result, TcpMesh) for result in results), results
+
+
+def test_a_running_mesh_cannot_be_reached_at_all() -> None:
+    endpoints = [Endpoint([LOOPBACK]), Endpoint([LOOPBACK])]
+    listening = [where for one in endpoints for where in one.addresses]
+    results = meet(endpoints, [identity(0), identity(1)])
+    assert all(isinstance(result, TcpMesh) for result in results)
+    for where in listening:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(where, timeout=5)
 
 
 def strangers(kind: str, index: int) -> bytes:
@@ -135,33 +203,19 @@ STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof
 
 
 def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
-    endpoints = [Endpoint("127.0.0.1"), Endpoint("127.0.0.1")]
-    roster = [
-        Seat(rank, "local", "127.0.0.1", endpoint.port) for rank, endpoint in enumerate(endpoints)
-    ]
-    io = IoThread("test-io", lambda error: None)
-    io.start()
-    rendezvous = Rendezvous(io, endpoints[0], identity(0), roster)
-    outcome: list[object] = []
-    waiting = threading.Thread(target=lambda: outcome.append(rendezvous.run(60.0)))
-    waiting.start()
     bytes_got = 0
-    for index in range(1000):
-        with socket.create_connection(("127.0.0.1", endpoints[0].port), timeout=10) as sock:
-            try:
-                sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
-                sock.shutdown(socket.SHUT_WR)
-                while got := sock.recv(4096):
-                    bytes_got += len(got)
-                    assert b"welcome" not in got
-            except OSError:
-                pass  # hung up on: as good as refused
-    assert waiting.is_alive(), "nobody of these may complete the mesh"
-    honest = connect(endpoints[1], identity(1), roster)
-    waiting.join(10)
-    assert isinstance(outcome[0], dict) and set(outcome[0][1]) == {"control", "up", "down"}
-    assert rendezvous.refused == 1000
-    assert io.crash is None
+    with waiting_rank() as (rendezvous, mine, absent):
+        for index in range(1000):
+            with socket.create_connection(mine.addresses[0], timeout=10) as sock:
+                try:
+                    sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
+                    sock.shutdown(socket.SHUT_WR)
+                    while got := sock.recv(4096):
+                        bytes_got += len(got)
+                        assert b"welcome" not in got
+                except OSError:
+                    pass  # hung up on: as good as refused
+        assert not rendezvous._complete.is_set(), "nobody of these may complete the mesh"
+        until(lambda: rendezvous.refused == 1000)
+        join(absent, mine)
     assert bytes_got < 1000 * 200, "a challenge at most"
-    honest.close()
-    io.stop()

@@ -70,6 +70,15 @@ def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     check_before_start(compose(["cluster.device=cuda"]))
 
 
+def test_a_device_of_another_machine_is_not_looked_for_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    there, here = "{name: a, ssh: a, device: cuda}", "{name: b, address: 10.0.0.1, device: cuda}"
+    check_before_start(compose([f"cluster.hosts=[{there}]"]))
+    assert "no such device" in problems(f"cluster.hosts=[{there},{here}]")[0]
+
+
 def test_a_run_with_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "my_net.py").write_text(
         "from torch import nn\n\n\n"

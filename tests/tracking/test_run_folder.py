@@ -84,3 +84,15 @@ def test_files_of_the_folder(tmp_path: Path) -> None:
     assert summary == {"status": "done", "final_train_loss": None}
     names = {path.name for path in folder.path.iterdir()}
     assert names == {"config.yaml", "summary.json", "tokenizer", "logs"}
+
+
+def test_a_stop_holds_when_its_driver_begins_the_run_again(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "outputs", "run", now=NOW)
+    folder.write_driver(9)
+    folder.ask_to_stop()
+    folder.write_driver(9)
+    assert folder.stop_requests() == 1
+    driver = json.loads((folder.path / "driver.json").read_text())
+    (folder.path / "driver.json").write_text(json.dumps({**driver, "process_created": 1.0}))
+    folder.write_driver(9)
+    assert folder.stop_requests() == 0

@@ -30,9 +30,12 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         versions={"python": "3.11.7"},
         time={"computing": 1.0},
         peak_memory_bytes=[5, None],
+        exit_code=3,
+        restarts=[{"step": 4}],
     )
     assert summary == {
         "status": "failed",
+        "exit_code": 3,
         "reason": "rank 1 on pi5 died",
         "failed_rank": 1,
         "failed_host": "pi5",
@@ -46,8 +49,10 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "algorithm": "classicdp",
         "config_hash": "c0ffee",
         "versions": {"python": "3.11.7"},
+        "host_versions": {},
         "peak_memory_bytes": [5, None],
         "time": {"computing": 1.0},
+        "restarts": [{"step": 4}],
     }
     assert record.tokens_per_s == 200.0
     assert record.sample == TextSample(4, "def ", "f():")

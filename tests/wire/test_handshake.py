@@ -41,11 +41,46 @@ def talk(dialer: Dialer, acceptor: Acceptor) -> list[bytes]:
 def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
     dialer, acceptor = Dialer(TWO, 0, channel), Acceptor(ZERO)
     said = talk(dialer, acceptor)
-    assert dialer.is_done and acceptor.is_done
+    assert dialer.is_proven and acceptor.is_proven
+    assert not dialer.is_done and not acceptor.is_done
     assert (dialer.peer, acceptor.peer, acceptor.channel) == (0, 2, channel)
     assert not any(
         TWO.secret in message or TWO.secret.hex().encode() in message for message in said
     )
+
+
+@pytest.mark.parametrize(("dials", "called"), [(TWO, ZERO), (ZERO, TWO)], ids=["up", "down"])
+def test_the_higher_rank_says_which_connection_is_kept(dials: Identity, called: Identity) -> None:
+    dialer, acceptor = Dialer(dials, called.rank, "control"), Acceptor(called)
+    talk(dialer, acceptor)
+    higher, lower = (dialer, acceptor) if dials is TWO else (acceptor, dialer)
+    assert higher.decides and not lower.decides
+    kept = say(lower, higher.keep())
+    assert lower.is_done and not higher.is_done
+    assert say(higher, kept) == b""
+    assert higher.is_done
+
+
+def test_a_word_to_keep_needs_a_proof_too() -> None:
+    dialer, acceptor = Dialer(TWO, 0, "control"), Acceptor(ZERO)
+    talk(dialer, acceptor)
+    forged = b'{"type": "keep", "proof": "' + b"0" * 64 + b'"}'
+    with pytest.raises(HandshakeError, match="the keeper does not know"):
+        say(acceptor, len(forged).to_bytes(2, "little") + forged)
+    assert not acceptor.is_done
+
+
+def test_the_lower_rank_may_not_choose() -> None:
+    dialer, acceptor = Dialer(TWO, 0, "control"), Acceptor(ZERO)
+    talk(dialer, acceptor)
+    with pytest.raises(HandshakeError, match="unexpected"):
+        say(dialer, acceptor._say({"type": "keep"}, prove_as="keeper"))
+    assert not dialer.is_done
+
+
+def test_a_rank_with_the_certificate_of_another_is_refused() -> None:
+    with pytest.raises(HandshakeError, match="claims to be rank 2 with rank 3's key"):
+        talk(Dialer(TWO, 0, "control"), Acceptor(ZERO, certified=3))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +94,7 @@ def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
         (dataclasses.replace(TWO, run_id="run-2"), ZERO, "acceptor does not know"),
         (dataclasses.replace(TWO, rank=0), ZERO, "no rank 0 dials rank 0"),
         (dataclasses.replace(TWO, rank=4), ZERO, "no rank 4 dials rank 0"),
+        (dataclasses.replace(TWO, rank=-1), ZERO, "no rank -1 dials rank 0"),
         (TWO, dataclasses.replace(ZERO, rank=1), "dialed rank 0, but rank 1 answered"),
         (
             dataclasses.replace(TWO, config_hash="beef"),

@@ -1,0 +1,65 @@
+"""Drivers without a terminal; whoever starts them has composed the configuration and resolved it.
+
+`smolrun --driver`: be one; the configuration comes over stdin (see tasks/detach.py).
+`smolrun --start-driver`: start one here for somebody who is elsewhere (tasks/remote_driver.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smolrun.cli.run import BAD_CONFIG, drive
+from smolrun.config import validate
+from smolrun.errors import ConfigError
+
+
+def main() -> int:
+    """Drive the run that stdin describes; returns its exit code."""
+    if hasattr(signal, "SIGHUP"):  # no terminal of this process can be closed
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code, as for the command itself
+    try:
+        config = validate(msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any]))
+    except (ConfigError, ValueError) as error:
+        print(f"smolrun: the configuration over stdin cannot be used: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    _let_go_of_stdin()
+    return drive(config)
+
+
+def start_main() -> int:
+    """Start a driver on this machine as stdin says; what it says, and its run folder, to stdout."""
+    from smolrun.tasks.detach import FOLDER, start
+
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
+    folder = Path(order.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if order.own is not None:  # the user's modules lie beside the outputs, as they do at home
+        shutil.copytree(order.own, folder, dirs_exist_ok=True)
+    os.chdir(folder)
+    code, run = start(order.config, lambda line: print(line, flush=True))
+    if run is not None:
+        print(f"{FOLDER}{run}", flush=True)
+    return code
+
+
+class _Order(msgspec.Struct):
+    """What to start, in which folder, and where the user's own modules lie."""
+
+    config: dict[str, Any]
+    folder: str
+    own: str | None
+
+
+def _let_go_of_stdin() -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)

@@ -1,0 +1,142 @@
+"""Makes all hosts of a run ready at once: code, then versions, then data and models.
+
+What is cheap and can refuse comes first, and nothing large travels before every host fits. Every
+host that cannot do its part is named, not only the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from smolrun.data.prepared import Prepared
+from smolrun.errors import HostError, HostErrors, SmolrunError
+from smolrun.launch.at_once import on_all
+from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
+from smolrun.launch.delivery.code_archive import CodeArchive
+from smolrun.launch.delivery.files import PreparedFiles
+from smolrun.launch.delivery.progress import Progress, Told, silent
+from smolrun.launch.delivery.run_folder import CheckpointFiles, clear_run, run_on_host
+from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions
+from smolrun.launch.local import worker_command
+
+if TYPE_CHECKING:
+    from smolrun.launch.machine import Machine
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """A host that is ready: how a worker is started there, and where it finds what it needs.
+
+    `env` is only what the code needs; `run` is the run's folder there.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    run: str
+    versions: dict[str, str | None]
+    prepared: Prepared | None = None
+    resume: str | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to bring: the same for every host."""
+
+    run_id: str
+    cluster: str
+    deploy: Deploy
+    archive: CodeArchive
+    prepared: PreparedFiles | None = None
+    checkpoint: CheckpointFiles | None = None
+
+
+@dataclass
+class Ready:
+    """All hosts by name; `warnings` and `notes` are sentences about their versions."""
+
+    hosts: dict[str, Provisioned]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def provision(machines: Mapping[str, Machine], order: Order, progress: Progress = silent) -> Ready:
+    """Have on all machines what the order says; blocks until they are ready.
+
+    HostError, or HostErrors with all of them, if some cannot be; then nothing of the run stays
+    there. `progress` is called from other threads, one at a time. Ctrl-C leaves nothing half done
+    in its place.
+    """
+    try:
+        return _provision(machines, order, progress)
+    except Exception:
+        clear_all(machines, order.run_id)
+        raise
+
+
+def _provision(machines: Mapping[str, Machine], order: Order, progress: Progress) -> Ready:
+    told = Told("sending code", progress)
+    codes = on_all(machines, lambda machine: _code(machine, order, told), "code")
+    driver = own_versions()
+    checked = check_versions(
+        driver, {name: found[2] for name, found in codes.items()}, cluster=order.cluster
+    )
+    if checked.errors:
+        errors = [HostError(name, *what_todo) for name, what_todo in checked.errors.items()]
+        raise errors[0] if len(errors) == 1 else HostErrors(errors)
+    told = Told("sending data", progress)
+    files = on_all(machines, lambda machine: _files(machine, order, told), "files")
+    hosts = {}
+    for name, (code, python, versions) in codes.items():
+        prepared, resume = files[name]
+        hosts[name] = Provisioned(
+            argv=[python, *worker_command()[1:]],
+            env=_environment(machines[name], code),
+            cwd=code.own,
+            run=run_on_host(machines[name], order.run_id),
+            versions=versions,
+            prepared=prepared,
+            resume=resume,
+        )
+    return Ready(hosts, checked.warnings, checked.notes)
+
+
+def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
+    """Remove what the run has on the hosts; returns a sentence for each where that failed."""
+
+    def clear(machine: Machine) -> str | None:
+        try:
+            done = clear_run(machine, run_id)
+        except SmolrunError as error:
+            place = run_on_host(machine, run_id)
+            return f"{place} could not be removed: {error}; it can be deleted"
+        place = f"{run_on_host(machine, run_id)} on {machine.name}"
+        return None if done else f"{place} could not be removed; it can be deleted"
+
+    return [problem for problem in on_all(machines, clear, "clear").values() if problem]
+
+
+def _code(
+    machine: Machine, order: Order, told: Told
+) -> tuple[HostCode, str, dict[str, str | None]]:
+    run = run_on_host(machine, order.run_id)
+    code = deliver_code(machine, order.archive, order.deploy, run=run, told=told)
+    return code, *ask_versions(machine, order.deploy, code.lib, cluster=order.cluster)
+
+
+def _files(machine: Machine, order: Order, told: Told) -> tuple[Prepared | None, str | None]:
+    run = run_on_host(machine, order.run_id)
+    prepared = order.prepared.deliver(machine, told, run) if order.prepared else None
+    resume = order.checkpoint.deliver(machine, told, run) if order.checkpoint else None
+    return prepared, resume
+
+
+def _environment(machine: Machine, code: HostCode) -> dict[str, str]:
+    """Our code before whatever path the cluster file gives."""
+    if not code.lib:
+        return {}
+    theirs = machine.spec.env.get("PYTHONPATH")
+    between = ";" if machine.os == "windows" else ":"
+    return {"PYTHONPATH": between.join([code.lib, *([theirs] if theirs else [])])}

@@ -1,0 +1,70 @@
+"""What a run has on a host for as long as it lives: the checkpoint it goes on from, its own saves.
+
+runs/<run_id>/resume/<key>/     a checkpoint, brought there
+runs/<run_id>/checkpoints/      what the ranks write, until shards.py has fetched it
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from smolrun.checkpoints.find import read_manifest
+from smolrun.checkpoints.manifest import MANIFEST_FILE
+from smolrun.errors import CheckpointError
+from smolrun.launch.control import Saving
+from smolrun.launch.delivery.files import FileHashes
+from smolrun.launch.delivery.progress import Told
+from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
+
+if TYPE_CHECKING:
+    from smolrun.launch.machine import Machine
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
+_CLEAR_S = 60.0
+
+
+def run_on_host(machine: Machine, run_id: str) -> str:
+    """The run's folder on the host."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise CheckpointError(f"{run_id[:80]!r} cannot be the name of a folder on hosts")
+    return f"{machine.workdir}/runs/{run_id}"
+
+
+def saving_on_host(saving: Saving, folder: str, resume: str | None) -> Saving:
+    """What the ranks of a host are told: they write below the run's `folder` there.
+
+    Older checkpoints live on the driver: a host needs room for the save that is being written and
+    the one that is being fetched.
+    """
+    return msgspec.structs.replace(
+        saving, folder=f"{folder}/checkpoints", resume=resume, keep=1, keep_best=False
+    )
+
+
+class CheckpointFiles:
+    """A checkpoint of the driver, to be brought to each host; its hashes are in its manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        """CheckpointError if the manifest does not verify."""
+        files = {
+            name: File(folder / name, entry.bytes, entry.sha256)
+            for name, entry in read_manifest(folder).files.items()
+        }
+        files[MANIFEST_FILE] = FileHashes().file(folder / MANIFEST_FILE)
+        self._bundle = Bundle(folder.name, files)
+
+    def deliver(self, machine: Machine, told: Told, run: str) -> str:
+        """Have it in the run's folder `run` on the host, whole; returns where it lies there."""
+        root = f"{run}/resume"
+        deliver_bundles(machine, root, [self._bundle], told)
+        return f"{root}/{self._bundle.key}"
+
+
+def clear_run(machine: Machine, run_id: str) -> bool:
+    """Remove all that the run has on the host; False if something of it could not be removed."""
+    request = {"do": "clear", "folder": run_on_host(machine, run_id)}
+    return not machine.call("run_folder", request, timeout_s=_CLEAR_S)["left"]

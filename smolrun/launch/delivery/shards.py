@@ -1,0 +1,227 @@
+"""Fetches what ranks on other machines saved, so that a checkpoint lies whole on the driver.
+
+    rank --- ShardSaved --> take() --> lane of its host --> [ get, compare, sync, delete there ]
+                                                                        |
+    keeper <-- ShardSaved | ShardFailed -- arrived() / finish() <-------+
+
+A rank's word is held back until its files are here: the keeper, who counts words, needs to know of
+no host. One thread for each host ("smolrun-mini2-fetch"); the driver's loop never waits for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from smolrun.checkpoints.folder import part_folder
+from smolrun.checkpoints.manifest import FileEntry
+from smolrun.errors import SmolrunError
+from smolrun.events import Event, ShardFailed, ShardSaved
+from smolrun.launch.delivery.progress import Progress, Told, silent
+
+if TYPE_CHECKING:
+    from smolrun.launch.machine import Machine
+
+# A rank that saves faster than its link carries would fill its disk, and this queue.
+_MOST_WAITING = 8
+_ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
+_NAME = re.compile(r"rank(\d+)-\d+\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a rank writes: its machine, and the run's folder of checkpoints there."""
+
+    machine: Machine
+    checkpoints: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What one rank saved; `files` are those its report promises."""
+
+    event: ShardSaved
+    files: dict[str, FileEntry]
+    origin: Origin
+
+    def failed(self, reason: str) -> ShardFailed:
+        return ShardFailed(self.event.updates, self.event.rank, reason)
+
+
+@dataclass
+class _Lane:
+    """One host: `waiting` is fetched in order, the first being on its way; `refused` only goes."""
+
+    name: str
+    waiting: deque[_Job] = field(default_factory=deque)
+    refused: deque[_Job] = field(default_factory=deque)
+
+
+class ShardFetcher:
+    """Brings files of ranks on other machines into the driver's unfinished folders."""
+
+    def __init__(
+        self,
+        origins: Mapping[int, Origin],
+        checkpoints: Path,
+        token: str,
+        *,
+        progress: Progress = silent,
+    ) -> None:
+        """`origins` by rank, without those of this machine; `checkpoints` is the run's folder
+        here, `token` that of this start. `progress` is only told while `finish` waits, from other
+        threads, one at a time."""
+        self._origins = origins
+        self._checkpoints = checkpoints
+        self._token = token
+        self._progress = progress
+        self._finishing = False
+        self._told = Told("", silent)
+        self._changed = threading.Condition()
+        names = dict.fromkeys(origin.machine.name for origin in origins.values())
+        self._lanes = {name: _Lane(name) for name in names}
+        self._arrived: deque[Event] = deque()
+        self._closing = False
+        for lane in self._lanes.values():
+            threading.Thread(
+                target=self._serve, args=(lane,), name=f"smolrun-{lane.name}-fetch", daemon=True
+            ).start()
+
+    def take(self, event: Event) -> bool:
+        """True if the event is held back, and comes by `arrived` or `finish`; never blocks."""
+        if not isinstance(event, ShardSaved) or event.rank not in self._origins:
+            return False
+        origin = self._origins[event.rank]
+        lane = self._lanes[origin.machine.name]
+        with self._changed:
+            try:
+                job = _Job(event, _files(event, lane.name), origin)
+            except SmolrunError as error:
+                self._arrived.append(ShardFailed(event.updates, event.rank, str(error)))
+                return True
+            if self._closing or len(lane.waiting) >= _MOST_WAITING:
+                reason = "checkpoints come faster than they can be fetched; raise checkpoint.every"
+                reason = "the run is over" if self._closing else reason
+                self._arrived.append(job.failed(f"{lane.name}: {reason}"))
+                lane.refused.append(job)
+                return True
+            if not self._num_open():
+                self._told = Told("fetching checkpoints", self._tell)
+            self._told.add(sum(file.bytes for file in job.files.values()))
+            lane.waiting.append(job)
+            self._changed.notify_all()
+        return True
+
+    def arrived(self) -> list[Event]:
+        """What can be told on now, each once; never blocks."""
+        with self._changed:
+            events = list(self._arrived)
+            self._arrived.clear()
+        return events
+
+    def finish(self, timeout_s: float) -> list[Event]:
+        """Waits for what is under way, and returns the rest of the events; nothing is taken after.
+
+        What is not there in time is given up, and told as ShardFailed. May be called again.
+        """
+        self._finishing = True
+        give_up = time.monotonic() + timeout_s
+        with self._changed:
+            while self._num_open() and time.monotonic() < give_up:
+                self._changed.wait(_ROUND_S)
+            self._closing = True
+            for lane in self._lanes.values():
+                for job in lane.waiting:
+                    self._arrived.append(job.failed(f"{lane.name}: not fetched in time"))
+                lane.waiting.clear()
+            self._changed.notify_all()
+        return self.arrived()
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self._finishing:
+            self._progress(what, done, total)
+
+    def _num_open(self) -> int:
+        return sum(len(lane.waiting) for lane in self._lanes.values())
+
+    def _serve(self, lane: _Lane) -> None:
+        while (job := self._next(lane)) is not None:
+            told: Event = job.event
+            try:
+                self._fetch(job, lane.name)
+            except SmolrunError as error:
+                told = job.failed(str(error))
+            except Exception as error:  # whatever it is: for a word that never comes a save waits
+                told = job.failed(f"{lane.name}: {type(error).__name__}: {error}")
+            with self._changed:
+                # `finish` may have given up on it, and told so.
+                if lane.waiting and lane.waiting[0] is job:
+                    lane.waiting.popleft()
+                    self._arrived.append(told)
+                lane.refused.append(job)
+                self._changed.notify_all()
+            self._remove_there(lane)
+
+    def _next(self, lane: _Lane) -> _Job | None:
+        """The oldest job of a host, which stays in its lane while it is served."""
+        with self._changed:
+            self._changed.wait_for(lambda: lane.waiting or self._closing)
+            return lane.waiting[0] if lane.waiting else None
+
+    def _fetch(self, job: _Job, host: str) -> None:
+        part = part_folder(self._checkpoints, job.event.updates, self._token)
+        part.mkdir(parents=True, exist_ok=True)
+        size = sum(file.bytes for file in job.files.values())
+        if size > (free := shutil.disk_usage(part).free):
+            what = f"{size / 1e9:.1f} GB do not fit on the driver's disk, {free / 1e9:.1f} GB free"
+            raise SmolrunError(f"{host}: {what} ({part})")
+        for name, file in job.files.items():
+            source = f"{job.origin.checkpoints}/{part.name}/{name}"
+            job.origin.machine.get(source, part / name, self._told.on_bytes)
+            _check(part / name, file, host)
+
+    def _remove_there(self, lane: _Lane) -> None:
+        """Fetched or not: the host needs the room. What cannot go now goes with the run."""
+        with self._changed:
+            jobs = list(lane.refused)
+            lane.refused.clear()
+        for job in jobs:
+            part = part_folder(Path(), job.event.updates, self._token).name
+            folder = f"{job.origin.checkpoints}/{part}"
+            remove = {"do": "remove", "folder": folder, "names": list(job.files)}
+            with contextlib.suppress(SmolrunError):
+                job.origin.machine.call("run_folder", remove)
+
+
+def _files(event: ShardSaved, host: str) -> dict[str, FileEntry]:
+    """What the rank reports, checked: a name must never lead out of the folder."""
+    try:
+        files = msgspec.convert(event.report["files"], dict[str, FileEntry])
+    except (msgspec.ValidationError, KeyError, TypeError) as error:
+        raise SmolrunError(f"{host}: its report is damaged: {error}") from None
+    for name in files:
+        match = _NAME.fullmatch(name)
+        if match is None or int(match[1]) != event.rank:
+            raise SmolrunError(f"{host}: {name[:80]!r} cannot be a file of rank {event.rank}")
+    return files
+
+
+def _check(path: Path, file: FileEntry, host: str) -> None:
+    """Compares what came, and has it on the disk when it returns."""
+    with open(path, "rb+") as opened:
+        os.fsync(opened.fileno())
+        size = path.stat().st_size
+        if size != file.bytes or hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+            raise SmolrunError(f"{host}: {path.name} arrived with other bytes than were saved")

@@ -1,0 +1,128 @@
+"""Do the libraries of the hosts fit together? One look at each, and one rule over all.
+
+Source of the strictness: smolrun itself speaks the wire and writes the checkpoints, so it must be
+equal; torch and transformers may differ, but then replicas may differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import TYPE_CHECKING, Any
+
+from smolrun.errors import HostError
+from smolrun.launch.delivery.code import Deploy
+from smolrun.launch.environment import PYTHON, env_python, environment_name, own_dependencies
+
+if TYPE_CHECKING:
+    from smolrun.launch.machine import Machine
+
+LIBRARIES = ("smolrun", "torch", "transformers")
+_OLDEST_PYTHON = (3, 11)
+_ANSWER_S = 60.0  # the first start of a Python from a cold card; nothing is imported
+
+# Library -> version; None where it is not installed.
+Versions = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is wrong (host -> what, what to do), what may matter, and what is only a note."""
+
+    errors: dict[str, tuple[str, str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def own_versions() -> dict[str, str | None]:
+    """Of the driver; imports nothing heavy."""
+    return {"python": python_version(), **{name: _version(name) for name in LIBRARIES}}
+
+
+def pythons(machine: Machine, deploy: Deploy) -> list[str]:
+    """Which interpreters a worker may run by, the first that is there counts."""
+    if machine.spec.python:
+        return [machine.spec.python]
+    name = environment_name(own_dependencies(), PYTHON, machine.spec.torch)
+    ours = env_python(machine.workdir, name, machine.os)
+    # The other ways come without task=setup: what the host has must do.
+    return [ours] if deploy == "wheel" else [ours, machine.python]
+
+
+def ask_versions(
+    machine: Machine, deploy: Deploy, lib: str, *, cluster: str
+) -> tuple[str, dict[str, str | None]]:
+    """The worker's Python on this host (absolute) and its versions, our code being at `lib`.
+
+    HostError where there is none, or it cannot run.
+    """
+    candidates = pythons(machine, deploy)
+    request = {
+        "pythons": candidates,
+        "path": lib,
+        "libraries": list(LIBRARIES),
+        "timeout_s": _ANSWER_S,
+    }
+    answer: dict[str, Any] = machine.call("versions", request, timeout_s=_ANSWER_S + 30.0)
+    if answer["python"] is None and machine.spec.python:
+        what = f"there is no Python {machine.spec.python}"
+        raise HostError(machine.name, what, "correct python: in the cluster file")
+    if answer["python"] is None:
+        what = "there is no environment for smolrun there yet"
+        raise HostError(machine.name, what, f"smolrun task=setup cluster={cluster}")
+    if "problem" in answer:
+        what = f"{answer['python']} does not run: {answer['problem']}"
+        raise HostError(machine.name, what, f"smolrun task=doctor cluster={cluster}")
+    return answer["python"], answer["versions"]
+
+
+def check_versions(driver: Versions, hosts: Mapping[str, Versions], *, cluster: str) -> Checked:
+    """Compares every host with the driver. A smolrun that differs, a Python that is too old and a
+    library that is missing are errors; another minor version of a library is a warning."""
+    checked = Checked()
+    for host, found in hosts.items():
+        if error := _error(driver, found, cluster):
+            checked.errors[host] = error
+            continue
+        for name in ("torch", "transformers"):
+            if _minor(found[name]) != _minor(driver[name]):
+                checked.warnings.append(
+                    f"{host} has {name} {found[name]}, the driver {driver[name]}: results may "
+                    "differ by rounding"
+                )
+        if _minor(found["python"]) != _minor(driver["python"]):
+            checked.notes.append(
+                f"{host} runs Python {found['python']}, the driver {driver['python']}"
+            )
+    return checked
+
+
+def _error(driver: Versions, found: Versions, cluster: str) -> tuple[str, str] | None:
+    """What is wrong with a host's versions, and what to do."""
+    set_up = f"smolrun task=setup cluster={cluster}"
+    python = found["python"] or "0"
+    if tuple(int(part) for part in python.split(".")[:2]) < _OLDEST_PYTHON:
+        oldest = ".".join(map(str, _OLDEST_PYTHON))
+        return f"its Python is {python}, smolrun needs {oldest}", set_up
+    missing = [name for name in LIBRARIES if not found[name]]
+    if missing:
+        return f"its Python has no {' and no '.join(missing)}", set_up
+    if found["smolrun"] != driver["smolrun"]:
+        return (
+            f"it has smolrun {found['smolrun']}, the driver {driver['smolrun']}",
+            "install the same there, or let cluster.deploy=wheel bring it",
+        )
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _minor(number: str | None) -> list[str]:
+    return (number or "").split(".")[:2]

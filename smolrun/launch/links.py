@@ -1,0 +1,229 @@
+"""Which host reaches which, over which interfaces, and whether a faster way lies idle. Pure.
+
+`on_host/network.py` tells the interfaces, `on_host/reach.py` who reached whom. A mesh needs one
+direction of each pair: the one that is blocked is told, and only a pair that is blocked both ways
+keeps a run from starting.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+# In Mbit/s, for interfaces that do not tell: IP over Thunderbolt 3 carries 10 Gbit/s and more.
+_USUAL_SPEED = {
+    "thunderbolt": 10_000.0,
+    "ethernet": 1_000.0,
+    "wifi": 300.0,
+    "vpn": 50.0,
+    "loopback": 20_000.0,
+}
+_MUCH_FASTER = 1.5
+_NAMES = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "vpn": "VPN"}
+_SHARED_KINDS = ("thunderbolt", "ethernet", "wifi", "other")
+_MOST_ADDRESSES = 6
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface of a host. `addresses` are written 10.0.0.1/24."""
+
+    name: str
+    kind: str
+    speed_mbps: float | None
+    addresses: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Interface:
+        """As `on_host/network.py` tells it."""
+        return cls(told["name"], told["kind"], told["speed_mbps"], tuple(told["addresses"]))
+
+    @property
+    def speed(self) -> float:
+        """Mbit/s: as told, or as usual for its kind."""
+        return self.speed_mbps or _USUAL_SPEED.get(self.kind, 100.0)
+
+    def __str__(self) -> str:
+        """Thunderbolt (bridge0) or Ethernet (eth0, 1,000 Mbit/s)."""
+        speed = f", {self.speed_mbps:,.0f} Mbit/s" if self.speed_mbps else ""
+        return f"{_NAMES.get(self.kind, self.kind)} ({self.name}{speed})"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What is known of one host: where the cluster file says it is, and what it has."""
+
+    name: str
+    addresses: tuple[str, ...]
+    interfaces: tuple[Interface, ...]
+
+    def interface(self, address: str | None) -> Interface | None:
+        """The interface that has this address."""
+        wanted = _plain(address or "")
+        for one in self.interfaces:
+            if wanted is not None and wanted in (_plain(text) for text in one.addresses):
+                return one
+        return None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One direction: the address at which `to` was reached, or why it was not."""
+
+    source: str
+    to: str
+    address: str | None
+    local: str | None
+    errors: tuple[tuple[str, str], ...]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was reached where the cluster file says it is."""
+        return self.address is not None
+
+
+@dataclass(frozen=True)
+class Faster:
+    """Two hosts that could use a faster network than they do; `address` is of `to` on that."""
+
+    source: str
+    to: str
+    address: str
+    used: Interface
+    better: Interface
+    answered: bool
+
+
+def to_dial(source: Host, to: Host) -> list[str]:
+    """Where to look for a host: as configured, then on every network that both are on."""
+    found = [*to.addresses, *(address for _, address in _shared(source, to))]
+    return list(dict.fromkeys(found))[:_MOST_ADDRESSES]
+
+
+def _shared(source: Host, to: Host) -> Iterator[tuple[Interface, str]]:
+    """Interfaces of `source` and addresses of `to` on one network, the fastest first."""
+    pairs = [
+        (min(mine.speed, other.speed), mine, text.partition("/")[0])
+        for mine in source.interfaces
+        for other in to.interfaces
+        if mine.kind in _SHARED_KINDS and other.kind in _SHARED_KINDS
+        for text in other.addresses
+        if _on_one_network(mine, text)
+    ]
+    for _, mine, address in sorted(pairs, key=lambda pair: -pair[0]):
+        yield mine, address
+
+
+def _on_one_network(mine: Interface, address: str) -> bool:
+    other = ipaddress.ip_interface(address)
+    # An IPv6 address of one cable says nothing without the name of the cable.
+    if other.version == 6 and other.is_link_local:
+        return False
+    networks = [ipaddress.ip_interface(text) for text in mine.addresses]
+    return any(one.network == other.network and one.ip != other.ip for one in networks)
+
+
+def ways(hosts: Mapping[str, Host], reach: Mapping[str, Mapping[str, Any]]) -> list[Way]:
+    """Every direction between hosts that could be asked, pair by pair."""
+    found = []
+    for first, second in combinations(hosts, 2):
+        for source, to in ((first, second), (second, first)):
+            rows = reach.get(source, {}).get("dialed", {}).get(to)
+            if rows is not None:
+                found.append(_way(source, to, hosts[to].addresses, rows))
+    return found
+
+
+def _way(source: str, to: str, configured: Sequence[str], rows: Sequence[Any]) -> Way:
+    rows = [row for row in rows if row["address"] in configured]
+    good = next((row for row in rows if row["error"] is None), None)
+    errors = tuple((row["address"], row["error"]) for row in rows if row["error"] is not None)
+    if good is None:
+        return Way(source, to, None, None, errors)
+    return Way(source, to, good["address"], good["local"], errors)
+
+
+def cut_off(found: Sequence[Way]) -> list[str]:
+    """The fewest hosts without which every pair is linked in one direction at least.
+
+    Hosts that are equally bad are all named: nobody can tell which one it is.
+    """
+    state: dict[frozenset[str], bool] = {}
+    for way in found:
+        pair = frozenset((way.source, way.to))
+        state[pair] = state.get(pair, False) or way.is_open
+    broken = [pair for pair, is_open in state.items() if not is_open]
+    blamed: list[str] = []
+    while broken:
+        names = list(dict.fromkeys(name for pair in broken for name in sorted(pair)))
+        counts = {name: sum(name in pair for pair in broken) for name in names}
+        worst = max(counts.values())
+        now = [name for name in names if counts[name] == worst]
+        blamed += now
+        broken = [pair for pair in broken if not pair & set(now)]
+    return blamed
+
+
+def faster(
+    hosts: Mapping[str, Host], found: Sequence[Way], reach: Mapping[str, Mapping[str, Any]]
+) -> list[Faster]:
+    """For each direction that is open, a much faster network that both hosts are on."""
+    told = []
+    for way in found:
+        source, to = hosts[way.source], hosts[way.to]
+        mine, theirs = source.interface(way.local), to.interface(way.address)
+        if mine is None or theirs is None:
+            continue
+        used = min((mine, theirs), key=lambda one: one.speed)
+        for better, address in _shared(source, to):
+            speed = min(better.speed, (to.interface(address) or better).speed)
+            if speed >= used.speed * _MUCH_FASTER and better.kind != "loopback":
+                rows = reach[way.source]["dialed"][way.to]
+                answered = any(r["address"] == address and r["error"] is None for r in rows)
+                told.append(Faster(way.source, way.to, address, used, better, answered))
+                break
+    return told
+
+
+def best_addresses(
+    hosts: Mapping[str, Host], name: str, reach: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """The addresses of a host at which all others reached it, the fastest network first.
+
+    Empty where there is none, or nobody who could have asked.
+    """
+    rows = [
+        reply["dialed"][name]
+        for source, reply in reach.items()
+        if source in hosts and name in reply["dialed"]
+    ]
+    if not rows:
+        return []
+    good = [{row["address"] for row in one if row["error"] is None} for one in rows]
+    common = set.intersection(*good)
+    order = [row["address"] for row in rows[0] if row["address"] in common]
+
+    def speed(address: str) -> float:
+        interface = hosts[name].interface(address)
+        return interface.speed if interface is not None else 0.0
+
+    return sorted(order, key=lambda address: -speed(address))
+
+
+def network_of(host: Host, address: str | None) -> str | None:
+    """The network of an address of that host, as firewalls write it."""
+    interface, wanted = host.interface(address), _plain(address or "")
+    for text in interface.addresses if interface is not None else ():
+        if _plain(text) == wanted:
+            return str(ipaddress.ip_interface(text).network)
+    return None
+
+
+def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text.partition("/")[0].partition("%")[0])
+    except ValueError:
+        return None

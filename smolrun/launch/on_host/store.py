@@ -1,0 +1,230 @@
+"""On the host: a folder of folders, each under a name that stands for its content.
+
+    <root>/<key>/...               what was delivered
+    <root>/<key>.json              when each file was last found good; its own time: the last use
+    <root>/.incoming-<random>/     on its way; left by a dead driver, it goes after a day
+
+A listing is {name: [bytes, sha256]}. Nothing gets its place before every hash was compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from typing import Any
+
+_DAY_S = 86_400.0
+_DEAD_RUN_S = 14 * _DAY_S
+_CHUNK = 1 << 20
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """`do`: look (what is missing?), finish (check and place what came) or drop (forget it)."""
+    try:
+        return {"look": look, "finish": finish, "drop": drop}[request["do"]](request)
+    except OSError as error:
+        path = str(error.filename or request["root"]).replace("\\", "/")
+        return {"os_error": error.strerror or str(error), "path": path}
+
+
+def look(request: dict[str, Any]) -> dict[str, Any]:
+    """Which keys are missing or damaged, where to put them, and how much room there is."""
+    root, wanted = request["root"], request["wanted"]
+    os.makedirs(root, exist_ok=True)
+    _sweep(root)
+    _note_use(request)
+    thorough = request.get("thorough", False)
+    missing = [key for key, listing in wanted.items() if not _is_good(root, key, listing, thorough)]
+    incoming = ""
+    if missing:
+        incoming = tempfile.mkdtemp(prefix=".incoming-", dir=root)
+        for key in missing:
+            os.mkdir(os.path.join(incoming, key))
+    free = shutil.disk_usage(root).free
+    return {"missing": missing, "incoming": incoming.replace("\\", "/"), "free": free}
+
+
+def finish(request: dict[str, Any]) -> dict[str, Any]:
+    """Check what came and give it its place; `archive` is the one zip file that holds it all."""
+    root, incoming = request["root"], request["incoming"]
+    for key, listing in request["wanted"].items():
+        folder = os.path.join(incoming, key)
+        if request.get("archive"):
+            with zipfile.ZipFile(os.path.join(incoming, request["archive"])) as archive:
+                archive.extractall(folder)
+        wrong = [
+            name for name, [size, digest] in listing.items() if _hash(folder, name, size) != digest
+        ]
+        if wrong:
+            shutil.rmtree(incoming, ignore_errors=True)
+            return {"wrong": wrong}
+        if not request.get("archive"):
+            for name in listing:
+                _sync(os.path.join(folder, name))
+        _place(root, key, folder, listing)
+    shutil.rmtree(incoming, ignore_errors=True)
+    _prune(request)
+    return {"wrong": []}
+
+
+def drop(request: dict[str, Any]) -> dict[str, Any]:
+    """Forget what was on its way."""
+    shutil.rmtree(request["incoming"], ignore_errors=True)
+    return {}
+
+
+def _is_good(root: str, key: str, listing: dict[str, Any], thorough: bool = False) -> bool:
+    """Whether a key is there, whole. Unless `thorough`, a file that has not changed since it was
+    found good is not read again: a model has gigabytes."""
+    folder, mark = os.path.join(root, key), {} if thorough else _read_mark(root, key)
+    if not os.path.isdir(folder):
+        return False
+    for name, (size, digest) in listing.items():
+        if _state(folder, name) == mark.get(name) and mark.get(name, [None])[0] == size:
+            continue
+        if _hash(folder, name, size) != digest:
+            return False
+    _write_mark(root, key, listing)
+    return True
+
+
+def _hash(folder: str, name: str, size: int) -> str:
+    """sha256 of a plain file of that size; empty for anything else."""
+    path = os.path.join(folder, name)
+    if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) != size:
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(_CHUNK)
+            if not data:
+                return digest.hexdigest()
+            digest.update(data)
+
+
+def _state(folder: str, name: str) -> list[Any]:
+    """Size and time of change: what differs when somebody has written into the file."""
+    try:
+        found = os.lstat(os.path.join(folder, name))
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _read_mark(root: str, key: str) -> dict[str, Any]:
+    try:
+        with open(os.path.join(root, key + ".json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_mark(root: str, key: str, listing: dict[str, Any]) -> None:
+    path = os.path.join(root, key + ".json")
+    handle, part = tempfile.mkstemp(prefix=".mark-", dir=root)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump({name: _state(os.path.join(root, key), name) for name in listing}, file)
+    os.replace(part, path)
+
+
+def _place(root: str, key: str, folder: str, listing: dict[str, Any]) -> None:
+    """By one rename; whoever came first with the same content keeps the place."""
+    target = os.path.join(root, key)
+    for _ in range(10):  # others may be doing the same
+        try:
+            os.rename(folder, target)
+            break
+        except OSError:
+            if _is_good(root, key, listing, thorough=True):
+                return
+            if not os.path.lexists(target):
+                continue
+            _remove(root, key)
+    else:
+        raise OSError(f"{target} cannot be given its place: somebody keeps changing it")
+    _write_mark(root, key, listing)
+
+
+def _remove(root: str, key: str) -> None:
+    """First under another name, so that nobody finds half of it."""
+    doomed = tempfile.mkdtemp(prefix=".incoming-", dir=root)
+    try:
+        os.rename(os.path.join(root, key), os.path.join(doomed, key))
+    except OSError:  # somebody else was faster, or Windows has a file of it open
+        pass
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: str) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sweep(root: str) -> None:
+    """What dead drivers left on its way."""
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if name.startswith((".incoming-", ".mark-")) and _age_s(path) > _DAY_S:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
+
+
+def _sweep_runs(runs: str) -> None:
+    """What a run left whose driver died: nothing was written there for long."""
+    for name in os.listdir(runs) if os.path.isdir(runs) else []:
+        run = os.path.join(runs, name)
+        if min(_age_s(run), _age_s(os.path.join(run, "checkpoints"))) > _DEAD_RUN_S:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _note_use(request: dict[str, Any]) -> None:
+    """A run's folder says what it uses, so that none of it goes while the run lives."""
+    if request.get("run"):
+        _sweep_runs(os.path.dirname(request["run"]))
+        os.makedirs(request["run"], exist_ok=True)
+        name = "uses-" + os.path.basename(request["root"])
+        with open(os.path.join(request["run"], name), "a", encoding="utf-8") as file:
+            file.write("".join(key + "\n" for key in request["wanted"]))
+
+
+def _prune(request: dict[str, Any]) -> None:
+    """All but the `keep` that were used last; none that a run uses, or that was used lately."""
+    if "keep" not in request:
+        return
+    root = request["root"]
+    used = _used(os.path.join(os.path.dirname(root), "runs"), "uses-" + os.path.basename(root))
+    there = [name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name))]
+    keys = [name for name in there if not name.startswith(".")]
+    ages = {key: _age_s(os.path.join(root, key + ".json")) for key in keys}
+    for key in sorted(keys, key=lambda key: ages[key])[request["keep"] :]:
+        if key not in used and ages[key] > request["younger_s"]:
+            _remove(root, key)
+            if os.path.exists(os.path.join(root, key + ".json")):
+                os.unlink(os.path.join(root, key + ".json"))
+
+
+def _used(runs: str, name: str) -> set[str]:
+    """What the runs of this host say they use."""
+    used = set()
+    for run in os.listdir(runs) if os.path.isdir(runs) else []:
+        path = os.path.join(runs, run, name)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                used.update(file.read().split())
+    return used
+
+
+def _age_s(path: str) -> float:
+    """Since the last change; endless for what is not there."""
+    try:
+        return time.time() - os.stat(path).st_mtime
+    except OSError:
+        return float("inf")

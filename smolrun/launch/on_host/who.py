@@ -1,0 +1,62 @@
+"""Runs on a host: which system, user and Python this is, and a working folder that can be used.
+
+Only the standard library, Python >= 3.8.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """`workdir` is made, relative to the home; `problem` says why it cannot be used, else null."""
+    home = os.path.expanduser("~")
+    workdir = os.path.join(home, os.path.expanduser(request["workdir"]))
+    return {
+        "os": platform.system().lower(),
+        "architecture": platform.machine(),
+        "cores": _cores(),
+        "home": _slashed(home),
+        "user": _user(),
+        "python": platform.python_version(),
+        "executable": _slashed(sys.executable),
+        "workdir": _slashed(os.path.normpath(workdir)),
+        "problem": _problem(workdir),
+    }
+
+
+def _problem(workdir: str) -> str | None:
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        # Asking the system for permission says nothing about a disk that is full or read-only.
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _cores() -> int:
+    """Those this process may use, which a container may have cut down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _slashed(path: str) -> str:
+    return path.replace(os.sep, "/")
+
+
+def _user() -> str:
+    try:
+        import getpass
+
+        return getpass.getuser()
+    except Exception:  # a number without a name, in a container
+        return str(os.getuid())

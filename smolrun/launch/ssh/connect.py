@@ -1,0 +1,269 @@
+"""From the name of a host to a connection that is logged in, or to a HostError: always in time.
+
+The attempt runs in a thread of its own, because neither resolving a name nor an agent has a
+deadline; whoever waits for it gives up on time and says how far it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from functools import partial
+from typing import Any
+
+from fabric import Config, Connection
+from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
+
+from smolrun.errors import HostError
+from smolrun.launch.host_keys import HostKey
+from smolrun.launch.ssh import failure
+from smolrun.launch.ssh.connection import SshConnection
+from smolrun.launch.ssh.dial import dial
+from smolrun.launch.ssh.hop import Found, Hop, Wire
+from smolrun.launch.ssh.login import AskPassword, Keys
+from smolrun.launch.ssh.settings import Target, load, parse_target, settings_of
+
+# It prints tracebacks of what we tell in a sentence.
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+
+_MOST_JUMPS = 8
+# The library's own deadlines come after ours, which knows what to say.
+_LATER_S = 5.0
+_ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
+
+
+def connect(
+    name: str,
+    target: str,
+    *,
+    ssh_config: str | None = None,
+    timeout_s: float = 15.0,
+    cluster: str = "NAME",
+    ask_password: AskPassword | None = None,
+) -> SshConnection:
+    """Log in to `target` (user@address:port or an alias), which messages call `name`.
+
+    `ssh_config` None means the user's usual files. `ask_password` is for task=setup alone.
+    """
+    hops = _route(name, target, ssh_config, cluster)
+    _Attempt(name, hops, timeout_s, ask_password).finish()
+    return SshConnection(name, hops)
+
+
+def scan(
+    name: str,
+    target: str,
+    *,
+    ssh_config: str | None = None,
+    timeout_s: float = 15.0,
+    cluster: str = "NAME",
+) -> list[Found]:
+    """Look at the host key of `target` without logging in, and at those of its jump hosts, first.
+
+    To look behind a jump host one must log in to it: the list ends with the first that is not
+    known, changed or not reached.
+    """
+    found: list[Found] = []
+    for number in range(len(_route(name, target, ssh_config, cluster))):
+        hops = _route(name, target, ssh_config, cluster)[: number + 1]
+        label = f"{hops[-1].settings.host} (jump host)" if hops[-1].is_jump else name
+        found.append(_look(label, hops, timeout_s))
+        if found[-1].state != "known":
+            break
+    return found
+
+
+def _look(name: str, hops: list[Hop], timeout_s: float) -> Found:
+    last = hops[-1]
+    last.only_key = True
+    why = ""
+    try:
+        _Attempt(name, hops, timeout_s, None).finish()
+    except HostError as error:
+        why = error.what
+    finally:
+        _close(hops)
+    key, settings = last.shown, last.settings
+    if key is None:
+        return Found(name, settings, "unreachable", why=why)
+    known = last.known
+    before = tuple(known.keys(settings.entry))
+    if key in known.revoked(settings.entry):
+        return Found(name, settings, "revoked", key)
+    if key in before:
+        return Found(name, settings, "known", key)
+    return Found(name, settings, "changed" if before else "new", key, before)
+
+
+def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[Hop]:
+    """The servers from here to the host, in the order in which they are met."""
+    try:
+        connection = _planned(name, load(name, ssh_config), parse_target(name, text))
+        route = [connection]
+        while isinstance(route[0].gateway, Connection):
+            route.insert(0, route[0].gateway)
+        hops = [Hop(one, settings_of(one), cluster, is_jump=one is not connection) for one in route]
+    except HostError:
+        raise
+    except Exception as error:  # whatever the file says
+        raise HostError(name, f"the ssh_config makes no sense for it: {error}") from None
+    return hops
+
+
+def _planned(
+    name: str, config: Config, target: Target, via: Connection | None = None, depth: int = 0
+) -> Connection:
+    """Not opened yet. ProxyJump is read here: a,b is first a, then b, which Fabric turns round."""
+    said = config.base_ssh_config.lookup(target.host)
+    jumps = said.get("proxyjump", "none")
+    if via is None and jumps.lower() != "none" and depth < _MOST_JUMPS:
+        stops = [parse_target(name, jump.strip()) for jump in jumps.split(",")]
+        # `Host *` with a ProxyJump holds for the jump host too, which is not meant to jump itself.
+        if all(stop.host not in (target.host, said["hostname"]) for stop in stops):
+            for stop in stops:
+                via = _planned(name, config, stop, via, depth + 1)
+    return Connection(
+        target.host,
+        user=target.user,
+        port=target.port,
+        config=config.clone(),
+        gateway=via or said.get("proxycommand") or False,
+        forward_agent=False,
+    )
+
+
+class _Attempt:
+    """One try to get through all hops, in a thread that can be left behind."""
+
+    def __init__(
+        self, name: str, hops: list[Hop], timeout_s: float, ask: AskPassword | None
+    ) -> None:
+        self._name = name
+        self._hops = hops
+        self._timeout_s = timeout_s
+        self._error: Exception | None = None
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._given_up = False
+        for hop in hops:
+            _prepare(name, hop, timeout_s, ask)
+
+    def finish(self) -> None:
+        """Wait for it; HostError if it did not come through in time. Ctrl-C ends the wait."""
+        threading.Thread(
+            target=self._run, name=f"smolrun-ssh-{self._name}-open", daemon=True
+        ).start()
+        try:
+            in_time = self._wait()
+        except BaseException:
+            self._give_up()
+            raise
+        hop = self._current()
+        if not in_time and hop.proxy_end:
+            failed = failure.no_proxy(hop, hop.proxy_end)
+        elif not in_time:
+            failed = failure.too_late(hop, self._timeout_s)
+        elif self._error is not None:
+            failed = failure.explain(hop, self._error)
+        else:
+            return
+        self._give_up()
+        what = f"on the way to it, {failed.what}" if hop.is_jump else failed.what
+        raise HostError(self._name, what, failed.todo)
+
+    def _wait(self) -> bool:
+        """False if the deadline came first, or the end of a ProxyCommand, which paramiko misses."""
+        deadline = time.monotonic() + self._timeout_s
+        while not self._done.wait(min(_ROUND_S, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or self._proxy_has_ended():
+                return False
+        return True
+
+    def _proxy_has_ended(self) -> bool:
+        process = getattr(self._hops[0].wire, "process", None)
+        return process is not None and process.poll() is not None
+
+    def _run(self) -> None:
+        try:
+            first, last = self._hops[0], self._hops[-1]
+            if not first.fabric.gateway:
+                place = first.settings
+                dialled = dial(place.host, place.port, self._timeout_s)
+                first.address = str(dialled.getpeername()[0])
+                first.fabric.connect_kwargs["sock"] = dialled
+            last.fabric.open()
+        except Exception as error:  # told by whoever waits
+            self._error = error
+        self._done.set()
+        with self._lock:
+            if self._given_up:
+                _close(self._hops)
+
+    def _current(self) -> Hop:
+        """The hop that was being worked on."""
+        return next((hop for hop in self._hops if hop.stage != "in"), self._hops[-1])
+
+    def _give_up(self) -> None:
+        with self._lock:
+            self._given_up = True
+            _close(self._hops)
+
+
+def _close(hops: list[Hop]) -> None:
+    for hop in reversed(hops):
+        # Also one that is only half open: a client that Fabric calls unconnected has a socket.
+        for thing in (hop.fabric.client, hop.agent, hop.fabric.connect_kwargs.get("sock")):
+            with contextlib.suppress(Exception):
+                thing.close()
+
+
+def _prepare(name: str, hop: Hop, timeout_s: float, ask: AskPassword | None) -> None:
+    """Make a planned connection a strict one."""
+    fabric = hop.fabric
+    fabric.connect_timeout = math.ceil(timeout_s + _LATER_S)
+    fabric.connect_kwargs = {
+        "banner_timeout": timeout_s + _LATER_S,
+        "auth_timeout": timeout_s + _LATER_S,
+        "channel_timeout": timeout_s + _LATER_S,
+        "transport_factory": partial(_transport, name, hop, timeout_s),
+    }
+    fabric.config.authentication.strategy_class = partial(Keys, hop, None if hop.is_jump else ask)
+    fabric.client.set_missing_host_key_policy(_StrictKeys(hop))
+
+
+def _transport(name: str, hop: Hop, timeout_s: float, sock: Any, **options: Any) -> Transport:
+    hop.stage = "greeting"
+    hop.wire = Wire(sock)
+    transport = Transport(hop.wire, **options)
+    transport.name = f"smolrun-ssh-{name}"
+    transport.handshake_timeout = timeout_s + _LATER_S
+    # A server with several keys shall show one that we know.
+    kinds = [key.kind for key in hop.known.keys(hop.settings.entry)]
+    if "ssh-rsa" in kinds:
+        kinds += ["rsa-sha2-512", "rsa-sha2-256"]
+    security = transport.get_security_options()
+    security.key_types = sorted(security.key_types, key=lambda kind: kind not in kinds)
+    return transport
+
+
+class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has no types
+    """Lets in who is known. The client itself is given no known keys, so all come through here."""
+
+    def __init__(self, hop: Hop) -> None:
+        self._hop = hop
+
+    def missing_host_key(self, client: SSHClient, hostname: str, key: PKey) -> None:
+        """Compare the key with the user's files; raises Failed unless it is there."""
+        hop, shown = self._hop, HostKey(key.get_name(), key.asbytes())
+        hop.shown = shown
+        known = hop.known
+        before = known.keys(hop.settings.entry)
+        if shown in known.revoked(hop.settings.entry):
+            raise failure.revoked_key(hop, shown)
+        if before and shown not in before:
+            raise failure.changed_key(hop, shown, before)
+        if not before:
+            raise failure.unknown_key(hop, shown)

@@ -1,0 +1,168 @@
+"""What the user's OpenSSH client files say about a host.
+
+Fabric reads these files too, but neither follows `Include` nor looks at known_hosts; this does, and
+gives the rest to Fabric. Nothing here opens a connection.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fabric import Config, Connection
+from paramiko.config import SSHConfig, SSHConfigDict
+
+from smolrun.errors import HostError
+from smolrun.launch.host_keys import entry_name
+
+_USER_FILE, _SYSTEM_FILE = "~/.ssh/config", "/etc/ssh/ssh_config"
+_USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
+_GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
+_USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
+_DEEPEST_INCLUDE = 16  # as in OpenSSH
+_WORD = re.compile(r"\s*(?P<key>\w+)(?:\s*=\s*|\s+)(?P<value>.*\S)")
+# user@host:port; an IPv6 address may stand alone, and stands in brackets if a port follows.
+_TARGET = re.compile(
+    r"(?:(?P<user>[^@\s]+)@)?"
+    r"(?:\[(?P<v6>[^\]@\s]+)\]|(?P<host>[^:@\s\[\]]+|[^@\s\[\]]*:[^@\s\[\]]*:[^@\s\[\]]*))"
+    r"(?::(?P<port>\d{1,5}))?"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What stands behind `ssh:` in a cluster file."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All we must know of one SSH server beyond what Fabric knows."""
+
+    host: str
+    port: int
+    user: str
+    entry: str  # its name in known_hosts
+    user_files: list[Path] = field(default_factory=list)
+    global_files: list[Path] = field(default_factory=list)
+    identities: list[Path] = field(default_factory=list)
+    identities_only: bool = False
+    has_agent: bool = True
+    has_own_agent: bool = False  # an IdentityAgent, which we cannot use
+
+    @property
+    def known_hosts(self) -> list[Path]:
+        """Every known_hosts file that counts for this host."""
+        return [*self.user_files, *self.global_files]
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a sentence: mini2.local port 22."""
+        return f"{self.host} port {self.port}"
+
+
+def parse_target(name: str, text: str) -> Target:
+    """user@host:port in its parts; HostError if no machine can be meant by it."""
+    match = _TARGET.fullmatch(text)
+    if match is None:
+        parsed = Target("")
+    else:
+        port = int(match["port"]) if match["port"] else None
+        parsed = Target(match["v6"] or match["host"], match["user"], port)
+    port_is_wrong = parsed.port is not None and not 0 < parsed.port < 65536
+    # A name that begins with a dash would be an option to a ProxyCommand, or to ssh itself.
+    if not parsed.host or port_is_wrong or "-" in (parsed.host[0], (parsed.user or "x")[0]):
+        raise HostError(name, f"{text!r} is no SSH address", "write user@address, or an alias")
+    return parsed
+
+
+def load(name: str, path: str | None) -> Config:
+    """The client file (null: the user's and the system's) as Fabric's configuration."""
+    lines: list[str] = []
+    try:
+        if path is not None:
+            lines = _lines(Path(path).expanduser())
+        else:
+            for usual in (_USER_FILE, _SYSTEM_FILE):
+                if (file := Path(usual).expanduser()).is_file():
+                    lines += ["Host *", *_lines(file)]
+        parsed = SSHConfig.from_text("\n".join(lines))
+    except OSError as error:
+        raise HostError(name, f"cannot read the ssh_config {error.filename}: {error.strerror}",
+                        "set cluster.ssh_config to a file that can be read") from None  # fmt: skip
+    except Exception as error:
+        raise HostError(name, f"the ssh_config cannot be understood: {error}") from None
+    # lazy: no ~/.fabric.py and no FABRIC_ variables have a say in what smolrun does.
+    return Config(ssh_config=parsed, lazy=True)
+
+
+def _lines(file: Path, depth: int = 0) -> list[str]:
+    """The lines of a client file, with the lines of the files that it includes."""
+    lines: list[str] = []
+    block = "Host *"
+    for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        match = _WORD.fullmatch(line)
+        key = match["key"].lower() if match else ""
+        if match and key in ("host", "match"):
+            block = line
+        if match and key == "include":
+            if depth < _DEEPEST_INCLUDE:
+                for included in _included(match["value"], file):
+                    lines += _lines(included, depth + 1)
+            lines.append(block)  # what follows belongs to the block that the Include stands in
+        else:
+            lines.append(line)
+    return lines
+
+
+def _included(value: str, file: Path) -> list[Path]:
+    # A relative path is below ~/.ssh, in the system's file below its own folder.
+    base = file.parent if file == Path(_SYSTEM_FILE) else Path("~/.ssh").expanduser()
+    patterns = [os.path.join(base, os.path.expanduser(word)) for word in shlex.split(value)]
+    return [Path(found) for pattern in patterns for found in sorted(glob.glob(pattern))]
+
+
+def identities(name: str, target: str, ssh_config: str | None) -> list[Path]:
+    """The private keys that the client files name for a host, or else the usual ones."""
+    config, place = load(name, ssh_config), parse_target(name, target)
+    return _identities(config.base_ssh_config.lookup(place.host).get("identityfile"))
+
+
+def settings_of(connection: Connection) -> Settings:
+    """What the client files say about the server of a Fabric connection."""
+    said: SSHConfigDict = connection.ssh_config
+    host, port = str(connection.host), int(connection.port)
+    agent = said.get("identityagent", "SSH_AUTH_SOCK")
+    return Settings(
+        host,
+        port,
+        str(connection.user),
+        entry=said.get("hostkeyalias", "").lower() or entry_name(host, port),
+        user_files=_files(said.get("userknownhostsfile", _USER_KNOWN_HOSTS)),
+        global_files=_files(said.get("globalknownhostsfile", _GLOBAL_KNOWN_HOSTS)),
+        identities=_identities(said.get("identityfile")),
+        identities_only=said.get("identitiesonly", "no").lower() == "yes",
+        has_agent=agent.lower() != "none",
+        has_own_agent=agent.lower() not in ("none", "ssh_auth_sock"),
+    )
+
+
+def _files(words: str) -> list[Path]:
+    home = str(Path.home())
+    paths = (Path(word.replace("%d", home)).expanduser() for word in shlex.split(words))
+    return [path for path in paths if str(path).lower() not in ("none", os.devnull)]
+
+
+def _identities(said: list[str] | None) -> list[Path]:
+    if said is None:
+        said = [f"~/.ssh/{name}" for name in _USUAL_KEYS]
+    # Windows paths must not lose their backslashes, so no shlex here.
+    paths = [Path(os.path.expanduser(text.strip('"'))) for text in said]
+    return [path for path in dict.fromkeys(paths) if str(path).lower() != "none"]

@@ -1,0 +1,137 @@
+"""One look at a run's folder: how the run is, and what was written there since the last look.
+
+The folder may lie on another machine: `python -m smolrun.tracking.run_view` answers one request, a
+line of JSON on stdin, by one line on stdout. So a run that is driven here and one that is driven
+there are shown and stopped by the same few words. It starts nothing and keeps nothing open.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smolrun.tracking.past_runs import State, look, state_of
+from smolrun.tracking.run_folder import RunFolder
+
+ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
+_HISTORY_BYTES = 16 << 10
+_MOST_BYTES = 256 << 10  # at one look
+
+
+class Place(msgspec.Struct, frozen=True):
+    """How far a file was read. `file` tells it from another one that took its name since."""
+
+    file: int
+    offset: int
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Whole lines, and where the next ones will begin. Without a `place` there is no file."""
+
+    lines: list[str] = []
+    place: Place | None = None
+    is_fresh: bool = False  # the lines are no sequel: they are the last ones of a file
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What somebody wants to know of the run in `folder`; `stop` asks its driver to stop.
+
+    A file is read on from its place, or, without one, from its last few lines on.
+    """
+
+    folder: str
+    stop: bool = False
+    figures: bool = False
+    reads: bool = False
+    metrics: Place | None = None
+    log: Place | None = None
+
+
+class View(msgspec.Struct, frozen=True):
+    """The answer. What the files say was written before `state` was true, or after.
+
+    `asked` counts how often the driver was asked to stop; `figures` are those of a `PastRun`.
+    """
+
+    state: State
+    driver: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    asked: int = 0
+    figures: dict[str, Any] = {}
+    metrics: Chunk = Chunk()
+    log: Chunk = Chunk()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state not in ("running", "elsewhere", "remote")
+
+
+def answer(request: Request) -> View:
+    """Look at the run; OSError if it cannot be asked to stop."""
+    folder = RunFolder(Path(request.folder))
+    if request.stop:
+        folder.ask_to_stop()
+    state = state_of(folder)
+    driver = folder.driver()
+    return View(
+        state=state,
+        driver=driver,
+        summary=folder.summary(),
+        asked=folder.stop_requests(),
+        figures=_figures(folder) if request.figures else {},
+        metrics=read_on(folder.metrics, request.metrics) if request.reads else Chunk(),
+        log=read_on(folder.driver_log, request.log)
+        if request.reads and driver.get("has_log")
+        else Chunk(),
+    )
+
+
+def read_on(path: Path, place: Place | None) -> Chunk:
+    """The lines of a file from a place on, as many as one look may bring."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            is_same = place is not None and place.file == found.st_ino
+            is_fresh = place is None or not is_same or place.offset > found.st_size
+            begin = max(0, found.st_size - _HISTORY_BYTES) if is_fresh else place.offset  # type: ignore[union-attr]
+            file.seek(begin)
+            data = file.read(_MOST_BYTES)
+    except OSError:
+        return Chunk()
+    # A line that is still being written waits, unless it is too long to be one of ours.
+    end = data.rfind(b"\n") + 1 or (len(data) if len(data) == _MOST_BYTES else 0)
+    skipped = data.find(b"\n", 0, end) + 1 if is_fresh and begin > 0 else 0
+    text = data[skipped:end].decode("utf-8", "replace").removesuffix("\n")
+    lines = text.split("\n") if text else []
+    return Chunk(lines, Place(found.st_ino, begin + end), is_fresh)
+
+
+def _figures(folder: RunFolder) -> dict[str, Any]:
+    run = look(folder)
+    names = ("step", "steps", "loss", "tokens_per_s", "left_s", "age_s", "checkpoint_bytes")
+    return {name: getattr(run, name) for name in names}
+
+
+def decode(output: str) -> View | None:
+    """The answer in what the command printed; None if there is none."""
+    lines = [line for line in output.split("\n") if line.startswith(ANSWER)]
+    try:
+        return msgspec.json.decode(lines[-1].removeprefix(ANSWER), type=View) if lines else None
+    except ValueError:
+        return None
+
+
+def main() -> int:
+    """Answer the request on stdin."""
+    view = answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+    sys.stdout.buffer.write(ANSWER.encode() + msgspec.json.encode(view) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""task=attach: show a run that another process drives, as if it had been started here.
+
+Only reads: the run knows nothing of it, and Ctrl-C leaves it running.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from smolrun.config import RunConfig
+from smolrun.errors import HostError, ProtocolError
+from smolrun.events import Event, RankStep, StepDone, from_json
+from smolrun.launch.moves import EXIT_DONE
+from smolrun.tasks import ending_lines
+from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened, ranks_of
+from smolrun.tracking.console import Console, is_step_line
+from smolrun.tracking.run_view import Chunk, Request, View
+
+_HISTORY_LINES = 10
+_OUT_OF_REACH_S = 60.0  # so long a machine may not answer, before that is the end
+
+
+def drive(config: RunConfig) -> int:
+    """Follow the run to its end; returns the exit code that its own command has."""
+    with opened(find_run(config.run)) as run:
+        view = run.ask(Request("", reads=True))
+        if view.has_ended:
+            print("\n".join(ending_lines.lines(run.folder, view)))
+            return ending_lines.exit_code(view)
+        print(f"{run.folder.run_id} is running; Ctrl-C leaves it so", flush=True)
+        return Show(run, view).follow(view)
+
+
+class Show:
+    """Shows one run on this terminal."""
+
+    def __init__(self, run: OpenRun, first: View) -> None:
+        config = config_of(run.folder)
+        steps = first.driver.get("steps") or (config.training.steps if config is not None else 1)
+        self._run = run
+        self._console = Console(steps=steps, world_size=ranks_of(config))
+        self._console.unit = str(first.driver.get("unit", "tokens"))
+        self._has_log = False
+
+    def follow(self, view: View) -> int:
+        """From `view` on to the end of the run, or to Ctrl-C."""
+        try:
+            while True:
+                is_news = self.show(view)
+                if view.has_ended and not is_news:
+                    break
+                if not view.has_ended:
+                    time.sleep(self._run.every_s)
+                view = self._look(view)
+        except KeyboardInterrupt:
+            self._console.close()
+            name = self._run.folder.run_id
+            print(f"{name} goes on; to stop it: smolrun task=stop run={name}")
+            return EXIT_DONE
+        finally:
+            self._console.close()
+        if not self._has_log or view.state == "died":  # its own last words are on the screen
+            print("\n".join(ending_lines.lines(self._run.folder, view)))
+        return ending_lines.exit_code(view)
+
+    def show(self, view: View) -> bool:
+        """Whatever is new since the last look; False if nothing is."""
+        self._has_log = bool(view.driver.get("has_log"))
+        if not self._has_log or self._console.is_live:
+            self._show_events(view.metrics)
+        for line in _recent(view.log):
+            # With a bar, steps are its business.
+            if not (self._console.is_live and is_step_line(line)):
+                self._console.say(line.rstrip("\r"))
+        return bool(view.log.lines or view.metrics.lines)
+
+    def _show_events(self, metrics: Chunk) -> None:
+        events = list(_events(metrics.lines))
+        if metrics.is_fresh:
+            steps = [event for event in events if isinstance(event, StepDone)]
+            if len(steps) > 1:  # rates are about what comes now
+                self._console.go_on(steps[-2].time_s)
+                events = [steps[-1]]
+        for event in events:
+            # What the log tells need not be told twice.
+            if not self._has_log or isinstance(event, StepDone | RankStep):
+                self._console.record(event)
+
+    def _look(self, last: View) -> View:
+        """The next view; HostError if the machine has been out of reach for too long."""
+        request = Request("", reads=True, metrics=last.metrics.place, log=last.log.place)
+        give_up = time.monotonic() + _OUT_OF_REACH_S
+        is_told = False
+        while True:
+            try:
+                return self._run.ask(request)
+            except HostError as error:
+                if time.monotonic() > give_up:
+                    raise
+                if not is_told:
+                    self._console.say(f"{error}; trying again for {_OUT_OF_REACH_S:.0f} s")
+                    is_told = True
+                time.sleep(self._run.every_s)
+
+
+def _recent(log: Chunk) -> Sequence[str]:
+    """All of a sequel, and of a log that is seen for the first time its last lines."""
+    return log.lines[-_HISTORY_LINES:] if log.is_fresh else log.lines
+
+
+def _events(lines: Sequence[str]) -> Iterator[Event]:
+    for line in lines:
+        try:
+            event = msgspec.json.decode(line)
+            if isinstance(event, dict):
+                yield from_json(event)
+        except (ValueError, ProtocolError):
+            print(f"smolrun: a line of metrics.jsonl makes no sense: {line[:80]}", file=sys.stderr)

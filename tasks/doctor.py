@@ -1,0 +1,140 @@
+"""task=doctor: looks at every host and every link, and says what works and what mends the rest.
+
+    hosts    each is asked what it is and has            launch/examination.py, on_host/
+    ways     who reaches whom, without a mesh            launch/reach_test.py
+    links    round trip and bandwidth, over the mesh     `work`, on one rank per host
+
+write=true writes what it found into the cluster file, format=json prints all of it. Starts nothing
+that outlives it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig
+from smolrun.errors import HostError, HostErrors
+from smolrun.launch.driver import Driver
+from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.launch.supervisor import Limits
+from smolrun.launch.verdicts import Finding
+from smolrun.tasks.doctor_hosts import Patients, with_hosts
+from smolrun.tasks.fleet import Fleet
+from smolrun.tasks.workers import plan_workers
+from smolrun.tracking.console import counted
+from smolrun.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from smolrun.launch.channel import WorkerChannel
+    from smolrun.launch.control import StartMessage
+    from smolrun.mesh.mesh import Mesh
+
+_LINKS_S = 300.0  # of a mesh with a link of 1 Mbit/s in it
+
+
+def drive(config: RunConfig) -> int:
+    """Looks and tells; exit code 0 if every host is of use, 3 if one cannot run, 130 if stopped."""
+    say = _to_stderr
+    patients = Patients.of(config)
+    try:
+        say(f"looking at {counted(len(patients.names), 'host')}...")
+        patients.examine()
+        if len(patients.reachable) > 1:
+            say("who reaches whom...")
+            patients.test_ways()
+        if names := patients.fit_for_mesh():
+            say("starting a worker on each, and measuring the links...")
+            patients.links = _measured(patients, names)
+        return _tell(patients)
+    except KeyboardInterrupt:
+        say("stopped")
+        return EXIT_STOPPED
+    finally:
+        patients.close()
+
+
+def _tell(patients: Patients) -> int:
+    from smolrun.tasks.doctor_text import document, report  # rich
+
+    config = patients.config
+    fails = any(one.verdict.state == "cannot run" for one in patients.examined.values())
+    exit_code = EXIT_FAILED if fails else EXIT_DONE
+    if config.format == "json":
+        print(json.dumps(document(patients, exit_code), indent=2, default=str))
+    else:
+        report(patients)
+    if config.write:
+        from smolrun.tasks.doctor_write import write
+
+        write(patients, _to_stderr if config.format == "json" else print)
+    return exit_code
+
+
+def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What ranks on these hosts measured: {from, to, rtt_s, bytes_per_s}, hosts by name.
+
+    A host that spoils it is named in its findings.
+    """
+    config = with_hosts(patients.config, names)
+    fleet = Fleet(
+        config, {name: patients.machines[name] for name in names if name in patients.machines}
+    )
+    with tempfile.TemporaryDirectory(prefix="smolrun-doctor-") as place:
+        folder = RunFolder.create(Path(place), "doctor", now=datetime.now())
+        try:
+            fleet.equip(folder.run_id, None, None, progress=lambda *_: None, say=_to_stderr)
+            plans = plan_workers(config, folder, fleet)
+        except (HostError, HostErrors) as error:
+            _blame(patients, error)
+            return []
+        driver = Driver(
+            plans,
+            fleet.host_of,
+            listen=lambda event: None,
+            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=_LINKS_S),
+        )
+        try:
+            outcome = driver.run()
+        finally:
+            for line in fleet.clear(folder.run_id):
+                _to_stderr(f"warning: {line}")
+    if outcome.exit_code != EXIT_DONE:
+        tail = driver.log_tail(outcome.failed_rank) if outcome.failed_rank is not None else []
+        host = outcome.failed_host or names[0]
+        what = f"no mesh of {', '.join(names)}: {outcome.reason}"
+        todo = f"its log ends with: {tail[-1]}" if tail else None
+        patients.examined[host].findings.append(Finding("blocks", what, todo))
+        return []
+    host_of = {plan.rank: plan.host for plan in plans}
+    rows = [row for summary in outcome.summaries.values() for row in summary.get("links", ())]
+    return [_named(row, host_of) for row in rows]
+
+
+def _named(row: Mapping[str, Any], host_of: Mapping[int, str]) -> dict[str, Any]:
+    return {**row, "from": host_of[row["from"]], "to": host_of[row["to"]]}
+
+
+def _blame(patients: Patients, error: HostError | HostErrors) -> None:
+    for one in error.errors if isinstance(error, HostErrors) else [error]:
+        if isinstance(one, HostError) and one.host in patients.examined:
+            patients.examined[one.host].findings.append(Finding("blocks", one.what, one.todo))
+        else:
+            _to_stderr(f"smolrun: {one}")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
+    """Measure the links on this rank; returns what it measured."""
+    from smolrun.benchmarks.link_speeds import measure_links
+    from smolrun.collectives.api import Collectives
+
+    return {"links": measure_links(Collectives(mesh))}

@@ -1,0 +1,237 @@
+"""The machines of a run, ready for its workers: this one, and those reached over SSH.
+
+    fleet = open_fleet(config)            all are connected at once, or all that cannot be are named
+    fleet.equip(run_id, ...)              our code, the data, the checkpoint to go on from
+    plan_workers(config, folder, fleet)   what every rank is told
+    Driver(plans, fleet.host_of, ...)
+    fleet.clear(run_id); fleet.close()
+
+Only wiring. Where every rank is on this machine all of it is trivial, and nothing of SSH is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from smolrun.config import RankPlan, RunConfig, ranks
+from smolrun.config.cluster import Host as HostConfig
+from smolrun.config.targets import CustomTarget
+from smolrun.errors import HostError, SmolrunError
+from smolrun.launch.control import Saving
+from smolrun.launch.hosts import Host, WorkerPlan
+from smolrun.launch.local import LocalHost
+from smolrun.mesh.addresses import resolve
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
+    from smolrun.launch.delivery.provision import Provisioned
+    from smolrun.launch.delivery.shards import ShardFetcher
+    from smolrun.launch.machine import HostSpec, Machine
+
+_AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
+
+# As in smolrun.data.prepared, which is not loaded for it.
+Progress = Callable[[str, int, int], None]
+
+
+class Fleet:
+    """The hosts of one run. `machines` are those that are not this one, by name."""
+
+    def __init__(self, config: RunConfig, machines: Mapping[str, Machine]) -> None:
+        self.machines = dict(machines)
+        self._config = config
+        self._prepared: Prepared | None = None
+        self._resume: str | None = None
+        self._ready: dict[str, Provisioned] = {}
+
+    def equip(
+        self,
+        run_id: str,
+        prepared: Prepared | None,
+        checkpoint: Path | None,
+        *,
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        """Have on every host what its ranks need; HostError or HostErrors if one cannot have it."""
+        self._prepared = prepared
+        self._resume = None if checkpoint is None else str(checkpoint)
+        if not self.machines:
+            return
+        from smolrun.launch.delivery.code_archive import code_archive
+        from smolrun.launch.delivery.files import FileHashes, PreparedFiles
+        from smolrun.launch.delivery.provision import Order, provision
+        from smolrun.launch.delivery.run_folder import CheckpointFiles
+
+        hashes = FileHashes(platformdirs.user_cache_path("smolrun") / "hashes.json")
+        weights = getattr(self._config.model, "pretrained", True)
+        order = Order(
+            run_id,
+            self._config.cluster.name,
+            self._config.cluster.deploy,
+            code_archive(Path.cwd(), own_targets(self._config)),
+            PreparedFiles(prepared, hashes, weights=weights) if prepared is not None else None,
+            CheckpointFiles(checkpoint) if checkpoint is not None else None,
+        )
+        ready = provision(self.machines, order, progress)
+        self._ready = ready.hosts
+        for line in ready.warnings:
+            say(f"warning: {line}")
+        for line in ready.notes:
+            say(line)
+
+    def host_of(self, plan: WorkerPlan) -> Host:
+        """Where a worker is started."""
+        if plan.host not in self.machines:
+            return LocalHost()
+        from smolrun.launch.remote import RemoteHost
+
+        ready = self._ready[plan.host]
+        return RemoteHost(self.machines[plan.host], ready.argv, ready.env, ready.cwd)
+
+    def addresses(self, rank: RankPlan) -> list[str]:
+        """Where the others reach a rank, as numbers, best first: as the cluster says, or as we do.
+
+        HostError where a name means nothing.
+        """
+        machine = self.machines.get(rank.host)
+        is_given = _host(self._config, rank.host).address is not None
+        if machine is None or is_given:
+            return resolve(rank.host, rank.addresses)
+        if machine.address is None:
+            raise HostError(
+                rank.host,
+                "it is reached through another host, so its address is not known here",
+                "set its `address:` in the cluster file, as the other hosts reach it",
+            )
+        return [machine.address]
+
+    def threads(self, rank: RankPlan) -> int:
+        """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
+        if rank.threads != "auto":
+            return rank.threads
+        machine = self.machines.get(rank.host)
+        return max(1, (machine.cores if machine else _own_cores()) // rank.local_world_size)
+
+    def prepared(self, host: str) -> Prepared | None:
+        """The prepared data, as it lies on a host."""
+        return self._ready[host].prepared if host in self._ready else self._prepared
+
+    def saving(self, host: str, saving: Saving | None) -> Saving | None:
+        """Where the ranks of a host write checkpoints, and find the one they go on from."""
+        if saving is None or host not in self._ready:
+            return saving
+        from smolrun.launch.delivery.run_folder import saving_on_host
+
+        return saving_on_host(saving, self._ready[host].run, self._ready[host].resume)
+
+    def fetcher(self, checkpoints: Path, saving: Saving | None) -> ShardFetcher | None:
+        """Who brings here what ranks elsewhere save; None if there are none, or nothing is."""
+        if saving is None or not self._ready:
+            return None
+        from smolrun.launch.delivery.shards import Origin, ShardFetcher
+
+        origins = {
+            rank.rank: Origin(self.machines[rank.host], f"{self._ready[rank.host].run}/checkpoints")
+            for rank in ranks(self._config)
+            if rank.host in self._ready
+        }
+        return ShardFetcher(origins, checkpoints, saving.token)
+
+    def versions(self) -> dict[str, dict[str, str | None]]:
+        """What each host that is not this one runs."""
+        return {name: ready.versions for name, ready in self._ready.items()}
+
+    def clear(self, run_id: str) -> list[str]:
+        """Remove what the run has on the hosts; a sentence for each where that failed."""
+        if not self._ready:
+            return []
+        from smolrun.launch.delivery.provision import clear_all
+
+        self._reach_again()
+        return clear_all(self.machines, run_id)
+
+    def _reach_again(self) -> None:
+        """A host that did no more than end our connection is to be left clean all the same."""
+        from smolrun.launch.machine import open_machine
+
+        for name, machine in self.machines.items():
+            if machine.connection.lost is None or machine.connection.is_silent:
+                continue
+            with contextlib.suppress(SmolrunError):
+                self.machines[name] = open_machine(
+                    machine.spec, ssh_config=self._config.cluster.ssh_config, timeout_s=_AGAIN_S
+                )
+                machine.close()  # a jump host on the way to it may still be there
+
+    def close(self) -> None:
+        """End all connections."""
+        for machine in self.machines.values():
+            machine.close()
+
+
+def open_fleet(config: RunConfig) -> Fleet:
+    """Connect to every host that is not this machine; HostError or HostErrors if one is not there.
+
+    Close it in the end."""
+    specs = host_specs(config)
+    if not specs:
+        return Fleet(config, {})
+    from smolrun.launch.machine import open_machines
+
+    cluster = config.cluster
+    machines = open_machines(
+        specs,
+        ssh_config=cluster.ssh_config,
+        timeout_s=cluster.connect_timeout_s,
+        cluster=cluster.name,
+    )
+    return Fleet(config, machines)
+
+
+def host_specs(config: RunConfig) -> list[HostSpec]:
+    """What the launcher must know of each host that is not this machine."""
+    cluster = config.cluster
+    if not any(host.ssh is not None for host in cluster.hosts or []):
+        return []
+    from smolrun.launch.machine import HostSpec
+
+    return [
+        HostSpec(
+            name=host.name,
+            ssh=host.ssh,
+            python=host.python or cluster.python,
+            workdir=host.workdir or cluster.workdir,
+            env=dict(host.env),
+            torch=cluster.torch if host.torch == "auto" else host.torch,
+        )
+        for host in cluster.hosts or []
+        if host.ssh is not None
+    ]
+
+
+def is_elsewhere(config: RunConfig) -> bool:
+    """Whether some rank is not on this machine."""
+    return any(host.ssh is not None for host in config.cluster.hosts or [])
+
+
+def _host(config: RunConfig, name: str) -> HostConfig:
+    hosts = {host.name: host for host in config.cluster.hosts or []}
+    return hosts.get(name) or HostConfig(name=name)
+
+
+def own_targets(config: RunConfig) -> list[str]:
+    """What the configuration names of the user's own code."""
+    groups = (config.model, config.data, config.algorithm)
+    return [group.target for group in groups if isinstance(group, CustomTarget)]
+
+
+def _own_cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

@@ -1,0 +1,245 @@
+"""driver=HOST: a host of the cluster drives the run, so that this machine may leave.
+
+    this machine                          HOST
+      | -- our code, over SSH ------------> |
+      | -- configuration over stdin ------> |  smolrun --start-driver: what detach=true does, there
+      | <-- what it says, its run folder -- |
+      outputs/<run_id>/remote.json          <workdir>/driver/<code>/outputs/<run_id>/
+
+From then on attach, stop and status ask it with the same few words as a run of this machine. The
+files are there; the small ones come here when the run has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import msgspec
+
+from smolrun.config import RunConfig, resolved
+from smolrun.errors import HostError
+from smolrun.launch.delivery.code_archive import code_archive
+from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
+from smolrun.launch.machine import HostSpec, Machine, open_machine
+from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED
+from smolrun.launch.shell import command
+from smolrun.tasks.detach import FOLDER, how_to_go_on
+from smolrun.tasks.fleet import host_specs, own_targets
+from smolrun.tasks.workers import OUTPUTS, become_latest
+from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_view import Request, View, decode
+
+_ANSWER_S = 30.0
+_AFTERWARDS = ("metrics.jsonl", "driver.log", "summary.json")  # the last: then all are here
+
+
+def drive(config: RunConfig) -> int:
+    """Start the driver on its host; returns once it has its run folder, or has failed."""
+    spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
+    with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:
+        machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
+        ready = _ready(config, machine, code_of)
+        code, folder = _start(machine, ready, _as_seen_there(config, machine), _say)
+        if folder is None:
+            clear_all(machines, code_of)
+            if code == EXIT_FAILED and _has_others(config):
+                _say(
+                    f"{spec.name} drives the run, so it has to reach the other hosts over SSH by "
+                    f"itself: `ssh {spec.ssh}`, and from there `ssh` to each of them, must work"
+                )
+            return code
+        run = _keep(config, spec, ready, folder, code_of)
+    print("\n".join(how_to_go_on(run.run_id)))
+    return EXIT_DONE
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _opened(spec: HostSpec, ssh_config: str | None, timeout_s: float) -> Iterator[Machine]:
+    machine = open_machine(spec, ssh_config=ssh_config, timeout_s=timeout_s)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
+def _ready(config: RunConfig, machine: Machine, code_of: str) -> Provisioned:
+    """Our code and the libraries are there, and stay there until `code_of` is cleared; HostError if
+    that cannot be."""
+    order = Order(
+        code_of,
+        config.cluster.name,
+        config.cluster.deploy,
+        code_archive(Path.cwd(), own_targets(config)),
+    )
+    ready = provision({machine.name: machine}, order)
+    for line in ready.warnings:
+        _say(f"warning: {line}")
+    return ready.hosts[machine.name]
+
+
+def _has_others(config: RunConfig) -> bool:
+    return any(host.name != config.driver for host in config.cluster.hosts or [])
+
+
+def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
+    """The configuration for a driver on that host: it is "this machine", and has SSH settings of
+    its own."""
+    plain = resolved(config)
+    cluster = plain["cluster"]
+    cluster["ssh_config"] = None
+    for host in cluster["hosts"]:
+        if host["name"] == machine.name:
+            host["address"] = host["address"] or machine.address or host["ssh"].rpartition("@")[2]
+            host["ssh"] = None
+    return {**plain, "detach": False, "driver": None}
+
+
+def _start(
+    machine: Machine, ready: Provisioned, config: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[int, str | None]:
+    """As `detach.start`, on the machine."""
+    # One folder for each state of the code: its outputs, and the user's modules beside them. With
+    # deploy=none the host has its own, and there is nothing beside the outputs.
+    has_own = ready.cwd != machine.home
+    name = PurePosixPath(ready.cwd).parent.name if has_own else "none"
+    order = {
+        "config": config,
+        "own": ready.cwd if has_own else None,
+        "folder": f"{machine.workdir}/driver/{name}",
+    }
+    argv = [ready.argv[0], "-P", "-m", "smolrun.cli", "--start-driver"]
+    env = {**machine.spec.env, **ready.env}
+    process = machine.connection.start(command(machine.shell, argv, env=env, cwd=ready.cwd))
+    folder, rest = None, b""
+    try:
+        process.write(msgspec.json.encode(order))
+        process.close_input()
+        while data := process.read_out():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                text = line.decode("utf-8", "replace").rstrip("\r")
+                if text.startswith(FOLDER):
+                    folder = text.removeprefix(FOLDER)
+                else:
+                    say(f"{machine.name}: {text}")
+        code = process.wait()
+        if code is None and folder is None:
+            raise HostError(machine.name, "the connection ended before the driver had begun")
+        return code or (EXIT_DONE if folder else EXIT_FAILED), folder
+    finally:
+        process.close()
+
+
+def _keep(
+    config: RunConfig, spec: HostSpec, ready: Provisioned, folder: str, code_of: str
+) -> RunFolder:
+    """A folder here under the run's name, which says where it really is."""
+    is_windows = "\\" in folder
+    run = RunFolder(
+        OUTPUTS / (PureWindowsPath(folder) if is_windows else PurePosixPath(folder)).name
+    )
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    run.write_remote(
+        {
+            "host": dataclasses.asdict(spec),
+            "ssh_config": config.cluster.ssh_config,
+            "timeout_s": config.cluster.connect_timeout_s,
+            "folder": folder,
+            "python": ready.argv[0],
+            "env": ready.env,
+            "code_of": code_of,
+        }
+    )
+    become_latest(run, _say)
+    return run
+
+
+class _Remote(msgspec.Struct):
+    """What remote.json holds."""
+
+    host: HostSpec
+    ssh_config: str | None
+    timeout_s: float
+    folder: str
+    python: str
+    env: dict[str, str]
+    code_of: str
+
+
+@contextmanager
+def asking(folder: RunFolder) -> Iterator[Callable[[Request], View]]:
+    """Ask the machine that drives a run. HostError when it does not answer; the next question then
+    connects anew."""
+    try:
+        remote = msgspec.convert(folder.remote(), _Remote)
+    except msgspec.ValidationError as error:
+        raise HostError(folder.run_id, f"its remote.json makes no sense: {error}") from None
+    question = Question(folder, remote)
+    try:
+        yield question.ask
+    finally:
+        question.close()
+
+
+class Question:
+    """Asks about one run, over a connection that is opened when it is needed."""
+
+    def __init__(self, folder: RunFolder, remote: _Remote) -> None:
+        self._folder = folder
+        self._remote = remote
+        self._machine: Machine | None = None
+
+    def ask(self, request: Request) -> View:
+        """How the run is; when it has ended, its small files are brought here."""
+        remote = self._remote
+        try:
+            if self._machine is None:
+                self._machine = open_machine(
+                    remote.host, ssh_config=remote.ssh_config, timeout_s=remote.timeout_s
+                )
+            done = self._machine.run(
+                [remote.python, "-P", "-m", "smolrun.tracking.run_view"],
+                {**remote.host.env, **remote.env},
+                msgspec.json.encode(msgspec.structs.replace(request, folder=remote.folder)),
+                _ANSWER_S,
+            )
+            view = decode(done.out.decode("utf-8", "replace"))
+            if view is None:
+                told = done.err.decode("utf-8", "replace").strip().splitlines()
+                reason = told[-1] if told else f"exit code {done.code}"
+                what = f"it cannot say how {self._folder.run_id} is: {reason}"
+                raise HostError(remote.host.name, what)
+            if view.has_ended:
+                self._bring_back(self._machine, view)
+        except HostError:
+            self.close()
+            raise
+        return view
+
+    def _bring_back(self, machine: Machine, view: View) -> None:
+        """So that the run can be looked at here, also when that machine is off; its code there is
+        needed no longer."""
+        if not view.summary or self._folder.summary():
+            return
+        clear_all({machine.name: machine}, self._remote.code_of)
+        for name in _AFTERWARDS:
+            with contextlib.suppress(OSError, HostError):  # of no worth against an answer
+                machine.get(f"{self._remote.folder}/{name}", self._folder.path / name)
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._machine is not None:
+            self._machine.close()
+            self._machine = None

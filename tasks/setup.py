@@ -1,0 +1,215 @@
+"""task=setup: makes the hosts of a cluster ready: your SSH key, Python, and what a run needs.
+
+All that will be done on a host is said before it is done. Nothing needs root there; what changes is
+~/.ssh/authorized_keys, the workdir, and the folders where uv and pip keep Pythons and downloads. A
+second run finds that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from smolrun.config import RunConfig
+from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
+from smolrun.launch.at_once import on_all
+from smolrun.launch.blank_host import Blank
+from smolrun.launch.environment import PYTHON, env_python, environment_name, own_dependencies
+from smolrun.launch.environment_maker import Maker, planned
+from smolrun.launch.machine import HostSpec, Machine, open_machine
+from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.launch.setup_plan import Plan
+from smolrun.launch.user_key import install, make_key, public_key, read_key
+from smolrun.tasks.fleet import host_specs
+from smolrun.tasks.workers import OUTPUTS
+
+_REFUSED = "does not let"  # how the launcher says that no key was accepted
+_CHECK_S = 60.0
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+AskPassword = Callable[[str], str]
+
+
+def drive(config: RunConfig) -> int:
+    """Exit code 0 if every host is ready, 3 if one is not, 130 where you stopped it."""
+    specs = host_specs(config)
+    if not specs:
+        raise ConfigError(
+            f"no host of cluster={config.cluster.name} has an `ssh:`; this machine is ready"
+        )
+    try:
+        return Setup(config, specs).run()
+    except (EOFError, KeyboardInterrupt):
+        print("\nstopped; what is complete is kept, and the same command goes on")
+        return EXIT_STOPPED
+
+
+class Setup:
+    """The hosts of one cluster on their way to being ready."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        specs: Sequence[HostSpec],
+        *,
+        requirements: Sequence[str] | None = None,
+        ask_password: AskPassword | None = None,
+    ) -> None:
+        """`requirements` are ours unless a test has smaller ones. `ask_password` None: where there
+        is nobody to ask."""
+        self._config = config
+        self._specs = {spec.name: spec for spec in specs}
+        self._requirements = list(own_dependencies() if requirements is None else requirements)
+        if ask_password is None and sys.stdin.isatty():
+            ask_password = lambda who: getpass.getpass(f"password of {who}: ")  # noqa: E731
+        self._ask = ask_password
+        self._machines: dict[str, Machine] = {}
+        self._failed: dict[str, SmolrunError] = {}
+
+    def run(self) -> int:
+        """All of it; returns the exit code."""
+        try:
+            self._connect()
+            plans = self._plan()
+            self._tell(plans)
+            self._make(plans)
+        finally:
+            for machine in self._machines.values():
+                machine.close()
+        for error in self._failed.values():
+            print(f"smolrun: {error}", file=sys.stderr)
+        if self._failed:
+            return EXIT_FAILED
+        print(f"ready; next: smolrun task=doctor cluster={self._config.cluster.name}")
+        return EXIT_DONE
+
+    # -- keys ----
+
+    def _connect(self) -> None:
+        print(f"connecting to {', '.join(self._specs)}...")
+        self._each(list(self._specs), self._open, "open")
+        locked = [
+            name
+            for name, error in self._failed.items()
+            if isinstance(error, HostError) and _REFUSED in error.what
+        ]
+        for name in locked:
+            error = self._failed.pop(name)
+            try:
+                self._bring_key(name, error)
+                self._open(name)
+            except (HostError, OSError) as more:
+                told = more if isinstance(more, HostError) else HostError(name, str(more))
+                self._failed[name] = told
+
+    def _open(self, name: str, ask: AskPassword | None = None) -> None:
+        cluster = self._config.cluster
+        self._machines[name] = open_machine(
+            self._specs[name],
+            ssh_config=cluster.ssh_config,
+            timeout_s=cluster.connect_timeout_s,
+            cluster=cluster.name,
+            needs_python=False,
+            ask_password=ask,
+        )
+
+    def _bring_key(self, name: str, error: SmolrunError) -> None:
+        """Ask for the password once, and have our key accepted from then on."""
+        key, target = public_key(self._identities(name)), self._specs[name].ssh
+        if self._ask is None:
+            file = key or "~/.ssh/id_ed25519.pub"
+            todo = f"nobody is here to type a password; by hand: ssh-copy-id -i {file} {target}"
+            raise HostError(name, getattr(error, "what", str(error)), todo)
+        if key is None:
+            if input("you have no SSH key; make ~/.ssh/id_ed25519 now? [y/N] ").strip() != "y":
+                raise HostError(name, "there is no SSH key to install", "ssh-keygen -t ed25519")
+            key = make_key()
+        line = read_key(key)
+        print(f"{name}: your key {key} will be added to ~/.ssh/authorized_keys of {target}")
+        # Asked here and not in the middle of the login, which has a deadline.
+        password = self._ask(target)
+        self._open(name, lambda _: password)
+        machine = self._machines.pop(name)
+        try:
+            if install(machine, line):
+                print(f"{name}: the key is added")
+        finally:
+            machine.close()
+
+    def _identities(self, name: str) -> list[Path]:
+        from smolrun.launch.ssh.settings import identities
+
+        return identities(name, self._specs[name].ssh, self._config.cluster.ssh_config)
+
+    # -- environments ----
+
+    def _plan(self) -> dict[str, tuple[Blank, Plan | None]]:
+        found: dict[str, tuple[Blank, Plan | None]] = {}
+
+        def look(name: str) -> None:
+            machine, spec = self._machines[name], self._specs[name]
+            if spec.python is not None:
+                self._check_given(machine, spec.python)
+                return
+            label = environment_name(self._requirements, PYTHON, spec.torch)
+            python = env_python(machine.workdir, label, machine.os)
+            found[name] = planned(
+                machine,
+                python.rpartition("/bin/")[0],
+                torch=spec.torch,
+                requirements=self._requirements,
+            )
+
+        self._each(list(self._machines), look, "look")
+        return {name: found[name] for name in self._specs if name in found}
+
+    def _check_given(self, machine: Machine, python: str) -> None:
+        """The user chose this Python: nothing is installed, what it lacks is told."""
+        names = [match[0] for line in self._requirements if (match := _NAME.match(line))]
+        request = {"pythons": [python], "path": "", "libraries": names, "timeout_s": _CHECK_S}
+        told = machine.call("versions", request, _CHECK_S + 30.0)
+        if told.get("python") is None or "problem" in told:
+            why = told.get("problem", "is not there")
+            raise HostError(machine.name, f"python: {python} {why}", "correct it, or leave it out")
+        missing = [name for name in names if told["versions"].get(name) is None]
+        if missing:
+            todo = f"there: {python} -m pip install {' '.join(missing)}"
+            raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", todo)
+        print(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
+
+    def _tell(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
+        for name, (_, plan) in plans.items():
+            if plan is None:
+                print(f"{name}: nothing to do")
+                continue
+            print(f"{name}: this will be done:")
+            for number, line in enumerate(plan.lines(), start=1):
+                print(f"  {number}. {line}")
+
+    def _make(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
+        def make(name: str) -> None:
+            found, plan = plans[name]
+            if plan is not None:
+                log = OUTPUTS / "setup" / f"{name}.log"
+                Maker(self._machines[name], found, plan, log, _say).make()
+                print(f"{name}: ready")
+
+        self._each([name for name in plans if name not in self._failed], make, "setup")
+
+    def _each(self, names: Sequence[str], act: Callable[[str], None], what: str) -> None:
+        """On all at once; who fails is left out of what comes next."""
+
+        def guarded(name: str) -> None:
+            try:
+                act(name)
+            except (HostError, HostErrors) as error:
+                self._failed[name] = error
+
+        on_all({name: name for name in names}, guarded, what)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

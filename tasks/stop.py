@@ -1,0 +1,79 @@
+"""task=stop: ask a run's driver to stop, and wait until it has.
+
+The first time, it stops at the next agreed step, saved; asked again, at once. The wish is a file in
+the run's folder that its driver looks at, so it works on every system and from every machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from smolrun.config import RunConfig
+from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.tasks import ending_lines
+from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened
+from smolrun.tracking.run_view import Request, View
+
+# A run may take this long beyond what its ranks have, to write its last words and tell W&B.
+_BEYOND_S = 60.0
+_TELL_EVERY_S = 10.0
+
+
+def drive(config: RunConfig) -> int:
+    """Returns 0 once the run has ended, however it did."""
+    with opened(find_run(config.run)) as run:
+        view = run.ask(Request(""))
+        if not view.has_ended:
+            try:
+                view = _stopped(run, run.ask(Request("", stop=True)))
+            except OSError as error:
+                print(f"smolrun: {run.folder.run_id} cannot be asked: {error}", file=sys.stderr)
+                return EXIT_FAILED
+            except KeyboardInterrupt:
+                print("it was asked to stop at once; this command waits no longer")
+                return EXIT_STOPPED
+        elif view.state != "died":
+            print(f"{run.folder.run_id} has ended already")
+        if not view.has_ended:
+            name = run.folder.run_id
+            print(f"smolrun: {name} has not stopped yet; to stop it at once: "
+                  f"smolrun task=stop run={name}", file=sys.stderr)  # fmt: skip
+            return EXIT_FAILED
+        print("\n".join(ending_lines.lines(run.folder, view)))
+        return EXIT_DONE
+
+
+def _stopped(run: OpenRun, view: View) -> View:
+    """The run after its end, or, if that takes too long, as it is; KeyboardInterrupt at the second
+    Ctrl-C, as the first asks the run to stop at once."""
+    _tell(run, view)
+    has_hurried = False
+    began = time.monotonic()
+    give_up, tell_at = began + _patience_s(run), began + _TELL_EVERY_S
+    while not view.has_ended and time.monotonic() < give_up:
+        try:
+            time.sleep(run.every_s)
+            view = run.ask(Request(""))
+        except KeyboardInterrupt:
+            if has_hurried:
+                raise
+            has_hurried = True
+            if view.asked < 2:
+                view = run.ask(Request("", stop=True))
+            _tell(run, view)
+        if time.monotonic() >= tell_at and not view.has_ended:
+            tell_at += _TELL_EVERY_S
+            print(f"waiting for {run.folder.run_id}: {time.monotonic() - began:.0f} s", flush=True)
+    return view
+
+
+def _tell(run: OpenRun, view: View) -> None:
+    how = "at once" if view.asked > 1 else "at the next agreed step, and to save; Ctrl-C: at once"
+    print(f"{run.folder.run_id} is asked to stop {how}", flush=True)
+
+
+def _patience_s(run: OpenRun) -> float:
+    """As long as the driver itself waits for its ranks, and for its own last words."""
+    config = config_of(run.folder)
+    return max(120.0, 2 * config.mesh.timeout_s if config is not None else 0.0) + _BEYOND_S

@@ -1,0 +1,78 @@
+"""Rules about the machines of a run: what is refused before any of them is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.config import resolved, validate
+from tests.config.test_validate import changed, problems
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, Any]:
+    return resolved(compose([]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "what"),
+    [
+        (
+            {"cluster__hosts": [{"name": "a", "ssh": "a"}, {"name": "b"}]},
+            "cluster.hosts[1].address = null",
+            "b is this machine",
+        ),
+        (
+            {"cluster__hosts": [{"name": n, "ssh": "a.local", "address": n} for n in "ab"]},
+            "cluster.hosts = a.local",
+            "2 hosts have this ssh (a, b)",
+        ),
+        (
+            {"cluster__hosts": [{"name": n, "ssh": n, "address": "10.0.0.1"} for n in "ab"]},
+            "cluster.hosts = 10.0.0.1",
+            "2 hosts have this address (a, b)",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "ssh": "-oProxyCommand=x"}]},
+            "cluster.hosts[0].ssh = -oProxyCommand=x",
+            "begins with a dash",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "env": {"A B": "1"}}]},
+            "cluster.hosts[0].env.A B = 1",
+            "cannot be set",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "ranks": 3}], "cluster__ports": "40000-40001"},
+            "cluster.ports = 40000-40001",
+            "at least 3 of the ports",
+        ),
+        ({"driver": "pi"}, "driver = pi", "no host of cluster=local"),
+        (
+            {"cluster__restart": {"max": 1, "wait_s": 1.0, "min_hosts": 2}},
+            "cluster.restart.min_hosts = 2",
+            "1 to 1",
+        ),
+        (
+            {
+                "cluster__hosts": [{"name": "a", "ssh": "a"}],
+                "mesh__security": "loopback_plain",
+            },
+            "mesh.security = loopback_plain",
+            "without encryption",
+        ),
+    ],
+)
+def test_what_is_refused(shipped: dict[str, Any], changes: dict[str, Any], key: str, what: str):
+    (line,) = problems(shipped, **changes)
+    assert line.startswith(f"{key}: ")
+    assert what in line
+
+
+def test_insecure_links_between_hosts_are_a_choice(shipped: dict[str, Any]):
+    hosts = [{"name": "a", "ssh": "a"}]
+    for security in ("insecure", "tls", "auto"):
+        data = changed(shipped, cluster__hosts=hosts, mesh__security=security)
+        assert validate(data).mesh.security == security

@@ -1,0 +1,33 @@
+"""Machines of the lab as the launcher opens them, with a short deadline and the lab's own files."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from smolrun.errors import HostError
+from smolrun.launch.machine import HostSpec, Machine, open_machine
+from tests.hosts.host import Host
+from tests.hosts.lab import Lab
+
+TIMEOUT_S = 3.0
+
+
+def spec(host: Host, **changes: object) -> HostSpec:
+    keys: dict = {"name": host.name, "ssh": host.ssh, "python": host.python}
+    return HostSpec(**keys | {"workdir": str(host.workdir)} | changes)
+
+
+def opened(the_lab: Lab, host: Host, **changes: object) -> Machine:
+    return open_machine(
+        spec(host, **changes), ssh_config=str(the_lab.ssh_config), timeout_s=TIMEOUT_S
+    )
+
+
+def refused(the_lab: Lab, host: Host, **changes: object) -> tuple[str, float]:
+    """The sentence with which a host cannot be used, and the seconds it took."""
+    began = time.monotonic()
+    with pytest.raises(HostError) as caught:
+        opened(the_lab, host, **changes)
+    return str(caught.value), time.monotonic() - began

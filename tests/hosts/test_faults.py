@@ -1,0 +1,181 @@
+"""A worker of a run that lives dies, freezes or fails, or its SSH connection ends."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.faults import (
+    FAST,
+    FAST_S,
+    LONG,
+    NORMAL_S,
+    TIDY_S,
+    assert_blamed,
+    assert_checkpoint_is_whole,
+    assert_gone,
+    end_after,
+    folders,
+)
+from tests.hosts.lab import Lab
+from tests.hosts.runs import Driver, finish, is_clean, workers
+from tests.waiting import until
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(180)]
+
+# A model of the user's own that breaks on one host only.
+OWN_MODEL = """
+import socket
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(28 * 28, 10)
+        self.calls = 0
+
+    def forward(self, pictures):
+        self.calls += 1
+        if socket.gethostname() == "lab2" and self.calls > 60:
+            {breaks}
+        return self.layer(pictures.flatten(1))
+
+def build(spec):
+    return Net()
+"""
+
+
+@pytest.fixture
+def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
+    the_driver = Driver(lab3, tmp_path)
+    yield the_driver
+    for host in lab3.hosts:
+        host.thaw()
+        host.heal()
+    the_driver.end()
+
+
+def test_a_worker_that_is_killed(driver: Driver) -> None:
+    host = driver.lab.hosts[1]
+    end = end_after(driver, lambda: host.kill(*workers(host)))
+    assert_blamed(driver, end, host)
+    assert "died from signal 9 (killed) at step" in end.sentence
+    assert end.seen_s < 1.0  # goal R1
+    assert end.seconds < 1.0 + TIDY_S
+    assert is_clean(driver.lab.hosts)
+    assert_checkpoint_is_whole(driver)
+
+
+def test_an_ssh_connection_that_ends_while_the_mesh_lives(driver: Driver) -> None:
+    host = driver.lab.hosts[2]
+    end = end_after(driver, host.end_sessions)
+    assert_blamed(driver, end, host)
+    assert "is out of reach at step" in end.sentence
+    assert "the SSH connection was lost (the other side ended it)" in end.sentence
+    assert end.seconds < 1.0 + TIDY_S
+    assert_gone(driver.lab.hosts)
+    assert folders(driver.lab.hosts) == []  # the host still lets us in
+    assert_checkpoint_is_whole(driver)
+
+
+@pytest.mark.soak
+def test_an_ssh_server_that_is_gone_while_the_mesh_lives(driver: Driver) -> None:
+    host = driver.lab.hosts[2]
+    end = end_after(driver, lambda: host.stop_sshd(sessions=True))
+    host.start_sshd()
+    assert_blamed(driver, end, host)
+    assert "the SSH connection was lost (the other side ended it)" in end.sentence
+    assert end.seconds < 1.0 + TIDY_S
+    assert_gone(driver.lab.hosts)
+    (left,) = folders(driver.lab.hosts)
+    assert left == host.name
+    assert "lab3: the SSH connection was lost" in end.out and "it can be deleted" in end.out
+    assert_checkpoint_is_whole(driver)
+
+
+def test_a_worker_that_stands_still(driver: Driver) -> None:
+    host = driver.lab.hosts[1]
+    end = end_after(driver, host.freeze)
+    assert_blamed(driver, end, host)
+    assert "stopped answering at step" in end.sentence and "silent for 3." in end.sentence
+    assert 2.5 < end.seen_s < FAST_S  # goal R2
+    assert end.seconds < FAST_S + TIDY_S
+    assert is_clean(driver.lab.hosts)  # it was killed without being thawed
+    assert_checkpoint_is_whole(driver)
+
+
+@pytest.mark.soak
+def test_a_worker_that_stands_still_with_the_defaults(driver: Driver) -> None:
+    host = driver.lab.hosts[0]
+    end = end_after(driver, host.freeze, LONG)
+    assert_blamed(driver, end, host)
+    assert end.seen_s < NORMAL_S  # goal R2
+    assert end.seconds < NORMAL_S + TIDY_S
+    assert is_clean(driver.lab.hosts)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        ('raise RuntimeError("not on Sundays")', "failed at step {}: RuntimeError: not on Sundays"),
+        pytest.param("torch.empty(10**15)", "ran out of memory at step {}", marks=pytest.mark.soak),
+    ],
+)
+def test_a_worker_whose_code_breaks(driver: Driver, breaks: str, words: str) -> None:
+    (driver.folder / "my_net.py").write_text(OWN_MODEL.format(breaks=breaks))
+    own = ["model.target=my_net:build", "training.micro_batch_size=1"]
+    keep = [override for override in FAST if override != "model=mlp"]
+    code, out, err = driver.run(*keep, *own)
+    assert code == 3, out + err
+    reason = driver.summary["reason"]
+    assert reason.startswith("rank 1 on lab2 " + words.split("{}")[0])
+    assert words.split("{}")[1] in reason
+    assert (driver.summary["failed_rank"], driver.summary["failed_host"]) == (1, "lab2")
+    assert is_clean(driver.lab.hosts)
+
+
+def linking(driver: Driver) -> subprocess.Popen[str]:
+    """A run of which two hosts cannot find each other, so that its mesh is never there."""
+    first, second, _ = driver.lab.hosts
+    first.cut_from(second)
+    run = driver.start(*LONG)
+    until(lambda: all(_has_linked_up(driver, name) for name in ("rank0-lab1", "rank2-lab3")), 60)
+    return run
+
+
+def _has_linked_up(driver: Driver, name: str) -> bool:
+    """Whether that rank has got as far as the mesh."""
+    try:
+        text = (driver.latest / "logs" / f"{name}.log").read_text()
+    except OSError:
+        return False
+    return "links up" in text
+
+
+def test_ctrl_c_while_ranks_link_up(driver: Driver) -> None:
+    run = linking(driver)
+    run.send_signal(2)
+    began = time.monotonic()
+    code, out, err = finish(run, 30)
+    assert code == 130, out + err
+    assert time.monotonic() - began < TIDY_S
+    assert "stopped by the user before training began" in out
+    assert is_clean(driver.lab.hosts)
+
+
+def test_a_rank_that_dies_while_others_link_up(driver: Driver) -> None:
+    run = linking(driver)
+    host = driver.lab.hosts[2]
+    host.kill(*workers(host))
+    began = time.monotonic()
+    code, out, err = finish(run, 30)
+    assert code == 3, out + err
+    assert time.monotonic() - began < 2.0 + TIDY_S
+    assert driver.summary["reason"].startswith("rank 2 on lab3 died from signal 9 (killed) before")
+    assert driver.summary["failed_host"] == "lab3"
+    assert is_clean(driver.lab.hosts)

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from smolrun.errors import HostError
+from smolrun.launch.ssh import connect, scan
+from tests import waiting
+from tests.launch.ssh.server import Server, make_key, ssh_server
+
+
+def refused(server: Server, target: str = "box", timeout_s: float = 10.0, **options) -> str:
+    """The sentence with which it is not connected; no thread of the attempt stays."""
+    with pytest.raises(HostError) as caught:
+        connect("box", target, ssh_config=str(server.config), timeout_s=timeout_s,
+                cluster="home", **options)  # fmt: skip
+    waiting.until(lambda: not [name for name in thread_names() if name.startswith("smolrun-ssh")])
+    return str(caught.value)
+
+
+def thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_a_known_host(server: Server):
+    connection = connect("box", "box", ssh_config=str(server.config))
+    assert connection.run("echo hello").out == b"hello\n"
+    assert connection.address == "127.0.0.1"
+    assert connection.lost is None
+    connection.close()
+    assert connection.lost is None
+
+
+def test_user_and_port_of_the_target_come_first(server: Server):
+    server.configure("Port 1", "User nobody", host="other")
+    me = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
+    connection = connect("x", f"{me}@127.0.0.1:{server.port}", ssh_config=str(server.config))
+    connection.close()
+
+
+# --- host keys ------------------------------------------------------------------------------------
+
+
+def fingerprint(key: Path) -> str:
+    return subprocess.run(
+        ["ssh-keygen", "-lf", key], capture_output=True, text=True, check=True
+    ).stdout.split()[1]
+
+
+def test_an_unknown_key(server: Server):
+    server.known_hosts.write_text("")
+    sentence = refused(server)
+    assert sentence.startswith(f"box: the SSH key of 127.0.0.1 port {server.port} is not known yet")
+    assert fingerprint(server.host_key) in sentence
+    assert "smolrun task=trust cluster=home" in sentence
+    assert server.known_hosts.read_text() == ""
+
+
+def test_a_changed_key(server: Server, tmp_path: Path):
+    other = make_key(tmp_path / "other")
+    server.know(Path(f"{other}.pub"))
+    before = server.known_hosts.read_text()
+    sentence = refused(server)
+    assert "CHANGED" in sentence
+    assert fingerprint(other) in sentence
+    assert fingerprint(server.host_key) in sentence
+    assert "another machine answers at its address" in sentence
+    assert "task=trust" in sentence
+    assert server.known_hosts.read_text() == before
+
+
+def test_another_type_than_the_known_one_is_a_change(server: Server, tmp_path: Path):
+    server.know(Path(f"{make_key(tmp_path / 'other', 'rsa')}.pub"))
+    assert "CHANGED" in refused(server)
+
+
+def test_one_of_several_known_keys_is_enough(server: Server, tmp_path: Path):
+    other = Path(f"{make_key(tmp_path / 'other')}.pub").read_text().split()
+    lines = f"{server.entry} {other[0]} {other[1]}\n" + server.known_hosts.read_text()
+    server.known_hosts.write_text(lines)
+    connect("box", "box", ssh_config=str(server.config)).close()
+
+
+def test_a_revoked_key(server: Server):
+    kind, data = Path(f"{server.host_key}.pub").read_text().split()[:2]
+    server.known_hosts.write_text(f"{server.entry} {kind} {data}\n@revoked * {kind} {data}\n")
+    assert "@revoked" in refused(server)
+
+
+def test_a_key_by_the_name_of_its_alias(server: Server):
+    server.configure("HostKeyAlias thebox")
+    server.known_hosts.write_text(server.known_hosts.read_text().replace(server.entry, "thebox"))
+    connect("box", "box", ssh_config=str(server.config)).close()
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+def test_a_server_with_several_keys_shows_the_one_we_know(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    second = make_key(tmp_path / "second", kind)
+    with ssh_server(tmp_path, f"HostKey {second}") as server:
+        server.know(Path(f"{second}.pub"))
+        connect("box", "box", ssh_config=str(server.config)).close()
+        (found,) = scan("box", "box", ssh_config=str(server.config))
+        assert found.state == "known"
+
+
+def test_a_look_at_the_key_does_not_log_in(server: Server):
+    server.authorize()
+    (found,) = scan("box", "box", ssh_config=str(server.config))
+    assert found.state == "known"
+    server.known_hosts.write_text("")
+    (found,) = scan("box", "box", ssh_config=str(server.config))
+    assert (found.state, found.settings.entry) == ("new", server.entry)
+    assert found.key is not None
+    assert found.key.fingerprint == fingerprint(server.host_key)
+
+
+def test_a_look_at_what_is_not_there(server: Server):
+    (found,) = scan("box", "127.0.0.1:1", ssh_config=str(server.config))
+    assert (found.state, found.key) == ("unreachable", None)
+    assert "refuses the connection" in found.why
+
+
+# --- who does not answer as an SSH server should --------------------------------------------------
+
+
+@contextlib.contextmanager
+def listener(answer: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A TCP server that does `answer` with each connection, and keeps it open until the end."""
+    kept = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    kept.append(server.accept()[0])
+                    answer(kept[-1])
+
+        threading.Thread(target=serve, name="listener", daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+
+
+def took(act: Callable[[], str]) -> tuple[str, float]:
+    began = time.monotonic()
+    return act(), time.monotonic() - began
+
+
+def test_a_port_where_nobody_listens(server: Server):
+    sentence, seconds = took(lambda: refused(server, "127.0.0.1:1"))
+    assert "box: 127.0.0.1 port 1 refuses the connection; does an SSH server run there" in sentence
+    assert seconds < 2
+
+
+def test_a_name_that_nobody_has(server: Server):
+    sentence, _ = took(lambda: refused(server, "nobody.invalid"))
+    assert "no address is found for nobody.invalid" in sentence
+
+
+def test_a_banner_that_never_comes(server: Server):
+    with listener(lambda connection: None) as port:
+        sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
+    assert "takes the connection, but no SSH server greets us within 1 s" in sentence
+    assert 0.9 < seconds < 2
+
+
+def test_a_server_that_speaks_something_else(server: Server):
+    with listener(lambda connection: connection.sendall(b"HTTP/1.1 400 No\r\n\r\n")) as port:
+        sentence, _ = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=3))
+    assert "no SSH server" in sentence
+
+
+def test_a_server_that_hangs_up(server: Server):
+    with listener(lambda connection: connection.close()) as port:
+        sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}"))
+    assert "no SSH server speaks there" in sentence
+    assert seconds < 2
+
+
+def test_a_server_that_falls_silent_after_its_banner(server: Server):
+    with listener(lambda connection: connection.sendall(b"SSH-2.0-Slow\r\n")) as port:
+        sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
+    assert "does not agree on keys with us within 1 s" in sentence
+    assert seconds < 2
+
+
+def test_a_server_from_another_age(server: Server):
+    with listener(lambda connection: connection.sendall(b"SSH-1.5-Old\r\n")) as port:
+        assert "too old or too new" in refused(server, f"127.0.0.1:{port}")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_frozen_server(server: Server):
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        sentence, seconds = took(lambda: refused(server, timeout_s=1))
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    assert "no SSH server greets us within 1 s" in sentence
+    assert seconds < 2
+
+
+def test_ctrl_c_while_connecting(server: Server):
+    """In a process of its own, as Ctrl-C goes to the main thread of one."""
+    with listener(lambda connection: None) as port:
+        code = (
+            "from smolrun.launch.ssh import connect\n"
+            "print('begun', flush=True)\n"
+            "try:\n"
+            f"    file = {str(server.config)!r}\n"
+            f"    connect('box', '127.0.0.1:{port}', ssh_config=file, timeout_s=50)\n"
+            "except KeyboardInterrupt:\n"
+            "    print('stopped')\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        waiting.until(lambda: _is_connected_to(process.pid, port))
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=5)[0] == b"stopped\n"
+
+
+def _is_connected_to(pid: int, port: int) -> bool:
+    import psutil
+
+    return any(
+        one.raddr and one.raddr.port == port for one in psutil.Process(pid).net_connections("tcp")
+    )
+
+
+# --- ways around ----------------------------------------------------------------------------------
+
+
+def two_hosts(server: Server, *lines: str) -> None:
+    server.configure(*lines, first="")
+    server.config.write_text(
+        f"Host gate\n  HostName 127.0.0.1\n  Port {server.port}\n" + server.config.read_text()
+    )
+
+
+def test_through_a_jump_host(server: Server):
+    two_hosts(server, "ProxyJump gate")
+    connection = connect("box", "box", ssh_config=str(server.config))
+    assert connection.run("echo hello").out == b"hello\n"
+    assert connection.address is None
+    connection.close()
+
+
+def test_several_jumps_are_taken_in_their_order(server: Server):
+    server.config.write_text(
+        "Host first\n  HostName 127.0.0.1\n"
+        "Host second\n  HostName localhost\n"
+        "Host box\n  HostName 127.0.0.1\n  ProxyJump first,second\n"
+        f"Host *\n  Port {server.port}\n  IdentityFile {server.user_key}\n"
+        f"  UserKnownHostsFile {server.known_hosts}\n  GlobalKnownHostsFile none\n"
+    )
+    found = scan("box", "box", ssh_config=str(server.config))
+    # localhost is not in known_hosts, so nothing behind it can be looked at.
+    assert [(one.name, one.state) for one in found] == [
+        ("127.0.0.1 (jump host)", "known"),
+        ("localhost (jump host)", "new"),
+    ]
+
+
+def test_a_jump_host_that_is_not_known(server: Server):
+    two_hosts(server, "ProxyJump gate", "HostKeyAlias box")
+    server.known_hosts.write_text("")
+    assert "box: on the way to it, the SSH key of 127.0.0.1" in refused(server)
+
+
+def test_a_jump_host_that_cannot_go_on(server: Server):
+    two_hosts(server, "ProxyJump gate")
+    server.config.write_text(server.config.read_text().replace(f"Port {server.port}", "Port 1", 2)
+                             .replace("Port 1", f"Port {server.port}", 1))  # fmt: skip
+    assert "the jump host cannot reach 127.0.0.1 port 1" in refused(server)
+
+
+def test_a_wildcard_jump_does_not_jump_to_itself(server: Server):
+    two_hosts(server)
+    server.config.write_text("Host *\n  ProxyJump gate\n" + server.config.read_text())
+    connect("box", "box", ssh_config=str(server.config)).close()
+
+
+def test_no_jump_by_the_word_none(server: Server):
+    server.configure("ProxyJump none", "ProxyCommand none")
+    connect("box", "box", ssh_config=str(server.config)).close()
+
+
+RELAY = """
+import os, socket, sys, threading
+there = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+def back():
+    while data := there.recv(65536):
+        os.write(1, data)
+    os._exit(0)
+threading.Thread(target=back).start()
+while data := os.read(0, 65536):
+    there.sendall(data)
+os._exit(0)
+"""
+
+
+def test_through_a_proxy_command(server: Server, tmp_path: Path):
+    (tmp_path / "relay.py").write_text(RELAY)
+    server.configure(f"ProxyCommand {sys.executable} {tmp_path}/relay.py %p")
+    connection = connect("box", "box", ssh_config=str(server.config))
+    assert len(connection.run("cat", data=b"x" * 300_000).out) == 300_000
+    assert connection.address is None
+    connection.close()
+
+
+def test_a_proxy_command_that_fails(server: Server):
+    server.configure("ProxyCommand /no/such/program %h")
+    sentence = refused(server)
+    assert "its ProxyCommand brings us no SSH server (No such file or directory)" in sentence
+    assert sentence.endswith("try it by hand: /no/such/program 127.0.0.1")
+    (server.folder / "fails.sh").write_text("echo no way >&2; exit 7")
+    server.configure(f"ProxyCommand sh {server.folder}/fails.sh")
+    sentence, seconds = took(lambda: refused(server))
+    assert "it ended with exit code 7: no way" in sentence
+    assert seconds < 8  # of 10
+    # It ends later, and something it left running holds its pipe open.
+    (server.folder / "fails.sh").write_text("sleep 5 > /dev/null & sleep 0.4; echo no >&2; exit 7")
+    sentence, seconds = took(lambda: refused(server))
+    assert "it ended with exit code 7: no)" in sentence
+    assert seconds < 4  # of 5
+    server.configure("ProxyCommand sleep 30")
+    sentence, seconds = took(lambda: refused(server, timeout_s=1))
+    assert "no answer within 1 s" in sentence
+    assert seconds < 5

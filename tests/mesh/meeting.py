@@ -1,0 +1,124 @@
+"""Lets the ranks of a test meet: endpoints, rosters as each of them is told, guards if wanted."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from smolrun.errors import SmolrunError
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.guards import Guard, TlsGuard
+from smolrun.mesh.io import IoThread
+from smolrun.mesh.rendezvous import Rendezvous, Seat
+from smolrun.mesh.security import mint
+from smolrun.mesh.tcp import TcpMesh, connect
+from smolrun.wire.handshake import Identity
+
+SECRET = secrets.token_bytes(32)
+LOOPBACK = "127.0.0.1"
+
+
+def identity(rank: int, world_size: int = 2, run_id: str = "run") -> Identity:
+    return Identity(rank, world_size, run_id, "hash", 0, SECRET)
+
+
+def tls_guards(world_size: int, run_id: str = "run") -> list[Guard]:
+    minted = mint(run_id, world_size)
+    return [TlsGuard(minted[r], identity(r, world_size, run_id)) for r in range(world_size)]
+
+
+def seats(endpoints: Sequence[Endpoint]) -> list[Seat]:
+    return [Seat(rank, f"host{rank}", one.addresses) for rank, one in enumerate(endpoints)]
+
+
+def meet(
+    endpoints: Sequence[Endpoint],
+    identities: Sequence[Identity],
+    rosters: Sequence[list[Seat]] | None = None,
+    guards: Sequence[Guard | None] | None = None,
+    *,
+    start_timeout_s: float = 10.0,
+) -> list[TcpMesh | SmolrunError]:
+    """Lets all ranks connect at once; returns each one's mesh, closed again, or its error."""
+    rosters = rosters or [seats(endpoints)] * len(identities)
+    guards = guards or [None] * len(identities)
+    results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
+
+    def rank_main(rank: int) -> None:
+        try:
+            results[rank] = connect(
+                endpoints[rank],
+                identities[rank],
+                rosters[rank],
+                guard=guards[rank],
+                start_timeout_s=start_timeout_s,
+            )
+        except SmolrunError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(len(identities))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(start_timeout_s + 10)
+    for result in results:
+        if isinstance(result, TcpMesh):
+            result.close()
+    return results
+
+
+@contextmanager
+def waiting_rank(guard: Guard | None = None) -> Iterator[tuple[Rendezvous, Endpoint, Endpoint]]:
+    """Rank 0 of two at its door, and the endpoint that the missing rank 1 is to use."""
+    mine, absent = Endpoint([LOOPBACK]), Endpoint([LOOPBACK])
+    io = IoThread("test-io", lambda error: None)
+    io.start()
+    rendezvous = Rendezvous(io, mine, identity(0), seats([mine, absent]), guard)
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(rendezvous.run(50.0))
+        except SmolrunError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="waiting-rank")
+    thread.start()
+    try:
+        yield rendezvous, mine, absent
+        thread.join(10)
+        assert len(outcome) == 1 and isinstance(outcome[0], dict), outcome
+        assert set(outcome[0][1]) == {"control", "up", "down"}
+        assert io.crash is None
+    finally:
+        rendezvous._complete.set()
+        thread.join(10)
+        io.stop()
+        mine.close()
+        absent.close()
+
+
+def join(absent: Endpoint, mine: Endpoint, guard: Guard | None = None) -> None:
+    """Rank 1 comes to a `waiting_rank`, and goes without a farewell, which nobody would answer."""
+    mesh = connect(absent, identity(1), seats([mine, absent]), guard=guard)
+    mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[func-returns-value]
+    mesh.close()
+
+
+@contextmanager
+def dead_address(kind: str) -> Iterator[tuple[str, int]]:
+    """An address that leads nowhere: it refuses, says nothing, or swallows every packet."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=0))
+        where = listening.getsockname()
+        if kind == "refuses":
+            listening.close()
+        elif kind == "swallows":  # Linux drops what a full backlog cannot take
+            for _ in range(4):
+                sock = stack.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(where)
+        yield where

@@ -1,0 +1,176 @@
+"""task=doctor on this machine, its texts, and what it writes into a cluster file."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from smolrun.cli.compose import compose
+from smolrun.errors import ConfigError
+from smolrun.launch import links
+from smolrun.launch.examination import Examined
+from smolrun.launch.verdicts import Finding
+from smolrun.tasks import doctor_text, doctor_write
+from smolrun.tasks.doctor_hosts import Patients, with_hosts
+
+HOME = """\
+# At home
+name: home
+hosts:
+  - {name: mini1, ssh: mini1.local, address: 192.168.1.1}   # kitchen
+  - name: pi5
+    ssh: pi@pi5.local
+    address: pi5.local   # whatever the router says
+    memory_gb: 6         # of its 8
+    device: cpu
+"""
+
+
+def facts(os: str, memory: float, flops: float) -> dict[str, Any]:
+    folder = {"path": "/w", "found": "/w", "free": 50e9, "is_folder": True, "is_writable": True}
+    system = {"os": os, "system": "Debian GNU/Linux 12 (bookworm)", "arch": "arm64", "bits": 64}
+    system |= {"user": "anna", "model": "Mac", "cpu": "M4", "cores": 8, "usable_cores": 8}
+    system |= {"memory_total": memory, "memory_available": 1e9, "gpus": [], "folder": folder}
+    packages = {"torch": "2.9.0"}
+    environment = {"python": "3.12.1", "packages": packages, "cuda": False, "mps": os == "darwin"}
+    score = {"flops": flops, "memory_bytes_per_s": flops, "device": "cpu"}
+    interfaces = [{"name": "en0", "kind": "ethernet", "speed_mbps": 1000.0, "addresses": []}]
+    return {
+        "system": system,
+        "environment": environment | {"score": score},
+        "clock": {"offset_s": 0.5, "uncertain_s": 0.1},
+        "network": {"interfaces": interfaces},
+    }
+
+
+@pytest.fixture
+def patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Patients:
+    """Two hosts that were looked at; the first has a Thunderbolt cable."""
+    file = tmp_path / "conf" / "cluster" / "home.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(HOME)
+    monkeypatch.chdir(tmp_path)
+    made = Patients.of(compose(["cluster=home", "task=doctor"]))
+    made.examined = {
+        "mini1": Examined("mini1", facts("darwin", 17.1e9, 4e12), []),
+        "pi5": Examined("pi5", facts("linux", 8.2e9, 1e11), [Finding("limits", "hot", "a fan")]),
+    }
+    cable = links.Interface("bridge0", "thunderbolt", None, ("10.10.0.1/24",))
+    lan = links.Interface("en0", "ethernet", 1000.0, ("192.168.1.1/24",))
+    made.places = {
+        "mini1": links.Host("mini1", ("192.168.1.1",), (lan, cable)),
+        "pi5": links.Host("pi5", ("192.168.1.5",), ()),
+    }
+    rows = [
+        {"address": address, "error": None, "local": ""} for address in ("192.168.1.1", "10.10.0.1")
+    ]
+    made.reach = {
+        "mini1": {
+            "dialed": {"pi5": [{"address": "192.168.1.5", "error": None, "local": "192.168.1.1"}]}
+        },
+        "pi5": {"dialed": {"mini1": rows}},
+    }
+    made.ways = links.ways(made.places, made.reach)
+    made.links = [{"from": "mini1", "to": "pi5", "rtt_s": 0.0004, "bytes_per_s": 117e6}]
+    return made
+
+
+def test_the_report_has_a_table_that_fits_and_a_command_for_each_finding(
+    patients: Patients, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    doctor_text.report(patients)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert "Debian 12 arm64" in said
+    assert "mini1: fine" in said and "pi5: usable, but hot" in said
+    assert "! hot\n      -> a fan" in said
+    assert "0.40 ms" in said and "936.0 Mbit/s" in said and "Ethernet (en0, 1,000 Mbit/s)" in said
+
+
+def test_the_table_fits_80_columns_too(patients: Patients):
+    out = io.StringIO()
+    Console(file=out, width=80).print(doctor_text._hosts(patients))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "mini1" in out.getvalue() and "usable" in out.getvalue()
+
+
+def test_the_document_is_plain_json(patients: Patients):
+    told = json.loads(json.dumps(doctor_text.document(patients, 0)))
+    assert [host["name"] for host in told["hosts"]] == ["mini1", "pi5"]
+    assert told["hosts"][1]["verdict"]["findings"][0]["todo"] == "a fan"
+    assert told["links"][0]["over"] == "Ethernet (en0, 1,000 Mbit/s)"
+
+
+def test_what_is_missing_is_written_and_what_you_wrote_stays(patients: Patients):
+    said: list[str] = []
+    doctor_write.write(patients, said.append)
+    file = Path("conf/cluster/home.yaml")
+    mini, pi = yaml.safe_load(file.read_text())["hosts"]
+    assert mini == {
+        "name": "mini1",
+        "ssh": "mini1.local",
+        "address": ["10.10.0.1", "192.168.1.1"],
+        "os": "darwin",
+        "device": "mps",
+        "memory_gb": 17.1,
+    }
+    assert pi == {
+        "name": "pi5",
+        "ssh": "pi@pi5.local",
+        "address": "pi5.local",
+        "memory_gb": 6,
+        "device": "cpu",
+        "os": "linux",
+    }
+    assert "# kitchen" in file.read_text() and "# of its 8" in file.read_text()
+    assert Path("conf/cluster/home.yaml.bak").read_text() == HOME
+    assert any(line.startswith("+  - {name: mini1") for line in said)
+    assert any("mini1 1, pi5 0.03" in line for line in said)
+    again = Patients.of(compose(["cluster=home", "task=doctor"]))
+    again.examined, again.places, again.reach = patients.examined, patients.places, patients.reach
+    doctor_write.write(again, said.append)
+    assert "nothing to change" in said[-1]
+
+
+def test_a_cluster_without_a_file_and_one_without_hosts(patients: Patients):
+    Path("conf/cluster/home.yaml").unlink()
+    with pytest.raises(ConfigError, match="no file in"):
+        doctor_write.write(patients, print)
+    said: list[str] = []
+    doctor_write.write(Patients.of(compose(["task=doctor"])), said.append)
+    assert "lists no hosts" in said[0]
+
+
+def test_a_shipped_file_is_copied_beside_your_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    file, text = doctor_write.find("macmini3", ["mini1", "mini2", "mini3"])
+    assert file == Path("conf/cluster/macmini3.yaml")
+    assert text.startswith("# Three Mac minis")
+
+
+def test_links_are_measured_by_one_rank_a_host(patients: Patients):
+    config = with_hosts(patients.config, ["pi5"])
+    assert [(host.name, host.ranks) for host in config.cluster.hosts or []] == [("pi5", 1)]
+    assert patients.fit_for_mesh() == ["mini1", "pi5"]
+    patients.examined["pi5"].findings.append(Finding("blocks", "no disk"))
+    assert patients.fit_for_mesh() == []  # one host has no link
+
+
+@pytest.mark.timeout(120)
+def test_this_machine_alone(tmp_path: Path):
+    command = [sys.executable, "-m", "smolrun.cli", "task=doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode in (0, 3), done.stderr
+    told = json.loads(done.stdout)
+    (host,) = told["hosts"]
+    assert host["environment"]["packages"]["torch"]
+    assert {(one["from"], one["to"]) for one in told["links"]} == {("local", "local")}
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""driver=HOST: real processes; the connection to the host leads to this machine, without SSH."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.config import RunConfig
+from smolrun.errors import HostError
+from smolrun.launch.machine import HostSpec, Machine, meet
+from smolrun.tasks import attach, remote_driver, status, stop
+from smolrun.tasks.find_run import find_run, opened
+from smolrun.tracking.past_runs import look
+from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_view import Request
+from tests.launch.connection_here import ConnectionHere
+from tests.tasks.background import LONG
+from tests.waiting import until
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
+
+
+class Box:
+    """The host. `is_there` false: nobody answers."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.is_there = True
+        self.opened = 0
+
+    def open(self, spec: HostSpec, **limits: object) -> Machine:
+        if not self.is_there:
+            raise HostError(spec.name, "nobody answers", "is it on?")
+        self.opened += 1
+        return meet(spec, ConnectionHere(name=spec.name))
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    here = tmp_path / "laptop"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    the_box = Box(tmp_path / "box")
+    monkeypatch.setattr(remote_driver, "open_machine", the_box.open)
+    return the_box
+
+
+def configured(box: Box, *overrides: str) -> RunConfig:
+    host = f"{{name: box, ssh: me@box, python: {sys.executable}, workdir: {box.workdir}}}"
+    return compose([*LONG, f"cluster.hosts=[{host}]", "driver=box", *overrides])
+
+
+def asked(task: str, run: str = "latest") -> RunConfig:
+    return compose([f"task={task}", f"run={run}"])
+
+
+def end(folder: RunFolder) -> None:
+    """Whatever a test did: the driver is gone, and its workers with it."""
+    with opened(folder) as run:
+        pid = run.ask(Request("")).driver.get("pid")
+    if isinstance(pid, int) and psutil.pid_exists(pid):
+        psutil.Process(pid).kill()
+
+
+@pytest.mark.timeout(180)
+def test_it_is_started_seen_and_stopped_from_here(
+    box: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert remote_driver.drive(configured(box)) == 0
+    told = capsys.readouterr()
+    folder = find_run("latest")
+    try:
+        assert f"smolrun task=attach run={folder.run_id}" in told.out
+        assert "box: preparing: " in told.err
+        there = Path(folder.remote()["folder"])
+        assert there.is_relative_to(box.workdir / "driver")
+        assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "remote.json"}
+        assert look(folder).state == "remote" and look(folder).may_be_running
+        # There it is this machine's own run, on ranks of this machine.
+        stored = (there / "config.yaml").read_text()
+        assert "ssh: null" in stored and "address: 127.0.0.1" in stored
+        metrics = there / "metrics.jsonl"
+        until(lambda: metrics.exists() and metrics.read_text().count('"event": "step"') > 5, 60)
+        assert status.drive(asked("status")) == 0
+        assert f"{folder.run_id}  running" in capsys.readouterr().out
+        assert stop.drive(asked("stop")) == 0
+        assert "stopped (stopped by the user)" in capsys.readouterr().out
+    finally:
+        end(folder)
+    # Its small files came here, so the machine may be off now.
+    box.is_there = False
+    assert json.loads((folder.path / "summary.json").read_text())["status"] == "stopped"
+    assert "starting 1 rank" in folder.driver_log.read_text()
+    assert attach.drive(asked("attach")) == 130
+    assert list((box.workdir / "runs").iterdir()) == []
+
+
+@pytest.mark.timeout(120)
+def test_attach_shows_it_and_a_lost_machine_is_told(
+    box: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert remote_driver.drive(configured(box, "training.steps=30", "checkpoint.every=0")) == 0
+    folder = find_run("latest")
+    try:
+        capsys.readouterr()
+        box.is_there = False
+        status.drive(asked("status"))
+        assert f"{folder.run_id}  unreachable" in capsys.readouterr().out
+        with pytest.raises(HostError, match="box: nobody answers"):
+            attach.drive(asked("attach"))
+        box.is_there = True
+        assert attach.drive(asked("attach")) == 0
+        assert "done: 30 steps" in capsys.readouterr().out
+    finally:
+        end(folder)
+
+
+def test_what_fails_there_is_told_here_with_its_exit_code(
+    box: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(box, "data=text", "data.path=not_there.txt")
+    assert remote_driver.drive(config) == 2
+    told = capsys.readouterr().err
+    assert "box: smolrun: " in told and "not_there.txt" in told
+    assert "reach the other hosts" not in told, "there are none"
+    assert not Path("outputs").exists()
+    assert list((box.workdir / "runs").iterdir()) == []
+
+
+def test_other_hosts_must_be_reached_from_there(
+    box: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"address: 10.0.0.1, workdir: {box.workdir}"
+    host = f"{{name: box, ssh: me@box, python: {sys.executable}, {place}}}"
+    other = "{name: pi, ssh: nobody@127.0.0.9}"
+    config = compose([*LONG, f"cluster.hosts=[{host}, {other}]", "driver=box"])
+    assert remote_driver.drive(config) == 3
+    told = capsys.readouterr().err
+    assert "box: smolrun: pi: " in told
+    assert "has to reach the other hosts over SSH by itself" in told
+
+
+def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:
+    folder = RunFolder(Path("outputs") / "20260131-142501-x-aaaa")
+    folder.path.mkdir(parents=True)
+    folder.write_config("{}")
+    folder.write_remote({"folder": 5})
+    with pytest.raises(HostError, match=r"remote\.json makes no sense"):
+        attach.drive(asked("attach", folder.run_id))
+
+
+def test_a_machine_without_our_code_is_told(box: Box) -> None:
+    folder = RunFolder(Path("outputs") / "20260131-142501-x-aaaa")
+    folder.path.mkdir(parents=True)
+    folder.write_config("{}")
+    spec = {"name": "box", "ssh": "box", "python": sys.executable, "workdir": str(box.workdir)}
+    folder.write_remote(
+        {
+            "host": {**spec, "torch": "auto", "env": {}}, "ssh_config": None, "timeout_s": 5,
+            "folder": "/nowhere", "python": "/bin/false", "env": {}, "code_of": "driver-x",
+        }
+    )  # fmt: skip
+    with pytest.raises(HostError, match=r"cannot say how 20260131.* is: exit code 1"):
+        attach.drive(asked("attach", folder.run_id))

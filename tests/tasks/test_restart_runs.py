@@ -1,0 +1,97 @@
+"""cluster.restart with real ranks that are killed: what is trained, told, and left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from smolrun.checkpoints.find import newest_valid
+from tests.tasks.test_resume import RUN, assert_same, begin, state_of, steps_told
+from tests.tasks.test_whole_runs import finish, is_alive, rows, start, summary
+from tests.waiting import until
+
+RESTART = "cluster.restart={max: 2, wait_s: 5}"
+
+
+def kill_a_rank(run: subprocess.Popen[str], number: int) -> psutil.Process:
+    ranks = sorted(psutil.Process(run.pid).children(), key=lambda child: child.pid)
+    assert len(ranks) == 2
+    ranks[number].kill()
+    return ranks[number]
+
+
+@pytest.mark.timeout(180)
+def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "hurt").mkdir()
+    assert finish(begin(tmp_path / "calm"))[0] == 0
+    run = start(tmp_path / "hurt", *RUN, RESTART)
+    for number, steps in ((1, 8), (0, 17)):
+        until(lambda steps=steps: steps_told(tmp_path / "hurt") >= steps, 60)  # type: ignore[misc]
+        killed = kill_a_rank(run, number)
+        until(lambda killed=killed: not is_alive(killed))  # type: ignore[misc]
+        # The next start has its ranks: until then there is nobody to be killed.
+        until(lambda: len(psutil.Process(run.pid).children()) == 2 or run.poll() is not None, 30)
+    code, out, err = finish(run)
+    assert code == 0, err
+    assert_same(state_of(tmp_path / "calm"), state_of(tmp_path / "hurt"))
+    assert [row["step"] for row in rows(tmp_path / "hurt", "step")] == list(range(24))
+    told = summary(tmp_path / "hurt")
+    assert (told["status"], told["exit_code"], told["steps"]) == ("done", 0, 24)
+    assert [row["lost_rank"] for row in told["restarts"]] == [1, 0]
+    for row in told["restarts"]:
+        assert row["resumed_from"] % 3 == 0 and row["hosts"] == ["local"]
+        assert row["lost_steps"] == row["step"] - row["resumed_from"] >= 0
+    assert "; restart 1 of 2: after step" in out and "; restart 2 of 2: after step" in out
+    assert "the run was started again 2 times" in out and err == ""
+
+
+@pytest.mark.timeout(120)
+def test_without_a_checkpoint_it_begins_again(tmp_path: Path) -> None:
+    run = start(tmp_path, *RUN, "checkpoint.every=0", "cluster.restart.max=1")
+    until(lambda: steps_told(tmp_path) >= 5, 60)
+    kill_a_rank(run, 0)
+    code, out, err = finish(run)
+    assert code == 0, err
+    assert "beginning again" in out
+    assert [row["step"] for row in rows(tmp_path, "step")] == list(range(24))
+    assert summary(tmp_path)["restarts"][0]["resumed_from"] == 0
+    assert newest_valid(tmp_path / "outputs" / "latest" / "checkpoints", pytest.fail) is None
+
+
+@pytest.mark.timeout(120)
+def test_an_error_of_the_users_code_is_the_end(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from smolrun.algorithms.classicdp import ClassicDP\n"
+        "class Mine(ClassicDP):\n"
+        "    def train_step(self, *args, **kwargs):\n"
+        "        self.made = getattr(self, 'made', 0) + 1\n"
+        "        if self.made > 4 and self.context.mesh.rank == 1:\n"
+        "            raise ValueError('my own mistake')\n"
+        "        return super().train_step(*args, **kwargs)\n"
+    )
+    mine = ["algorithm.target=mine:Mine", "algorithm.bucket_mb=1"]
+    code, out, err = finish(start(tmp_path, *RUN, RESTART, *mine))
+    assert code == 3
+    assert "my own mistake" in err and "restart 1" not in out
+    assert summary(tmp_path)["restarts"] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for others")
+@pytest.mark.timeout(120)
+def test_ctrl_c_after_a_loss_means_no_new_start(tmp_path: Path) -> None:
+    """It comes while the driver still listens to what the others have to say about the loss."""
+    run = start(tmp_path, *RUN, RESTART, "training.steps=100000")
+    until(lambda: steps_told(tmp_path) >= 8, 60)
+    lost = kill_a_rank(run, 1)
+    until(lambda: not is_alive(lost))
+    os.kill(run.pid, signal.SIGINT)
+    code, out, err = finish(run)
+    assert code in (3, 130), err
+    assert "restart 1 of 2" not in out and summary(tmp_path)["restarts"] == []
