@@ -2,6 +2,7 @@
 
 docs/floors.md      which floor imports which, counted from the imports
 docs/schedules.md   what moves when in a collective, read off the schedules that run
+docs/algorithms/    the tables between the marks of these pages
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smolrun.collectives.direct import direct_all_gather
-from smolrun.collectives.ring import ring_all_reduce
+from smolrun.collectives.ring import ring_all_reduce, ring_reduce_scatter
 from smolrun.collectives.schedule import Schedule, elements_sent, even_ranges
 from smolrun.collectives.tree import dissemination_barrier, tree_broadcast
 
@@ -133,8 +134,26 @@ def schedules() -> str:
     return "\n".join(pages)
 
 
+BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
+DRAWN = {
+    "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
+}
+
+
+def redrawn(page: str, lines: list[str]) -> str:
+    """The page with these lines between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "".join([before, BEGIN, *(f"{line}\n" for line in lines), END, after])
+
+
 def main(folder: Path) -> None:
     """Writes the pages into a folder."""
+    (folder / "algorithms").mkdir(exist_ok=True)
+    for name, drawn in DRAWN.items():
+        page = (ROOT / "docs" / "algorithms" / f"{name}.md").read_text(encoding="utf-8")
+        text = redrawn(page, table(drawn))
+        (folder / "algorithms" / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / "floors.md").write_text(floors(ROOT), encoding="utf-8")
     (folder / "schedules.md").write_text(schedules(), encoding="utf-8")
 

@@ -20,9 +20,11 @@ from torch import nn
 
 from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.launch.machine_memory import machine_memory
-from smolrun.parts.placement import plan_batches
+from smolrun.parts.placement import memory_shares, plan_batches
 from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.whole_on_use import layers_of
 from smolrun.tasks.model_spec import Spec, spec_of
+from smolrun.tasks.sharding import sharding_of
 from smolrun.tasks.workers import load_target
 from smolrun.training.memory import (
     Need,
@@ -33,7 +35,7 @@ from smolrun.training.memory import (
     checkpoint_bytes,
     fitting_micro_batch,
     need,
-    ring_bytes,
+    sent_bytes,
     smallest_change,
 )
 from smolrun.training.trace import CannotTrace, Trace, build_on_meta, trace
@@ -64,6 +66,7 @@ class Place:
     device: str
     room: int | None
     is_here: bool
+    share: float  # of what is cut among the ranks, for each of its ranks
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Estimate:
     setting: Setting
     micro_batches: int
     can_recompute: bool
+    largest_layer: int
     cannot_trace: str = ""
     notes: list[str] = field(default_factory=list)
     _traces: dict[tuple[str, bool, int], Trace | None] = field(default_factory=dict)
@@ -97,6 +101,7 @@ class Estimate:
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.norms == "all",
             saves=self.config.checkpoint.every > 0,
+            sharding=sharding_of(self.config, place.share, self.shapes, self.largest_layer),
         )
 
     def need(self, place: Place, setting: Setting) -> Need:
@@ -156,7 +161,7 @@ class Estimate:
 
     def wire(self) -> int:
         """Bytes that a rank sends in a step."""
-        return ring_bytes(self.rank(self.places[0]), self.setting)
+        return sent_bytes(self.rank(self.places[0]), self.setting, self.micro_batches)
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -164,7 +169,7 @@ def estimate(config: RunConfig) -> Estimate:
     probe = _start_probe()
     try:
         spec = spec_of(config)
-        shapes, frozen, can_recompute, reason = _sizes(config, spec)
+        shapes, frozen, can_recompute, largest_layer, reason = _sizes(config, spec)
         micro = config.training.micro_batch_size
         plan = plan_batches(
             config.training.global_batch_size,
@@ -185,6 +190,7 @@ def estimate(config: RunConfig) -> Estimate:
             setting,
             len(plan.sizes),
             can_recompute,
+            largest_layer,
             cannot_trace=reason,
             notes=list(spec.notes),
         )
@@ -202,9 +208,11 @@ def _maker(config: RunConfig, spec: Spec) -> Callable[[], nn.Module]:
     return functools.partial(load_target(section["target"]), spec, **keys)
 
 
-def _sizes(config: RunConfig, spec: Spec) -> tuple[tuple[tuple[int, ...], ...], int, bool, str]:
-    """Shapes of trained parameters, numbers in all else, whether blocks can be recomputed, and why
-    not where the model cannot be run without values."""
+def _sizes(
+    config: RunConfig, spec: Spec
+) -> tuple[tuple[tuple[int, ...], ...], int, bool, int, str]:
+    """Shapes of trained parameters, numbers in all else, whether blocks can be recomputed, numbers
+    in the largest layer, and why the model cannot be run without values where that is so."""
     reason = ""
     try:
         model = build_on_meta(_maker(config, spec))
@@ -213,7 +221,8 @@ def _sizes(config: RunConfig, spec: Spec) -> tuple[tuple[tuple[int, ...], ...], 
     trained = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     buffers = sum(buffer.numel() for buffer in model.buffers())
-    return trained, frozen + buffers, hasattr(model, "recompute"), reason
+    layers = (sum(p.numel() for p in layer) for layer in layers_of(model, 0))
+    return trained, frozen + buffers, hasattr(model, "recompute"), max(layers), reason
 
 
 def _places(config: RunConfig) -> list[Place]:
@@ -221,13 +230,15 @@ def _places(config: RunConfig) -> list[Place]:
     hosts = config.cluster.hosts
     here = machine_memory().available
     places: dict[str, Place] = {}
+    weights = memory_shares(resolved(config)["cluster"]["hosts"]) or (1.0,) * world_size(config)
     for rank in ranks(config):
         host = next((host for host in hosts or [] if host.name == rank.host), None)
         is_here = host is None or host.ssh is None
         given = int(host.memory_gb * GB) if host is not None and host.memory_gb else None
         device = _device(rank.device) if is_here else rank.device.replace("auto", "cpu")
         room = given if given is not None else (_free(device, here) if is_here else None)
-        places[rank.host] = Place(rank.host, rank.local_world_size, device, room, is_here)
+        share = weights[rank.rank] / sum(weights)
+        places[rank.host] = Place(rank.host, rank.local_world_size, device, room, is_here, share)
     return list(places.values())
 
 

@@ -18,6 +18,7 @@ from smolrun.config import RunConfig, world_size
 from smolrun.launch.moves import Outcome
 from smolrun.launch.out_of_memory import gb
 from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
+from smolrun.tasks.sharding import at_stage
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.console import counted
 
@@ -118,6 +119,7 @@ _PARTS = {
     "parameters": "parameters",
     "gradients": "gradients (buckets)",
     "late gradients": "gradients of late steps",
+    "passing": "whole buckets and layers, in passing",
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",
     "activations": "activations, logits and loss",
@@ -256,16 +258,14 @@ def _remedies(made: Estimate) -> Iterator[str]:
 
 
 def _sharded(made: Estimate, place: Place) -> Iterator[str]:
-    """What spreading a replica over the ranks would save; arithmetic only."""
-    size = world_size(made.config)
-    if size == 1:
+    """What cutting more among the ranks would save."""
+    now = made.rank(place).sharding.stage
+    if world_size(made.config) == 1:
         return
-    need = made.need(place, made.setting)
-    kept = 0
-    spread = (("optimizer",), ("gradients", "late gradients", "staging"), ("parameters",))
-    for stage, parts in enumerate(spread, start=1):
-        kept += sum(need.parts[part] for part in parts) * (size - 1) // size
-        total = made.total(place, made.setting) - place.ranks * kept
-        has_room = place.room is None or MARGIN * total <= place.room
-        answer = "would fit" if has_room else "not enough"
-        yield f"  algorithm=fsdp stage {stage} (not built yet): {gb(total)}, {answer}"
+    for stage in range(now + 1, 4):
+        other = replace(made, config=at_stage(made.config, stage))
+        if made.setting.optimizer == "adafactor" or (stage == 3 and made.rank(place).slots > 1):
+            continue  # the configuration would be refused
+        answer = "fits" if other.lacking(made.setting) <= 0 else "not enough"
+        total = gb(other.total(place, made.setting))
+        yield f"  algorithm=fsdp algorithm.stage={stage}: {total} on {place.name}, {answer}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, not_built, ranks, world_size
-from smolrun.config.algorithms import Single
+from smolrun.config.algorithms import FSDP, Single
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.time_teller import TimeTeller
@@ -33,7 +33,11 @@ def more_readers(config: RunConfig, folder: RunFolder, say: Callable[[str], None
 def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     """Who says where the time goes; it only advises what this run could set."""
     bound = config.staleness.bound
-    can_be_late = not isinstance(config.algorithm, Single) and world_size(config) > 1
+    algorithm = config.algorithm
+    never_late = isinstance(algorithm, Single) or (
+        isinstance(algorithm, FSDP) and algorithm.stage == 3
+    )
+    can_be_late = not never_late and world_size(config) > 1
     hosts = config.cluster.hosts or []
     places = [(index, host) for index, host in enumerate(hosts) for _ in range(host.ranks)]
     can_set_speed = bool(places) and "speed" not in not_built.ONLY_PER_HOST

@@ -21,9 +21,9 @@ from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted, TextSample
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
-from smolrun.models.initialise import build_model
+from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import BatchPlan, plan_batches
+from smolrun.parts.placement import BatchPlan, memory_shares, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.streaming import stream_feed
@@ -146,10 +146,13 @@ def place_algorithm(
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),
+        shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
+        first_value=functools.partial(first_value, seed=config["seed"]),
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
-    algorithm.place(new_model(config, prepared, device))
+    is_whole = algorithm.holds_whole_model
+    algorithm.place(new_model(config, prepared, device, has_values=is_whole))
     return algorithm
 
 
@@ -158,12 +161,16 @@ def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimiz
     return functools.partial(make_optimizer, seed=config["seed"], **config["optimizer"])
 
 
-def new_model(config: dict[str, Any], prepared: Prepared, device: torch.device) -> torch.nn.Module:
-    """The model of the config with its first values, the same on every rank."""
+def new_model(
+    config: dict[str, Any], prepared: Prepared, device: torch.device, *, has_values: bool = True
+) -> torch.nn.Module:
+    """The model of the config with its first values, the same on every rank; or without, where it
+    can say later what they are."""
     section = config["model"]
     make = functools.partial(load_target(section["target"]), prepared, **yaml_keys(section))
     dtype = PRECISIONS[config["precision"]].parameters
-    model = build_model(make, config["seed"], dtype=dtype, device=device)
+    build = build_model if has_values else build_shell
+    model = build(make, config["seed"], dtype=dtype, device=device)
     if config["training"]["recompute"]:
         if not hasattr(model, "recompute"):
             raise ConfigError(f"model.name = {section['name']} cannot recompute its blocks")

@@ -53,6 +53,9 @@ class Algorithm(ABC):
     """One way to distribute training. `place` first, then `train_step` again and again, then
     `drain`."""
 
+    # Whether every rank holds the model; otherwise `place` is content with a shell of it.
+    holds_whole_model = True
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collectives = Collectives(context.mesh)
@@ -69,7 +72,8 @@ class Algorithm(ABC):
     def place(self, model: torch.nn.Module) -> None:
         """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
         self.model = model
-        self.optimizer = self.context.make_optimizer(model.named_parameters())
+        self.stepped = list(model.named_parameters())
+        self.optimizer = self.context.make_optimizer(self.stepped)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
@@ -201,9 +205,9 @@ class Algorithm(ABC):
             gradient.mul_(shrunk / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(flight.step, self.model.named_parameters(), shrunk)
+        measured = self.context.norms.begin(flight.step, self.stepped, shrunk)
         self.optimizer.step()
-        self._norms = measured.finish() if measured else None
+        self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
@@ -221,6 +225,10 @@ class Algorithm(ABC):
         )
         norms = (float(torch.linalg.vector_norm(part, dtype=dtype)) for part in parts)
         return sum(norm * norm for norm in norms)
+
+    def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Norms by layer; where ranks step parts of the model, an override joins them."""
+        return norms
 
     # -- shared by all ----
 
@@ -255,13 +263,13 @@ class Algorithm(ABC):
         flight = self.in_flight.popleft()
         for work in flight.works:
             self.wait(work)
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self._wait_s
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         weight = sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
         grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
-        self._compute_s += time.perf_counter() - started
+        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         result = StepResult(

@@ -44,8 +44,12 @@ class ClassicDP(Algorithm):
         """Keeps a replica; makes sure that all start from the same bytes."""
         super().place(model)
         make_equal(self.collectives, self.replica_tensors())
+        self.catch_gradients()
+
+    def catch_gradients(self) -> None:
+        """From now on backward writes into buckets."""
         self.buckets = GradientBuckets(
-            model.parameters(),
+            self.model.parameters(),
             bucket_bytes=self._bucket_bytes,
             slots=self.context.staleness + 1,
             on_full=self._reduce,
@@ -73,7 +77,11 @@ class ClassicDP(Algorithm):
             flat.div_(self.loss_scale.value)
         # One number tells whether any is not finite; it only names the culprit, the sums decide.
         self._is_finite = self._is_finite and math.isfinite(flat.sum().item())
-        self._works.append(self.collectives.all_reduce(bucket.to_host(slot), async_op=True))
+        self._works.append(self.send(bucket, slot))
+
+    def send(self, bucket: Bucket, slot: int) -> Work:
+        """Starts to sum a full bucket over all ranks."""
+        return self.collectives.all_reduce(bucket.to_host(slot), async_op=True)
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
         """The buckets are on their way already; the facts follow them."""

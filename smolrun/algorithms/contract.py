@@ -20,6 +20,9 @@ IGNORED = -100  # targets with this value carry no loss and no weight
 FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
 
 
+FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Context:
     """What the house gives every algorithm."""
@@ -33,6 +36,9 @@ class Context:
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
+    shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
+    # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
+    first_value: FirstValue = lambda model, name, parameter: parameter.detach()
 
 
 @dataclass(frozen=True)

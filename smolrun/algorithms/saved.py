@@ -83,16 +83,29 @@ def state(algorithm: Algorithm) -> dict[str, Any]:
 def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
     """Puts everything back; CheckpointError names what is missing, unknown or of another shape."""
     for name, tensor in model_tensors(algorithm.model):
-        _read_into(tensor, checkpoint, f"model/{name}")
-    known = {f"model/{name}" for name, _ in model_tensors(algorithm.model)}
-    if unknown := [key for key in checkpoint.keys("model/") if key not in known]:
-        raise CheckpointError(f"{checkpoint.folder} is of another model: it has {unknown[0]}")
+        read_into(tensor, checkpoint, f"model/{name}")
+    refuse_unknown(algorithm, checkpoint)
     prefix = "optimizer/"
     load_optimizer_state(
         algorithm.optimizer,
         algorithm.model.named_parameters(),
         {key.removeprefix(prefix): checkpoint.read(key) for key in checkpoint.keys(prefix)},
     )
+    restore_numbers(algorithm, checkpoint, state)
+    for number, flight in enumerate(restore_flights(algorithm, checkpoint, state)):
+        for key, tensor in _flight_tensors(algorithm, number, flight):
+            read_into(tensor, checkpoint, key)
+
+
+def refuse_unknown(algorithm: Algorithm, checkpoint: Checkpoint) -> None:
+    """CheckpointError for a tensor that the model does not have."""
+    known = {f"model/{name}" for name, _ in model_tensors(algorithm.model)}
+    if unknown := [key for key in checkpoint.keys("model/") if key not in known]:
+        raise CheckpointError(f"{checkpoint.folder} is of another model: it has {unknown[0]}")
+
+
+def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Puts back what is not in tensors."""
     algorithm.loss_scale.value = state["loss_scale"]["value"]
     algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
     algorithm.steps_begun = state["steps_begun"]
@@ -102,12 +115,17 @@ def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, An
             f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, more than "
             f"staleness.bound = {algorithm.context.staleness}; go on with the bound that it had"
         )
+
+
+def restore_flights(
+    algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]
+) -> Iterator[InFlight]:
+    """The flights one by one, with their facts; whoever asks fills in their gradients."""
     for number, step in enumerate(state["in_flight"]):
         facts = _facts(checkpoint.read(f"in_flight/{number}/facts"), algorithm.collectives.size)
         flight = InFlight(step, facts, [])
         algorithm.in_flight.append(flight)
-        for key, tensor in _flight_tensors(algorithm, number, flight):
-            _read_into(tensor, checkpoint, key)
+        yield flight
 
 
 def _flight_tensors(
@@ -131,7 +149,8 @@ def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
     return table
 
 
-def _read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
+def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
+    """Fills a whole tensor; CheckpointError where the checkpoint has no such one."""
     if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
     value = checkpoint.read(key)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from smolrun.config.base import Positive, Target
+from smolrun.config.base import Count, Positive, Target
 from smolrun.config.targets import Custom, own_target
 
 
@@ -25,7 +25,31 @@ class ClassicDP(Target):
     )
 
 
+class FSDP(Target):
+    """As classicdp, but optimizer, gradients and parameters are cut among the ranks, not copied."""
+
+    target: Literal["smolrun.algorithms.fsdp:fsdp"]
+    stage: Literal[0, 1, 2, 3] = Field(
+        description="Cut among the ranks: 0 nothing, 1 the optimizer, 2 gradients too, "
+        "3 parameters too"
+    )
+    bucket_mb: Positive = Field(
+        description="Gradients travel in buckets of this size; stage 3 gathers smaller layers "
+        "together"
+    )
+    max_live_buckets: Count = Field(
+        description="Stages 2, 3: buckets of gradients that are in memory at one time; more "
+        "overlap more",
+    )
+    prefetch: Annotated[int, Field(ge=0)] = Field(
+        description="Stage 3: layers that are fetched before they are used"
+    )
+
+
 Algorithm = Annotated[
-    Annotated[Single, Tag("Single")] | Annotated[ClassicDP, Tag("ClassicDP")] | Custom,
-    own_target(Single, ClassicDP),
+    Annotated[Single, Tag("Single")]
+    | Annotated[ClassicDP, Tag("ClassicDP")]
+    | Annotated[FSDP, Tag("FSDP")]
+    | Custom,
+    own_target(Single, ClassicDP, FSDP),
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from smolrun.config import cluster_checks, not_built
-from smolrun.config.algorithms import Algorithm, Single
+from smolrun.config.algorithms import FSDP, Algorithm, Single
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
 from smolrun.config.data import Data
@@ -85,6 +85,30 @@ def staleness_fits_steps(*, staleness: Staleness, training: Training) -> Iterato
     if staleness.bound != "auto" and staleness.bound >= training.steps:
         allowed = f"less than training.steps, which is {training.steps}"
         yield problem("staleness.bound", staleness.bound, "as long as the run", allowed=allowed)
+
+
+def staleness_fits_stage(*, staleness: Staleness, algorithm: Algorithm) -> Iterator[str]:
+    """Whoever gathers weights for every use has no old ones for an old gradient."""
+    bound = staleness.bound
+    if isinstance(algorithm, FSDP) and algorithm.stage == 3 and bound not in ("auto", 0):
+        yield problem(
+            "staleness.bound",
+            bound,
+            "fsdp stage 3 gathers weights anew in every step, so a late gradient would belong to "
+            "others",
+            allowed="0, or algorithm.stage=0, 1, 2",
+        )
+
+
+def optimizer_fits_stage(*, optimizer: Optimizer, algorithm: Algorithm) -> Iterator[str]:
+    """Shards end in the middle of matrices."""
+    if isinstance(algorithm, FSDP) and algorithm.stage and optimizer.name == "adafactor":
+        yield problem(
+            "optimizer",
+            optimizer.name,
+            f"looks at rows and columns of whole matrices, which fsdp stage {algorithm.stage} cuts",
+            allowed="adamw, lion, sgd, or algorithm.stage=0",
+        )
 
 
 def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
@@ -208,6 +232,8 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     ranks_fit_batch,
     batch_is_sound,
     staleness_fits_steps,
+    staleness_fits_stage,
+    optimizer_fits_stage,
     model_fits_data,
     model_is_named,
     model_fits_task,

@@ -42,6 +42,36 @@ def build_model(
     return model.to(device=device, dtype=dtype)
 
 
+def build_shell(
+    make: Callable[[], nn.Module], seed: int, *, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """As `build_model`, but parameters only have shapes, and no memory: for who holds parts of them
+    and asks `first_value` for one at a time. A model without `init_rule` is built with values."""
+    with _seeded(seed):
+        model = _on_meta(make)
+    if model is None or _rule_of(model) is None:
+        return build_model(make, seed, dtype=dtype, device=device)
+    hollow = {
+        id(parameter): nn.Parameter(
+            torch.zeros((), dtype=dtype, device=device).expand(parameter.shape),
+            parameter.requires_grad,
+        )
+        for parameter in model.parameters()
+    }
+    _replace(model, hollow)
+    _place_buffers(model, torch.device(device))
+    return model
+
+
+def first_value(model: nn.Module, name: str, parameter: nn.Parameter, *, seed: int) -> Tensor:
+    """What a parameter of a shell starts from; of any other model, the value that it has."""
+    rule_of = _rule_of(model)
+    is_hollow = parameter.untyped_storage().nbytes() < parameter.nbytes
+    if not is_hollow or rule_of is None:
+        return parameter.detach()
+    return draw(rule_of(name, parameter), name, parameter.shape, seed)
+
+
 def initialise(
     model: nn.Module, seed: int, *, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
@@ -61,13 +91,17 @@ def initialise(
         value = draw(rule_of(name, parameter), name, parameter.shape, seed)
         value = value.to(device=device, dtype=dtype)
         filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-    # A parameter that two modules share stays shared: both find it under the same id.
+    _replace(model, filled)
+    _place_buffers(model, torch.device(device))
+    return model
+
+
+def _replace(model: nn.Module, filled: dict[int, nn.Parameter]) -> None:
+    """A parameter that two modules share stays shared: both find it under the same id."""
     for module in model.modules():
         for key, slot in module._parameters.items():
             if slot is not None:
                 module._parameters[key] = filled[id(slot)]
-    _place_buffers(model, torch.device(device))
-    return model
 
 
 def draw(rule: Init, name: str, shape: torch.Size, seed: int) -> Tensor:

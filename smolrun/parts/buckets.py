@@ -69,7 +69,9 @@ class GradientBuckets:
         stages: bool | None = None,
     ) -> None:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        self.buckets = _pack(trained, bucket_bytes)
+        self.buckets = [
+            Bucket(index, packed) for index, packed in enumerate(pack(trained, bucket_bytes))
+        ]
         self.slots = slots
         self._on_full = on_full
         self._slot = 0
@@ -130,23 +132,23 @@ class GradientBuckets:
             self._on_full(bucket, self._slot)
 
 
-def _pack(parameters: list[torch.nn.Parameter], bucket_bytes: int) -> list[Bucket]:
+def pack(parameters: list[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
     """Parameters in reverse order, about the order of their gradients; a bucket has one dtype and
     one device."""
-    buckets: list[Bucket] = []
+    buckets: list[list[torch.nn.Parameter]] = []
     room = 0
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.itemsize
-        last = buckets[-1].parameters[-1] if buckets else None
+        last = buckets[-1][-1] if buckets else None
         fits = (
             last is not None
             and size <= room
             and (last.dtype, last.device) == (parameter.dtype, parameter.device)
         )
         if not fits:
-            buckets.append(Bucket(len(buckets), []))
+            buckets.append([])
             room = bucket_bytes
-        buckets[-1].parameters.append(parameter)
+        buckets[-1].append(parameter)
         room -= size
     return buckets
 

@@ -6,7 +6,7 @@ module that owns it (`token_embedding`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,10 +65,26 @@ def by_layer(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
     """The euclidean norm over all tensors of each layer, in order of appearance."""
     squares: dict[str, float] = {}
     for name, tensor in named:
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(tensor, dtype=dtype).item()
         layer = layer_of(name)
         squares[layer] = squares.get(layer, 0.0) + norm * norm
     return {layer: square**0.5 for layer, square in squares.items()}
+
+
+def joined(
+    norms: dict[str, dict[str, float]],
+    names: Iterable[str],
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, dict[str, float]]:
+    """Norms of whole layers from those of the parts that ranks hold; `names` are of all parameters
+    of the model."""
+    layers = list(dict.fromkeys(map(layer_of, names)))
+    parts = [[kind.get(layer, 0.0) for layer in layers] for kind in norms.values()]
+    rows = sum_over_ranks(torch.tensor(parts, dtype=torch.float64).square()).sqrt().tolist()
+    return {
+        what: dict(zip(layers, row, strict=True)) for what, row in zip(norms, rows, strict=True)
+    }
 
 
 def layer_of(name: str) -> str:

@@ -72,7 +72,7 @@ def load_optimizer_state(
     wanted = {
         f"{key}/{name}": (key, parameter, shape)
         for name, parameter in trained
-        for key, shape in _shapes_of(optimizer, parameter).items()
+        for key, shape in shapes_of(optimizer, parameter).items()
     }
     _check_names(set(wanted), set(state))
     loaded: dict[Tensor, dict[str, Tensor]] = {}
@@ -118,13 +118,14 @@ def expected_bytes(
         math.prod(shape) * (parameter.itemsize if shape == tuple(parameter.shape) else 4)
         for parameter in parameters
         if parameter.requires_grad
-        for shape in _shapes_of(optimizer, parameter).values()
+        for shape in shapes_of(optimizer, parameter).values()
     )
 
 
-def _shapes_of(
+def shapes_of(
     optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter
 ) -> dict[str, tuple[int, ...]]:
+    """What this optimizer remembers of a parameter, as `state_shapes`."""
     inner = getattr(optimizer, "inner", None)  # of one that rounds, see training/rounding.py
     name = type(optimizer if inner is None else inner).__name__.lower()
     is_rounded = inner is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
@@ -22,6 +23,13 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
+
+
+def memory_shares(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...]:
+    """How much memory each rank has, relative to others; empty where that is not known of all."""
+    if not hosts or not all(host["memory_gb"] for host in hosts):
+        return ()
+    return tuple(host["memory_gb"] / host["ranks"] for host in hosts for _ in range(host["ranks"]))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ loaded.
     gradients     as many again; with staleness K so many K + 1 times
     optimizer     adamw 8 bytes (bf16_params: 4), lion and sgd 4 (2), adafactor next to nothing
     activations   what forward keeps for backward, and the logits: see trace.py
+    passing       fsdp: buckets of gradients on their way, layers that are whole just now
     update        what the update needs beyond the room that activations have left
     staging       host copies of the gradients, where a device computes
     checkpoint    this rank's share of a copy, while it is written
@@ -23,6 +24,7 @@ from itertools import combinations
 
 from smolrun.parts.optimizer_state import state_shapes
 from smolrun.training.rounding import PIECE
+from smolrun.training.sharding import NOT_CUT, Sharding
 from smolrun.training.trace import Trace
 
 # glibc keeps blocks of many sizes apart: over runs of gpt_tiny and gpt_small the process held a
@@ -59,6 +61,7 @@ class Rank:
     has_momentum: bool = True
     copies_for_norms: bool = False
     saves: bool = False
+    sharding: Sharding = NOT_CUT
 
     @property
     def trained(self) -> int:
@@ -135,28 +138,35 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     # Small blocks that are free do not go back to the system, so on a CPU both peaks count.
     apart = 0 if rank.is_on_device else small + large
     activations = max(work.peak, apart) if work else 0
-    update = update_bytes(rank, setting)
+    cut = rank.sharding
+    update = int(update_bytes(rank, setting) * cut.of(1))
+    share = cut.share if cut.stage else 1 / rank.world_size
     parts = {
         "process": rank.process_bytes,
-        "parameters": size * (rank.trained + rank.frozen),
-        "gradients": gradients,
-        "late gradients": gradients * (rank.slots - 1),
-        "staging": gradients * rank.slots if rank.is_staged else 0,
-        "optimizer": optimizer_bytes(rank, setting),
+        "parameters": int(size * (rank.trained + rank.frozen) * cut.of(3)),
+        "gradients": int(gradients * cut.of(2)),
+        "late gradients": int(gradients * (rank.slots - 1) * cut.of(2)),
+        "passing": cut.passing(size, _used_bytes(setting)),
+        "staging": gradients * rank.slots if rank.is_staged and cut.stage < 2 else 0,
+        "optimizer": int(optimizer_bytes(rank, setting) * cut.of(1)),
         "activations": activations,
         "update": max(0, update - large),
-        "checkpoint": checkpoint_bytes(rank, setting) // rank.world_size if rank.saves else 0,
+        "checkpoint": int(checkpoint_bytes(rank, setting) * share) if rank.saves else 0,
         "slack": int(_SLACK * small) + _UNEXPLAINED,
     }
     return Need(parts)
 
 
-def ring_bytes(rank: Rank, setting: Setting) -> int:
-    """What a rank sends, and receives, in one step: 2 (N - 1) / N of the gradients."""
-    if rank.world_size == 1:
-        return 0
-    gradients = item_bytes(setting.precision) * rank.trained
-    return 2 * (rank.world_size - 1) * gradients // rank.world_size
+def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
+    """What a rank sends, and receives, in one step."""
+    size, used = item_bytes(setting.precision), _used_bytes(setting)
+    parts = (rank.world_size - 1) * rank.trained
+    return parts * rank.sharding.moved(size, used, micro_batches) // rank.world_size
+
+
+def _used_bytes(setting: Setting) -> int:
+    """Bytes of a parameter in the format that products are computed in."""
+    return 2 if setting.precision in ("bf16", "fp16") else item_bytes(setting.precision)
 
 
 # -- what would make it fit --

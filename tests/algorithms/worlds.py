@@ -4,7 +4,9 @@ world size."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import yaml
 from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
+from smolrun.checkpoints.piece import Piece
+from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
@@ -49,7 +54,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 31), nn.Tanh(), nn.Linear(31, 5))
 
 
-MODELS = {"language_model": TinyLanguageModel, "mlp": mlp}
+MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}
 
 
 def sample(model: str, step: int) -> Batch:
@@ -72,8 +77,10 @@ class Trace:
 
     results: list[StepResult] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # of the replica, after every update
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # of all ranks' pieces
     eval: EvalSums | None = None
+    logits: torch.Tensor | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -113,8 +120,10 @@ def train(
     speeds: list[float] | None = None,
     kind: str = "memory",
     overrides: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> list[Trace]:
-    """Trains with the keys of the algorithm's yaml; one trace per rank."""
+    """Trains with the keys of the algorithm's yaml; one trace per rank. `overrides` are other keys,
+    `more` other fields of the context."""
     section = {
         **yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text()),
         **(overrides or {}),
@@ -124,29 +133,66 @@ def train(
     start = MODELS[model]().to(PRECISIONS[precision].parameters)
 
     def rank_main(mesh: Mesh) -> Trace:
-        net = copy.deepcopy(start)
-        made = context(mesh, precision, optimizer, staleness)
+        made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
         runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
-        runner.place(net)
+        runner.place(copy.deepcopy(start))
         plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
-        trace = Trace()
+        return run(runner, model, plan, steps)
 
-        def note(result: StepResult) -> None:
-            trace.results.append(result)
-            trace.hashes.append(parameter_hash(runner.replica_tensors()))
+    traces = run_ranks(world_size, rank_main, kind=kind)
+    whole = joined([piece for trace in traces for piece in trace.pieces])
+    for trace in traces:
+        trace.parameters = whole
+    return traces
 
-        for step in range(steps):
-            result = runner.train_step(share(sample(model, step), plan, step))
-            if result is not None:
-                note(result)
-        for result in runner.drain():
+
+def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
+    """One rank: trains, evaluates, and writes down what it sees."""
+    trace = Trace()
+
+    def note(result: StepResult) -> None:
+        trace.results.append(result)
+        trace.hashes.append(parameter_hash(runner.replica_tensors()))
+
+    for step in range(steps):
+        result = runner.train_step(share(sample(model, step), plan, step))
+        if result is not None:
             note(result)
-        trace.parameters = {
-            name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()
-        }
-        own = sample(model, 999)
-        part = slice(plan.first, plan.first + sum(plan.sizes))
-        trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
-        return trace
+    for result in runner.drain():
+        note(result)
+    trace.pieces = [
+        dataclasses.replace(piece, values=piece.values.clone()) for piece in runner.pieces()
+    ]
+    own = sample(model, 999)
+    part = slice(plan.first, plan.first + sum(plan.sizes))
+    trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
+    if not own.inputs.is_floating_point():
+        trace.logits = runner.logits(own.inputs)
+    return trace
 
-    return run_ranks(world_size, rank_main, kind=kind)
+
+@functools.cache
+def refusal(algorithm: str, staleness: int, optimizer: str) -> str:
+    """Why the configuration refuses a combination; empty where it does not."""
+    try:
+        compose(
+            [f"algorithm={algorithm}", f"staleness.bound={staleness}", f"optimizer={optimizer}"]
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def joined(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    """The model that all ranks hold together; every element comes from exactly one of them."""
+    whole: dict[str, torch.Tensor] = {}
+    filled: dict[str, int] = {}
+    for piece in pieces:
+        if piece.key.startswith("model/"):
+            name = piece.key.removeprefix("model/")
+            values = piece.values.flatten()
+            into = whole.setdefault(name, torch.full(piece.shape, torch.nan, dtype=values.dtype))
+            into.view(-1)[piece.start : piece.stop] = values
+            filled[name] = filled.get(name, 0) + values.numel()
+    assert {name: tensor.numel() for name, tensor in whole.items()} == filled
+    return whole

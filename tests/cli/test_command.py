@@ -34,12 +34,12 @@ def refused(folder: Path, *arguments: str) -> list[str]:
     [
         (
             "algorithm=clasicdp",
-            "algorithm = clasicdp: no such choice; allowed: classicdp, single;"
+            "algorithm = clasicdp: no such choice; allowed: classicdp, fsdp, single;"
             " did you mean classicdp?",
         ),
-        ("algorithm=fsdp", "algorithm = fsdp: not built yet; allowed: classicdp, single"),
+        ("algorithm=ep", "algorithm = ep: not built yet; allowed: classicdp, fsdp, single"),
         ("task=serve", "task = serve: not built yet; allowed: bench, clean, export, init, "),
-        ("algorithm=gpt_tiny", "allowed: classicdp, single; did you mean model=gpt_tiny?"),
+        ("algorithm=gpt_tiny", "allowed: classicdp, fsdp, single; did you mean model=gpt_tiny?"),
         ("algoritm=single", "did you mean algorithm?"),
         ("sede=1", "did you mean seed?"),
         ("training.step=5", "training.step = 5: no such key; allowed: steps, "),
@@ -158,7 +158,11 @@ def test_completion_offers_groups_choices_and_keys(tmp_path: Path):
         environment = {"COMP_LINE": line}
         return smolrun(tmp_path, "-sc", "query=bash", environment=environment).out.split()
 
-    assert offered("smolrun algorithm=") == ["algorithm=classicdp", "algorithm=single"]
+    assert offered("smolrun algorithm=") == [
+        "algorithm=classicdp",
+        "algorithm=fsdp",
+        "algorithm=single",
+    ]
     assert "training.steps=" in offered("smolrun training.")
     assert "smolrun" in shown(tmp_path, "-sc", "install=bash").out
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_pictures_are_fresh(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "docs" / "pictures.py", tmp_path], check=True)
-    for page in tmp_path.iterdir():
-        shipped = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
-        assert shipped == page.read_text(encoding="utf-8"), f"docs/{page.name}: run `make docs`"
+    for page in tmp_path.rglob("*.md"):
+        name = page.relative_to(tmp_path)
+        shipped = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert shipped == page.read_text(encoding="utf-8"), f"docs/{name}: run `make docs`"

@@ -16,11 +16,12 @@ from smolrun.training.memory import (
     fitting_micro_batch,
     need,
     optimizer_bytes,
-    ring_bytes,
+    sent_bytes,
     smallest_change,
     switches,
 )
 from smolrun.training.optimizer import NAMES, make_optimizer, optimizer_state
+from smolrun.training.sharding import Sharding
 from smolrun.training.trace import Trace
 from tests.training.test_optimizer import KEYS, run, small
 
@@ -88,9 +89,11 @@ def test_small_blocks_are_not_given_back_for_large_ones() -> None:
 
 
 def test_the_ring_moves_twice_all_but_one_share() -> None:
-    assert ring_bytes(RANK, SETTING) == 2 * 3 * 4 * TRAINED // 4
-    assert ring_bytes(replace(RANK, world_size=1), SETTING) == 0
-    assert ring_bytes(RANK, replace(SETTING, precision="bf16_params")) == 2 * 3 * 2 * TRAINED // 4
+    assert sent_bytes(RANK, SETTING, 1) == 2 * 3 * 4 * TRAINED // 4
+    assert sent_bytes(replace(RANK, world_size=1), SETTING, 1) == 0
+    assert (
+        sent_bytes(RANK, replace(SETTING, precision="bf16_params"), 1) == 2 * 3 * 2 * TRAINED // 4
+    )
 
 
 # -- what would make it fit --
@@ -173,3 +176,17 @@ def test_the_best_two_save_most_and_are_not_of_one_group() -> None:
 
 def test_a_switch_that_saves_nothing_is_no_advice() -> None:
     assert best_switches(SETTING, lambda _: 5, can_recompute=True) == []
+
+
+def test_what_fsdp_cuts_is_divided_and_what_it_moves_is_counted() -> None:
+    for stage, expected in ((0, 16), (1, 10), (2, 7), (3, 4)):
+        rank = replace(RANK, frozen=0, sharding=Sharding(stage, 0.25, 100, 2, 1000))
+        parts = need(rank, SETTING, None).parts
+        held = parts["parameters"] + parts["gradients"] + parts["optimizer"]
+        assert held == pytest.approx(expected * TRAINED, rel=1e-4)
+        assert parts["passing"] == {0: 0, 1: 0, 2: 800, 3: 4800}[stage]
+    share = 3 * 4 * TRAINED // 4
+    for stage, micro_batches, times in ((1, 5, 2), (2, 1, 2), (2, 5, 6), (3, 1, 3), (3, 5, 15)):
+        rank = replace(RANK, sharding=Sharding(stage, 0.25))
+        assert sent_bytes(rank, SETTING, micro_batches) == times * share
+    assert sent_bytes(rank, replace(SETTING, precision="bf16"), 5) == 10 * share

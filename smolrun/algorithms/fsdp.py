@@ -1,0 +1,293 @@
+"""Data parallelism that does not hold everything N times: each stage is the one before it, and one
+thing more that is cut among the ranks (ZeRO's stages).
+
+    bytes per parameter, float32 and adamw   parameters  gradients  optimizer    N = 4
+    stage 0   replicas, as classicdp              4          4          8          16
+    stage 1   the optimizer is cut                4          4          8/N        10
+    stage 2   gradients too                       4          4/N        8/N         7
+    stage 3   parameters too                      4/N        4/N        8/N         4
+
+    rank 0  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather ]  stages 1, 2
+    rank 1  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather ]
+    rank 0  [ gather 0 ][ gather 1 ] ... forward, backward ... [ reduce_scatter ]  step    stage 3
+
+Parameters lie flat in buckets, and every bucket is cut among the ranks, unevenly where ranks have
+unequal memory. A rank sums, clips and steps its own slices; what it does not own it gets from the
+others. Stages 0 to 2 may be late by K steps as classicdp; stage 3 may not, as it gathers weights
+anew in every step and a late gradient would belong to others.
+
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+2020; Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolrun.algorithms import saved_shards
+from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
+from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.algorithms.contract import IGNORED
+from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.reader import Checkpoint
+from smolrun.data.base import Batch
+from smolrun.errors import ConfigError
+from smolrun.mesh.mesh import Work
+from smolrun.parts.buckets import Bucket, pack
+from smolrun.parts.flat_shards import ShardedBucket, cut
+from smolrun.parts.norms import joined
+from smolrun.parts.passing_gradients import PassingGradients
+from smolrun.parts.replicas import make_equal
+from smolrun.parts.whole_on_use import Layer, WholeOnUse, layers_of, used_in_products
+
+
+def fsdp(
+    context: Context, *, stage: int, bucket_mb: float, max_live_buckets: int, prefetch: int
+) -> Algorithm:
+    """The algorithm of a stage; each stage takes those keys that mean something to it."""
+    if stage == 0:
+        return ClassicDP(context, bucket_mb=bucket_mb)
+    if stage == 1:
+        return OptimizerShards(context, bucket_mb=bucket_mb)
+    if stage == 2:
+        return GradientShards(context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets)
+    return ParameterShards(
+        context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets, prefetch=prefetch
+    )
+
+
+class OptimizerShards(ClassicDP):
+    """Stage 1: as classicdp, but a rank sums and steps its own slices only."""
+
+    def __init__(self, context: Context, *, bucket_mb: float) -> None:
+        super().__init__(context, bucket_mb=bucket_mb)
+        self._weights = context.shard_weights or (1.0,) * self.collectives.size
+
+    def place(self, model: nn.Module) -> None:
+        """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
+        self.model = model
+        make_equal(self.collectives, self.replica_tensors())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shards = cut(
+            model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
+        )
+        self._replica = [bucket.move_in() for bucket in self.shards]
+        self.step_slices()
+        self.catch_gradients()
+
+    def step_slices(self) -> None:
+        """Makes the optimizer for this rank's slices."""
+        slices = [part for bucket in self.shards for part in bucket.slices]
+        self.stepped = [(part.name, part.values) for part in slices if part.values.requires_grad]
+        if not self.stepped:
+            raise ConfigError(
+                f"rank {self.context.mesh.rank} would hold no parameter; take fewer ranks, or more "
+                "equal cluster.hosts memory_gb"
+            )
+        self.optimizer = self.context.make_optimizer(self.stepped)
+        self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
+
+    def send(self, bucket: Bucket, slot: int) -> Work:
+        """Half of an all_reduce: every rank gets its own part of the sum."""
+        return self.shards[bucket.index].reduce(self.collectives, bucket.to_host(slot))
+
+    def load_gradients(self, flight: InFlight) -> list[Tensor]:
+        """This rank's parts of the sums."""
+        pairs = zip(self.shards, self.summed(flight), strict=True)
+        return [bucket.bind(own.to(bucket.device)) for bucket, own in pairs]
+
+    def summed(self, flight: InFlight) -> list[Tensor]:
+        """This rank's part of every bucket's sum, once the works of the flight are done; to be
+        read, or written by who goes on from a checkpoint."""
+        slot = flight.step % self.buckets.slots
+        pairs = zip(self.shards, self.buckets.buckets, strict=True)
+        return [shard.own(bucket.host[slot]) for shard, bucket in pairs]
+
+    @torch.no_grad()
+    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+        """As always, on this rank's slices; then everybody gets the slices of all."""
+        norm = super().update(flight, weight, learning_rate)
+        if norm is not None:
+            self.spread()
+        return norm
+
+    def spread(self) -> None:
+        """Every rank gets the slices that the others have stepped."""
+        pairs = zip(self.shards, self._replica, strict=True)
+        for gathering in [bucket.gather(self.collectives, flat) for bucket, flat in pairs]:
+            self.wait(gathering.work)
+            gathering.land()
+
+    def norm_squared(self, gradients: list[Tensor]) -> float:
+        """Every element has one owner, so the squares of all ranks add up."""
+        own = torch.tensor([super().norm_squared(gradients)], dtype=torch.float64)
+        return self.all_ranks(own).item()
+
+    def all_ranks(self, own: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        self.wait(self.collectives.all_reduce(own, async_op=True))
+        return own
+
+    def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """A layer's norm from its parts on all ranks."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return joined(norms, names, self.all_ranks)
+
+    def pieces(self) -> list[Piece]:
+        """This rank's slices of everything, under the names that a whole model would have."""
+        for flight in self.in_flight:
+            for work in flight.works:
+                self.wait(work)
+        return saved_shards.pieces(self)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be, all ranks together."""
+        return saved_shards.expected_bytes(self)
+
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Goes on where `checkpoint` was made, by whichever algorithm that keeps whole states."""
+        saved_shards.restore(self, checkpoint, state)
+
+
+class GradientShards(OptimizerShards):
+    """Stage 2: a gradient is whole only until it is reduced, after every micro-batch."""
+
+    def __init__(self, context: Context, *, bucket_mb: float, max_live_buckets: int) -> None:
+        super().__init__(context, bucket_mb=bucket_mb)
+        self._max_live = max_live_buckets
+
+    def catch_gradients(self) -> None:
+        """Backward fills buckets that are there for a moment."""
+        self.gradients = PassingGradients(
+            self.shards,
+            self.collectives,
+            slots=self.context.staleness + 1,
+            max_live=self._max_live,
+            wait=lambda work: self.wait(work),
+        )
+
+    def slot(self, step: int) -> int:
+        """Where the sums of a step are."""
+        return step % (self.context.staleness + 1)
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Micro-batch after micro-batch; the buckets of each leave while backward goes on."""
+        self.gradients.scale = self.loss_scale.value
+        self.gradients.begin(self.slot(self.steps_begun))
+        facts = {"loss_sum": 0.0, "weight": 0.0}
+        for batch in micro_batches:
+            self.gradients.begin_backward()
+            told = self.one_micro_batch(batch)
+            self.gradients.end_backward()
+            facts = {name: facts[name] + told[name] for name in facts}
+        return facts
+
+    def one_micro_batch(self, batch: Batch) -> dict[str, float]:
+        """Forward and backward; nothing for a rank without samples."""
+        return Algorithm.forward_backward(self, [batch])
+
+    def before_last_backward(self) -> None:
+        """Buckets leave in every backward."""
+
+    def synchronize(self, facts: dict[str, float]) -> InFlight:
+        """As stage 1."""
+        self._works = self.gradients.works(self.slot(self.steps_begun))
+        self._is_finite = self.gradients.is_finite
+        return super().synchronize(facts)
+
+    def summed(self, flight: InFlight) -> list[Tensor]:
+        """What has come back of all micro-batches."""
+        return self.gradients.finish(self.slot(flight.step))
+
+
+class ParameterShards(GradientShards):
+    """Stage 3: a rank holds its slices; a layer is whole only while somebody uses it."""
+
+    holds_whole_model = False
+
+    def __init__(
+        self, context: Context, *, bucket_mb: float, max_live_buckets: int, prefetch: int
+    ) -> None:
+        super().__init__(context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets)
+        self._prefetch = prefetch
+        if context.staleness:
+            raise ConfigError(
+                "algorithm.stage=3 gathers the newest weights in every step, so a gradient that is "
+                "late by staleness.bound would not belong to them; take algorithm.stage=2"
+            )
+
+    def place(self, model: nn.Module) -> None:
+        """Keeps this rank's slices, one bucket after the other, and lets go of the rest."""
+        self.model = model
+        make_equal(self.collectives, list(model.buffers()))
+        products, half = used_in_products(model), self.context.precision.autocast
+        master, self.shards = self.context.precision.parameters, []
+        layers = []
+        for parameters in layers_of(model, self._bucket_bytes):
+            parts: list[tuple[ShardedBucket, torch.dtype]] = []
+            for dtype in dict.fromkeys((half or master, master)):
+                used = [p for p in parameters if ((p in products and half) or master) is dtype]
+                packed = pack(used, self._bucket_bytes)
+                buckets = cut(model, packed, self._weights, self.collectives.index, master)
+                for bucket in buckets:
+                    bucket.take_own(functools.partial(self.context.first_value, model))
+                parts += [(bucket, dtype) for bucket in buckets]
+            self.shards += [bucket for bucket, _ in parts]
+            layers.append(Layer(parts))
+        self.shards.reverse()  # about the order of gradients
+        self.step_slices()
+        self.catch_gradients()
+        self.whole = WholeOnUse(
+            model,
+            layers,
+            self.collectives,
+            prefetch=self._prefetch,
+            wait=lambda work: self.wait(work),
+        )
+
+    def replica_tensors(self) -> list[Tensor]:
+        """Buffers; of parameters nothing is there twice."""
+        return list(self.model.buffers())
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """As stage 2; afterwards no layer is whole."""
+        facts = super().forward_backward(micro_batches)
+        self.whole.free()
+        return facts
+
+    def one_micro_batch(self, batch: Batch) -> dict[str, float]:
+        """A rank without samples runs the model too, as it must take part in the gathering."""
+        with self.whole.one_pass():
+            return super().one_micro_batch(never_empty(batch))
+
+    def spread(self) -> None:
+        """Nothing to do: who needs the new values gathers them."""
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
+        """As always; every rank runs every micro-batch."""
+        with self.whole.one_pass():
+            sums = super().eval_step([never_empty(batch) for batch in micro_batches])
+        self.whole.free()
+        return sums
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As always."""
+        with self.whole.one_pass():
+            output = super().logits(tokens)
+        self.whole.free()
+        return output
+
+
+def never_empty(batch: Batch) -> Batch:
+    """The batch, or one sample that does not count."""
+    if len(batch.inputs):
+        return batch
+    inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
+    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))

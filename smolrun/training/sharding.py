@@ -1,0 +1,41 @@
+"""What a rank holds and moves where ranks share one replica, as fsdp's stages do it: arithmetic.
+
+The formulas, with what was measured beside them: docs/algorithms/fsdp.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Stage 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
+
+    stage: int = 0
+    share: float = 1.0  # of this rank
+    bucket: int = 0  # numbers in the largest bucket
+    live_buckets: int = 0
+    layers: int = 0  # numbers in all layers that are whole at one time
+
+    def of(self, stage: int) -> float:
+        """This rank's part of what is cut from `stage` on."""
+        return self.share if self.stage >= stage else 1.0
+
+    def passing(self, size: int, used: int) -> int:
+        """Bytes that are there for a moment: whole buckets, and at stage 3 whole layers. A number
+        of a bucket has `size` bytes, one that is computed with `used`."""
+        buckets = size * self.live_buckets * self.bucket if self.stage >= 2 else 0
+        return buckets + (used * self.layers if self.stage == 3 else 0)
+
+    def moved(self, size: int, used: int, micro_batches: int) -> int:
+        """Bytes per parameter and step that travel, in units of (N - 1) / N: an all_reduce is two
+        of them, a reduce_scatter or an all_gather one."""
+        if self.stage < 2:
+            return 2 * size
+        if self.stage == 2:
+            return (micro_batches + 1) * size
+        return micro_batches * (size + 2 * used)
+
+
+NOT_CUT = Sharding()

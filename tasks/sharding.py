@@ -1,0 +1,38 @@
+"""What a dry run has to know of fsdp: how a configuration cuts a replica among its ranks, and the
+same configuration with more of it cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+
+import yaml
+
+from smolrun.config import RunConfig
+from smolrun.config.algorithms import FSDP
+from smolrun.training.memory import item_bytes
+from smolrun.training.sharding import Sharding
+
+
+def sharding_of(
+    config: RunConfig, share: float, shapes: Iterable[Sequence[int]], largest_layer: int
+) -> Sharding:
+    """For a rank that holds `share`; `largest_layer` counts numbers."""
+    algorithm = config.algorithm
+    if not isinstance(algorithm, FSDP):
+        return Sharding()
+    bucket = int(algorithm.bucket_mb * 2**20) // item_bytes(config.precision)
+    largest = max(math.prod(shape) for shape in shapes)
+    layers = (1 + algorithm.prefetch) * max(bucket, largest_layer)
+    return Sharding(
+        algorithm.stage, share, max(bucket, largest), algorithm.max_live_buckets, layers
+    )
+
+
+def at_stage(config: RunConfig, stage: int) -> RunConfig:
+    """The same run with algorithm=fsdp algorithm.stage=..."""
+    file = files("smolrun.conf") / "algorithm" / "fsdp.yaml"
+    section = yaml.safe_load(file.read_text(encoding="utf-8"))
+    algorithm = FSDP(**{**section, "stage": stage})
+    return config.model_copy(update={"algorithm": algorithm})
