@@ -10,7 +10,7 @@ from smolrun.config import RunConfig, ranks
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.config.targets import CustomTarget
 from smolrun.errors import ConfigError
-from smolrun.launch.local import is_secret
+from smolrun.tasks.fleet import secrets_in_env
 from smolrun.tasks.workers import load_target
 
 _NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -19,7 +19,7 @@ _NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWOR
 def check_before_start(config: RunConfig) -> None:
     """ConfigError with every problem that would only show once the ranks run."""
     # A dry run may be about machines that are elsewhere.
-    found = [*_own_code(config), *_secrets(config)]
+    found = [*_own_code(config), *secrets_in_env(config)]
     found += [] if config.training.dry_run else _devices(config)
     if found:
         raise ConfigError(found)
@@ -31,18 +31,6 @@ def check_model_fits(config: RunConfig, kind: str) -> None:
         what = f"reads {config.model.consumes}, but data={config.data.name} gives {kind}"
         fitting = "model=mlp" if kind == "features" else "a model such as model=gpt_tiny"
         raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
-
-
-def _secrets(config: RunConfig) -> Iterator[str]:
-    """What is a secret by its name would be in the environment of a process, for all to see."""
-    for index, host in enumerate(config.cluster.hosts or []):
-        for name in filter(is_secret, host.env):
-            yield problem(
-                f"cluster.hosts[{index}].env.{name}",
-                "...",
-                "is a secret by its name, and ranks need none: the driver fetches what they use",
-                allowed="names without TOKEN, KEY, PASSWORD and the like",
-            )
 
 
 def _own_code(config: RunConfig) -> Iterator[str]:

@@ -92,6 +92,7 @@ def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
             plans = plan_workers(config, folder, fleet)
         except (HostError, HostErrors) as error:
             _blame(patients, error)
+            fleet.clear(folder.run_id)
             return []
         driver = Driver(
             plans,

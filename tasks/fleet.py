@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,12 @@ import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, ranks
 from smolrun.config.cluster import Host as HostConfig
+from smolrun.config.suggest import problem
 from smolrun.config.targets import CustomTarget
-from smolrun.errors import HostError, SmolrunError
+from smolrun.errors import ConfigError, HostError, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import Host, WorkerPlan
-from smolrun.launch.local import LocalHost
+from smolrun.launch.local import LocalHost, is_secret
 from smolrun.mesh.addresses import resolve
 
 if TYPE_CHECKING:
@@ -105,11 +106,7 @@ class Fleet:
         if machine is None or is_given:
             return resolve(rank.host, rank.addresses)
         if machine.address is None:
-            raise HostError(
-                rank.host,
-                "it is reached through another host, so its address is not known here",
-                "set its `address:` in the cluster file, as the other hosts reach it",
-            )
+            raise unknown_address(rank.host)
         return [machine.address]
 
     def threads(self, rank: RankPlan) -> int:
@@ -196,7 +193,10 @@ def open_fleet(config: RunConfig) -> Fleet:
 
 
 def host_specs(config: RunConfig) -> list[HostSpec]:
-    """What the launcher must know of each host that is not this machine."""
+    """What the launcher must know of each host that is not this machine. ConfigError where a
+    secret would travel with it."""
+    if found := list(secrets_in_env(config)):
+        raise ConfigError(found)
     cluster = config.cluster
     if not any(host.ssh is not None for host in cluster.hosts or []):
         return []
@@ -214,6 +214,27 @@ def host_specs(config: RunConfig) -> list[HostSpec]:
         for host in cluster.hosts or []
         if host.ssh is not None
     ]
+
+
+def secrets_in_env(config: RunConfig) -> Iterator[str]:
+    """What is a secret by its name would be in the environment of a process, for all to see."""
+    for index, host in enumerate(config.cluster.hosts or []):
+        for name in filter(is_secret, host.env):
+            yield problem(
+                f"cluster.hosts[{index}].env.{name}",
+                "...",
+                "is a secret by its name, and ranks need none: the driver fetches what they use",
+                allowed="names without TOKEN, KEY, PASSWORD and the like",
+            )
+
+
+def unknown_address(host: str) -> HostError:
+    """What is wrong with a host behind a jump host that has no address in the cluster file."""
+    return HostError(
+        host,
+        "it is reached through another host, so its address is not known here",
+        "set its `address:` in the cluster file, as the other hosts reach it",
+    )
 
 
 def is_elsewhere(config: RunConfig) -> bool:

@@ -31,7 +31,7 @@ from smolrun.launch.machine import HostSpec, Machine, open_machine
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED
 from smolrun.launch.shell import command
 from smolrun.tasks.detach import FOLDER, how_to_go_on
-from smolrun.tasks.fleet import host_specs, own_targets
+from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import Request, View, decode
@@ -46,7 +46,11 @@ def drive(config: RunConfig) -> int:
     with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:
         machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
         ready = _ready(config, machine, code_of)
-        code, folder = _start(machine, ready, _as_seen_there(config, machine), _say)
+        try:
+            code, folder = _start(machine, ready, _as_seen_there(config, machine), _say)
+        except BaseException:  # closing its input has ended what was started there
+            clear_all(machines, code_of)
+            raise
         if folder is None:
             clear_all(machines, code_of)
             if code == EXIT_FAILED and _has_others(config):
@@ -100,10 +104,17 @@ def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
     cluster["ssh_config"] = None
     for host in cluster["hosts"]:
         if host["name"] == machine.name:
-            host["address"] = host["address"] or machine.address or host["ssh"].rpartition("@")[2]
+            host["address"] = host["address"] or _address(machine)
             # Its driver was started by that Python, with these variables.
             host.update(ssh=None, python=None, workdir=None, env={})
     return {**plain, "detach": False, "driver": None}
+
+
+def _address(machine: Machine) -> str:
+    """Where the others can reach it, if nobody said so."""
+    if machine.address is None:
+        raise unknown_address(machine.name)
+    return machine.address
 
 
 def _start(
@@ -124,8 +135,8 @@ def _start(
     process = machine.connection.start(command(machine.shell, argv, env=env, cwd=ready.cwd))
     folder, rest = None, b""
     try:
-        process.write(msgspec.json.encode(order))
-        process.close_input()
+        # Its input stays open: the end of it, before the run has begun, is our Ctrl-C.
+        process.write(msgspec.json.encode(order) + b"\n")
         while data := process.read_out():
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:

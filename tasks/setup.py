@@ -123,7 +123,8 @@ class Setup:
             todo = f"nobody is here to type a password; by hand: ssh-copy-id -i {file} {target}"
             raise HostError(name, getattr(error, "what", str(error)), todo)
         if key is None:
-            if input("you have no SSH key; make ~/.ssh/id_ed25519 now? [y/N] ").strip() != "y":
+            answer = input("you have no SSH key; make ~/.ssh/id_ed25519 now? [y/N] ")
+            if answer.strip().lower() not in ("y", "yes"):
                 raise HostError(name, "there is no SSH key to install", "ssh-keygen -t ed25519")
             key = make_key()
         line = read_key(key)

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,31 @@ def start_main() -> int:
     """Start a driver on this machine as stdin says; what it says, and its run folder, to stdout."""
     from smolrun.tasks.detach import FOLDER, start
 
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Order)
+    has_begun = threading.Event()
+    watch = threading.Thread(
+        target=_end_with_stdin, args=(has_begun,), name="smolrun-start-driver", daemon=True
+    )
+    watch.start()
     folder = Path(order.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if order.own is not None:  # the user's modules lie beside the outputs, as they do at home
         shutil.copytree(order.own, folder, dirs_exist_ok=True)
     os.chdir(folder)
     code, run = start(order.config, lambda line: print(line, flush=True))
+    has_begun.set()
     if run is not None:
         print(f"{FOLDER}{run}", flush=True)
     return code
+
+
+def _end_with_stdin(has_begun: threading.Event) -> None:
+    """Whoever ordered the run has left before it began, by a Ctrl-C or for good: as if it came
+    here. Once the run has begun it may leave."""
+    while os.read(0, 4096):  # not sys.stdin: its lock would not survive the end of this process
+        pass
+    if not has_begun.is_set():
+        _thread.interrupt_main()
 
 
 class _Order(msgspec.Struct):

@@ -50,6 +50,7 @@ class RemoteWorker:
         self._lock = threading.Lock()
         self._killing: threading.Thread | None = None
         self._lost: str | None = None
+        self._has_ended = False
 
     def read_control(self) -> bytes:
         """Some bytes of its stdout; empty at the end."""
@@ -72,6 +73,7 @@ class RemoteWorker:
     def wait(self) -> int:
         """Its exit code once it has ended, -n for signal n; see `lost` for the other case."""
         code = self._process.wait()
+        self._has_ended = code is not None
         if code is None:
             # After a kill, what closed the connection may have been ourselves.
             unknown = None if self._killing else "the SSH connection was lost"
@@ -119,7 +121,9 @@ class RemoteWorker:
         if self._group is not None:
             with contextlib.suppress(SmolrunError):
                 # A shell that is no head of a group, as a strange SSH server may have it, is alone.
-                line = script(f"kill -9 -{self._group} 2>/dev/null || kill -9 {self._group}")
+                # Once it has ended, its number may be another's; that of its group is not.
+                alone = "" if self._has_ended else f" || kill -9 {self._group}"
+                line = script(f"kill -9 -{self._group} 2>/dev/null{alone}")
                 self._connection.run(line, timeout_s=_KILL_S)
 
 

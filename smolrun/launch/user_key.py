@@ -27,7 +27,6 @@ _INSTALL = """\
 set -e
 umask 077
 mkdir -p "$HOME/.ssh"
-chmod go-w "$HOME"
 chmod 700 "$HOME/.ssh"
 file=$HOME/.ssh/authorized_keys
 touch "$file"

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _TICK_S = 0.05  # how late a retry or a decision may come
 _ACCEPTS_PER_TURN = 64  # then others get theirs
+_MOST_TOLD = 20  # strangers that get a line in the log
 _CONNECTING = {
     0,
     errno.EINPROGRESS,
@@ -238,7 +239,10 @@ class Rendezvous:
         if talk.is_proven:
             return  # its rank keeps another one, or dials again
         self.refused += 1
-        _log.info("refused a connection: %s", error)
+        if self.refused <= _MOST_TOLD:
+            _log.info("refused a connection: %s", error)
+        elif self.refused == _MOST_TOLD + 1:
+            _log.info("more connections are refused, and no longer told")
         assert isinstance(talk, Acceptor)
         if talk.claimed is not None:
             self._called[talk.claimed] = str(error)

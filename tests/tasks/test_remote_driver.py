@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def end(folder: RunFolder) -> None:
         psutil.Process(pid).kill()
 
 
+def drivers_below(folder: Path) -> list[int]:
+    """Process ids of drivers that run below the folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(folder) and "--driver" in process.cmdline():
+                found.append(process.pid)
+    return found
+
+
 @pytest.mark.timeout(180)
 def test_it_is_started_seen_and_stopped_from_here(
     box: Box, capsys: pytest.CaptureFixture[str]
@@ -120,6 +131,29 @@ def test_attach_shows_it_and_a_lost_machine_is_told(
         assert "done: 30 steps" in capsys.readouterr().out
     finally:
         end(folder)
+
+
+def test_ctrl_c_before_it_has_begun_ends_it_there(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model thinks for a minute before it can be loaded, so it is still preparing then."""
+    Path("slow.py").write_text(
+        "import threading\nprint('thinking', flush=True)\nthreading.Event().wait(60)\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    seen: list[int] = []
+
+    def interrupt(line: str) -> None:
+        if "thinking" in line:
+            seen.extend(drivers_below(box.workdir))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote_driver, "_say", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        remote_driver.drive(configured(box, "model.target=slow:build"))
+    assert seen
+    until(lambda: not drivers_below(box.workdir), 15)
+    assert list((box.workdir / "runs").iterdir()) == []
 
 
 def test_what_fails_there_is_told_here_with_its_exit_code(

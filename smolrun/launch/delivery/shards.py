@@ -107,7 +107,8 @@ class ShardFetcher:
         lane = self._lanes[origin.machine.name]
         if isinstance(event, ShardFailed):  # a path of it alone does not tell whose disk is full
             reason = f"{lane.name}: {event.reason}"
-            self._arrived.append(ShardFailed(event.updates, event.rank, reason))
+            with self._changed:
+                self._arrived.append(ShardFailed(event.updates, event.rank, reason))
             return True
         with self._changed:
             try:

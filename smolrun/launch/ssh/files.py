@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from paramiko import SFTPClient, SSHException, Transport
 
-from smolrun.errors import HostError
+from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.connection import OnBytes
 
 # A machine that is gone is noticed long before; this is for an SFTP server that hangs alone, and
@@ -54,7 +54,7 @@ class SshFiles:
         """Copy a file from there."""
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
         try:
-            with self._session(f"read {path}") as client, part.open("xb") as file:
+            with part.open("xb") as file, self._session(f"read {path}") as client:
                 if not _read(client, path, file, on_bytes):
                     raise HostError(self._name, f"{path} changed while it was read")
                 file.flush()
@@ -130,10 +130,18 @@ def _read(client: SFTPClient, path: str, file: BinaryIO, on_bytes: OnBytes | Non
         for first in range(0, size, _ROUND_BYTES):
             places = range(first, min(first + _ROUND_BYTES, size), _BLOCK_BYTES)
             for data in source.readv([(at, min(_BLOCK_BYTES, size - at)) for at in places]):
-                file.write(data)
+                _write(file, data)
                 if on_bytes is not None and data:
                     on_bytes(len(data))
         return bool(file.tell() == size)
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    """Into a file of this machine, whose disk is not the host's fault."""
+    try:
+        file.write(data)
+    except OSError as error:
+        raise SmolrunError(f"cannot write {file.name} here: {error.strerror or error}") from None
 
 
 def _steps(on_bytes: OnBytes | None) -> Callable[[int, int], None] | None:
