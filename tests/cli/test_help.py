@@ -48,7 +48,7 @@ def test_help_fits_a_terminal():
 
 def test_help_shows_examples_exit_codes_and_completion():
     text = help.text(Path("/"))
-    assert text.count("\n  smolrun ") == 5
+    assert text.count("\n  smolrun ") == 8
     for word in ("130 stopped", "-sc install=bash", "--cfg job", "docs/configuration.md"):
         assert word in text
 

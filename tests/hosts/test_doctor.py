@@ -82,6 +82,7 @@ def test_a_blocked_direction_a_wrong_clock_and_a_noisy_shell(make_lab: Maker, tm
     assert len(told["links"]) == 6  # lab2 dials lab1, and both directions go through that
 
 
+@pytest.mark.soak
 def test_a_host_that_nobody_reaches_keeps_no_other_from_being_measured(
     make_lab: Maker, tmp_path: Path
 ):
@@ -117,6 +118,7 @@ def test_hosts_that_do_not_answer_are_told_with_what_mends_it(make_lab: Maker, t
     assert max(map(len, out.splitlines()[:12])) <= 100  # the table
 
 
+@pytest.mark.soak
 def test_ssh_gets_in_and_smolrun_does_not(make_lab: Maker, tmp_path: Path):
     """By an agent of ssh_config, which only the system's ssh reads."""
     lab = make_lab(hosts=1)

@@ -87,6 +87,7 @@ def test_two_hosts_that_lose_each_other(driver: Driver) -> None:
     assert_checkpoint_is_whole(driver)
 
 
+@pytest.mark.soak
 def test_bad_cables_only_make_it_slow(driver: Driver) -> None:
     """5 % loss on one, 1 Mbit/s on another: no false alarm, and the same bytes everywhere."""
     slow = ["training.steps=12", "model.widths=[32]", "training.check_replicas=true"]

@@ -80,6 +80,7 @@ def test_a_python_without_torch(driver: Driver) -> None:
     assert is_clean(driver.lab.hosts)
 
 
+@pytest.mark.soak
 def test_two_runs_on_the_same_hosts(driver: Driver, tmp_path: Path) -> None:
     """One is told to stop, which is nothing to the other."""
     other = Driver(driver.lab, tmp_path / "other")

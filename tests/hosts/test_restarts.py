@@ -26,6 +26,7 @@ def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
     the_driver.end()
 
 
+@pytest.mark.soak
 def test_a_host_that_is_cut_off_is_left_out_and_the_run_ends_done(driver: Driver) -> None:
     """No FIN, no RST: its network is just gone."""
     run = driver.start(*LONG)

@@ -51,7 +51,13 @@ def test_the_other_side_ends_the_connection(lab1: Lab):
     assert seconds < 2
 
 
-@pytest.mark.parametrize("way", ["cut", "cut_in", "cut_out", "freeze"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "cut",
+        *(pytest.param(way, marks=pytest.mark.soak) for way in ("cut_in", "cut_out", "freeze")),
+    ],
+)
 def test_a_connection_that_dies_without_a_word(lab1: Lab, way: str):
     host = lab1.hosts[0]
     harm = {"freeze": lambda: host.freeze(sshd=True)}.get(way) or getattr(host, way)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,9 +75,11 @@ def test_memory_shares_are_those_of_ranks_where_all_are_known() -> None:
 def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
     """Layers of one bucket each; looked at whenever a gradient comes."""
 
+    torch.manual_seed(0)  # here, as ranks are threads that share one generator
+    first = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
+
     def rank_main(mesh: Mesh) -> tuple[int, list[torch.Tensor]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
+        model = copy.deepcopy(first)
         buckets = [
             ShardedBucket([(name, p)], [1.0, 2.0, 1.0], mesh.rank)
             for name, p in reversed(list(model.named_parameters()))
@@ -102,10 +106,8 @@ def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
     told = run_ranks(3, rank_main)
     assert max(most for most, _ in told) <= max_live
     assert max_live > 1 or max(most for most, _ in told) == 1
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
-    model(torch.ones(2, 6)).sum().backward()
-    for number, parameter in enumerate(reversed(list(model.parameters()))):
+    first(torch.ones(2, 6)).sum().backward()
+    for number, parameter in enumerate(reversed(list(first.parameters()))):
         assert parameter.grad is not None
         total = torch.cat([sums[number] for _, sums in told])
         assert torch.allclose(total, 6 * parameter.grad.flatten(), rtol=1e-5)

@@ -75,6 +75,7 @@ def test_a_driver_that_is_killed_is_told_with_what_goes_on(tmp_path: Path) -> No
         assert "died" in finish(start(tmp_path, "task=status"))[1]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_run_of_another_terminal_is_shown_from_its_events(tmp_path: Path) -> None:
     overrides = ["training.steps=400", "training.eval_every=100", "training.sample_tokens=0"]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.errors import ConfigError
 from smolrun.launch.moves import Outcome
 from smolrun.tasks import dry_run, dry_run_text, train
 from smolrun.tasks.dry_run import GB, Estimate, Process, estimate
@@ -163,11 +162,6 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert f"up to 5 at a time: {5 * estimate.checkpoint() / 1e6:.1f} MB of 1.0 MB free" in line
     assert line.endswith("which is NOT ENOUGH")
     assert dry_run_text._disk(made("checkpoint.every=0")).startswith("no checkpoints")
-
-
-def test_hosts_over_ssh_are_still_refused_without_a_dry_run() -> None:
-    with pytest.raises(ConfigError, match="over SSH"):
-        compose(["cluster=macmini3"])
 
 
 @pytest.mark.parametrize(
