@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launch.deadline import pid_of
+from tests.waiting import until
 
 TINY_DRIVER = Path(__file__).with_name("tiny_driver.py")
 
@@ -31,6 +32,10 @@ class DriverProcess:
 
     def worker_pids(self, ranks: int, state: str = "pid") -> list[int]:
         return [pid_of(self.folder, f"{state}{rank}") for rank in range(ranks)]
+
+    def wait_until_it_heard(self) -> None:
+        """Until some rank has told the driver of its work: the run has begun then."""
+        until((self.folder / "heard").exists)
 
     def outcome(self) -> tuple[int, dict[str, Any]]:
         output, _ = self.process.communicate(timeout=20)

@@ -83,6 +83,7 @@ def test_the_first_ctrl_c_stops_all_ranks_in_order(start_driver: StartDriver, nu
 def test_the_second_ctrl_c_ends_all_now(start_driver: StartDriver) -> None:
     driver = start_driver(ranks=2, steps=10_000, behave={"1": "ignore_stop"})
     pids = driver.worker_pids(2, "running")
+    driver.wait_until_it_heard()
     driver.process.send_signal(signal.SIGINT)
     sent_at = time.monotonic()
     until(lambda: not is_running(pids[0]))  # it obeyed, so the first Ctrl-C has been dealt with
@@ -97,6 +98,7 @@ def test_the_second_ctrl_c_ends_all_now(start_driver: StartDriver) -> None:
 def test_a_worker_that_ignores_stop_is_killed_at_the_deadline(start_driver: StartDriver) -> None:
     driver = start_driver(ranks=2, steps=10_000, behave={"1": "ignore_stop"}, stop_s=0.5)
     driver.worker_pids(2, "running")
+    driver.wait_until_it_heard()
     driver.process.send_signal(signal.SIGINT)
     code, outcome = driver.outcome()
     assert code == 131

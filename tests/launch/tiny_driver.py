@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smolrun.events import Event
+from smolrun.events import Event, Note
 from smolrun.launch.control import StartMessage
 from smolrun.launch.desk import RowReader
 from smolrun.launch.driver import Driver
@@ -62,10 +62,16 @@ def make_driver(
 ) -> Driver:
     host = LocalHost(command or WORKER)
     heard = events if events is not None else []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if not isinstance(event, Note):
+            (folder / "heard").touch()
+
     return Driver(
         plans(folder, behave or {}, ranks=ranks, steps=steps),
         lambda _: host,
-        listen=heard.append,
+        listen=listen,
         limits=Limits(**limits),
         lease_every_s=lease_every_s,
         rows=rows,

@@ -44,8 +44,9 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "hurt", "step")] == list(range(24))
     told = summary(tmp_path / "hurt")
     assert (told["status"], told["exit_code"], told["steps"]) == ("done", 0, 24)
-    assert [row["lost_rank"] for row in told["restarts"]] == [1, 0]
-    for row in told["restarts"]:
+    assert len(told["restarts"]) == 2
+    for row in told["restarts"]:  # which of the two it was, process ids do not tell
+        assert f"rank {row['lost_rank']} on local died from signal 9" in row["reason"]
         assert row["resumed_from"] % 3 == 0 and row["hosts"] == ["local"]
         assert row["lost_steps"] == row["step"] - row["resumed_from"] >= 0
     assert "; restart 1 of 2: after step" in out and "; restart 2 of 2: after step" in out
