@@ -1,7 +1,7 @@
 """On the host: one readable folder of code that follows the driver's (deploy=rsync).
 
-Only files that differ travel, in one archive. What the driver no longer has is deleted, as far as
-it is code; nothing outside the folder is touched, nor what somebody else put into it.
+Only files that differ travel, in one archive. Code that the driver does not have is deleted, also
+what somebody else put there: the folder is smolrun's. Other files, and all outside it, stay.
 """
 
 from __future__ import annotations
