@@ -136,7 +136,8 @@ def add(file: Path, name: str, key: HostKey) -> None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     with open(descriptor, "r+b", buffering=0) as handle:
-        # One write at the end: with O_APPEND two programs' lines never mix.
+        # One write at the end: with O_APPEND two programs' lines never mix (an empty one between
+        # them is all that can happen).
         if size := os.fstat(handle.fileno()).st_size:
             handle.seek(size - 1)
             line = line if handle.read(1) == b"\n" else b"\n" + line
