@@ -69,6 +69,7 @@ def test_a_connection_that_dies_without_a_word(lab1: Lab, way: str):
     assert 13 < seconds < 18
 
 
+@pytest.mark.soak
 def test_a_slow_link_is_not_taken_for_a_dead_one(make_lab: Maker):
     """At 1 Mbit/s the buffers hold more than 15 s of bytes."""
     the_lab = make_lab(hosts=1, rate="1mbit")
