@@ -105,10 +105,9 @@ def test_a_save_that_failed_elsewhere_is_told_with_its_host(hosts: Hosts) -> Non
     assert fetcher.arrived() == [ShardFailed(10, 1, "mini2: disk full")]
 
 
-def test_a_checkpoint_of_two_hosts_is_whole_on_the_driver(hosts: Hosts) -> None:
-    """With the real writer and keeper."""
-    events: list[Event] = []
-    keeper = Keeper(
+def keeper_of(hosts: Hosts, events: list[Event]) -> Keeper:
+    """The real one, on the driver."""
+    return Keeper(
         hosts.here,
         TOKEN,
         world_size=2,
@@ -118,6 +117,12 @@ def test_a_checkpoint_of_two_hosts_is_whole_on_the_driver(hosts: Hosts) -> None:
         keep_best=False,
         emit=events.append,
     )
+
+
+def test_a_checkpoint_of_two_hosts_is_whole_on_the_driver(hosts: Hosts) -> None:
+    """With the real writer and keeper."""
+    events: list[Event] = []
+    keeper = keeper_of(hosts, events)
     fetcher = hosts.fetcher()
     whole = torch.arange(10.0)
     for rank, half in enumerate((whole[:4], whole[4:])):
@@ -245,16 +250,7 @@ def test_a_full_disk_of_the_driver_is_told(hosts: Hosts, monkeypatch: pytest.Mon
 
 def test_a_failed_fetch_leaves_the_last_checkpoint_and_the_run(hosts: Hosts) -> None:
     events: list[Event] = []
-    keeper = Keeper(
-        hosts.here,
-        TOKEN,
-        world_size=2,
-        run_id="run",
-        config_hash="c",
-        keep=2,
-        keep_best=False,
-        emit=events.append,
-    )
+    keeper = keeper_of(hosts, events)
     hosts.machines[1].before_get = lambda path: lose("mini2", "connection lost")
     fetcher = hosts.fetcher()
     for rank in (0, 1):
