@@ -58,7 +58,7 @@ def test_modern_spelling_of_shakespeare_only(tmp_path: Path) -> None:
 def test_an_unpacked_archive_is_the_same_data(tmp_path: Path) -> None:
     packed = prepare(tmp_path, archive(tmp_path))
     with tarfile.open(archive(tmp_path)) as opened:
-        opened.extractall(tmp_path / "unpacked", filter="data")
+        opened.extractall(tmp_path / "unpacked")  # ours, and 3.11.2 knows no filter
     assert prepare(tmp_path, tmp_path / "unpacked") == packed
 
 

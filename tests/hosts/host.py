@@ -128,8 +128,11 @@ class Host(Link, Container):
             program.symlink_to(base.resolve())
         (folder / "pyvenv.cfg").write_text(f"home = {base.resolve().parent}\n")
         packages = sysconfig.get_path("purelib")
-        (ours / "box.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
-        (ours / "sitecustomize.py").write_text(code)
+        # Not sitecustomize, which Debian's own Python has already.
+        (ours / "box.pth").write_text(
+            f"import run_first_on_this_host\nimport site; site.addsitedir({packages!r})\n"
+        )
+        (ours / "run_first_on_this_host.py").write_text(code)
         self.python = str(program)
         return self.python
 
