@@ -11,6 +11,7 @@ cable would: no FIN, no error for the sender. Knows nothing of SSH and of proces
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import re
 import subprocess
@@ -85,7 +86,8 @@ class Network:
         return self.subnet.replace("0/24", str(k))
 
     def address6(self, k: int) -> str:
-        return f"fd73:6d6f:6c:{self.number:x}::{k:x}"
+        # As the system itself writes it: lab 0 has fd73:6d6f:6c::1.
+        return str(ipaddress.ip_address(f"fd73:6d6f:6c:{self.number:x}::{k:x}"))
 
     def build(self) -> None:
         """The bridge, and the box's cable to it."""

@@ -72,7 +72,8 @@ class Driver:
 
     def rows(self, event: str) -> list[dict[str, Any]]:
         """What its metrics say of one kind of event."""
-        lines = (self.latest / "metrics.jsonl").read_text().splitlines()
+        written = (self.latest / "metrics.jsonl").read_text()
+        lines = written[: written.rfind("\n") + 1].splitlines()  # the last may be half written yet
         return [row for row in map(json.loads, lines) if row["event"] == event]
 
     def wait_for_step(self, step: int, timeout_s: float = 60.0) -> None:
