@@ -51,7 +51,7 @@ class RankCheckpoints:
             self._check_space()
         self._restore()
         # What the driver does next to the run's folder must not come before all ranks are ready.
-        self._algorithm.collectives.barrier()
+        self._algorithm.meet()
 
     def finish(self) -> None:
         """Waits until the last save is written."""
@@ -75,6 +75,8 @@ class RankCheckpoints:
 
     def save(self, updates: int) -> None:
         """Starts to save what is true after so many updates; on all ranks alike."""
+        if not self._algorithm.saves:
+            return
         pieces = self._algorithm.pieces()
         state = {"rank": {"random": random_state(self._algorithm.context.device)}}
         if self._rank == 0:

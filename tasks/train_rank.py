@@ -81,9 +81,10 @@ def train(
         checkpoints.begin(trainer)
     emit(_started(algorithm, prepared, training["steps"]))
     outcome = trainer.fit()
-    if prepared.tokenizer and training["sample_tokens"] and not outcome.was_stopped:
+    writes = prepared.tokenizer and training["sample_tokens"] and algorithm.evaluates
+    if writes and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
-    algorithm.collectives.barrier()  # nobody leaves while another still needs it
+    algorithm.leave()
     if checkpoints:
         checkpoints.finish()  # last, as no other rank has to wait for this disk
     return {**dataclasses.asdict(outcome), "peak_memory_bytes": peak_memory()}

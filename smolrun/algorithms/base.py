@@ -21,32 +21,29 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms import saved
-from smolrun.algorithms.contract import FACTS, IGNORED, Context, InFlight, StepResult
+from smolrun.algorithms.contract import (
+    FACTS,
+    IGNORED,
+    Context,
+    EvalSums,
+    InFlight,
+    Share,
+    StepResult,
+)
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
+from smolrun.parts.norms import squared_norm
 
-__all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "StepResult"]
-
-_NORM_PIECE = 1 << 20  # numbers of a gradient that are in double precision at one time
-
-
-@dataclass(frozen=True)
-class EvalSums:
-    """Over the samples of all ranks. `correct` counts right answers, for classes only."""
-
-    loss: float
-    weight: int
-    correct: int | None
+__all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "Share", "StepResult"]
 
 
 class Algorithm(ABC):
@@ -55,6 +52,8 @@ class Algorithm(ABC):
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
+    # Whether this rank takes part in evaluations and checkpoints.
+    evaluates = saves = True
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -76,6 +75,14 @@ class Algorithm(ABC):
         self.optimizer = self.context.make_optimizer(self.stepped)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
+    def meet(self) -> None:
+        """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
+        self.collectives.barrier()
+
+    def next_share(self, steps: int) -> Share | None:
+        """What to train on next, where there are so many `steps`; None: nothing more."""
+        return Share(self.steps_begun) if self.steps_begun < steps else None
+
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """One step over this rank's samples; returns the update it finished, None while the first K
         are in flight."""
@@ -92,6 +99,10 @@ class Algorithm(ABC):
     def drain(self) -> list[StepResult]:
         """Finishes the updates that are still in flight."""
         return [self._update_oldest() for _ in range(len(self.in_flight))]
+
+    def leave(self) -> None:
+        """The last call: nobody leaves while another still needs it."""
+        self.collectives.barrier()
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
@@ -213,18 +224,7 @@ class Algorithm(ABC):
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
         """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
         adds them up."""
-        # Apple's devices have no float64.
-        kind = self.context.device.type
-        dtype = torch.float32 if kind == "mps" else torch.float64
-        # On a CPU the norm makes a copy in `dtype` first. One piece after the other, that stays
-        # small; left to itself it grew to several copies of the gradient.
-        parts = (
-            piece
-            for gradient in gradients
-            for piece in (gradient.flatten().split(_NORM_PIECE) if kind == "cpu" else (gradient,))
-        )
-        norms = (float(torch.linalg.vector_norm(part, dtype=dtype)) for part in parts)
-        return sum(norm * norm for norm in norms)
+        return squared_norm(gradients)
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Norms by layer; where ranks step parts of the model, an override joins them."""

@@ -42,6 +42,31 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of a global batch, for whoever takes it."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank trains on next: of the global batch of `step` its own share, or that part."""
+
+    step: int
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class EvalSums:
+    """Over the samples of all ranks. `correct` counts right answers, for classes only."""
+
+    loss: float
+    weight: int
+    correct: int | None
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One update of the whole run. `grad_norm` is None when the update was skipped because it was
     not finite."""

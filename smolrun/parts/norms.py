@@ -14,6 +14,22 @@ import torch
 
 Kind = Literal["none", "gradients", "all"]
 
+_PIECE = 1 << 20  # numbers that are in double precision at one time
+
+
+def squared_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """The sum of the squares of all numbers in all `tensors`."""
+    total = 0.0
+    for tensor in tensors:
+        kind = tensor.device.type
+        # Apple's devices have no float64.
+        dtype = torch.float32 if kind == "mps" else torch.float64
+        # On a CPU the norm makes a copy in `dtype` first. One piece after the other, that stays
+        # small; left to itself it grew to several copies of the gradient.
+        for part in tensor.flatten().split(_PIECE) if kind == "cpu" else (tensor,):
+            total += float(torch.linalg.vector_norm(part, dtype=dtype)) ** 2
+    return total
+
 
 @dataclass(frozen=True)
 class LayerNorms:

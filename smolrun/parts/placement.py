@@ -42,6 +42,11 @@ class BatchPlan:
     first: int  # this rank's first sample within the global batch
     sizes: tuple[int, ...]  # samples per micro-batch
     global_batch_size: int
+    micro_batch_size: int | None = None  # the most samples at once; None: as many as there are
+
+    def part(self, index: int, count: int) -> BatchPlan:
+        """The plan of one of `count` equal parts of every global batch, whoever takes it."""
+        return plan_batches(self.global_batch_size, [1.0] * count, index, self.micro_batch_size)
 
     def positions(self, step: int) -> list[range]:
         """The global sample positions of each micro-batch of a step."""
@@ -62,4 +67,4 @@ def plan_batches(
     largest = max(counts)
     num_micro_batches = -(-largest // (micro_batch_size or largest))
     sizes = shares(counts[rank], [1.0] * num_micro_batches)
-    return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size)
+    return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size, micro_batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch, Split
 from smolrun.data.order import SampleOrder
 from smolrun.parts.placement import BatchPlan
@@ -18,11 +19,13 @@ class Feed:
         self._order = order
         self._plan = plan
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of one step; some may be empty."""
+    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+        """The micro-batches of one step, of this rank's share or of that part; some may be
+        empty."""
+        plan = self._plan if part is None else self._plan.part(part.index, part.count)
         return [
             self._split.batch(self._order.indices(positions.start, positions.stop))
-            for positions in self._plan.positions(step)
+            for positions in plan.positions(step)
         ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch
 from smolrun.data.stream_batch import token_batch
 from smolrun.parts.placement import BatchPlan
@@ -45,12 +46,15 @@ class StreamFeed:
         self._next_step: int | None = None
         self._next_request = 0
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of one step, some perhaps empty; waits for them.
+    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+        """The micro-batches of one step, some perhaps empty; waits for them. Parts that go to
+        whoever asks first cannot be asked for ahead, so there are none here.
 
         The first step may be any, the others follow in order. Raises DataError when the rows do
         not come in time.
         """
+        if part is not None:
+            raise ValueError("a stream has no parts")
         if self._next_step is None:
             self._next_request = step
         elif step != self._next_step:

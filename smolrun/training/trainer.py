@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
+from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
@@ -27,8 +28,9 @@ _MAX_SKIPPED = 20
 class Samples(Protocol):
     """Where this rank's micro-batches come from."""
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of one step; some may be empty."""
+    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+        """The micro-batches of one step, of this rank's share or of that part; some may be
+        empty."""
 
 
 @dataclass
@@ -110,10 +112,10 @@ class Trainer:
         """Trains to the end, or to the step at which the run was asked to stop."""
         self._bytes = (self._mesh.bytes_sent, self._mesh.bytes_received)
         self._started_at = self._last_step_at = time.perf_counter()
-        for step in range(self._algorithm.steps_begun, self._steps):
+        while share := self._algorithm.next_share(self._steps):
             self._algorithm.wants_stop = self._should_stop()
-            self._spans.before(step, self._steps)
-            result = self._algorithm.train_step(self._feed.step(step))
+            self._spans.before(share.step, self._steps)
+            result = self._algorithm.train_step(self._feed.step(share.step, share.part))
             if result is not None:
                 self._finish(result)
             if self.outcome.was_stopped:
@@ -134,7 +136,7 @@ class Trainer:
 
     def _finish(self, result: StepResult) -> None:
         """Everything that follows an update."""
-        self.outcome.steps = result.step + 1
+        before, self.outcome.steps = self.outcome.steps, result.step + 1
         self.outcome.final_train_loss = result.loss
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
@@ -148,13 +150,13 @@ class Trainer:
                 raise TrainingError(
                     f"replicas differ after step {result.step}: {', '.join(hashes)}"
                 )
-        if self._eval_every and self.outcome.steps % self._eval_every == 0:
+        if _last_due(before, self.outcome.steps, self._eval_every):
             self._eval()
         # `fit` saves the last one, when all is done.
-        is_due = self._save_every and self.outcome.steps % self._save_every == 0
-        if self._save and is_due and self.outcome.steps < self._steps:
+        due = _last_due(before, self.outcome.steps, self._save_every)
+        if self._save and due and self.outcome.steps < self._steps:
             self._saved_at = self.outcome.steps
-            self._save(self.outcome.steps)
+            self._save(due)
 
     def _tell(self, result: StepResult) -> None:
         now = time.perf_counter()
@@ -212,6 +214,8 @@ class Trainer:
             )
 
     def _eval(self) -> None:
+        if not self._algorithm.evaluates:
+            return
         sums = self._evaluate()
         loss = sums.loss / sums.weight if sums.weight else float("nan")
         accuracy = None if sums.correct is None else sums.correct / max(1, sums.weight)
@@ -220,3 +224,10 @@ class Trainer:
         self._emit(EvalDone(self.outcome.steps - 1, loss, sums.weight, accuracy))
         # The next step's tokens per second are not about this.
         self._last_step_at = time.perf_counter()
+
+
+def _last_due(before: int, now: int, every: int) -> int:
+    """The last multiple of `every` that was reached; 0 if none was. A rank that was left behind
+    may jump over steps, but not over what is due in them."""
+    reached = now // every * every if every else 0
+    return reached if reached > before else 0
