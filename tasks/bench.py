@@ -200,7 +200,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    peer = ", ".join(dict.fromkeys(row["peer"] for row in rows))
+    peers = dict.fromkeys(row["peer"] for row in rows)
+    peer = ", ".join(peers)
     table = Table(
         title=f"{rows[0]['op']}: smolrun beside {peer}; a ratio below 1: smolrun is faster"
     )
@@ -211,7 +212,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["world_size"]),
             f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M",
             _time(row["ours_s"]),
-            _time(row["peer_s"]),
+            _time(row["peer_s"]) + (f" ({row['peer']})" if len(peers) > 1 else ""),
             f"{row['ratio']:.2f}",
             "{:.2f} to {:.2f}".format(*row["spread"]),
             f"{row['cpu_ratio']:.2f}",

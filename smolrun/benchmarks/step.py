@@ -22,7 +22,6 @@ from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
 
-
 HOOKS = {"fp16": fp16_compress_hook, "bf16": bf16_compress_hook}
 
 

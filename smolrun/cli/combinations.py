@@ -19,8 +19,8 @@ HEAD = """\
 
 <!-- Made by `make docs` from the checks in smolrun/config/ and from conf/. Change those, not this file. -->
 
-`staleness.bound` and `quantization` for every algorithm. What is refused is refused for the reason below, before
-anything starts. `int8`, `fp16` and `bf16` are alike in this.
+`staleness.bound` and `quantization` for every algorithm. What is refused is refused for the reason
+below, before anything starts. `int8`, `fp16` and `bf16` are alike in this.
 """  # noqa: E501  (a comment of the page)
 
 STALENESS = {"on time": "staleness.bound=0", "K steps late": "staleness.bound=2"}
