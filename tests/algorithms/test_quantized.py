@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.cli.compose import compose
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.quantization import Quantization
 from smolrun.testing import run_ranks
@@ -73,6 +75,26 @@ def test_every_stage_learns_the_same(algorithm: str, stage: int | None) -> None:
     for trace in train(algorithm, "language_model", 3, more=INT8, **more):
         assert trace.losses == pytest.approx(plain.losses, rel=2e-3)
         assert 1e-6 < distance(trace, plain) < 0.05
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("algorithm", worlds.ALGORITHMS)
+def test_whatever_is_not_refused_works(algorithm: str, staleness: int) -> None:
+    """A new yaml is tried the day it is written."""
+    if why := refusal(algorithm, staleness):
+        pytest.skip(why)
+    plain = train(algorithm, "mlp", 2, staleness=staleness)[0]
+    for trace in train(algorithm, "mlp", 2, more=INT8, staleness=staleness):
+        assert trace.losses == pytest.approx(plain.losses, rel=5e-3)
+
+
+def refusal(algorithm: str, staleness: int) -> str:
+    """Why the configuration refuses int8 there; empty where it does not."""
+    try:
+        compose([f"algorithm={algorithm}", f"staleness.bound={staleness}", "quantization=int8"])
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @EVERY_STAGE
