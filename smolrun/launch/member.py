@@ -54,7 +54,7 @@ class Member:
         """When something is due by itself."""
         if self.due is not None:
             return [self.due]
-        is_starting = not state.addresses and not state.is_over
+        is_starting = not (state.addresses or state.is_over or state.killed)
         return [self.since + self.start_s] if is_starting else []
 
     def starts_again(self, now: float) -> None:
