@@ -51,7 +51,7 @@ class Processes:
         return ended
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 4))
