@@ -120,6 +120,7 @@ class Ending:
             host_versions=self._host_versions,
             exit_code=outcome.exit_code,
             restarts=self._restarts,
+            departures=outcome.departures,
             time=self._times.summary(),
             peak_memory_bytes=[
                 outcome.summaries.get(rank, {}).get("peak_memory_bytes")

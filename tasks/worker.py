@@ -162,6 +162,7 @@ def _build_mesh(
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
         guard=_guard(start, identity),
+        elastic=start.elastic,
     )
 
 

@@ -55,10 +55,15 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 | `restarts` | One for each time that the run was started again after a loss, see below |
+| `departures` | One for each time that a run lost a rank and went on without it, see below |
 
 Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
 `reason`, `resumed_from` (steps in the checkpoint; 0: the beginning), `lost_steps` (made twice) and
 `hosts` (those it went on with).
+
+Of a departure: `rank`, `host`, `step` (of that rank), `after_s` (from the start of the ranks),
+`reason`, `away_s` (until it was back; null: it never was) and `given_up` (it died at once too
+often, so it was not started again).
 
 ## metrics.jsonl
 
