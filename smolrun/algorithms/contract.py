@@ -36,6 +36,7 @@ class Context:
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
+    is_elementwise: bool = True  # the optimizer needs no whole matrices, so they may be cut
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()

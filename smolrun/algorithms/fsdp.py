@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from smolrun.algorithms import saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
-from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.algorithms.classicdp import ClassicDP, classicdp
 from smolrun.algorithms.contract import IGNORED
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
@@ -51,7 +51,7 @@ def fsdp(
 ) -> Algorithm:
     """The algorithm of a stage; each stage takes those keys that mean something to it."""
     if stage == 0:
-        return ClassicDP(context, bucket_mb=bucket_mb)
+        return classicdp(context, bucket_mb=bucket_mb, owner_computes="auto")
     if stage == 1:
         return OptimizerShards(context, bucket_mb=bucket_mb)
     if stage == 2:
