@@ -176,11 +176,15 @@ def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:
     training, bench = config["training"], config["bench"]
     plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
     feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
-    peer_model = new_model(config, prepared, device)
-    peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
+    peer = PeerStep(
+        bench["peer"],
+        new_model(config, prepared, device),
+        optimizer_maker(config),
+        training["grad_clip"],
+    )
     return compare_step(
         place_algorithm(config, prepared, mesh, device),
-        PeerStep(peer_model, peer_optimizer, training["grad_clip"]),
+        peer,
         lambda step: feed.step(step)[0],
         steps=bench["steps"],
         warm_up=bench["warmup_steps"],

@@ -1,4 +1,4 @@
-"""A whole training step of ours beside DistributedDataParallel's on gloo.
+"""A whole training step of ours beside torch's own on gloo: DistributedDataParallel, or FSDP2.
 
 Same model, same batches, same optimizer, same clipping, in the same processes.
 """
@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,10 +25,16 @@ class PeerStep:
     """A step as people write it with torch alone."""
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float
+        self,
+        kind: str,
+        model: torch.nn.Module,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+        grad_clip: float,
     ) -> None:
-        self.model = DistributedDataParallel(model)
-        self._optimizer = optimizer
+        self.name = f"{kind}-gloo"
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = {"ddp": DistributedDataParallel, "fsdp2": _cut}[kind](model)
+        self._optimizer = make_optimizer(self.model.named_parameters())
         self._grad_clip = grad_clip
         self.loss = 0.0
 
@@ -44,6 +52,20 @@ class PeerStep:
         self.loss = loss.item()
 
 
+def _cut(model: torch.nn.Module) -> torch.nn.Module:
+    """As its documentation shows it: every block is a group of its own, the rest is one more."""
+    for block in getattr(model, "blocks", torch.nn.ModuleDict()).values():
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def _cable_bytes() -> int:
+    """What this host has sent so far over anything but its loopback."""
+    found = psutil.net_io_counters(pernic=True)
+    return sum(count.bytes_sent for name, count in found.items() if not name.startswith("lo"))
+
+
 def compare_step(
     algorithm: Algorithm,
     peer: PeerStep,
@@ -57,12 +79,23 @@ def compare_step(
 
     `wait_s` is what rank 0 waited for the network in a step, `bytes_sent` what it sent: of the
     time that these bytes need on the link, all that is not waited for is hidden behind compute.
+    `cable_bytes` are what rank 0's host sent in a step of either side, whoever did, packet headers
+    included; they say something where ranks are on hosts of their own.
     """
     counts = {"ours": 0, "peer": 0}
     losses = {"ours": 0.0, "peer": 0.0}
     waits: list[float] = []
     mesh = algorithm.context.mesh
     sent_before = mesh.bytes_sent
+    cable: dict[str, list[int]] = {"ours": [], "peer": []}
+
+    def counted(name: str, step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            before = _cable_bytes()
+            step()
+            cable[name].append(_cable_bytes() - before)
+
+        return run
 
     def our_step() -> None:
         result = algorithm.train_step([batch(counts["ours"])])
@@ -78,16 +111,18 @@ def compare_step(
         losses["peer"] = peer.loss
 
     meet = algorithm.collectives.barrier
-    result = compare(our_step, peer_step, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
+    sides = counted("ours", our_step), counted("peer", peer_step)
+    result = compare(*sides, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
     return result.row(
         "step",
         "train_step",
-        "ddp-gloo",
+        peer.name,
         world_size=algorithm.collectives.size,
-        parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
+        parameters=peer.parameters,
         steps_run=counts["ours"],
         wait_s=statistics.median(waits) if waits else None,
         bytes_sent=(mesh.bytes_sent - sent_before) / counts["ours"],
+        cable_bytes={name: statistics.median(sent) for name, sent in cable.items()},
         final_loss_ours=losses["ours"],
         final_loss_peer_rank0=losses["peer"],
     )

@@ -153,9 +153,13 @@ class LinkBench(Section):
 
 
 class StepBench(Section):
-    """A whole training step beside DistributedDataParallel's on gloo, in turn."""
+    """A whole training step beside torch's own on gloo, in turn."""
 
     name: Literal["step"]
+    peer: Literal["ddp", "fsdp2"] = Field(
+        description="ddp = DistributedDataParallel, for algorithm=classicdp; fsdp2 = fully_shard, "
+        "for algorithm=fsdp"
+    )
     world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
         description="Ranks"
     )
