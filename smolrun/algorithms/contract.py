@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.precision import Precision
@@ -92,3 +93,11 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+
+
+def never_empty(batch: Batch) -> Batch:
+    """The batch, or one sample that does not count; for ranks that must run the model together."""
+    if len(batch.inputs):
+        return batch
+    inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
+    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))

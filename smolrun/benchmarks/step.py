@@ -33,7 +33,7 @@ class PeerStep:
     ) -> None:
         self.name = f"{kind}-gloo"
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model = {"ddp": DistributedDataParallel, "fsdp2": _cut}[kind](model)
+        self.model = DistributedDataParallel(model) if kind == "ddp" else _cut(model)
         self._optimizer = make_optimizer(self.model.named_parameters())
         self._grad_clip = grad_clip
         self.loss = 0.0

@@ -187,9 +187,11 @@ def sent(stage: int, world_size: int, count: int, **keys: Any) -> list[tuple[int
     def rank_main(mesh: Mesh) -> tuple[int, int]:
         algorithm = made(mesh, GPT_NARROW, stage=stage, bucket_mb=0.5, **keys)
         algorithm.train_step(micro_batches(mesh.rank, count))
+        algorithm.replica_tensors()  # waits for what is on its way
         algorithm.collectives.barrier()
         before = mesh.bytes_sent, mesh.bytes_received
         algorithm.train_step(micro_batches(mesh.rank, count))
+        algorithm.replica_tensors()
         algorithm.collectives.barrier()
         return mesh.bytes_sent - before[0], mesh.bytes_received - before[1]
 
