@@ -66,8 +66,7 @@ def are_equal(traces: list[Trace]) -> bool:
     return all(trace.hashes == traces[0].hashes for trace in traces)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize(("optimizer", "staleness"), [("adamw", 0), ("lion", 2), ("sgd", 0)])
 @pytest.mark.usefixtures("foreign")
 def test_a_foreign_kernel_makes_no_difference_to_replicas(optimizer: str, staleness: int) -> None:
     keys: dict[str, Any] = {"optimizer": optimizer, "staleness": staleness, "precision": "float32"}
