@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
@@ -60,6 +61,21 @@ def _cut(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@dataclass
+class _Side:
+    """Takes the steps of one side, and notes what this host sends in each."""
+
+    step: Callable[[int], None]
+    count: int = 0
+    cable: list[int] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        before = _cable_bytes()
+        self.step(self.count)
+        self.count += 1
+        self.cable.append(_cable_bytes() - before)
+
+
 def _cable_bytes() -> int:
     """What this host has sent so far over anything but its loopback."""
     found = psutil.net_io_counters(pernic=True)
@@ -82,47 +98,33 @@ def compare_step(
     `cable_bytes` are what rank 0's host sent in a step of either side, whoever did, packet headers
     included; they say something where ranks are on hosts of their own.
     """
-    counts = {"ours": 0, "peer": 0}
-    losses = {"ours": 0.0, "peer": 0.0}
-    waits: list[float] = []
-    mesh = algorithm.context.mesh
-    sent_before = mesh.bytes_sent
-    cable: dict[str, list[int]] = {"ours": [], "peer": []}
+    mesh, sent_before = algorithm.context.mesh, algorithm.context.mesh.bytes_sent
+    results: list[StepResult] = []
 
-    def counted(name: str, step: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            before = _cable_bytes()
-            step()
-            cable[name].append(_cable_bytes() - before)
+    def our_step(step: int) -> None:
+        if result := algorithm.train_step([batch(step)]):
+            results.append(result)
+        if step < warm_up or (step - warm_up + 1) % steps == 0:
+            # At the end of a measurement: what is still on its way counts too.
+            algorithm.replica_tensors()
 
-        return run
-
-    def our_step() -> None:
-        result = algorithm.train_step([batch(counts["ours"])])
-        counts["ours"] += 1
-        if result is not None:
-            losses["ours"] = result.loss
-            waits.append(result.wait_s)
-
-    def peer_step() -> None:
-        step = counts["peer"]
-        peer(batch(step), algorithm.context.learning_rate(step))
-        counts["peer"] += 1
-        losses["peer"] = peer.loss
-
+    ours = _Side(our_step)
+    theirs = _Side(lambda step: peer(batch(step), algorithm.context.learning_rate(step)))
     meet = algorithm.collectives.barrier
-    sides = counted("ours", our_step), counted("peer", peer_step)
-    result = compare(*sides, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
+    result = compare(ours, theirs, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
     return result.row(
         "step",
         "train_step",
         peer.name,
         world_size=algorithm.collectives.size,
         parameters=peer.parameters,
-        steps_run=counts["ours"],
-        wait_s=statistics.median(waits) if waits else None,
-        bytes_sent=(mesh.bytes_sent - sent_before) / counts["ours"],
-        cable_bytes={name: statistics.median(sent) for name, sent in cable.items()},
-        final_loss_ours=losses["ours"],
-        final_loss_peer_rank0=losses["peer"],
+        steps_run=ours.count,
+        wait_s=statistics.median(result.wait_s for result in results),
+        bytes_sent=(mesh.bytes_sent - sent_before) / ours.count,
+        cable_bytes={
+            "ours": statistics.median(ours.cable),
+            "peer": statistics.median(theirs.cable),
+        },
+        final_loss_ours=results[-1].loss,
+        final_loss_peer_rank0=peer.loss,
     )
