@@ -136,6 +136,7 @@ def schedules() -> str:
 
 BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
 DRAWN = {
+    "classicdp": [ring_all_reduce(rank, 3) for rank in range(3)],
     "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
 }
 

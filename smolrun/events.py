@@ -157,6 +157,18 @@ class ReplicaHash(Event):
 
 
 @dataclass(frozen=True)
+class Drift(Event):
+    """All replicas became rank 0's; `ranks` are those that had differed from it, by `difference` at
+    most in any number. It arrives as None where a replica had a number that is none."""
+
+    kind: ClassVar[str] = "drift"
+    step: int
+    difference: float | None
+    ranks: list[int]
+    rank: None = None
+
+
+@dataclass(frozen=True)
 class StepSkipped(Event):
     """All ranks skipped one update alike, because some rank's gradient was not finite."""
 
@@ -221,6 +233,7 @@ EVENTS: dict[str, type[Event]] = {
         CheckpointSaved,
         Timeline,
         ReplicaHash,
+        Drift,
         StepSkipped,
         TextSample,
         RunStarted,

@@ -160,7 +160,7 @@ def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
 
 
 def _step_rows(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
-    """One row for every hook of the peer; both sides begin anew for each."""
+    """One row for every peer; both sides begin anew for each."""
     import torch
 
     from smolrun.benchmarks.step import PeerStep, compare_step
@@ -177,12 +177,11 @@ def _step_rows(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
     training, bench = config["training"], config["bench"]
     plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
     feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
-    for hook in bench["hooks"]:
-        peer_model = new_model(config, prepared, device)
-        peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
+    for kind in bench["peers"]:
+        model = new_model(config, prepared, device)
         yield compare_step(
             place_algorithm(config, prepared, mesh, device),
-            PeerStep(peer_model, peer_optimizer, training["grad_clip"], hook),
+            PeerStep(kind, model, optimizer_maker(config), training["grad_clip"]),
             lambda step: feed.step(step)[0],
             steps=bench["steps"],
             warm_up=bench["warmup_steps"],

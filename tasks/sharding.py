@@ -10,7 +10,7 @@ from importlib.resources import files
 import yaml
 
 from smolrun.config import RunConfig
-from smolrun.config.algorithms import FSDP
+from smolrun.config.algorithms import FSDP, ClassicDP
 from smolrun.training.memory import item_bytes
 from smolrun.training.sharding import Sharding
 
@@ -20,6 +20,8 @@ def sharding_of(
 ) -> Sharding:
     """For a rank that holds `share`; `largest_layer` counts numbers."""
     algorithm = config.algorithm
+    if isinstance(algorithm, ClassicDP) and algorithm.owner_computes is True:
+        return Sharding(1, share)
     if not isinstance(algorithm, FSDP):
         return Sharding()
     bucket = int(algorithm.bucket_mb * 2**20) // item_bytes(config.precision)

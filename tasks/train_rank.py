@@ -32,7 +32,7 @@ from smolrun.tasks.workers import load_target
 from smolrun.training.evaluation import evaluate, write_text
 from smolrun.training.feed import Feed, every_sample
 from smolrun.training.lr_schedule import lr_schedule
-from smolrun.training.optimizer import make_optimizer
+from smolrun.training.optimizer import ELEMENTWISE, make_optimizer
 from smolrun.training.stream_feed import Rows, StreamFeed
 from smolrun.training.trainer import Trainer
 from smolrun.training.vitals import peak_memory
@@ -77,6 +77,7 @@ def train(
         save_every=saving.every if saving else 0,
         save=checkpoints.save if checkpoints and checkpoints.saves else None,
         timeline_steps=config["tracker"]["timeline_steps"],
+        resync_every=training["resync_every"],
     )
     if checkpoints:
         checkpoints.begin(trainer)
@@ -149,6 +150,7 @@ def place_algorithm(
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),
+        is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
     )

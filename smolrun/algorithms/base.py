@@ -54,6 +54,7 @@ class Algorithm(ABC):
     holds_whole_model = True
     # Whether this rank takes part in evaluations and checkpoints.
     evaluates = saves = True
+    replicas_may_differ = False  # in last bits: unlike machines, each updating its own replica
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -16,15 +16,20 @@ steps to hide behind.
 With quantization gradients travel in fewer bits: parts/quantized_sum.py. All ranks decode the same
 bytes, so replicas stay equal too; what rounding took away is kept for the next step.
 
+Equal sums do not make equal replicas where machines are of different kinds, as their optimizer
+kernels differ in last bits. There the owner computes: every rank steps its own slices of all
+parameters, and the others take the bytes that it found (fsdp's stage 1).
+
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020
 (buckets, overlap); Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel
 Parameter Server", 2013 (bounded staleness)."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,11 +37,37 @@ from smolrun.algorithms import saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, InFlight
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
+from smolrun.parts.device_class import device_class, gather_classes
 from smolrun.parts.gradient_sums import GradientSums
 from smolrun.parts.replicas import make_equal
+
+_log = logging.getLogger(__name__)
+
+
+def classicdp(
+    context: Context, *, bucket_mb: float, owner_computes: bool | Literal["auto"]
+) -> Algorithm:
+    """Replicas that all ranks step, or that their owners step; "auto": the latter where ranks are
+    of different device classes and the optimizer can step slices. Collective."""
+    from smolrun.algorithms.fsdp import OptimizerShards  # whose base class is below
+
+    # A stream of its own, as the algorithm counts its operations from the beginning.
+    collectives = Collectives(context.mesh, stream=2)
+    classes = gather_classes(collectives, device_class(context.device))
+    is_mixed = len(set(classes)) > 1
+    if owner_computes == "auto":
+        owner_computes = is_mixed and context.is_elementwise
+    if is_mixed:
+        _log.info("device classes: %s; owner computes: %s", "; ".join(classes), owner_computes)
+    if owner_computes:
+        return OptimizerShards(context, bucket_mb=bucket_mb)
+    algorithm = ClassicDP(context, bucket_mb=bucket_mb)
+    algorithm.replicas_may_differ = is_mixed
+    return algorithm
 
 
 class ClassicDP(Algorithm):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.precision import Precision
@@ -38,6 +39,7 @@ class Context:
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
+    is_elementwise: bool = True  # the optimizer needs no whole matrices, so they may be cut
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
@@ -93,3 +95,11 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+
+
+def never_empty(batch: Batch) -> Batch:
+    """The batch, or one sample that does not count; for ranks that must run the model together."""
+    if len(batch.inputs):
+        return batch
+    inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
+    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))

@@ -7,8 +7,8 @@ thing more that is cut among the ranks (ZeRO's stages).
     stage 2   gradients too                       4          4/N        8/N         7
     stage 3   parameters too                      4/N        4/N        8/N         4
 
-    rank 0  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather ]  stages 1, 2
-    rank 1  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather ]
+    rank 0  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather, forward ...   1, 2
+    rank 1  forward  backward ][ reduce_scatter ]  step its slices  [ all_gather, forward ...
     rank 0  [ gather 0 ][ gather 1 ] ... forward, backward ... [ reduce_scatter ]  step    stage 3
 
 Parameters lie flat in buckets, and every bucket is cut among the ranks, unevenly where ranks have
@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from smolrun.algorithms import saved_residuals, saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
-from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.algorithms.contract import IGNORED
+from smolrun.algorithms.classicdp import ClassicDP, classicdp
+from smolrun.algorithms.contract import never_empty
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
+from smolrun.parts.arrivals import Arrivals
 from smolrun.parts.buckets import Bucket, pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
 from smolrun.parts.norms import joined
@@ -51,14 +52,13 @@ def fsdp(
 ) -> Algorithm:
     """The algorithm of a stage; each stage takes those keys that mean something to it."""
     if stage == 0:
-        return ClassicDP(context, bucket_mb=bucket_mb)
+        return classicdp(context, bucket_mb=bucket_mb, owner_computes="auto")
     if stage == 1:
         return OptimizerShards(context, bucket_mb=bucket_mb)
     if stage == 2:
         return GradientShards(context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets)
-    return ParameterShards(
-        context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets, prefetch=prefetch
-    )
+    keys = {"max_live_buckets": max_live_buckets, "prefetch": prefetch}
+    return ParameterShards(context, bucket_mb=bucket_mb, **keys)
 
 
 class OptimizerShards(ClassicDP):
@@ -67,6 +67,7 @@ class OptimizerShards(ClassicDP):
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context, bucket_mb=bucket_mb)
         self._weights = context.shard_weights or (1.0,) * self.collectives.size
+        self._arrivals = Arrivals(lambda work: self.wait(work))
 
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
@@ -77,6 +78,7 @@ class OptimizerShards(ClassicDP):
             model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
         )
         self._replica = [bucket.move_in() for bucket in self.shards]
+        self._arrivals.watch(model, self.shards)
         self.step_slices()
         self.catch_gradients()
 
@@ -112,17 +114,27 @@ class OptimizerShards(ClassicDP):
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
         """As always, on this rank's slices; then everybody gets the slices of all."""
+        self._arrivals.land()  # what is being sent must not change
         norm = super().update(flight, weight, learning_rate)
         if norm is not None:
             self.spread()
         return norm
 
     def spread(self) -> None:
-        """Every rank gets the slices that the others have stepped."""
-        pairs = zip(self.shards, self._replica, strict=True)
-        for gathering in [bucket.gather(self.collectives, flat) for bucket, flat in pairs]:
-            self.wait(gathering.work)
-            gathering.land()
+        """Every rank gets the slices that the others have stepped, while it goes on; first those
+        that forward needs first."""
+        for bucket, flat in reversed(list(zip(self.shards, self._replica, strict=True))):
+            self._arrivals.add(bucket, bucket.gather(self.collectives, flat))
+
+    def replica_tensors(self) -> list[Tensor]:
+        """The whole model, all of it there."""
+        self._arrivals.land()
+        return super().replica_tensors()
+
+    def leave(self) -> None:
+        """As always, when nothing is on its way any more."""
+        self._arrivals.land()
+        super().leave()
 
     def norm_squared(self, gradients: list[Tensor]) -> float:
         """Every element has one owner, so the squares of all ranks add up."""
@@ -286,11 +298,3 @@ class ParameterShards(GradientShards):
             output = super().logits(tokens)
         self.whole.free()
         return output
-
-
-def never_empty(batch: Batch) -> Batch:
-    """The batch, or one sample that does not count."""
-    if len(batch.inputs):
-        return batch
-    inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
-    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))

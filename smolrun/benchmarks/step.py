@@ -1,4 +1,4 @@
-"""A whole training step of ours beside DistributedDataParallel's on gloo.
+"""A whole training step of ours beside torch's own on gloo: DistributedDataParallel, or FSDP2.
 
 Same model, same batches, same optimizer, same clipping, in the same processes.
 """
@@ -7,39 +7,42 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
 
-HOOKS = {"fp16": fp16_compress_hook, "bf16": bf16_compress_hook}
+_HOOKS = {"ddp-fp16": fp16_compress_hook, "ddp-bf16": bf16_compress_hook}
 
 
 class PeerStep:
-    """A step as people write it with torch alone; `hook` compresses gradients."""
+    """A step as people write it with torch alone. `kind` is ddp, ddp-fp16 or ddp-bf16 (gradients
+    travel in so many bits, by torch's own hooks), or fsdp2."""
 
     def __init__(
         self,
+        kind: str,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
         grad_clip: float,
-        hook: str = "none",
     ) -> None:
-        self.name = "ddp-gloo" if hook == "none" else f"ddp-gloo-{hook}"
-        self.model = DistributedDataParallel(model)
-        if hook != "none":
-            self.model.register_comm_hook(state=None, hook=HOOKS[hook])
-        self._optimizer = optimizer
+        self.name = f"{kind}-gloo"
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = _cut(model) if kind == "fsdp2" else _replicated(model, _HOOKS.get(kind))
+        self._optimizer = make_optimizer(self.model.named_parameters())
         self._grad_clip = grad_clip
         self.loss = 0.0
 
@@ -57,6 +60,42 @@ class PeerStep:
         self.loss = loss.item()
 
 
+def _replicated(model: torch.nn.Module, hook: Callable[..., Any] | None) -> torch.nn.Module:
+    replicated = DistributedDataParallel(model)
+    if hook is not None:
+        replicated.register_comm_hook(state=None, hook=hook)
+    return replicated
+
+
+def _cut(model: torch.nn.Module) -> torch.nn.Module:
+    """As its documentation shows it: every block is a group of its own, the rest is one more."""
+    for block in getattr(model, "blocks", torch.nn.ModuleDict()).values():
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+@dataclass
+class _Side:
+    """Takes the steps of one side, and notes what this host sends in each."""
+
+    step: Callable[[int], None]
+    count: int = 0
+    cable: list[int] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        before = _cable_bytes()
+        self.step(self.count)
+        self.count += 1
+        self.cable.append(_cable_bytes() - before)
+
+
+def _cable_bytes() -> int:
+    """What this host has sent so far over anything but its loopback."""
+    found = psutil.net_io_counters(pernic=True)
+    return sum(count.bytes_sent for name, count in found.items() if not name.startswith("lo"))
+
+
 def compare_step(
     algorithm: Algorithm,
     peer: PeerStep,
@@ -70,38 +109,37 @@ def compare_step(
 
     `wait_s` is what rank 0 waited for the network in a step, `bytes_sent` what it sent: of the
     time that these bytes need on the link, all that is not waited for is hidden behind compute.
+    `cable_bytes` are what rank 0's host sent in a step of either side, whoever did, packet headers
+    included; they say something where ranks are on hosts of their own.
     """
-    counts = {"ours": 0, "peer": 0}
-    losses = {"ours": 0.0, "peer": 0.0}
-    waits: list[float] = []
-    mesh = algorithm.context.mesh
-    sent_before = mesh.bytes_sent
+    mesh, sent_before = algorithm.context.mesh, algorithm.context.mesh.bytes_sent
+    results: list[StepResult] = []
 
-    def our_step() -> None:
-        result = algorithm.train_step([batch(counts["ours"])])
-        counts["ours"] += 1
-        if result is not None:
-            losses["ours"] = result.loss
-            waits.append(result.wait_s)
+    def our_step(step: int) -> None:
+        if result := algorithm.train_step([batch(step)]):
+            results.append(result)
+        if step < warm_up or (step - warm_up + 1) % steps == 0:
+            # At the end of a measurement: what is still on its way counts too.
+            algorithm.replica_tensors()
 
-    def peer_step() -> None:
-        step = counts["peer"]
-        peer(batch(step), algorithm.context.learning_rate(step))
-        counts["peer"] += 1
-        losses["peer"] = peer.loss
-
+    ours = _Side(our_step)
+    theirs = _Side(lambda step: peer(batch(step), algorithm.context.learning_rate(step)))
     meet = algorithm.collectives.barrier
-    result = compare(our_step, peer_step, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
+    result = compare(ours, theirs, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
     return result.row(
         "step",
         "train_step",
         peer.name,
         world_size=algorithm.collectives.size,
-        parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
+        parameters=peer.parameters,
         quantization=algorithm.context.quantization.kind,
-        steps_run=counts["ours"],
-        wait_s=statistics.median(waits) if waits else None,
-        bytes_sent=(mesh.bytes_sent - sent_before) / counts["ours"],
-        final_loss_ours=losses["ours"],
-        final_loss_peer_rank0=losses["peer"],
+        steps_run=ours.count,
+        wait_s=statistics.median(result.wait_s for result in results),
+        bytes_sent=(mesh.bytes_sent - sent_before) / ours.count,
+        cable_bytes={
+            "ours": statistics.median(ours.cable),
+            "peer": statistics.median(theirs.cable),
+        },
+        final_loss_ours=results[-1].loss,
+        final_loss_peer_rank0=peer.loss,
     )

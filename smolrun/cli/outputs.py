@@ -98,6 +98,8 @@ MEANINGS = {
     "spans": "[what, lane, step, start_s, duration_s] each; timeline.json is made of them",
     "hashes": "One per rank, in rank order",
     "ranks": "Those whose gradient was not finite",
+    "drift.ranks": "Those that had differed from rank 0",
+    "difference": "The largest of any number of a replica to rank 0's; null = not a number",
     "accuracy": "Share of right answers, for classes; else null",
     "gradients": "Layer -> norm of its mean gradient, before clipping",
     "norms.parameters": "Layer -> norm of its parameters after the update; null = not asked for",

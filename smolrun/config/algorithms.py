@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from smolrun.config.base import Count, Positive, Target
+from smolrun.config.base import Auto, Count, Positive, Target
 from smolrun.config.targets import Custom, own_target
 
 
@@ -19,9 +19,14 @@ class Single(Target):
 class ClassicDP(Target):
     """A replica on every rank; a ring all_reduce averages gradients while backward still runs."""
 
-    target: Literal["smolrun.algorithms.classicdp:ClassicDP"]
+    target: Literal["smolrun.algorithms.classicdp:classicdp"]
     bucket_mb: Positive = Field(
         description="Gradients travel in buckets of this size; smaller overlaps more"
+    )
+    owner_computes: Auto | bool = Field(
+        description="Every rank updates its own part of the model and sends it to the others, so "
+        "that replicas are equal to the last bit; auto = where ranks differ in system, processor, "
+        "torch or device, and the optimizer is not adafactor"
     )
 
 

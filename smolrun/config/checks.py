@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config import cluster_checks, not_built
+from smolrun.config import cluster_checks, not_built, replica_checks
 from smolrun.config.algorithms import FSDP, Algorithm, Single
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
@@ -248,6 +248,8 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     staleness_fits_stage,
     quantization_fits_algorithm,
     optimizer_fits_stage,
+    replica_checks.optimizer_fits_owner,
+    replica_checks.there_are_replicas,
     model_fits_data,
     model_is_named,
     model_fits_task,

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "training.norms",
     "training.norms_every",
     "training.recompute",
+    "training.resync_every",
     "training.sample_prompt",
     "training.sample_tokens",
     "training.steps",

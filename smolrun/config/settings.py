@@ -66,6 +66,11 @@ class Training(Section):
     check_replicas: bool = Field(
         description="Compare a hash of all replicas after every step (slow; for tests)"
     )
+    resync_every: Auto | Natural = Field(
+        description="Updates after which all replicas become rank 0's, and it is told how far they "
+        "were apart; 0 = never; auto = 100 where replicas may differ (unlike machines, and "
+        "algorithm.owner_computes not at work), else 0"
+    )
     sample_tokens: Natural = Field(description="Tokens of text to write at the end; 0 = none")
     sample_prompt: str = Field(
         description="How that text begins; auto = as the first evaluation sample"
@@ -157,18 +162,21 @@ class LinkBench(Section):
 
 
 class StepBench(Section):
-    """A whole training step beside DistributedDataParallel's on gloo, in turn."""
+    """A whole training step beside torch's own on gloo, in turn."""
 
     name: Literal["step"]
+    peers: Annotated[list[Literal["ddp", "ddp-fp16", "ddp-bf16", "fsdp2"]], Field(min_length=1)] = (
+        Field(
+            description="What to compare with, one after the other: ddp = DistributedDataParallel, "
+            "also with its hooks for fewer bits; fsdp2 = fully_shard, for algorithm=fsdp"
+        )
+    )
     world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
         description="Ranks"
     )
     steps: Count = Field(description="Steps in one measurement")
     warmup_steps: Natural = Field(description="Steps before it that do not count")
     repeats: Count = Field(description="Measurements of each; the median counts")
-    hooks: Annotated[list[Literal["none", "fp16", "bf16"]], Field(min_length=1)] = Field(
-        description="What compresses the peer's gradients; one comparison each"
-    )
 
 
 Bench = Annotated[CollectivesBench | LinkBench | StepBench, Field(discriminator="name")]

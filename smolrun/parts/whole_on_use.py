@@ -125,11 +125,7 @@ class WholeOnUse:
         self._order: _Order | None = None  # None: nobody may look at values now
         self._current: Layer | None = None
         self._memory: dict[int, tuple[Layer, int]] = {}  # address of a whole bucket -> what it is
-        for module in model.modules():
-            if module._parameters:
-                module._parameters = _Watched(module._parameters, self._use)
-                # Some modules (LSTM) remember their parameters and never look here again.
-                module.register_forward_pre_hook(self._use_all)
+        watch(model, self._use)
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
@@ -149,11 +145,6 @@ class WholeOnUse:
         for layer in self._layers:
             if layer.is_coming:
                 layer.free()
-
-    def _use_all(self, module: nn.Module, _: Any) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                self._use(parameter)
 
     def _use(self, parameter: nn.Parameter) -> None:
         layer = self._layer_of.get(parameter)
@@ -192,6 +183,21 @@ class WholeOnUse:
             self._enter(kept.layer, self._order)
         whole = kept.layer.whole[kept.number]
         return whole.as_strided(kept.size, kept.stride, kept.offset)
+
+
+def watch(model: nn.Module, use: Callable[[nn.Parameter], None]) -> None:
+    """From now on `use` is told of every parameter that somebody looks at, before he sees it."""
+
+    def use_all(module: nn.Module, _: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                use(parameter)
+
+    for module in model.modules():
+        if module._parameters:
+            module._parameters = _Watched(module._parameters, use)
+            # Some modules (LSTM) remember their parameters and never look here again.
+            module.register_forward_pre_hook(use_all)
 
 
 class _Watched(dict[str, Any]):

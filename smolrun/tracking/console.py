@@ -17,7 +17,7 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+from smolrun.events import Drift, EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
@@ -128,6 +128,8 @@ class Console:
         elif isinstance(event, StepSkipped):
             where = f" on {named(event.ranks)}" if event.ranks else ""
             self._print(f"step {event.step + 1} is skipped: no finite gradient{where}")
+        elif isinstance(event, Drift):
+            self._show_drift(event)
         elif isinstance(event, Note) and event.level != "debug":
             whose = "" if event.rank is None else f" (rank {event.rank})"
             self._print(f"{event.level}: {event.message}{whose}")
@@ -138,6 +140,14 @@ class Console:
             f"({event.device}): {counted(event.steps, 'step')}, {_samples(event)}, "
             f"{event.eval_size:,} more for evaluation"
         )
+
+    def _show_drift(self, event: Drift) -> None:
+        if event.ranks:
+            far = f"up to {event.difference:.2g}" if event.difference else "more than any number"
+            self._print(
+                f"after step {event.step + 1}: {named(event.ranks)} had drifted from rank 0 by "
+                f"{far}; equal again"
+            )
 
     def _show_step(self, event: StepDone) -> None:
         is_last = event.step + 1 >= self._steps

@@ -23,11 +23,18 @@ from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state,
 from smolrun.training.lion import Lion
 from smolrun.training.rounding import StochasticRounding
 
-__all__ = ["NAMES", "load_optimizer_state", "make_optimizer", "optimizer_state", "state_shapes"]
+__all__ = [
+    "ELEMENTWISE",
+    "NAMES",
+    "load_optimizer_state",
+    "make_optimizer",
+    "optimizer_state",
+    "state_shapes",
+]
 
 NAMES = ("adamw", "adafactor", "lion", "sgd")
 # Adafactor looks at whole matrices; the others treat every number by itself.
-_ELEMENTWISE = frozenset({"adamw", "lion", "sgd"})
+ELEMENTWISE = frozenset({"adamw", "lion", "sgd"})
 
 
 def make_optimizer(
@@ -51,7 +58,7 @@ def make_optimizer(
     if first.dtype != torch.bfloat16:
         return make(groups)
     return StochasticRounding(
-        groups, make, names=names, seed=seed, is_elementwise=name in _ELEMENTWISE
+        groups, make, names=names, seed=seed, is_elementwise=name in ELEMENTWISE
     )
 
 

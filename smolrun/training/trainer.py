@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
 from smolrun.algorithms.contract import Part
@@ -17,6 +17,7 @@ from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
 from smolrun.parts.replicas import gather_hashes, parameter_hash
+from smolrun.training.drift import Resync
 from smolrun.training.spans import SpanRecorder
 from smolrun.training.vitals import Vitals
 
@@ -62,6 +63,7 @@ class Trainer:
         save_every: int = 0,
         save: Callable[[int], None] | None = None,
         timeline_steps: int = 0,
+        resync_every: int | Literal["auto"] = 0,
     ) -> None:
         self.outcome = Outcome()
         self._algorithm = algorithm
@@ -77,6 +79,7 @@ class Trainer:
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
         self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
+        self._resync = Resync(algorithm, resync_every, emit)
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
@@ -141,6 +144,8 @@ class Trainer:
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
         self._check_finite(result)
+        if _last_due(before, self.outcome.steps, self._resync.every):
+            self._resync.run(result.step)
         if self._check_replicas and self._algorithm.replica_tensors():
             hashes = gather_hashes(
                 self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors())

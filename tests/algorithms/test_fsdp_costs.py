@@ -1,7 +1,8 @@
-"""What each stage of fsdp holds and sends, against the formulas of docs/algorithms/fsdp.md."""
+"""What classicdp and each stage of fsdp hold and send, against the formulas of docs/algorithms."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import types
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context
+from smolrun.algorithms.classicdp import classicdp
 from smolrun.algorithms.fsdp import fsdp
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
@@ -35,9 +37,8 @@ def decoder(**keys: Any) -> nn.Module:
     return build(Spec(num_outputs=512), **{**TINY, **keys})
 
 
-def made(mesh: Mesh, model: dict[str, Any], precision: str = "float32", **keys: Any) -> Algorithm:
-    """Placed from a shell, as train_rank does it where a rank holds no whole model."""
-    context = Context(
+def context_of(mesh: Mesh, precision: str = "float32") -> Context:
+    return Context(
         mesh=mesh,
         device=torch.device("cpu"),
         precision=PRECISIONS[precision],
@@ -45,6 +46,11 @@ def made(mesh: Mesh, model: dict[str, Any], precision: str = "float32", **keys: 
         learning_rate=lambda update: 1e-3,
         first_value=lambda model, name, parameter: first_value(model, name, parameter, seed=1),
     )
+
+
+def made(mesh: Mesh, model: dict[str, Any], precision: str = "float32", **keys: Any) -> Algorithm:
+    """Placed from a shell, as train_rank does it where a rank holds no whole model."""
+    context = context_of(mesh, precision)
     wanted = {"stage": 3, "bucket_mb": 1.0, "max_live_buckets": 2, "prefetch": 1, **keys}
     algorithm = fsdp(context, **wanted)
     whole = build_shell(lambda: decoder(**model), 1, dtype=torch.float32, device="cpu")
@@ -122,6 +128,28 @@ def test_bytes_per_parameter(stage: int, expected: int) -> None:
         assert most <= 1.1 * expected * parameters + allowed
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize(("owner_computes", "optimizer"), [(False, 8), (True, 8 / 3)])
+def test_bytes_per_parameter_of_classicdp(
+    owner_computes: bool, optimizer: float, late: int
+) -> None:
+    """On three ranks: parameters, staleness + 1 gradients, the optimizer."""
+
+    def rank_main(mesh: Mesh) -> int:
+        context = dataclasses.replace(context_of(mesh), staleness=late)
+        algorithm = classicdp(context, bucket_mb=1.0, owner_computes=owner_computes)
+        algorithm.place(decoder(**GPT_NARROW))
+        for _ in range(late + 1):
+            algorithm.train_step(micro_batches(mesh.rank))
+        return held(algorithm)
+
+    whole, _ = whole_bytes(GPT_NARROW)
+    expected = 4 + 4 * (late + 1) + optimizer
+    for after in run_ranks(3, rank_main):
+        print(f"late {late}, owner {owner_computes}: {4 * after / whole:.2f} bytes a parameter")
+        assert 4 * after / whole == pytest.approx(expected, rel=0.02)
+
+
 def test_stage_2_without_letting_go_would_be_seen() -> None:
     """Negative control: with room for all buckets, all gradients are there at one time."""
     (most, _), *_ = watched(2, GPT_SMALL, max_live_buckets=1000)
@@ -159,9 +187,11 @@ def sent(stage: int, world_size: int, count: int, **keys: Any) -> list[tuple[int
     def rank_main(mesh: Mesh) -> tuple[int, int]:
         algorithm = made(mesh, GPT_NARROW, stage=stage, bucket_mb=0.5, **keys)
         algorithm.train_step(micro_batches(mesh.rank, count))
+        algorithm.replica_tensors()  # waits for what is on its way
         algorithm.collectives.barrier()
         before = mesh.bytes_sent, mesh.bytes_received
         algorithm.train_step(micro_batches(mesh.rank, count))
+        algorithm.replica_tensors()
         algorithm.collectives.barrier()
         return mesh.bytes_sent - before[0], mesh.bytes_received - before[1]
 

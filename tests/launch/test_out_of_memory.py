@@ -111,10 +111,10 @@ def test_a_real_worker_that_gets_no_more_memory_reports_it(workers: list) -> Non
 
 
 @contextmanager
-def limited_group(size: int) -> Iterator[Path]:
+def limited_group(size: int, name: str = "") -> Iterator[Path]:
     """A control group inside our own with so many bytes of memory; skips where there is none."""
     for own in own_groups(Path("/")):
-        group = own / f"smolrun-test-{os.getpid()}"
+        group = own / f"smolrun-test-{os.getpid()}{name}"
         limits = [group / "memory.limit_in_bytes", group / "memory.max"]
         try:
             group.mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from smolrun.collectives.api import Collectives
@@ -18,7 +20,7 @@ def test_one_bit_changes_the_hash() -> None:
 
 
 def test_replicas_that_differ_become_rank_0s() -> None:
-    def rank_main(mesh: Mesh) -> tuple[bool, bool, list[str], float]:
+    def rank_main(mesh: Mesh) -> tuple[list[float], list[float], list[str], float]:
         collectives = Collectives(mesh)
         tensors = [torch.ones(3, 2), torch.full((2,), float(mesh.rank))]
         changed = make_equal(collectives, tensors)
@@ -31,4 +33,22 @@ def test_replicas_that_differ_become_rank_0s() -> None:
         )
 
     for changed, again, hashes, value in run_ranks(3, rank_main):
-        assert (changed, again, len(set(hashes)), value) == (True, False, 1, 0.0)
+        assert (changed, again, len(set(hashes)), value) == ([0, 1, 2], [], 1, 0.0)
+
+
+def test_the_largest_difference_is_found_wherever_it_is() -> None:
+    """In a later piece of a large tensor, of whole numbers, and where it is not a number."""
+    large = torch.zeros(1 << 19)
+    counts = torch.zeros(3, dtype=torch.int64)
+
+    def rank_main(mesh: Mesh) -> list[float]:
+        mine, whole = large.clone(), counts.clone()
+        if mesh.rank == 1:
+            mine[-1], whole[2] = 0.5, -7
+        if mesh.rank == 2:
+            mine[3] = math.nan
+        return make_equal(Collectives(mesh), [mine, whole, torch.zeros(0)])
+
+    for found in run_ranks(3, rank_main):
+        assert found[:2] == [0, 7]
+        assert math.isnan(found[2])

@@ -26,7 +26,7 @@ def test_a_run_goes_on_as_another_algorithm_on_other_ranks(tmp_path: Path) -> No
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     for folder in (plain, cut):
         folder.mkdir()
-    fsdp = ["algorithm=fsdp", "algorithm.bucket_mb=0.01", "cluster.ranks=3"]
+    fsdp = ["algorithm=fsdp", "algorithm.bucket_mb=0.01", "cluster.ranks=4"]
     expected = losses(plain, [*keys, "training.steps=8"])
     found = losses(
         cut,

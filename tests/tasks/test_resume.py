@@ -61,10 +61,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, state_of(folder)
 
 
-def begin(folder: Path) -> subprocess.Popen[str]:
-    return start(folder, *RUN)
-
-
 def kill_all(run: subprocess.Popen[str]) -> None:
     """The power goes: driver and workers at once."""
     workers = psutil.Process(run.pid).children(recursive=True)
@@ -81,11 +77,11 @@ def steps_told(folder: Path) -> int:
         return 0
 
 
-def kill_and_go_on(folder: Path, dice: random.Random) -> None:
+def kill_and_go_on(folder: Path, dice: random.Random, *keys: str, kills: int | None = None) -> None:
     """Killed after some step plus a fraction of one, as often as the dice say, then to the end."""
-    run = begin(folder)
-    for _ in range(dice.choice((1, 1, 2))):
-        wanted = dice.randrange(4, 22)
+    run = start(folder, *RUN, *keys)
+    count = dice.choice((1, 1, 2)) if kills is None else kills
+    for wanted in sorted(dice.sample(range(4, 22), count)):
         until(functools.partial(_has_come_so_far, run, folder, wanted), 60)
         pause = time.perf_counter() + dice.random() * 0.05
         while time.perf_counter() < pause:
@@ -134,6 +130,32 @@ def test_a_hundred_kills(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tens
         check_traces(folder)
         print(f"{seed + 1} killed runs equal the one that was not")
         shutil.rmtree(folder)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("algorithm=fsdp", "algorithm.stage=1"),
+        ("algorithm=fsdp", "algorithm.stage=2"),
+        ("algorithm=fsdp", "algorithm.stage=3", "staleness.bound=0"),
+        ("algorithm.owner_computes=true",),
+        ("optimizer=adafactor", "training.resync_every=5"),
+    ],
+    ids=" ".join,
+)
+def test_five_kills_of_one_run(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Whoever holds what: the dice decide five times where it ends, and it goes on each time."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    cut = [*keys, "cluster.ranks=3"]
+    code, _, err = train(straight, *RUN, *cut)
+    assert code == 0, err
+    kill_and_go_on(killed, random.Random(5), *cut, kills=5)
+    assert_same(state_of(straight), state_of(killed))
+    check_traces(killed)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")

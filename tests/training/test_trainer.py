@@ -13,7 +13,7 @@ import torch
 from smolrun.data.digits import Digits
 from smolrun.data.prepared import Prepared
 from smolrun.errors import TrainingError
-from smolrun.events import EvalDone, Event, RankStep, ReplicaHash, StepDone
+from smolrun.events import Drift, EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh
 from smolrun.tasks.train_rank import train
 from smolrun.testing import run_ranks
@@ -31,8 +31,9 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
         "single": {"name": "single", "target": "smolrun.algorithms.single:Single"},
         "classicdp": {
             "name": "classicdp",
-            "target": "smolrun.algorithms.classicdp:ClassicDP",
+            "target": "smolrun.algorithms.classicdp:classicdp",
             "bucket_mb": 0.05,
+            "owner_computes": "auto",
         },
     }
     defaults = {
@@ -51,6 +52,7 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
         "recompute": False,
         "norms": "none",
         "norms_every": 10,
+        "resync_every": "auto",
     }
     return {
         "seed": 0,
@@ -172,3 +174,9 @@ def test_written_text_is_the_same_on_all_ranks_and_stays_within_the_context() ->
     first = write_text(logits, [1, 2], 20, context_length=8, seed=3)
     assert first == write_text(logits, [1, 2], 20, context_length=8, seed=3)
     assert len(first) == 20 and max(seen) == 8 and all(10 <= token < 50 for token in first)
+
+
+def test_replicas_are_made_equal_every_so_many_updates(prepared: Prepared) -> None:
+    for settings, steps in ((config(resync_every=5), [4, 9]), (config(), [])):
+        for _, events in run(prepared, 2, settings):
+            assert of(Drift, events) == [Drift(step, 0.0, []) for step in steps]
