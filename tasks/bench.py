@@ -126,68 +126,18 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
     from smolrun.collectives.api import Collectives
+    from smolrun.tasks.bench_rows import rows
 
     collectives = Collectives(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)
     try:
-        for row in _rows(start, mesh, collectives):
+        for row in rows(start, mesh, collectives):
             if mesh.rank == 0:
                 channel.emit(BenchRow(row))
         collectives.barrier()
     finally:
         leave_gloo()
     return {}
-
-
-def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
-    from smolrun.benchmarks.collectives import compare_all_reduce
-    from smolrun.benchmarks.link import compare_link
-
-    bench = start.config["bench"]
-    security = "tls" if start.security == "tls" else "plain"
-    if bench["name"] == "collectives":
-        return compare_all_reduce(
-            collectives, bench["sizes"], repeats=bench["repeats"], security=security
-        )
-    if bench["name"] == "link":
-        return compare_link(
-            collectives,
-            bench["sizes"],
-            addresses=start.addresses,
-            repeats=bench["repeats"],
-            security=security,
-            timeout_s=mesh.timeout_s,
-        )
-    return [{**_step_row(start, mesh), "security": security}]
-
-
-def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:
-    import torch
-
-    from smolrun.benchmarks.step import PeerStep, compare_step
-    from smolrun.data.base import open_split
-    from smolrun.data.order import SampleOrder
-    from smolrun.data.prepared import Prepared
-    from smolrun.parts.placement import plan_batches
-    from smolrun.tasks.train_rank import new_model, optimizer_maker, place_algorithm
-    from smolrun.training.feed import Feed
-
-    config, device = start.config, torch.device("cpu")  # gloo's side of the comparison is the CPU
-    prepared = Prepared.from_json(start.prepared or {})
-    split = open_split(prepared, "train", verify=False)
-    training, bench = config["training"], config["bench"]
-    plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
-    feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
-    peer_model = new_model(config, prepared, device)
-    peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
-    return compare_step(
-        place_algorithm(config, prepared, mesh, device),
-        PeerStep(peer_model, peer_optimizer, training["grad_clip"]),
-        lambda step: feed.step(step)[0],
-        steps=bench["steps"],
-        warm_up=bench["warmup_steps"],
-        repeats=bench["repeats"],
-    )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -200,18 +150,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    peer = rows[0]["peer"]
+    ops, peers = ([*dict.fromkeys(row[key] for row in rows)] for key in ("op", "peer"))
     table = Table(
-        title=f"{rows[0]['op']}: smolrun beside {peer}; a ratio below 1: smolrun is faster"
+        title=f"{', '.join(ops)}: smolrun beside {peers[0] if len(peers) == 1 else 'others'}; "
+        "a ratio below 1: smolrun is faster"
     )
-    for name in ("ranks", "size", "smolrun", peer, "ratio", "min to max", "CPU ratio"):
+    for name in ("ranks", "what", "smolrun", "peer", "ratio", "min to max", "CPU ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        size = f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M"
         table.add_row(
             str(row["world_size"]),
-            f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M",
+            size if len(ops) == 1 else f"{row['op']}, {size}",
             _time(row["ours_s"]),
-            _time(row["peer_s"]),
+            f"{row['peer']} {_time(row['peer_s'])}",
             f"{row['ratio']:.2f}",
             "{:.2f} to {:.2f}".format(*row["spread"]),
             f"{row['cpu_ratio']:.2f}",

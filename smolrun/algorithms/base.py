@@ -251,10 +251,10 @@ class Algorithm(ABC):
     def _computing(self) -> Iterator[None]:
         """Counts the time, waits excepted; a rank that plays a slower machine takes longer."""
         started, waited = time.perf_counter(), self._wait_s
-        self.context.pace.begin()
+        self.context.pace.begin(waited)
         yield
-        took_s = time.perf_counter() - started - (self._wait_s - waited)
-        self._compute_s += took_s + self.context.pace.end(took_s)
+        self.context.pace.end(self._wait_s)
+        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
 
     def _to_device(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own format."""

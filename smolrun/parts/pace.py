@@ -5,7 +5,7 @@
 
 The rest follows from the processor time of the thread that computes, not from the clock on the
 wall: whoever shares its core with others is not made slower twice. So with torch on one thread, and
-shares that add up to no more than there are cores, several ranks on one machine behave like as many
+shares that add up to less than there are cores, several ranks on one machine behave like as many
 slower machines. Where they could not, `late` tells by how much.
 
 Knows nothing of what is computed."""
@@ -16,17 +16,20 @@ import time
 
 
 class Pace:
-    """As fast as this machine is. `begin` before computing, `end` after it."""
+    """As fast as this machine is. `waited_s` counts all waiting for others, from whenever on: it is
+    no computing."""
 
     wanted_s = 0.0  # how long all computing should have taken
     late_s = 0.0  # how much longer it took, because something else had the core
 
-    def begin(self) -> None:
+    def begin(self, waited_s: float) -> None:
         """The thread that computes is about to."""
 
-    def end(self, took_s: float) -> float:
-        """It has computed for `took_s`, waits for others not counted; returns the rest it took."""
-        return 0.0
+    def rest(self, waited_s: float) -> None:
+        """Something is about to leave: not before a slower machine would have had it ready."""
+
+    def end(self, waited_s: float) -> None:
+        """It has computed, and rests for the last time."""
 
     @property
     def late(self) -> float:
@@ -42,24 +45,27 @@ class SharePace(Pace):
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._used_s = 0.0
+        self._began_s = self._used_s = self._waited_s = 0.0
 
-    def begin(self) -> None:
+    def wanted(self) -> float:
+        """How long what was computed since `begin` should have taken."""
+        return (time.thread_time() - self._used_s) / self._share
+
+    def begin(self, waited_s: float) -> None:
         """See Pace."""
-        self._used_s = time.thread_time()
+        self._began_s, self._used_s = time.perf_counter(), time.thread_time()
+        self._waited_s = waited_s
 
-    def end(self, took_s: float) -> float:
+    def rest(self, waited_s: float) -> None:
         """See Pace; sleeps."""
-        wanted_s = (time.thread_time() - self._used_s) / self._share
-        return self.rest(wanted_s, took_s)
+        time.sleep(max(0.0, self.wanted() - self._took(waited_s)))
 
-    def rest(self, wanted_s: float, took_s: float) -> float:
-        """Sleeps until `wanted_s` have passed since computing began, `took_s` ago."""
+    def end(self, waited_s: float) -> None:
+        """See Pace; sleeps."""
+        wanted_s = self.wanted()
         self.wanted_s += wanted_s
-        rest_s = wanted_s - took_s
-        if rest_s <= 0:
-            self.late_s -= rest_s
-            return 0.0
-        began = time.perf_counter()
-        time.sleep(rest_s)
-        return time.perf_counter() - began
+        self.late_s += max(0.0, self._took(waited_s) - wanted_s)
+        time.sleep(max(0.0, wanted_s - self._took(waited_s)))
+
+    def _took(self, waited_s: float) -> float:
+        return time.perf_counter() - self._began_s - (waited_s - self._waited_s)
