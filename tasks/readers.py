@@ -45,7 +45,7 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     size = world_size(config)
     setup = Setup(
         hosts=[rank.host for rank in ranks(config)],
-        speed_keys=[f"cluster.hosts[{index}].speed" for index, _ in places]
+        speed_keys=[f"cluster.hosts.{index}.speed" for index, _ in places]
         if can_set_speed
         else [None] * size,
         speeds=[1.0 if host.speed == "auto" else host.speed for _, host in places] or [1.0] * size,

@@ -67,9 +67,7 @@ def train(
         algorithm,
         _feed(config, prepared, plan, rows),
         steps=training["steps"],
-        evaluate=functools.partial(
-            _evaluate, algorithm, eval_split, plan, training["eval_batches"]
-        ),
+        evaluate=lambda: _evaluate(algorithm, eval_split, plan, training["eval_batches"]),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],
         emit=emit,

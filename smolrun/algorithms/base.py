@@ -281,6 +281,7 @@ class Algorithm(ABC):
         self.loss_scale.update(was_finite=grad_norm is not None)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
+        culprits = [rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok]
         result = StepResult(
             step=flight.step,
             loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
@@ -290,13 +291,10 @@ class Algorithm(ABC):
             compute_s=self._compute_s,
             wait_s=self._wait_s,
             waited_for=ranks[slowest] if has_waited else None,
-            culprits=tuple(
-                rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok
-            ),
+            culprits=tuple(culprits),
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
-            samples=tuple(int(count) for count in facts["samples"]),
-            computed_s=tuple(facts["compute_s"]),
+            facts=facts,
         )
         self._compute_s = self._wait_s = 0.0
         return result

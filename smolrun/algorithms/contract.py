@@ -5,8 +5,8 @@ Plain records: how they are made and used is in base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -85,8 +85,17 @@ class StepResult:
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
-    samples: tuple[int, ...] = ()  # of every rank, in this step
-    computed_s: tuple[float, ...] = ()  # and how long it computed for them, the update not counted
+    facts: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of every rank, see FACTS
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of every rank, in this step."""
+        return tuple(int(count) for count in self.facts.get("samples", ()))
+
+    @property
+    def computed_s(self) -> tuple[float, ...]:
+        """How long every rank computed for them, the update not counted."""
+        return tuple(self.facts.get("compute_s", ()))
 
 
 @dataclass

@@ -13,7 +13,7 @@ sockets are real, and all sides are paced alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,10 @@ def compare_shares(
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
     """Three rows; collective, gloo must have been joined."""
-    torch.manual_seed(0)
     pace = SetPace()
     algorithm = ClassicDP(paced_context(mesh, pace), bucket_mb=1.0)
     algorithm.place(_network())
-    peer_model = _network()
-    # As with ours, no gradient leaves before computing is over.
-    peer_model.register_forward_hook(lambda *_: pace.rest(0.0))
-    peer = PeerStep(peer_model, torch.optim.SGD(peer_model.parameters(), lr=1e-3), 0.0)
+    peer = _ddp(pace)
     proportional = shares(global_batch_size, speeds)[mesh.rank]
     equal = shares(global_batch_size, [1.0] * len(speeds))[mesh.rank]
 
@@ -58,18 +54,17 @@ def compare_shares(
         pace.begin(0.0)
         peer(_batch(count), 1e-3)
 
-    peers: list[tuple[str, Callable[[], object]]] = [
-        ("smolrun, equal shares", lambda: ours(equal)),
-        ("ddp-gloo, equal shares", lambda: theirs(equal)),
-    ]
     facts = {
         "world_size": mesh.world_size,
-        "parameters": sum(parameter.numel() for parameter in peer_model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in algorithm.model.parameters()),
         "speeds": list(speeds),
         "paced": True,
     }
     taken = []
-    for name, other in peers:
+    for name, other in (
+        ("smolrun, equal shares", lambda: ours(equal)),
+        ("ddp-gloo, equal shares", lambda: theirs(equal)),
+    ):
         result = compare(
             lambda: ours(proportional),
             other,
@@ -83,6 +78,13 @@ def compare_shares(
     ideal_s = global_batch_size * sample_s / sum(speeds)
     best = summed(taken, [(ideal_s, cpu_s) for _, cpu_s in taken])
     yield best.row("unequal", "train_step", "sum of speeds", **facts)
+
+
+def _ddp(pace: SetPace) -> PeerStep:
+    model = _network()
+    # As with ours, no gradient leaves before computing is over.
+    model.register_forward_hook(lambda *_: pace.rest(0.0))
+    return PeerStep(model, torch.optim.SGD(model.parameters(), lr=1e-3), 0.0)
 
 
 def _network() -> torch.nn.Module:

@@ -29,8 +29,8 @@ from smolrun.parts.placement import Plans, shares
 
 # Steps from one decision to the next. The median of ten shrugs off four that something disturbed.
 WINDOW = 10
-# A step must become shorter by this share of itself. The medians of two equal ranks on a busy
-# machine of two cores differ by 3 to 6 %; a machine that throttles loses a quarter and more.
+# A step must become shorter by this share of itself. In the tests, steps that vary by 3 % with a
+# fivefold one now and then move nothing; a machine that throttles loses a quarter and more.
 WORTH = 0.08
 
 

@@ -129,7 +129,8 @@ def balance(ahead: int = 0, batch: int = 32) -> tuple[Balance, Plans]:
 def told(one: Balance, steps: int, begin: int = 0) -> list[str]:
     found = []
     for step in range(begin, begin + steps):
-        result = dataclasses.replace(RESULT, step=step, samples=(16, 16), computed_s=(1.6, 6.4))
+        facts = {"samples": (16.0, 16.0), "compute_s": (1.6, 6.4)}
+        result = dataclasses.replace(RESULT, step=step, facts=facts)
         found += [told] if (told := one.heard(result, step + 1)) else []
     return found
 
