@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,6 +21,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.moves import EXIT_DONE, Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.tasks.before_start import check_before_start
+from smolrun.tasks.emulation import refuse_emulated
 from smolrun.tasks.fleet import open_fleet
 from smolrun.tasks.workers import (
     become_latest,
@@ -47,6 +48,7 @@ def drive(config: RunConfig) -> int:
             "bench = step: the peer trains in float32 and waits for every gradient; "
             "allowed: precision=float32 staleness=strict"
         )
+    refuse_emulated(config, "a peer that is measured here would not be emulated; allowed: others")
     for size in bench.world_sizes:
         _smaller(config, size)
     prepared = prepare_data(config, lambda *_: None) if needs_data else None
@@ -124,69 +126,18 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
     from smolrun.collectives.api import Collectives
+    from smolrun.tasks.bench_rows import rows
 
     collectives = Collectives(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)
     try:
-        for row in _rows(start, mesh, collectives):
+        for row in rows(start, mesh, collectives):
             if mesh.rank == 0:
                 channel.emit(BenchRow(row))
         collectives.barrier()
     finally:
         leave_gloo()
     return {}
-
-
-def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
-    from smolrun.benchmarks.collectives import compare_all_reduce
-    from smolrun.benchmarks.link import compare_link
-
-    bench = start.config["bench"]
-    security = "tls" if start.security == "tls" else "plain"
-    if bench["name"] == "collectives":
-        return compare_all_reduce(
-            collectives, bench["sizes"], repeats=bench["repeats"], security=security
-        )
-    if bench["name"] == "link":
-        return compare_link(
-            collectives,
-            bench["sizes"],
-            addresses=start.addresses,
-            repeats=bench["repeats"],
-            security=security,
-            timeout_s=mesh.timeout_s,
-        )
-    return ({**row, "security": security} for row in _step_rows(start, mesh))
-
-
-def _step_rows(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
-    """One row for every peer; both sides begin anew for each."""
-    import torch
-
-    from smolrun.benchmarks.step import PeerStep, compare_step
-    from smolrun.data.base import open_split
-    from smolrun.data.order import SampleOrder
-    from smolrun.data.prepared import Prepared
-    from smolrun.parts.placement import plan_batches
-    from smolrun.tasks.train_rank import new_model, optimizer_maker, place_algorithm
-    from smolrun.training.feed import Feed
-
-    config, device = start.config, torch.device("cpu")  # gloo's side of the comparison is the CPU
-    prepared = Prepared.from_json(start.prepared or {})
-    split = open_split(prepared, "train", verify=False)
-    training, bench = config["training"], config["bench"]
-    plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
-    feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
-    for kind in bench["peers"]:
-        model = new_model(config, prepared, device)
-        yield compare_step(
-            place_algorithm(config, prepared, mesh, device),
-            PeerStep(kind, model, optimizer_maker(config), training["grad_clip"]),
-            lambda step: feed.step(step)[0],
-            steps=bench["steps"],
-            warm_up=bench["warmup_steps"],
-            repeats=bench["repeats"],
-        )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -199,19 +150,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    peers = dict.fromkeys(row["peer"] for row in rows)
-    peer = ", ".join(peers)
+    ops, peers = ([*dict.fromkeys(row[key] for row in rows)] for key in ("op", "peer"))
     table = Table(
-        title=f"{rows[0]['op']}: smolrun beside {peer}; a ratio below 1: smolrun is faster"
+        title=f"{', '.join(ops)}: smolrun beside {peers[0] if len(peers) == 1 else 'others'}; "
+        "a ratio below 1: smolrun is faster"
     )
-    for name in ("ranks", "size", "smolrun", peer, "ratio", "min to max", "CPU ratio"):
+    for name in ("ranks", "what", "smolrun", "peer", "ratio", "min to max", "CPU ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        size = f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M"
         table.add_row(
             str(row["world_size"]),
-            f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M",
+            size if len(ops) == 1 else f"{row['op']}, {size}",
             _time(row["ours_s"]),
-            _time(row["peer_s"]) + (f" ({row['peer']})" if len(peers) > 1 else ""),
+            f"{row['peer']} {_time(row['peer_s'])}",
             f"{row['ratio']:.2f}",
             "{:.2f} to {:.2f}".format(*row["spread"]),
             f"{row['cpu_ratio']:.2f}",

@@ -30,6 +30,7 @@ from smolrun.launch.control import (
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
 from smolrun.launch.wake import awake
+from smolrun.tasks.emulation import shape_of
 
 if TYPE_CHECKING:
     from smolrun.mesh.guards import Guard
@@ -150,6 +151,7 @@ def _build_mesh(
         secret=bytes.fromhex(start.secret),
     )
     settings = start.config["mesh"]
+    shape = shape_of(start.config, start.rank)
     return connect(
         endpoint,
         identity,
@@ -163,6 +165,7 @@ def _build_mesh(
         start_timeout_s=start_timeout_s,
         guard=_guard(start, identity),
         elastic=start.elastic,
+        wrap=shape.wrap if shape else None,
     )
 
 

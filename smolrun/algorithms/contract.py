@@ -5,21 +5,23 @@ Plain records: how they are made and used is in base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
+from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
 # Sums over the samples of one rank and step, exchanged between all ranks as float64.
-FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples")
 
 
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]
@@ -43,6 +45,7 @@ class Context:
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
+    pace: Pace = FULL_SPEED  # a rank may play a slower machine
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,17 @@ class StepResult:
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
+    facts: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of every rank, see FACTS
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of every rank, in this step."""
+        return tuple(int(count) for count in self.facts.get("samples", ()))
+
+    @property
+    def computed_s(self) -> tuple[float, ...]:
+        """How long every rank computed for them, the update not counted."""
+        return tuple(self.facts.get("compute_s", ()))
 
 
 @dataclass
@@ -103,3 +117,9 @@ def never_empty(batch: Batch) -> Batch:
         return batch
     inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
     return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses of all targets that carry one."""
+    flat = logits.flatten(0, -2)
+    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

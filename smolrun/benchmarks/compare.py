@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,18 @@ def compare(
             taken[name].append(
                 ((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls)
             )
-    ratios = [mine[0] / other[0] for mine, other in zip(taken["ours"], taken["peer"], strict=True)]
+    return summed(taken["ours"], taken["peer"])
+
+
+def summed(ours: Sequence[tuple[float, float]], peer: Sequence[tuple[float, float]]) -> Comparison:
+    """Measurements of both sides, pair by pair: seconds of the clock and of the processor."""
+    ratios = [mine[0] / other[0] for mine, other in zip(ours, peer, strict=True)]
     return Comparison(
-        ours_s=statistics.median(wall for wall, _ in taken["ours"]),
-        peer_s=statistics.median(wall for wall, _ in taken["peer"]),
-        ours_cpu_s=statistics.median(cpu for _, cpu in taken["ours"]),
-        peer_cpu_s=statistics.median(cpu for _, cpu in taken["peer"]),
+        ours_s=statistics.median(wall for wall, _ in ours),
+        peer_s=statistics.median(wall for wall, _ in peer),
+        ours_cpu_s=statistics.median(cpu for _, cpu in ours),
+        peer_cpu_s=statistics.median(cpu for _, cpu in peer),
         ratio=statistics.median(ratios),
         spread=(min(ratios), max(ratios)),
-        repeats=repeats,
+        repeats=len(ratios),
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section
+from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
 
 
 class Staleness(Section):
@@ -179,7 +179,42 @@ class StepBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
-Bench = Annotated[CollectivesBench | LinkBench | StepBench, Field(discriminator="name")]
+class UnequalBench(Section):
+    """A step of ranks that are not equally fast: shares in proportion, beside equal ones."""
+
+    name: Literal["unequal"]
+    speeds: Annotated[list[Positive], Field(min_length=2)] = Field(description="Of each rank")
+    global_batch_size: Count = Field(description="Samples of a step")
+    sample_ms: Positive = Field(description="How long a rank of speed 1 computes for a sample")
+    steps: Count = Field(description="Steps in one measurement")
+    warmup_steps: Natural = Field(description="Steps before it that do not count")
+    repeats: Count = Field(description="Measurements of each; the median counts")
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """As many ranks as speeds."""
+        return [len(self.speeds)]
+
+
+class StragglersBench(Section):
+    """Steps with a slow rank now and then, beside an event simulation of the same trace."""
+
+    name: Literal["stragglers"]
+    world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
+        description="Ranks"
+    )
+    bounds: Annotated[list[Natural], Field(min_length=1)] = Field(description="Staleness")
+    steps: Count = Field(description="Steps in one measurement")
+    step_ms: Positive = Field(description="How long a rank computes in a step")
+    chance: Share = Field(description="Share of the steps that have a slow rank")
+    factor: Positive = Field(description="How many times longer it takes")
+    repeats: Count = Field(description="Measurements of each; the median counts")
+
+
+Bench = Annotated[
+    CollectivesBench | LinkBench | StepBench | UnequalBench | StragglersBench,
+    Field(discriminator="name"),
+]
 
 
 class Export(Section):

@@ -84,6 +84,7 @@ class RunRecord:
         restarts: Sequence[Mapping[str, Any]] = (),
         departures: Sequence[Mapping[str, Any]] = (),
         host_versions: Mapping[str, Mapping[str, str | None]] | None = None,
+        emulated: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
@@ -107,4 +108,5 @@ class RunRecord:
             "time": dict(time) if time is not None else None,
             "restarts": [dict(row) for row in restarts],
             "departures": [dict(row) for row in departures],
+            "emulated": list(emulated),
         }

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.classicdp import ClassicDP
-from tests.algorithms.worlds import ALGORITHMS, MODELS, Trace, refusal, sample, train
+from tests.algorithms.worlds import ALGORITHMS, GLOBAL_BATCH, MODELS, Trace, refusal, sample, train
 
 WORLDS = {"single": [1]}  # every other algorithm runs on these
 ALL_WORLDS = [1, 2, 3, 4, 5]
@@ -80,11 +80,17 @@ def test_replicas_are_bit_equal_after_every_update(
     assert len(set(traces[0].hashes)) > 5, "and they do change"
 
 
+@pytest.mark.parametrize("speeds", [[3.0, 1.0], [1.0, 0.0, 2.0], [4.0, 2.0, 1.0, 1.0]])
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
-def test_shares_by_speed_change_who_computes_but_not_what(algorithm: str) -> None:
+def test_shares_by_speed_change_who_computes_but_not_what(
+    algorithm: str, speeds: list[float]
+) -> None:
     reference = train("single", "language_model", 1)[0]
-    for trace in train(algorithm, "language_model", 3, speeds=[8.0, 1.0, 3.0], micro_batch_size=2):
+    traces = train(algorithm, "language_model", len(speeds), speeds=speeds, micro_batch_size=2)
+    for trace in traces:
         assert difference(trace, reference) <= 1e-12
+        expected = tuple(round(GLOBAL_BATCH * speed / sum(speeds)) for speed in speeds)
+        assert {result.samples for result in trace.results} == {expected}
 
 
 def plain_loop(model: str, *, steps: int, staleness: int) -> tuple[list[float], torch.nn.Module]:

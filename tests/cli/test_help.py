@@ -58,8 +58,8 @@ def test_help_shows_ones_own_choices(tmp_path: Path):
     (cluster / "home.yaml").write_text("# What stands in my kitchen\nhosts: null\n")
     (cluster / "local.yaml").write_text("# My own way of local\nranks: 3\n")
     text = help.text(tmp_path)
-    assert "home           What stands in my kitchen\n" in text
-    assert "* local          My own way of local\n" in text
+    assert "home               What stands in my kitchen\n" in text
+    assert "* local              My own way of local\n" in text
     assert "This machine alone" not in text
 
 

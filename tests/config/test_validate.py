@@ -206,9 +206,19 @@ def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dic
             "no meaning",
         ),
         (
-            {"cluster__hosts": [{"name": "a", "speed": 0.5}]},
-            "cluster.hosts[0].speed = 0.5",
-            "not built yet; allowed: 1.0",
+            {"cluster__hosts": [{"name": "a", "ranks": 2, "emulate": {"compute": 0.5}}]},
+            "cluster.hosts[0].ranks = 2",
+            "a plays another machine, with one rank; allowed: 1",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "device": "mps", "emulate": {"compute": 0.5}}]},
+            "cluster.hosts[0].device = mps",
+            "allowed: cpu",
+        ),
+        (
+            {"cluster__hosts": [{"name": "a", "emulate": {}}], "cluster__threads": 2},
+            "cluster.threads = 2",
+            "with one thread; allowed: auto or 1",
         ),
         (
             {"model__target": "no_such_module_here.x:build"},

@@ -17,7 +17,7 @@ from tests.house import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-FILES = sorted(CONF.glob("*/*.yaml"))
+FILES = sorted([*CONF.glob("*/*.yaml"), *CONF.glob("*/*/*.yaml")])
 # What a choice needs beside itself.
 ALSO = {
     "data/text": ["data.path=README.md"],
@@ -33,12 +33,12 @@ ALSO = {
 
 
 def names(files: list[Path]) -> list[str]:
-    return [f"{file.parent.name}/{file.stem}" for file in files]
+    return [file.relative_to(CONF).with_suffix("").as_posix() for file in files]
 
 
 @pytest.mark.parametrize("name", names(FILES))
 def test_every_choice_composes_and_is_valid(name: str):
-    overrides = [name.replace("/", "="), *ALSO.get(name, [])]
+    overrides = [name.replace("/", "=", 1), *ALSO.get(name, [])]
     assert compose(overrides).task
 
 

@@ -11,7 +11,10 @@ from smolrun.cli.compose import compose
 from smolrun.config.cluster import Host
 from tests.house.guides import DOCS, anchors, cluster_files, commands, write_home
 
-GUIDES = [DOCS / f"{name}.md" for name in ("cluster", "networks", "troubleshooting", "background")]
+GUIDES = [
+    DOCS / f"{name}.md"
+    for name in ("cluster", "networks", "troubleshooting", "background", "emulation")
+]
 FILES = [text for page in GUIDES for text in cluster_files(page)]
 COMMANDS = [words for page in GUIDES for words in commands(page)]
 DEPLOY = ("none", "rsync", "wheel")  # they have a table of the same form

@@ -129,15 +129,34 @@ def test_what_is_missing_is_written_and_what_you_wrote_stays(patients: Patients)
         "memory_gb": 6,
         "device": "cpu",
         "os": "linux",
+        "speed": 0.03,
     }
     assert "# kitchen" in file.read_text() and "# of its 8" in file.read_text()
     assert Path("conf/cluster/home.yaml.bak").read_text() == HOME
     assert any(line.startswith("+  - {name: mini1") for line in said)
-    assert any("mini1 1, pi5 0.03" in line for line in said)
     again = Patients.of(compose(["cluster=home", "task=doctor"]))
     again.examined, again.places, again.reach = patients.examined, patients.places, patients.reach
     doctor_write.write(again, said.append)
     assert "nothing to change" in said[-1]
+
+
+def speeds(patients: Patients) -> dict[str, float]:
+    return {
+        name: keys["speed"] for name, keys in doctor_write.news(patients).items() if "speed" in keys
+    }
+
+
+def test_a_speed_is_written_where_all_were_measured_and_nobody_knows_better(patients: Patients):
+    assert speeds(patients) == {"pi5": 0.03}
+    patients.hosts["mini1"] = patients.hosts["mini1"].model_copy(update={"ranks": 2})
+    assert speeds(patients) == {"pi5": 0.05}, "half of the fastest host is a rank's"
+    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": 0.048})
+    assert speeds(patients) == {}, "two trials differ by as much"
+    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": "auto"})
+    assert speeds(patients) == {}
+    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": 1.0})
+    del patients.examined["mini1"].facts["environment"]["score"]
+    assert speeds(patients) == {}, "a speed is relative to all others"
 
 
 def test_a_cluster_without_a_file_and_one_without_hosts(patients: Patients):

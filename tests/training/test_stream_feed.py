@@ -9,8 +9,8 @@ import torch
 from smolrun.data.base import Batch, TokenSplit
 from smolrun.data.stream_batch import token_batch
 from smolrun.errors import DataError
-from smolrun.parts.placement import BatchPlan, plan_batches
-from smolrun.training.stream_feed import StreamFeed
+from smolrun.parts.placement import BatchPlan, Plans, plan_batches
+from smolrun.training.stream_feed import StreamFeed, steps_ahead
 
 LENGTH = 3
 BATCH = 8
@@ -40,7 +40,9 @@ class Rows:
         return b"".join(row(number) for number in range(first, stop))
 
 
-def feed(rows: Rows, plan: BatchPlan, *, steps: int = 6, prefetch_steps: int = 2) -> StreamFeed:
+def feed(
+    rows: Rows, plan: BatchPlan | Plans, *, steps: int = 6, prefetch_steps: int = 2
+) -> StreamFeed:
     return StreamFeed(
         rows,
         plan,
@@ -109,3 +111,26 @@ def test_bytes_that_are_no_rows_are_refused() -> None:
         token_batch(bytes(15), LENGTH)
     assert token_batch(row(2), LENGTH).targets.tolist() == [[7, 8, 9]]
     assert numpy.frombuffer(row(2), "<i4").tolist() == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 2, 5])
+def test_shares_that_change_keep_every_promise_and_every_row(prefetch_steps: int) -> None:
+    """All ranks go from equal shares to others and back, as early as their requests allow."""
+    changes = {3: [7.0, 0.0, 1.0], 9: [1.0, 6.0, 1.0]}
+    steps, got = 20, [[] for _ in range(20)]
+    for rank in range(3):
+        plans = Plans(lambda weights, rank=rank: plan_batches(BATCH, weights, rank), [1.0] * 3)
+        rows = Rows()
+        one = feed(rows, plans, steps=steps, prefetch_steps=prefetch_steps)
+        for step in range(steps):
+            got[step] += first_tokens(one.step(step))
+            if weights := changes.get(step):
+                plans.change(step + 1, step + 1 + steps_ahead(prefetch_steps), weights)
+        promised = 0
+        for first, stop, next_first in rows.asked:
+            assert promised <= first <= stop <= (next_first or stop)
+            promised = next_first or stop
+        assert len({stop - first for first, stop, _ in rows.asked}) > 1, "shares did change"
+    for step, tokens in enumerate(got):
+        begin = step * BATCH
+        assert tokens == [number * LENGTH for number in range(begin, begin + BATCH)]

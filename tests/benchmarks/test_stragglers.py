@@ -1,0 +1,30 @@
+"""What a network that takes no time allows: known cases, and what more staleness improves."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolrun.benchmarks.stragglers import simulated_s, straggling
+
+
+def test_without_staleness_every_step_lasts_as_long_as_its_slowest() -> None:
+    assert simulated_s([[1, 5], [1, 1], [4, 1]], 0) == 5 + 1 + 4
+
+
+def test_a_rank_that_was_slow_catches_up_within_the_bound() -> None:
+    trace = [[1.0, 3.0], [1.0, 1.0], [3.0, 1.0], [1.0, 1.0]]
+    assert [simulated_s(trace, bound) for bound in (0, 1, 2)] == [8.0, 7.0, 6.0]
+
+
+def test_unbounded_is_the_slowest_ranks_own_sum() -> None:
+    trace = straggling(ranks=4, steps=60, step_s=1.0, chance=0.2, factor=5.0, seed=3)
+    assert simulated_s(trace, 60) == pytest.approx(max(map(sum, zip(*trace, strict=True))))
+
+
+def test_more_staleness_never_costs_time_and_four_ranks_reach_the_known_bounds() -> None:
+    trace = straggling(ranks=4, steps=20_000, step_s=1.0, chance=0.1, factor=5.0, seed=1)
+    assert sum(max(row) == 5.0 for row in trace) == pytest.approx(2000, rel=0.1)
+    best = [len(trace) / simulated_s(trace, bound) for bound in range(5)]
+    assert best == sorted(best)
+    assert best[0] == pytest.approx(1 / 1.4, abs=0.01)
+    assert best[3] == pytest.approx(0.84, abs=0.01)

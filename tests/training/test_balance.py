@@ -1,0 +1,178 @@
+"""Shares that follow the speeds of machines: where they end, when they change, and when not."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from smolrun.algorithms.contract import StepResult
+from smolrun.errors import CheckpointError
+from smolrun.parts.placement import Plans, plan_batches
+from smolrun.training.balance import WINDOW, WORTH, Balance, Balancer, Change
+
+
+def run(
+    balancer: Balancer, seconds: Callable[[int, int], float], steps: int, begin: int = 0
+) -> list[tuple[int, Change]]:
+    """`seconds(rank, step)` for a sample; the changes with the steps after which they came."""
+    changes = []
+    for step in range(begin, begin + steps):
+        times = [count * seconds(rank, step) for rank, count in enumerate(balancer.counts)]
+        if (change := balancer.heard(balancer.counts, times)) is not None:
+            changes.append((step, change))
+    return changes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shares_come_close_to_the_best_split_and_then_stay(seed: int) -> None:
+    dice = random.Random(seed)
+    speeds = [dice.uniform(1, 8) for _ in range(dice.randrange(2, 6))]
+    batch = dice.choice([8, 32, 96])
+    begin = plan_counts(batch, [1.0] * len(speeds))
+    balancer = Balancer(begin)
+    changes = run(balancer, lambda rank, step: 1 / speeds[rank], 20 * WINDOW)
+    assert sum(balancer.counts) == batch and min(balancer.counts) >= 0
+    took = max(c / s for c, s in zip(balancer.counts, speeds, strict=True))
+    by_largest_remainder = plan_counts(batch, speeds)
+    best = max(c / s for c, s in zip(by_largest_remainder, speeds, strict=True))
+    assert took * (1 - WORTH) <= best * 1.0001
+    assert [step for step, _ in changes] in ([], [WINDOW - 1]), "one is enough, where nothing moves"
+    assert all(change.gain >= WORTH for _, change in changes)
+
+
+def plan_counts(batch: int, weights: list[float]) -> list[int]:
+    return [sum(plan_batches(batch, weights, rank).sizes) for rank in range(len(weights))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_moves_nothing(seed: int) -> None:
+    dice = random.Random(seed)
+
+    def noisy(rank: int, step: int) -> float:
+        slow = 5.0 if dice.random() < 0.1 else 1.0  # and something else had the machine
+        return dice.uniform(0.97, 1.03) * slow
+
+    assert run(Balancer([16, 16]), noisy, 30 * WINDOW) == []
+
+
+def test_a_machine_that_throttles_gets_less_and_gets_it_back() -> None:
+    balancer = Balancer([16, 16])
+    hot = range(100, 200)
+    changes = run(balancer, lambda rank, step: 3.0 if rank and step in hot else 1.0, 300)
+    assert [change.after for _, change in changes] == [(24, 8), (16, 16)]
+    assert [
+        step in range(first, first + 2 * WINDOW)
+        for (step, _), first in zip(changes, (100, 200), strict=True)
+    ] == [True, True]
+
+
+def test_never_more_often_than_every_window() -> None:
+    dice = random.Random(1)
+    balancer = Balancer([16, 16, 16])
+    wild = {step // 7: [dice.uniform(0.2, 5) for _ in range(3)] for step in range(700)}
+    steps = [step for step, _ in run(balancer, lambda rank, step: wild[step // 7][rank], 600)]
+    assert len(steps) > 5, "such machines are worth a change often"
+    assert min(b - a for a, b in itertools.pairwise(steps)) >= WINDOW
+
+
+def test_all_ranks_decide_alike_from_the_same_numbers() -> None:
+    dice = random.Random(2)
+    ranks = [Balancer([8, 8, 8]) for _ in range(3)]
+    for _ in range(20 * WINDOW):
+        times = [dice.uniform(0.1, 3.0) for _ in range(3)]
+        told = [balancer.heard(balancer.counts, times) for balancer in ranks]
+        assert told[0] == told[1] == told[2]
+    assert ranks[0].counts != (8, 8, 8)
+
+
+def test_a_fixed_cost_that_no_share_changes_does_not_make_it_swing() -> None:
+    balancer, changes = Balancer([16, 16]), []
+    for _ in range(40 * WINDOW):
+        times = [0.5 + balancer.counts[0] * 0.1, 0.5 + balancer.counts[1] * 0.4]
+        changes += [change.after] if (change := balancer.heard(balancer.counts, times)) else []
+    assert 1 <= len(changes) <= 4
+    assert sorted(changes) == changes, "always on towards the end, never back"
+    first, second = 0.5 + balancer.counts[0] * 0.1, 0.5 + balancer.counts[1] * 0.4
+    assert abs(first - second) < 0.15 * max(first, second)
+
+
+def test_a_rank_with_nothing_to_do_keeps_its_last_speed() -> None:
+    balancer = Balancer([2, 2])
+    run(balancer, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
+    assert balancer.counts == (4, 0)
+    run(balancer, lambda rank, step: 1.0, 3 * WINDOW)
+    assert balancer.counts == (4, 0) and balancer.rates[1] == pytest.approx(1 / 9)
+
+
+def test_steps_of_earlier_shares_say_nothing() -> None:
+    balancer = Balancer([16, 16])
+    for _ in range(5 * WINDOW):
+        assert balancer.heard([24, 8], [1.0, 9.0]) is None
+        assert balancer.heard([0, 0], [0.0, 0.0]) is None, "what a resumed flight says"
+    assert run(balancer, lambda rank, step: 1.0, WINDOW) == []
+
+
+RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None)
+
+
+def balance(ahead: int = 0, batch: int = 32) -> tuple[Balance, Plans]:
+    counts = [batch // 2, batch // 2]
+    plans = Plans(lambda weights: plan_batches(batch, weights, 1), counts)
+    return Balance(Balancer(counts), plans, ahead=ahead, hosts=["mac", "pi"]), plans
+
+
+def told(one: Balance, steps: int, begin: int = 0) -> list[str]:
+    found = []
+    for step in range(begin, begin + steps):
+        facts = {"samples": (16.0, 16.0), "compute_s": (1.6, 6.4)}
+        result = dataclasses.replace(RESULT, step=step, facts=facts)
+        found += [told] if (told := one.heard(result, step + 1)) else []
+    return found
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_change_holds_from_one_step_on_and_is_told_with_its_reason(ahead: int) -> None:
+    one, plans = balance(ahead)
+    (sentence,) = told(one, WINDOW)
+    assert sentence == (
+        f"shares from step {WINDOW + ahead + 1} on: 26+6 samples, before 16+16: rank 0 (mac) "
+        "computes 4.0x as many a second as rank 1 (pi); a step should compute 59% shorter"
+    )
+    first = WINDOW + ahead
+    sizes = [sum(plans.at(step).sizes) for step in range(first - 1, first + 2)]
+    assert sizes == [16, 6, 6]
+
+
+def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None:
+    one, plans = balance(ahead=3)
+    told(one, WINDOW)
+    other, restored = balance(ahead=3)
+    other.restore(one.state())
+    steps = range(WINDOW, 2 * WINDOW)
+    assert [restored.at(s).sizes for s in steps] == [plans.at(s).sizes for s in steps]
+    assert other.state() == one.state()
+
+
+def test_shares_of_other_ranks_or_of_another_batch_begin_anew() -> None:
+    one, _ = balance()
+    told(one, WINDOW)
+    for state in (
+        {"shares": [[0, [8, 8, 16]]], "rates": [1.0, 1.0, 2.0]},
+        {"shares": [[0, [8, 8]]], "rates": [1.0, 1.0]},
+    ):
+        fresh, plans = balance()
+        fresh.restore(state)
+        assert plans.at(99).sizes == (16,)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"shares": [], "rates": []}, {"shares": [[0, ["a"]]], "rates": []}, {"shares": 3}]
+)
+def test_shares_that_cannot_be_read_are_told(state: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="shares of work"):
+        balance()[0].restore(state)
