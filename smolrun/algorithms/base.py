@@ -52,8 +52,11 @@ class Algorithm(ABC):
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
-    # Whether this rank takes part in evaluations and checkpoints.
+    # Whether this rank takes part in evaluations and checkpoints; whether it evaluates by itself.
     evaluates = saves = True
+    evaluates_alone = False
+    # Whether all ranks begin every step of the run together.
+    is_lockstep = True
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -78,6 +81,10 @@ class Algorithm(ABC):
     def meet(self) -> None:
         """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
+
+    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+        """How much of a global batch each rank gets, relative to the others."""
+        return speeds
 
     def next_share(self, steps: int) -> Share | None:
         """What to train on next, where there are so many `steps`; None: nothing more."""
@@ -106,7 +113,7 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
-        """Sums over the samples of all ranks; collective, changes nothing."""
+        """Sums over the samples of all ranks that evaluate; changes nothing."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
@@ -118,7 +125,8 @@ class Algorithm(ABC):
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
-        self.collectives.all_reduce(sums)
+        if not self.evaluates_alone:
+            self.collectives.all_reduce(sums)
         loss, weight, correct = sums.tolist()
         return EvalSums(loss, int(weight), int(correct) if is_classes else None)
 
@@ -137,14 +145,10 @@ class Algorithm(ABC):
         return []
 
     def pieces(self) -> list[Piece]:
-        """What this rank writes into a checkpoint; all ranks' pieces together are the whole.
-
-        The tensors are the living ones: copy them before the next step. Waits for the gradients in
-        flight.
-        """
+        """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
+        tensors are the living ones: copy them before the next step."""
         for flight in self.in_flight:
-            for work in flight.works:
-                self.wait(work)
+            self.arrive(flight)
         return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
 
     def checkpoint_bytes(self) -> int:
@@ -156,10 +160,7 @@ class Algorithm(ABC):
         return saved.state(self)
 
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Goes on where `checkpoint` was made, `place` has been called before.
-
-        CheckpointError for a checkpoint of another model or optimizer.
-        """
+        """Goes on where `checkpoint` was made; CheckpointError for one of another model."""
         saved.restore(self, checkpoint, state)
 
     # -- what an algorithm overrides ----
@@ -186,6 +187,11 @@ class Algorithm(ABC):
         """Starts to bring this step's gradients and facts of all ranks together; must not wait for
         them."""
 
+    def arrive(self, flight: InFlight) -> None:
+        """Waits until all that belongs to the flight is here; the second time it is a no-op."""
+        for work in flight.works:
+            self.wait(work)
+
     @abstractmethod
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
         """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
@@ -201,10 +207,7 @@ class Algorithm(ABC):
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
-        if the update was skipped.
-
-        All ranks see the same norm, so all take the same decision.
-        """
+        if the update was skipped. All ranks see the same norm, so all take the same decision."""
         gradients = self.load_gradients(flight)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
         self._norms = None
@@ -261,33 +264,29 @@ class Algorithm(ABC):
 
     def _update_oldest(self) -> StepResult:
         flight = self.in_flight.popleft()
-        for work in flight.works:
-            self.wait(work)
+        self.arrive(flight)
         started, waited = time.perf_counter(), self._wait_s
-        facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
-        weight = sum(facts["weight"])
+        weight = sum(flight.told("weight"))
         learning_rate = self.context.learning_rate(flight.step)
         grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
         self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
-        slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
+        compute_s = flight.told("compute_s")
+        slowest = max(range(len(compute_s)), key=compute_s.__getitem__)
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         result = StepResult(
             step=flight.step,
-            loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
+            loss=sum(flight.told("loss_sum")) / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compute_s=self._compute_s,
             wait_s=self._wait_s,
             waited_for=self.collectives.ranks[slowest] if has_waited else None,
-            culprits=tuple(
-                self.collectives.ranks[i]
-                for i, is_finite in enumerate(facts["is_finite"])
-                if not is_finite
-            ),
-            wants_stop=any(facts["wants_stop"]),
+            culprits=tuple(r for r, fine in enumerate(flight.told("is_finite")) if not fine),
+            wants_stop=any(flight.told("wants_stop")),
             norms=self._norms,
+            late=flight.late,
         )
         self._compute_s = self._wait_s = 0.0
         return result

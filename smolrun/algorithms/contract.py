@@ -6,7 +6,7 @@ Plain records: how they are made and used is in base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -82,6 +82,7 @@ class StepResult:
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
+    late: dict[int, int]  # rank whose gradient was not waited for -> how many that makes
 
 
 @dataclass
@@ -91,3 +92,9 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+    late: dict[int, int] = field(default_factory=dict)  # see StepResult
+
+    def told(self, name: str) -> list[float]:
+        """That fact of every rank, once all works are done."""
+        column: list[float] = self.facts[:, FACTS.index(name)].tolist()
+        return column

@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "compare",
         "logs",
     ),
-    "algorithm": ("syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "algorithm": ("edp", "mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "quantization": ("fp16", "bf16", "int8"),
     "quantization.kind": ("fp16", "bf16", "int8"),
@@ -24,7 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip  (one line a group reads better than one line a name)
 
 ONLY: dict[str, object] = {
-    "cluster.server": None,
 }
 """Keys that accept one value until the rest is built."""
 
