@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
+from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
 # Sums over the samples of one rank and step, exchanged between all ranks as float64.
-FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples")
 
 
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]
@@ -39,6 +41,7 @@ class Context:
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
+    pace: Pace = FULL_SPEED  # a rank may play a slower machine
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class StepResult:
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
-    late: dict[int, int]  # rank whose gradient was not waited for -> how many that makes
+    samples: tuple[int, ...] = ()  # of every rank, in this step
+    computed_s: tuple[float, ...] = ()  # and how long it computed for them, the update not counted
+    # rank whose gradient was not waited for -> how many that makes
+    late: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +100,8 @@ class InFlight:
     works: list[Work]
     late: dict[int, int] = field(default_factory=dict)  # see StepResult
 
-    def told(self, name: str) -> list[float]:
-        """That fact of every rank, once all works are done."""
-        column: list[float] = self.facts[:, FACTS.index(name)].tolist()
-        return column
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses of all targets that carry one."""
+    flat = logits.flatten(0, -2)
+    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

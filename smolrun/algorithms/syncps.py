@@ -260,7 +260,9 @@ class SyncPSServer(SyncPS):
             self.average.update()
         scale = self.loss_scale
         verdict = [flight.step, math.nan if norm is None else norm, scale.value, scale.good_steps]
-        self._reply = torch.cat([torch.tensor(verdict, dtype=torch.float64), flight.facts.flatten()])
+        self._reply = torch.cat(
+            [torch.tensor(verdict, dtype=torch.float64), flight.facts.flatten()]
+        )
         self._send_weights(flight.step)
         return norm
 

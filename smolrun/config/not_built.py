@@ -23,8 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "serving.mode": ("pipeline", "replicas"),
 }  # fmt: skip  (one line a group reads better than one line a name)
 
-ONLY: dict[str, object] = {
-}
+ONLY: dict[str, object] = {}
 """Keys that accept one value until the rest is built."""
 
 ONLY_PER_HOST: dict[str, object] = {"speed": 1.0, "emulate": None}
