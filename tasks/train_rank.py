@@ -58,7 +58,9 @@ def train(
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
-    plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
+    weights = algorithm.batch_weights(speeds)
+    plan = plan_batches(training["global_batch_size"], weights, mesh.rank, micro)
+    eval_plan = plan.alone(mesh.world_size) if algorithm.evaluates_alone else plan
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -67,7 +69,7 @@ def train(
         _feed(config, prepared, plan, rows),
         steps=training["steps"],
         evaluate=functools.partial(
-            _evaluate, algorithm, eval_split, plan, training["eval_batches"]
+            _evaluate, algorithm, eval_split, eval_plan, training["eval_batches"]
         ),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],

@@ -15,7 +15,16 @@ from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
 from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
-from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
+from smolrun.events import (
+    EvalDone,
+    Event,
+    GradientDropped,
+    Norms,
+    RankStep,
+    ReplicaHash,
+    StepDone,
+    StepSkipped,
+)
 from smolrun.parts.replicas import gather_hashes, parameter_hash
 from smolrun.training.spans import SpanRecorder
 from smolrun.training.vitals import Vitals
@@ -76,7 +85,9 @@ class Trainer:
         self._save = save
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
-        self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
+        # Ranks that do not begin every step together have no common moment to count from.
+        spans = timeline_steps if algorithm.is_lockstep else 0
+        self._spans = SpanRecorder(algorithm, steps=spans, emit=emit)
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
@@ -140,6 +151,8 @@ class Trainer:
         self.outcome.final_train_loss = result.loss
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
+        for rank, so_far in result.late.items():
+            self._emit(GradientDropped(result.step, rank, so_far))
         self._check_finite(result)
         if self._check_replicas and self._algorithm.replica_tensors():
             hashes = gather_hashes(
