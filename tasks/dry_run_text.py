@@ -120,6 +120,8 @@ _PARTS = {
     "gradients": "gradients (buckets)",
     "late gradients": "gradients of late steps",
     "passing": "whole buckets and layers, in passing",
+    "pushes": "room for the gradients of workers",
+    "average": "average of the weights",
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",
     "activations": "activations, logits and loss",
@@ -133,7 +135,8 @@ def _kinds(made: Estimate) -> list[list[Place]]:
     """Hosts that need and have the same, together."""
     kinds: dict[tuple[object, ...], list[Place]] = {}
     for place in made.places:
-        kinds.setdefault((place.ranks, place.device, place.room, place.is_here), []).append(place)
+        alike = (place.ranks, place.device, place.room, place.is_here, made.rank(place).sharding)
+        kinds.setdefault(alike, []).append(place)
     return list(kinds.values())
 
 
@@ -172,6 +175,8 @@ def _network(made: Estimate) -> str:
     if not sent:
         return "nothing, there is one rank"
     line = f"each rank sends and receives {_size(sent)} per step"
+    if made.rank(made.places[0]).sharding.seats:
+        line = f"the server sends and receives {_size(sent)} per step, others {_size(made.wire(1))}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
     times = ", ".join(f"{8 * sent / (g * 1e9):.2f} s at {g} Gbit/s" for g in _LINKS_GBPS)
