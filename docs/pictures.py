@@ -17,6 +17,7 @@ from smolrun.collectives.direct import direct_all_gather
 from smolrun.collectives.ring import ring_all_reduce, ring_reduce_scatter
 from smolrun.collectives.schedule import Schedule, elements_sent, even_ranges
 from smolrun.collectives.tree import dissemination_barrier, tree_broadcast
+from smolrun.parts.seats import conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
@@ -137,6 +138,7 @@ def schedules() -> str:
 BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
 DRAWN = {
     "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
+    "syncps": [conversation(rank, 3) for rank in range(3)],
 }
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from smolrun.collectives.schedule import Hop, Schedule
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.buckets import GradientBuckets
 from smolrun.wire.frame import Tag
@@ -111,6 +112,19 @@ class Seats:
             view.copy_(value)
         for hop, tensor in enumerate([numbers, *seat.flat[slot]]):
             self._mesh.send(seat.rank, Tag(_PULL, step, hop), tensor)
+
+
+def conversation(rank: int, size: int) -> Schedule:
+    """What a rank sends and receives in a step, in the order in which the server takes note of it
+    and answers; under way is all at one time. Chunk r is the gradient of rank r, 0 the weights."""
+    workers = range(SERVER + 1, size)
+    if rank == SERVER:
+        pushes = [Hop(source=worker, receive=worker, adds=True) for worker in workers]
+        return pushes + [Hop(to=worker, needs=len(pushes)) for worker in workers]
+    hops = [Hop()] * (2 * len(workers))
+    hops[rank - 1] = Hop(to=SERVER, send=rank)
+    hops[rank - 1 + len(workers)] = Hop(source=SERVER)
+    return hops
 
 
 def push(mesh: Mesh, step: int, hop: int, tensor: Tensor) -> Work:
