@@ -60,7 +60,6 @@ def train(
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     weights = algorithm.batch_weights(speeds)
     plan = plan_batches(training["global_batch_size"], weights, mesh.rank, micro)
-    eval_plan = plan.alone(mesh.world_size) if algorithm.evaluates_alone else plan
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -69,7 +68,7 @@ def train(
         _feed(config, prepared, plan, rows),
         steps=training["steps"],
         evaluate=functools.partial(
-            _evaluate, algorithm, eval_split, eval_plan, training["eval_batches"]
+            _evaluate, algorithm, eval_split, plan, training["eval_batches"]
         ),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],
@@ -182,6 +181,8 @@ def new_model(
 
 
 def _evaluate(algorithm: Algorithm, split: Split, plan: Any, limit: int | None) -> EvalSums:
+    if algorithm.evaluates_alone:
+        plan = plan.alone(algorithm.collectives.size)
     return evaluate(algorithm, lambda: every_sample(split, plan, limit))
 
 

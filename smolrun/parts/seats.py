@@ -13,7 +13,6 @@ is done with gradients or which weights are sent.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from smolrun.collectives.schedule import Hop, Schedule
+from smolrun.mesh.bell import Bell
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.buckets import GradientBuckets
 from smolrun.wire.frame import Tag
@@ -57,7 +57,7 @@ class Seats:
     def __init__(self, mesh: Mesh, buckets: GradientBuckets, num_numbers: int) -> None:
         self._mesh = mesh
         self._slots = buckets.slots
-        self._came = threading.Condition()
+        self._bell = Bell()
         self.all = []
         for rank in range(SERVER + 1, mesh.world_size):
             rooms = [buckets.room() for _ in range(buckets.slots)]
@@ -80,8 +80,7 @@ class Seats:
             left -= 1
             if left == 0:
                 self._mesh.finish(work)
-                with self._came:
-                    self._came.notify_all()
+                self._bell.ring()
 
         label = f"push of step {step} from rank {seat.rank}"
         seat.expected[step] = self._mesh.submit(label, start)
@@ -91,18 +90,18 @@ class Seats:
         after `since`, by perf_counter). Returns who is late."""
         begun_s = time.perf_counter()
         there = [seat for seat in self.all if step in seat.expected]
-        with self._came:
-            while late := [seat for seat in there if not seat.expected[step].is_done]:
-                now = time.perf_counter()
-                firsts = [seat.expected[step].done_s for seat in there if seat not in late]
-                firsts += [] if since is None else [since]
-                left_s = min(firsts) + patience_s - now if firsts else _LOOK_S
-                if left_s <= 0:
-                    break
-                if now - begun_s > self._mesh.timeout_s:
-                    late[0].expected[step].wait(0)  # raises, and says whom it waits for
-                self._came.wait(min(left_s, _LOOK_S))
-        return late
+        while True:
+            self._bell.clear()
+            late = [seat for seat in there if not seat.expected[step].is_done]
+            now = time.perf_counter()
+            firsts = [seat.expected[step].done_s for seat in there if seat not in late]
+            firsts += [] if since is None else [since]
+            left_s = min(firsts) + patience_s - now if firsts else _LOOK_S
+            if not late or left_s <= 0:
+                return late
+            if now - begun_s > self._mesh.timeout_s:
+                late[0].expected[step].wait(0)  # raises, and says whom it waits for
+            self._bell.wait(min(left_s, _LOOK_S))
 
     def answer(self, seat: Seat, step: int, numbers: Tensor, weights: Sequence[Tensor]) -> None:
         """Starts to send the weights to whoever pushed at `step`."""
