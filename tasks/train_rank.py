@@ -25,6 +25,7 @@ from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import BatchPlan, memory_shares, plan_batches
 from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.quantization import Quantization
 from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.streaming import stream_feed
 from smolrun.tasks.workers import load_target
@@ -145,6 +146,7 @@ def place_algorithm(
             min_ratio=training["min_lr_ratio"],
         ),
         staleness=0 if bound == "auto" else bound,
+        quantization=Quantization(**config["quantization"]),
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),

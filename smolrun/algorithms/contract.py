@@ -15,6 +15,7 @@ from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
+from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
@@ -35,6 +36,7 @@ class Context:
     make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
+    quantization: Quantization = AS_THEY_ARE  # in which form gradients travel
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolrun.algorithms import saved
+from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
 from smolrun.algorithms.contract import FACTS
 from smolrun.algorithms.syncps_worker import SyncPS, SyncPSWorker, numbers_of, row_of
@@ -79,7 +79,7 @@ class SyncPSServer(SyncPS):
         """The model, the optimizer, and a seat for every worker."""
         super().place(model)
         self.average = PolyakAverage(self.trained(), self._decay)
-        self.seats = Seats(self.mesh, self.buckets, len(FACTS))
+        self.seats = Seats(self.mesh, self.buckets, len(FACTS), self.context.quantization)
 
     # -- a step ----
 
@@ -92,8 +92,13 @@ class SyncPSServer(SyncPS):
             return super().forward_backward(micro_batches)
 
     def send(self, bucket: Bucket, slot: int) -> Work:
-        """The server's own gradient is there already."""
-        bucket.to_host(slot)
+        """The server's own gradient is there already, and not rounded; an earlier run on other
+        ranks may have left it something to add."""
+        own = bucket.to_host(slot)
+        if self.sums.has_feedback:
+            owed = self.sums.feedback(bucket.index, slot, own.numel(), own.dtype).residual
+            own.add_(owed)
+            owed.zero_()
         return self._nothing
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
@@ -142,8 +147,8 @@ class SyncPSServer(SyncPS):
     def _add_up(self, flight: InFlight) -> None:
         slot = self.slot(flight.step)
         for seat in self._unsummed.pop(flight.step, []):
-            for bucket, pushed in zip(self.buckets.buckets, seat.flat[slot], strict=True):
-                bucket.host[slot].add_(pushed)
+            for bucket in self.buckets.buckets:
+                self.seats.add(seat, bucket, slot)
 
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
@@ -197,7 +202,8 @@ class SyncPSServer(SyncPS):
         """Everything, and the average."""
         for flight in self.in_flight:
             self.arrive(flight)
-        return saved.dealt(saved.tensors(self) | self._averages(), 1, 0)
+        residuals = saved_residuals.pieces(self) if self.is_lockstep else []
+        return saved.dealt(saved.tensors(self) | self._averages(), 1, 0) + residuals
 
     def _averages(self) -> dict[str, Tensor]:
         return {f"average/{name}": value for name, value in self.average.values.items()}

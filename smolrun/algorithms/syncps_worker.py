@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolrun.algorithms import saved
+from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Context, InFlight
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import FACTS
@@ -55,10 +55,6 @@ class SyncPS(ClassicDP):
         """What gradients are pushed for and weights pulled of, in the model's order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def slot(self, step: int) -> int:
-        """Which memory a step uses."""
-        return step % self.buckets.slots
-
 
 class SyncPSWorker(SyncPS):
     """Pushes its gradients and pulls weights; has no optimizer."""
@@ -74,14 +70,25 @@ class SyncPSWorker(SyncPS):
 
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Starts to push a full bucket."""
-        return push(self.mesh, self.steps_begun, 1 + bucket.index, bucket.to_host(slot))
+        wire = self._encoded(bucket.to_host(slot), bucket.index, slot)
+        return push(self.mesh, self.steps_begun, 1 + bucket.index, wire)
+
+    def _encoded(self, flat: Tensor, bucket: int, slot: int) -> Tensor:
+        quantization = self.context.quantization
+        if quantization.is_none:
+            return flat
+        if not quantization.error_feedback:
+            flat = flat if flat.dtype == torch.float64 else flat.float()
+            return quantization.quantizer().encode(flat)
+        feedback = self.sums.feedback(bucket, slot, flat.numel(), flat.dtype)
+        return feedback.encode(flat, quantization.quantizer())
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
         """The buckets are on their way already; the facts follow, and the answer is expected."""
         facts["is_finite"] = float(self._is_finite)
         step, row = self.steps_begun, row_of(facts)
         works = [*self._works, push(self.mesh, step, 0, row)]
-        return InFlight(step, row, works + self._expect(step))
+        return InFlight(step, row.view(1, -1), works + self._expect(step))
 
     def _expect(self, step: int) -> list[Work]:
         numbers = numbers_of(self.collectives.size)
@@ -95,16 +102,19 @@ class SyncPSWorker(SyncPS):
         verdict, facts = self._answers.pop(flight.step).tensor_split([_VERDICT])
         step, self._norm, scale, good_steps = verdict.tolist()
         self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
+        self._was_late = int(step) != flight.step
         self.steps_begun += int(step) - flight.step
         flight.step, flight.facts = int(step), facts.view(-1, len(FACTS))
 
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
-        """Takes the weights that were pulled."""
+        """Takes the weights that were pulled. What rounding took away counts if its push did."""
+        is_made = math.isfinite(self._norm)
+        self.sums.settle(self.slot(flight.step), is_kept=is_made and not self._was_late)
         pulled = self.buckets.travelled(self.slot(flight.step))
         for parameter, values in zip(self.trained().values(), pulled, strict=True):
             parameter.copy_(values)
-        return self._norm if math.isfinite(self._norm) else None
+        return self._norm if is_made else None
 
     def leave(self) -> None:
         """A run that was stopped has pushes without an answer; the server gives one."""
@@ -113,12 +123,12 @@ class SyncPSWorker(SyncPS):
         super().leave()
 
     def pieces(self) -> list[Piece]:
-        """Nothing: the server has it all."""
-        return []
+        """What rounding has kept from the server, which has all else."""
+        return saved_residuals.pieces(self) if self.is_lockstep else []
 
     def checkpoint_bytes(self) -> int:
-        """Nothing."""
-        return 0
+        """Of all workers together."""
+        return saved_residuals.expected_bytes(self)
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
@@ -131,6 +141,7 @@ class SyncPSWorker(SyncPS):
         saved.restore_numbers(self, checkpoint, state)
         for flight in saved.restore_flights(self, checkpoint, state):
             flight.works = self._expect(flight.step)
+        saved_residuals.restore(self, checkpoint)
 
 
 def row_of(facts: Mapping[str, float]) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from smolrun.collectives.schedule import Hop, Schedule
 from smolrun.mesh.bell import Bell
 from smolrun.mesh.mesh import Mesh, Work
-from smolrun.parts.buckets import GradientBuckets
+from smolrun.parts.buckets import Bucket, GradientBuckets
+from smolrun.parts.quantization import Quantization
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import payload_of
 
@@ -35,9 +36,10 @@ _LOOK_S = 0.25  # so late is a lost peer seen by a server that waits for whoever
 @dataclass
 class Seat:
     """One worker; `flat[slot]` (one per bucket) and `views[slot]` (one per parameter) share
-    memory."""
+    memory. Gradients in fewer bits need memory of their own."""
 
     rank: int
+    pushed: list[list[Tensor]]  # per slot: one per bucket, as it travels up; `flat` as a rule
     flat: list[list[Tensor]]
     views: list[list[Tensor]]
     numbers: list[Tensor]  # per slot
@@ -54,20 +56,31 @@ class Seat:
 class Seats:
     """The server's side, of as many steps at once as the buckets have slots."""
 
-    def __init__(self, mesh: Mesh, buckets: GradientBuckets, num_numbers: int) -> None:
+    def __init__(
+        self, mesh: Mesh, buckets: GradientBuckets, num_numbers: int, quantization: Quantization
+    ) -> None:
         self._mesh = mesh
         self._slots = buckets.slots
+        self._quantizer = None if quantization.is_none else quantization.quantizer()
         self._bell = Bell()
         self.all = []
         for rank in range(SERVER + 1, mesh.world_size):
             rooms = [buckets.room() for _ in range(buckets.slots)]
             numbers = [torch.empty(num_numbers, dtype=torch.float64) for _ in rooms]
-            self.all.append(Seat(rank, [f for f, _ in rooms], [v for _, v in rooms], numbers))
+            flat = [flat for flat, _ in rooms]
+            pushed = [[self._wire(tensor) for tensor in tensors] for tensors in flat]
+            self.all.append(Seat(rank, pushed, flat, [views for _, views in rooms], numbers))
+
+    def _wire(self, flat: Tensor) -> Tensor:
+        """What a gradient of this form comes in."""
+        if self._quantizer is None:
+            return flat
+        return torch.empty(self._quantizer.wire_bytes(flat.numel()), dtype=torch.uint8)
 
     def expect(self, seat: Seat, step: int) -> None:
         """Posts the receives of one push; one work is done when all of it is here."""
         slot = step % self._slots
-        room = [seat.numbers[slot], *seat.flat[slot]]
+        room = [seat.numbers[slot], *seat.pushed[slot]]
         left = len(room)
 
         def start(work: Work) -> None:
@@ -102,6 +115,18 @@ class Seats:
             if now - begun_s > self._mesh.timeout_s:
                 late[0].expected[step].wait(0)  # raises, and says whom it waits for
             self._bell.wait(min(left_s, _LOOK_S))
+
+    def add(self, seat: Seat, bucket: Bucket, slot: int) -> None:
+        """Adds what was pushed to the server's own gradient."""
+        own, pushed = bucket.host[slot], seat.pushed[slot][bucket.index]
+        if self._quantizer is None:
+            own.add_(pushed)
+        elif own.dtype in (torch.float32, torch.float64):
+            self._quantizer.decode(pushed, own, adds=True)
+        else:
+            whole = torch.empty(own.numel())
+            self._quantizer.decode(pushed, whole)
+            own.add_(whole)
 
     def answer(self, seat: Seat, step: int, numbers: Tensor, weights: Sequence[Tensor]) -> None:
         """Starts to send the weights to whoever pushed at `step`."""

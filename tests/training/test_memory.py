@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smolrun.parts.quantization import Quantization
 from smolrun.training.memory import (
     Rank,
     Remedy,
@@ -203,3 +204,19 @@ def test_what_fsdp_cuts_is_divided_and_what_it_moves_is_counted() -> None:
         rank = replace(RANK, sharding=Sharding(stage, 0.25))
         assert sent_bytes(rank, SETTING, micro_batches) == times * share
     assert sent_bytes(rank, replace(SETTING, precision="bf16"), 5) == 10 * share
+
+
+def test_gradients_in_fewer_bits_send_less_and_remember_more() -> None:
+    int8 = replace(RANK, quantization=Quantization("int8"))
+    part = 3 * TRAINED / 4  # of a number's bytes
+    for stage, expected in ((0, 2.03125), (1, 5.015625), (2, 9.078125), (3, 45.078125)):
+        rank = replace(int8, sharding=Sharding(stage, 0.25))
+        assert sent_bytes(rank, SETTING, 5) == pytest.approx(expected * part, rel=1e-4)
+    half = replace(RANK, quantization=Quantization("fp16", error_feedback=False))
+    assert sent_bytes(half, SETTING, 5) == pytest.approx(4 * part, rel=1e-4)
+    assert need(half, SETTING, None).parts["residuals"] == 0
+    assert need(int8, SETTING, None).parts["residuals"] == 8 * TRAINED
+    late = replace(int8, slots=3)
+    assert need(late, SETTING, None).parts["residuals"] == 3 * 8 * TRAINED
+    more = checkpoint_bytes(int8, SETTING) - checkpoint_bytes(RANK, SETTING)
+    assert more == 4 * 4 * TRAINED, "each of the four ranks has its own"
