@@ -17,6 +17,7 @@ from smolrun.collectives.direct import direct_all_gather
 from smolrun.collectives.ring import ring_all_reduce, ring_reduce_scatter
 from smolrun.collectives.schedule import Schedule, elements_sent, even_ranges
 from smolrun.collectives.tree import dissemination_barrier, tree_broadcast
+from smolrun.parts.seats import conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
@@ -138,6 +139,7 @@ BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
 DRAWN = {
     "classicdp": [ring_all_reduce(rank, 3) for rank in range(3)],
     "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
+    "syncps": [conversation(rank, 3) for rank in range(3)],
 }
 
 

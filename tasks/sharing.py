@@ -5,7 +5,7 @@ Only wiring: the plans are in parts/placement.py, the decision in training/balan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, world_size
@@ -42,9 +42,14 @@ def _numbers(speeds: Sequence[float | str]) -> list[float]:
 
 
 def share_work(
-    config: Mapping[str, Any], prepared: Prepared, speeds: Sequence[float | str], rank: int
+    config: Mapping[str, Any],
+    prepared: Prepared,
+    speeds: Sequence[float | str],
+    weights_of: Callable[[Sequence[float]], Sequence[float]],
+    rank: int,
 ) -> tuple[Planned, Balance | None]:
-    """This rank's plan; with the balance that changes it, where a speed is "auto".
+    """This rank's plan; with the balance that changes it, where a speed is "auto". `weights_of`
+    says which ranks get samples at all.
 
     Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
     speeds and given numbers have no unit in common: then the numbers are where it begins.
@@ -52,11 +57,12 @@ def share_work(
     training = config["training"]
     size = training["global_batch_size"]
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
-    weights = _numbers(speeds)
+    weights = weights_of(_numbers(speeds))
     if "auto" not in speeds:
         return plan_batches(size, weights, rank, micro), None
     counts = shares(size, weights)
     plans = Plans(lambda now: plan_batches(size, now, rank, micro), counts)
+    idle = [index for index, weight in enumerate(weights) if not weight]
     ahead = 0 if prepared.stream is None else steps_ahead(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
-    return plans, Balance(Balancer(counts), plans, ahead=ahead, hosts=hosts)
+    return plans, Balance(Balancer(counts, idle=idle), plans, ahead=ahead, hosts=hosts)

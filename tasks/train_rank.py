@@ -60,7 +60,7 @@ def train(
     torch.manual_seed(config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
-    plan, balance = share_work(config, prepared, speeds, mesh.rank)
+    plan, balance = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank)
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -188,6 +188,8 @@ def new_model(
 
 def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
     now = plan.at(algorithm.steps_begun)
+    if algorithm.evaluates_alone:
+        now = now.alone(algorithm.context.mesh.world_size)
     return evaluate(algorithm, lambda: every_sample(split, now, limit))
 
 

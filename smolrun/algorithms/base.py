@@ -53,8 +53,10 @@ class Algorithm(ABC):
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
-    # Whether this rank takes part in evaluations and checkpoints.
-    evaluates = saves = True
+    # Whether this rank takes part in evaluations and checkpoints; whether all ranks begin every
+    # step together; whether this rank evaluates by itself.
+    evaluates = saves = is_lockstep = True
+    evaluates_alone = False
     replicas_may_differ = False  # in last bits: unlike machines, each updating its own replica
 
     def __init__(self, context: Context) -> None:
@@ -81,13 +83,16 @@ class Algorithm(ABC):
         """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
 
+    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+        """How much of a global batch each rank gets, relative to the others."""
+        return speeds
+
     def next_share(self, steps: int) -> Share | None:
         """What to train on next, where there are so many `steps`; None: nothing more."""
         return Share(self.steps_begun) if self.steps_begun < steps else None
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
-        """One step over this rank's samples; returns the update it finished, None while the first K
-        are in flight."""
+        """One step; returns the update it finished, None while the first K are in flight."""
         self.context.mesh.progress = self.steps_begun
         with self._computing():
             facts = self.forward_backward(micro_batches)
@@ -108,7 +113,7 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
-        """Sums over the samples of all ranks; collective, changes nothing."""
+        """Sums over the samples of all ranks that evaluate; changes nothing."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
@@ -120,7 +125,8 @@ class Algorithm(ABC):
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
-        self.collectives.all_reduce(sums)
+        if not self.evaluates_alone:
+            self.collectives.all_reduce(sums)
         loss, weight, correct = sums.tolist()
         return EvalSums(loss, int(weight), int(correct) if is_classes else None)
 
@@ -139,14 +145,10 @@ class Algorithm(ABC):
         return []
 
     def pieces(self) -> list[Piece]:
-        """What this rank writes into a checkpoint; all ranks' pieces together are the whole.
-
-        The tensors are the living ones: copy them before the next step. Waits for the gradients in
-        flight.
-        """
+        """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
+        tensors are the living ones: copy them before the next step."""
         for flight in self.in_flight:
-            for work in flight.works:
-                self.wait(work)
+            self.arrive(flight)
         return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
 
     def checkpoint_bytes(self) -> int:
@@ -158,17 +160,13 @@ class Algorithm(ABC):
         return saved.state(self)
 
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Goes on where `checkpoint` was made, `place` has been called before.
-
-        CheckpointError for a checkpoint of another model or optimizer.
-        """
+        """Goes on where `checkpoint` was made; CheckpointError for one of another model."""
         saved.restore(self, checkpoint, state)
 
     # -- what an algorithm overrides ----
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's
-        facts."""
+        """Adds the gradient of the sum of losses to every `parameter.grad`; returns facts."""
         losses, weight = [], 0
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
@@ -185,8 +183,12 @@ class Algorithm(ABC):
 
     @abstractmethod
     def synchronize(self, facts: dict[str, float]) -> InFlight:
-        """Starts to bring this step's gradients and facts of all ranks together; must not wait for
-        them."""
+        """Starts to bring this step's gradients and facts of all ranks together; never waits."""
+
+    def arrive(self, flight: InFlight) -> None:
+        """Waits until all that belongs to the flight is here; the second time it is a no-op."""
+        for work in flight.works:
+            self.wait(work)
 
     @abstractmethod
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
@@ -203,10 +205,7 @@ class Algorithm(ABC):
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
-        if the update was skipped.
-
-        All ranks see the same norm, so all take the same decision.
-        """
+        if the update was skipped. All ranks see the same norm, so all take the same decision."""
         gradients = self.load_gradients(flight)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
         self._norms = None
@@ -224,8 +223,7 @@ class Algorithm(ABC):
         return norm
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
-        """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
-        adds them up."""
+        """Squared norm of the whole gradient; where ranks hold parts, an override adds them up."""
         return squared_norm(gradients)
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -272,8 +270,7 @@ class Algorithm(ABC):
 
     def _update_oldest(self) -> StepResult:
         flight = self.in_flight.popleft()
-        for work in flight.works:
-            self.wait(work)
+        self.arrive(flight)
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         ranks, weight = self.collectives.ranks, sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
@@ -296,6 +293,7 @@ class Algorithm(ABC):
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
             facts=facts,
+            late=flight.late,
         )
         self._compute_s = self._wait_s = 0.0
         return result

@@ -90,6 +90,8 @@ class StepResult:
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
     facts: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of every rank, see FACTS
+    # rank whose gradient was not waited for -> how many that makes
+    late: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[int, ...]:
@@ -109,6 +111,7 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+    late: dict[int, int] = field(default_factory=dict)  # see StepResult
 
 
 def never_empty(batch: Batch) -> Batch:

@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "compare",
         "logs",
     ),
-    "algorithm": ("syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "algorithm": ("edp", "mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
@@ -21,7 +21,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "serving.mode": ("pipeline", "replicas"),
 }  # fmt: skip  (one line a group reads better than one line a name)
 
-ONLY: dict[str, object] = {
-    "cluster.server": None,
-}
+ONLY: dict[str, object] = {}
 """Keys that accept one value until the rest is built."""

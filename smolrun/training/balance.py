@@ -48,9 +48,15 @@ class Balancer:
     """Decides when shares change; told what all ranks did, step after step."""
 
     def __init__(
-        self, counts: Sequence[int], *, window: int = WINDOW, worth: float = WORTH
+        self,
+        counts: Sequence[int],
+        *,
+        idle: Sequence[int] = (),
+        window: int = WINDOW,
+        worth: float = WORTH,
     ) -> None:
-        """`counts` are the samples of every rank at first."""
+        """`counts` are the samples of every rank at first; ranks in `idle` never get any."""
+        self._idle = frozenset(idle)
         self.counts = tuple(counts)
         self.rates: list[float] = []  # the newest that is known of every rank
         self._window = window
@@ -78,7 +84,9 @@ class Balancer:
         self.rates = [new or old for new, old in zip(measured, known, strict=True)]
         # Of a rank that never had a sample nothing is known; it begins as fast as the slowest.
         slowest = min((rate for rate in self.rates if rate), default=1.0)
-        rates = [rate or slowest for rate in self.rates]
+        rates = [
+            0.0 if rank in self._idle else rate or slowest for rank, rate in enumerate(self.rates)
+        ]
         after = tuple(shares(sum(self.counts), rates))
         before_s, after_s = _step_s(self.counts, rates), _step_s(after, rates)
         gain = 1 - after_s / before_s
@@ -91,7 +99,7 @@ class Balancer:
 
 def _step_s(counts: Sequence[int], rates: Sequence[float]) -> float:
     """How long the slowest rank computes."""
-    return max(count / rate for count, rate in zip(counts, rates, strict=True))
+    return max(count / rate for count, rate in zip(counts, rates, strict=True) if count)
 
 
 class Balance:
@@ -139,7 +147,7 @@ def _sentence(change: Change, first: int, hosts: Sequence[str]) -> str:
     def named(rank: int) -> str:
         return f"rank {rank} ({hosts[rank]})" if rank < len(hosts) else f"rank {rank}"
 
-    ranks = range(len(change.rates))
+    ranks = [rank for rank, rate in enumerate(change.rates) if rate]
     fast = max(ranks, key=change.rates.__getitem__)
     slow = min(ranks, key=change.rates.__getitem__)
     factor = change.rates[fast] / change.rates[slow]

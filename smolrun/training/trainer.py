@@ -18,6 +18,7 @@ from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import (
     EvalDone,
     Event,
+    GradientDropped,
     Norms,
     Note,
     RankStep,
@@ -91,8 +92,10 @@ class Trainer:
         self._balance = balance
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
-        self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
         self._resync = Resync(algorithm, resync_every, emit)
+        # Ranks that do not begin every step together have no common moment to count from.
+        spans = timeline_steps if algorithm.is_lockstep else 0
+        self._spans = SpanRecorder(algorithm, steps=spans, emit=emit)
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
@@ -159,6 +162,8 @@ class Trainer:
         self.outcome.final_train_loss = result.loss
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
+        for rank, so_far in result.late.items():
+            self._emit(GradientDropped(result.step, rank, so_far))
         self._check_finite(result)
         if _last_due(before, self.outcome.steps, self._resync.every):
             self._resync.run(result.step)

@@ -23,6 +23,8 @@ SYNCHRONOUS, LATE = 0.02, 0.05  # how far from single's validation loss, as a sh
 VARIANTS = {
     "classicdp": (["algorithm=classicdp"], SYNCHRONOUS),
     "classicdp, K=2": (["algorithm=classicdp", "staleness.bound=2"], LATE),
+    "syncps": (["algorithm=syncps"], SYNCHRONOUS),
+    "syncps, K=2": (["algorithm=syncps", "staleness.bound=2"], LATE),
     "fsdp stage 1": (["algorithm=fsdp", "algorithm.stage=1"], SYNCHRONOUS),
     "fsdp stage 2": (["algorithm=fsdp", "algorithm.stage=2"], SYNCHRONOUS),
     "fsdp stage 3": (["algorithm=fsdp", "algorithm.stage=3"], SYNCHRONOUS),

@@ -31,14 +31,14 @@ def prepared(stream: dict[str, Any] | None = None) -> Prepared:
 
 
 def test_numbers_are_used_as_they_are() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], 0)
+    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], list, 0)
     assert balance is None and isinstance(plan, BatchPlan) and plan.sizes == (9,)
 
 
 def test_one_auto_has_all_ranks_measured_and_a_stream_changes_later() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], 0)
+    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], list, 0)
     assert balance is not None and plan.at(0).sizes == (6,)
-    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], 0)
+    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], list, 0)
     assert late is not None and (balance._ahead, late._ahead) == (0, 5)
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from smolrun.events import Drift, EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+from smolrun.events import (
+    EvalDone,
+    Event,
+    GradientDropped,
+    Note,
+    RankStep,
+    RunStarted,
+    StepDone,
+    StepSkipped,
+)
 from smolrun.tracking.console import Console, clock, named, printable, slowest
 
 
@@ -69,9 +78,7 @@ def test_events_as_sentences() -> None:
         RunStarted(1_115_264, 20, 27_886, 1_516, "cpu"),
         EvalDone(9, 1.5, 8),
         StepSkipped(4, [0, 1]),
-        Drift(9, 0.0, []),
-        Drift(19, 1.25e-7, [1, 2]),
-        Drift(29, None, [1]),
+        *(GradientDropped(so_far + 10, 2, so_far) for so_far in range(1, 6)),
         Note("warning", "[red] is no markup :smile:", rank=1),
         Note("debug", "not for people"),
     ) == [
@@ -79,8 +86,9 @@ def test_events_as_sentences() -> None:
         "1,516 more for evaluation",
         "after step 10: evaluation loss 1.5000",
         "step 5 is skipped: no finite gradient on ranks 0 and 1",
-        "after step 20: ranks 1 and 2 had drifted from rank 0 by up to 1.2e-07; equal again",
-        "after step 30: rank 1 had drifted from rank 0 by more than any number; equal again",
+        "step 12 goes on without rank 2: its gradient is late and will be dropped",
+        "step 13 goes on without rank 2: its gradient is late and will be dropped, 2 so far",
+        "step 15 goes on without rank 2: its gradient is late and will be dropped, 4 so far",
         "warning: [red] is no markup :smile: (rank 1)",
     ]
 

@@ -65,6 +65,7 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
             "activation": "relu",
         },
         "staleness": {"bound": training.pop("staleness", "auto")},
+        "quantization": {"kind": "none"},
         "tracker": {"kind": "jsonl", "timeline_steps": training.pop("timeline_steps", 0)},
         "optimizer": {
             "name": "adamw",
