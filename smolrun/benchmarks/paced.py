@@ -12,20 +12,23 @@ from smolrun.parts.precision import PRECISIONS
 
 
 class SetPace(SharePace):
-    """The next piece of computing takes `next_s`; those after it, such as the update, no longer
-    than they do. Nothing leaves before it is over, so nothing is hidden behind it."""
+    """The computing of the next step takes `next_s`, the update before it included. No gradient
+    leaves before it is over, so nothing is hidden behind it."""
 
     def __init__(self) -> None:
         super().__init__(1.0)
         self.next_s = 0.0
+        self._spent_s = 0.0  # on updates since the last gradient
 
     def wanted(self) -> float:
         """See SharePace."""
-        return self.next_s
+        return max(0.0, self.next_s - self._spent_s)
 
     def end(self, waited_s: float) -> None:
         """See Pace."""
         super().end(waited_s)
+        is_update = self.next_s == 0.0
+        self._spent_s = self._spent_s + self.took(waited_s) if is_update else 0.0
         self.next_s = 0.0
 
 

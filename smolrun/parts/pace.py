@@ -58,14 +58,15 @@ class SharePace(Pace):
 
     def rest(self, waited_s: float) -> None:
         """See Pace; sleeps."""
-        time.sleep(max(0.0, self.wanted() - self._took(waited_s)))
+        time.sleep(max(0.0, self.wanted() - self.took(waited_s)))
 
     def end(self, waited_s: float) -> None:
         """See Pace; sleeps."""
         wanted_s = self.wanted()
         self.wanted_s += wanted_s
-        self.late_s += max(0.0, self._took(waited_s) - wanted_s)
-        time.sleep(max(0.0, wanted_s - self._took(waited_s)))
+        self.late_s += max(0.0, self.took(waited_s) - wanted_s)
+        time.sleep(max(0.0, wanted_s - self.took(waited_s)))
 
-    def _took(self, waited_s: float) -> float:
+    def took(self, waited_s: float) -> float:
+        """How long computing has taken since `begin`, rests included."""
         return time.perf_counter() - self._began_s - (waited_s - self._waited_s)
