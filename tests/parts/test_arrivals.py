@@ -16,9 +16,9 @@ from tests.algorithms import worlds
 from tests.algorithms.worlds import Trace, train
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
-    ("fsdp", {"stage": 1, "bucket_mb": 0.0005}),
-    ("fsdp", {"stage": 2, "bucket_mb": 0.0005}),
-    ("classicdp", {"bucket_mb": 0.0005, "owner_computes": True}),
+    ("fsdp", {"stage": 1, "bucket_mb": 0.001}),
+    ("fsdp", {"stage": 2, "bucket_mb": 0.001}),
+    ("classicdp", {"bucket_mb": 0.001, "owner_computes": True}),
 ]
 
 
@@ -60,8 +60,9 @@ def difference(traces: list[Trace], reference: Trace) -> float:
 def test_everybody_waits_for_what_he_uses(
     algorithm: str, keys: dict[str, Any], staleness: int
 ) -> None:
-    reference = train("single", "language_model", 1, staleness=staleness)[0]
-    traces = train(algorithm, "language_model", 3, staleness=staleness, overrides=keys)
+    more: dict[str, Any] = {"staleness": staleness, "steps": 4}
+    reference = train("single", "language_model", 1, **more)[0]
+    traces = train(algorithm, "language_model", 3, overrides=keys, **more)
     assert difference(traces, reference) < 1e-12
     for trace in traces:
         assert trace.hashes == traces[0].hashes
@@ -77,8 +78,9 @@ def test_who_does_not_wait_sees_old_values(
     monkeypatch.setattr(Arrivals, "_use", lambda self, parameter: None)
     monkeypatch.setattr(worlds, "parameter_hash", lambda tensors: "")
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: [])
-    reference = train("single", "language_model", 1)[0]
-    assert difference(train(algorithm, "language_model", 3, overrides=keys), reference) > 1e-6
+    reference = train("single", "language_model", 1, steps=4)[0]
+    traces = train(algorithm, "language_model", 3, steps=4, overrides=keys)
+    assert difference(traces, reference) > 1e-6
 
 
 def test_forward_begins_while_the_last_layers_are_on_their_way(

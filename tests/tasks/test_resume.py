@@ -61,6 +61,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, state_of(folder)
 
 
+def begin(folder: Path, *keys: str) -> subprocess.Popen[str]:
+    return start(folder, *RUN, *keys)
+
+
 def kill_all(run: subprocess.Popen[str]) -> None:
     """The power goes: driver and workers at once."""
     workers = psutil.Process(run.pid).children(recursive=True)
@@ -79,7 +83,7 @@ def steps_told(folder: Path) -> int:
 
 def kill_and_go_on(folder: Path, dice: random.Random, *keys: str, kills: int | None = None) -> None:
     """Killed after some step plus a fraction of one, as often as the dice say, then to the end."""
-    run = start(folder, *RUN, *keys)
+    run = begin(folder, *keys)
     count = dice.choice((1, 1, 2)) if kills is None else kills
     for wanted in sorted(dice.sample(range(4, 22), count)):
         until(functools.partial(_has_come_so_far, run, folder, wanted), 60)
