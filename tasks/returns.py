@@ -20,6 +20,8 @@ from smolrun.tasks.elasticity import least_ranks
 from smolrun.tasks.fleet import Fleet, host_specs
 from smolrun.tasks.workers import plan_again
 
+_AGAIN = "it is tried again"
+
 
 class Returns:
     """What the driver of a run asks about its hosts; where it is not elastic, nothing special."""
@@ -35,10 +37,10 @@ class Returns:
         self._saving = saving
         self._say = say
         self._told: dict[str, str] = {}
-        self._news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
         self._threads: dict[str, threading.Thread] = {}
         for name, error in fleet.missing.items():
-            self._news.put((name, f"{error}; the run begins without it"))
+            self._news.put((name, str(error), "the run begins without it"))
 
     def host_of(self, plan: WorkerPlan) -> Host:
         """Where a worker is started; one that is away is being reached from now on."""
@@ -64,19 +66,18 @@ class Returns:
     def tell(self) -> None:
         """Why hosts could not be reached, each reason once."""
         while not self._news.empty():
-            name, text = self._news.get()
-            if self._told.get(name) != text:
-                self._told[name] = text
-                self._say(f"warning: {text}")
+            name, error, what = self._news.get()
+            if self._told.get(name) != error:
+                self._told[name] = error
+                self._say(f"warning: {error}; {what}")
 
     def _reach(self, host: str) -> None:
         try:
             self._open_and_equip(host)
         except SmolrunError as error:
-            self._news.put((host, f"{error}; it is tried again"))
+            self._news.put((host, str(error), _AGAIN))
         except Exception as error:  # a library's; the host is asked again all the same
-            text = str(HostError(host, f"{type(error).__name__}: {error}"))
-            self._news.put((host, f"{text}; it is tried again"))
+            self._news.put((host, f"{host}: {type(error).__name__}: {error}", _AGAIN))
 
     def _open_and_equip(self, host: str) -> None:
         from smolrun.launch.delivery.provision import provision
