@@ -22,7 +22,6 @@ from smolrun.launch.control import Peer
 from smolrun.launch.member import Elasticity, Member, departure, is_away
 from smolrun.launch.moves import (
     EXIT_DONE,
-    EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_STOPPED_NOW,
     Action,
@@ -33,7 +32,7 @@ from smolrun.launch.moves import (
     StartAgain,
     Tell,
 )
-from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.supervisor import Limits, Phase, Supervisor, failed_by
 
 
 class ElasticSupervisor(Supervisor):
@@ -155,16 +154,7 @@ class ElasticSupervisor(Supervisor):
         self._close_for(pick_cause([self._states[0], *fine]), now)
 
     def _close_for(self, cause: Cause, now: float) -> None:
-        outcome = Outcome(
-            "failed",
-            EXIT_FAILED,
-            cause.reason,
-            cause.rank,
-            cause.host,
-            out_of_memory=cause.out_of_memory,
-            is_lost=cause.is_lost,
-        )
-        self._close(now, outcome)
+        self._close(now, failed_by(cause))
         # Nothing is saved any more, and nobody needs a farewell.
         self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 

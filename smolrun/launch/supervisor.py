@@ -173,7 +173,7 @@ class Supervisor:
                 f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
             )
             cause = Cause(late.rank, late.host, reason, is_lost=True)
-            self._close(now, _failed(cause), hurry=True)
+            self._close(now, failed_by(cause), hurry=True)
         return []
 
     def _running(self, now: float) -> list[Action]:
@@ -210,7 +210,7 @@ class Supervisor:
             self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         elif self._is_due(now):
             cause = did_not_finish(late, self._limits.finish_s)
-            self._close(now, _failed(cause))
+            self._close(now, failed_by(cause))
         elif len(late) < len(self._states) and self.deadline is None:
             self.deadline = now + self._limits.finish_s
         return []
@@ -220,7 +220,7 @@ class Supervisor:
         self._close(now, outcome, hurry=True)
 
     def _fail(self, now: float) -> None:
-        self._close(now, _failed(pick_cause(self._states)))
+        self._close(now, failed_by(pick_cause(self._states)))
         # Nothing is saved any more, and a farewell to peers that are lost comes to nothing.
         self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 
@@ -270,7 +270,8 @@ class Supervisor:
         )
 
 
-def _failed(cause: Cause) -> Outcome:
+def failed_by(cause: Cause) -> Outcome:
+    """A run that has failed, and why."""
     return Outcome(
         "failed",
         EXIT_FAILED,
