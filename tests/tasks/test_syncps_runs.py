@@ -17,6 +17,7 @@ from tests.waiting import until
 SYNCPS = ["algorithm=syncps", "algorithm.bucket_mb=0.01", "cluster.ranks=3"]
 
 
+@pytest.mark.timeout(120)
 def test_the_others_go_on_while_a_worker_is_frozen(tmp_path: Path) -> None:
     with in_background(tmp_path, *SYNCPS, "algorithm.straggler_s=0.5") as run:
         workers = run.until_it_trains()
@@ -44,6 +45,7 @@ def test_the_others_go_on_while_a_worker_is_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_a_run_goes_on_as_another_algorithm_on_other_ranks(tmp_path: Path) -> None:
     keys = [*KEYS, "training.warmup_steps=2", "training.lr_schedule=constant"]
     plain, pushed = tmp_path / "plain", tmp_path / "pushed"
