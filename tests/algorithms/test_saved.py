@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.base import Algorithm, Context
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.reader import Checkpoint
@@ -61,11 +61,10 @@ def run_part(
     shift: int = 0,
     hurt: Hurt = lambda algorithm: None,
     overrides: dict[str, Any] | None = None,
-    more: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,  # other fields of the context
 ) -> tuple[Path, list[str]]:
     """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
-    Each rank is a thread, so only a world of one may draw random numbers. `more` are other fields
-    of the context."""
+    Each rank is a thread, so only a world of one may draw random numbers."""
     file = worlds.CONF / "algorithm" / f"{algorithm}.yaml"
     section = {**yaml.safe_load(file.read_text()), **(overrides or {})}
     torch.manual_seed(0)
@@ -75,9 +74,7 @@ def run_part(
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any], str]:
         context = worlds.context(mesh, precision, optimizer, staleness)
-        context = dataclasses.replace(context, **(more or {}))
-        runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
-        runner.place(copy.deepcopy(start))
+        runner = placed(section, dataclasses.replace(context, **(more or {})), start)
         if resume is not None:
             restore(runner, resume)
             hurt(runner)
@@ -100,6 +97,12 @@ def run_part(
         state={"algorithm": told[0][1], "random": torch.get_rng_state().tolist()},
     )
     return commit(part, manifest), [digest for _, _, digest in told]
+
+
+def placed(section: dict[str, Any], context: Context, start: torch.nn.Module) -> Algorithm:
+    runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
+    runner.place(copy.deepcopy(start))
+    return runner
 
 
 def start_of(runner: Algorithm) -> list[torch.Tensor]:
