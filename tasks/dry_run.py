@@ -91,7 +91,7 @@ class Estimate:
 
     def rank(self, place: Place, local_rank: int = 0) -> Rank:
         """One rank of a host, in numbers."""
-        is_first = place is self.places[0] and local_rank == 0
+        first = place is self.places[0] and local_rank == 0
         bound = self.config.staleness.bound
         return Rank(
             shapes=self.shapes,
@@ -104,9 +104,7 @@ class Estimate:
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.norms == "all",
             saves=self.config.checkpoint.every > 0,
-            sharding=sharding_of(
-                self.config, place.share, self.shapes, self.largest_layer, is_first=is_first
-            ),
+            sharding=sharding_of(self.config, place.share, self.shapes, self.largest_layer, first),
             quantization=Quantization(**self.config.quantization.model_dump()),
         )
 

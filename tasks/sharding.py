@@ -20,7 +20,6 @@ def sharding_of(
     share: float,
     shapes: Iterable[Sequence[int]],
     largest_layer: int,
-    *,
     is_first: bool,
 ) -> Sharding:
     """For a rank that holds `share`, or for rank 0; `largest_layer` counts numbers."""

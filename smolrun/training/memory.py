@@ -8,8 +8,7 @@ loaded.
     activations   what forward keeps for backward, and the logits: see trace.py
     residuals     what quantization took away: 8 bytes, with staleness K so many K + 1 times
     passing       fsdp: buckets of gradients on their way, layers that are whole just now
-    pushes        syncps: room that the server has for the gradients of each worker
-    average       syncps: the average of the weights
+    pushes        syncps: the server's room for gradients of workers; average: of the weights
     update        what the update needs beyond the room that activations have left
     staging       host copies of the gradients, where a device computes
     checkpoint    this rank's share of a copy, while it is written
@@ -139,9 +138,9 @@ def checkpoint_bytes(rank: Rank, setting: Setting) -> int:
     """A whole checkpoint: parameters, optimizer, gradients in flight, residuals of all ranks."""
     size = item_bytes(setting.precision)
     weights = size * (rank.trained + rank.frozen)
-    residuals = rank.world_size * rank.residuals * max(4, size)
     more = size * rank.trained * (rank.slots - 1 + rank.sharding.averages)
-    return weights + optimizer_bytes(rank, setting) + more + residuals
+    more += rank.world_size * rank.residuals * max(4, size)
+    return weights + optimizer_bytes(rank, setting) + more
 
 
 def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
@@ -153,8 +152,6 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     apart = 0 if rank.is_on_device else small + large
     activations = max(work.peak, apart) if work else 0
     cut = rank.sharding
-    update = int(update_bytes(rank, setting) * cut.of(1))
-    # A server writes alone what it holds; elsewhere ranks write what they hold, or a part each.
     share = cut.share if cut.stage or cut.links else 1 / rank.world_size
     parts = {
         "process": rank.process_bytes,
@@ -168,7 +165,7 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
         "staging": gradients * rank.slots if rank.is_staged and cut.stage < 2 else 0,
         "optimizer": int(optimizer_bytes(rank, setting) * cut.of(1)),
         "activations": activations,
-        "update": max(0, update - large),
+        "update": max(0, int(update_bytes(rank, setting) * cut.of(1)) - large),
         "checkpoint": int(checkpoint_bytes(rank, setting) * share) if rank.saves else 0,
         "slack": int(_SLACK * small) + _UNEXPLAINED,
     }
@@ -178,12 +175,10 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
 def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
     """What a rank sends, and receives, in one step."""
     size, used = item_bytes(setting.precision), _used_bytes(setting)
-    gradient = float(size)
-    if not rank.quantization.is_none:
-        gradient = rank.quantization.quantizer().wire_bytes(_MANY) / _MANY
-    if rank.sharding.links:  # a server sends weights, a worker gradients
-        sent = size if rank.sharding.seats else gradient
-        return int(rank.sharding.links * sent * rank.trained)
+    in_wires = rank.quantization.quantizer().wire_bytes
+    gradient = size if rank.quantization.is_none else in_wires(_MANY) / _MANY
+    if links := rank.sharding.links:  # a server sends weights, a worker gradients
+        return int(links * rank.trained * (size if rank.sharding.seats else gradient))
     parts = (rank.world_size - 1) * rank.trained / rank.world_size
     return int(parts * rank.sharding.moved(size, used, gradient, micro_batches))
 

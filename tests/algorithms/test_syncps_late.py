@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -85,13 +84,12 @@ def replayed(start: list[torch.Tensor], results: list[StepResult]) -> list[torch
     return [parameter.detach() for parameter in parameters]
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp"])
-def test_who_is_late_once_is_dropped_and_catches_up(kind: str) -> None:
+def test_who_is_late_once_is_dropped_and_catches_up() -> None:
     def gate(step: int, begun: list[int]) -> None:
         if step == 1:
             until(lambda: begun[0] >= 4)
 
-    server, other, late = train(gate, kind=kind)
+    server, other, late = train(gate, kind="tcp")
     assert [result.step for result in server.results] == list(range(STEPS))
     assert [r.late for r in server.results] == [{}, {2: 1}, *[{}] * (STEPS - 2)]
     assert other.steps == list(range(STEPS))

@@ -40,7 +40,6 @@ def test_it_has_every_group_and_tells_what_is_not_built():
     text = reference.text()
     for group in ("cluster", "algorithm", "model", "data", "training", "experiment"):
         assert f"\n## {group}\n" in text
-    assert "| `cluster.server` | `null` | null; the rest is not built yet |" in text
     assert "| `cluster.hosts[].speed` | `1.0` | a number > 0 or auto |" in text
-    assert "Planned, not built yet: syncps, edp" in text
+    assert "Planned, not built yet: edp" in text
     assert "| `data.path` |  | text or a list of text |" in text
