@@ -16,15 +16,15 @@ Knows nothing of where data comes from, of files, or of configs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms import saved
 from smolrun.algorithms.contract import (
@@ -35,6 +35,7 @@ from smolrun.algorithms.contract import (
     InFlight,
     Share,
     StepResult,
+    loss_sum,
 )
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
@@ -86,10 +87,10 @@ class Algorithm(ABC):
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """One step over this rank's samples; returns the update it finished, None while the first K
         are in flight."""
-        started, waited = time.perf_counter(), self._wait_s
         self.context.mesh.progress = self.steps_begun
-        facts = self.forward_backward(micro_batches)
-        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
+        with self._computing():
+            facts = self.forward_backward(micro_batches)
+        facts["samples"] = sum(len(batch.inputs) for batch in micro_batches)
         facts["compute_s"] = self._compute_s
         facts["wants_stop"] = float(self.wants_stop)
         self.in_flight.append(self.synchronize(facts))
@@ -113,7 +114,7 @@ class Algorithm(ABC):
         for batch in micro_batches:
             if len(batch.inputs):
                 logits, targets = self._answer(batch)
-                sums[0] += _loss_sum(logits, targets).item()
+                sums[0] += loss_sum(logits, targets).item()
                 sums[1] += int((targets != IGNORED).sum())
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
@@ -172,7 +173,7 @@ class Algorithm(ABC):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
             if len(batch.inputs):
-                loss = _loss_sum(*self._answer(batch))
+                loss = loss_sum(*self._answer(batch))
                 (loss * self.loss_scale.value).backward()
                 losses.append(loss.detach())
                 weight += int((batch.targets != IGNORED).sum())
@@ -246,6 +247,15 @@ class Algorithm(ABC):
         finally:
             self._wait_s += time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Counts the time, waits excepted; a rank that plays a slower machine takes longer."""
+        started, waited = time.perf_counter(), self._wait_s
+        self.context.pace.begin()
+        yield
+        took_s = time.perf_counter() - started - (self._wait_s - waited)
+        self._compute_s += took_s + self.context.pace.end(took_s)
+
     def _to_device(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own format."""
         dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
@@ -263,13 +273,12 @@ class Algorithm(ABC):
         flight = self.in_flight.popleft()
         for work in flight.works:
             self.wait(work)
-        started, waited = time.perf_counter(), self._wait_s
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
-        weight = sum(facts["weight"])
+        ranks, weight = self.collectives.ranks, sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
-        grad_norm = self.update(flight, weight, learning_rate)
+        with self._computing():
+            grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
-        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         result = StepResult(
@@ -280,19 +289,12 @@ class Algorithm(ABC):
             learning_rate=learning_rate,
             compute_s=self._compute_s,
             wait_s=self._wait_s,
-            waited_for=self.collectives.ranks[slowest] if has_waited else None,
-            culprits=tuple(
-                self.collectives.ranks[i]
-                for i, is_finite in enumerate(facts["is_finite"])
-                if not is_finite
-            ),
+            waited_for=ranks[slowest] if has_waited else None,
+            culprits=tuple(rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok),
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
+            samples=tuple(int(count) for count in facts["samples"]),
+            computed_s=tuple(facts["compute_s"]),
         )
         self._compute_s = self._wait_s = 0.0
         return result
-
-
-def _loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    flat = logits.flatten(0, -2)
-    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
+from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
 # Sums over the samples of one rank and step, exchanged between all ranks as float64.
-FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop")
+FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples")
 
 
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]
@@ -39,6 +41,7 @@ class Context:
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
+    pace: Pace = FULL_SPEED  # a rank may play a slower machine
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class StepResult:
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
+    samples: tuple[int, ...] = ()  # of every rank, in this step
+    computed_s: tuple[float, ...] = ()  # and how long it computed for them, the update not counted
 
 
 @dataclass
@@ -91,3 +96,9 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses of all targets that carry one."""
+    flat = logits.flatten(0, -2)
+    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -142,7 +142,7 @@ def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
     Only sums and "all were finite" matter now: who was slow, or asked to stop, was another run.
     """
     table = torch.zeros((size, len(FACTS)), dtype=torch.float64)
-    columns = {name: saved[:, column] for column, name in enumerate(FACTS)}
+    columns = {name: saved[:, FACTS.index(name)] for name in ("loss_sum", "weight", "is_finite")}
     for name in ("loss_sum", "weight"):
         table[0, FACTS.index(name)] = columns[name].sum()
     table[:, FACTS.index("is_finite")] = columns["is_finite"].min()
