@@ -53,8 +53,9 @@ class Algorithm(ABC):
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
-    # Whether this rank takes part in evaluations and checkpoints.
+    # Whether this rank takes part in evaluations and checkpoints; whether it evaluates by itself.
     evaluates = saves = True
+    evaluates_alone = False
 
     def __init__(self, context: Context) -> None:
         self.context = context

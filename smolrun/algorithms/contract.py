@@ -6,15 +6,17 @@ Plain records: how they are made and used is in base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
+from smolrun.parts.quantization import Quantization
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
@@ -35,6 +37,7 @@ class Context:
     make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
+    staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
@@ -42,6 +45,7 @@ class Context:
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
     pace: Pace = FULL_SPEED  # a rank may play a slower machine
+    quantization: Quantization = field(default_factory=Quantization)  # how gradients travel
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Part:
 
     index: int
     count: int
+
+
+NOTHING = Part(0, 0)  # for a rank that only serves others
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class StepResult:
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
     samples: tuple[int, ...] = ()  # of every rank, in this step
     computed_s: tuple[float, ...] = ()  # and how long it computed for them, the update not counted
+    events: tuple[Event, ...] = ()  # more to be told of it
 
 
 @dataclass

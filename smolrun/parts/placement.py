@@ -45,7 +45,10 @@ class BatchPlan:
     micro_batch_size: int | None = None  # the most samples at once; None: as many as there are
 
     def part(self, index: int, count: int) -> BatchPlan:
-        """The plan of one of `count` equal parts of every global batch, whoever takes it."""
+        """The plan of one of `count` equal parts of every global batch, whoever takes it; of
+        none, nothing."""
+        if not count:
+            return BatchPlan(0, (), self.global_batch_size, self.micro_batch_size)
         return plan_batches(self.global_batch_size, [1.0] * count, index, self.micro_batch_size)
 
     def positions(self, step: int) -> list[range]:
