@@ -44,13 +44,7 @@ def run_ranks(
     a server has it, where rank 0 knows nobody in the beginning, and the others only rank 0."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
-    build = (
-        _memory_meshes(world_size, timeout_s, elastic=elastic)
-        if kind == "memory"
-        else _tcp_meshes(
-            world_size, timeout_s, silence_s, wrap, is_secure=kind == "tls", elastic=elastic
-        )
-    )
+    build = _builder(kind, world_size, timeout_s, silence_s, wrap, elastic=elastic)
 
     def rank_main(rank: int) -> None:
         mesh = None
@@ -79,6 +73,21 @@ def run_ranks(
         if error is not None:
             raise error
     return results  # type: ignore[return-value]
+
+
+def _builder(
+    kind: str,
+    world_size: int,
+    timeout_s: float,
+    silence_s: float,
+    wrap: Callable[[int], Wrap] | None,
+    *,
+    elastic: bool,
+) -> Callable[[int], Mesh]:
+    if kind == "memory":
+        return _memory_meshes(world_size, timeout_s, elastic=elastic)
+    is_secure = kind == "tls"
+    return _tcp_meshes(world_size, timeout_s, silence_s, wrap, is_secure=is_secure, elastic=elastic)
 
 
 def _memory_meshes(world_size: int, timeout_s: float, *, elastic: bool) -> Callable[[int], Mesh]:

@@ -6,15 +6,19 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.guards import Guard, TlsGuard
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.security import mint
 from smolrun.mesh.tcp import Seat, TcpMesh, connect
 from smolrun.wire.credentials import Credentials
+from smolrun.wire.frame import EAGER_BYTES, Tag
 from tests.mesh.meeting import LOOPBACK, identity
 from tests.waiting import until
 
+SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
 News = tuple[int, bool, str]
 
 
@@ -71,6 +75,21 @@ class Star:
         for mesh in [*self.guests, self.server]:
             mesh.close()
             assert mesh.io.crash is None
+
+
+def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> None:
+    """One tensor there and one back, with tags that say nothing of the past."""
+    tag = Tag(1, number, 0)
+    there, back = torch.zeros(size), torch.zeros(size)
+    works = [
+        server.recv(guest.rank, tag, there),
+        guest.recv(0, tag, back),
+        guest.send(0, tag, torch.full((size,), 1.0 + guest.rank)),
+        server.send(guest.rank, tag, torch.full((size,), -1.0)),
+    ]
+    for work in works:
+        work.wait(10)
+    assert bool((there == 1.0 + guest.rank).all()) and bool((back == -1.0).all())
 
 
 def die(mesh: Mesh) -> None:

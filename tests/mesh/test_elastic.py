@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 import threading
-from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,31 +12,12 @@ import torch
 from smolrun.collectives.api import Collectives
 from smolrun.errors import MeshClosed, PeerLost, WaitTimeout
 from smolrun.mesh.mesh import Mesh, Work
-from smolrun.mesh.security import mint
 from smolrun.testing import run_ranks
-from smolrun.wire.frame import EAGER_BYTES, Tag
-from tests.mesh.star import Star, die, fall_silent, star
-from tests.mesh.test_intruders import by_bytes, by_tls, context
-from tests.mesh.test_rendezvous import STRANGERS, strangers
+from smolrun.wire.frame import Tag
+from tests.mesh.star import LARGE, SMALL, die, exchange, fall_silent, star
 from tests.waiting import until
 
 SOCKETS = pytest.mark.parametrize("kind", ["tcp", "tls"])
-SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
-
-
-def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> None:
-    """One tensor there and one back, with tags that say nothing of the past."""
-    tag = Tag(1, number, 0)
-    there, back = torch.zeros(size), torch.zeros(size)
-    works = [
-        server.recv(guest.rank, tag, there),
-        guest.recv(0, tag, back),
-        guest.send(0, tag, torch.full((size,), 1.0 + guest.rank)),
-        server.send(guest.rank, tag, torch.full((size,), -1.0)),
-    ]
-    for work in works:
-        work.wait(10)
-    assert bool((there == 1.0 + guest.rank).all()) and bool((back == -1.0).all())
 
 
 @SOCKETS
@@ -220,73 +197,6 @@ def test_a_then_may_post_more_work() -> None:
         guest.send(0, Tag(1, 0, 0), torch.full((4,), 41.0))
         work.wait(5)
         assert bool((into == 42).all())
-
-
-# -- strangers ----
-
-
-def _refused(made: Star) -> int:
-    return made.server._door.refused  # type: ignore[attr-defined]
-
-
-def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> None:
-    with star(3) as made:
-        exchange(made.server, made.join(1))
-        for index in range(140):
-            with socket.create_connection(made.where, timeout=10) as sock, suppress(OSError):
-                sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
-                sock.shutdown(socket.SHUT_WR)
-                while got := sock.recv(4096):
-                    assert b"welcome" not in got
-        until(lambda: _refused(made) == 140)
-        assert made.server.present == {1}
-        exchange(made.server, made.join(2))
-
-
-def test_intruders_at_an_encrypted_door_are_not_heard(tmp_path: Path) -> None:
-    spare = mint("run", 3)  # the same names, another authority
-    with star(3, "tls") as made:
-        first = made.join(1)
-        assert made.minted is not None
-        intruders = [
-            lambda sock: by_tls(sock, context(tmp_path, spare[1])),
-            lambda sock: by_tls(sock, context(tmp_path, None)),
-            lambda sock: by_bytes(sock, strangers("hello", 0)),
-            lambda sock: by_bytes(sock, os.urandom(500)),
-        ]
-        for act in intruders:
-            with socket.create_connection(made.where, timeout=10) as sock, suppress(OSError):
-                act(sock)
-        until(lambda: _refused(made) == len(intruders))
-        assert made.server.present == {1}
-        exchange(made.server, first)
-        exchange(made.server, made.join(2))
-
-
-def test_idle_connections_do_not_keep_a_rank_out_that_comes_back() -> None:
-    with star(2) as made, ExitStack() as stack:
-        die(made.join(1))
-        until(lambda: 1 not in made.server.present)
-        for _ in range(200):
-            stack.enter_context(socket.create_connection(made.where, timeout=10))
-        exchange(made.server, made.join(1))
-        assert len(made.server._door._callers.knocks) <= 64 + 3  # type: ignore[attr-defined]
-
-
-def test_a_rank_of_another_configuration_is_refused() -> None:
-    from dataclasses import replace
-
-    from smolrun.errors import HandshakeError
-    from smolrun.mesh.endpoint import Endpoint
-    from smolrun.mesh.tcp import Seat, connect
-    from tests.mesh.meeting import LOOPBACK, identity
-
-    with star(2) as made:
-        mine = Endpoint([LOOPBACK])
-        stranger = replace(identity(1, 2), config_hash="other")
-        with pytest.raises(HandshakeError, match="rank 0 refused: your config_hash"):
-            connect(mine, stranger, [made.seat, Seat(1, "x", mine.addresses)], elastic=True)
-        assert made.server.present == frozenset()
 
 
 def test_nothing_is_left_when_ranks_have_come_and_gone() -> None:
