@@ -34,19 +34,17 @@ def run_ranks(
     timeout_s: float = 30.0,
     silence_s: float = 10.0,
     wrap: Callable[[int], Wrap] | None = None,
+    elastic: bool = False,
 ) -> list[T]:
     """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank
     order.
 
     `kind` is "memory", "tcp" or "tls". The first exception of any rank is raised, after all have
-    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults."""
+    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as a run with
+    a server has it, where rank 0 knows nobody in the beginning, and the others only rank 0."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
-    build = (
-        _memory_meshes(world_size, timeout_s)
-        if kind == "memory"
-        else _tcp_meshes(world_size, timeout_s, silence_s, wrap, is_secure=kind == "tls")
-    )
+    build = _builder(kind, world_size, timeout_s, silence_s, wrap, elastic=elastic)
 
     def rank_main(rank: int) -> None:
         mesh = None
@@ -77,8 +75,23 @@ def run_ranks(
     return results  # type: ignore[return-value]
 
 
-def _memory_meshes(world_size: int, timeout_s: float) -> Callable[[int], Mesh]:
-    world = MemoryWorld(world_size, timeout_s=timeout_s)
+def _builder(
+    kind: str,
+    world_size: int,
+    timeout_s: float,
+    silence_s: float,
+    wrap: Callable[[int], Wrap] | None,
+    *,
+    elastic: bool,
+) -> Callable[[int], Mesh]:
+    if kind == "memory":
+        return _memory_meshes(world_size, timeout_s, elastic=elastic)
+    is_secure = kind == "tls"
+    return _tcp_meshes(world_size, timeout_s, silence_s, wrap, is_secure=is_secure, elastic=elastic)
+
+
+def _memory_meshes(world_size: int, timeout_s: float, *, elastic: bool) -> Callable[[int], Mesh]:
+    world = MemoryWorld(world_size, timeout_s=timeout_s, elastic=elastic)
     return lambda rank: world.meshes[rank]
 
 
@@ -89,6 +102,7 @@ def _tcp_meshes(
     wrap: Callable[[int], Wrap] | None,
     *,
     is_secure: bool,
+    elastic: bool,
 ) -> Callable[[int], Mesh]:
     endpoints = [Endpoint(["127.0.0.1"]) for _ in range(world_size)]
     roster = [Seat(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)]
@@ -101,12 +115,13 @@ def _tcp_meshes(
         return connect(
             endpoints[rank],
             identity,
-            roster,
+            [seat for seat in roster if not elastic or seat.rank == rank or seat.rank == 0],
             timeout_s=timeout_s,
             silence_s=silence_s,
             guard=TlsGuard(minted[rank], identity) if is_secure else None,
             wrap=wrapper,
             heartbeat_s=0.05,
+            elastic=elastic,
         )
 
     return build

@@ -193,7 +193,7 @@ class Connection:
 
     def _flush(self) -> None:
         budget = _TURN_BYTES
-        while True:
+        while self.is_open:  # on_sent may have led to the end of it
             if not self._queue and self._refill is not None:
                 self._refill()
             if not self._queue or budget <= 0:

@@ -2,16 +2,22 @@
 matches sends and receives.
 
 For tests and lessons, without sockets, ports or processes. Unlike TcpMesh it has no eager sends: a
-send is done when its receive was posted; and a rank that closes its mesh is not missed by others.
+send is done when its receive was posted; and a rank that closes its mesh is not missed by others,
+unless the world is elastic. Then it is a star, as a run with a server is: rank 0 is linked with
+everybody, and everybody with rank 0 alone.
+
+    world = MemoryWorld(3, elastic=True, here={0, 1})
+    world.leave(1, "it was killed")      work with rank 1 fails, nothing else
+    mesh = world.join(2)                 also for a rank that comes back
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from smolrun.errors import MeshClosed, PeerLost, ProtocolError
 from smolrun.mesh.io import IoThread
-from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.mesh.mesh import Combine, Mesh, Work
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload
 
@@ -21,13 +27,65 @@ _Key = tuple[int, int, Tag]  # from, to, tag
 class MemoryWorld:
     """The ether between the ranks of one process: `meshes[rank]` is that rank's mesh."""
 
-    def __init__(self, world_size: int, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        timeout_s: float = 30.0,
+        elastic: bool = False,
+        here: Iterable[int] | None = None,
+    ) -> None:
+        """`here`, if elastic, are the ranks that are there from the beginning."""
         self.io = IoThread("mesh-memory", self._failed)
+        self.is_elastic = elastic
+        self.here = frozenset(range(world_size) if here is None else here)
         self.meshes = [MemoryMesh(self, rank, world_size, timeout_s) for rank in range(world_size)]
         self._sends: dict[_Key, tuple[Payload, Callable[[], None]]] = {}
         self._receives: dict[_Key, tuple[Payload, Callable[[], None], Combine | None]] = {}
-        self._open = set(range(world_size))
+        self._open = set(self.here)
         self.io.start()
+
+    def linked(self, rank: int) -> frozenset[int]:
+        """Whom a rank can talk to, in an elastic world."""
+        if rank not in self.here:
+            return frozenset()
+        return (self.here if rank == 0 else self.here & {0}) - {rank}
+
+    def join(self, rank: int) -> MemoryMesh:
+        """A rank comes, or comes back; its new mesh."""
+        old = self.meshes[rank]
+        mesh = self.meshes[rank] = MemoryMesh(self, rank, old.world_size, old.timeout_s)
+        self._open.add(rank)
+
+        def spread() -> None:
+            self.here |= {rank}
+            for other in sorted(self.linked(rank)):
+                self.meshes[other].announce(rank, True, "joined")
+
+        self.io.post(spread)
+        return mesh
+
+    def leave(self, rank: int, reason: str = "left") -> None:
+        """A rank goes, as if it had closed its mesh or, with another reason, had died."""
+
+        leaving = self.meshes[rank]
+
+        def spread() -> None:
+            linked = self.linked(rank)
+            self.here -= {rank}
+            leaving.has_left = True
+            for other in sorted(linked):
+                for mesh, gone in ((self.meshes[other], rank), (leaving, other)):
+                    self._forget(mesh.rank, gone)
+                    mesh.fail_work_with(PeerLost(gone, mesh.generation, reason))
+                self.meshes[other].announce(rank, False, reason)
+
+        self.io.post(spread)
+
+    def _forget(self, one: int, other: int) -> None:
+        for waiting in (self._sends, self._receives):
+            for key in [key for key in waiting if key[:2] == (one, other)]:
+                del waiting[key]
 
     def lose(self, rank: int, reason: str = "it was taken away") -> None:
         """Makes all other ranks lose `rank`, as if it had died; for tests."""
@@ -77,8 +135,10 @@ class MemoryWorld:
         self.io.post(on_sent)
         self.io.post(on_received)
 
-    def leave(self, rank: int) -> None:
+    def closed(self, rank: int) -> None:
         """A rank has closed its mesh; the thread ends with the last one."""
+        if self.is_elastic and rank in self.here:
+            self.leave(rank)
         self._open.discard(rank)
         if not self._open:
             self.io.stop()
@@ -96,6 +156,7 @@ class MemoryMesh(Mesh):
         self._world = world
         self._sent = 0
         self._received = 0
+        self.has_left = False
         self._is_closed = False
 
     @property
@@ -119,6 +180,7 @@ class MemoryMesh(Mesh):
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """See Mesh."""
         self._sent += len(payload.data)
+        self._check_here(peer)
         self._world.meet_send((self.rank, peer, tag), payload, on_done)
 
     def post_recv(
@@ -131,7 +193,26 @@ class MemoryMesh(Mesh):
     ) -> None:
         """See Mesh."""
         self._received += len(payload.data)
+        self._check_here(peer)
         self._world.meet_recv((peer, self.rank, tag), payload, on_done, combine)
+
+    def _check_here(self, peer: int) -> None:
+        if peer not in self.present:
+            raise PeerLost(peer, self.generation, "it is not here")
+
+    @property
+    def present(self) -> frozenset[int]:
+        """See Mesh."""
+        if not self._world.is_elastic:
+            return super().present
+        return frozenset() if self.has_left else self._world.linked(self.rank)
+
+    def _could_not_start(self, work: Work, error: Exception) -> None:
+        if self._world.is_elastic and isinstance(error, PeerLost):
+            self._pending.discard(work)
+            work.finish(error)
+        else:
+            self.fail(error)
 
     def close(self) -> None:
         """See Mesh."""
@@ -140,6 +221,7 @@ class MemoryMesh(Mesh):
 
             def end() -> None:
                 self.fail(MeshClosed("the mesh was closed"))
-                self._world.leave(self.rank)
+                if self._world.meshes[self.rank] is self:
+                    self._world.closed(self.rank)
 
             self.post(end)

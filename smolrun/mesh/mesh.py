@@ -11,6 +11,7 @@ thread (the hops of a collective) and call `on_done` there. Knows nothing of soc
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,10 +19,12 @@ from collections.abc import Callable
 
 import torch
 
-from smolrun.errors import SmolrunError, WaitTimeout
+from smolrun.errors import PeerLost, SmolrunError, WaitTimeout
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, payload_of
 
+# watch(rank, is_here, reason): a peer has come, or is gone and why.
+Watch = Callable[[int, bool, str], None]
 # combine(offset, chunk): take the bytes that belong at `offset`; used to add a slice as it arrives.
 Combine = Callable[[int, memoryview], None]
 
@@ -29,19 +32,39 @@ Combine = Callable[[int, memoryview], None]
 class Work:
     """Something posted to the mesh. `wait` returns when it is done and raises why it failed.
 
-    `posted_s` and `done_s` are perf_counter's, for timelines."""
+    `error` is that reason, None before the end and after a good one. `peer` is the one rank that it
+    needs; None where it may be several. `posted_s` and `done_s` are perf_counter's, for
+    timelines."""
 
-    __slots__ = ("_error", "_gate", "_timeout_s", "_who", "done_s", "is_done", "label", "posted_s")
+    __slots__ = (
+        "_error",
+        "_gate",
+        "_mesh",
+        "_thens",
+        "_timeout_s",
+        "done_s",
+        "is_done",
+        "label",
+        "peer",
+        "posted_s",
+    )
 
-    def __init__(self, label: str, timeout_s: float, who: Callable[[], str]) -> None:
+    def __init__(self, label: str, mesh: Mesh, peer: int | None = None) -> None:
         self.label = label
+        self.peer = peer
         self.is_done = False
         self.posted_s = self.done_s = time.perf_counter()
         self._error: BaseException | None = None
-        self._timeout_s = timeout_s
-        self._who = who
+        self._mesh = mesh
+        self._timeout_s = mesh.timeout_s
+        self._thens: list[Callable[[Work], None]] = []
         self._gate = threading.Lock()
         self._gate.acquire()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed, if it did."""
+        return self._error
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until done; raises PeerLost, MeshClosed, ProtocolError, or WaitTimeout after the
@@ -51,7 +74,7 @@ class Work:
             if not self._gate.acquire(timeout=limit):
                 raise WaitTimeout(
                     f"{self.label}: not done after {limit:g} s although every peer is alive; "
-                    f"{self._who()}"
+                    f"{self._mesh.describe_waiting()}"
                 )
             self._gate.release()
         if self._error is not None:
@@ -64,6 +87,23 @@ class Work:
             self.done_s = time.perf_counter()
             self.is_done = True
             self._gate.release()
+            self._call_thens()
+
+    def then(self, callback: Callable[[Work], None]) -> None:
+        """Runs `callback(work)` on the I/O thread once the work is done or has failed (see
+        `error`); soon if it is over already. What it raises breaks the mesh."""
+        self._thens.append(callback)
+        if self.is_done:
+            self._call_thens()
+
+    def _call_thens(self) -> None:
+        # Posted, not called: whoever finishes a work may be in the middle of a peer's bytes.
+        while self._thens:
+            try:
+                callback = self._thens.pop(0)
+            except IndexError:
+                return  # the other thread was faster
+            self._mesh.post(functools.partial(callback, self))
 
 
 class Mesh(ABC):
@@ -80,6 +120,7 @@ class Mesh(ABC):
         self.progress = 0
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
+        self._watches: list[Watch] = []  # as above
 
     # -- for any thread ----
 
@@ -91,6 +132,7 @@ class Mesh(ABC):
         return self.submit(
             f"send to rank {peer}",
             lambda work: self.post_send(peer, tag, payload, lambda: self.finish(work)),
+            peer,
         )
 
     def recv(self, peer: int, tag: Tag, into: torch.Tensor) -> Work:
@@ -100,11 +142,14 @@ class Mesh(ABC):
         return self.submit(
             f"receive from rank {peer}",
             lambda work: self.post_recv(peer, tag, payload, lambda: self.finish(work)),
+            peer,
         )
 
-    def submit(self, label: str, start: Callable[[Work], None]) -> Work:
-        """Runs `start(work)` on the I/O thread; what it posts must end in `finish(work)`."""
-        work = Work(label, self.timeout_s, self.describe_waiting)
+    def submit(self, label: str, start: Callable[[Work], None], peer: int | None = None) -> Work:
+        """Runs `start(work)` on the I/O thread; what it posts must end in `finish(work)`.
+
+        `peer` is the rank that it posts to, if it is one alone."""
+        work = Work(label, self, peer)
 
         def begin() -> None:
             if self.failure is not None:
@@ -113,9 +158,7 @@ class Mesh(ABC):
             try:
                 start(work)
             except Exception as error:
-                self.fail(
-                    error
-                )  # it may be half posted, and the peers already wait for the other half
+                self._could_not_start(work, error)
 
         if self.failure is not None:
             work.finish(self.failure)
@@ -123,9 +166,31 @@ class Mesh(ABC):
             self.post(begin)
         return work
 
+    def _could_not_start(self, work: Work, error: Exception) -> None:
+        """It may be half posted, and the peers already wait for the other half."""
+        self.fail(error)
+
     def _check_peer(self, peer: int) -> None:
         if peer == self.rank or not 0 <= peer < self.world_size:
             raise SmolrunError(f"rank {self.rank} of {self.world_size} has no peer {peer}")
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The peers that this rank is linked with now; may change at any time if it is elastic."""
+        return frozenset(range(self.world_size)) - {self.rank}
+
+    def watch(self, watch: Watch) -> None:
+        """Calls `watch(rank, is_here, reason)` on the I/O thread for every peer that is here, and
+        then whenever one comes or is lost; only an elastic mesh has more to tell than the first.
+
+        The reason of a peer that said goodbye is "left"."""
+
+        def begin() -> None:
+            self._watches.append(watch)
+            for rank in sorted(self.present):
+                watch(rank, True, "joined")
+
+        self.post(begin)
 
     def describe_waiting(self) -> str:
         """Whom this rank waits for, as part of a sentence."""
@@ -176,6 +241,18 @@ class Mesh(ABC):
         """Marks submitted work as done."""
         self._pending.discard(work)
         work.finish()
+
+    def announce(self, rank: int, is_here: bool, reason: str) -> None:
+        """Tells those who watch that a peer has come or is gone."""
+        for watch in list(self._watches):
+            watch(rank, is_here, reason)
+
+    def fail_work_with(self, error: PeerLost) -> None:
+        """Fails what is pending with one lost peer, and what may need all peers."""
+        concerned = {work for work in self._pending if work.peer in (None, error.rank)}
+        self._pending -= concerned
+        for work in concerned:
+            work.finish(error)
 
     def fail(self, error: BaseException) -> None:
         """Fails all pending work and every later operation; the first reason stays."""

@@ -35,6 +35,7 @@ class PeerEvents:
 
     on_lost: Callable[[int, str], None]  # this rank is gone, and why
     on_told: Callable[[int, int], None]  # this rank says that it has lost that rank
+    on_left: Callable[[int], None] = lambda rank: None  # it said goodbye, and all it sent is read
 
 
 class Peer:
@@ -175,8 +176,11 @@ class Peer:
 
     def _check_left(self) -> None:
         """A peer that has left owes nothing once its last byte has been read."""
-        if self.has_left and self.is_closed and (self.inbox.waits_for or self._open_sends):
+        if not (self.has_left and self.is_closed):
+            return
+        if self.inbox.waits_for or self._open_sends:
             self._events.on_lost(self.rank, "it left the run while work with it was pending")
+        self._events.on_left(self.rank)
 
     # -- frames that arrive ----
 

@@ -7,8 +7,6 @@ and a few seconds at most, and there are never more than a few of them (`strange
 from __future__ import annotations
 
 import errno
-import functools
-import logging
 import os
 import socket
 import threading
@@ -18,20 +16,17 @@ from dataclasses import dataclass
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
 from smolrun.mesh.addresses import reachable_as, shown, socket_address
+from smolrun.mesh.callers import Callers
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.guards import Guard, PlainGuard
-from smolrun.mesh.io import READ, IoThread
+from smolrun.mesh.io import IoThread
 from smolrun.mesh.knock import Knock, KnockEvents
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.pairing import FIRST_PAUSE_S, Pairing, Way
 from smolrun.mesh.strangers import Strangers
 from smolrun.wire.handshake import CHANNELS, Acceptor, Dialer, Identity
 
-_log = logging.getLogger(__name__)
-
 _TICK_S = 0.05  # how late a retry or a decision may come
-_ACCEPTS_PER_TURN = 64  # then others get theirs
-_MOST_TOLD = 20  # strangers that get a line in the log
 _CONNECTING = {
     0,
     errno.EINPROGRESS,
@@ -62,9 +57,7 @@ class Rendezvous:
         roster: list[Seat],
         guard: Guard | None = None,
     ) -> None:
-        self.refused = 0  # connections that did not prove themselves
         self._io = io
-        self._endpoint = endpoint
         self._identity = identity
         self._guard = guard or PlainGuard()
         self._seats = {seat.rank: seat for seat in roster}
@@ -73,14 +66,20 @@ class Rendezvous:
         }
         self._pairings: dict[int, Pairing[Knock]] = {}
         self._dialed: dict[Knock, tuple[int, Way]] = {}
-        self._knocks: set[Knock] = set()
         origins = {(s.rank, a.partition("%")[0]) for s in roster for a, _ in s.addresses}
-        self._strangers: Strangers[Knock] = Strangers(Counter(where for _, where in origins))
-        self._called: dict[int, str] = {}  # how the last call that a peer made here went
+        strangers: Strangers[Knock] = Strangers(Counter(where for _, where in origins))
         self._events = KnockEvents(self._on_proven, self._on_kept, self._on_failed)
+        self._callers = Callers(io, endpoint, identity, self._guard, strangers, self._events)
+        self._knocks = self._callers.knocks
+        self._called: dict[int, str] = {}  # how the last call that a peer made here went
         self._complete = threading.Event()
         self._error: SmolrunError | None = None
         self._is_over = False
+
+    @property
+    def refused(self) -> int:
+        """How many connections did not prove themselves."""
+        return self._callers.refused
 
     def run(self, timeout_s: float) -> dict[int, dict[str, Pipe]]:
         """Pipes by rank and channel; raises HandshakeError, or WaitTimeout with who is missing."""
@@ -94,10 +93,7 @@ class Rendezvous:
                 for channels in self._pipes.values():
                     for pipe in channels.values():
                         pipe.close()
-            for sock in self._endpoint.sockets:
-                self._io.watch(sock, 0, self._nothing)
-            for knock in list(self._knocks):
-                knock.close()
+            self._callers.stop()
             closed.set()
 
         self._io.post(end)
@@ -109,8 +105,7 @@ class Rendezvous:
         return self._pipes
 
     def _begin(self) -> None:
-        for place, sock in enumerate(self._endpoint.sockets):
-            self._io.watch(sock, READ, functools.partial(self._accept, sock, place))
+        self._callers.listen()
         now = time.monotonic()
         for rank in self._pipes:
             ways = [
@@ -122,9 +117,6 @@ class Rendezvous:
             self._pairings[rank] = Pairing(decides=decides, ways=ways, now=now)
         self._check_complete()
         self._tick()
-
-    def _nothing(self, _events: int) -> None:
-        """Nobody is let in any more."""
 
     def _tick(self) -> None:
         if self._is_over:
@@ -143,26 +135,6 @@ class Rendezvous:
             knock.keep()
 
     # -- connections that begin ----
-
-    def _accept(self, listening: socket.socket, place: int, _events: int) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
-            if self._is_over:
-                return
-            try:
-                sock, where = listening.accept()
-            except OSError:
-                return  # nobody more, or the caller has gone already
-            origin = str(where[0]).partition("%")[0]
-            leaving = self._strangers.room_for(origin)
-            if leaving is not None:
-                leaving.close()
-                self._knocks.discard(leaving)
-                self.refused += 1
-            pipe = self._guard.accepting(sock)
-            knock = Knock(self._io, sock, pipe, Acceptor(self._identity), place, self._events)
-            self._knocks.add(knock)
-            self._strangers.add(knock, origin)
-            knock.begin()
 
     def _dial(self, rank: int, way: Way, channel: str) -> None:
         if self._is_over:
@@ -192,7 +164,11 @@ class Rendezvous:
     def _on_proven(self, knock: Knock) -> None:
         talk = knock.conversation
         assert talk.peer is not None
-        self._strangers.discard(knock)
+        self._callers.has_proven(knock)
+        if talk.peer not in self._pairings:  # of this run, but none of those we are to meet
+            knock.close()
+            self._callers.has_ended(knock)
+            return
         if talk.channel != "control":
             if talk.decides:
                 knock.keep()
@@ -225,10 +201,9 @@ class Rendezvous:
                 self._dial(rank, self._dialed[kept][1], channel)
 
     def _on_failed(self, knock: Knock, error: Exception) -> None:
-        self._knocks.discard(knock)
-        self._strangers.discard(knock)
+        self._callers.has_ended(knock)
         talk = knock.conversation
-        if talk.peer is not None:
+        if talk.peer in self._pairings:
             self._pairings[talk.peer].gone(knock)
         if isinstance(talk, Dialer):
             # A stranger at one address is no reason to give up, the right peer's word is.
@@ -238,11 +213,7 @@ class Rendezvous:
             return
         if talk.is_proven:
             return  # its rank keeps another one, or dials again
-        self.refused += 1
-        if self.refused <= _MOST_TOLD:
-            _log.info("refused a connection: %s", error)
-        elif self.refused == _MOST_TOLD + 1:
-            _log.info("more connections are refused, and no longer told")
+        self._callers.count_refused(error)
         assert isinstance(talk, Acceptor)
         if talk.claimed is not None:
             self._called[talk.claimed] = str(error)

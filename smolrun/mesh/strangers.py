@@ -30,10 +30,12 @@ S = TypeVar("S", bound=Stranger)
 class Strangers(Generic[S]):
     """Those who wait, in the order in which they came."""
 
-    def __init__(self, ranks_at: Mapping[str, int]) -> None:
-        """`ranks_at` tells how many honest ranks may come from an address."""
+    def __init__(self, ranks_at: Mapping[str, int], anywhere: int = 0) -> None:
+        """`ranks_at` tells how many honest ranks may come from an address; `anywhere` so many more
+        may come from any."""
         self._ranks_at = ranks_at
-        self._total = MAX_STRANGERS + _PER_RANK * sum(ranks_at.values())
+        self._anywhere = anywhere
+        self._total = MAX_STRANGERS + _PER_RANK * (sum(ranks_at.values()) + anywhere)
         self._waiting: dict[S, str] = {}
 
     def __len__(self) -> int:
@@ -42,7 +44,8 @@ class Strangers(Generic[S]):
     def room_for(self, origin: str) -> S | None:
         """Who must leave before somebody from `origin` may wait too; it is no longer counted."""
         here = [one for one, where in self._waiting.items() if where == origin]
-        if len(here) < MAX_PER_ORIGIN + _PER_RANK * self._ranks_at.get(origin, 0):
+        ranks_here = self._ranks_at.get(origin, 0) + self._anywhere
+        if len(here) < MAX_PER_ORIGIN + _PER_RANK * ranks_here:
             if len(self._waiting) < self._total:
                 return None
             crowd = Counter(self._waiting.values()).most_common(1)[0][0]

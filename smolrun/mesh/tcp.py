@@ -45,14 +45,26 @@ def connect(
     start_timeout_s: float = 60.0,
     guard: Guard | None = None,
     wrap: Callable[[Pipe, int, str], Pipe] | None = None,
+    elastic: bool = False,
 ) -> TcpMesh:
     """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the
     ranks that are missing.
 
     `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all
     before it counts as lost. `guard` makes pipes of sockets: TLS, or plain ones if there is none.
-    `wrap(pipe, rank, channel)` may put something between frames and pipes (faults, shaping)."""
-    mesh = TcpMesh(identity, timeout_s=timeout_s, silence_s=silence_s, heartbeat_s=heartbeat_s)
+    `wrap(pipe, rank, channel)` may put something between frames and pipes (faults, shaping).
+    `elastic` makes an ElasticMesh; where the roster then holds this rank alone, its door is open
+    for the others from now on."""
+    times = {"timeout_s": timeout_s, "silence_s": silence_s, "heartbeat_s": heartbeat_s}
+    if elastic:
+        from smolrun.mesh.elastic import ElasticMesh  # builds on what is here
+
+        mesh: TcpMesh = ElasticMesh(identity, **times)
+        if isinstance(mesh, ElasticMesh) and [seat.rank for seat in roster] == [identity.rank]:
+            mesh.open_door(endpoint, identity, guard, wrap)
+            return mesh
+    else:
+        mesh = TcpMesh(identity, **times)
     try:
         rendezvous = Rendezvous(mesh.io, endpoint, identity, roster, guard)
         pipes = rendezvous.run(start_timeout_s)
@@ -93,14 +105,8 @@ class TcpMesh(Mesh):
         adopted = threading.Event()
 
         def begin() -> None:
-            events = PeerEvents(
-                on_lost=self._lost,
-                on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
-            )
             for rank, channels in sorted(pipes.items()):
-                self._peers[rank] = Peer(
-                    self.io, self.rank, rank, self.generation, channels, events
-                )
+                self.admit(rank, channels)
             self._last_tick = time.monotonic()
             self._tick()
             adopted.set()
@@ -108,6 +114,14 @@ class TcpMesh(Mesh):
         self.post(begin)
         if not adopted.wait(self.timeout_s):
             raise MeshClosed("the I/O thread does not run")
+
+    def admit(self, rank: int, channels: dict[str, Pipe]) -> None:
+        """One more peer; only on the I/O thread."""
+        events = PeerEvents(
+            on_lost=self._lost,
+            on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
+        )
+        self._peers[rank] = Peer(self.io, self.rank, rank, self.generation, channels, events)
 
     @property
     def bytes_sent(self) -> int:
@@ -185,6 +199,10 @@ class TcpMesh(Mesh):
         for peer in self._peers.values():
             peer.close()
 
+    def _is_watched(self, peer: Peer) -> bool:
+        """Whether its silence would mean something."""
+        return not peer.has_left and peer.control.is_open
+
     def _tick(self) -> None:
         """Every heartbeat: tell all peers that this rank lives, and count the silence of each.
 
@@ -196,7 +214,7 @@ class TcpMesh(Mesh):
         elapsed = min(now - self._last_tick, 2 * self._heartbeat_s)
         self._last_tick = now
         for peer in self._peers.values():
-            if peer.has_left or not peer.control.is_open:
+            if not self._is_watched(peer):
                 continue
             if (
                 peer.control.is_idle
@@ -207,6 +225,9 @@ class TcpMesh(Mesh):
                     peer.rank, f"silent for {peer.silence_s:.1f} s: frozen, asleep or cut off"
                 )
         self.io.call_later(self._heartbeat_s, self._tick)
+
+    def _stop_listening(self) -> None:
+        """Nobody new is wanted; only on the I/O thread."""
 
     def close(self) -> None:
         """See Mesh."""
@@ -229,6 +250,7 @@ class TcpMesh(Mesh):
 
         def begin() -> None:
             self.fail(MeshClosed("the mesh was closed"))
+            self._stop_listening()
             for peer in self._peers.values():
                 peer.leave()
             finish()

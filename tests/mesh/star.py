@@ -1,0 +1,116 @@
+"""An elastic mesh for tests: rank 0 waits at its door, the others come, go and come back."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.guards import Guard, TlsGuard
+from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.security import mint
+from smolrun.mesh.tcp import Seat, TcpMesh, connect
+from smolrun.wire.credentials import Credentials
+from smolrun.wire.frame import EAGER_BYTES, Tag
+from tests.mesh.meeting import LOOPBACK, identity
+from tests.waiting import until
+
+SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
+News = tuple[int, bool, str]
+
+
+class Star:
+    """Rank 0 of `world_size`, and whoever was told to `join`."""
+
+    def __init__(
+        self, world_size: int, minted: list[Credentials] | None, silence_s: float = 10.0
+    ) -> None:
+        self.world_size = world_size
+        self.minted = minted
+        self.silence_s = silence_s
+        self.news: list[News] = []
+        self.guests: list[TcpMesh] = []
+        self.door = Endpoint([LOOPBACK])
+        self.seat = Seat(0, "server", self.door.addresses)
+        self.server = self._connect(0, self.door, [self.seat])
+        self.server.watch(lambda *news: self.news.append(news))
+
+    @property
+    def where(self) -> tuple[str, int]:
+        return self.seat.addresses[0]
+
+    def guard(self, rank: int) -> Guard | None:
+        if self.minted is None:
+            return None
+        return TlsGuard(self.minted[rank], identity(rank, self.world_size))
+
+    def join(self, rank: int, *, start_timeout_s: float = 20.0) -> TcpMesh:
+        """A rank comes, as a fresh process of that rank would."""
+        mine = Endpoint([LOOPBACK])
+        own = Seat(rank, "guest", mine.addresses)
+        mesh = self._connect(rank, mine, [self.seat, own], start_timeout_s)
+        self.guests.append(mesh)
+        until(lambda: rank in self.server.present)
+        return mesh
+
+    def _connect(
+        self, rank: int, endpoint: Endpoint, roster: list[Seat], start_timeout_s: float = 20.0
+    ) -> TcpMesh:
+        return connect(
+            endpoint,
+            identity(rank, self.world_size),
+            roster,
+            guard=self.guard(rank),
+            heartbeat_s=0.05,
+            silence_s=self.silence_s,
+            timeout_s=20.0,
+            start_timeout_s=start_timeout_s,
+            elastic=True,
+        )
+
+    def close(self) -> None:
+        for mesh in [*self.guests, self.server]:
+            mesh.close()
+            assert mesh.io.crash is None
+
+
+def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> None:
+    """One tensor there and one back, with tags that say nothing of the past."""
+    tag = Tag(1, number, 0)
+    there, back = torch.zeros(size), torch.zeros(size)
+    works = [
+        server.recv(guest.rank, tag, there),
+        guest.recv(0, tag, back),
+        guest.send(0, tag, torch.full((size,), 1.0 + guest.rank)),
+        server.send(guest.rank, tag, torch.full((size,), -1.0)),
+    ]
+    for work in works:
+        work.wait(10)
+    assert bool((there == 1.0 + guest.rank).all()) and bool((back == -1.0).all())
+
+
+def die(mesh: Mesh) -> None:
+    """Ends all connections without a word, as the kernel does for a killed process."""
+    mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[attr-defined,func-returns-value]
+
+
+def fall_silent(mesh: TcpMesh) -> None:
+    """Neither says nor reads anything any more, while its connections stay: a frozen process."""
+    for peer in mesh._peers.values():
+        for connection in peer._connections:
+            mesh.post(lambda connection=connection: connection._listen(0))  # type: ignore[misc]
+    mesh._is_watched = lambda peer: False  # type: ignore[method-assign]
+
+
+@contextmanager
+def star(world_size: int, kind: str = "tcp", *, silence_s: float = 10.0) -> Iterator[Star]:
+    made = Star(world_size, mint("run", world_size) if kind == "tls" else None, silence_s)
+    try:
+        yield made
+    finally:
+        made.close()
+        with suppress(OSError), socket.create_connection(made.where, timeout=5):
+            raise AssertionError("the door is still open")

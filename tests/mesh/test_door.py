@@ -1,0 +1,78 @@
+"""Who comes to a door that stays open: nobody but the ranks of its run, at any time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smolrun.errors import HandshakeError
+from smolrun.mesh.endpoint import Endpoint
+from smolrun.mesh.security import mint
+from smolrun.mesh.tcp import Seat, connect
+from tests.mesh.meeting import LOOPBACK, identity
+from tests.mesh.star import Star, die, exchange, star
+from tests.mesh.test_intruders import by_bytes, by_tls, context
+from tests.mesh.test_rendezvous import STRANGERS, strangers
+from tests.waiting import until
+
+
+def _refused(made: Star) -> int:
+    return made.server._door.refused  # type: ignore[attr-defined]
+
+
+def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> None:
+    with star(3) as made:
+        exchange(made.server, made.join(1))
+        for index in range(140):
+            with socket.create_connection(made.where, timeout=10) as sock, suppress(OSError):
+                sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
+                sock.shutdown(socket.SHUT_WR)
+                while got := sock.recv(4096):
+                    assert b"welcome" not in got
+        until(lambda: _refused(made) == 140)
+        assert made.server.present == {1}
+        exchange(made.server, made.join(2))
+
+
+def test_intruders_at_an_encrypted_door_are_not_heard(tmp_path: Path) -> None:
+    spare = mint("run", 3)  # the same names, another authority
+    with star(3, "tls") as made:
+        first = made.join(1)
+        assert made.minted is not None
+        intruders = [
+            lambda sock: by_tls(sock, context(tmp_path, spare[1])),
+            lambda sock: by_tls(sock, context(tmp_path, None)),
+            lambda sock: by_bytes(sock, strangers("hello", 0)),
+            lambda sock: by_bytes(sock, os.urandom(500)),
+        ]
+        for act in intruders:
+            with socket.create_connection(made.where, timeout=10) as sock, suppress(OSError):
+                act(sock)
+        until(lambda: _refused(made) == len(intruders))
+        assert made.server.present == {1}
+        exchange(made.server, first)
+        exchange(made.server, made.join(2))
+
+
+def test_idle_connections_do_not_keep_a_rank_out_that_comes_back() -> None:
+    with star(2) as made, ExitStack() as stack:
+        die(made.join(1))
+        until(lambda: 1 not in made.server.present)
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(made.where, timeout=10))
+        exchange(made.server, made.join(1))
+        assert len(made.server._door._callers.knocks) <= 64 + 3  # type: ignore[attr-defined]
+
+
+def test_a_rank_of_another_configuration_is_refused() -> None:
+    with star(2) as made:
+        mine = Endpoint([LOOPBACK])
+        stranger = replace(identity(1, 2), config_hash="other")
+        with pytest.raises(HandshakeError, match="rank 0 refused: your config_hash"):
+            connect(mine, stranger, [made.seat, Seat(1, "x", mine.addresses)], elastic=True)
+        assert made.server.present == frozenset()

@@ -1,0 +1,237 @@
+"""A mesh that goes on when a peer is lost, and its open door: real sockets, plain and encrypted."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import psutil
+import pytest
+import torch
+
+from smolrun.collectives.api import Collectives
+from smolrun.errors import MeshClosed, PeerLost, WaitTimeout
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.testing import run_ranks
+from smolrun.wire.frame import Tag
+from tests.mesh.star import LARGE, SMALL, die, exchange, fall_silent, star
+from tests.waiting import until
+
+SOCKETS = pytest.mark.parametrize("kind", ["tcp", "tls"])
+
+
+@SOCKETS
+def test_ranks_come_late_one_by_one(kind: str) -> None:
+    with star(4, kind) as made:
+        assert made.server.present == frozenset()
+        for rank in (2, 1, 3):
+            exchange(made.server, made.join(rank))
+        assert made.server.present == {1, 2, 3}
+        assert made.guests[0].present == {0}
+        assert made.news == [(2, True, "joined"), (1, True, "joined"), (3, True, "joined")]
+
+
+@SOCKETS
+def test_the_loss_of_a_peer_fails_the_work_with_it_and_nothing_else(kind: str) -> None:
+    with star(3, kind) as made:
+        one, two = made.join(1), made.join(2)
+        lost = [
+            made.server.recv(1, Tag(1, 0, 0), torch.empty(4)),
+            made.server.recv(1, Tag(1, 1, 0), torch.empty(LARGE)),
+            made.server.send(1, Tag(1, 2, 0), torch.ones(LARGE)),
+        ]
+        kept = made.server.recv(2, Tag(1, 0, 0), torch.empty(LARGE))
+        die(one)
+        for work in lost:
+            with pytest.raises(PeerLost, match="lost rank 1") as caught:
+                work.wait(5)
+            assert caught.value.rank == 1
+            assert work.error is caught.value
+        two.send(0, Tag(1, 0, 0), torch.ones(LARGE)).wait(5)
+        kept.wait(5)
+        assert kept.error is None
+        assert made.server.failure is None
+        assert made.server.present == {2}
+        assert [news[:2] for news in made.news] == [(1, True), (2, True), (1, False)]
+        exchange(made.server, two, 7)
+        for post in (made.server.send, made.server.recv):
+            with pytest.raises(PeerLost, match="lost rank 1: it is not here"):
+                post(1, Tag(2, 0, 0), torch.ones(1)).wait(5)
+        assert made.server.failure is None
+
+
+@SOCKETS
+def test_a_rank_that_comes_back_begins_with_fresh_tags(kind: str) -> None:
+    with star(3, kind) as made:
+        first, other = made.join(1), made.join(2)
+        for number in range(3):
+            # Mail that nobody takes, and a grant that nothing follows: both must be forgotten.
+            first.send(0, Tag(1, number, 0), torch.full((SMALL,), 99.0)).wait(5)
+            first.recv(0, Tag(1, number, 0), torch.empty(LARGE))
+        until(lambda: len(made.server._peers[1]._grants) == 3)
+        sent, received = made.server.bytes_sent, made.server.bytes_received
+        die(first)
+        until(lambda: 1 not in made.server.present)
+        again = made.join(1)
+        for number in range(3):
+            exchange(made.server, again, number, SMALL)
+        exchange(made.server, again, 3)
+        exchange(made.server, other)
+        assert made.news[3:] == [(1, True, "came back")]
+        assert made.server.bytes_sent > sent and made.server.bytes_received > received
+
+
+@SOCKETS
+def test_a_goodbye_is_told_as_leaving_and_what_was_sent_before_can_be_taken(kind: str) -> None:
+    with star(2, kind) as made:
+        guest = made.join(1)
+        guest.send(0, Tag(1, 0, 0), torch.ones(4)).wait(5)
+        guest.close()
+        until(lambda: made.news[-1] == (1, False, "left"))
+        into = torch.zeros(4)
+        made.server.recv(1, Tag(1, 0, 0), into).wait(5)
+        assert bool((into == 1).all())
+        with pytest.raises(PeerLost):
+            made.server.recv(1, Tag(1, 1, 0), into).wait(5)
+        exchange(made.server, made.join(1))
+
+
+def test_a_silent_peer_is_lost_and_may_come_back_while_another_is_served() -> None:
+    with star(3, silence_s=0.5) as made:
+        frozen, other = made.join(1), made.join(2)
+        work = made.server.recv(1, Tag(1, 0, 0), torch.empty(4))
+        fall_silent(frozen)
+        with pytest.raises(PeerLost, match="silent for"):
+            work.wait(5)
+        exchange(made.server, other)
+        exchange(made.server, made.join(1))
+
+
+def test_a_second_claimant_waits_until_the_first_link_is_dead() -> None:
+    """Of a rank that is heard of, nobody takes the place; of one cut off without a word, its next
+    process does, long before the silence limit."""
+    with star(2) as made:
+        first = made.join(1)
+        with pytest.raises(WaitTimeout, match="no link to rank 0"):
+            made.join(1, start_timeout_s=0.5)
+        exchange(made.server, first)
+        assert made.news == [(1, True, "joined")]
+        fall_silent(first)
+        exchange(made.server, made.join(1))
+        assert made.news[1:] == [(1, False, "it came back"), (1, True, "came back")]
+
+
+def test_a_collective_fails_with_the_first_loss_and_the_mesh_goes_on() -> None:
+    with star(2) as made:
+        guest = made.join(1)
+        work = Collectives(made.server, [0, 1]).all_reduce(torch.ones(400_000), async_op=True)
+        die(guest)
+        with pytest.raises(PeerLost):
+            work.wait(5)
+        with pytest.raises(PeerLost):
+            Collectives(made.server, [0, 1], stream=5).barrier()
+        again = made.join(1)
+        works = [
+            Collectives(mesh, [0, 1], stream=6).all_reduce(torch.ones(9), async_op=True)
+            for mesh in (made.server, again)
+        ]
+        for work in works:
+            work.wait(5)
+        assert made.server.failure is None
+
+
+@SOCKETS
+def test_a_peer_that_breaks_the_protocol_is_lost_alone(kind: str) -> None:
+    with star(3, kind) as made:
+        bad, good = made.join(1), made.join(2)
+        bad.send(0, Tag(1, 0, 0), torch.ones(3)).wait(5)
+        until(lambda: made.server._peers[1].inbox.has_mail(Tag(1, 0, 0)))
+        with pytest.raises(PeerLost, match="different operations"):
+            made.server.recv(1, Tag(1, 0, 0), torch.ones(4)).wait(5)
+        bad_again = made.join(1)
+        work = made.server.recv(1, Tag(1, 0, 0), torch.ones(4))
+        bad_again.send(0, Tag(1, 0, 0), torch.ones(3))
+        with pytest.raises(PeerLost, match="different operations"):
+            work.wait(5)
+        exchange(made.server, good)
+
+
+@pytest.mark.parametrize("kind", ["memory", "tcp"])
+def test_then_is_called_once_on_the_io_thread_however_the_work_ends(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        heard: list[tuple[str, BaseException | None, str]] = []
+
+        def note(work: Work) -> None:
+            heard.append((work.label, work.error, threading.current_thread().name))
+
+        tag, other = Tag(1, 0, 0), 1 - mesh.rank
+        works = [mesh.recv(other, tag, torch.empty(1)), mesh.send(other, tag, torch.ones(1))]
+        for work in works:
+            work.then(note)
+            work.wait(5)
+        works[0].then(note)  # it is over
+        until(lambda: len(heard) == 3)
+        assert {error for _, error, _ in heard} == {None}
+        failing = mesh.recv(other, Tag(2, 0, 0), torch.empty(1))
+        failing.then(note)
+        mesh.close()
+        until(lambda: len(heard) == 4)
+        assert isinstance(heard[3][1], MeshClosed | PeerLost)
+        assert all(name.startswith("mesh-") for _, _, name in heard[:3])
+
+    run_ranks(2, rank_main, kind=kind)
+
+
+def test_a_then_may_post_more_work() -> None:
+    """What a server does: answer a push as soon as it has come."""
+    with star(2) as made:
+        guest = made.join(1)
+        came = torch.zeros(4)
+
+        def answer(work: Work) -> None:
+            made.server.send(1, Tag(2, 0, 0), came + 1)
+
+        made.server.recv(1, Tag(1, 0, 0), came).then(answer)
+        into = torch.zeros(4)
+        work = guest.recv(0, Tag(2, 0, 0), into)
+        guest.send(0, Tag(1, 0, 0), torch.full((4,), 41.0))
+        work.wait(5)
+        assert bool((into == 42).all())
+
+
+def test_nothing_is_left_when_ranks_have_come_and_gone() -> None:
+    this = psutil.Process()
+
+    def held() -> int:
+        gc.collect()
+        return this.num_fds() if hasattr(this, "num_fds") else len(this.net_connections())
+
+    threads, before = threading.active_count(), held()
+    with star(2, "tls") as made:
+        guests = []
+        for number in range(5):
+            guest = made.join(1)
+            exchange(made.server, guest, number)
+            die(guest) if number % 2 else guest.close()
+            until(lambda: 1 not in made.server.present)
+            guests.append(guest)
+        for guest in guests:
+            guest.close()
+        # The listening socket, the selector and its wake-up pair are the server's own.
+        until(lambda: held() <= before + 4)
+    until(lambda: held() <= before)
+    until(lambda: threading.active_count() <= threads)
+
+
+@pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
+def test_a_star_by_run_ranks(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> frozenset[int]:
+        until(lambda: len(mesh.present) == (2 if mesh.rank == 0 else 1))
+        present = mesh.present
+        works = [mesh.send(other, Tag(1, 0, 0), torch.ones(1)) for other in present]
+        works += [mesh.recv(other, Tag(1, 0, 0), torch.ones(1)) for other in present]
+        for work in works:
+            work.wait()
+        return present
+
+    assert run_ranks(3, rank_main, kind=kind, elastic=True) == [{1, 2}, {0}, {0}]
