@@ -13,6 +13,9 @@ With staleness K the update of step t applies the sums of step t-K, on all ranks
 stay equal, no rank begins step t before all have finished step t-K-1, and the network has K whole
 steps to hide behind.
 
+With quantization gradients travel in fewer bits: parts/quantized_sum.py. All ranks decode the same
+bytes, so replicas stay equal too; what rounding took away is kept for the next step.
+
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020
 (buckets, overlap); Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel
 Parameter Server", 2013 (bounded staleness)."""
@@ -20,14 +23,19 @@ Parameter Server", 2013 (bounded staleness)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from smolrun.algorithms import saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.reader import Checkpoint
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
+from smolrun.parts.gradient_sums import GradientSums
 from smolrun.parts.replicas import make_equal
 
 
@@ -37,6 +45,7 @@ class ClassicDP(Algorithm):
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context)
         self._bucket_bytes = int(bucket_mb * 1024 * 1024)
+        self.sums = GradientSums(self.collectives, context.quantization)
         self._works: list[Work] = []
         self._is_finite = True
 
@@ -55,6 +64,10 @@ class ClassicDP(Algorithm):
             on_full=self._reduce,
         )
 
+    def slot(self, step: int) -> int:
+        """Where the gradients of a step are."""
+        return step % (self.context.staleness + 1)
+
     def replica_tensors(self) -> list[torch.Tensor]:
         """The whole model."""
         return [*self.model.parameters(), *self.model.buffers()]
@@ -62,7 +75,7 @@ class ClassicDP(Algorithm):
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """As always, but backward writes into this step's slot of the buckets."""
         self._works, self._is_finite = [], True
-        self.buckets.begin(self.steps_begun % self.buckets.slots)
+        self.buckets.begin(self.slot(self.steps_begun))
         facts = super().forward_backward(micro_batches)
         self.buckets.finish()
         return facts
@@ -81,7 +94,7 @@ class ClassicDP(Algorithm):
 
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Starts to sum a full bucket over all ranks."""
-        return self.collectives.all_reduce(bucket.to_host(slot), async_op=True)
+        return self.sums.all_reduce(bucket.to_host(slot), bucket.index, slot)
 
     def synchronize(self, facts: dict[str, float]) -> InFlight:
         """The buckets are on their way already; the facts follow them."""
@@ -91,10 +104,35 @@ class ClassicDP(Algorithm):
 
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
         """Binds the slot of that step."""
-        slot = flight.step % self.buckets.slots
+        slot = self.slot(flight.step)
         self.buckets.bind(slot)
         return [bucket.from_host(slot) for bucket in self.buckets.buckets]
 
+    @torch.no_grad()
+    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+        """As always; what rounding took away counts only if the update did."""
+        norm = super().update(flight, weight, learning_rate)
+        self.sums.settle(self.slot(flight.step), is_kept=norm is not None)
+        return norm
+
     def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
         """Views into what travelled, which is where `load_gradients` takes them from."""
-        return self.buckets.travelled(flight.step % self.buckets.slots)
+        return self.buckets.travelled(self.slot(flight.step))
+
+    def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
+        """Names and shapes of the gradients in every bucket, as they lie there one by one."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [[(names[p], p.shape) for p in bucket.parameters] for bucket in self.buckets.buckets]
+
+    def pieces(self) -> list[Piece]:
+        """A part of everything, and what this rank has kept of its own gradients."""
+        return super().pieces() + saved_residuals.pieces(self)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be, all ranks together."""
+        return super().checkpoint_bytes() + saved_residuals.expected_bytes(self)
+
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Goes on where `checkpoint` was made."""
+        super().restore(checkpoint, state)
+        saved_residuals.restore(self, checkpoint)

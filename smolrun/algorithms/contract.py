@@ -6,7 +6,7 @@ Plain records: how they are made and used is in base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,7 +16,7 @@ from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
-from smolrun.parts.quantization import Quantization
+from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 
@@ -38,6 +38,7 @@ class Context:
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
     staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
+    quantization: Quantization = AS_THEY_ARE  # in which form gradients travel
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
@@ -45,7 +46,6 @@ class Context:
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
     pace: Pace = FULL_SPEED  # a rank may play a slower machine
-    quantization: Quantization = field(default_factory=Quantization)  # how gradients travel
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolrun.algorithms import saved_shards
+from smolrun.algorithms import saved_residuals, saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import IGNORED
@@ -94,7 +94,8 @@ class OptimizerShards(ClassicDP):
 
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Half of an all_reduce: every rank gets its own part of the sum."""
-        return self.shards[bucket.index].reduce(self.collectives, bucket.to_host(slot))
+        sizes = self.shards[bucket.index].sizes
+        return self.sums.reduce_scatter(bucket.to_host(slot), sizes, bucket.index, slot)
 
     def load_gradients(self, flight: InFlight) -> list[Tensor]:
         """This rank's parts of the sums."""
@@ -104,7 +105,7 @@ class OptimizerShards(ClassicDP):
     def summed(self, flight: InFlight) -> list[Tensor]:
         """This rank's part of every bucket's sum, once the works of the flight are done; to be
         read, or written by who goes on from a checkpoint."""
-        slot = flight.step % self.buckets.slots
+        slot = self.slot(flight.step)
         pairs = zip(self.shards, self.buckets.buckets, strict=True)
         return [shard.own(bucket.host[slot]) for shard, bucket in pairs]
 
@@ -143,15 +144,20 @@ class OptimizerShards(ClassicDP):
         for flight in self.in_flight:
             for work in flight.works:
                 self.wait(work)
-        return saved_shards.pieces(self)
+        return saved_shards.pieces(self) + saved_residuals.pieces(self)
+
+    def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
+        """As the parameters lie in the buckets of shards."""
+        return [list(zip(bucket.names, bucket.shapes, strict=True)) for bucket in self.shards]
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be, all ranks together."""
-        return saved_shards.expected_bytes(self)
+        return saved_shards.expected_bytes(self) + saved_residuals.expected_bytes(self)
 
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint` was made, by whichever algorithm that keeps whole states."""
         saved_shards.restore(self, checkpoint, state)
+        saved_residuals.restore(self, checkpoint)
 
 
 class GradientShards(OptimizerShards):
@@ -166,14 +172,11 @@ class GradientShards(OptimizerShards):
         self.gradients = PassingGradients(
             self.shards,
             self.collectives,
+            self.sums,
             slots=self.context.staleness + 1,
             max_live=self._max_live,
             wait=lambda work: self.wait(work),
         )
-
-    def slot(self, step: int) -> int:
-        """Where the sums of a step are."""
-        return step % (self.context.staleness + 1)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """Micro-batch after micro-batch; the buckets of each leave while backward goes on."""

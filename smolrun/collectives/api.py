@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from smolrun.collectives.chains import Chain, Chains
 from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
 from smolrun.collectives.executor import OPS, TORCH_OPS, Chunks, Run
 from smolrun.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
@@ -52,6 +53,7 @@ class Collectives:
         self._stream = stream
         self._direct_bytes = direct_bytes
         self._operation = 0
+        self._chains = Chains(mesh, self.ranks)
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, async_op: bool = False) -> Work:
         """Combines the tensors of all ranks in place; `op` is sum, mean, max or min."""
@@ -229,6 +231,12 @@ class Collectives:
         return self._run(
             "barrier", dissemination_barrier(self.index, self.size), token, token, async_op
         )
+
+    def run_chains(self, name: str, chains: Sequence[Chain], phases: int) -> Work:
+        """Starts operations of up to `phases` schedules each; see chains.py."""
+        first = Tag(self._stream, self._operation, 0)
+        self._operation += phases * len(chains)
+        return self._chains.submit(name, chains, first, phases)
 
     def _run(
         self,

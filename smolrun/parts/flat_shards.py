@@ -115,10 +115,6 @@ class ShardedBucket:
 
     # -- over the network, through host memory where a device computes --
 
-    def reduce(self, collectives: Collectives, host: Tensor) -> Work:
-        """Starts to sum a flat tensor over all ranks; only `own(host)` is the sum afterwards."""
-        return collectives.reduce_scatter(self.own(host), host, self.sizes, async_op=True)
-
     def gather(self, collectives: Collectives, flat: Tensor) -> Gathering:
         """Starts to fill a flat tensor with the shards of all ranks, in the tensor's format."""
         host = flat

@@ -24,6 +24,7 @@ from torch import Tensor
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Work
 from smolrun.parts.flat_shards import ShardedBucket
+from smolrun.parts.gradient_sums import GradientSums
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PassingGradients:
         self,
         buckets: Sequence[ShardedBucket],
         collectives: Collectives,
+        sums: GradientSums,
         *,
         slots: int,
         max_live: int,
@@ -54,6 +56,7 @@ class PassingGradients:
         self.scale = 1.0  # gradients come so many times too large
         self._buckets = buckets
         self._collectives = collectives
+        self._reducing = sums
         self._max_live = max_live
         self._wait = wait
         self._slot = 0
@@ -132,7 +135,7 @@ class PassingGradients:
             # One number tells whether any is not finite; it only names the culprit.
             self.is_finite = self.is_finite and math.isfinite(flat.sum().item())
             host = flat.cpu()
-            work = bucket.reduce(self._collectives, host)
+            work = self._reducing.reduce_scatter(host, bucket.sizes, number, self._slot)
             self._leaving.append(_Leaving(number, self._slot, host, work))
 
     def _settle(self, leaving: _Leaving) -> None:

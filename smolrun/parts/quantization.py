@@ -74,6 +74,9 @@ class Quantization:
         ]
 
 
+AS_THEY_ARE = Quantization()
+
+
 class AsIs(Quantizer):
     """No quantization: the tensor's own bytes."""
 

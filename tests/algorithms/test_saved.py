@@ -4,6 +4,7 @@ others, and not so where something is left out."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -60,9 +61,11 @@ def run_part(
     shift: int = 0,
     hurt: Hurt = lambda algorithm: None,
     overrides: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> tuple[Path, list[str]]:
     """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
-    Each rank is a thread, so only a world of one may draw random numbers."""
+    Each rank is a thread, so only a world of one may draw random numbers. `more` are other fields
+    of the context."""
     file = worlds.CONF / "algorithm" / f"{algorithm}.yaml"
     section = {**yaml.safe_load(file.read_text()), **(overrides or {})}
     torch.manual_seed(0)
@@ -72,6 +75,7 @@ def run_part(
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any], str]:
         context = worlds.context(mesh, precision, optimizer, staleness)
+        context = dataclasses.replace(context, **(more or {}))
         runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
         runner.place(copy.deepcopy(start))
         if resume is not None:

@@ -13,8 +13,10 @@ from torch import nn
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_shards import ShardedBucket
+from smolrun.parts.gradient_sums import GradientSums
 from smolrun.parts.passing_gradients import PassingGradients
 from smolrun.parts.placement import memory_shares
+from smolrun.parts.quantization import Quantization
 from smolrun.testing import run_ranks
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=6)
@@ -86,8 +88,14 @@ def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
         ]
         for bucket in buckets:
             bucket.move_in()
+        collectives = Collectives(mesh)
         passing = PassingGradients(
-            buckets, Collectives(mesh), slots=1, max_live=max_live, wait=lambda work: work.wait()
+            buckets,
+            collectives,
+            GradientSums(collectives, Quantization()),
+            slots=1,
+            max_live=max_live,
+            wait=lambda work: work.wait(),
         )
         most = [0]
 
