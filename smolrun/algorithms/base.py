@@ -56,6 +56,8 @@ class Algorithm(ABC):
     # Whether this rank takes part in evaluations and checkpoints; whether it evaluates by itself.
     evaluates = saves = True
     evaluates_alone = False
+    # Whether all ranks begin every step of the run together.
+    is_lockstep = True
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -80,6 +82,10 @@ class Algorithm(ABC):
     def meet(self) -> None:
         """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
+
+    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+        """How much of a global batch each rank gets, relative to the others."""
+        return speeds
 
     def next_share(self, steps: int) -> Share | None:
         """What to train on next, where there are so many `steps`; None: nothing more."""
@@ -108,7 +114,7 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
-        """Sums over the samples of all ranks; collective, changes nothing."""
+        """Sums over the samples of all ranks that evaluate; changes nothing."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
@@ -120,7 +126,8 @@ class Algorithm(ABC):
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
-        self.collectives.all_reduce(sums)
+        if not self.evaluates_alone:
+            self.collectives.all_reduce(sums)
         loss, weight, correct = sums.tolist()
         return EvalSums(loss, int(weight), int(correct) if is_classes else None)
 
@@ -139,14 +146,10 @@ class Algorithm(ABC):
         return []
 
     def pieces(self) -> list[Piece]:
-        """What this rank writes into a checkpoint; all ranks' pieces together are the whole.
-
-        The tensors are the living ones: copy them before the next step. Waits for the gradients in
-        flight.
-        """
+        """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
+        tensors are the living ones: copy them before the next step."""
         for flight in self.in_flight:
-            for work in flight.works:
-                self.wait(work)
+            self.arrive(flight)
         return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
 
     def checkpoint_bytes(self) -> int:
@@ -158,10 +161,7 @@ class Algorithm(ABC):
         return saved.state(self)
 
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Goes on where `checkpoint` was made, `place` has been called before.
-
-        CheckpointError for a checkpoint of another model or optimizer.
-        """
+        """Goes on where `checkpoint` was made; CheckpointError for one of another model."""
         saved.restore(self, checkpoint, state)
 
     # -- what an algorithm overrides ----
@@ -188,6 +188,11 @@ class Algorithm(ABC):
         """Starts to bring this step's gradients and facts of all ranks together; must not wait for
         them."""
 
+    def arrive(self, flight: InFlight) -> None:
+        """Waits until all that belongs to the flight is here; the second time it is a no-op."""
+        for work in flight.works:
+            self.wait(work)
+
     @abstractmethod
     def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
         """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
@@ -203,10 +208,7 @@ class Algorithm(ABC):
     @torch.no_grad()
     def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
-        if the update was skipped.
-
-        All ranks see the same norm, so all take the same decision.
-        """
+        if the update was skipped. All ranks see the same norm, so all take the same decision."""
         gradients = self.load_gradients(flight)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
         self._norms = None
@@ -272,8 +274,7 @@ class Algorithm(ABC):
 
     def _update_oldest(self) -> StepResult:
         flight = self.in_flight.popleft()
-        for work in flight.works:
-            self.wait(work)
+        self.arrive(flight)
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         ranks, weight = self.collectives.ranks, sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
@@ -284,18 +285,21 @@ class Algorithm(ABC):
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         result = StepResult(
             step=flight.step,
-            loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
+            loss=sum(flight.told("loss_sum")) / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compute_s=self._compute_s,
             wait_s=self._wait_s,
             waited_for=ranks[slowest] if has_waited else None,
-            culprits=tuple(rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok),
+            culprits=tuple(
+                rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok
+            ),
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
             samples=tuple(int(count) for count in facts["samples"]),
             computed_s=tuple(facts["compute_s"]),
+            late=flight.late,
         )
         self._compute_s = self._wait_s = 0.0
         return result

@@ -6,7 +6,7 @@ Plain records: how they are made and used is in base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -95,6 +95,8 @@ class StepResult:
     samples: tuple[int, ...] = ()  # of every rank, in this step
     computed_s: tuple[float, ...] = ()  # and how long it computed for them, the update not counted
     events: tuple[Event, ...] = ()  # more to be told of it
+    # rank whose gradient was not waited for -> how many that makes
+    late: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +106,7 @@ class InFlight:
     step: int
     facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
     works: list[Work]
+    late: dict[int, int] = field(default_factory=dict)  # see StepResult
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from smolrun.config.base import Count, Positive, Target
+from smolrun.config.base import Count, NotNegative, Positive, Target
 from smolrun.config.targets import Custom, own_target
 
 
@@ -46,10 +46,32 @@ class FSDP(Target):
     )
 
 
+class SyncPS(Target):
+    """One rank has the optimizer: the others send it gradients, and get new weights, in step."""
+
+    target: Literal["smolrun.algorithms.syncps:syncps"]
+    server_trains: bool = Field(
+        description="Whether the server takes samples too; false = the others share all of them"
+    )
+    straggler_s: NotNegative = Field(
+        description="Go on so long after the first gradient of a step, without those that are "
+        "late; 0 = wait for all"
+    )
+    polyak: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="Evaluate, save and export an average of the weights too, of which so much "
+        "stays with every update; 0 = none"
+    )
+    pull: Literal["newest", "average"] = Field(description="The weights that gradients are of")
+    bucket_mb: Positive = Field(
+        description="Gradients travel in buckets of this size; smaller overlaps more"
+    )
+
+
 Algorithm = Annotated[
     Annotated[Single, Tag("Single")]
     | Annotated[ClassicDP, Tag("ClassicDP")]
     | Annotated[FSDP, Tag("FSDP")]
+    | Annotated[SyncPS, Tag("SyncPS")]
     | Custom,
-    own_target(Single, ClassicDP, FSDP),
+    own_target(Single, ClassicDP, FSDP, SyncPS),
 ]

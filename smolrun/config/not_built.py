@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "compare",
         "logs",
     ),
-    "algorithm": ("syncps", "edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "algorithm": ("edp", "mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "quantization": ("fp16", "bf16", "int8"),
     "quantization.kind": ("fp16", "bf16", "int8"),
@@ -23,9 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "serving.mode": ("pipeline", "replicas"),
 }  # fmt: skip  (one line a group reads better than one line a name)
 
-ONLY: dict[str, object] = {
-    "cluster.server": None,
-}
+ONLY: dict[str, object] = {}
 """Keys that accept one value until the rest is built."""
 
 ONLY_PER_HOST: dict[str, object] = {"speed": 1.0, "emulate": None}

@@ -116,6 +116,13 @@ class GradientBuckets:
         ]
         return views[::-1]  # buckets are packed from the last parameter to the first
 
+    def room(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Host memory for one more slot: what would travel, one tensor per bucket, and views of it,
+        one per parameter, in the order the parameters came."""
+        flat = [torch.empty(b.size, dtype=b.parameters[0].dtype) for b in self.buckets]
+        pairs = zip(flat, self.buckets, strict=True)
+        return flat, [view for f, b in pairs for view in _views(f, b.parameters)][::-1]
+
     def _hook(self, bucket: Bucket) -> Callable[[torch.Tensor], None]:
         def gradient_is_there(_: torch.Tensor) -> None:
             if self._is_armed:

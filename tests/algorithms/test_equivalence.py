@@ -30,16 +30,20 @@ def test_equals_single_on_the_same_global_batches(
     algorithm: str, world_size: int, model: str
 ) -> None:
     reference = train("single", model, 1)[0]
-    for trace in train(algorithm, model, world_size):
+    traces = train(algorithm, model, world_size)
+    for trace in traces:
         assert difference(trace, reference) <= 1e-12
         assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
         assert [r.weight for r in trace.results] == [r.weight for r in reference.results]
         assert [r.grad_norm for r in trace.results] == pytest.approx(
             [r.grad_norm for r in reference.results], abs=1e-12
         )
-        assert trace.eval is not None and reference.eval is not None
-        assert trace.eval.loss == pytest.approx(reference.eval.loss, abs=1e-10)
-        assert (trace.eval.weight, trace.eval.correct) == (
+    assert reference.eval is not None
+    evaluations = [trace.eval for trace in traces if trace.eval is not None]
+    assert traces[0].eval is not None, "a rank may leave it to rank 0"
+    for found in evaluations:
+        assert found.loss == pytest.approx(reference.eval.loss, abs=1e-10)
+        assert (found.weight, found.correct) == (
             reference.eval.weight,
             reference.eval.correct,
         )

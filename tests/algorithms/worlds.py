@@ -136,7 +136,8 @@ def train(
         made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
         runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
         runner.place(copy.deepcopy(start))
-        plan = plan_batches(GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, micro_batch_size)
+        weights = runner.batch_weights(speeds or [1.0] * world_size)
+        plan = plan_batches(GLOBAL_BATCH, weights, mesh.rank, micro_batch_size)
         return run(runner, model, plan, steps)
 
     traces = run_ranks(world_size, rank_main, kind=kind)
@@ -165,9 +166,13 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
     ]
     own = sample(model, 999)
     part = slice(plan.first, plan.first + sum(plan.sizes))
-    trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
-    if not own.inputs.is_floating_point():
+    if runner.evaluates_alone:
+        part = slice(None)
+    if runner.evaluates:
+        trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
+    if runner.evaluates and not own.inputs.is_floating_point():
         trace.logits = runner.logits(own.inputs)
+    runner.leave()
     return trace
 
 

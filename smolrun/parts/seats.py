@@ -1,0 +1,119 @@
+"""What a parameter server has of each worker: memory for its pushes, and which of them are here.
+
+    expected     receives are posted           the worker computes, or its gradient is on its way
+    unanswered   the whole push is here        it waits for weights
+
+The same memory takes a gradient on its way up and weights on their way down: a worker pushes again
+only after it has all of the last answer. Knows the shape of the conversation, and nothing of what
+is done with gradients or which weights are sent.
+
+    push of step t      hop 0: the worker's numbers      hop 1, 2, ...: its buckets
+    answer to it        hop 0: the server's numbers      hop 1, 2, ...: weights in the same buckets
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.parts.buckets import GradientBuckets
+from smolrun.wire.frame import Tag
+from smolrun.wire.tensor import payload_of
+
+SERVER = 0
+_PUSH, _PULL = 16, 17  # streams; the operation is the step of the push
+_LOOK_S = 0.25  # so late is a lost peer seen by a server that waits for whoever comes
+
+
+@dataclass
+class Seat:
+    """One worker; `flat[slot]` (one per bucket) and `views[slot]` (one per parameter) share
+    memory."""
+
+    rank: int
+    flat: list[list[Tensor]]
+    views: list[list[Tensor]]
+    numbers: list[Tensor]  # per slot
+    expected: dict[int, Work] = field(default_factory=dict)  # step -> its push
+    unanswered: list[int] = field(default_factory=list)  # steps
+    dropped: int = 0
+
+
+class Seats:
+    """The server's side, of as many steps at once as the buckets have slots."""
+
+    def __init__(self, mesh: Mesh, buckets: GradientBuckets, num_numbers: int) -> None:
+        self._mesh = mesh
+        self._slots = buckets.slots
+        self._came = threading.Condition()
+        self.all = []
+        for rank in range(SERVER + 1, mesh.world_size):
+            rooms = [buckets.room() for _ in range(buckets.slots)]
+            numbers = [torch.empty(num_numbers, dtype=torch.float64) for _ in rooms]
+            self.all.append(Seat(rank, [f for f, _ in rooms], [v for _, v in rooms], numbers))
+
+    def expect(self, seat: Seat, step: int) -> None:
+        """Posts the receives of one push; one work is done when all of it is here."""
+        slot = step % self._slots
+        room = [seat.numbers[slot], *seat.flat[slot]]
+        left = len(room)
+
+        def start(work: Work) -> None:
+            for hop, into in enumerate(room):
+                tag = Tag(_PUSH, step, hop)
+                self._mesh.post_recv(seat.rank, tag, payload_of(into), lambda: one_came(work))
+
+        def one_came(work: Work) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._mesh.finish(work)
+                with self._came:
+                    self._came.notify_all()
+
+        label = f"push of step {step} from rank {seat.rank}"
+        seat.expected[step] = self._mesh.submit(label, start)
+
+    def wait_for_most(self, step: int, patience_s: float, *, since: float | None) -> list[Seat]:
+        """Until everybody who works on `step` is here, or `patience_s` after the first of them (or
+        after `since`, by perf_counter). Returns who is late."""
+        begun_s = time.perf_counter()
+        there = [seat for seat in self.all if step in seat.expected]
+        with self._came:
+            while late := [seat for seat in there if not seat.expected[step].is_done]:
+                now = time.perf_counter()
+                firsts = [seat.expected[step].done_s for seat in there if seat not in late]
+                firsts += [] if since is None else [since]
+                left_s = min(firsts) + patience_s - now if firsts else _LOOK_S
+                if left_s <= 0:
+                    break
+                if now - begun_s > self._mesh.timeout_s:
+                    late[0].expected[step].wait(0)  # raises, and says whom it waits for
+                self._came.wait(min(left_s, _LOOK_S))
+        return late
+
+    def answer(self, seat: Seat, step: int, numbers: Tensor, weights: Sequence[Tensor]) -> None:
+        """Starts to send the weights to whoever pushed at `step`."""
+        slot = step % self._slots
+        seat.unanswered.remove(step)
+        for view, value in zip(seat.views[slot], weights, strict=True):
+            view.copy_(value)
+        for hop, tensor in enumerate([numbers, *seat.flat[slot]]):
+            self._mesh.send(seat.rank, Tag(_PULL, step, hop), tensor)
+
+
+def push(mesh: Mesh, step: int, hop: int, tensor: Tensor) -> Work:
+    """The worker's side: starts to send one part of its push."""
+    return mesh.send(SERVER, Tag(_PUSH, step, hop), tensor)
+
+
+def pull(mesh: Mesh, step: int, room: Sequence[Tensor]) -> list[Work]:
+    """The worker's side: starts to receive the answer to its push; `room` is the server's numbers
+    and the buckets of the push, which it does not touch before the push is whole."""
+    return [mesh.recv(SERVER, Tag(_PULL, step, hop), into) for hop, into in enumerate(room)]
