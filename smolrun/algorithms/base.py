@@ -290,7 +290,9 @@ class Algorithm(ABC):
             compute_s=self._compute_s,
             wait_s=self._wait_s,
             waited_for=ranks[slowest] if has_waited else None,
-            culprits=tuple(rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok),
+            culprits=tuple(
+                rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok
+            ),
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
             samples=tuple(int(count) for count in facts["samples"]),

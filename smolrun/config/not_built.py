@@ -27,6 +27,3 @@ ONLY: dict[str, object] = {
     "cluster.server": None,
 }
 """Keys that accept one value until the rest is built."""
-
-ONLY_PER_HOST: dict[str, object] = {"speed": 1.0, "emulate": None}
-"""The same for every entry of cluster.hosts."""
