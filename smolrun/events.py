@@ -58,6 +58,7 @@ class RankStep(Event):
     waited_for: int | None
     bytes_sent: int
     bytes_received: int
+    samples: int | None = None
     cpu_percent: float | None = None
     memory_bytes: int | None = None
     device_memory_bytes: int | None = None

@@ -21,6 +21,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.moves import EXIT_DONE, Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.tasks.before_start import check_before_start
+from smolrun.tasks.emulation import refuse_emulated
 from smolrun.tasks.fleet import open_fleet
 from smolrun.tasks.workers import (
     become_latest,
@@ -47,6 +48,7 @@ def drive(config: RunConfig) -> int:
             "bench = step: the peer trains in float32 and waits for every gradient; "
             "allowed: precision=float32 staleness=strict"
         )
+    refuse_emulated(config, "a peer that is measured here would not be emulated; allowed: others")
     for size in bench.world_sizes:
         _smaller(config, size)
     prepared = prepare_data(config, lambda *_: None) if needs_data else None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from smolrun.config import not_built
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.errors import ConfigError
 from smolrun.launch.examination import Examined
@@ -25,6 +24,7 @@ from smolrun.tasks.doctor_text import device
 
 _FOLDER = Path("conf") / "cluster"
 _GB = 1e9
+_NOISE = 0.1
 
 
 def write(patients: Patients, say: Callable[[str], None]) -> None:
@@ -32,9 +32,6 @@ def write(patients: Patients, say: Callable[[str], None]) -> None:
     if patients.config.cluster.hosts is None:
         say("write=true: this cluster lists no hosts, there is nothing to write")
         return
-    if (speeds := _speeds(patients.examined)) and "speed" in not_built.ONLY_PER_HOST:
-        told = ", ".join(f"{name} {speed:g}" for name, speed in speeds.items())
-        say(f"relative speeds: {told} (not written: `speed:` of a host is not built yet)")
     name = patients.config.cluster.name
     file, text = find(name, patients.names)
     new = changed(text, news(patients))
@@ -74,7 +71,7 @@ def _is_of(text: str, name: str, hosts: list[str]) -> bool:
 
 def news(patients: Patients) -> dict[str, dict[str, Any]]:
     """Host -> key -> value, for what the file does not say or says wrongly."""
-    speeds = _speeds(patients.examined)
+    speeds = _speeds(patients)
     found = {}
     for name, one in patients.examined.items():
         if one.is_reachable:
@@ -95,8 +92,8 @@ def _of_host(
         keys["device"] = device(environment)
     if whole is not None and (host.memory_gb is None or host.memory_gb > whole * 1.1):
         keys["memory_gb"] = whole
-    # Shares of work by speed are not built yet: another value would be refused.
-    if speed is not None and "speed" not in not_built.ONLY_PER_HOST and speed != host.speed:
+    # Whoever wrote auto wants it measured in the run, which knows better than any trial.
+    if speed is not None and host.speed != "auto" and _differ(speed, host.speed):
         keys["speed"] = speed
     keys["address"] = _address(host, best)
     return keys
@@ -120,13 +117,21 @@ def _is_number(address: str) -> bool:
     return ":" in address or address.replace(".", "").isdigit()
 
 
-def _speeds(examined: Mapping[str, Examined]) -> dict[str, float]:
-    """Relative to the fastest, by products and memory together (their geometric mean)."""
+def _differ(measured: float, written: float) -> bool:
+    """By more than two trials on one machine do."""
+    return abs(measured - written) > _NOISE * written
+
+
+def _speeds(patients: Patients) -> dict[str, float]:
+    """Of each rank, relative to the fastest, by products and memory together (their geometric
+    mean). Empty where some host could not be measured: shares need all of them."""
     scores = {}
-    for name, one in examined.items():
+    for name, one in patients.examined.items():
         score = one.facts.get("environment", {}).get("score")
-        if score is not None:
-            scores[name] = (score["flops"] * score["memory_bytes_per_s"]) ** 0.5
+        if score is None:
+            return {}
+        whole = (score["flops"] * score["memory_bytes_per_s"]) ** 0.5
+        scores[name] = whole / patients.hosts[name].ranks
     fastest = max(scores.values(), default=1.0)
     return {name: round(score / fastest, 2) for name, score in scores.items()}
 

@@ -20,11 +20,12 @@ from torch import nn
 
 from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.launch.machine_memory import machine_memory
-from smolrun.parts.placement import memory_shares, plan_batches
+from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.whole_on_use import layers_of
 from smolrun.tasks.model_spec import Spec, spec_of
 from smolrun.tasks.sharding import sharding_of
+from smolrun.tasks.sharing import largest_plan
 from smolrun.tasks.workers import load_target
 from smolrun.training.memory import (
     Need,
@@ -170,13 +171,7 @@ def estimate(config: RunConfig) -> Estimate:
     try:
         spec = spec_of(config)
         shapes, frozen, can_recompute, largest_layer, reason = _sizes(config, spec)
-        micro = config.training.micro_batch_size
-        plan = plan_batches(
-            config.training.global_batch_size,
-            [1.0] * world_size(config),
-            0,
-            None if micro == "auto" else micro,
-        )
+        plan = largest_plan(config)
         setting = Setting(
             config.precision, config.training.recompute, max(plan.sizes), config.optimizer.name
         )

@@ -14,6 +14,7 @@ from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.moves import Outcome
+from smolrun.tasks.emulation import emulated
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.console import Console, clock, counted, printable, rate
 from smolrun.tracking.run_folder import RunFolder
@@ -120,6 +121,7 @@ class Ending:
             host_versions=self._host_versions,
             exit_code=outcome.exit_code,
             restarts=self._restarts,
+            emulated=emulated(config),
             time=self._times.summary(),
             peak_memory_bytes=[
                 outcome.summaries.get(rank, {}).get("peak_memory_bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from smolrun.config import RunConfig, not_built, ranks, world_size
+from smolrun.config import RunConfig, ranks, world_size
 from smolrun.config.algorithms import FSDP, Single
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
@@ -40,7 +40,8 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     can_be_late = not never_late and world_size(config) > 1
     hosts = config.cluster.hosts or []
     places = [(index, host) for index, host in enumerate(hosts) for _ in range(host.ranks)]
-    can_set_speed = bool(places) and "speed" not in not_built.ONLY_PER_HOST
+    # Where speeds are measured there is nothing to set.
+    can_set_speed = bool(places) and all(host.speed != "auto" for host in hosts)
     size = world_size(config)
     setup = Setup(
         hosts=[rank.host for rank in ranks(config)],

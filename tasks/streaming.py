@@ -16,7 +16,7 @@ from smolrun.tasks.workers import load_target
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
-    from smolrun.parts.placement import BatchPlan
+    from smolrun.training.feed import Planned
     from smolrun.training.stream_feed import Rows, StreamFeed
 
 
@@ -53,7 +53,7 @@ def reader_state(config: RunConfig, reader: StreamReader | None, updates: int) -
 
 
 def stream_feed(
-    config: Mapping[str, Any], prepared: Prepared, plan: BatchPlan, rows: Rows
+    config: Mapping[str, Any], prepared: Prepared, plan: Planned, rows: Rows
 ) -> StreamFeed:
     """One rank's samples of the stream; `config` is the resolved one."""
     from smolrun.training.stream_feed import StreamFeed

@@ -24,6 +24,7 @@ from smolrun.launch.wake import awake
 from smolrun.tasks.again import Lost, Restarts, train_on
 from smolrun.tasks.before_start import check_before_start, check_model_fits
 from smolrun.tasks.detach import begin_driving
+from smolrun.tasks.emulation import tell_emulated
 from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
 from smolrun.tasks.fetched import Fetched
 from smolrun.tasks.fleet import is_elsewhere, open_fleet
@@ -138,6 +139,8 @@ class _Run:
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
+        for line in tell_emulated(config):
+            say(line)
         readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
         trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)
         keeper, saving = self._checkpoints(trackers.record)
@@ -277,6 +280,7 @@ def _reader(
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """What one rank does between a mesh that stands and its result; returns its summary."""
     from smolrun.data.prepared import Prepared
+    from smolrun.parts.placement import rank_speeds
     from smolrun.tasks.train_rank import pick_device, train
 
     return train(
@@ -284,7 +288,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
         Prepared.from_json(start.prepared or {}),
         mesh,
         device=pick_device(start.device),
-        speeds=[1.0] * start.world_size,
+        speeds=rank_speeds(start.config["cluster"], start.world_size),
         emit=channel.emit,
         should_stop=channel.stop_requested.is_set,
         saving=start.saving,

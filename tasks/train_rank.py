@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import BatchPlan, memory_shares, plan_batches
+from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
+from smolrun.tasks.emulation import late, pace_of
 from smolrun.tasks.saving import RankCheckpoints
+from smolrun.tasks.sharing import share_work
 from smolrun.tasks.streaming import stream_feed
 from smolrun.tasks.workers import load_target
 from smolrun.training.evaluation import evaluate, write_text
-from smolrun.training.feed import Feed, every_sample
+from smolrun.training.feed import Feed, Planned, every_sample
 from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import make_optimizer
 from smolrun.training.stream_feed import Rows, StreamFeed
@@ -45,20 +47,19 @@ def train(
     mesh: Mesh,
     *,
     device: str,
-    speeds: list[float],
+    speeds: Sequence[float | str],
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
     saving: Saving | None = None,
     rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
-    per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
+    or "auto" per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
     training = config["training"]
     torch.manual_seed(config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
-    micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
-    plan = plan_batches(training["global_batch_size"], speeds, mesh.rank, micro)
+    plan, balance = share_work(config, prepared, speeds, mesh.rank)
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -76,11 +77,14 @@ def train(
         save_every=saving.every if saving else 0,
         save=checkpoints.save if checkpoints and checkpoints.saves else None,
         timeline_steps=config["tracker"]["timeline_steps"],
+        balance=balance,
     )
     if checkpoints:
         checkpoints.begin(trainer)
     emit(_started(algorithm, prepared, training["steps"]))
     outcome = trainer.fit()
+    if too_slow := late(algorithm.context.pace, mesh.rank):
+        emit(too_slow)
     writes = prepared.tokenizer and training["sample_tokens"] and algorithm.evaluates
     if writes and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
@@ -101,7 +105,7 @@ def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted
 
 
 def _feed(
-    config: dict[str, Any], prepared: Prepared, plan: BatchPlan, rows: Rows | None
+    config: dict[str, Any], prepared: Prepared, plan: Planned, rows: Rows | None
 ) -> Feed | StreamFeed:
     """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
     if prepared.stream is not None:
@@ -149,6 +153,7 @@ def place_algorithm(
         norms=LayerNorms(training["norms"], training["norms_every"]),
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
+        pace=pace_of(config, mesh.rank),
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
@@ -179,8 +184,9 @@ def new_model(
     return model
 
 
-def _evaluate(algorithm: Algorithm, split: Split, plan: Any, limit: int | None) -> EvalSums:
-    return evaluate(algorithm, lambda: every_sample(split, plan, limit))
+def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
+    now = plan.at(algorithm.steps_begun)
+    return evaluate(algorithm, lambda: every_sample(split, now, limit))
 
 
 def _write_sample(

@@ -30,6 +30,7 @@ from smolrun.launch.control import (
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
 from smolrun.launch.wake import awake
+from smolrun.tasks.emulation import shape_of
 
 if TYPE_CHECKING:
     from smolrun.mesh.guards import Guard
@@ -150,6 +151,7 @@ def _build_mesh(
         secret=bytes.fromhex(start.secret),
     )
     settings = start.config["mesh"]
+    shape = shape_of(start.config, start.rank)
     return connect(
         endpoint,
         identity,
@@ -162,6 +164,7 @@ def _build_mesh(
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
         guard=_guard(start, identity),
+        wrap=shape.wrap if shape else None,
     )
 
 

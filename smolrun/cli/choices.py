@@ -33,13 +33,15 @@ def own_folder(beside: Path) -> Path | None:
 def groups(folders: Iterable[Path]) -> Groups:
     """Every group with its choices.
 
-    Where two folders have one file, the folder named first counts.
+    A choice may lie one folder deeper, as `sim/pi3` of cluster. Where two folders have one file,
+    the folder named first counts.
     """
     found: Groups = {}
     for folder in folders:
-        for file in sorted(folder.glob("*/*.yaml")):
-            if file.parent.name != "hydra":
-                found.setdefault(file.parent.name, {}).setdefault(file.stem, description(file))
+        for file in sorted([*folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")]):
+            group, *names = file.relative_to(folder).with_suffix("").parts
+            if group != "hydra":
+                found.setdefault(group, {}).setdefault("/".join(names), description(file))
     return found
 
 

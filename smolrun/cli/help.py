@@ -59,8 +59,8 @@ def text(beside: Path | None = None) -> str:
             sorted(found[group], key=lambda name: (name != default, name))
         ):
             title, star = group if number == 0 else "", "*" if choice == default else " "
-            start = f"  {title:<12} {star} {choice:<14} "
+            start = f"  {title:<12} {star} {choice:<18} "
             lines += wrap(
-                found[group][choice], 100, initial_indent=start, subsequent_indent=" " * 32
+                found[group][choice], 100, initial_indent=start, subsequent_indent=" " * 36
             )
     return HEAD + "\n".join(lines) + "\n" + TAIL

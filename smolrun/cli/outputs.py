@@ -54,6 +54,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `host_versions` | Of each host reached over SSH, transformers too |
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
+| `emulated` | The hosts that played other machines, a sentence each; empty: all times are real |
 | `restarts` | One for each time that the run was started again after a loss, see below |
 
 Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
@@ -84,6 +85,7 @@ MEANINGS = {
     "compute_s": "Seconds spent computing",
     "wait_s": "Seconds spent waiting for other ranks",
     "waited_for": "The rank that was slowest; null = none",
+    "samples": "Of the global batch, how many this rank computed in this step",
     "cpu_percent": "Load of the process; 100 = one core",
     "memory_bytes": "Memory of the process",
     "device_memory_bytes": "Memory on the accelerator",

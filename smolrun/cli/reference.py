@@ -141,8 +141,7 @@ def _shown(value: Any) -> str:
 
 
 def _allowed(path: str, key: describe.Key) -> str:
-    per_host = {f"cluster.hosts[].{name}": value for name, value in not_built.ONLY_PER_HOST.items()}
-    only = {**not_built.ONLY, **per_host}
+    only = not_built.ONLY
     return f"{json.dumps(only[path])}; the rest is not built yet" if path in only else key.allowed
 
 

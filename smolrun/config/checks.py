@@ -34,9 +34,6 @@ def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Trainin
     for path, accepted in not_built.ONLY.items():
         group, _, key = path.partition(".")
         yield from _only(path, getattr(groups[group], key), accepted)
-    for index, host in enumerate(cluster.hosts or []):
-        for key, accepted in not_built.ONLY_PER_HOST.items():
-            yield from _only(f"cluster.hosts[{index}].{key}", getattr(host, key), accepted)
 
 
 def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
@@ -228,6 +225,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     cluster_checks.named_hosts_exist,
     cluster_checks.restart_can_be,
     cluster_checks.links_are_safe,
+    cluster_checks.emulation_can_be,
     ranks_fit_algorithm,
     ranks_fit_batch,
     batch_is_sound,

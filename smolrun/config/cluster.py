@@ -25,7 +25,7 @@ TWO_PORTS: JsonDict = {"allowed": "two ports such as 40000-40100, or null"}
 class Emulate(Section):
     """A machine slower than the one it runs on."""
 
-    compute: Positive = Field(
+    compute: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Share of this machine's speed, 0.25 = four times slower"
     )
     bandwidth_mbps: Positive | None = Field(
@@ -64,7 +64,9 @@ class Host(Section):
         default=None, description="Memory the run may use; null = all there is"
     )
     speed: Positive | Auto = Field(
-        default=1.0, description="Relative to the others: 0.5 gets half of the work"
+        default=1.0,
+        description="Of each of its ranks, relative to others: 0.5 gets half of the work; auto = "
+        "measured all along, for all hosts",
     )
     os: Literal["auto", "linux", "darwin", "windows"] = Field(
         default="auto", description="Its system, as task=doctor found it; auto = ask it"

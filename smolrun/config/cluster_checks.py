@@ -143,5 +143,23 @@ def links_are_safe(*, cluster: Cluster, mesh: Mesh) -> Iterator[str]:
         )
 
 
+def emulation_can_be(*, cluster: Cluster) -> Iterator[str]:
+    """A slower machine is played by one thread of one rank, whose processor time is known."""
+    for index, host in enumerate(cluster.hosts or []):
+        where = f"cluster.hosts[{index}]"
+        if host.emulate is None:
+            continue
+        if host.ranks != 1:
+            what = f"{host.name} plays another machine, with one rank"
+            yield problem(f"{where}.ranks", host.ranks, what, allowed="1; more hosts for more")
+        device = cluster.device if host.device == "auto" else host.device
+        if device not in ("auto", "cpu"):
+            what = f"{host.name} plays another machine, which only its processor can"
+            yield problem(f"{where}.device", device, what, allowed="cpu")
+        if cluster.threads not in ("auto", 1):
+            what = f"{host.name} plays another machine, with one thread"
+            yield problem("cluster.threads", cluster.threads, what, allowed="auto or 1")
+
+
 def _is_loopback(address: str) -> bool:
     return address in ("localhost", "::1") or address.startswith("127.")

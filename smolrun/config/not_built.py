@@ -25,6 +25,3 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 ONLY: dict[str, object] = {}
 """Keys that accept one value until the rest is built."""
-
-ONLY_PER_HOST: dict[str, object] = {"speed": 1.0, "emulate": None}
-"""The same for every entry of cluster.hosts."""

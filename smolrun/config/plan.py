@@ -57,12 +57,18 @@ def ranks(config: RunConfig) -> list[RankPlan]:
             addresses=addresses(host),
             local_rank=local_rank,
             local_world_size=host.ranks,
-            device=cluster.device if host.device == "auto" else host.device,
-            threads=cluster.threads,
+            device=_device(cluster, host),
+            # The pace of a rank that plays a slower machine follows from what one thread does.
+            threads=1 if host.emulate is not None else cluster.threads,
             ports=_range(host.ports or cluster.ports),
         )
         for rank, (host, local_rank) in enumerate(places)
     ]
+
+
+def _device(cluster: Cluster, host: Host) -> Device:
+    device = cluster.device if host.device == "auto" else host.device
+    return "cpu" if device == "auto" and host.emulate is not None else device
 
 
 def addresses(host: Host) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from smolrun.errors import ProtocolError
 from smolrun.mesh.io import READ, WRITE, IoThread
+from smolrun.mesh.pauses import NotYet, Pauses
 from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
 
 # Large buffers let the kernel move data while Python adds.
@@ -30,8 +31,8 @@ class Pipe(Protocol):
     when it is broken.
 
     After BlockingIOError, `send` is called again with buffers that begin with the same bytes (TLS
-    insists on that). `recv_into` is called until it blocks, so a pipe may hold decrypted bytes that
-    the selector does not see."""
+    insists on that); after NotYet only once its time has come. `recv_into` is called until it
+    blocks, so a pipe may hold decrypted bytes that the selector does not see."""
 
     def fileno(self) -> int:
         """The descriptor to select on."""
@@ -145,7 +146,8 @@ class Connection:
         self._refill = refill
         self._queue: deque[tuple[list[memoryview], Callable[[], None] | None]] = deque()
         self._sequence = 0
-        self._events = 0
+        self._wanted = self._events = 0
+        self._pauses = Pauses(io, self._resume)
         self._is_flushing = False
         self._is_finishing = False
         self._has_ended = False
@@ -179,11 +181,14 @@ class Connection:
 
     def flush(self) -> None:
         """Sends what the kernel takes now; asks to be called again when it takes more."""
-        if self._is_flushing or not self.is_open:
+        if self._is_flushing or not self.is_open or self._pauses.events & WRITE:
             return  # on_sent or refill called send: the loop below goes on with it
         self._is_flushing = True
         try:
             self._flush()
+        except NotYet as pause:
+            self._pauses.begin(WRITE, pause)
+            self._listen(READ | WRITE)
         except BlockingIOError:
             self._listen(READ | WRITE)
         except OSError as error:
@@ -224,6 +229,9 @@ class Connection:
     def _read(self) -> None:
         try:
             self._read_frames()
+        except NotYet as pause:
+            self._pauses.begin(READ, pause)
+            self._listen(self._wanted)
         except BlockingIOError:
             return  # all that was there has been read
         except OSError as error:
@@ -267,7 +275,14 @@ class Connection:
             self.close()
             self._on_closed(reason)
 
+    def _resume(self, event: int) -> None:
+        if self.is_open:
+            self._listen(self._wanted)
+            self._ready(event)
+
     def _listen(self, events: int) -> None:
+        self._wanted = events
+        events &= ~self._pauses.events
         if events != self._events:
             self._events = events
             self._io.watch(self._fd, events, self._ready)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,17 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
+def ranked_hosts(cluster: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The host of every rank, in rank order; empty where the cluster is this machine alone."""
+    hosts = (cluster or {}).get("hosts") or []
+    return [host for host in hosts for _ in range(host["ranks"])]
+
+
+def rank_speeds(cluster: Mapping[str, Any] | None, world_size: int) -> list[float | str]:
+    """The speed of every rank, a number or "auto", as the cluster gives it for its host."""
+    return [host["speed"] for host in ranked_hosts(cluster)] or [1.0] * world_size
+
+
 def memory_shares(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...]:
     """How much memory each rank has, relative to others; empty where that is not known of all."""
     if not hosts or not all(host["memory_gb"] for host in hosts):
@@ -43,6 +54,10 @@ class BatchPlan:
     sizes: tuple[int, ...]  # samples per micro-batch
     global_batch_size: int
     micro_batch_size: int | None = None  # the most samples at once; None: as many as there are
+
+    def at(self, step: int) -> BatchPlan:
+        """The same for every step; see Plans for shares that change."""
+        return self
 
     def part(self, index: int, count: int) -> BatchPlan:
         """The plan of one of `count` equal parts of every global batch, whoever takes it; of
@@ -71,3 +86,25 @@ def plan_batches(
     num_micro_batches = -(-largest // (micro_batch_size or largest))
     sizes = shares(counts[rank], [1.0] * num_micro_batches)
     return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size, micro_batch_size)
+
+
+class Plans:
+    """One rank's plan of every step, where the shares may change; on all ranks alike."""
+
+    def __init__(
+        self, plan: Callable[[Sequence[float]], BatchPlan], weights: Sequence[float]
+    ) -> None:
+        """`plan(weights)` is this rank's plan for such shares, which are `weights` at first."""
+        self._plan = plan
+        self.shares: list[tuple[int, list[float]]] = [(0, list(weights))]  # (from step, weights)
+
+    def at(self, step: int) -> BatchPlan:
+        """The plan that holds in a step, not one long past."""
+        return self._plan(
+            next(weights for first, weights in reversed(self.shares) if first <= step)
+        )
+
+    def change(self, now: int, first: int, weights: Sequence[float]) -> None:
+        """Other shares from step `first` on; steps before `now` will not be asked for again."""
+        past = [index for index, (begun, _) in enumerate(self.shares) if begun <= now]
+        self.shares = [*self.shares[past[-1] :], (first, list(weights))]

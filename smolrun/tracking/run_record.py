@@ -83,6 +83,7 @@ class RunRecord:
         exit_code: int | None = None,
         restarts: Sequence[Mapping[str, Any]] = (),
         host_versions: Mapping[str, Mapping[str, str | None]] | None = None,
+        emulated: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The content of summary.json, whose keys other programs read: they stay."""
         return {
@@ -105,4 +106,5 @@ class RunRecord:
             "peak_memory_bytes": list(peak_memory_bytes),
             "time": dict(time) if time is not None else None,
             "restarts": [dict(row) for row in restarts],
+            "emulated": list(emulated),
         }

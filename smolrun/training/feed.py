@@ -4,6 +4,7 @@ the world size."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch, Split
@@ -11,10 +12,18 @@ from smolrun.data.order import SampleOrder
 from smolrun.parts.placement import BatchPlan
 
 
+class Planned(Protocol):
+    """A BatchPlan, or Plans where shares may change."""
+
+    def at(self, step: int) -> BatchPlan:
+        """The plan that holds in a step."""
+        ...
+
+
 class Feed:
     """This rank's micro-batches of every global batch, in the run's shuffled order."""
 
-    def __init__(self, split: Split, order: SampleOrder, plan: BatchPlan) -> None:
+    def __init__(self, split: Split, order: SampleOrder, plan: Planned) -> None:
         self._split = split
         self._order = order
         self._plan = plan
@@ -22,7 +31,8 @@ class Feed:
     def step(self, step: int, part: Part | None = None) -> list[Batch]:
         """The micro-batches of one step, of this rank's share or of that part; some may be
         empty."""
-        plan = self._plan if part is None else self._plan.part(part.index, part.count)
+        plan = self._plan.at(step)
+        plan = plan if part is None else plan.part(part.index, part.count)
         return [
             self._split.batch(self._order.indices(positions.start, positions.stop))
             for positions in plan.positions(step)

@@ -10,7 +10,7 @@ from typing import Protocol
 from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch
 from smolrun.data.stream_batch import token_batch
-from smolrun.parts.placement import BatchPlan
+from smolrun.training.feed import Planned
 
 
 class Rows(Protocol):
@@ -23,13 +23,19 @@ class Rows(Protocol):
         """The rows of the oldest request not taken yet; DataError if they do not come in time."""
 
 
+def steps_ahead(prefetch_steps: int) -> int:
+    """How many steps beyond the next one can have no other plan any more: their rows have been
+    asked for, and it was said where those of the step after them begin."""
+    return prefetch_steps + 1
+
+
 class StreamFeed:
     """This rank's micro-batches of every global batch up to step `steps`: sample i is row i."""
 
     def __init__(
         self,
         rows: Rows,
-        plan: BatchPlan,
+        plan: Planned,
         *,
         sequence_length: int,
         steps: int,
@@ -69,7 +75,7 @@ class StreamFeed:
             Batch(batch.inputs[begin:end], batch.targets[begin:end])
             for begin, end in (
                 (part.start - wanted.start, part.stop - wanted.start)
-                for part in self._plan.positions(step)
+                for part in self._plan.at(step).positions(step)
             )
         ]
 
@@ -83,5 +89,5 @@ class StreamFeed:
 
     def _range(self, step: int) -> range:
         """This rank's rows of a step: its micro-batches lie side by side."""
-        positions = self._plan.positions(step)
+        positions = self._plan.at(step).positions(step)
         return range(positions[0].start, positions[-1].stop)

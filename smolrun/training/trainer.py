@@ -15,8 +15,18 @@ from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
 from smolrun.algorithms.contract import Part
 from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
-from smolrun.events import EvalDone, Event, Norms, RankStep, ReplicaHash, StepDone, StepSkipped
+from smolrun.events import (
+    EvalDone,
+    Event,
+    Norms,
+    Note,
+    RankStep,
+    ReplicaHash,
+    StepDone,
+    StepSkipped,
+)
 from smolrun.parts.replicas import gather_hashes, parameter_hash
+from smolrun.training.balance import Balance
 from smolrun.training.spans import SpanRecorder
 from smolrun.training.vitals import Vitals
 
@@ -46,7 +56,8 @@ class Outcome:
 class Trainer:
     """Runs up to `steps` steps. `should_stop` is asked once a step; when any rank is told to stop,
     all stop at the same step. `save(updates)` is called after every `save_every` updates and at the
-    end, on all ranks alike; None: nothing is saved."""
+    end, on all ranks alike; None: nothing is saved. `balance` hears of every update, and may give
+    ranks other shares of the batch."""
 
     def __init__(
         self,
@@ -62,6 +73,7 @@ class Trainer:
         save_every: int = 0,
         save: Callable[[int], None] | None = None,
         timeline_steps: int = 0,
+        balance: Balance | None = None,
     ) -> None:
         self.outcome = Outcome()
         self._algorithm = algorithm
@@ -74,6 +86,7 @@ class Trainer:
         self._should_stop = should_stop
         self._save_every = save_every
         self._save = save
+        self._balance = balance
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
         self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
@@ -94,6 +107,7 @@ class Trainer:
             "eval_loss": self.outcome.final_eval_loss,
             "evaluated_at": self._evaluated_at,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "balance": self._balance.state() if self._balance else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -105,6 +119,8 @@ class Trainer:
             self.outcome.final_eval_loss = state["eval_loss"]
             self._evaluated_at = int(state["evaluated_at"])
             self._skipped_in_a_row = int(state["skipped_in_a_row"])
+            if self._balance and state.get("balance"):
+                self._balance.restore(state["balance"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the saved state of training cannot be used: {error}") from None
 
@@ -141,6 +157,8 @@ class Trainer:
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
         self._check_finite(result)
+        if self._balance and (told := self._balance.heard(result, self._algorithm.steps_begun)):
+            self._emit(Note("info", told))
         if self._check_replicas and self._algorithm.replica_tensors():
             hashes = gather_hashes(
                 self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors())
@@ -176,6 +194,9 @@ class Trainer:
                 result.step,
                 self._mesh.rank,
                 waited_for=result.waited_for,
+                samples=result.samples[self._algorithm.collectives.index]
+                if result.samples
+                else None,
                 **figures,
                 **self._vitals.read(),
             )

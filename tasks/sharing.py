@@ -1,0 +1,62 @@
+"""Who computes how much of a global batch: by the speeds of the cluster file, or as measured.
+
+Only wiring: the plans are in parts/placement.py, the decision in training/balance.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig, world_size
+from smolrun.parts.placement import (
+    BatchPlan,
+    Plans,
+    plan_batches,
+    rank_speeds,
+    ranked_hosts,
+    shares,
+)
+from smolrun.training.balance import Balance, Balancer
+from smolrun.training.stream_feed import steps_ahead
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
+    from smolrun.training.feed import Planned
+
+
+def largest_plan(config: RunConfig) -> BatchPlan:
+    """The plan of the rank with the largest share, as the run begins."""
+    micro = config.training.micro_batch_size
+    weights = _numbers(rank_speeds(config.cluster.model_dump(), world_size(config)))
+    return plan_batches(
+        config.training.global_batch_size,
+        weights,
+        weights.index(max(weights)),
+        None if micro == "auto" else micro,
+    )
+
+
+def _numbers(speeds: Sequence[float | str]) -> list[float]:
+    return [1.0 if speed == "auto" else float(speed) for speed in speeds]
+
+
+def share_work(
+    config: Mapping[str, Any], prepared: Prepared, speeds: Sequence[float | str], rank: int
+) -> tuple[Planned, Balance | None]:
+    """This rank's plan; with the balance that changes it, where a speed is "auto".
+
+    Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
+    speeds and given numbers have no unit in common: then the numbers are where it begins.
+    """
+    training = config["training"]
+    size = training["global_batch_size"]
+    micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
+    weights = _numbers(speeds)
+    if "auto" not in speeds:
+        return plan_batches(size, weights, rank, micro), None
+    counts = shares(size, weights)
+    plans = Plans(lambda now: plan_batches(size, now, rank, micro), counts)
+    ahead = 0 if prepared.stream is None else steps_ahead(prepared.stream["prefetch_steps"])
+    hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
+    return plans, Balance(Balancer(counts), plans, ahead=ahead, hosts=hosts)
