@@ -197,6 +197,16 @@ class StepSkipped(Event):
 
 
 @dataclass(frozen=True)
+class GradientDropped(Event):
+    """An update was made without the gradient of `rank`, which was late; the run goes on."""
+
+    kind: ClassVar[str] = "gradient_dropped"
+    step: int
+    rank: int
+    so_far: int
+
+
+@dataclass(frozen=True)
 class TextSample(Event):
     """Text the model wrote at the end of training."""
 
@@ -254,6 +264,7 @@ EVENTS: dict[str, type[Event]] = {
         Timeline,
         ReplicaHash,
         StepSkipped,
+        GradientDropped,
         TextSample,
         RunStarted,
         BenchRow,

@@ -90,8 +90,8 @@ class RankCheckpoints:
     def _restore(self) -> None:
         """Goes on from the checkpoint, if there is one to go on from; on all ranks alike.
 
-        As many ranks as before get their own random states back. Another number of ranks has none
-        to get back: each is seeded anew from the run's seed, its rank and the step.
+        As many ranks as before get their own random states back. Another number of ranks, or one
+        that saved none, is seeded anew from the run's seed, its rank and the step.
         """
         if self._saving.resume is None:
             return
@@ -100,9 +100,11 @@ class RankCheckpoints:
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])
                 self._trainer.restore(state["training"])
-                if checkpoint.manifest.world_size == self._algorithm.context.mesh.world_size:
-                    mine = state["ranks"][str(self._rank)]["random"]
-                    restore_random_state(mine, self._algorithm.context.device)
+                size = self._algorithm.context.mesh.world_size
+                is_as_before = checkpoint.manifest.world_size == size
+                mine = state["ranks"].get(str(self._rank)) if is_as_before else None
+                if mine is not None:
+                    restore_random_state(mine["random"], self._algorithm.context.device)
                 else:
                     seed_everything(self._seed, self._rank, checkpoint.manifest.step)
             except (KeyError, TypeError, ValueError) as error:

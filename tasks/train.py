@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.keeper import Keeper
-from smolrun.config import RunConfig, config_hash, world_size
+from smolrun.config import RunConfig, config_hash, savers, world_size
 from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
@@ -224,6 +224,7 @@ class _Run:
             newest=self._earlier.checkpoint if self._earlier else None,
             emit=emit,
             driver_state=lambda updates: reader_state(config, self._rows, updates),
+            savers=savers(config),
         )
         if not config.checkpoint.every and self._earlier is None:
             return keeper, None

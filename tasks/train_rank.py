@@ -59,7 +59,8 @@ def train(
     torch.manual_seed(config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
-    plan, balance = share_work(config, prepared, speeds, mesh.rank)
+    plan, balance = share_work(config, prepared, algorithm.batch_weights(speeds), mesh.rank)
+    eval_plan = plan.at(0).alone(mesh.world_size) if algorithm.evaluates_alone else plan
     checkpoints = saving and RankCheckpoints(
         saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
     )
@@ -68,7 +69,7 @@ def train(
         _feed(config, prepared, plan, rows),
         steps=training["steps"],
         evaluate=functools.partial(
-            _evaluate, algorithm, eval_split, plan, training["eval_batches"]
+            _evaluate, algorithm, eval_split, eval_plan, training["eval_batches"]
         ),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],
@@ -77,7 +78,7 @@ def train(
         save_every=saving.every if saving else 0,
         save=checkpoints.save if checkpoints and checkpoints.saves else None,
         timeline_steps=config["tracker"]["timeline_steps"],
-        balance=balance,
+        balance=balance if algorithm.is_lockstep else None,
     )
     if checkpoints:
         checkpoints.begin(trainer)
@@ -148,6 +149,7 @@ def place_algorithm(
             min_ratio=training["min_lr_ratio"],
         ),
         staleness=0 if bound == "auto" else bound,
+        staleness_bound=None if bound == "auto" else bound,
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),

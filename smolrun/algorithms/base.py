@@ -53,11 +53,10 @@ class Algorithm(ABC):
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
     holds_whole_model = True
-    # Whether this rank takes part in evaluations and checkpoints; whether it evaluates by itself.
-    evaluates = saves = True
+    # Whether this rank takes part in evaluations and checkpoints; whether all ranks begin every
+    # step together; whether this rank evaluates by itself.
+    evaluates = saves = is_lockstep = True
     evaluates_alone = False
-    # Whether all ranks begin every step of the run together.
-    is_lockstep = True
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -92,8 +91,7 @@ class Algorithm(ABC):
         return Share(self.steps_begun) if self.steps_begun < steps else None
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
-        """One step over this rank's samples; returns the update it finished, None while the first K
-        are in flight."""
+        """One step; returns the update it finished, None while the first K are in flight."""
         self.context.mesh.progress = self.steps_begun
         with self._computing():
             facts = self.forward_backward(micro_batches)
@@ -167,8 +165,7 @@ class Algorithm(ABC):
     # -- what an algorithm overrides ----
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Adds the gradient of the sum of losses to every `parameter.grad`; returns this rank's
-        facts."""
+        """Adds the gradient of the sum of losses to every `parameter.grad`; returns facts."""
         losses, weight = [], 0
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
@@ -185,8 +182,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def synchronize(self, facts: dict[str, float]) -> InFlight:
-        """Starts to bring this step's gradients and facts of all ranks together; must not wait for
-        them."""
+        """Starts to bring this step's gradients and facts of all ranks together; never waits."""
 
     def arrive(self, flight: InFlight) -> None:
         """Waits until all that belongs to the flight is here; the second time it is a no-op."""
@@ -226,8 +222,7 @@ class Algorithm(ABC):
         return norm
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
-        """Squared norm of the whole model's gradient; where ranks hold parts of it, an override
-        adds them up."""
+        """Squared norm of the whole gradient; where ranks hold parts, an override adds them up."""
         return squared_norm(gradients)
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -285,7 +280,7 @@ class Algorithm(ABC):
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         result = StepResult(
             step=flight.step,
-            loss=sum(flight.told("loss_sum")) / weight if weight else math.nan,
+            loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,

@@ -42,13 +42,16 @@ class Keeper:
         newest: Path | None = None,
         emit: Callable[[Event], None],
         driver_state: Callable[[int], dict[str, Any]] = lambda updates: {},
+        savers: int | None = None,
     ) -> None:
-        """`driver_state(updates)` is what the driver itself must remember, as JSON."""
+        """`savers` ranks write, all if it is None; `driver_state(updates)` is what
+        the driver itself must remember, as JSON."""
         self.newest = newest
         self.failure: str | None = None
         self._path = path
         self._token = token
         self._world_size = world_size
+        self._savers = savers or world_size
         self._facts = {"run_id": run_id, "config_hash": config_hash}
         self._keep = keep
         self._keep_best = keep_best
@@ -68,7 +71,7 @@ class Keeper:
             attempt.shards.append(event)
         else:
             attempt.failures.append(event)
-        if len(attempt.shards) + len(attempt.failures) == self._world_size:
+        if len(attempt.shards) + len(attempt.failures) == self._savers:
             del self._attempts[event.updates]
             self._complete(event.updates, attempt)
         return True

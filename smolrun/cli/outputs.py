@@ -55,6 +55,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 | `emulated` | The hosts that played other machines, a sentence each; empty: all times are real |
+| `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_s`) |
 | `restarts` | One for each time that the run was started again after a loss, see below |
 
 Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
@@ -95,6 +96,8 @@ MEANINGS = {
     "spans": "[what, lane, step, start_s, duration_s] each; timeline.json is made of them",
     "hashes": "One per rank, in rank order",
     "ranks": "Those whose gradient was not finite",
+    "gradient_dropped.rank": "Whose gradient was late",
+    "so_far": "How many of this rank were, this one included, since it was started",
     "accuracy": "Share of right answers, for classes; else null",
     "gradients": "Layer -> norm of its mean gradient, before clipping",
     "norms.parameters": "Layer -> norm of its parameters after the update; null = not asked for",

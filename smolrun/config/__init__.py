@@ -13,11 +13,20 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from smolrun.config import checks, problems
-from smolrun.config.plan import RankPlan, ranks, world_size
+from smolrun.config.plan import RankPlan, ranks, savers, world_size
 from smolrun.config.run import RunConfig, config_hash, resolved
 from smolrun.errors import ConfigError
 
-__all__ = ["RankPlan", "RunConfig", "config_hash", "ranks", "resolved", "validate", "world_size"]
+__all__ = [
+    "RankPlan",
+    "RunConfig",
+    "config_hash",
+    "ranks",
+    "resolved",
+    "savers",
+    "validate",
+    "world_size",
+]
 
 
 def validate(data: Mapping[str, Any]) -> RunConfig:

@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config import cluster_checks, not_built
-from smolrun.config.algorithms import FSDP, Algorithm, Single
+from smolrun.config import cluster_checks, not_built, server_checks
+from smolrun.config.algorithms import FSDP, Algorithm, Single, SyncPS
 from smolrun.config.base import Section
 from smolrun.config.cluster import Cluster
 from smolrun.config.data import Data
@@ -49,6 +49,7 @@ def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[s
 def ranks_fit_batch(*, cluster: Cluster, algorithm: Algorithm, training: Training) -> Iterator[str]:
     """Every rank needs at least one sample of each step."""
     size, batch = cluster_size(cluster, algorithm), training.global_batch_size
+    size -= isinstance(algorithm, SyncPS) and not algorithm.server_trains
     if size > batch:
         yield problem(
             "training.global_batch_size",
@@ -239,6 +240,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     blocks_can_be_recomputed,
     momentum_fits,
     own_code_is_there,
+    *server_checks.CHECKS,
 )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
 from smolrun.config.base import (
@@ -139,3 +140,15 @@ class Cluster(Section):
     threads: Auto | Count = Field(
         default="auto", description="Torch threads per rank; auto = cores / ranks of the host"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_with_server(cls, data: Any) -> Any:
+        """Ranks go host after host, and the server is rank 0."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("hosts"), list):
+            return data
+
+        def is_other(host: Any) -> bool:
+            return not isinstance(host, Mapping) or host.get("name") != data.get("server")
+
+        return {**data, "hosts": sorted(data["hosts"], key=is_other)}

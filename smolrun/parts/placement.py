@@ -66,6 +66,12 @@ class BatchPlan:
             return BatchPlan(0, (), self.global_batch_size, self.micro_batch_size)
         return plan_batches(self.global_batch_size, [1.0] * count, index, self.micro_batch_size)
 
+    def alone(self, count: int) -> BatchPlan:
+        """The plan of whoever takes whole batches, for which others would be `count` ranks: no
+        more samples at once than a rank of these."""
+        most = self.micro_batch_size or -(-self.global_batch_size // count)
+        return plan_batches(self.global_batch_size, [1.0], 0, most)
+
     def positions(self, step: int) -> list[range]:
         """The global sample positions of each micro-batch of a step."""
         start = step * self.global_batch_size + self.first

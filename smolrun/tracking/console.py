@@ -17,7 +17,16 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+from smolrun.events import (
+    EvalDone,
+    Event,
+    GradientDropped,
+    Note,
+    RankStep,
+    RunStarted,
+    StepDone,
+    StepSkipped,
+)
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
@@ -128,9 +137,20 @@ class Console:
         elif isinstance(event, StepSkipped):
             where = f" on {named(event.ranks)}" if event.ranks else ""
             self._print(f"step {event.step + 1} is skipped: no finite gradient{where}")
+        elif isinstance(event, GradientDropped):
+            self._show_dropped(event)
         elif isinstance(event, Note) and event.level != "debug":
             whose = "" if event.rank is None else f" (rank {event.rank})"
             self._print(f"{event.level}: {event.message}{whose}")
+
+    def _show_dropped(self, event: GradientDropped) -> None:
+        """Rarer and rarer: a rank that is too slow is late in every step."""
+        if event.so_far & (event.so_far - 1) == 0:  # 1, 2, 4, 8, ...
+            so_far = f", {event.so_far} so far" if event.so_far > 1 else ""
+            self._print(
+                f"step {event.step + 1} goes on without rank {event.rank}: its gradient is late "
+                f"and will be dropped{so_far}"
+            )
 
     def _show_start(self, event: RunStarted) -> None:
         self._print(

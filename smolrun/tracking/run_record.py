@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from smolrun.events import CheckpointSaved, EvalDone, Event, StepDone, TextSample
+from smolrun.events import CheckpointSaved, EvalDone, Event, GradientDropped, StepDone, TextSample
 
 
 class RunRecord:
@@ -31,6 +31,7 @@ class RunRecord:
         self.eval_accuracy: float | None = None
         self.checkpoint = checkpoint
         self.sample: TextSample | None = None
+        self.gradients_dropped: dict[int, int] = {}
         self._not_finite_since: int | None = None
 
     @property
@@ -58,6 +59,9 @@ class RunRecord:
                 self._not_finite_since = self.steps  # counted from 1, as people do
         elif isinstance(event, EvalDone):
             self.eval_loss, self.eval_accuracy = event.loss, event.accuracy
+        elif isinstance(event, GradientDropped):
+            before = self.gradients_dropped.get(event.rank, 0)
+            self.gradients_dropped[event.rank] = before + 1
         elif isinstance(event, CheckpointSaved):
             self.checkpoint = event.folder
         elif isinstance(event, TextSample):
@@ -105,6 +109,7 @@ class RunRecord:
             "host_versions": {host: dict(found) for host, found in (host_versions or {}).items()},
             "peak_memory_bytes": list(peak_memory_bytes),
             "time": dict(time) if time is not None else None,
+            "gradients_dropped": {str(r): n for r, n in sorted(self.gradients_dropped.items())},
             "restarts": [dict(row) for row in restarts],
             "emulated": list(emulated),
         }

@@ -18,6 +18,7 @@ from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import (
     EvalDone,
     Event,
+    GradientDropped,
     Norms,
     Note,
     RankStep,
@@ -89,7 +90,9 @@ class Trainer:
         self._balance = balance
         self._mesh = algorithm.context.mesh
         self._vitals = Vitals()
-        self._spans = SpanRecorder(algorithm, steps=timeline_steps, emit=emit)
+        # Ranks that do not begin every step together have no common moment to count from.
+        spans = timeline_steps if algorithm.is_lockstep else 0
+        self._spans = SpanRecorder(algorithm, steps=spans, emit=emit)
         self._skipped_in_a_row = 0
         self._bytes = (0, 0)
         self._last_step_at = 0.0
@@ -156,6 +159,8 @@ class Trainer:
         self.outcome.final_train_loss = result.loss
         self.outcome.was_stopped |= result.wants_stop
         self._tell(result)
+        for rank, so_far in result.late.items():
+            self._emit(GradientDropped(result.step, rank, so_far))
         self._check_finite(result)
         if self._balance and (told := self._balance.heard(result, self._algorithm.steps_begun)):
             self._emit(Note("info", told))

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from smolrun.events import EvalDone, Event, Note, RankStep, RunStarted, StepDone, StepSkipped
+from smolrun.events import (
+    EvalDone,
+    Event,
+    GradientDropped,
+    Note,
+    RankStep,
+    RunStarted,
+    StepDone,
+    StepSkipped,
+)
 from smolrun.tracking.console import Console, clock, named, printable, slowest
 
 
@@ -69,6 +78,7 @@ def test_events_as_sentences() -> None:
         RunStarted(1_115_264, 20, 27_886, 1_516, "cpu"),
         EvalDone(9, 1.5, 8),
         StepSkipped(4, [0, 1]),
+        *(GradientDropped(so_far + 10, 2, so_far) for so_far in range(1, 6)),
         Note("warning", "[red] is no markup :smile:", rank=1),
         Note("debug", "not for people"),
     ) == [
@@ -76,6 +86,9 @@ def test_events_as_sentences() -> None:
         "1,516 more for evaluation",
         "after step 10: evaluation loss 1.5000",
         "step 5 is skipped: no finite gradient on ranks 0 and 1",
+        "step 12 goes on without rank 2: its gradient is late and will be dropped",
+        "step 13 goes on without rank 2: its gradient is late and will be dropped, 2 so far",
+        "step 15 goes on without rank 2: its gradient is late and will be dropped, 4 so far",
         "warning: [red] is no markup :smile: (rank 1)",
     ]
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from smolrun.events import CheckpointSaved, EvalDone, RankStep, StepDone, TextSample
+from smolrun.events import (
+    CheckpointSaved,
+    EvalDone,
+    GradientDropped,
+    RankStep,
+    StepDone,
+    TextSample,
+)
 from smolrun.tracking.run_record import RunRecord
 
 
@@ -16,6 +23,8 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         record.record(RankStep(step, 0, 0.1, 0.0, None, 0, 0))
         record.record(StepDone(step, 0.5 * (step + 1), 3.0 - step, 1, 1, 100, 200, 0, 0, 0, 0))
     record.record(EvalDone(3, 1.25, 50, 0.5))
+    for so_far in (1, 2):
+        record.record(GradientDropped(so_far, 1, so_far))
     record.record(CheckpointSaved(3, "step-00000004", 100, 0.1, 0.2))
     record.record(TextSample(4, "def ", "f():"))
     summary = record.summary(
@@ -52,6 +61,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "host_versions": {},
         "peak_memory_bytes": [5, None],
         "time": {"computing": 1.0},
+        "gradients_dropped": {"1": 2},
         "restarts": [{"step": 4}],
     }
     assert record.tokens_per_s == 200.0
