@@ -82,7 +82,7 @@ class Algorithm(ABC):
         """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
 
-    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+    def batch_weights(self, speeds: Sequence[float | str]) -> Sequence[float | str]:
         """How much of a global batch each rank gets, relative to the others."""
         return speeds
 

@@ -1,10 +1,10 @@
 """Elastic data parallelism: a parameter server, and workers that never wait for each other.
 
-    rank 0, server   [u]   [u][u]      [u]   [u]  [u]      one update per push, as they come
-                     ^ \   ^  ^ \      ^ \
-                  push  weights ...
-    rank 1, fast  [t0   ][t2   ][t3   ][t5   ][t6   ]      t0, t1, ...: tickets
-    rank 2, slow  [t1              ][t4              ]
+    rank 1, fast     [t0   ][t2   ][t3   ][t5   ][t6   ]     t0, t1, ...: tickets
+                           push 0 |  push 2 |  ^ weights
+    rank 0, server                [u]      [u]  [u]   [u]     an update per push, as they come
+                                                 | push 1
+    rank 2, slow     [t1                       ][t4          ]
 
 Rank 0 holds the optimizer. A worker takes a ticket (parts/tickets.py), computes the gradient of
 those samples, pushes it in the background (parts/courier.py) and goes on with the next ticket, with
@@ -23,22 +23,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context, InFlight
-from smolrun.algorithms.contract import FACTS, NOTHING, EvalSums, Part, Share, StepResult
+from smolrun.algorithms.contract import NOTHING, EvalSums, Part, Share, StepResult
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
-from smolrun.errors import TrainingError
+from smolrun.errors import ConfigError, WaitTimeout
 from smolrun.events import Event, PushApplied
 from smolrun.parts.courier import Courier, Ticket
 from smolrun.parts.damping import DAMPING
 from smolrun.parts.flat_model import FlatModel
-from smolrun.parts.push_pull import Facts, Why
+from smolrun.parts.push_pull import Facts, Sums, Why
 from smolrun.parts.reception import Reception
 from smolrun.parts.tickets import Tickets
 
@@ -53,47 +52,33 @@ def edp(
     damping: str,
     min_ranks: int,
 ) -> Algorithm:
-    """This rank's part in it. A rank without others is a server that trains."""
+    """This rank's part in it. A rank without others is a server that trains. How many ranks must be
+    there at least, `min_ranks`, is for the driver to see to."""
     if context.mesh.rank != SERVER:
         return EDPWorker(context)
     trains = server_trains or context.mesh.world_size == 1
     auto = context.mesh.world_size - 1 + trains
     per_step = auto if pushes_per_batch == "auto" else int(pushes_per_batch)
-    return EDPServer(context, trains, Tickets(per_step, context.staleness_bound), damping, min_ranks)
-
-
-@dataclass
-class Sums:
-    """What the pushes of one global batch have told so far."""
-
-    pushes: int = 0
-    loss: float = 0.0
-    weight: float = 0.0
-    samples: int = 0  # of this rank's own
-    grad_norm: float | None = None  # of the last push that was finite
-    culprits: set[int] = field(default_factory=set)
-    wants_stop: bool = False
-
-    def add(self, rank: int, facts: Facts, grad_norm: float | None) -> None:
-        """One more push, `grad_norm` None: it was not finite and changed nothing."""
-        self.pushes += 1
-        self.loss += facts.loss_sum
-        self.weight += facts.weight
-        self.samples += int(facts.samples) if rank == SERVER else 0
-        self.grad_norm = grad_norm or self.grad_norm
-        self.culprits |= set() if grad_norm is not None else {rank}
-        self.wants_stop |= bool(facts.wants_stop)
+    return EDPServer(context, trains, Tickets(per_step, context.staleness_bound), damping)
 
 
 class EDP(Algorithm):
     """What server and workers have in common: backward writes into flat gradients."""
 
+    is_lockstep = False
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.collectives = Collectives(context.mesh, [context.mesh.rank])
+        self._samples = 0  # that this rank has computed since it last told
 
     def place(self, model: torch.nn.Module) -> None:
-        """A replica."""
+        """A replica. ConfigError for a model that learns something without gradients."""
+        if any(getattr(module, "track_running_stats", False) for module in model.modules()):
+            raise ConfigError(
+                "algorithm=edp brings gradients to the server and nothing else, but this model has "
+                "norms that keep running means; take layer norms, or algorithm=classicdp"
+            )
         super().place(model)
         self.flat_model = FlatModel(model.parameters())
         self.gradients = self.flat_model.zeros()
@@ -109,13 +94,15 @@ class EDP(Algorithm):
             for flat in self.gradients:
                 flat.div_(self.loss_scale.value)
         samples = sum(len(batch.inputs) for batch in micro_batches)
+        self._samples += samples
         return Facts(
             ticket, version, told["loss_sum"], told["weight"], samples, float(self.wants_stop)
         )
 
     def result(self, step: int, sums: Sums, events: Sequence[Event] = ()) -> StepResult:
         """What a trainer wants to know."""
-        compute_s, wait_s, self._compute_s, self._wait_s = self._compute_s, self._wait_s, 0.0, 0.0
+        compute_s, wait_s, samples = self._compute_s, self._wait_s, self._samples
+        self._compute_s, self._wait_s, self._samples = 0.0, 0.0, 0
         return StepResult(
             step=step,
             loss=sums.loss / sums.weight if sums.weight else math.nan,
@@ -128,7 +115,7 @@ class EDP(Algorithm):
             culprits=tuple(sorted(sums.culprits)),
             wants_stop=sums.wants_stop,
             norms=self._norms,
-            samples=(sums.samples,),
+            samples=(samples,),
             events=tuple(events),
         )
 
@@ -182,7 +169,7 @@ class EDPWorker(EDP):
             self.courier.push(facts, self.gradients)
         else:  # somebody tries again with newer weights, and in fp16 another loss scale
             self.courier.give_back(self._ticket.number, Why.NOT_FINITE)
-        sums = Sums(samples=int(facts.samples))
+        sums = Sums()
         sums.add(self.context.mesh.rank, facts, norm if is_finite else None)
         sums.wants_stop = False  # that is for the server to decide
         return self.result(step, sums)
@@ -193,18 +180,14 @@ class EDPServer(EDP):
 
     evaluates_alone = True
 
-    def __init__(
-        self, context: Context, trains: bool, tickets: Tickets, damping: str, min_ranks: int
-    ) -> None:
+    def __init__(self, context: Context, trains: bool, tickets: Tickets, damping: str) -> None:
         super().__init__(context)
         self.tickets = tickets
         self._trains = trains
         self._damping = DAMPING[damping]
-        self._min_ranks = min_ranks
         self._own: int | None = None  # the ticket that the server itself works on
         self._sums = Sums()
         self._events: list[Event] = []
-        self._enough_s = time.monotonic()  # when there were enough ranks
 
     def place(self, model: torch.nn.Module) -> None:
         """The model, its optimizer, and where workers are received."""
@@ -230,7 +213,7 @@ class EDPServer(EDP):
         """Serves until a global batch is applied; who trains too only takes what has come, and
         returns None before that."""
         self.context.mesh.progress = self.steps_begun
-        trains = self._own is not None
+        trains, limit_s = self._own is not None, self.context.mesh.timeout_s
         if self._own is not None:
             facts = self.gradient(self._own, self.tickets.num_done, micro_batches)
             self._apply(SERVER, facts)
@@ -238,11 +221,13 @@ class EDPServer(EDP):
             self.reception.hand_out()
         while self._sums.pushes < self.tickets.per_step:
             began = time.perf_counter()
-            pushed = self.reception.next_push(0.0 if trains else self.context.mesh.timeout_s)
+            pushed = self.reception.next_push(0.0 if trains else limit_s)
             self._wait_s += time.perf_counter() - began
-            self._check_ranks(is_idle=pushed is None and not trains)
-            if pushed is None:
+            if pushed is None and trains:
                 return None
+            if pushed is None:
+                here = len(self.reception.workers)
+                raise WaitTimeout(f"no gradient came for {limit_s:g} s; {here} workers are here")
             pushed.worker.take_gradient(self.gradients)
             self._apply(pushed.worker.rank, pushed.facts)
             self.reception.applied(pushed)
@@ -274,21 +259,6 @@ class EDPServer(EDP):
         self._events.clear()
         self.reception.told.clear()
         return self.result(step, sums, events)
-
-    def _check_ranks(self, *, is_idle: bool) -> None:
-        """TrainingError where too few ranks have trained for too long."""
-        now, limit_s = time.monotonic(), self.context.mesh.timeout_s
-        present = len(self.reception.workers) + self._trains
-        if present >= self._min_ranks and not is_idle:
-            self._enough_s = now
-        elif is_idle or now - self._enough_s > limit_s:
-            raise TrainingError(
-                f"only {present} of at least {self._min_ranks} ranks trained in the last "
-                f"{limit_s:g} s (mesh.timeout_s); what they had is in the last checkpoint"
-                if present < self._min_ranks
-                else f"no gradient came for {limit_s:g} s (mesh.timeout_s), although "
-                f"{present} ranks are there"
-            )
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:

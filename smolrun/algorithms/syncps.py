@@ -77,7 +77,7 @@ class SyncPS(ClassicDP):
         self._pulls_average = pull == "average"
         self.is_lockstep = not straggler_s
 
-    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+    def batch_weights(self, speeds: Sequence[float | str]) -> Sequence[float | str]:
         """By speed; nothing for a server that does not train."""
         return speeds if self._server_trains else [0.0, *speeds[1:]]
 
@@ -175,7 +175,7 @@ class SyncPSServer(SyncPS):
     def __init__(self, *args: Any) -> None:
         *common, self._decay = args
         super().__init__(*common)
-        self._nothing = Work("own gradient", 0.0, str)
+        self._nothing = Work("own gradient", self.mesh)
         self._nothing.finish()
 
     def place(self, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "compare",
         "logs",
     ),
-    "algorithm": ("edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "algorithm": ("mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "quantization": ("fp16", "bf16", "int8"),
     "quantization.kind": ("fp16", "bf16", "int8"),

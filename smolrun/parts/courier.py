@@ -26,7 +26,7 @@ import torch
 
 from smolrun.errors import WaitTimeout
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.flat_model import Flats, FlatModel
+from smolrun.parts.flat_model import FlatModel, Flats
 from smolrun.parts.push_pull import Facts, Letter, Lines, Why, Word, letter_room, read
 from smolrun.parts.quantization import Feedback, Quantization
 
@@ -196,7 +196,8 @@ class Courier:
 
     def _letter_came(self, error: BaseException | None) -> None:
         if error is not None:
-            return self._failed_if(error)
+            self._failed_if(error)
+            return
         letter = read(self._letter)
         self._lines.next_letter(self._letter, self._letter_came)
         with self._changed:

@@ -15,6 +15,7 @@ a letter never waits behind them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -78,6 +79,27 @@ class Facts(NamedTuple):
     def row(self) -> torch.Tensor:
         """Ready to travel."""
         return torch.tensor(self, dtype=torch.float64)
+
+
+@dataclass
+class Sums:
+    """What the pushes of one global batch have told so far."""
+
+    pushes: int = 0
+    loss: float = 0.0
+    weight: float = 0.0
+    grad_norm: float | None = None  # of the last push that was finite
+    culprits: set[int] = field(default_factory=set)
+    wants_stop: bool = False
+
+    def add(self, rank: int, facts: Facts, grad_norm: float | None) -> None:
+        """One more push, `grad_norm` None: it was not finite and changed nothing."""
+        self.pushes += 1
+        self.loss += facts.loss_sum
+        self.weight += facts.weight
+        self.grad_norm = grad_norm or self.grad_norm
+        self.culprits |= set() if grad_norm is not None else {rank}
+        self.wants_stop |= bool(facts.wants_stop)
 
 
 class Lines:

@@ -117,9 +117,7 @@ class Tickets:
         self.num_done = self._next - len(self._returned)
         # When exactly the steps before were done is not known any more: later is safe.
         first = self.oldest_step - (self._bound or 0)
-        self._done_before = {
-            step: self.num_done for step in range(max(0, first), self.oldest_step + 1)
-        }
+        self._done_before = dict.fromkeys(range(max(0, first), self.oldest_step + 1), self.num_done)
 
     def _take_from(self, holder: int, ticket: int) -> None:
         if self._holders.get(ticket) != holder:
