@@ -96,11 +96,17 @@ class Courier:
         PeerLost if it is gone."""
         if not self._has_begun:
             self._begin()
-        with self._changed:
-            self._wait_for_work()
-            if self._is_over:
-                return None
-            ticket = self._tickets.popleft()
+        while True:
+            version = self.load_newest()  # also while waiting: only then newer ones can come
+            with self._changed:
+                if self._is_over:
+                    return None
+                self._raise_error()
+                if version >= 0 and self._tickets and version >= self._tickets[0].needs:
+                    ticket = self._tickets.popleft()
+                    break
+                if not self._is_fresh:
+                    self._wait_for_news()
         self._ask()
         return ticket
 
@@ -141,19 +147,14 @@ class Courier:
 
     # -- under the lock, or on the I/O thread ----
 
-    def _wait_for_work(self) -> None:
-        while not self._is_over:
-            self._raise_error()
-            here = int(self._shadow_version.item()) if self._is_fresh else self._version
-            if here >= 0 and self._tickets and here >= self._tickets[0].needs:
-                return
-            left_s = self._last_heard_s + self._mesh.timeout_s - time.monotonic()
-            if left_s <= 0:
-                raise WaitTimeout(
-                    f"rank {self._mesh.rank}: no work from rank {self._server} for "
-                    f"{self._mesh.timeout_s:g} s although it is alive"
-                )
-            self._changed.wait(left_s)
+    def _wait_for_news(self) -> None:
+        left_s = self._last_heard_s + self._mesh.timeout_s - time.monotonic()
+        if left_s <= 0:
+            raise WaitTimeout(
+                f"rank {self._mesh.rank}: no work from rank {self._server} for "
+                f"{self._mesh.timeout_s:g} s although it is alive"
+            )
+        self._changed.wait(left_s)
 
     def _raise_error(self) -> None:
         if self._error is not None and not self._is_over:

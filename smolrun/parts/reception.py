@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import deque
 
 from smolrun.events import Event, Note, PushDropped
 from smolrun.mesh.mesh import Mesh
@@ -48,7 +47,7 @@ class Reception:
         self._quantization = quantization
         self._steps = 0
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
-        self._wanting: deque[Worker] = deque()  # who has asked for a ticket, in order
+        self._wanting: list[Worker] = []  # who has asked for a ticket, in order
         self._is_open = False
         self._over: Letter | None = None
 
@@ -86,19 +85,16 @@ class Reception:
 
     def hand_out(self) -> None:
         """Tickets to those who want some, as far as there are any."""
-        kept: deque[Worker] = deque()
-        while self._wanting:
-            worker = self._wanting.popleft()
+        for worker in list(self._wanting):
             ticket = self.tickets.take(worker.rank, self._steps)
             if ticket is None:
-                kept.append(worker)
-                break
+                continue  # there may be one for somebody who has none yet
+            self._wanting.remove(worker)
             needs = self.tickets.needs(ticket)
             worker.say(Letter(Word.TICKET, ticket, needs, self.tickets.per_step))
             if worker.sent_version < needs:
                 worker.is_due = True
                 worker.send_if_due(self.tickets.num_done)
-        self._wanting.extendleft(reversed(kept))
 
     def say_busy(self) -> None:
         """The server does something else for a while, nobody should lose patience."""
@@ -157,7 +153,7 @@ class Reception:
         worker = self.workers.pop(gone.rank, None)
         if worker is None:
             return
-        self._wanting = deque(other for other in self._wanting if other is not worker)
+        self._wanting = [other for other in self._wanting if other is not worker]
         lost = self.tickets.lose(gone.rank)
         for ticket in lost:
             self._tell_dropped(gone.rank, ticket, Why.LOST)

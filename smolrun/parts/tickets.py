@@ -13,8 +13,9 @@ are done. So no part of the data is lost with a rank, none counts twice, and fas
 it without their samples counting more than others'.
 
 With a bound K a ticket of step s is handed out only when all tickets of the steps before s - K are
-done, and only to be trained with weights that have all of these in them. That is Ho's guarantee: no
-rank is more than K steps ahead of the slowest, no weights are more than K steps old.
+done, and only to be trained with weights that have all of these in them; nobody has more than K + 1
+in hands. That is Ho's guarantee: no rank is more than K steps ahead of the slowest, no weights are
+more than K steps old. With m tickets a step no gradient is older than (2 K + 1) m - 1 updates.
 
 Pure: knows nothing of ranks but a number, nothing of gradients.
 
@@ -64,7 +65,9 @@ class Tickets:
         step = ticket // self.per_step
         if step >= steps:
             return None
-        if self._bound is not None and step - self.oldest_step > self._bound:
+        if self._bound is not None and (
+            step - self.oldest_step > self._bound or len(self.held_by(holder)) > self._bound
+        ):
             return None
         if self._returned:
             heapq.heappop(self._returned)

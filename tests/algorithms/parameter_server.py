@@ -149,3 +149,7 @@ def replay(
 
 def plan() -> BatchPlan:
     return plan_batches(worlds.GLOBAL_BATCH, [1.0], 0)
+
+
+def make_sgd(named: Any, *, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter for _, parameter in named], lr=lr)
