@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 
 def pytest_sessionstart() -> None:
     """Let Ctrl-C mean something again, also for the processes that tests start.
@@ -13,3 +15,11 @@ def pytest_sessionstart() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):  # nohup ignores it, and children inherit that
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs side by side (pytest -n): a file stays together, as its tests share what was set
+    up, and so do all hosts, as one lab is enough."""
+    for item in items:
+        group = "hosts" if item.get_closest_marker("hosts") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

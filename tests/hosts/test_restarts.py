@@ -58,6 +58,7 @@ def test_a_rank_that_is_killed_goes_on_on_its_host(driver: Driver) -> None:
     assert is_clean(driver.lab.hosts)
 
 
+@pytest.mark.soak
 def test_too_few_hosts_end_the_run_with_what_is_missing(driver: Driver) -> None:
     run = driver.start(*LONG, "cluster.restart.min_hosts=3")
     driver.wait_for_step(20)

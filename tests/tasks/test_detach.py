@@ -104,6 +104,7 @@ def test_ctrl_c_while_the_data_is_prepared_starts_nothing(tmp_path: Path) -> Non
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_run_that_goes_on_may_be_detached_too(tmp_path: Path) -> None:
     first = [*SMALL, "training.steps=3", "training.sample_tokens=0"]

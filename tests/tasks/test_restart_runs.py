@@ -26,6 +26,7 @@ def kill_a_rank(run: subprocess.Popen[str], number: int) -> psutil.Process:
     return ranks[number]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
     (tmp_path / "calm").mkdir()
@@ -53,6 +54,7 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
     assert "the run was started again 2 times" in out and err == ""
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_without_a_checkpoint_it_begins_again(tmp_path: Path) -> None:
     run = start(tmp_path, *RUN, "checkpoint.every=0", "cluster.restart.max=1")

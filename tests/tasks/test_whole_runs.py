@@ -36,9 +36,9 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(run: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(run: subprocess.Popen[str], timeout_s: float = 50.0) -> tuple[int, str, str]:
     try:
-        out, err = run.communicate(timeout=50)
+        out, err = run.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         run.kill()
         out, err = run.communicate()

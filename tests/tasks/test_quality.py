@@ -1,0 +1,56 @@
+"""Every algorithm learns as well as one process does: real processes, the same samples, three
+seeds, and the spread of the seeds beside it. A table of all figures is printed (pytest -s)."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.tasks.test_whole_runs import finish, start, summary
+
+SEEDS = (0, 1, 2)
+MODELS = {
+    "mlp": ["model=mlp", "data=digits", "training.steps=120", "training.global_batch_size=64"],
+    "gpt_tiny": [
+        "model=gpt_tiny", "data=python_stdlib", "data.max_mb=2", "training.steps=120",
+        "training.global_batch_size=16", "training.eval_batches=16",
+    ],
+}  # fmt: skip
+SYNCHRONOUS, LATE = 0.02, 0.05  # how far from single's validation loss, as a share of it
+VARIANTS = {
+    "classicdp": (["algorithm=classicdp"], SYNCHRONOUS),
+    "classicdp, K=2": (["algorithm=classicdp", "staleness.bound=2"], LATE),
+    "fsdp stage 1": (["algorithm=fsdp", "algorithm.stage=1"], SYNCHRONOUS),
+    "fsdp stage 2": (["algorithm=fsdp", "algorithm.stage=2"], SYNCHRONOUS),
+    "fsdp stage 3": (["algorithm=fsdp", "algorithm.stage=3"], SYNCHRONOUS),
+}
+
+
+@functools.cache
+def eval_loss(model: str, seed: int, *overrides: str) -> float:
+    """The final validation loss of a run with these keys."""
+    keys = [*MODELS[model], f"seed={seed}", "checkpoint=none", "training.sample_tokens=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        code, _, err = finish(start(Path(folder), *keys, *overrides), timeout_s=300)
+        assert (code, err) == (0, "")
+        return float(summary(Path(folder))["final_eval_loss"])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_it_learns_as_single_does(model: str, variant: str) -> None:
+    overrides, allowed = VARIANTS[variant]
+    expected = [eval_loss(model, seed, "algorithm=single") for seed in SEEDS]
+    found = [eval_loss(model, seed, *overrides, "cluster.ranks=3") for seed in SEEDS]
+    spread = (max(expected) - min(expected)) / min(expected)
+    worst = max(ours / single - 1 for ours, single in zip(found, expected, strict=True))
+    print(
+        f"\n{model:9} {variant:16} single {[round(loss, 4) for loss in expected]} "
+        f"(spread {spread:.1%}), ours {[round(loss, 4) for loss in found]}, worst {worst:+.2%}"
+    )
+    assert worst < allowed
