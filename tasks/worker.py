@@ -165,6 +165,7 @@ def _build_mesh(
         start_timeout_s=start_timeout_s,
         guard=_guard(start, identity),
         wrap=shape.wrap if shape else None,
+        elastic=start.elastic,
     )
 
 

@@ -65,6 +65,8 @@ class StartMessage(Message, frozen=True, tag="start"):
 
     `secret` is 32 bytes in hex; `addresses` is where it listens, as numbers, best first, on one of
     `ports` (first and last) or on any. `credentials` are there exactly when `security` is tls.
+    `elastic`: the run goes on when a rank is lost; then a roster may name this rank alone, which
+    waits at its door.
     """
 
     rank: int
@@ -83,6 +85,7 @@ class StartMessage(Message, frozen=True, tag="start"):
     prepared: dict[str, Any] | None = None
     saving: Saving | None = None
     generation: int = 0
+    elastic: bool = False
 
     def __repr__(self) -> str:
         """Without secret and config: a start message must be safe to log."""
@@ -107,7 +110,9 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RosterMessage(Message, frozen=True, tag="roster"):
-    """Where every rank listens, in rank order; sent to all once all are ready."""
+    """Where every rank listens, in rank order; sent to all once all are ready.
+
+    In an elastic run: rank 0 and the receiver alone, as soon as both are ready."""
 
     peers: list[Peer]
 

@@ -21,7 +21,9 @@ from smolrun.launch.attendant import Attendant
 from smolrun.launch.cause import RankState
 from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
 from smolrun.launch.desk import RowDesk, RowReader
+from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.hosts import Host, WorkerPlan
+from smolrun.launch.member import Elasticity
 from smolrun.launch.moves import (
     Action,
     Finish,
@@ -35,6 +37,8 @@ from smolrun.launch.moves import (
     SendRoster,
     SendStop,
     Silent,
+    StartAgain,
+    Tell,
     WantsRows,
 )
 from smolrun.launch.supervisor import Limits, Phase, Supervisor
@@ -98,12 +102,15 @@ class Driver:
         rows: RowReader | None = None,
         stop_requests: Callable[[], int] = lambda: 0,
         meanwhile: Callable[[], None] = lambda: None,
+        elastic: Elasticity | None = None,
     ) -> None:
         """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick.
         `meanwhile` is called there too, a few times a second at least.
 
         `rows` is what the ranks may ask for where the data is a stream. `stop_requests` tells how
-        often another process asked this run to stop, which counts as so many Ctrl-C.
+        often another process asked this run to stop, which counts as so many Ctrl-C. With `elastic`
+        the run goes on without ranks that are lost, and starts them again: `host_of` is then asked
+        anew, and its `start` may take the time that it needs to reach a host that was away.
         """
         self._plans = plans
         self._listen = listen
@@ -111,7 +118,11 @@ class Driver:
         self._limits = limits or Limits()
         self._inbox: queue.Queue[Input] = queue.Queue(_INBOX_SIZE)
         self._over = threading.Event()
-        self._attendants = [Attendant(plan, host_of(plan), self._post) for plan in plans]
+        self._host_of = host_of
+        self._elastic = elastic
+        self._attendants: list[Attendant] = []
+        for plan in plans:
+            self._attendants.append(self._attendant(plan))
         self._interrupts = InterruptCounter()
         self._rows = rows
         self._desk: RowDesk | None = None
@@ -141,14 +152,14 @@ class Driver:
                 send=lambda rank, message: self._attendants[rank].send(message),
                 fail=lambda problem: self._post(ReaderFailed(problem)),
             )
-        for plan, attendant in zip(self._plans, self._attendants, strict=True):
-            attendant.send(plan.start)
+        for attendant in self._attendants:
+            attendant.send(attendant.plan.start)
             attendant.begin()
         threading.Thread(target=self._renew_leases, name="smolrun-leases", daemon=True).start()
 
     def _loop(self) -> Outcome:
         states = [RankState(p.rank, p.host, str(p.log_path)) for p in self._plans]
-        supervisor = Supervisor(states, now=time.monotonic(), limits=self._limits)
+        supervisor = self._supervisor(states)
         told_interrupts = 0
         while True:
             item = self._next(supervisor.deadline)
@@ -169,6 +180,27 @@ class Driver:
             actions += supervisor.advance(now) if item is None else supervisor.handle(item, now)
             if outcome := self._perform(actions):
                 return outcome
+
+    def _supervisor(self, states: Sequence[RankState]) -> Supervisor:
+        now = time.monotonic()
+        if self._elastic is None:
+            return Supervisor(states, now=now, limits=self._limits)
+        return ElasticSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
+
+    def _attendant(self, plan: WorkerPlan) -> Attendant:
+        """Who looks after one process of a rank; what is left of an earlier one is not heard."""
+
+        def post(item: Input) -> None:
+            if self._attendants[plan.rank] is attendant:
+                self._post(item)
+
+        attendant = Attendant(plan, self._host_of(plan), post)
+        return attendant
+
+    def _start_again(self, rank: int) -> None:
+        attendant = self._attendants[rank] = self._attendant(self._plans[rank])
+        attendant.send(attendant.plan.start)
+        attendant.begin()
 
     def _look_for_silence(self, supervisor: Supervisor, now: float) -> list[Action]:
         """While the cause of a failure is sought, it counts who does not answer us either."""
@@ -217,7 +249,12 @@ class Driver:
                 self._attendants[action.rank].send(StopMessage())
             elif isinstance(action, SendRoster):
                 for attendant in self._attendants:
-                    attendant.send(RosterMessage(peers=action.peers))
+                    if action.to in (None, attendant.plan.rank):
+                        attendant.send(RosterMessage(peers=action.peers))
+            elif isinstance(action, StartAgain):
+                self._start_again(action.rank)
+            elif isinstance(action, Tell):
+                self._listen(Note(action.level, action.message))
         return None
 
     def _post(self, item: Input) -> None:

@@ -109,9 +109,25 @@ Input = (
 
 @dataclass(frozen=True)
 class SendRoster:
-    """Tell every rank where the others are."""
+    """Tell every rank where the others are; or one alone, whom it is to link up with."""
 
     peers: list[Peer]
+    to: int | None = None
+
+
+@dataclass(frozen=True)
+class StartAgain:
+    """Start a rank anew, whose process has ended; only where the run goes on without it."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Tell:
+    """A sentence for the user."""
+
+    level: Literal["info", "warning"]
+    message: str
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,8 @@ class Kill:
 class Outcome:
     """How the run ended. `reason` is one line, empty if all is well; `steps` were done.
 
+    `departures` has a row for each time that an elastic run lost a rank and went on.
+
     `is_lost`: it failed because a rank or its host is gone, so that another start may go better.
     """
 
@@ -145,6 +163,7 @@ class Outcome:
     steps: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    departures: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -154,4 +173,4 @@ class Finish:
     outcome: Outcome
 
 
-Action = SendRoster | SendStop | Kill | Finish
+Action = SendRoster | SendStop | Kill | StartAgain | Tell | Finish

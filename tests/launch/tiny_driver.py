@@ -19,6 +19,7 @@ from smolrun.launch.desk import RowReader
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
+from smolrun.launch.member import Elasticity
 from smolrun.launch.supervisor import Limits
 
 WORKER = [sys.executable, str(Path(__file__).with_name("tiny_worker.py"))]
@@ -58,6 +59,7 @@ def make_driver(
     lease_every_s: float = 0.2,
     rows: RowReader | None = None,
     stop_requests: Callable[[], int] = lambda: 0,
+    elastic: Elasticity | None = None,
     **limits: Any,
 ) -> Driver:
     host = LocalHost(command or WORKER)
@@ -76,6 +78,7 @@ def make_driver(
         lease_every_s=lease_every_s,
         rows=rows,
         stop_requests=stop_requests,
+        elastic=elastic,
     )
 
 

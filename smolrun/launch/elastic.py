@@ -1,0 +1,271 @@
+"""Decides what the driver does with the workers of an elastic run: it goes on without those that
+are lost, and starts them again. The supervisor's sister: the same way in and out, and as pure.
+
+    rank 0 ready: it waits at its door --> RUNNING -- first Ctrl-C: stop --> STOPPING
+                                             |                                   |
+    worker ready: told rank 0 and itself     | rank 0 reported, or is lost, or too few are left
+    worker lost: told once, started again    v                                   |
+                                          CLOSING <------------------------------+
+
+Rank 0 is the server: its end is the end of the run. Which ranks train, and on what, is decided by
+the algorithm; here they only live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from smolrun.launch.cause import Cause, RankState, names, pick_cause
+from smolrun.launch.control import Peer
+from smolrun.launch.member import Elasticity, Member, departure, is_away
+from smolrun.launch.moves import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_STOPPED_NOW,
+    Action,
+    Kill,
+    Outcome,
+    SendRoster,
+    SendStop,
+    StartAgain,
+    Tell,
+)
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
+
+
+class ElasticSupervisor(Supervisor):
+    """See Supervisor. Workers are ranks 1 and up; each is started again on its own."""
+
+    def __init__(
+        self,
+        states: Sequence[RankState],
+        *,
+        now: float,
+        limits: Limits | None = None,
+        policy: Elasticity | None = None,
+    ) -> None:
+        super().__init__(states, now=now, limits=limits)
+        self.departures: list[dict[str, Any]] = []
+        self._policy = policy or Elasticity()
+        self._members = [Member(now, self._limits.start_s, self._policy) for _ in states]
+        self._began = now
+        self._limit: float | None = now + self._limits.start_s  # of rank 0's start, or of an end
+        self._is_parting = False
+        self._short_since: float | None = now  # since when fewer than min_ranks are at work
+        self._was_enough = False
+        self._last_cause: Cause | None = None
+
+    def advance(self, now: float) -> list[Action]:
+        """See Supervisor."""
+        actions = super().advance(now)
+        if self.phase in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING):
+            self.deadline = min(self._times(), default=None)
+        return actions
+
+    def _times(self) -> list[float]:
+        """When something is due by itself."""
+        times = [time for state, member in self._workers() for time in member.times(state)]
+        if self._limit is not None:
+            times.append(self._limit)
+        if self._short_since is not None:
+            times.append(self._short_since + self._patience_s())
+        return times
+
+    def _workers(self) -> list[tuple[RankState, Member]]:
+        return list(zip(self._states, self._members, strict=True))[1:]
+
+    # -- the phases ----
+
+    def _starting(self, now: float) -> list[Action]:
+        server = self._states[0]
+        if server.has_failed or server.is_over:
+            self._fail(now)
+        elif self._interrupts:
+            self._stop_before_it_began(now)
+        elif server.addresses:
+            self.phase, self._limit = Phase.RUNNING, None
+            self._members[0].has_joined = True
+            return [SendRoster([_peer(server)], to=0)]
+        elif self._has_passed(now):
+            limit_s = self._limits.start_s
+            reason = f"{server.label} not ready within {limit_s:g} s; log: {server.log}"
+            self._close_for(Cause(0, server.host, reason, is_lost=True), now)
+        else:
+            return self._tend(now)
+        return []
+
+    def _running(self, now: float) -> list[Action]:
+        server = self._states[0]
+        if self._hurry:
+            reason = "stopped at once by the user; what came after the last checkpoint is lost"
+            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason))
+        elif server.has_failed:
+            self._fail(now)
+        elif server.result is not None:
+            return self._part(now)
+        elif self._interrupts and not self._has_begun:
+            self._stop_before_it_began(now)
+        elif self._interrupts and self.phase is Phase.RUNNING:
+            self._start_nobody_again(now + self._limits.stop_s)
+            return [SendStop(state.rank) for state in self._states if not state.is_over]
+        elif self.phase is Phase.STOPPING and self._has_passed(now):
+            limit_s = self._limits.stop_s
+            reason = (
+                f"{server.label} did not stop within {limit_s:g} s; "
+                "what came after the last checkpoint is lost"
+            )
+            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+        else:
+            actions = self._tend(now)
+            if self.phase is Phase.RUNNING:
+                self._look_for_shortage(now)
+            return actions
+        return []
+
+    def _part(self, now: float) -> list[Action]:
+        """The server is done: whoever works may say its last word, then it ends."""
+        if not self._is_parting:
+            self._is_parting = True
+            self._start_nobody_again(now + self._policy.farewell_s)
+        awaited = [s for s, member in self._workers() if member.has_joined and not s.is_over]
+        if awaited and not self._has_passed(now):
+            return []
+        result = self._states[0].result
+        assert result is not None
+        was_stopped = result.status == "stopped"
+        stopped = Outcome("stopped", EXIT_STOPPED, "stopped by the user")
+        self._close(now, stopped if was_stopped else Outcome("done", EXIT_DONE))
+        return []
+
+    def _start_nobody_again(self, limit: float) -> None:
+        """The run comes to its end, until `limit`."""
+        self.phase, self._limit, self._short_since = Phase.STOPPING, limit, None
+        for member in self._members:
+            member.due = None
+
+    def _has_passed(self, now: float) -> bool:
+        return self._limit is not None and now >= self._limit
+
+    def _fail(self, now: float) -> None:
+        """Rank 0 is at an end, and so is the run."""
+        fine = [state for state in self._states[1:] if not state.has_failed]
+        self._close_for(pick_cause([self._states[0], *fine]), now)
+
+    def _close_for(self, cause: Cause, now: float) -> None:
+        outcome = Outcome(
+            "failed",
+            EXIT_FAILED,
+            cause.reason,
+            cause.rank,
+            cause.host,
+            out_of_memory=cause.out_of_memory,
+            is_lost=cause.is_lost,
+        )
+        self._close(now, outcome)
+        # Nothing is saved any more, and nobody needs a farewell.
+        self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
+
+    def _final(self, alive: Sequence[RankState]) -> Outcome:
+        return replace(super()._final(alive), departures=self.departures)
+
+    # -- workers ----
+
+    def _tend(self, now: float) -> list[Action]:
+        return [
+            action
+            for state, member in self._workers()
+            for action in self._tend_one(state, member, now)
+        ]
+
+    def _tend_one(self, state: RankState, member: Member, now: float) -> list[Action]:
+        """What one worker needs now."""
+        if member.due is not None:
+            return self._start_again(state, member, now) if now >= member.due else []
+        if state.is_gone:
+            is_news = state.has_failed and not member.is_given_up
+            return self._has_gone(state, member, now) if is_news else []
+        member.look_at_clock(state, now)
+        if (state.has_failed or member.is_late) and not state.killed:
+            state.killed = True
+            return [Kill(state.rank)]
+        if state.addresses and not member.has_joined and self.phase is Phase.RUNNING:
+            return self._let_join(state, member, now)
+        return []
+
+    def _start_again(self, state: RankState, member: Member, now: float) -> list[Action]:
+        member.starts_again(now)
+        self._states[state.rank] = RankState(state.rank, state.host, state.log)
+        return [StartAgain(state.rank)]
+
+    def _let_join(self, state: RankState, member: Member, now: float) -> list[Action]:
+        away_s = member.joins(now, self._began)
+        actions: list[Action] = [SendRoster([_peer(self._states[0]), _peer(state)], to=state.rank)]
+        if away_s is not None:
+            told = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
+            actions.append(Tell("info", told))
+        return actions
+
+    def _has_gone(self, state: RankState, member: Member, now: float) -> list[Action]:
+        """Its process has ended too early: told once, however often it must be tried."""
+        cause = self._last_cause = member.ended(state, now)
+        is_first = member.row is None
+        if member.row is None:
+            member.row = departure(state, cause, now - self._began)
+            self.departures.append(member.row)
+        if self.phase is Phase.STOPPING:
+            member.give_up()
+            return []
+        if member.is_given_up:
+            member.row["given_up"] = True
+            told = f"that was {member.quick} times in a row, so it is not started again"
+            return [Tell("warning", f"{cause.reason}; {told}; {self._count()} are at work")]
+        if not is_first:
+            return []
+        again = "tries it again until it answers" if is_away(state) else "starts it again"
+        return [Tell("warning", f"{cause.reason}; the run goes on with {self._count()}, {again}")]
+
+    # -- how many ----
+
+    def _at_work(self) -> list[RankState]:
+        pairs = zip(self._states, self._members, strict=True)
+        return [state for state, member in pairs if member.has_joined and not state.has_failed]
+
+    def _count(self) -> str:
+        count = sum(not state.has_failed for state in self._states)
+        return f"{count} of {len(self._states)} ranks"
+
+    def _patience_s(self) -> float:
+        """How long there may be too few: at the beginning, as long as a start may take."""
+        return self._policy.wait_s if self._was_enough else self._limits.start_s
+
+    def _look_for_shortage(self, now: float) -> None:
+        """Ends the run where too few ranks are there for too long, or can be there at all."""
+        least, there = min(self._policy.min_ranks, len(self._states)), len(self._at_work())
+        if there >= least:
+            self._short_since, self._was_enough = None, True
+            return
+        if self._short_since is None:
+            self._short_since = now
+        can_be = len(self._states) - sum(member.is_given_up for member in self._members)
+        if can_be < least:
+            why = f"{can_be} of the {least} ranks that it needs are left"
+        elif now >= self._short_since + self._patience_s():
+            why = (
+                f"only {there} of the {least} ranks that it needs were there for "
+                f"{self._patience_s():g} s"
+            )
+        else:
+            return
+        missing = [state for state in self._states if state not in self._at_work()]
+        cause = self._last_cause or Cause(
+            missing[0].rank, missing[0].host, f"{names(missing)} never joined", is_lost=True
+        )
+        reason = f"{cause.reason}; {why} (algorithm.min_ranks={self._policy.min_ranks})"
+        self._close_for(replace(cause, reason=reason), now)
+
+
+def _peer(state: RankState) -> Peer:
+    return Peer(state.rank, state.host, state.addresses)

@@ -1,0 +1,330 @@
+"""The driver's decisions in an elastic run, without processes: who is told what, who is started
+again, and how it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolrun.launch.cause import RankState
+from smolrun.launch.control import ErrorReport, Peer, ResultMessage
+from smolrun.launch.elastic import ElasticSupervisor
+from smolrun.launch.member import Elasticity
+from smolrun.launch.moves import (
+    Action,
+    Exited,
+    Finished,
+    Interrupted,
+    Kill,
+    Misbehaved,
+    NotStarted,
+    ReaderFailed,
+    Ready,
+    SendRoster,
+    SendStop,
+    StartAgain,
+    Tell,
+)
+from smolrun.launch.supervisor import Phase
+from tests.launch.test_supervisor import (
+    LIMITS,
+    at,
+    bury,
+    done,
+    failed,
+    outcome_of,
+    states,
+    step,
+)
+
+POLICY = Elasticity(min_ranks=2, wait_s=60)
+
+
+def starting(count: int, policy: Elasticity = POLICY) -> ElasticSupervisor:
+    return ElasticSupervisor(states(count), now=0.0, limits=LIMITS, policy=policy)
+
+
+def running(count: int, policy: Elasticity = POLICY) -> ElasticSupervisor:
+    supervisor = starting(count, policy)
+    for rank in range(count):
+        supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
+    supervisor.handle(step(0, 0), 1.5)
+    assert supervisor.phase is Phase.RUNNING
+    return supervisor
+
+
+def seat(rank: int) -> Peer:
+    return Peer(rank, f"host{rank}", at(5000 + rank))
+
+
+def told(actions: list[Action]) -> list[str]:
+    return [action.message for action in actions if isinstance(action, Tell)]
+
+
+def state(supervisor: ElasticSupervisor, rank: int) -> RankState:
+    return supervisor._states[rank]
+
+
+def come_back(supervisor: ElasticSupervisor, rank: int, now: float) -> list[Action]:
+    """Its pause is over, it is started, and it is ready."""
+    assert supervisor.advance(now) == [StartAgain(rank)]
+    return supervisor.handle(Ready(rank, at(5000 + rank)), now + 0.1)
+
+
+def test_rank_0_is_told_of_itself_alone_and_each_worker_of_rank_0_and_itself() -> None:
+    supervisor = starting(3)
+    assert supervisor.handle(Ready(2, at(5002)), 1.0) == []
+    actions = supervisor.handle(Ready(0, at(5000)), 2.0)
+    assert actions == [SendRoster([seat(0)], to=0), SendRoster([seat(0), seat(2)], to=2)]
+    assert supervisor.handle(Ready(1, at(5001)), 99.0) == [SendRoster([seat(0), seat(1)], to=1)]
+    assert supervisor.deadline is None
+
+
+def test_a_run_that_goes_well() -> None:
+    supervisor = running(3)
+    assert supervisor.handle(done(0), 3.0) == []
+    assert supervisor.handle(done(2), 3.1) == []
+    assert supervisor.handle(done(1), 3.2) == []
+    for rank in (1, 2):
+        assert supervisor.handle(Exited(rank, 0), 3.3) == []
+    outcome = outcome_of(supervisor.handle(Exited(0, 0), 3.4))
+    assert (outcome.status, outcome.exit_code, outcome.reason) == ("done", 0, "")
+    assert outcome.summaries == {rank: {"rank": rank} for rank in range(3)}
+    assert outcome.departures == []
+
+
+def test_a_lost_worker_is_told_once_started_again_and_joins() -> None:
+    supervisor = running(4)
+    supervisor.handle(step(2, 139), 20.0)
+    (line,) = told(supervisor.handle(Exited(2, -9), 30.0))
+    assert line.startswith("rank 2 on host2 died from signal 9 (killed) at step 140")
+    assert line.endswith("the run goes on with 3 of 4 ranks, starts it again")
+    assert supervisor.deadline == 31.0
+    assert supervisor.advance(30.9) == []
+    roster, tell = come_back(supervisor, 2, 31.0)
+    assert roster == SendRoster([seat(0), seat(2)], to=2)
+    assert isinstance(tell, Tell)
+    assert tell.message == "rank 2 on host2 is back after 1 s; 4 of 4 ranks are at work"
+    for rank in (0, 1, 2, 3):
+        supervisor.handle(done(rank), 50.0)
+    outcome = outcome_of([a for r in range(4) for a in supervisor.handle(Exited(r, 0), 50.1)])
+    assert outcome.status == "done"
+    (row,) = outcome.departures
+    assert (row["rank"], row["host"], row["step"]) == (2, "host2", 140)
+    assert (row["after_s"], row["away_s"], row["given_up"]) == (30.0, 1.1, False)
+
+
+def test_a_worker_that_always_dies_at_once_is_given_up() -> None:
+    supervisor = running(3)
+    pauses, now, lines = [], 2.0, []
+    for number in range(5):
+        lines += told(supervisor.handle(Exited(1, 7), now))
+        if number == 4:
+            break
+        assert supervisor.deadline is not None
+        pauses.append(supervisor.deadline - now)
+        now = supervisor.deadline
+        assert supervisor.advance(now) == [StartAgain(1)]
+    assert pauses == [1.0, 2.0, 4.0, 8.0]
+    assert len(lines) == 2
+    assert "that was 5 times in a row, so it is not started again" in lines[1]
+    assert supervisor.deadline is None
+    assert supervisor.phase is Phase.RUNNING
+
+
+def test_a_worker_that_works_between_two_losses_is_started_again_without_end() -> None:
+    supervisor, now = running(2), 20.0
+    for _ in range(12):
+        assert len(told(supervisor.handle(Exited(1, -9), now))) == 1
+        assert supervisor.deadline == now + 1.0
+        come_back(supervisor, 1, now + 1.0)
+        now += 20.0
+    assert len(supervisor.departures) == 12
+
+
+def test_an_error_of_its_own_counts_as_a_quick_death_however_late() -> None:
+    supervisor, now = running(3), 100.0
+    for number in range(5):
+        supervisor.handle(failed(1, "ValueError", "shapes do not fit"), now)
+        lines = told(supervisor.handle(Exited(1, 3), now))
+        if number < 4:
+            assert supervisor.deadline is not None
+            come_back(supervisor, 1, supervisor.deadline)
+        now += 100.0
+    assert "ValueError: shapes do not fit" in lines[0] and "not started again" in lines[0]
+
+
+def test_a_host_out_of_reach_is_asked_until_it_answers_and_told_once() -> None:
+    supervisor = running(3)
+    lines = told(supervisor.handle(Exited(2, 75, None, "the SSH connection was lost"), 30.0))
+    assert "is out of reach" in lines[0] and "tries it again until it answers" in lines[0]
+    now = 30.0
+    for _ in range(50):
+        now += 2.0
+        assert supervisor.advance(now) == [StartAgain(2)]
+        assert supervisor.handle(NotStarted(2, "host2 does not answer"), now) == []
+    assert any("is back after 102 s" in line for line in told(come_back(supervisor, 2, 132.0)))
+    assert len(supervisor.departures) == 1
+
+
+def test_a_worker_that_breaks_the_protocol_or_is_never_ready_is_killed_first() -> None:
+    supervisor = running(3)
+    assert supervisor.handle(Misbehaved(1, "garbage"), 20.0) == [Kill(1)]
+    (line,) = told(supervisor.handle(Exited(1, -9), 20.1))
+    assert "broke the control protocol: it garbage" in line
+    assert supervisor.advance(21.1) == [StartAgain(1)]
+    assert supervisor.deadline == 141.1
+    assert supervisor.advance(141.1) == [Kill(1)]
+    supervisor.handle(Exited(1, -9), 141.2)
+    assert supervisor._last_cause is not None
+    assert "not ready within 120 s" in supervisor._last_cause.reason
+
+
+def test_the_loss_of_rank_0_is_the_end() -> None:
+    supervisor = running(3)
+    actions = supervisor.handle(Exited(0, -9), 30.0)
+    assert actions == [Kill(1), Kill(2)]
+    outcome = bury(supervisor, actions, 30.1)
+    assert (outcome.status, outcome.failed_rank, outcome.is_lost) == ("failed", 0, True)
+    assert "rank 0 on host0 died from signal 9" in outcome.reason
+
+
+def test_rank_0_that_is_never_ready_is_named() -> None:
+    supervisor = starting(2)
+    supervisor.handle(Ready(1, at(5001)), 1.0)
+    actions = supervisor.advance(120.0)
+    assert actions == [Kill(0), Kill(1)]
+    assert "rank 0 on host0 not ready within 120 s" in bury(supervisor, actions, 121.0).reason
+
+
+def test_too_few_ranks_have_a_limit_to_come_back() -> None:
+    supervisor = running(2)
+    supervisor.handle(Exited(1, 75, None, "the SSH connection was lost"), 30.0)
+    now = 30.0
+    while now < 88.0:
+        now += 2.0
+        assert supervisor.advance(now) == [StartAgain(1)]
+        supervisor.handle(NotStarted(1, "host1 does not answer"), now)
+    actions = supervisor.advance(90.0)
+    assert Kill(0) in actions
+    outcome = bury(supervisor, actions, 90.1)
+    assert (outcome.status, outcome.failed_rank, outcome.is_lost) == ("failed", 1, True)
+    needs = "only 1 of the 2 ranks that it needs were there for 60 s (algorithm.min_ranks=2)"
+    assert needs in outcome.reason
+
+
+def test_the_clock_of_too_few_ranks_begins_anew_when_one_is_back() -> None:
+    supervisor = running(2)
+    supervisor.handle(Exited(1, -9), 30.0)
+    come_back(supervisor, 1, 80.0)
+    supervisor.handle(Exited(1, -9), 100.0)
+    come_back(supervisor, 1, 150.0)
+    assert supervisor.phase is Phase.RUNNING
+
+
+def test_a_run_whose_last_worker_is_given_up_ends_at_once() -> None:
+    supervisor = running(2, Elasticity(min_ranks=2, max_quick=1))
+    actions = supervisor.handle(Exited(1, 1), 2.0)
+    assert Kill(0) in actions
+    outcome = bury(supervisor, actions, 2.1)
+    assert "1 of the 2 ranks that it needs are left (algorithm.min_ranks=2)" in outcome.reason
+
+
+def test_workers_that_never_come_end_a_run_that_needs_them() -> None:
+    supervisor = starting(3, Elasticity(min_ranks=3))
+    for rank in (0, 1):
+        supervisor.handle(Ready(rank, at(5000 + rank)), 1.0)
+    outcome = bury(supervisor, supervisor.advance(120.0), 120.1)
+    assert (outcome.status, outcome.failed_rank) == ("failed", 2)
+    assert "rank 2 on host2 never joined" in outcome.reason
+
+
+def test_one_that_is_done_early_is_left_in_peace() -> None:
+    supervisor = running(3)
+    assert supervisor.handle(done(1), 5.0) == []
+    assert supervisor.handle(Exited(1, 0), 5.1) == []
+    assert supervisor.advance(500.0) == []
+    assert supervisor.phase is Phase.RUNNING
+
+
+def test_who_is_late_at_the_end_is_ended() -> None:
+    """One is frozen, one is just being started again; the run is done all the same."""
+    supervisor = running(3)
+    supervisor.handle(Exited(1, -9), 20.0)
+    supervisor.advance(21.0)
+    assert supervisor.handle(done(0), 22.0) == []
+    assert supervisor.deadline == 37.0
+    actions = supervisor.advance(37.0)
+    assert actions == [Kill(1), Kill(2)]
+    supervisor.handle(Exited(0, 0), 37.1)
+    outcome = bury(supervisor, actions, 37.2)
+    assert outcome.status == "done"
+    assert outcome.departures[0]["away_s"] is None
+
+
+def test_nobody_is_started_again_once_rank_0_is_done() -> None:
+    supervisor = running(3)
+    supervisor.handle(Exited(1, -9), 20.0)
+    supervisor.handle(done(0), 20.5)
+    assert supervisor.advance(21.5) == []
+    supervisor.handle(Exited(2, -9), 22.0)
+    outcome = outcome_of(supervisor.handle(Exited(0, 0), 22.1))
+    assert outcome.status == "done"
+
+
+def test_ctrl_c_stops_all_and_starts_nobody_again() -> None:
+    supervisor = running(4)
+    supervisor.handle(Exited(3, -9), 20.0)
+    actions = supervisor.handle(Interrupted(), 20.5)
+    assert actions == [SendStop(0), SendStop(1), SendStop(2)]
+    assert told(supervisor.handle(Exited(2, -9), 21.0)) == []
+    assert supervisor.advance(25.0) == []
+    for rank in (0, 1):
+        supervisor.handle(Finished(rank, ResultMessage(status="stopped")), 26.0)
+    supervisor.handle(Exited(1, 0), 26.1)
+    outcome = outcome_of(supervisor.handle(Exited(0, 0), 26.2))
+    assert (outcome.status, outcome.exit_code) == ("stopped", 130)
+    assert [row["rank"] for row in outcome.departures] == [3, 2]
+
+
+def test_a_stop_that_takes_too_long_names_rank_0() -> None:
+    supervisor = running(2)
+    supervisor.handle(Interrupted(), 20.0)
+    actions = supervisor.advance(80.0)
+    assert actions == [Kill(0), Kill(1)]
+    outcome = bury(supervisor, actions, 80.1)
+    assert outcome.exit_code == 131
+    assert "rank 0 on host0 did not stop within 60 s" in outcome.reason
+
+
+@pytest.mark.parametrize("first", [[], [Exited(1, -9)]])
+def test_ctrl_c_twice_ends_all_at_once(first: list[Exited]) -> None:
+    supervisor = running(3)
+    for item in first:
+        supervisor.handle(item, 19.0)
+    supervisor.handle(Interrupted(), 20.0)
+    actions = supervisor.handle(Interrupted(), 20.1)
+    assert [action for action in actions if isinstance(action, Kill)]
+    assert bury(supervisor, actions, 20.2).exit_code == 131
+
+
+def test_ctrl_c_before_anything_was_done() -> None:
+    supervisor = starting(2)
+    outcome = bury(supervisor, supervisor.handle(Interrupted(), 1.0), 1.1)
+    assert outcome.reason == "stopped by the user before training began"
+
+
+def test_a_reader_that_fails_ends_the_run() -> None:
+    supervisor = running(2)
+    outcome = bury(supervisor, supervisor.handle(ReaderFailed("the disk is gone"), 2.0), 2.1)
+    assert (outcome.status, outcome.failed_rank) == ("failed", None)
+
+
+def test_a_worker_that_lost_rank_0_is_no_reason_to_give_it_up() -> None:
+    supervisor = running(2)
+    report = ErrorReport("PeerLost", "lost rank 0: silent for 9 s", 0)
+    assert supervisor.handle(Finished(1, ResultMessage(status="failed", error=report)), 30.0) == [
+        Kill(1)
+    ]
+    (line,) = told(supervisor.handle(Exited(1, 3), 30.1))
+    assert "lost rank 0: silent for 9 s" in line
+    assert supervisor._members[1].quick == 0
