@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -158,10 +158,11 @@ def _rows(start: StartMessage, mesh: Mesh, collectives: Any) -> Any:
             security=security,
             timeout_s=mesh.timeout_s,
         )
-    return [{**_step_row(start, mesh), "security": security}]
+    return ({**row, "security": security} for row in _step_rows(start, mesh))
 
 
-def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:
+def _step_rows(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """One row for every hook of the peer; both sides begin anew for each."""
     import torch
 
     from smolrun.benchmarks.step import PeerStep, compare_step
@@ -178,16 +179,17 @@ def _step_row(start: StartMessage, mesh: Mesh) -> dict[str, Any]:
     training, bench = config["training"], config["bench"]
     plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
     feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
-    peer_model = new_model(config, prepared, device)
-    peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
-    return compare_step(
-        place_algorithm(config, prepared, mesh, device),
-        PeerStep(peer_model, peer_optimizer, training["grad_clip"]),
-        lambda step: feed.step(step)[0],
-        steps=bench["steps"],
-        warm_up=bench["warmup_steps"],
-        repeats=bench["repeats"],
-    )
+    for hook in bench["hooks"]:
+        peer_model = new_model(config, prepared, device)
+        peer_optimizer = optimizer_maker(config)(peer_model.named_parameters())
+        yield compare_step(
+            place_algorithm(config, prepared, mesh, device),
+            PeerStep(peer_model, peer_optimizer, training["grad_clip"], hook),
+            lambda step: feed.step(step)[0],
+            steps=bench["steps"],
+            warm_up=bench["warmup_steps"],
+            repeats=bench["repeats"],
+        )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -200,7 +202,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    peer = rows[0]["peer"]
+    peers = dict.fromkeys(row["peer"] for row in rows)
+    peer = ", ".join(peers)
     table = Table(
         title=f"{rows[0]['op']}: smolrun beside {peer}; a ratio below 1: smolrun is faster"
     )
@@ -211,7 +214,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["world_size"]),
             f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M",
             _time(row["ours_s"]),
-            _time(row["peer_s"]),
+            _time(row["peer_s"]) + (f" ({row['peer']})" if len(peers) > 1 else ""),
             f"{row['ratio']:.2f}",
             "{:.2f} to {:.2f}".format(*row["spread"]),
             f"{row['cpu_ratio']:.2f}",

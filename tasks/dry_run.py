@@ -22,6 +22,7 @@ from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.quantization import Quantization
 from smolrun.parts.whole_on_use import layers_of
 from smolrun.tasks.model_spec import Spec, spec_of
 from smolrun.tasks.sharding import sharding_of
@@ -103,6 +104,7 @@ class Estimate:
             copies_for_norms=self.config.training.norms == "all",
             saves=self.config.checkpoint.every > 0,
             sharding=sharding_of(self.config, place.share, self.shapes, self.largest_layer),
+            quantization=Quantization(**self.config.quantization.model_dump()),
         )
 
     def need(self, place: Place, setting: Setting) -> Need:

@@ -119,6 +119,7 @@ _PARTS = {
     "parameters": "parameters",
     "gradients": "gradients (buckets)",
     "late gradients": "gradients of late steps",
+    "residuals": "what rounding took away",
     "passing": "whole buckets and layers, in passing",
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",

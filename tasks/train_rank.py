@@ -26,6 +26,7 @@ from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.tasks.emulation import late, pace_of
+from smolrun.parts.quantization import Quantization
 from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.sharing import share_work
 from smolrun.tasks.streaming import stream_feed
@@ -150,6 +151,7 @@ def place_algorithm(
         ),
         staleness=0 if bound == "auto" else bound,
         staleness_bound=None if bound == "auto" else bound,
+        quantization=Quantization(**config["quantization"]),
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),

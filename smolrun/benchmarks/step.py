@@ -10,6 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    bf16_compress_hook,
+    fp16_compress_hook,
+)
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,14 +22,23 @@ from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
 from smolrun.data.base import Batch
 
+HOOKS = {"fp16": fp16_compress_hook, "bf16": bf16_compress_hook}
+
 
 class PeerStep:
-    """A step as people write it with torch alone."""
+    """A step as people write it with torch alone; `hook` compresses gradients."""
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grad_clip: float,
+        hook: str = "none",
     ) -> None:
+        self.name = "ddp-gloo" if hook == "none" else f"ddp-gloo-{hook}"
         self.model = DistributedDataParallel(model)
+        if hook != "none":
+            self.model.register_comm_hook(state=None, hook=HOOKS[hook])
         self._optimizer = optimizer
         self._grad_clip = grad_clip
         self.loss = 0.0
@@ -82,9 +95,10 @@ def compare_step(
     return result.row(
         "step",
         "train_step",
-        "ddp-gloo",
+        peer.name,
         world_size=algorithm.collectives.size,
         parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
+        quantization=algorithm.context.quantization.kind,
         steps_run=counts["ours"],
         wait_s=statistics.median(waits) if waits else None,
         bytes_sent=(mesh.bytes_sent - sent_before) / counts["ours"],

@@ -1,6 +1,6 @@
 """docs/configuration.md from the classes and files: `python -m smolrun.cli.reference FILE`.
 
-It writes outputs.md beside it.
+It writes outputs.md and combinations.md beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from smolrun.cli import choices, compose, outputs
+from smolrun.cli import choices, combinations, compose, outputs
 from smolrun.cli.arguments import Arguments
 from smolrun.config import RunConfig, describe, not_built
 from smolrun.config.targets import CustomTarget
@@ -149,3 +149,4 @@ if __name__ == "__main__":
     page = Path(sys.argv[1])
     page.write_text(text(), encoding="utf-8")
     page.with_name("outputs.md").write_text(outputs.text(), encoding="utf-8")
+    page.with_name("combinations.md").write_text(combinations.text(), encoding="utf-8")

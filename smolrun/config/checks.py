@@ -19,7 +19,7 @@ from smolrun.config.data import Data
 from smolrun.config.models import Decoder, HuggingFace, Mlp, Model, Trained
 from smolrun.config.optimizers import SGD, Optimizer
 from smolrun.config.plan import cluster_size
-from smolrun.config.settings import Checkpoint, Staleness, Training
+from smolrun.config.settings import Checkpoint, Quantization, Staleness, Training
 from smolrun.config.suggest import absent, problem
 from smolrun.config.targets import CustomTarget
 
@@ -95,6 +95,19 @@ def staleness_fits_stage(*, staleness: Staleness, algorithm: Algorithm) -> Itera
             "fsdp stage 3 gathers weights anew in every step, so a late gradient would belong to "
             "others",
             allowed="0, or algorithm.stage=0, 1, 2",
+        )
+
+
+def quantization_fits_algorithm(
+    *, quantization: Quantization, algorithm: Algorithm
+) -> Iterator[str]:
+    """Fewer bits are for those who send some."""
+    if isinstance(algorithm, Single) and quantization.kind != "none":
+        yield problem(
+            "quantization.kind",
+            quantization.kind,
+            "algorithm=single sends nothing",
+            allowed="none, or algorithm=classicdp",
         )
 
 
@@ -232,6 +245,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     batch_is_sound,
     staleness_fits_steps,
     staleness_fits_stage,
+    quantization_fits_algorithm,
     optimizer_fits_stage,
     model_fits_data,
     model_is_named,

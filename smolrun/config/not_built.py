@@ -15,8 +15,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "algorithm": ("mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
-    "quantization": ("fp16", "bf16", "int8"),
-    "quantization.kind": ("fp16", "bf16", "int8"),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
     "serving": ("pipeline", "replicas"),

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "driver",
     "format",
     "mesh",
+    "quantization",
     "run",
     "run_name",
     "serving",

@@ -24,7 +24,16 @@ class Staleness(Section):
 class Quantization(Section):
     """Group `quantization`: in which form gradients travel."""
 
-    kind: Literal["none"] = Field(description="none = as they are")
+    kind: Literal["none", "int8", "fp16", "bf16"] = Field(
+        description="none = as they are; int8 = a quarter of float32's bytes; fp16, bf16 = half"
+    )
+    block: Annotated[int, Field(ge=8, le=65536)] = Field(
+        description="int8: numbers that share one scale, which is 4 bytes"
+    )
+    error_feedback: bool = Field(
+        description="Add what rounding took away to the next gradient; each rank needs 8 bytes of "
+        "memory per parameter for it"
+    )
 
 
 class Training(Section):
@@ -157,6 +166,9 @@ class StepBench(Section):
     steps: Count = Field(description="Steps in one measurement")
     warmup_steps: Natural = Field(description="Steps before it that do not count")
     repeats: Count = Field(description="Measurements of each; the median counts")
+    hooks: Annotated[list[Literal["none", "fp16", "bf16"]], Field(min_length=1)] = Field(
+        description="What compresses the peer's gradients; one comparison each"
+    )
 
 
 Bench = Annotated[CollectivesBench | LinkBench | StepBench, Field(discriminator="name")]

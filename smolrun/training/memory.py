@@ -6,6 +6,7 @@ loaded.
     gradients     as many again; with staleness K so many K + 1 times
     optimizer     adamw 8 bytes (bf16_params: 4), lion and sgd 4 (2), adafactor next to nothing
     activations   what forward keeps for backward, and the logits: see trace.py
+    residuals     what quantization took away: 8 bytes, with staleness K so many K + 1 times
     passing       fsdp: buckets of gradients on their way, layers that are whole just now
     update        what the update needs beyond the room that activations have left
     staging       host copies of the gradients, where a device computes
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from smolrun.parts.optimizer_state import state_shapes
+from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 from smolrun.training.rounding import PIECE
 from smolrun.training.sharding import NOT_CUT, Sharding
 from smolrun.training.trace import Trace
@@ -34,6 +36,7 @@ _SLACK = 0.2
 _UNEXPLAINED = 32 * 1024 * 1024
 _STATE_BYTES = {"float32": 4, "bf16": 4, "fp16": 4, "float64": 8, "bf16_params": 2}
 _HEAVINESS = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}  # state per parameter
+_MANY = 1 << 20  # numbers, to see what one of them travels in
 _LION_AT_ONCE = 4 * 1024 * 1024  # as in lion.py
 
 
@@ -62,6 +65,13 @@ class Rank:
     copies_for_norms: bool = False
     saves: bool = False
     sharding: Sharding = NOT_CUT
+    quantization: Quantization = AS_THEY_ARE
+
+    @property
+    def residuals(self) -> int:
+        """Numbers that rounding took away, of this rank; in memory they are there twice."""
+        has_any = not self.quantization.is_none and self.quantization.error_feedback
+        return self.slots * self.trained if has_any else 0
 
     @property
     def trained(self) -> int:
@@ -124,10 +134,12 @@ def update_bytes(rank: Rank, setting: Setting) -> int:
 
 
 def checkpoint_bytes(rank: Rank, setting: Setting) -> int:
-    """A whole checkpoint: parameters, optimizer, and gradients in flight."""
+    """A whole checkpoint: parameters, optimizer, gradients in flight, residuals of all ranks."""
     size = item_bytes(setting.precision)
     weights = size * (rank.trained + rank.frozen)
-    return weights + optimizer_bytes(rank, setting) + size * rank.trained * (rank.slots - 1)
+    residuals = rank.world_size * rank.residuals * max(4, size)
+    late = size * rank.trained * (rank.slots - 1)
+    return weights + optimizer_bytes(rank, setting) + late + residuals
 
 
 def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
@@ -146,6 +158,7 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
         "parameters": int(size * (rank.trained + rank.frozen) * cut.of(3)),
         "gradients": int(gradients * cut.of(2)),
         "late gradients": int(gradients * (rank.slots - 1) * cut.of(2)),
+        "residuals": 2 * rank.residuals * max(4, size),
         "passing": cut.passing(size, _used_bytes(setting)),
         "staging": gradients * rank.slots if rank.is_staged and cut.stage < 2 else 0,
         "optimizer": int(optimizer_bytes(rank, setting) * cut.of(1)),
@@ -160,8 +173,11 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
 def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
     """What a rank sends, and receives, in one step."""
     size, used = item_bytes(setting.precision), _used_bytes(setting)
-    parts = (rank.world_size - 1) * rank.trained
-    return parts * rank.sharding.moved(size, used, micro_batches) // rank.world_size
+    gradient = float(size)
+    if not rank.quantization.is_none:
+        gradient = rank.quantization.quantizer().wire_bytes(_MANY) / _MANY
+    parts = (rank.world_size - 1) * rank.trained / rank.world_size
+    return int(parts * rank.sharding.moved(size, used, gradient, micro_batches))
 
 
 def _used_bytes(setting: Setting) -> int:

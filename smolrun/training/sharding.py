@@ -28,14 +28,14 @@ class Sharding:
         buckets = size * self.live_buckets * self.bucket if self.stage >= 2 else 0
         return buckets + (used * self.layers if self.stage == 3 else 0)
 
-    def moved(self, size: int, used: int, micro_batches: int) -> int:
+    def moved(self, size: int, used: int, gradient: float, micro_batches: int) -> float:
         """Bytes per parameter and step that travel, in units of (N - 1) / N: an all_reduce is two
-        of them, a reduce_scatter or an all_gather one."""
-        if self.stage < 2:
-            return 2 * size
-        if self.stage == 2:
-            return (micro_batches + 1) * size
-        return micro_batches * (size + 2 * used)
+        of them, a reduce_scatter or an all_gather one. A gradient travels in `gradient` bytes."""
+        if self.stage == 0:
+            return 2 * gradient
+        if self.stage < 3:
+            return (micro_batches if self.stage == 2 else 1) * gradient + size
+        return micro_batches * (gradient + 2 * used)
 
 
 NOT_CUT = Sharding()

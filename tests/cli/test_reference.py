@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from smolrun.cli import outputs, reference
+from smolrun.cli import combinations, outputs, reference
 from smolrun.events import EVENTS
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -22,6 +22,18 @@ def test_the_page_about_outputs_is_fresh_and_has_every_key():
     assert [kind for kind in public if f"\n### {kind}\n" not in text] == []
     used = {field.name for event in public.values() for field in dataclasses.fields(event)}
     assert used == {name.rpartition(".")[2] for name in outputs.MEANINGS}
+
+
+def test_the_page_about_combinations_is_fresh_and_has_every_algorithm():
+    text = combinations.text()
+    page = FILE.with_name("combinations.md")
+    assert page.read_text(encoding="utf-8") == text, "run `make docs`"
+    rows = [" ".join(row) for row in combinations.rows()]
+    assert [row for row in rows if f"\n| `{row}` | " not in text] == []
+    assert {"algorithm=single", "algorithm=classicdp", "algorithm=fsdp algorithm.stage=3"} <= {
+        *rows
+    }
+    assert "refused (1)" in text and "sends nothing" in text
 
 
 def test_it_has_every_group_and_tells_what_is_not_built():

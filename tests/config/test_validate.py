@@ -135,7 +135,11 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             "insecure",
         ),
         ({"task": "serve"}, "task = serve: not built yet; allowed: train or bench"),
-        ({"quantization__kind": "int8"}, "quantization.kind = int8: not built yet; allowed: none"),
+        (
+            {"quantization__kind": "int4"},
+            "quantization.kind = int4: no such choice; allowed: none or int8 or fp16 or bf16",
+        ),
+        ({"quantization__block": 4}, "quantization.block = 4: too small; allowed: "),
     ],
 )
 def test_one_bad_value_is_one_line(shipped: dict[str, Any], changes: dict[str, Any], line: str):
