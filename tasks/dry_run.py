@@ -89,8 +89,9 @@ class Estimate:
     notes: list[str] = field(default_factory=list)
     _traces: dict[tuple[str, bool, int], Trace | None] = field(default_factory=dict)
 
-    def rank(self, place: Place) -> Rank:
+    def rank(self, place: Place, local_rank: int = 0) -> Rank:
         """One rank of a host, in numbers."""
+        is_first = place is self.places[0] and local_rank == 0
         bound = self.config.staleness.bound
         return Rank(
             shapes=self.shapes,
@@ -103,19 +104,20 @@ class Estimate:
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.norms == "all",
             saves=self.config.checkpoint.every > 0,
-            sharding=sharding_of(self.config, place.share, self.shapes, self.largest_layer),
+            sharding=sharding_of(
+                self.config, place.share, self.shapes, self.largest_layer, is_first=is_first
+            ),
             quantization=Quantization(**self.config.quantization.model_dump()),
         )
 
-    def need(self, place: Place, setting: Setting) -> Need:
+    def need(self, place: Place, setting: Setting, local_rank: int = 0) -> Need:
         """One rank of a host."""
-        return need(self.rank(place), setting, self.trace(setting))
+        return need(self.rank(place, local_rank), setting, self.trace(setting))
 
     def total(self, place: Place, setting: Setting) -> int:
         """All ranks of a host; pages of libraries are there once."""
-        return (
-            place.ranks * self.need(place, setting).total - (place.ranks - 1) * self.process.shared
-        )
+        other = self.need(place, setting, local_rank=1).total - self.process.shared
+        return self.need(place, setting).total + (place.ranks - 1) * other
 
     def lacking(self, setting: Setting) -> int:
         """Bytes that the tightest host may have too few, with a margin; negative where there is
@@ -162,9 +164,9 @@ class Estimate:
         """Bytes of one checkpoint."""
         return checkpoint_bytes(self.rank(self.places[0]), self.setting)
 
-    def wire(self) -> int:
+    def wire(self, local_rank: int = 0) -> int:
         """Bytes that a rank sends in a step."""
-        return sent_bytes(self.rank(self.places[0]), self.setting, self.micro_batches)
+        return sent_bytes(self.rank(self.places[0], local_rank), self.setting, self.micro_batches)
 
 
 def estimate(config: RunConfig) -> Estimate:

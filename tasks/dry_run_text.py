@@ -121,6 +121,8 @@ _PARTS = {
     "late gradients": "gradients of late steps",
     "residuals": "what rounding took away",
     "passing": "whole buckets and layers, in passing",
+    "pushes": "room for the gradients of workers",
+    "average": "average of the weights",
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",
     "activations": "activations, logits and loss",
@@ -134,7 +136,8 @@ def _kinds(made: Estimate) -> list[list[Place]]:
     """Hosts that need and have the same, together."""
     kinds: dict[tuple[object, ...], list[Place]] = {}
     for place in made.places:
-        kinds.setdefault((place.ranks, place.device, place.room, place.is_here), []).append(place)
+        alike = (place.ranks, place.device, place.room, place.is_here, made.rank(place).sharding)
+        kinds.setdefault(alike, []).append(place)
     return list(kinds.values())
 
 
@@ -173,6 +176,8 @@ def _network(made: Estimate) -> str:
     if not sent:
         return "nothing, there is one rank"
     line = f"each rank sends and receives {_size(sent)} per step"
+    if made.rank(made.places[0]).sharding.seats:
+        line = f"the server sends and receives {_size(sent)} per step, others {_size(made.wire(1))}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
     times = ", ".join(f"{8 * sent / (g * 1e9):.2f} s at {g} Gbit/s" for g in _LINKS_GBPS)

@@ -1,5 +1,5 @@
-"""What a dry run has to know of fsdp: how a configuration cuts a replica among its ranks, and the
-same configuration with more of it cut."""
+"""What a dry run has to know of fsdp and syncps: what a rank holds of a replica by a configuration,
+and the same configuration with more of it cut."""
 
 from __future__ import annotations
 
@@ -9,17 +9,34 @@ from importlib.resources import files
 
 import yaml
 
-from smolrun.config import RunConfig
-from smolrun.config.algorithms import FSDP
+from smolrun.config import RunConfig, world_size
+from smolrun.config.algorithms import EDP, FSDP, SyncPS
 from smolrun.training.memory import item_bytes
 from smolrun.training.sharding import Sharding
 
 
 def sharding_of(
-    config: RunConfig, share: float, shapes: Iterable[Sequence[int]], largest_layer: int
+    config: RunConfig,
+    share: float,
+    shapes: Iterable[Sequence[int]],
+    largest_layer: int,
+    *,
+    is_first: bool,
 ) -> Sharding:
-    """For a rank that holds `share`; `largest_layer` counts numbers."""
+    """For a rank that holds `share`, or for rank 0; `largest_layer` counts numbers."""
     algorithm = config.algorithm
+    if isinstance(algorithm, SyncPS):
+        workers = world_size(config) - 1
+        if is_first:
+            return Sharding(links=workers, seats=workers, averages=int(algorithm.polyak > 0))
+        return Sharding(stage=1, share=0.0, links=1)
+    if isinstance(algorithm, EDP):
+        # The server: a push and a copy of the weights for each worker. A worker: two pushes, and
+        # the weights that come.
+        workers = world_size(config) - 1
+        if is_first:
+            return Sharding(links=workers, seats=2 * workers)
+        return Sharding(stage=1, share=0.0, links=1, seats=3)
     if not isinstance(algorithm, FSDP):
         return Sharding()
     bucket = int(algorithm.bucket_mb * 2**20) // item_bytes(config.precision)

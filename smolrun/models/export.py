@@ -24,6 +24,7 @@ from smolrun.models.huggingface_names import place_of, to_huggingface
 from smolrun.models.shape import DecoderShape
 
 MODEL = "model/"  # what checkpoints put in front of a parameter's name
+AVERAGE = "average/"  # and in front of its average, where the run kept one
 NETWORK = "network."  # what model=hf puts in front of transformers' names
 MOST_FILE_BYTES = 4_000_000_000
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +68,7 @@ def write_decoder(
 
     def reader(parts: list[str]) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            values = {name: checkpoint.read(MODEL + name) for name in parts}
+            values = {name: _trained(checkpoint, MODEL + name) for name in parts}
             (tensor,) = to_huggingface(values, family).values()
             return tensor
 
@@ -87,7 +88,7 @@ def write_network(
     keys = [key for key in checkpoint.keys(MODEL) if key.startswith(MODEL + NETWORK)]
 
     def reader(key: str) -> Callable[[], Tensor]:
-        return lambda: checkpoint.read(key)
+        return lambda: _trained(checkpoint, key)
 
     tensors = {key.removeprefix(MODEL + NETWORK): reader(key) for key in keys}
     written = write_tensors(tensors, folder, dtype, progress)
@@ -99,6 +100,12 @@ def write_network(
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
     return config
+
+
+def _trained(checkpoint: Checkpoint, key: str) -> Tensor:
+    """The average, where there is one: it is what the run has evaluated."""
+    average = AVERAGE + key.removeprefix(MODEL)
+    return checkpoint.read(average if average in checkpoint.manifest.tensors else key)
 
 
 def write_tensors(

@@ -44,6 +44,11 @@ class Seat:
     unanswered: list[int] = field(default_factory=list)  # steps
     dropped: int = 0
 
+    def came(self, step: int) -> Work:
+        """The push of a step is taken note of; wait for it."""
+        self.unanswered.append(step)
+        return self.expected.pop(step)
+
 
 class Seats:
     """The server's side, of as many steps at once as the buckets have slots."""
@@ -113,7 +118,7 @@ def push(mesh: Mesh, step: int, hop: int, tensor: Tensor) -> Work:
     return mesh.send(SERVER, Tag(_PUSH, step, hop), tensor)
 
 
-def pull(mesh: Mesh, step: int, room: Sequence[Tensor]) -> list[Work]:
+def pull_into(mesh: Mesh, step: int, room: Sequence[Tensor]) -> list[Work]:
     """The worker's side: starts to receive the answer to its push; `room` is the server's numbers
     and the buckets of the push, which it does not touch before the push is whole."""
     return [mesh.recv(SERVER, Tag(_PULL, step, hop), into) for hop, into in enumerate(room)]

@@ -8,6 +8,8 @@ loaded.
     activations   what forward keeps for backward, and the logits: see trace.py
     residuals     what quantization took away: 8 bytes, with staleness K so many K + 1 times
     passing       fsdp: buckets of gradients on their way, layers that are whole just now
+    pushes        syncps: room that the server has for the gradients of each worker
+    average       syncps: the average of the weights
     update        what the update needs beyond the room that activations have left
     staging       host copies of the gradients, where a device computes
     checkpoint    this rank's share of a copy, while it is written
@@ -138,8 +140,8 @@ def checkpoint_bytes(rank: Rank, setting: Setting) -> int:
     size = item_bytes(setting.precision)
     weights = size * (rank.trained + rank.frozen)
     residuals = rank.world_size * rank.residuals * max(4, size)
-    late = size * rank.trained * (rank.slots - 1)
-    return weights + optimizer_bytes(rank, setting) + late + residuals
+    more = rank.slots - 1 + rank.sharding.averages
+    return weights + optimizer_bytes(rank, setting) + size * rank.trained * more + residuals
 
 
 def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
@@ -152,7 +154,8 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     activations = max(work.peak, apart) if work else 0
     cut = rank.sharding
     update = int(update_bytes(rank, setting) * cut.of(1))
-    share = cut.share if cut.stage else 1 / rank.world_size
+    # A server writes alone what it holds; elsewhere ranks write what they hold, or a part each.
+    share = cut.share if cut.stage or cut.links else 1 / rank.world_size
     parts = {
         "process": rank.process_bytes,
         "parameters": int(size * (rank.trained + rank.frozen) * cut.of(3)),
@@ -160,6 +163,8 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
         "late gradients": int(gradients * (rank.slots - 1) * cut.of(2)),
         "residuals": 2 * rank.residuals * max(4, size),
         "passing": cut.passing(size, _used_bytes(setting)),
+        "pushes": gradients * rank.slots * cut.seats,
+        "average": gradients * cut.averages,
         "staging": gradients * rank.slots if rank.is_staged and cut.stage < 2 else 0,
         "optimizer": int(optimizer_bytes(rank, setting) * cut.of(1)),
         "activations": activations,
@@ -173,6 +178,8 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
 def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
     """What a rank sends, and receives, in one step."""
     size, used = item_bytes(setting.precision), _used_bytes(setting)
+    if rank.sharding.links:
+        return rank.sharding.links * size * rank.trained
     gradient = float(size)
     if not rank.quantization.is_none:
         gradient = rank.quantization.quantizer().wire_bytes(_MANY) / _MANY

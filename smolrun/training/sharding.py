@@ -1,6 +1,6 @@
-"""What a rank holds and moves where ranks share one replica, as fsdp's stages do it: arithmetic.
+"""What a rank holds and moves where ranks are not all alike, or share one replica: arithmetic.
 
-The formulas, with what was measured beside them: docs/algorithms/fsdp.md.
+The formulas, with what was measured beside them: docs/algorithms/.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sharding:
-    """Stage 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
+    """Stage 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too. A worker with a
+    parameter server is stage 1 with a share of nothing."""
 
     stage: int = 0
     share: float = 1.0  # of this rank
     bucket: int = 0  # numbers in the largest bucket
     live_buckets: int = 0
     layers: int = 0  # numbers in all layers that are whole at one time
+    links: int = 0  # ranks that whole gradients and weights go to and come from: server or workers
+    seats: int = 0  # of a server: ranks whose gradients it has room for
+    averages: int = 0  # of the weights
 
     def of(self, stage: int) -> float:
         """This rank's part of what is cut from `stage` on."""

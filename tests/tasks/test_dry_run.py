@@ -214,3 +214,17 @@ def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process is not None
     assert 0 <= process.shared < process.size
     assert 0.1 * GB < process.size < GB
+
+
+def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    server = ("cluster=macmini3", "cluster.server=mini2", "algorithm=syncps", "model=gpt_small")
+    assert report(compose([*server, "training.dry_run=true"])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (room,) = [line for line in lines if "room for the gradients of workers" in line]
+    assert room.split("|")[2:4] == [" 0.076 ", " 0.000 "], "mini2 first, then the others"
+    assert any("server sends and receives 81.8 MB per step, others 40.9 MB" in x for x in lines)
+    one = made("algorithm=syncps", "cluster.ranks=3", "model=gpt_small")
+    of_worker = one.need(one.places[0], one.setting, local_rank=1).total
+    first = one.need(one.places[0], one.setting).total
+    assert total(one) == first + 2 * (of_worker - one.process.shared)
+    assert first > of_worker

@@ -96,6 +96,19 @@ def test_the_ring_moves_twice_all_but_one_share() -> None:
     )
 
 
+def test_a_server_has_room_for_all_workers_and_a_worker_has_no_optimizer() -> None:
+    server = replace(RANK, slots=2, saves=True, sharding=Sharding(links=3, seats=3, averages=1))
+    worker = replace(server, sharding=Sharding(stage=1, share=0.0, links=1))
+    parts, others = need(server, SETTING, None).parts, need(worker, SETTING, None).parts
+    assert parts["pushes"] == 2 * 3 * 4 * TRAINED and others["pushes"] == 0
+    assert parts["average"] == 4 * TRAINED and others["average"] == 0
+    assert parts["optimizer"] == pytest.approx(8 * TRAINED, rel=1e-3) and others["optimizer"] == 0
+    assert parts["checkpoint"] == checkpoint_bytes(server, SETTING) and others["checkpoint"] == 0
+    assert others["late gradients"] == parts["late gradients"] == 4 * TRAINED
+    assert sent_bytes(server, SETTING, 1) == 3 * 4 * TRAINED
+    assert sent_bytes(worker, SETTING, 1) == 4 * TRAINED
+
+
 # -- what would make it fit --
 
 COST = {"adamw": 40, "lion": 20, "sgd": 20, "adafactor": 5}

@@ -1,0 +1,146 @@
+"""What server and workers of syncps have in common, and a worker.
+
+    forward, backward ][ push bucket 0 ][ 1 ][ 2 ][ facts ] ... [ verdict ][ pull 0 ][ 1 ][ 2 ]
+
+A worker computes as in classicdp, but its buckets go to the server, and come back as weights. It
+knows nothing of other workers, and has no optimizer. The algorithm as a whole: syncps.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolrun.algorithms import saved
+from smolrun.algorithms.base import Context, InFlight
+from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.algorithms.contract import FACTS
+from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.reader import Checkpoint
+from smolrun.mesh.mesh import Work
+from smolrun.parts.buckets import Bucket
+from smolrun.parts.seats import pull_into, push
+
+_VERDICT = 4  # step, norm of the gradient, loss scale and its age: before the facts of all ranks
+
+
+class SyncPS(ClassicDP):
+    """What server and workers have in common."""
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        server_trains: bool,
+        straggler_s: float,
+        pulls_average: bool,
+        bucket_mb: float,
+    ) -> None:
+        super().__init__(context, bucket_mb=bucket_mb)
+        self.mesh = context.mesh
+        self._server_trains = server_trains
+        self._straggler_s = straggler_s
+        self._pulls_average = pulls_average
+        self.is_lockstep = not straggler_s
+
+    def batch_weights(self, speeds: Sequence[float | str]) -> Sequence[float | str]:
+        """By speed; nothing for a server that does not train."""
+        return speeds if self._server_trains else [0.0, *speeds[1:]]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What gradients are pushed for and weights pulled of, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def slot(self, step: int) -> int:
+        """Which memory a step uses."""
+        return step % self.buckets.slots
+
+
+class SyncPSWorker(SyncPS):
+    """Pushes its gradients and pulls weights; has no optimizer."""
+
+    evaluates = False
+
+    def place(self, model: nn.Module) -> None:
+        """A replica that is never stepped here."""
+        super().place(model)
+        del self.optimizer
+        self.saves = self.is_lockstep  # no tensors, but its random numbers
+        self._answers: dict[int, Tensor] = {}  # the numbers that come with the weights
+
+    def send(self, bucket: Bucket, slot: int) -> Work:
+        """Starts to push a full bucket."""
+        return push(self.mesh, self.steps_begun, 1 + bucket.index, bucket.to_host(slot))
+
+    def synchronize(self, facts: dict[str, float]) -> InFlight:
+        """The buckets are on their way already; the facts follow, and the answer is expected."""
+        facts["is_finite"] = float(self._is_finite)
+        step, row = self.steps_begun, row_of(facts)
+        works = [*self._works, push(self.mesh, step, 0, row)]
+        return InFlight(step, row, works + self._expect(step))
+
+    def _expect(self, step: int) -> list[Work]:
+        numbers = numbers_of(self.collectives.size)
+        self._answers[step] = numbers
+        room = [numbers, *(bucket.host[self.slot(step)] for bucket in self.buckets.buckets)]
+        return pull_into(self.mesh, step, room)
+
+    def arrive(self, flight: InFlight) -> None:
+        """The server's verdict, which is on its own step where this gradient was late."""
+        super().arrive(flight)
+        verdict, facts = self._answers.pop(flight.step).tensor_split([_VERDICT])
+        step, self._norm, scale, good_steps = verdict.tolist()
+        self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
+        self.steps_begun += int(step) - flight.step
+        flight.step, flight.facts = int(step), facts.view(-1, len(FACTS))
+
+    @torch.no_grad()
+    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+        """Takes the weights that were pulled."""
+        pulled = self.buckets.travelled(self.slot(flight.step))
+        for parameter, values in zip(self.trained().values(), pulled, strict=True):
+            parameter.copy_(values)
+        return self._norm if math.isfinite(self._norm) else None
+
+    def leave(self) -> None:
+        """A run that was stopped has pushes without an answer; the server gives one."""
+        for flight in self.in_flight:
+            super().arrive(flight)
+        super().leave()
+
+    def pieces(self) -> list[Piece]:
+        """Nothing: the server has it all."""
+        return []
+
+    def checkpoint_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """The weights as they are pulled; and it has pushed what is in flight."""
+        saved.refuse_unknown(self, checkpoint)
+        averages = checkpoint.keys("average/") if self._pulls_average else ()
+        for name, tensor in saved.model_tensors(self.model):
+            key = f"average/{name}" if f"average/{name}" in averages else f"model/{name}"
+            saved.read_into(tensor, checkpoint, key)
+        saved.restore_numbers(self, checkpoint, state)
+        for flight in saved.restore_flights(self, checkpoint, state):
+            flight.works = self._expect(flight.step)
+
+
+def row_of(facts: Mapping[str, float]) -> Tensor:
+    """What one rank tells."""
+    return torch.tensor([facts[name] for name in FACTS], dtype=torch.float64)
+
+
+def numbers_of(
+    size: int, verdict: Sequence[float] = (0,) * _VERDICT, facts: Tensor | None = None
+) -> Tensor:
+    """What comes with the weights: the verdict, and what all ranks told."""
+    facts = torch.zeros((size, len(FACTS))) if facts is None else facts
+    return torch.cat([torch.tensor(verdict, dtype=torch.float64), facts.double().flatten()])
