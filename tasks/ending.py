@@ -89,6 +89,8 @@ class Ending:
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:
             say(self._times.line)
+        if record.pushes.line:
+            say(f"who trained: {record.pushes.line}")
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:
@@ -122,6 +124,7 @@ class Ending:
             exit_code=outcome.exit_code,
             restarts=self._restarts,
             emulated=emulated(config),
+            departures=outcome.departures,
             time=self._times.summary(),
             peak_memory_bytes=[
                 outcome.summaries.get(rank, {}).get("peak_memory_bytes")

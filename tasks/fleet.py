@@ -23,15 +23,16 @@ from smolrun.config import RankPlan, RunConfig, ranks
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.config.suggest import problem
 from smolrun.config.targets import CustomTarget
-from smolrun.errors import ConfigError, HostError, SmolrunError
+from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import Host, WorkerPlan
 from smolrun.launch.local import LocalHost, is_secret
 from smolrun.mesh.addresses import resolve
+from smolrun.tasks.elasticity import is_enough, least_ranks
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
-    from smolrun.launch.delivery.provision import Provisioned
+    from smolrun.launch.delivery.provision import Order, Provisioned
     from smolrun.launch.delivery.shards import ShardFetcher
     from smolrun.launch.machine import HostSpec, Machine
 
@@ -42,13 +43,22 @@ Progress = Callable[[str, int, int], None]
 
 
 class Fleet:
-    """The hosts of one run. `machines` are those that are not this one, by name."""
+    """The hosts of one run. `machines` are those that are not this one, by name; `missing` those of
+    them that did not answer, in a run that begins without them."""
 
-    def __init__(self, config: RunConfig, machines: Mapping[str, Machine]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        machines: Mapping[str, Machine],
+        missing: Mapping[str, SmolrunError] | None = None,
+    ) -> None:
         self.machines = dict(machines)
+        self.missing = dict(missing or {})
+        self.order: Order | None = None  # what is brought to every host
         self._config = config
         self._prepared: Prepared | None = None
         self._resume: str | None = None
+        self._is_closed = False
         self._ready: dict[str, Provisioned] = {}
 
     def equip(
@@ -63,7 +73,7 @@ class Fleet:
         """Have on every host what its ranks need; HostError or HostErrors if one cannot have it."""
         self._prepared = prepared
         self._resume = None if checkpoint is None else str(checkpoint)
-        if not self.machines:
+        if not self.machines and not self.missing:
             return
         from smolrun.launch.delivery.code_archive import code_archive
         from smolrun.launch.delivery.files import FileHashes, PreparedFiles
@@ -72,7 +82,7 @@ class Fleet:
 
         hashes = FileHashes(platformdirs.user_cache_path("smolrun") / "hashes.json")
         weights = getattr(self._config.model, "pretrained", True)
-        order = Order(
+        order = self.order = Order(
             run_id,
             self._config.cluster.name,
             self._config.cluster.deploy,
@@ -86,6 +96,21 @@ class Fleet:
             say(f"warning: {line}")
         for line in ready.notes:
             say(line)
+
+    def is_there(self, host: str) -> bool:
+        """Whether workers can be started on a host now."""
+        machine = self.machines.get(host)
+        if machine is None:
+            return host not in self.missing
+        return machine.connection.lost is None and not machine.connection.is_silent
+
+    def take_in(self, host: str, machine: Machine, ready: Provisioned) -> None:
+        """A host that was away is there again, and has what its ranks need."""
+        self._ready[host] = ready
+        self.machines[host] = machine
+        self.missing.pop(host, None)
+        if self._is_closed:  # meanwhile
+            machine.close()
 
     def host_of(self, plan: WorkerPlan) -> Host:
         """Where a worker is started."""
@@ -101,6 +126,8 @@ class Fleet:
 
         HostError where a name means nothing.
         """
+        if rank.host in self.missing:
+            return []  # not known yet
         machine = self.machines.get(rank.host)
         is_given = _host(self._config, rank.host).address is not None
         if machine is None or is_given:
@@ -169,27 +196,35 @@ class Fleet:
 
     def close(self) -> None:
         """End all connections."""
-        for machine in self.machines.values():
+        self._is_closed = True
+        for machine in list(self.machines.values()):
             machine.close()
 
 
 def open_fleet(config: RunConfig) -> Fleet:
     """Connect to every host that is not this machine; HostError or HostErrors if one is not there.
 
-    Close it in the end."""
+    An elastic run begins without some, as long as there are enough. Close it in the end."""
     specs = host_specs(config)
     if not specs:
         return Fleet(config, {})
     from smolrun.launch.machine import open_machines
 
     cluster = config.cluster
+    missing: dict[str, SmolrunError] = {}
     machines = open_machines(
         specs,
         ssh_config=cluster.ssh_config,
         timeout_s=cluster.connect_timeout_s,
         cluster=cluster.name,
+        missing=missing if least_ranks(config) is not None else None,
     )
-    return Fleet(config, machines)
+    fleet = Fleet(config, machines, missing)
+    if missing and not is_enough(config, missing):
+        fleet.close()
+        errors = list(missing.values())
+        raise errors[0] if len(errors) == 1 else HostErrors(errors)
+    return fleet
 
 
 def host_specs(config: RunConfig) -> list[HostSpec]:

@@ -30,6 +30,7 @@ from smolrun.tasks.fetched import Fetched
 from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
+from smolrun.tasks.returns import Returns
 from smolrun.tasks.streaming import open_reader, reader_state
 from smolrun.tasks.who_answers import who_answers
 from smolrun.tasks.workers import (
@@ -181,19 +182,23 @@ class _Run:
             fleet.clear(folder.run_id)
             return not_equipped(error)
         fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), keeper)
+        returns = Returns(self._config, fleet, saving, console.say)
 
         def heard(event: Event) -> None:
+            returns.tell()
             if not fetched.take(event):
                 listen(event)
 
         driver = Driver(
             plans,
-            fleet.host_of,
+            returns.host_of,
             listen=heard,
             limits=_limits(self._config),
             rows=self._rows,
             stop_requests=folder.stop_requests,
             meanwhile=fetched.hand_on,
+            elastic=returns.elasticity,
+            plan_again=returns.plan_again,
         )
         self._log_tail = driver.log_tail
         try:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import platformdirs
 
-from smolrun.config import RunConfig, config_hash, ranks, resolved, world_size
+from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
 from smolrun.errors import ConfigError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.mesh.security import mint
+from smolrun.tasks.elasticity import least_ranks
 from smolrun.tasks.fleet import Fleet, is_elsewhere
 from smolrun.tasks.prepare_model import prepare_model, tokenizer_for, with_model
 from smolrun.tracking.run_folder import RunFolder
@@ -107,7 +108,6 @@ def plan_workers(
     keys = mint(folder.run_id, size) if security == "tls" else [None] * size
     plans = []
     for rank in ranks(config):
-        prepared = fleet.prepared(rank.host)
         start = StartMessage(
             rank=rank.rank,
             world_size=size,
@@ -116,17 +116,35 @@ def plan_workers(
             config=plain,
             config_hash=digest,
             secret=secret,
-            addresses=fleet.addresses(rank),
             ports=rank.ports,
             security=security,
             credentials=keys[rank.rank],
             device=rank.device,
-            threads=fleet.threads(rank),
-            prepared=prepared.to_json() if prepared is not None else None,
-            saving=fleet.saving(rank.host, saving),
+            elastic=least_ranks(config) is not None,
+            **_on_host(rank, fleet, saving),
         )
         plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
     return plans
+
+
+def plan_again(
+    plan: WorkerPlan, config: RunConfig, fleet: Fleet, saving: Saving | None
+) -> WorkerPlan:
+    """The same rank, secret and keys; what depends on its host as it is now."""
+    (rank,) = [rank for rank in ranks(config) if rank.rank == plan.rank]
+    start = msgspec.structs.replace(plan.start, **_on_host(rank, fleet, saving))
+    return WorkerPlan(start, plan.log_path)
+
+
+def _on_host(rank: RankPlan, fleet: Fleet, saving: Saving | None) -> dict[str, Any]:
+    """What a worker is told of the host it runs on."""
+    prepared = fleet.prepared(rank.host)
+    return {
+        "addresses": fleet.addresses(rank),
+        "threads": fleet.threads(rank),
+        "prepared": prepared.to_json() if prepared is not None else None,
+        "saving": fleet.saving(rank.host, saving),
+    }
 
 
 def _security(config: RunConfig) -> Security:

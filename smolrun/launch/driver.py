@@ -103,14 +103,15 @@ class Driver:
         stop_requests: Callable[[], int] = lambda: 0,
         meanwhile: Callable[[], None] = lambda: None,
         elastic: Elasticity | None = None,
+        plan_again: Callable[[WorkerPlan], WorkerPlan] = lambda plan: plan,
     ) -> None:
         """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick.
         `meanwhile` is called there too, a few times a second at least.
 
         `rows` is what the ranks may ask for where the data is a stream. `stop_requests` tells how
         often another process asked this run to stop, which counts as so many Ctrl-C. With `elastic`
-        the run goes on without ranks that are lost, and starts them again: `host_of` is then asked
-        anew, and its `start` may take the time that it needs to reach a host that was away.
+        the run goes on without ranks that are lost, and starts them again: `plan_again` and
+        `host_of` are then asked anew.
         """
         self._plans = plans
         self._listen = listen
@@ -120,6 +121,7 @@ class Driver:
         self._over = threading.Event()
         self._host_of = host_of
         self._elastic = elastic
+        self._plan_again = plan_again
         self._attendants: list[Attendant] = []
         for plan in plans:
             self._attendants.append(self._attendant(plan))
@@ -198,7 +200,8 @@ class Driver:
         return attendant
 
     def _start_again(self, rank: int) -> None:
-        attendant = self._attendants[rank] = self._attendant(self._plans[rank])
+        plan = self._plan_again(self._plans[rank])
+        attendant = self._attendants[rank] = self._attendant(plan)
         attendant.send(attendant.plan.start)
         attendant.begin()
 

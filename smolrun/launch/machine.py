@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smolrun.errors import SmolrunError
 from smolrun.launch.at_once import on_all
 from smolrun.launch.call import call
 from smolrun.launch.connection import Completed, Connection, OnBytes
@@ -147,20 +148,31 @@ def open_machines(
     ssh_config: str | None = None,
     timeout_s: float = 15.0,
     cluster: str = "NAME",
+    missing: dict[str, SmolrunError] | None = None,
 ) -> dict[str, Machine]:
-    """All of them at once, by name. If one fails none stays open, and all failures are told."""
+    """All of them at once, by name. If one fails none stays open, and all failures are told; where
+    there is a dict `missing`, it is left out instead, and its failure is put there."""
     opened: list[Machine] = []
     given_up = False
 
-    def open_one(spec: HostSpec) -> Machine:
-        machine = open_machine(spec, ssh_config=ssh_config, timeout_s=timeout_s, cluster=cluster)
+    def open_one(spec: HostSpec) -> Machine | None:
+        try:
+            machine = open_machine(
+                spec, ssh_config=ssh_config, timeout_s=timeout_s, cluster=cluster
+            )
+        except SmolrunError as error:
+            if missing is None:
+                raise
+            missing[spec.name] = error
+            return None
         opened.append(machine)
         if given_up:  # Ctrl-C came while this one was on its way
             machine.close()
         return machine
 
     try:
-        return on_all({spec.name: spec for spec in specs}, open_one, "open")
+        found = on_all({spec.name: spec for spec in specs}, open_one, "open")
+        return {name: machine for name, machine in found.items() if machine is not None}
     except BaseException:
         given_up = True
         for machine in opened:
