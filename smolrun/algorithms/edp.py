@@ -141,8 +141,12 @@ class EDPWorker(EDP):
         self.courier = Courier(context.mesh, SERVER, self.flat_model, context.quantization)
         self._ticket: Ticket | None = None
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def checkpoint_bytes(self) -> int:
         """Nothing: the server has it all."""
+        return 0
+
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Nothing, likewise."""
 
     def next_share(self, steps: int) -> Share | None:
         """The next ticket; waits where the server has none to give, or weights are too old."""

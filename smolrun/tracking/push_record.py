@@ -1,5 +1,5 @@
-"""What each worker of a parameter server contributed: how many of its gradients were applied, how old
-they were, and how many never came."""
+"""What each worker of a parameter server contributed: how many of its gradients were applied, how
+old they were, and how many never came."""
 
 from __future__ import annotations
 
