@@ -52,5 +52,6 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
         global_batch_size=config.training.global_batch_size,
         staleness=(0 if bound == "auto" else bound) if can_be_late else None,
         can_use_bf16=config.precision == "float32",
+        is_lockstep=not isinstance(algorithm, EDP),
     )
     return TimeTeller(setup, say)

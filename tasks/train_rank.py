@@ -25,8 +25,8 @@ from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
-from smolrun.tasks.emulation import late, pace_of
 from smolrun.parts.quantization import Quantization
+from smolrun.tasks.emulation import late, pace_of
 from smolrun.tasks.saving import RankCheckpoints
 from smolrun.tasks.sharing import share_work
 from smolrun.tasks.streaming import stream_feed

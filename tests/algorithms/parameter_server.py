@@ -79,8 +79,10 @@ def fit(
     steps: int,
     *,
     before: Callable[[int], None] = lambda count: None,
+    tell: Callable[[StepResult], None] = lambda result: None,
 ) -> Seen:
-    """The trainer's loop, to its end. `before(n)` is called before the n-th ticket."""
+    """The trainer's loop, to its end. `before(n)` is called before the n-th ticket, `tell` gets
+    every result."""
     torch.set_num_threads(1)  # of this thread; with more, products are rounded otherwise
     seen = Seen([], {})
     count = 0
@@ -93,6 +95,7 @@ def fit(
         result = algorithm.train_step(batches)
         if result is not None:
             seen.results.append(result)
+            tell(result)
             if result.wants_stop:
                 break
     seen.parameters = {name: p.detach().clone() for name, p in algorithm.model.named_parameters()}
