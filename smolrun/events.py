@@ -68,6 +68,35 @@ class RankStep(Event):
 
 
 @dataclass(frozen=True)
+class PushApplied(Event):
+    """A parameter server has applied one gradient, in this order.
+
+    The gradient of `ticket`'s samples (part `ticket` mod m of step `ticket` / m, with m pushes a
+    step) was computed by `rank` with the weights of `version`; `age` updates have come since.
+    `grad_norm` is None if it was not finite, and changed nothing."""
+
+    kind: ClassVar[str] = "push"
+    step: int
+    rank: int
+    ticket: int
+    version: int
+    age: int
+    samples: int
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class PushDropped(Event):
+    """A gradient will not come, or not from this rank: its ticket goes to somebody else."""
+
+    kind: ClassVar[str] = "push_dropped"
+    step: int
+    rank: int
+    ticket: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class EvalDone(Event):
     """Loss over the evaluation split: sum of losses / number of targets, over all ranks.
 
@@ -237,6 +266,8 @@ EVENTS: dict[str, type[Event]] = {
     for cls in (
         StepDone,
         RankStep,
+        PushApplied,
+        PushDropped,
         EvalDone,
         Norms,
         ShardSaved,

@@ -89,6 +89,8 @@ class Ending:
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:
             say(self._times.line)
+        if record.pushes.line:
+            say(f"who trained: {record.pushes.line}")
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:

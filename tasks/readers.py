@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.config.algorithms import FSDP, Single
+from smolrun.config.algorithms import EDP, FSDP, Single
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.time_teller import TimeTeller
@@ -34,7 +34,7 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     """Who says where the time goes; it only advises what this run could set."""
     bound = config.staleness.bound
     algorithm = config.algorithm
-    never_late = isinstance(algorithm, Single) or (
+    never_late = isinstance(algorithm, Single | EDP) or (
         isinstance(algorithm, FSDP) and algorithm.stage == 3
     )
     can_be_late = not never_late and world_size(config) > 1
@@ -52,5 +52,6 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
         global_batch_size=config.training.global_batch_size,
         staleness=(0 if bound == "auto" else bound) if can_be_late else None,
         can_use_bf16=config.precision == "float32",
+        is_lockstep=not isinstance(algorithm, EDP),
     )
     return TimeTeller(setup, say)

@@ -10,7 +10,7 @@ from importlib.resources import files
 import yaml
 
 from smolrun.config import RunConfig, world_size
-from smolrun.config.algorithms import FSDP, ClassicDP, SyncPS
+from smolrun.config.algorithms import EDP, FSDP, ClassicDP, SyncPS
 from smolrun.training.memory import item_bytes
 from smolrun.training.sharding import Sharding
 
@@ -31,6 +31,13 @@ def sharding_of(
         if is_first:
             return Sharding(links=workers, seats=workers, averages=int(algorithm.polyak > 0))
         return Sharding(stage=1, share=0.0, links=1)
+    if isinstance(algorithm, EDP):
+        # The server: a push and a copy of the weights for each worker. A worker: two pushes, and
+        # the weights that come.
+        workers = world_size(config) - 1
+        if is_first:
+            return Sharding(links=workers, seats=2 * workers)
+        return Sharding(stage=1, share=0.0, links=1, seats=3)
     if not isinstance(algorithm, FSDP):
         return Sharding()
     bucket = int(algorithm.bucket_mb * 2**20) // item_bytes(config.precision)

@@ -274,13 +274,8 @@ def _reader(
     """The reader of the stream, where the data is one and the run goes on."""
     if earlier is None:
         return open_reader(config, prepared, console.preparing)
-    return open_reader(
-        config,
-        prepared,
-        console.preparing,
-        updates=earlier.updates,
-        driver_state=earlier.driver_state,
-    )
+    done, state = earlier.updates, earlier.driver_state
+    return open_reader(config, prepared, console.preparing, updates=done, driver_state=state)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

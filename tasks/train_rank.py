@@ -77,7 +77,7 @@ def train(
         save=checkpoints.save if checkpoints and checkpoints.saves else None,
         timeline_steps=config["tracker"]["timeline_steps"],
         resync_every=training["resync_every"],
-        balance=balance,
+        balance=balance if algorithm.is_lockstep else None,
     )
     if checkpoints:
         checkpoints.begin(trainer)
@@ -148,6 +148,7 @@ def place_algorithm(
             min_ratio=training["min_lr_ratio"],
         ),
         staleness=0 if bound == "auto" else bound,
+        staleness_bound=None if bound == "auto" else bound,
         quantization=Quantization(**config["quantization"]),
         grad_clip=training["grad_clip"],
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),

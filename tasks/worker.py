@@ -164,8 +164,8 @@ def _build_mesh(
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
         guard=_guard(start, identity),
-        elastic=start.elastic,
         wrap=shape.wrap if shape else None,
+        elastic=start.elastic,
     )
 
 

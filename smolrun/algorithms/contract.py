@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.data.base import Batch
+from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.pace import FULL_SPEED, Pace
@@ -37,6 +38,7 @@ class Context:
     make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
+    staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
     quantization: Quantization = AS_THEY_ARE  # in which form gradients travel
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
@@ -54,6 +56,9 @@ class Part:
 
     index: int
     count: int
+
+
+NOTHING = Part(0, 0)  # for a rank that only serves others
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class StepResult:
     facts: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of every rank, see FACTS
     # rank whose gradient was not waited for -> how many that makes
     late: Mapping[int, int] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()  # more to be told of it
 
     @property
     def samples(self) -> tuple[int, ...]:

@@ -56,12 +56,17 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 | `emulated` | The hosts that played other machines, a sentence each; empty: all times are real |
 | `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_s`) |
+| `pushes` | edp: rank -> what became of its gradients, see below; empty: no such server |
 | `restarts` | One for each time that the run was started again after a loss, see below |
 | `departures` | One for each time that a run lost a rank and went on without it, see below |
 
 Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
 `reason`, `resumed_from` (steps in the checkpoint; 0: the beginning), `lost_steps` (made twice) and
 `hosts` (those it went on with).
+
+Of the gradients of a rank, with `algorithm=edp`: `pushes` (those that the server has applied),
+`samples` and `share` of all samples, `mean_age` and `max_age` in updates, `dropped` (reason -> how
+many; their samples went to others).
 
 Of a departure: `rank`, `host`, `step` (of that rank), `after_s` (from the start of the ranks),
 `reason`, `away_s` (until it was back; null: it never was) and `given_up` (it died at once too
@@ -104,6 +109,13 @@ MEANINGS = {
     "drift.ranks": "Those that had differed from rank 0",
     "difference": "The largest of any number of a replica to rank 0's; null = not a number",
     "gradient_dropped.rank": "Whose gradient was late",
+    "push.step": "The step that this update belongs to; its ticket may be of another",
+    "push.rank": "Who computed the gradient",
+    "push_dropped.rank": "Who would have computed the gradient",
+    "ticket": "Which part of the data: part (ticket mod m) of step (ticket / m), m pushes a step",
+    "version": "How many updates the weights had that it was computed with",
+    "age": "How many updates came between those weights and this one",
+    "reason": "Why it will not come; the ticket goes to somebody else",
     "so_far": "How many of this rank were, this one included, since it was started",
     "accuracy": "Share of right answers, for classes; else null",
     "gradients": "Layer -> norm of its mean gradient, before clipping",

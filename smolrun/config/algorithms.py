@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag
 
@@ -72,11 +72,34 @@ class SyncPS(Target):
     )
 
 
+class EDP(Target):
+    """A server and workers that never wait for each other; ranks may come, go and come back."""
+
+    is_elastic: ClassVar[bool] = True
+
+    target: Literal["smolrun.algorithms.edp:edp"]
+    server_trains: bool = Field(
+        description="Whether the server takes samples too; others wait for it meanwhile"
+    )
+    pushes_per_batch: Auto | Count = Field(
+        description="Parts of a global batch, each an update of its own; auto = one per rank that "
+        "trains"
+    )
+    damping: Literal["none", "inverse", "inverse_sqrt"] = Field(
+        description="How much less the learning rate is for a gradient that is `age` updates late: "
+        "inverse = 1 / (1 + age), inverse_sqrt = the root of that, none = not at all"
+    )
+    min_ranks: Count = Field(
+        description="With fewer ranks than that, the server counted, the run ends"
+    )
+
+
 Algorithm = Annotated[
     Annotated[Single, Tag("Single")]
     | Annotated[ClassicDP, Tag("ClassicDP")]
     | Annotated[FSDP, Tag("FSDP")]
     | Annotated[SyncPS, Tag("SyncPS")]
+    | Annotated[EDP, Tag("EDP")]
     | Custom,
-    own_target(Single, ClassicDP, FSDP, SyncPS),
+    own_target(Single, ClassicDP, FSDP, SyncPS, EDP),
 ]

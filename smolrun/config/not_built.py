@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "compare",
         "logs",
     ),
-    "algorithm": ("edp", "mp", "mp_pipeline", "ep", "diloco"),
+    "algorithm": ("mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),

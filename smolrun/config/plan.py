@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from smolrun.config.algorithms import Algorithm, Single, SyncPS
+from smolrun.config.algorithms import EDP, Algorithm, Single, SyncPS
 from smolrun.config.base import Device
 from smolrun.config.cluster import Cluster, Host
 from smolrun.config.run import RunConfig
@@ -47,8 +47,9 @@ def world_size(config: RunConfig) -> int:
 
 def savers(config: RunConfig) -> int:
     """How many of them write checkpoints: where ranks leave each other behind, the server alone."""
-    alone = isinstance(config.algorithm, SyncPS) and config.algorithm.straggler_s > 0
-    return 1 if alone else world_size(config)
+    algorithm = config.algorithm
+    is_left_behind = isinstance(algorithm, SyncPS) and algorithm.straggler_s > 0
+    return 1 if is_left_behind or isinstance(algorithm, EDP) else world_size(config)
 
 
 def ranks(config: RunConfig) -> list[RankPlan]:

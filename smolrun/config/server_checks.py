@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from smolrun.config.algorithms import Algorithm, SyncPS
+from smolrun.config.algorithms import EDP, Algorithm, SyncPS
 from smolrun.config.cluster import Cluster
 from smolrun.config.data import Data
 from smolrun.config.plan import cluster_size
@@ -18,9 +18,11 @@ def server_is_a_host(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]
     if cluster.server is None:
         return
     names = [host.name for host in cluster.hosts or []]
-    if not isinstance(algorithm, SyncPS | CustomTarget):
+    if not isinstance(algorithm, SyncPS | EDP | CustomTarget):
         what = f"algorithm={algorithm.name} has no server"
-        yield problem("cluster.server", cluster.server, what, allowed="null, or algorithm=syncps")
+        yield problem(
+            "cluster.server", cluster.server, what, allowed="null, or algorithm=edp, syncps"
+        )
     elif cluster.server not in names:
         what = f"no host of cluster={cluster.name}"
         allowed = ", ".join(names) or "null: there are no cluster.hosts"
@@ -84,4 +86,22 @@ def average_can_be(*, algorithm: Algorithm, precision: str) -> Iterator[str]:
         yield problem("algorithm.polyak", algorithm.polyak, what, allowed=allowed)
 
 
-CHECKS = (server_is_a_host, somebody_trains, stragglers_can_be_left, average_can_be)
+def tickets_can_be(*, algorithm: Algorithm, training: Training, data: Data) -> Iterator[str]:
+    """Who takes the next part of the data is decided while the run goes on, rank by rank."""
+    if not isinstance(algorithm, EDP):
+        return
+    pushes = algorithm.pushes_per_batch
+    if getattr(data, "streaming", False):
+        what = "a stream is asked for rows ahead, and with edp nobody knows yet who needs which"
+        yield problem("data.streaming", True, what, allowed="false, or algorithm=classicdp")
+    if training.check_replicas:
+        what = "the ranks of edp have weights of different age, so no two need be equal"
+        yield problem("training.check_replicas", True, what, allowed="false")
+    if pushes != "auto" and pushes > training.global_batch_size:
+        allowed = f"auto, or 1 to training.global_batch_size = {training.global_batch_size}"
+        yield problem(
+            "algorithm.pushes_per_batch", pushes, "parts without samples", allowed=allowed
+        )
+
+
+CHECKS = (server_is_a_host, somebody_trains, stragglers_can_be_left, average_can_be, tickets_can_be)

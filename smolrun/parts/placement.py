@@ -60,7 +60,10 @@ class BatchPlan:
         return self
 
     def part(self, index: int, count: int) -> BatchPlan:
-        """The plan of one of `count` equal parts of every global batch, whoever takes it."""
+        """The plan of one of `count` equal parts of every global batch, whoever takes it; of
+        none, nothing."""
+        if not count:
+            return BatchPlan(0, (), self.global_batch_size, self.micro_batch_size)
         return plan_batches(self.global_batch_size, [1.0] * count, index, self.micro_batch_size)
 
     def alone(self, count: int) -> BatchPlan:

@@ -6,7 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from smolrun.events import CheckpointSaved, EvalDone, Event, GradientDropped, StepDone, TextSample
+from smolrun.events import (
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    GradientDropped,
+    PushApplied,
+    PushDropped,
+    StepDone,
+    TextSample,
+)
+from smolrun.tracking.push_record import PushRecord
 
 
 class RunRecord:
@@ -31,6 +41,7 @@ class RunRecord:
         self.eval_accuracy: float | None = None
         self.checkpoint = checkpoint
         self.sample: TextSample | None = None
+        self.pushes = PushRecord()
         self.gradients_dropped: dict[int, int] = {}
         self._not_finite_since: int | None = None
 
@@ -59,6 +70,8 @@ class RunRecord:
                 self._not_finite_since = self.steps  # counted from 1, as people do
         elif isinstance(event, EvalDone):
             self.eval_loss, self.eval_accuracy = event.loss, event.accuracy
+        elif isinstance(event, PushApplied | PushDropped):
+            self.pushes.record(event)
         elif isinstance(event, GradientDropped):
             before = self.gradients_dropped.get(event.rank, 0)
             self.gradients_dropped[event.rank] = before + 1
@@ -111,6 +124,7 @@ class RunRecord:
             "peak_memory_bytes": list(peak_memory_bytes),
             "time": dict(time) if time is not None else None,
             "gradients_dropped": {str(r): n for r, n in sorted(self.gradients_dropped.items())},
+            "pushes": self.pushes.summary(),
             "restarts": [dict(row) for row in restarts],
             "departures": [dict(row) for row in departures],
             "emulated": list(emulated),

@@ -39,6 +39,7 @@ class Setup:
     global_batch_size: int
     staleness: int | None = None  # None: this algorithm has none to set
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
+    is_lockstep: bool = True  # else nobody waits for the slowest, and there is nothing to judge
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Verdict:
 
 def judge(sums: Sums, setup: Setup) -> Verdict | None:
     """What the sums say; None as long as they say nothing."""
-    if not sums.steps or sums.total_s <= 0:
+    if not sums.steps or sums.total_s <= 0 or not setup.is_lockstep:
         return None
     computing = sum(sums.compute_s.values()) / sums.total_s
     waiting = sum(sums.waited_for_s.values()) / sums.total_s

@@ -197,6 +197,8 @@ class Trainer:
             "bytes_received": received - self._bytes[1],
         }
         self._bytes = (sent, received)
+        for event in result.events:
+            self._emit(event)
         self._emit(
             RankStep(
                 result.step,

@@ -41,5 +41,5 @@ def test_it_has_every_group_and_tells_what_is_not_built():
     for group in ("cluster", "algorithm", "model", "data", "training", "experiment"):
         assert f"\n## {group}\n" in text
     assert "| `cluster.hosts[].speed` | `1.0` | a number > 0 or auto |" in text
-    assert "Planned, not built yet: edp" in text
+    assert "Planned, not built yet: mp" in text
     assert "| `data.path` |  | text or a list of text |" in text

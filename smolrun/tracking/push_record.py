@@ -1,0 +1,63 @@
+"""What each worker of a parameter server contributed: how many of its gradients were applied, how
+old they were, and how many never came."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from smolrun.events import PushApplied, PushDropped
+
+
+@dataclass
+class _Worker:
+    pushes: int = 0
+    samples: int = 0
+    ages: int = 0
+    max_age: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class PushRecord:
+    """Sums over the pushes of a run."""
+
+    def __init__(self) -> None:
+        self._workers: dict[int, _Worker] = {}
+
+    def record(self, event: PushApplied | PushDropped) -> None:
+        """One more gradient came, or did not."""
+        worker = self._workers.setdefault(event.rank, _Worker())
+        if isinstance(event, PushDropped):
+            worker.dropped[event.reason] += 1
+            return
+        worker.pushes += 1
+        worker.samples += event.samples
+        worker.ages += event.age
+        worker.max_age = max(worker.max_age, event.age)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For summary.json, by rank."""
+        total = sum(worker.samples for worker in self._workers.values())
+        return {
+            str(rank): {
+                "pushes": worker.pushes,
+                "samples": worker.samples,
+                "share": round(worker.samples / total, 4) if total else 0.0,
+                "mean_age": round(worker.ages / worker.pushes, 3) if worker.pushes else None,
+                "max_age": worker.max_age,
+                "dropped": dict(worker.dropped),
+            }
+            for rank, worker in sorted(self._workers.items())
+        }
+
+    @property
+    def line(self) -> str:
+        """One line about all ranks; empty if there was no push."""
+        told = []
+        for rank, row in self.summary().items():
+            dropped = sum(row["dropped"].values())
+            age = "" if row["mean_age"] is None else f", {row['mean_age']:.1f} updates late"
+            gone = f", {dropped} went to others" if dropped else ""
+            told.append(f"rank {rank} {row['share']:.0%} of the samples{age}{gone}")
+        return "; ".join(told)
