@@ -26,6 +26,8 @@ VARIANTS = {
     "fsdp stage 1": (["algorithm=fsdp", "algorithm.stage=1"], SYNCHRONOUS),
     "fsdp stage 2": (["algorithm=fsdp", "algorithm.stage=2"], SYNCHRONOUS),
     "fsdp stage 3": (["algorithm=fsdp", "algorithm.stage=3"], SYNCHRONOUS),
+    "edp": (["algorithm=edp"], LATE),
+    "edp, K=1": (["algorithm=edp", "staleness.bound=1"], LATE),
 }
 
 
