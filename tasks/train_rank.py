@@ -69,9 +69,7 @@ def train(
         algorithm,
         _feed(config, prepared, plan, rows),
         steps=training["steps"],
-        evaluate=functools.partial(
-            _evaluate, algorithm, eval_split, eval_plan, training["eval_batches"]
-        ),
+        evaluate=functools.partial(_evaluate, algorithm, eval_split, eval_plan, training),
         eval_every=training["eval_every"],
         check_replicas=training["check_replicas"],
         emit=emit,
@@ -188,8 +186,10 @@ def new_model(
     return model
 
 
-def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
-    now = plan.at(algorithm.steps_begun)
+def _evaluate(
+    algorithm: Algorithm, split: Split, plan: Planned, training: dict[str, Any]
+) -> EvalSums:
+    now, limit = plan.at(algorithm.steps_begun), training["eval_batches"]
     return evaluate(algorithm, lambda: every_sample(split, now, limit))
 
 

@@ -205,11 +205,6 @@ def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dic
             "no meaning",
         ),
         (
-            {"cluster__hosts": [{"name": "a", "speed": 0.5}]},
-            "cluster.hosts[0].speed = 0.5",
-            "not built yet; allowed: 1.0",
-        ),
-        (
             {"model__target": "no_such_module_here.x:build"},
             "model.target = no_such_module_here.x:build",
             "there is no module no_such_module_here",
