@@ -1,7 +1,6 @@
 """task=train: prepare the data, start one worker per rank, watch, and tell how it ended.
 
-`drive` is the driver's half, `work` what every rank does once the mesh stands.
-"""
+`drive` is the driver's half, `work` what every rank does once the mesh stands."""
 
 from __future__ import annotations
 
@@ -263,9 +262,8 @@ class _Run:
 def _limits(config: RunConfig) -> Limits:
     """How long to wait. A disk may be as slow as a peer: saving takes part in an end."""
     wait_s = config.mesh.timeout_s
-    return Limits(
-        start_s=config.cluster.start_timeout_s, finish_s=2 * wait_s, stop_s=max(120.0, 2 * wait_s)
-    )
+    start_s, stop_s = config.cluster.start_timeout_s, max(120.0, 2 * wait_s)
+    return Limits(start_s=start_s, finish_s=2 * wait_s, stop_s=stop_s)
 
 
 def _reader(

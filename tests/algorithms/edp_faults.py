@@ -118,6 +118,11 @@ def main(folder: Path, *overrides: str) -> None:
         print(run.communicate(timeout=120)[0])
     finally:
         run.kill()
+    report(watch, windows)
+
+
+def report(watch: Watch, windows: dict[str, tuple[float, float]]) -> None:
+    """The figures."""
     print("gradients applied a second, by rank (speeds 8 4 2 1):")
     for what, (since, until) in windows.items():
         counts = watch.pushes(since, until)

@@ -41,7 +41,7 @@ def main() -> None:
     endpoint = Endpoint(["127.0.0.1"], (port, port) if rank == 0 else None)
     roster = [server] if rank == 0 else [server, Seat(rank, "local", endpoint.addresses)]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
-    mesh = connect(endpoint, identity, roster, elastic=True, silence_s=2.0, heartbeat_s=0.05)
+    mesh = connect(endpoint, identity, roster, elastic=True, silence_s=6.0, heartbeat_s=0.05)
     try:
         more = {"pace": SharePace(float(sys.argv[5]))}
         algorithm = ps.place(mesh, ps.start(MODEL), more=more if rank else None)

@@ -63,6 +63,9 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "time": {"computing": 1.0},
         "gradients_dropped": {"1": 2},
         "restarts": [{"step": 4}],
+        "departures": [],
+        "emulated": [],
+        "pushes": {},
     }
     assert record.tokens_per_s == 200.0
     assert record.sample == TextSample(4, "def ", "f():")

@@ -1,0 +1,29 @@
+"""What edp refuses, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.config import savers
+from smolrun.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["training.check_replicas=true"], "no two need be equal"),
+        (["algorithm.pushes_per_batch=99"], "parts without samples"),
+        (["algorithm.damping=often"], "algorithm.damping = often"),
+        (["data=hf", "data.path=a/b", "data.streaming=true"], "a stream is asked for rows ahead"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compose(["algorithm=edp", *overrides])
+
+
+def test_the_server_alone_saves() -> None:
+    config = compose(["algorithm=edp", "cluster.ranks=4"])
+    assert savers(config) == 1
+    assert config.algorithm.min_ranks == 2  # type: ignore[union-attr]
