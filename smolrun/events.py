@@ -261,29 +261,7 @@ class Note(Event):
     rank: int | None = None
 
 
-EVENTS: dict[str, type[Event]] = {
-    cls.kind: cls
-    for cls in (
-        StepDone,
-        RankStep,
-        PushApplied,
-        PushDropped,
-        EvalDone,
-        Norms,
-        ShardSaved,
-        ShardFailed,
-        CheckpointSaved,
-        Timeline,
-        ReplicaHash,
-        Drift,
-        StepSkipped,
-        GradientDropped,
-        TextSample,
-        RunStarted,
-        BenchRow,
-        Note,
-    )
-}
+EVENTS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
 
 
 def to_json(event: Event) -> dict[str, Any]:
