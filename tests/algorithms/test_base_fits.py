@@ -1,8 +1,8 @@
-"""Four ways to distribute training, each sketched in a few lines on `Algorithm`, so that its verbs
+"""Three ways to distribute training, each sketched in a few lines on `Algorithm`, so that its verbs
 are known to fit them.
 
-They are sketches: no overlap, no prefetch, no buckets. Each must still equal `single` (edp: must
-learn), see docs/decisions/003-the-algorithm-contract.md."""
+They are sketches: no overlap, no prefetch, no buckets. Each must still equal `single`, see
+docs/decisions/003-the-algorithm-contract.md."""
 
 from __future__ import annotations
 
@@ -163,68 +163,6 @@ class SketchedPipeline(Algorithm):
     norm_squared = SketchedFSDP.norm_squared  # type: ignore[assignment]
 
 
-class SketchedEDP(Algorithm):
-    """Rank 0 keeps the parameters and takes gradients of any age; the others push, take what is
-    there, and never meet."""
-
-    def place(self, model: nn.Module) -> None:
-        super().place(model)
-        self.pushes = 0
-
-    def flat(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-    def load(self, flat: torch.Tensor) -> None:
-        for p, part in zip(
-            self.model.parameters(),
-            flat.split([p.numel() for p in self.model.parameters()]),
-            strict=True,
-        ):
-            p.data.copy_(part.view_as(p))
-
-    def serve(self, num_pushes: int) -> None:
-        inbox = [
-            (worker, number)
-            for number in range(num_pushes)
-            for worker in range(1, self.context.mesh.world_size)
-        ]
-        for worker, number in inbox:
-            gradient = torch.empty_like(self.flat())
-            self.context.mesh.recv(worker, Tag(20, number, 0), gradient).wait()
-            for p, part in zip(
-                self.model.parameters(),
-                gradient.split([p.numel() for p in self.model.parameters()]),
-                strict=True,
-            ):
-                p.grad = part.view_as(p)
-            self.optimizer.step()
-            self.context.mesh.send(worker, Tag(21, number, 0), self.flat()).wait()
-
-    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        self.optimizer.zero_grad()
-        return super().forward_backward(micro_batches)
-
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
-        gradient = (
-            torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-            / facts["weight"]
-        )
-        push = self.context.mesh.send(0, Tag(20, self.steps_begun, 0), gradient)
-        self.pulled = torch.empty_like(gradient)
-        pull = self.context.mesh.recv(0, Tag(21, self.steps_begun, 0), self.pulled)
-        own = torch.tensor(
-            [[facts["loss_sum"], facts["weight"], 1.0, facts["compute_s"], 0.0]]
-        )  # no facts of others
-        return InFlight(self.steps_begun, own, [push, pull])
-
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
-        raise AssertionError("update is overridden")
-
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
-        self.load(self.pulled)
-        return 1.0
-
-
 def start() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
@@ -257,9 +195,6 @@ def run(
         )
         algorithm = cls(context)
         algorithm.place(copy.deepcopy(first))
-        if isinstance(algorithm, SketchedEDP) and mesh.rank == 0:
-            algorithm.serve(steps)
-            return None
         results = [algorithm.train_step(parts(mesh, global_batch(step))) for step in range(steps)]
         return [(result.loss, result.grad_norm) for result in results if result is not None]
 
@@ -291,10 +226,3 @@ def test_the_contract_fits(
     (reference,) = run(Single, 1, lambda mesh, batch: [batch])
     for trace in run(cls, world_size, parts):
         assert torch.allclose(torch.tensor(trace), torch.tensor(reference), rtol=0, atol=1e-12)
-
-
-def test_the_contract_fits_a_parameter_server() -> None:
-    _, one, two = run(SketchedEDP, 3, lambda mesh, batch: [batch], steps=40)
-    for losses in ([loss for loss, _ in one], [loss for loss, _ in two]):
-        # Late gradients with momentum make the loss jump about, so its mean is compared.
-        assert sum(losses[-30:]) / 30 < 0.9 * losses[0]
