@@ -34,12 +34,18 @@ def refused(folder: Path, *arguments: str) -> list[str]:
     [
         (
             "algorithm=clasicdp",
-            "algorithm = clasicdp: no such choice; allowed: classicdp, fsdp, single;"
+            "algorithm = clasicdp: no such choice; allowed: classicdp, edp, fsdp, single, syncps;"
             " did you mean classicdp?",
         ),
-        ("algorithm=ep", "algorithm = ep: not built yet; allowed: classicdp, fsdp, single"),
+        (
+            "algorithm=ep",
+            "algorithm = ep: not built yet; allowed: classicdp, edp, fsdp, single, syncps",
+        ),
         ("task=serve", "task = serve: not built yet; allowed: attach, bench, clean, doctor, "),
-        ("algorithm=gpt_tiny", "allowed: classicdp, fsdp, single; did you mean model=gpt_tiny?"),
+        (
+            "algorithm=gpt_tiny",
+            "allowed: classicdp, edp, fsdp, single, syncps; did you mean model=gpt_tiny?",
+        ),
         ("algoritm=single", "did you mean algorithm?"),
         ("sede=1", "did you mean seed?"),
         ("training.step=5", "training.step = 5: no such key; allowed: steps, "),
@@ -157,8 +163,10 @@ def test_completion_offers_groups_choices_and_keys(tmp_path: Path):
 
     assert offered("smolrun algorithm=") == [
         "algorithm=classicdp",
+        "algorithm=edp",
         "algorithm=fsdp",
         "algorithm=single",
+        "algorithm=syncps",
     ]
     assert "training.steps=" in offered("smolrun training.")
     assert "smolrun" in shown(tmp_path, "-sc", "install=bash").out
