@@ -17,6 +17,7 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs side by side (pytest -n): a file stays together, as its tests share what was set
     up, and so do all hosts, as one lab is enough."""
