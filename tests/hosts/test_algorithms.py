@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.algorithms.worlds import ALGORITHMS
+from tests.algorithms.worlds import CONF
 from tests.hosts.lab import Lab
 from tests.hosts.runs import SMALL, Driver, is_clean
 
+ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 pytestmark = [pytest.mark.hosts, pytest.mark.soak, pytest.mark.timeout(150)]
 
 
