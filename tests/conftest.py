@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Generator
 
 import pytest
 
@@ -17,10 +18,11 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # so before xdist, which reads the groups first of all others
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
     """What runs side by side (pytest -n): a file stays together, as its tests share what was set
     up, and so do all hosts, as one lab is enough."""
     for item in items:
         group = "hosts" if item.get_closest_marker("hosts") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+    yield
