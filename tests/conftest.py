@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -18,11 +18,15 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.hookimpl(wrapper=True)  # so before xdist, which reads the groups first of all others
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one can do without
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What runs side by side (pytest -n): a file stays together, as its tests share what was set
     up, and so do all hosts, as one lab is enough."""
-    for item in items:
-        group = "hosts" if item.get_closest_marker("hosts") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    yield
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "hosts" if "/hosts/" in file else file
+
+    return ByFile(config, log)
