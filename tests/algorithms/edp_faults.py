@@ -53,17 +53,20 @@ class Watch:
 def cluster(folder: Path) -> None:
     """Five hosts on this machine; the first is the server."""
     hosts = ["  - {name: server}"] + [
-        f"  - {{name: w{speed}, emulate: {{compute: {FASTEST * speed / 8:g}}}}}" for speed in SPEEDS
+        f"  - {{name: w{speed}, env: {{WORKER: w{speed}}}, "
+        f"emulate: {{compute: {FASTEST * speed / 8:g}}}}}"
+        for speed in SPEEDS
     ]
     file = folder / "conf" / "cluster" / "four.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(["# Four unequal workers", "name: four", "hosts:", *hosts, ""]))
 
 
-def started(driver: int) -> list[psutil.Process]:
-    """The processes of the ranks, about in rank order: the figures show who was hit."""
-    ranks = [c for c in psutil.Process(driver).children() if "smolrun" in " ".join(c.cmdline())]
-    return sorted(ranks, key=lambda process: (process.create_time(), process.pid))
+def process_of(driver: int, worker: str) -> psutil.Process:
+    """That of a worker, known by the variable that the cluster file gives its host."""
+    ranks = psutil.Process(driver).children()
+    (found,) = (one for one in ranks if one.environ().get("WORKER") == worker)
+    return found
 
 
 def main(folder: Path, *overrides: str) -> None:
@@ -86,16 +89,15 @@ def main(folder: Path, *overrides: str) -> None:
 
         while len(watch.pushes(0, time.monotonic() + 1)) < len(SPEEDS):
             pass_time(0.1)
-        ranks = started(run.pid)
         windows = {"warming up": pass_time(3)}
         windows["before"] = pass_time(WINDOW_S)
-        ranks[2].kill()
+        process_of(run.pid, "w4").kill()
         windows["one worker killed"] = gone = pass_time(0.5)
         while not watch.pushes(gone[0] + 0.5, time.monotonic()).get(2) and run.poll() is None:
             pass_time(0.1)
         windows["one worker killed"] = (gone[0], time.monotonic())
         windows["after that"] = pass_time(WINDOW_S)
-        frozen = ranks[1]
+        frozen = process_of(run.pid, "w8")
         frozen.send_signal(signal.SIGSTOP)
         windows[f"another frozen for {FREEZE_S:g} s"] = pass_time(FREEZE_S)
         try:
