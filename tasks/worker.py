@@ -106,6 +106,7 @@ def _run_task(
     """From the start message to the task's summary."""
     # The start deadline is the driver's; this one ends the wait for a driver that says no more.
     start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
+    _log.info("rank %d of %d is process %d", start.rank, start.world_size, os.getpid())
     import torch  # seconds, on a small machine
 
     torch.set_num_threads(start.threads)

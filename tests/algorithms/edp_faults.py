@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.tasks.background import process_of
+
 SPEEDS = (8, 4, 2, 1)
 FASTEST = 0.4  # of a core
 WINDOW_S = 10.0
@@ -53,20 +55,11 @@ class Watch:
 def cluster(folder: Path) -> None:
     """Five hosts on this machine; the first is the server."""
     hosts = ["  - {name: server}"] + [
-        f"  - {{name: w{speed}, env: {{WORKER: w{speed}}}, "
-        f"emulate: {{compute: {FASTEST * speed / 8:g}}}}}"
-        for speed in SPEEDS
+        f"  - {{name: w{speed}, emulate: {{compute: {FASTEST * speed / 8:g}}}}}" for speed in SPEEDS
     ]
     file = folder / "conf" / "cluster" / "four.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(["# Four unequal workers", "name: four", "hosts:", *hosts, ""]))
-
-
-def process_of(driver: int, worker: str) -> psutil.Process:
-    """That of a worker, known by the variable that the cluster file gives its host."""
-    ranks = psutil.Process(driver).children()
-    (found,) = (one for one in ranks if one.environ().get("WORKER") == worker)
-    return found
 
 
 def main(folder: Path, *overrides: str) -> None:
@@ -91,13 +84,13 @@ def main(folder: Path, *overrides: str) -> None:
             pass_time(0.1)
         windows = {"warming up": pass_time(3)}
         windows["before"] = pass_time(WINDOW_S)
-        process_of(run.pid, "w4").kill()
+        process_of(2, outputs / "latest").kill()
         windows["one worker killed"] = gone = pass_time(0.5)
         while not watch.pushes(gone[0] + 0.5, time.monotonic()).get(2) and run.poll() is None:
             pass_time(0.1)
         windows["one worker killed"] = (gone[0], time.monotonic())
         windows["after that"] = pass_time(WINDOW_S)
-        frozen = process_of(run.pid, "w8")
+        frozen = process_of(1, outputs / "latest")
         frozen.send_signal(signal.SIGSTOP)
         windows[f"another frozen for {FREEZE_S:g} s"] = pass_time(FREEZE_S)
         try:

@@ -27,6 +27,14 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 SOON = Elasticity(min_ranks=2, first_pause_s=0.05, longest_pause_s=0.1, farewell_s=2.0)
 
 
+# The folder of the tests is no package that is installed.
+ELASTIC_RANK = f"""
+import runpy, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+runpy.run_module("tests.launch.elastic_rank", run_name="__main__")
+"""
+
+
 def notes(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Note)]
 
@@ -65,8 +73,7 @@ def real_workers(folder: Path, ranks: int, pids: int) -> list[WorkerPlan]:
 @pytest.mark.timeout(120)
 def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(tmp_path: Path) -> None:
     events: list[Event] = []
-    script = Path(__file__).with_name("elastic_rank.py")
-    host = LocalHost([sys.executable, str(script)])
+    host = LocalHost([sys.executable, "-c", ELASTIC_RANK])
     driver = Driver(
         real_workers(tmp_path, ranks=3, pids=3),
         lambda _: host,

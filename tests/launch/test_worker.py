@@ -113,7 +113,8 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     assert (result.status, result.summary, code) == ("done", {"steps": 1}, 0)
     assert [line for line in log.splitlines() if " INFO " not in line] == [
         "threads 1",
-        "mesh elastic=False heartbeat_s=0.25 silence_s=3.0 start_timeout_s=40.0 timeout_s=300.0",
+        "mesh elastic=False heartbeat_s=0.25 silence_s=3.0 start_timeout_s=40.0 timeout_s=300.0 "
+        "wrap=None",
         "this goes to the log good",
         "mesh closed",
     ]

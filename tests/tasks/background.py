@@ -56,6 +56,13 @@ class Background:
             self.driver.kill()
 
 
+def process_of(rank: int, run: Path) -> psutil.Process:
+    """The newest worker of that rank, as its log in the run's folder says."""
+    (log,) = (run / "logs").glob(f"rank{rank}-*.log")
+    pids = re.findall(rf"rank {rank} of \d+ is process (\d+)", log.read_text(encoding="utf-8"))
+    return psutil.Process(int(pids[-1]))
+
+
 @contextlib.contextmanager
 def in_background(folder: Path, *overrides: str) -> Iterator[Background]:
     """A detached run, ended at the latest with the block."""
