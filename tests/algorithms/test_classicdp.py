@@ -67,6 +67,7 @@ def test_bytes_per_step_are_2_times_n_minus_1_over_n_of_the_gradient(
 
         train(1)
         sent, received = mesh.bytes_sent, mesh.bytes_received
+        algorithm.collectives.barrier()  # who is first here may not send before all have looked
         train(3)
         gradient_bytes = sum(parameter.numel() * 4 for parameter in algorithm.model.parameters())
         return mesh.bytes_sent - sent, mesh.bytes_received - received, 3 * gradient_bytes

@@ -190,6 +190,7 @@ def sent(stage: int, world_size: int, count: int, **keys: Any) -> list[tuple[int
         algorithm.replica_tensors()  # waits for what is on its way
         algorithm.collectives.barrier()
         before = mesh.bytes_sent, mesh.bytes_received
+        algorithm.collectives.barrier()  # nobody sends before all have looked
         algorithm.train_step(micro_batches(mesh.rank, count))
         algorithm.replica_tensors()
         algorithm.collectives.barrier()

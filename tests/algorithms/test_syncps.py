@@ -65,6 +65,7 @@ def test_a_worker_sends_its_gradient_and_gets_the_weights(world_size: int) -> No
         algorithm.train_step([batch(mesh.rank, 0)])
         algorithm.collectives.barrier()
         sent, received = mesh.bytes_sent, mesh.bytes_received
+        algorithm.collectives.barrier()  # nobody sends before all have looked
         algorithm.train_step([batch(mesh.rank, 1)])
         algorithm.collectives.barrier()
         size = sum(parameter.numel() * 4 for parameter in algorithm.model.parameters())

@@ -23,7 +23,7 @@ from tests.algorithms.test_syncps import batch, build
 from tests.waiting import until
 
 STEPS = 8
-PATIENCE_S = 1.0  # far more than a step takes, so nobody is late by chance
+PATIENCE_S = 2.0  # far more than a step takes, so nobody is late by chance
 
 # gate(step, begun): blocks the last rank before it trains on `step`; begun[rank] is each one's step
 Gate = Callable[[int, list[int]], None]
@@ -39,8 +39,14 @@ class Told:
 
 
 def train(
-    gate: Gate, *, world_size: int = 3, kind: str = "memory", stop_at: int | None = None
+    gate: Gate,
+    *,
+    world_size: int = 3,
+    kind: str = "memory",
+    stop_at: int | None = None,
+    meet_at: int | None = None,
 ) -> list[Told]:
+    """Before step `meet_at` the server waits until all that the last rank computes has come."""
     begun = [0] * world_size
 
     def rank_main(mesh: Mesh) -> Told:
@@ -51,6 +57,8 @@ def train(
             begun[mesh.rank] = share.step
             if is_last:
                 gate(share.step, begun)
+            if mesh.rank == 0 and share.step == meet_at:
+                until(lambda: all(w.is_done for w in algorithm.seats.all[-1].expected.values()))
             told.steps.append(share.step)
             algorithm.wants_stop = is_last and share.step == stop_at
             result = algorithm.train_step([batch(mesh.rank, share.step)])
@@ -89,7 +97,7 @@ def test_who_is_late_once_is_dropped_and_catches_up() -> None:
         if step == 1:
             until(lambda: begun[0] >= 4)
 
-    server, other, late = train(gate, kind="tcp")
+    server, other, late = train(gate, kind="tcp", meet_at=5)
     assert [result.step for result in server.results] == list(range(STEPS))
     assert [r.late for r in server.results] == [{}, {2: 1}, *[{}] * (STEPS - 2)]
     assert other.steps == list(range(STEPS))

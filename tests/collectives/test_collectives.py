@@ -160,6 +160,7 @@ def test_bytes_on_the_wire_are_those_of_the_ring(world_size: int) -> None:
 
     def rank_main(mesh: Mesh) -> tuple[int, int]:
         collectives, before = Collectives(mesh), (mesh.bytes_sent, mesh.bytes_received)
+        collectives.barrier()  # nobody sends before all have looked
         collectives.all_reduce(torch.ones(nbytes // 4))
         collectives.barrier()
         return mesh.bytes_sent - before[0], mesh.bytes_received - before[1]

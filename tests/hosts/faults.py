@@ -20,7 +20,7 @@ FAST = [*LONG, "mesh.liveness=fast"]
 NORMAL_S, FAST_S = 10.0, 4.0
 # From the verdict to the end of the command: who lives is ended, hosts are tidied up, and the
 # summary is written, all of it by three Pythons on cores that others use too.
-TIDY_S = 4.0
+TIDY_S = 8.0
 
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) WARNING \S+: lost rank")
 
