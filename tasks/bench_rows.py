@@ -9,6 +9,7 @@ import torch
 
 from smolrun.benchmarks.collectives import compare_all_reduce
 from smolrun.benchmarks.link import compare_link
+from smolrun.benchmarks.never_waiting import compare_edp
 from smolrun.benchmarks.step import PeerStep, compare_step
 from smolrun.benchmarks.stragglers import compare_bounds
 from smolrun.benchmarks.unequal import compare_shares
@@ -52,16 +53,16 @@ def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[
                 repeats=bench["repeats"],
             )
         case "stragglers":
-            return compare_bounds(
-                mesh,
-                bench["bounds"],
-                steps=bench["steps"],
-                step_s=bench["step_ms"] / 1000,
-                chance=bench["chance"],
-                factor=bench["factor"],
-                repeats=bench["repeats"],
-            )
+            return _straggling(mesh, bench)
     return ({**row, "security": security} for row in _steps(start, mesh))
+
+
+def _straggling(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    given = {key: bench[key] for key in ("steps", "chance", "factor", "repeats")}
+    given["step_s"] = bench["step_ms"] / 1000
+    yield from compare_bounds(mesh, bench["bounds"], **given)
+    if bench["edp"]:
+        yield compare_edp(mesh, patience=bench["patience"], **given)
 
 
 def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:

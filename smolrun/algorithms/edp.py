@@ -8,7 +8,8 @@
 
 Rank 0 holds the optimizer. A worker takes a ticket (parts/tickets.py), computes the gradient of
 those samples, pushes it in the background (parts/courier.py) and goes on with the next ticket, with
-newer weights if some have come. So a gradient is late: its age is the number of updates since the
+newer weights if some have come; it waits for those with its own push in them only if that is quick
+(parts/patience.py). So a gradient is late: its age is the number of updates since the
 weights that it was computed with, and the older it is, the smaller is the learning rate
 (parts/damping.py). Workers may come, go and come back at any time (parts/reception.py).
 
@@ -37,6 +38,7 @@ from smolrun.events import Event, PushApplied
 from smolrun.parts.courier import Courier, Ticket
 from smolrun.parts.damping import DAMPING
 from smolrun.parts.flat_model import FlatModel
+from smolrun.parts.patience import Patience
 from smolrun.parts.push_pull import Facts, Sums, Why
 from smolrun.parts.reception import Reception
 from smolrun.parts.tickets import Tickets
@@ -50,12 +52,13 @@ def edp(
     server_trains: bool,
     pushes_per_batch: int | str,
     damping: str,
+    patience: float,
     min_ranks: int,
 ) -> Algorithm:
     """This rank's part in it. A rank without others is a server that trains. How many ranks must be
     there at least, `min_ranks`, is for the driver to see to."""
     if context.mesh.rank != SERVER:
-        return EDPWorker(context)
+        return EDPWorker(context, Patience(patience))
     trains = server_trains or context.mesh.world_size == 1
     auto = context.mesh.world_size - 1 + trains
     per_step = auto if pushes_per_batch == "auto" else int(pushes_per_batch)
@@ -133,12 +136,18 @@ class EDPWorker(EDP):
 
     evaluates = saves = False
 
+    def __init__(self, context: Context, patience: Patience) -> None:
+        super().__init__(context)
+        self._patience = patience
+
     def place(self, model: torch.nn.Module) -> None:
         """The weights will come from the server."""
         super().place(model)
         del self.optimizer
         context = self.context
-        self.courier = Courier(context.mesh, SERVER, self.flat_model, context.quantization)
+        self.courier = Courier(
+            context.mesh, SERVER, self.flat_model, context.quantization, self._patience
+        )
         self._ticket: Ticket | None = None
 
     def checkpoint_bytes(self) -> int:

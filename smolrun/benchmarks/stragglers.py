@@ -84,7 +84,7 @@ def compare_bounds(
                 f"staleness {bound}",
                 "event simulation",
                 world_size=mesh.world_size,
-                parameters=sum(p.numel() for p in _network().parameters()),
+                parameters=sum(p.numel() for p in network().parameters()),
                 steps=steps,
                 paced=True,
             ),
@@ -93,7 +93,8 @@ def compare_bounds(
         }
 
 
-def _network() -> torch.nn.Module:
+def network() -> torch.nn.Module:
+    """Small, as its computing is played."""
     return torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
 
 
@@ -102,7 +103,7 @@ def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     pace = SetPace()
     context = paced_context(mesh, pace, staleness=bound)
     algorithm = ClassicDP(context, bucket_mb=1.0)
-    algorithm.place(_network())
+    algorithm.place(network())
     batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
     algorithm.collectives.barrier()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -89,6 +89,10 @@ class EDP(Target):
         description="How much less the learning rate is for a gradient that is `age` updates late: "
         "inverse = 1 / (1 + age), inverse_sqrt = the root of that, none = not at all"
     )
+    patience: NotNegative = Field(
+        description="A worker waits for the weights with its own push in them if that takes at "
+        "most this share of its computing time; 0 = never, which makes gradients twice as late"
+    )
     min_ranks: Count = Field(
         description="With fewer ranks than that, the server counted, the run ends"
     )

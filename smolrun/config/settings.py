@@ -203,7 +203,9 @@ class StragglersBench(Section):
     world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
         description="Ranks"
     )
-    bounds: Annotated[list[Natural], Field(min_length=1)] = Field(description="Staleness")
+    bounds: list[Natural] = Field(description="Staleness of classicdp")
+    edp: bool = Field(description="Also algorithm=edp: a server, and workers on all other ranks")
+    patience: NotNegative = Field(description="Of these workers, see algorithm.patience")
     steps: Count = Field(description="Steps in one measurement")
     step_ms: Positive = Field(description="How long a rank computes in a step")
     chance: Share = Field(description="Share of the steps that have a slow rank")

@@ -27,6 +27,7 @@ import torch
 from smolrun.errors import WaitTimeout
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_model import FlatModel, Flats
+from smolrun.parts.patience import Patience
 from smolrun.parts.push_pull import Facts, Letter, Lines, Why, Word, letter_room, read
 from smolrun.parts.quantization import Feedback, Quantization
 
@@ -52,7 +53,12 @@ class Courier:
     """Fetches tickets and weights from rank `server`, brings gradients there."""
 
     def __init__(
-        self, mesh: Mesh, server: int, flat_model: FlatModel, quantization: Quantization
+        self,
+        mesh: Mesh,
+        server: int,
+        flat_model: FlatModel,
+        quantization: Quantization,
+        patience: Patience,
     ) -> None:
         self.was_stopped = False
         self._mesh = mesh
@@ -78,7 +84,10 @@ class Courier:
         self._shadow: Flats = flat_model.host_zeros()
         self._shadow_version = torch.zeros(1, dtype=torch.int64)
         self._is_fresh = False  # the shadow holds weights that are not loaded yet
+        self._came_version = -1  # of the weights that are here, whether loaded or not
         self._version = -1  # of the weights that are loaded
+        self._patience = patience
+        self._applied_version = 0  # weights from this version on have the last push in them
 
     def _begin(self) -> None:
         """Expects the first letter and the first weights, and asks for work."""
@@ -91,6 +100,7 @@ class Courier:
 
     def next_ticket(self) -> Ticket | None:
         """What to work on next, when the weights that it needs are here; None when the run is over.
+        Those with the last push in them are waited for as long as there is patience.
 
         Asks for the one after it at once. WaitTimeout if the server is alive and says nothing,
         PeerLost if it is gone."""
@@ -102,11 +112,15 @@ class Courier:
                 if self._is_over:
                     return None
                 self._raise_error()
+                now_s, left_s = time.monotonic(), self._mesh.timeout_s
                 if version >= 0 and self._tickets and version >= self._tickets[0].needs:
-                    ticket = self._tickets.popleft()
-                    break
+                    left_s = self._patience.left_s(now_s)
+                    if left_s <= 0:
+                        ticket = self._tickets.popleft()
+                        self._patience.begin(now_s)
+                        break
                 if not self._is_fresh:
-                    self._wait_for_news()
+                    self._wait_for_news(left_s)
         self._ask()
         return ticket
 
@@ -134,6 +148,7 @@ class Courier:
         push = Push(facts, self._encode(gradient, room))
         with self._changed:
             self._raise_error()
+            self._patience.push(time.monotonic())
             if self._under_way is None:
                 self._start(push)
             else:
@@ -147,14 +162,14 @@ class Courier:
 
     # -- under the lock, or on the I/O thread ----
 
-    def _wait_for_news(self) -> None:
+    def _wait_for_news(self, at_most_s: float) -> None:
         left_s = self._last_heard_s + self._mesh.timeout_s - time.monotonic()
         if left_s <= 0:
             raise WaitTimeout(
                 f"rank {self._mesh.rank}: no work from rank {self._server} for "
                 f"{self._mesh.timeout_s:g} s although it is alive"
             )
-        self._changed.wait(left_s)
+        self._changed.wait(min(left_s, at_most_s))
 
     def _raise_error(self) -> None:
         if self._error is not None and not self._is_over:
@@ -185,11 +200,18 @@ class Courier:
         self._under_way, waiting, self._waiting = None, self._waiting, None
         if waiting is not None:
             self._start(waiting)
+        self._look_for_answer()
+
+    def _look_for_answer(self) -> None:
+        if self._under_way is None and self._came_version >= self._applied_version:
+            self._patience.answer(time.monotonic())
 
     def _expect_weights(self) -> None:
         def came(error: BaseException | None) -> None:
             with self._changed:
                 self._is_fresh = error is None
+                self._came_version = int(self._shadow_version.item())
+                self._look_for_answer()
                 self._changed.notify_all()
             self._failed_if(error)
 
@@ -206,6 +228,7 @@ class Courier:
             if letter.word is Word.TICKET:
                 self._tickets.append(Ticket(letter.first, letter.second, letter.third))
             elif letter.word is Word.APPLIED:
+                self._applied_version = letter.first
                 self._applied()
             elif letter.word is Word.OVER:
                 self._is_over, self.was_stopped = True, bool(letter.first)

@@ -4,7 +4,7 @@
       WANT  ---------------------------------->        may I have a ticket?
             <---------------------------------- TICKET number, weights it needs, tickets per step
       push  = facts + gradient --------------->        computed with weights of that version
-            <---------------------------------- APPLIED
+            <---------------------------------- APPLIED, version that has it
             <---------------------------------- weights = version + parameters
       GIVE_BACK ticket, why ------------------>        this gradient will not come
             <---------------------------------- BUSY   it evaluates; wait on

@@ -77,7 +77,7 @@ class Reception:
         """The gradient is in the weights: its ticket is done, its worker gets newer weights."""
         worker = pushed.worker
         self.tickets.finish(worker.rank, pushed.facts.ticket)
-        worker.say(Letter(Word.APPLIED))
+        worker.say(Letter(Word.APPLIED, self.tickets.num_done))
         worker.expect_push()
         worker.is_due = True
         worker.send_if_due(self.tickets.num_done)

@@ -26,6 +26,7 @@ KEYS: dict[str, Any] = {
     "server_trains": False,
     "pushes_per_batch": "auto",
     "damping": "inverse",
+    "patience": 0.5,
     "min_ranks": 1,
 }
 

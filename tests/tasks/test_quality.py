@@ -34,9 +34,12 @@ VARIANTS = {
     "fsdp stage 1": (["algorithm=fsdp", "algorithm.stage=1"], SYNCHRONOUS),
     "fsdp stage 2": (["algorithm=fsdp", "algorithm.stage=2"], SYNCHRONOUS),
     "fsdp stage 3": (["algorithm=fsdp", "algorithm.stage=3"], SYNCHRONOUS),
-    "edp": (["algorithm=edp", "algorithm.damping=none"], LATE),
-    "edp, K=1": (["algorithm=edp", "algorithm.damping=none", "staleness.bound=1"], LATE),
+    "edp": (["algorithm=edp"], LATE),
+    "edp, K=1": (["algorithm=edp", "staleness.bound=1"], LATE),
 }
+# Where computing takes a millisecond no answer comes in time, so all gradients are 2 N - 1 late,
+# and damping would halve the way that the weights go in these steps.
+NOT_DAMPED = ("mlp", "algorithm=edp")
 
 
 @functools.cache
@@ -56,6 +59,8 @@ def eval_loss(model: str, seed: int, *overrides: str) -> float:
 def test_it_learns_as_single_does(model: str, variant: str) -> None:
     overrides, allowed = VARIANTS[variant]
     keys = LATE_MODELS[model] if allowed == LATE else []
+    if (model, overrides[0]) == NOT_DAMPED:
+        overrides = [*overrides, "algorithm.damping=none"]
     expected = [eval_loss(model, seed, *keys, "algorithm=single") for seed in SEEDS]
     found = [eval_loss(model, seed, *keys, *overrides, "cluster.ranks=3") for seed in SEEDS]
     spread = (max(expected) - min(expected)) / min(expected)
