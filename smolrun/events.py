@@ -97,6 +97,18 @@ class PushDropped(Event):
 
 
 @dataclass(frozen=True)
+class Membership(Event):
+    """A rank has joined an elastic run, or is gone; the `tickets` that it had go to others."""
+
+    kind: ClassVar[str] = "membership"
+    step: int
+    rank: int
+    is_here: bool
+    reason: str
+    tickets: int
+
+
+@dataclass(frozen=True)
 class EvalDone(Event):
     """Loss over the evaluation split: sum of losses / number of targets, over all ranks.
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from smolrun.events import Membership
 from smolrun.launch.cause import Cause, RankState, names, pick_cause
 from smolrun.launch.control import Peer
 from smolrun.launch.member import Elasticity, Member, departure, is_away
@@ -25,8 +26,10 @@ from smolrun.launch.moves import (
     EXIT_STOPPED,
     EXIT_STOPPED_NOW,
     Action,
+    Input,
     Kill,
     Outcome,
+    Reported,
     SendRoster,
     SendStop,
     StartAgain,
@@ -56,6 +59,14 @@ class ElasticSupervisor(Supervisor):
         self._short_since: float | None = now  # since when fewer than min_ranks are at work
         self._was_enough = False
         self._last_cause: Cause | None = None
+
+    def handle(self, item: Input, now: float) -> list[Action]:
+        """See Supervisor."""
+        if isinstance(item, Reported) and isinstance(item.event, Membership):
+            # A process that joins comes after the loss of the one before it, also in this order.
+            member = self._members[item.event.rank]
+            member.unlinked = None if item.event.is_here else now
+        return super().handle(item, now)
 
     def advance(self, now: float) -> list[Action]:
         """See Supervisor."""
@@ -178,7 +189,8 @@ class ElasticSupervisor(Supervisor):
             is_news = state.has_failed and not member.is_given_up
             return self._has_gone(state, member, now) if is_news else []
         member.look_at_clock(state, now)
-        if (state.has_failed or member.is_late) and not state.killed:
+        is_useless = state.has_failed or member.is_late or member.stands_still
+        if is_useless and not state.killed:
             state.killed = True
             return [Kill(state.rank)]
         if state.addresses and not member.has_joined and self.phase is Phase.RUNNING:

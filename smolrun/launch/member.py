@@ -19,7 +19,9 @@ class Elasticity:
     `min_ranks` counts rank 0 too; fewer may be there for `wait_s`. A rank that ends before it has
     joined for `quick_s`, or by an error of its own, has died quickly; after `max_quick` such deaths
     in a row it is given up. One whose host is out of reach is never given up, and asked for every
-    `ask_s`. `farewell_s`: from the server's result to the others'.
+    `ask_s`. A process that the server has lost ends by itself once it notices; one that has not
+    within `wake_s`, because it stands still, is ended. `farewell_s`: from the server's result to
+    the others'.
     """
 
     min_ranks: int = 1
@@ -27,6 +29,7 @@ class Elasticity:
     first_pause_s: float = 1.0
     longest_pause_s: float = 8.0
     ask_s: float = 2.0
+    wake_s: float = 30.0
     quick_s: float = 10.0
     max_quick: int = 5
     farewell_s: float = 15.0
@@ -42,24 +45,31 @@ class Member:
     has_joined: bool = False  # it was told where rank 0 is
     due: float | None = None  # when it is started again; None while it lives, and when it is not
     is_late: bool = False  # it was not ready in time
+    unlinked: float | None = None  # since when the server has lost this process
+    stands_still: bool = False  # for so long that it is ended
     is_given_up: bool = False
     quick: int = 0  # quick deaths in a row
     row: dict[str, Any] | None = None  # of its departure, until it is back
 
     def look_at_clock(self, state: RankState, now: float) -> None:
-        """Whether it is too late for this process to be ready."""
+        """Whether it is too late for this process to be ready, or to wake up."""
         self.is_late = self.is_late or (not state.addresses and now >= self.since + self.start_s)
+        lost = self.unlinked
+        self.stands_still = lost is not None and now >= lost + self.policy.wake_s
 
     def times(self, state: RankState) -> list[float]:
         """When something is due by itself."""
         if self.due is not None:
             return [self.due]
-        is_starting = not (state.addresses or state.is_over or state.killed)
-        return [self.since + self.start_s] if is_starting else []
+        if state.is_over or state.killed:
+            return []
+        times = [] if state.addresses else [self.since + self.start_s]
+        return times if self.unlinked is None else [*times, self.unlinked + self.policy.wake_s]
 
     def starts_again(self, now: float) -> None:
         """It gets another process."""
         self.since, self.due, self.has_joined, self.is_late = now, None, False, False
+        self.unlinked, self.stands_still = None, False
 
     def joins(self, now: float, began: float) -> float | None:
         """It may link up; how long it was away, if it was."""
@@ -89,9 +99,12 @@ class Member:
         self.due, self.is_given_up = None, True
 
     def _cause(self, state: RankState) -> Cause:
-        if not self.is_late:
+        if self.is_late:
+            reason = f"{state.label} not ready within {self.start_s:g} s; log: {state.log}"
+        elif self.stands_still:
+            reason = f"{state.label} stood still, and was ended after {self.policy.wake_s:g} s"
+        else:
             return pick_cause([state])
-        reason = f"{state.label} not ready within {self.start_s:g} s; log: {state.log}"
         return Cause(state.rank, state.host, reason, is_lost=True)
 
 

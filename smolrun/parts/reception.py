@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import time
 
-from smolrun.events import Event, Note, PushDropped
+from smolrun.events import Event, Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_model import FlatModel
 from smolrun.parts.push_pull import Letter, Why, Word
@@ -147,7 +147,7 @@ class Reception:
         if self._over is not None:
             worker.say(self._over)
         else:
-            self._note(worker.rank, "trains with us")
+            self.told.append(Membership(self._step, worker.rank, True, "joined", 0))
 
     def _gone(self, gone: Gone) -> None:
         worker = self.workers.pop(gone.rank, None)
@@ -158,15 +158,13 @@ class Reception:
         for ticket in lost:
             self._tell_dropped(gone.rank, ticket, Why.LOST)
         if self._over is None:
-            self._note(gone.rank, f"is gone ({gone.reason}); {len(lost)} tickets go to others")
+            step = self._step
+            self.told.append(Membership(step, gone.rank, False, gone.reason, len(lost)))
         self.hand_out()
 
     @property
     def _step(self) -> int:
         return self.tickets.num_done // self.tickets.per_step
-
-    def _note(self, rank: int, what: str) -> None:
-        self.told.append(Note("info", f"step {self._step}: rank {rank} {what}"))
 
     def _tell_dropped(self, rank: int, ticket: int, why: Why) -> None:
         self.told.append(PushDropped(self._step, rank, ticket, _WHY[why]))

@@ -22,6 +22,7 @@ from smolrun.events import (
     EvalDone,
     Event,
     GradientDropped,
+    Membership,
     Note,
     RankStep,
     RunStarted,
@@ -142,9 +143,19 @@ class Console:
             self._show_drift(event)
         elif isinstance(event, GradientDropped):
             self._show_dropped(event)
+        elif isinstance(event, Membership):
+            self._show_membership(event)
         elif isinstance(event, Note) and event.level != "debug":
             whose = "" if event.rank is None else f" (rank {event.rank})"
             self._print(f"{event.level}: {event.message}{whose}")
+
+    def _show_membership(self, event: Membership) -> None:
+        told = f"step {event.step + 1}: rank {event.rank}"
+        if event.is_here:
+            self._print(f"{told} trains with us")
+        else:
+            parts = counted(event.tickets, "ticket")
+            self._print(f"{told} is gone ({event.reason}); others take its {parts}")
 
     def _show_dropped(self, event: GradientDropped) -> None:
         """Rarer and rarer: a rank that is too slow is late in every step."""

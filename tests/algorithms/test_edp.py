@@ -16,7 +16,7 @@ from torch import nn
 from smolrun.algorithms.edp import EDPServer
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
-from smolrun.events import Note, PushDropped
+from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.quantization import Quantization
 from smolrun.testing import run_ranks
@@ -150,15 +150,12 @@ def test_ranks_come_late_die_return_and_leave() -> None:
     assert {push.rank for push in seen.pushes} == {1, 2, 3}
     dropped = [event for event in seen.events if isinstance(event, PushDropped)]
     assert {event.rank for event in dropped if event.reason == "its rank is gone"} == {1}
-    notes = [event.message.partition(": ")[2] for event in seen.events if isinstance(event, Note)]
-    assert [note for note in notes if "is gone" in note] == [
-        f"rank 1 is gone (it was killed); {len(dropped)} tickets go to others"
+    told = [event for event in seen.events if isinstance(event, Membership)]
+    gone = [event for event in told if not event.is_here]
+    assert [(event.rank, event.reason, event.tickets) for event in gone] == [
+        (1, "it was killed", len(dropped))
     ]
-    assert Counter(note for note in notes if "trains" in note) == {
-        "rank 1 trains with us": 2,
-        "rank 2 trains with us": 1,
-        "rank 3 trains with us": 1,
-    }
+    assert Counter(event.rank for event in told if event.is_here) == {1: 2, 2: 1, 3: 1}
     assert_is_its_log(seen, "mlp", 3)
 
 

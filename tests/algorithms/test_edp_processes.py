@@ -70,9 +70,9 @@ class Ranks:
         before = {rank: self.pushes(rank) for rank in ranks}
         until(lambda: all(self.pushes(r) >= n + 2 for r, n in before.items()), timeout_s=60)
 
-    def notes(self) -> list[str]:
-        told = [row["message"] for row in list(self.rows) if row["event"] == "note"]
-        return [message.partition(": ")[2] for message in told]
+    def gone(self) -> list[tuple[int, str]]:
+        told = [row for row in list(self.rows) if row["event"] == "membership"]
+        return [(row["rank"], row["reason"]) for row in told if not row["is_here"]]
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ def test_ranks_come_late_die_return_freeze_and_leave(ranks: Ranks) -> None:
     ranks.goes_on(1, 2, 3)
     frozen = ranks.processes[3]
     frozen.send_signal(signal.SIGSTOP)  # for longer than silence is borne: it is lost
-    until(lambda: any("rank 3 is gone (silent" in note for note in ranks.notes()), timeout_s=20)
+    until(lambda: any(rank == 3 and "silent" in why for rank, why in ranks.gone()), timeout_s=20)
     ranks.goes_on(1, 2)
     frozen.send_signal(signal.SIGCONT)
     assert frozen.wait(20) != 0, "it notices that it is out; who started it starts it again"
     second.send_signal(signal.SIGTERM)
-    until(lambda: any("rank 2 is gone (left)" in note for note in ranks.notes()), timeout_s=20)
+    until(lambda: (2, "left") in ranks.gone(), timeout_s=20)
     ranks.goes_on(1)
     assert ranks.server.stdin is not None
     ranks.server.stdin.close()

@@ -3,6 +3,7 @@ again, and how it ends."""
 
 from __future__ import annotations
 
+from smolrun.events import Membership
 from smolrun.launch.cause import RankState
 from smolrun.launch.control import Peer
 from smolrun.launch.elastic import ElasticSupervisor
@@ -14,6 +15,7 @@ from smolrun.launch.moves import (
     Misbehaved,
     NotStarted,
     Ready,
+    Reported,
     SendRoster,
     StartAgain,
     Tell,
@@ -145,6 +147,31 @@ def test_an_error_of_its_own_counts_as_a_quick_death_however_late() -> None:
             come_back(supervisor, 1, supervisor.deadline)
         now += 100.0
     assert "ValueError: shapes do not fit" in lines[0] and "not started again" in lines[0]
+
+
+def unlinked(rank: int, *, is_here: bool = False) -> Reported:
+    return Reported(0, Membership(7, rank, is_here, "silent for 9 s", 1))
+
+
+def test_a_process_that_stands_still_is_ended_and_started_again() -> None:
+    supervisor = running(3)
+    assert supervisor.handle(unlinked(2), 50.0) == []
+    assert supervisor.deadline == 80.0
+    assert supervisor.advance(79.9) == []
+    assert supervisor.advance(80.0) == [Kill(2)]
+    lines = told(supervisor.handle(Exited(2, -9), 80.1))
+    assert "rank 2 on host2 stood still, and was ended after 30 s" in lines[0]
+    come_back(supervisor, 2, 81.1)
+    assert supervisor.advance(500.0) == [], "that was the process before it"
+
+
+def test_the_loss_of_a_process_that_has_ended_does_not_count_for_the_next() -> None:
+    supervisor = running(3)
+    supervisor.handle(Exited(2, -9), 50.0)
+    come_back(supervisor, 2, 51.0)
+    supervisor.handle(unlinked(2), 58.0)  # its host was gone, so the server noticed late
+    supervisor.handle(unlinked(2, is_here=True), 58.5)
+    assert supervisor.advance(500.0) == []
 
 
 def test_a_host_out_of_reach_is_asked_until_it_answers_and_told_once() -> None:
