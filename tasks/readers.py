@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.config.algorithms import EDP, FSDP, Single
+from smolrun.config.algorithms import EDP, FSDP, Single, SyncPS
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.time_teller import TimeTeller
@@ -34,8 +34,10 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     """Who says where the time goes; it only advises what this run could set."""
     bound = config.staleness.bound
     algorithm = config.algorithm
-    never_late = isinstance(algorithm, Single | EDP) or (
-        isinstance(algorithm, FSDP) and algorithm.stage == 3
+    never_late = (
+        isinstance(algorithm, Single | EDP)
+        or (isinstance(algorithm, FSDP) and algorithm.stage == 3)
+        or (isinstance(algorithm, SyncPS) and algorithm.straggler_s > 0)
     )
     can_be_late = not never_late and world_size(config) > 1
     hosts = config.cluster.hosts or []
