@@ -14,6 +14,7 @@ from tests.tasks.test_fsdp_runs import KEYS, losses
 from tests.tasks.test_whole_runs import summary
 from tests.waiting import until
 
+GO_ON = ["checkpoint.resume=latest"]
 SYNCPS = ["algorithm=syncps", "algorithm.bucket_mb=0.01", "cluster.ranks=3"]
 
 
@@ -52,11 +53,15 @@ def test_a_run_goes_on_as_another_algorithm_on_other_ranks(tmp_path: Path) -> No
     expected = losses(plain, [*keys, "training.steps=8"])
     found = losses(
         pushed,
-        [*keys, *SYNCPS, "training.steps=4"],
-        ["checkpoint.resume=latest", "training.steps=6", "algorithm=fsdp", "cluster.ranks=2"],
         [
-            *("checkpoint.resume=latest", "training.steps=8", "cluster.ranks=3"),
-            *("algorithm=syncps", "algorithm.server_trains=false"),
+            *(*keys, "training.steps=3", "cluster.ranks=4"),
+            *("algorithm=fsdp", "algorithm.stage=3", "algorithm.bucket_mb=0.01"),
+        ],
+        [*GO_ON, "training.steps=5", "algorithm=classicdp", "cluster.ranks=2"],
+        [*GO_ON, "training.steps=6", *SYNCPS],
+        [
+            *(*GO_ON, "training.steps=8", "algorithm=syncps", "cluster.ranks=2"),
+            "algorithm.server_trains=false",
         ],
     )
     assert found == pytest.approx(expected, abs=1e-5)
