@@ -116,7 +116,10 @@ class ElasticMesh(TcpMesh):
             return
         self._present -= {peer.rank}
         peer.close()
-        _log.warning("lost rank %d: %s", peer.rank, reason)
+        if peer.has_left:
+            _log.info("rank %d has left", peer.rank)
+        else:
+            _log.warning("lost rank %d: %s", peer.rank, reason)
         self.fail_work_with(PeerLost(peer.rank, self.generation, reason))
         self.announce(peer.rank, False, "left" if peer.has_left else reason)
 

@@ -15,6 +15,7 @@ import functools
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -121,29 +122,33 @@ class Mesh(ABC):
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
         self._watches: list[Watch] = []  # as above
+        self._links: Counter[int] = Counter()  # by peer, how often it has come; as above
 
     # -- for any thread ----
 
-    def send(self, peer: int, tag: Tag, tensor: torch.Tensor) -> Work:
+    def send(self, peer: int, tag: Tag, tensor: torch.Tensor, *, link: int | None = None) -> Work:
         """Starts sending a contiguous CPU tensor; the work is done when the tensor may change
-        again."""
+        again. It fails if it is for a `link` that is over."""
         self._check_peer(peer)
         payload = payload_of(tensor)
-        return self.submit(
-            f"send to rank {peer}",
-            lambda work: self.post_send(peer, tag, payload, lambda: self.finish(work)),
-            peer,
-        )
 
-    def recv(self, peer: int, tag: Tag, into: torch.Tensor) -> Work:
-        """Starts receiving into a contiguous CPU tensor of the dtype and shape that is sent."""
+        def start(work: Work) -> None:
+            self._check_link(peer, link)
+            self.post_send(peer, tag, payload, lambda: self.finish(work))
+
+        return self.submit(f"send to rank {peer}", start, peer)
+
+    def recv(self, peer: int, tag: Tag, into: torch.Tensor, *, link: int | None = None) -> Work:
+        """Starts receiving into a contiguous CPU tensor of the dtype and shape that is sent.
+        `link` as for `send`."""
         self._check_peer(peer)
         payload = payload_of(into)
-        return self.submit(
-            f"receive from rank {peer}",
-            lambda work: self.post_recv(peer, tag, payload, lambda: self.finish(work)),
-            peer,
-        )
+
+        def start(work: Work) -> None:
+            self._check_link(peer, link)
+            self.post_recv(peer, tag, payload, lambda: self.finish(work))
+
+        return self.submit(f"receive from rank {peer}", start, peer)
 
     def submit(self, label: str, start: Callable[[Work], None], peer: int | None = None) -> Work:
         """Runs `start(work)` on the I/O thread; what it posts must end in `finish(work)`.
@@ -221,6 +226,15 @@ class Mesh(ABC):
 
     # -- for the I/O thread ----
 
+    def link_with(self, peer: int) -> int:
+        """Which link with a peer this is: a peer that comes back has another one, and begins
+        anew on it."""
+        return self._links[peer]
+
+    def _check_link(self, peer: int, link: int | None) -> None:
+        if link is not None and link != self._links[peer]:
+            raise PeerLost(peer, self.generation, "it has come back since")
+
     @abstractmethod
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """Starts a send; `on_done` runs on the I/O thread when the payload may change again."""
@@ -244,6 +258,7 @@ class Mesh(ABC):
 
     def announce(self, rank: int, is_here: bool, reason: str) -> None:
         """Tells those who watch that a peer has come or is gone."""
+        self._links[rank] += is_here
         for watch in list(self._watches):
             watch(rank, is_here, reason)
 

@@ -106,21 +106,23 @@ class Courier:
         PeerLost if it is gone."""
         if not self._has_begun:
             self._begin()
+        asked_s = time.monotonic()
         while True:
             version = self.load_newest()  # also while waiting: only then newer ones can come
             with self._changed:
                 if self._is_over:
                     return None
                 self._raise_error()
-                now_s, left_s = time.monotonic(), self._mesh.timeout_s
-                if version >= 0 and self._tickets and version >= self._tickets[0].needs:
-                    left_s = self._patience.left_s(now_s)
-                    if left_s <= 0:
-                        ticket = self._tickets.popleft()
-                        self._patience.begin(now_s)
-                        break
+                now_s = time.monotonic()
+                is_ready = bool(self._tickets) and version >= max(0, self._tickets[0].needs)
+                patience_s = self._patience.left_s(now_s)
+                if is_ready and patience_s <= 0:
+                    ticket = self._tickets.popleft()
+                    self._patience.begin(now_s)
+                    break
                 if not self._is_fresh:
-                    self._wait_for_news(left_s)
+                    limit_s = patience_s if is_ready else self._may_wait_s(asked_s, now_s)
+                    self._changed.wait(limit_s)
         self._ask()
         return ticket
 
@@ -162,14 +164,15 @@ class Courier:
 
     # -- under the lock, or on the I/O thread ----
 
-    def _wait_for_news(self, at_most_s: float) -> None:
-        left_s = self._last_heard_s + self._mesh.timeout_s - time.monotonic()
+    def _may_wait_s(self, asked_s: float, now_s: float) -> float:
+        """For work and weights, the time since anything was heard while they were waited for."""
+        left_s = max(asked_s, self._last_heard_s) + self._mesh.timeout_s - now_s
         if left_s <= 0:
             raise WaitTimeout(
                 f"rank {self._mesh.rank}: no work from rank {self._server} for "
                 f"{self._mesh.timeout_s:g} s although it is alive"
             )
-        self._changed.wait(min(left_s, at_most_s))
+        return left_s
 
     def _raise_error(self) -> None:
         if self._error is not None and not self._is_over:

@@ -19,11 +19,15 @@ Then = Callable[[BaseException | None], None]
 
 
 class Line:
-    """Parcels to and from one rank. `stream` keeps several lines between two ranks apart."""
+    """Parcels to and from one rank. `stream` keeps several lines between two ranks apart.
 
-    def __init__(self, mesh: Mesh, peer: int, stream: int) -> None:
+    A line ends with its `link`, if that is given: to a rank that has come back nothing may go that
+    was meant for the process before it."""
+
+    def __init__(self, mesh: Mesh, peer: int, stream: int, link: int | None) -> None:
         self._mesh = mesh
         self._peer = peer
+        self._link = link
         self._stream = stream
         self._sent = 0
         self._received = 0
@@ -32,14 +36,20 @@ class Line:
         """Starts to send; contiguous CPU tensors."""
         tags = self._tags(self._sent, len(tensors))
         self._sent += 1
-        works = [self._mesh.send(self._peer, *pair) for pair in zip(tags, tensors, strict=True)]
+        works = [
+            self._mesh.send(self._peer, tag, tensor, link=self._link)
+            for tag, tensor in zip(tags, tensors, strict=True)
+        ]
         _when_all(works, then)
 
     def receive(self, tensors: Sequence[torch.Tensor], then: Then) -> None:
         """Starts to receive into tensors of the shapes that are sent."""
         tags = self._tags(self._received, len(tensors))
         self._received += 1
-        works = [self._mesh.recv(self._peer, *pair) for pair in zip(tags, tensors, strict=True)]
+        works = [
+            self._mesh.recv(self._peer, tag, tensor, link=self._link)
+            for tag, tensor in zip(tags, tensors, strict=True)
+        ]
         _when_all(works, then)
 
     def _tags(self, number: int, count: int) -> list[Tag]:

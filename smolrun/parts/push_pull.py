@@ -105,10 +105,10 @@ class Sums:
 class Lines:
     """Both ends have these: letters, pushes up, weights down."""
 
-    def __init__(self, mesh: Mesh, peer: int) -> None:
-        self.letters = Line(mesh, peer, _LETTERS)
-        self.pushes = Line(mesh, peer, _PUSHES)
-        self.weights = Line(mesh, peer, _WEIGHTS)
+    def __init__(self, mesh: Mesh, peer: int, link: int | None = None) -> None:
+        self.letters = Line(mesh, peer, _LETTERS, link)
+        self.pushes = Line(mesh, peer, _PUSHES, link)
+        self.weights = Line(mesh, peer, _WEIGHTS, link)
 
     def say(self, letter: Letter) -> None:
         """Sends a letter."""

@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import Counter
+from collections.abc import Callable
 
 from smolrun.events import Event, Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_model import FlatModel
-from smolrun.parts.push_pull import Letter, Why, Word
+from smolrun.parts.push_pull import Facts, Letter, Why, Word
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.tickets import Tickets
 from smolrun.parts.worker_at_server import Came, Gone, Happening, Pushed, Sent, Worker
+
+# So often a ticket is tried whose gradient is not finite: in fp16 the next loss scale may do.
+_TRIES = 4
 
 _WHY = {
     Why.REPLACED: "a newer one took its place",
@@ -48,6 +53,7 @@ class Reception:
         self._steps = 0
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._wanting: list[Worker] = []  # who has asked for a ticket, in order
+        self._not_finite: Counter[int] = Counter()  # tickets that were tried in vain
         self._is_open = False
         self._over: Letter | None = None
 
@@ -58,8 +64,11 @@ class Reception:
             self._is_open = True
             self._mesh.watch(self._news)
 
-    def next_push(self, timeout_s: float) -> Pushed | None:
-        """The next gradient; None if none came in time. 0: only what has happened already."""
+    def next_push(
+        self, timeout_s: float, unless: Callable[[], bool] = lambda: False
+    ) -> Pushed | None:
+        """The next gradient; None if none came in time, or something else happened so that
+        `unless()`. 0: only what has happened already."""
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = deadline - time.monotonic()
@@ -72,15 +81,19 @@ class Reception:
                     return happening
             else:
                 self._handle(happening)
+                if unless():
+                    return None
 
     def applied(self, pushed: Pushed) -> None:
-        """The gradient is in the weights: its ticket is done, its worker gets newer weights."""
+        """The gradient is in the weights, or is skipped: its ticket is done. Who has pushed gets
+        newer weights."""
         worker = pushed.worker
         self.tickets.finish(worker.rank, pushed.facts.ticket)
-        worker.say(Letter(Word.APPLIED, self.tickets.num_done))
-        worker.expect_push()
-        worker.is_due = True
-        worker.send_if_due(self.tickets.num_done)
+        if pushed.has_gradient:
+            worker.say(Letter(Word.APPLIED, self.tickets.num_done))
+            worker.expect_push()
+            worker.is_due = True
+            worker.send_if_due(self.tickets.num_done)
         self.hand_out()
 
     def hand_out(self) -> None:
@@ -135,10 +148,18 @@ class Reception:
             self._wanting.append(happening.worker)
             self.hand_out()
         elif happening.letter.word is Word.GIVE_BACK:
-            rank, ticket = happening.worker.rank, happening.letter.first
-            self.tickets.give_back(rank, ticket)
-            self._tell_dropped(rank, ticket, Why(happening.letter.second))
-            self.hand_out()
+            self._came_back(happening.worker, happening.letter.first, Why(happening.letter.second))
+
+    def _came_back(self, worker: Worker, ticket: int, why: Why) -> None:
+        """Somebody else tries it; after some vain attempts it is skipped, as in any algorithm."""
+        self._not_finite[ticket] += why is Why.NOT_FINITE
+        if self._not_finite[ticket] >= _TRIES:
+            facts = Facts(ticket, self.tickets.num_done, 0.0, 0.0, 0.0, 0.0)
+            self._happenings.put(Pushed(worker, facts, has_gradient=False))
+            return
+        self.tickets.give_back(worker.rank, ticket)
+        self._tell_dropped(worker.rank, ticket, why)
+        self.hand_out()
 
     def _came(self, worker: Worker) -> None:
         self.workers[worker.rank] = worker

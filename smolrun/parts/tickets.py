@@ -58,6 +58,11 @@ class Tickets:
         """What somebody has in hands, in order."""
         return sorted(ticket for ticket, who in self._holders.items() if who == holder)
 
+    @property
+    def has_returned(self) -> bool:
+        """Whether some came back that nobody has taken again."""
+        return bool(self._returned)
+
     def take(self, holder: int, steps: int) -> int | None:
         """The oldest ticket that nobody has; None where there is none now, or the bound forbids
         it."""

@@ -39,10 +39,11 @@ class Heard:
 
 @dataclass(frozen=True)
 class Pushed:
-    """A gradient lies in the worker's room for it."""
+    """A gradient lies in the worker's room for it; or there is none to be had for the ticket."""
 
     worker: Worker
     facts: Facts
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class Worker:
         quantization: Quantization,
         happenings: queue.SimpleQueue[Happening],
     ) -> None:
+        """On the I/O thread, as it comes: all that follows is for this very link with it."""
         self.rank = rank
         self.sent_version = -1
         self.is_due = True  # it should get newer weights than it has
         self._is_sending = False
-        self._lines = Lines(mesh, rank)
+        self._lines = Lines(mesh, rank, mesh.link_with(rank))
         self._flat_model = flat_model
         self._quantizer = quantization.quantizer()
         self._happenings = happenings

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from smolrun.algorithms.edp import EDPServer
-from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
@@ -183,25 +182,6 @@ def test_a_push_that_waits_makes_room_for_a_newer_one() -> None:
     assert {event.reason for event in dropped} == {"a newer one took its place"}
     assert sorted(push.ticket for push in seen.pushes) == list(range(30))
     assert_is_its_log(seen, "mlp", 1)
-
-
-def test_a_gradient_that_is_not_finite_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, hurt = ps.samples, [True]
-
-    def samples(model: str, step: int, index: int, count: int) -> Batch:
-        batch = real(model, step, index, count)
-        if (step, index) == (2, 0) and hurt:
-            hurt.clear()
-            return Batch(batch.inputs * math.inf, batch.targets)
-        return batch
-
-    monkeypatch.setattr(ps, "samples", samples)
-    seen = run(3, "mlp")
-    dropped = [event for event in seen[0].events if isinstance(event, PushDropped)]
-    assert [(event.ticket, event.reason) for event in dropped] == [(4, "it was not finite")]
-    skipped = [result for one in seen[1:] for result in one.results if result.grad_norm is None]
-    assert [result.culprits for result in skipped] == [(dropped[0].rank,)]
-    assert sorted(push.ticket for push in seen[0].pushes) == list(range(20))
 
 
 def test_a_stop_reaches_all_and_goes_on_later() -> None:

@@ -82,6 +82,27 @@ def test_a_rank_that_comes_back_begins_with_fresh_tags(kind: str) -> None:
 
 
 @SOCKETS
+def test_what_was_meant_for_a_link_that_is_over_does_not_go_to_the_next(kind: str) -> None:
+    with star(2, kind) as made:
+        first = made.join(1)
+        until(lambda: 1 in made.server.present)
+        link = made.server.link_with(1)
+        made.server.send(1, Tag(1, 0, 0), torch.ones(SMALL), link=link).wait(5)
+        die(first)
+        until(lambda: 1 not in made.server.present)
+        again = made.join(1)
+        until(lambda: 1 in made.server.present)
+        for post in (made.server.send, made.server.recv):
+            with pytest.raises(PeerLost, match="it has come back since"):
+                post(1, Tag(1, 1, 0), torch.ones(SMALL), link=link).wait(5)
+        now = made.server.link_with(1)
+        made.server.send(1, Tag(1, 1, 0), torch.full((SMALL,), 7.0), link=now)
+        into = torch.zeros(SMALL)
+        again.recv(0, Tag(1, 1, 0), into).wait(5)
+        assert bool((into == 7).all())
+
+
+@SOCKETS
 def test_a_goodbye_is_told_as_leaving_and_what_was_sent_before_can_be_taken(kind: str) -> None:
     with star(2, kind) as made:
         guest = made.join(1)
