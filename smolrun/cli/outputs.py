@@ -88,7 +88,7 @@ MEANINGS = {
     "time_s": "Seconds since training began",
     "loss": "Mean loss of a target token, or of a sample's label; null = not a number",
     "grad_norm": "Length of the gradient before clipping; null = the step was skipped",
-    "lr": "Learning rate of the step",
+    "lr": "Learning rate of the step; with edp before damping, which each push gets by its age",
     "tokens": "Targets that the loss is a mean of, on all ranks together",
     "tokens_per_s": "Of this step alone; with late gradients steps come in bursts",
     "bytes_sent": "To other ranks, headers included",

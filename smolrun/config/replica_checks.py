@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from smolrun.config.algorithms import FSDP, Algorithm, ClassicDP, Single
+from smolrun.config.algorithms import EDP, FSDP, Algorithm, ClassicDP, Single
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import Training
 from smolrun.config.suggest import problem
@@ -32,5 +32,7 @@ def there_are_replicas(*, training: Training, algorithm: Algorithm) -> Iterator[
         why = "algorithm=single has one copy of the model"
     elif isinstance(algorithm, FSDP) and algorithm.stage == 3:
         why = "fsdp stage 3 has every parameter on one rank only"
+    elif isinstance(algorithm, EDP):
+        why = "the ranks of edp have weights of different age, so no two need be equal"
     if why:
         yield problem("training.resync_every", training.resync_every, why, allowed="auto or 0")

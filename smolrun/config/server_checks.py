@@ -59,6 +59,11 @@ def stragglers_can_be_left(
             "0, or training.check_replicas=false",
         ),
         (
+            training.resync_every not in ("auto", 0),
+            "all ranks meet to become equal, and a rank that is late waits for its answer instead",
+            "0, or training.resync_every=0",
+        ),
+        (
             getattr(data, "streaming", False),
             "a rank that was left behind jumps over steps, and a stream has no way to do so",
             "0, or data that is no stream",

@@ -66,9 +66,10 @@ class Courier:
         self._lines = Lines(mesh, server)
         self._flat_model = flat_model
         self._quantizer = quantization.quantizer()
+        self._dtypes = [quantization.working_dtype(dtype) for dtype in flat_model.dtypes]
         self._feedbacks = [
             Feedback(size, dtype)
-            for size, dtype in zip(flat_model.sizes, flat_model.dtypes, strict=True)
+            for size, dtype in zip(flat_model.sizes, self._dtypes, strict=True)
             if quantization.error_feedback and not quantization.is_none
         ]
         self._changed = threading.Condition()
@@ -185,11 +186,12 @@ class Courier:
         wires = []
         for index, flat in enumerate(gradient):
             wire = room[index] if room else None
+            numbers = flat.cpu().to(self._dtypes[index])
             if self._feedbacks:
                 source, lost = self._feedbacks[index].take()
-                wires.append(self._quantizer.encode(flat.cpu() + source, wire, lost))
+                wires.append(self._quantizer.encode(numbers + source, wire, lost))
             else:
-                wires.append(self._quantizer.encode(flat.cpu(), wire))
+                wires.append(self._quantizer.encode(numbers, wire))
         return wires
 
     def _start(self, push: Push) -> None:

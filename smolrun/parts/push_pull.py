@@ -97,7 +97,8 @@ class Sums:
         self.pushes += 1
         self.loss += facts.loss_sum
         self.weight += facts.weight
-        self.grad_norm = grad_norm or self.grad_norm
+        if grad_norm is not None:  # of length zero it is finite too
+            self.grad_norm = grad_norm
         self.culprits |= set() if grad_norm is not None else {rank}
         self.wants_stop |= bool(facts.wants_stop)
 

@@ -65,6 +65,11 @@ class Quantization:
         """Whether numbers travel as they are."""
         return self.kind == "none"
 
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What numbers of this type must become before they are encoded: formats need the digits of
+        float32 at least, but as they are all can travel."""
+        return torch.float32 if dtype.itemsize < 4 and not self.is_none else dtype
+
     def quantizer(self) -> Quantizer:
         """The format of that kind."""
         if self.kind == "int8":
@@ -155,7 +160,10 @@ class Int8(Quantizer):
     def encode(
         self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
     ) -> Tensor:
-        """See Quantizer."""
+        """See Quantizer. ValueError for numbers with fewer bits: their largest could be rounded to
+        128 steps, which an int8 takes for -128."""
+        if flat.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"int8 is made of float32 or float64, not of {flat.dtype}")
         wire = _new_wire(self, flat) if wire is None else wire
         scales, steps = self._parts(wire, flat.numel())
         wire[4 * len(scales) + flat.numel() :].zero_()

@@ -74,12 +74,13 @@ class Worker:
         self._is_sending = False
         self._lines = Lines(mesh, rank, mesh.link_with(rank))
         self._flat_model = flat_model
+        self._quantization = quantization
         self._quantizer = quantization.quantizer()
         self._happenings = happenings
         self._letter = letter_room()
         self._facts = Facts.room()
         self._wires = [
-            torch.zeros(self._quantizer.wire_bytes(size, dtype), dtype=torch.uint8)
+            torch.zeros(self._wire_bytes(size, dtype), dtype=torch.uint8)
             for size, dtype in zip(flat_model.sizes, flat_model.dtypes, strict=True)
         ]
         self._snapshot = flat_model.host_zeros()
@@ -105,10 +106,11 @@ class Worker:
     def take_gradient(self, into: Flats) -> None:
         """The gradient that was pushed."""
         for wire, flat in zip(self._wires, into, strict=True):
-            if flat.device.type == "cpu":
+            dtype = self._quantization.working_dtype(flat.dtype)
+            if flat.device.type == "cpu" and flat.dtype == dtype:
                 self._quantizer.decode(wire, flat)
             else:
-                decoded = torch.empty(flat.shape, dtype=flat.dtype)
+                decoded = torch.empty(flat.shape, dtype=dtype)
                 self._quantizer.decode(wire, decoded)
                 flat.copy_(decoded)
 
@@ -126,6 +128,9 @@ class Worker:
     def has_sent(self) -> None:
         """The weights have left, the copy may change."""
         self._is_sending = False
+
+    def _wire_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        return self._quantizer.wire_bytes(numel, self._quantization.working_dtype(dtype))
 
     def _letter_came(self, error: BaseException | None) -> None:
         if error is None:

@@ -13,6 +13,7 @@ from smolrun.errors import ConfigError
     ("overrides", "why"),
     [
         (["training.check_replicas=true"], "no two need be equal"),
+        (["training.resync_every=4"], "resync_every = 4.*no two need be equal"),
         (["algorithm.pushes_per_batch=99"], "parts without samples"),
         (["algorithm.damping=often"], "algorithm.damping = often"),
         (["data=hf", "data.path=a/b", "data.streaming=true"], "a stream is asked for rows ahead"),

@@ -31,6 +31,11 @@ HOSTS = "cluster.hosts=[{name: mini1}, {name: pi5}]"
             "algorithm.straggler_s = 1.0",
             "older weights",
         ),
+        (
+            ["algorithm.straggler_s=1", "training.resync_every=4"],
+            "algorithm.straggler_s = 1.0",
+            "all ranks meet",
+        ),
         (["algorithm.pull=average"], "algorithm.pull = average", "keeps no average"),
         (
             ["algorithm.polyak=0.9", "precision=bf16_params"],
@@ -55,6 +60,8 @@ def test_what_is_refused(overrides: list[str], key: str, what: str) -> None:
     "overrides",
     [
         ["algorithm.straggler_s=1", "staleness.bound=0"],
+        ["algorithm.straggler_s=1", "training.resync_every=0"],
+        ["training.resync_every=4"],
         ["algorithm.polyak=0.9", "algorithm.pull=average", "staleness.bound=2"],
         ["cluster.ranks=3", "algorithm.server_trains=false", "training.global_batch_size=2"],
         [HOSTS, "cluster.server=pi5", "precision=bf16_params"],

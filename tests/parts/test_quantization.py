@@ -74,6 +74,15 @@ def test_int8_is_its_formula_to_the_byte() -> None:
         assert torch.equal(there_and_back(Int8(block), flat), plain_int8(flat, block))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_refuses_numbers_whose_largest_could_change_its_sign(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="not of torch"):
+        make("int8").encode(numbers(256).to(dtype))
+    assert Quantization("int8").working_dtype(dtype) == torch.float32
+    assert Quantization("int8").working_dtype(torch.float64) == torch.float64
+    assert Quantization("none").working_dtype(dtype) == dtype, "as they are"
+
+
 def test_bytes_per_number() -> None:
     million = 1_000_000
     assert make("int8").wire_bytes(million) / million == pytest.approx(1.015625, abs=1e-4)
