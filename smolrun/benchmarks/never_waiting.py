@@ -64,19 +64,16 @@ def compare_edp(
     Collectives(mesh).all_reduce(took)
     walls, computing = took[1:].mean(0).tolist()
     result = summed([(wall, cpu) for wall in walls], [(compute, 1.0) for compute in computing])
-    return {
-        **result.row(
-            "stragglers",
-            f"edp, {mesh.world_size - 1} workers",
-            "never waiting",
-            world_size=mesh.world_size,
-            parameters=sum(p.numel() for p in network().parameters()),
-            steps=steps,
-            paced=True,
-        ),
-        "efficiency": 1 / result.ratio,
-        "best_efficiency": 1.0,
-    }
+    row = result.row(
+        "stragglers",
+        f"edp, {mesh.world_size - 1} workers",
+        "never waiting",
+        world_size=mesh.world_size,
+        parameters=sum(p.numel() for p in network().parameters()),
+        steps=steps,
+        paced=True,
+    )
+    return {**row, "efficiency": 1 / result.ratio, "best_efficiency": 1.0}
 
 
 def _work(

@@ -107,7 +107,7 @@ def lonely_algorithms(algorithms: Path, conf: Path, tests: Path) -> list[str]:
         if file.stem
         not in (
             *("__init__", "base", "contract"),
-            *("saved", "saved_residuals", "saved_shards", "syncps_worker"),
+            *("saved", "saved_residuals", "saved_shards", "syncps_worker", "edp_worker"),
         )
     ]
     for file in files:
