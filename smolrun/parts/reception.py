@@ -152,8 +152,10 @@ class Reception:
 
     def _came_back(self, worker: Worker, ticket: int, why: Why) -> None:
         """Somebody else tries it; after some vain attempts it is skipped, as in any algorithm."""
-        self._not_finite[ticket] += why is Why.NOT_FINITE
+        if why is Why.NOT_FINITE:
+            self._not_finite[ticket] += 1
         if self._not_finite[ticket] >= _TRIES:
+            del self._not_finite[ticket]
             facts = Facts(ticket, self.tickets.num_done, 0.0, 0.0, 0.0, 0.0)
             self._happenings.put(Pushed(worker, facts, has_gradient=False))
             return
