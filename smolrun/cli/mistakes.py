@@ -25,6 +25,9 @@ OVERRIDE = re.compile(
     r"^(?:\+\+|\+|~)?(?P<key>[^=@]+)(?:@[^=]*)?(?P<equals>=?)(?P<value>.*)$", re.DOTALL
 )
 
+# What a number is meant for where a choice is asked for.
+NUMBERS = {"cluster": "cluster.ranks", "staleness": "staleness.bound", "training": "training.steps"}
+
 
 def find(overrides: Iterable[str], groups: Groups) -> tuple[list[str], list[str]]:
     """Problems that can be seen in the overrides themselves, and the overrides that have none."""
@@ -67,7 +70,8 @@ def _problems(override: str, groups: Groups) -> Iterable[str]:
     if not match["equals"]:
         yield _word(override, groups)
     elif key in groups:
-        for choice in [] if re.search(r"[(\[{]", value) else value.split(","):
+        listed = [value] if value.startswith("{") else value.split(",")
+        for choice in [] if re.search(r"[(\[]", value) else listed:
             if choice.strip("'\" ") not in (*groups[key], "null"):
                 yield _choice(key, choice.strip("'\" "), groups)
     else:
@@ -91,6 +95,8 @@ def _choice(group: str, choice: str, groups: Groups) -> str:
     if choice in not_built.CHOICES.get(group, ()):
         return problem(group, choice, "not built yet", allowed=allowed)
     elsewhere = [f"{other}={choice}" for other, names in groups.items() if choice in names]
+    if choice.isdigit() and group in NUMBERS:
+        elsewhere = [f"{NUMBERS[group]}={choice}"]
     return problem(
         group,
         choice,
