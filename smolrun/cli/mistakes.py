@@ -94,13 +94,19 @@ def _choice(group: str, choice: str, groups: Groups) -> str:
     allowed = ", ".join(groups[group])
     if choice in not_built.CHOICES.get(group, ()):
         return problem(group, choice, "not built yet", allowed=allowed)
-    elsewhere = [f"{other}={choice}" for other, names in groups.items() if choice in names]
+    meant = _meant(group, choice, groups)
+    told = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
+    is_home = (group, choice) == ("cluster", "home")  # the cluster file of the first steps
+    return f"{told}; `smolrun task=init` writes conf/cluster/home.yaml" if is_home else told
+
+
+def _meant(group: str, choice: str, groups: Groups) -> str | None:
+    """What somebody may have meant who chose what is not there."""
+    names = groups[group]
     if choice.isdigit() and group in NUMBERS:
-        elsewhere = [f"{NUMBERS[group]}={choice}"]
-    return problem(
-        group,
-        choice,
-        "no such choice",
-        allowed=allowed,
-        meant=closest(choice, groups[group]) or next(iter(elsewhere), None),
-    )
+        return f"{NUMBERS[group]}={choice}"
+    # Also by the last part alone: pi3 for sim/pi3.
+    by_word = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
+    near = closest(choice, by_word)
+    elsewhere = (f"{other}={choice}" for other, named in groups.items() if choice in named)
+    return by_word[near] if near else next(elsewhere, None)
