@@ -216,9 +216,9 @@ def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
     assert code == 2
     for what in (
         "seed = 5: differs from the run that is to go on; allowed: 0",
-        "model.layers = 6: differs",
+        "model = gpt_small: differs",
         "data.max_mb = 2: differs",
-        "optimizer.name = sgd: differs",
+        "optimizer = sgd: differs",
         "staleness.bound = 0: differs",
     ):
         assert what in err
