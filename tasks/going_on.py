@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -68,13 +69,24 @@ def find_earlier(
         raise ConfigError(problem("checkpoint.resume", wanted, what))
     closing.callback(folder.release)
     if manifest.step >= config.training.steps:
-        what = f"the run {folder.run_id} has made {manifest.step} steps already, it is finished"
+        what = f"the run {folder.run_id} has made {manifest.step} steps already"
+        if manifest.step >= _planned_steps(folder):
+            what = f"{what}, it is finished"
         allowed = (
             f"more than {manifest.step}; to train longer: "
             f"smolrun checkpoint.resume={wanted} training.steps=N"
         )
         raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
     return earlier_of(folder, checkpoint, manifest)
+
+
+def _planned_steps(folder: RunFolder) -> float:
+    """Of the run as it was started last; infinite where that is not known."""
+    try:
+        stored = msgspec.yaml.decode((folder.path / "config.yaml").read_bytes())
+        return int(stored["training"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def earlier_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> Earlier:

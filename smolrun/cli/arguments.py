@@ -26,6 +26,8 @@ REFUSED = {
 HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
 PLAIN = re.compile(r"^[\w./-]+$")  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
+# What Hydra reads as something else than text: true, 4, 1e-3, inf, {a: 1}.
+NO_TEXT = re.compile(r"^(?i:true|false|[+-]?(?:inf|nan|[\d.][\d_.]*(?:e[+-]?\d+)?)|\{.*\})$")
 
 
 @dataclass
@@ -110,20 +112,22 @@ def at_home(word: str) -> str:
     return HOME.sub(lambda found: _quoted(Path.home().as_posix() + found[1]), word)
 
 
-def _quoted(text: str) -> str:
-    if PLAIN.match(text):
+def _quoted(text: str, *, always: bool = False) -> str:
+    if PLAIN.match(text) and not always:
         return text
     return "'" + text.replace("'", "\\'") + "'"
 
 
 def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
     """Values as `++key=value`, so that a key missing in the files is judged by our classes, all
-    of them at once.
+    of them at once. The choice of a group is always text: Hydra ends in a ValueError for others.
     """
     known = set(groups)
 
     def form(override: str) -> str:
-        key = override.partition("=")[0]
+        key, _, value = override.partition("=")
+        if key.lstrip("+") in known and NO_TEXT.match(value):
+            return f"{key}={_quoted(value, always=True)}"
         is_value = VALUE.match(override) and key not in known and not key.startswith("hydra.")
         return f"++{override}" if is_value else override
 

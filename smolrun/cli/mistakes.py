@@ -25,6 +25,9 @@ OVERRIDE = re.compile(
     r"^(?:\+\+|\+|~)?(?P<key>[^=@]+)(?:@[^=]*)?(?P<equals>=?)(?P<value>.*)$", re.DOTALL
 )
 
+# What a number is meant for where a choice is asked for.
+NUMBERS = {"cluster": "cluster.ranks", "staleness": "staleness.bound", "training": "training.steps"}
+
 
 def find(overrides: Iterable[str], groups: Groups) -> tuple[list[str], list[str]]:
     """Problems that can be seen in the overrides themselves, and the overrides that have none."""
@@ -67,7 +70,8 @@ def _problems(override: str, groups: Groups) -> Iterable[str]:
     if not match["equals"]:
         yield _word(override, groups)
     elif key in groups:
-        for choice in [] if re.search(r"[(\[{]", value) else value.split(","):
+        listed = [value] if value.startswith("{") else value.split(",")
+        for choice in [] if re.search(r"[(\[]", value) else listed:
             if choice.strip("'\" ") not in (*groups[key], "null"):
                 yield _choice(key, choice.strip("'\" "), groups)
     else:
@@ -90,11 +94,19 @@ def _choice(group: str, choice: str, groups: Groups) -> str:
     allowed = ", ".join(groups[group])
     if choice in not_built.CHOICES.get(group, ()):
         return problem(group, choice, "not built yet", allowed=allowed)
-    elsewhere = [f"{other}={choice}" for other, names in groups.items() if choice in names]
-    return problem(
-        group,
-        choice,
-        "no such choice",
-        allowed=allowed,
-        meant=closest(choice, groups[group]) or next(iter(elsewhere), None),
-    )
+    meant = _meant(group, choice, groups)
+    told = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
+    is_home = (group, choice) == ("cluster", "home")  # the cluster file of the first steps
+    return f"{told}; `smolrun task=init` writes conf/cluster/home.yaml" if is_home else told
+
+
+def _meant(group: str, choice: str, groups: Groups) -> str | None:
+    """What somebody may have meant who chose what is not there."""
+    names = groups[group]
+    if choice.isdigit() and group in NUMBERS:
+        return f"{NUMBERS[group]}={choice}"
+    # Also by the last part alone: pi3 for sim/pi3.
+    by_word = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
+    near = closest(choice, by_word)
+    elsewhere = (f"{other}={choice}" for other, named in groups.items() if choice in named)
+    return by_word[near] if near else next(elsewhere, None)

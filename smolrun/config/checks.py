@@ -40,10 +40,11 @@ def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[s
     """The reference runs alone."""
     size = cluster_size(cluster, algorithm)
     if isinstance(algorithm, Single) and size > 1:
-        key = "cluster.hosts" if cluster.hosts is not None else "cluster.ranks"
-        yield problem(
-            key, size, "algorithm=single is one rank", allowed="1 rank, or algorithm=classicdp"
-        )
+        key, alone = "cluster.ranks", "cluster.ranks=1"
+        if cluster.hosts is not None:
+            key, alone = "cluster.hosts", "cluster=local cluster.ranks=1"
+        what = "algorithm=single is one rank"
+        yield problem(key, size, what, allowed=f"{alone}, or algorithm=classicdp")
 
 
 def ranks_fit_batch(*, cluster: Cluster, algorithm: Algorithm, training: Training) -> Iterator[str]:

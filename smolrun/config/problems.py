@@ -5,6 +5,7 @@ Knows nothing of Hydra or the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -49,6 +50,8 @@ RANK = (
     "less_than_equal",
     "string_pattern_mismatch",
 )
+# Groups whose choices are called as what they build, and the key that says what that is.
+TAGS = {"algorithm": "target", "optimizer": "name", "tracker": "kind"}
 
 Place = tuple[str | int, ...]
 
@@ -119,16 +122,46 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
 
 
 def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
-    section = _section(place[:-1], data)
-    start = path(place[:-1])
+    section, start, name = _section(place[:-1], data), path(place[:-1]), str(place[-1])
     while isinstance(value, Mapping) and len(value) == 1:  # say the key as it was typed
         ((part, value),) = value.items()
         place = (*place, part)
     siblings = list(section.model_fields) if section else []
-    near = [f"{start}.{name}" if start else name for name in siblings]
-    others = [key for key in known_keys() if key != path(place)]  # those of another choice
-    meant = closest(path(place), [*near, *others])
-    return problem(path(place), value, "no such key", allowed=", ".join(siblings), meant=meant)
+    allowed = ", ".join(siblings)
+    if choices := _choices_with(start, name):
+        told = problem(path(place), value, "no such key", allowed=allowed)
+        return f"{told}; {name} is a key of {choices}"
+    # Keys are compared without the group, which all of them begin with. Its name and target say
+    # which choice it is: nobody means them by another word.
+    tags = () if "." in start else ("name", "target")
+    near = closest(name, [key for key in siblings if key not in tags])
+    if start and near:
+        meant: str | None = f"{start}.{near}"
+    else:
+        others = [key for key in known_keys() if _is_elsewhere(key, start, data)]
+        last = f".{place[-1]}"  # of whatever group
+        meant = closest(last, others) if start else closest(path(place), [*siblings, *others])
+    return problem(path(place), value, "no such key", allowed=allowed, meant=meant)
+
+
+def _choices_with(group: str, name: str) -> str:
+    """The choices of a group that have this key, as `algorithm=edp, syncps`; empty for none."""
+    found = []
+    for section in describe.sections_of(RunConfig.model_fields[group]) if group in TAGS else []:
+        if name in section.model_fields:
+            tags = describe.choices(section.model_fields[TAGS[group]])
+            found += [str(tag).partition(":")[0].rpartition(".")[2] for tag in tags]
+    return f"{group}={', '.join(found)}" if found else ""
+
+
+def _is_elsewhere(key: str, start: str, data: Mapping[str, Any]) -> bool:
+    """Whether a key is in another place than `start`, and one of what is chosen there."""
+    group, _, rest = key.partition(".")
+    place, _, name = key.rpartition(".")
+    if place == re.sub(r"\[\d+\]", "[]", start) or name in ("name", "target"):
+        return False
+    section = _section((group,), data) if isinstance(data.get(group), Mapping) else None
+    return not rest or section is None or re.split(r"\W", rest)[0] in section.model_fields
 
 
 def path(place: Place) -> str:

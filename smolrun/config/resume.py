@@ -11,6 +11,7 @@ name. Pure: knows of no files.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,17 +89,26 @@ def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[st
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A problem for every key that differs and must not."""
+    """A problem for every key that differs and must not; one for a group of another name."""
     before, after = dict(_leaves(stored)), dict(_leaves(now))
+    found = []
     for path in sorted({*before, *after}):
         may = any(path == key or path.startswith(f"{key}.") for key in MAY_CHANGE)
         if not may and before.get(path) != after.get(path):
-            yield problem(
-                path,
-                after.get(path),
-                "differs from the run that is to go on",
-                allowed=str(before.get(path)),
-            )
+            found.append(path)
+    groups = Counter(path.partition(".")[0] for path in found)
+    # With another model nearly every key of it differs, and that says no more than its name.
+    renamed = [group for group in groups if f"{group}.name" in found and groups[group] > 1]
+    for key in dict.fromkeys(_named(path, renamed) for path in found):
+        path = f"{key}.name" if key in renamed else key
+        what = "differs from the run that is to go on"
+        yield problem(key, after.get(path), what, allowed=str(before.get(path)))
+
+
+def _named(path: str, groups: Sequence[str]) -> str:
+    """The group of a key, if it is one of these, or else the key."""
+    group = path.partition(".")[0]
+    return group if group in groups else path
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

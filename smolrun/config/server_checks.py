@@ -109,4 +109,23 @@ def tickets_can_be(*, algorithm: Algorithm, training: Training, data: Data) -> I
         )
 
 
-CHECKS = (server_is_a_host, somebody_trains, stragglers_can_be_left, average_can_be, tickets_can_be)
+def ranks_can_be_enough(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+    """Ranks that do not exist cannot be waited for. One rank may have the 2 that are shipped."""
+    if not isinstance(algorithm, EDP):
+        return
+    least, size = algorithm.min_ranks, cluster_size(cluster, algorithm)
+    if least > max(size, 2):
+        what = "the run has only one rank" if size == 1 else f"the run has only {size} ranks"
+        more = "ranks in cluster.hosts" if cluster.hosts is not None else "cluster.ranks"
+        allowed = f"1 to {max(size, 2)}, or more {more}"
+        yield problem("algorithm.min_ranks", least, what, allowed=allowed)
+
+
+CHECKS = (
+    server_is_a_host,
+    somebody_trains,
+    stragglers_can_be_left,
+    average_can_be,
+    tickets_can_be,
+    ranks_can_be_enough,
+)

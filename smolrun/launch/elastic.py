@@ -226,8 +226,9 @@ class ElasticSupervisor(Supervisor):
             return [Tell("warning", f"{cause.reason}; {told}; {self._count()} are at work")]
         if not is_first:
             return []
-        again = "tries it again until it answers" if is_away(state) else "starts it again"
-        return [Tell("warning", f"{cause.reason}; the run goes on with {self._count()}, {again}")]
+        again = "tried again until it answers" if is_away(state) else "started again"
+        told = f"the run goes on with {self._count()}; rank {state.rank} is {again}"
+        return [Tell("warning", f"{cause.reason}; {told}")]
 
     # -- how many ----
 

@@ -46,6 +46,18 @@ def refused(folder: Path, *arguments: str) -> list[str]:
             "algorithm=gpt_tiny",
             "allowed: classicdp, edp, fsdp, single, syncps; did you mean model=gpt_tiny?",
         ),
+        (
+            "staleness=2",
+            "staleness = 2: no such choice; allowed: auto, bounded, strict;"
+            " did you mean staleness.bound=2?",
+        ),
+        ("cluster=4", "did you mean cluster.ranks=4?"),
+        ("cluster=pi3", "sim/wifi4; did you mean sim/pi3?"),
+        ("cluster=macmini3_t", "sim/wifi4; did you mean sim/macmini3_tb?"),
+        ("cluster=home", "sim/wifi4; `smolrun task=init` writes conf/cluster/home.yaml"),
+        ("+quantization=8", "quantization = 8: no such choice; allowed: bf16, fp16, int8, none"),
+        ("tracker=true", "tracker = true: no such choice; allowed: "),
+        ("cluster={a: 1, b: 2}", "cluster = {a: 1, b: 2}: no such choice; allowed: "),
         ("algoritm=single", "did you mean algorithm?"),
         ("sede=1", "did you mean seed?"),
         ("training.step=5", "training.step = 5: no such key; allowed: steps, "),

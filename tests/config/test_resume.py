@@ -41,7 +41,18 @@ def test_every_difference_is_told_by_name() -> None:
     told = "\n".join(differences(stored, now))
     for key in ("seed = 1", "model.layers = 1", "optimizer.lr = 1", "training.grad_clip = 9"):
         assert f"{key}" in told
-    assert "data.target" in told and "allowed: 0" in told
+    assert "data = text: differs" in told and "allowed: 0" in told
+
+
+def test_a_group_of_another_name_is_one_line() -> None:
+    told = list(differences(config(), config("model=mlp", "optimizer=sgd", "optimizer.lr=1")))
+    assert told == [
+        "data = digits: differs from the run that is to go on; allowed: python_stdlib",
+        "model = mlp: differs from the run that is to go on; allowed: gpt_tiny",
+        "optimizer = sgd: differs from the run that is to go on; allowed: adamw",
+    ]
+    (line,) = differences(config(), config("model.name=mine"))
+    assert line.startswith("model.name = mine: differs")
 
 
 def test_all_that_may_change_exists_and_is_in_the_guide() -> None:

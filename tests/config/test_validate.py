@@ -148,23 +148,6 @@ def test_one_bad_value_is_one_line(shipped: dict[str, Any], changes: dict[str, A
     assert found[0].startswith(line)
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("training__stepz", "training.steps"),
-        ("training__lr", "optimizer.lr"),
-        ("steps", "training.steps"),
-        ("algoritm", "algorithm"),
-        ("model__widht", "model.width"),
-        ("algorithm__bucket_mbs", "algorithm.bucket_mb"),
-    ],
-)
-def test_an_unknown_key_is_told_with_the_one_meant(shipped: dict[str, Any], key: str, meant: str):
-    (line,) = problems(shipped, **{key: 1})
-    assert line.startswith(f"{key.replace('__', '.')} = 1: no such key; allowed: ")
-    assert line.endswith(f"; did you mean {meant}?")
-
-
 def test_a_missing_key_is_told(shipped: dict[str, Any]):
     del shipped["training"]["steps"], shipped["data"]
     try:
@@ -259,7 +242,8 @@ def test_single_is_one_rank(shipped: dict[str, Any]):
     single = {"name": "single", "target": "smolrun.algorithms.single:Single"}
     assert validate(changed(shipped, algorithm=single)).algorithm.name == "single"
     (line,) = problems(shipped, algorithm=single, cluster__ranks=2)
-    assert line.startswith("cluster.ranks = 2: algorithm=single is one rank; allowed: 1 rank")
+    told = "cluster.ranks = 2: algorithm=single is one rank; allowed: cluster.ranks=1, or "
+    assert line.startswith(told)
 
 
 def test_a_model_must_read_what_the_data_gives():

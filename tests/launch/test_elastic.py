@@ -93,7 +93,7 @@ def test_a_lost_worker_is_told_once_started_again_and_joins() -> None:
     supervisor.handle(step(2, 139), 20.0)
     (line,) = told(supervisor.handle(Exited(2, -9), 30.0))
     assert line.startswith("rank 2 on host2 died from signal 9 (killed) at step 140")
-    assert line.endswith("the run goes on with 3 of 4 ranks, starts it again")
+    assert line.endswith("the run goes on with 3 of 4 ranks; rank 2 is started again")
     assert supervisor.deadline == 31.0
     assert supervisor.advance(30.9) == []
     roster, tell = come_back(supervisor, 2, 31.0)
@@ -177,7 +177,7 @@ def test_the_loss_of_a_process_that_has_ended_does_not_count_for_the_next() -> N
 def test_a_host_out_of_reach_is_asked_until_it_answers_and_told_once() -> None:
     supervisor = running(3)
     lines = told(supervisor.handle(Exited(2, 75, None, "the SSH connection was lost"), 30.0))
-    assert "is out of reach" in lines[0] and "tries it again until it answers" in lines[0]
+    assert "is out of reach" in lines[0] and "rank 2 is tried again until it answers" in lines[0]
     now = 30.0
     for _ in range(50):
         now += 2.0

@@ -216,9 +216,9 @@ def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
     assert code == 2
     for what in (
         "seed = 5: differs from the run that is to go on; allowed: 0",
-        "model.layers = 6: differs",
+        "model = gpt_small: differs",
         "data.max_mb = 2: differs",
-        "optimizer.name = sgd: differs",
+        "optimizer = sgd: differs",
         "staleness.bound = 0: differs",
     ):
         assert what in err
@@ -229,6 +229,14 @@ def test_a_run_that_is_done_needs_more_steps(copy: Path) -> None:
     code, _, err = train(copy, "checkpoint.resume=latest")
     assert code == 2
     assert "has made 24 steps already, it is finished; allowed: more than 24" in err
+
+
+def test_a_run_that_was_interrupted_is_not_called_finished(copy: Path) -> None:
+    earlier = copy / "outputs" / "latest" / "checkpoints" / "step-00000021"
+    code, _, err = train(copy, f"checkpoint.resume={earlier}", "training.steps=20")
+    assert code == 2
+    assert "training.steps = 20: the run" in err
+    assert "has made 21 steps already; allowed: more than 21" in err
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_host_that_goes_away_is_reached_and_equipped_again(
     assert (outcome.status, outcome.exit_code) == ("stopped", 130)
     assert elsewhere.equipped == ["mini", "pi", "mini"]
     told = [line for line in notes(events) if "rank 1" in line]
-    assert "is out of reach" in told[0] and "tries it again until it answers" in told[0]
+    assert "is out of reach" in told[0] and "rank 1 is tried again until it answers" in told[0]
     assert told[1].startswith("rank 1 on mini is back after")
     assert len(told) == 2
 
