@@ -20,7 +20,7 @@ from smolrun.launch.out_of_memory import gb
 from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.tasks.sharding import at_stage
 from smolrun.tasks.workers import OUTPUTS
-from smolrun.tracking.console import counted
+from smolrun.tracking.words import counted
 
 _MATRIX = 512  # large enough for a core to be as fast as it gets
 _BLOCK = 8 * 2**20  # numbers; larger than caches

@@ -15,11 +15,13 @@ from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.moves import Outcome
 from smolrun.tasks.emulation import emulated
+from smolrun.tasks.readers import can_quantize
 from smolrun.tasks.workers import OUTPUTS
-from smolrun.tracking.console import Console, clock, counted, printable, rate
+from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_teller import TimeTeller
+from smolrun.tracking.words import clock, counted, printable, rate
 
 
 def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
@@ -91,6 +93,8 @@ class Ending:
             say(self._times.line)
         if record.pushes.line:
             say(f"who trained: {record.pushes.line}")
+        if advice := record.pushes.advice(can_quantize=can_quantize(self._config)):
+            say(advice)
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from smolrun.tracking.console import clock, counted
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import View
+from smolrun.tracking.words import clock, counted
 
 _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 

@@ -39,11 +39,12 @@ from smolrun.tasks.workers import (
     plan_workers,
     prepare_data,
 )
-from smolrun.tracking.console import Console, counted
+from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.tracker import Fanout, Tracker
+from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared

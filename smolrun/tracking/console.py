@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TextIO
 
 import rich.console
@@ -29,6 +29,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
+from smolrun.tracking.words import clock, counted, named, number, printable, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
@@ -131,9 +132,7 @@ class Console:
             self._compute_s[event.rank] = 0.8 * before + 0.2 * event.compute_s
         elif isinstance(event, EvalDone):
             share = f", {event.accuracy:.1%} right" if event.accuracy is not None else ""
-            self._print(
-                f"after step {event.step + 1}: evaluation loss {_number(event.loss)}{share}"
-            )
+            self._print(f"after step {event.step + 1}: evaluation loss {number(event.loss)}{share}")
         elif isinstance(event, RunStarted):
             self._show_start(event)
         elif isinstance(event, StepSkipped):
@@ -205,7 +204,7 @@ class Console:
     def _figures(self, event: StepDone) -> str:
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
-            f"loss {_number(event.loss)}",
+            f"loss {number(event.loss)}",
             f"{rate(self._rate)} {self.unit}/s",
             f"{clock(left_s)} left",
         ]
@@ -261,38 +260,5 @@ def slowest(compute_s: dict[int, float]) -> int | None:
     return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
 
 
-def rate(per_second: float) -> str:
-    """`12,345`, or `1.8` where whole numbers would hide it."""
-    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def named(ranks: Sequence[int]) -> str:
-    """`rank 1`, `ranks 0 and 1`, `ranks 0, 1 and 2`."""
-    *first, last = [str(rank) for rank in ranks]
-    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 0:01:05."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model may write any of them, and terminals obey some."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
 def _samples(event: RunStarted) -> str:
     return f"{event.train_size:,} samples" if event.train_size else "a stream of samples"
-
-
-def _number(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.4f}"

@@ -19,7 +19,8 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.tracking.console import Console, clock, named, printable, slowest
+from smolrun.tracking.console import Console, slowest
+from smolrun.tracking.words import clock, named, printable
 
 
 class Terminal(io.StringIO):
