@@ -30,7 +30,8 @@ from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.returns import Returns
-from smolrun.tasks.streaming import open_reader, reader_state
+from smolrun.tasks.roles import waits_for_all
+from smolrun.tasks.streaming import reader_of, reader_state
 from smolrun.tasks.who_answers import who_answers
 from smolrun.tasks.workers import (
     become_latest,
@@ -47,8 +48,6 @@ from smolrun.tracking.tracker import Fanout, Tracker
 from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Prepared
-    from smolrun.data.stream import StreamReader
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
@@ -63,7 +62,11 @@ def drive(config: RunConfig) -> int:
         from smolrun.tasks.dry_run_text import report  # loads torch
 
         return report(config)
-    console = Console(steps=config.training.steps, world_size=world_size(config))
+    console = Console(
+        steps=config.training.steps,
+        world_size=world_size(config),
+        names_slowest=waits_for_all(config),
+    )
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
         if is_elsewhere(config):  # their leases come from here
@@ -101,7 +104,7 @@ class _Run:
         self._is_begun = False
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
-        self._rows = _reader(config, self._prepared, self._earlier, console)
+        self._rows = reader_of(config, self._prepared, self._earlier, console.preparing)
         console.unit = "tokens" if self._prepared.sequence_length else "samples"
         self._undo: list[Callable[[], None]] = []
         with nothing_started():
@@ -265,16 +268,6 @@ def _limits(config: RunConfig) -> Limits:
     wait_s = config.mesh.timeout_s
     start_s, stop_s = config.cluster.start_timeout_s, max(120.0, 2 * wait_s)
     return Limits(start_s=start_s, finish_s=2 * wait_s, stop_s=stop_s)
-
-
-def _reader(
-    config: RunConfig, prepared: Prepared, earlier: Earlier | None, console: Console
-) -> StreamReader | None:
-    """The reader of the stream, where the data is one and the run goes on."""
-    if earlier is None:
-        return open_reader(config, prepared, console.preparing)
-    done, state = earlier.updates, earlier.driver_state
-    return open_reader(config, prepared, console.preparing, updates=done, driver_state=state)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

@@ -46,11 +46,19 @@ class _Screen(rich.console.Console):
 class Console:
     """A tracker that talks to the user. Colours are rich's business, which honours NO_COLOR."""
 
-    def __init__(self, *, steps: int, world_size: int, stream: TextIO | None = None) -> None:
-        """`steps` is what a whole run has."""
+    def __init__(
+        self,
+        *,
+        steps: int,
+        world_size: int,
+        names_slowest: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        """`steps` is what a whole run has. `names_slowest`: whether the others wait for it."""
         self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
+        self._names_slowest = names_slowest
         self._stream = stream or sys.stdout
         self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
@@ -208,7 +216,7 @@ class Console:
             f"{rate(self._rate)} {self.unit}/s",
             f"{clock(left_s)} left",
         ]
-        slow = slowest(self._compute_s)
+        slow = slowest(self._compute_s) if self._names_slowest else None
         return "  ".join([*parts, f"slowest: rank {slow}"] if slow is not None else parts)
 
     def _begin_bar(self, what: str, total: int) -> None:

@@ -104,6 +104,11 @@ def test_the_slowest_rank_is_named_when_it_is_clearly_slower() -> None:
     assert line.endswith("slowest: rank 1")
     (line,) = lines_of(rank_step(0, 0.1), rank_step(1, 0.105), step(0, time_s=0.2))
     assert "slowest" not in line
+    stream = io.StringIO()
+    console = Console(steps=9, world_size=2, names_slowest=False, stream=stream)
+    for event in (rank_step(0, 0.1), rank_step(1, 0.2), step(0, time_s=0.2)):
+        console.record(event)
+    assert "slowest" not in stream.getvalue(), "nobody waits for it"
     assert slowest({}) is None
     assert slowest({0: 1.0}) is None
     assert slowest({0: 0.0, 1: 0.0}) is None
