@@ -46,6 +46,7 @@ class Show:
         self._console = Console(
             steps=steps,
             world_size=ranks_of(config),
+            batch_size=config.training.global_batch_size if config is not None else None,
             names_slowest=config is None or waits_for_all(config),
         )
         self._console.unit = str(first.driver.get("unit", "tokens"))

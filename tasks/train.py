@@ -30,7 +30,7 @@ from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.returns import Returns
-from smolrun.tasks.roles import waits_for_all
+from smolrun.tasks.roles import tell_roles, waits_for_all
 from smolrun.tasks.streaming import reader_of, reader_state
 from smolrun.tasks.who_answers import who_answers
 from smolrun.tasks.workers import (
@@ -65,6 +65,7 @@ def drive(config: RunConfig) -> int:
     console = Console(
         steps=config.training.steps,
         world_size=world_size(config),
+        batch_size=config.training.global_batch_size,
         names_slowest=waits_for_all(config),
     )
     with contextlib.ExitStack() as closing:
@@ -143,7 +144,7 @@ class _Run:
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
-        for line in tell_emulated(config):
+        for line in [*tell_roles(config), *tell_emulated(config)]:
             say(line)
         readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
         trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)

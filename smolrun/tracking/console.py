@@ -51,13 +51,16 @@ class Console:
         *,
         steps: int,
         world_size: int,
+        batch_size: int | None = None,
         names_slowest: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        """`steps` is what a whole run has. `names_slowest`: whether the others wait for it."""
+        """`steps` is what a whole run has, of `batch_size` samples each. `names_slowest`: whether
+        the others wait for it."""
         self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
+        self._batch_size = batch_size
         self._names_slowest = names_slowest
         self._stream = stream or sys.stdout
         self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
@@ -176,9 +179,17 @@ class Console:
     def _show_start(self, event: RunStarted) -> None:
         self._print(
             f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
-            f"({event.device}): {counted(event.steps, 'step')}, {_samples(event)}, "
+            f"({event.device}): {counted(event.steps, 'step')}{self._from(event)}; "
             f"{event.eval_size:,} more for evaluation"
         )
+
+    def _from(self, event: RunStarted) -> str:
+        """What a step is made of, and how much there is to choose from."""
+        sample = "sequence" if self.unit == "tokens" else "sample"
+        batch = f" of {counted(self._batch_size, sample)}" if self._batch_size else ""
+        if not event.train_size:
+            return f"{batch}, from a stream"
+        return f"{batch}, from {event.train_size:,}" + ("" if batch else f" {sample}s")
 
     def _show_drift(self, event: Drift) -> None:
         if event.ranks:
@@ -266,7 +277,3 @@ def slowest(compute_s: dict[int, float]) -> int | None:
     rank = max(compute_s, key=lambda rank: compute_s[rank])
     others = sum(compute_s.values()) - compute_s[rank]
     return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
-
-
-def _samples(event: RunStarted) -> str:
-    return f"{event.train_size:,} samples" if event.train_size else "a stream of samples"
