@@ -19,8 +19,16 @@ def waits_for_all(config: RunConfig) -> bool:
 def only_serves(config: RunConfig) -> bool:
     """Whether rank 0 has the optimizer, and no samples."""
     algorithm = config.algorithm
-    has_server = isinstance(algorithm, EDP | SyncPS) and world_size(config) > 1
-    return has_server and not algorithm.server_trains
+    if not isinstance(algorithm, EDP | SyncPS):
+        return False
+    return world_size(config) > 1 and not algorithm.server_trains
+
+
+def late_gradients(config: RunConfig) -> int:
+    """How many gradients of earlier steps a rank has in memory beside its newest."""
+    bound = config.staleness.bound
+    # There a bound says how far a worker may be behind; what it pushed, it does not keep.
+    return 0 if bound == "auto" or isinstance(config.algorithm, EDP) else bound
 
 
 def tell_roles(config: RunConfig) -> Iterator[str]:
