@@ -21,7 +21,7 @@ from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_teller import TimeTeller
-from smolrun.tracking.words import clock, counted, printable, rate
+from smolrun.tracking.words import printable, rate
 
 
 def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
@@ -78,7 +78,7 @@ class Ending:
         """The summary, and the last lines; `log_tail(rank)` are those of a rank's log."""
         self._write_summary(outcome, wall_s)
         record, say = self._record, console.say
-        figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
+        figures = [record.progress(wall_s)]
         if record.train_loss is not None:
             figures.append(f"loss {record.train_loss:.4f}")
         if record.eval_loss is not None:

@@ -54,7 +54,7 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
     steps, wall_s = summary.get("steps"), summary.get("wall_s")
     figures = [counted(steps, "step") if isinstance(steps, int) else "unknown steps"]
     if isinstance(wall_s, int | float):
-        figures[0] += f" in {clock(wall_s)}"
+        figures[0] += f", {clock(wall_s)} from start to end"
     for key, name in (("final_train_loss", "loss"), ("final_eval_loss", "evaluation loss")):
         if isinstance(loss := summary.get(key), int | float):
             figures.append(f"{name} {loss:.4f}")

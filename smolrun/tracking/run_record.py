@@ -17,6 +17,9 @@ from smolrun.events import (
     TextSample,
 )
 from smolrun.tracking.push_record import PushRecord
+from smolrun.tracking.words import clock, counted
+
+_SHORT_S = 10.0
 
 
 class RunRecord:
@@ -32,7 +35,7 @@ class RunRecord:
         checkpoint: str | None = None,
     ) -> None:
         """The figures are those of a run that goes on: `earlier_s` it has been trained before."""
-        self._earlier_s = earlier_s
+        self._earlier_s, self._earlier_steps = earlier_s, steps
         self.steps = steps
         self.tokens = 0
         self.time_s = 0.0
@@ -55,6 +58,19 @@ class RunRecord:
     def tokens_per_s(self) -> float | None:
         """Over the whole training, evaluations included."""
         return self.tokens / self.time_s if self.time_s > 0 else None
+
+    def progress(self, wall_s: float) -> str:
+        """How many steps were made and how long that took, beside the `wall_s` of everything."""
+        made = self.steps - self._earlier_steps
+        told = counted(made, "step")
+        if made and self._earlier_steps:
+            first = self._earlier_steps + 1
+            told += f" ({first})" if made == 1 else f" ({first} to {self.steps})"
+        if self.time_s <= 0:
+            return f"{told} in {clock(wall_s)}"
+        # Whole seconds would make nonsense of the speed of a short run.
+        took = f"{self.time_s:.1f} s" if self.time_s < _SHORT_S else clock(self.time_s)
+        return f"{told} in {took} ({clock(wall_s)} from start to end)"
 
     def record(self, event: Event) -> None:
         """Remember what the end of the run will need."""
