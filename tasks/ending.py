@@ -149,4 +149,10 @@ class Ending:
             print(printable(f"  | {line}"), file=sys.stderr)
         if self._record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            print(f"smolrun: to go on after {self._record.checkpoint}: {command}", file=sys.stderr)
+            told = f"to go on after {self._record.checkpoint}: {command}"
+        elif every := self._config.checkpoint.every:
+            often = "every step" if every == 1 else f"every {every:,} steps"
+            told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
+        else:
+            told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
+        print(f"smolrun: {told}", file=sys.stderr)
