@@ -91,6 +91,8 @@ class Ending:
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:
             say(self._times.line)
+        if record.missed:
+            say(record.missed)
         if record.pushes.line:
             say(f"who trained: {record.pushes.line}")
         if advice := record.pushes.advice(can_quantize=can_quantize(self._config)):
