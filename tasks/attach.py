@@ -17,6 +17,7 @@ from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks import ending_lines
 from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened, ranks_of
+from smolrun.tasks.roles import waits_for_all
 from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 
@@ -42,7 +43,12 @@ class Show:
         config = config_of(run.folder)
         steps = first.driver.get("steps") or (config.training.steps if config is not None else 1)
         self._run = run
-        self._console = Console(steps=steps, world_size=ranks_of(config))
+        self._console = Console(
+            steps=steps,
+            world_size=ranks_of(config),
+            batch_size=config.training.global_batch_size if config is not None else None,
+            names_slowest=config is None or waits_for_all(config),
+        )
         self._console.unit = str(first.driver.get("unit", "tokens"))
         self._has_log = False
 

@@ -27,8 +27,8 @@ from smolrun.launch.verdicts import Finding
 from smolrun.tasks.doctor_hosts import Patients, with_hosts
 from smolrun.tasks.fleet import Fleet
 from smolrun.tasks.workers import plan_workers
-from smolrun.tracking.console import counted
 from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
     from smolrun.launch.channel import WorkerChannel

@@ -25,6 +25,7 @@ from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.whole_on_use import layers_of
 from smolrun.tasks.model_spec import Spec, spec_of
+from smolrun.tasks.roles import late_gradients
 from smolrun.tasks.sharding import sharding_of
 from smolrun.tasks.sharing import largest_plan
 from smolrun.tasks.workers import load_target
@@ -92,13 +93,12 @@ class Estimate:
     def rank(self, place: Place, local_rank: int = 0) -> Rank:
         """One rank of a host, in numbers."""
         first = place is self.places[0] and local_rank == 0
-        bound = self.config.staleness.bound
         return Rank(
             shapes=self.shapes,
             frozen=self.frozen,
             world_size=world_size(self.config),
             process_bytes=self.process.size,
-            slots=1 + (0 if bound == "auto" else bound),
+            slots=1 + late_gradients(self.config),
             is_on_device=place.device != "cpu",
             is_staged=place.device != "cpu" and world_size(self.config) > 1,
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,

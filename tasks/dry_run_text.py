@@ -18,9 +18,10 @@ from smolrun.config import RunConfig, world_size
 from smolrun.launch.moves import Outcome
 from smolrun.launch.out_of_memory import gb
 from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
+from smolrun.tasks.roles import only_serves
 from smolrun.tasks.sharding import at_stage
 from smolrun.tasks.workers import OUTPUTS
-from smolrun.tracking.console import counted
+from smolrun.tracking.words import counted
 
 _MATRIX = 512  # large enough for a core to be as fast as it gets
 _BLOCK = 8 * 2**20  # numbers; larger than caches
@@ -88,7 +89,7 @@ def _title(made: Estimate) -> str:
         f"algorithm={config.algorithm.name} on {counted(world_size(config), 'rank')}, "
         f"precision={config.precision}, optimizer={config.optimizer.name}; a step is "
         f"{counted(made.micro_batches, 'micro-batch')} of {made.setting.micro_batch_size} "
-        f"{sample} on each rank"
+        f"{sample} on each rank{' that trains' if only_serves(config) else ''}"
     )
 
 
@@ -270,7 +271,7 @@ def _sharded(made: Estimate, place: Place) -> Iterator[str]:
         return
     for stage in range(now + 1, 4):
         other = replace(made, config=at_stage(made.config, stage))
-        if made.setting.optimizer == "adafactor" or (stage == 3 and made.rank(place).slots > 1):
+        if made.setting.optimizer == "adafactor" or (stage == 3 and other.rank(place).slots > 1):
             continue  # the configuration would be refused
         answer = "fits" if other.lacking(made.setting) <= 0 else "not enough"
         total = gb(other.total(place, made.setting))

@@ -15,11 +15,13 @@ from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.moves import Outcome
 from smolrun.tasks.emulation import emulated
+from smolrun.tasks.readers import can_quantize
 from smolrun.tasks.workers import OUTPUTS
-from smolrun.tracking.console import Console, clock, counted, printable, rate
+from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_teller import TimeTeller
+from smolrun.tracking.words import printable, rate
 
 
 def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
@@ -76,7 +78,7 @@ class Ending:
         """The summary, and the last lines; `log_tail(rank)` are those of a rank's log."""
         self._write_summary(outcome, wall_s)
         record, say = self._record, console.say
-        figures = [f"{counted(record.steps, 'step')} in {clock(wall_s)}"]
+        figures = [record.progress(wall_s)]
         if record.train_loss is not None:
             figures.append(f"loss {record.train_loss:.4f}")
         if record.eval_loss is not None:
@@ -89,8 +91,12 @@ class Ending:
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:
             say(self._times.line)
+        if record.missed:
+            say(record.missed)
         if record.pushes.line:
             say(f"who trained: {record.pushes.line}")
+        if advice := record.pushes.advice(can_quantize=can_quantize(self._config)):
+            say(advice)
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:
@@ -145,4 +151,10 @@ class Ending:
             print(printable(f"  | {line}"), file=sys.stderr)
         if self._record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            print(f"smolrun: to go on after {self._record.checkpoint}: {command}", file=sys.stderr)
+            told = f"to go on after {self._record.checkpoint}: {command}"
+        elif every := self._config.checkpoint.every:
+            often = "every step" if every == 1 else f"every {every:,} steps"
+            told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
+        else:
+            told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
+        print(f"smolrun: {told}", file=sys.stderr)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from smolrun.tracking.console import clock, counted
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import View
+from smolrun.tracking.words import clock, counted
 
 _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 
@@ -54,7 +54,7 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
     steps, wall_s = summary.get("steps"), summary.get("wall_s")
     figures = [counted(steps, "step") if isinstance(steps, int) else "unknown steps"]
     if isinstance(wall_s, int | float):
-        figures[0] += f" in {clock(wall_s)}"
+        figures[0] += f", {clock(wall_s)} from start to end"
     for key, name in (("final_train_loss", "loss"), ("final_eval_loss", "evaluation loss")):
         if isinstance(loss := summary.get(key), int | float):
             figures.append(f"{name} {loss:.4f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.config.algorithms import EDP, FSDP, Single, SyncPS
+from smolrun.config.algorithms import EDP, FSDP, ClassicDP, Single, SyncPS
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.time_teller import TimeTeller
@@ -53,7 +53,15 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
         speeds=[1.0 if host.speed == "auto" else host.speed for _, host in places] or [1.0] * size,
         global_batch_size=config.training.global_batch_size,
         staleness=(0 if bound == "auto" else bound) if can_be_late else None,
+        can_quantize=can_quantize(config),
         can_use_bf16=config.precision == "float32",
         is_lockstep=not isinstance(algorithm, EDP),
     )
     return TimeTeller(setup, say)
+
+
+def can_quantize(config: RunConfig) -> bool:
+    """Whether gradients travel, as they are, and could travel in fewer bits."""
+    # What an algorithm of somebody else makes of the key is not known here.
+    sends = isinstance(config.algorithm, ClassicDP | FSDP | SyncPS | EDP)
+    return sends and world_size(config) > 1 and config.quantization.kind == "none"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, world_size
+from smolrun.config.algorithms import EDP
 from smolrun.parts.placement import (
     BatchPlan,
     Plans,
@@ -17,6 +18,7 @@ from smolrun.parts.placement import (
     ranked_hosts,
     shares,
 )
+from smolrun.tasks.roles import only_serves
 from smolrun.training.balance import Balance, Balancer
 from smolrun.training.stream_feed import steps_ahead
 
@@ -29,6 +31,12 @@ def largest_plan(config: RunConfig) -> BatchPlan:
     """The plan of the rank with the largest share, as the run begins."""
     micro = config.training.micro_batch_size
     weights = _numbers(rank_speeds(config.cluster.model_dump(), world_size(config)))
+    if isinstance(config.algorithm, EDP):  # parts of a batch are equal, whoever takes them
+        auto = world_size(config) - only_serves(config)
+        pushes = config.algorithm.pushes_per_batch
+        weights = [1.0] * (auto if pushes == "auto" else pushes)
+    elif only_serves(config):
+        weights[0] = 0.0
     return plan_batches(
         config.training.global_batch_size,
         weights,

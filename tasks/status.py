@@ -14,8 +14,8 @@ from smolrun.config import RunConfig
 from smolrun.errors import HostError
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks.workers import OUTPUTS
-from smolrun.tracking.console import clock
 from smolrun.tracking.past_runs import PastRun, look, run_folders
+from smolrun.tracking.words import clock
 
 MOST_RUNS = 20
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "left", "age", "checkpoints")

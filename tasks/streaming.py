@@ -16,6 +16,7 @@ from smolrun.tasks.workers import load_target
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
+    from smolrun.tasks.going_on import Earlier
     from smolrun.training.feed import Planned
     from smolrun.training.stream_feed import Rows, StreamFeed
 
@@ -43,6 +44,16 @@ def open_reader(
     )
     reader.catch_up(progress)
     return reader
+
+
+def reader_of(
+    config: RunConfig, prepared: Prepared, earlier: Earlier | None, progress: Progress
+) -> StreamReader | None:
+    """The reader of the stream, where the data is one, and where the run goes on."""
+    if earlier is None:
+        return open_reader(config, prepared, progress)
+    done, state = earlier.updates, earlier.driver_state
+    return open_reader(config, prepared, progress, updates=done, driver_state=state)
 
 
 def reader_state(config: RunConfig, reader: StreamReader | None, updates: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.returns import Returns
-from smolrun.tasks.streaming import open_reader, reader_state
+from smolrun.tasks.roles import tell_roles, waits_for_all
+from smolrun.tasks.streaming import reader_of, reader_state
 from smolrun.tasks.who_answers import who_answers
 from smolrun.tasks.workers import (
     become_latest,
@@ -39,15 +40,14 @@ from smolrun.tasks.workers import (
     plan_workers,
     prepare_data,
 )
-from smolrun.tracking.console import Console, counted
+from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.tracker import Fanout, Tracker
+from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Prepared
-    from smolrun.data.stream import StreamReader
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
@@ -62,7 +62,12 @@ def drive(config: RunConfig) -> int:
         from smolrun.tasks.dry_run_text import report  # loads torch
 
         return report(config)
-    console = Console(steps=config.training.steps, world_size=world_size(config))
+    console = Console(
+        steps=config.training.steps,
+        world_size=world_size(config),
+        batch_size=config.training.global_batch_size,
+        names_slowest=waits_for_all(config),
+    )
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
         if is_elsewhere(config):  # their leases come from here
@@ -100,7 +105,7 @@ class _Run:
         self._is_begun = False
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
-        self._rows = _reader(config, self._prepared, self._earlier, console)
+        self._rows = reader_of(config, self._prepared, self._earlier, console.preparing)
         console.unit = "tokens" if self._prepared.sequence_length else "samples"
         self._undo: list[Callable[[], None]] = []
         with nothing_started():
@@ -139,7 +144,7 @@ class _Run:
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
-        for line in tell_emulated(config):
+        for line in [*tell_roles(config), *tell_emulated(config)]:
             say(line)
         readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
         trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)
@@ -264,16 +269,6 @@ def _limits(config: RunConfig) -> Limits:
     wait_s = config.mesh.timeout_s
     start_s, stop_s = config.cluster.start_timeout_s, max(120.0, 2 * wait_s)
     return Limits(start_s=start_s, finish_s=2 * wait_s, stop_s=stop_s)
-
-
-def _reader(
-    config: RunConfig, prepared: Prepared, earlier: Earlier | None, console: Console
-) -> StreamReader | None:
-    """The reader of the stream, where the data is one and the run goes on."""
-    if earlier is None:
-        return open_reader(config, prepared, console.preparing)
-    done, state = earlier.updates, earlier.driver_state
-    return open_reader(config, prepared, console.preparing, updates=done, driver_state=state)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TextIO
 
 import rich.console
@@ -29,6 +29,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
+from smolrun.tracking.words import clock, counted, named, number, printable, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
@@ -45,11 +46,22 @@ class _Screen(rich.console.Console):
 class Console:
     """A tracker that talks to the user. Colours are rich's business, which honours NO_COLOR."""
 
-    def __init__(self, *, steps: int, world_size: int, stream: TextIO | None = None) -> None:
-        """`steps` is what a whole run has."""
+    def __init__(
+        self,
+        *,
+        steps: int,
+        world_size: int,
+        batch_size: int | None = None,
+        names_slowest: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        """`steps` is what a whole run has, of `batch_size` samples each. `names_slowest`: whether
+        the others wait for it."""
         self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
+        self._batch_size = batch_size
+        self._names_slowest = names_slowest
         self._stream = stream or sys.stdout
         self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
@@ -131,9 +143,7 @@ class Console:
             self._compute_s[event.rank] = 0.8 * before + 0.2 * event.compute_s
         elif isinstance(event, EvalDone):
             share = f", {event.accuracy:.1%} right" if event.accuracy is not None else ""
-            self._print(
-                f"after step {event.step + 1}: evaluation loss {_number(event.loss)}{share}"
-            )
+            self._print(f"after step {event.step + 1}: evaluation loss {number(event.loss)}{share}")
         elif isinstance(event, RunStarted):
             self._show_start(event)
         elif isinstance(event, StepSkipped):
@@ -169,9 +179,17 @@ class Console:
     def _show_start(self, event: RunStarted) -> None:
         self._print(
             f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
-            f"({event.device}): {counted(event.steps, 'step')}, {_samples(event)}, "
+            f"({event.device}): {counted(event.steps, 'step')}{self._from(event)}; "
             f"{event.eval_size:,} more for evaluation"
         )
+
+    def _from(self, event: RunStarted) -> str:
+        """What a step is made of, and how much there is to choose from."""
+        sample = "sequence" if self.unit == "tokens" else "sample"
+        batch = f" of {counted(self._batch_size, sample)}" if self._batch_size else ""
+        if not event.train_size:
+            return f"{batch}, from a stream"
+        return f"{batch}, from {event.train_size:,}" + ("" if batch else f" {sample}s")
 
     def _show_drift(self, event: Drift) -> None:
         if event.ranks:
@@ -205,11 +223,11 @@ class Console:
     def _figures(self, event: StepDone) -> str:
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
-            f"loss {_number(event.loss)}",
+            f"loss {number(event.loss)}",
             f"{rate(self._rate)} {self.unit}/s",
             f"{clock(left_s)} left",
         ]
-        slow = slowest(self._compute_s)
+        slow = slowest(self._compute_s) if self._names_slowest else None
         return "  ".join([*parts, f"slowest: rank {slow}"] if slow is not None else parts)
 
     def _begin_bar(self, what: str, total: int) -> None:
@@ -259,40 +277,3 @@ def slowest(compute_s: dict[int, float]) -> int | None:
     rank = max(compute_s, key=lambda rank: compute_s[rank])
     others = sum(compute_s.values()) - compute_s[rank]
     return rank if compute_s[rank] > _SLOW * others / (len(compute_s) - 1) else None
-
-
-def rate(per_second: float) -> str:
-    """`12,345`, or `1.8` where whole numbers would hide it."""
-    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def named(ranks: Sequence[int]) -> str:
-    """`rank 1`, `ranks 0 and 1`, `ranks 0, 1 and 2`."""
-    *first, last = [str(rank) for rank in ranks]
-    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 0:01:05."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model may write any of them, and terminals obey some."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def _samples(event: RunStarted) -> str:
-    return f"{event.train_size:,} samples" if event.train_size else "a stream of samples"
-
-
-def _number(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.4f}"

@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smolrun.events import PushApplied, PushDropped
+from smolrun.tracking.words import counted, named
+
+# From here on it is worth a word of advice how much of what a rank finished was for nothing.
+_MANY = 0.1
+_REPLACED = "a newer one took its place"  # as parts/reception.py says it
 
 
 @dataclass
@@ -58,6 +63,21 @@ class PushRecord:
         for rank, row in self.summary().items():
             dropped = sum(row["dropped"].values())
             age = "" if row["mean_age"] is None else f", {row['mean_age']:.1f} updates late"
-            gone = f", {dropped} went to others" if dropped else ""
+            gone = f", {counted(dropped, 'gradient')} dropped" if dropped else ""
             told.append(f"rank {rank} {row['share']:.0%} of the samples{age}{gone}")
         return "; ".join(told)
+
+    def advice(self, *, can_quantize: bool) -> str:
+        """What to try against gradients that were computed for nothing; empty if few were."""
+        slow = [
+            rank
+            for rank, worker in sorted(self._workers.items())
+            if worker.dropped[_REPLACED] > _MANY * (worker.pushes + worker.dropped[_REPLACED])
+        ]
+        if not slow:
+            return ""
+        whose = "its link is slower than it computes"
+        if len(slow) > 1:
+            whose = "their links are slower than they compute"
+        hint = "; try quantization=int8" if can_quantize else ""
+        return f"{named(slow)}: {whose}, so newer gradients took the place of older ones{hint}"

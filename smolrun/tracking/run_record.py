@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,10 +14,14 @@ from smolrun.events import (
     GradientDropped,
     PushApplied,
     PushDropped,
+    RankStep,
     StepDone,
     TextSample,
 )
 from smolrun.tracking.push_record import PushRecord
+from smolrun.tracking.words import clock, counted
+
+_SHORT_S = 10.0
 
 
 class RunRecord:
@@ -32,7 +37,7 @@ class RunRecord:
         checkpoint: str | None = None,
     ) -> None:
         """The figures are those of a run that goes on: `earlier_s` it has been trained before."""
-        self._earlier_s = earlier_s
+        self._earlier_s, self._earlier_steps = earlier_s, steps
         self.steps = steps
         self.tokens = 0
         self.time_s = 0.0
@@ -43,6 +48,7 @@ class RunRecord:
         self.sample: TextSample | None = None
         self.pushes = PushRecord()
         self.gradients_dropped: dict[int, int] = {}
+        self._took_part: Counter[int] = Counter()  # steps of each rank
         self._not_finite_since: int | None = None
 
     @property
@@ -56,6 +62,30 @@ class RunRecord:
         """Over the whole training, evaluations included."""
         return self.tokens / self.time_s if self.time_s > 0 else None
 
+    def progress(self, wall_s: float) -> str:
+        """How many steps were made and how long that took, beside the `wall_s` of everything."""
+        made = self.steps - self._earlier_steps
+        told = counted(made, "step")
+        if made and self._earlier_steps:
+            first = self._earlier_steps + 1
+            told += f" ({first})" if made == 1 else f" ({first} to {self.steps})"
+        if self.time_s <= 0:
+            return f"{told} in {clock(wall_s)}"
+        # Whole seconds would make nonsense of the speed of a short run.
+        took = f"{self.time_s:.1f} s" if self.time_s < _SHORT_S else clock(self.time_s)
+        return f"{told} in {took} ({clock(wall_s)} from start to end)"
+
+    @property
+    def missed(self) -> str:
+        """Ranks that the others went on without, and how often; empty if there was none. A dropped
+        gradient counts once, but its rank may have missed many steps until it came."""
+        made = self.steps - self._earlier_steps
+        return "; ".join(
+            f"rank {rank} missed {made - self._took_part[rank]:,} of {counted(made, 'step')}"
+            for rank in sorted(self.gradients_dropped)
+            if self._took_part[rank] < made
+        )
+
     def record(self, event: Event) -> None:
         """Remember what the end of the run will need."""
         if isinstance(event, StepDone):
@@ -68,6 +98,9 @@ class RunRecord:
                 self._not_finite_since = None
             elif self._not_finite_since is None:
                 self._not_finite_since = self.steps  # counted from 1, as people do
+        elif isinstance(event, RankStep):
+            # Who comes late learns of the step that the others are at, and has no samples in it.
+            self._took_part[event.rank] += event.samples != 0
         elif isinstance(event, EvalDone):
             self.eval_loss, self.eval_accuracy = event.loss, event.accuracy
         elif isinstance(event, PushApplied | PushDropped):

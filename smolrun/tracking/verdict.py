@@ -38,6 +38,7 @@ class Setup:
     speeds: Sequence[float]
     global_batch_size: int
     staleness: int | None = None  # None: this algorithm has none to set
+    can_quantize: bool = False  # gradients travel as they are, and need not
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
     is_lockstep: bool = True  # else nobody waits for the slowest, and there is nothing to judge
 
@@ -64,7 +65,8 @@ class Sums:
             behind_s = min(told.wait_s, ranks[slowest].compute_s - told.compute_s)
             _add(self.waited_for_s, slowest, behind_s)
             _add(self.compute_s, rank, told.compute_s)
-            self.network_s += told.wait_s - behind_s
+            # What a rank alone passes in the code for several is no network: there is none.
+            self.network_s += told.wait_s - behind_s if self.world_size > 1 else 0.0
             self.total_s += max(duration_s, told.compute_s + told.wait_s)
             self.bytes_sent += told.bytes_sent
             _add(self.throttled, rank, 1 if told.throttled else 0)
@@ -217,6 +219,9 @@ def _advice(found: Verdict, setup: Setup) -> str:
     if found.waiting >= max(_WORTH, found.network) and found.slow_rank is not None:
         return _advice_for_slow(found, found.slow_rank, setup)
     if found.network >= _WORTH:
+        can_hide = setup.staleness == 0 and found.network <= found.computing
+        if setup.can_quantize and not can_hide:
+            return "try quantization=int8"
         if setup.staleness == 0:
             return "try staleness.bound=1, which hides the network behind the next step"
         return f"try training.global_batch_size={2 * setup.global_batch_size}"

@@ -115,14 +115,16 @@ class Balance:
         self._ahead = ahead
         self._hosts = hosts
 
-    def heard(self, result: StepResult, next_step: int) -> str | None:
-        """After every update; a sentence where it changed the shares."""
+    def heard(self, result: StepResult, next_step: int, steps: int) -> str | None:
+        """After every update of a run of so many `steps`; a sentence where it changed the shares
+        of any of them."""
         change = self._balancer.heard(result.samples, result.computed_s)
         if change is None:
             return None
         first = next_step + self._ahead
         self._plans.change(next_step, first, change.after)
-        return _sentence(change, first, self._hosts)
+        # Shares of steps that only a resumed run will make are for its checkpoint, not for people.
+        return _sentence(change, first, self._hosts) if first < steps else None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it, as JSON."""

@@ -167,8 +167,10 @@ class Trainer:
         self._check_finite(result)
         if _last_due(before, self.outcome.steps, self._resync.every):
             self._resync.run(result.step)
-        if self._balance and (told := self._balance.heard(result, self._algorithm.steps_begun)):
-            self._emit(Note("info", told))
+        if self._balance:
+            told = self._balance.heard(result, self._algorithm.steps_begun, self._steps)
+            if told:
+                self._emit(Note("info", told))
         if self._check_replicas and self._algorithm.replica_tensors():
             hashes = gather_hashes(
                 self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors())

@@ -236,3 +236,17 @@ def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[s
     first = one.need(one.places[0], one.setting).total
     assert total(one) == first + 2 * (of_worker - one.process.shared)
     assert first > of_worker
+
+
+def test_a_bound_of_edp_costs_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    edp = ("algorithm=edp", "cluster.ranks=4", "quantization=int8")
+    late, prompt = made(*edp, "staleness.bound=2"), made(*edp, "staleness.bound=auto")
+    needs = [
+        each.need(each.places[0], each.setting, rank) for each in (late, prompt) for rank in (0, 1)
+    ]
+    assert needs[:2] == needs[2:]
+    assert late.checkpoint() == prompt.checkpoint()
+    assert report(compose([*edp, "staleness.bound=2", "training.dry_run=true"])) == 0
+    shown = capsys.readouterr().out
+    assert "1 micro-batch of 11 sequences of" in shown
+    assert "on each rank that trains" in shown

@@ -19,7 +19,7 @@ FIGURES = {"steps": 12, "wall_s": 65.0, "final_train_loss": 2.5, "final_eval_los
         (
             "done",
             {"reason": None},
-            ["done: 12 steps in 0:01:05, loss 2.5000, evaluation loss 2.7500"],
+            ["done: 12 steps, 0:01:05 from start to end, loss 2.5000, evaluation loss 2.7500"],
         ),
         (
             "stopped",

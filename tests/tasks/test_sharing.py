@@ -35,6 +35,22 @@ def test_numbers_are_used_as_they_are() -> None:
     assert balance is None and isinstance(plan, BatchPlan) and plan.sizes == (9,)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "largest"),
+    [
+        (["algorithm=edp"], 11),
+        (["algorithm=edp", "algorithm.server_trains=true"], 8),
+        (["algorithm=edp", "algorithm.pushes_per_batch=2"], 16),
+        (["algorithm=syncps"], 8),
+        (["algorithm=syncps", "algorithm.server_trains=false"], 11),
+    ],
+)
+def test_a_server_that_does_not_train_has_no_share(overrides: list[str], largest: int) -> None:
+    size = "training.global_batch_size=32"
+    plan = largest_plan(compose([*overrides, "cluster.ranks=4", size]))
+    assert plan.sizes == (largest,)
+
+
 def test_one_auto_has_all_ranks_measured_and_a_stream_changes_later() -> None:
     plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], list, 0)
     assert balance is not None and plan.at(0).sizes == (6,)

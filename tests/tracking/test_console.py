@@ -19,7 +19,8 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.tracking.console import Console, clock, named, printable, slowest
+from smolrun.tracking.console import Console, slowest
+from smolrun.tracking.words import clock, named, printable
 
 
 class Terminal(io.StringIO):
@@ -35,9 +36,16 @@ def rank_step(rank: int, compute_s: float) -> RankStep:
     return RankStep(0, rank, compute_s, 0.0, None, 0, 0)
 
 
-def lines_of(*events: Event, steps: int = 100, world_size: int = 2) -> list[str]:
+def lines_of(
+    *events: Event,
+    steps: int = 100,
+    world_size: int = 2,
+    batch_size: int | None = 32,
+    unit: str = "tokens",
+) -> list[str]:
     stream = io.StringIO()
-    console = Console(steps=steps, world_size=world_size, stream=stream)
+    console = Console(steps=steps, world_size=world_size, batch_size=batch_size, stream=stream)
+    console.unit = unit
     for event in events:
         console.record(event)
     console.close()
@@ -68,9 +76,18 @@ def test_speed_is_a_mean_since_the_last_line() -> None:
 
 
 def test_one_is_singular() -> None:
-    (line,) = lines_of(RunStarted(1, 1, 2, 3, "cpu"), world_size=1)
-    assert "on 1 rank (cpu): 1 step, " in line
+    (line,) = lines_of(RunStarted(1, 1, 2, 3, "cpu"), world_size=1, batch_size=1)
+    assert "on 1 rank (cpu): 1 step of 1 sequence, " in line
     assert [named([1]), named([0, 1, 2])] == ["rank 1", "ranks 0, 1 and 2"]
+
+
+def test_what_a_run_uses_is_not_taken_for_what_there_is() -> None:
+    (line,) = lines_of(RunStarted(9, 40, 8_000, 1_000, "cpu"), unit="samples")
+    assert line.endswith("40 steps of 32 samples, from 8,000; 1,000 more for evaluation")
+    (line,) = lines_of(RunStarted(9, 40, 0, 1_000, "cpu"))
+    assert line.endswith("40 steps of 32 sequences, from a stream; 1,000 more for evaluation")
+    (line,) = lines_of(RunStarted(9, 40, 8_000, 1_000, "cpu"), batch_size=None)
+    assert line.endswith("40 steps, from 8,000 sequences; 1,000 more for evaluation")
 
 
 def test_events_as_sentences() -> None:
@@ -82,7 +99,7 @@ def test_events_as_sentences() -> None:
         Note("warning", "[red] is no markup :smile:", rank=1),
         Note("debug", "not for people"),
     ) == [
-        "training 1,115,264 parameters on 2 ranks (cpu): 20 steps, 27,886 samples, "
+        "training 1,115,264 parameters on 2 ranks (cpu): 20 steps of 32 sequences, from 27,886; "
         "1,516 more for evaluation",
         "after step 10: evaluation loss 1.5000",
         "step 5 is skipped: no finite gradient on ranks 0 and 1",
@@ -103,6 +120,11 @@ def test_the_slowest_rank_is_named_when_it_is_clearly_slower() -> None:
     assert line.endswith("slowest: rank 1")
     (line,) = lines_of(rank_step(0, 0.1), rank_step(1, 0.105), step(0, time_s=0.2))
     assert "slowest" not in line
+    stream = io.StringIO()
+    console = Console(steps=9, world_size=2, names_slowest=False, stream=stream)
+    for event in (rank_step(0, 0.1), rank_step(1, 0.2), step(0, time_s=0.2)):
+        console.record(event)
+    assert "slowest" not in stream.getvalue(), "nobody waits for it"
     assert slowest({}) is None
     assert slowest({0: 1.0}) is None
     assert slowest({0: 0.0, 1: 0.0}) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from smolrun.events import PushApplied, PushDropped
+from smolrun.parts.push_pull import Why
+from smolrun.parts.reception import _WHY
 from smolrun.tracking.push_record import PushRecord
 
 
@@ -24,5 +26,25 @@ def test_shares_ages_and_what_was_dropped() -> None:
     assert record.summary()["2"]["dropped"] == {"its rank is gone": 2, "it was not finite": 1}
     assert record.line == (
         "rank 1 67% of the samples, 1.5 updates late; "
-        "rank 2 33% of the samples, 1.0 updates late, 3 went to others"
+        "rank 2 33% of the samples, 1.0 updates late, 3 gradients dropped"
     )
+
+
+def test_work_lost_to_a_slow_link_is_worth_advice() -> None:
+    record = PushRecord()
+
+    def happen(rank: int, applied: int, replaced: int, lost: int = 0) -> None:
+        for _ in range(applied):
+            record.record(PushApplied(0, rank, 7, 5, 0, samples=8, grad_norm=1.0))
+        for why, count in ((Why.REPLACED, replaced), (Why.LOST, lost)):
+            for _ in range(count):
+                record.record(PushDropped(0, rank, 7, _WHY[why]))
+
+    happen(1, 90, 10, lost=50)
+    assert record.advice(can_quantize=True) == "", "a tenth, and what is lost with a rank"
+    happen(2, 8, 2)
+    told = "rank 2: its link is slower than it computes, so newer gradients took the place of older"
+    assert record.advice(can_quantize=True) == f"{told} ones; try quantization=int8"
+    assert record.advice(can_quantize=False) == f"{told} ones"
+    happen(3, 0, 1)
+    assert record.advice(can_quantize=False).startswith("ranks 2 and 3: their links are slower")

@@ -108,3 +108,32 @@ def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], di
         peak_memory_bytes=[],
     )
     assert (record.divergence, summary["reason"]) == (divergence, divergence or None)
+
+
+def test_progress_is_what_this_start_made_in_the_time_of_training() -> None:
+    record = RunRecord()
+    assert record.progress(12.0) == "0 steps in 0:00:12", "it never trained"
+    heard(record)
+    assert record.progress(12.0) == "4 steps in 2.0 s (0:00:12 from start to end)"
+    resumed = RunRecord(earlier_s=100.0, steps=138)
+    assert resumed.progress(12.0) == "0 steps in 0:00:12"
+    for step in (138, 139, 140):
+        time_s = 100.0 + 20.0 * (step - 137)
+        resumed.record(StepDone(step, time_s, 3.0, 1, 1, 100, 200, 0, 0, 0, 0))
+        if step == 138:
+            assert resumed.progress(42.0).startswith("1 step (139) in 0:00:20 (0:00:42 ")
+    told = "3 steps (139 to 141) in 0:01:00 (0:01:12 from start to end)"
+    assert resumed.progress(72.0) == told
+
+
+def test_who_was_away_for_long_missed_more_steps_than_gradients() -> None:
+    record = RunRecord(steps=100, earlier_s=9.0)
+    for step in range(100, 110):
+        record.record(StepDone(step, 10.0, 3.0, 1, 1, 100, 200, 0, 0, 0, 0))
+        record.record(RankStep(step, 0, 0.1, 0.0, None, 0, 0, samples=0))  # it only serves
+        if step < 103 or step == 108:
+            row = RankStep(step, 2, 0.1, 0.0, None, 0, 0, samples=0 if step == 108 else 8)
+            record.record(row)
+    assert record.missed == "", "nobody's gradient came too late"
+    record.record(GradientDropped(103, 2, 1))
+    assert record.missed == "rank 2 missed 7 of 10 steps"

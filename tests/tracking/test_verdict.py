@@ -86,6 +86,24 @@ def test_a_slow_network_asks_for_late_gradients_or_fewer_exchanges(
     assert found.line == f"25 % computing, 75 % network (12 MB a step, 3.0 MB/s); {advice}"
 
 
+@pytest.mark.parametrize(
+    ("staleness", "wait_s", "advice"),
+    [
+        (0, 3.0, "try quantization=int8"),
+        (0, 0.9, "try staleness.bound=1, which hides the network behind the next step"),
+        (1, 0.9, "try quantization=int8"),
+        (None, 0.9, "try quantization=int8"),
+        (None, 0.05, ""),
+    ],
+)
+def test_what_computing_cannot_hide_should_be_smaller(
+    staleness: int | None, wait_s: float, advice: str
+) -> None:
+    where = setup(["local"] * 2, staleness=staleness, can_quantize=True)
+    found = verdict([(1.0, wait_s), (1.0, wait_s)], where, step_s=1.0 + wait_s)
+    assert found.advice == advice
+
+
 def test_a_rank_that_its_machine_slows_down_is_told_whatever_else_there_is() -> None:
     hot = {"throttled": True, "temperature_c": 84.6}
     where = setup(["mini", "pi5"], key="cluster.hosts[{}].speed")
@@ -119,7 +137,9 @@ def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
 def test_computing_is_what_it_should_be() -> None:
     found = verdict([(1.0, 0.02)], setup(["local"]), step_s=1.02)
     assert found.advice == ""
-    assert found.line == "98 % computing, 2 % network (0.0 MB a step, 0.0 MB/s)"
+    assert found.line == "98 % computing, 2 % other (data, evaluation, saving)", (
+        "no network for one"
+    )
     fast = verdict([(1.0, 0.0)], setup(["pc"], can_use_bf16=True), step_s=1.0)
     assert fast.line == "100 % computing; try precision=bf16"
 

@@ -126,12 +126,12 @@ def balance(ahead: int = 0, batch: int = 32) -> tuple[Balance, Plans]:
     return Balance(Balancer(counts), plans, ahead=ahead, hosts=["mac", "pi"]), plans
 
 
-def told(one: Balance, steps: int, begin: int = 0) -> list[str]:
+def told(one: Balance, steps: int, begin: int = 0, of: int = 1000) -> list[str]:
     found = []
     for step in range(begin, begin + steps):
         facts = {"samples": (16.0, 16.0), "compute_s": (1.6, 6.4)}
         result = dataclasses.replace(RESULT, step=step, facts=facts)
-        found += [told] if (told := one.heard(result, step + 1)) else []
+        found += [told] if (told := one.heard(result, step + 1, of)) else []
     return found
 
 
@@ -146,6 +146,14 @@ def test_a_change_holds_from_one_step_on_and_is_told_with_its_reason(ahead: int)
     first = WINDOW + ahead
     sizes = [sum(plans.at(step).sizes) for step in range(first - 1, first + 2)]
     assert sizes == [16, 6, 6]
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_shares_of_steps_that_will_not_come_are_kept_and_not_told(ahead: int) -> None:
+    one, plans = balance(ahead)
+    assert told(one, WINDOW, of=WINDOW + ahead) == []
+    assert sum(plans.at(WINDOW + ahead).sizes) == 6, "for a run that goes on from a checkpoint"
+    assert len(told(balance(ahead)[0], WINDOW, of=WINDOW + ahead + 1)) == 1
 
 
 def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None:
