@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_a_good_run_leaves_its_folder(drive: Drive, capfd: pytest.CaptureFixture
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sorted({row["event"] for row in rows}) == ["rank_step", "step"]
     said = capfd.readouterr()
-    assert "done: 3 steps in 0:00:0" in said.out
+    assert re.search(r"done: 3 steps in [\d.]+ s \(0:00:0\d from start to end\)", said.out)
     assert f"everything about this run: {folder}" in said.out
     assert said.err == ""
 
@@ -91,7 +92,8 @@ def test_a_failed_run_names_the_culprit_and_shows_its_log(
     assert summary["reason"] == reason
     assert log.read_text() == "no such thing as a GPU\n"
     said = capfd.readouterr()
-    assert said.err == f"smolrun: {reason}\n  | no such thing as a GPU\n"
+    nothing = "nothing is saved yet: a checkpoint is made every 100 steps (checkpoint.every)"
+    assert said.err == f"smolrun: {reason}\n  | no such thing as a GPU\nsmolrun: {nothing}\n"
 
 
 def test_a_single_rank(drive: Drive) -> None:
