@@ -85,6 +85,10 @@ class PushApplied(Event):
     grad_norm: float | None
 
 
+# The reason of a dropped push that a faster link would have brought.
+REPLACED = "a newer one took its place"
+
+
 @dataclass(frozen=True)
 class PushDropped(Event):
     """A gradient will not come, or not from this rank: its ticket goes to somebody else."""

@@ -18,7 +18,7 @@ from smolrun.algorithms.base import Algorithm
 from smolrun.algorithms.edp import edp
 from smolrun.benchmarks.compare import summed
 from smolrun.benchmarks.paced import SetPace, paced_context
-from smolrun.benchmarks.stragglers import network
+from smolrun.benchmarks.stragglers import facts, network
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
@@ -68,10 +68,7 @@ def compare_edp(
         "stragglers",
         f"edp, {mesh.world_size - 1} workers",
         "never waiting",
-        world_size=mesh.world_size,
-        parameters=sum(p.numel() for p in network().parameters()),
-        steps=steps,
-        paced=True,
+        **facts(mesh, steps),
     )
     return {**row, "efficiency": 1 / result.ratio, "best_efficiency": 1.0}
 

@@ -83,14 +83,22 @@ def compare_bounds(
                 "stragglers",
                 f"staleness {bound}",
                 "event simulation",
-                world_size=mesh.world_size,
-                parameters=sum(p.numel() for p in network().parameters()),
-                steps=steps,
-                paced=True,
+                **facts(mesh, steps),
             ),
             "efficiency": step_s / result.ours_s,
             "best_efficiency": step_s / result.peer_s,
         }
+
+
+def facts(mesh: Mesh, steps: int) -> dict[str, Any]:
+    """What was measured, for a row."""
+    parameters = sum(p.numel() for p in network().parameters())
+    return {
+        "world_size": mesh.world_size,
+        "parameters": parameters,
+        "steps": steps,
+        "paced": True,
+    }
 
 
 def network() -> torch.nn.Module:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from smolrun.events import Event, Membership, PushDropped
+from smolrun.events import REPLACED, Event, Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_model import FlatModel
 from smolrun.parts.push_pull import Facts, Letter, Why, Word
@@ -29,7 +29,7 @@ from smolrun.parts.worker_at_server import Came, Gone, Happening, Pushed, Sent, 
 _TRIES = 4
 
 _WHY = {
-    Why.REPLACED: "a newer one took its place",
+    Why.REPLACED: REPLACED,
     Why.NOT_FINITE: "it was not finite",
     Why.LOST: "its rank is gone",
 }

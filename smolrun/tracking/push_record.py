@@ -7,12 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolrun.events import PushApplied, PushDropped
+from smolrun.events import REPLACED, PushApplied, PushDropped
 from smolrun.tracking.words import counted, named
 
 # From here on it is worth a word of advice how much of what a rank finished was for nothing.
 _MANY = 0.1
-_REPLACED = "a newer one took its place"  # as parts/reception.py says it
 
 
 @dataclass
@@ -72,7 +71,7 @@ class PushRecord:
         slow = [
             rank
             for rank, worker in sorted(self._workers.items())
-            if worker.dropped[_REPLACED] > _MANY * (worker.pushes + worker.dropped[_REPLACED])
+            if worker.dropped[REPLACED] > _MANY * (worker.pushes + worker.dropped[REPLACED])
         ]
         if not slow:
             return ""
