@@ -60,14 +60,13 @@ def _named(wanted: str) -> Path | None:
 @contextmanager
 def opened(folder: RunFolder) -> Iterator[OpenRun]:
     """The run, to look at; HostError where another machine drives it and does not answer."""
-    if not folder.remote() or folder.driver() or folder.summary():
+    if not folder.is_driven_elsewhere or folder.driver() or folder.summary():
         yield OpenRun(folder, lambda request: _ask_here(folder, request), _HERE_EVERY_S)
         return
     from smolrun.tasks.remote_driver import asking  # loads the SSH library
 
-    with asking(folder) as ask:
-        host = str(folder.remote().get("host", {}).get("name"))
-        yield OpenRun(folder, ask, _THERE_EVERY_S, host)
+    with asking(folder) as question:
+        yield OpenRun(folder, question.ask, _THERE_EVERY_S, question.host)
 
 
 def _ask_here(folder: RunFolder, request: Request) -> View:
@@ -78,7 +77,7 @@ def config_of(folder: RunFolder) -> RunConfig | None:
     """The run's configuration; None if it is of a version that had other keys."""
     try:
         return validate(msgspec.yaml.decode((folder.path / "config.yaml").read_bytes()))
-    except (ConfigError, ValueError, OSError):
+    except (ConfigError, ValueError, OSError, RecursionError):
         return None
 
 

@@ -35,6 +35,7 @@ from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import Request, View, decode
+from smolrun.tracking.signature import sign
 
 _ANSWER_S = 30.0
 _AFTERWARDS = ("metrics.jsonl", "driver.log", "summary.json")  # the last: then all are here
@@ -42,6 +43,7 @@ _AFTERWARDS = ("metrics.jsonl", "driver.log", "summary.json")  # the last: then 
 
 def drive(config: RunConfig) -> int:
     """Start the driver on its host; returns once it has its run folder, or has failed."""
+    sign(b"")  # without a key the run could not be looked at from here
     spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
     with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:
         machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
@@ -191,16 +193,23 @@ class _Remote(msgspec.Struct):
 
 
 @contextmanager
-def asking(folder: RunFolder) -> Iterator[Callable[[Request], View]]:
+def asking(folder: RunFolder) -> Iterator[Question]:
     """Ask the machine that drives a run. HostError when it does not answer; the next question then
     connects anew."""
+    remote = folder.remote()
+    if remote is None:
+        raise HostError(
+            folder.run_id,
+            "its remote.json was not written by this account on this machine, so nothing in it is "
+            "run or connected to",
+            "log in to the machine that drives the run, and look at it there",
+        )
     try:
-        remote = msgspec.convert(folder.remote(), _Remote)
+        question = Question(folder, msgspec.convert(remote, _Remote))
     except msgspec.ValidationError as error:
         raise HostError(folder.run_id, f"its remote.json makes no sense: {error}") from None
-    question = Question(folder, remote)
     try:
-        yield question.ask
+        yield question
     finally:
         question.close()
 
@@ -212,6 +221,7 @@ class Question:
         self._folder = folder
         self._remote = remote
         self._machine: Machine | None = None
+        self.host = remote.host.name
 
     def ask(self, request: Request) -> View:
         """How the run is; when it has ended, its small files are brought here."""

@@ -109,7 +109,7 @@ def state_of(folder: RunFolder) -> State:
     driver = folder.driver()
     if driver and driver.get("host") != platform.node() and _quiet_s(folder) < _QUIET_S:
         return "elsewhere"
-    if folder.remote():
+    if folder.is_driven_elsewhere:
         return "remote"
     return "bench" if (folder.path / "bench.jsonl").exists() else "died"
 
@@ -142,7 +142,7 @@ def _steps(folder: RunFolder) -> int | None:
         try:
             config = msgspec.yaml.decode((folder.path / "config.yaml").read_bytes())
             steps = config["training"]["steps"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
     return steps if isinstance(steps, int) else None
 
@@ -171,7 +171,7 @@ def _steps_in(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:
             event = msgspec.json.decode(line, type=dict[str, Any])
-        except ValueError:  # cut short, or no line of ours
+        except (ValueError, RecursionError):  # cut short, or no line of ours
             continue
         if event.get("event") == "step" and isinstance(event.get("step"), int):
             yield event

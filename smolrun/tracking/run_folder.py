@@ -30,6 +30,8 @@ from typing import Any
 
 import msgspec
 
+from smolrun.tracking.signature import is_signed, sign
+
 LATEST = "latest"
 # The first is always there; the others come with the tokenizers of other people's models.
 TOKENIZER_FILES = (
@@ -39,6 +41,13 @@ TOKENIZER_FILES = (
 # A process's number is given again after its end; the time of its birth, give or take, is not.
 _SAME_PROCESS_S = 2.0
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class _Signed(msgspec.Struct):
+    """What remote.json holds."""
+
+    remote: msgspec.Raw
+    signature: str
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,29 @@ class RunFolder:
         return _read_json(self.path / "driver.json")
 
     def write_remote(self, remote: Mapping[str, Any]) -> None:
-        """Keep on which machine the run is driven, and where its folder is there."""
-        _replace(self.path / "remote.json", msgspec.json.encode(dict(remote)) + b"\n")
+        """Keep on which machine the run is driven, and where its folder is there.
 
-    def remote(self) -> dict[str, Any]:
-        """What `write_remote` kept; empty for a run that is driven here."""
-        return _read_json(self.path / "remote.json")
+        Signed, because it says how to connect and what to run there. SmolrunError without a key.
+        """
+        content = msgspec.json.encode(dict(remote))
+        signed = _Signed(msgspec.Raw(content), sign(content))
+        _replace(self.path / "remote.json", msgspec.json.encode(signed) + b"\n")
+
+    def remote(self) -> dict[str, Any] | None:
+        """What `write_remote` kept; None if it was not this account on this machine."""
+        try:
+            found = msgspec.json.decode((self.path / "remote.json").read_bytes(), type=_Signed)
+            content = bytes(found.remote)
+            if not is_signed(content, found.signature):
+                return None
+            return msgspec.json.decode(content, type=dict[str, Any])
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    @property
+    def is_driven_elsewhere(self) -> bool:
+        """Whether `write_remote` was called for this run, on whatever machine."""
+        return (self.path / "remote.json").is_file()
 
     def ask_to_stop(self) -> int:
         """Ask the driver to stop: at an agreed step, and when asked again, at once. Returns how
@@ -262,5 +288,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none that can be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import platformdirs
 import psutil
 import pytest
 
@@ -50,6 +51,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
     monkeypatch.chdir(here)
     the_box = Box(tmp_path / "box")
     monkeypatch.setattr(remote_driver, "open_machine", the_box.open)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
     return the_box
 
 
@@ -90,7 +92,7 @@ def test_it_is_started_seen_and_stopped_from_here(
     try:
         assert f"smolrun task=attach run={folder.run_id}" in told.out
         assert "box: preparing: " in told.err
-        there = Path(folder.remote()["folder"])
+        there = Path((folder.remote() or {})["folder"])
         assert there.is_relative_to(box.workdir / "driver")
         assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "remote.json"}
         assert look(folder).state == "remote" and look(folder).may_be_running
@@ -187,6 +189,38 @@ def test_a_host_does_not_choose_where_we_write(box: Box, folder: str) -> None:
     with pytest.raises(HostError, match="which cannot be"):
         remote_driver._keep(configured(box), HostSpec("box", "me@box"), ready, folder, "code")
     assert list(Path.cwd().iterdir()) == []
+
+
+def foreign(signature: str | None, ssh_config: str) -> RunFolder:
+    """A run folder as it comes out of an archive; without a signature, as older versions wrote."""
+    folder = RunFolder(Path("outputs") / "20260131-142501-x-aaaa")
+    folder.path.mkdir(parents=True)
+    folder.write_config("{}")
+    spec = {"name": "box", "ssh": "box", "python": None, "workdir": None, "torch": "auto"}
+    remote = {
+        "host": {**spec, "env": {}}, "ssh_config": ssh_config, "timeout_s": 5, "folder": "/x",
+        "python": "/bin/sh", "env": {}, "code_of": "driver-x",
+    }  # fmt: skip
+    content = remote if signature is None else {"remote": remote, "signature": signature}
+    (folder.path / "remote.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("signature", [None, "", "00" * 32, "\u00e9"])
+@pytest.mark.parametrize("task", [attach, stop])
+def test_a_foreign_run_folder_connects_nowhere_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: str | None, task: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
+    ran = tmp_path / "ran"
+    Path("ssh_config").write_text(f"Host *\n  ProxyCommand sh -c 'touch {ran}; cat'\n")
+    folder = foreign(signature, "ssh_config")
+    with pytest.raises(HostError) as raised:
+        task.drive(asked(task.__name__.rpartition(".")[2], folder.run_id))
+    assert raised.value.host == folder.run_id
+    assert status.drive(asked("status")) == 0
+    assert not ran.exists()
 
 
 def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:

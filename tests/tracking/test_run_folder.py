@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 from smolrun.tracking.run_folder import RunFolder, run_id
@@ -96,3 +98,29 @@ def test_a_stop_holds_when_its_driver_begins_the_run_again(tmp_path: Path) -> No
     (folder.path / "driver.json").write_text(json.dumps({**driver, "process_created": 1.0}))
     folder.write_driver(9)
     assert folder.stop_requests() == 0
+
+
+def test_who_drives_it_is_believed_only_if_this_account_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def use_account(name: str) -> Path:
+        config = tmp_path / name
+        monkeypatch.setattr(platformdirs, "user_config_path", lambda app: config / app)
+        return config / "smolrun" / "run_folders.key"
+
+    key = use_account("me")
+    folder = RunFolder(tmp_path)
+    assert folder.remote() is None and not folder.is_driven_elsewhere
+    folder.write_remote({"folder": "/there", "python": "/usr/bin/python3"})
+    assert folder.remote() == {"folder": "/there", "python": "/usr/bin/python3"}
+    if os.name == "posix":
+        assert key.stat().st_mode & 0o777 == 0o600
+    use_account("somebody_else")
+    assert folder.remote() is None and folder.is_driven_elsewhere
+    use_account("me")
+    assert folder.remote() is not None
+    file = tmp_path / "remote.json"
+    file.write_bytes(file.read_bytes().replace(b"/usr/bin", b"/tmp/bin"))
+    assert folder.remote() is None
+    file.write_text("[" * 100_000)
+    assert folder.remote() is None
