@@ -5,10 +5,16 @@ Pure.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 
 from smolrun.errors import ConfigError
 
@@ -24,8 +30,11 @@ REFUSED = {
     "-cp": "the shipped folder is always there; add yours with --config-dir",
 }
 HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
-PLAIN = re.compile(r"^[\w./-]+$")  # Hydra reads this as it is
+PLAIN = re.compile(r"^[\w./-]+$", re.ASCII)  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
+# Hydra's marks of calls, mappings, quotes, escapes and interpolations.
+MARKS = re.compile(r"""[(){}'"\\$]""")
+ENTRY = re.compile(r"[^\[\],\s](?:[^\[\],]*[^\[\],\s])?")  # between the marks of a list
 # What Hydra reads as something else than text: true, 4, 1e-3, inf, {a: 1}.
 NO_TEXT = re.compile(r"^(?i:true|false|[+-]?(?:inf|nan|[\d.][\d_.]*(?:e[+-]?\d+)?)|\{.*\})$")
 
@@ -109,13 +118,41 @@ def at_home(word: str) -> str:
     key, _, value = word.partition("=")
     if not VALUE.match(key.lstrip("+") + "=") or "'" in value or '"' in value:
         return word
-    return HOME.sub(lambda found: _quoted(Path.home().as_posix() + found[1]), word)
+    return HOME.sub(lambda found: _if_needed(Path.home().as_posix() + found[1]), word)
 
 
-def _quoted(text: str, *, always: bool = False) -> str:
-    if PLAIN.match(text) and not always:
-        return text
-    return "'" + text.replace("'", "\\'") + "'"
+def readable(override: str) -> str:
+    """`key=value` with quotes where Hydra's grammar needs them and the meaning is clear.
+
+    The grammar knows ASCII letters and few signs, so `größe.txt`, `a=b.txt` and `~x` can only be
+    text, also as entries of a list. Values with marks of their own (quotes, parentheses, ...)
+    stay as they are.
+    """
+    key, _, value = override.partition("=")
+    if not VALUE.match(override.lstrip("+")) or PLAIN.match(value) or MARKS.search(value):
+        return override
+    return f"{key}={ENTRY.sub(lambda entry: _if_needed(entry[0]), value)}"
+
+
+def _if_needed(text: str) -> str:
+    """Quoted where Hydra could not read it otherwise."""
+    try:
+        OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        return quoted(text)
+    return text
+
+
+def typed_as_text(key: str, text: str) -> str:
+    """What to type into this system's shell, so that the value is exactly this text."""
+    if os.name == "nt":  # cmd and PowerShell: one pair of double quotes around all of it
+        return '"' + f"{key}={quoted(text)}".replace('"', '\\"') + '"'
+    return shlex.quote(f"{key}={QuotedString(text, Quote.double).with_quotes()}")
+
+
+def quoted(text: str) -> str:
+    """A text as a value that Hydra reads as exactly this text."""
+    return str(QuotedString(text, Quote.single).with_quotes())
 
 
 def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
@@ -125,9 +162,10 @@ def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
     known = set(groups)
 
     def form(override: str) -> str:
+        override = readable(override)
         key, _, value = override.partition("=")
         if key.lstrip("+") in known and NO_TEXT.match(value):
-            return f"{key}={_quoted(value, always=True)}"
+            return f"{key}={quoted(value)}"
         is_value = VALUE.match(override) and key not in known and not key.startswith("hydra.")
         return f"++{override}" if is_value else override
 

@@ -26,7 +26,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from smolrun.cli import choices
-from smolrun.cli.arguments import Arguments, for_hydra, is_completing
+from smolrun.cli.arguments import Arguments, for_hydra, is_completing, readable
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError
 
@@ -133,15 +133,16 @@ def jobs(arguments: Arguments) -> list[list[str]]:
     All combinations, the last one named changes fastest.
     """
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    overrides = [readable(override) for override in arguments.overrides]
     steady = [
         item.input_line
-        for item in parser.parse_overrides(arguments.overrides)
+        for item in parser.parse_overrides(overrides)
         if not item.is_sweep_override()
     ]
     base = composed(replace(arguments, overrides=[line for line in steady if line is not None]))
     params = [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
     axes: dict[str, list[str]] = {}
-    for item in parser.parse_overrides([*params, *arguments.overrides]):
+    for item in parser.parse_overrides([*params, *overrides]):
         key = item.get_key_element()
         if not item.is_sweep_override():
             axes[key] = [str(item.input_line)]

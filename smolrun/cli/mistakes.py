@@ -13,9 +13,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from smolrun.cli.arguments import quoted, readable, typed_as_text
 from smolrun.cli.choices import Groups
 from smolrun.config import not_built
-from smolrun.config.problems import known_keys
+from smolrun.config.problems import known_keys, takes_text
 from smolrun.config.suggest import absent, closest, problem
 
 COMPLAINTS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -29,14 +30,23 @@ OVERRIDE = re.compile(
 NUMBERS = {"cluster": "cluster.ranks", "staleness": "staleness.bound", "training": "training.steps"}
 
 
-def find(overrides: Iterable[str], groups: Groups) -> tuple[list[str], list[str]]:
-    """Problems that can be seen in the overrides themselves, and the overrides that have none."""
+def find(
+    overrides: Iterable[str], groups: Groups, *, is_sweep: bool
+) -> tuple[list[str], list[str]]:
+    """Problems that can be seen in the overrides themselves, and the overrides that have none.
+
+    Among these stand, as text, values that Hydra cannot read: their keys have been given.
+    """
     problems: list[str] = []
     sound: list[str] = []
     for override in overrides:
-        found = list(_problems(override, groups))
+        found = list(_problems(override, groups, is_sweep))
         problems += found
-        sound += [] if found else [override]
+        key, _, value = override.partition("=")
+        if not found:
+            sound.append(override)
+        elif key not in groups and takes_text(key, value):
+            sound.append(f"{key}={quoted(value)}")
     return problems, sound
 
 
@@ -54,31 +64,47 @@ def explain(error: Exception) -> str:
         line.strip() for line in (str(error) or str(cause)).splitlines() if "full_key:" not in line
     )
     text = re.sub(r"\s*object_type=\w+", "", text)
-    ambiguous = re.match(r"Ambiguous value for argument '(?:\+\+)?([^']*)'", text)
-    if ambiguous:
-        return (
-            f"{ambiguous[1]}: several values; add -m to run them all, or write [a,b] for one list"
-        )
     return f"{key}: {text}" if key and str(key) not in text else text
 
 
-def _problems(override: str, groups: Groups) -> Iterable[str]:
+def _problems(override: str, groups: Groups, is_sweep: bool) -> Iterable[str]:
     match = OVERRIDE.match(override)
     if match is None or override.startswith("~"):
         return
     key, value = match["key"], match["value"]
     if not match["equals"]:
         yield _word(override, groups)
-    elif key in groups:
-        listed = [value] if value.startswith("{") else value.split(",")
-        for choice in [] if re.search(r"[(\[]", value) else listed:
-            if choice.strip("'\" ") not in (*groups[key], "null"):
-                yield _choice(key, choice.strip("'\" "), groups)
+    elif key in groups and (wrong := _wrong_choices(key, value, groups)):
+        yield from wrong
     else:
         try:
-            OverridesParser.create().parse_override(override)
+            parsed = OverridesParser.create().parse_override(readable(override))
         except HydraException as error:
-            yield f"{override}: cannot be read ({str(error).splitlines()[0]})"
+            reason = str(error).splitlines()[0].partition(" expecting {")[0]
+            hint = "; quote the texts in it" if value[:1] in ("[", "{") else _as_text(key, value)
+            yield f"{override}: cannot be read ({reason}){hint}"
+        else:
+            if parsed.is_sweep_override() and not is_sweep:
+                hint = "" if key in groups else _as_list(key, value) + _as_text(key, value)
+                yield f"{override}: several values; add -m to run them all{hint}"
+
+
+def _wrong_choices(group: str, value: str, groups: Groups) -> list[str]:
+    if re.search(r"[(\[]", value):
+        return []
+    listed = [value] if value.startswith("{") else value.split(",")
+    named = [choice.strip("'\" ") for choice in listed]
+    return [_choice(group, name, groups) for name in named if name not in (*groups[group], "null")]
+
+
+def _as_text(key: str, value: str) -> str:
+    return f"; for one text type {typed_as_text(key, value)}" if takes_text(key, value) else ""
+
+
+def _as_list(key: str, value: str) -> str:
+    known = known_keys().get(key)
+    takes_list = known is None or "list" in known.allowed
+    return f"; for one list type {key}=[{value}]" if takes_list else ""
 
 
 def _word(word: str, groups: Groups) -> str:

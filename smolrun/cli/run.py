@@ -106,7 +106,8 @@ def _all_problems(
     error: Exception, arguments: Arguments, check: Callable[[Arguments], object]
 ) -> list[str]:
     """What Hydra stumbled over, and whatever `check` finds in the rest."""
-    problems, sound = mistakes.find(arguments.overrides, choices.groups(compose.folders(arguments)))
+    groups = choices.groups(compose.folders(arguments))
+    problems, sound = mistakes.find(arguments.overrides, groups, is_sweep=arguments.is_sweep)
     if not problems:
         return [mistakes.explain(error), *_own_config()]
     try:
@@ -134,7 +135,8 @@ def _show(argv: Sequence[str]) -> int:
         compose.show(argv, Arguments())
     except mistakes.COMPLAINTS as error:
         overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-        problems, _ = mistakes.find(overrides, choices.groups(compose.folders(Arguments())))
+        groups = choices.groups(compose.folders(Arguments()))
+        problems, _ = mistakes.find(overrides, groups, is_sweep=False)
         raise ConfigError(problems or [mistakes.explain(error)]) from error
     except ValueError as error:  # flags that do not go together
         raise ConfigError(str(error)) from error

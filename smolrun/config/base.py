@@ -5,9 +5,10 @@ Strict types, ranges with a name, and no unknown keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -28,6 +29,20 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _integral_floats_are_integers(cls, data: Any) -> Any:
+        """1e3 is 1000 where an integer is wanted; YAML and Hydra know it as a float only."""
+        if not isinstance(data, Mapping):
+            return data
+        return {k: _integer(v) if k in cls.model_fields else v for k, v in data.items()}
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_integer(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Target(Section):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -71,6 +71,19 @@ def known_keys() -> dict[str, describe.Key]:
     for key in describe.keys(RunConfig):
         found.setdefault(key.path, key)
     return found
+
+
+def takes_text(key: str, text: str) -> bool:
+    """Whether a key, `data.path`, may have this text as its value."""
+    known = known_keys().get(key)
+    if known is None:  # of the user's own code, perhaps
+        return key.partition(".")[0] in ("model", "data", "algorithm")
+    field = known.owner.model_fields[key.rpartition(".")[2]]
+    try:
+        TypeAdapter(field.rebuild_annotation()).validate_python(text, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _place(details: ErrorDetails, data: Any) -> Place:

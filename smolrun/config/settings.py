@@ -91,7 +91,7 @@ class Training(Section):
         if not isinstance(data, Mapping) or data.get("warmup_steps") != "auto":
             return data
         steps = data.get("steps")
-        tenth = steps // 10 if isinstance(steps, int) else 0
+        tenth = steps // 10 if isinstance(steps, int | float) else 0  # 1e3 is a float
         return {**data, "warmup_steps": min(100, max(0, tenth))}
 
 
