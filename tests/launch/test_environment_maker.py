@@ -10,10 +10,10 @@ import pytest
 
 from smolrun.errors import HostError
 from smolrun.launch import environment_maker
-from smolrun.launch.blank_host import Blank
+from smolrun.launch.blank_host import UV_VERSION, Blank
 from smolrun.launch.connection import Completed
 from smolrun.launch.environment_maker import Maker
-from smolrun.launch.setup_plan import Plan
+from smolrun.launch.setup_plan import CPU_WHEELS, Plan
 
 PLAN = Plan(
     host="pi5",
@@ -84,8 +84,12 @@ def test_where_uv_cannot_pip_does_it(tmp_path: Path):
     host = Host("uv pip install")
     said = make(tmp_path, host)
     assert any("uv could not" in line for line in said)
-    assert steps(host)[-2].startswith("/usr/bin/python3 -m venv /w/envs/.e.part-")
-    assert "-m pip install" in steps(host)[-1] and "whl/cpu torch>=2.6 numpy" in steps(host)[-1]
+    venv, torch, everything = steps(host)[-3:]
+    assert venv.startswith("/usr/bin/python3 -m venv /w/envs/.e.part-")
+    # One index for torch alone, another for all else: a name of one is never taken from the other.
+    assert "pip install" in torch and f"--no-deps --index-url {CPU_WHEELS} torch>=2.6" in torch
+    assert not torch.endswith("numpy")
+    assert everything.endswith("torch>=2.6 numpy") and "index-url" not in everything
 
 
 def test_a_failure_tells_the_last_lines_and_clears_away(tmp_path: Path):
@@ -104,8 +108,8 @@ def test_a_blank_host_gets_uv_and_a_python(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(environment_maker, "fetch_uv", lambda host, found: b"program")
     host = Host()
     make(tmp_path, host, uv=None, brings_uv=True, python=None, version="3.12", has_pip=False)
-    assert host.puts == ["/w/bin/uv"]
-    assert steps(host)[0] == "/w/bin/uv python install 3.12"
+    assert host.puts == [f"/w/bin/uv-{UV_VERSION}"]
+    assert steps(host)[0] == f"/w/bin/uv-{UV_VERSION} python install 3.12"
     assert " --python 3.12 /w/envs/.e.part-" in steps(host)[1]
 
 
