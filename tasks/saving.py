@@ -1,5 +1,5 @@
-"""What one rank saves, and how it goes on from what was saved: the trainer, the algorithm, and the
-random generators put their state together here.
+"""What one rank saves, and how it goes on from what was saved: the trainer and the algorithm put
+their state together here. Random generators have none to save: see training/randomness.py.
 
 The rank writes tensors and tells the driver; the driver makes the checkpoint of it (keeper.py).
 """
@@ -17,7 +17,6 @@ from smolrun.checkpoints.saver import Saver
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving
-from smolrun.training.randomness import random_state, restore_random_state, seed_everything
 from smolrun.training.trainer import Trainer
 
 
@@ -32,13 +31,11 @@ class RankCheckpoints:
         algorithm: Algorithm,
         emit: Callable[[Event], None],
         *,
-        seed: int,
         data_sha256: str,
     ) -> None:
         self.saves = saving.every > 0
         self._saving = saving
         self._algorithm = algorithm
-        self._seed = seed
         self._data_sha256 = data_sha256
         self._rank = algorithm.context.mesh.rank
         self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
@@ -78,21 +75,15 @@ class RankCheckpoints:
         if not self._algorithm.saves:
             return
         pieces = self._algorithm.pieces()
-        state = {"rank": {"random": random_state(self._algorithm.context.device)}}
-        if self._rank == 0:
-            state["run"] = {
-                "training": self._trainer.state(),
-                "algorithm": self._algorithm.state(),
-                "data": {"sha256": self._data_sha256},
-            }
-        self._saver.save(updates, pieces, state)
+        state = {
+            "training": self._trainer.state(),
+            "algorithm": self._algorithm.state(),
+            "data": {"sha256": self._data_sha256},
+        }
+        self._saver.save(updates, pieces, {"run": state} if self._rank == 0 else {})
 
     def _restore(self) -> None:
-        """Goes on from the checkpoint, if there is one to go on from; on all ranks alike.
-
-        As many ranks as before get their own random states back. Another number of ranks, or one
-        that saved none, is seeded anew from the run's seed, its rank and the step.
-        """
+        """Goes on from the checkpoint, if there is one to go on from; on all ranks alike."""
         if self._saving.resume is None:
             return
         with Checkpoint(Path(self._saving.resume)) as checkpoint:
@@ -100,13 +91,6 @@ class RankCheckpoints:
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])
                 self._trainer.restore(state["training"])
-                size = self._algorithm.context.mesh.world_size
-                is_as_before = checkpoint.manifest.world_size == size
-                mine = state["ranks"].get(str(self._rank)) if is_as_before else None
-                if mine is not None:
-                    restore_random_state(mine["random"], self._algorithm.context.device)
-                else:
-                    seed_everything(self._seed, self._rank, checkpoint.manifest.step)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"the state in {checkpoint.folder} cannot be used: {error!r}"

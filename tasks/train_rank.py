@@ -35,6 +35,7 @@ from smolrun.training.evaluation import evaluate, write_text
 from smolrun.training.feed import Feed, Planned, every_sample
 from smolrun.training.lr_schedule import lr_schedule
 from smolrun.training.optimizer import ELEMENTWISE, make_optimizer
+from smolrun.training.randomness import seed_everything
 from smolrun.training.stream_feed import Rows, StreamFeed
 from smolrun.training.trainer import Trainer
 from smolrun.training.vitals import peak_memory
@@ -57,13 +58,11 @@ def train(
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
     or "auto" per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
     training = config["training"]
-    torch.manual_seed(config["seed"])
+    seed_everything(torch.device(device), config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     plan, balance = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank)
-    checkpoints = saving and RankCheckpoints(
-        saving, algorithm, emit, seed=config["seed"], data_sha256=prepared.sha256
-    )
+    checkpoints = saving and RankCheckpoints(saving, algorithm, emit, data_sha256=prepared.sha256)
     trainer = Trainer(
         algorithm,
         _feed(config, prepared, plan, rows),
@@ -157,6 +156,7 @@ def place_algorithm(
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
         pace=pace_of(config, mesh.rank),
+        reseed=functools.partial(seed_everything, device, config["seed"]),
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))

@@ -44,6 +44,11 @@ from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
 
+# What random numbers are drawn for: the first word of their seed. What a forward draws follows from
+# its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
+# ranks, so replicas stay equal.
+FORWARD, UPDATE = 0, 1
+
 __all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "Share", "StepResult"]
 
 
@@ -263,6 +268,7 @@ class Algorithm(ABC):
     def _answer(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, in float32 at least, and targets, both on the device."""
         device = self.context.device
+        self.context.reseed(FORWARD, batch.position)
         with self.context.precision.context(device):
             logits = self.model(self._to_device(batch.inputs))
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -274,6 +280,7 @@ class Algorithm(ABC):
         facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         ranks, weight = self.collectives.ranks, sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
+        self.context.reseed(UPDATE, flight.step)
         with self._computing():
             grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)

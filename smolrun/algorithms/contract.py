@@ -48,6 +48,8 @@ class Context:
     # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
     pace: Pace = FULL_SPEED  # a rank may play a slower machine
+    # seeds every random generator of this process from the run's seed and these numbers
+    reseed: Callable[..., None] = lambda *words: None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class SyncPSWorker(SyncPS):
         """A replica that is never stepped here."""
         super().place(model)
         del self.optimizer
-        self.saves = self.is_lockstep  # no tensors, but its random numbers
+        self.saves = self.is_lockstep  # what rounding has kept
         self._answers: dict[int, Tensor] = {}  # the numbers that come with the weights
 
     def send(self, bucket: Bucket, slot: int) -> Work:

@@ -112,10 +112,9 @@ class Keeper:
         self._prune()
 
     def _state(self, updates: int, shards: list[ShardSaved]) -> dict[str, Any]:
-        """What rank 0 says about the run, what every rank says of itself, and the driver's own."""
+        """What rank 0 says about the run, and the driver's own."""
         return {
             **{k: v for shard in shards for k, v in shard.state.get("run", {}).items()},
-            "ranks": {str(shard.rank): shard.state.get("rank", {}) for shard in shards},
             "driver": self._driver_state(updates),
             "eval_loss": self._eval_losses.get(updates),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy
@@ -30,11 +30,13 @@ class Batch:
     """Inputs and what the model should answer.
 
     Tokens: int64 [B, T] both, targets are the inputs' next tokens, NOT_LEARNT where there is
-    nothing to learn. Features: float32 [B, F] and int64 [B].
+    nothing to learn. Features: float32 [B, F] and int64 [B]. `position` counts samples from the
+    run's first one to the first one here: random draws are keyed by it.
     """
 
     inputs: Tensor
     targets: Tensor
+    position: int = 0
 
 
 class Split(ABC):
@@ -46,7 +48,7 @@ class Split(ABC):
     @abstractmethod
     def _gather(self, indices: numpy.ndarray) -> Batch: ...
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int], position: int = 0) -> Batch:
         """The samples asked for, in that order; no indices give a batch of none.
 
         Raises IndexError for an index that is not within 0 .. len - 1.
@@ -54,7 +56,8 @@ class Split(ABC):
         wrong = [index for index in indices if not 0 <= index < len(self)]
         if wrong:
             raise IndexError(f"sample {wrong[0]} is not within 0 .. {len(self) - 1}")
-        return self._gather(numpy.asarray(indices, dtype=numpy.int64))
+        gathered = self._gather(numpy.asarray(indices, dtype=numpy.int64))
+        return replace(gathered, position=position)
 
 
 class TokenSplit(Split):

@@ -34,7 +34,7 @@ class Feed:
         plan = self._plan.at(step)
         plan = plan if part is None else plan.part(part.index, part.count)
         return [
-            self._split.batch(self._order.indices(positions.start, positions.stop))
+            self._split.batch(self._order.indices(positions.start, positions.stop), positions.start)
             for positions in plan.positions(step)
         ]
 
@@ -48,6 +48,9 @@ def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[l
     num_batches = -(-len(split) // plan.global_batch_size)
     for step in range(num_batches if limit is None else min(limit, num_batches)):
         yield [
-            split.batch(range(min(positions.start, len(split)), min(positions.stop, len(split))))
+            split.batch(
+                range(min(positions.start, len(split)), min(positions.stop, len(split))),
+                positions.start,
+            )
             for positions in plan.positions(step)
         ]

@@ -72,7 +72,7 @@ class StreamFeed:
             self._rows.take(wanted.start, wanted.stop, self._timeout_s), self._sequence_length
         )
         return [
-            Batch(batch.inputs[begin:end], batch.targets[begin:end])
+            Batch(batch.inputs[begin:end], batch.targets[begin:end], wanted.start + begin)
             for begin, end in (
                 (part.start - wanted.start, part.stop - wanted.start)
                 for part in self._plan.at(step).positions(step)

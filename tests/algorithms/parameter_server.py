@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from smolrun.algorithms.base import Algorithm, Context, StepResult
+from smolrun.algorithms.base import FORWARD, Algorithm, Context, StepResult
 from smolrun.algorithms.edp import edp
 from smolrun.data.base import Batch
 from smolrun.events import Event, PushApplied
@@ -129,6 +129,7 @@ def replay(
         inputs = batch.inputs
         if inputs.is_floating_point():
             inputs = inputs.to(PRECISIONS[precision].parameters)
+        worlds.reseed(FORWARD, batch.position)
         logits = worker(inputs)
         loss = cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum")
         loss.backward()

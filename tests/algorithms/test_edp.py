@@ -63,6 +63,12 @@ def test_a_replay_of_the_log_gives_the_same_bytes(
     assert_is_its_log(seen[0], model, per_step, **how)
 
 
+def test_random_draws_belong_to_the_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(worlds.MODELS, "noisy", worlds.Noisy)
+    seen = run(3, "noisy", more={"reseed": worlds.reseed})[0]
+    assert_is_its_log(seen, "noisy", 2)
+
+
 def test_the_replay_can_tell_another_order() -> None:
     """A negative control."""
     seen = run(4, "mlp")[0]

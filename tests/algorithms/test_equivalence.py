@@ -6,13 +6,25 @@ tested the day it is written.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.parts.placement import shares
-from tests.algorithms.worlds import ALGORITHMS, GLOBAL_BATCH, MODELS, Trace, refusal, sample, train
+from tests.algorithms.worlds import (
+    ALGORITHMS,
+    GLOBAL_BATCH,
+    MODELS,
+    Noisy,
+    Trace,
+    refusal,
+    reseed,
+    sample,
+    train,
+)
 
 WORLDS = {"single": [1]}  # every other algorithm runs on these
 ALL_WORLDS = [1, 2, 3, 4, 5]
@@ -48,6 +60,26 @@ def test_equals_single_on_the_same_global_batches(
             reference.eval.weight,
             reference.eval.correct,
         )
+
+
+DRAWING = [(name, None) for name in ALGORITHMS if name not in ("single", "fsdp")]
+DRAWING += [("fsdp", {"stage": stage}) for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("algorithm", "overrides"), DRAWING)
+def test_random_draws_follow_the_samples_wherever_they_are(
+    algorithm: str, overrides: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "noisy", Noisy)
+    keys: dict[str, Any] = {"steps": 4, "more": {"reseed": reseed}}
+    reference = train("single", "noisy", 1, **keys)[0]
+    for trace in train(algorithm, "noisy", 4, overrides=overrides, **keys):
+        assert difference(trace, reference) <= 1e-12
+    # A negative control: draws that are equal on all ranks are others than these.
+    keys["more"] = {"reseed": lambda *words: reseed(0)}
+    assert (
+        difference(train(algorithm, "noisy", 4, overrides=overrides, **keys)[0], reference) > 1e-4
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

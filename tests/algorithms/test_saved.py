@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -33,18 +34,10 @@ STEPS = 9
 Hurt = Callable[[Algorithm], None]
 
 
-class Dropped(worlds.TinyLanguageModel):
-    """Uses random numbers while it trains."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(super().forward(tokens), 0.2, self.training)
-
-
 def restore(runner: Algorithm, resume: Path) -> None:
     with Checkpoint(resume) as checkpoint:
         state = checkpoint.manifest.state
         runner.restore(checkpoint, state["algorithm"])
-        torch.set_rng_state(torch.tensor(state["random"], dtype=torch.uint8))
 
 
 def run_part(
@@ -63,13 +56,11 @@ def run_part(
     overrides: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,  # other fields of the context
 ) -> tuple[Path, list[str]]:
-    """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash.
-    Each rank is a thread, so only a world of one may draw random numbers."""
+    """Trains until `until` updates are done and saves; returns checkpoint and every rank's hash."""
     file = worlds.CONF / "algorithm" / f"{algorithm}.yaml"
     section = {**yaml.safe_load(file.read_text()), **(overrides or {})}
     torch.manual_seed(0)
     start = model().to(PRECISIONS[precision].parameters)
-    torch.manual_seed(random.getrandbits(32))  # whatever a fresh process would draw
     part = part_folder(tmp_path, until, f"{random.getrandbits(32):x}")
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -94,7 +85,7 @@ def run_part(
         run_id="test",
         config_hash="hash",
         world_size=world_size,
-        state={"algorithm": told[0][1], "random": torch.get_rng_state().tolist()},
+        state={"algorithm": told[0][1]},
     )
     return commit(part, manifest), [digest for _, _, digest in told]
 
@@ -194,19 +185,18 @@ def test_what_is_loaded_is_what_was_saved_at_every_world_size(tmp_path: Path) ->
         assert all(torch.equal(before[key], after[key]) for key in before if "facts" not in key)
 
 
-def test_random_numbers_go_on_too(tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"model": Dropped, "optimizer": "sgd"}
-    torch.manual_seed(1)
-    random.seed(1)
-    whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS, **keys)
-    random.seed(1)
-    first, _ = run_part(tmp_path / "b", "single", 1, until=4, **keys)
-    second, _ = run_part(tmp_path / "b", "single", 1, until=STEPS, resume=first, **keys)
+@pytest.mark.parametrize(("algorithm", "world_size"), CASES)
+def test_random_draws_go_on_too(tmp_path: Path, algorithm: str, world_size: int) -> None:
+    keys: dict[str, Any] = {"model": worlds.Noisy, "more": {"reseed": worlds.reseed}}
+    whole, _ = run_part(tmp_path / "a", algorithm, world_size, until=STEPS, **keys)
+    first, _ = run_part(tmp_path / "b", algorithm, world_size, until=4, **keys)
+    second, _ = run_part(tmp_path / "b", algorithm, world_size, until=STEPS, resume=first, **keys)
     assert same(whole, second)
 
 
-def forget_random_numbers(algorithm: Algorithm) -> None:
-    torch.manual_seed(12345)
+def forget_the_seed(algorithm: Algorithm) -> None:
+    other = functools.partial(worlds.reseed, 12345)
+    object.__setattr__(algorithm.context, "reseed", other)
 
 
 def forget_the_schedule(algorithm: Algorithm) -> None:
@@ -227,7 +217,7 @@ def forget_gradients_in_flight(algorithm: Algorithm) -> None:
 @pytest.mark.parametrize(
     ("hurt", "shift"),
     [
-        (forget_random_numbers, 0),
+        (forget_the_seed, 0),
         (forget_the_schedule, 0),
         (forget_the_optimizer, 0),
         (forget_gradients_in_flight, 0),
@@ -237,10 +227,9 @@ def forget_gradients_in_flight(algorithm: Algorithm) -> None:
 )
 def test_whatever_is_left_out_is_seen(tmp_path: Path, hurt: Hurt, shift: int) -> None:
     """The negative controls: the comparison above can fail, for each part of the state."""
-    keys: dict[str, Any] = {"model": Dropped, "staleness": 2}
-    random.seed(1)
+    keys: dict[str, Any] = {"model": worlds.Noisy, "staleness": 2}
+    keys["more"] = {"reseed": worlds.reseed}
     whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS, **keys)
-    random.seed(1)
     first, _ = run_part(tmp_path / "b", "single", 1, until=4, **keys)
     second, _ = run_part(
         tmp_path / "b", "single", 1, until=STEPS, resume=first, hurt=hurt, shift=shift, **keys

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,24 @@ class TinyLanguageModel(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 31), nn.Tanh(), nn.Linear(31, 5))
+
+
+_of_this_rank = threading.local()
+
+
+def reseed(*words: int) -> None:
+    """As training/randomness.py does for processes; threads would share torch's own generator."""
+    _of_this_rank.generator = torch.Generator().manual_seed(abs(hash(words)))
+
+
+class Noisy(TinyLanguageModel):
+    """Draws random numbers while it trains; for contexts with `reseed`."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(tokens)
+        if not self.training:
+            return logits
+        return logits * torch.rand(logits.shape, generator=_of_this_rank.generator)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}
@@ -105,7 +124,7 @@ def share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:
     """One rank's micro-batches of a global batch."""
     first = step * GLOBAL_BATCH
     parts = [slice(p.start - first, p.stop - first) for p in plan.positions(step)]
-    return [Batch(batch.inputs[part], batch.targets[part]) for part in parts]
+    return [Batch(batch.inputs[p], batch.targets[p], first + p.start) for p in parts]
 
 
 def train(

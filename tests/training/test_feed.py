@@ -15,6 +15,15 @@ SIZE = 24
 SPLIT = FeatureSplit(torch.arange(SIZE).float()[:, None], torch.arange(SIZE))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_says_where_in_the_run_its_samples_are(world_size: int) -> None:
+    plans = [plan_batches(8, [1.0] * world_size, rank, 2) for rank in range(world_size)]
+    feeds = [Feed(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
+    assert [b.position for feed in feeds for b in feed.step(3)] == [24, 26, 28, 30]
+    evaluated = [turn for plan in plans for turn in list(every_sample(SPLIT, plan, 2))[1]]
+    assert [batch.position for batch in evaluated] == [8, 10, 12, 14]
+
+
 def ids(batches: list[Batch]) -> list[int]:
     return [int(target) for batch in batches for target in batch.targets]
 

@@ -62,8 +62,9 @@ def first_tokens(batches: list[Batch]) -> list[int]:
 def test_order_knows_neither_world_size_nor_prefetch(world_size: int, prefetch_steps: int) -> None:
     plans = [plan_batches(BATCH, [1.0] * world_size, rank, 2) for rank in range(world_size)]
     feeds = [feed(Rows(), plan, prefetch_steps=prefetch_steps) for plan in plans]
-    seen = [token for step in range(6) for one in feeds for token in first_tokens(one.step(step))]
-    assert seen == [LENGTH * number for number in range(6 * BATCH)]
+    batches = [batch for step in range(6) for one in feeds for batch in one.step(step)]
+    assert first_tokens(batches) == [LENGTH * number for number in range(6 * BATCH)]
+    assert all(int(batch.inputs[0, 0]) == LENGTH * batch.position for batch in batches)
 
 
 def test_micro_batches_are_those_of_a_token_file() -> None:
