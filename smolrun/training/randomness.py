@@ -2,7 +2,7 @@
 micro-batch from the run's seed and the position of its samples.
 
     rank 0   seed(42, 0) forward, backward   seed(42, 4) forward, backward
-    rank 1   seed(42, 8) forward, backward   seed(42, 12) ...                position of first sample
+    rank 1   seed(42, 8) forward, backward   seed(42, 12) ...      (seed, position of first sample)
 
 So ranks draw different numbers, as they have different samples; a run that is cut into equal
 micro-batches draws the same on any number of ranks; and a resumed run needs no state of any
