@@ -16,8 +16,9 @@ from pathlib import Path
 
 import platformdirs
 
-from smolrun.checkpoints.folder import leftovers
+from smolrun.checkpoints.folder import is_link, leftovers
 from smolrun.config import RunConfig
+from smolrun.errors import CheckpointError
 from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
 from smolrun.tasks.status import age, size
 from smolrun.tasks.workers import OUTPUTS
@@ -111,7 +112,12 @@ def _unfinished(runs: list[PastRun]) -> Iterator[Item]:
     """What saves and deletions that died left in runs that are over."""
     for run in runs:
         keep = _run_item(run).keep
-        for path in [] if run.may_be_running else leftovers(run.folder.checkpoints):
+        try:
+            found = [] if run.may_be_running else leftovers(run.folder.checkpoints)
+        except CheckpointError as error:
+            print(error, file=sys.stderr)
+            continue
+        for path in found:
             what = f"unfinished checkpoint {path.name} of {run.folder.run_id}"
             yield Item(path, what, bytes_below(path), keep)
     for path in sorted(OUTPUTS.glob(f"{_DOOMED}*")):
@@ -143,7 +149,7 @@ def _delete(item: Item) -> int:
         if not item.path.name.startswith(_DOOMED):
             doomed = item.path.with_name(_DOOMED + item.path.name)
             os.rename(item.path, doomed)
-        if doomed.is_dir() and not doomed.is_symlink():
+        if doomed.is_dir() and not is_link(doomed):
             shutil.rmtree(doomed)
         else:
             doomed.unlink()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,6 +22,26 @@ from smolrun.errors import CheckpointError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _PART = re.compile(r"step-\d{8,}\.part-[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+def is_link(path: Path) -> bool:
+    """Whether it is a symbolic link or a Windows junction: what is below it lies elsewhere."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    # Path.is_junction came with Python 3.12. Other reparse points, as of OneDrive, are plain files.
+    junction = getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
+    return stat.S_ISLNK(found.st_mode) or getattr(found, "st_reparse_tag", 0) == junction
+
+
+def refuse_link(checkpoints: Path) -> None:
+    """CheckpointError with the real path where deletion would leave the run's folder."""
+    if is_link(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} is a link to {os.path.realpath(checkpoints)}, and nothing is deleted "
+            "through a link"
+        )
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -78,8 +99,9 @@ def prune(
     Damaged ones do not count as kept; they go when they are older than what is kept. The newest
     one that is kept has its hashes checked first, which reads it, so this may take seconds: the
     newest valid checkpoint is never removed. `good`, just written, needs no such look. Returns the
-    folders that are gone.
+    folders that are gone. CheckpointError if `checkpoints` is a link.
     """
+    refuse_link(checkpoints)
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least one checkpoint has to be kept")
     found = checkpoints_in(checkpoints)
@@ -98,7 +120,9 @@ def prune(
 
 
 def leftovers(checkpoints: Path) -> list[Path]:
-    """What dead saves left behind, as long as nobody is saving; it can be deleted."""
+    """What dead saves left behind, as long as nobody is saving; it can be deleted. CheckpointError
+    if `checkpoints` is a link."""
+    refuse_link(checkpoints)
     found = []
     for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
         is_replaced = STEP_FOLDER.fullmatch(path.name) and path.name.endswith(OLD)
@@ -113,7 +137,9 @@ def remove_leftovers(checkpoints: Path) -> list[Path]:
     """Removes what dead saves left behind; only for a run that is not saving. Returns the folders.
 
     A checkpoint that was being replaced goes back to its place if the new one never came.
+    CheckpointError if `checkpoints` is a link.
     """
+    refuse_link(checkpoints)
     for _, path in checkpoints_in(checkpoints):
         if path.name.endswith(OLD) and not _replacing(path).exists():
             os.rename(path, _replacing(path))

@@ -134,7 +134,7 @@ class Keeper:
                 protect=() if best is None else (best,),
                 good=self.newest,
             )
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._emit(Note("warning", f"an old checkpoint could not be deleted: {error}"))
 
     def _best(self) -> int | None:

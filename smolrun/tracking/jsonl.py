@@ -47,7 +47,7 @@ def forget_from(path: Path, step: int) -> None:
         for row in old:
             try:
                 number = msgspec.json.decode(row, type=dict[str, Any]).get("step")
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 continue
             if not isinstance(number, int) or number < step:
                 new.write(row)

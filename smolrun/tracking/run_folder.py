@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from smolrun.checkpoints.folder import is_link
 from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"
@@ -169,8 +170,10 @@ class RunFolder:
 
     def ask_to_stop(self) -> int:
         """Ask the driver to stop: at an agreed step, and when asked again, at once. Returns how
-        often it has been asked; OSError if that cannot be written."""
-        with self._stop.open("ab") as file:
+        often it has been asked; OSError if that cannot be written, or the file is a link."""
+        # Without O_NOFOLLOW (Windows) a link needs the rights of an administrator to be made.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(self._stop, flags, 0o666), "ab") as file:
             file.write(b"stop\n")
         return self.stop_requests()
 
@@ -195,6 +198,15 @@ class RunFolder:
         except OSError:
             pass  # one of them is not there
         return _read_json(self.path / "summary.json")
+
+    def link_outside(self) -> Path | None:
+        """Some link in the folder that leads out of it: writing and deleting must not follow it."""
+        real = self.path.resolve()
+        for place, folders, files in os.walk(self.path):
+            for path in (Path(place, name) for name in (*folders, *files)):
+                if is_link(path) and not path.resolve().is_relative_to(real):
+                    return path
+        return None
 
     def claim(self) -> bool:
         """Makes the run this process's alone; False if another living one has it."""

@@ -170,3 +170,21 @@ def test_a_link_is_not_pruned(tmp_path: Path):
     (checkpoints / "step-00000001").symlink_to(elsewhere)
     assert prune(checkpoints, keep=1) == []
     assert tag_of(elsewhere) == 1
+
+
+def test_nothing_is_deleted_through_a_link(tmp_path: Path):
+    """An archive can bring a run whose `checkpoints` is a link to another run's."""
+    real = tmp_path / "real"
+    for step in (1, 2, 3):
+        save(real, step, step)
+    part_folder(real, 4, "dead").mkdir()
+    before = names(real)
+    link = tmp_path / "run" / "checkpoints"
+    link.parent.mkdir()
+    link.symlink_to(real, target_is_directory=True)
+    for delete in (lambda: prune(link, keep=1), lambda: remove_leftovers(link)):
+        with pytest.raises(CheckpointError) as raised:
+            delete()
+        assert str(real) in str(raised.value)
+    assert names(real) == before
+    assert newest_valid(link, no_warnings) == link / "step-00000003"  # reading is harmless

@@ -131,3 +131,15 @@ def test_a_saver_tells_what_went_wrong_and_lives(tmp_path: Path, what: str) -> N
         (ShardFailed, 2, 1),
     ]
     assert all(isinstance(event, ShardFailed) and event.reason for event in told)
+
+
+def test_what_lies_behind_a_link_is_not_pruned(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real, target_is_directory=True)
+    made = keeper(link, heard, keep=1)
+    for updates in (1, 2):
+        save(link, made, updates)
+    assert [step for step, _ in checkpoints_in(real)] == [2, 1]
+    assert any(isinstance(event, Note) and str(real) in event.message for event in heard)

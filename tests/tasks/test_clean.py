@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -231,3 +232,22 @@ def test_nothing_to_delete(tmp_path: Path):
     environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     done = smolrun(tmp_path, "task=clean", environment=environment)
     assert (done.code, done.out) == (0, "there is nothing to delete\n")
+
+
+def test_a_link_leads_no_deletion_out_of_the_run(
+    folder: Path, answers: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+):
+    """`checkpoints` of the newer run is a link to folders that look like unfinished saves."""
+    precious = folder / "precious"
+    for name in ("step-00000001.part-x", "step-00000001", "step-00000001.old"):
+        (precious / name).mkdir(parents=True)
+        (precious / name / "file").write_bytes(b"x")
+    checkpoints = folder / "outputs" / NEW / "checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.symlink_to(precious, target_is_directory=True)
+    asked = answers("all", "all")
+    assert drive() == 0
+    assert not any("unfinished" in question for question in asked)
+    assert run_folders(folder / "outputs") == []
+    assert len(list(precious.glob("*/file"))) == 3
+    assert str(precious) in capsys.readouterr().err
