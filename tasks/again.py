@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from smolrun.checkpoints.find import CHECKPOINTS, newest_valid, read_manifest
-from smolrun.config import RunConfig, resolved
+from smolrun.config import RunConfig, redacted
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.errors import HostError, HostErrors, SmolrunError
 from smolrun.launch.driver import InterruptCounter
@@ -138,7 +138,7 @@ class Restarts:
 
     def keep_config(self, folder: RunFolder) -> None:
         """The configuration that a user goes on with names all hosts, also those that are away."""
-        folder.write_config(msgspec.yaml.encode(resolved(self._config)).decode())
+        folder.write_config(msgspec.yaml.encode(redacted(self._config)).decode())
 
     def _note(self, lost: Lost) -> None:
         """A host that was lost before it did anything is not the first one to be asked again."""

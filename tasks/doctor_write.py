@@ -12,8 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.errors import ConfigError
 from smolrun.launch.examination import Examined
@@ -47,26 +45,18 @@ def write(patients: Patients, say: Callable[[str], None]) -> None:
 
 
 def find(name: str, hosts: list[str]) -> tuple[Path, str]:
-    """The user's file of that cluster and its text; a shipped one is to be copied to there."""
-    own = sorted(_FOLDER.glob("*.yaml")) if _FOLDER.is_dir() else []
+    """The user's file of that choice and its text; a shipped one is to be copied to there."""
+    own = _FOLDER / f"{name}.yaml"
     shipped = files("smolrun.conf").joinpath("cluster", f"{name}.yaml")
-    for file in (_FOLDER / f"{name}.yaml", *own):
-        if file.is_file() and _is_of(text := file.read_text(encoding="utf-8"), name, hosts):
-            return file, text
-    if shipped.is_file() and _is_of(text := shipped.read_text(encoding="utf-8"), name, hosts):
-        return _FOLDER / f"{name}.yaml", text
+    for file in (own, shipped):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            if host_names(text) == hosts:
+                return own, text
     raise ConfigError(
-        f"write=true: no file in {_FOLDER} is of this cluster (name: {name}, hosts "
-        f"{', '.join(hosts)}); run it in the folder that has it"
+        f"write=true: {own} does not list the hosts of this run ({', '.join(hosts)}); run it in "
+        "the folder that has it"
     )
-
-
-def _is_of(text: str, name: str, hosts: list[str]) -> bool:
-    try:
-        told = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return False
-    return isinstance(told, dict) and told.get("name") == name and host_names(text) == hosts
 
 
 def news(patients: Patients) -> dict[str, dict[str, Any]]:

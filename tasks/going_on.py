@@ -20,7 +20,7 @@ import msgspec
 from smolrun.checkpoints.find import checkpoints_in, locate, read_manifest
 from smolrun.checkpoints.folder import remove_leftovers
 from smolrun.checkpoints.manifest import Manifest
-from smolrun.config import RunConfig, resolved
+from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.tasks.workers import OUTPUTS
@@ -131,7 +131,7 @@ def take_up(
     undo: list[Callable[[], None]] = []
     old = folder.path / "config.yaml"
     undo.append(functools.partial(folder.write_config, old.read_text(encoding="utf-8")))
-    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
     before = folder.metrics.with_name(".metrics.jsonl.before")
     if folder.metrics.exists():
         shutil.copyfile(folder.metrics, before)

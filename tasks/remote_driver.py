@@ -23,13 +23,14 @@ from typing import Any
 
 import msgspec
 
-from smolrun.config import RunConfig, resolved
+from smolrun.config import RunConfig, redacted, resolved
 from smolrun.errors import HostError
+from smolrun.foreign_text import without_credentials_in
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
 from smolrun.launch.machine import HostSpec, Machine, open_machine
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED
-from smolrun.launch.shell import command
+from smolrun.launch.shell import command, environment_input
 from smolrun.tasks.detach import FOLDER, how_to_go_on
 from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
@@ -138,7 +139,7 @@ def _start(
     folder, rest = None, b""
     try:
         # Its input stays open: the end of it, before the run has begun, is our Ctrl-C.
-        process.write(msgspec.json.encode(order) + b"\n")
+        process.write(environment_input(machine.shell, env) + msgspec.json.encode(order) + b"\n")
         while data := process.read_out():
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
@@ -164,10 +165,10 @@ def _keep(
         raise HostError(spec.name, f"tells of a run in {folder!r}, which cannot be")
     run = RunFolder(OUTPUTS / name)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    run.write_config(msgspec.yaml.encode(redacted(config)).decode())
     run.write_remote(
         {
-            "host": dataclasses.asdict(spec),
+            "host": {**dataclasses.asdict(spec), "env": without_credentials_in(spec.env)},
             "ssh_config": config.cluster.ssh_config,
             "timeout_s": config.cluster.connect_timeout_s,
             "folder": folder,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import platformdirs
 
-from smolrun.config import RankPlan, RunConfig, config_hash, ranks, resolved, world_size
+from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
 from smolrun.errors import ConfigError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
@@ -80,7 +80,7 @@ def nothing_started() -> Iterator[None]:
 def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> RunFolder:
     """A fresh run folder with the resolved configuration in it."""
     folder = RunFolder.create(OUTPUTS, config.run_name or title, now=datetime.now())
-    folder.write_config(msgspec.yaml.encode(resolved(config)).decode())
+    folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
     if tokenizer is not None:
         folder.keep_tokenizer(Path(tokenizer))
     return folder
@@ -103,7 +103,7 @@ def plan_workers(
     config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
 ) -> list[WorkerPlan]:
     """One worker per rank. Secret and keys are made here and go nowhere but into their stdin."""
-    plain, digest, secret = resolved(config), config_hash(config), secrets.token_hex(32)
+    plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
     size, security = world_size(config), _security(config)
     keys = mint(folder.run_id, size) if security == "tls" else [None] * size
     plans = []

@@ -103,8 +103,12 @@ def values(arguments: Arguments) -> dict[str, Any]:
     Where the command line names another target than the chosen file, the file's keys are not for
     it: only those of the command line go on to it.
     """
-    data = plain(composed(arguments))
+    config = composed(arguments)
+    data = plain(config)
     keys = [override.partition("=")[0].lstrip("+") for override in arguments.overrides]
+    choice = config.hydra.runtime.choices.get("cluster")
+    if isinstance(data.get("cluster"), dict) and choice and "cluster.name" not in keys:
+        data["cluster"]["name"] = str(choice)  # as it has to be typed, also for sim/pi3
     renamed = [group for group in TARGETS if f"{group}.target" in keys]
     if not renamed:
         return data

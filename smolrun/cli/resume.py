@@ -12,8 +12,12 @@ from typing import Any
 import msgspec
 
 from smolrun.checkpoints.find import run_folder, what_exists
+from smolrun.cli import compose, mistakes
+from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
+from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_text import HIDDEN, without_credentials
 
 OUTPUTS = Path("outputs")
 # An experiment sets many groups at once: with one, everything typed now counts, and is compared.
@@ -41,7 +45,52 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     merged["checkpoint"]["resume"] = wanted
     if problems := list(resume.differences(stored, merged)):
         raise ConfigError(problems)
+    _add_credentials(merged.get("cluster"))
     return merged
+
+
+def _add_credentials(cluster: Any) -> None:
+    """Puts back what `redacted` left out of `env:`, as the cluster file of that choice has it now.
+
+    Only for a host that is reached as in that file: the stored configuration may come from others.
+    ConfigError where the file has none.
+    """
+    hosts = cluster.get("hosts") if isinstance(cluster, Mapping) else None
+    missing = [
+        (index, host, name, value)
+        for index, host in enumerate(hosts if isinstance(hosts, list) else ())
+        if isinstance(host, Mapping) and isinstance(host.get("env"), dict)
+        for name, value in host["env"].items()
+        if isinstance(value, str) and HIDDEN in value
+    ]
+    if not missing:
+        return
+    known = _env_of_hosts(cluster.get("name"))
+    problems = []
+    for index, host, name, value in missing:
+        found = known.get((host.get("name"), host.get("ssh")), {}).get(name)
+        if isinstance(found, str) and without_credentials(found) == value:
+            host["env"][name] = found
+        else:
+            what = "run folders keep no password, and the cluster file of this host has none"
+            allowed = "add cluster=NAME, the cluster file with the password"
+            key = f"cluster.hosts[{index}].env.{name}"
+            problems.append(problem(key, value, what, allowed=allowed))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _env_of_hosts(choice: Any) -> dict[tuple[Any, Any], dict[str, Any]]:
+    """`env:` of each host, by its name and its `ssh:`, in the cluster file of that choice."""
+    try:
+        cluster = compose.values(Arguments(overrides=[f"cluster={choice}"]))["cluster"]
+    except (*mistakes.COMPLAINTS, ConfigError):  # there is no such file any more
+        return {}
+    return {
+        (host.get("name"), host.get("ssh")): host.get("env") or {}
+        for host in cluster.get("hosts") or []
+        if isinstance(host, Mapping)
+    }
 
 
 def _stored(path: Path) -> dict[str, Any]:

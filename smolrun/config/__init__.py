@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from smolrun.config import checks, problems
 from smolrun.config.plan import RankPlan, ranks, savers, world_size
-from smolrun.config.run import RunConfig, config_hash, resolved
+from smolrun.config.run import RunConfig, config_hash, redacted, resolved
 from smolrun.errors import ConfigError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "config_hash",
     "ranks",
+    "redacted",
     "resolved",
     "savers",
     "validate",

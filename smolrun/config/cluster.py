@@ -81,7 +81,8 @@ class Host(Section):
         default=None, description="Folder for code and data there; null = a cache folder"
     )
     env: dict[Name, str] = Field(
-        default={}, description="Environment variables of its processes; nothing secret"
+        default={},
+        description="Environment variables of its processes; a password in a URL is in no file",
     )
     ports: Ports | None = Field(
         default=None,
@@ -96,7 +97,10 @@ class Host(Section):
 class Cluster(Section):
     """Group `cluster`: where the ranks of a run live."""
 
-    name: Name = Field(default="custom", description="What tables call this set of machines")
+    name: Name = Field(
+        default="custom",
+        description="What tables call this set of machines; always the choice that was typed",
+    )
     ranks: Auto | Count = Field(
         default="auto",
         description="Ranks on this machine when no hosts are listed; auto = 2, for single 1",

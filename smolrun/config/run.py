@@ -26,6 +26,7 @@ from smolrun.config.settings import (
     Training,
 )
 from smolrun.config.trackers import Tracker
+from smolrun.foreign_text import without_credentials_in
 
 
 class RunConfig(Section):
@@ -94,9 +95,18 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def redacted(config: RunConfig) -> dict[str, Any]:
+    """As `resolved`, without the credentials in URLs of `env:`: what may be kept in files, and sent
+    to every rank. A resumed run takes them from the cluster file again."""
+    plain = resolved(config)
+    for host in plain["cluster"]["hosts"] or []:
+        host["env"] = without_credentials_in(host["env"])
+    return plain
+
+
 def config_hash(config: RunConfig) -> str:
     """16 hex digits that are equal exactly when two configurations are."""
     text = json.dumps(
-        resolved(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        redacted(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from smolrun.foreign_text import without_credentials
+
 LONGEST_VALUE = 60
 
 
@@ -25,6 +27,7 @@ def absent(
 def shown(value: Any) -> str:
     """A value as the user would write it, cut short."""
     text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    text = without_credentials(text)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 

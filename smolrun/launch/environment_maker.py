@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smolrun.errors import HostError
+from smolrun.foreign_text import without_credentials
 from smolrun.launch import blank_host, find_python, setup_plan
 from smolrun.launch.blank_host import Blank
 from smolrun.launch.machine import Machine
@@ -143,7 +144,7 @@ class Maker:
 
     def _run(self, argv: Sequence[str], *, timeout_s: float = _STEP_S, must: bool = True) -> None:
         done = self._machine.run(argv, env=self._machine.spec.env, timeout_s=timeout_s)
-        said = (done.out + done.err).decode("utf-8", "replace")
+        said = without_credentials((done.out + done.err).decode("utf-8", "replace"))
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(argv)}\n{said}\n")
         if done.code and must:

@@ -16,7 +16,7 @@ from smolrun.launch.call import call
 from smolrun.launch.connection import Completed, Connection, OnBytes
 from smolrun.launch.meeting import Facts, learn, no_python
 from smolrun.launch.remote_worker import RemoteWorker, start_worker
-from smolrun.launch.shell import command
+from smolrun.launch.shell import command, environment_input
 from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.login import AskPassword
 
@@ -87,6 +87,7 @@ class Machine:
     ) -> Completed:
         """Run a command there to its end, whatever its exit code."""
         line = command(self.shell, argv, env=env)
+        data = environment_input(self.shell, env or {}) + data
         return self.connection.run(line, data=data, timeout_s=timeout_s)
 
     def put(self, source: Path | bytes, path: str, progress: OnBytes | None = None) -> None:

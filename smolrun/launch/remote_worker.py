@@ -20,7 +20,7 @@ from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.connection import Connection, RemoteProcess
 from smolrun.launch.control import EXIT_ABANDONED
 from smolrun.launch.last_words import last_words
-from smolrun.launch.shell import Shell, command, posix, script
+from smolrun.launch.shell import Shell, command, environment_input, posix, script
 
 _START_S = 30.0
 _KILL_S = 3.0
@@ -161,6 +161,9 @@ def start_worker(
     if heard is None:
         raise _no_start(connection, process)
     noise, group, first = heard
+    # What reads its input now is our own piece of sh, no longer a start-up file of the login shell.
+    with contextlib.suppress(OSError):  # it has ended; its exit code says so
+        process.write(environment_input(shell, env))
     return RemoteWorker(connection, process, group=group, noise=noise, first=first)
 
 

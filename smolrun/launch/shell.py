@@ -7,6 +7,9 @@ PowerShell follow their documented rules.
 Not run: cmd.exe and PowerShell; the tests know their rules, no Windows machine has seen them.
 
 Nothing secret may be in a line: every user of that machine can read it in the list of processes.
+So on Unix the values of variables are no part of it: `sh` reads them from stdin, a line each,
+before the command begins (`environment_input`). On Windows they are in the line, which there only
+the same user and administrators can read.
 """
 
 from __future__ import annotations
@@ -51,16 +54,19 @@ def command(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
 ) -> str:
-    """The line that runs `argv` in folder `cwd` with these variables added.
+    """The line that runs `argv` in folder `cwd` with these variables added; the first of its input
+    has to be `environment_input(shell, env)`.
 
     ValueError for what no quoting can bring through that shell.
     """
     if not argv or not argv[0] or argv[0].startswith("-"):
         raise ValueError(f"no command: {list(argv)!r}")
     env = env or {}
-    for text in (*argv, *env.values(), cwd or ""):
+    for text in (*argv, cwd or ""):
         _refuse(text, "\0" if shell is Shell.POSIX else "\0\r\n")
-    for name in env:
+    for name, value in env.items():
+        if set(value) & set("\0\r\n"):
+            raise ValueError(f"the value of the variable {name} has more than one line")
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a variable")
     if shell is Shell.POSIX:
@@ -80,11 +86,19 @@ def script(text: str) -> str:
 def posix(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None
 ) -> str:
-    """`argv` in sh's own words, to be part of a longer piece of sh."""
-    words = [f"{name}={value}" for name, value in (env or {}).items()]
-    line = shlex.join([*(["env", *words] if words else []), *argv])
+    """`argv` in sh's own words, to be part of a longer piece of sh; see `command` for `env`."""
+    # POSIX has `read` take not one byte more than its line, so the rest is the command's own.
+    reads = [f"IFS= read -r {name} && export {name}" for name in env or {}]
     # CDPATH= : with it set, cd prints where it went.
-    return f"CDPATH= cd -- {shlex.quote(cwd)} && {line}" if cwd is not None else line
+    folder = [f"CDPATH= cd -- {shlex.quote(cwd)}"] if cwd is not None else []
+    return " && ".join([*reads, *folder, shlex.join(argv)])
+
+
+def environment_input(shell: Shell, env: Mapping[str, str]) -> bytes:
+    """What the line of `command` reads from its stdin before anything else."""
+    if shell is not Shell.POSIX:
+        return b""
+    return "".join(f"{value}\n" for value in env.values()).encode("utf-8", "surrogateescape")
 
 
 def _cmd(argv: Sequence[str], env: Mapping[str, str], cwd: str | None) -> str:

@@ -7,10 +7,11 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from smolrun import cli
-from smolrun.config import RunConfig
+from smolrun.config import RunConfig, redacted
 from smolrun.errors import ConfigError, DataError, PeerLost
 
 Run = Callable[..., int]
@@ -168,3 +169,52 @@ def test_a_tilde_is_the_home_folder(
     monkeypatch.setattr(Path, "home", lambda: Path("/home/a b"))
     assert run("data=text", f"data.path={typed}") == 0
     assert driven[0].data.keywords()["path"] == path
+
+
+def write_home(folder: Path, ssh: str = "me@pi1", url: str = "https://me:secret@index/x") -> None:
+    """conf/cluster/home.yaml, with a password in a URL, and without a `name:`."""
+    file = folder / "conf" / "cluster" / "home.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    env = f"env: {{PIP_INDEX_URL: '{url}'}}"
+    file.write_text(f"# Mine\nhosts: [{{name: pi1, ssh: {ssh}, {env}}}]\n")
+
+
+def test_a_cluster_is_called_as_it_was_chosen(run: Run, driven: list[RunConfig], tmp_path: Path):
+    write_home(tmp_path)
+    for choice in ("home", "sim/pi3", "local"):
+        assert run(f"cluster={choice}") == 0
+    assert run("cluster=home", "cluster.name=mine") == 0
+    assert [config.cluster.name for config in driven] == ["home", "sim/pi3", "local", "mine"]
+
+
+def test_a_resumed_run_has_its_passwords_from_the_cluster_file(
+    run: Run, driven: list[RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_home(tmp_path)
+    assert run("cluster=home") == 0
+    folder = tmp_path / "outputs" / "20260131-142501-x-aaaa"
+    folder.mkdir(parents=True)
+    text = msgspec.yaml.encode(redacted(driven[0])).decode()
+    (folder / "config.yaml").write_text(text)
+    assert "secret" not in text
+    assert "https://***@index/x" in text
+    resume = f"checkpoint.resume={folder.name}"
+
+    def env() -> dict[str, str]:
+        return (driven[-1].cluster.hosts or [])[0].env
+
+    assert run(resume) == 0
+    assert env() == {"PIP_INDEX_URL": "https://me:secret@index/x"}
+    write_home(tmp_path, url="https://me:changed@index/x")
+    assert run(resume) == 0
+    assert env() == {"PIP_INDEX_URL": "https://me:changed@index/x"}
+    # The run folder may come from others: they get no password for a host or an index of theirs.
+    for other in ({"ssh": "me@evil"}, {"url": "https://me:secret@other/x"}):
+        write_home(tmp_path, **other)
+        assert run(resume) == 2
+        error = capsys.readouterr().err
+        assert "cluster.hosts[0].env.PIP_INDEX_URL" in error and "secret" not in error
+    assert run(resume, "cluster=home") == 0
+    (tmp_path / "conf" / "cluster" / "home.yaml").unlink()
+    assert run(resume) == 2
+    assert run(resume, "cluster=local") == 0

@@ -102,3 +102,14 @@ def test_ctrl_c_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch):
     assert closed == ["a"]
     event.set()
     waiting.until(lambda: closed == ["a", "slow"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
+def test_the_value_of_a_variable_is_not_in_the_command_line():
+    connection = ConnectionHere()
+    box = meet(HostSpec("box", "me@box", python=sys.executable), connection)
+    code = "import os, sys; print(os.environ['URL'], sys.stdin.read())"
+    env = {"URL": "https://me:secret@index"}
+    done = box.run([sys.executable, "-c", code], env, b"and its input")
+    assert done.out == b"https://me:secret@index and its input\n"
+    assert not any("secret" in line for line in connection.commands)

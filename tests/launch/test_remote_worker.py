@@ -52,7 +52,9 @@ def test_its_pipes_folder_and_variables(connect, tmp_path: Path):
         "import os, sys\nprint(os.getcwd(), os.environ['A'])\nprint('log', file=sys.stderr)\n"
         "print(sys.stdin.read())"
     )
-    worker = start(connect(), code, env={"A": "x y"}, cwd=str(tmp_path))
+    connection = connect()
+    worker = start(connection, code, env={"A": "x y"}, cwd=str(tmp_path))
+    assert not any("x y" in line for line in connection.commands)
     worker.write(b"a line\n")
     worker.close_input()
     assert all_of(worker.read_control) == f"{tmp_path} x y\na line\n\n".encode()

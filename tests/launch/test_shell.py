@@ -8,26 +8,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolrun.launch.shell import PROBE, Shell, command, posix, script, which_shell
+from smolrun.launch.shell import (
+    PROBE,
+    Shell,
+    command,
+    environment_input,
+    posix,
+    script,
+    which_shell,
+)
 
 TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('A'), os.getcwd()]))"
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
 # What a file system and execve can bear at all.
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 
+one_line = words.filter(lambda text: not set(text) & set("\r\n"))
 
-def through_sh(line: str, login_shell: str = "sh") -> list[object]:
-    done = subprocess.run([login_shell, "-c", line], capture_output=True, text=True, timeout=20)
+
+def through_sh(line: str, login_shell: str = "sh", data: bytes = b"") -> list[object]:
+    done = subprocess.run([login_shell, "-c", line], input=data, capture_output=True, timeout=20)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @needs_sh
 @settings(max_examples=60, deadline=None)
-@given(st.lists(words, max_size=4), words)
+@given(st.lists(words, max_size=4), one_line)
 def test_sh_hands_on_exactly_what_was_given(arguments: list[str], value: str):
     line = command(Shell.POSIX, [sys.executable, "-I", "-c", TELL, *arguments], env={"A": value})
-    assert through_sh(line)[:2] == [arguments, value]
+    first = environment_input(Shell.POSIX, {"A": value})
+    assert through_sh(line, data=first)[:2] == [arguments, value]
 
 
 @needs_sh
@@ -179,6 +190,24 @@ def test_windows_shells_refuse_what_they_cannot_be_told(text: str):
 
 
 def test_posix_can_be_part_of_a_longer_piece():
-    assert (
-        posix(["a b", "c"], env={"A": "x y"}, cwd="d") == "CDPATH= cd -- d && env 'A=x y' 'a b' c"
+    assert posix(["a b", "c"], env={"A": "x y"}, cwd="d") == (
+        "IFS= read -r A && export A && CDPATH= cd -- d && 'a b' c"
     )
+
+
+@needs_sh
+def test_the_value_of_a_variable_is_in_stdin_and_the_rest_of_it_is_the_commands():
+    env = {"URL": "https://me:secret@index", "B": " b\\n "}
+    line = command(Shell.POSIX, ["sh", "-c", 'printf "%s|%s|" "$URL" "$B"; cat'], env=env)
+    assert "secret" not in line
+    data = environment_input(Shell.POSIX, env) + b"more\nlines\n"
+    done = subprocess.run(["sh", "-c", line], input=data, capture_output=True, timeout=20)
+    assert done.stdout.decode() == "https://me:secret@index| b\\n |more\nlines\n"
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\0b"])
+def test_the_value_of_a_variable_is_one_line_and_no_error_shows_it(value: str):
+    for shell in Shell:
+        with pytest.raises(ValueError, match="variable A") as raised:
+            command(shell, ["a"], env={"A": value})
+        assert value not in str(raised.value)

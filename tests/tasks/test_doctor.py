@@ -161,7 +161,7 @@ def test_a_speed_is_written_where_all_were_measured_and_nobody_knows_better(pati
 
 def test_a_cluster_without_a_file_and_one_without_hosts(patients: Patients):
     Path("conf/cluster/home.yaml").unlink()
-    with pytest.raises(ConfigError, match="no file in"):
+    with pytest.raises(ConfigError, match="does not list the hosts"):
         doctor_write.write(patients, print)
     said: list[str] = []
     doctor_write.write(Patients.of(compose(["task=doctor"])), said.append)

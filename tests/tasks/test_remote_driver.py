@@ -35,13 +35,13 @@ class Box:
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
         self.is_there = True
-        self.opened = 0
+        self.connections: list[ConnectionHere] = []
 
     def open(self, spec: HostSpec, **limits: object) -> Machine:
         if not self.is_there:
             raise HostError(spec.name, "nobody answers", "is it on?")
-        self.opened += 1
-        return meet(spec, ConnectionHere(name=spec.name))
+        self.connections.append(ConnectionHere(name=spec.name))
+        return meet(spec, self.connections[-1])
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
 
 
 def configured(box: Box, *overrides: str) -> RunConfig:
-    host = f"{{name: box, ssh: me@box, python: {sys.executable}, workdir: {box.workdir}}}"
+    env = "{INDEX: 'https://me:canary@index'}"
+    place = f"python: {sys.executable}, workdir: {box.workdir}"
+    host = f"{{name: box, ssh: me@box, {place}, env: {env}}}"
     return compose([*LONG, f"cluster.hosts=[{host}]", "driver=box", *overrides])
 
 
@@ -133,6 +135,11 @@ def test_attach_shows_it_and_a_lost_machine_is_told(
         assert "done: 30 steps" in capsys.readouterr().out
     finally:
         end(folder)
+    # The password of the URL in `env:` is in no file of either machine, and in no command line.
+    files = [path for path in box.workdir.parent.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"canary" in path.read_bytes()]
+    assert "https://***@index" in (folder.path / "config.yaml").read_text()
+    assert not any("canary" in line for one in box.connections for line in one.commands)
 
 
 def test_ctrl_c_before_it_has_begun_ends_it_there(
