@@ -27,6 +27,7 @@ import msgspec
 
 from smolrun.config import RunConfig, resolved
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.tasks.prepare_model import with_pinned_model
 from smolrun.tasks.workers import OUTPUTS, nothing_started
 from smolrun.tracking.run_folder import RunFolder
 
@@ -39,6 +40,7 @@ _END_S = 10.0  # for a driver that is to end before its run began
 
 def drive(config: RunConfig) -> int:
     """Start the driver in the background; returns once it has its run folder, or has failed."""
+    config = with_pinned_model(config)
     if config.driver is not None:
         from smolrun.tasks.remote_driver import drive as drive_there
 

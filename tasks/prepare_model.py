@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from smolrun.config import RunConfig
+from smolrun.config.models import HuggingFace
 from smolrun.config.targets import CustomTarget
 from smolrun.errors import ConfigError
 
@@ -31,6 +32,18 @@ def prepare_model(config: RunConfig, progress: Progress) -> Fetched | None:
     cache = platformdirs.user_cache_path("smolrun") / "models"
     found: Fetched = prepare(cache, progress, config.model.name, **config.model.keywords())
     return found
+
+
+def with_pinned_model(config: RunConfig) -> RunConfig:
+    """The configuration with the commit of its hub model in `model.revision`, before it is kept."""
+    model = config.model
+    if not isinstance(model, HuggingFace):
+        return config
+    from smolrun.models.huggingface import pinned_revision
+
+    revision = pinned_revision(model.name, model.revision)
+    pinned = model.model_copy(update={"revision": revision})
+    return config.model_copy(update={"model": pinned})
 
 
 def tokenizer_for(config: RunConfig, model: Fetched | None) -> str | None:

@@ -28,6 +28,7 @@ from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
 from smolrun.tasks.fetched import Fetched
 from smolrun.tasks.fleet import is_elsewhere, open_fleet
 from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
+from smolrun.tasks.prepare_model import with_pinned_model
 from smolrun.tasks.readers import more_readers, time_teller
 from smolrun.tasks.returns import Returns
 from smolrun.tasks.roles import tell_roles, waits_for_all
@@ -62,6 +63,7 @@ def drive(config: RunConfig) -> int:
         from smolrun.tasks.dry_run_text import report  # loads torch
 
         return report(config)
+    config = with_pinned_model(config)
     console = Console(
         steps=config.training.steps,
         world_size=world_size(config),

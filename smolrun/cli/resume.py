@@ -43,6 +43,7 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     else:
         merged = resume.on_top(stored, data, [key.partition("@")[0] for key in keys])
     merged["checkpoint"]["resume"] = wanted
+    resume.keep_commit(stored, merged)
     if problems := list(resume.differences(stored, merged)):
         raise ConfigError(problems)
     _add_credentials(merged.get("cluster"))

@@ -97,7 +97,8 @@ class HuggingFace(_Network):
     )
     target: Literal["smolrun.models.huggingface:build"]
     revision: Name | None = Field(
-        description="A branch, tag or commit of the hub; null = the newest"
+        description="A branch, tag or commit of the hub; null = the newest. The run's config.yaml "
+        "has the commit, and a resumed run uses it"
     )
 
 

@@ -11,12 +11,14 @@ name. Pure: knows of no files.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from smolrun.config.suggest import problem
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 MAY_CHANGE = (
     "algorithm",
     "bench",
@@ -70,6 +72,16 @@ def on_top(
                 target = target.setdefault(group, {})
             target[key] = copy.deepcopy(source[key])
     return merged
+
+
+def keep_commit(stored: Mapping[str, Any], merged: dict[str, Any]) -> None:
+    """A hub model stays at the commit that the run began with, also where the branch, or nothing,
+    is typed again; another commit is a difference."""
+    before, now = stored.get("model"), merged.get("model")
+    if isinstance(before, Mapping) and isinstance(now, dict) and "revision" in now:
+        is_same = before.get("name") == now.get("name")
+        if is_same and not _COMMIT.fullmatch(str(now["revision"])) and before.get("revision"):
+            now["revision"] = before["revision"]
 
 
 def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Runs on the driver only: the hub token never leaves it. Knows no torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def download(name: str, revision: str | None, *, needs_weights: bool, progress: 
     except Exception as error:
         raise ConfigError(_sentence(name, error)) from error
     return Path(folder)
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, a tag or the newest state of a hub model is now.
+
+    Without the hub, the one that an earlier run fetched. None where neither is known: `download`
+    then says why.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with suppress(Exception):  # no network, no such model, no right to it, a hub that is down
+        return HfApi().model_info(name, revision=revision).sha
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["config.json"], local_files_only=True
+        )
+    except Exception:
+        return None
+    return Path(folder).name  # the hub's cache: .../snapshots/<commit>
 
 
 def _fetched_before(name: str, revision: str | None, patterns: list[str], error: Exception) -> Path:

@@ -6,6 +6,7 @@ The driver fetches it once (`prepare`); every rank builds it from the folder, wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +44,21 @@ def prepare(
             raise ConfigError(f"model.name={name}: there is no such folder {folder.absolute()}")
         folder = hub.download(name, revision, needs_weights=pretrained, progress=progress)
     return fetched(folder, name, needs_weights=pretrained)
+
+
+def pinned_revision(name: str, revision: str | None) -> str | None:
+    """`revision` as a commit of the hub, so that a resumed run gets the same files.
+
+    As it was for a folder, for a commit, and where the hub does not say.
+    """
+    if Path(name).expanduser().is_dir() or _is_path(name) or is_commit(revision):
+        return revision
+    return hub.commit_of(name, revision) or revision
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state for ever, which branches and tags do not."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def build(

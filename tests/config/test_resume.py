@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from smolrun.cli.compose import compose
 from smolrun.config import resolved
-from smolrun.config.resume import MAY_CHANGE, differences, on_top
+from smolrun.config.resume import MAY_CHANGE, differences, keep_commit, on_top
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +34,20 @@ def test_a_group_comes_as_a_whole() -> None:
     merged = on_top(stored, config("checkpoint=best"), ["checkpoint"])
     assert merged["checkpoint"]["every"] == 100 and merged["checkpoint"]["keep_best"]
     assert merged["cluster"]["ranks"] == 4
+
+
+@pytest.mark.parametrize("typed", [[], ["model=hf", "model.name=me/small"], ["model.revision"]])
+def test_a_hub_model_stays_at_the_commit_of_the_run(typed: list[str]) -> None:
+    keys = ["model=hf", "model.name=me/small"]
+    stored = config(*keys, f"model.revision={'a' * 40}")
+    now = config(*keys, "model.revision=main")
+    merged = on_top(stored, now, [key.partition("=")[0] for key in typed])
+    keep_commit(stored, merged)
+    assert merged["model"]["revision"] == "a" * 40
+    other = on_top(stored, config(*keys, f"model.revision={'b' * 40}"), ["model.revision"])
+    keep_commit(stored, other)
+    (line,) = differences(stored, other)
+    assert line.startswith("model.revision = bbb")
 
 
 def test_every_difference_is_told_by_name() -> None:

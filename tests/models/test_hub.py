@@ -28,7 +28,8 @@ told = []
 keys = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
 try:
     found = huggingface.prepare(Path(), lambda *a: told.append(a), sys.argv[1], **keys)
-    print(json.dumps({"folder": found.folder, "told": told[-1:]}))
+    commit = huggingface.pinned_revision(sys.argv[1], None)
+    print(json.dumps({"folder": found.folder, "told": told[-1:], "commit": commit}))
 except ConfigError as error:
     print(json.dumps({"error": str(error)}))
 """
@@ -131,7 +132,9 @@ def test_a_model_is_fetched_once_and_stays_without_the_hub(
     assert told["told"][0][0] == "fetching me/small"
     hub.shutdown()
     hub.server_close()
-    assert fetch(tmp_path, port, "me/small")["folder"] == str(folder)
+    again = fetch(tmp_path, port, "me/small")
+    assert again["folder"] == str(folder)
+    assert told["commit"] == again["commit"] == COMMIT, "known without the hub too"
     assert "the hub cannot be reached" in fetch(tmp_path, port, "me/other")["error"]
 
 

@@ -9,7 +9,13 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.errors import ConfigError
-from smolrun.tasks.prepare_model import prepare_model, tokenizer_for, with_model
+from smolrun.models import hub
+from smolrun.tasks.prepare_model import (
+    prepare_model,
+    tokenizer_for,
+    with_model,
+    with_pinned_model,
+)
 from tests.models.model_folders import save_model
 
 DATA = Prepared(
@@ -68,3 +74,24 @@ def test_data_that_does_not_fit_is_told_before_the_start(folder: Path) -> None:
     assert "99 tokens" in error.value.problems[0]
     assert "knows 61" in error.value.problems[0]
     assert "data.sequence_length=65" in error.value.problems[1]
+
+
+def test_a_model_of_the_hub_is_pinned_and_a_folder_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def commit_of(name: str, revision: str | None) -> str:
+        asked.append((name, revision))
+        return "a" * 40
+
+    monkeypatch.setattr(hub, "commit_of", commit_of)
+
+    def revision(*overrides: str) -> str | None:
+        config = with_pinned_model(compose(["model=hf", *overrides]))
+        return config.model.keywords()["revision"]
+
+    assert revision("model.name=me/small", "model.revision=main") == "a" * 40
+    assert revision("model.name=me/small", f"model.revision={'b' * 40}") == "b" * 40
+    assert revision(f"model.name={folder}") is None
+    assert asked == [("me/small", "main")]
