@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-import msgspec
-
 from smolrun.config import RunConfig
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
@@ -121,8 +119,6 @@ def _recent(log: Chunk) -> Sequence[str]:
 def _events(lines: Sequence[str]) -> Iterator[Event]:
     for line in lines:
         try:
-            event = msgspec.json.decode(line)
-            if isinstance(event, dict):
-                yield from_json(event)
-        except (ValueError, ProtocolError):
+            yield from_json(line)
+        except ProtocolError:
             print(f"smolrun: a line of metrics.jsonl makes no sense: {line[:80]}", file=sys.stderr)

@@ -141,7 +141,11 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
 
 
 def _line(row: dict[str, Any]) -> str:
-    what = f"{row['bytes']:>11,} bytes" if "bytes" in row else f"{row['parameters']:,} parameters"
+    what = (
+        f"{row['bytes']:>11,} bytes"
+        if "bytes" in row
+        else f"{row.get('parameters', 0):,} parameters"
+    )
     low, high = row["spread"]
     return (
         f"{row['op']} on {row['world_size']} ranks, {what}: {_time(row['ours_s'])}, "
@@ -158,7 +162,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for name in ("ranks", "what", "smolrun", "peer", "ratio", "min to max", "CPU ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        size = f"{row['bytes']:,} B" if "bytes" in row else f"{row['parameters'] / 1e6:.1f} M"
+        size = (
+            f"{row['bytes']:,} B" if "bytes" in row else f"{row.get('parameters', 0) / 1e6:.1f} M"
+        )
         table.add_row(
             str(row["world_size"]),
             size if len(ops) == 1 else f"{row['op']}, {size}",

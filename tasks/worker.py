@@ -27,6 +27,7 @@ from smolrun.launch.control import (
     Address,
     ErrorReport,
     StartMessage,
+    cut,
 )
 from smolrun.launch.out_of_memory import is_out_of_memory, told
 from smolrun.launch.wake import awake
@@ -79,7 +80,7 @@ def run(channel: WorkerChannel) -> int:
             channel.result("stopped")
         except SmolrunError as error:
             _log.error("%s: %s", type(error).__name__, error)
-            report = ErrorReport(type(error).__name__, str(error))
+            report = ErrorReport(type(error).__name__[:200], cut(str(error)))
             if isinstance(error, PeerLost):
                 report = replace(report, peer=error.rank, told_by=error.told_by)
             channel.result("failed", error=report)
@@ -96,8 +97,8 @@ def run(channel: WorkerChannel) -> int:
 
 def _report(error: BaseException) -> ErrorReport:
     if is_out_of_memory(error):
-        return ErrorReport(OUT_OF_MEMORY, told(error))
-    return ErrorReport(type(error).__name__, str(error))
+        return ErrorReport(OUT_OF_MEMORY, cut(told(error)))
+    return ErrorReport(type(error).__name__[:200], cut(str(error)))
 
 
 def _run_task(

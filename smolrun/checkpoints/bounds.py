@@ -20,7 +20,7 @@ MAX_KEY_LENGTH = 1000
 MAX_DIMS = 8
 
 # The only names a checkpoint's files can have: no folder, no "..", no drive letter fits in here.
-_FILE_NAME = re.compile(r"rank\d{1,6}-\d{1,6}\.safetensors", re.ASCII)
+_FILE_NAME = re.compile(r"rank(\d{1,6})-\d{1,6}\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -53,13 +53,24 @@ class _Tensor(Protocol):
     def num_elements(self) -> int: ...
 
 
-def check_tensors(files: Mapping[str, _File], tensors: Mapping[str, _Tensor], where: str) -> None:
-    """Raises CheckpointError naming `where` and the first file or tensor that cannot be true."""
+def is_file_of(rank: int, name: str) -> bool:
+    """Whether this can be the name of a file that this rank wrote."""
+    match = _FILE_NAME.fullmatch(name)
+    return match is not None and match[1] == str(rank)
+
+
+def check_files(files: Mapping[str, _File], where: str) -> None:
+    """Raises CheckpointError naming `where` and the first file that cannot be true."""
     for name, file in files.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{where}: {name[:100]!r} is no name of a checkpoint's file")
         if file.bytes < 0 or not _SHA256.fullmatch(file.sha256):
             raise CheckpointError(f"{where}: {name} has an impossible size or hash")
+
+
+def check_tensors(files: Mapping[str, _File], tensors: Mapping[str, _Tensor], where: str) -> None:
+    """Raises CheckpointError naming `where` and the first file or tensor that cannot be true."""
+    check_files(files, where)
     used: set[tuple[str, str]] = set()
     bytes_in: dict[str, int] = dict.fromkeys(files, 0)
     for key, tensor in tensors.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.bounds import check_tensors
+from smolrun.checkpoints.bounds import check_files, check_tensors, is_file_of
 from smolrun.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -55,7 +55,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return math.prod(self.shape)
 
 
-class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one rank says it wrote."""
 
     rank: int
@@ -144,13 +144,11 @@ def merge(
     tensors: dict[str, TensorEntry] = {}
     ranks: set[int] = set()
     for given in reports:
-        report = _report(given)
+        report = read_report(given)
         where = f"the report of rank {report.rank}"
         if report.rank in ranks or not 0 <= report.rank < world_size:
             raise CheckpointError(f"{where} came twice, or there is no such rank")
         ranks.add(report.rank)
-        if not all(name.startswith(f"rank{report.rank}-") for name in report.files):
-            raise CheckpointError(f"{where} names files of another rank")
         files.update(report.files)
         for key, tensor in report.tensors.items():
             tensors[key] = _joined(tensors.get(key), tensor, f"{where}: {key}")
@@ -168,11 +166,18 @@ def merge(
     return manifest
 
 
-def _report(given: Mapping[str, Any]) -> _Report:
+def read_report(given: Mapping[str, Any]) -> Report:
+    """What a rank says that it wrote; CheckpointError if it is damaged, or names a file that is
+    not that rank's own."""
     try:
-        return msgspec.convert(dict(given), _Report)
+        report = msgspec.convert(dict(given), Report)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise CheckpointError(f"a report of a rank's saved files is damaged: {error}") from None
+    check_files(report.files, f"the report of rank {report.rank}")
+    for name in report.files:
+        if not is_file_of(report.rank, name):
+            raise CheckpointError(f"{name} is not a file of rank {report.rank}")
+    return report
 
 
 def _joined(known: TensorEntry | None, new: TensorEntry, where: str) -> TensorEntry:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.writer import write_shard
-from smolrun.events import ShardFailed, ShardSaved
+from smolrun.events import ShardFailed, ShardSaved, StateOf
 
 
 class Saver:
@@ -40,7 +40,9 @@ class Saver:
         self._emit = emit
         self._writing: threading.Thread | None = None
 
-    def save(self, updates: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+    def save(
+        self, updates: int, pieces: Iterable[Piece], state: Mapping[StateOf, dict[str, Any]]
+    ) -> None:
         """Copies the pieces and starts to write them; waits for an earlier write."""
         started = time.perf_counter()
         self.finish()
@@ -65,7 +67,11 @@ class Saver:
             self._writing = None
 
     def _write(
-        self, updates: int, pieces: list[Piece], state: dict[str, Any], waited_s: float
+        self,
+        updates: int,
+        pieces: list[Piece],
+        state: Mapping[StateOf, dict[str, Any]],
+        waited_s: float,
     ) -> None:
         started = time.perf_counter()
         try:

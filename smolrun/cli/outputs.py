@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections.abc import Iterator
-from typing import get_args, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from smolrun.events import EVENTS, Event, ShardFailed, ShardSaved
+import msgspec
+
+from smolrun.events import EVENTS, Event, ShardFailed, ShardSaved, kind
 
 HEAD = """\
 # What a run leaves
@@ -145,9 +146,9 @@ MEANINGS = {
 def text() -> str:
     """The whole page."""
     lines = [HEAD.rstrip("\n")]
-    public = {kind: event for kind, event in EVENTS.items() if event not in PRIVATE}
-    for kind, event in public.items():
-        lines += ["", f"### {kind}", "", _told(event), "", "| key | type | meaning |"]
+    public = {name: event for name, event in EVENTS.items() if event not in PRIVATE}
+    for name, event in public.items():
+        lines += ["", f"### {name}", "", _told(event), "", "| key | type | meaning |"]
         lines += ["| --- | --- | --- |", *_keys(event)]
     return "\n".join(lines) + "\n"
 
@@ -158,14 +159,16 @@ def _told(event: type[Event]) -> str:
 
 def _keys(event: type[Event]) -> Iterator[str]:
     types_of = get_type_hints(event)
-    for field in dataclasses.fields(event):
-        meaning = MEANINGS.get(f"{event.kind}.{field.name}") or MEANINGS[field.name]
+    for field in msgspec.structs.fields(event):
+        meaning = MEANINGS.get(f"{kind(event)}.{field.name}") or MEANINGS[field.name]
         yield f"| `{field.name}` | {_type(types_of[field.name])} | {meaning} |"
 
 
 def _type(annotation: object) -> str:
-    if isinstance(annotation, types.UnionType):
+    if get_origin(annotation) in (types.UnionType, Union):
         return " or ".join(_type(member) for member in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return "text"
     words = {
         int: "whole number",
         float: "number",

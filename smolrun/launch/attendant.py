@@ -14,8 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import BinaryIO
 
-from smolrun.errors import ProtocolError
-from smolrun.events import Note, from_json
+import msgspec
+
+from smolrun.checkpoints.manifest import read_report
+from smolrun.errors import CheckpointError, ProtocolError
+from smolrun.events import Note, ShardSaved, check_sender
 from smolrun.launch.control import (
     EventMessage,
     LeaseMessage,
@@ -23,7 +26,10 @@ from smolrun.launch.control import (
     LogMessage,
     Message,
     ReadyMessage,
+    StartMessage,
+    Summary,
     WantRowsMessage,
+    WorkerMessage,
     decode_from_worker,
     encode,
 )
@@ -162,22 +168,7 @@ class Attendant:
                 pass  # a full pipe would keep it from dying in its own way
 
     def _hear(self, line: bytes) -> None:
-        rank = self.plan.rank
-        message = decode_from_worker(line)
-        if isinstance(message, EventMessage):
-            self._post(Reported(rank, from_json(message.data)))
-        elif isinstance(message, LogMessage):
-            self._post(
-                Reported(rank, Note(level=message.level, message=message.message, rank=rank))
-            )
-        elif isinstance(message, ReadyMessage):
-            if message.rank != rank:
-                raise ProtocolError(f"says that it is rank {message.rank}")
-            self._post(Ready(rank, message.addresses, message.versions))
-        elif isinstance(message, WantRowsMessage):
-            self._post(WantsRows(rank, message))
-        else:
-            self._post(Finished(rank, message))
+        self._post(_checked(decode_from_worker(line), self.plan.start))
 
     def _read_log(self, process: WorkerProcess) -> None:
         file = self._open_log()
@@ -204,6 +195,41 @@ class Attendant:
                 Reported(self.plan.rank, Note(level="warning", message=note, rank=self.plan.rank))
             )
             return None
+
+
+def _checked(message: WorkerMessage, start: StartMessage) -> Input:
+    """What the message is to the supervisor; ProtocolError where this worker may not say so."""
+    rank = start.rank
+    if isinstance(message, EventMessage):
+        check_sender(message.data, rank, start.world_size)
+        if isinstance(message.data, ShardSaved):
+            _check_report(message.data)
+        return Reported(rank, message.data)
+    if isinstance(message, LogMessage):
+        return Reported(rank, Note(level=message.level, message=message.message, rank=rank))
+    if isinstance(message, WantRowsMessage):
+        return WantsRows(rank, message)
+    if isinstance(message, ReadyMessage):
+        if message.rank != rank:
+            raise ProtocolError(f"says that it is rank {message.rank}")
+        # The other ranks will dial what it says.
+        if not {where.address for where in message.addresses} <= {*start.addresses}:
+            raise ProtocolError("says that it listens on an address that it was not given")
+        return Ready(rank, message.addresses, message.versions)
+    for link in msgspec.convert(message.summary, Summary).links:
+        if link.from_ != rank or link.to >= start.world_size:
+            raise ProtocolError(f"measured a link of rank {link.from_} to rank {link.to}")
+    return Finished(rank, message)
+
+
+def _check_report(event: ShardSaved) -> None:
+    """Its files will be fetched, and become part of a checkpoint."""
+    try:
+        reporter = read_report(event.report).rank
+    except CheckpointError as error:
+        raise ProtocolError(f"reports a checkpoint that cannot be: {error}") from None
+    if reporter != event.rank:
+        raise ProtocolError(f"reports what rank {reporter} saved")
 
 
 def _shown(line: str) -> str:

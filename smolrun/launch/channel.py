@@ -22,7 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
-from smolrun.events import Event, to_json
+from smolrun.events import Event
 from smolrun.launch.control import (
     EXIT_ABANDONED,
     EXIT_ABORTED,
@@ -42,6 +42,7 @@ from smolrun.launch.control import (
     RowsMessage,
     StartMessage,
     StopMessage,
+    cut,
     decode_from_driver,
     encode,
 )
@@ -125,13 +126,17 @@ class WorkerChannel:
         )
 
     def emit(self, event: Event) -> None:
-        """Tell the driver what happened. A NaN or an infinity in it arrives as null."""
-        self._send(EventMessage(data=to_json(event)))
+        """Send the driver what happened. A NaN or an infinity in it arrives as null.
+
+        What is true of the whole run (rank None) comes from rank 0; on others this does nothing."""
+        if getattr(event, "rank", None) is None and self.start is not None and self.start.rank != 0:
+            return
+        self._send(EventMessage(data=event))
 
     def log(self, level: Literal["debug", "info", "warning", "error"], message: str) -> None:
         """A sentence for the user and for the rank's log."""
         _log.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
-        self._send(LogMessage(level=level, message=message))
+        self._send(LogMessage(level=level, message=cut(message)))
 
     def result(
         self,

@@ -17,11 +17,13 @@ processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from smolrun.errors import ProtocolError
+from smolrun.events import MAX_TEXT_CHARS, AnyEvent, Count, NonNegative, Text
 from smolrun.wire.credentials import Credentials
 
 # A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
@@ -97,8 +99,8 @@ class StartMessage(Message, frozen=True, tag="start"):
 class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where one socket listens: an IP address as numbers, and its port."""
 
-    address: str
-    port: int
+    address: Annotated[str, Meta(max_length=100)]
+    port: Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,16 +145,16 @@ class AbortMessage(Message, frozen=True, tag="abort"):
 class ReadyMessage(Message, frozen=True, tag="ready"):
     """The worker is up and listens on `addresses`, best first."""
 
-    rank: int
-    addresses: list[Address]
-    pid: int
-    versions: dict[str, str]
+    rank: Count
+    addresses: Annotated[list[Address], Meta(min_length=1, max_length=64)]
+    pid: Count
+    versions: Annotated[dict[str, Annotated[str, Meta(max_length=200)]], Meta(max_length=16)]
 
 
 class EventMessage(Message, frozen=True, tag="event"):
-    """Something that happened, as `events.to_json` wrote it; NaN and infinity arrive as null."""
+    """Something that happened; NaN and infinity arrive as null."""
 
-    data: dict[str, Any]
+    data: AnyEvent
 
 
 class WantRowsMessage(Message, frozen=True, tag="want_rows"):
@@ -161,16 +163,22 @@ class WantRowsMessage(Message, frozen=True, tag="want_rows"):
     `next_first` None: none at all. Where first == stop, it needs nothing now.
     """
 
-    first: int
-    stop: int
-    next_first: int | None
+    first: Count
+    stop: Count
+    next_first: Count | None
 
 
 class LogMessage(Message, frozen=True, tag="log"):
     """A sentence for people; everything longer goes to stderr and so to the rank's log file."""
 
     level: Literal["debug", "info", "warning", "error"]
-    message: str
+    message: Text
+
+
+def cut(text: str) -> str:
+    """The text, without its end where that is too long for a message; the rank's log has it."""
+    end = " ... (cut)"
+    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - len(end)] + end
 
 
 OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memory was full
@@ -182,10 +190,26 @@ class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `told_by` is the rank from which it knows that, where it did not see it itself.
     """
 
-    kind: str
-    message: str
-    peer: int | None = None
-    told_by: int | None = None
+    kind: Annotated[str, Meta(max_length=200)]
+    message: Text
+    peer: Count | None = None
+    told_by: Count | None = None
+
+
+class MeasuredLink(msgspec.Struct, frozen=True):
+    """A row of task=doctor: from this rank to that one."""
+
+    from_: Count = msgspec.field(name="from")
+    to: Count
+    rtt_s: NonNegative
+    bytes_per_s: NonNegative
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What the driver reads of a worker's summary, which may hold more."""
+
+    peak_memory_bytes: Count | None = None
+    links: list[MeasuredLink] = []
 
 
 class ResultMessage(Message, frozen=True, tag="result"):
@@ -194,6 +218,10 @@ class ResultMessage(Message, frozen=True, tag="result"):
     status: Literal["done", "stopped", "failed"]
     error: ErrorReport | None = None
     summary: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        """A summary that is not as `Summary` says is a ValidationError, as any other field is."""
+        msgspec.convert(self.summary, Summary)
 
 
 DriverMessage = (

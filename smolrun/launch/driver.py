@@ -166,11 +166,7 @@ class Driver:
         while True:
             item = self._next(supervisor.deadline)
             self._meanwhile()
-            # What is true of the whole run (rank None) every rank may tell; it counts once, from
-            # rank 0.
-            if isinstance(item, Reported) and (
-                item.rank == 0 or getattr(item.event, "rank", None) is not None
-            ):
+            if isinstance(item, Reported):
                 self._listen(item.event)
             if self._asked_to_stop() > told_interrupts:
                 told_interrupts += 1

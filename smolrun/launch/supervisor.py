@@ -135,7 +135,11 @@ class Supervisor:
 
     def _note(self, state: RankState, item: Input) -> None:
         had_failed = state.has_failed
-        if isinstance(item, Ready):
+        if isinstance(item, Ready) and state.addresses:
+            # The others have been sent the first addresses; in an elastic run a new process has a
+            # state of its own.
+            state.problem = state.problem or "said twice that it is ready"
+        elif isinstance(item, Ready):
             state.addresses = item.addresses
             state.versions = item.versions
         elif isinstance(item, Reported):

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from smolrun.events import Event, Timeline
+from smolrun.events import Event, Span, Timeline
 
 _LANES = ("compute", "wait", "network")
 
@@ -72,7 +72,7 @@ def _name(kind: str, rank: int, row: int, name: str) -> dict[str, Any]:
     return {"name": f"{kind}_name", "ph": "M", "pid": rank, "tid": row, "args": {"name": name}}
 
 
-def _rowed(spans: list[list[Any]]) -> Iterator[tuple[int, str, list[Any]]]:
+def _rowed(spans: Sequence[Span]) -> Iterator[tuple[int, str, Span]]:
     """Each span with its row: those of one lane that overlap go to rows below each other, because
     a row of this format can hold only what is nested."""
     for index, lane in enumerate(_LANES):

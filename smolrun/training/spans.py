@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smolrun.algorithms.base import Algorithm
-from smolrun.events import Event, Timeline
+from smolrun.events import Event, Span, Timeline
 from smolrun.mesh.mesh import Work
 
 FIRST_STEP = 5  # the steps before it warm up
@@ -36,7 +36,7 @@ class SpanRecorder:
         self._first = -1
         self._step = -1
         self._zero_s = 0.0
-        self._spans: list[list[Any]] = []
+        self._spans: list[Span] = []
         self._begun = 0
 
     def before(self, step: int, steps: int) -> None:
@@ -92,5 +92,5 @@ class SpanRecorder:
     def _add(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
         began_s = max(began_s, self._zero_s)  # a late gradient may have left before the zero
         if ended_s - began_s >= _SHORTEST_S:
-            times = [round(s, 7) for s in (began_s - self._zero_s, ended_s - began_s)]
-            self._spans.append([name, lane, self._step, *times])
+            start_s, duration_s = (round(s, 7) for s in (began_s - self._zero_s, ended_s - began_s))
+            self._spans.append((name, lane, self._step, start_s, duration_s))

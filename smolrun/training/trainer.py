@@ -193,7 +193,7 @@ class Trainer:
         duration, self._last_step_at = now - self._last_step_at, now
         sent, received = self._mesh.bytes_sent, self._mesh.bytes_received
         figures: dict[str, Any] = {
-            "compute_s": result.compute_s,
+            "compute_s": max(0.0, result.compute_s),  # a difference of sums: rounding may go below
             "wait_s": result.wait_s,
             "bytes_sent": sent - self._bytes[0],
             "bytes_received": received - self._bytes[1],

@@ -7,7 +7,6 @@ with `share` of its processor, and leaves when it gets SIGTERM.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from smolrun.algorithms.base import Algorithm
+from smolrun.events import to_json
 from smolrun.mesh.tcp import Endpoint, Seat, connect
 from smolrun.parts.pace import SharePace
 from smolrun.wire.handshake import Identity
@@ -58,7 +58,7 @@ def main() -> None:
 
 def tell(result: Any) -> None:
     for event in result.events:
-        print(json.dumps({"event": event.kind, **dataclasses.asdict(event)}), flush=True)
+        print(json.dumps(to_json(event)), flush=True)
 
 
 if __name__ == "__main__":

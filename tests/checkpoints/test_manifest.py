@@ -161,7 +161,7 @@ def test_ranks_that_disagree_about_a_tensor_are_told(reports: list[dict[str, Any
 
 def test_a_rank_cannot_speak_of_another_ones_files(reports: list[dict[str, Any]]):
     reports[1]["files"] = reports[0]["files"]
-    with pytest.raises(CheckpointError, match="names files of another rank"):
+    with pytest.raises(CheckpointError, match="is not a file of rank 1"):
         merged(reports)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+
+import msgspec
 
 from smolrun.cli import combinations, outputs, reference
 from smolrun.events import EVENTS
@@ -20,7 +21,7 @@ def test_the_page_about_outputs_is_fresh_and_has_every_key():
     assert FILE.with_name("outputs.md").read_text(encoding="utf-8") == text, "run `make docs`"
     public = {kind: event for kind, event in EVENTS.items() if event not in outputs.PRIVATE}
     assert [kind for kind in public if f"\n### {kind}\n" not in text] == []
-    used = {field.name for event in public.values() for field in dataclasses.fields(event)}
+    used = {field.name for event in public.values() for field in msgspec.structs.fields(event)}
     assert used == {name.rpartition(".")[2] for name in outputs.MEANINGS}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
-from smolrun.events import EvalDone, to_json
+from smolrun.events import EvalDone, RankStep
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
     EXIT_ABANDONED,
@@ -91,26 +91,29 @@ def test_everything_said_arrives_whole_from_several_threads(wires: Wires) -> Non
     wires.channel.ready([Address("::1", 4000)], {"python": "3"})
     wires.channel.log("info", "hello")
     threads = [
-        threading.Thread(target=wires.channel.emit, args=(EvalDone(step, 1.0, 8),))
+        threading.Thread(target=wires.channel.emit, args=(RankStep(step, 1, 0.1, 0.0, None, 0, 0),))
         for step in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(5.0)
+    wires.channel.emit(EvalDone(8, 1.0, 8))  # true of the whole run: rank 0 sends it
     wires.channel.result("failed", error=ErrorReport("E", "m"), summary={"steps": 3})
     ready, log, *events, result = wires.heard()
     assert ready == ReadyMessage(
         rank=1, addresses=[Address("::1", 4000)], pid=os.getpid(), versions={"python": "3"}
     )
     assert log == LogMessage(level="info", message="hello")
-    assert sorted(event.data["step"] for event in events if isinstance(event, EventMessage)) == [
+    assert sorted(event.data.step for event in events if isinstance(event, EventMessage)) == [
         *range(8)
     ]
     assert result == ResultMessage(
         status="failed", error=ErrorReport("E", "m"), summary={"steps": 3}
     )
-    assert to_json(EvalDone(0, 1.0, 8)) in [e.data for e in events if isinstance(e, EventMessage)]
+    assert RankStep(0, 1, 0.1, 0.0, None, 0, 0) in [
+        e.data for e in events if isinstance(e, EventMessage)
+    ]
 
 
 def test_the_first_stop_is_a_wish_and_the_second_an_order(wires: Wires) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolrun.errors import ProtocolError
-from smolrun.events import EvalDone, to_json
+from smolrun.events import EvalDone
 from smolrun.launch.control import (
     AbortMessage,
     Address,
@@ -68,7 +68,7 @@ def test_what_the_driver_says_arrives_unchanged(message: Message) -> None:
         ReadyMessage(
             rank=1, addresses=[Address("::1", 4000)], pid=7, versions={"python": "3.11.7"}
         ),
-        EventMessage(data=to_json(EvalDone(step=3, loss=1.5, tokens=8))),
+        EventMessage(data=EvalDone(step=3, loss=1.5, tokens=8)),
         LogMessage(level="warning", message="two\nlines and \u2028 more"),
         ResultMessage(status="done", summary={"steps": 3}),
         ResultMessage(status="failed", error=ErrorReport("PeerLost", "lost rank 1", 1)),
@@ -119,7 +119,7 @@ def test_a_bad_line_of_the_driver_is_not_shown_because_it_may_hold_the_secret() 
 
 
 def test_numbers_that_are_not_finite_travel_as_null() -> None:
-    line = encode(EventMessage(data=to_json(EvalDone(step=1, loss=math.nan, tokens=1))))
+    line = encode(EventMessage(data=EvalDone(step=1, loss=math.nan, tokens=1)))
     assert b'"loss":null' in line
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from smolrun.checkpoints.bounds import is_file_of
 from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import FileEntry
 from smolrun.errors import SmolrunError
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 # A rank that saves faster than its link carries would fill its disk, and this queue.
 _MOST_WAITING = 8
 _ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
-_NAME = re.compile(r"rank(\d+)-\d+\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,7 @@ def _files(event: ShardSaved, host: str) -> dict[str, FileEntry]:
     except (msgspec.ValidationError, KeyError, TypeError) as error:
         raise SmolrunError(f"{host}: its report is damaged: {error}") from None
     for name in files:
-        match = _NAME.fullmatch(name)
-        if match is None or int(match[1]) != event.rank:
+        if not is_file_of(event.rank, name):
             raise SmolrunError(f"{host}: {name[:80]!r} cannot be a file of rank {event.rank}")
     return files
 
