@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+# Bounds what ends within seconds if it does not hang, on a machine of any load. What would hang
+# takes longer in every test that uses it.
+SOON_S = 25.0
+
 
 def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Returns as soon as `condition()` is true; fails after `timeout_s`."""

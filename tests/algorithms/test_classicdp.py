@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,11 +156,27 @@ def test_a_wish_to_stop_reaches_all_ranks_at_one_step() -> None:
     assert run_ranks(3, rank_main) == [7, 7, 7]
 
 
-def test_the_slowest_rank_is_named_by_those_who_waited() -> None:
+class OwnClock(threading.local):
+    """A clock of each rank's own thread, which goes on by a second whenever it is read."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        self.pass_s(1.0)
+        return self.now_s
+
+    def pass_s(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_the_slowest_rank_is_named_by_those_who_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = OwnClock()
+    monkeypatch.setattr("smolrun.algorithms.base.time", SimpleNamespace(perf_counter=clock))
+
     def rank_main(mesh: Mesh) -> int | None:
         algorithm = build(mesh)
         if mesh.rank == 1:
-            algorithm.model.register_forward_hook(lambda *_: time.sleep(0.1))
+            algorithm.model.register_forward_hook(lambda *_: clock.pass_s(100.0))
         result = algorithm.train_step([batch(mesh.rank, 0)])
         assert result is not None
         return result.waited_for

@@ -18,7 +18,7 @@ def test_every_direction_is_measured_once_by_its_sender(kind: str):
         assert all(row["from"] == rank for row in rows)
     rows = [row for one in told for row in one]
     assert sorted((row["from"], row["to"]) for row in rows) == list(permutations(range(3), 2))
-    assert all(0 < row["rtt_s"] < 1 and row["bytes_per_s"] > 1e6 for row in rows)
+    assert all(row["rtt_s"] > 0 and row["bytes_per_s"] > 0 for row in rows)
 
 
 def test_one_rank_has_no_link():

@@ -7,14 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from smolrun.cli import choices, help
 from tests.cli.command import quickest, smolrun
 
-# The goal is 0.25 s; a busy test machine may need longer.
-SECONDS = 0.5
+SECONDS = 0.25  # the goal, of a machine with nothing else to do
 
 
-def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path):
+@pytest.mark.soak
+def test_help_is_instant(tmp_path: Path):
     def seconds() -> float:
         began = time.perf_counter()
         subprocess.run(
@@ -26,6 +28,9 @@ def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path):
         return time.perf_counter() - began
 
     assert quickest(seconds, SECONDS) < SECONDS
+
+
+def test_help_imports_and_starts_nothing(tmp_path: Path):
     assert all(smolrun(tmp_path, flag).seen == "[]" for flag in ("--help", "-h"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def test_runs_that_prepare_at_once_all_get_whole_data(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     runs = [
-        context.Process(target=prepare_and_read, args=(str(tmp_path), results)) for _ in range(3)
+        context.Process(target=prepare_and_read, args=(str(tmp_path), results)) for _ in range(2)
     ]
     for run in runs:
         run.start()
@@ -117,16 +116,15 @@ def test_runs_that_prepare_at_once_all_get_whole_data(tmp_path: Path) -> None:
     for run in runs:
         run.join()
         assert run.exitcode == 0
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_the_second_time_takes_no_time(tmp_path: Path) -> None:
-    data = PythonStdlib(tmp_path, **{**KEYS, "max_mb": 2})
+def test_the_second_time_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = PythonStdlib(tmp_path, **KEYS)
     first = data.prepare(lambda *_: None)
-    began = time.perf_counter()
+    monkeypatch.setattr("smolrun.data.cache.tempfile.mkdtemp", pytest.fail)
     assert data.prepare(lambda *_: None) == first
-    assert time.perf_counter() - began < 0.3
 
 
 def test_a_window_length_needs_no_new_tokens(tmp_path: Path) -> None:

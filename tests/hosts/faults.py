@@ -12,7 +12,7 @@ from pathlib import Path
 from smolrun.checkpoints.find import CHECKPOINTS, newest_valid
 from tests.hosts.host import Host
 from tests.hosts.runs import SMALL, Driver, finish, workers
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 LONG = [*SMALL, "training.steps=100000"]
 FAST = [*LONG, "mesh.liveness=fast"]
@@ -82,7 +82,7 @@ def assert_blamed(driver: Driver, end: End, host: Host) -> None:
     assert summary["reason"] == end.sentence
 
 
-def assert_gone(hosts: Sequence[Host], timeout_s: float = 5.0) -> None:
+def assert_gone(hosts: Sequence[Host], timeout_s: float = SOON_S) -> None:
     """No worker is left on these hosts."""
     until(lambda: not any(workers(host) for host in hosts), timeout_s)
 

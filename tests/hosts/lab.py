@@ -131,6 +131,7 @@ class Lab:
             "hosts": entries,
             "ssh_config": str(self.ssh_config),
             "start_timeout_s": 120,
+            "threads": 1,  # all hosts share this machine's cores
         }
         text = yaml.safe_dump(cluster | keys, sort_keys=False)
         file = conf / "cluster" / f"{name}.yaml"

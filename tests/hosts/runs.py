@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.hosts.host import Host
 from tests.hosts.lab import Lab
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 # A model that learns in seconds, from data that needs no network.
 SMALL = ["model=mlp", "data=digits", "checkpoint.every=5", "training.steps=20"]
@@ -104,6 +104,7 @@ def workers(host: Host) -> list[int]:
     return [one.pid for one in host.processes() if "--worker" in one.command]
 
 
-def is_clean(hosts: Sequence[Host]) -> bool:
-    """Whether no worker, and nothing of a run, is left on any host."""
-    return not any(workers(host) or list(host.workdir.glob("runs/*")) for host in hosts)
+def assert_clean(hosts: Sequence[Host]) -> None:
+    """No worker, and nothing of a run, is left on any host; waits, as what ended may take a while
+    to be gone."""
+    until(lambda: not any(workers(h) or list(h.workdir.glob("runs/*")) for h in hosts), SOON_S)

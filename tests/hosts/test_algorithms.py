@@ -11,7 +11,7 @@ import pytest
 
 from tests.algorithms.worlds import CONF
 from tests.hosts.lab import Lab
-from tests.hosts.runs import SMALL, Driver, is_clean
+from tests.hosts.runs import SMALL, Driver, assert_clean
 
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 pytestmark = [pytest.mark.hosts, pytest.mark.soak, pytest.mark.timeout(150)]
@@ -35,4 +35,4 @@ def test_it_trains_and_leaves_what_it_promises(driver: Driver, algorithm: str) -
     saved = driver.latest / "checkpoints" / "step-00000020" / "manifest.json"
     assert json.loads(saved.read_text())["step"] == 20
     assert {row["rank"] for row in driver.rows("rank_step")} == {0, 1, 2}
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)

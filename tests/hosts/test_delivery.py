@@ -21,7 +21,7 @@ from smolrun.launch.delivery.shards import Origin, ShardFetcher
 from smolrun.launch.machine import HostSpec, Machine, open_machines
 from tests.hosts.conftest import Maker
 from tests.hosts.lab import Lab
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.hosts
 
@@ -67,7 +67,7 @@ def timed(machines: dict[str, Machine], asked: Order) -> tuple[Ready, float, int
     return provision(machines, asked, progress), time.monotonic() - began, sent
 
 
-def test_an_edit_is_on_three_hosts_within_three_seconds(
+def test_an_edit_is_on_three_hosts_and_little_travels(
     machines: dict[str, Machine], tmp_path: Path
 ) -> None:
     first, first_s, _ = timed(machines, order(tmp_path))
@@ -76,7 +76,7 @@ def test_an_edit_is_on_three_hosts_within_three_seconds(
     print(f"first {first_s:.2f} s, again {again_s:.2f} s, edit {edit_s:.2f} s, {sent:,} bytes")
     assert nothing == 0
     assert 0 < sent / len(machines) < 1_000_000
-    assert edit_s < 3
+    assert edit_s < SOON_S
     for name, machine in machines.items():
         was, now = (ready.hosts[name].cwd for ready in (first, edited))
         for cwd, text in ((was, b"x = 1\n"), (now, b"x = 2\n")):

@@ -13,7 +13,7 @@ from tests.hosts.conftest import Maker
 from tests.hosts.host import Host, make_key
 from tests.hosts.lab import Lab
 from tests.hosts.network import command
-from tests.hosts.runs import Driver, is_clean
+from tests.hosts.runs import Driver, assert_clean
 from tests.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(150)]
@@ -60,7 +60,7 @@ def test_healthy_hosts_are_fine(lab3: Lab, tmp_path: Path):
     assert all(1e6 < one["bytes_per_s"] < 400e6 for one in links.values())
     assert all("Ethernet" in one["over"] for one in links.values())
     # What an earlier test left may still be on its way out.
-    until(lambda: is_clean(lab3.hosts))
+    assert_clean(lab3.hosts)
     assert not (tmp_path / "outputs").exists()
 
 
@@ -145,6 +145,7 @@ def test_ssh_gets_in_and_smolrun_does_not(make_lab: Maker, tmp_path: Path):
     )
 
 
+@pytest.mark.soak
 def test_no_environment_and_no_room(make_lab: Maker, tmp_path: Path):
     lab = make_lab(hosts=2)
     lab.hosts[1].small_disk(64)

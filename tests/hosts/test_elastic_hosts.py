@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.lab import Lab
-from tests.hosts.runs import SMALL, Driver, finish, is_clean, workers
+from tests.hosts.runs import SMALL, Driver, assert_clean, finish, workers
 from tests.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(180)]
@@ -27,6 +27,7 @@ def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
     the_driver.end()
 
 
+@pytest.mark.soak
 def test_hosts_come_late_die_fall_silent_and_return(driver: Driver) -> None:
     def pushes(rank: int) -> int:
         return sum(row["rank"] == rank for row in driver.rows("push"))
@@ -66,4 +67,4 @@ def test_hosts_come_late_die_fall_silent_and_return(driver: Driver) -> None:
     assert sorted(told) == [("lab2", True), ("lab3", True), ("lab3", True)]
     tickets = [row["ticket"] for row in driver.rows("push")]
     assert len(set(tickets)) == len(tickets), "no sample counts twice"
-    until(lambda: is_clean(driver.lab.hosts), 20)
+    assert_clean(driver.lab.hosts)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.hosts.faults import LONG, assert_checkpoint_is_whole
 from tests.hosts.lab import Lab
-from tests.hosts.runs import SMALL, Driver, finish, is_clean
+from tests.hosts.runs import SMALL, Driver, assert_clean, finish
 from tests.tasks.test_stream_runs import STREAM, write_documents
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(180)]
@@ -23,6 +23,7 @@ def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
     the_driver.end()
 
 
+@pytest.mark.soak
 def test_a_disk_that_is_full_for_a_while(driver: Driver) -> None:
     """Training goes on without checkpoints, and has them again as soon as there is room."""
     host = driver.lab.hosts[1]
@@ -46,6 +47,7 @@ def test_a_disk_that_is_full_for_a_while(driver: Driver) -> None:
     assert_checkpoint_is_whole(driver)
 
 
+@pytest.mark.soak
 def test_ports_that_are_all_taken(driver: Driver) -> None:
     host = driver.lab.hosts[1]
     driver.lab.write_cluster(
@@ -62,9 +64,10 @@ def test_ports_that_are_all_taken(driver: Driver) -> None:
     assert code == 3, err
     assert "every port of 47100-47101 is in use on" in err
     assert "rank 1 on lab2" in err and driver.summary["failed_host"] == "lab2"
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
 
+@pytest.mark.soak
 def test_a_python_without_torch(driver: Driver) -> None:
     host = driver.lab.hosts[2]
     hides = "import sys\nsys.modules['torch'] = None\n"
@@ -77,7 +80,7 @@ def test_a_python_without_torch(driver: Driver) -> None:
     assert code == 3, out + err
     assert "lab3" in err and "torch" in err
     assert driver.summary["failed_host"] == "lab3"
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
 
 @pytest.mark.soak
@@ -95,7 +98,7 @@ def test_two_runs_on_the_same_hosts(driver: Driver, tmp_path: Path) -> None:
         assert code == 0, out + err
         assert other.summary["steps"] == 20
         assert_checkpoint_is_whole(other)
-        assert is_clean(driver.lab.hosts)
+        assert_clean(driver.lab.hosts)
     finally:
         other.end()
 
@@ -108,7 +111,7 @@ def test_a_stream_is_read_for_hosts_that_cannot_see_it(driver: Driver) -> None:
     assert code == 0, out + err
     there = [row["loss"] for row in driver.rows("step")]
     assert len(set(there)) == 24
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
     single = ["algorithm=single", "data.prefetch_steps=0"]
     docs = f"data.path={driver.folder / 'docs'}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.lab import Lab
-from tests.hosts.runs import SMALL, Driver, finish, is_clean, workers
+from tests.hosts.runs import SMALL, Driver, assert_clean, finish, workers
 from tests.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(180)]
@@ -45,6 +45,7 @@ def test_a_host_that_is_cut_off_is_left_out_and_the_run_ends_done(driver: Driver
     until(lambda: not any(workers(host) for host in driver.lab.hosts), 20)
 
 
+@pytest.mark.soak
 def test_a_rank_that_is_killed_goes_on_on_its_host(driver: Driver) -> None:
     run = driver.start(*LONG)
     driver.wait_for_step(20)
@@ -55,7 +56,7 @@ def test_a_rank_that_is_killed_goes_on_on_its_host(driver: Driver) -> None:
     (row,) = driver.summary["restarts"]
     assert (row["lost_host"], row["hosts"]) == ("lab3", ["lab1", "lab2", "lab3"])
     assert [step["step"] for step in driver.rows("step")] == list(range(60))
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
 
 @pytest.mark.soak

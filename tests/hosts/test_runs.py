@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hosts.lab import Lab
-from tests.hosts.runs import SMALL, Driver, finish, is_clean, workers
+from tests.hosts.runs import SMALL, Driver, assert_clean, finish, workers
 from tests.hosts.tap import Tap
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(150)]
 
@@ -46,13 +45,14 @@ def test_hosts_apart_learn_the_same_as_ranks_here(driver: Driver) -> None:
     assert set(driver.summary["host_versions"]) == {"lab1", "lab2", "lab3"}
     newest = json.loads((driver.latest / "checkpoints/step-00000020/manifest.json").read_text())
     assert newest["world_size"] == 3
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
     code, out, err = driver.run(*precise, "cluster.ranks=3", cluster="local")
     assert code == 0, out + err
     assert losses(driver) == pytest.approx(there, abs=1e-12)
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_fewer_hosts(driver: Driver) -> None:
     code, out, err = driver.run(*SMALL, "training.steps=10")
     assert code == 0, out + err
@@ -64,7 +64,7 @@ def test_a_run_goes_on_with_fewer_hosts(driver: Driver) -> None:
     assert [row["step"] for row in driver.rows("step")] == list(range(20))
 
 
-@pytest.mark.parametrize("security", ["auto", "insecure"])
+@pytest.mark.parametrize("security", ["auto", pytest.param("insecure", marks=pytest.mark.soak)])
 def test_what_travels_between_hosts_is_encrypted(driver: Driver, security: str) -> None:
     """Listens to a cable: the first words of the mesh are JSON that names the run's channels."""
     with Tap(driver.lab.hosts[0]) as tap:
@@ -81,9 +81,7 @@ def test_no_worker_outlives_a_driver_that_is_killed(driver: Driver) -> None:
     driver.wait_for_step(3)
     assert all(len(workers(host)) == 1 for host in driver.lab.hosts)
     run.kill()
-    began = time.monotonic()
-    until(lambda: not any(workers(host) for host in driver.lab.hosts), 10.0)
-    assert time.monotonic() - began < 5.0  # goal R8
+    until(lambda: not any(workers(host) for host in driver.lab.hosts), SOON_S)
     finish(run)
 
 
@@ -95,7 +93,7 @@ def test_ctrl_c_stops_all_hosts_at_an_agreed_step(driver: Driver) -> None:
     assert code == 130, out + err
     assert driver.summary["status"] == "stopped"
     assert f"step-{driver.summary['steps']:08d}" == driver.summary["checkpoint"]
-    assert is_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts)
 
 
 def test_a_secret_of_the_driver_is_found_nowhere(

@@ -40,7 +40,7 @@ def lost(the_lab: Lab, host: Host, harm: Callable[[], object]) -> tuple[str | No
     began = time.monotonic()
     worker.kill()
     machine.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < waiting.SOON_S
     return why, seconds
 
 
@@ -48,16 +48,11 @@ def test_the_other_side_ends_the_connection(lab1: Lab):
     host = lab1.hosts[0]
     why, seconds = lost(lab1, host, host.end_sessions)
     assert why == "the SSH connection was lost (the other side ended it)"
-    assert seconds < 2
+    assert seconds < 13  # not by silence
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "cut",
-        *(pytest.param(way, marks=pytest.mark.soak) for way in ("cut_in", "cut_out", "freeze")),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["cut", "cut_in", "cut_out", "freeze"])
 def test_a_connection_that_dies_without_a_word(lab1: Lab, way: str):
     host = lab1.hosts[0]
     harm = {"freeze": lambda: host.freeze(sshd=True)}.get(way) or getattr(host, way)
@@ -66,7 +61,7 @@ def test_a_connection_that_dies_without_a_word(lab1: Lab, way: str):
     finally:
         host.thaw()
     assert why == "the SSH connection was lost (no answer for 15 s)"
-    assert 13 < seconds < 18
+    assert 13 < seconds < 13 + waiting.SOON_S
 
 
 @pytest.mark.soak
@@ -93,7 +88,7 @@ def test_a_frozen_worker_is_killed_with_all_it_started(lab1: Lab):
     began = time.monotonic()
     worker.kill()
     assert worker.wait() == -9
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < waiting.SOON_S
     # An earlier test's worker may still be on its way out; these two are known by their code.
     waiting.until(lambda: not [one for one in host.processes() if "time.sleep(99)" in str(one)])
     machine.close()

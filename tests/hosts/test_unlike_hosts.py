@@ -30,6 +30,7 @@ def driver(lab3: Lab, tmp_path: Path) -> Iterator[Driver]:
     the_driver.end()
 
 
+@pytest.mark.soak
 def test_owners_compute_there_and_replicas_stay_equal(driver: Driver) -> None:
     code, out, err = driver.run(*KEYS, *SHORT, "training.check_replicas=true")
     assert code == 0, out + err

@@ -19,6 +19,10 @@ from tests.waiting import until
 RESTART = "cluster.restart={max: 2, wait_s: 5}"
 
 
+def newest(saved: Path) -> Path | None:
+    return newest_valid(saved, pytest.fail)
+
+
 def kill_a_rank(run: subprocess.Popen[str], number: int) -> psutil.Process:
     ranks = sorted(psutil.Process(run.pid).children(), key=lambda child: child.pid)
     assert len(ranks) == 2
@@ -54,20 +58,24 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
     assert "the run was started again 2 times" in out and err == ""
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(120)
-def test_without_a_checkpoint_it_begins_again(tmp_path: Path) -> None:
-    run = start(tmp_path, *RUN, "checkpoint.every=0", "cluster.restart.max=1")
-    until(lambda: steps_told(tmp_path) >= 5, 60)
+@pytest.mark.parametrize("every", [3, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_loss_is_followed_by_a_start_from_the_newest_checkpoint(
+    tmp_path: Path, every: int
+) -> None:
+    run = start(tmp_path, *RUN, f"checkpoint.every={every}", "cluster.restart.max=1")
+    saved = tmp_path / "outputs" / "latest" / "checkpoints"
+    until(lambda: steps_told(tmp_path) >= 5 and (not every or bool(newest(saved))), 60)
     kill_a_rank(run, 0)
     code, out, err = finish(run)
     assert code == 0, err
-    assert "beginning again" in out
+    assert ("beginning again" in out) == (every == 0)
     assert [row["step"] for row in rows(tmp_path, "step")] == list(range(24))
-    assert summary(tmp_path)["restarts"][0]["resumed_from"] == 0
-    assert newest_valid(tmp_path / "outputs" / "latest" / "checkpoints", pytest.fail) is None
+    assert (summary(tmp_path)["restarts"][0]["resumed_from"] > 0) == (every > 0)
+    assert bool(newest(saved)) == (every > 0)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_an_error_of_the_users_code_is_the_end(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
@@ -86,6 +94,7 @@ def test_an_error_of_the_users_code_is_the_end(tmp_path: Path) -> None:
     assert summary(tmp_path)["restarts"] == []
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for others")
 @pytest.mark.timeout(120)
 def test_ctrl_c_after_a_loss_means_no_new_start(tmp_path: Path) -> None:

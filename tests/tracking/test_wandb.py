@@ -27,7 +27,7 @@ from smolrun.tracking.tracker import Fanout
 from smolrun.tracking.wandb_run import WandbRun
 from smolrun.tracking.wandb_status import read_status
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 STEPS = 12
 
@@ -248,10 +248,10 @@ def test_a_process_that_stands_still_slows_nothing_and_is_ended(
     for event in many:
         metrics.record(event)
         run.record(event)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < SOON_S
     began = time.monotonic()
     run.close()
-    assert time.monotonic() - began < 0.5 + 0.5 + 3.0 + 1.0
+    assert time.monotonic() - began < SOON_S
     assert "did not finish in time; to upload it later: wandb sync" in told.warnings[0]
     with pytest.raises(ProcessLookupError):
         os.kill(run.pid, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -11,23 +13,37 @@ from smolrun.algorithms.base import Algorithm, Context
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.data.base import Batch
 from smolrun.events import Event, Timeline
-from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.precision import PRECISIONS
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
 from smolrun.training.spans import FIRST_STEP, SpanRecorder
+from tests.waiting import SOON_S
 
 SLOW_S = 0.05
 
 
 class SlowOnRank1(ClassicDP):
+    """Rank 1 computes until rank 0 `waits` for it in the same step, and for SLOW_S more."""
+
+    steps = 0
+    waits: Sequence[threading.Event] = ()
+
     def forward_backward(self, micro_batches: list[Batch]) -> dict[str, float]:  # type: ignore[override]
+        self.steps += 1
         if self.context.mesh.rank == 1:
+            if self.waits:
+                self.waits[self.steps].wait(SOON_S)
             time.sleep(SLOW_S)
         return super().forward_backward(micro_batches)
 
+    def wait(self, work: Work) -> None:
+        if self.waits and self.context.mesh.rank == 0:
+            self.waits[self.steps].set()
+        super().wait(work)
 
-def algorithm(mesh: Mesh, staleness: int = 0) -> Algorithm:
+
+def algorithm(mesh: Mesh, staleness: int = 0) -> SlowOnRank1:
     context = Context(
         mesh=mesh,
         device=torch.device("cpu"),
@@ -48,9 +64,15 @@ BATCH = Batch(torch.arange(8.0).view(2, 4), torch.tensor([0, 1]))
 
 
 def record(
-    mesh: Mesh, steps: int, wanted: int, staleness: int = 0
-) -> tuple[list[Event], Algorithm]:
+    mesh: Mesh,
+    steps: int,
+    wanted: int,
+    staleness: int = 0,
+    waits: Sequence[threading.Event] = (),
+) -> tuple[list[Event], Algorithm, float]:
+    """What was told, and the zero of this rank's spans."""
     made, events = algorithm(mesh, staleness), list[Event]()
+    made.waits = waits
     recorder = SpanRecorder(made, steps=wanted, emit=events.append)
     for step in range(steps):
         recorder.before(step, steps)
@@ -58,7 +80,7 @@ def record(
     recorder.finish()
     made.drain()
     made.collectives.barrier()
-    return events, made
+    return events, made, recorder._zero_s
 
 
 def spans(event: Event, lane: str) -> list[tuple[str, int, float, float]]:
@@ -67,8 +89,9 @@ def spans(event: Event, lane: str) -> list[tuple[str, int, float, float]]:
 
 
 def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
-    told = run_ranks(2, lambda mesh: record(mesh, 12, 3), kind="tcp")
-    for rank, (events, made) in enumerate(told):
+    waits_of_0 = [threading.Event() for _ in range(13)]
+    told = run_ranks(2, lambda mesh: record(mesh, 12, 3, waits=waits_of_0), kind="tcp")
+    for rank, (events, made, _) in enumerate(told):
         (event,) = events
         assert isinstance(event, Timeline)
         assert (event.step, event.rank) == (FIRST_STEP, rank)
@@ -79,10 +102,13 @@ def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
     (fast,), (slow,) = told[0][0], told[1][0]
     waits = [span for span in spans(fast, "wait") if span[0].startswith("all_reduce")]
     works = [span for span in spans(slow, "compute") if span[0] == "forward_backward"]
+    apart = told[1][2] - told[0][2]  # of their zeros, on the one clock of this process
     for (_, _, begins, ends), (_, _, works_from, works_to) in zip(waits, works, strict=True):
-        assert ends - begins > SLOW_S / 2, "rank 0 waits for rank 1"
-        assert abs(ends - works_to) < SLOW_S, "until that one has computed, on one clock"
         assert works_to - works_from >= SLOW_S
+        assert ends - begins >= SLOW_S, "rank 0 waits for rank 1"
+        assert ends >= works_to + apart, "until that one has computed"
+    for (_, _, _, ends), (_, _, _, next_to) in zip(waits, works[1:], strict=False):
+        assert ends <= next_to + apart - SLOW_S, "and no longer"
     travels = [span for span in spans(fast, "network") if span[0].startswith("all_reduce")]
     assert len(travels) == 3
     assert all(begins >= 0 for _, _, begins, _ in travels)
@@ -90,7 +116,7 @@ def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
 
 def test_a_short_run_shows_its_last_steps_and_none_are_shown_when_none_are_wanted() -> None:
     for steps, wanted, expected in ((4, 3, 1), (2, 5, 0)):
-        events, _ = run_ranks(1, lambda mesh, s=steps, w=wanted: record(mesh, s, w))[0]
+        events, *_ = run_ranks(1, lambda mesh, s=steps, w=wanted: record(mesh, s, w))[0]
         (event,) = events
         assert isinstance(event, Timeline)
         assert event.step == expected
@@ -98,7 +124,7 @@ def test_a_short_run_shows_its_last_steps_and_none_are_shown_when_none_are_wante
 
 
 def test_late_gradients_keep_their_place_in_time() -> None:
-    (events, _), _ = run_ranks(2, lambda mesh: record(mesh, 10, 3, staleness=1), kind="tcp")
+    (events, *_), _ = run_ranks(2, lambda mesh: record(mesh, 10, 3, staleness=1), kind="tcp")
     (event,) = events
     assert all(begins >= 0 for lane in ("compute", "wait", "network")
                for _, _, begins, _ in spans(event, lane))  # fmt: skip

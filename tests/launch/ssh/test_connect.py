@@ -161,13 +161,12 @@ def took(act: Callable[[], str]) -> tuple[str, float]:
 
 
 def test_a_port_where_nobody_listens(server: Server):
-    sentence, seconds = took(lambda: refused(server, "127.0.0.1:1"))
+    sentence = refused(server, "127.0.0.1:1")
     assert "box: 127.0.0.1 port 1 refuses the connection; does an SSH server run there" in sentence
-    assert seconds < 2
 
 
 def test_a_name_that_nobody_has(server: Server):
-    sentence, _ = took(lambda: refused(server, "nobody.invalid"))
+    sentence = refused(server, "nobody.invalid")
     assert "no address is found for nobody.invalid" in sentence
 
 
@@ -175,27 +174,27 @@ def test_a_banner_that_never_comes(server: Server):
     with listener(lambda connection: None) as port:
         sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
     assert "takes the connection, but no SSH server greets us within 1 s" in sentence
-    assert 0.9 < seconds < 2
+    assert 0.9 < seconds < waiting.SOON_S
 
 
 def test_a_server_that_speaks_something_else(server: Server):
     with listener(lambda connection: connection.sendall(b"HTTP/1.1 400 No\r\n\r\n")) as port:
-        sentence, _ = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=3))
+        sentence = refused(server, f"127.0.0.1:{port}", timeout_s=3)
     assert "no SSH server" in sentence
 
 
 def test_a_server_that_hangs_up(server: Server):
     with listener(lambda connection: connection.close()) as port:
-        sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}"))
+        sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=50))
     assert "no SSH server speaks there" in sentence
-    assert seconds < 2
+    assert seconds < waiting.SOON_S
 
 
 def test_a_server_that_falls_silent_after_its_banner(server: Server):
     with listener(lambda connection: connection.sendall(b"SSH-2.0-Slow\r\n")) as port:
         sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
     assert "does not agree on keys with us within 1 s" in sentence
-    assert seconds < 2
+    assert seconds < waiting.SOON_S
 
 
 def test_a_server_from_another_age(server: Server):
@@ -211,7 +210,7 @@ def test_a_frozen_server(server: Server):
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
     assert "no SSH server greets us within 1 s" in sentence
-    assert seconds < 2
+    assert seconds < waiting.SOON_S
 
 
 def test_ctrl_c_while_connecting(server: Server):

@@ -42,7 +42,7 @@ def test_a_command_that_does_not_end(box: SshConnection):
     began = time.monotonic()
     with pytest.raises(HostError, match=r"box: `sleep 30` did not end within 0\.5 s"):
         box.run("sleep 30", timeout_s=0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < waiting.SOON_S
     assert box.run("echo well").out == b"well\n"
 
 
@@ -149,9 +149,9 @@ def test_silence_is_noticed(mine: Server, monkeypatch: pytest.MonkeyPatch):
         one.suspend()
     began = time.monotonic()
     assert process.wait() is None
-    assert 1.0 < time.monotonic() - began < 4
+    assert 1.0 < time.monotonic() - began < waiting.SOON_S
     assert connection.is_silent
-    assert re.fullmatch(r"the SSH connection was lost \(no answer for \d s\)", connection.lost)
+    assert re.fullmatch(r"the SSH connection was lost \(no answer for \d+ s\)", connection.lost)
     for one in frozen:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.resume()
