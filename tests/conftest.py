@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
 import pytest
+
+# Ranks are threads of one process in most tests, and several tests run side by side: if every rank
+# had all cores, they would wait for each other's threads. It has to be said before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_sessionstart() -> None:
