@@ -59,6 +59,7 @@ def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
     assert ended.seen == "['import hydra']"  # no torch, nothing started
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_driver_that_is_killed_is_told_with_what_goes_on(tmp_path: Path) -> None:
     with in_background(tmp_path) as run:

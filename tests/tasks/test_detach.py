@@ -37,6 +37,7 @@ def test_it_runs_in_a_session_of_its_own_and_ends_by_sigterm(tmp_path: Path) -> 
         assert "go on with: smolrun checkpoint.resume" in run.log()
 
 
+@pytest.mark.soak
 @posix
 @pytest.mark.timeout(120)
 def test_a_terminal_that_is_closed_does_not_end_it(tmp_path: Path) -> None:
@@ -83,6 +84,7 @@ def test_an_error_before_the_start_is_shown_with_its_exit_code(tmp_path: Path) -
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
+@pytest.mark.soak
 @posix
 @pytest.mark.timeout(120)
 def test_ctrl_c_while_the_data_is_prepared_starts_nothing(tmp_path: Path) -> None:

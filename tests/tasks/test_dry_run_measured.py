@@ -25,6 +25,7 @@ SIZES = {
 }
 
 
+@pytest.mark.soak
 def test_a_small_run_takes_what_was_promised(tmp_path: Path) -> None:
     found = compare(
         tmp_path, ["model=mlp", "data=digits", "training.global_batch_size=512", *SHORT]

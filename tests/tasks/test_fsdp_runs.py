@@ -20,6 +20,7 @@ def losses(folder: Path, *runs: list[str]) -> list[float]:
     return [row["loss"] for row in rows(folder, "step")]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_a_run_goes_on_as_another_algorithm_on_other_ranks(tmp_path: Path) -> None:
     # A constant learning rate, as that of other schedules hangs on the number of steps.

@@ -96,6 +96,7 @@ def build(spec):
 """
 
 
+@pytest.mark.soak
 def test_code_that_raises_on_one_host_only_ends_the_run_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "my_net.py").write_text(ON_ONE_HOST)
     (tmp_path / "lacking").touch()

@@ -117,6 +117,7 @@ def test_it_is_started_seen_and_stopped_from_here(
     assert list((box.workdir / "runs").iterdir()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_attach_shows_it_and_a_lost_machine_is_told(
     box: Box, capsys: pytest.CaptureFixture[str]

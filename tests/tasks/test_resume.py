@@ -116,7 +116,7 @@ def check_traces(folder: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]], seed: int
 ) -> None:
@@ -168,6 +168,7 @@ def test_five_kills_of_one_run(tmp_path: Path, keys: tuple[str, ...]) -> None:
     check_traces(killed)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.timeout(120)
 def test_a_run_that_is_told_to_end_saves_and_goes_on(
@@ -194,6 +195,7 @@ def copy(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]) -> Path:
     return tmp_path
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     copy: Path, whole: tuple[Path, dict[str, torch.Tensor]]
@@ -246,15 +248,15 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_other_ranks_and_more_steps_go_on(copy: Path) -> None:
+def test_other_ranks_another_algorithm_and_more_steps_go_on(copy: Path) -> None:
     code, _, err = train(
         copy, "checkpoint.resume=latest", "training.steps=26", "cluster.ranks=3",
-        "training.check_replicas=true",
+        "algorithm=fsdp", "algorithm.stage=2", "training.check_replicas=true",
     )  # fmt: skip
     assert code == 0, err
     assert [row["step"] for row in rows(copy, "step")] == list(range(26))
     assert all(len(set(row["hashes"])) == 1 for row in rows(copy, "replica_hash"))
-    assert summary(copy)["world_size"] == 3
+    assert (summary(copy)["world_size"], summary(copy)["algorithm"]) == (3, "fsdp")
 
 
 @pytest.mark.timeout(120)

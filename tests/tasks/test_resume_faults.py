@@ -66,6 +66,7 @@ def test_a_disk_that_is_full_does_not_end_training_but_is_not_silent(tmp_path: P
     assert list((tmp_path / "outputs" / "latest" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root on Linux can mount a small disk"
 )
@@ -88,6 +89,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path: Path) 
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_rewinding_twice_never_mixes_two_timelines(copy: Path) -> None:
     run = (copy / "outputs" / "latest").resolve()

@@ -36,6 +36,7 @@ def test_once_is_at_an_agreed_step_saved(tmp_path: Path) -> None:
     assert ended.code == 0 and "has ended already" in ended.out
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows cannot freeze a process")
 @pytest.mark.timeout(120)
 def test_twice_is_at_once(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder, "step")]
 
 
+@pytest.mark.soak
 def test_one_rank_reads_the_same_rows_as_two(on_two_ranks: Path, tmp_path: Path) -> None:
     docs = f"data.path={on_two_ranks / 'docs'}"
     single = ["algorithm=single", "data.prefetch_steps=0"]
@@ -87,6 +88,7 @@ def test_a_run_goes_on_in_the_middle_of_the_stream(on_two_ranks: Path, tmp_path:
     assert_same(state_of(on_two_ranks), state_of(tmp_path))
 
 
+@pytest.mark.soak
 def test_a_stream_that_breaks_midway_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     write_documents(tmp_path / "docs")
     with (tmp_path / "docs" / "1.jsonl").open("a") as file:

@@ -28,6 +28,7 @@ class Slow(ClassicDP):
 SLOW = ["algorithm.name=slow", "algorithm.target=slow_rank:Slow", "training.steps=10"]
 
 
+@pytest.mark.soak
 def test_a_slow_rank_is_named_by_verdict_summary_and_timeline(tmp_path: Path) -> None:
     (tmp_path / "slow_rank.py").write_text(SLOW_RANK)
     code, out, err = finish(start(tmp_path, *SMALL, *SLOW, "training.eval_batches=1"))

@@ -92,6 +92,7 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.soak
 def test_losses_do_not_depend_on_how_many_ranks_share_the_batch(tmp_path: Path) -> None:
     losses = []
     for choice in (["algorithm=single"], ["cluster.ranks=3"]):

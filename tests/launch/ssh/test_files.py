@@ -83,6 +83,7 @@ def test_a_full_disk(box: SshConnection, tmp_path: Path):
     box.put(b"x", f"{tmp_path}/well")
 
 
+@pytest.mark.soak
 def test_a_large_file_does_not_fill_the_memory(box: SshConnection, tmp_path: Path, there: Path):
     size = 150 * MIB
     with (tmp_path / "source").open("wb") as file:
