@@ -118,7 +118,7 @@ def test_a_goodbye_is_told_as_leaving_and_what_was_sent_before_can_be_taken(kind
 
 
 def test_a_silent_peer_is_lost_and_may_come_back_while_another_is_served() -> None:
-    with star(3, silence_s=0.5) as made:
+    with star(3, silence_s=2.0) as made:
         frozen, other = made.join(1), made.join(2)
         work = made.server.recv(1, Tag(1, 0, 0), torch.empty(4))
         fall_silent(frozen)
