@@ -22,7 +22,7 @@ run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.st
 	$(VENV)/bin/smolrun $(ARGS)
 
 test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of them)
-	$(PYTHON) -m pytest -m "not soak" -n 2 $(ARGS)
+	$(PYTHON) -m pytest -m "not soak" -n 2 --durations=10 $(ARGS)
 
 check: $(READY)  ## format, lint, types, floors: what every change must pass
 	$(PYTHON) -m ruff format --check .
@@ -33,8 +33,8 @@ check: $(READY)  ## format, lint, types, floors: what every change must pass
 bench: $(READY)  ## measure smolrun beside other libraries (ARGS="bench=step" for another bench)
 	$(VENV)/bin/smolrun task=bench $(ARGS)
 
-soak: $(READY)  ## the long tests
-	$(PYTHON) -m pytest -m soak --timeout 3600 $(ARGS)
+soak: $(READY)  ## the long tests, one after the other, on a machine with nothing else to do
+	$(PYTHON) -m pytest -m soak --timeout 3600 --durations=10 $(ARGS)
 
 lab: $(READY)  ## hosts with SSH on this one Linux machine, as root (HOSTS=3 RATE=200mbit; docs/lab.md)
 	$(PYTHON) -m tests.hosts.by_hand --hosts $(HOSTS) --rate $(RATE) $(ARGS)
