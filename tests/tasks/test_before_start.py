@@ -79,6 +79,7 @@ def test_a_device_of_another_machine_is_not_looked_for_here(
     assert "no such device" in problems(f"cluster.hosts=[{there},{here}]")[0]
 
 
+@pytest.mark.soak
 def test_a_run_with_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "my_net.py").write_text(
         "from torch import nn\n\n\n"

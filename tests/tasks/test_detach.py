@@ -123,6 +123,7 @@ def test_a_sweep_is_not_detached(tmp_path: Path) -> None:
     assert "would start all jobs of -m at the same time" in err
 
 
+@pytest.mark.soak
 def test_a_dry_run_stays_here(tmp_path: Path) -> None:
     code, out, err = finish(start(tmp_path, *SMALL, "detach=true", "training.dry_run=true"))
     assert code == 0, err
