@@ -80,6 +80,8 @@ def train(
     )
     if checkpoints:
         checkpoints.begin(trainer)
+    if algorithm.evaluates and not algorithm.is_lockstep:
+        algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
     emit(_started(algorithm, prepared, training["steps"]))
     outcome = trainer.fit()
     if too_slow := late(algorithm.context.pace, mesh.rank):

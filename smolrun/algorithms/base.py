@@ -21,10 +21,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
 from smolrun.algorithms import saved
 from smolrun.algorithms.contract import (
@@ -41,8 +43,10 @@ from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
+from smolrun.parts.replicas import copy_from, persistent_buffers
 
 # What random numbers are drawn for: the first word of their seed. What a forward draws follows from
 # its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
@@ -74,6 +78,7 @@ class Algorithm(ABC):
         self._compute_s = 0.0
         self._wait_s = 0.0
         self._norms: dict[str, dict[str, float]] | None = None
+        self._changed_buffer = ""  # by a forward of this rank
 
     # -- what a trainer calls ----
 
@@ -100,8 +105,10 @@ class Algorithm(ABC):
         """One step; returns the update it finished, None while the first K are in flight."""
         self.context.mesh.progress = self.steps_begun
         with self._computing():
-            facts = self.forward_backward(micro_batches)
+            facts = self.watched_forward_backward(micro_batches)
         facts["samples"] = sum(len(batch.inputs) for batch in micro_batches)
+        # Only who has samples: others may have run the model on one that does not count.
+        facts["changed_buffer"] = float(bool(self._changed_buffer and facts["samples"]))
         facts["compute_s"] = self._compute_s
         facts["wants_stop"] = float(self.wants_stop)
         self.in_flight.append(self.synchronize(facts))
@@ -136,18 +143,18 @@ class Algorithm(ABC):
         return EvalSums(loss, int(weight), int(correct) if is_classes else None)
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         """The model's output for a batch, on every rank; collective."""
         self.model.eval()
         with self.context.precision.context(self.context.device):
-            output: torch.Tensor = self.model(self._to_device(tokens))
+            output: Tensor = self.model(self._to_device(tokens))
         self.model.train()
         return output.float().cpu()
 
-    def replica_tensors(self) -> list[torch.Tensor]:
-        """What must be equal on all ranks after every update, for the replica check; empty where
-        nothing is replicated."""
-        return []
+    def replica_tensors(self) -> dict[str, Tensor]:
+        """What must be equal on all ranks after every update, by name, for the replica check; empty
+        where nothing is replicated."""
+        return {}
 
     def pieces(self) -> list[Piece]:
         """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
@@ -196,11 +203,11 @@ class Algorithm(ABC):
             self.wait(work)
 
     @abstractmethod
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def load_gradients(self, flight: InFlight) -> list[Tensor]:
         """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
         distinct tensors that hold them."""
 
-    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
+    def gradients_in_flight(self, flight: InFlight) -> list[Tensor]:
         """The summed gradients of a flight whose works are done, one per parameter that is
         trained, in the model's order; for checkpoints, which read them and write into them.
 
@@ -227,7 +234,7 @@ class Algorithm(ABC):
         self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
 
-    def norm_squared(self, gradients: list[torch.Tensor]) -> float:
+    def norm_squared(self, gradients: list[Tensor]) -> float:
         """Squared norm of the whole gradient; where ranks hold parts, an override adds them up."""
         return squared_norm(gradients)
 
@@ -237,11 +244,50 @@ class Algorithm(ABC):
 
     # -- shared by all ----
 
-    def share_facts(self, facts: dict[str, float]) -> tuple[torch.Tensor, Work]:
+    def share_facts(self, facts: dict[str, float]) -> tuple[Tensor, Work]:
         """Starts to tell all ranks this rank's facts."""
         table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
         row = torch.tensor([facts[name] for name in FACTS], dtype=torch.float64)
         return table, self.collectives.all_gather(table, row, async_op=True)
+
+    def watched_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """`forward_backward`; and it notes whether one has ever changed a buffer that is saved
+        (running statistics). ConfigError where the ranks could not share it."""
+        if self._changed_buffer:
+            return self.forward_backward(micro_batches)
+        before = _copies(persistent_buffers(self.model))
+        facts = self.forward_backward(micro_batches)
+        self._note_changes(before, persistent_buffers(self.model))
+        return facts
+
+    def try_out(self, batch: Batch) -> None:
+        """Runs the model once, as in training, and changes nothing. Raises what the first batch
+        would raise: for a rank whose workers are started again and again when they fail."""
+        before = persistent_buffers(self.model)
+        after = _copies(before)  # functional_call leaves the changed ones here
+        with torch.no_grad():
+            self._answer(batch, lambda inputs: functional_call(self.model, after, (inputs,)))
+        self._note_changes(before, after)
+
+    def _note_changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+        changed = (name for name in after if not torch.equal(after[name], before[name]))
+        self._changed_buffer = next(changed, "")
+        if self._changed_buffer and not self.is_lockstep and self.context.mesh.world_size > 1:
+            raise ConfigError(
+                f"the model's forward changes its buffer {self._changed_buffer!r}, which ranks can "
+                "share only where they make every update together, unlike with algorithm=edp or "
+                "algorithm.straggler_s: take algorithm=classicdp, algorithm=fsdp or "
+                "algorithm=syncps (algorithm.straggler_s=0), or norms without running statistics "
+                "(LayerNorm, GroupNorm)"
+            )
+
+    def _share_buffers(self, facts: Mapping[str, Sequence[float]]) -> None:
+        """Where forward changes buffers, all ranks take those of the first rank that has trained,
+        after every update: as DDP does before every forward. So an evaluation is that of the model
+        that is saved, and nothing depends on when a run evaluates or saves. A mean would."""
+        if self.collectives.size > 1 and any(facts["changed_buffer"]):
+            first = next(index for index, changed in enumerate(facts["changed_buffer"]) if changed)
+            copy_from(self.collectives, first, list(persistent_buffers(self.model).values()))
 
     def wait(self, work: Work) -> None:
         """Waits for work and counts the time."""
@@ -260,17 +306,19 @@ class Algorithm(ABC):
         self.context.pace.end(self._wait_s)
         self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
 
-    def _to_device(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, inputs: Tensor) -> Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own format."""
         dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
         return inputs.to(device=self.context.device, dtype=dtype)
 
-    def _answer(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _answer(
+        self, batch: Batch, forward: Callable[[Tensor], Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits, in float32 at least, and targets, both on the device."""
         device = self.context.device
         self.context.reseed(FORWARD, batch.position)
         with self.context.precision.context(device):
-            logits = self.model(self._to_device(batch.inputs))
+            logits = (forward or self.model)(self._to_device(batch.inputs))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits, batch.targets.to(device)
 
@@ -284,6 +332,7 @@ class Algorithm(ABC):
         with self._computing():
             grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
+        self._share_buffers(facts)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
         has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
         culprits = [rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok]
@@ -304,3 +353,7 @@ class Algorithm(ABC):
         )
         self._compute_s = self._wait_s = 0.0
         return result
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import torch
 
-from smolrun.algorithms import saved_residuals
+from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, InFlight
 from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
@@ -83,7 +83,7 @@ class ClassicDP(Algorithm):
     def place(self, model: torch.nn.Module) -> None:
         """Keeps a replica; makes sure that all start from the same bytes."""
         super().place(model)
-        make_equal(self.collectives, self.replica_tensors())
+        make_equal(self.collectives, [*model.parameters(), *model.buffers()])
         self.catch_gradients()
 
     def catch_gradients(self) -> None:
@@ -99,9 +99,9 @@ class ClassicDP(Algorithm):
         """Where the gradients of a step are."""
         return step % (self.context.staleness + 1)
 
-    def replica_tensors(self) -> list[torch.Tensor]:
+    def replica_tensors(self) -> dict[str, torch.Tensor]:
         """The whole model."""
-        return [*self.model.parameters(), *self.model.buffers()]
+        return dict(saved.model_tensors(self.model))
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """As always, but backward writes into this step's slot of the buckets."""

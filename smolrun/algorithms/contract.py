@@ -22,7 +22,7 @@ from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 IGNORED = -100  # targets with this value carry no loss and no weight
 
 # Sums over the samples of one rank and step, exchanged between all ranks as float64.
-FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples")
+FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples", "changed_buffer")
 
 
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]

@@ -20,7 +20,6 @@ from smolrun.algorithms.contract import Part, Share, StepResult
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
-from smolrun.errors import ConfigError
 from smolrun.events import Event
 from smolrun.parts.courier import Courier, Ticket
 from smolrun.parts.flat_model import FlatModel
@@ -42,12 +41,7 @@ class EDP(Algorithm):
         self._samples = 0  # that this rank has computed since it last told
 
     def place(self, model: torch.nn.Module) -> None:
-        """A replica. ConfigError for a model that learns something without gradients."""
-        if any(getattr(module, "track_running_stats", False) for module in model.modules()):
-            raise ConfigError(
-                "algorithm=edp brings gradients to the server and nothing else, but this model has "
-                "norms that keep running means; take layer norms, or algorithm=classicdp"
-            )
+        """A replica."""
         super().place(model)
         self.flat_model = FlatModel(model.parameters())
         self.gradients = self.flat_model.zeros()
@@ -58,7 +52,7 @@ class EDP(Algorithm):
         for flat in self.gradients:
             flat.zero_()
         with self._computing():
-            told = self.forward_backward(micro_batches)
+            told = self.watched_forward_backward(micro_batches)
         if self.loss_scale.value != 1.0:
             for flat in self.gradients:
                 flat.div_(self.loss_scale.value)

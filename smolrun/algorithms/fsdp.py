@@ -43,7 +43,7 @@ from smolrun.parts.buckets import Bucket, pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
 from smolrun.parts.norms import joined
 from smolrun.parts.passing_gradients import PassingGradients
-from smolrun.parts.replicas import make_equal
+from smolrun.parts.replicas import make_equal, persistent_buffers
 from smolrun.parts.whole_on_use import Layer, WholeOnUse, layers_of, used_in_products
 
 
@@ -72,7 +72,7 @@ class OptimizerShards(ClassicDP):
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
         self.model = model
-        make_equal(self.collectives, self.replica_tensors())
+        make_equal(self.collectives, [*model.parameters(), *model.buffers()])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shards = cut(
             model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
@@ -126,7 +126,7 @@ class OptimizerShards(ClassicDP):
         for bucket, flat in reversed(list(zip(self.shards, self._replica, strict=True))):
             self._arrivals.add(bucket, bucket.gather(self.collectives, flat))
 
-    def replica_tensors(self) -> list[Tensor]:
+    def replica_tensors(self) -> dict[str, Tensor]:
         """The whole model, all of it there."""
         self._arrivals.land()
         return super().replica_tensors()
@@ -265,9 +265,9 @@ class ParameterShards(GradientShards):
             wait=lambda work: self.wait(work),
         )
 
-    def replica_tensors(self) -> list[Tensor]:
+    def replica_tensors(self) -> dict[str, Tensor]:
         """Buffers; of parameters nothing is there twice."""
-        return list(self.model.buffers())
+        return persistent_buffers(self.model)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """As stage 2; afterwards no layer is whole."""

@@ -22,6 +22,7 @@ from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import CheckpointError
 from smolrun.parts.optimizer_state import expected_bytes as optimizer_bytes
 from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state
+from smolrun.parts.replicas import persistent_buffers
 
 if TYPE_CHECKING:
     from smolrun.algorithms.base import Algorithm
@@ -42,10 +43,7 @@ def tensors(algorithm: Algorithm) -> dict[str, torch.Tensor]:
 def model_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name, each tensor once, without buffers that are made anew."""
     yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
+    yield from persistent_buffers(model).items()
 
 
 def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[Piece]:
@@ -139,13 +137,17 @@ def _flight_tensors(
 def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
     """The facts of a flight for `size` ranks, which need not be as many as wrote them.
 
-    Only sums and "all were finite" matter now: who was slow, or asked to stop, was another run.
+    Only sums, "all were finite" and who changes buffers matter now: who was slow, or asked to stop,
+    was another run.
     """
     table = torch.zeros((size, len(FACTS)), dtype=torch.float64)
     columns = {name: saved[:, FACTS.index(name)] for name in ("loss_sum", "weight", "is_finite")}
     for name in ("loss_sum", "weight"):
         table[0, FACTS.index(name)] = columns[name].sum()
     table[:, FACTS.index("is_finite")] = columns["is_finite"].min()
+    # The last fact: checkpoints from before it was known have no such column, then this is empty.
+    changed = saved[:, FACTS.index("changed_buffer") :].flatten()
+    table[: len(changed), -1] = changed if len(changed) == size else changed[:1]
     return table
 
 

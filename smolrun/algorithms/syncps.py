@@ -190,13 +190,13 @@ class SyncPSServer(SyncPS):
         with self.average.in_use():
             return super().logits(tokens)
 
-    def replica_tensors(self) -> list[Tensor]:
+    def replica_tensors(self) -> dict[str, Tensor]:
         """What the workers have too."""
         weights = super().replica_tensors()
         if not self._pulls_average or not hasattr(self, "average"):
             return weights
         with self.average.in_use():
-            return [tensor.data for tensor in weights]
+            return {name: tensor.data for name, tensor in weights.items()}
 
     def pieces(self) -> list[Piece]:
         """Everything, and the average."""

@@ -1,10 +1,10 @@
 """Replicas that agree: the hash of a model's parameters, and making all replicas equal, before the
-first step or whenever they may have drifted apart."""
+first step or whenever they may have drifted apart; and buffers that forward changes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -28,6 +28,36 @@ def gather_hashes(collectives: Collectives, own: str) -> list[str]:
     table = torch.empty((collectives.size, _DIGEST_BYTES), dtype=torch.uint8)
     collectives.all_gather(table, torch.tensor(list(bytes.fromhex(own)), dtype=torch.uint8))
     return [bytes(row.tolist()).hex() for row in table]
+
+
+def first_difference(collectives: Collectives, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The name of the first tensor that is not equal on all ranks; empty if all are. Collective."""
+    for name, tensor in tensors.items():
+        if len(set(gather_hashes(collectives, parameter_hash([tensor])))) > 1:
+            return name
+    return ""
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of a model's state_dict by name; the others are made anew by the model itself."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def copy_from(collectives: Collectives, root: int, tensors: list[torch.Tensor]) -> None:
+    """Copies the tensors of rank `root` (within the group) to all, in one message; collective."""
+    host = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors]
+    flat = torch.cat([values.view(torch.uint8) for values in host])
+    collectives.broadcast(flat, root)
+    if collectives.index == root:
+        return
+    for tensor, part in zip(tensors, flat.split([values.nbytes for values in host]), strict=True):
+        # A copy, as a part may begin where its own type may not.
+        tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def make_equal(collectives: Collectives, tensors: list[torch.Tensor]) -> list[float]:

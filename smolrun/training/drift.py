@@ -33,7 +33,7 @@ class Resync:
     def run(self, step: int) -> None:
         """Right after the update of `step`; collective."""
         collectives = self._algorithm.collectives
-        differences = make_equal(collectives, self._algorithm.replica_tensors())
+        differences = make_equal(collectives, list(self._algorithm.replica_tensors().values()))
         apart = {
             rank: difference
             for rank, difference in zip(collectives.ranks, differences, strict=False)

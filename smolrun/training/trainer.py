@@ -26,7 +26,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.parts.replicas import gather_hashes, parameter_hash
+from smolrun.parts.replicas import first_difference, gather_hashes, parameter_hash
 from smolrun.training.balance import Balance
 from smolrun.training.drift import Resync
 from smolrun.training.spans import SpanRecorder
@@ -171,15 +171,8 @@ class Trainer:
             told = self._balance.heard(result, self._algorithm.steps_begun, self._steps)
             if told:
                 self._emit(Note("info", told))
-        if self._check_replicas and self._algorithm.replica_tensors():
-            hashes = gather_hashes(
-                self._algorithm.collectives, parameter_hash(self._algorithm.replica_tensors())
-            )
-            self._emit(ReplicaHash(result.step, hashes))
-            if len(set(hashes)) > 1:
-                raise TrainingError(
-                    f"replicas differ after step {result.step}: {', '.join(hashes)}"
-                )
+        if self._check_replicas:
+            self._compare_replicas(result.step)
         if _last_due(before, self.outcome.steps, self._eval_every):
             self._eval()
         # `fit` saves the last one, when all is done.
@@ -187,6 +180,17 @@ class Trainer:
         if self._save and due and self.outcome.steps < self._steps:
             self._saved_at = self.outcome.steps
             self._save(due)
+
+    def _compare_replicas(self, step: int) -> None:
+        """TrainingError if any tensor that must be equal on all ranks is not; collective."""
+        collectives, tensors = self._algorithm.collectives, self._algorithm.replica_tensors()
+        if not tensors:
+            return
+        hashes = gather_hashes(collectives, parameter_hash(tensors.values()))
+        self._emit(ReplicaHash(step, hashes))
+        if len(set(hashes)) > 1:
+            name = first_difference(collectives, tensors)
+            raise TrainingError(f"replicas differ after step {step} in {name}: {', '.join(hashes)}")
 
     def _tell(self, result: StepResult) -> None:
         now = time.perf_counter()

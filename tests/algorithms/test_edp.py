@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from smolrun.algorithms.edp import EDPServer
-from smolrun.errors import ConfigError
 from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.quantization import Quantization
@@ -248,13 +246,3 @@ def test_fp16_scales_its_loss_at_the_worker() -> None:
     seen = run(3, "mlp", precision="fp16", optimizer="adamw")[0]
     assert all(math.isfinite(result.loss) for result in seen.results)
     assert sorted(push.ticket for push in seen.pushes) == list(range(20))
-
-
-def test_running_means_are_refused() -> None:
-    net = nn.Sequential(nn.Linear(9, 5), nn.BatchNorm1d(5)).double()
-
-    def rank_main(mesh: Mesh) -> None:
-        ps.place(mesh, net)
-
-    with pytest.raises(ConfigError, match="running means"):
-        run_ranks(1, rank_main, elastic=True)

@@ -75,8 +75,9 @@ def run_part(
             batch = worlds.sample("language_model", runner.steps_begun + shift)
             share = worlds.share(batch, plan, runner.steps_begun)
             updates += runner.train_step(share) is not None
+        replica = runner.replica_tensors().values() or runner.model.parameters()
         report = write_shard(part, mesh.rank, runner.pieces())
-        return report, runner.state(), parameter_hash(runner.replica_tensors() or start_of(runner))
+        return report, runner.state(), parameter_hash(replica)
 
     told = run_ranks(world_size, rank_main)
     manifest = merge(
@@ -94,10 +95,6 @@ def placed(section: dict[str, Any], context: Context, start: torch.nn.Module) ->
     runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
     runner.place(copy.deepcopy(start))
     return runner
-
-
-def start_of(runner: Algorithm) -> list[torch.Tensor]:
-    return list(runner.model.parameters())
 
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def train(
                 break
         begun[mesh.rank] = STEPS
         algorithm.leave()
-        told.digest = parameter_hash(algorithm.replica_tensors())
+        told.digest = parameter_hash(algorithm.replica_tensors().values())
         return told
 
     return run_ranks(world_size, rank_main, kind=kind)

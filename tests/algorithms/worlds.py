@@ -173,7 +173,7 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
 
     def note(result: StepResult) -> None:
         trace.results.append(result)
-        trace.hashes.append(parameter_hash(runner.replica_tensors()))
+        trace.hashes.append(parameter_hash(runner.replica_tensors().values()))
 
     for step in range(steps):
         result = runner.train_step(share(sample(model, step), plan, step))
@@ -216,7 +216,7 @@ def joined(pieces: list[Piece]) -> dict[str, torch.Tensor]:
         if piece.key.startswith("model/"):
             name = piece.key.removeprefix("model/")
             values = piece.values.flatten()
-            into = whole.setdefault(name, torch.full(piece.shape, torch.nan, dtype=values.dtype))
+            into = whole.setdefault(name, torch.empty(piece.shape, dtype=values.dtype))
             into.view(-1)[piece.start : piece.stop] = values
             filled[name] = filled.get(name, 0) + values.numel()
     assert {name: tensor.numel() for name, tensor in whole.items()} == filled

@@ -77,7 +77,7 @@ def test_who_does_not_wait_sees_old_values(
     """Negative control."""
     monkeypatch.setattr(Arrivals, "_use", lambda self, parameter: None)
     monkeypatch.setattr(worlds, "parameter_hash", lambda tensors: "")
-    monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: [])
+    monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     reference = train("single", "language_model", 1, steps=4)[0]
     traces = train(algorithm, "language_model", 3, steps=4, overrides=keys)
     assert difference(traces, reference) > 1e-6
@@ -94,6 +94,6 @@ def test_forward_begins_while_the_last_layers_are_on_their_way(
         seen.append(len(self._arriving))
 
     monkeypatch.setattr(Arrivals, "_use", use)
-    monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: [])
+    monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     train("fsdp", "mlp", 2, steps=2, overrides={"stage": 1, "bucket_mb": 0.0001})
     assert max(seen) >= 2, "after the first layer was waited for, others were still on their way"

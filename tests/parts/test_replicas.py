@@ -8,7 +8,13 @@ import torch
 
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.replicas import gather_hashes, make_equal, parameter_hash
+from smolrun.parts.replicas import (
+    copy_from,
+    first_difference,
+    gather_hashes,
+    make_equal,
+    parameter_hash,
+)
 from smolrun.testing import run_ranks
 
 
@@ -52,3 +58,38 @@ def test_the_largest_difference_is_found_wherever_it_is() -> None:
     for found in run_ranks(3, rank_main):
         assert found[:2] == [0, 7]
         assert math.isnan(found[2])
+
+
+def test_the_first_tensor_that_differs_is_named() -> None:
+    def rank_main(mesh: Mesh) -> list[str]:
+        tensors = {
+            "weight": torch.ones(3),
+            "mean": torch.zeros(2),
+            "count": torch.tensor(mesh.rank),
+        }
+        collectives = Collectives(mesh)
+        found = [first_difference(collectives, tensors)]
+        tensors["mean"] += float(mesh.rank == 2)
+        found.append(first_difference(collectives, tensors))
+        tensors.pop("mean"), tensors.pop("count")
+        return [*found, first_difference(collectives, tensors)]
+
+    assert run_ranks(3, rank_main) == [["count", "mean", ""]] * 3
+
+
+def test_one_ranks_tensors_are_copied_to_all_whatever_their_types() -> None:
+    values = [
+        torch.tensor([True]),
+        torch.tensor(7),
+        torch.ones(2, 3, dtype=torch.float64).T,
+        torch.zeros(0),
+        torch.ones(5, dtype=torch.bfloat16),
+    ]
+
+    def rank_main(mesh: Mesh) -> list[torch.Tensor]:
+        own = [value.clone() if mesh.rank == 1 else torch.zeros_like(value) for value in values]
+        copy_from(Collectives(mesh), 1, own)
+        return own
+
+    for copied in run_ranks(3, rank_main):
+        assert all(torch.equal(a, b) for a, b in zip(copied, values, strict=True))

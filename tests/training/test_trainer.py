@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.data.digits import Digits
 from smolrun.data.prepared import Prepared
 from smolrun.errors import TrainingError
@@ -124,6 +125,17 @@ def test_every_step_and_evaluation_is_told(prepared: Prepared) -> None:
         assert summary["final_eval_loss"] == of(EvalDone, events)[-1].loss
         assert all(event.tokens == 20 and event.bytes_sent > 0 for event in of(StepDone, events))
         assert all(event.memory_bytes for event in of(RankStep, events))
+
+
+def test_replicas_that_differ_end_the_run_with_the_name_of_the_tensor(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replica(self: ClassicDP) -> dict[str, torch.Tensor]:
+        return {"body": torch.ones(2), "head": torch.tensor(self.context.mesh.rank)}
+
+    monkeypatch.setattr(ClassicDP, "replica_tensors", replica)
+    with pytest.raises(TrainingError, match="after step 0 in head:"):
+        run(prepared, 2, config(check_replicas=True))
 
 
 @pytest.mark.timeout(120)
