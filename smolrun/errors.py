@@ -45,6 +45,19 @@ class PeerLost(SmolrunError):
         super().__init__(f"lost rank {rank}: {reason}")
 
 
+class CollectiveMismatch(SmolrunError):
+    """Two ranks run different operations where all must run the same one."""
+
+    def __init__(self, ranks: tuple[int, int], operations: tuple[str, str], hint: str = "") -> None:
+        """`operations` are what the two ranks run; `hint` says what to do about it."""
+        self.ranks = ranks
+        self.operations = operations
+        self.hint = hint
+        (one, other), (this, that) = ranks, operations
+        what = f"rank {one} runs {this} where rank {other} runs {that}"
+        super().__init__(what + f"; {hint or 'all ranks must run the same ones in one order'}")
+
+
 class WaitTimeout(SmolrunError):
     """A wait passed its deadline although every peer is still alive."""
 

@@ -55,9 +55,7 @@ def classicdp(
     of different device classes and the optimizer can step slices. Collective."""
     from smolrun.algorithms.fsdp import OptimizerShards  # whose base class is below
 
-    # A stream of its own, as the algorithm counts its operations from the beginning.
-    collectives = Collectives(context.mesh, stream=2)
-    classes = gather_classes(collectives, device_class(context.device))
+    classes = gather_classes(Collectives(context.mesh), device_class(context.device))
     is_mixed = len(set(classes)) > 1
     if owner_computes == "auto":
         owner_computes = is_mixed and context.is_elementwise

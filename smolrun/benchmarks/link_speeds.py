@@ -19,9 +19,9 @@ import torch
 
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.streams import Stream
 from smolrun.wire.frame import Tag
 
-_STREAM = 7  # of tags; nothing else is under way while links are measured
 _TURNS = 20
 _SMALLEST, _LARGEST = 64 * 1024, 8 * 1024 * 1024
 _BULK_S = 0.5  # about as long may the large one take, also on a slow link
@@ -44,7 +44,7 @@ def measure_links(collectives: Collectives) -> list[dict[str, Any]]:
 
 
 def _tag(number: int, turn: int) -> Tag:
-    return Tag(_STREAM, number, turn)
+    return Tag(Stream.LINK_SPEEDS, number, turn)
 
 
 def _ask(mesh: Mesh, peer: int, number: int) -> dict[str, float]:

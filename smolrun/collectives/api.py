@@ -1,9 +1,12 @@
 """Collectives with torch.distributed's names and meanings, on contiguous CPU tensors, over any
 mesh.
 
-Every rank of the group must call the same operations of one stream in the same order, as with
-torch.distributed; two streams are independent of each other. Each operation picks its schedule by
-numbers that all ranks share."""
+    Collectives(mesh)                         the default group: all ranks
+    Collectives(mesh, [0, 2], name="even")    another group, independent of all others
+
+Every rank of a group must call the same operations of it in the same order, as with
+torch.distributed; where ranks do not, they get CollectiveMismatch. Each operation picks its
+schedule by numbers that all ranks share."""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from smolrun.collectives.tree import (
 )
 from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Mesh, Work
-from smolrun.wire.frame import Tag
+from smolrun.mesh.streams import DEFAULT_GROUP
 
 # Below this many bytes one direct round beats the ring's 2(N-1) hops, see task=bench
 # bench=collectives.
@@ -35,6 +38,10 @@ class Collectives:
     """Operations among `ranks` (all by default). Sums run in a fixed order, so all ranks end with
     the same bytes.
 
+    `name` is the group's, the same on all its ranks; by default it says the ranks. Only the default
+    group may be made more than once on a mesh (SmolrunError otherwise): its operations are then
+    counted together.
+
     With `async_op` a call returns at once and its Work says when the tensors may be touched again.
     """
 
@@ -43,17 +50,30 @@ class Collectives:
         mesh: Mesh,
         ranks: Sequence[int] | None = None,
         *,
-        stream: int = 1,
+        name: str | None = None,
         direct_bytes: int = DIRECT_BYTES,
     ) -> None:
         self.mesh = mesh
         self.ranks = list(range(mesh.world_size)) if ranks is None else list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(mesh.rank)
-        self._stream = stream
         self._direct_bytes = direct_bytes
-        self._operation = 0
+        is_all = self.ranks == list(range(mesh.world_size))
+        self.name = name or (DEFAULT_GROUP if is_all else f"ranks {self.ranks}")
+        self._operations = mesh.groups.open(self.name)
+        self._fingerprints: dict[str, int] = {}
         self._chains = Chains(mesh, self.ranks)
+
+    def fingerprint(self, what: str, hint: str = "") -> int:
+        """What tells the operation `what` of this group from others; a rank that will meet it on
+        another one must have asked for it too, to know what it is called. `hint` says what to do
+        where ranks run different ones."""
+        if what not in self._fingerprints:
+            group = "" if self.name == DEFAULT_GROUP else f" of group {self.name!r}"
+            self._fingerprints[what] = self.mesh.fingerprints.register(
+                what + group, self.ranks, hint
+            )
+        return self._fingerprints[what]
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, async_op: bool = False) -> Work:
         """Combines the tensors of all ranks in place; `op` is sum, mean, max or min."""
@@ -131,10 +151,11 @@ class Collectives:
         shard: torch.Tensor,
         sizes: Sequence[int] | None = None,
         *,
+        fingerprint: int | None = None,
         async_op: bool = False,
     ) -> Work:
         """Puts the shards of all ranks into `output`, in rank order; `shard` may be this rank's
-        part of `output`."""
+        part of `output`. `fingerprint` says of what, where ranks may mean different tensors."""
         ranges = even_ranges(output.numel(), self.size) if sizes is None else ranges_of(sizes)
         start, stop = ranges[self.index]
         self._check_sizes("all_gather", output.numel(), ranges[-1][1], shard.numel(), stop - start)
@@ -144,7 +165,7 @@ class Collectives:
         is_small = output.numel() * output.itemsize <= self._direct_bytes
         schedule = (direct_all_gather if is_small else ring_all_gather)(self.index, self.size)
         chunks = Chunks(output, ranges)
-        return self._run("all_gather", schedule, chunks, chunks, async_op)
+        return self._run("all_gather", schedule, chunks, chunks, async_op, fingerprint=fingerprint)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
         """Copies the tensor of rank `root` (counted within the group) to all."""
@@ -234,9 +255,8 @@ class Collectives:
 
     def run_chains(self, name: str, chains: Sequence[Chain], phases: int) -> Work:
         """Starts operations of up to `phases` schedules each; see chains.py."""
-        first = Tag(self._stream, self._operation, 0)
-        self._operation += phases * len(chains)
-        return self._chains.submit(name, chains, first, phases)
+        first = self._operations.take(phases * len(chains))
+        return self._chains.submit(name, chains, first, phases, self.fingerprint(name))
 
     def _run(
         self,
@@ -248,9 +268,10 @@ class Collectives:
         *,
         op: str = "sum",
         finish: Callable[[], None] | None = None,
+        fingerprint: int | None = None,
     ) -> Work:
-        tag = Tag(self._stream, self._operation, 0)
-        self._operation += 1
+        tag = self._operations.take()
+        what = self.fingerprint(name) if fingerprint is None else fingerprint
 
         def start(work: Work) -> None:
             def done() -> None:
@@ -258,9 +279,10 @@ class Collectives:
                     finish()
                 self.mesh.finish(work)
 
+            self.mesh.begin_operation(tag, what)
             Run(self.mesh, self.ranks, tag, schedule, outgoing, incoming, done, op=op).start()
 
-        work = self.mesh.submit(f"{name} {tag.operation} of stream {tag.stream}", start)
+        work = self.mesh.submit(f"{name} {tag.operation} of group {self.name!r}", start)
         if not async_op:
             work.wait()
         return work

@@ -50,19 +50,24 @@ class Chains:
         self._waiting: deque[tuple[Chain, Tag, _Open]] = deque()
         self._running = 0
 
-    def submit(self, name: str, chains: Sequence[Chain], first: Tag, phases: int) -> Work:
+    def submit(
+        self, name: str, chains: Sequence[Chain], first: Tag, phases: int, fingerprint: int
+    ) -> Work:
         """Queues one or more chains of at most `phases` phases; the work is done when all ended.
 
         Each phase is an operation of its own, counted from `first`."""
 
         def start(work: Work) -> None:
+            for operation in range(phases * len(chains)):
+                tag = first._replace(operation=first.operation + operation)
+                self._mesh.begin_operation(tag, fingerprint)
             rest = _Open(work, len(chains))
             for number, chain in enumerate(chains):
                 tag = first._replace(operation=first.operation + number * phases)
                 self._waiting.append((chain, tag, rest))
             self._start_next()
 
-        return self._mesh.submit(f"{name} {first.operation} of stream {first.stream}", start)
+        return self._mesh.submit(f"{name} {first.operation}", start)
 
     def _start_next(self) -> None:
         """Starts one that waits, if it may; the next one after others had their turn."""

@@ -96,8 +96,9 @@ class ElasticMesh(TcpMesh):
             on_lost=lambda _, reason: self._lose(peer, reason),
             on_told=lambda teller, lost: None,  # whom another rank lost may be here all the same
             on_left=lambda _: self._lose(peer, "it left the run"),
+            on_mismatch=lambda error: self._lose(peer, str(error)),
         )
-        peer = Peer(self.io, self.rank, rank, self.generation, channels, events)
+        peer = self.make_peer(rank, channels, events)
         # A new dict: other threads may be reading the old one.
         self._peers = {**self._peers, rank: peer}
         self._present |= {rank}

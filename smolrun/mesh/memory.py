@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from smolrun.errors import MeshClosed, PeerLost, ProtocolError
+from smolrun.errors import CollectiveMismatch, MeshClosed, PeerLost, ProtocolError
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.mesh import Combine, Mesh, Work
 from smolrun.wire.frame import Tag
@@ -96,6 +96,10 @@ class MemoryWorld:
                     mesh.fail(PeerLost(rank, mesh.generation, reason))
 
         self.io.post(spread)
+
+    def check_fingerprint(self, mesh: MemoryMesh, peer: int, tag: Tag) -> None:
+        """The peer sees which operation this is, as in the header of a frame."""
+        self.meshes[peer].fingerprints.check(mesh.rank, tag, mesh.fingerprints.of(tag))
 
     def meet_send(self, key: _Key, payload: Payload, on_done: Callable[[], None]) -> None:
         """A send was posted: deliver it, or remember it until its receive is posted."""
@@ -181,6 +185,7 @@ class MemoryMesh(Mesh):
         """See Mesh."""
         self._sent += len(payload.data)
         self._check_here(peer)
+        self._world.check_fingerprint(self, peer, tag)
         self._world.meet_send((self.rank, peer, tag), payload, on_done)
 
     def post_recv(
@@ -194,6 +199,7 @@ class MemoryMesh(Mesh):
         """See Mesh."""
         self._received += len(payload.data)
         self._check_here(peer)
+        self._world.check_fingerprint(self, peer, tag)
         self._world.meet_recv((peer, self.rank, tag), payload, on_done, combine)
 
     def _check_here(self, peer: int) -> None:
@@ -213,6 +219,14 @@ class MemoryMesh(Mesh):
             work.finish(error)
         else:
             self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """See Mesh; ranks that run different operations all learn it, as none of them dies."""
+        is_new = self.failure is None
+        super().fail(error)
+        if is_new and isinstance(error, CollectiveMismatch):
+            for mesh in self._world.meshes:
+                mesh.fail(error)
 
     def close(self) -> None:
         """See Mesh."""

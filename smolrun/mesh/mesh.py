@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 
 from smolrun.errors import PeerLost, SmolrunError, WaitTimeout
+from smolrun.mesh.streams import Fingerprints, Groups
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, payload_of
 
@@ -122,6 +123,8 @@ class Mesh(ABC):
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
         self._watches: list[Watch] = []  # as above
+        self.groups = Groups()
+        self.fingerprints = Fingerprints()  # checked on the I/O thread only
         self._links: Counter[int] = Counter()  # by peer, how often it has come; as above
 
     # -- for any thread ----
@@ -225,6 +228,11 @@ class Mesh(ABC):
         Safe to call twice."""
 
     # -- for the I/O thread ----
+
+    def begin_operation(self, tag: Tag, fingerprint: int) -> None:
+        """Before anything of an operation is posted; CollectiveMismatch if a peer is known to run
+        another one under this tag."""
+        self.fingerprints.check(self.rank, tag, fingerprint)
 
     def link_with(self, peer: int) -> int:
         """Which link with a peer this is: a peer that comes back has another one, and begins

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smolrun.errors import ProtocolError
+from smolrun.errors import CollectiveMismatch, ProtocolError
 from smolrun.mesh.inbox import Inbox, Receive, check_match
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Connection, Pipe
 from smolrun.mesh.mesh import Combine
+from smolrun.mesh.streams import Fingerprints
 from smolrun.mesh.transfers import Transfer, Transfers
 from smolrun.wire.frame import EAGER_BYTES, Frame, FrameKind, Header, Tag
 from smolrun.wire.tensor import Payload
@@ -36,6 +37,8 @@ class PeerEvents:
     on_lost: Callable[[int, str], None]  # this rank is gone, and why
     on_told: Callable[[int, int], None]  # this rank says that it has lost that rank
     on_left: Callable[[int], None] = lambda rank: None  # it said goodbye, and all it sent is read
+    # It runs another operation than this rank, or than a third one.
+    on_mismatch: Callable[[CollectiveMismatch], None] = lambda error: None
 
 
 class Peer:
@@ -49,6 +52,7 @@ class Peer:
         generation: int,
         pipes: dict[str, Pipe],
         events: PeerEvents,
+        fingerprints: Fingerprints,
     ) -> None:
         self.rank = rank
         self.progress = 0
@@ -60,6 +64,7 @@ class Peer:
         self._me = me
         self._generation = generation
         self._events = events
+        self._fingerprints = fingerprints
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
@@ -201,6 +206,7 @@ class Peer:
             raise ProtocolError(f"{header.kind.name} on the control connection")
         if not self._is_current(header):
             return memoryview(bytearray(header.nbytes))  # read and dropped; bounded by the decoder
+        self._check_fingerprint(header)
         return self.inbox.place_tensor(header)
 
     def _control_frame(self, frame: Frame) -> None:
@@ -214,6 +220,7 @@ class Peer:
             case FrameKind.TENSOR:
                 self.inbox.tensor_came(header, frame.payload)
             case FrameKind.GRANT:
+                self._check_fingerprint(header)
                 self._granted(header)
             case FrameKind.LOST:
                 self._events.on_told(self.rank, header.tag.operation)
@@ -222,6 +229,12 @@ class Peer:
                 self.outgoing.finish()
             case _:
                 raise ProtocolError(f"{header.kind.name} on the control connection")
+
+    def _check_fingerprint(self, header: Header) -> None:
+        try:
+            self._fingerprints.check(self.rank, header.tag, header.fingerprint)
+        except CollectiveMismatch as error:
+            self._events.on_mismatch(error)
 
     def _granted(self, header: Header) -> None:
         transfer = self._ungranted.pop(header.tag, None)
@@ -271,6 +284,7 @@ class Peer:
 
     def _header(self, kind: FrameKind, tag: Tag, payload: Payload) -> Header:
         size = len(payload.data)
-        return Header(
+        header = Header(
             kind, tag, payload.dtype, payload.shape, size, 0, size, self._me, self._generation
         )
+        return header._replace(fingerprint=self._fingerprints.of(tag))

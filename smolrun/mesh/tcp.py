@@ -120,8 +120,14 @@ class TcpMesh(Mesh):
         events = PeerEvents(
             on_lost=self._lost,
             on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
+            on_mismatch=self.fail,
         )
-        self._peers[rank] = Peer(self.io, self.rank, rank, self.generation, channels, events)
+        self._peers[rank] = self.make_peer(rank, channels, events)
+
+    def make_peer(self, rank: int, channels: dict[str, Pipe], events: PeerEvents) -> Peer:
+        """A peer of this mesh."""
+        where = (self.io, self.rank, rank, self.generation)
+        return Peer(*where, channels, events, self.fingerprints)
 
     @property
     def bytes_sent(self) -> int:

@@ -115,7 +115,9 @@ class ShardedBucket:
 
     # -- over the network, through host memory where a device computes --
 
-    def gather(self, collectives: Collectives, flat: Tensor) -> Gathering:
+    def gather(
+        self, collectives: Collectives, flat: Tensor, fingerprint: int | None = None
+    ) -> Gathering:
         """Starts to fill a flat tensor with the shards of all ranks, in the tensor's format."""
         host = flat
         if flat.device.type != "cpu":
@@ -124,7 +126,7 @@ class ShardedBucket:
         own = self.own(host)
         if own.data_ptr() != self.shard.data_ptr():
             own.copy_(self.shard)
-        work = collectives.all_gather(host, own, self.sizes, async_op=True)
+        work = collectives.all_gather(host, own, self.sizes, fingerprint=fingerprint, async_op=True)
         return Gathering(work, host, flat)
 
 

@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 
 from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.streams import Stream
 from smolrun.parts.parcels import Line, Then
 
-_LETTERS, _PUSHES, _WEIGHTS = 50, 51, 52  # streams; collectives use low numbers
+_LETTERS, _PUSHES, _WEIGHTS = Stream.EDP_MESSAGES, Stream.EDP_PUSHES, Stream.EDP_WEIGHTS
 
 
 class Word(IntEnum):

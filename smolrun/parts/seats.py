@@ -23,13 +23,14 @@ from torch import Tensor
 from smolrun.collectives.schedule import Hop, Schedule
 from smolrun.mesh.bell import Bell
 from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.streams import Stream
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.quantization import Quantization
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import payload_of
 
 SERVER = 0
-_PUSH, _PULL = 16, 17  # streams; the operation is the step of the push
+_PUSH, _PULL = Stream.SYNCPS_PUSH, Stream.SYNCPS_PULL  # the operation is the step of the push
 _LOOK_S = 0.25  # so late is a lost peer seen by a server that waits for whoever comes
 
 

@@ -9,7 +9,8 @@ it is given to keep is a note which part of which bucket it needs, and it gets t
 anew. So nothing depends on when a layer is freed but memory and traffic. The order in which layers
 were used is remembered, and the next time the layers to come are fetched ahead in that order.
 
-All ranks must look at parameters in the same order, so each must run the model equally often.
+All ranks must use layers in the same order, so each must run the model equally often. A gather
+carries the layer's fingerprint, so ranks that use different ones get CollectiveMismatch.
 
 Source: Rajbhandari et al., "ZeRO", 2020 (stage 3); Zhao et al., "PyTorch FSDP", 2023 (prefetch)."""
 
@@ -27,12 +28,18 @@ from smolrun.mesh.mesh import Work
 from smolrun.parts.flat_shards import Gathering, ShardedBucket
 from smolrun.parts.norms import layer_of
 
+_HINT = (
+    "with algorithm.stage=3 all ranks must use the same layers in the same order; a model whose "
+    "layers depend on the sample or on chance needs algorithm=classicdp or algorithm.stage=2"
+)
+
 
 class Layer:
     """Buckets that are whole together, each in the format that it is used in."""
 
     def __init__(self, buckets: Sequence[tuple[ShardedBucket, torch.dtype]]) -> None:
         self.buckets = list(buckets)
+        self._fingerprints: list[int] = []
         self.arriving: list[Gathering] = []
         self.whole: list[Tensor] = []
         # Seen where there is nothing: right in shape, no memory, and loudly wrong.
@@ -47,11 +54,19 @@ class Layer:
         """Whether it is whole, or on its way."""
         return bool(self.arriving or self.whole)
 
+    def identify(self, collectives: Collectives, hint: str) -> None:
+        """Before the first `fetch`, on all ranks: buckets of equal shape must not be confused."""
+        for number, (bucket, _) in enumerate(self.buckets):
+            layers = ", ".join(dict.fromkeys(layer_of(name) for name in bucket.names))
+            part = f", bucket {number}" if len(self.buckets) > 1 else ""
+            what = f"all_gather of layer {layers}{part}"
+            self._fingerprints.append(collectives.fingerprint(what, hint))
+
     def fetch(self, collectives: Collectives) -> None:
         """Starts to gather it."""
-        for bucket, dtype in self.buckets:
+        for (bucket, dtype), fingerprint in zip(self.buckets, self._fingerprints, strict=True):
             flat = torch.empty(bucket.size, dtype=dtype, device=bucket.device)
-            self.arriving.append(bucket.gather(collectives, flat))
+            self.arriving.append(bucket.gather(collectives, flat, fingerprint))
 
     def land(self, wait: Callable[[Work], None]) -> None:
         """Waits until it is whole, and puts its parameters in place."""
@@ -125,6 +140,8 @@ class WholeOnUse:
         self._order: _Order | None = None  # None: nobody may look at values now
         self._current: Layer | None = None
         self._memory: dict[int, tuple[Layer, int]] = {}  # address of a whole bucket -> what it is
+        for layer in layers:
+            layer.identify(collectives, _HINT)
         watch(model, self._use)
 
     @contextmanager

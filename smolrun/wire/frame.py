@@ -1,8 +1,8 @@
 """The frame: a fixed 48-byte header, up to 8 dimensions of shape, then the payload. All numbers are
 little-endian.
 
-    magic version kind dtype ndim | generation sequence | sender stream hop 0 | operation nbytes |
-    size offset | shape | payload
+    magic version kind dtype ndim sender | generation sequence | stream hop fingerprint |
+    operation nbytes | size offset | shape | payload
 
 `FrameDecoder` is sans-IO and copies nothing: it offers the memory that must be filled next, and for
 a payload that is the memory chosen by `place`, in general the tensor itself. So every number a peer
@@ -21,7 +21,7 @@ from smolrun.errors import ProtocolError
 from smolrun.wire.tensor import ITEM_SIZES
 
 MAGIC = 0x5352  # "RS": neither ASCII text, nor HTTP, nor TLS starts like this
-VERSION = 1
+VERSION = 2
 MAX_DIMENSIONS = 8
 # Larger tensors are granted and sliced: a small one costs less than the round trip of a grant.
 EAGER_BYTES = 64 * 1024
@@ -30,7 +30,7 @@ SLICE_BYTES = 1024 * 1024
 # So much of a slice is added up at once, while the rest arrives: it fits a core's own cache.
 PIECE_BYTES = 256 * 1024
 
-_HEADER = struct.Struct("<HBBBBHIIHHHHIIQQ")
+_HEADER = struct.Struct("<HBBBBHIIHHIIIQQ")
 HEADER_BYTES = _HEADER.size
 _UINT32 = 0xFFFFFFFF
 
@@ -73,6 +73,7 @@ class Header(NamedTuple):
     sender: int = 0
     generation: int = 0
     sequence: int = 0
+    fingerprint: int = 0  # 32 bits: what the operation of the tag is; 0: not said
 
 
 class Frame(NamedTuple):
@@ -87,9 +88,9 @@ def encode_header(header: Header) -> bytes:
     connection."""
     tag, shape = header.tag, header.shape
     head = _HEADER.pack(
-        MAGIC, VERSION, header.kind, header.dtype, len(shape), 0,
+        MAGIC, VERSION, header.kind, header.dtype, len(shape), header.sender,
         header.generation, header.sequence & _UINT32,
-        header.sender, tag.stream, tag.hop, 0,
+        tag.stream, tag.hop, header.fingerprint,
         tag.operation & _UINT32, header.nbytes,
         header.size, header.offset,
     )  # fmt: skip
@@ -168,24 +169,16 @@ class FrameDecoder:
         """The header in `_head`, checked for everything that can be checked without knowing what is
         expected."""
         (
-            magic, version, kind, dtype, ndim, zero,
-            generation, sequence, sender, stream, hop, zero_too,
+            magic, version, kind, dtype, ndim, sender,
+            generation, sequence, stream, hop, fingerprint,
             operation, nbytes, size, offset,
         ) = _HEADER.unpack_from(self._head)  # fmt: skip
         if magic != MAGIC or version != VERSION:
             raise ProtocolError(
                 f"not a smolrun frame of version {VERSION} (magic {magic:#06x}, version {version})"
             )
-        if (
-            kind not in _KINDS
-            or dtype >= len(ITEM_SIZES)
-            or ndim > MAX_DIMENSIONS
-            or zero
-            or zero_too
-        ):
-            raise ProtocolError(
-                f"unknown kind {kind}, dtype {dtype}, {ndim} dimensions, or padding is set"
-            )
+        if kind not in _KINDS or dtype >= len(ITEM_SIZES) or ndim > MAX_DIMENSIONS:
+            raise ProtocolError(f"unknown kind {kind}, dtype {dtype}, or {ndim} dimensions")
         if sequence != self._sequence:
             raise ProtocolError(
                 f"frame {sequence} where frame {self._sequence} was due: lost, doubled or replayed"
@@ -203,6 +196,7 @@ class FrameDecoder:
             sender,
             generation,
             sequence,
+            fingerprint,
         )
         _check_sizes(header, self._max_payload)
         return header

@@ -3,11 +3,14 @@ misbehave."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from smolrun.collectives.api import DIRECT_BYTES, Collectives
-from smolrun.errors import SmolrunError
+from smolrun.errors import CollectiveMismatch, MeshClosed, PeerLost, SmolrunError
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import FaultyPipe, run_ranks
@@ -123,11 +126,11 @@ def test_many_operations_in_flight_finish_in_any_order_of_waiting(kind: str) -> 
         assert torch.equal(tensor, sum(values(rank + index, tensor.numel()) for rank in range(3)))  # type: ignore[arg-type]
 
 
-def test_two_streams_used_in_different_order_on_two_ranks() -> None:
-    """Rank 0 ends stream 1 before it begins stream 2, rank 1 begins them the other way round."""
+def test_two_groups_used_in_different_order_on_two_ranks() -> None:
+    """Rank 0 ends one before it begins the other, rank 1 begins them the other way round."""
 
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
-        streams = [Collectives(mesh, stream=1), Collectives(mesh, stream=2)]
+        streams = [Collectives(mesh), Collectives(mesh, name="second")]
         tensors = [values(mesh.rank, 500_000), values(mesh.rank + 5, 500_000)]
         if mesh.rank == 0:
             for stream, tensor in zip(streams, tensors, strict=True):
@@ -148,10 +151,107 @@ def test_a_group_of_some_ranks_works_beside_the_others() -> None:
     def rank_main(mesh: Mesh) -> float:
         group = [0, 2] if mesh.rank in (0, 2) else [3, 1]
         tensor = torch.tensor([float(mesh.rank)])
-        Collectives(mesh, group, stream=5).all_reduce(tensor)
+        Collectives(mesh, group).all_reduce(tensor)
         return tensor.item()
 
     assert run_ranks(4, rank_main, kind="tcp") == [2.0, 4.0, 2.0, 4.0]
+
+
+@KINDS
+@pytest.mark.parametrize("size", [7, 100_000])
+def test_groups_that_share_ranks_work_at_one_time(kind: str, size: int) -> None:
+    def rank_main(mesh: Mesh) -> list[float]:
+        groups = [Collectives(mesh)]
+        groups += [Collectives(mesh, [0, 1]) for _ in "x" if mesh.rank < 2]
+        groups += [Collectives(mesh, [1, 2], name="last") for _ in "x" if mesh.rank > 0]
+        tensors = [torch.full((size,), 10.0**mesh.rank) for _ in groups]
+        works = [g.all_reduce(t, async_op=True) for g, t in zip(groups, tensors, strict=True)]
+        for work in reversed(works):
+            work.wait()
+        assert all((tensor == tensor[0]).all() for tensor in tensors)
+        return [tensor[0].item() for tensor in tensors]
+
+    assert run_ranks(3, rank_main, kind=kind) == [[111, 11], [111, 11, 110], [111, 110]]
+
+
+def mismatches(
+    world_size: int, function: Callable[[Mesh], object], kind: str
+) -> list[CollectiveMismatch]:
+    """Of the ranks that see it; the others, if any, may only have lost one of those."""
+    errors: dict[int, SmolrunError] = {}
+
+    def rank_main(mesh: Mesh) -> None:
+        try:
+            function(mesh)
+        except SmolrunError as error:
+            errors[mesh.rank] = error
+
+    run_ranks(world_size, rank_main, kind=kind, timeout_s=20)
+    others = [e for e in errors.values() if not isinstance(e, CollectiveMismatch)]
+    assert all(isinstance(error, PeerLost | MeshClosed) for error in others), errors
+    found = [error for error in errors.values() if isinstance(error, CollectiveMismatch)]
+    assert found, errors
+    return found
+
+
+OPERATIONS: dict[str, Callable[[Collectives, int], object]] = {
+    "all_reduce": lambda c, size: c.all_reduce(torch.ones(size)),
+    "all_gather": lambda c, size: c.all_gather(torch.ones(c.size * size), torch.ones(size)),
+    "reduce_scatter": lambda c, size: c.reduce_scatter(torch.ones(size), torch.ones(c.size * size)),
+    "broadcast": lambda c, size: c.broadcast(torch.ones(size)),
+    "barrier": lambda c, size: c.barrier(),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 40_000), (40_000, 5), (40_000, 40_000)])
+def test_every_pair_of_different_operations_is_found(
+    kind: str, world_size: int, sizes: tuple[int, int]
+) -> None:
+    """Also where one is small and the other large, so that no tensor would ever meet."""
+    pairs = [pair for pair in itertools.permutations(OPERATIONS, 2) if kind == "memory"] or [
+        ("all_gather", "broadcast"),
+        ("broadcast", "all_gather"),
+    ]
+    for pair in pairs:
+
+        def rank_main(mesh: Mesh, pair: tuple[str, str] = pair) -> None:
+            collectives, is_first = Collectives(mesh), mesh.rank == 0
+            OPERATIONS[pair[not is_first]](collectives, sizes[not is_first])
+            collectives.barrier()
+
+        for error in mismatches(world_size, rank_main, kind):
+            assert 0 in error.ranks
+            assert len(set(error.operations)) == 2
+
+
+@KINDS
+def test_one_name_with_other_ranks_is_found(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        ranks = [0, 1] if mesh.rank == 0 else [0, 1, 2]
+        group = Collectives(mesh, ranks, name="experts") if mesh.rank < 3 else None
+        if group is not None:
+            group.all_reduce(torch.ones(3))
+
+    for error in mismatches(3, rank_main, kind):
+        assert 0 in error.ranks
+
+
+def test_a_group_is_made_once() -> None:
+    def rank_main(mesh: Mesh) -> None:
+        Collectives(mesh, [0])
+        with pytest.raises(SmolrunError, match="another name"):
+            Collectives(mesh, [0])
+        Collectives(mesh).barrier()
+        Collectives(mesh).barrier()
+
+    run_ranks(2, lambda mesh: rank_main(mesh) if mesh.rank == 0 else two_barriers(mesh))
+
+
+def two_barriers(mesh: Mesh) -> None:
+    Collectives(mesh).barrier()
+    Collectives(mesh).barrier()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -150,10 +150,10 @@ def test_a_collective_fails_with_the_first_loss_and_the_mesh_goes_on() -> None:
         with pytest.raises(PeerLost):
             work.wait(5)
         with pytest.raises(PeerLost):
-            Collectives(made.server, [0, 1], stream=5).barrier()
+            Collectives(made.server, [0, 1], name="again").barrier()
         again = made.join(1)
         works = [
-            Collectives(mesh, [0, 1], stream=6).all_reduce(torch.ones(9), async_op=True)
+            Collectives(mesh, [0, 1], name="anew").all_reduce(torch.ones(9), async_op=True)
             for mesh in (made.server, again)
         ]
         for work in works:

@@ -15,6 +15,7 @@ from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import PlainPipe
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.peer import Peer, PeerEvents
+from smolrun.mesh.streams import Fingerprints
 from smolrun.testing import run_ranks
 from smolrun.wire.frame import FrameKind, Tag
 from smolrun.wire.handshake import CHANNELS
@@ -37,7 +38,7 @@ def two_peers(generations: tuple[int, int]) -> Iterator[tuple[IoThread, list[Pee
     def build() -> None:
         for me in (0, 1):
             pipes = {channel: PlainPipe(pair[me]) for channel, pair in pairs.items()}
-            peers.append(Peer(io, me, 1 - me, generations[me], pipes, events))  # type: ignore[arg-type]
+            peers.append(Peer(io, me, 1 - me, generations[me], pipes, events, Fingerprints()))  # type: ignore[arg-type]
 
     io.start()
     run_on(io, build)

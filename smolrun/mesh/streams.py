@@ -1,0 +1,115 @@
+"""Streams of operations: which stream is whose, how its operations are counted, and a check that
+all ranks run the same ones.
+
+    Tag(stream, operation, hop)      stream 49987 = the group "world", operation 423 = its 424th
+
+Streams below 256 are point to point and stand in one table; every group of collectives has the one
+that its name says, so all ranks find the same without communication. A tag does not say what an
+operation is: frames carry a fingerprint of it (a CRC-32 of its name and of the group's ranks), and
+a rank compares each with its own operation of that number, whether or not it waits for that frame.
+
+Knows nothing of frames, sockets or schedules. Source: torch.distributed's debug mode compares
+"collective fingerprints" in the same way, with an additional all_gather before each collective."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from smolrun.errors import CollectiveMismatch, SmolrunError
+from smolrun.wire.frame import Tag
+
+DEFAULT_GROUP = "world"  # all ranks of the mesh
+# Operations that are remembered: far more than are under way at one time, a few MB.
+_REMEMBERED = 1 << 14
+_FIRST_OF_GROUPS, _NUM_STREAMS = 256, 1 << 16
+
+
+class Stream(IntEnum):
+    """Streams that are used point to point; groups have all the others, see `stream_of`."""
+
+    CONTROL = 0  # heartbeats, and whom a rank has lost
+    LINK_SPEEDS = 7
+    SYNCPS_PUSH = 16
+    SYNCPS_PULL = 17
+    EDP_MESSAGES = 50
+    EDP_PUSHES = 51
+    EDP_WEIGHTS = 52
+
+
+def stream_of(group: str) -> int:
+    """The stream of a group of collectives: from its name, so it is the same on all ranks."""
+    room = _NUM_STREAMS - _FIRST_OF_GROUPS
+    return _FIRST_OF_GROUPS + zlib.crc32(group.encode()) % room
+
+
+@dataclass
+class OperationCounter:
+    """Numbers the operations of a stream."""
+
+    stream: int
+    operation: int = 0
+
+    def take(self, count: int = 1) -> Tag:
+        """The tag of the next operation, or of the first of the next `count` ones."""
+        tag = Tag(self.stream, self.operation, 0)
+        self.operation += count
+        return tag
+
+
+class Groups:
+    """The groups of collectives that use one mesh, each on a stream of its own."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, tuple[str, OperationCounter]] = {}
+
+    def open(self, name: str) -> OperationCounter:
+        """The counter of a group. The default group is one, as torch.distributed's, however often
+        it is opened; SmolrunError for any other name that is in use."""
+        stream = stream_of(name)
+        user, counter = self._groups.get(stream, ("", OperationCounter(stream)))
+        if user and (user, name) != (DEFAULT_GROUP, DEFAULT_GROUP):
+            raise SmolrunError(
+                f"the group {name!r} would share stream {stream} with the group {user!r} that this "
+                "mesh already has: their tensors would be confused; give it another name"
+            )
+        self._groups[stream] = (name, counter)
+        return counter
+
+
+class Fingerprints:
+    """What each operation of each stream is, by the first rank that is known to run it."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[str, str]] = {}  # fingerprint -> what it is, and the hint
+        # (stream, operation) -> rank, fingerprint; oldest first.
+        self._running: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def register(self, what: str, ranks: Sequence[int], hint: str = "") -> int:
+        """The fingerprint of an operation among `ranks`, never 0; `hint` says what to do where
+        other ranks run another one."""
+        fingerprint = zlib.crc32(f"{what} among {list(ranks)}".encode()) or 1
+        self._texts[fingerprint] = (what, hint)
+        return fingerprint
+
+    def check(self, rank: int, tag: Tag, fingerprint: int) -> None:
+        """Notes which operation `rank` runs under a tag; CollectiveMismatch if another rank runs
+        another one. 0 says nothing."""
+        if not fingerprint:
+            return
+        key = (tag.stream, tag.operation)
+        first = self._running.setdefault(key, (rank, fingerprint))
+        if first[1] != fingerprint:
+            sides = sorted((first, (rank, fingerprint)))
+            texts = [self._texts.get(number, ("", "")) for _, number in sides]
+            whats = [what or "an operation of another name or group" for what, _ in texts]
+            hint = texts[0][1] or texts[1][1]
+            raise CollectiveMismatch((sides[0][0], sides[1][0]), (whats[0], whats[1]), hint)
+        if len(self._running) > _REMEMBERED:
+            del self._running[next(iter(self._running))]
+
+    def of(self, tag: Tag) -> int:
+        """The fingerprint to send along with a tensor, or with the grant of one."""
+        return self._running.get((tag.stream, tag.operation), (0, 0))[1]
