@@ -68,8 +68,7 @@ class Peer:
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
-        self._open_sends = 0
-        self._heard = 0
+        self._open_sends = self._heard = 0
         self.control = Connection(
             io,
             pipes["control"],
