@@ -5,7 +5,9 @@ So `smolrun checkpoint.resume=latest` needs no more words: everything else is as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,26 @@ from smolrun.config import resume
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.foreign_text import HIDDEN, without_credentials
+from smolrun.tracking.run_folder import RunFolder
 
 OUTPUTS = Path("outputs")
 # An experiment sets many groups at once: with one, everything typed now counts, and is compared.
 WHOLE = ("experiment",)
+_TRUST = "checkpoint.trust_run_folder"
 
 
 def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`data` as it is, or, where it asks to resume, what the run had, with `overrides` on top.
 
-    ConfigError where there is no such run, and for every key that must not differ from it.
+    ConfigError where there is no such run, for every key that must not differ from it, and for a
+    run folder of another account or machine that is not trusted.
     """
     wanted = (data.get("checkpoint") or {}).get("resume")
     if not isinstance(wanted, str):
         return dict(data)
     try:
-        stored = _stored(run_folder(wanted, OUTPUTS) / "config.yaml")
+        folder = RunFolder(run_folder(wanted, OUTPUTS))
+        stored = _stored(folder.config)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume = {wanted}: {error}") from None
     stored = resume.completed(stored, data)
@@ -47,7 +53,45 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     if problems := list(resume.differences(stored, merged)):
         raise ConfigError(problems)
     _add_credentials(merged.get("cluster"))
+    # Of `data`, not of `merged`: a run folder cannot declare itself trusted.
+    if not folder.has_own_config():
+        _ask_for_trust(folder, stored, is_trusted=data["checkpoint"].get("trust_run_folder"))
+    merged["checkpoint"]["trust_run_folder"] = False
     return merged
+
+
+def _ask_for_trust(folder: RunFolder, stored: Mapping[str, Any], is_trusted: Any) -> None:
+    """A yes, or the key, signs config.yaml as it is, so that it is asked once. ConfigError
+    otherwise: nothing that the folder names was imported, run or connected to."""
+    if is_trusted is not True:
+        named = list(_runs_or_connects(stored)) or ["only what comes with smolrun"]
+        what = (
+            "this account on this machine did not write its config.yaml, which names what a "
+            f"resumed run loads and connects to ({'; '.join(named)})"
+        )
+        told = problem("checkpoint.resume", str(folder.path), what)
+        if not is_interactive():
+            raise ConfigError(f"{told}; if you trust its author, add {_TRUST}=true")
+        print(told)
+        if input("trust it and resume? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ConfigError(f"{told}; it is not trusted")
+    folder.write_config(folder.config.read_text(encoding="utf-8"))
+
+
+def is_interactive() -> bool:
+    """Whether a question can be answered."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
+    """What a configuration names that is run or connected to; JSON has no control characters."""
+    for group, section in stored.items():
+        for key, value in section.items() if isinstance(section, Mapping) else ():
+            path = f"{group}.{key}"
+            is_code = key == "target" and not str(value).startswith("smolrun.")
+            is_connection = path in ("cluster.hosts", "cluster.ssh_config", "tracker.entity")
+            if value is not None and (is_code or is_connection):
+                yield f"{path} = {json.dumps(value, default=str)[:300]}"
 
 
 def _add_credentials(cluster: Any) -> None:

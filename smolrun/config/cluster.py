@@ -112,7 +112,9 @@ class Cluster(Section):
         default=None, description="Host that keeps the parameters, for algorithms with a server"
     )
     ssh_config: Name | None = Field(
-        default=None, description="An OpenSSH client file to read; null = your usual one"
+        default=None,
+        description="An OpenSSH client file to read; null = your usual one. Its ProxyCommand is "
+        "run on this machine",
     )
     start_timeout_s: Positive = Field(
         default=120.0, description="Seconds every rank has to import, connect and say ready"

@@ -110,6 +110,10 @@ class Checkpoint(Section):
         description="latest, a run folder or a checkpoint folder; null = start anew. The run's own "
         "configuration counts, keys given now go on top"
     )
+    trust_run_folder: bool = Field(
+        description="Resume a run folder that was not written by this account on this machine; it "
+        "can name code to run and machines to log in to"
+    )
 
 
 class Mesh(Section):

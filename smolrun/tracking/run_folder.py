@@ -31,9 +31,12 @@ from typing import Any
 import msgspec
 
 from smolrun.checkpoints.folder import is_link
+from smolrun.errors import SmolrunError
 from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"
+_SIGNATURE = "# signature: "  # the last line of config.yaml, and what begins the signed bytes
+_IN_CONFIG = b"config.yaml\n"
 # The first is always there; the others come with the tokenizers of other people's models.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -97,9 +100,25 @@ class RunFolder:
         """What this rank printed."""
         return self.logs / f"rank{rank}-{_for_names(host)}.log"
 
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
     def write_config(self, text: str) -> None:
-        """Keep the resolved configuration, as yaml."""
-        _replace(self.path / "config.yaml", text.encode())
+        """Keep the resolved configuration, as yaml, signed if this account can have a key."""
+        text = text.partition(_SIGNATURE)[0]
+        with contextlib.suppress(SmolrunError):  # such a run has to be trusted when it is resumed
+            text += f"{_SIGNATURE}{sign(_IN_CONFIG + text.encode())}\n"
+        _replace(self.config, text.encode())
+
+    def has_own_config(self) -> bool:
+        """Whether `write_config` of this account on this machine wrote config.yaml as it is."""
+        try:
+            text, _, signature = self.config.read_text(encoding="utf-8").partition(_SIGNATURE)
+            return is_signed(_IN_CONFIG + text.encode(), signature.strip())
+        except (OSError, ValueError, SmolrunError):
+            return False
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep how the run ended; what is not finite becomes null."""

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import platformdirs
 import pytest
 
@@ -81,7 +82,7 @@ def test_files_of_the_folder(tmp_path: Path) -> None:
     folder.keep_tokenizer(tmp_path)
     kept = {path.name for path in (folder.path / "tokenizer").iterdir()}
     assert kept == {"tokenizer.json", "chat_template.jinja"}
-    assert (folder.path / "config.yaml").read_text() == "seed: 1\n"
+    assert (folder.path / "config.yaml").read_text().startswith("seed: 1\n# signature: ")
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary == {"status": "done", "final_train_loss": None}
     names = {path.name for path in folder.path.iterdir()}
@@ -124,3 +125,34 @@ def test_who_drives_it_is_believed_only_if_this_account_wrote_it(
     assert folder.remote() is None
     file.write_text("[" * 100_000)
     assert folder.remote() is None
+
+
+def test_a_configuration_is_known_again_by_the_account_that_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use_account(name: str) -> None:
+        monkeypatch.setattr(platformdirs, "user_config_path", lambda _: tmp_path / name)
+
+    use_account("mine")
+    folder = RunFolder(tmp_path)
+    folder.write_config("seed: 0\n")
+    assert folder.has_own_config()
+    folder.write_config(folder.config.read_text())  # as an undo does
+    assert folder.has_own_config() and folder.config.read_text().count("signature") == 1
+    assert msgspec.yaml.decode(folder.config.read_bytes()) == {"seed": 0}
+    use_account("other")
+    assert not folder.has_own_config()
+    use_account("mine")
+    folder.config.write_text(folder.config.read_text().replace("0", "1", 1))
+    assert not folder.has_own_config()
+
+
+def test_an_account_without_a_key_writes_runs_that_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda _: tmp_path / "file" / "below")
+    folder = RunFolder(tmp_path)
+    folder.write_config("seed: 0\n")
+    assert folder.config.read_text() == "seed: 0\n"
+    assert not folder.has_own_config()

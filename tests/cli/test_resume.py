@@ -1,0 +1,75 @@
+"""checkpoint.resume of a run folder that this account did not write: nothing of it runs unasked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import platformdirs
+import pytest
+
+from smolrun.cli import resume
+from smolrun.cli.compose import compose
+from smolrun.cli.run import run
+from smolrun.config import resolved
+from smolrun.tracking.run_folder import RunFolder
+
+RUN = "20260131-142501-x-aaaa"
+ASK = [f"checkpoint.resume={RUN}", "training.dry_run=true"]
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder as it comes out of an archive; its code would leave this file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
+    mark = tmp_path / "ran"
+    Path("foreign_code.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    plain = resolved(
+        compose(["model.target=foreign_code:build", "checkpoint.trust_run_folder=true"])
+    )
+    folder = RunFolder(Path("outputs") / RUN)
+    folder.path.mkdir(parents=True)
+    folder.config.write_bytes(msgspec.yaml.encode(plain))
+    yield mark
+    sys.modules.pop("foreign_code", None)
+
+
+def test_without_a_terminal_it_is_refused_and_nothing_runs(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(ASK) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.trust_run_folder=true" in said
+    assert 'model.target = "foreign_code:build"' in said
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("answer", ["", "n", "yes!"])
+def test_anything_but_yes_is_a_no(ran: Path, monkeypatch: pytest.MonkeyPatch, answer: str):
+    monkeypatch.setattr(resume, "is_interactive", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+    assert run(ASK) == 2
+    assert not ran.exists()
+
+
+def test_a_yes_is_asked_for_once(ran: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(resume, "is_interactive", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "y")
+    for _ in range(2):
+        run(ASK)
+        assert ran.exists() and len(asked) == 1
+    # A line that is changed afterwards is no longer what was trusted.
+    config = RunFolder(Path("outputs") / RUN).config
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    run(ASK)
+    assert len(asked) == 2
+
+
+def test_the_key_stands_for_a_yes(ran: Path):
+    run([*ASK, "checkpoint.trust_run_folder=true"])
+    assert ran.exists()
+    assert RunFolder(Path("outputs") / RUN).has_own_config()
