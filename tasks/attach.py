@@ -5,13 +5,13 @@ Only reads: the run knows nothing of it, and Ctrl-C leaves it running.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
+from smolrun.foreign_text import echo, one_line
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks import ending_lines
 from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened, ranks_of
@@ -28,9 +28,9 @@ def drive(config: RunConfig) -> int:
     with opened(find_run(config.run)) as run:
         view = run.ask(Request("", reads=True))
         if view.has_ended:
-            print("\n".join(ending_lines.lines(run.folder, view)))
+            echo("\n".join(ending_lines.lines(run.folder, view)))
             return ending_lines.exit_code(view)
-        print(f"{run.folder.run_id} is running; Ctrl-C leaves it so", flush=True)
+        echo(f"{run.folder.run_id} is running; Ctrl-C leaves it so")
         return Show(run, view).follow(view)
 
 
@@ -63,12 +63,12 @@ class Show:
         except KeyboardInterrupt:
             self._console.close()
             name = self._run.folder.run_id
-            print(f"{name} goes on; to stop it: smolrun task=stop run={name}")
+            echo(f"{name} goes on; to stop it: smolrun task=stop run={name}")
             return EXIT_DONE
         finally:
             self._console.close()
         if not self._has_log or view.state == "died":  # its own last words are on the screen
-            print("\n".join(ending_lines.lines(self._run.folder, view)))
+            echo("\n".join(ending_lines.lines(self._run.folder, view)))
         return ending_lines.exit_code(view)
 
     def show(self, view: View) -> bool:
@@ -121,4 +121,5 @@ def _events(lines: Sequence[str]) -> Iterator[Event]:
         try:
             yield from_json(line)
         except ProtocolError:
-            print(f"smolrun: a line of metrics.jsonl makes no sense: {line[:80]}", file=sys.stderr)
+            text = one_line(line[:80])
+            echo(f"smolrun: a line of metrics.jsonl makes no sense: {text}", error=True)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from smolrun.config import RunConfig, world_size
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
+from smolrun.foreign_text import echo
 from smolrun.launch.driver import Driver
 from smolrun.launch.moves import EXIT_DONE, Outcome
 from smolrun.launch.supervisor import Limits
@@ -65,15 +65,15 @@ def drive(config: RunConfig) -> int:
                 rows.append(event.row)
                 file.write(json.dumps(event.row) + "\n")
                 file.flush()
-                print(_line(event.row))
+                echo(_line(event.row))
 
         for size in bench.world_sizes:
             outcome = _measure(_smaller(config, size), folder, prepared, listen)
             if outcome.exit_code != EXIT_DONE:
-                print(f"smolrun: {outcome.reason}", file=sys.stderr)
+                echo(f"smolrun: {outcome.reason}", error=True)
                 return outcome.exit_code
     Console().print(_table(rows))
-    print(f"the rows: {folder.path / 'bench.jsonl'}")
+    echo(f"the rows: {folder.path / 'bench.jsonl'}")
     return EXIT_DONE
 
 

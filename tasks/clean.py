@@ -19,6 +19,7 @@ import platformdirs
 from smolrun.checkpoints.folder import is_link, leftovers
 from smolrun.config import RunConfig
 from smolrun.errors import CheckpointError
+from smolrun.foreign_text import echo, indented, one_line
 from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
 from smolrun.tasks.status import age, size
 from smolrun.tasks.workers import OUTPUTS
@@ -51,7 +52,7 @@ def drive(config: RunConfig) -> int:
     if not any(lists.values()):
         return EXIT_DONE
     if not sys.stdin.isatty():
-        print("nothing is deleted without an answer: type `smolrun task=clean` in a terminal")
+        echo("nothing is deleted without an answer: type `smolrun task=clean` in a terminal")
         return EXIT_DONE
     freed = 0
     try:
@@ -59,11 +60,11 @@ def drive(config: RunConfig) -> int:
             for item in chosen(items, kind, _ask):
                 freed += _delete(item)
     except (EOFError, KeyboardInterrupt):
-        print(f"\nstopped; {size(freed)} freed")
+        echo(f"\nstopped; {size(freed)} freed")
         return EXIT_STOPPED
     finally:
         _mend_latest()
-    print(f"{size(freed)} freed")
+    echo(f"{size(freed)} freed")
     return EXIT_DONE
 
 
@@ -88,15 +89,15 @@ def _show(runs: list[PastRun], lists: dict[str, list[Item]]) -> None:
     for run in runs:
         if run.may_be_running:
             num_bytes = bytes_below(run.folder.path)
-            print(f"{size(num_bytes):>8}  run {run.folder.run_id}: {run.state}, so it stays")
+            echo(f"{size(num_bytes):>8}  run {run.folder.run_id}: {run.state}, so it stays")
     for items in lists.values():
         for item in items:
-            print(f"{size(item.num_bytes):>8}  {item.what}")
+            echo(f"{size(item.num_bytes):>8}  {item.what}")
     found = [item for items in lists.values() for item in items]
     paths = {item.path for item in found}
     # What lies within another item counts with that.
     total = sum(item.num_bytes for item in found if paths.isdisjoint(item.path.parents))
-    print(f"{size(total):>8}  in all" if found else "there is nothing to delete")
+    echo(f"{size(total):>8}  in all" if found else "there is nothing to delete")
 
 
 def _run_item(run: PastRun) -> Item:
@@ -115,33 +116,33 @@ def _unfinished(runs: list[PastRun]) -> Iterator[Item]:
         try:
             found = [] if run.may_be_running else leftovers(run.folder.checkpoints)
         except CheckpointError as error:
-            print(error, file=sys.stderr)
+            echo(indented(str(error)), error=True)
             continue
         for path in found:
             what = f"unfinished checkpoint {path.name} of {run.folder.run_id}"
             yield Item(path, what, bytes_below(path), keep)
     for path in sorted(OUTPUTS.glob(f"{_DOOMED}*")):
-        yield Item(path, f"rest of a deleted run, {path.name}", bytes_below(path))
+        yield Item(path, f"rest of a deleted run, {one_line(path.name)}", bytes_below(path))
 
 
 def _cache(runs: list[PastRun]) -> Iterator[Item]:
     """Prepared data and fetched models; what a run needs again is made again."""
     cache = platformdirs.user_cache_path("smolrun")
     if any(run.may_be_running for run in runs):
-        print(f"a run is going on, so the cache in {cache} stays as it is")
+        echo(f"a run is going on, so the cache in {cache} stays as it is")
         return
     for folder in (cache / name for name in _CACHES):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             with contextlib.suppress(OSError):  # another run may have taken it away
                 idle_s = max(0.0, time.time() - path.stat().st_mtime)
-                what = f"cached {folder.name}/{path.name} ({age(idle_s)} old)"
+                what = f"cached {folder.name}/{one_line(path.name)} ({age(idle_s)} old)"
                 yield Item(path, what, bytes_below(path))
 
 
 def _delete(item: Item) -> int:
     """Deletes it; returns how many bytes are free now. Refusals are told, not raised."""
     if reason := item.keep():
-        print(f"{item.what} stays: {reason}")
+        echo(f"{item.what} stays: {reason}")
         return 0
     doomed = item.path
     num_bytes = bytes_below(doomed)
@@ -154,7 +155,7 @@ def _delete(item: Item) -> int:
         else:
             doomed.unlink()
     except OSError as error:
-        print(f"cannot delete all of {item.path}: {error}", file=sys.stderr)
+        echo(indented(f"cannot delete all of {item.path}: {error}"), error=True)
         return max(0, num_bytes - bytes_below(doomed))
     return num_bytes
 

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from smolrun.config import RunConfig, resolved
+from smolrun.foreign_text import echo
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.tasks.prepare_model import with_pinned_model
 from smolrun.tasks.workers import OUTPUTS, nothing_started
@@ -45,9 +46,9 @@ def drive(config: RunConfig) -> int:
         from smolrun.tasks.remote_driver import drive as drive_there
 
         return drive_there(config)
-    code, folder = start(resolved(config), lambda line: print(line, file=sys.stderr, flush=True))
+    code, folder = start(resolved(config), lambda line: echo(line, error=True))
     if folder is not None:
-        print("\n".join(how_to_go_on(RunFolder(Path(folder)).run_id)))
+        echo("\n".join(how_to_go_on(RunFolder(Path(folder)).run_id)))
     return code
 
 

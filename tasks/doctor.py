@@ -11,7 +11,6 @@ that outlives it.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig
 from smolrun.errors import HostError, HostErrors
+from smolrun.foreign_text import echo
 from smolrun.launch.driver import Driver
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.launch.supervisor import Limits
@@ -66,7 +66,7 @@ def _tell(patients: Patients) -> int:
     fails = any(one.verdict.state == "cannot run" for one in patients.examined.values())
     exit_code = EXIT_FAILED if fails else EXIT_DONE
     if config.format == "json":
-        print(json.dumps(document(patients, exit_code), indent=2, default=str))
+        echo(json.dumps(document(patients, exit_code), indent=2, default=str))
     else:
         report(patients)
     if config.write:
@@ -130,7 +130,7 @@ def _blame(patients: Patients, error: HostError | HostErrors) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    echo(line, error=True)
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from smolrun.foreign_text import one_line
 from smolrun.launch.examination import Examined
 from smolrun.launch.links import Interface
 from smolrun.tasks.doctor_hosts import Patients
@@ -36,14 +37,19 @@ def report(patients: Patients) -> None:
     for name, one in patients.examined.items():
         verdict = one.verdict
         colour = _COLOURS[verdict.state]
-        console.print(f"[bold]{escape(name)}[/]: [{colour}]{escape(verdict.sentence)}[/]")
+        console.print(f"[bold]{_shown(name)}[/]: [{colour}]{_shown(verdict.sentence)}[/]")
         for line in details(one):
-            console.print(f"  {escape(line)}", soft_wrap=True)
+            console.print(f"  {_shown(line)}", soft_wrap=True)
         for finding in verdict.findings:
             mark = {"blocks": "x", "limits": "!", "note": "."}[finding.weight]
-            console.print(f"  {mark} {escape(finding.what)}", soft_wrap=True)
+            console.print(f"  {mark} {_shown(finding.what)}", soft_wrap=True)
             if finding.todo:
-                console.print(f"      -> {escape(finding.todo)}", soft_wrap=True)
+                console.print(f"      -> {_shown(finding.todo)}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """What a host said, as the text of a cell or of a line."""
+    return escape(one_line(text))
 
 
 def _hosts(patients: Patients) -> Table:
@@ -54,8 +60,8 @@ def _hosts(patients: Patients) -> Table:
         table.add_column(name, overflow="fold")
     for name, one in patients.examined.items():
         state = one.verdict.state
-        cells = [escape(cell) for cell in row(one)]
-        table.add_row(escape(name), *cells, f"[{_COLOURS[state]}]{state}[/]")
+        cells = [_shown(cell) for cell in row(one)]
+        table.add_row(_shown(name), *cells, f"[{_COLOURS[state]}]{state}[/]")
     return table
 
 
@@ -118,11 +124,11 @@ def _links(patients: Patients) -> Table:
         table.add_column(name, overflow="fold", justify="left")
     for one in link_rows(patients):
         table.add_row(
-            escape(one["from"]),
-            escape(one["to"]),
+            _shown(one["from"]),
+            _shown(one["to"]),
             f"{one['rtt_s'] * 1e3:.2f} ms",
             f"{one['bytes_per_s'] * 8 / 1e6:,.1f} Mbit/s",
-            escape(one["over"] or _UNKNOWN),
+            _shown(one["over"] or _UNKNOWN),
         )
     return table
 

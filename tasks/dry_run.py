@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from smolrun.config import RunConfig, ranks, resolved, world_size
+from smolrun.foreign_text import echo
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
@@ -267,7 +268,7 @@ def print_process() -> None:
         layer(torch.ones(64, 256)).logsumexp(-1).sum().backward()
         optimizer.step()
     memory: Any = psutil.Process().memory_info()
-    print(json.dumps([memory.rss, getattr(memory, "shared", 0)]))
+    echo(json.dumps([memory.rss, getattr(memory, "shared", 0)]))
 
 
 def _start_probe() -> subprocess.Popen[bytes] | None:

@@ -15,6 +15,7 @@ import rich.table
 import torch
 
 from smolrun.config import RunConfig, world_size
+from smolrun.foreign_text import indented, one_line
 from smolrun.launch.moves import Outcome
 from smolrun.launch.out_of_memory import gb
 from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
@@ -36,10 +37,10 @@ def report(config: RunConfig) -> int:
     if not console.is_terminal:
         console.width = _SHOWN_WIDTH
     made = estimate(config)
-    console.print(_title(made), soft_wrap=True)
+    console.print(one_line(_title(made)), soft_wrap=True)
     console.print(_table(made, is_plain=not console.is_terminal))
     for line in [*_lines(made), verdict(made)]:
-        console.print(line, soft_wrap=True)
+        console.print(indented(line), soft_wrap=True)
     return 0
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smolrun.checkpoints.keeper import Keeper
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.errors import HostError, HostErrors
+from smolrun.foreign_text import echo, indented, one_line
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.moves import Outcome
 from smolrun.tasks.emulation import emulated
@@ -21,7 +21,7 @@ from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_teller import TimeTeller
-from smolrun.tracking.words import printable, rate
+from smolrun.tracking.words import rate
 
 
 def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
@@ -141,14 +141,14 @@ class Ending:
             self._folder.write_summary(summary)
         except OSError as error:
             where = self._folder.path
-            print(f"smolrun: cannot write the summary of {where}: {error}", file=sys.stderr)
+            echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
 
     def _complain(self, outcome: Outcome, log_tail: Callable[[int], list[str]]) -> None:
         """Why the run failed, and the last lines of the log of the rank that broke it."""
-        print(printable(f"smolrun: {outcome.reason}"), file=sys.stderr)
+        echo(indented(f"smolrun: {outcome.reason}"), error=True)
         failed = outcome.failed_rank
         for line in log_tail(failed) if failed is not None else []:
-            print(printable(f"  | {line}"), file=sys.stderr)
+            echo(f"  | {one_line(line)}", error=True)
         if self._record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
             told = f"to go on after {self._record.checkpoint}: {command}"
@@ -157,4 +157,4 @@ class Ending:
             told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
         else:
             told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
-        print(f"smolrun: {told}", file=sys.stderr)
+        echo(f"smolrun: {told}", error=True)

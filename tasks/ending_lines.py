@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from smolrun.foreign_text import one_line
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import View
@@ -23,13 +24,13 @@ def lines(folder: RunFolder, view: View) -> list[str]:
     """What is to be said about a run that has ended, or whose driver is gone."""
     summary = view.summary
     if view.state == "died":
-        return [_died(folder, view), f"go on with: {resume_command(folder)}"]
+        return [one_line(_died(folder, view)), f"go on with: {resume_command(folder)}"]
     told = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
     told.append(f"everything about this run: {folder.path}")
     if view.state in ("stopped", "failed"):
         is_saved = summary.get("checkpoint") is not None
         told.append(f"go on with: {resume_command(folder)}" if is_saved else "nothing was saved")
-    return told
+    return [one_line(line) for line in told]
 
 
 def resume_command(folder: RunFolder) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
+from smolrun.foreign_text import echo
 from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
 
 T = TypeVar("T")
@@ -41,25 +42,25 @@ def drive(config: RunConfig) -> int:
     """Asks and writes; exit code 0, or 130 where the answers end before the last question."""
     try:
         if FILE.exists() and not _yes(f"{FILE} is there already; write a new one?"):
-            print("nothing was changed")
+            echo("nothing was changed")
             return EXIT_DONE
         hosts = _hosts()
         ranks = None if hosts else _ranks()
     except (EOFError, KeyboardInterrupt):
-        print("\nstopped; nothing was written")
+        echo("\nstopped; nothing was written")
         return EXIT_STOPPED
     _write(text(hosts, ranks))
-    print(f"{FILE} is written; change it with any editor")
+    echo(f"{FILE} is written; change it with any editor")
     others = [host["name"] for host in hosts if "ssh" in host]
     if others:
-        print(
+        echo(
             "next, once:  smolrun task=trust cluster=home    (look at their SSH keys)\n"
             "             smolrun task=setup cluster=home    (Python and torch on them)\n"
             "             smolrun task=doctor cluster=home   (is all well?)\n"
             "then:        smolrun cluster=home"
         )
     else:
-        print("next: smolrun cluster=home")
+        echo("next: smolrun cluster=home")
     return EXIT_DONE
 
 
@@ -89,7 +90,7 @@ def _value(value: Any) -> str:
 
 def _hosts() -> list[dict[str, Any]]:
     """The answers, one dictionary per machine; empty for this machine alone."""
-    print(
+    echo(
         "Which machines shall work together? Name them one by one, the fastest first, this one too"
         " if it\nis to help. Just Enter ends the list; an empty list means this machine alone."
     )
@@ -135,7 +136,7 @@ def _ask(question: str, read: Callable[[str], T]) -> T | None:
         try:
             return read(answer)
         except ValueError as error:
-            print(f"  {answer!r} does not do: {error}")
+            echo(f"  {answer!r} does not do: {error}")
 
 
 def _yes(question: str) -> bool:

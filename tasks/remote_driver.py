@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -25,9 +24,10 @@ import msgspec
 
 from smolrun.config import RunConfig, redacted, resolved
 from smolrun.errors import HostError
-from smolrun.foreign_text import without_credentials_in
+from smolrun.foreign_text import echo, without_credentials_in
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
+from smolrun.launch.last_words import last_words
 from smolrun.launch.machine import HostSpec, Machine, open_machine
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED
 from smolrun.launch.shell import command, environment_input
@@ -63,12 +63,12 @@ def drive(config: RunConfig) -> int:
                 )
             return code
         run = _keep(config, spec, ready, folder, code_of)
-    print("\n".join(how_to_go_on(run.run_id)))
+    echo("\n".join(how_to_go_on(run.run_id)))
     return EXIT_DONE
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    echo(line, error=True)
 
 
 @contextmanager
@@ -240,8 +240,7 @@ class Question:
             )
             view = decode(done.out.decode("utf-8", "replace"))
             if view is None:
-                told = done.err.decode("utf-8", "replace").strip().splitlines()
-                reason = told[-1] if told else f"exit code {done.code}"
+                reason = last_words(done.err) if done.err.strip() else f"exit code {done.code}"
                 what = f"it cannot say how {self._folder.run_id} is: {reason}"
                 raise HostError(remote.host.name, what)
             if view.has_ended:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
+from smolrun.foreign_text import echo
 from smolrun.launch.at_once import on_all
 from smolrun.launch.blank_host import Blank
 from smolrun.launch.environment import env_python, environment_name, own_dependencies
@@ -42,7 +43,7 @@ def drive(config: RunConfig) -> int:
     try:
         return Setup(config, specs).run()
     except (EOFError, KeyboardInterrupt):
-        print("\nstopped; what is complete is kept, and the same command goes on")
+        echo("\nstopped; what is complete is kept, and the same command goes on")
         return EXIT_STOPPED
 
 
@@ -79,16 +80,16 @@ class Setup:
             for machine in self._machines.values():
                 machine.close()
         for error in self._failed.values():
-            print(f"smolrun: {error}", file=sys.stderr)
+            echo(f"smolrun: {error}", error=True)
         if self._failed:
             return EXIT_FAILED
-        print(f"ready; next: smolrun task=doctor cluster={self._config.cluster.name}")
+        echo(f"ready; next: smolrun task=doctor cluster={self._config.cluster.name}")
         return EXIT_DONE
 
     # -- keys ----
 
     def _connect(self) -> None:
-        print(f"connecting to {', '.join(self._specs)}...")
+        echo(f"connecting to {', '.join(self._specs)}...")
         self._each(list(self._specs), self._open, "open")
         locked = [
             name
@@ -128,14 +129,14 @@ class Setup:
                 raise HostError(name, "there is no SSH key to install", "ssh-keygen -t ed25519")
             key = make_key()
         line = read_key(key)
-        print(f"{name}: your key {key} will be added to ~/.ssh/authorized_keys of {target}")
+        echo(f"{name}: your key {key} will be added to ~/.ssh/authorized_keys of {target}")
         # Asked here and not in the middle of the login, which has a deadline.
         password = self._ask(target)
         self._open(name, lambda _: password)
         machine = self._machines.pop(name)
         try:
             if install(machine, line):
-                print(f"{name}: the key is added")
+                echo(f"{name}: the key is added")
         finally:
             machine.close()
 
@@ -178,16 +179,16 @@ class Setup:
         if missing:
             todo = f"there: {python} -m pip install {' '.join(missing)}"
             raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", todo)
-        print(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
+        echo(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
 
     def _tell(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
         for name, (_, plan) in plans.items():
             if plan is None:
-                print(f"{name}: nothing to do")
+                echo(f"{name}: nothing to do")
                 continue
-            print(f"{name}: this will be done:")
+            echo(f"{name}: this will be done:")
             for number, line in enumerate(plan.lines(), start=1):
-                print(f"  {number}. {line}")
+                echo(f"  {number}. {line}")
 
     def _make(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
         def make(name: str) -> None:
@@ -195,7 +196,7 @@ class Setup:
             if plan is not None:
                 log = OUTPUTS / "setup" / f"{name}.log"
                 Maker(self._machines[name], found, plan, log, _say).make()
-                print(f"{name}: ready")
+                echo(f"{name}: ready")
 
         self._each([name for name in plans if name not in self._failed], make, "setup")
 
@@ -212,4 +213,4 @@ class Setup:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    echo(line)

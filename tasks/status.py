@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from smolrun.config import RunConfig
 from smolrun.errors import HostError
+from smolrun.foreign_text import echo
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.past_runs import PastRun, look, run_folders
@@ -26,11 +27,11 @@ def drive(config: RunConfig) -> int:
     """Prints the table; exit code 0."""
     folders = run_folders(OUTPUTS)
     if not folders:
-        print(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
+        echo(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
         return EXIT_DONE
     _print([row(run) for run in _with_remote([look(folder) for folder in folders[:MOST_RUNS]])])
     if len(folders) > MOST_RUNS:
-        print(f"and {len(folders) - MOST_RUNS} older ones")
+        echo(f"and {len(folders) - MOST_RUNS} older ones")
     return EXIT_DONE
 
 
@@ -98,4 +99,4 @@ def _print(rows: Sequence[Sequence[str]]) -> None:
             shown.pop()
     for cells in (COLUMNS, *rows):
         line = (cells[n].ljust(widths[n]) for n in shown)
-        print("  ".join(line).rstrip())
+        echo("  ".join(line).rstrip())

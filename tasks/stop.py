@@ -6,11 +6,11 @@ the run's folder that its driver looks at, so it works on every system and from 
 
 from __future__ import annotations
 
-import sys
 import time
 
 from smolrun.config import RunConfig
 from smolrun.errors import HostError
+from smolrun.foreign_text import echo
 from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.tasks import ending_lines
 from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened
@@ -30,19 +30,19 @@ def drive(config: RunConfig) -> int:
             try:
                 view = _stopped(run, run.ask(Request("", stop=True)))
             except OSError as error:
-                print(f"smolrun: {run.folder.run_id} cannot be asked: {error}", file=sys.stderr)
+                echo(f"smolrun: {run.folder.run_id} cannot be asked: {error}", error=True)
                 return EXIT_FAILED
             except KeyboardInterrupt:
-                print("it was asked to stop at once; this command waits no longer")
+                echo("it was asked to stop at once; this command waits no longer")
                 return EXIT_STOPPED
         elif view.state != "died":
-            print(f"{run.folder.run_id} has ended already")
+            echo(f"{run.folder.run_id} has ended already")
         if not view.has_ended:
             name = run.folder.run_id
-            print(f"smolrun: {name} has not stopped yet; to stop it at once: "
-                  f"smolrun task=stop run={name}", file=sys.stderr)  # fmt: skip
+            echo(f"smolrun: {name} has not stopped yet; to stop it at once: "
+                  f"smolrun task=stop run={name}", error=True)  # fmt: skip
             return EXIT_FAILED
-        print("\n".join(ending_lines.lines(run.folder, view)))
+        echo("\n".join(ending_lines.lines(run.folder, view)))
         return EXIT_DONE
 
 
@@ -70,13 +70,13 @@ def _stopped(run: OpenRun, view: View) -> View:
             _tell(run, view)
         if time.monotonic() >= tell_at and not view.has_ended:
             tell_at += _TELL_EVERY_S
-            print(f"waiting for {run.folder.run_id}: {time.monotonic() - began:.0f} s", flush=True)
+            echo(f"waiting for {run.folder.run_id}: {time.monotonic() - began:.0f} s")
     return view
 
 
 def _tell(run: OpenRun, view: View) -> None:
     how = "at once" if view.asked > 1 else "at the next agreed step, and to save; Ctrl-C: at once"
-    print(f"{run.folder.run_id} is asked to stop {how}", flush=True)
+    echo(f"{run.folder.run_id} is asked to stop {how}")
 
 
 def _patience_s(run: OpenRun) -> float:

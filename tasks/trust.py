@@ -15,6 +15,7 @@ from pathlib import Path
 from smolrun.config import RunConfig
 from smolrun.config.cluster import Cluster
 from smolrun.errors import ConfigError, HostError
+from smolrun.foreign_text import echo
 from smolrun.launch import host_keys
 from smolrun.launch.at_once import on_all
 from smolrun.launch.host_keys import HostKey, KnownHosts
@@ -56,12 +57,12 @@ def drive(config: RunConfig) -> int:
         # Behind a jump host that is trusted just now, there may be more to see.
         while True:
             rows = _look(cluster, targets)
-            print(table(rows))
+            echo(table(rows))
             if not _decide(rows, cluster.name, trust_new=config.write) or not _has_jump(rows):
                 break
-            print()
+            echo()
     except (EOFError, KeyboardInterrupt):
-        print("\nstopped; what you answered before is kept")
+        echo("\nstopped; what you answered before is kept")
         return EXIT_STOPPED
     left = [row for row in rows if not _is_known(row)]
     return EXIT_FAILED if left else EXIT_DONE
@@ -118,7 +119,7 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
     open_rows = [row for row in rows if row.state in ("new", "changed")]
     if not open_rows:
         return False
-    print(_how_to_compare(open_rows))
+    echo(_how_to_compare(open_rows))
     is_asking = sys.stdin.isatty()
     written = False
     for row in open_rows:
@@ -127,11 +128,11 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
         if row.state == "new" and (trust_new or (is_asking and _says_yes(_ask_new(row), "y"))):
             written |= _write(row, _add)
         elif row.state == "changed":
-            print(_what_changed(row))
+            echo(_what_changed(row))
             if is_asking and _says_yes(_ask_changed(row), "yes"):
                 written |= _write(row, _replace)
     if not is_asking and not (trust_new and written):
-        print(
+        echo(
             "nobody is here to be asked, so nothing was trusted: run this in a terminal, or "
             f"smolrun task=trust cluster={cluster} write=true to trust all new keys unseen; "
             "a key that has changed is only replaced in a terminal"
@@ -176,14 +177,14 @@ def _what_changed(row: Row) -> str:
 
 def _write(row: Row, write: Callable[[Row], None]) -> bool:
     if not row.files:
-        print(f"{row.name}: your ssh_config says `UserKnownHostsFile none`, so no key can be kept")
+        echo(f"{row.name}: your ssh_config says `UserKnownHostsFile none`, so no key can be kept")
         return False
     try:
         write(row)
     except OSError as error:
-        print(f"{row.name}: cannot write {error.filename or row.files[0]}: {error.strerror}")
+        echo(f"{row.name}: cannot write {error.filename or row.files[0]}: {error.strerror}")
         return False
-    print(f"{row.name}: its key is in {row.files[0]} now")
+    echo(f"{row.name}: its key is in {row.files[0]} now")
     return True
 
 

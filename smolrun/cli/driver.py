@@ -20,6 +20,7 @@ import msgspec
 from smolrun.cli.run import BAD_CONFIG, drive
 from smolrun.config import validate
 from smolrun.errors import ConfigError
+from smolrun.foreign_text import echo
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
     try:
         config = validate(msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any]))
     except (ConfigError, ValueError) as error:
-        print(f"smolrun: the configuration over stdin cannot be used: {error}", file=sys.stderr)
+        echo(f"smolrun: the configuration over stdin cannot be used: {error}", error=True)
         return BAD_CONFIG
     _let_go_of_stdin()
     return drive(config)
@@ -52,10 +53,10 @@ def start_main() -> int:
     if order.own is not None:  # the user's modules lie beside the outputs, as they do at home
         shutil.copytree(order.own, folder, dirs_exist_ok=True)
     os.chdir(folder)
-    code, run = start(order.config, lambda line: print(line, flush=True))
+    code, run = start(order.config, echo)
     has_begun.set()
     if run is not None:
-        print(f"{FOLDER}{run}", flush=True)
+        print(f"{FOLDER}{run}", flush=True)  # noqa: T201  (a program reads the path as it is)
     return code
 
 

@@ -19,7 +19,7 @@ from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
-from smolrun.foreign_text import HIDDEN, without_credentials
+from smolrun.foreign_text import HIDDEN, echo, without_credentials
 from smolrun.tracking.run_folder import RunFolder
 
 OUTPUTS = Path("outputs")
@@ -72,7 +72,7 @@ def _ask_for_trust(folder: RunFolder, stored: Mapping[str, Any], is_trusted: Any
         told = problem("checkpoint.resume", str(folder.path), what)
         if not is_interactive():
             raise ConfigError(f"{told}; if you trust its author, add {_TRUST}=true")
-        print(told)
+        echo(told)
         if input("trust it and resume? [y/N] ").strip().lower() not in ("y", "yes"):
             raise ConfigError(f"{told}; it is not trusted")
     folder.write_config(folder.config.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse
 from smolrun.cli.resume import resumed
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
+from smolrun.foreign_text import echo, indented
 
 BAD_CONFIG = 2
 FAILED = 3
@@ -55,10 +56,10 @@ def drive(config: RunConfig) -> int:
     except ConfigError as error:
         return _report(error.problems)
     except DataError as error:
-        print(f"smolrun: nothing was started: {error}", file=sys.stderr)
+        echo(indented(f"smolrun: nothing was started: {error}"), error=True)
         return BAD_CONFIG
     except SmolrunError as error:
-        print(f"smolrun: {error}", file=sys.stderr)
+        echo(indented(f"smolrun: {error}"), error=True)
         return FAILED
 
 
@@ -163,8 +164,8 @@ def _report(problems: Sequence[str]) -> int:
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [
         f"smolrun: {count} in the configuration, nothing was started:",
-        *(f"  {line}" for line in problems),
+        *(f"  {indented(line)}" for line in problems),
         "`smolrun --help` shows the choices, `smolrun --cfg job` the whole configuration.",
     ]
-    print("\n".join(lines), file=sys.stderr)
+    echo("\n".join(lines), error=True)
     return BAD_CONFIG

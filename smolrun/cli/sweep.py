@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
+from smolrun.foreign_text import echo
+
 STOPPED = (130, 131)
 FAILED = 3
 
@@ -20,10 +22,9 @@ def run_jobs(
     """
     worst = 0
     for number, overrides in enumerate(jobs, start=1):
-        print(
+        echo(
             f"smolrun: job {number} of {len(jobs)}: {' '.join(overrides)}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
         code = start([*flags, *overrides])
         worst = max(worst, code if code >= 0 else FAILED)

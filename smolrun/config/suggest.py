@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from smolrun.foreign_text import without_credentials
+from smolrun.foreign_text import one_line, without_credentials
 
 LONGEST_VALUE = 60
 
@@ -27,7 +27,7 @@ def absent(
 def shown(value: Any) -> str:
     """A value as the user would write it, cut short."""
     text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    text = without_credentials(text)
+    text = one_line(without_credentials(text))
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 

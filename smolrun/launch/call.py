@@ -17,6 +17,7 @@ from importlib import resources
 from typing import Any
 
 from smolrun.errors import HostError
+from smolrun.foreign_text import all_in_one_line, one_line
 from smolrun.launch.connection import Completed, Connection
 from smolrun.launch.last_words import last_words
 from smolrun.launch.shell import Shell, command
@@ -73,14 +74,15 @@ def _program(script: str, request: dict[str, Any], mark: str) -> str:
 
 def _reply(host: str, python: str, text: str, cluster: str) -> dict[str, Any]:
     if text.startswith("old "):
-        raise _too_old(host, python, text.removeprefix("old "), cluster)
+        raise _too_old(host, python, one_line(text.removeprefix("old ")), cluster)
     try:
         reply = json.loads(text)
     except ValueError:
         reply = None
     if not isinstance(reply, dict):
         raise HostError(host, f"its answer cannot be read: {text[:200]!r}")
-    return reply
+    cleaned: dict[str, Any] = all_in_one_line(reply)
+    return cleaned
 
 
 def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from smolrun.foreign_text import one_line
+
 _MOST_CHARS = 300
-
-
-def printable(text: str) -> str:
-    """Without line ends, and without the escapes by which a stranger could paint on a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text).strip()
 
 
 def last_words(*outputs: bytes) -> str:
     """The last line of the first output that has one."""
     for output in outputs:
         if lines := output.decode("utf-8", "replace").strip().splitlines():
-            return printable(lines[-1])[:_MOST_CHARS]
+            return one_line(lines[-1]).strip()[:_MOST_CHARS]
     return "it said nothing"

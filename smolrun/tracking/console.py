@@ -29,7 +29,8 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.tracking.words import clock, counted, named, number, printable, rate
+from smolrun.foreign_text import indented, one_line
+from smolrun.tracking.words import clock, counted, named, number, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LINE_EVERY_S = 5.0  # where there is no bar
@@ -83,7 +84,7 @@ class Console:
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show how far the data is: `done` of `total`."""
-        self._quietly(lambda: self._prepare(what, done, total))
+        self._quietly(lambda: self._prepare(one_line(what), done, total))
 
     def go_on(self, earlier_s: float, world_size: int | None = None) -> None:
         """The run had trained so long before, perhaps on so many ranks fewer or more; rates are
@@ -98,7 +99,7 @@ class Console:
         self._quietly(lambda: self._show(event))
 
     def say(self, text: str) -> None:
-        """Write a line, above the bar if there is one."""
+        """Write a line, above the bar if there is one; further lines of the text are indented."""
         self._quietly(lambda: self._print(text))
 
     def close(self) -> None:
@@ -116,7 +117,7 @@ class Console:
             _let_go(self._stream)
 
     def _print(self, text: str) -> None:
-        shown = printable(text)
+        shown = indented(text)
         try:
             shown.encode(self._stream.encoding or "utf-8")
         except UnicodeEncodeError:

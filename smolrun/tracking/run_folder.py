@@ -32,6 +32,7 @@ import msgspec
 
 from smolrun.checkpoints.folder import is_link
 from smolrun.errors import SmolrunError
+from smolrun.foreign_text import one_line
 from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"
@@ -73,8 +74,8 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """The name of the run."""
-        return self.path.name
+        """The name of the run, fit to be shown: an archive may bring any name."""
+        return one_line(self.path.name)
 
     @property
     def logs(self) -> Path:
@@ -257,14 +258,14 @@ class RunFolder:
         latest = self.path.parent / LATEST
         if latest.exists() and not latest.is_symlink() and not _is_pointer(latest):
             raise OSError(f"{latest} is in the way")
-        fresh = self.path.parent / f".{LATEST}-{self.run_id}"
+        fresh = self.path.parent / f".{LATEST}-{self.path.name}"
         try:
-            fresh.symlink_to(self.run_id, target_is_directory=True)
+            fresh.symlink_to(self.path.name, target_is_directory=True)
             os.replace(fresh, latest)
         except (OSError, NotImplementedError):
             with contextlib.suppress(OSError):
                 fresh.unlink()
-            _replace(latest, f"{self.run_id}\n".encode())
+            _replace(latest, f"{self.path.name}\n".encode())
 
 
 def run_id(title: str, *, now: datetime, suffix: str) -> str:

@@ -27,13 +27,6 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def printable(text: str) -> str:
-    """Without control characters: a model may write any of them, and terminals obey some."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
 def number(value: float | None) -> str:
     """A loss, which may be none."""
     return "not a number" if value is None else f"{value:.4f}"

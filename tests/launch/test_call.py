@@ -44,6 +44,8 @@ def test_what_goes_there_comes_back(script, profile: str):
     script("def main(request):\n    print('chatty')\n    return {'got': request, 'é': '\"'}\n")
     request = {"text": 'it\'s "x" \\ $HOME \n ü \u2028 {} %s', "number": 1.5, "list": [None, True]}
     reply = call(ConnectionHere(profile=profile), sys.executable, "x", request)
+    # What is said there cannot obey a terminal here, nor begin a line of ours.
+    request["text"] = 'it\'s "x" \\ $HOME   ü   {} %s'
     assert reply == {"got": request, "é": '"'}
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.launch.last_words import last_words, printable
+from smolrun.launch.last_words import last_words
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ def test_last_words(outputs: list[bytes], words: str):
 
 
 def test_nobody_paints_on_our_terminal():
-    assert printable("\x1b[2J\x07wiped\u202e\n") == "[2J wiped"
+    assert last_words("\x1b[2J\x07wiped\u202e\n".encode()) == "[2J wiped"

@@ -159,6 +159,25 @@ def test_a_speed_is_written_where_all_were_measured_and_nobody_knows_better(pati
     assert speeds(patients) == {}, "a speed is relative to all others"
 
 
+def test_what_hosts_say_is_text_and_nothing_else(
+    patients: Patients, capsys: pytest.CaptureFixture[str]
+):
+    """No escape sequence, no markup of rich, no line of its own."""
+    evil = "[red]x[/]\x1b[2J\x9b2J\r\n\u202emini1: fine[link=https://evil]here[/link]"
+    one = facts("linux", 8.2e9, 1e11)
+    one["system"] |= {"system": evil, "arch": evil, "user": evil, "model": evil, "cpu": evil}
+    one["system"] |= {"gpus": [{"name": evil}]}
+    one["environment"] |= {"python": evil, "packages": {"torch": evil}}
+    one["network"]["interfaces"][0] |= {"name": evil, "addresses": [evil]}
+    patients.examined["pi5"] = Examined("pi5", one, [Finding("limits", evil, evil)])
+    doctor_text.report(patients)
+    shown = capsys.readouterr().out
+    assert "[red]x[/]" in shown
+    assert "[link=https://evil]" in shown.replace("\n", "")
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert sum(line.startswith("mini1: ") for line in shown.split("\n")) == 1
+
+
 def test_a_cluster_without_a_file_and_one_without_hosts(patients: Patients):
     Path("conf/cluster/home.yaml").unlink()
     with pytest.raises(ConfigError, match="does not list the hosts"):

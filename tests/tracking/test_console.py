@@ -19,8 +19,9 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
+from smolrun.foreign_text import printable
 from smolrun.tracking.console import Console, slowest
-from smolrun.tracking.words import clock, named, printable
+from smolrun.tracking.words import clock, named
 
 
 class Terminal(io.StringIO):

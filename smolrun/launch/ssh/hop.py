@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from fabric import Connection
 
+from smolrun.foreign_text import one_line
 from smolrun.launch.host_keys import HostKey, KnownHosts
-from smolrun.launch.last_words import last_words, printable
+from smolrun.launch.last_words import last_words
 from smolrun.launch.ssh.settings import Settings
 
 Stage = Literal["reach", "greeting", "login", "in"]
@@ -26,7 +27,7 @@ class Failed(Exception):
 
     def __init__(self, what: str, todo: str | None = None, *, is_refused: bool = False) -> None:
         super().__init__(what)
-        self.what = printable(what)  # a server's own words may be in it
+        self.what = one_line(what).strip()  # a server's own words may be in it
         self.todo = todo
         self.is_refused = is_refused
 
