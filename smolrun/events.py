@@ -27,7 +27,7 @@ MAX_TEXT_CHARS = 64 * 1024
 Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 
 
-StateOf = Literal["rank", "run"]  # whose state a checkpoint keeps
+StateOf = Literal["run"]  # whose state a checkpoint keeps
 Span = tuple[str, str, Count, float, NonNegative]  # what, lane, step, start_s, duration_s
 
 

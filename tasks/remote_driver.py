@@ -34,6 +34,7 @@ from smolrun.launch.shell import command, environment_input
 from smolrun.tasks.detach import FOLDER, how_to_go_on
 from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
+from smolrun.tracking.jsonl import MAX_METRICS_BYTES
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import Request, View, decode
 from smolrun.tracking.signature import sign
@@ -258,7 +259,11 @@ class Question:
         clear_all({machine.name: machine}, self._remote.code_of)
         for name in _AFTERWARDS:
             with contextlib.suppress(OSError, HostError):  # of no worth against an answer
-                machine.get(f"{self._remote.folder}/{name}", self._folder.path / name)
+                machine.get(
+                    f"{self._remote.folder}/{name}",
+                    self._folder.path / name,
+                    most_bytes=MAX_METRICS_BYTES,
+                )
 
     def close(self) -> None:
         """End the connection."""

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from smolrun.checkpoints.find import OLD, STEP_FOLDER, checkpoints_in, is_whole
-from smolrun.checkpoints.manifest import MANIFEST_FILE, Manifest
+from smolrun.checkpoints.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
 from smolrun.errors import CheckpointError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
@@ -68,8 +68,11 @@ def commit(part: Path, manifest: Manifest) -> Path:
             raise CheckpointError(
                 f"{part / name} has {size} bytes, not {entry.bytes}: not committed"
             )
+    content = manifest.to_bytes()
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{len(content):,} bytes are too many for a manifest: not committed")
     with open(part / MANIFEST_FILE, "wb") as file:
-        file.write(manifest.to_bytes())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(part)

@@ -17,6 +17,10 @@ from smolrun.checkpoints.manifest import merge
 from smolrun.errors import CheckpointError
 from smolrun.events import CheckpointSaved, EvalDone, Event, Note, ShardFailed, ShardSaved
 
+# Checkpoints that some ranks have reported and others not yet. Ranks are a few steps apart at most,
+# and each writes one after the other.
+_MOST_OPEN = 8
+
 
 @dataclass
 class _Attempt:
@@ -67,6 +71,10 @@ class Keeper:
         if not isinstance(event, ShardSaved | ShardFailed):
             return False
         attempt = self._attempts.setdefault(event.updates, _Attempt())
+        if len(self._attempts) > _MOST_OPEN:
+            oldest = min(self._attempts)
+            del self._attempts[oldest]
+            folder.abandon(folder.part_folder(self._path, oldest, self._token))
         if isinstance(event, ShardSaved):
             attempt.shards.append(event)
         else:
@@ -99,6 +107,9 @@ class Keeper:
             self.newest = folder.commit(part, manifest)
         except (OSError, CheckpointError) as error:
             self._give_up(part, updates, str(error))
+            return
+        except RecursionError:
+            self._give_up(part, updates, "the state of a rank is nested too deep")
             return
         self._emit(
             CheckpointSaved(

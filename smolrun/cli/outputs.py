@@ -32,7 +32,8 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `remote.json` | Only with `driver=HOST`: on which machine the run is driven, and where it lies |
 | `stop` | How often somebody asked the run to stop, by `task=stop` |
 | `model/` | The shape of a model of transformers, for `task=export` |
-| `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host |
+| `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host; \
+the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
 | `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
 
@@ -78,6 +79,10 @@ often, so it was not started again).
 Each line has its kind under `event`. `step` counts from 0 here, and from 1 in sentences. `time_s`
 counts from the start of training. `rank` is null where an event is about the whole run. Numbers
 that are not finite are written as null.
+
+A long run has a row of every step of the whole run, but fewer of single ranks: after 64 MiB of
+`rank_step` and `push` rows only those of every second step are written, after 64 MiB more those of
+every fourth, and so on; a `note` says when. The file ends at 8 GiB, with a warning.
 """
 
 # Between the ranks and the driver, which makes checkpoints of them: never in metrics.jsonl.

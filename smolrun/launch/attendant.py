@@ -9,10 +9,11 @@ decides nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import BinaryIO
+from pathlib import Path
 
 import msgspec
 
@@ -50,12 +51,19 @@ _TAIL_LINE_CHARS = 400
 # A pipe ends with its worker; only a child that left the process group could hold it longer.
 _DRAIN_S = 1.0
 _LEASE = encode(LeaseMessage())
+# Sentences for the user of one worker: an honest one has a few, and each is shown, and kept in
+# metrics.jsonl. The worker writes all of them to its own log too.
+_MOST_NOTES = 1000
+# Of a rank's log, as often as a rank prints; two files of that size are kept, the newest lines in
+# them. An honest log of a day has a few MiB.
+_LOG_BYTES = 32 << 20
 
 
 class Attendant:
     """One worker's threads on the driver. `post` is called from them and must be safe for that."""
 
-    def __init__(self, plan: WorkerPlan, host: Host, post: Callable[[Input], None]) -> None:
+    def __init__(self, plan: WorkerPlan, host: Host, post: Callable[[Input, int], None]) -> None:
+        """`post` gets the size of the line that an input was made of; 0: of none."""
         self.plan = plan
         self._host = host
         self._post = post
@@ -63,7 +71,8 @@ class Attendant:
         self._process: WorkerProcess | None = None
         self._doomed = False
         self._closing = False
-        self._outbox: deque[bytes] = deque()
+        self._outbox: deque[tuple[bytes, Callable[[], None] | None]] = deque()
+        self._num_notes = 0
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._life = self._thread("life", self._live)
 
@@ -71,14 +80,15 @@ class Attendant:
         """Start the worker, in the background."""
         self._life.start()
 
-    def send(self, message: Message) -> None:
-        """Queue a message; never blocks, even if the worker reads nothing."""
-        self._queue(encode(message))
+    def send(self, message: Message, on_sent: Callable[[], None] | None = None) -> None:
+        """Queue a message; never blocks, even if the worker reads nothing. `on_sent` is called from
+        another thread once the worker's pipe has taken all of it."""
+        self._queue(encode(message), on_sent)
 
     def renew_lease(self) -> None:
         """Queue a lease, unless one still waits: a frozen worker must not fill the memory."""
         with self._lock:
-            if _LEASE not in self._outbox:
+            if (_LEASE, None) not in self._outbox:
                 self._queue(_LEASE)
 
     def kill(self) -> None:
@@ -111,9 +121,9 @@ class Attendant:
             target=target, args=args, name=f"smolrun-rank{self.plan.rank}-{what}", daemon=True
         )
 
-    def _queue(self, line: bytes) -> None:
+    def _queue(self, line: bytes, on_sent: Callable[[], None] | None = None) -> None:
         with self._lock:
-            self._outbox.append(line)
+            self._outbox.append((line, on_sent))
             self._lock.notify_all()
 
     def _live(self) -> None:
@@ -121,7 +131,7 @@ class Attendant:
         try:
             process = self._host.start(self.plan)
         except Exception as error:  # whatever it is: a rank that never comes must be told of
-            self._post(NotStarted(rank, str(error) or type(error).__name__))
+            self._post(NotStarted(rank, str(error) or type(error).__name__), 0)
             return
         with self._lock:
             self._process = process
@@ -141,16 +151,19 @@ class Attendant:
         with self._lock:
             self._closing = True
             self._lock.notify_all()
-        self._post(Exited(rank, code, process.out_of_memory(), process.lost()))
+        self._post(Exited(rank, code, process.out_of_memory(), process.lost()), 0)
 
     def _write(self, process: WorkerProcess) -> None:
         with contextlib.suppress(OSError):  # the worker is gone: its exit tells the story
-            while (line := self._next_line()) is not None:
+            while (next_line := self._next_line()) is not None:
+                line, on_sent = next_line
                 process.write(line)
+                if on_sent is not None:
+                    on_sent()
         with contextlib.suppress(OSError):
             process.close_input()
 
-    def _next_line(self) -> bytes | None:
+    def _next_line(self) -> tuple[bytes, Callable[[], None] | None] | None:
         """The next line to write, waited for; None when the worker has ended."""
         with self._lock:
             self._lock.wait_for(lambda: self._outbox or self._closing)
@@ -163,18 +176,27 @@ class Attendant:
                 for line in splitter.feed(data):
                     self._hear(line)
         except ProtocolError as error:
-            self._post(Misbehaved(self.plan.rank, str(error)))
+            self._post(Misbehaved(self.plan.rank, str(error)), 0)
             while process.read_control():
                 pass  # a full pipe would keep it from dying in its own way
 
     def _hear(self, line: bytes) -> None:
-        self._post(_checked(decode_from_worker(line), self.plan.start))
+        item = _checked(decode_from_worker(line), self.plan.start)
+        if isinstance(item, Reported) and isinstance(item.event, Note):
+            self._num_notes += 1
+            if self._num_notes > _MOST_NOTES:
+                return
+            if self._num_notes == _MOST_NOTES:
+                told = f"has sent {_MOST_NOTES:,} messages; further ones are in its log alone"
+                item = Reported(item.rank, Note("warning", told, item.rank))
+        self._post(item, len(line))
 
     def _read_log(self, process: WorkerProcess) -> None:
         file = self._open_log()
         rest = ""
         while data := process.read_log():
-            file = _append(file, data)
+            if file is not None and not file.write(data):
+                file = None  # a full disk ends the log, but neither the run nor the reading
             *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
             rest = _shown(rest)
             with self._lock:
@@ -185,15 +207,12 @@ class Attendant:
         if file is not None:
             file.close()
 
-    def _open_log(self) -> BinaryIO | None:
+    def _open_log(self) -> _LogFile | None:
         try:
-            self.plan.log_path.parent.mkdir(parents=True, exist_ok=True)
-            return self.plan.log_path.open("ab", buffering=0)
+            return _LogFile(self.plan.log_path)
         except OSError as error:
             note = f"no log of rank {self.plan.rank}: {error}"
-            self._post(
-                Reported(self.plan.rank, Note(level="warning", message=note, rank=self.plan.rank))
-            )
+            self._post(Reported(self.plan.rank, Note("warning", note, self.plan.rank)), 0)
             return None
 
 
@@ -237,11 +256,32 @@ def _shown(line: str) -> str:
     return line.rstrip("\r").rsplit("\r", 1)[-1][-_TAIL_LINE_CHARS:]
 
 
-def _append(file: BinaryIO | None, data: bytes) -> BinaryIO | None:
-    """The file to go on with: a full disk ends the log but not the run, nor the reading."""
-    try:
-        if file is not None:
-            file.write(data)
-        return file
-    except OSError:
-        return None
+class _LogFile:
+    """The log of a rank. When it is full it becomes `<name>.1`, in the place of an older one."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it, to go on in it; OSError if that is impossible."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> bool:
+        """False if the disk does not take it."""
+        try:
+            if self._file.tell() + len(data) > _LOG_BYTES:
+                self._rotate()
+            self._file.write(data)
+        except OSError:
+            return False
+        return True
+
+    def _rotate(self) -> None:
+        self._file.close()
+        older = self._path.with_name(f"{self._path.name}.1")
+        os.replace(self._path, older)
+        self._file = self._path.open("ab", buffering=0)
+        self._file.write(f"(goes on from {older.name}; what is older has been cut)\n".encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

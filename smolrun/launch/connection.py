@@ -84,8 +84,12 @@ class Connection(Protocol):
     def put(self, source: Path | bytes, path: str, on_bytes: OnBytes | None = None) -> None:
         """Copy a file there, whole or not at all; its folder must exist."""
 
-    def get(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
-        """Copy a file from there, whole or not at all; the folder of `target` must exist."""
+    def get(
+        self, path: str, target: Path, on_bytes: OnBytes | None = None, *, most_bytes: int
+    ) -> None:
+        """Copy a file from there, whole or not at all; the folder of `target` must exist.
+
+        HostError if it has more than `most_bytes`, of which no more than that many are fetched."""
 
     def close(self) -> None:
         """End the connection and all that was started through it. Never raises."""

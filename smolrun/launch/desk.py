@@ -10,6 +10,7 @@ the memory. `RowLedger` decides, and is pure; `RowDesk` is the thread "smolrun-r
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
@@ -24,6 +25,9 @@ from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
 # one must not be long in coming.
 _CHUNK_BYTES = 256 * 1024
 _MOST_BYTES = 64 * 1024 * 1024  # of rows kept for ranks that have not asked for them yet
+# Of rows that wait for one rank to read them: enough to keep a fast link busy. A rank that reads
+# nothing gets no more.
+_MOST_UNSENT_BYTES = 4 * 1024 * 1024
 _MOST_OPEN = 1024  # requests of one rank; an honest one has a few steps' worth
 _LAST_JOIN_S = 2.0
 
@@ -49,6 +53,7 @@ class _Taker:
 
     frontier: int | None
     open: deque[range] = field(default_factory=deque)
+    unsent: int = 0  # bytes that are on their way to it
 
     @property
     def lowest(self) -> int | None:
@@ -102,13 +107,20 @@ class RowLedger:
         self._rows.append(row)
 
     def due(self) -> list[tuple[int, RowsMessage]]:
-        """What can be sent now, rank and message; it counts as sent."""
+        """What can be sent now, rank and message; each is on its way until `sent`."""
         messages = []
         for rank, taker in self._takers.items():
-            while (message := self._next_for(taker)) is not None:
+            while (
+                taker.unsent < _MOST_UNSENT_BYTES and (message := self._next_for(taker)) is not None
+            ):
+                taker.unsent += len(message.data)
                 messages.append((rank, message))
         self._forget()
         return messages
+
+    def sent(self, rank: int, message: RowsMessage) -> None:
+        """A message is with its rank."""
+        self._takers[rank].unsent -= len(message.data)
 
     def _next_for(self, taker: _Taker) -> RowsMessage | None:
         """A whole request, or a chunk of a long one; None if that is not there yet."""
@@ -142,10 +154,11 @@ class RowDesk:
         reader: RowReader,
         takers: Iterable[int],
         *,
-        send: Callable[[int, Message], None],
+        send: Callable[[int, Message, Callable[[], None]], None],
         fail: Callable[[str], None],
     ) -> None:
-        """Nothing is read before the first `want`. `fail` gets the sentence, and is the last."""
+        """Nothing is read before the first `want`. `send` calls its last argument, from any thread,
+        once the rank has the message. `fail` gets the sentence, and is the last."""
         self._reader = reader
         self._send, self._fail = send, fail
         self._ledger = RowLedger(takers, first=reader.row, row_bytes=reader.row_bytes)
@@ -193,4 +206,9 @@ class RowDesk:
             if not due:
                 return True
             for rank, message in due:
-                self._send(rank, message)
+                self._send(rank, message, functools.partial(self._sent, rank, message))
+
+    def _sent(self, rank: int, message: RowsMessage) -> None:
+        with self._changed:
+            self._ledger.sent(rank, message)
+            self._changed.notify_all()

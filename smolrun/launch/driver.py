@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from smolrun.errors import ProtocolError
@@ -43,7 +43,10 @@ from smolrun.launch.moves import (
 )
 from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
-_INBOX_SIZE = 4096  # a worker that tells more than the driver can take in has to wait
+# Of lines that wait to be handled: four of the longest kind. A worker that sends more than the
+# driver can take in has to wait. What is made of a line takes several times its bytes.
+_INBOX_BYTES = 64 << 20
+_ITEM_BYTES = 1024  # what an input takes up beside its line, roughly
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed
 _REQUESTS_EVERY_S = 0.5  # how late a wish of another process may be
 _SAME_CTRL_C_S = 0.05  # one Ctrl-C can come twice: from the terminal and a wrapper such as make
@@ -88,6 +91,37 @@ class InterruptCounter:
                 signal.signal(number, handler)
 
 
+class Inbox:
+    """Inputs of all workers in order, for one reader; `most_bytes` of lines, and no more, wait."""
+
+    def __init__(self, most_bytes: int = _INBOX_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._changed = threading.Condition()
+        self._items: deque[tuple[Input, int]] = deque()
+        self._bytes = 0
+
+    def put(self, item: Input, num_bytes: int, timeout_s: float) -> bool:
+        """Waits while it is full, and takes one line of any length if it is not; False if it was
+        full until the deadline."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._bytes < self._most_bytes, timeout_s):
+                return False
+            self._items.append((item, num_bytes + _ITEM_BYTES))
+            self._bytes += num_bytes + _ITEM_BYTES
+            self._changed.notify_all()
+            return True
+
+    def get(self, timeout_s: float) -> Input | None:
+        """The oldest input, waited for; None at the deadline."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._items, timeout_s):
+                return None
+            item, num_bytes = self._items.popleft()
+            self._bytes -= num_bytes
+            self._changed.notify_all()
+            return item
+
+
 class Driver:
     """One run's workers, from start to end."""
 
@@ -117,7 +151,7 @@ class Driver:
         self._listen = listen
         self._lease_every_s = lease_every_s
         self._limits = limits or Limits()
-        self._inbox: queue.Queue[Input] = queue.Queue(_INBOX_SIZE)
+        self._inbox = Inbox()
         self._over = threading.Event()
         self._host_of = host_of
         self._elastic = elastic
@@ -151,7 +185,7 @@ class Driver:
             self._desk = RowDesk(
                 self._rows,
                 [plan.rank for plan in self._plans],
-                send=lambda rank, message: self._attendants[rank].send(message),
+                send=lambda rank, message, sent: self._attendants[rank].send(message, sent),
                 fail=lambda problem: self._post(ReaderFailed(problem)),
             )
         for attendant in self._attendants:
@@ -188,9 +222,9 @@ class Driver:
     def _attendant(self, plan: WorkerPlan) -> Attendant:
         """Who looks after one process of a rank; what is left of an earlier one is not heard."""
 
-        def post(item: Input) -> None:
+        def post(item: Input, num_bytes: int) -> None:
             if self._attendants[plan.rank] is attendant:
-                self._post(item)
+                self._post(item, num_bytes)
 
         attendant = Attendant(plan, self._host_of(plan), post)
         return attendant
@@ -220,10 +254,7 @@ class Driver:
         wait_s = (
             _POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic()))
         )
-        try:
-            item = self._inbox.get(timeout=wait_s)
-        except queue.Empty:
-            return None
+        item = self._inbox.get(wait_s)
         return self._pass_on(item) if isinstance(item, WantsRows) else item
 
     def _pass_on(self, item: WantsRows) -> Input | None:
@@ -256,12 +287,10 @@ class Driver:
                 self._listen(Note(action.level, action.message))
         return None
 
-    def _post(self, item: Input) -> None:
+    def _post(self, item: Input, num_bytes: int = 0) -> None:
         """For the attendants' threads; waits while the inbox is full, so a flood is slowed down."""
-        while not self._over.is_set():
-            with contextlib.suppress(queue.Full):
-                self._inbox.put(item, timeout=_POLL_S)
-                return
+        while not self._over.is_set() and not self._inbox.put(item, num_bytes, _POLL_S):
+            pass
 
     def _renew_leases(self) -> None:
         while not self._over.wait(self._lease_every_s):

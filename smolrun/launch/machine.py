@@ -94,9 +94,12 @@ class Machine:
         """Copy a file there, whole or not at all; its folder must exist."""
         self.connection.put(source, self._for_sftp(path), progress)
 
-    def get(self, path: str, target: Path, progress: OnBytes | None = None) -> None:
-        """Copy a file from there, whole or not at all; the folder of `target` must exist."""
-        self.connection.get(self._for_sftp(path), target, progress)
+    def get(
+        self, path: str, target: Path, progress: OnBytes | None = None, *, most_bytes: int
+    ) -> None:
+        """Copy a file of at most `most_bytes` from there, whole or not at all; the folder of
+        `target` must exist."""
+        self.connection.get(self._for_sftp(path), target, progress, most_bytes=most_bytes)
 
     def start_worker(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None = None

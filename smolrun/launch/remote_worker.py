@@ -188,7 +188,7 @@ def _until_mark(process: RemoteProcess, mark: bytes) -> tuple[bytes, int | None,
         if found and newline:
             group = int(number) if number.strip().isdigit() else 0
             return before.removesuffix(b"\n"), group or None, first
-        heard = heard if found else heard[-_MOST_NOISE_BYTES:]
+        heard = heard[-_MOST_NOISE_BYTES:]  # also after a mark that no number follows
     return None
 
 

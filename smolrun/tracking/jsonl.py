@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from smolrun.events import Event, to_json
+from smolrun.events import Event, Note, PushApplied, PushDropped, RankStep, to_json
+
+# Rows of single ranks are most of a long run's file. After so many bytes of them only those of
+# every 2nd step are written, after as many more of every 4th, and so on: the file grows with the
+# logarithm of the steps. 4 ranks come to the first limit after about 50,000 steps.
+_THIN_BYTES = 64 << 20
+# The rows of all steps of the whole run stay, 250 bytes each: 30 million of them. A file that is
+# larger is the work of a rank 0 that has been taken over.
+MAX_METRICS_BYTES = 8 << 30
 
 
 class JsonLines:
@@ -17,10 +26,23 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         """Open `path` for appending; OSError if that is impossible."""
         self._file = path.open("ab", buffering=0)
+        self._every = 1
+        self._rank_bytes = 0  # since `every` was doubled
 
     def record(self, event: Event) -> None:
-        """Write one line."""
-        self._file.write(line(event))
+        """Write one line; OSError when the file has reached MAX_METRICS_BYTES."""
+        row = line(event)
+        if isinstance(event, RankStep | PushApplied | PushDropped):
+            if event.step % self._every:
+                return
+            self._rank_bytes += len(row)
+        if self._file.tell() + len(row) > MAX_METRICS_BYTES:
+            raise OSError(errno.EFBIG, f"{self._file.name} has {MAX_METRICS_BYTES >> 30} GiB")
+        self._file.write(row)
+        if self._rank_bytes >= _THIN_BYTES:
+            self._rank_bytes, self._every = 0, 2 * self._every
+            told = f"rank_step and push rows: from here on those of every {self._every} steps only"
+            self._file.write(line(Note("info", told)))
 
     def close(self) -> None:
         """Close the file."""

@@ -70,6 +70,15 @@ def test_a_file_that_is_missing_or_short_is_not_committed(tmp_path: Path):
     assert names(tmp_path) == [part.name]
 
 
+def test_a_manifest_that_could_not_be_read_again_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("smolrun.checkpoints.folder.MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(CheckpointError, match="too many for a manifest"):
+        save(tmp_path, 7)
+    assert not step_folder(tmp_path, 7).exists()
+
+
 def test_the_same_step_is_replaced(tmp_path: Path):
     save(tmp_path, 5, tag=1)
     assert tag_of(save(tmp_path, 5, tag=2)) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -143,3 +144,26 @@ def test_what_lies_behind_a_link_is_not_pruned(tmp_path: Path) -> None:
         save(link, made, updates)
     assert [step for step, _ in checkpoints_in(real)] == [2, 1]
     assert any(isinstance(event, Note) and str(real) in event.message for event in heard)
+
+
+def test_a_rank_that_reports_what_no_other_saves_fills_no_memory(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    made = keeper(tmp_path, heard)
+    for updates in range(100, 1100):
+        assert made.record(ShardFailed(updates, 1, "x"))
+    assert len(made._attempts) <= 8 and heard == []
+    save(tmp_path, made, 2000)
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [2000]
+
+
+def test_a_state_that_no_manifest_can_hold_costs_the_checkpoint(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    made = keeper(tmp_path, heard)
+    made.record(shard(tmp_path, 3, 1))
+    nested: dict[str, Any] = {}
+    for _ in range(100_000):
+        nested = {"": nested}
+    made.record(msgspec.structs.replace(shard(tmp_path, 3, 0), state={"run": nested}))
+    assert checkpoints_in(tmp_path) == [] and made.failure is not None
+    while nested:
+        nested = nested.pop("")  # as deep, Python could not free it either

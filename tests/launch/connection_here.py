@@ -48,7 +48,10 @@ class ConnectionHere:
         if on_bytes is not None:
             on_bytes(len(data))
 
-    def get(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+    def get(
+        self, path: str, target: Path, on_bytes: OnBytes | None = None, *, most_bytes: int
+    ) -> None:
+        assert Path(path).stat().st_size <= most_bytes
         shutil.copyfile(path, target)
         if on_bytes is not None:
             on_bytes(target.stat().st_size)

@@ -83,10 +83,19 @@ class HereMachine:
         if progress is not None:
             progress(len(data))
 
-    def get(self, path: str, target: Path, progress: Callable[[int], None] | None = None) -> None:
+    def get(
+        self,
+        path: str,
+        target: Path,
+        progress: Callable[[int], None] | None = None,
+        *,
+        most_bytes: int,
+    ) -> None:
         """Copy a file from there."""
         self.before_get(path)
         try:
+            if Path(path).stat().st_size > most_bytes:
+                raise HostError(self.name, f"{path} has more than {most_bytes} bytes")
             shutil.copyfile(path, target)
         except OSError as error:
             raise HostError(self.name, f"cannot read {path}: {error.strerror}") from None

@@ -4,18 +4,22 @@ each violation names that worker."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smolrun.events import Event, RankStep
+from smolrun.events import Event, Note, RankStep
+from smolrun.launch import desk
 from smolrun.launch.attendant import Attendant
-from smolrun.launch.control import Address, ReadyMessage, ResultMessage, encode
-from smolrun.launch.moves import Input, Misbehaved, Reported
+from smolrun.launch.control import Address, LogMessage, ReadyMessage, ResultMessage, encode
+from smolrun.launch.driver import Inbox
+from smolrun.launch.moves import Input, Misbehaved, Reported, Silent
 from tests.launch.scripted_worker import ScriptedHost, ScriptedWorker, event, ready, run
 from tests.launch.tiny_driver import plans
+from tests.waiting import until
 
 RANK_STEP: dict[str, Any] = {
     "step": 0, "rank": 1, "compute_s": 0.1, "wait_s": 0.0, "waited_for": None, "bytes_sent": 0,
@@ -35,17 +39,22 @@ SHA256 = "0" * 64
 def shard(*names: str, rank: int = 1, reporter: int | None = None, **fields: Any) -> bytes:
     files = {name: {"bytes": 10, "sha256": SHA256} for name in names}
     report = {"rank": rank if reporter is None else reporter, "files": files, "tensors": {}}
-    given = {"state": {"rank": {}}, "report": report, **fields}
+    given = {"state": {}, "report": report, **fields}
     return event("shard_saved", updates=3, rank=rank, waited_s=0.0, write_s=0.0, **given)
+
+
+def attended(
+    rank: int, worker: ScriptedWorker, folder: Path, posted: queue.SimpleQueue[Input]
+) -> Attendant:
+    """The driver's end of a worker that has rank `rank` of 2."""
+    plan = plans(folder, {}, ranks=2, steps=3)[rank]
+    return Attendant(plan, ScriptedHost({rank: worker}), lambda item, _: posted.put(item))
 
 
 def heard(rank: int, lines: Iterable[bytes], folder: Path) -> list[Input]:
     """What the driver makes of the lines of rank `rank` of 2, up to the first violation."""
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
-    plan = plans(folder, {}, ranks=2, steps=3)[rank]
-    attendant = Attendant(
-        plan, ScriptedHost({rank: ScriptedWorker([*lines, b"end\n"])}), posted.put
-    )
+    attendant = attended(rank, ScriptedWorker([*lines, b"end\n"]), folder, posted)
     attendant.begin()
     got: list[Input] = []
     try:
@@ -102,6 +111,7 @@ def violation(rank: int, line: bytes, folder: Path) -> str:
         (1, shard(rank=0), "only rank 0 may send"),
         (1, shard(state={"run": {}}), "state of the whole run"),
         (0, shard(rank=0, state={"run": []}), "Expected `object`"),
+        (0, shard(rank=0, state={"driver": {}}), "Invalid enum value 'driver'"),
         (1, shard(report={}), "a report of a rank's saved files is damaged"),
         # What is no event.
         (1, ready(0), "says that it is rank 0"),
@@ -126,8 +136,8 @@ def test_a_worker_may_not_send_this(rank: int, line: bytes, reason: str, tmp_pat
         (0, event("membership", **MEMBERSHIP, rank=1)),
         (0, event("gradient_dropped", step=0, rank=1, so_far=1)),
         (1, event("note", level="info", message="hot", rank=1)),
-        (1, shard("rank1-0.safetensors", state={"rank": {"random": "x"}})),
-        (0, shard("rank0-0.safetensors", rank=0, state={"rank": {}, "run": {"training": {}}})),
+        (1, shard("rank1-0.safetensors", state={})),
+        (0, shard("rank0-0.safetensors", rank=0, state={"run": {"training": {}}})),
         (1, encode(ResultMessage(status="done", summary={"peak_memory_bytes": 8, "more": [1]}))),
     ],
 )
@@ -158,3 +168,89 @@ def test_a_violation_ends_the_run_and_names_rank_and_host(tmp_path: Path) -> Non
 def test_a_worker_is_ready_once(tmp_path: Path) -> None:
     outcome = run(tmp_path, {1: ScriptedWorker([ready(1), ready(1)])})
     assert (outcome.exit_code, outcome.failed_rank) == (3, 1)
+
+
+def test_lines_that_wait_are_limited_in_bytes_not_in_number() -> None:
+    inbox = Inbox(most_bytes=10_000)
+    item = Silent(1)
+    assert inbox.put(item, 1_000_000, timeout_s=0), "one line of any length is let in"
+    assert not inbox.put(item, 0, timeout_s=0)
+    assert inbox.get(0) is item
+    num_small = 0
+    while inbox.put(item, 100, timeout_s=0):
+        num_small += 1
+    assert 5 < num_small < 100, "an input without a line takes memory too"
+    while inbox.get(0) is not None:
+        num_small -= 1
+    assert num_small == 0
+
+
+def test_the_driver_counts_the_bytes_of_each_line(tmp_path: Path) -> None:
+    sizes: queue.SimpleQueue[tuple[Input, int]] = queue.SimpleQueue()
+    line = event("note", level="info", message="x" * 10_000, rank=1)
+    plan = plans(tmp_path, {}, ranks=2, steps=3)[1]
+    attendant = Attendant(
+        plan, ScriptedHost({1: ScriptedWorker([line])}), lambda *one: sizes.put(one)
+    )
+    attendant.begin()
+    item, num_bytes = sizes.get(timeout=10.0)
+    attendant.kill()
+    assert attendant.join(10.0)
+    assert isinstance(item, Reported) and num_bytes == len(line) - 1
+
+
+def test_a_worker_with_endless_messages_is_shown_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.launch.attendant._MOST_NOTES", 3)
+    log = encode(LogMessage(level="info", message="still here"))
+    *notes, step, _ = heard(1, [log] * 500 + [event("rank_step", **RANK_STEP)], tmp_path)
+    assert [type(item.event) for item in notes if isinstance(item, Reported)] == [Note] * 3
+    assert isinstance(notes[-1], Reported) and isinstance(notes[-1].event, Note)
+    assert (notes[-1].event.level, notes[-1].event.rank) == ("warning", 1)
+    assert isinstance(step, Reported), "its events still count"
+
+
+def test_a_chatty_rank_fills_two_files_and_the_newest_lines_are_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.launch.attendant._LOG_BYTES", 1000)
+    chunks = [b"line %05d\n" % number * 5 for number in range(200)]
+    posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
+    attendant = attended(1, ScriptedWorker([ready(1)], log=chunks), tmp_path, posted)
+    attendant.begin()
+    until(lambda: attendant.tail[-1:] == ["line 00199"])
+    attendant.kill()
+    assert attendant.join(10.0)
+    now, older = sorted((tmp_path / "logs").iterdir())
+    assert (now.name, older.name) == ("rank1-local.log", "rank1-local.log.1")
+    assert now.stat().st_size <= 1000 and older.stat().st_size <= 1000
+    cut, first, *_, last = now.read_text().splitlines()
+    assert cut.startswith("(goes on from rank1-local.log.1;") and last == "line 00199"
+    assert int(first[5:]) == int(older.read_text().splitlines()[-1][5:]) + 1, "no line between"
+
+
+def test_a_rank_that_asks_for_rows_and_reads_none_gets_a_few(tmp_path: Path) -> None:
+    class Reader:
+        row, row_bytes = 0, 1 << 20
+
+        def read(self) -> bytes:
+            self.row += 1
+            return bytes(self.row_bytes)
+
+    reader = Reader()
+    greedy = b'{"type":"want_rows","first":0,"stop":1000000000000,"next_first":null}\n'
+
+    def lines() -> Iterator[bytes]:
+        yield ready(1)
+        yield greedy
+        until(lambda: reader.row > 0)
+        before = -1
+        while before != reader.row:  # until it reads no further
+            before = reader.row
+            time.sleep(0.1)
+        yield b"end\n"
+
+    run(tmp_path, {1: ScriptedWorker(lines(), reads=False)}, rows=reader)
+    most = (desk._MOST_BYTES + desk._MOST_UNSENT_BYTES) // reader.row_bytes
+    assert 0 < reader.row <= most + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -137,6 +138,24 @@ def test_a_row_longer_than_a_chunk_travels_alone(monkeypatch: pytest.MonkeyPatch
     assert read(ledger) == 1
 
 
+def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(desk, "_MOST_UNSENT_BYTES", 16)
+    monkeypatch.setattr(desk, "_CHUNK_BYTES", 8)
+    read_so_far[0] = 0
+    ledger = RowLedger([0, 1], first=0, row_bytes=4)
+    ledger.want(0, want(0, 100, None))
+    ledger.want(1, want(100, 102, None))
+    read(ledger)
+    sent = ledger.due()
+    assert [numbers(m) for rank, m in sent if rank == 0] == [[0, 1], [2, 3]]
+    assert [numbers(m) for rank, m in sent if rank == 1] == [[100, 101]], "others do not wait"
+    assert ledger.due() == []
+    ledger.sent(0, sent[0][1])
+    assert [numbers(m) for _, m in ledger.due()] == [[4, 5]]
+
+
 @pytest.mark.parametrize(
     ("rank", "wanted", "reason"),
     [
@@ -189,9 +208,11 @@ class Ends:
     def __init__(self, reader: Any, takers: int = 2) -> None:
         self.sent: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self.failed: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.desk = RowDesk(
-            reader, range(takers), send=lambda *m: self.sent.put(m), fail=self.failed.put
-        )
+        self.desk = RowDesk(reader, range(takers), send=self._send, fail=self.failed.put)
+
+    def _send(self, rank: int, message: Message, sent: Callable[[], None]) -> None:
+        self.sent.put((rank, message))
+        sent()
 
     def got(self) -> tuple[int, list[int]]:
         rank, message = self.sent.get(timeout=5)

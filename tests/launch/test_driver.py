@@ -72,7 +72,7 @@ def test_a_worker_that_is_still_being_started_when_it_must_end(tmp_path: Path) -
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
     doomed: list[bool] = []
     (plan,) = plans(tmp_path, {}, ranks=1, steps=10_000)
-    attendant = Attendant(plan, SlowHost(), posted.put)
+    attendant = Attendant(plan, SlowHost(), lambda item, _: posted.put(item))
     attendant.send(plan.start)
     attendant.begin()
     attendant.kill()

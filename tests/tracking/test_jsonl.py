@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from smolrun.events import EVENTS, EvalDone, Note, RankStep, ReplicaHash, StepDone
@@ -82,3 +83,34 @@ def test_a_run_that_goes_on_forgets_the_steps_it_does_again(tmp_path: Path) -> N
     JsonLines(path).record(EvalDone(3, 1.0, 2))
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 3
     forget_from(tmp_path / "not there", 3)
+
+
+def test_a_long_run_keeps_all_its_steps_and_ever_fewer_rows_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.tracking.jsonl._THIN_BYTES", 10_000)
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for step in range(2000):
+        for rank in range(2):
+            file.record(RankStep(step, rank, 0.1, 0.2, 0, 10, 20))
+        file.record(msgspec.structs.replace(STEP, step=step))
+    file.close()
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [*range(2000)]
+    told = [row["step"] for row in rows if row["event"] == "rank_step"]
+    assert len(told) < 400 and set(told) >= {0, 1, 2}
+    assert told[-1] > 1900 and {told.count(step) for step in set(told[-20:-2])} == {2}
+    assert any(row["event"] == "note" and "every 2 steps" in row["message"] for row in rows)
+
+
+def test_a_rank_0_that_never_stops_telling_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.tracking.jsonl.MAX_METRICS_BYTES", 10 * len(line(STEP)))
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for _ in range(10):
+        file.record(STEP)
+    with pytest.raises(OSError, match="has 0 GiB"):
+        file.record(STEP)
+    file.close()
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 10 * len(line(STEP))

@@ -119,7 +119,8 @@ class ShardFetcher:
                 reason = "checkpoints come faster than they can be fetched; raise checkpoint.every"
                 reason = "the run is over" if self._closing else reason
                 self._arrived.append(job.failed(f"{lane.name}: {reason}"))
-                lane.refused.append(job)
+                if len(lane.refused) < _MOST_WAITING:  # the rest goes with the run's folder
+                    lane.refused.append(job)
                 return True
             if not self._num_open():
                 self._told = Told("fetching checkpoints", self._tell)
@@ -193,7 +194,7 @@ class ShardFetcher:
             raise SmolrunError(f"{host}: {what} ({part})")
         for name, file in job.files.items():
             source = f"{job.origin.checkpoints}/{part.name}/{name}"
-            job.origin.machine.get(source, part / name, self._told.on_bytes)
+            job.origin.machine.get(source, part / name, self._told.on_bytes, most_bytes=file.bytes)
             _check(part / name, file, host)
 
     def _remove_there(self, lane: _Lane) -> None:

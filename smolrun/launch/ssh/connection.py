@@ -123,9 +123,11 @@ class SshConnection:
         """Copy a file there, whole or not at all; its folder must exist."""
         self._files.put(source, path, on_bytes)
 
-    def get(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+    def get(
+        self, path: str, target: Path, on_bytes: OnBytes | None = None, *, most_bytes: int
+    ) -> None:
         """Copy a file from there, whole or not at all; the folder of `target` must exist."""
-        self._files.get(path, target, on_bytes)
+        self._files.get(path, target, on_bytes, most_bytes)
 
     def close(self) -> None:
         """End the connection and all that was started through it."""

@@ -50,12 +50,16 @@ class SshFiles:
                     client.remove(part)
                 raise
 
-    def get(self, path: str, target: Path, on_bytes: OnBytes | None) -> None:
-        """Copy a file from there."""
+    def get(self, path: str, target: Path, on_bytes: OnBytes | None, most_bytes: int) -> None:
+        """Copy a file of at most `most_bytes` from there."""
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
         try:
             with part.open("xb") as file, self._session(f"read {path}") as client:
-                if not _read(client, path, file, on_bytes):
+                size = client.stat(path).st_size or 0
+                if size > most_bytes:
+                    what = f"{path} has {size:,} bytes, at most {most_bytes:,} were expected"
+                    raise HostError(self._name, what)
+                if not _read(client, path, size, file, on_bytes):
                     raise HostError(self._name, f"{path} changed while it was read")
                 file.flush()
                 os.fsync(file.fileno())
@@ -120,16 +124,20 @@ def _opened(source: Path | bytes) -> Iterator[tuple[BinaryIO, int]]:
             yield file, os.fstat(file.fileno()).st_size
 
 
-def _read(client: SFTPClient, path: str, file: BinaryIO, on_bytes: OnBytes | None) -> bool:
-    """Copy a file from there; False if it got shorter meanwhile.
+def _read(
+    client: SFTPClient, path: str, size: int, file: BinaryIO, on_bytes: OnBytes | None
+) -> bool:
+    """Copy a file of `size` bytes from there; False if it got shorter meanwhile, or if the server
+    answers with more than it was asked for.
 
     In rounds, as the library's own `get` keeps all that has come in memory.
     """
     with client.open(path, "rb") as source:
-        size = source.stat().st_size
         for first in range(0, size, _ROUND_BYTES):
             places = range(first, min(first + _ROUND_BYTES, size), _BLOCK_BYTES)
             for data in source.readv([(at, min(_BLOCK_BYTES, size - at)) for at in places]):
+                if file.tell() + len(data) > size:
+                    return False
                 _write(file, data)
                 if on_bytes is not None and data:
                     on_bytes(len(data))

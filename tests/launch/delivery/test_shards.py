@@ -105,6 +105,18 @@ def test_a_save_that_failed_elsewhere_is_told_with_its_host(hosts: Hosts) -> Non
     assert fetcher.arrived() == [ShardFailed(10, 1, "mini2: disk full")]
 
 
+def test_a_file_that_is_larger_than_was_reported_is_not_fetched(hosts: Hosts) -> None:
+    saved = hosts.save(1, data=b"x" * 10)
+    with (hosts.part(1, 10) / "rank1-0.safetensors").open("r+b") as file:
+        file.truncate(1 << 30)
+    fetcher = hosts.fetcher()
+    assert fetcher.take(saved)
+    (failed,) = wait_arrived(fetcher)
+    assert isinstance(failed, ShardFailed) and (failed.updates, failed.rank) == (10, 1)
+    assert failed.reason.startswith("mini2: ")
+    assert list((hosts.here / hosts.part(1, 10).name).iterdir()) == []
+
+
 def keeper_of(hosts: Hosts, events: list[Event]) -> Keeper:
     """The real one, on the driver."""
     return Keeper(

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.ssh import SshConnection
+from smolrun.launch.ssh import SshConnection, files
 from tests.launch.ssh.server import ssh_server
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def test_there_and_back(box: SshConnection, tmp_path: Path, there: Path, size: i
     sent: list[int] = []
     got: list[int] = []
     box.put(source, f"{there}/it's a file", sent.append)
-    box.get(f"{there}/it's a file", tmp_path / "back", got.append)
+    box.get(f"{there}/it's a file", tmp_path / "back", got.append, most_bytes=size)
     assert (tmp_path / "back").read_bytes() == data
     assert sum(sent) == sum(got) == size
     assert min([*sent, *got, 1]) > 0
@@ -47,7 +47,7 @@ def test_a_folder_that_is_not_there(box: SshConnection, tmp_path: Path):
     with pytest.raises(HostError, match=r"box: could not write .*/no/file: No such file"):
         box.put(b"x", f"{tmp_path}/no/file")
     with pytest.raises(HostError, match=r"box: could not read .*/no/file: No such file"):
-        box.get(f"{tmp_path}/no/file", tmp_path / "back")
+        box.get(f"{tmp_path}/no/file", tmp_path / "back", most_bytes=1)
     assert list(tmp_path.iterdir()) == []
     assert box.run("echo well").out == b"well\n"
 
@@ -69,7 +69,7 @@ def test_half_a_file_is_no_file(box: SshConnection, tmp_path: Path, there: Path)
     assert list(there.iterdir()) == []
     box.put(tmp_path / "source", f"{there}/file")
     with pytest.raises(KeyboardInterrupt):
-        box.get(f"{there}/file", tmp_path / "back", break_off)
+        box.get(f"{there}/file", tmp_path / "back", break_off, most_bytes=MIB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "there"]
 
 
@@ -96,9 +96,40 @@ def test_a_large_file_does_not_fill_the_memory(box: SshConnection, tmp_path: Pat
         most = max(most, psutil.Process().memory_info().rss - before)
 
     box.put(tmp_path / "source", f"{there}/file", measure)
-    box.get(f"{there}/file", tmp_path / "back", measure)
+    box.get(f"{there}/file", tmp_path / "back", measure, most_bytes=size)
     assert (tmp_path / "back").stat().st_size == size
     assert most < 60 * MIB
+
+
+def test_a_file_that_is_larger_than_was_promised_is_not_fetched(
+    box: SshConnection, tmp_path: Path, there: Path
+):
+    (there / "file").write_bytes(b"x" * 11)
+    with pytest.raises(HostError, match="has 11 bytes, at most 10 were expected") as caught:
+        box.get(f"{there}/file", tmp_path / "back", most_bytes=10)
+    assert caught.value.host == "box"
+    assert os.listdir(tmp_path) == ["there"]
+
+
+def test_a_server_that_answers_with_more_than_was_asked_for_fills_no_disk(tmp_path: Path):
+    class Generous:
+        """An SFTP client whose server sends a MiB for each block."""
+
+        def open(self, path: str, mode: str) -> Generous:
+            return self
+
+        def __enter__(self) -> Generous:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def readv(self, places: list[tuple[int, int]]) -> list[bytes]:
+            return [b"x" * MIB for _ in places]
+
+    with (tmp_path / "back").open("wb") as file:
+        assert not files._read(Generous(), "file", 10, file, None)  # type: ignore[arg-type]
+        assert file.tell() == 0
 
 
 def test_a_server_without_sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -116,5 +147,5 @@ def test_after_the_end_of_the_connection(box: SshConnection, tmp_path: Path, the
     box.put(b"x", f"{there}/file")
     box.close()
     with pytest.raises(HostError, match="the SSH connection was lost"):
-        box.get(f"{there}/file", tmp_path / "back")
+        box.get(f"{there}/file", tmp_path / "back", most_bytes=1)
     assert os.listdir(tmp_path) == ["there"]
