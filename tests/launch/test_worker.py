@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from smolrun.events import StepDone
 from smolrun.launch.control import (
     Address,
     EventMessage,
@@ -108,7 +109,7 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     worker.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
     event = worker.heard()
     assert isinstance(event, EventMessage)
-    assert event.data["event"] == "step"
+    assert isinstance(event.data, StepDone)
     result, code, log = worker.end()
     assert (result.status, result.summary, code) == ("done", {"steps": 1}, 0)
     assert [line for line in log.splitlines() if " INFO " not in line] == [
