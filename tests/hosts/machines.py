@@ -26,8 +26,9 @@ def opened(the_lab: Lab, host: Host, **changes: object) -> Machine:
 
 
 def refused(the_lab: Lab, host: Host, **changes: object) -> tuple[str, float]:
-    """The sentence with which a host cannot be used, and the seconds it took."""
+    """The sentence with which that host cannot be used, and the seconds it took."""
     began = time.monotonic()
     with pytest.raises(HostError) as caught:
         opened(the_lab, host, **changes)
+    assert caught.value.host == host.name
     return str(caught.value), time.monotonic() - began

