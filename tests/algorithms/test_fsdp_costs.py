@@ -115,7 +115,10 @@ def watched(stage: int, model: dict[str, Any], **keys: Any) -> list[tuple[int, i
     return run_ranks(RANKS, rank_main, timeout_s=120)
 
 
-@pytest.mark.parametrize(("stage", "expected"), [(0, 16), (1, 10), (2, 7), (3, 4)])
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [*(pytest.param(*one, marks=pytest.mark.soak) for one in ((0, 16), (1, 10), (2, 7))), (3, 4)],
+)
 def test_bytes_per_parameter(stage: int, expected: int) -> None:
     """T8 of the goals: float32 and adamw on 4 ranks, more than 10 M parameters."""
     whole, block = whole_bytes(GPT_SMALL)
@@ -128,6 +131,7 @@ def test_bytes_per_parameter(stage: int, expected: int) -> None:
         assert most <= 1.1 * expected * parameters + allowed
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize(("owner_computes", "optimizer"), [(False, 8), (True, 8 / 3)])
 def test_bytes_per_parameter_of_classicdp(
@@ -150,6 +154,7 @@ def test_bytes_per_parameter_of_classicdp(
         assert 4 * after / whole == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.soak
 def test_stage_2_without_letting_go_would_be_seen() -> None:
     """Negative control: with room for all buckets, all gradients are there at one time."""
     (most, _), *_ = watched(2, GPT_SMALL, max_live_buckets=1000)
@@ -199,8 +204,16 @@ def sent(stage: int, world_size: int, count: int, **keys: Any) -> list[tuple[int
     return run_ranks(world_size, rank_main, kind="tcp")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "count"),
+    [
+        (3, 2),
+        *(
+            pytest.param(ranks, count, marks=pytest.mark.soak)
+            for ranks, count in ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
+        ),
+    ],
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bytes_sent(stage: int, world_size: int, count: int) -> None:
     """T6 of the goals: a reduce_scatter sends (N - 1) / N of the bytes, and so does a gather."""
