@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from smolrun.cli.run import run
 from tests.cli.command import Done, quickest, smolrun
 
 SECONDS = 0.8  # the goal, on a machine that has nothing else to do
 
 
 def refused(folder: Path, *arguments: str) -> list[str]:
-    """The problem lines of a command that must not start anything."""
-    done = smolrun(folder, *arguments)
-    assert done.code == 2, done
-    assert done.out == ""
-    assert "Traceback" not in done.error
-    head, *lines, tail = done.error.splitlines()
+    """The problem lines of a command that must not start anything, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), redirect_stdout(out), redirect_stderr(err):
+        code = run(list(arguments))
+    assert (code, out.getvalue()) == (2, ""), err.getvalue()
+    head, *lines, tail = err.getvalue().splitlines()
     assert head.startswith("smolrun: ")
     assert head.endswith("in the configuration, nothing was started:")
     assert "--help" in tail
-    assert done.seen == "['import hydra']"
     assert list(folder.iterdir()) == []
     return [line.removeprefix("  ") for line in lines]
 
@@ -87,6 +90,12 @@ def test_a_mistake_is_one_line(tmp_path: Path, argument: str, line: str):
     found = refused(tmp_path, argument)
     assert len(found) == 1
     assert line in found[0]
+
+
+def test_a_mistake_loads_nothing_heavy_and_starts_nothing(tmp_path: Path):
+    done = smolrun(tmp_path, "algorithm=clasicdp", "seed=-1")
+    assert (done.code, done.out, done.seen) == (2, "", "['import hydra']")
+    assert "Traceback" not in done.error
 
 
 def test_mistakes_of_every_sort_come_together(tmp_path: Path):
