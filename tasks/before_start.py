@@ -1,17 +1,27 @@
-"""What is looked at on the driver before any rank starts: your own code, and the devices."""
+"""What is looked at on the driver before any rank starts: your own code, devices and memory."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig, ranks
+from smolrun.config import RunConfig, ranks, world_size
+from smolrun.config.cluster import Host
+from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.config.targets import CustomTarget
 from smolrun.errors import ConfigError
+from smolrun.launch.machine_memory import machine_memory
 from smolrun.tasks.fleet import secrets_in_env
 from smolrun.tasks.workers import load_target
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
 
 _NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -23,6 +33,49 @@ def check_before_start(config: RunConfig) -> None:
     found += [] if config.training.dry_run else _devices(config)
     if found:
         raise ConfigError(found)
+
+
+def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
+    """What the dry run says of memory, if that is not enough or hardly so; None for other runs.
+
+    The estimate loads torch and takes seconds, so it is made only where a generous sum exceeds what
+    there is. Of own code no such sum is known: it gets no warning.
+    """
+    needed, here = _generous_bytes(config, prepared), machine_memory().available
+    hosts = config.cluster.hosts or [Host(name=THIS_MACHINE, ranks=world_size(config))]
+    for host in hosts:
+        known = host.memory_gb * 2**30 if host.memory_gb else None
+        room = known or (here if host.ssh is None else None)
+        if room is not None and host.ranks * needed > room:
+            break
+    else:
+        return None
+    from smolrun.tasks import dry_run, dry_run_text
+
+    fits, text = dry_run_text.memory_verdict(dry_run.estimate(config, prepared))
+    is_enough = fits and "narrowly" not in text
+    return None if is_enough else f"{text}; training.dry_run=true says what would make it fit"
+
+
+def _generous_bytes(config: RunConfig, prepared: Prepared) -> float:
+    """More than a rank needs, from the sizes that a configuration or a config.json gives; 0 for
+    unknown models."""
+    sizes, vocabulary = config.model.model_dump(), prepared.num_outputs
+    if prepared.model_folder is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            file = Path(prepared.model_folder) / "config.json"
+            sizes = dict(json.loads(file.read_text(encoding="utf-8")))
+    layers = sizes.get("layers") or sizes.get("num_hidden_layers") or sizes.get("n_layer")
+    width = sizes.get("width") or sizes.get("hidden_size") or sizes.get("n_embd")
+    if not isinstance(layers, int) or not isinstance(width, int):
+        return 0.0
+    hidden = sizes.get("ffn_width") or sizes.get("intermediate_size") or 4 * width
+    parameters = layers * width * (4 * width + 3 * hidden) + 2 * vocabulary * width
+    micro, share = config.training.micro_batch_size, config.training.global_batch_size
+    share = 2 * math.ceil(share / world_size(config))  # faster ranks take more
+    tokens = (share if micro == "auto" else micro) * (prepared.sequence_length or 1)
+    # Float64, AdamW, a late gradient and a checkpoint; numbers kept by a block, and the logits.
+    return 0.5e9 + 48 * parameters + 8 * tokens * (32 * layers * width + 4 * vocabulary)
 
 
 def check_model_fits(config: RunConfig, kind: str) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
@@ -157,10 +158,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     ops, peers = ([*dict.fromkeys(row[key] for row in rows)] for key in ("op", "peer"))
     table = Table(
         title=f"{', '.join(ops)}: smolrun beside {peers[0] if len(peers) == 1 else 'others'}; "
-        "a ratio below 1: smolrun is faster"
+        "a ratio below 1: smolrun is faster",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
     )
-    for name in ("ranks", "what", "smolrun", "peer", "ratio", "min to max", "CPU ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
+    # 80 columns are enough: two lines of heads, and no number is ever cut.
+    for name in ("ranks", "what", "smolrun", "peer", "ratio", "min to\nmax", "CPU\nratio"):
+        table.add_column(name, justify="right", no_wrap=name != "what", overflow="fold")
     for row in rows:
         size = (
             f"{row['bytes']:,} B" if "bytes" in row else f"{row.get('parameters', 0) / 1e6:.1f} M"
@@ -178,4 +183,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _time(seconds: float) -> str:
+    if seconds >= 10:
+        return f"{seconds:,.1f} s"
     return f"{seconds * 1e6:,.0f} us" if seconds < 0.01 else f"{seconds * 1e3:,.0f} ms"

@@ -21,10 +21,11 @@ from smolrun.config import RunConfig
 from smolrun.errors import CheckpointError
 from smolrun.foreign_text import echo, indented, one_line
 from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
-from smolrun.tasks.status import age, size
+from smolrun.tasks.status import size
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
 from smolrun.tracking.run_folder import LATEST
+from smolrun.tracking.words import duration
 
 _DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
 _CACHES = ("data", "models")
@@ -104,7 +105,7 @@ def _run_item(run: PastRun) -> Item:
     def keep() -> str | None:
         return "it is running now" if look(run.folder).may_be_running else None
 
-    what = f"run {run.folder.run_id} ({run.state}, {age(run.age_s)} old)"
+    what = f"run {run.folder.run_id} ({run.state}, {duration(run.age_s)} old)"
     num_bytes = bytes_below(run.folder.path)
     return Item(run.folder.path, what, num_bytes, keep)
 
@@ -135,7 +136,7 @@ def _cache(runs: list[PastRun]) -> Iterator[Item]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             with contextlib.suppress(OSError):  # another run may have taken it away
                 idle_s = max(0.0, time.time() - path.stat().st_mtime)
-                what = f"cached {folder.name}/{one_line(path.name)} ({age(idle_s)} old)"
+                what = f"cached {folder.name}/{one_line(path.name)} ({duration(idle_s)} old)"
                 yield Item(path, what, bytes_below(path))
 
 

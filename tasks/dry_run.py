@@ -11,14 +11,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from smolrun.config import RunConfig, ranks, resolved, world_size
+from smolrun.config import RunConfig, ranks, resolved, validate, world_size
+from smolrun.data.prepared import Prepared
+from smolrun.errors import ConfigError
 from smolrun.foreign_text import echo
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.parts.placement import memory_shares
@@ -146,10 +148,16 @@ class Estimate:
             self.cannot_trace = str(error)
             return None
 
+    @property
+    def _is_cut(self) -> bool:
+        return self.rank(self.places[0]).sharding.stage > 0
+
     def smallest_change(self) -> Remedy | None:
         """What makes it fit everywhere with the least harm; None if nothing does."""
         lacking = functools.cache(self.lacking)
-        found = smallest_change(self.setting, lacking, 0, can_recompute=self.can_recompute)
+        found = smallest_change(
+            self.setting, lacking, 0, can_recompute=self.can_recompute, is_cut=self._is_cut
+        )
         if found is None:
             return None
         return fitting_micro_batch(found, self.setting.micro_batch_size, lacking, 0)
@@ -157,7 +165,52 @@ class Estimate:
     def best_switches(self, count: int = 2) -> list[Remedy]:
         """The single keys that save most on the first host."""
         total = functools.partial(self.total, self.places[0])
-        return best_switches(self.setting, total, can_recompute=self.can_recompute, count=count)
+        return best_switches(
+            self.setting,
+            total,
+            can_recompute=self.can_recompute,
+            is_cut=self._is_cut,
+            count=count,
+        )
+
+    def fewer_ranks(self) -> tuple[str, Estimate] | None:
+        """The same run with fewer ranks on a machine, with what to write for it: half as many, and
+        again, until it fits or there is one. None where that is not possible."""
+        found = None
+        count = max(place.ranks for place in self.places) // 2
+        while count and (found is None or found[1].lacking(found[1].setting) > 0):
+            cluster = self.config.cluster
+            words = f"cluster.ranks={count}"
+            update: dict[str, Any] = {"ranks": count}
+            if cluster.hosts is not None:
+                words = f"`ranks: {count}` for each host of the cluster file"
+                hosts = [
+                    host.model_copy(update={"ranks": min(host.ranks, count)})
+                    for host in cluster.hosts
+                ]
+                update = {"hosts": hosts}
+            other = self.changed(cluster=cluster.model_copy(update=update))
+            if other is None:
+                break
+            found = words, other
+            count //= 2
+        return found
+
+    def changed(self, **sections: Any) -> Estimate | None:
+        """The same run with other sections of its configuration; None where they do not go
+        together."""
+        config = self.config.model_copy(update=sections)
+        try:
+            validate(resolved(config))
+        except ConfigError:
+            return None
+        plan = largest_plan(config)
+        setting = replace(self.setting, micro_batch_size=max(plan.sizes))
+        room = {place.name: place.room for place in self.places}
+        places = [replace(place, room=room[place.name]) for place in _places(config)]
+        return replace(
+            self, config=config, setting=setting, micro_batches=len(plan.sizes), places=places
+        )
 
     def checkpoint(self) -> int:
         """Bytes of one checkpoint."""
@@ -168,11 +221,14 @@ class Estimate:
         return sent_bytes(self.rank(self.places[0], local_rank), self.setting, self.micro_batches)
 
 
-def estimate(config: RunConfig) -> Estimate:
-    """What the run would need. ConfigError where the model cannot be what the keys say."""
-    probe = _start_probe()
+def estimate(config: RunConfig, prepared: Prepared | None = None) -> Estimate:
+    """What the run would need. ConfigError where the model cannot be what the keys say.
+
+    With prepared data it is quicker: its sizes are known, and no empty process is measured.
+    """
+    probe = _start_probe() if prepared is None else None
     try:
-        spec = spec_of(config)
+        spec = _spec_of(prepared) if prepared is not None else spec_of(config)
         shapes, frozen, can_recompute, largest_layer, reason = _sizes(config, spec)
         plan = largest_plan(config)
         setting = Setting(
@@ -198,6 +254,11 @@ def estimate(config: RunConfig) -> Estimate:
     made.process = process or made.process
     made.notes += [] if process else ["the size of an empty process could not be measured"]
     return made
+
+
+def _spec_of(prepared: Prepared) -> Spec:
+    length, folder = prepared.sequence_length, prepared.model_folder
+    return Spec(prepared.num_outputs, prepared.num_inputs, length, folder)
 
 
 def _maker(config: RunConfig, spec: Spec) -> Callable[[], nn.Module]:

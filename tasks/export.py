@@ -15,10 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from smolrun.config import RunConfig
 from smolrun.config.models import Trained as TrainedConfig
+from smolrun.data.cache import cache_folder
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.models.trained import Trained, find
@@ -114,7 +113,7 @@ def _source(trained: Trained, module: str, progress: Progress) -> Path:
     kept = trained.run_folder / "model"
     if (kept / "config.json").is_file():
         return kept
-    cache = platformdirs.user_cache_path("smolrun") / "models"
+    cache = cache_folder("models")
     keys = {**trained.keys, "pretrained": False}  # its values come from the checkpoint
     prepare = import_module(module).prepare
     return Path(prepare(cache, progress, trained.section["name"], **keys).folder)

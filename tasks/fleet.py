@@ -137,11 +137,15 @@ class Fleet:
         return [machine.address]
 
     def threads(self, rank: RankPlan) -> int:
-        """Torch threads of one rank: the usable cores, shared by the ranks of the host."""
+        """Torch threads of one rank: the usable cores, shared by the ranks of the machine. Hosts
+        without `ssh` are this one, however many there are."""
         if rank.threads != "auto":
             return rank.threads
-        machine = self.machines.get(rank.host)
-        return max(1, (machine.cores if machine else _own_cores()) // rank.local_world_size)
+        if machine := self.machines.get(rank.host):
+            return max(1, machine.cores // rank.local_world_size)
+        elsewhere = {host.name for host in self._config.cluster.hosts or [] if host.ssh is not None}
+        here = sum(other.host not in elsewhere for other in ranks(self._config))
+        return max(1, _own_cores() // max(1, here))
 
     def prepared(self, host: str) -> Prepared | None:
         """The prepared data, as it lies on a host."""

@@ -9,11 +9,10 @@ import dataclasses
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from smolrun.config import RunConfig
 from smolrun.config.models import HuggingFace
 from smolrun.config.targets import CustomTarget
+from smolrun.data.cache import cache_folder
 from smolrun.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def prepare_model(config: RunConfig, progress: Progress) -> Fetched | None:
     prepare = getattr(module, "prepare", None)
     if prepare is None:
         return None
-    cache = platformdirs.user_cache_path("smolrun") / "models"
+    cache = cache_folder("models")
     found: Fetched = prepare(cache, progress, config.model.name, **config.model.keywords())
     return found
 

@@ -6,9 +6,11 @@ Only reads, and starts nothing. A run that another machine drives is asked for t
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from smolrun.config import RunConfig
 from smolrun.errors import HostError
@@ -16,7 +18,7 @@ from smolrun.foreign_text import echo
 from smolrun.launch.moves import EXIT_DONE
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.past_runs import PastRun, look, run_folders
-from smolrun.tracking.words import clock
+from smolrun.tracking.words import clock, duration
 
 MOST_RUNS = 20
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "left", "age", "checkpoints")
@@ -24,8 +26,11 @@ _UNKNOWN = "-"
 
 
 def drive(config: RunConfig) -> int:
-    """Prints the table; exit code 0."""
+    """Prints the table, or with format=json a list of all that is known; exit code 0."""
     folders = run_folders(OUTPUTS)
+    if config.format == "json":
+        echo(json.dumps([_plain(run) for run in _with_remote([look(one) for one in folders])]))
+        return EXIT_DONE
     if not folders:
         echo(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
         return EXIT_DONE
@@ -56,6 +61,13 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
     return [found.get(run.folder.run_id, run) for run in runs]
 
 
+def _plain(run: PastRun) -> dict[str, Any]:
+    """One run as JSON: the fields of PastRun, its name and its path; times in seconds."""
+    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    folder = fields.pop("folder")
+    return {"run": folder.run_id, "path": str(folder.path.absolute()), **fields}
+
+
 def row(run: PastRun) -> tuple[str, ...]:
     """One run as the texts of its columns."""
     done = _UNKNOWN if run.step is None else f"{run.step:,}"
@@ -66,17 +78,9 @@ def row(run: PastRun) -> tuple[str, ...]:
         _UNKNOWN if run.loss is None else f"{run.loss:.4f}",
         _UNKNOWN if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
         _UNKNOWN if run.left_s is None else clock(run.left_s),
-        age(run.age_s),
+        duration(run.age_s),
         size(run.checkpoint_bytes) if run.checkpoint_bytes else _UNKNOWN,
     )
-
-
-def age(seconds: float) -> str:
-    """A time in its largest unit: 40 s, 3 min, 5 h, 12 d."""
-    for unit, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def size(num_bytes: float) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from smolrun.config import RunConfig
+from smolrun.data.cache import cache_folder
 from smolrun.tasks.workers import load_target
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def open_reader(
     from. DataError if the stream cannot be read that far."""
     if prepared.stream is None:
         return None
-    cache = platformdirs.user_cache_path("smolrun") / "data"
+    cache = cache_folder("data")
     data = load_target(config.data.target)(cache, **config.data.keywords())
     reader: StreamReader = data.stream(
         prepared,

@@ -21,7 +21,7 @@ from smolrun.launch.moves import Outcome
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.wake import awake
 from smolrun.tasks.again import Lost, Restarts, train_on
-from smolrun.tasks.before_start import check_before_start, check_model_fits
+from smolrun.tasks.before_start import check_before_start, check_model_fits, memory_warning
 from smolrun.tasks.detach import begin_driving
 from smolrun.tasks.emulation import tell_emulated
 from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
@@ -107,6 +107,8 @@ class _Run:
         self._is_begun = False
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
+        if earlier is None and (line := memory_warning(config, self._prepared)):
+            console.say(f"warning: {line}")
         self._rows = reader_of(config, self._prepared, self._earlier, console.preparing)
         console.unit = "tokens" if self._prepared.sequence_length else "samples"
         self._undo: list[Callable[[], None]] = []

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
+from smolrun.data.cache import cache_folder
 from smolrun.errors import ConfigError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
@@ -38,7 +38,7 @@ def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
     keys = config.data.keywords()
     if (tokenizer := tokenizer_for(config, model)) is not None:
         keys["tokenizer"] = tokenizer
-    cache = platformdirs.user_cache_path("smolrun") / "data"
+    cache = cache_folder("data")
     prepared: Prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
     return with_model(config, prepared, model)
 

@@ -6,32 +6,54 @@ the user, 131 stopped at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
+_READER_LEFT = 141  # what a shell reports of a program that SIGPIPE ended
+
 
 def main() -> int:
-    """Run the command line of this process and give back its exit code."""
-    arguments = sys.argv[1:]
+    """Run the command line of this process and give back its exit code.
+
+    A reader of stdout that leaves, such as `head`, ends it quietly.
+    """
+    try:
+        code = _main(sys.argv[1:])
+        sys.stdout.flush()  # here, as Python's own flush at the end would complain
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise  # of another pipe
+        return _READER_LEFT
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if "--worker" in arguments:
         return int(import_module("smolrun.tasks.worker").main() or 0)
     if "--help" in arguments or "-h" in arguments:
-        return _say(import_module("smolrun.cli.help").text())
+        print(import_module("smolrun.cli.help").text())  # noqa: T201  (nothing has to be loaded)
+        return 0
     if "--version" in arguments:
-        return _say("smolrun " + import_module("importlib.metadata").version("smolrun"))
-    try:
-        if "--driver" in arguments:
-            return int(import_module("smolrun.cli.driver").main())
-        if "--start-driver" in arguments:
-            return int(import_module("smolrun.cli.driver").start_main())
-        return int(import_module("smolrun.cli.run").run(arguments))
-    except KeyboardInterrupt:
-        return 130
+        print("smolrun " + import_module("importlib.metadata").version("smolrun"))  # noqa: T201
+        return 0
+    if "--driver" in arguments:
+        return int(import_module("smolrun.cli.driver").main())
+    if "--start-driver" in arguments:
+        return int(import_module("smolrun.cli.driver").start_main())
+    return int(import_module("smolrun.cli.run").run(arguments))
 
 
-def _say(text: str) -> int:
+def _reader_left() -> bool:
+    """Whether stdout is a pipe without a reader; then what is left in its buffer goes nowhere."""
     try:
-        print(text, flush=True)  # noqa: T201  (our own text; nothing has to be loaded for it)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
-    return 0
+        # What could not be written is forgotten, so that a flush alone would succeed.
+        print(flush=True)  # noqa: T201
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False

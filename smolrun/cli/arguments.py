@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from smolrun.config.synonyms import CHOICE_ALIASES, KEY_ALIASES
 from smolrun.errors import ConfigError
 
 COMPLETING = ("--shell-completion", "-sc")
@@ -111,6 +112,15 @@ def _unknown(flag: str, word: str) -> str:
         return f"{flag}: {reason}"
     hint = f"; did you mean {word.lstrip('-')}?" if "=" in word else ""
     return f"{word}: no such flag; settings are written key=value, without dashes{hint}"
+
+
+def own_words(word: str) -> str:
+    """`algorithm=ddp` as `algorithm=classicdp`: keys and choices that have a second name."""
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+")
+    if same := CHOICE_ALIASES.get(name):
+        value = ",".join(same.get(choice, choice) for choice in value.split(","))
+    return f"{key.removesuffix(name)}{KEY_ALIASES.get(name, name)}{equals}{value}"
 
 
 def at_home(word: str) -> str:

@@ -120,9 +120,9 @@ def _choice(group: str, choice: str, groups: Groups) -> str:
     allowed = ", ".join(groups[group])
     if choice in not_built.CHOICES.get(group, ()):
         return problem(group, choice, "not built yet", allowed=allowed)
-    meant = _meant(group, choice, groups)
-    told = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
     is_home = (group, choice) == ("cluster", "home")  # the cluster file of the first steps
+    meant = None if is_home else _meant(group, choice, groups)
+    told = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
     return f"{told}; `smolrun task=init` writes conf/cluster/home.yaml" if is_home else told
 
 
@@ -133,6 +133,8 @@ def _meant(group: str, choice: str, groups: Groups) -> str | None:
         return f"{NUMBERS[group]}={choice}"
     # Also by the last part alone: pi3 for sim/pi3.
     by_word = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
-    near = closest(choice, by_word)
-    elsewhere = (f"{other}={choice}" for other, named in groups.items() if choice in named)
-    return by_word[near] if near else next(elsewhere, None)
+    if near := closest(choice, by_word):
+        return by_word.get(near, near)
+    elsewhere = [f"{other}={choice}" for other, named in groups.items() if choice in named]
+    begun = [name for word, name in by_word.items() if word.startswith(choice)]
+    return " or ".join(elsewhere or list(dict.fromkeys(begun))) or None

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from smolrun.cli import choices, compose, mistakes, sweep
-from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse
+from smolrun.cli.arguments import Arguments, at_home, is_showing, own_words, read, refuse
 from smolrun.cli.resume import resumed
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
         sys.path.append(
             os.getcwd()
         )  # the user's own code beside them; last, so that it hides no library
-    argv = [at_home(word) for word in argv]
+    argv = [own_words(at_home(word)) for word in argv]
     try:
         refuse(argv)
         if is_showing(argv):
@@ -141,23 +141,9 @@ def _show(argv: Sequence[str]) -> int:
         raise ConfigError(problems or [mistakes.explain(error)]) from error
     except ValueError as error:  # flags that do not go together
         raise ConfigError(str(error)) from error
-    except BrokenPipeError:
-        pass  # as below
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    finally:
-        _flush()
     return 0
-
-
-def _flush() -> None:
-    """Python's own flush at the end would complain of a reader that has left."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 def _report(problems: Sequence[str]) -> int:

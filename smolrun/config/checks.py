@@ -173,6 +173,13 @@ def model_fits_task(*, task: str, model: Model) -> Iterator[str]:
         yield problem("model", model.name, what, allowed="no model=..., but model.run=latest|RUN")
 
 
+def format_fits_task(*, task: str, format: str) -> Iterator[str]:
+    """--json is for tasks whose answer is a table."""
+    if format == "json" and task not in ("doctor", "status"):
+        what = f"task={task} does not answer in JSON"
+        yield problem("format", format, what, allowed="text, or task=doctor, task=status")
+
+
 def heads_fit_width(*, model: Model) -> Iterator[str]:
     """The widths of attention divide evenly."""
     if not isinstance(model, Decoder):
@@ -253,6 +260,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     model_fits_data,
     model_is_named,
     model_fits_task,
+    format_fits_task,
     heads_fit_width,
     blocks_can_be_recomputed,
     momentum_fits,

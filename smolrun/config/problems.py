@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -17,6 +18,7 @@ from pydantic_core import ErrorDetails
 from smolrun.config import describe, not_built
 from smolrun.config.run import RunConfig
 from smolrun.config.suggest import absent, closest, problem, shown
+from smolrun.config.synonyms import SYNONYMS
 
 WHAT = {
     "int_type": "not a whole number",
@@ -50,8 +52,7 @@ RANK = (
     "less_than_equal",
     "string_pattern_mismatch",
 )
-# Groups whose choices are called as what they build, and the key that says what that is.
-TAGS = {"algorithm": "target", "optimizer": "name", "tracker": "kind"}
+_NO_SECTION = ("model_type", "model_attributes_type")
 
 Place = tuple[str | int, ...]
 
@@ -129,9 +130,14 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     else:
         what = WHAT.get(kind, details["msg"])
     meant = closest(value, allowed.split(" or ")) if isinstance(value, str) else None
-    if kind == "list_type":
+    if kind == "list_type" and "hosts" not in place:
         meant = f"'{path(place)}=[{shown(value)}]'"
-    return problem(path(place), value, what, allowed=allowed, meant=meant)
+    told = problem(path(place), value, what, allowed=allowed, meant=meant)
+    if not (kind in ("list_type", *_NO_SECTION) and "hosts" in place and isinstance(value, str)):
+        return told
+    entry = f"{{name: {shown(value)}, ssh: {shown(value)}}}"
+    entry = f"'{path(place)}=[{entry}]'" if kind == "list_type" else entry
+    return f"{told}; a host is written as {entry}; `smolrun task=init` writes a file of them"
 
 
 def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
@@ -141,6 +147,8 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
         place = (*place, part)
     siblings = list(section.model_fields) if section else []
     allowed = ", ".join(siblings)
+    if same := _synonyms(place, value, data):
+        return problem(path(place), value, "no such key", allowed=allowed, meant=same)
     if choices := _choices_with(start, name):
         told = problem(path(place), value, "no such key", allowed=allowed)
         return f"{told}; {name} is a key of {choices}"
@@ -157,14 +165,35 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
     return problem(path(place), value, "no such key", allowed=allowed, meant=meant)
 
 
-def _choices_with(group: str, name: str) -> str:
-    """The choices of a group that have this key, as `algorithm=edp, syncps`; empty for none."""
+def _synonyms(place: Place, value: Any, data: Mapping[str, Any]) -> str:
+    """What other programs' word for a key is here, as it would be typed; empty for none."""
+    words = SYNONYMS.get(path(place)) or SYNONYMS.get(str(place[-1])) or ()
     found = []
-    for section in describe.sections_of(RunConfig.model_fields[group]) if group in TAGS else []:
-        if name in section.model_fields:
-            tags = describe.choices(section.model_fields[TAGS[group]])
-            found += [str(tag).partition(":")[0].rpartition(".")[2] for tag in tags]
-    return f"{group}={', '.join(found)}" if found else ""
+    for word in words:
+        choice, _, key = word.rpartition(" ")
+        group, _, name = key.partition(".")
+        section = RunConfig if not name else _section((group,), data) if group in data else None
+        if choice:
+            found.append(f"{word}={shown(value)}")
+        elif section is not None and (name or group) in section.model_fields:
+            found.append(word)
+    return " or ".join(found)
+
+
+def _choices_with(group: str, name: str) -> str:
+    """The shipped choices of a group that have this key, as `algorithm=edp, syncps`; empty for
+    none."""
+    folder = files("smolrun.conf") / group
+    if not group or not folder.is_dir():
+        return ""
+    choices = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    has_key = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    found = [
+        file.name.removesuffix(".yaml")
+        for file in choices
+        if has_key.search(file.read_text(encoding="utf-8"))
+    ]
+    return f"{group}={', '.join(sorted(found))}" if found else ""
 
 
 def _is_elsewhere(key: str, start: str, data: Mapping[str, Any]) -> bool:

@@ -69,7 +69,7 @@ class RunConfig(Section):
         description="task=doctor writes what it found into the cluster file; task=trust trusts "
         "new keys without asking"
     )
-    format: Literal["text", "json"] = Field(description="How task=doctor answers")
+    format: Literal["text", "json"] = Field(description="How task=doctor and status answer")
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"
     )

@@ -76,7 +76,8 @@ class Training(Section):
         description="How that text begins; auto = as the first evaluation sample"
     )
     recompute: bool = Field(
-        description="Compute each block twice instead of keeping its activations: less memory"
+        description="Compute each block twice instead of keeping its activations: less memory; "
+        "also gradient_checkpointing"
     )
     dry_run: bool = Field(description="Only tell what the run would need")
     norms: Literal["none", "gradients", "all"] = Field(

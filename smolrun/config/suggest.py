@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from smolrun.config.synonyms import SYNONYMS
 from smolrun.foreign_text import one_line, without_credentials
 
 LONGEST_VALUE = 60
@@ -32,11 +33,13 @@ def shown(value: Any) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like this one, or None.
+    """The known word that means the same elsewhere, or looks most like this one, or None.
 
     For dotted keys the last part may match alone.
     """
     names = list(dict.fromkeys(known))
+    if same := [name for name in SYNONYMS.get(word.lower(), ()) if name in names]:
+        return " or ".join(same)
     end = f".{word.rpartition('.')[2].lower()}"
     same_end = [name for name in names if name.lower().endswith(end)]
     if "." in word and len(same_end) == 1:  # the right key in the wrong group

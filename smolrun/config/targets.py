@@ -7,6 +7,7 @@ its target, so a wrong key is told before anything loads.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
@@ -14,15 +15,25 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from smolrun.config.base import Name, Target
 
 Kind = Literal["tokens", "features"]
+_SHIPPED_MODULES: set[str] = set()
 
 
 def _module_and_name(target: str) -> str:
     module, _, name = target.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError("not of the form module:name, such as my_code.model:build")
-    if module.split(".")[0] == "smolrun":
+    is_shipped = module in _SHIPPED_MODULES  # then the name in it is wrong
+    if module.split(".")[0] == "smolrun" and (is_shipped or not _is_module(module)):
         raise ValueError("smolrun has no such target")
     return target
+
+
+def _is_module(module: str) -> bool:
+    """Whether it is there, found without running it: a file beside the shipped ones is yours."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package around it
+        return False
 
 
 class CustomTarget(Target):
@@ -43,6 +54,7 @@ class CustomTarget(Target):
 def own_target(*classes: type[Target]) -> Discriminator:
     """Tells a group's own classes apart by `target`; everything else is the user's."""
     known = {get_args(cls.model_fields["target"].annotation)[0]: cls.__name__ for cls in classes}
+    _SHIPPED_MODULES.update(target.partition(":")[0] for target in known)
 
     def choose(value: Any) -> str:
         if isinstance(value, Target):

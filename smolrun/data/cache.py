@@ -16,12 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from smolrun.errors import DataError
 
 DATA_FILE = "data.safetensors"
 _FACTS_FILE = "facts.json"
 # Part of every key. Raise it when entries change their meaning: old ones are then not found.
 _FORMAT = 1
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of this user's cache, made if it is not there; DataError where that cannot be."""
+    folder = platformdirs.user_cache_path("smolrun") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder} cannot be made: {error.strerror} ({error.filename}); "
+            "set XDG_CACHE_HOME or HOME to a folder that you can write"
+        ) from None
+    return folder
 
 
 @dataclass(frozen=True)

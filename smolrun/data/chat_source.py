@@ -107,8 +107,10 @@ def _lines(file: Path, progress: Progress) -> Iterator[tuple[str, Any]]:
 def _parsed(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-        raise DataError(f"{where}: is no JSON: {error}") from None
+    except json.JSONDecodeError as error:  # it counts lines too, but sees one only
+        raise DataError(f"{where}: is not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8
+        raise DataError(f"{where}: is not valid JSON: {error}") from None
 
 
 def _rows(

@@ -61,7 +61,7 @@ def keep_tokenizer(folder: Path, into: Path) -> TextTokenizer:
             shutil.copyfile(folder / file, into / file)
     if not (into / FILE_NAME).is_file():
         _convert(folder, into)
-    return load_tokenizer(into)
+    return load_tokenizer(into, folder)
 
 
 def _convert(folder: Path, into: Path) -> None:

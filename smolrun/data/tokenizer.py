@@ -44,7 +44,10 @@ class TextTokenizer:
         self.vocab_size: int = max(ids, default=-1) + 1
         end_id = tokenizer.token_to_id(end_token)
         if end_id is None and self.vocab_size != 256:
-            raise DataError(f"the tokenizer has no end token {end_token!r}")
+            raise DataError(
+                f"none of its tokens is {end_token!r}, the end of a text; name the one that is, as "
+                "eos_token in tokenizer_config.json beside it"
+            )
         # The bytes tokenizer has no room for an end token: byte 0, hardly ever in a text, does it.
         self.end_id: int = 0 if end_id is None else end_id
         self.end_token: str = NO_NAME if end_id is None else end_token
@@ -76,14 +79,17 @@ class TextTokenizer:
         self._tokenizer.save(str(folder / FILE_NAME))
 
 
-def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The tokenizer kept in a folder (`Prepared.tokenizer`); raises DataError if unreadable."""
-    path = Path(folder) / FILE_NAME
+def load_tokenizer(folder: str | Path, source: Path | None = None) -> TextTokenizer:
+    """The tokenizer kept in a folder (`Prepared.tokenizer`); raises DataError if unreadable, about
+    the folder that it was copied from, `source`."""
+    path, shown = Path(folder) / FILE_NAME, source or Path(folder)
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         return TextTokenizer(tokenizer, _end_token(Path(folder)) or END_TOKEN)
+    except DataError as error:
+        raise DataError(f"the tokenizer in {shown}: {error}") from None
     except Exception as error:  # tokenizers raises plain Exception for what it does not understand
-        raise DataError(f"cannot read the tokenizer {path}: {error}") from None
+        raise DataError(f"cannot read the tokenizer {shown / FILE_NAME}: {error}") from None
 
 
 def _end_token(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from smolrun.events import Event
 from smolrun.launch.control import Address, Peer, ResultMessage, WantRowsMessage
 
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 3, 130, 131
+EXIT_DONE, EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 2, 3, 130, 131
 
 
 @dataclass(frozen=True)

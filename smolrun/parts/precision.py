@@ -28,6 +28,11 @@ class Precision:
     parameters: torch.dtype
     autocast: torch.dtype | None = None
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether anything is computed in fewer bits than float32."""
+        return self.autocast is not None or self.parameters.itemsize < 4
+
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """What the forward pass runs under."""
         return (

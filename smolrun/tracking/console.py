@@ -33,6 +33,7 @@ from smolrun.foreign_text import indented, one_line
 from smolrun.tracking.words import clock, counted, named, number, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
+_LEAST_BAR, _MOST_BAR = 6, 40  # columns
 _LINE_EVERY_S = 5.0  # where there is no bar
 _RATE_OVER_S = 1.0  # tokens/s are a mean: with late gradients the steps come in bursts
 _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
@@ -67,6 +68,7 @@ class Console:
         self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
         self._bar: rich.progress.Progress | None = None
+        self._bar_column = rich.progress.BarColumn()
         self._task = rich.progress.TaskID(0)
         self._drawn_at = 0.0
         self._line_due_s = 0.0
@@ -132,7 +134,7 @@ class Console:
                 self._begin_bar(what, total)
             else:
                 self._print(f"preparing: {what}")
-        self._move_bar(done, "", total=total, is_last=done >= total)
+        self._move_bar(done, [], total=total, is_last=done >= total)
         if done >= total:
             self._end_bar()
 
@@ -212,7 +214,8 @@ class Console:
         elif is_last or event.time_s >= self._line_due_s:
             self._line_due_s = event.time_s + _LINE_EVERY_S
             self._measure(event, over_s=0.0)
-            self._print(f"step {event.step + 1}/{self._steps}  {self._figures(event)}")
+            figures = "  ".join(self._figures(event))
+            self._print(f"step {event.step + 1}/{self._steps}  {figures}")
 
     def _measure(self, event: StepDone, *, over_s: float) -> None:
         """A new rate, over all since the last one, once `over_s` have passed."""
@@ -221,7 +224,8 @@ class Console:
             self._rate = self._tokens / passed_s
             self._rate_from_s, self._tokens = event.time_s, 0
 
-    def _figures(self, event: StepDone) -> str:
+    def _figures(self, event: StepDone) -> list[str]:
+        """What is to be said of a step, the most important first."""
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
             f"loss {number(event.loss)}",
@@ -229,14 +233,14 @@ class Console:
             f"{clock(left_s)} left",
         ]
         slow = slowest(self._compute_s) if self._names_slowest else None
-        return "  ".join([*parts, f"slowest: rank {slow}"] if slow is not None else parts)
+        return [*parts, f"slowest: rank {slow}"] if slow is not None else parts
 
     def _begin_bar(self, what: str, total: int) -> None:
         self._end_bar()
         column = rich.progress.TextColumn
         self._bar = rich.progress.Progress(
             column("{task.description}", markup=False),
-            rich.progress.BarColumn(),
+            self._bar_column,
             rich.progress.MofNCompleteColumn(),
             column("{task.fields[figures]}", markup=False),
             console=self._rich,
@@ -245,12 +249,22 @@ class Console:
         self._task = self._bar.add_task(what, total=total, figures="")
         self._bar.start()
 
-    def _move_bar(self, done: int, figures: str, *, total: int, is_last: bool) -> None:
+    def _move_bar(self, done: int, figures: list[str], *, total: int, is_last: bool) -> None:
         now = time.monotonic()
         if self._bar is not None and (is_last or now - self._drawn_at >= _REFRESH_S):
             self._drawn_at = now
-            self._bar.update(self._task, completed=done, total=total, figures=figures)
+            shown = self._fit(figures, self._bar.tasks[0].description, total)
+            self._bar.update(self._task, completed=done, total=total, figures=shown)
             self._bar.refresh()
+
+    def _fit(self, figures: list[str], what: str, total: int) -> str:
+        """The figures that the terminal's width has room for, beside a bar that takes the rest."""
+        room = self._rich.width - len(f"{what} {total}/{total}") - 2  # a space around the bar
+        while figures and len("  ".join(figures)) > room - _LEAST_BAR:
+            figures = figures[:-1]
+        shown = "  ".join(figures)
+        self._bar_column.bar_width = max(1, min(_MOST_BAR, room - len(shown)))
+        return shown
 
     def _end_bar(self) -> None:
         if self._bar is not None:

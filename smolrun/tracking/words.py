@@ -11,8 +11,9 @@ def rate(per_second: float) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    """`1 rank`, `2 ranks`, `3 micro-batches`."""
+    plural = f"{what}es" if what.endswith(("s", "x", "ch", "sh")) else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
 
 
 def named(ranks: Sequence[int]) -> str:
@@ -25,6 +26,19 @@ def clock(seconds: float) -> str:
     """Hours, minutes and seconds, as 0:01:05."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest unit, for people who compare: 0.35 s, 40 s, 3 min, 1.5 h, 36 h, 4 d."""
+    for unit, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= (1 if unit != "d" else 2) * length_s:
+            return f"{_short(seconds / length_s)} {unit}"
+    return f"{seconds:.2g} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
+
+
+def _short(number: float) -> str:
+    """One decimal below ten, unless it is a zero."""
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.1f}".removesuffix(".0")
 
 
 def number(value: float | None) -> str:

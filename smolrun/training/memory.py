@@ -200,16 +200,17 @@ class Remedy:
     total: int
 
 
-def switches(current: Setting, *, can_recompute: bool) -> dict[str, Setting]:
+def switches(current: Setting, *, can_recompute: bool, is_cut: bool = False) -> dict[str, Setting]:
     """Every single key that can save memory, as it would be typed, with the setting it gives. Those
-    that leave the results as they are come first."""
+    that leave the results as they are come first. `is_cut`: ranks hold parts of matrices only."""
     found: dict[str, Setting] = {}
     if can_recompute and not current.recompute:
         found["training.recompute=true"] = replace(current, recompute=True)
     if current.micro_batch_size > 1:
         found["training.micro_batch_size=1"] = replace(current, micro_batch_size=1)
     for name in ("lion", "adafactor", "sgd"):
-        if _HEAVINESS[name] < _HEAVINESS[current.optimizer]:
+        needs_whole = name == "adafactor"
+        if _HEAVINESS[name] < _HEAVINESS[current.optimizer] and not (needs_whole and is_cut):
             found[f"optimizer={name}"] = replace(current, optimizer=name)
     if current.precision != "bf16_params":
         found["precision=bf16_params"] = replace(current, precision="bf16_params")
@@ -221,13 +222,14 @@ def best_switches(
     total: Callable[[Setting], int],
     *,
     can_recompute: bool,
+    is_cut: bool = False,
     count: int = 2,
 ) -> list[Remedy]:
     """The single keys that save most, at most one per group, largest saving first."""
     now = total(current)
     remedies = [
         Remedy((key,), setting, total(setting))
-        for key, setting in switches(current, can_recompute=can_recompute).items()
+        for key, setting in switches(current, can_recompute=can_recompute, is_cut=is_cut).items()
     ]
     remedies.sort(key=lambda remedy: remedy.total)
     chosen: list[Remedy] = []
@@ -244,10 +246,12 @@ def smallest_change(
     limit: int,
     *,
     can_recompute: bool,
+    is_cut: bool = False,
 ) -> Remedy | None:
     """The keys that make a rank fit into `limit` bytes: as few as possible, and first of all those
     that leave the results as they are. None if all together are not enough."""
-    for keys in _by_harm(list(switches(current, can_recompute=can_recompute))):
+    found = switches(current, can_recompute=can_recompute, is_cut=is_cut)
+    for keys in _by_harm(list(found)):
         setting = _with(current, keys)
         if (needed := total(setting)) <= limit:
             return Remedy(keys, setting, needed)

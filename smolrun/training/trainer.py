@@ -246,10 +246,11 @@ class Trainer:
         self._emit(StepSkipped(result.step, list(result.culprits)))
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             ranks = ", ".join(str(rank) for rank in result.culprits) or "none alone"
+            is_rounded = self._algorithm.context.precision.is_rounded
             raise TrainingError(
                 f"{_MAX_SKIPPED} steps in a row had a gradient that is not a number, "
-                f"last of rank {ranks} at step "
-                f"{result.step}; lower optimizer.lr, or try precision=float32"
+                f"last of rank {ranks} at step {result.step}; "
+                f"lower optimizer.lr{', or try precision=float32' if is_rounded else ''}"
             )
 
     def _eval(self) -> None:

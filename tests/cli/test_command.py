@@ -53,6 +53,9 @@ def refused(folder: Path, *arguments: str) -> list[str]:
             "staleness = 2: no such choice; allowed: auto, bounded, strict;"
             " did you mean staleness.bound=2?",
         ),
+        ("precision=bfloat16", "precision = bfloat16: no such choice; allowed: "),
+        ("precision=bfloat16", "did you mean bf16?"),
+        ("model=llama", "did you mean llama32_1b?"),
         ("cluster=4", "did you mean cluster.ranks=4?"),
         ("cluster=pi3", "sim/wifi4; did you mean sim/pi3?"),
         ("cluster=macmini3_t", "sim/wifi4; did you mean sim/macmini3_tb?"),

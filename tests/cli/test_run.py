@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -218,3 +219,51 @@ def test_a_resumed_run_has_its_passwords_from_the_cluster_file(
     (tmp_path / "conf" / "cluster" / "home.yaml").unlink()
     assert run(resume) == 2
     assert run(resume, "cluster=local") == 0
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    """As `head` does; for what does not go through `echo`, such as Hydra's own output."""
+    code = (
+        "import sys, types; run = types.ModuleType('run'); sys.modules['smolrun.cli.run'] = run; "
+        "run.run = lambda argv: sum(print('x' * 99) or 0 for _ in range(9999)); "
+        "from smolrun.cli import main; sys.exit(main())"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as printing:
+        printing.stdout.close()
+        assert printing.stderr.read() == b""
+        assert printing.wait(timeout=30) == 141
+
+
+def test_another_broken_pipe_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drive(config: RunConfig) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.modules["smolrun.tasks.train"], "drive", drive)
+    with pytest.raises(BrokenPipeError):
+        run()
+
+
+def test_words_of_other_programs_work(run: Run, driven: list[RunConfig]) -> None:
+    assert run("algorithm=ddp", "training.gradient_checkpointing=true") == 0
+    assert driven[0].algorithm.name == "classicdp"
+    assert driven[0].training.recompute
+
+
+def test_own_code_beside_the_shipped_is_own_code(
+    run: Run, driven: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import smolrun.algorithms
+
+    (tmp_path / "mine.py").write_text("def mine(context, *, pace): ...\n")
+    monkeypatch.setattr(smolrun.algorithms, "__path__", [str(tmp_path)])
+    assert run("algorithm.target=smolrun.algorithms.mine:mine", "algorithm.pace=2") == 0
+    assert driven[0].algorithm.keywords() == {"pace": 2}
+    assert run("algorithm.target=smolrun.algorithms.nothing:mine") == 2
+
+
+def test_json_is_refused_by_name_where_there_is_none(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--json") == 2
+    assert "format = json: task=train does not answer in JSON" in capsys.readouterr().err

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from smolrun.cli import choices
 from smolrun.cli.compose import compose
-from smolrun.config import resolved, validate
+from smolrun.config import RunConfig, problems, resolved, synonyms, validate
 from smolrun.errors import ConfigError
 
 
@@ -42,6 +43,12 @@ def problem_with(shipped: dict[str, Any], typed: str) -> str:
         ("algorithm.bucket_mbs", "algorithm.bucket_mb"),
         ("training.bucket_mb", "algorithm.bucket_mb"),
         ("training.speed", "cluster.hosts[].speed"),
+        ("batch_size", "training.global_batch_size or training.micro_batch_size"),
+        ("training.batch_size", "training.global_batch_size or training.micro_batch_size"),
+        ("learning_rate", "optimizer.lr"),
+        ("model.hidden_size", "model.width"),
+        ("dtype", "precision"),
+        ("data.path", "data=text data.path=1"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_one_meant(shipped: dict[str, Any], key: str, meant: str):
@@ -54,7 +61,9 @@ def test_an_unknown_key_is_told_with_the_one_meant(shipped: dict[str, Any], key:
     ("key", "choices"),
     [
         ("algorithm.stage", "algorithm=fsdp"),
-        ("algorithm.server_trains", "algorithm=syncps, edp"),
+        ("algorithm.server_trains", "algorithm=edp, syncps"),
+        ("data.train_size", "data=digits"),
+        ("model.widths", "model=mlp"),
         ("optimizer.momentum", "optimizer=sgd"),
         ("tracker.project", "tracker=wandb"),
     ],
@@ -71,3 +80,26 @@ def test_no_key_is_suggested_that_would_not_do(shipped: dict[str, Any], key: str
     """One of a choice that is not taken, or the one that says what is chosen."""
     line = problem_with(shipped, key)
     assert "did you mean" not in line
+
+
+def test_hosts_are_written_as_they_are_read(shipped: dict[str, Any]):
+    data = copy.deepcopy(shipped)
+    data["cluster"]["hosts"] = "mini1"
+    with pytest.raises(ConfigError) as error:
+        validate(data)
+    (line,) = error.value.problems
+    (_, typed, _) = line.rpartition("is written as ")[2].split("'")
+    hosts = compose([typed, "cluster.ranks=auto"]).cluster.hosts
+    assert [(host.name, host.ssh) for host in hosts or []] == [("mini1", "mini1")]
+
+
+def test_every_synonym_is_a_word_of_ours():
+    groups = choices.groups([choices.shipped_folder()])
+    known = {*problems.known_keys(), *(name for names in groups.values() for name in names)}
+    known |= {*RunConfig.model_fields}
+    for word, ours in synonyms.SYNONYMS.items():
+        assert word not in groups, word
+        assert known.issuperset(name.rpartition(" ")[2] for name in ours), word
+    assert known.issuperset(synonyms.KEY_ALIASES.values())
+    for group, names in synonyms.CHOICE_ALIASES.items():
+        assert groups[group].keys() >= set(names.values())

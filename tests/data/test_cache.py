@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
+from smolrun.cli.compose import compose
 from smolrun.data.base import Prepared, open_split
 from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.python_stdlib import PythonStdlib
 from smolrun.data.text import TextFiles
 from smolrun.errors import DataError
+from smolrun.tasks.workers import prepare_data
 
 KEYS: dict[str, Any] = {
     "tokenizer": "bpe",
@@ -93,6 +96,18 @@ def test_a_cache_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write to the cache folder .*file"):
         cached(tmp_path / "file", "x", {}, Maker())
+
+
+def test_a_cache_that_cannot_be_made_is_told_before_any_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").touch()
+    folder = tmp_path / "home" / "cache"
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda _: folder)
+    config = compose(["data=hf", "data.path=rows.json", "training.steps=2"])
+    with pytest.raises(DataError) as error:
+        prepare_data(config, lambda *_: None)
+    assert str(error.value).startswith(f"the cache folder {folder / 'data'} cannot be made: ")
 
 
 def prepare_and_read(folder: str, results: Any) -> None:

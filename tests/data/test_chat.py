@@ -202,9 +202,9 @@ def test_datasets_of_conversations_are_read(tmp_path: Path, chats: Path) -> None
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 3: is no JSON"),
-        ('{"messages": [{"role": "user", "content": "\udcff"}]', "line 3: is no JSON"),
-        ("[" * 100_000, "line 3: is no JSON"),
+        ("{broken", "line 3: is not valid JSON: .* \\(column 2\\)$"),
+        ('{"messages": [{"role": "user", "content": "\udcff"}]', "line 3: is not valid JSON"),
+        ("[" * 100_000, "line 3: is not valid JSON"),
         ("[1, 2]", "line 3: is no object; expected"),
         ('{"text": "hello"}', "line 3: has text; expected"),
         ("{}", "line 3: has no keys; expected"),

@@ -114,9 +114,13 @@ def test_an_old_folder_is_converted(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
+    """With the folder that was given, and not the one that it is kept in."""
     folder = foreign_folder(tmp_path / "model", eos_token="<|stop|>")
-    with pytest.raises(DataError, match=r"model/?.*no end token '<\|stop\|>'"):
-        load_tokenizer(folder)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(DataError) as error:
+        keep_tokenizer(folder, tmp_path / "kept")
+    assert str(error.value).startswith(f"the tokenizer in {folder}: none of its tokens is '<|stop")
+    assert "eos_token in tokenizer_config.json" in str(error.value)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

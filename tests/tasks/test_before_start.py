@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
+from smolrun.data.prepared import Prepared
 from smolrun.errors import ConfigError
-from smolrun.tasks.before_start import check_before_start
+from smolrun.launch.machine_memory import MachineMemory
+from smolrun.tasks import before_start, dry_run
+from smolrun.tasks.before_start import check_before_start, memory_warning
 from tests.tasks.test_whole_runs import finish, start, summary
 
 NAMES = (f"own_code_before_start_{number}" for number in itertools.count())
@@ -104,3 +107,43 @@ def test_a_secret_by_its_name_does_not_travel_as_a_variable() -> None:
     (line,) = refusal.value.problems
     assert line.startswith("cluster.hosts[0].env.HF_TOKEN")
     assert "hf_0" not in line
+
+
+def prepared(tokens: int) -> Prepared:
+    return Prepared("tokens", "", "", 32_000, None, tokens, None, 1, 1, "")
+
+
+def warning(monkeypatch: pytest.MonkeyPatch, free_gb: float, *overrides: str) -> str | None:
+    """What a run is warned of on a machine with so much free memory."""
+    free = MachineMemory(2**40, int(free_gb * 2**30), 0)
+    for module in (before_start, dry_run):
+        monkeypatch.setattr(module, "machine_memory", lambda: free)
+    return memory_warning(compose(overrides), prepared(64))
+
+
+def test_a_run_that_does_not_fit_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = warning(monkeypatch, 1.0, "cluster.ranks=4")
+    assert line is not None
+    assert line.startswith("does not fit: local needs ")
+    assert line.endswith("; training.dry_run=true says what would make it fit")
+
+
+def test_a_host_with_too_little_memory_is_known_by_its_memory_gb(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "mini1 needs " in (
+        warning(monkeypatch, 99, "cluster=macmini3", "model=llama32_1b") or ""
+    )
+
+
+def test_a_run_that_fits_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "estimate", None)
+    assert warning(monkeypatch, 8.0) is None
+
+
+def test_a_run_that_only_a_generous_sum_calls_too_large_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = compose(["model=gpt_small"])
+    assert 2 * before_start._generous_bytes(config, prepared(64)) > 4 * 2**30
+    assert warning(monkeypatch, 4.0, "model=gpt_small") is None

@@ -14,7 +14,7 @@ from smolrun.cli.compose import compose
 from smolrun.launch.moves import Outcome
 from smolrun.tasks import dry_run, dry_run_text, train
 from smolrun.tasks.dry_run import GB, Estimate, Process, estimate
-from smolrun.tasks.dry_run_text import report, verdict, with_remedies
+from smolrun.tasks.dry_run_text import memory_verdict, report, verdict, with_remedies
 
 LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
 
@@ -41,7 +41,7 @@ def test_it_is_reached_from_the_command_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("dry run: model=gpt_tiny, 1,")
-    assert lines[-1] == "fits"
+    assert lines[-1].startswith("fits; 300 steps take about ")
     assert all(line.isascii() for line in lines)
     assert any("gradients of late steps" in line for line in lines)
     assert any(line.startswith("network: each rank sends and receives 4.7 MB") for line in lines)
@@ -51,7 +51,7 @@ def test_it_is_reached_from_the_command_and_starts_nothing(
 def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert report(compose([*LLAMA, "training.dry_run=true"])) == 0
+    assert report(compose([*LLAMA, "training.dry_run=true"])) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("does not fit: mini1 needs ")
     assert lines[-1].count(" of 16.0 GB") == 3
@@ -60,7 +60,7 @@ def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
     assert good
     keys = [word for word in good[-1].split(":")[0].split() if "=" in word]
     better = made(*LLAMA, *keys)
-    assert verdict(better) == "fits"
+    assert memory_verdict(better) == (True, "fits")
     assert any("algorithm=fsdp algorithm.stage=3: " in line for line in advice)
     assert any(line.startswith("time: unknown on these machines; ") for line in lines)
     assert any("Gbit/s" in line for line in lines if line.startswith("network: "))
@@ -169,6 +169,9 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     line = dry_run_text._disk(estimate)
     assert f"up to 5 at a time: {5 * estimate.checkpoint() / 1e6:.1f} MB of 1.0 MB free" in line
     assert line.endswith("which is NOT ENOUGH")
+    fits, text = verdict(estimate)
+    assert not fits
+    assert text.startswith("does not fit on the disk: 5 checkpoints of ")
     assert dry_run_text._disk(made("checkpoint.every=0")).startswith("no checkpoints")
 
 
@@ -179,14 +182,60 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_narrow_fit_is_called_so(share: float, start: str) -> None:
     estimate = made()
     estimate.places = [replace(estimate.places[0], room=int(share * total(estimate)))]
-    assert verdict(estimate).startswith(start)
-    assert (verdict(estimate) == "fits") == (estimate.lacking(estimate.setting) <= 0)
+    fits, text = memory_verdict(estimate)
+    assert text.startswith(start)
+    assert fits == (not start.startswith("does not"))
+    assert (text == "fits") == (estimate.lacking(estimate.setting) <= 0)
 
 
 def test_an_unknown_memory_is_no_yes() -> None:
     estimate = made()
     estimate.places = [replace(estimate.places[0], name="pi", room=None)]
-    assert verdict(estimate) == "fits, as far as is known: the memory of pi is not (memory_gb)"
+    text = "fits, as far as is known: the memory of pi is not (memory_gb)"
+    assert memory_verdict(estimate) == (True, text)
+
+
+def test_fewer_ranks_are_among_what_would_make_it_fit() -> None:
+    one = made("cluster.ranks=1")
+    room = int(dry_run.MARGIN * total(one)) + 1
+    four = made("cluster.ranks=4", "training.micro_batch_size=1", "training.recompute=true")
+    four.places = [replace(four.places[0], room=room)]
+    (line,) = dry_run_text._with_fewer_ranks(four)
+    assert line.startswith("  cluster.ranks=1: ")
+    assert line.endswith(" on local, fits")
+
+
+def test_no_remedy_is_refused_by_the_checks() -> None:
+    """Adafactor looks at whole matrices, which fsdp cuts."""
+    whole, cut = [
+        [remedy.keys[0] for remedy in made(f"algorithm={name}", "model=gpt_small").best_switches(9)]
+        for name in ("classicdp", "fsdp")
+    ]
+    assert "optimizer=adafactor" in whole
+    assert "optimizer=adafactor" not in cut
+
+
+def test_a_run_that_is_nearly_all_network_is_told_so_with_what_is_quicker() -> None:
+    slow = ("algorithm=fsdp", "training.micro_batch_size=1", "precision=bf16_params")
+    estimate = made(*LLAMA, *slow, "model.layers=2", "training.steps=1000")
+    hours = 1000 * 8 * estimate.wire() / 1e9 / 3600
+    fits, text = verdict(estimate)
+    assert fits
+    start, _, quicker = text.partition("; quicker: ")
+    assert start == f"fits, but the network alone takes {hours:.0f} h for 1,000 steps at 1 Gbit/s"
+    assert quicker.startswith("training.micro_batch_size=")
+    assert ", algorithm.stage=0 (" in quicker
+    assert "quantization" not in quicker, "gradients are a sixth of what travels"
+
+
+def test_emulated_links_are_reckoned_with() -> None:
+    estimate = made("cluster=sim/pi3", "model=gpt_small", "training.steps=3000")
+    assert " at 100 Mbit/s (as emulated)" in dry_run_text._network(estimate)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dry_run_text, "measure_speed", lambda: (1e14, 1e14))
+        text = verdict(estimate)[1]
+    assert "3,000 steps take about 3.6 h, nearly all network at 100 Mbit/s; quicker: " in text
+    assert "quantization=int8 (55 min), a larger training.global_batch_size in fewer steps" in text
 
 
 def outcome(is_memory: bool) -> Outcome:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from smolrun.cli.compose import compose
 from smolrun.tasks import status
 from tests.cli.command import smolrun
 from tests.tracking.test_past_runs import a_run, write_steps
@@ -36,7 +38,7 @@ def test_the_command(tmp_path: Path):
 
 def test_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(tmp_path)
-    assert status.drive(None) == 0  # type: ignore[arg-type]
+    assert status.drive(compose()) == 0
     assert capsys.readouterr().out.startswith("no runs below ")
     assert list(tmp_path.iterdir()) == []
 
@@ -45,11 +47,26 @@ def test_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(tmp_path)
     for number in range(23):
         a_run(tmp_path / "outputs", f"20260131-1425{number:02}-x-aaaa")
-    assert status.drive(None) == 0  # type: ignore[arg-type]
+    assert status.drive(compose()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 22
     assert lines[1].startswith("20260131-142522")
     assert lines[-1] == "and 3 older ones"
+
+
+def test_json_has_all_runs_and_raw_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(23):
+        a_run(tmp_path / "outputs", f"20260131-1425{number:02}-x-aaaa")
+    assert status.drive(compose(["task=status", "format=json"])) == 0
+    runs = json.loads(capsys.readouterr().out)
+    assert len(runs) == 23
+    assert runs[0]["run"] == "20260131-142522-x-aaaa"
+    assert Path(runs[0]["path"]) == tmp_path / "outputs" / runs[0]["run"]
+    assert (runs[0]["state"], runs[0]["step"], runs[0]["steps"]) == ("died", None, 100)
+    assert isinstance(runs[0]["age_s"], float)
 
 
 @pytest.mark.parametrize("columns", [140, 60, 20])
@@ -63,19 +80,11 @@ def test_a_narrow_terminal_loses_columns_but_never_a_name(
     monkeypatch.setenv("COLUMNS", str(columns))
     a_run(tmp_path / "outputs")
     monkeypatch.setattr(status.sys.stdout, "isatty", lambda: True)
-    assert status.drive(None) == 0  # type: ignore[arg-type]
+    assert status.drive(compose()) == 0
     head, row = capsys.readouterr().out.splitlines()[:2]
     assert row.startswith("20260131-142501-x-aaaa  ")
     assert ("checkpoints" in head) == (columns == 140)
     assert columns == 20 or max(len(head), len(row)) <= columns
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (3600, "1 h"), (86_400 * 40, "40 d")],
-)
-def test_ages(seconds: float, text: str):
-    assert status.age(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from typing import Any
@@ -155,6 +156,33 @@ def test_a_terminal_gets_a_bar_and_the_cursor_back(monkeypatch: pytest.MonkeyPat
     assert "loss 2.5000  16 tokens/s" in shown
     assert "in between" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "figures"),
+    [
+        (40, "loss 2.5000"),
+        (80, "loss 2.5000  0.0 tokens/s  0:25:00 left"),
+        (120, "loss 2.5000  0.0 tokens/s  0:25:00 left  slowest: rank 1"),
+    ],
+)
+def test_the_bar_fits_into_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, figures: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    console = Console(steps=30_000, world_size=2, stream=stream)
+    for event in (rank_step(0, 0.1), rank_step(1, 0.2), step(9999, time_s=750.0)):
+        console.record(event)
+    console.close()
+    text = re.sub(r"\x1b\[[?\d;]*\w", "", stream.getvalue())
+    line = [line for line in re.split(r"[\r\n]", text) if line.strip()][-1].rstrip()
+    found = re.fullmatch(rf"training (.*) 10000/30000 {figures}", line)
+    assert found is not None, text
+    assert 6 <= len(found[1]) <= 40
+    assert len(line) <= columns
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,16 +165,18 @@ def test_one_rank_told_to_stop_stops_all_at_the_same_step(
     assert all(summary["was_stopped"] and summary["steps"] < 100 for summary, _ in outcomes)
 
 
-def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence(prepared: Prepared) -> None:
-    with pytest.raises(
-        TrainingError, match="20 steps in a row had a gradient that is not a number, last of rank 0"
-    ):
-        run(
-            prepared,
-            1,
-            config("single", steps=40)
-            | {"precision": "float32", "optimizer": {"name": "sgd", "lr": math.inf}},
-        )
+@pytest.mark.parametrize("precision", ["float64", "bf16"])
+def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence(
+    prepared: Prepared, precision: str
+) -> None:
+    broken = {"precision": precision, "optimizer": {"name": "sgd", "lr": math.inf}}
+    with pytest.raises(TrainingError) as error:
+        run(prepared, 1, config("single", steps=40) | broken)
+    told = str(error.value)
+    assert told.startswith(
+        "20 steps in a row had a gradient that is not a number, last of rank 0 at step "
+    )
+    assert ("float32" in told) == (precision == "bf16")
 
 
 def test_written_text_is_the_same_on_all_ranks_and_stays_within_the_context() -> None:

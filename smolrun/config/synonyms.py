@@ -1,0 +1,67 @@
+"""Words of other programs for keys and choices of ours: two work as they are typed, the rest are
+hints. Pure data.
+"""
+
+from __future__ import annotations
+
+KEY_ALIASES = {"training.gradient_checkpointing": "training.recompute"}
+CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    # choices
+    "bfloat16": ("bf16",),
+    "bf16-mixed": ("bf16",),
+    "float16": ("fp16",),
+    "half": ("fp16",),
+    "16-mixed": ("fp16",),
+    "fp32": ("float32",),
+    "float": ("float32",),
+    "fp64": ("float64",),
+    "double": ("float64",),
+    "8bit": ("int8",),
+    "zero": ("fsdp",),
+    "deepspeed": ("fsdp",),
+    "parameter_server": ("syncps", "edp"),
+    "ps": ("syncps", "edp"),
+    "hogwild": ("edp",),
+    "adam": ("adamw",),
+    "weights_and_biases": ("wandb",),
+    # keys; one with a choice in front is a key of that choice only
+    "batch_size": ("training.global_batch_size", "training.micro_batch_size"),
+    "train_batch_size": ("training.global_batch_size",),
+    "per_device_train_batch_size": ("training.micro_batch_size",),
+    "gradient_accumulation_steps": ("training.micro_batch_size",),
+    "gradient_checkpointing": ("training.recompute",),
+    "activation_checkpointing": ("training.recompute",),
+    "epochs": ("training.steps",),
+    "num_train_epochs": ("training.steps",),
+    "max_steps": ("training.steps",),
+    "iterations": ("training.steps",),
+    "learning_rate": ("optimizer.lr",),
+    "max_grad_norm": ("training.grad_clip",),
+    "eval_steps": ("training.eval_every",),
+    "save_steps": ("checkpoint.every",),
+    "save_total_limit": ("checkpoint.keep",),
+    "resume_from_checkpoint": ("checkpoint.resume",),
+    "resume": ("checkpoint.resume",),
+    "block_size": ("data.sequence_length",),
+    "max_seq_length": ("data.sequence_length",),
+    "context_length": ("data.sequence_length",),
+    "world_size": ("cluster.ranks",),
+    "nproc_per_node": ("cluster.ranks",),
+    "num_processes": ("cluster.ranks",),
+    "accelerator": ("cluster.device",),
+    "dtype": ("precision",),
+    "mixed_precision": ("precision",),
+    "num_layers": ("model.layers",),
+    "n_layer": ("model.layers",),
+    "num_hidden_layers": ("model.layers",),
+    "hidden_size": ("model.width",),
+    "n_embd": ("model.width",),
+    "d_model": ("model.width",),
+    "num_heads": ("model.heads",),
+    "n_head": ("model.heads",),
+    "num_attention_heads": ("model.heads",),
+    "data.path": ("data=text data.path",),
+    "path": ("data=text data.path",),
+}
