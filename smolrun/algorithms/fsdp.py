@@ -23,6 +23,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,15 +84,15 @@ class OptimizerShards(ClassicDP):
         self.catch_gradients()
 
     def step_slices(self) -> None:
-        """Makes the optimizer for this rank's slices."""
-        slices = [part for bucket in self.shards for part in bucket.slices]
-        self.stepped = [(part.name, part.values) for part in slices if part.values.requires_grad]
-        if not self.stepped:
-            raise ConfigError(
-                f"rank {self.context.mesh.rank} would hold no parameter; take fewer ranks, or more "
-                "equal cluster.hosts memory_gb"
-            )
-        self.optimizer = self.context.make_optimizer(self.stepped)
+        """Makes the optimizer for this rank's slices of what is trained."""
+        self.trained_shards = [bucket for bucket in self.shards if bucket.is_trained]
+        slices = [part for bucket in self.trained_shards for part in bucket.slices]
+        self.stepped = [(part.name, part.values) for part in slices]
+        # torch's optimizers need a parameter; a rank may own none, of a very small head.
+        nothing = torch.empty(
+            0, dtype=self.context.precision.parameters, device=self.context.device
+        )
+        self.optimizer = self.context.make_optimizer(self.stepped or [("", nn.Parameter(nothing))])
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     def send(self, bucket: Bucket, slot: int) -> Work:
@@ -101,7 +102,7 @@ class OptimizerShards(ClassicDP):
 
     def load_gradients(self, flight: InFlight) -> list[Tensor]:
         """This rank's parts of the sums."""
-        pairs = zip(self.shards, self.summed(flight), strict=True)
+        pairs = zip(self.trained_shards, self.summed(flight), strict=True)
         return [bucket.bind(own.to(bucket.device)) for bucket, own in pairs]
 
     def summed(self, flight: InFlight) -> list[Tensor]:
@@ -148,7 +149,7 @@ class OptimizerShards(ClassicDP):
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """A layer's norm from its parts on all ranks."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return joined(norms, names, self.all_ranks)
 
     def pieces(self) -> list[Piece]:
@@ -160,7 +161,9 @@ class OptimizerShards(ClassicDP):
 
     def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
         """As the parameters lie in the buckets of shards."""
-        return [list(zip(bucket.names, bucket.shapes, strict=True)) for bucket in self.shards]
+        return [
+            list(zip(bucket.names, bucket.shapes, strict=True)) for bucket in self.trained_shards
+        ]
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be, all ranks together."""
@@ -182,7 +185,7 @@ class GradientShards(OptimizerShards):
     def catch_gradients(self) -> None:
         """Backward fills buckets that are there for a moment."""
         self.gradients = PassingGradients(
-            self.shards,
+            self.trained_shards,
             self.collectives,
             self.sums,
             slots=self.context.staleness + 1,
@@ -245,8 +248,15 @@ class ParameterShards(GradientShards):
         layers = []
         for parameters in layers_of(model, self._bucket_bytes):
             parts: list[tuple[ShardedBucket, torch.dtype]] = []
-            for dtype in dict.fromkeys((half or master, master)):
-                used = [p for p in parameters if ((p in products and half) or master) is dtype]
+            # Frozen ones apart: they have no gradients, and every rank shall own trained ones.
+            kinds = itertools.product(dict.fromkeys((half or master, master)), (True, False))
+            for dtype, is_trained in kinds:
+                used = [
+                    p
+                    for p in parameters
+                    if ((p in products and half) or master) is dtype
+                    and p.requires_grad is is_trained
+                ]
                 packed = pack(used, self._bucket_bytes)
                 buckets = cut(model, packed, self._weights, self.collectives.index, master)
                 for bucket in buckets:

@@ -149,7 +149,6 @@ def _not_cut(algorithm: OptimizerShards) -> dict[str, Tensor]:
 
 
 def _gradients(algorithm: OptimizerShards, flight: InFlight) -> Iterator[tuple[Slice, Tensor]]:
-    for bucket, own in zip(algorithm.shards, algorithm.summed(flight), strict=True):
+    for bucket, own in zip(algorithm.trained_shards, algorithm.summed(flight), strict=True):
         for part in bucket.slices:
-            if part.values.requires_grad:
-                yield part, part.of(own)
+            yield part, part.of(own)

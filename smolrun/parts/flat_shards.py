@@ -43,7 +43,8 @@ class Slice:
 
 
 class ShardedBucket:
-    """Parameters one after the other, of which this rank owns elements [start, stop)."""
+    """Parameters one after the other, of which this rank owns elements [start, stop); all of them
+    are trained, or all are frozen."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class ShardedBucket:
         self.start, self.stop = ranges_of(self.sizes)[index]
         first = self.parameters[0]
         self.device, self.dtype = first.device, dtype or first.dtype
+        self.is_trained = first.requires_grad
         self.shard = torch.empty(0)
         self.slices: list[Slice] = []
 
@@ -95,13 +97,11 @@ class ShardedBucket:
         """Makes `shard` the memory of this rank's slices."""
         self.shard, self.slices = shard, []
         first = 0
-        for name, parameter, shape in zip(self.names, self.parameters, self.shapes, strict=True):
+        for name, shape in zip(self.names, self.shapes, strict=True):
             low, high = max(first, self.start), min(first + shape.numel(), self.stop)
             if low < high:
                 part = shard[low - self.start : high - self.start]
-                values = nn.Parameter(
-                    part.view(1, -1) if len(shape) > 1 else part, parameter.requires_grad
-                )
+                values = nn.Parameter(part.view(1, -1) if len(shape) > 1 else part, self.is_trained)
                 place = (low - first, low - self.start)
                 self.slices.append(Slice(name, tuple(shape), *place, values))
             first += shape.numel()
@@ -109,8 +109,7 @@ class ShardedBucket:
     def bind(self, gradient: Tensor) -> Tensor:
         """Makes a flat gradient of the shard the `grad` of its slices, and returns it."""
         for part in self.slices:
-            if part.values.requires_grad:
-                part.values.grad = part.of(gradient).view_as(part.values)
+            part.values.grad = part.of(gradient).view_as(part.values)
         return gradient
 
     # -- over the network, through host memory where a device computes --

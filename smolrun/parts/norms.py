@@ -44,11 +44,13 @@ class LayerNorms:
         """Takes the gradients' norms just before an update; None where this one is not measured.
 
         Clipping has made the gradients `shrunk` times as long as they were: that is undone.
-        With kind "all" it keeps a copy of the parameters until the update is done.
+        Frozen parameters have none. With kind "all" it keeps a copy of the parameters until the
+        update is done.
         """
         if self.kind == "none" or update % self.every:
             return None
-        return Measurement(list(named), shrunk, also_parameters=self.kind == "all")
+        trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
+        return Measurement(trained, shrunk, also_parameters=self.kind == "all")
 
 
 NO_NORMS = LayerNorms("none", 1)

@@ -69,8 +69,7 @@ class PassingGradients:
         self._launched = 0
         for number, bucket in enumerate(buckets):
             for place, parameter in enumerate(bucket.parameters):
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._catch(number, place))
+                parameter.register_post_accumulate_grad_hook(self._catch(number, place))
 
     def begin(self, slot: int) -> None:
         """Starts a step; its sums begin at zero."""
@@ -80,7 +79,7 @@ class PassingGradients:
 
     def begin_backward(self) -> None:
         """Before each backward of the step."""
-        self._missing = [sum(p.requires_grad for p in b.parameters) for b in self._buckets]
+        self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._launched, self._were_full = 0, []
 
     def end_backward(self) -> None:

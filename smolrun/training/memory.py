@@ -173,14 +173,17 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
 
 
 def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
-    """What a rank sends, and receives, in one step."""
+    """What a rank sends, and receives, in one step; less with frozen layers before all that is
+    trained, as backward does not gather those again."""
     size, used = item_bytes(setting.precision), _used_bytes(setting)
     in_wires = rank.quantization.quantizer().wire_bytes
     gradient = size if rank.quantization.is_none else in_wires(_MANY) / _MANY
     if links := rank.sharding.links:  # a server sends weights, a worker gradients
         return int(links * rank.trained * (size if rank.sharding.seats else gradient))
-    parts = (rank.world_size - 1) * rank.trained / rank.world_size
-    return int(parts * rank.sharding.moved(size, used, gradient, micro_batches))
+    cut = rank.sharding
+    moved = rank.trained * cut.moved(size, used, gradient, micro_batches)
+    moved += rank.frozen * cut.gathered(used, micro_batches)
+    return int((rank.world_size - 1) / rank.world_size * moved)
 
 
 def _used_bytes(setting: Setting) -> int:

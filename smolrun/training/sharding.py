@@ -39,7 +39,11 @@ class Sharding:
             return 2 * gradient
         if self.stage < 3:
             return (micro_batches if self.stage == 2 else 1) * gradient + size
-        return micro_batches * (gradient + 2 * used)
+        return micro_batches * gradient + self.gathered(used, micro_batches)
+
+    def gathered(self, used: int, micro_batches: int) -> float:
+        """Of these, bytes of weights that are gathered for forward and for backward, at stage 3."""
+        return 2 * used * micro_batches if self.stage == 3 else 0
 
 
 NOT_CUT = Sharding()

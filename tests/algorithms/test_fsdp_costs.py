@@ -251,7 +251,7 @@ def test_nobody_keeps_a_layer_alive(
     most: dict[int, int] = {0: 0, 1: 0}
     right = ShardedBucket.gather
 
-    def gather(self: ShardedBucket, collectives: Any, flat: torch.Tensor) -> Any:
+    def gather(self: ShardedBucket, collectives: Any, flat: torch.Tensor, *more: Any) -> Any:
         rank, size = collectives.index, flat.untyped_storage().nbytes()
 
         def gone() -> None:
@@ -260,7 +260,7 @@ def test_nobody_keeps_a_layer_alive(
         alive[rank] += size
         most[rank] = max(most[rank], alive[rank])
         weakref.finalize(flat.untyped_storage(), gone)
-        return right(self, collectives, flat)
+        return right(self, collectives, flat, *more)
 
     monkeypatch.setattr(ShardedBucket, "gather", gather)
 

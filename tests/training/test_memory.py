@@ -201,8 +201,11 @@ def test_what_fsdp_cuts_is_divided_and_what_it_moves_is_counted() -> None:
         assert parts["passing"] == {0: 0, 1: 0, 2: 800, 3: 4800}[stage]
     share = 3 * 4 * TRAINED // 4
     for stage, micro_batches, times in ((1, 5, 2), (2, 1, 2), (2, 5, 6), (3, 1, 3), (3, 5, 15)):
-        rank = replace(RANK, sharding=Sharding(stage, 0.25))
+        rank = replace(RANK, frozen=0, sharding=Sharding(stage, 0.25))
         assert sent_bytes(rank, SETTING, micro_batches) == times * share
+        frozen = replace(rank, frozen=TRAINED)  # is never reduced, and at stage 3 gathered twice
+        more = 2 * share * micro_batches if stage == 3 else 0
+        assert sent_bytes(frozen, SETTING, micro_batches) == times * share + more
     assert sent_bytes(rank, replace(SETTING, precision="bf16"), 5) == 10 * share
 
 
@@ -210,7 +213,7 @@ def test_gradients_in_fewer_bits_send_less_and_remember_more() -> None:
     int8 = replace(RANK, quantization=Quantization("int8"))
     part = 3 * TRAINED / 4  # of a number's bytes
     for stage, expected in ((0, 2.03125), (1, 5.015625), (2, 9.078125), (3, 45.078125)):
-        rank = replace(int8, sharding=Sharding(stage, 0.25))
+        rank = replace(int8, frozen=0, sharding=Sharding(stage, 0.25))
         assert sent_bytes(rank, SETTING, 5) == pytest.approx(expected * part, rel=1e-4)
     half = replace(RANK, quantization=Quantization("fp16", error_feedback=False))
     assert sent_bytes(half, SETTING, 5) == pytest.approx(4 * part, rel=1e-4)
