@@ -33,6 +33,9 @@ class HandshakeError(ProtocolError):
     """The other side of a new connection is not who it must be, or speaks another version."""
 
 
+BROKE_PROTOCOL = "it broke the protocol"  # how the reason of such a PeerLost begins
+
+
 class PeerLost(SmolrunError):
     """A peer is gone: dead, frozen, cut off, or it broke the protocol."""
 
@@ -43,6 +46,11 @@ class PeerLost(SmolrunError):
         self.generation = generation
         self.reason = reason
         super().__init__(f"lost rank {rank}: {reason}")
+
+    @property
+    def broke_protocol(self) -> bool:
+        """Whether the peer sent what it must not, and did not just end or fall silent."""
+        return self.reason.startswith(BROKE_PROTOCOL)
 
 
 class CollectiveMismatch(SmolrunError):
@@ -59,7 +67,13 @@ class CollectiveMismatch(SmolrunError):
 
 
 class WaitTimeout(SmolrunError):
-    """A wait passed its deadline although every peer is still alive."""
+    """A wait passed its deadline although every peer is still alive.
+
+    `rank` is the peer that did not do its part, where it was one."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        self.rank = rank
+        super().__init__(message)
 
 
 class MeshClosed(SmolrunError):

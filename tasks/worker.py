@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from smolrun.errors import PeerLost, SmolrunError, StopRequested
+from smolrun.errors import PeerLost, SmolrunError, StopRequested, WaitTimeout
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
     EXIT_DONE,
@@ -82,7 +82,14 @@ def run(channel: WorkerChannel) -> int:
             _log.error("%s: %s", type(error).__name__, error)
             report = ErrorReport(type(error).__name__[:200], cut(str(error)))
             if isinstance(error, PeerLost):
-                report = replace(report, peer=error.rank, told_by=error.told_by)
+                report = replace(
+                    report,
+                    peer=error.rank,
+                    told_by=error.told_by,
+                    broke_protocol=error.broke_protocol,
+                )
+            elif isinstance(error, WaitTimeout):
+                report = replace(report, peer=error.rank)
             channel.result("failed", error=report)
             return EXIT_FAILED
         # Even SystemExit, out of the user's own code, must reach the driver.

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from smolrun.errors import BROKE_PROTOCOL
 from smolrun.launch.control import (
     EXIT_ABANDONED,
     EXIT_ABORTED,
@@ -128,8 +129,7 @@ def _has_own_error(state: RankState) -> bool:
 
 
 def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
-    """The rank that the others lost: first one whose host does not answer us either, then one that
-    has not reported, then by votes, then by rank."""
+    """The rank that the others lost, or waited for in vain: by `_weight`."""
     by_rank = {state.rank: state for state in states}
     accused = [
         (by_rank[s.error.peer], s.error) for s in signs if s.error and s.error.peer in by_rank
@@ -137,23 +137,41 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
     if not accused:
         return None
     votes = Counter(state.rank for state, _ in accused)
-    state, error = min(
-        accused,
-        key=lambda one: (not one[0].is_silent, one[0].is_over, -votes[one[0].rank], one[0].rank),
-    )
-    seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
-    what = "was cut off from the others" if state.is_over else "stopped answering"
+    state, error = min(accused, key=lambda one: _weight(one[0], one[1], votes[one[0].rank]))
     pair = {state.rank}
-    if len(seen) == 1 and not state.is_silent and state.error and state.error.peer is not None:
-        # Both live and answer us, and of the others nobody misses either.
-        other, error = seen[0]
-        what = f"and {other.label} lost each other"
-        pair.add(other.rank)
-    elif seen:
-        error = seen[0][1]
+    if error.broke_protocol:
+        what = "broke the protocol of the mesh"
+    elif error.kind == "WaitTimeout":
+        what = "did not do its part"
+    else:
+        what = "was cut off from the others" if state.is_over else "stopped answering"
+        seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
+        error = seen[0][1] if seen else error
+        if len(seen) == 1 and not state.is_silent and state.error and state.error.peer is not None:
+            # Both live and answer us, and of the others nobody misses either.
+            what = f"and {seen[0][0].label} lost each other"
+            pair.add(seen[0][0].rank)
     told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
+    told = told.removeprefix(f"{BROKE_PROTOCOL}: ")
     cause = _cause(state, states, f"{what}{_when(state)} ({told})", pair)
-    return replace(cause, is_lost=True)
+    return replace(cause, is_lost=not error.broke_protocol)
+
+
+def _weight(state: RankState, error: ErrorReport, num_votes: int) -> tuple[int | bool, ...]:
+    """Of all accusations, the one with the least weight names the cause.
+
+    Bytes that break the protocol are evidence, while the end of a link is what everyone sees
+    afterwards, the culprit too. A wait that ended while all links stood comes before the losses
+    that its own end causes. Then: a host that does not answer the driver either, a rank that has
+    not reported, many votes, the lower rank."""
+    return (
+        not error.broke_protocol,
+        error.kind != "WaitTimeout",
+        not state.is_silent,
+        state.is_over,
+        -num_votes,
+        state.rank,
+    )
 
 
 def _saw(error: ErrorReport, rank: int) -> bool:

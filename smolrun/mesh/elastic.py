@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from smolrun.errors import PeerLost, ProtocolError
+from smolrun.errors import BROKE_PROTOCOL, PeerLost, ProtocolError
 from smolrun.mesh.door import Door
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.guards import Guard
@@ -163,7 +163,7 @@ class ElasticMesh(TcpMesh):
 
     def _could_not_start(self, work: Work, error: Exception) -> None:
         if isinstance(error, ProtocolError) and work.peer in self._present:
-            self._lost(work.peer, f"it broke the protocol: {error}")
+            self._lost(work.peer, f"{BROKE_PROTOCOL}: {error}")
         elif isinstance(error, PeerLost):
             self._pending.discard(work)
             work.finish(error)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from smolrun.errors import ProtocolError
+from smolrun.errors import BROKE_PROTOCOL, ProtocolError
 from smolrun.mesh.io import READ, WRITE, IoThread
 from smolrun.mesh.pauses import NotYet, Pauses
 from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
@@ -237,7 +237,7 @@ class Connection:
         except OSError as error:
             self._end(f"receiving failed: {error.strerror or error}")
         except ProtocolError as error:
-            self._end(f"it broke the protocol: {error}")
+            self._end(f"{BROKE_PROTOCOL}: {error}")
         else:
             # The pipe may hold more, even bytes that the selector cannot see.
             self._io.post(lambda: self._ready(READ))

@@ -76,7 +76,8 @@ class Work:
             if not self._gate.acquire(timeout=limit):
                 raise WaitTimeout(
                     f"{self.label}: not done after {limit:g} s although every peer is alive; "
-                    f"{self._mesh.describe_waiting()}"
+                    f"{self._mesh.describe_waiting()}",
+                    self._mesh.waits_for() if self.peer is None else self.peer,
                 )
             self._gate.release()
         if self._error is not None:
@@ -199,6 +200,10 @@ class Mesh(ABC):
                 watch(rank, True, "joined")
 
         self.post(begin)
+
+    def waits_for(self) -> int | None:
+        """The peer whose turn it is; None where it is this rank's own, or not known."""
+        return None
 
     def describe_waiting(self) -> str:
         """Whom this rank waits for, as part of a sentence."""

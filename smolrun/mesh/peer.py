@@ -68,7 +68,7 @@ class Peer:
         self._grants: dict[Tag, Header] = {}
         self._ungranted: dict[Tag, Transfer] = {}
         self._transfers = Transfers()
-        self._open_sends = self._heard = 0
+        self.open_sends = self._heard = 0  # sends without a grant, or that the kernel has not taken
         self.control = Connection(
             io,
             pipes["control"],
@@ -99,10 +99,10 @@ class Peer:
 
     def post_send(self, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """Sends at once if small, otherwise as soon as the peer has granted it."""
-        self._open_sends += 1
+        self.open_sends += 1
 
         def sent() -> None:
-            self._open_sends -= 1
+            self.open_sends -= 1
             on_done()
 
         if len(payload.data) <= EAGER_BYTES:
@@ -182,7 +182,7 @@ class Peer:
         """A peer that has left owes nothing once its last byte has been read."""
         if not (self.has_left and self.is_closed):
             return
-        if self.inbox.waits_for or self._open_sends:
+        if self.inbox.waits_for or self.open_sends:
             self._events.on_lost(self.rank, "it left the run while work with it was pending")
         self._events.on_left(self.rank)
 

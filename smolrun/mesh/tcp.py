@@ -148,14 +148,22 @@ class TcpMesh(Mesh):
         """See Mesh."""
         return self._peers[peer].progress
 
+    def waits_for(self) -> int | None:
+        """See Mesh. A peer that takes nothing comes first: one that sends nothing may itself be
+        waiting for that peer."""
+        sends = [rank for rank, peer in self._peers.items() if peer.open_sends]
+        receives = [rank for rank, peer in self._peers.items() if peer.inbox.waits_for]
+        return next(iter([*sends, *receives]), None)
+
     def describe_waiting(self) -> str:
         """See Mesh."""
-        waits = {rank: peer.inbox.waits_for for rank, peer in self._peers.items()}
-        named = [
-            f"rank {rank} (step {self._peers[rank].progress}) for {tags[0]}"
-            for rank, tags in waits.items()
-            if tags
-        ]
+        named = []
+        for rank, peer in self._peers.items():
+            at = f"rank {rank} (step {peer.progress})"
+            if peer.open_sends:
+                named.append(f"{at} to take what is sent to it")
+            if tags := peer.inbox.waits_for:
+                named.append(f"{at} for {tags[0]}")
         return f"rank {self.rank} waits for {', '.join(named) or 'nobody'}"
 
     def post(self, function: Callable[[], None]) -> None:

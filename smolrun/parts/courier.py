@@ -171,7 +171,8 @@ class Courier:
         if left_s <= 0:
             raise WaitTimeout(
                 f"rank {self._mesh.rank}: no work from rank {self._server} for "
-                f"{self._mesh.timeout_s:g} s although it is alive"
+                f"{self._mesh.timeout_s:g} s although it is alive",
+                self._server,
             )
         return left_s
 

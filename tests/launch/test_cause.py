@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from smolrun.errors import BROKE_PROTOCOL, PeerLost
 from smolrun.launch.cause import describe_exit
 from smolrun.launch.control import EXIT_ABANDONED, OUT_OF_MEMORY, ErrorReport, ResultMessage
 from smolrun.launch.moves import (
@@ -79,6 +80,51 @@ def test_what_a_rank_was_told_is_no_second_witness() -> None:
         "rank 2 on host2 and rank 1 on host1 lost each other before its first step (silent); "
         "1 other rank ended with them"
     )
+
+
+def lost(rank: int, peer: int, reason: str, *, told_by: int | None = None) -> Finished:
+    """What the worker of `rank` reports when its mesh has lost `peer`."""
+    error = PeerLost(peer, 0, reason, told_by)
+    report = ErrorReport("PeerLost", str(error), peer, told_by, error.broke_protocol)
+    return Finished(rank, ResultMessage(status="failed", error=report))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_broken_protocol_outranks_the_connection_that_it_ended(first: int) -> None:
+    supervisor = running(2)
+    reports = [
+        lost(0, 1, f"{BROKE_PROTOCOL}: a slice that was never granted"),
+        lost(1, 0, "receiving failed: Connection reset by peer"),
+    ]
+    supervisor.handle(reports[first], 2.0)
+    supervisor.handle(reports[1 - first], 2.1)
+    supervisor.handle(Exited(0, 3), 2.2)
+    outcome = outcome_of(supervisor.handle(Exited(1, 3), 2.2))
+    assert (outcome.failed_rank, outcome.failed_host, outcome.is_lost) == (1, "host1", False)
+    assert outcome.reason.startswith(
+        "rank 1 on host1 broke the protocol of the mesh before its first step "
+        "(a slice that was never granted); 1 other rank ended with it"
+    )
+
+
+def test_a_broken_protocol_outranks_the_votes_of_those_who_only_lost_a_link() -> None:
+    supervisor = running(4)
+    supervisor.handle(lost(2, 0, "the connection was closed"), 2.0)
+    supervisor.handle(lost(3, 0, "the connection was closed"), 2.0)
+    supervisor.handle(lost(1, 0, "the connection was closed"), 2.0)
+    supervisor.handle(lost(0, 1, f"{BROKE_PROTOCOL}: two tensors for one tag"), 2.1)
+    outcome = bury(supervisor, supervisor.advance(4.1) + supervisor.advance(9.2), 9.2)
+    assert outcome.failed_rank == 1
+
+
+def test_the_rank_that_others_wait_for_is_blamed_not_the_one_that_gave_up_first() -> None:
+    supervisor = running(3)
+    supervisor.handle(failed(0, "WaitTimeout", "all_reduce: not done after 300 s", 1), 2.0)
+    supervisor.handle(lost(2, 0, "it left the run"), 2.1)  # because rank 0 ended
+    supervisor.handle(lost(1, 0, "it left the run"), 2.1)
+    outcome = bury(supervisor, supervisor.advance(4.1) + supervisor.advance(9.2), 9.2)
+    assert (outcome.failed_rank, outcome.failed_host) == (1, "host1")
+    assert "did not do its part before its first step (all_reduce: not done" in outcome.reason
 
 
 def test_when_nobody_is_blamed_the_first_to_report_is_named() -> None:

@@ -3,6 +3,8 @@ deadlines."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from smolrun.errors import MeshClosed, PeerLost, SmolrunError, WaitTimeout
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import FaultyPipe, run_ranks
-from smolrun.wire.frame import EAGER_BYTES, Tag
+from smolrun.wire.frame import EAGER_BYTES, FrameKind, Tag
 from tests.waiting import until
 
 KINDS = pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
@@ -71,6 +73,42 @@ def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
         mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
 
     run_ranks(2, rank_main, kind=kind)
+
+
+@SOCKETS
+@pytest.mark.parametrize("size", [SMALL // 4, LARGE * 4])
+def test_the_rank_that_takes_and_sends_nothing_is_named_by_all_that_wait(
+    kind: str, size: int
+) -> None:
+    is_over, second = threading.Event(), threading.Event()
+
+    def rank_main(mesh: Mesh) -> int | None:
+        if mesh.rank == 1:  # alive: its heartbeats go on
+            assert is_over.wait(20)
+            return None
+        mesh.timeout_s = 0.5
+        with pytest.raises(WaitTimeout) as caught:
+            Collectives(mesh).all_reduce(torch.ones(size))
+        if mesh.rank == 0:
+            assert second.wait(20)
+            is_over.set()
+        else:
+            second.set()
+        return caught.value.rank
+
+    assert run_ranks(3, rank_main, kind=kind) == [1, None, 1]
+
+
+@SOCKETS
+def test_a_peer_that_breaks_the_protocol_is_lost_for_that(kind: str) -> None:
+    def rank_main(mesh: Mesh) -> bool:
+        if mesh.rank == 1:
+            mesh.post(lambda: mesh._peers[0].say(FrameKind.SLICE))  # type: ignore[attr-defined]
+        with pytest.raises(PeerLost) as caught:
+            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(10)
+        return caught.value.broke_protocol
+
+    assert run_ranks(2, rank_main, kind=kind) == [True, False]
 
 
 @KINDS
