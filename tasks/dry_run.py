@@ -23,6 +23,7 @@ from smolrun.data.prepared import Prepared
 from smolrun.errors import ConfigError
 from smolrun.foreign_text import echo
 from smolrun.launch.machine_memory import machine_memory
+from smolrun.models.initialise import check_trainable
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
@@ -277,6 +278,7 @@ def _sizes(
         model = build_on_meta(_maker(config, spec))
     except CannotTrace as error:  # one's own model may need values: build it for real, and let go
         model, reason = _maker(config, spec)(), str(error)
+    check_trainable(model)
     trained = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     buffers = sum(buffer.numel() for buffer in model.buffers())

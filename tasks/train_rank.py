@@ -21,7 +21,7 @@ from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted, TextSample
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
-from smolrun.models.initialise import build_model, build_shell, first_value
+from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
 from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
@@ -152,6 +152,7 @@ def place_algorithm(
         staleness_bound=None if bound == "auto" else bound,
         quantization=Quantization(**config["quantization"]),
         grad_clip=training["grad_clip"],
+        num_outputs=prepared.num_outputs,
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
         norms=LayerNorms(training["norms"], training["norms_every"]),
         is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
@@ -182,6 +183,7 @@ def new_model(
     dtype = PRECISIONS[config["precision"]].parameters
     build = build_model if has_values else build_shell
     model = build(make, config["seed"], dtype=dtype, device=device)
+    check_trainable(model)
     if config["training"]["recompute"]:
         if not hasattr(model, "recompute"):
             raise ConfigError(f"model.name = {section['name']} cannot recompute its blocks")

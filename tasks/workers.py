@@ -17,7 +17,8 @@ import msgspec
 
 from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
 from smolrun.data.cache import cache_folder
-from smolrun.errors import ConfigError
+from smolrun.data.prepared import Prepared
+from smolrun.errors import ConfigError, DataError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.mesh.security import mint
@@ -27,7 +28,7 @@ from smolrun.tasks.prepare_model import prepare_model, tokenizer_for, with_model
 from smolrun.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Prepared, Progress
+    from smolrun.data.prepared import Progress
 
 OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here and only here
 
@@ -39,7 +40,12 @@ def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
     if (tokenizer := tokenizer_for(config, model)) is not None:
         keys["tokenizer"] = tokenizer
     cache = cache_folder("data")
-    prepared: Prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
+    prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
+    if not isinstance(prepared, Prepared):
+        raise DataError(
+            f"{config.data.target}: prepare() returned a {type(prepared).__name__}; it must return "
+            "a smolrun.data.prepared.Prepared, which prepare_features and prepare_tokens give"
+        )
     return with_model(config, prepared, model)
 
 

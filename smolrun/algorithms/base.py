@@ -37,6 +37,7 @@ from smolrun.algorithms.contract import (
     InFlight,
     Share,
     StepResult,
+    check_answer,
     loss_sum,
 )
 from smolrun.checkpoints.piece import Piece
@@ -265,8 +266,7 @@ class Algorithm(ABC):
         would raise: for a rank whose workers are started again and again when they fail."""
         before = persistent_buffers(self.model)
         after = _copies(before)  # functional_call leaves the changed ones here
-        with torch.no_grad():
-            self._answer(batch, lambda inputs: functional_call(self.model, after, (inputs,)))
+        self._answer(batch, lambda inputs: functional_call(self.model, after, (inputs,)))
         self._note_changes(before, after)
 
     def _note_changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
@@ -319,6 +319,7 @@ class Algorithm(ABC):
         self.context.reseed(FORWARD, batch.position)
         with self.context.precision.context(device):
             logits = (forward or self.model)(self._to_device(batch.inputs))
+        check_answer(logits, batch, self.context.num_outputs)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits, batch.targets.to(device)
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.data.base import Batch
+from smolrun.errors import ConfigError, DataError
 from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
@@ -41,6 +43,7 @@ class Context:
     staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
     quantization: Quantization = AS_THEY_ARE  # in which form gradients travel
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
+    num_outputs: int | None = None  # classes, or tokens of the vocabulary; None: not known
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
     is_elementwise: bool = True  # the optimizer needs no whole matrices, so they may be cut
@@ -128,6 +131,68 @@ def never_empty(batch: Batch) -> Batch:
         return batch
     inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
     return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))
+
+
+def check_answer(output: Any, batch: Batch, num_outputs: int | None) -> None:
+    """ConfigError where a model's output is not what the loss needs for the targets of the batch,
+    DataError where the targets are not; `num_outputs` is what the data has, None: not known."""
+    targets = batch.targets
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise DataError(f"the targets are {_name(targets.dtype)}; {_TARGETS}")
+    if not isinstance(output, torch.Tensor):
+        raise ConfigError(f"the model's forward returned {_kind(output)}; {_LOGITS}")
+    if not output.is_floating_point():
+        raise ConfigError(f"the model's forward returned {_name(output.dtype)} numbers; {_LOGITS}")
+    if output.ndim != targets.ndim + 1 or output.shape[:-1] != targets.shape:
+        raise ConfigError(
+            f"the model's forward returned a tensor {list(output.shape)} for inputs "
+            f"{list(batch.inputs.shape)} and targets {list(targets.shape)}; {_LOGITS}"
+        )
+    if torch.is_grad_enabled() and not output.requires_grad:
+        raise ConfigError(
+            "the model's output does not depend on any parameter that is trained: forward must not "
+            "detach it, nor run under torch.no_grad()"
+        )
+    _check_range(targets, output.shape[-1], num_outputs)
+
+
+def _check_range(targets: torch.Tensor, width: int, num_outputs: int | None) -> None:
+    """A vocabulary may be padded, so a model of tokens may have more outputs; of classes not."""
+    is_classes, most = targets.ndim == 1, width if num_outputs is None else num_outputs
+    if width < most or (is_classes and width != most):
+        what = "classes" if is_classes else "tokens in its vocabulary"
+        raise ConfigError(
+            f"the model has {width} outputs for each target, the data has {most} {what}: take "
+            "spec.num_outputs, which build(spec) is given"
+        )
+    learnt = targets[targets != IGNORED]
+    if learnt.numel() and not (int(learnt.min()) >= 0 and int(learnt.max()) < most):
+        raise DataError(
+            f"the targets are within {int(learnt.min())} .. {int(learnt.max())}, but the data says "
+            f"that there are {most} classes or tokens (Prepared.num_outputs); {_TARGETS}"
+        )
+
+
+_LOGITS = (
+    "it must return the logits as one tensor of floats: [batch, classes], or "
+    "[batch, length, vocabulary] for tokens"
+)
+_TARGETS = (
+    "smolrun trains classes and next tokens, so a target is an integer 0 .. num_outputs - 1 "
+    f"({IGNORED}: not learnt)"
+)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(output: Any) -> str:
+    """What it is, and how to get at the logits in it, if that is known."""
+    name = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"a {name} with the keys {', '.join(map(repr, output))}"
+    return f"a {name} of {len(output)}" if isinstance(output, list | tuple) else f"a {name}"
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

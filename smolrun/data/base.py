@@ -127,13 +127,17 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
                     f"expected {prepared.sha256}; delete it so that it is prepared anew"
                 )
         with safe_open(prepared.path, framework="pt") as file:
+            if prepared.kind == "tokens":
+                tokens = _integers(file.get_tensor(name), f"{name} tokens", prepared.path)
             if prepared.masked:
-                split: Split = MarkedSplit(file.get_tensor(name), file.get_tensor(f"{name}_learn"))
+                split: Split = MarkedSplit(tokens, file.get_tensor(f"{name}_learn"))
             elif prepared.kind == "tokens":
-                split = TokenSplit(file.get_tensor(name), prepared.sequence_length or 1)
+                split = TokenSplit(tokens, prepared.sequence_length or 1)
             else:
+                targets = file.get_tensor(f"{name}_targets")
                 split = FeatureSplit(
-                    file.get_tensor(f"{name}_inputs"), file.get_tensor(f"{name}_targets")
+                    file.get_tensor(f"{name}_inputs"),
+                    _integers(targets, f"{name} targets", prepared.path),
                 )
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read the prepared data {prepared.path}: {error}") from None
@@ -141,3 +145,11 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
     if len(split) != expected:
         raise DataError(f"{prepared.path} holds {len(split)} {name} samples, expected {expected}")
     return split
+
+
+def _integers(tensor: Tensor, what: str, path: str) -> Tensor:
+    """The tensor; DataError if making integers of its numbers would change them."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise DataError(f"{path}: the {what} are {kind}; they must be integers 0, 1, ...")
+    return tensor

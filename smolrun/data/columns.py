@@ -29,6 +29,12 @@ def is_label(feature: Any) -> bool:
     return type(feature).__name__ == "ClassLabel"
 
 
+def is_class(feature: Any) -> bool:
+    """Whether the values of a feature can number or name classes."""
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    return str(getattr(feature, "dtype", "")).startswith(kinds)
+
+
 def has_pictures(features: Mapping[str, Any], wanted: Wanted) -> bool:
     """Whether a dataset is about pictures: the user says so, or it has some and no text asked."""
     if wanted["text_column"]:
@@ -65,6 +71,11 @@ def image_columns(features: Mapping[str, Any], wanted: Wanted) -> tuple[str, str
     label = _only("label_column", wanted["label_column"], labels, features)
     if image not in images:
         raise DataError(f"data.image_column={image}: holds no pictures; {_there(features)}")
+    if not is_class(features[label]):
+        raise DataError(
+            f"data.label_column={label}: holds no classes, which are integers or names; "
+            f"{_there(features)}"
+        )
     return image, label
 
 

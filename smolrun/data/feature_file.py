@@ -44,7 +44,7 @@ def prepare_features(
     """
 
     def make(folder: Path) -> dict[str, Any]:
-        train, held_out = read()
+        train, held_out = (_arrays(rows) for rows in read())
         num_classes = _check(name, train, held_out)
         tensors = {
             f"{part}_{what}": values
@@ -58,7 +58,8 @@ def prepare_features(
         sizes = {"train": len(train.targets_N), "eval": len(held_out.targets_N)}
         return {**sizes, "classes": num_classes, "features": train.inputs_NP.shape[1]}
 
-    entry = cached(cache_dir, name, key, make)
+    # The first format took labels of any kind, and cut floats without a word.
+    entry = cached(cache_dir, name, {**key, "format": 2}, make)
     facts = entry.facts
     return Prepared(
         kind="features",
@@ -77,9 +78,35 @@ def prepare_features(
     )
 
 
+# By the kind of numpy's dtype: what to do about labels that are no classes.
+_NUMBER_THEM = ": numpy.unique(labels, return_inverse=True)[1] numbers names"
+_ADVICE = {
+    "f": ": labels.astype(int) if they are whole, else cut them into classes by numpy.digitize",
+    "U": _NUMBER_THEM,
+    "O": _NUMBER_THEM,
+}
+
+
+def _arrays(rows: Rows) -> Rows:
+    """The rows, also of lists and tensors."""
+    return Rows(numpy.asarray(rows.inputs_NP), numpy.asarray(rows.targets_N))
+
+
 def _check(name: str, train: Rows, held_out: Rows) -> int:
     """The number of classes."""
     for part, rows in (("train", train), ("eval", held_out)):
+        inputs, targets = rows.inputs_NP, rows.targets_N
+        if targets.ndim != 1 or targets.dtype.kind not in "iub":
+            advice = _ADVICE.get(targets.dtype.kind, "")
+            raise DataError(
+                f"{name}: the {part} labels are {targets.dtype} {list(targets.shape)}; there must "
+                f"be one integer 0, 1, ... for each row, the number of its class{advice}"
+            )
+        if inputs.ndim != 2 or inputs.dtype.kind not in "fiub":
+            raise DataError(
+                f"{name}: the {part} inputs are {inputs.dtype} {list(inputs.shape)}; they must be "
+                "numbers [rows, features]"
+            )
         if len(rows.inputs_NP) != len(rows.targets_N):
             raise DataError(
                 f"{name}: there are {len(rows.inputs_NP):,} {part} pictures but "

@@ -65,8 +65,6 @@ class Pictures:
         found = set(self._dataset.unique(self._label))
         if None in found or (-1 in found and self.is_named):
             raise DataError(f"some pictures have no class in the column {self._label}")
-        if any(not isinstance(value, int | str) for value in found):
-            raise DataError(f"data.label_column={self._label}: holds neither numbers nor names")
         if all(isinstance(value, int) and value >= 0 for value in found):
             return {value: value for value in found}
         return {value: number for number, value in enumerate(sorted(found))}

@@ -125,7 +125,11 @@ def write_tensors(
     kinds: set[torch.dtype] = set()
 
     def flush() -> None:
-        save_file(pending, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        path = folder / f"part-{len(files)}"
+        path.touch()
+        mode = path.stat().st_mode  # by the user's umask; save_file would leave 0600
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         files.append(list(pending))
         pending.clear()
 

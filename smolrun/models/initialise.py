@@ -39,7 +39,20 @@ def build_model(
         return initialise(model, seed, dtype=dtype, device=device)
     with _seeded(seed):
         model = make()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model's build returned a {type(model).__name__}; it must return a torch.nn.Module"
+        )
     return model.to(device=device, dtype=dtype)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """ConfigError for a model of which nothing would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"the model has nothing to train: none of its {len(list(model.parameters()))} "
+            "parameters has requires_grad=True"
+        )
 
 
 def build_shell(

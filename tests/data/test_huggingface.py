@@ -294,3 +294,16 @@ def test_classes_may_be_numbers_or_names(tmp_path: Path, animals: Path) -> None:
         data = data.cast_column("picture", datasets.Image())
         data.save_to_disk(str(tmp_path / f"saved{classes}"))
         assert prepare(tmp_path, tmp_path / f"saved{classes}").num_outputs == classes
+
+
+@pytest.mark.parametrize("label", [0.5, [1], {"x": 1}], ids=str)
+def test_other_labels_are_refused_with_the_columns(
+    tmp_path: Path, animals: Path, label: object
+) -> None:
+    files = sorted(map(str, animals.rglob("*.png")))[:4]
+    data = datasets.Dataset.from_dict({"picture": files, "label": [label] * 4})
+    data.cast_column("picture", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(
+        DataError, match=r"label_column=label: holds no classes.* picture \(image\)"
+    ):
+        prepare(tmp_path, tmp_path / "saved")

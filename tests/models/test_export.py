@@ -116,6 +116,7 @@ def test_another_type_is_written_and_told(tmp_path: Path, asked: str, expected: 
     assert json.loads((out / "config.json").read_text())["dtype"] == expected
     kinds = {value.dtype for value in load_file(out / "model.safetensors").values()}
     assert kinds == {getattr(torch, expected)}
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def test_large_models_come_in_several_files(tmp_path: Path) -> None:
