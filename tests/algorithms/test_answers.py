@@ -56,7 +56,7 @@ def test_targets_that_cannot_be_classes(targets: torch.Tensor, what: str) -> Non
 
 def test_a_vocabulary_may_be_padded_but_not_cut() -> None:
     check_answer(torch.zeros(4, 6, 64, requires_grad=True), TOKENS, 10)
-    with pytest.raises(ConfigError, match="9 outputs .* 10 tokens"):
+    with pytest.raises(ConfigError, match=r"9 outputs .* 10 tokens"):
         check_answer(torch.zeros(4, 6, 9, requires_grad=True), TOKENS, 10)
     with pytest.raises(DataError, match=r"9 \.\. 9"):
         check_answer(torch.zeros(4, 6, 64, requires_grad=True), TOKENS, 9)
@@ -64,9 +64,6 @@ def test_a_vocabulary_may_be_padded_but_not_cut() -> None:
 
 @pytest.mark.parametrize("algorithm", worlds.ALGORITHMS)
 def test_every_algorithm_looks_before_anything_is_learnt(algorithm: str) -> None:
-    for more, error in (({"num_outputs": 6}, ConfigError), ({"num_outputs": 5}, None)):
-        if error is None:
-            worlds.train(algorithm, "mlp", 1, steps=1, more=more)
-            continue
-        with pytest.raises(error, match="5 outputs .* 6 classes"):
-            worlds.train(algorithm, "mlp", 1, steps=1, more=more)
+    worlds.train(algorithm, "mlp", 1, steps=1, more={"num_outputs": 5})
+    with pytest.raises(ConfigError, match=r"5 outputs .* 6 classes"):
+        worlds.train(algorithm, "mlp", 1, steps=1, more={"num_outputs": 6})
