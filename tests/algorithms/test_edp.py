@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -72,7 +72,7 @@ def test_the_replay_can_tell_another_order() -> None:
     seen = run(4, "mlp")[0]
     pushes = seen.pushes
     late = next(n for n, push in enumerate(pushes) if push.version)
-    pushes[late] = dataclasses.replace(pushes[late], version=pushes[late].version - 1)
+    pushes[late] = msgspec.structs.replace(pushes[late], version=pushes[late].version - 1)
     again = ps.replay("mlp", pushes, 3)
     assert any(not torch.equal(again[name], seen.parameters[name]) for name in again)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from smolrun.events import PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
 from tests.algorithms import parameter_server as ps
@@ -60,7 +61,7 @@ def test_the_bytes_of_the_page_travel() -> None:
         if mesh.rank == 0:
             until(lambda: len(mesh.present) == 2)
         seen = ps.fit(ps.place(mesh, wide, precision="float32"), "mlp", 10)
-        dropped = sum(event.kind == "push_dropped" for event in seen.events)
+        dropped = sum(isinstance(event, PushDropped) for event in seen.events)
         return mesh.bytes_sent, mesh.bytes_received, dropped
 
     (sent, received, _), *_ = run_ranks(3, rank_main, kind="tcp", elastic=True)

@@ -69,8 +69,9 @@ def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
         if mesh.rank == 0:
             with pytest.raises(WaitTimeout, match=r"receive from rank 1: not done after 0\.2 s"):
                 mesh.recv(1, Tag(1, 0, 0), torch.empty(1)).wait(0.2)
-        mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
+        sent = mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
         mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
+        sent.wait()
 
     run_ranks(2, rank_main, kind=kind)
 
@@ -179,8 +180,9 @@ def test_progress_is_told_with_the_heartbeats() -> None:
         mesh.progress = 10 + mesh.rank
         until(lambda: mesh.peer_progress(1 - mesh.rank) > 0)
         heard = mesh.peer_progress(1 - mesh.rank)
-        mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
+        sent = mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
         mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
+        sent.wait()
         return heard
 
     assert run_ranks(2, rank_main, kind="tcp") == [11, 10]
