@@ -168,11 +168,12 @@ def _title(made: Estimate) -> str:
 def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
     """A column for every kind of host."""
     table = rich.table.Table(box=rich.box.ASCII2 if is_plain else rich.box.SIMPLE_HEAD)
-    table.add_column("memory of one rank (GB of 2^30 bytes)")
+    table.add_column("memory of one rank (GB of 2^30 bytes)", min_width=12)
     kinds = _kinds(made)
     needs = [made.need(places[0], made.setting) for places in kinds]
     for places in kinds:
-        table.add_column("\n".join(place.name for place in places), justify="right")
+        names = "\n".join(place.name for place in places)
+        table.add_column(names, justify="right", min_width=7, overflow="fold")
     for part in needs[0].parts:
         values = [need.parts[part] for need in needs]
         if any(values):

@@ -32,6 +32,11 @@ what they give together, as composed, unchecked, and runs nothing.
 - Your own code: `model.target=my_code.model:build` (also `data.target`, `algorithm.target`). Every
   key beside `name` and `target` becomes a keyword argument of it.
 - Several runs: `smolrun -m algorithm=single,classicdp seed=1,2` runs all four combinations.
+- What Hydra's grammar cannot read is text where nothing else can be meant: `data.path=größe.txt`.
+  Values with commas, parentheses or quotes need quotes, inside those of the shell:
+  `'data.path="a(b).txt"'`. `1e3` is an integer where one is asked for.
+- Two words of other programs work too: `algorithm=ddp` is `classicdp`,
+  `training.gradient_checkpointing` is `training.recompute`.
 - A key without a default must be given.
 - A wrong name, key or value is told with all others in one message; then nothing is started.
 

@@ -3,12 +3,14 @@ nothing."""
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rich.console
 
 from smolrun.cli.compose import compose
 from smolrun.launch.moves import Outcome
@@ -186,6 +188,17 @@ def test_a_narrow_fit_is_called_so(share: float, start: str) -> None:
     assert text.startswith(start)
     assert fits == (not start.startswith("does not"))
     assert (text == "fits") == (estimate.lacking(estimate.setting) <= 0)
+
+
+def test_no_number_of_the_table_is_cut_at_80_columns() -> None:
+    names = ("raspberry_pi_5", "workstation", "laptop_of_mine", "mini", "server_in_the_cellar")
+    hosts = [f"{{name: {name}, memory_gb: {16 + at}}}" for at, name in enumerate(names)]
+    table = dry_run_text._table(made(f"cluster.hosts=[{', '.join(hosts)}]"), is_plain=False)
+    shown = io.StringIO()
+    rich.console.Console(file=shown, width=80).print(table)
+    assert max(map(len, shown.getvalue().splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.getvalue()
+    assert "16.00 17.00 18.00 19.00 20.00" in " ".join(shown.getvalue().split())
 
 
 def test_an_unknown_memory_is_no_yes() -> None:
