@@ -24,7 +24,7 @@ from smolrun.launch.ssh.connection import SshConnection
 from smolrun.launch.ssh.dial import dial
 from smolrun.launch.ssh.hop import Found, Hop, Wire
 from smolrun.launch.ssh.login import AskPassword, Keys
-from smolrun.launch.ssh.settings import Target, load, parse_target, settings_of
+from smolrun.launch.ssh.settings import Target, load, parse_target, proxy, settings_of
 
 # It prints tracebacks of what we tell in a sentence.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -118,9 +118,9 @@ def _planned(
 ) -> Connection:
     """Not opened yet. ProxyJump is read here: a,b is first a, then b, which Fabric turns round."""
     said = config.base_ssh_config.lookup(target.host)
-    jumps = said.get("proxyjump", "none")
-    if via is None and jumps.lower() != "none" and depth < _MOST_JUMPS:
-        stops = [parse_target(name, jump.strip()) for jump in jumps.split(",")]
+    kind, way = proxy(said) or ("", "")
+    if via is None and kind == "proxyjump" and depth < _MOST_JUMPS:
+        stops = [parse_target(name, jump.strip()) for jump in way.split(",")]
         # `Host *` with a ProxyJump holds for the jump host too, which is not meant to jump itself.
         if all(stop.host not in (target.host, said["hostname"]) for stop in stops):
             for stop in stops:
@@ -130,7 +130,7 @@ def _planned(
         user=target.user,
         port=target.port,
         config=config.clone(),
-        gateway=via or said.get("proxycommand") or False,
+        gateway=via or (way if kind == "proxycommand" else False),
         forward_agent=False,
     )
 

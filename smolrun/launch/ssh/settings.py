@@ -117,6 +117,9 @@ def _lines(file: Path, depth: int = 0) -> list[str]:
                 for included in _included(match["value"], file):
                     lines += _lines(included, depth + 1)
             lines.append(block)  # what follows belongs to the block that the Include stands in
+        elif match and key == "proxycommand" and match["value"].lower() == "none":
+            # Without the quotes paramiko would forget that it was said, see `proxy`.
+            lines.append('ProxyCommand "none"')
         else:
             lines.append(line)
     return lines
@@ -127,6 +130,21 @@ def _included(value: str, file: Path) -> list[Path]:
     base = file.parent if file == Path(_SYSTEM_FILE) else Path("~/.ssh").expanduser()
     patterns = [os.path.join(base, os.path.expanduser(word)) for word in shlex.split(value)]
     return [Path(found) for pattern in patterns for found in sorted(glob.glob(pattern))]
+
+
+def proxy(said: SSHConfigDict) -> tuple[str, str] | None:
+    """("proxyjump" or "proxycommand", its value), or None for neither.
+
+    ssh_config(5): "this option will compete with the ProxyCommand option - whichever is specified
+    first will prevent later instances of the other from taking effect". `said` has the order.
+    What the page does not say, and ssh does: `ProxyJump none` prevents no later ProxyCommand.
+    """
+    for key in said:
+        if key in ("proxyjump", "proxycommand") and said[key].lower() != "none":
+            return key, said[key]
+        if key == "proxycommand":
+            return None
+    return None
 
 
 def identities(name: str, target: str, ssh_config: str | None) -> list[Path]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from smolrun.launch.ssh import connect, scan
+from smolrun.launch.ssh.connect import _route
+from smolrun.launch.system_ssh import parsed
 from tests import waiting
 from tests.launch.ssh.server import Server
 from tests.launch.ssh.test_connect import refused, took
@@ -106,3 +112,39 @@ def test_a_proxy_command_that_fails(server: Server):
     sentence, seconds = took(lambda: refused(server, timeout_s=1))
     assert "no answer within 1 s" in sentence
     assert seconds < waiting.SOON_S
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("Host pi1\n  ProxyCommand none\nHost *\n  ProxyJump jumphost\n", None),
+        ("Host pi1\n  ProxyCommand nc %h 22\nHost *\n  ProxyJump jumphost\n", "nc pi1 22"),
+        ("Host pi1\n  ProxyJump none\nHost *\n  ProxyCommand nc %h 22\n", "nc pi1 22"),
+        ("Host pi1\n  ProxyJump a\nHost *\n  ProxyCommand nc %h 22\n", ["a"]),
+        ("Host pi1\n  ProxyJump a\nHost *\n  ProxyJump b\n", ["a"]),
+        ("Host pi1\n  ProxyJump none\nHost *\n  ProxyJump b\n", None),
+        ("Host pi1\n  ProxyJump none\n  ProxyJump a\n", None),
+        ("Host pi1\n  ProxyCommand nc %h 1\n  ProxyCommand none\n  ProxyJump a\n", "nc pi1 1"),
+        ("Host other\n  ProxyCommand none\nHost *\n  ProxyJump a\n", ["a"]),
+        ("Host *\n  ProxyCommand=none\nMatch host pi1\n  ProxyJump a\n", None),
+        ("Host *\n  ProxyCommand None\n  Port 22\n", None),
+        ("Host pi1\n  Port 22\n", None),
+    ],
+)
+def test_the_first_of_proxyjump_and_proxycommand_counts(
+    tmp_path: Path, lines: str, expected: str | list[str] | None
+):
+    """As the system's ssh has it, which is asked too where there is one."""
+    file = tmp_path / "ssh_config"
+    file.write_text(lines)
+    *jumps, host = _route("pi1", "pi1", str(file), "home")
+    # A jump host may have a ProxyJump of its own.
+    way = host.proxy_command or [hop.settings.host for hop in jumps[-1:]] or None
+    assert way == expected
+    if (ssh := shutil.which("ssh")) is not None:
+        command = [ssh, "-F", str(file), "-G", "pi1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        said = parsed(done.stdout)
+        theirs = said["proxyjump"] if "proxyjump" in said else said.get("proxycommand", [None])[0]
+        # ssh -G shows %h as it stands.
+        assert theirs == (expected.replace("pi1", "%h") if isinstance(expected, str) else expected)
