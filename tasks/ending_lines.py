@@ -17,7 +17,11 @@ _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED
 def exit_code(view: View) -> int:
     """The exit code that the run's driver had, or that fits what became of it."""
     code = view.summary.get("exit_code")
-    return code if isinstance(code, int) else _EXIT_CODES.get(view.state, EXIT_FAILED)
+    return (
+        code
+        if isinstance(code, int) and 0 <= code < 256
+        else _EXIT_CODES.get(view.state, EXIT_FAILED)
+    )
 
 
 def lines(folder: RunFolder, view: View) -> list[str]:

@@ -35,7 +35,7 @@ from smolrun.tasks.detach import FOLDER, how_to_go_on
 from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import RUN_ID, RunFolder
 from smolrun.tracking.run_view import Request, View, decode
 from smolrun.tracking.signature import sign
 
@@ -162,10 +162,11 @@ def _keep(
 ) -> RunFolder:
     """A folder here under the run's name, which says where it really is."""
     name = (PureWindowsPath(folder) if "\\" in folder else PurePosixPath(folder)).name
-    if name in ("", ".."):
-        raise HostError(spec.name, f"tells of a run in {folder!r}, which cannot be")
     run = RunFolder(OUTPUTS / name)
-    run.path.mkdir(parents=True, exist_ok=True)
+    # A name as we give them, and not that of a run that is here already.
+    if not RUN_ID.fullmatch(name) or run.path.exists():
+        raise HostError(spec.name, f"tells of a run in {folder!r}, which cannot be")
+    run.path.mkdir(parents=True)
     run.write_config(msgspec.yaml.encode(redacted(config)).decode())
     run.write_remote(
         {

@@ -5,6 +5,7 @@ question(...) -> a piece of sh for its stdin        understood(output) -> Blank
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,8 +83,9 @@ def understood(output: str) -> Blank:
     for line in output.splitlines():
         mark, _, rest = line.partition(" ")
         what, _, value = rest.partition(" ")
-        if mark == _MARK and value:
-            _take(found, what, value)
+        if mark == _MARK and value.strip():
+            with contextlib.suppress(IndexError, ValueError):  # said nothing that can be used
+                _take(found, what, value)
     return found
 
 

@@ -16,8 +16,11 @@ import secrets
 from importlib import resources
 from typing import Any
 
+import msgspec
+
 from smolrun.errors import HostError
 from smolrun.foreign_text import all_in_one_line, one_line
+from smolrun.launch.answers import checked
 from smolrun.launch.connection import Completed, Connection
 from smolrun.launch.last_words import last_words
 from smolrun.launch.shell import Shell, command
@@ -56,7 +59,11 @@ def call(
     done = connection.run(line, data=program.encode("ascii"), timeout_s=timeout_s)
     for text in done.out.decode("utf-8", "replace").splitlines():
         if text.startswith(mark):
-            return _reply(connection.name, python, text.removeprefix(mark).strip(), cluster)
+            answer = text.removeprefix(mark).strip()
+            reply: dict[str, Any] = _reply(
+                connection.name, python, script, request.get("do"), answer, cluster
+            )
+            return reply
     raise _no_reply(connection.name, python, script, done, cluster)
 
 
@@ -72,17 +79,22 @@ def _program(script: str, request: dict[str, Any], mark: str) -> str:
     )
 
 
-def _reply(host: str, python: str, text: str, cluster: str) -> dict[str, Any]:
+def _reply(host: str, python: str, script: str, do: str | None, text: str, cluster: str) -> Any:
+    """The answer, as its types have it and without what a terminal would obey."""
     if text.startswith("old "):
         raise _too_old(host, python, one_line(text.removeprefix("old ")), cluster)
     try:
-        reply = json.loads(text)
-    except ValueError:
-        reply = None
-    if not isinstance(reply, dict):
-        raise HostError(host, f"its answer cannot be read: {text[:200]!r}")
-    cleaned: dict[str, Any] = all_in_one_line(reply)
-    return cleaned
+        plain = all_in_one_line(json.loads(text, parse_constant=_refuse))
+        return checked(script, do, plain)
+    except msgspec.ValidationError as error:
+        what = f"its answer to {script!r} is not as it must be: {error}"
+    except (ValueError, RecursionError):
+        what = f"its answer to {script!r} cannot be read: {text[:200]!r}"
+    raise HostError(host, what, "is it the machine you mean, and is its Python a usual one?")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:

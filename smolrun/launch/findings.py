@@ -115,7 +115,7 @@ def of_device(found: Facts, gpus: Sequence[Facts], device: str, setup: str) -> I
         return  # it has no torch that could be asked
     nvidia = [gpu["name"] for gpu in gpus if gpu["vendor"] == "nvidia"]
     if not found["cuda"] and nvidia:
-        build = found["packages"]["torch"]
+        build = found["packages"].get("torch")
         reason = (
             f"torch {build} is a CPU build"
             if found["cuda_build"] is None

@@ -39,7 +39,8 @@ class Interface:
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Interface:
         """As `on_host/network.py` tells it."""
-        return cls(told["name"], told["kind"], told["speed_mbps"], tuple(told["addresses"]))
+        addresses = tuple(text for text in told["addresses"] if _is_address(text))
+        return cls(told["name"], told["kind"], told["speed_mbps"], addresses)
 
     @property
     def speed(self) -> float:
@@ -143,7 +144,7 @@ def _way(source: str, to: str, configured: Sequence[str], rows: Sequence[Any]) -
     errors = tuple((row["address"], row["error"]) for row in rows if row["error"] is not None)
     if good is None:
         return Way(source, to, None, None, errors)
-    return Way(source, to, good["address"], good["local"], errors)
+    return Way(source, to, good["address"], good.get("local"), errors)
 
 
 def cut_off(found: Sequence[Way]) -> list[str]:
@@ -220,6 +221,14 @@ def network_of(host: Host, address: str | None) -> str | None:
         if _plain(text) == wanted:
             return str(ipaddress.ip_interface(text).network)
     return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_interface(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

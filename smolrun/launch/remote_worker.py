@@ -186,7 +186,7 @@ def _until_mark(process: RemoteProcess, mark: bytes) -> tuple[bytes, int | None,
         before, found, after = heard.partition(mark + b" ")
         number, newline, first = after.partition(b"\n")
         if found and newline:
-            group = int(number) if number.strip().isdigit() else 0
+            group = int(number) if number.strip().isdigit() and len(number) < 20 else 0
             return before.removesuffix(b"\n"), group or None, first
         heard = heard[-_MOST_NOISE_BYTES:]  # also after a mark that no number follows
     return None

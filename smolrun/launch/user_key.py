@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smolrun.errors import HostError
+from smolrun.launch.last_words import last_words
 from smolrun.launch.machine import Machine
 from smolrun.launch.shell import Shell
 
@@ -89,6 +90,6 @@ def install(machine: Machine, line: str) -> bool:
     done = machine.run(["sh", "-s"], data=piece, timeout_s=_RUN_S)
     words = done.out.decode("utf-8", "replace").split()
     if done.code or not {"there", "added"} & set(words):
-        said = done.err.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
-        raise HostError(machine.name, f"the key could not be installed: {said[0]}")
+        said = last_words(done.err)
+        raise HostError(machine.name, f"the key could not be installed: {said}")
     return "added" in words

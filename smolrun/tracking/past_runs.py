@@ -5,6 +5,7 @@ Reads only the ends of long files, and believes none of them: a damaged file is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -23,6 +24,7 @@ State = Literal[
 ]
 
 _TAIL_BYTES = (64 << 10, 1 << 20)  # the second only if the first holds no step
+_MOST_STEPS = 1 << 53  # more is a damaged file
 _QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no longer running
 
 
@@ -70,9 +72,9 @@ def look(folder: RunFolder) -> PastRun:
     """What one run did and does."""
     state = state_of(folder)
     events = _last_steps(folder.metrics)
-    last = events[-1] if events else {}
+    last = events[-1] if events else None
     steps = _steps(folder)
-    step = last["step"] + 1 if events else None
+    step = last["step"] + 1 if last is not None else None
     step_s = _mean_step_s(events)
     has_left = state == "running" and None not in (step, steps, step_s)
     return PastRun(
@@ -80,7 +82,7 @@ def look(folder: RunFolder) -> PastRun:
         state=state,
         step=step,
         steps=steps,
-        loss=_number(last.get("loss")),
+        loss=last.get("loss") if last is not None else None,
         tokens_per_s=_rate(events),
         left_s=max(0, steps - step) * step_s if has_left else None,  # type: ignore[operator]
         age_s=max(0.0, time.time() - _began(folder)),
@@ -144,10 +146,20 @@ def _steps(folder: RunFolder) -> int | None:
             steps = config["training"]["steps"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
-    return steps if isinstance(steps, int) else None
+    return steps if isinstance(steps, int) and 0 < steps <= _MOST_STEPS else None
 
 
-def _last_steps(metrics: Path) -> list[dict[str, Any]]:
+class _Step(TypedDict):
+    """A line of metrics.jsonl about a step, as far as it is read here."""
+
+    event: Literal["step"]
+    step: Annotated[int, msgspec.Meta(ge=0, le=_MOST_STEPS)]
+    loss: NotRequired[float | None]
+    tokens: NotRequired[Annotated[float, msgspec.Meta(ge=0, le=1e18)] | None]
+    time_s: NotRequired[Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None]
+
+
+def _last_steps(metrics: Path) -> list[_Step]:
     """The last events of kind "step", oldest first."""
     for size in _TAIL_BYTES:
         if steps := list(_steps_in(_tail(metrics, size))):
@@ -167,20 +179,17 @@ def _tail(path: Path, size: int) -> bytes:
     return data if length <= size else data.partition(b"\n")[2]
 
 
-def _steps_in(data: bytes) -> Iterator[dict[str, Any]]:
+def _steps_in(data: bytes) -> Iterator[_Step]:
     for line in data.splitlines():
-        try:
-            event = msgspec.json.decode(line, type=dict[str, Any])
-        except (ValueError, RecursionError):  # cut short, or no line of ours
-            continue
-        if event.get("event") == "step" and isinstance(event.get("step"), int):
-            yield event
+        # Cut short, of another kind, or no line of ours.
+        with contextlib.suppress(ValueError, RecursionError):
+            yield msgspec.json.decode(line, type=_Step)
 
 
-def _mean_step_s(events: list[dict[str, Any]]) -> float | None:
+def _mean_step_s(events: list[_Step]) -> float | None:
     """Seconds for one of the last steps."""
     ends: list[tuple[int, float]] = [
-        (event["step"], time_s) for event in events if (time_s := _number(event.get("time_s")))
+        (event["step"], time_s) for event in events if (time_s := event.get("time_s"))
     ]
     if not ends:
         return None
@@ -190,12 +199,8 @@ def _mean_step_s(events: list[dict[str, Any]]) -> float | None:
     return (ended - began) / float(last - first) if last > first else None
 
 
-def _rate(events: list[dict[str, Any]]) -> float | None:
+def _rate(events: list[_Step]) -> float | None:
     """Tokens per second over the last steps: with late gradients single steps come in bursts."""
     step_s = _mean_step_s(events)
-    tokens = [number for event in events if (number := _number(event.get("tokens"))) is not None]
+    tokens = [number for event in events if (number := event.get("tokens")) is not None]
     return sum(tokens) / len(tokens) / step_s if tokens and step_s else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None

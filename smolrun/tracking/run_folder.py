@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
@@ -45,7 +45,20 @@ TOKENIZER_FILES = (
 )
 # A process's number is given again after its end; the time of its birth, give or take, is not.
 _SAME_PROCESS_S = 2.0
+RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[A-Za-z0-9._-]{1,200}", re.ASCII)  # as `run_id` makes them
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class Driver(TypedDict, total=False):
+    """What driver.json holds. `process_created` and `started_at` are times of the driver's host."""
+
+    pid: int
+    host: str
+    process_created: float
+    started_at: str
+    steps: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+    unit: str
+    has_log: bool
 
 
 class _Signed(msgspec.Struct):
@@ -159,9 +172,12 @@ class RunFolder:
             self._stop.unlink(missing_ok=True)
         _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
-    def driver(self) -> dict[str, Any]:
-        """What `write_driver` kept last; empty if there is nothing to read."""
-        return _read_json(self.path / "driver.json")
+    def driver(self) -> Driver:
+        """What `write_driver` kept last; empty if there is nothing that can be read."""
+        try:
+            return msgspec.json.decode((self.path / "driver.json").read_bytes(), type=Driver)
+        except (OSError, ValueError, RecursionError):
+            return {}
 
     def write_remote(self, remote: Mapping[str, Any]) -> None:
         """Keep on which machine the run is driven, and where its folder is there.

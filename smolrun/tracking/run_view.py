@@ -10,16 +10,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
 from smolrun.tracking.past_runs import State, look, state_of
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import Driver, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
 _HISTORY_BYTES = 16 << 10
 _MOST_BYTES = 256 << 10  # at one look
+
+
+_Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -51,6 +55,18 @@ class Request(msgspec.Struct, frozen=True):
     log: Place | None = None
 
 
+class Figures(TypedDict, total=False):
+    """Those of a `PastRun`."""
+
+    step: _Whole | None
+    steps: _Whole | None
+    loss: float | None
+    tokens_per_s: _Amount | None
+    left_s: _Amount | None
+    age_s: _Amount
+    checkpoint_bytes: _Whole
+
+
 class View(msgspec.Struct, frozen=True):
     """The answer. What the files say was written before `state` was true, or after.
 
@@ -58,10 +74,10 @@ class View(msgspec.Struct, frozen=True):
     """
 
     state: State
-    driver: dict[str, Any] = {}
+    driver: Driver = {}
     summary: dict[str, Any] = {}
     asked: int = 0
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     metrics: Chunk = Chunk()
     log: Chunk = Chunk()
 
@@ -111,10 +127,10 @@ def read_on(path: Path, place: Place | None) -> Chunk:
     return Chunk(lines, Place(found.st_ino, begin + end), is_fresh)
 
 
-def _figures(folder: RunFolder) -> dict[str, Any]:
+def _figures(folder: RunFolder) -> Figures:
     run = look(folder)
-    names = ("step", "steps", "loss", "tokens_per_s", "left_s", "age_s", "checkpoint_bytes")
-    return {name: getattr(run, name) for name in names}
+    found: Figures = {name: getattr(run, name) for name in Figures.__annotations__}  # type: ignore[assignment]
+    return found
 
 
 def decode(output: str) -> View | None:
@@ -122,7 +138,7 @@ def decode(output: str) -> View | None:
     lines = [line for line in output.split("\n") if line.startswith(ANSWER)]
     try:
         return msgspec.json.decode(lines[-1].removeprefix(ANSWER), type=View) if lines else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

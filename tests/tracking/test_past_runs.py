@@ -177,7 +177,9 @@ def test_nothing_known_is_no_error(tmp_path: Path):
     run = look(folder)
     assert (run.state, run.step, run.steps, run.loss) == ("died", None, None, None)
     with folder.metrics.open("w") as file:
-        file.write(step(3, loss=None, time_s="x", tokens=None))
+        file.write(step(3, loss=None, time_s=None, tokens=None))
+        for damage in ({"time_s": "x"}, {"step": -1}, {"step": 10**400}, {"tokens": [1]}):
+            file.write(json.dumps({**json.loads(step(4)), **damage}) + "\n")
     assert (look(folder).step, look(folder).loss, look(folder).tokens_per_s) == (4, None, None)
 
 

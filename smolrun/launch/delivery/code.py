@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from smolrun.errors import HostError
 from smolrun.launch.delivery.code_archive import LIB, OWN, CodeArchive
 from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.store import ask, check_room, check_whole, forget, put
@@ -73,6 +74,8 @@ def _tree(machine: Machine, archive: CodeArchive, told: Told) -> str:
     root = f"{machine.workdir}/tree"
     wanted = {"root": root, "listing": archive.listing}
     answer = ask(machine, "tree", {"do": "look", **wanted})
+    if not set(answer["changed"]) <= archive.listing.keys():
+        raise HostError(machine.name, "asks for files that are not part of our code")
     if answer["incoming"]:
         place = {**wanted, "incoming": answer["incoming"]}
         try:

@@ -75,7 +75,8 @@ def ask_versions(
     if "problem" in answer:
         what = f"{answer['python']} does not run: {answer['problem']}"
         raise HostError(machine.name, what, f"smolrun task=doctor cluster={cluster}")
-    return answer["python"], answer["versions"]
+    told = answer["versions"]
+    return answer["python"], {name: told.get(name) for name in ("python", *LIBRARIES)}
 
 
 def check_versions(driver: Versions, hosts: Mapping[str, Versions], *, cluster: str) -> Checked:
@@ -103,7 +104,8 @@ def _error(driver: Versions, found: Versions, cluster: str) -> tuple[str, str] |
     """What is wrong with a host's versions, and what to do."""
     set_up = f"smolrun task=setup cluster={cluster}"
     python = found["python"] or "0"
-    if tuple(int(part) for part in python.split(".")[:2]) < _OLDEST_PYTHON:
+    numbers = [int(part) for part in python.split(".")[:2] if part.isdecimal() and len(part) < 5]
+    if tuple(numbers) < _OLDEST_PYTHON:
         oldest = ".".join(map(str, _OLDEST_PYTHON))
         return f"its Python is {python}, smolrun needs {oldest}", set_up
     missing = [name for name in LIBRARIES if not found[name]]
