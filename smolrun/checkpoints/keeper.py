@@ -17,6 +17,7 @@ from smolrun.checkpoints.manifest import merge
 from smolrun.errors import CheckpointError
 from smolrun.events import CheckpointSaved, EvalDone, Event, Note, ShardFailed, ShardSaved
 
+_MOST_LOSSES = 100_000  # of evaluations, of which the best may be kept
 # Checkpoints that some ranks have reported and others not yet. Ranks are a few steps apart at most,
 # and each writes one after the other.
 _MOST_OPEN = 8
@@ -68,6 +69,8 @@ class Keeper:
         """Takes note; True if the event was for nobody else."""
         if isinstance(event, EvalDone) and event.loss is not None:
             self._eval_losses[event.step + 1] = event.loss
+            if len(self._eval_losses) > _MOST_LOSSES:
+                del self._eval_losses[next(iter(self._eval_losses))]
         if not isinstance(event, ShardSaved | ShardFailed):
             return False
         attempt = self._attempts.setdefault(event.updates, _Attempt())

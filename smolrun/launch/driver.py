@@ -43,9 +43,9 @@ from smolrun.launch.moves import (
 )
 from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
-# Of lines that wait to be handled: four of the longest kind. A worker that sends more than the
-# driver can take in has to wait. What is made of a line takes several times its bytes.
-_INBOX_BYTES = 64 << 20
+# Of lines that wait to be handled; one more of any length is let in. A worker that sends more than
+# the driver can take in has to wait. What is made of a line may take 30 times its bytes ("[]").
+_INBOX_BYTES = 16 << 20
 _ITEM_BYTES = 1024  # what an input takes up beside its line, roughly
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed
 _REQUESTS_EVERY_S = 0.5  # how late a wish of another process may be

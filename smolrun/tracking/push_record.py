@@ -14,6 +14,9 @@ from smolrun.tracking.words import counted, named
 _MANY = 0.1
 
 
+_MOST_REASONS = 16  # there are three; a server that has been taken over may make up any number
+
+
 @dataclass
 class _Worker:
     pushes: int = 0
@@ -33,7 +36,8 @@ class PushRecord:
         """One more gradient came, or did not."""
         worker = self._workers.setdefault(event.rank, _Worker())
         if isinstance(event, PushDropped):
-            worker.dropped[event.reason] += 1
+            is_known = event.reason in worker.dropped or len(worker.dropped) < _MOST_REASONS
+            worker.dropped[event.reason if is_known else "other"] += 1
             return
         worker.pushes += 1
         worker.samples += event.samples

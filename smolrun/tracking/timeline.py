@@ -18,6 +18,7 @@ import msgspec
 from smolrun.events import Event, Span, Timeline
 
 _LANES = ("compute", "wait", "network")
+_MOST_ROWS = 100  # of a lane; what overlaps more than that shares the last one
 
 
 class TimelineFile:
@@ -76,9 +77,10 @@ def _rowed(spans: Sequence[Span]) -> Iterator[tuple[int, str, Span]]:
     """Each span with its row: those of one lane that overlap go to rows below each other, because
     a row of this format can hold only what is nested."""
     for index, lane in enumerate(_LANES):
-        ends: list[float] = []
+        ends: list[float] = []  # of the rows of this lane
         for span in sorted((span for span in spans if span[1] == lane), key=lambda span: span[3]):
             start_s, end_s = span[3], span[3] + span[4]
-            row = next((row for row, end in enumerate(ends) if end <= start_s), len(ends))
+            free = next((row for row, end in enumerate(ends) if end <= start_s), len(ends))
+            row = min(free, _MOST_ROWS - 1)
             ends[row : row + 1] = [end_s]
-            yield index * 100 + row, lane, span
+            yield index * _MOST_ROWS + row, lane, span

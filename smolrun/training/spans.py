@@ -21,6 +21,7 @@ from smolrun.mesh.mesh import Work
 
 FIRST_STEP = 5  # the steps before it warm up
 _VERBS = ("forward_backward", "synchronize", "update")
+_MOST_SPANS = 100_000  # they travel in one line of 16 MiB at most, and one takes about 80 bytes
 _SHORTEST_S = 1e-5  # a wait for what is done already is not worth a rectangle
 
 
@@ -45,7 +46,7 @@ class SpanRecorder:
         self._begun += 1
         if self._is_on:
             self._left -= 1
-            if self._left == 0:
+            if self._left == 0 or len(self._spans) >= _MOST_SPANS:
                 self.finish()
         # A short run shows its last steps; a resumed one counts from where it goes on.
         elif self._left and (self._begun > FIRST_STEP or step + self._left >= steps):

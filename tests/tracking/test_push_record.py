@@ -48,3 +48,11 @@ def test_work_lost_to_a_slow_link_is_worth_advice() -> None:
     assert record.advice(can_quantize=False) == f"{told} ones"
     happen(3, 0, 1)
     assert record.advice(can_quantize=False).startswith("ranks 2 and 3: their links are slower")
+
+
+def test_reasons_that_a_server_makes_up_are_counted_as_others() -> None:
+    record = PushRecord()
+    for number in range(1000):
+        record.record(PushDropped(0, 1, number, f"reason {number}"))
+    dropped = record.summary()["1"]["dropped"]
+    assert len(dropped) <= 17 and sum(dropped.values()) == 1000

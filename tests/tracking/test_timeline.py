@@ -52,3 +52,12 @@ def test_a_run_that_ended_early_keeps_what_was_told(tmp_path: Path):
     file.record(Timeline(5, 1, [COMPUTE]))
     file.close()
     assert len(rows(path, "X")) == 1
+
+
+def test_a_worker_that_overlaps_everything_gets_a_hundred_rows(tmp_path: Path):
+    file = TimelineFile(tmp_path / "timeline.json", ["a"])
+    file.record(
+        Timeline(0, 0, [("x", "compute", 0, 0.0, 1.0)] * 150 + [("y", "wait", 0, 0.0, 1.0)])
+    )
+    tids = {row["tid"] for row in rows(tmp_path / "timeline.json", "X") if row["name"] == "x"}
+    assert tids == {*range(100)}, "and none of another lane's"

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context
@@ -128,3 +129,12 @@ def test_late_gradients_keep_their_place_in_time() -> None:
     (event,) = events
     assert all(begins >= 0 for lane in ("compute", "wait", "network")
                for _, _, begins, _ in spans(event, lane))  # fmt: skip
+
+
+def test_a_long_recording_ends_before_it_is_too_long_to_send(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("smolrun.training.spans._MOST_SPANS", 5)
+    (event,) = run_ranks(1, lambda mesh: record(mesh, 30, 20))[0][0]
+    assert isinstance(event, Timeline)
+    assert 5 <= len(event.spans) < 15, "the rest of the step that reached it, and no further step"
