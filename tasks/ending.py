@@ -88,6 +88,8 @@ class Ending:
         if record.tokens_per_s is not None:
             figures.append(f"{rate(record.tokens_per_s)} {console.unit}/s")
         reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
+        if outcome.status == "done" and record.divergence:
+            reason = " (diverged)"
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
         if self._times.line:
             say(self._times.line)

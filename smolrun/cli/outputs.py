@@ -43,7 +43,9 @@ the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
 | --- | --- |
 | `status` | `done`, `stopped` (by you) or `failed` |
 | `exit_code` | Of the command: 0 done, 3 failed, 130 stopped and saved, 131 stopped at once |
-| `reason` | Why, as a sentence; also when a run that is done ended without a loss; else null |
+| `reason` | Why, as a sentence; also how a run that is done has diverged; else null |
+| `diverged` | In the end the loss is no number, or its median over 10 steps is more than twice \
+the first one (and 2), or 3 updates and more are skipped; `status` and `exit_code` stay |
 | `failed_rank`, `failed_host` | Which rank broke the run; else null |
 | `steps` | Optimizer steps done |
 | `wall_s` | Seconds from the command to the end, preparing data included |

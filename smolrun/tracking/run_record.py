@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import statistics
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,9 +20,13 @@ from smolrun.events import (
     TextSample,
 )
 from smolrun.tracking.push_record import PushRecord
-from smolrun.tracking.words import clock, counted
+from smolrun.tracking.words import clock, counted, number
 
 _SHORT_S = 10.0
+# A run has diverged if the median loss of its last steps is more than so many times the first one.
+_LAST = 10  # steps
+_FACTOR = 2.0
+_SKIPPED = 3  # a float16 run skips one now and then, to find its loss scale
 
 
 class RunRecord:
@@ -50,12 +55,27 @@ class RunRecord:
         self.gradients_dropped: dict[int, int] = {}
         self._took_part: Counter[int] = Counter()  # steps of each rank
         self._not_finite_since: int | None = None
+        self._first_loss: float | None = None  # of this start, before its first update
+        self._last_losses: deque[float] = deque(maxlen=_LAST)
+        self._skipped = 0  # updates in a row
 
     @property
     def divergence(self) -> str:
-        """Since when the loss is not a number, as a sentence; empty if it ended as one."""
-        since = self._not_finite_since
-        return "" if since is None else f"the loss is not a number since step {since}"
+        """Why what was trained is of no use, as a sentence: the loss is not a number in the end, or
+        updates are skipped in the end, or the loss has more than doubled. Empty if none of it is
+        so."""
+        if self._not_finite_since is not None:
+            return f"the loss is not a number since step {self._not_finite_since}"
+        if self._skipped >= _SKIPPED:
+            since = self.steps - self._skipped + 1
+            return f"there is no update since step {since}, as the gradient is not finite"
+        if self._first_loss is None:
+            return ""
+        # The median, as one step's samples may be hard; and below 1 twice as much is not far.
+        last = statistics.median(self._last_losses)
+        if last <= _FACTOR * max(self._first_loss, 1.0):
+            return ""
+        return f"the loss was {number(self._first_loss)} in the beginning and is {number(last)}"
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -93,11 +113,7 @@ class RunRecord:
             self.tokens += event.tokens
             self.time_s = event.time_s - self._earlier_s
             self.train_loss = event.loss
-            # Whoever wrote the event as JSON had to write null for what is not finite.
-            if event.loss is not None and math.isfinite(event.loss):
-                self._not_finite_since = None
-            elif self._not_finite_since is None:
-                self._not_finite_since = self.steps  # counted from 1, as people do
+            self._look_at(event)
         elif isinstance(event, RankStep):
             # Who comes late learns of the step that the others are at, and has no samples in it.
             self._took_part[event.rank] += event.samples != 0
@@ -112,6 +128,17 @@ class RunRecord:
             self.checkpoint = event.folder
         elif isinstance(event, TextSample):
             self.sample = event
+
+    def _look_at(self, event: StepDone) -> None:
+        self._skipped = self._skipped + 1 if event.grad_norm is None else 0
+        # Whoever wrote the event as JSON had to write null for what is not finite.
+        if event.loss is not None and math.isfinite(event.loss):
+            self._not_finite_since = None
+            self._last_losses.append(event.loss)
+            if self._first_loss is None:
+                self._first_loss = event.loss
+        elif self._not_finite_since is None:
+            self._not_finite_since = self.steps  # counted from 1, as people do
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -141,6 +168,7 @@ class RunRecord:
             "status": status,
             "exit_code": exit_code,
             "reason": reason or self.divergence or None,
+            "diverged": bool(self.divergence),
             "failed_rank": failed_rank,
             "failed_host": failed_host,
             "steps": self.steps,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.events import PushApplied, PushDropped
+from smolrun.events import PushApplied, PushDropped, StepDone
 from smolrun.launch.moves import Outcome
 from smolrun.tasks.ending import Ending
 from smolrun.tasks.readers import time_teller
@@ -60,3 +60,12 @@ def test_gradients_lost_to_a_slow_link_are_worth_advice_once(tmp_path: Path) -> 
     again = told(tmp_path, done, record, "algorithm=edp", "quantization=int8")
     assert "its link is slower than it computes" in again
     assert "try quantization=int8" not in again
+
+
+def test_a_run_that_diverged_is_done_and_says_so(tmp_path: Path) -> None:
+    record = RunRecord()
+    for step, loss in enumerate([2.3, 355_658.0, 355_658.0]):
+        record.record(StepDone(step, 1.0, loss, 1.0, 1.0, 8, 8, 0, 0, 0, 0))
+    shown = told(tmp_path, Outcome("done", 0, ""), record)
+    assert shown.startswith("done (diverged): 3 steps")
+    assert "the run diverged: the loss was 2.3000 in the beginning" in shown

@@ -51,6 +51,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design() -> None:
         "status": "failed",
         "exit_code": 3,
         "reason": "rank 1 on pi5 died",
+        "diverged": False,
         "failed_rank": 1,
         "failed_host": "pi5",
         "steps": 4,
@@ -88,12 +89,19 @@ def test_a_run_that_never_stepped_has_no_figures() -> None:
         ([3.0, 2.0], ""),
         ([3.0, float("nan"), 2.0], ""),
         ([3.0, None, 2.0, float("inf"), None], "the loss is not a number since step 4"),
+        ([2.3, 2.1, *[4.5] * 10], ""),
+        ([2.3, 2.1, *[355_658.0] * 10], "the loss was 2.3000 in the beginning and is 355658.0000"),
+        ([2.3, *[355_658.0] * 4, *[2.2] * 6], ""),  # it has come back
+        ([0.1, *[1.9] * 10], ""),  # of a model that was trained before, whose samples differ
+        ([5.5, "skipped", "skipped", 5.5], ""),
+        ([5.5, *["skipped"] * 3], "there is no update since step 2, as the gradient is not finite"),
     ],
 )
-def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], divergence: str):
+def test_a_run_that_diverged_says_how(losses: list[Any], divergence: str) -> None:
     record = RunRecord()
     for step, loss in enumerate(losses):
-        record.record(StepDone(step, 0.5, loss, 1, 1, 100, 200, 0, 0, 0, 0))
+        loss, norm = (1.0, None) if loss == "skipped" else (loss, 1.0)
+        record.record(StepDone(step, 0.5, loss, norm, 1, 100, 200, 0, 0, 0, 0))
     summary = record.summary(
         status="done",
         reason="",
@@ -108,6 +116,7 @@ def test_a_loss_that_is_no_number_in_the_end_is_the_reason(losses: list[Any], di
         peak_memory_bytes=[],
     )
     assert (record.divergence, summary["reason"]) == (divergence, divergence or None)
+    assert summary["diverged"] is bool(divergence)
 
 
 def test_progress_is_what_this_start_made_in_the_time_of_training() -> None:
