@@ -26,7 +26,6 @@ from smolrun.errors import CheckpointError, ConfigError
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.jsonl import forget_from
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.wandb_status import forget_wandb_from
 
 SET_ASIDE = ".set-aside"
 
@@ -137,7 +136,6 @@ def take_up(
         shutil.copyfile(folder.metrics, before)
         undo.append(functools.partial(os.replace, before, folder.metrics))
     forget_from(folder.metrics, earlier.updates)
-    forget_wandb_from(folder.path, earlier.updates)
     remove_leftovers(folder.checkpoints)
     for step, path in checkpoints_in(folder.checkpoints):
         if step > earlier.updates:

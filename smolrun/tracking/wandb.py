@@ -16,13 +16,16 @@ import contextlib
 import netrc
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import msgspec
+import psutil
 
 from smolrun.tracking.figures import Rows
 from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
@@ -30,6 +33,7 @@ from smolrun.tracking.wandb_status import Start, Status, read_status, write_stat
 _SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
 _SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")
 _MOST_READ_BYTES = 1 << 20  # of metrics.jsonl at once
+_READ_BACK_S = 60.0  # to read the rows of a process that was killed: thousands a second
 
 
 def main() -> int:
@@ -40,8 +44,8 @@ def main() -> int:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # a run speaks to one server only
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     folder = Path(start.folder)
-    before = read_status(folder)
-    status = Status(last_step=before.last_step if before is not None else -1)
+    status = Status(last_step=last_step_of(folder, start.timeout_s), pid=os.getpid())
+    write_status(folder, status)
     try:
         Recorder(start, status).follow(sys.stdin.buffer)
     except Exception as error:  # whatever W&B does, it is told in one line, and the run goes on
@@ -99,6 +103,7 @@ class Recorder:
             self._status.warning = self._instead(limit)
         if not was_online and not self._status.warning:
             self._status.note = f"W&B offline; to upload it: {self._sync()}"
+        self._status.has_ended = True
 
     def _open(self) -> Any:
         """The W&B run: online if that is wanted and works, else offline."""
@@ -165,6 +170,56 @@ class Recorder:
         path = Path(self._status.path or self._folder / "wandb")
         parts = [part for part in path.parent.glob("offline-run-*") if part.is_dir()]
         return f"wandb sync {path.parent / 'offline-run-*' if len(parts) > 1 else path}"
+
+
+def last_step_of(folder: Path, timeout_s: float) -> int:
+    """The last step that W&B has of the run in `folder`, -1 for none: a resumed run must not log a
+    step again, because W&B keeps all rows of an offline run.
+
+    A process that ended by itself has written it down. One that outlived its driver is waited for,
+    and of one that was killed W&B's own files know."""
+    before = read_status(folder)
+    deadline = time.monotonic() + timeout_s
+    while before is not None and _lives(before.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    before = read_status(folder)
+    if before is None or before.has_ended:
+        return before.last_step if before is not None else -1
+    return max([before.last_step, *map(_last_step_in, folder.glob("wandb/*run-*/run-*.wandb"))])
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "smolrun.tracking.wandb" in psutil.Process(pid).cmdline()
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
+def _last_step_in(file: Path) -> int:
+    """-1 for no step, also where W&B cannot read its file."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(  # noqa: S603  (W&B's own command, on a file of the run's folder)
+            command, capture_output=True, timeout=_READ_BACK_S, check=False
+        )
+        rows = (line for line in done.stdout.splitlines() if b'"type":"history"' in line)
+        steps = [msgspec.json.decode(row, type=_HistoryRow).history.step.num for row in rows]
+        return max(steps, default=-1)
+    return -1
+
+
+class _Step(msgspec.Struct):
+    num: int = 0  # W&B leaves zeros out
+
+
+class _History(msgspec.Struct):
+    step: _Step = msgspec.field(default_factory=_Step)
+
+
+class _HistoryRow(msgspec.Struct):
+    """A line of `wandb leet inspect --json`, as far as it is needed."""
+
+    history: _History
 
 
 class Lines:

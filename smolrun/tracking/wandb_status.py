@@ -33,7 +33,9 @@ class Status(msgspec.Struct, kw_only=True):
     note: str = ""
     url: str | None = None
     path: str | None = None  # W&B's own folder, which `wandb sync` uploads
-    last_step: int = -1
+    last_step: int = -1  # right once `has_ended`
+    has_ended: bool = False  # the last process came to its end, and said so itself
+    pid: int = 0  # of that process
 
 
 def read_status(folder: Path) -> Status | None:
@@ -42,15 +44,6 @@ def read_status(folder: Path) -> Status | None:
         return msgspec.json.decode((folder / _FILE).read_bytes(), type=Status)
     except (OSError, ValueError):
         return None
-
-
-def forget_wandb_from(folder: Path, step: int) -> None:
-    """A run goes on from an earlier step than W&B has: these steps are told again, as far as W&B
-    takes them (its server never takes a step twice)."""
-    status = read_status(folder)
-    if status is not None and status.last_step >= step:
-        status.last_step = step - 1
-        write_status(folder, status)
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -20,10 +20,13 @@ from typing import Any
 
 import pytest
 
+from smolrun.cli.compose import compose
 from smolrun.events import EvalDone, Event, Norms, RankStep, StepDone, TextSample
+from smolrun.tasks.going_on import Earlier, take_up
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.tracker import Fanout
+from smolrun.tracking.wandb import _last_step_in
 from smolrun.tracking.wandb_run import WandbRun
 from smolrun.tracking.wandb_status import read_status
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb
@@ -221,6 +224,43 @@ def test_nobody_logged_in_means_offline_with_a_hint_and_no_warning(folder: RunFo
 def test_online_without_a_key_says_so(folder: RunFolder):
     told = train(folder, range(STEPS), mode="online")
     assert "W&B offline: not logged in (run: wandb login)" in told.warnings[0]
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("killed", ["driver", pytest.param("both", marks=pytest.mark.soak)])
+def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
+    killed: str, folder: RunFolder
+) -> None:
+    """Its status says at most how it began: the process may still be writing, or it was killed too
+    and only W&B's own file knows the last step."""
+    metrics = JsonLines(folder.metrics)
+    run = start(folder, Told(), mode="offline")
+    for event in events(range(9)):
+        metrics.record(event)
+        run.record(event)
+    metrics.close()
+    until(lambda: has_begun(folder), 30)
+    if killed == "both":
+        until(lambda: any(_last_step_in(file) >= 6 for file in wandb_files(folder)), 30)
+        os.kill(run.pid, signal.SIGKILL)
+        assert read_status(folder.path).last_step == -1  # type: ignore[union-attr]
+    run._process.stdin.close()  # type: ignore[union-attr]  (as the end of a driver does)
+    earlier = Earlier(folder, folder.path, 5, 0.0, None, None, None, {})
+    take_up(earlier, compose([]), lambda text: None)
+    folder.write_config(f"training: {{steps: {STEPS}}}")
+    train(folder, range(5, STEPS), mode="offline")
+    parts = [history(file.parent) for file in wandb_files(folder)]
+    assert len(parts) == 2
+    assert sorted(step for part in parts for step in part) == list(range(STEPS))
+
+
+def has_begun(folder: RunFolder) -> bool:
+    status = read_status(folder.path)
+    return status is not None and status.pid > 0
+
+
+def wandb_files(folder: RunFolder) -> list[Path]:
+    return list(folder.path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 @pytest.mark.timeout(90)
