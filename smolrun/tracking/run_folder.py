@@ -242,6 +242,9 @@ class RunFolder:
             for path in (Path(place, name) for name in (*folders, *files)):
                 if is_link(path) and not path.resolve().is_relative_to(real):
                     return path
+            if Path(place) == self.path / "wandb":
+                # W&B links its logs to its cache, in folders that nobody writes into again.
+                folders.clear()
         return None
 
     def claim(self) -> bool:

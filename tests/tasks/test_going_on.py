@@ -35,9 +35,11 @@ def find() -> None:
         find_earlier(compose([f"checkpoint.resume={RUN_ID}"]), print, closing)
 
 
-def test_a_run_with_links_within_itself_can_be_resumed(run: RunFolder) -> None:
-    """As W&B makes them."""
-    (run.path / "wandb" / "run-1").mkdir(parents=True)
+def test_a_run_with_the_links_of_wandb_can_be_resumed(run: RunFolder, tmp_path: Path) -> None:
+    """One within the run's folder, and one from a log to W&B's cache."""
+    logs = run.path / "wandb" / "run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "precious")
     (run.path / "wandb" / "latest-run").symlink_to("run-1", target_is_directory=True)
     find()
 
