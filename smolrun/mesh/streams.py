@@ -14,6 +14,7 @@ Knows nothing of frames, sockets or schedules. Source: torch.distributed's debug
 from __future__ import annotations
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -85,7 +86,7 @@ class Fingerprints:
     def __init__(self) -> None:
         self._texts: dict[int, tuple[str, str]] = {}  # fingerprint -> what it is, and the hint
         # (stream, operation) -> rank, fingerprint; oldest first.
-        self._running: dict[tuple[int, int], tuple[int, int]] = {}
+        self._running: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()
 
     def register(self, what: str, ranks: Sequence[int], hint: str = "") -> int:
         """The fingerprint of an operation among `ranks`, never 0; `hint` says what to do where
@@ -108,7 +109,7 @@ class Fingerprints:
             hint = texts[0][1] or texts[1][1]
             raise CollectiveMismatch((sides[0][0], sides[1][0]), (whats[0], whats[1]), hint)
         if len(self._running) > _REMEMBERED:
-            del self._running[next(iter(self._running))]
+            self._running.popitem(last=False)
 
     def of(self, tag: Tag) -> int:
         """The fingerprint to send along with a tensor, or with the grant of one."""
