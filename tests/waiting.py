@@ -10,7 +10,7 @@ from collections.abc import Callable
 SOON_S = 25.0
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = SOON_S) -> None:
     """Returns as soon as `condition()` is true; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():

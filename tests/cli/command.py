@@ -49,7 +49,7 @@ def smolrun(cwd: Path, *arguments: str, environment: dict[str, str] | None = Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=100,
     )
     wall_s = time.perf_counter() - began
     error, _, seen = done.stderr.partition("SEEN ")

@@ -121,6 +121,6 @@ def test_a_terminated_sweep_ends_its_job(tmp_path: Path):
     process.stdout.readline()
     job = int(process.stdout.readline().split()[1])
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=20) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(job, 0)

@@ -82,7 +82,7 @@ class Host(Link, Container):
         assert self._sshd is not None, f"{self.name} has no SSH server"
         listener = [one.pid for one in self.processes(sshd=True) if one.parent == self._sshd.pid]
         self.kill(*listener)
-        self._sshd.wait(10)
+        self._sshd.wait(20)
         self._sshd = None
         if sessions:
             self.end_sessions()

@@ -37,7 +37,7 @@ def test_it_tells_how_to_get_in_and_ends_in_order(
         argv = ["ssh", "-F", str(tmp_path / "ssh_config"), "lab1", "hostname"]
         assert subprocess.run(argv, capture_output=True, timeout=30).stdout == b"lab1\n"
         process.send_signal(end)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=50)
         assert (out, err, process.returncode) == ("\nThe lab is gone.\n", "", 0)
 
 

@@ -136,7 +136,7 @@ def test_ssh_gets_in_and_smolrun_does_not(make_lab: Maker, tmp_path: Path):
         code, told, _ = ask(Driver(lab, tmp_path))
     finally:
         agent.terminate()
-        agent.wait(10)
+        agent.wait(20)
     assert code == 3
     assert "does not let root in" in findings(told, "lab1")
     assert (

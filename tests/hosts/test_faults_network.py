@@ -140,4 +140,4 @@ def test_a_driver_that_is_cut_off_from_all(driver: Driver) -> None:
     assert_gone(the_lab.hosts)
     for host in the_lab.hosts:
         host.heal()
-    until(lambda: not any(workers(host) for host in the_lab.hosts), 1.0)
+    until(lambda: not any(workers(host) for host in the_lab.hosts))

@@ -31,4 +31,4 @@ def start_driver(tmp_path: Path) -> Iterator[Callable[..., DriverProcess]]:
     yield start
     for driver in started:
         driver.process.kill()
-        driver.process.communicate(timeout=10)
+        driver.process.communicate(timeout=50)

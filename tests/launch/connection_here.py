@@ -75,7 +75,7 @@ class ConnectionHere:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.popen.pid, signal.SIGKILL)
-            process.popen.wait(10)
+            process.popen.wait(20)
 
 
 class ProcessHere:

@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import psutil
 
+from tests.waiting import SOON_S
+
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], *, within_s: float = 10.0) -> T:
+def until(condition: Callable[[], T], *, within_s: float = SOON_S) -> T:
     """The first true value of `condition`; AssertionError when the time is over."""
     end = time.monotonic() + within_s
     while True:

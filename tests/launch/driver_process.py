@@ -38,5 +38,5 @@ class DriverProcess:
         until((self.folder / "heard").exists)
 
     def outcome(self) -> tuple[int, dict[str, Any]]:
-        output, _ = self.process.communicate(timeout=20)
+        output, _ = self.process.communicate(timeout=50)
         return self.process.returncode, json.loads(output)

@@ -54,10 +54,10 @@ def work(start: Any, mesh: Mesh, channel: Any) -> dict[str, Any]:
     if task == "exit":
         sys.exit("user code calls sys.exit")
     if task == "stop_requested":
-        channel.stop_requested.wait(10)
+        channel.stop_requested.wait(20)
         raise StopRequested("stopped between two steps")
     if task == "was_stopped":
-        channel.stop_requested.wait(10)
+        channel.stop_requested.wait(20)
         return {"was_stopped": True, "steps": 3}
     if task == "thread_left_behind":
         threading.Thread(target=time.sleep, args=(600,)).start()

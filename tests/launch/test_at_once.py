@@ -15,7 +15,7 @@ def test_all_work_at_the_same_time_and_answer_in_order() -> None:
     meeting = threading.Barrier(3)
 
     def act(number: int) -> int:
-        meeting.wait(timeout=10)  # breaks if they come one after the other
+        meeting.wait(timeout=20)  # breaks if they come one after the other
         return number * 10
 
     assert list(on_all({"c": 3, "a": 1, "b": 2}, act, "test").items()) == [

@@ -97,7 +97,7 @@ def test_everything_said_arrives_whole_from_several_threads(wires: Wires) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5.0)
+        thread.join(20)
     wires.channel.emit(EvalDone(8, 1.0, 8))  # true of the whole run: rank 0 sends it
     wires.channel.result("failed", error=ErrorReport("E", "m"), summary={"steps": 3})
     ready, log, *events, result = wires.heard()
@@ -121,19 +121,19 @@ def test_the_first_stop_is_a_wish_and_the_second_an_order(wires: Wires) -> None:
     assert wires.channel.stop_requested.wait(5.0)
     assert wires.ended.empty()
     wires.say(StopMessage())
-    assert wires.ended.get(timeout=5.0) == EXIT_ABORTED
+    assert wires.ended.get(timeout=20) == EXIT_ABORTED
 
 
 def test_abort_ends_at_once(wires: Wires) -> None:
     wires.say(AbortMessage())
-    assert wires.ended.get(timeout=5.0) == EXIT_ABORTED
+    assert wires.ended.get(timeout=20) == EXIT_ABORTED
 
 
 def test_the_end_of_the_input_ends_the_worker(
     wires: Wires, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wires.hang_up()
-    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    assert wires.ended.get(timeout=20) == EXIT_ABANDONED
     assert capfd.readouterr().err == (
         "smolrun worker ends: the driver is gone: it closed this worker's input\n"
     )
@@ -142,13 +142,13 @@ def test_the_end_of_the_input_ends_the_worker(
 @pytest.mark.parametrize("line", [b"hello\n", b'{"type":"ready"}\n', b"\xff\n"])
 def test_a_line_that_is_no_message_ends_the_worker(wires: Wires, line: bytes) -> None:
     os.write(wires.to_worker, line)
-    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    assert wires.ended.get(timeout=20) == EXIT_ABANDONED
 
 
 def test_a_driver_that_hears_nothing_any_more_ends_the_worker(wires: Wires) -> None:
     os.close(wires.from_worker)
     wires.channel.emit(EvalDone(1, 1.0, 8))
-    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    assert wires.ended.get(timeout=20) == EXIT_ABANDONED
 
 
 def test_silence_ends_the_worker_and_leases_keep_it() -> None:
@@ -157,7 +157,7 @@ def test_silence_ends_the_worker_and_leases_keep_it() -> None:
         with pytest.raises(queue.Empty):
             wires.ended.get(timeout=0.25)
         wires.say(LeaseMessage())
-    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    assert wires.ended.get(timeout=20) == EXIT_ABANDONED
     wires.close()
 
 
@@ -169,7 +169,7 @@ def test_a_jump_of_the_clock_is_no_silence_of_the_driver(monkeypatch: pytest.Mon
     jump_s[0] = 3600.0
     with pytest.raises(queue.Empty):  # this process was frozen, or the laptop asleep
         wires.ended.get(timeout=0.4)
-    assert wires.ended.get(timeout=5.0) == EXIT_ABANDONED
+    assert wires.ended.get(timeout=20) == EXIT_ABANDONED
     wires.close()
 
 

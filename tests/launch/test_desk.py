@@ -195,7 +195,7 @@ class Reader:
 
     def read(self) -> bytes:
         if self.row == self.hold_at:
-            assert self.go_on.wait(10)
+            assert self.go_on.wait(20)
             if self.error:
                 raise self.error
         self.row += 1
@@ -215,7 +215,7 @@ class Ends:
         sent()
 
     def got(self) -> tuple[int, list[int]]:
-        rank, message = self.sent.get(timeout=5)
+        rank, message = self.sent.get(timeout=20)
         assert isinstance(message, RowsMessage)
         return rank, numbers(message)
 
@@ -249,7 +249,7 @@ def test_a_reader_that_fails_midway_is_told_once(error: Exception, sentence: str
     ends.desk.want(0, want(0, 2, 6))
     ends.desk.want(1, want(2, 4, 6))
     assert ends.got() == (0, [0, 1])
-    problem = ends.failed.get(timeout=5)
+    problem = ends.failed.get(timeout=20)
     assert problem == f"the driver cannot read the stream any more: {sentence}"
     ends.desk.want(0, want(6, 7, 8))
     ends.desk.close()

@@ -77,8 +77,8 @@ def test_a_worker_that_is_still_being_started_when_it_must_end(tmp_path: Path) -
     attendant.begin()
     attendant.kill()
     doomed.append(True)
-    assert posted.get(timeout=5.0) == Exited(0, -9 if os.name != "nt" else 1)
-    assert attendant.join(5.0)
+    assert posted.get(timeout=20) == Exited(0, -9 if os.name != "nt" else 1)
+    assert attendant.join(20)
 
 
 def test_what_a_worker_prints_goes_to_its_log_and_its_children_read_nothing(tmp_path: Path) -> None:

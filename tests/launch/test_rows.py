@@ -46,7 +46,7 @@ def test_a_wait_ends_when_the_rows_come() -> None:
     thread.start()
     inbox.put(rows(0, 1))
     inbox.put(rows(1, 1))
-    thread.join(5)
+    thread.join(20)
     assert taken == [b"\0\1"]
 
 

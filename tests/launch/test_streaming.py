@@ -86,7 +86,7 @@ def test_a_rank_that_dies_while_it_waits_for_rows_is_named(tmp_path: Path) -> No
     driver = make_driver(tmp_path, STREAM, steps=10_000, rows=reader, grace_s=0.3)
 
     def kill() -> None:
-        assert reader.hangs.wait(10)
+        assert reader.hangs.wait(20)
         os.kill(pid_of(tmp_path, "pid1"), signal.SIGKILL)
 
     outcome = run_while(driver.run, kill)

@@ -76,7 +76,7 @@ class Worker:
         assert isinstance(result, ResultMessage)
         assert self.process.stderr is not None
         log = self.process.stderr.read().decode()
-        return result, self.process.wait(10), log
+        return result, self.process.wait(20), log
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> N
         server.send(guest.rank, tag, torch.full((size,), -1.0)),
     ]
     for work in works:
-        work.wait(10)
+        work.wait(20)
     assert bool((there == 1.0 + guest.rank).all()) and bool((back == -1.0).all())
 
 

@@ -57,7 +57,7 @@ def run_on(io: IoThread, function: object) -> None:
         done.set()
 
     io.post(call)
-    assert done.wait(5)
+    assert done.wait(20)
 
 
 def test_frames_of_an_old_generation_are_dropped_and_counted() -> None:

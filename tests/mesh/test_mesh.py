@@ -106,7 +106,7 @@ def test_a_peer_that_breaks_the_protocol_is_lost_for_that(kind: str) -> None:
         if mesh.rank == 1:
             mesh.post(lambda: mesh._peers[0].say(FrameKind.SLICE))  # type: ignore[attr-defined]
         with pytest.raises(PeerLost) as caught:
-            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(10)
+            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(20)
         return caught.value.broke_protocol
 
     assert run_ranks(2, rank_main, kind=kind) == [True, False]
@@ -118,7 +118,7 @@ def test_closing_fails_what_is_pending(kind: str) -> None:
         work = mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1))
         mesh.close()
         with pytest.raises((MeshClosed, PeerLost)):
-            work.wait(5)
+            work.wait(20)
         mesh.close()
 
     run_ranks(2, rank_main, kind=kind)
@@ -220,7 +220,7 @@ def test_survivors_of_a_lost_rank_keep_their_io_thread(kind: str) -> None:
             return
         with pytest.raises(PeerLost):
             for work in works:
-                work.wait(10)
+                work.wait(20)
             collectives.barrier()
         with pytest.raises(PeerLost):
             collectives.all_reduce(torch.ones(3))  # at once, not after a deadline
@@ -232,7 +232,7 @@ def test_work_posted_after_the_end_fails_at_once() -> None:
     def rank_main(mesh: Mesh) -> None:
         mesh.close()
         with pytest.raises(MeshClosed):
-            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(5)
+            mesh.recv(1 - mesh.rank, Tag(1, 0, 0), torch.empty(1)).wait(20)
 
     run_ranks(2, rank_main, kind="tcp")
 
@@ -269,7 +269,7 @@ def test_an_empty_tensor_where_another_is_expected_is_told(is_posted_first: bool
             mesh.recv(0, ready, torch.empty(1)).wait()
             work = mesh.recv(0, tag, torch.empty(4))
         with pytest.raises(SmolrunError) as caught:
-            work.wait(5)
+            work.wait(20)
         return str(caught.value)
 
     assert "different operations" in run_ranks(2, rank_main, kind="tcp")[1]

@@ -169,7 +169,7 @@ def test_ctrl_c_writes_nothing(tmp_path: Path):
         pass
     assert child.stdout.read(4) == "name"
     child.send_signal(signal.SIGINT)
-    out, error = child.communicate(timeout=20)
+    out, error = child.communicate(timeout=50)
     assert child.returncode == 130
     assert out.endswith("stopped; nothing was written\n")
     assert error == ""

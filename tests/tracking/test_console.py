@@ -233,7 +233,7 @@ def test_a_reader_that_has_left_does_not_spoil_the_exit_code() -> None:
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, complaints = process.communicate(timeout=20)
+    _, complaints = process.communicate(timeout=50)
     assert (process.returncode, complaints) == (0, b"")
 
 

@@ -130,7 +130,7 @@ def ssh_server(folder: Path, *options: str) -> Iterator[Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(20)
         log.close()
 
 

@@ -53,7 +53,7 @@ def agent(
 
     yield add
     process.terminate()
-    process.wait(10)
+    process.wait(20)
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
