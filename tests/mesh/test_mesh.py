@@ -95,6 +95,7 @@ def test_the_rank_that_takes_and_sends_nothing_is_named_by_all_that_wait(
             is_over.set()
         else:
             second.set()
+            assert is_over.wait(20)  # who leaves sooner is lost, and named instead
         return caught.value.rank
 
     assert run_ranks(3, rank_main, kind=kind) == [1, None, 1]
