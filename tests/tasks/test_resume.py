@@ -19,6 +19,9 @@ import torch
 from smolrun.checkpoints.find import newest_valid
 from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.errors import ConfigError
+from smolrun.tasks.going_on import Earlier, check_data
+from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.test_whole_runs import SMALL, finish, is_alive, rows, start, summary
 from tests.waiting import until
 
@@ -260,6 +263,41 @@ def test_other_ranks_another_algorithm_and_more_steps_go_on(copy: Path) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_a_run_that_cannot_begin_again_is_left_as_it_was(copy: Path) -> None:
+    run = (copy / "outputs" / "latest").resolve()
+    before = (run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()
+    there = {path.name for path in (run / "checkpoints").iterdir()}
+    code, _, err = train(
+        copy,
+        f"checkpoint.resume={run}/checkpoints/step-00000021",
+        "training.steps=30",
+        "checkpoint.keep=100000000",  # no disk has room for so many
+    )
+    assert code == 3 and "checkpoints need" in err, err
+    assert ((run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()) == before
+    assert {path.name for path in (run / "checkpoints").iterdir()} == there
+
+
+def test_a_run_belongs_to_one_driver_at_a_time(copy: Path) -> None:
+    folder = RunFolder((copy / "outputs" / "latest").resolve())
+    assert folder.claim() and not folder.claim()
+    code, _, err = train(copy, "checkpoint.resume=latest", "training.steps=30")
+    assert code == 2
+    assert "is still running" in err
+    folder.release()
+    assert folder.claim()
+
+
+def test_changed_data_is_refused() -> None:
+    run = RunFolder(Path("outputs/x"))
+    earlier = Earlier(run, run.checkpoints / "step-00000003", 3, 0.0, None, None, "a" * 64, {})
+    check_data(earlier, "a" * 64)
+    with pytest.raises(ConfigError, match="the data has changed since x was trained on it"):
+        check_data(earlier, "b" * 64)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(120)
 def test_changed_data_is_seen(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("It was a bright cold day in April.\n" * 900)
@@ -270,4 +308,4 @@ def test_changed_data_is_seen(tmp_path: Path) -> None:
     book.write_text("It was a bright cold day in April.\n" * 600)
     code, _, err = train(tmp_path, "checkpoint.resume=latest", "training.steps=8")
     assert code == 2
-    assert "the data has changed since" in err
+    assert "bring the old data back" in err

@@ -1,4 +1,4 @@
-"""Going on when the disk or the user is difficult: full and small disks, rewinding, two drivers."""
+"""Going on when the disk or the user is difficult: full and small disks, and rewinding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.test_resume import RUN, train
 from tests.tasks.test_whole_runs import rows
 
@@ -104,29 +103,3 @@ def test_rewinding_twice_never_mixes_two_timelines(copy: Path) -> None:
         assert "step-00000023" in checkpoints and "step-00000024" not in checkpoints
         assert [row["step"] for row in rows(copy, "step")] == list(range(23))
     assert "step-00000023.set-aside" in checkpoints
-
-
-@pytest.mark.timeout(120)
-def test_a_run_that_cannot_begin_again_is_left_as_it_was(copy: Path) -> None:
-    run = (copy / "outputs" / "latest").resolve()
-    before = (run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()
-    there = {path.name for path in (run / "checkpoints").iterdir()}
-    code, _, err = train(
-        copy,
-        f"checkpoint.resume={run}/checkpoints/step-00000021",
-        "training.steps=30",
-        "checkpoint.keep=100000000",  # no disk has room for so many
-    )
-    assert code == 3 and "checkpoints need" in err, err
-    assert ((run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()) == before
-    assert {path.name for path in (run / "checkpoints").iterdir()} == there
-
-
-def test_a_run_belongs_to_one_driver_at_a_time(copy: Path) -> None:
-    folder = RunFolder((copy / "outputs" / "latest").resolve())
-    assert folder.claim() and not folder.claim()
-    code, _, err = train(copy, "checkpoint.resume=latest", "training.steps=30")
-    assert code == 2
-    assert "is still running" in err
-    folder.release()
-    assert folder.claim()
