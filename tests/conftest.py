@@ -34,4 +34,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return "hosts" if "/hosts/" in file else file
 
+    # By number of tests, the files with one long test would come last, and one process would wait.
+    config.option.loadscopereorder = False
     return ByFile(config, log)
