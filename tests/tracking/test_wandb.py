@@ -227,12 +227,15 @@ def test_online_without_a_key_says_so(folder: RunFolder):
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("killed", ["driver", pytest.param("both", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "resumed",
+    ["later", *(pytest.param(when, marks=pytest.mark.soak) for when in ("at once", "both killed"))],
+)
 def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
-    killed: str, folder: RunFolder
+    resumed: str, folder: RunFolder
 ) -> None:
-    """Its status says at most how it began: the process may still be writing, or it was killed too
-    and only W&B's own file knows the last step."""
+    """A driver is killed. Its W&B process ends by itself; or still writes when the run is resumed;
+    or was killed too, and only W&B's own file knows the last step."""
     metrics = JsonLines(folder.metrics)
     run = start(folder, Told(), mode="offline")
     for event in events(range(9)):
@@ -240,11 +243,13 @@ def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
         run.record(event)
     metrics.close()
     until(lambda: has_begun(folder), 30)
-    if killed == "both":
+    if resumed == "both killed":
         until(lambda: any(_last_step_in(file) >= 6 for file in wandb_files(folder)), 30)
         os.kill(run.pid, signal.SIGKILL)
         assert read_status(folder.path).last_step == -1  # type: ignore[union-attr]
     run._process.stdin.close()  # type: ignore[union-attr]  (as the end of a driver does)
+    if resumed == "later":
+        run._process.wait(30)
     earlier = Earlier(folder, folder.path, 5, 0.0, None, None, None, {})
     take_up(earlier, compose([]), lambda text: None)
     folder.write_config(f"training: {{steps: {STEPS}}}")
