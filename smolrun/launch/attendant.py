@@ -51,11 +51,11 @@ _TAIL_LINE_CHARS = 400
 # A pipe ends with its worker; only a child that left the process group could hold it longer.
 _DRAIN_S = 1.0
 _LEASE = encode(LeaseMessage())
-# Sentences for the user of one worker: an honest one has a few, and each is shown, and kept in
-# metrics.jsonl. The worker writes all of them to its own log too.
+# Notes of one worker: an honest one sends a few. Each is printed and written to metrics.jsonl; the
+# worker's own log has all of them.
 _MOST_NOTES = 1000
-# Of a rank's log, as often as a rank prints; two files of that size are kept, the newest lines in
-# them. An honest log of a day has a few MiB.
+# Of a log file of a rank, before it is rotated: this one and the one before it are kept, with the
+# newest lines. An honest log of a day has a few MiB.
 _LOG_BYTES = 32 << 20
 
 

@@ -43,8 +43,8 @@ from smolrun.launch.moves import (
 )
 from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
-# Of lines that wait to be handled; one more of any length is let in. A worker that sends more than
-# the driver can take in has to wait. What is made of a line may take 30 times its bytes ("[]").
+# Of lines that wait to be handled; one more of any length is accepted. A worker that sends more has
+# to wait. The objects that are made of a line may take 30 times its bytes ("[]" is the worst).
 _INBOX_BYTES = 16 << 20
 _ITEM_BYTES = 1024  # what an input takes up beside its line, roughly
 _POLL_S = 0.1  # how late a Ctrl-C may be noticed

@@ -173,7 +173,7 @@ def test_a_worker_is_ready_once(tmp_path: Path) -> None:
 def test_lines_that_wait_are_limited_in_bytes_not_in_number() -> None:
     inbox = Inbox(most_bytes=10_000)
     item = Silent(1)
-    assert inbox.put(item, 1_000_000, timeout_s=0), "one line of any length is let in"
+    assert inbox.put(item, 1_000_000, timeout_s=0), "one line of any length is accepted"
     assert not inbox.put(item, 0, timeout_s=0)
     assert inbox.get(0) is item
     num_small = 0
