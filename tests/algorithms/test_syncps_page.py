@@ -16,6 +16,7 @@ import torch
 
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.streams import Stream
 from smolrun.parts.seats import conversation
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
@@ -82,7 +83,7 @@ def test_the_picture_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     meet_send = MemoryWorld.meet_send
 
     def noted(world: MemoryWorld, key: Any, *rest: Any) -> None:
-        if key[2].stream > 1:
+        if key[2].stream in (Stream.SYNCPS_PUSH, Stream.SYNCPS_PULL):
             sent.append(key[:2])
         meet_send(world, key, *rest)
 
