@@ -2,9 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from smolrun.cli.compose import compose
+from smolrun.config import redacted
 from smolrun.errors import ConfigError
+from smolrun.tasks import attach, status, stop
 from smolrun.tasks.find_run import config_of, find_run, opened, ranks_of
 from smolrun.tracking.run_view import Request
 from tests.tracking.test_past_runs import a_run
@@ -47,3 +51,22 @@ def test_a_run_of_this_machine_is_asked_here(tmp_path: Path) -> None:
 def test_a_configuration_of_another_version_is_none(tmp_path: Path) -> None:
     assert config_of(a_run(tmp_path / "outputs")) is None
     assert ranks_of(None) == 1
+
+
+def test_looking_at_a_run_imports_nothing_that_its_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only resuming it does, and asks before."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil_of_a_test.py").write_text("open('ran', 'w').close()\n")
+    folder = a_run(tmp_path / "outputs", "20260131-142501-x-aaaa")
+    config = compose(["model.target=evil_of_a_test:build", "data.target=evil_of_a_test:data"])
+    folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
+    folder.write_summary({"status": "failed", "exit_code": 3})
+    folder.become_latest()
+    found = config_of(folder)
+    assert found is not None and found.model.target == "evil_of_a_test:build"
+    assert status.drive(compose(["task=status"])) == 0
+    assert attach.drive(compose(["task=attach"])) == 3
+    assert stop.drive(compose(["task=stop"])) == 0
+    assert not (tmp_path / "ran").exists()

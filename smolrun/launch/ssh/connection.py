@@ -15,6 +15,7 @@ from pathlib import Path
 from paramiko import ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
+from smolrun.foreign_text import without_credentials
 from smolrun.launch.connection import Completed, OnBytes, TookTooLong
 from smolrun.launch.ssh.files import SshFiles
 from smolrun.launch.ssh.hop import Hop, Wire
@@ -200,4 +201,5 @@ def _feed(process: SshProcess, data: bytes) -> None:
 
 
 def _shown(command: str) -> str:
+    command = without_credentials(command)  # on Windows the values of variables are in it
     return f"`{command if len(command) <= 100 else command[:100] + '...'}`"
