@@ -167,7 +167,9 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
 
 def _synonyms(place: Place, value: Any, data: Mapping[str, Any]) -> str:
     """What other programs' word for a key is here, as it would be typed; empty for none."""
-    words = SYNONYMS.get(path(place)) or SYNONYMS.get(str(place[-1])) or ()
+    words = SYNONYMS.get(path(place)) or [
+        word for word in SYNONYMS.get(str(place[-1]), ()) if " " not in word
+    ]
     found = []
     for word in words:
         choice, _, key = word.rpartition(" ")

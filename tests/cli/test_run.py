@@ -14,6 +14,7 @@ import pytest
 from smolrun import cli
 from smolrun.config import RunConfig, redacted
 from smolrun.errors import ConfigError, DataError, PeerLost
+from smolrun.tracking.run_folder import RunFolder
 
 Run = Callable[..., int]
 
@@ -196,7 +197,7 @@ def test_a_resumed_run_has_its_passwords_from_the_cluster_file(
     folder = tmp_path / "outputs" / "20260131-142501-x-aaaa"
     folder.mkdir(parents=True)
     text = msgspec.yaml.encode(redacted(driven[0])).decode()
-    (folder / "config.yaml").write_text(text)
+    RunFolder(folder).write_config(text)
     assert "secret" not in text
     assert "https://***@index/x" in text
     resume = f"checkpoint.resume={folder.name}"

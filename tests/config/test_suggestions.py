@@ -75,7 +75,9 @@ def test_a_key_of_another_choice_is_told_with_it(shipped: dict[str, Any], key: s
     assert line.endswith(f"; {name} is a key of {choices}")
 
 
-@pytest.mark.parametrize("key", ["training.polyak", "algorithm.nam", "model.targets"])
+@pytest.mark.parametrize(
+    "key", ["export.path", "training.polyak", "algorithm.nam", "model.targets"]
+)
 def test_no_key_is_suggested_that_would_not_do(shipped: dict[str, Any], key: str):
     """One of a choice that is not taken, or the one that says what is chosen."""
     line = problem_with(shipped, key)
