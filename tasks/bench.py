@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import rich.box
-from rich.console import Console
 from rich.table import Table
 
 from smolrun.config import RunConfig, world_size
@@ -31,6 +30,7 @@ from smolrun.tasks.workers import (
     plan_workers,
     prepare_data,
 )
+from smolrun.tracking.console import Screen
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
@@ -73,7 +73,7 @@ def drive(config: RunConfig) -> int:
             if outcome.exit_code != EXIT_DONE:
                 echo(f"smolrun: {outcome.reason}", error=True)
                 return outcome.exit_code
-    Console().print(_table(rows))
+    Screen().print(_table(rows))
     echo(f"the rows: {folder.path / 'bench.jsonl'}")
     return EXIT_DONE
 

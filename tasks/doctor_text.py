@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from smolrun.foreign_text import one_line
 from smolrun.launch.examination import Examined
 from smolrun.launch.links import Interface
 from smolrun.tasks.doctor_hosts import Patients
+from smolrun.tracking.console import Screen
 
 _GB = 1e9
 _UNKNOWN = "-"
@@ -28,9 +28,9 @@ _WIDTH = 100  # where nobody says how wide it is, as in a pipe
 
 def report(patients: Patients) -> None:
     """Prints it all."""
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+        console = Screen(highlight=False, width=_WIDTH)
     console.print(_hosts(patients))
     if patients.links:
         console.print(_links(patients))

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import rich.box
-import rich.console
 import rich.table
 import torch
 
@@ -25,6 +24,7 @@ from smolrun.tasks.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.tasks.roles import only_serves
 from smolrun.tasks.sharding import at_stage
 from smolrun.tasks.workers import OUTPUTS
+from smolrun.tracking.console import Screen
 from smolrun.tracking.words import counted, duration
 
 _MATRIX = 512  # large enough for a core to be as fast as it gets
@@ -40,7 +40,7 @@ _SHOWN_WIDTH = 100
 def report(config: RunConfig) -> int:
     """Print what the run would need; the exit code is that of a bad configuration where it does not
     fit."""
-    console = rich.console.Console(highlight=False, markup=False, emoji=False)
+    console = Screen(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _SHOWN_WIDTH
     made = estimate(config)

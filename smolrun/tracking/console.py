@@ -39,9 +39,11 @@ _RATE_OVER_S = 1.0  # tokens/s are a mean: with late gradients the steps come in
 _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
 
 
-class _Screen(rich.console.Console):
+class Screen(rich.console.Console):
+    """What tables are printed on."""
+
     def on_broken_pipe(self) -> None:
-        """Rich would end the process here, and with it a run that somebody piped into `head`."""
+        """Raises BrokenPipeError: rich would end the process here, also a run piped into `head`."""
         raise BrokenPipeError
 
 
@@ -65,7 +67,7 @@ class Console:
         self._batch_size = batch_size
         self._names_slowest = names_slowest
         self._stream = stream or sys.stdout
-        self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
+        self._rich = Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
         self._bar: rich.progress.Progress | None = None
         self._bar_column = rich.progress.BarColumn()
