@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
+from smolrun.launch import remote_worker
 from smolrun.launch.control import EXIT_ABANDONED
 from smolrun.launch.remote_worker import RemoteWorker, start_worker
 from smolrun.launch.shell import Shell
@@ -83,6 +84,16 @@ def test_noise_of_a_profile_goes_to_the_log(connect, profile: str):
 def test_noise_without_an_end_ends_the_wait(connect):
     with pytest.raises(HostError, match=r"within 1 s; .*start-up files"):
         start(connect(profile="while :; do echo noise; done"), "1", timeout_s=1)
+
+
+def test_a_mark_without_a_number_fills_no_memory():
+    class Endless:
+        chunks = iter([b"mark ", *[b"x" * 65536] * 4, b"\nfirst", b""])
+
+        def read_out(self) -> bytes:
+            return next(self.chunks)
+
+    assert remote_worker._until_mark(Endless(), b"mark") is None, "no more than 64 KiB were kept"
 
 
 def test_a_profile_that_hangs_ends_the_wait(connect):
