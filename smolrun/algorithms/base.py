@@ -270,8 +270,8 @@ class Algorithm(ABC):
         self._note_changes(before, after)
 
     def _note_changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        changed = (name for name in after if not torch.equal(after[name], before[name]))
-        self._changed_buffer = next(changed, "")
+        same = {name for name in before if torch.equal(after[name], before[name])}
+        self._changed_buffer = next((name for name in after if name not in same), "")
         if self._changed_buffer and not self.is_lockstep and self.context.mesh.world_size > 1:
             raise ConfigError(
                 f"the model's forward changes its buffer {self._changed_buffer!r}, which ranks can "

@@ -102,6 +102,18 @@ def test_alone_nothing_has_to_be_shared() -> None:
     assert torch.equal(trace.parameters["mean"], reference.parameters["mean"])
 
 
+def test_a_buffer_that_the_first_forward_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(worlds.TinyLanguageModel):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "first"):
+                self.register_buffer("first", tokens[0].clone())
+            return super().forward(tokens)
+
+    monkeypatch.setitem(worlds.MODELS, "lazy", Lazy)
+    traces = worlds.train("classicdp", "lazy", 2, steps=2)
+    assert traces[0].hashes == traces[1].hashes
+
+
 def test_edp_refuses_them_by_name() -> None:
     net = Running().double()
 
