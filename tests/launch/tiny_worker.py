@@ -24,7 +24,7 @@ def main() -> int:
         os.write(1, b"Welcome to this host!\n")
     lease_limit_s = float(os.environ.get("TINY_LEASE_S", LEASE_LIMIT_S))
     channel = WorkerChannel.take_stdio(lease_limit_s=lease_limit_s)
-    start = channel.wait_start(10.0)
+    start = channel.wait_start(30.0)
     config = json.loads(os.environ.get("TINY_CONFIG", "null")) or start.config
     folder = Path(config["folder"])
     behave = config["behave"].get(str(start.rank), "train")
@@ -34,8 +34,9 @@ def main() -> int:
     if behave == "exit_early":
         print("no such thing as a GPU", file=sys.stderr)
         return 7
-    channel.ready([Address("127.0.0.1", 5000 + start.rank)], {"python": "3.11"})
-    channel.wait_roster(10.0)
+    ours = [Address(address, 5000 + start.rank) for address in start.addresses]
+    channel.ready(ours, {"python": "3.11"})
+    channel.wait_roster(30.0)
     leave(folder / f"running{start.rank}", os.getpid())
     return act(behave, config["steps"], start, channel, folder)
 
