@@ -13,6 +13,7 @@ from smolrun.checkpoints.find import LATEST, run_folder
 from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import closest, problem
 from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_files import read_yaml
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.past_runs import run_folders
 from smolrun.tracking.run_folder import RunFolder
@@ -76,7 +77,7 @@ def _ask_here(folder: RunFolder, request: Request) -> View:
 def config_of(folder: RunFolder) -> RunConfig | None:
     """The run's configuration; None if it is of a version that had other keys."""
     try:
-        return validate(msgspec.yaml.decode((folder.path / "config.yaml").read_bytes()))
+        return validate(msgspec.yaml.decode(read_yaml(folder.config)))
     except (ConfigError, ValueError, OSError, RecursionError):
         return None
 

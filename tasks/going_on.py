@@ -23,6 +23,7 @@ from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_files import read_yaml
 from smolrun.tasks.workers import OUTPUTS
 from smolrun.tracking.jsonl import forget_from
 from smolrun.tracking.run_folder import RunFolder
@@ -86,7 +87,7 @@ def find_earlier(
 def _planned_steps(folder: RunFolder) -> float:
     """Of the run as it was started last; infinite where that is not known."""
     try:
-        stored = msgspec.yaml.decode((folder.path / "config.yaml").read_bytes())
+        stored = msgspec.yaml.decode(read_yaml(folder.config))
         return int(stored["training"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf

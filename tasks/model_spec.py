@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.config.targets import CustomTarget
+from smolrun.foreign_files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.tasks.prepare_model import prepare_model, tokenizer_for
 from smolrun.tasks.workers import prepare_data
 
@@ -58,7 +58,7 @@ def _vocabulary(config: RunConfig, tokenizer: str | None) -> tuple[int, tuple[st
     if tokenizer == "bytes":
         return _BYTES, ()
     try:
-        known = json.loads((Path(tokenizer) / "tokenizer.json").read_text(encoding="utf-8"))
+        known = read_json(Path(tokenizer) / "tokenizer.json", MAX_TOKENIZER_BYTES)
         ids = [token["id"] for token in known.get("added_tokens") or []]
         ids += known["model"]["vocab"].values()
         return max(ids) + 1, ()

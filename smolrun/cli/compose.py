@@ -29,6 +29,7 @@ from smolrun.cli import choices
 from smolrun.cli.arguments import Arguments, for_hydra, is_completing, readable
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError
+from smolrun.foreign_files import LimitPassed, read_yaml
 
 # Hydra's API changes at this version number's say-so; the configuration is written for this one.
 VERSION_BASE = "1.3"
@@ -64,9 +65,22 @@ def folders(arguments: Arguments) -> list[Path]:
 def composing(arguments: Arguments) -> Iterator[None]:
     """Within it, `composed` and `jobs` work."""
     Plugins.instance().register(OwnConf)
+    _check_limits(arguments)
     OwnConf.config_dir = arguments.config_dir
     with initialize_config_module(CONF, version_base=VERSION_BASE):
         yield
+
+
+def _check_limits(arguments: Arguments) -> None:
+    """ConfigError for a file of the user's folders whose aliases would fill the memory."""
+    for folder in folders(arguments):
+        for file in folder.rglob("*.yaml") if folder != choices.shipped_folder() else ():
+            try:
+                read_yaml(file)
+            except LimitPassed as error:
+                raise ConfigError(f"{file}: {error}") from None
+            except (OSError, ValueError):
+                continue  # Hydra says what is wrong, if the file is chosen
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -165,6 +179,7 @@ def show(argv: Sequence[str], arguments: Arguments) -> None:
     It ends by SystemExit or returns.
     """
     Plugins.instance().register(OwnConf)
+    _check_limits(arguments)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Completion's own words (install=bash) are no settings.
     words = argv if is_completing(argv) else for_hydra(argv, choices.groups(folders(arguments)))

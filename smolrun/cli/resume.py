@@ -19,6 +19,7 @@ from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_files import read_yaml
 from smolrun.foreign_text import HIDDEN, echo, without_credentials
 from smolrun.tracking.run_folder import RunFolder
 
@@ -142,6 +143,6 @@ def _stored(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is no run's folder{what_exists(OUTPUTS)}")
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.yaml.decode(read_yaml(path), type=dict[str, Any])
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -21,6 +21,7 @@ from typing import Any
 from smolrun.data.row_file import Marked
 from smolrun.data.tokenizer import NO_NAME, TextTokenizer
 from smolrun.errors import DataError
+from smolrun.foreign_files import read_json
 
 Messages = list[dict[str, str]]
 
@@ -114,7 +115,10 @@ def choose_template(folder: Path, template: str, tokenizer: TextTokenizer) -> No
     else:
         settings["eos_token"] = tokenizer.end_token
     if settings_file.is_file():
-        settings |= json.loads(settings_file.read_text(encoding="utf-8"))
+        try:
+            settings |= read_json(settings_file)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot read {settings_file}: {error}") from None
     has_own = bool(settings.get("chat_template")) or (folder / TEMPLATE_FILE).is_file()
     if template != "auto" or not has_own:
         settings.pop("chat_template", None)

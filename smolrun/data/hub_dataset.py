@@ -5,7 +5,6 @@ No code of a dataset runs: `datasets` reads data files only since its version 4.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
+from smolrun.foreign_files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -85,7 +85,10 @@ def _open_saved(place: Path, split: str, path: str) -> Any:
 
     there = ["train"]
     if (place / "dataset_dict.json").is_file():
-        there = json.loads((place / "dataset_dict.json").read_text())["splits"]
+        try:
+            there = read_json(place / "dataset_dict.json")["splits"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"cannot read {place / 'dataset_dict.json'}: {error}") from None
         place = place / split
     if split not in there:
         raise DataError(f"data.path={path}: there is no split {split!r}, but {', '.join(there)}")

@@ -10,7 +10,6 @@ Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smolrun.errors import DataError
+from smolrun.foreign_files import MAX_TOKENIZER_BYTES, read_bytes, read_json
 
 # Said out loud, because tokenizers warns on every fork of a process that left it to chance.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -84,7 +84,7 @@ def load_tokenizer(folder: str | Path, source: Path | None = None) -> TextTokeni
     the folder that it was copied from, `source`."""
     path, shown = Path(folder) / FILE_NAME, source or Path(folder)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_bytes(path, MAX_TOKENIZER_BYTES).decode())
         return TextTokenizer(tokenizer, _end_token(Path(folder)) or END_TOKEN)
     except DataError as error:
         raise DataError(f"the tokenizer in {shown}: {error}") from None
@@ -96,7 +96,7 @@ def _end_token(folder: Path) -> str | None:
     """What the folder calls its end-of-sequence token, or None where it says nothing of it."""
     for name in _SETTINGS:
         if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            token = read_json(folder / name).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 return token

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import ConfigError
+from smolrun.foreign_files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.models import decoder
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface_config import config_of, family_of
@@ -92,7 +93,7 @@ def write_network(
 
     tensors = {key.removeprefix(MODEL + NETWORK): reader(key) for key in keys}
     written = write_tensors(tensors, folder, dtype, progress)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     config["dtype"] = written
     write_json(folder / "config.json", config)
@@ -176,7 +177,7 @@ def write_tokenizer(source: Path, folder: Path) -> int | None:
             (folder / path.name).write_bytes(path.read_bytes())
     if (folder / "tokenizer_config.json").exists():
         return None
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     ids = {item["content"]: int(item["id"]) for item in content.get("added_tokens", [])}
     end_id = ids.get(END_TOKEN)
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

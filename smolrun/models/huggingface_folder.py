@@ -7,21 +7,23 @@ Knows no torch and no transformers, so that the driver can tell every problem at
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolrun.errors import ConfigError
+from smolrun.foreign_files import decode_json, read_json
 from smolrun.models.base import ModelSpec
 
 CONFIG_FILE = "config.json"
 # Any of these is a tokenizer; data.tokenizer makes a tokenizer.json of the older ones.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 WEIGHTS = "*.safetensors"
-# safetensors' own limit for the table of contents at the start of a file.
-_MOST_HEADER_BYTES = 100_000_000
+# The table of contents at the start of a file: 100 to 200 bytes a tensor. safetensors itself reads
+# up to 100 MB, which as JSON fills gigabytes.
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 64 << 20  # of all tensors of a model: 9 MB for one of 90,000
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it is; raises ConfigError where it is missing or no JSON object."""
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{folder} is no model folder: it has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:
@@ -182,12 +184,12 @@ def _indexed(folder: Path) -> set[str]:
     """The files that an index of several promises."""
     path = folder / "model.safetensors.index.json"
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(path, _MAX_INDEX_BYTES)["weight_map"]
         return {str(file) for file in places.values()}
     except FileNotFoundError:
         return set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is damaged") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
 
 
 def _header(path: Path) -> bytes:
@@ -196,11 +198,16 @@ def _header(path: Path) -> bytes:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+        if not 2 <= length <= size - 8:
             raise ConfigError(f"{path} is damaged: it is no safetensors file")
+        if length > _MAX_HEADER_BYTES:
+            raise ConfigError(
+                f"{path}: its table of contents has {length:,} bytes, the limit is "
+                f"{_MAX_HEADER_BYTES >> 20} MiB"
+            )
         header = file.read(length)
     try:
-        entries = json.loads(header)
+        entries = decode_json(header)
         ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from smolrun.checkpoints.find import locate
 from smolrun.errors import CheckpointError
+from smolrun.foreign_files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 
@@ -47,8 +48,8 @@ def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> Trained:
     run_folder, checkpoint = locate(run, outputs, warn)
     path = run_folder / CONFIG_FILE
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = msgspec.yaml.decode(read_yaml(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     section = config.get("model") if isinstance(config, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("target"), str):

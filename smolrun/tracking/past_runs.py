@@ -17,6 +17,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
+from smolrun.foreign_files import read_yaml
 from smolrun.tracking.run_folder import LATEST, RunFolder
 
 State = Literal[
@@ -142,7 +143,7 @@ def _steps(folder: RunFolder) -> int | None:
     steps = folder.driver().get("steps")
     if not isinstance(steps, int):
         try:
-            config = msgspec.yaml.decode((folder.path / "config.yaml").read_bytes())
+            config = msgspec.yaml.decode(read_yaml(folder.config))
             steps = config["training"]["steps"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None

@@ -27,6 +27,7 @@ from urllib.parse import urlparse
 import msgspec
 import psutil
 
+from smolrun.foreign_files import read_yaml
 from smolrun.tracking.figures import Rows
 from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
 
@@ -266,7 +267,7 @@ def _is_secret(key: str) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = msgspec.yaml.decode((folder / "config.yaml").read_bytes())
+    config = msgspec.yaml.decode(read_yaml(folder / "config.yaml"))
     hidden: dict[str, Any] = without_secrets(config)
     return hidden
 

@@ -1,0 +1,153 @@
+"""Files of folders that others made, built to fill the memory or to end the process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.cli.run import run
+from smolrun.data.tokenizer import load_tokenizer
+from smolrun.errors import CheckpointError, ConfigError, DataError
+from smolrun.foreign_files import (
+    MAX_DEPTH,
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    LimitPassed,
+    decode_json,
+    read_json,
+    read_yaml,
+)
+from smolrun.models import huggingface, trained
+from smolrun.tracking.past_runs import look
+from smolrun.tracking.run_folder import RunFolder
+
+KEYS: dict[str, Any] = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
+
+
+def alias_bomb(lines: int = 9) -> str:
+    """9**lines values in 300 bytes."""
+    names = "abcdefghijk"[: lines + 1]
+    text = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for before, name in itertools.pairwise(names):
+        text += f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
+    return text
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 2, 500_000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deep_json_is_refused_by_its_depth(levels: int, opening: str):
+    closing = {"[": "]", '{"a":': "}"}[opening]
+    with pytest.raises(LimitPassed, match=str(MAX_DEPTH)):
+        decode_json((opening * levels + "1" + closing * levels).encode())
+    assert decode_json((opening * MAX_DEPTH + "1" + closing * MAX_DEPTH).encode())
+
+
+def test_a_large_file_is_not_read_to_its_end(tmp_path: Path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 34)  # sparse
+    tracemalloc.start()
+    with pytest.raises(LimitPassed, match="16 MiB"):
+        read_json(path)
+    assert tracemalloc.get_traced_memory()[1] < 3 * MAX_JSON_BYTES
+    tracemalloc.stop()
+
+
+def test_an_alias_bomb_is_refused_and_an_alias_is_not(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    began = time.monotonic()
+    for text in (alias_bomb(), "a: &a [*a]\n", "[" * 300_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"aliases stand for|too deep|nesting depth"):
+            read_yaml(path)
+    assert time.monotonic() - began < 20.0, "not the years that writing it out takes"
+    path.write_text("a: &a [1, 2]\nb: *a\n")
+    assert read_yaml(path) == path.read_bytes()
+
+
+def test_a_bomb_in_a_run_folder_is_an_unknown_figure_and_never_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(Path("outputs") / "20260131-142501-x-aaaa")
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    folder.config.write_text(alias_bomb())
+    assert look(folder).steps is None
+    assert run([f"checkpoint.resume={folder.run_id}"]) == 2
+    said = capsys.readouterr().err
+    assert "config.yaml cannot be read: its aliases stand for more than 100,000 values" in said
+    monkeypatch.setattr(trained, "locate", lambda *_: (folder.path, folder.checkpoints))
+    with pytest.raises(CheckpointError, match="aliases"):
+        trained.find(Path("outputs"), lambda _: None, run=folder.run_id)
+
+
+def test_a_bomb_in_a_cluster_file_is_named_before_anything_is_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "conf" / "cluster" / "home.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# Machines at home\n{alias_bomb()}")
+    with pytest.raises(ConfigError, match=r"home\.yaml: its aliases stand for"):
+        compose(["cluster=home"])
+
+
+def model_folder(folder: Path, **files: str) -> Path:
+    (folder / "config.json").write_text(files.get("config", '{"model_type": "gpt2"}'))
+    return folder
+
+
+@pytest.mark.parametrize("levels", [100, 100_000])
+def test_a_deep_config_json_is_a_problem_of_that_file(tmp_path: Path, levels: int):
+    config = '{"model_type": "gpt2", "a": ' + "[" * levels + "]" * levels + "}"
+    folder = model_folder(tmp_path, config=config)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: nested deeper than 50"):
+        huggingface.prepare(tmp_path, lambda *_: None, str(folder), **KEYS)
+
+
+def test_a_huge_table_of_contents_is_not_read(tmp_path: Path):
+    folder = model_folder(
+        tmp_path, config='{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    )
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 90_000_000))
+        file.truncate(90_000_100)
+    tracemalloc.start()
+    with pytest.raises(
+        ConfigError, match=r"table of contents has 90,000,000 bytes, the limit is 16 MiB"
+    ):
+        huggingface.prepare(tmp_path, lambda *_: None, str(folder), **KEYS)
+    assert tracemalloc.get_traced_memory()[1] < 2 * MAX_JSON_BYTES
+    tracemalloc.stop()
+
+
+def test_a_deep_table_of_contents_is_damage(tmp_path: Path):
+    folder = model_folder(
+        tmp_path, config='{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    )
+    header = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConfigError, match="its table of contents cannot be read"):
+        huggingface.prepare(tmp_path, lambda *_: None, str(folder), **KEYS)
+
+
+def test_a_huge_tokenizer_is_not_loaded(tmp_path: Path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_TOKENIZER_BYTES + 1)
+    with pytest.raises(DataError, match=r"tokenizer\.json: larger than 128 MiB"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_deep_tokenizer_config_is_a_problem_of_the_tokenizer(tmp_path: Path):
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
