@@ -92,6 +92,8 @@ def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
             is_code = key == "target" and not str(value).startswith("smolrun.")
             is_connection = path in ("cluster.hosts", "cluster.ssh_config", "tracker.entity")
             if value is not None and (is_code or is_connection):
+                if path == "cluster.hosts" and isinstance(value, list):
+                    value = [host.get("ssh") for host in value if isinstance(host, Mapping)]
                 yield f"{path} = {json.dumps(value, default=str)[:300]}"
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.data.row_file import Marked
+from smolrun.data.template_limits import MAX_WORK, Budget, limited
 from smolrun.data.tokenizer import NO_NAME, TextTokenizer
 from smolrun.errors import DataError
 from smolrun.foreign_files import read_json
@@ -50,17 +51,29 @@ class ChatTemplate:
         from transformers import AutoTokenizer  # seconds; only for data not yet kept
 
         try:
-            self._writer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            writer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._names: dict[str, str] = writer.special_tokens_map
+            self._budget = Budget()
+            self._template = limited(writer.get_chat_template(), self._budget)
         except Exception as error:  # whatever the library meets in a foreign folder
-            raise DataError(f"cannot use the chat template of {folder}: {error}") from None
+            raise DataError(
+                f"cannot use the chat template of {folder}: {error}; set data.template=plain"
+            ) from None
         self._tokenizer = tokenizer
 
     def write(self, messages: Messages, *, asks: bool) -> str:
-        """The conversation as text; `asks`: with the beginning of an answer that is to come."""
-        text: str = self._writer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=asks
+        """The conversation as text; `asks`: with the beginning of an answer that is to come.
+
+        LimitPassed for a template that does not come to an end.
+        """
+        self._budget.start(MAX_WORK + 100 * sum(len(message["content"]) for message in messages))
+        return self._template.render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=asks,
+            **self._names,
         )
-        return text
 
     def marked(self, conversations: Sequence[Conversation]) -> Iterator[Marked]:
         """Each conversation's tokens, those of answers marked, closed by an end token.

@@ -10,8 +10,11 @@ Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +29,7 @@ FILE_NAME = "tokenizer.json"
 # Beside it lies, in a folder of Hugging Face's, which token means what.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 END_TOKEN = "<|endoftext|>"
+_MAX_GROWTH = 1000  # usual replacements are one character long
 NO_NAME = "\0"  # the end token of the bytes tokenizer, as text
 
 
@@ -54,11 +58,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _panics():
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; faster than one by one, because it uses all cores."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _panics():
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
@@ -84,12 +90,38 @@ def load_tokenizer(folder: str | Path, source: Path | None = None) -> TextTokeni
     the folder that it was copied from, `source`."""
     path, shown = Path(folder) / FILE_NAME, source or Path(folder)
     try:
-        tokenizer = Tokenizer.from_str(read_bytes(path, MAX_TOKENIZER_BYTES).decode())
+        with _panics():
+            tokenizer = Tokenizer.from_str(read_bytes(path, MAX_TOKENIZER_BYTES).decode())
+        _check_growth(tokenizer)
         return TextTokenizer(tokenizer, _end_token(Path(folder)) or END_TOKEN)
     except DataError as error:
         raise DataError(f"the tokenizer in {shown}: {error}") from None
     except Exception as error:  # tokenizers raises plain Exception for what it does not understand
         raise DataError(f"cannot read the tokenizer {shown / FILE_NAME}: {error}") from None
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """tokenizers panics, past `Exception`, where a pattern takes more steps than its regex library
+    allows, among others. Raises DataError for that."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer failed: {error}") from None
+
+
+def _check_growth(tokenizer: Tokenizer) -> None:
+    """ValueError where its replacements, one after the other, make a text much longer."""
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is None:
+            continue
+        state = json.loads(part.__getstate__())
+        steps = state.get("normalizers") or state.get("decoders") or [state]
+        replaced = [step["content"] for step in steps if step.get("type") == "Replace"]
+        if math.prod(max(1, len(text)) for text in replaced) > _MAX_GROWTH:
+            raise ValueError(f"its replacements make a text more than {_MAX_GROWTH} times longer")
 
 
 def _end_token(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.cli.run import run
-from smolrun.data.tokenizer import load_tokenizer
+from smolrun.data.tokenizer import END_TOKEN, load_tokenizer
 from smolrun.errors import CheckpointError, ConfigError, DataError
 from smolrun.foreign_files import (
     MAX_DEPTH,
@@ -151,3 +151,33 @@ def test_a_deep_tokenizer_config_is_a_problem_of_the_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
     with pytest.raises(DataError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def tokenizer(folder: Path, **parts: Any) -> Path:
+    whole = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder")),
+        "post_processor": None,
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, END_TOKEN: 2}, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(whole | parts))
+    return folder
+
+
+def test_replacements_that_multiply_are_refused(tmp_path: Path):
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9
+    bomb = {"type": "Sequence", "normalizers": steps}
+    with pytest.raises(DataError, match="its replacements make a text more than 1000 times longer"):
+        load_tokenizer(tokenizer(tmp_path, normalizer=bomb))
+    harmless = {"type": "Sequence", "normalizers": steps[:2]}
+    assert load_tokenizer(tokenizer(tmp_path, normalizer=harmless)).encode("a") == [0] * 100
+
+
+def test_a_pattern_that_backtracks_without_end_is_an_error(tmp_path: Path):
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    loaded = load_tokenizer(tokenizer(tmp_path, pre_tokenizer=pattern | {"invert": False}))
+    with pytest.raises(DataError, match=r"the tokenizer failed: .*retry-limit"):
+        loaded.encode("a" * 40 + "b")
+    with pytest.raises(DataError, match="the tokenizer failed"):
+        loaded.encode_batch(["a" * 40 + "b", "a"])

@@ -239,8 +239,12 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path: Path, chats: Path
 def test_what_a_template_says_is_passed_on(tmp_path: Path, chats: Path) -> None:
     for text, message in (
         ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{% for %}", "the chat template cannot write it"),
+        ("{% for %}", "cannot use the chat template of"),
         ("{{ ''.__class__.__mro__ }}", "the chat template cannot write it"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "does more",
+        ),
     ):
         (tmp_path / "t.jinja").write_text(text)
         with pytest.raises(DataError, match=message):
