@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import pytest
 
 from smolrun.data.template_limits import MAX_TEMPLATE, MAX_WORK, Budget, limited
@@ -48,6 +46,18 @@ BOMBS = {
     ),
 }
 
+IN_TURNS = [
+    *(
+        "nested loops",
+        "loops that keep nothing",
+        "macros",
+        "text of a loop",
+        "sum",
+        "concatenation",
+    ),
+    *("list", "shared parts", "filters in a loop", "set block"),
+]
+
 
 def render(text: str) -> str:
     budget = Budget()
@@ -58,13 +68,10 @@ def render(text: str) -> str:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_ends_within_its_budget(name: str):
-    tracemalloc.start()
-    try:
-        with pytest.raises(LimitPassed):
-            render(BOMBS[name])
-        assert tracemalloc.get_traced_memory()[1] < 200_000_000
-    finally:
-        tracemalloc.stop()
+    # What one operation would make is refused before it is made.
+    words = "does more than" if name in IN_TURNS else "larger than|by more than"
+    with pytest.raises(LimitPassed, match=words):
+        render(BOMBS[name])
 
 
 def test_a_long_template_is_not_compiled():
