@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.data.row_file import Marked
-from smolrun.data.template_limits import MAX_WORK, Budget, limited
+from smolrun.data.template_limits import MAX_WORK, LimitedTemplate
 from smolrun.data.tokenizer import NO_NAME, TextTokenizer
 from smolrun.errors import DataError
 from smolrun.foreign_files import read_json
@@ -53,8 +53,7 @@ class ChatTemplate:
         try:
             writer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._names: dict[str, str] = writer.special_tokens_map
-            self._budget = Budget()
-            self._template = limited(writer.get_chat_template(), self._budget)
+            self._template = LimitedTemplate(writer.get_chat_template())
         except Exception as error:  # whatever the library meets in a foreign folder
             raise DataError(
                 f"cannot use the chat template of {folder}: {error}; set data.template=plain"
@@ -66,8 +65,8 @@ class ChatTemplate:
 
         LimitPassed for a template that does not come to an end.
         """
-        self._budget.start(MAX_WORK + 100 * sum(len(message["content"]) for message in messages))
         return self._template.render(
+            MAX_WORK + 100 * sum(len(message["content"]) for message in messages),
             messages=messages,
             tools=None,
             documents=None,

@@ -30,25 +30,6 @@ _ARITHMETIC = ("+", "-", "/", "//", "%")
 _MULTIPLY = ("replace", "join", "indent", "tojson", "expandtabs", "format", "format_map")
 
 
-class Budget:
-    """What one rendering may still do."""
-
-    def __init__(self) -> None:
-        self.left = 0
-
-    def start(self, work: int) -> None:
-        """At the beginning of a rendering."""
-        self.left = work
-
-    def charge(self, work: int) -> None:
-        """Raises LimitPassed once it is used up."""
-        self.left -= work
-        if self.left < 0:
-            raise LimitPassed(
-                f"the template does more than {MAX_WORK:,} characters' work for one conversation"
-            )
-
-
 class _Turns(NodeTransformer):
     """Charges each turn of a loop and each call of a macro, with the text that stands in it."""
 
@@ -76,64 +57,70 @@ def _charge(node: nodes.Node) -> nodes.Expr:
     return nodes.Call(nodes.EnvironmentAttribute("charge"), [nodes.Const(work)], [], None, None)
 
 
-def limited(text: str, budget: Budget) -> Template:
-    """The template, as transformers would compile it, with every operation charged to `budget`.
+class LimitedTemplate:
+    """A template as transformers would compile it, with every operation charged."""
 
-    Nothing of the text runs here but constants, which are charged too. Raises what jinja2 raises.
-    """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    def __init__(self, text: str) -> None:
+        """Nothing of the text runs here but constants, which are charged too. Raises LimitPassed,
+        and what jinja2 raises."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    if len(text) > MAX_TEMPLATE:
-        raise LimitPassed(f"the template is longer than {MAX_TEMPLATE:,} characters")
-    env: Any = _compile_jinja_template("").environment.overlay()
-    call = env.call
+        if len(text) > MAX_TEMPLATE:
+            raise LimitPassed(f"the template is longer than {MAX_TEMPLATE:,} characters")
+        self._left = MAX_WORK
+        env: Any = _compile_jinja_template("").environment.overlay()
+        self._env, self._original_call = env, env.call
+        env.intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+        env.call_binop, env.call, env.finalize = self._binop, self._call, self._printed
+        env.charge, env.joined = self._charge, self._joined
+        env.filters = {name: self._filter(name, apply) for name, apply in env.filters.items()}
+        env.globals = dict(env.globals)
+        self._template: Template = env.from_string(_Turns().visit(env.parse(text)))
 
-    def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
+    def render(self, work: int, **names: Any) -> str:
+        """The text; LimitPassed where it takes more than `work`."""
+        self._left = work
+        return self._template.render(**names)
+
+    def _charge(self, work: int) -> None:
+        self._left -= work
+        if self._left < 0:
+            raise LimitPassed("the template does more work than any conversation needs")
+
+    def _binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _refuse_growth(operator, left, (right,))
-        result = SandboxedEnvironment.call_binop(env, context, operator, left, right)
-        budget.charge(_size(result))
-        return result
+        return self._printed(
+            SandboxedEnvironment.call_binop(self._env, context, operator, left, right)
+        )
 
-    def charged_call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function in (budget.charge, joined):
+    def _call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function in (self._charge, self._joined):
             return function(*args)
         args = _listed(args)
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         value, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         _refuse_growth(name, value, (*args, *kwargs.values()))
-        budget.charge(_size(value) + _size(args))
-        result = call(context, function, *args, **kwargs)
-        budget.charge(_size(result))
-        return result
+        self._charge(_size(value) + _size(args))
+        return self._printed(self._original_call(context, function, *args, **kwargs))
 
-    def joined(*parts: Any) -> str:
-        budget.charge(_size(parts))
-        return "".join(map(str, parts))
-
-    def printed(value: Any) -> Any:
-        budget.charge(_size(value))
-        return value
-
-    def charged(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    def _filter(self, name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(apply)  # keeps the mark of a filter that gets the context first
-        def filtered(*args: Any, **kwargs: Any) -> Any:
+        def charged(*args: Any, **kwargs: Any) -> Any:
             args = _listed(args)
             value, *others = args[1:] if hasattr(apply, "jinja_pass_arg") else args
             _refuse_growth(name, value, (*others, *kwargs.values()))
-            budget.charge(_size(args) + _size(tuple(kwargs.values())))
-            result = apply(*args, **kwargs)
-            budget.charge(_size(result))
-            return result
+            self._charge(_size(args) + _size(tuple(kwargs.values())))
+            return self._printed(apply(*args, **kwargs))
 
-        return filtered
+        return charged
 
-    env.intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
-    env.call_binop, env.call, env.finalize = binop, charged_call, printed
-    env.charge, env.joined = budget.charge, joined
-    env.filters = {name: charged(name, apply) for name, apply in env.filters.items()}
-    env.globals = dict(env.globals)
-    budget.start(MAX_WORK)  # constants are computed while it is compiled
-    return env.from_string(_Turns().visit(env.parse(text)))  # type: ignore[no-any-return]
+    def _joined(self, *parts: Any) -> str:
+        self._charge(_size(parts))
+        return "".join(map(str, parts))
+
+    def _printed(self, value: Any) -> Any:
+        self._charge(_size(value))
+        return value
 
 
 def _refuse_growth(name: str, value: Any, others: tuple[Any, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.data.template_limits import MAX_TEMPLATE, MAX_WORK, Budget, limited
+from smolrun.data.template_limits import MAX_TEMPLATE, MAX_WORK, LimitedTemplate
 from smolrun.foreign_files import LimitPassed
 
 NAMESPACE = "{% set n = namespace(x='a', i=7, s=['a']) %}{% for i in range(60) %}"
@@ -60,16 +60,14 @@ IN_TURNS = [
 
 
 def render(text: str) -> str:
-    budget = Budget()
-    template = limited(text, budget)
-    budget.start(MAX_WORK)
-    return template.render(messages=[{"role": "user", "content": "hi"}])
+    messages = [{"role": "user", "content": "hi"}]
+    return LimitedTemplate(text).render(MAX_WORK, messages=messages)
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_ends_within_its_budget(name: str):
     # What one operation would make is refused before it is made.
-    words = "does more than" if name in IN_TURNS else "larger than|by more than"
+    words = "does more work" if name in IN_TURNS else "larger than|by more than"
     with pytest.raises(LimitPassed, match=words):
         render(BOMBS[name])
 

@@ -243,7 +243,7 @@ def test_what_a_template_says_is_passed_on(tmp_path: Path, chats: Path) -> None:
         ("{{ ''.__class__.__mro__ }}", "the chat template cannot write it"),
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "does more",
+            "does more work",
         ),
     ):
         (tmp_path / "t.jinja").write_text(text)
