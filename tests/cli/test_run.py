@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import platformdirs
 import pytest
 
 from smolrun import cli
@@ -190,8 +191,13 @@ def test_a_cluster_is_called_as_it_was_chosen(run: Run, driven: list[RunConfig],
 
 
 def test_a_resumed_run_has_its_passwords_from_the_cluster_file(
-    run: Run, driven: list[RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    driven: list[RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
     write_home(tmp_path)
     assert run("cluster=home") == 0
     folder = tmp_path / "outputs" / "20260131-142501-x-aaaa"
