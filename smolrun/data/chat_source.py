@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_conversations(
 
     Raises DataError that names the file and line, or the row, of what is not one.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.is_file() and file.suffix in _LINES:
         records = _lines(file, progress)
     else:

@@ -13,6 +13,7 @@ tokens between are the answer:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def template_text(template: str) -> str | None:
     if template in ("auto", "plain"):
         return PLAIN if template == "plain" else None
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"data.template={template}: is not auto, not plain, and no file that can be read: "

@@ -7,6 +7,7 @@ and Hugging Face tools read alike.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,7 +30,7 @@ def find_tokenizer(name: str, progress: Progress) -> Path:
 
     Raises DataError if there is none.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_file() and folder.name == FILE_NAME:
         folder = folder.parent
     if not folder.is_dir():

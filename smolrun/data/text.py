@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -57,7 +58,7 @@ class TextFiles:
             raise DataError("data.path names no file and no folder")
         files: dict[str, Path] = {}
         for number, given in enumerate(self.paths):
-            path = Path(given).expanduser()
+            path = Path(os.path.expanduser(given))
             if path.is_file():
                 files[f"{number}/{path.name}"] = path
             elif path.is_dir():

@@ -6,6 +6,7 @@ The driver fetches it once (`prepare`); every rank builds it from the folder, wi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def prepare(
     Hub models stay in the hub's own cache, where other programs find them too. Raises ConfigError
     with every problem of the model.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         if _is_path(name):
             raise ConfigError(f"model.name={name}: there is no such folder {folder.absolute()}")
@@ -51,7 +52,7 @@ def pinned_revision(name: str, revision: str | None) -> str | None:
 
     As it was for a folder, for a commit, and where the hub does not say.
     """
-    if Path(name).expanduser().is_dir() or _is_path(name) or is_commit(revision):
+    if Path(os.path.expanduser(name)).is_dir() or _is_path(name) or is_commit(revision):
         return revision
     return hub.commit_of(name, revision) or revision
 

@@ -286,7 +286,7 @@ def has_key(base_url: str) -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        path = Path(name).expanduser() if name else None
+        path = Path(os.path.expanduser(name)) if name else None
         if path is not None and path.is_file():
             with contextlib.suppress(OSError, netrc.NetrcParseError):
                 return (

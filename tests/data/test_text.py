@@ -106,6 +106,16 @@ def test_files_folders_and_lists_may_be_given(folder: Path) -> None:
     assert files == prepare(folder, [str(one), str(folder / "texts" / "odd")])
 
 
+def test_a_name_may_begin_with_a_tilde(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Path.expanduser raises where there is no user of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~no-such-user.txt").write_bytes((folder / "texts" / "even" / "0.txt").read_bytes())
+    one = prepare(folder, str(folder / "texts" / "even" / "0.txt"), max_mb=1)
+    assert prepare(folder, "~no-such-user.txt", max_mb=1).train_size == one.train_size
+
+
 def test_a_moved_folder_is_the_same_data(folder: Path) -> None:
     before = prepare(folder, str(folder / "texts"))
     (folder / "texts").rename(folder / "moved")

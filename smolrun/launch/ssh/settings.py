@@ -88,10 +88,10 @@ def load(name: str, path: str | None) -> Config:
     lines: list[str] = []
     try:
         if path is not None:
-            lines = _lines(Path(path).expanduser())
+            lines = _lines(Path(os.path.expanduser(path)))
         else:
             for usual in (_USER_FILE, _SYSTEM_FILE):
-                if (file := Path(usual).expanduser()).is_file():
+                if (file := Path(os.path.expanduser(usual))).is_file():
                     lines += ["Host *", *_lines(file)]
         parsed = SSHConfig.from_text("\n".join(lines))
     except OSError as error:
@@ -127,7 +127,7 @@ def _lines(file: Path, depth: int = 0) -> list[str]:
 
 def _included(value: str, file: Path) -> list[Path]:
     # A relative path is below ~/.ssh, in the system's file below its own folder.
-    base = file.parent if file == Path(_SYSTEM_FILE) else Path("~/.ssh").expanduser()
+    base = file.parent if file == Path(_SYSTEM_FILE) else Path(os.path.expanduser("~/.ssh"))
     patterns = [os.path.join(base, os.path.expanduser(word)) for word in shlex.split(value)]
     return [Path(found) for pattern in patterns for found in sorted(glob.glob(pattern))]
 
@@ -174,7 +174,7 @@ def settings_of(connection: Connection) -> Settings:
 
 def _files(words: str) -> list[Path]:
     home = str(Path.home())
-    paths = (Path(word.replace("%d", home)).expanduser() for word in shlex.split(words))
+    paths = (Path(os.path.expanduser(word.replace("%d", home))) for word in shlex.split(words))
     return [path for path in paths if str(path).lower() not in ("none", os.devnull)]
 
 
