@@ -107,7 +107,7 @@ def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
     for (_, _, begins, ends), (_, _, works_from, works_to) in zip(waits, works, strict=True):
         assert works_to - works_from >= SLOW_S
         assert ends - begins >= SLOW_S, "rank 0 waits for rank 1"
-        assert ends >= works_to + apart, "until that one has computed"
+        assert ends >= works_from + apart + SLOW_S, "until that one sends, in its backward pass"
     for (_, _, _, ends), (_, _, _, next_to) in zip(waits, works[1:], strict=False):
         assert ends <= next_to + apart - SLOW_S, "and no longer"
     travels = [span for span in spans(fast, "network") if span[0].startswith("all_reduce")]
