@@ -1,5 +1,5 @@
 """Reads JSON and YAML files of folders that others made, within limits on size and depth, so that
-none of them fills the memory or ends the process.
+none of them fills the memory, blocks the process or ends it.
 
 LimitPassed says which limit a file passes; the reader names the file.
 """
@@ -7,9 +7,11 @@ LimitPassed says which limit a file passes; the reader names the file.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -21,7 +23,7 @@ MAX_YAML_NODES = 100_000  # aliases written out
 
 
 class LimitPassed(ValueError):
-    """A file is larger or deeper than any that is meant to be read; says which limit."""
+    """A file is larger or deeper than any that is meant to be read, or not a regular file."""
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -51,12 +53,26 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """A file's bytes. OSError; ValueError for more than `max_bytes`."""
-    with open(path, "rb") as file:
+    """A file's bytes. OSError; ValueError for more than `max_bytes`, and as `open_regular`."""
+    with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise LimitPassed(f"larger than {max_bytes >> 20} MiB, the limit of such a file")
     return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading; links are followed. OSError; ValueError for a FIFO, whose
+    opening would block, and for a device, which may have no end."""
+    file = open(path, "rb", opener=_open_without_blocking)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise LimitPassed("not a regular file")
+    return file
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_yaml(path: Path) -> bytes:

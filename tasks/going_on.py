@@ -61,13 +61,10 @@ def find_earlier(
     try:
         path, checkpoint = locate(wanted, OUTPUTS, lambda text: say(f"warning: {text}"))
         manifest = read_manifest(checkpoint)
+        folder = RunFolder(path)
+        folder.refuse_links_outside()
     except CheckpointError as error:
         raise ConfigError(problem("checkpoint.resume", wanted, str(error))) from None
-    folder = RunFolder(path)
-    if (link := folder.link_outside()) is not None:
-        what = f"{link} is a link to {os.path.realpath(link)}: outside of the run's own folder"
-        allowed = "a run folder without such links; delete it, or put what it leads to in its place"
-        raise ConfigError(problem("checkpoint.resume", wanted, what, allowed=allowed))
     if folder.driver_lives() or not folder.claim():
         what = f"the run {folder.run_id} is still running; stop it first"
         raise ConfigError(problem("checkpoint.resume", wanted, what))

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from smolrun.config import RunConfig, redacted, resolved
-from smolrun.errors import HostError
+from smolrun.errors import HostError, SmolrunError
 from smolrun.foreign_text import echo, without_credentials_in
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
@@ -35,12 +35,18 @@ from smolrun.tasks.detach import FOLDER, how_to_go_on
 from smolrun.tasks.fleet import host_specs, own_targets, unknown_address
 from smolrun.tasks.workers import OUTPUTS, become_latest
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
-from smolrun.tracking.run_folder import RUN_ID, RunFolder
+from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder
 from smolrun.tracking.run_view import Request, View, decode
 from smolrun.tracking.signature import sign
 
 _ANSWER_S = 30.0
-_AFTERWARDS = ("metrics.jsonl", "driver.log", "summary.json")  # the last: then all are here
+_MAX_LOG_BYTES = 1 << 30
+# Files and their limits; the last one says that all are here.
+_AFTERWARDS = {
+    "metrics.jsonl": MAX_METRICS_BYTES,
+    "driver.log": _MAX_LOG_BYTES,
+    "summary.json": MAX_SUMMARY_BYTES,
+}
 
 
 def drive(config: RunConfig) -> int:
@@ -165,7 +171,7 @@ def _keep(
     run = RunFolder(OUTPUTS / name)
     # A name as we give them, and not that of a run that is here already.
     if not RUN_ID.fullmatch(name) or run.path.exists():
-        raise HostError(spec.name, f"tells of a run in {folder!r}, which cannot be")
+        raise HostError(spec.name, f"reported an invalid run folder {folder!r}")
     run.path.mkdir(parents=True)
     run.write_config(msgspec.yaml.encode(redacted(config)).decode())
     run.write_remote(
@@ -199,7 +205,10 @@ class _Remote(msgspec.Struct):
 def asking(folder: RunFolder) -> Iterator[Question]:
     """Ask the machine that drives a run. HostError when it does not answer; the next question then
     connects anew."""
-    remote = folder.remote()
+    try:
+        remote = folder.remote()
+    except SmolrunError as error:
+        raise HostError(folder.run_id, str(error)) from None
     if remote is None:
         raise HostError(
             folder.run_id,
@@ -258,12 +267,12 @@ class Question:
         if not view.summary or self._folder.summary():
             return
         clear_all({machine.name: machine}, self._remote.code_of)
-        for name in _AFTERWARDS:
+        for name, most_bytes in _AFTERWARDS.items():
             with contextlib.suppress(OSError, HostError):  # of no worth against an answer
                 machine.get(
                     f"{self._remote.folder}/{name}",
                     self._folder.path / name,
-                    most_bytes=MAX_METRICS_BYTES,
+                    most_bytes=most_bytes,
                 )
 
     def close(self) -> None:

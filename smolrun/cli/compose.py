@@ -74,7 +74,10 @@ def composing(arguments: Arguments) -> Iterator[None]:
 def _check_limits(arguments: Arguments) -> None:
     """ConfigError for a file of the user's folders whose aliases would fill the memory."""
     for folder in folders(arguments):
-        for file in folder.rglob("*.yaml") if folder != choices.shipped_folder() else ():
+        if folder == choices.shipped_folder():
+            continue
+        # Not all of the folder: other programs may keep files of any size in a `conf`.
+        for file in (*folder.glob("*.yaml"), *choices.files(folder)):
             try:
                 read_yaml(file)
             except LimitPassed as error:

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from smolrun.checkpoints.find import run_folder, what_exists
-from smolrun.cli import compose, mistakes
+from smolrun.cli import choices, compose, mistakes
 from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
 from smolrun.config.suggest import problem
-from smolrun.errors import CheckpointError, ConfigError
+from smolrun.errors import CheckpointError, ConfigError, SmolrunError
 from smolrun.foreign_files import read_yaml
 from smolrun.foreign_text import HIDDEN, echo, without_credentials
 from smolrun.tracking.run_folder import RunFolder
@@ -27,6 +27,9 @@ OUTPUTS = Path("outputs")
 # An experiment sets many groups at once: with one, everything typed now counts, and is compared.
 WHOLE = ("experiment",)
 _TRUST = "checkpoint.trust_run_folder"
+# Keys of `cluster` and of its hosts that decide what is run, where, and with which variables.
+_OF_CLUSTER = ("ssh", "ssh_config", "python", "workdir", "env")
+_MOST_SHOWN = 300
 
 
 def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     try:
         folder = RunFolder(run_folder(wanted, OUTPUTS))
         stored = _stored(folder.config)
+        folder.refuse_links_outside()
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume = {wanted}: {error}") from None
     stored = resume.completed(stored, data)
@@ -55,27 +59,40 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         raise ConfigError(problems)
     _add_credentials(merged.get("cluster"))
     # Of `data`, not of `merged`: a run folder cannot declare itself trusted.
-    if not folder.has_own_config():
-        _ask_for_trust(folder, stored, is_trusted=data["checkpoint"].get("trust_run_folder"))
+    if (reason := _why_foreign(folder)) is not None:
+        is_trusted = data["checkpoint"].get("trust_run_folder") is True
+        _ask_for_trust(folder, stored, reason, is_trusted=is_trusted)
     merged["checkpoint"]["trust_run_folder"] = False
     return merged
 
 
-def _ask_for_trust(folder: RunFolder, stored: Mapping[str, Any], is_trusted: Any) -> None:
+def _why_foreign(folder: RunFolder) -> str | None:
+    """Why config.yaml may not be this account's; None if its signature is right."""
+    try:
+        is_own = folder.has_own_config()
+    except SmolrunError as error:
+        return f"whether this account wrote its config.yaml is unknown ({error})"
+    return None if is_own else "this account on this machine did not write its config.yaml"
+
+
+def _ask_for_trust(
+    folder: RunFolder, stored: Mapping[str, Any], reason: str, *, is_trusted: bool
+) -> None:
     """A yes, or the key, signs config.yaml as it is, so that it is asked once. ConfigError
     otherwise: nothing that the folder names was imported, run or connected to."""
-    if is_trusted is not True:
+    if not is_trusted:
         named = list(_runs_or_connects(stored)) or ["only what comes with smolrun"]
-        what = (
-            "this account on this machine did not write its config.yaml, which names what a "
-            f"resumed run loads and connects to ({'; '.join(named)})"
-        )
-        told = problem("checkpoint.resume", str(folder.path), what)
+        what = f"{reason}; it names what a resumed run loads and connects to ({'; '.join(named)})"
+        message = problem("checkpoint.resume", str(folder.path), what)
         if not is_interactive():
-            raise ConfigError(f"{told}; if you trust its author, add {_TRUST}=true")
-        echo(told)
-        if input("trust it and resume? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise ConfigError(f"{told}; it is not trusted")
+            raise ConfigError(f"{message}; if you trust its author, add {_TRUST}=true")
+        echo(message)
+        try:
+            answer = input("trust it and resume? [y/N] ")
+        except EOFError:  # Ctrl-D
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            raise ConfigError(f"{message}; it is not trusted")
     folder.write_config(folder.config.read_text(encoding="utf-8"))
 
 
@@ -86,15 +103,22 @@ def is_interactive() -> bool:
 
 def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
     """What a configuration names that is run or connected to; JSON has no control characters."""
-    for group, section in stored.items():
-        for key, value in section.items() if isinstance(section, Mapping) else ():
-            path = f"{group}.{key}"
-            is_code = key == "target" and not str(value).startswith("smolrun.")
-            is_connection = path in ("cluster.hosts", "cluster.ssh_config", "tracker.entity")
-            if value is not None and (is_code or is_connection):
-                if path == "cluster.hosts" and isinstance(value, list):
-                    value = [host.get("ssh") for host in value if isinstance(host, Mapping)]
-                yield f"{path} = {json.dumps(value, default=str)[:300]}"
+    shipped = choices.shipped_targets()
+    sections = {key: value for key, value in stored.items() if isinstance(value, Mapping)}
+    hosts = sections.get("cluster", {}).get("hosts")
+    for number, host in enumerate(hosts if isinstance(hosts, list) else ()):
+        if isinstance(host, Mapping):
+            sections[f"cluster.hosts[{number}]"] = host
+    for section, values in sections.items():
+        for key, value in values.items():
+            is_code = key == "target" and str(value) not in shipped
+            is_connection = section.startswith("cluster") and key in _OF_CLUSTER
+            if value and (is_code or is_connection or (section, key) == ("tracker", "entity")):
+                # The values of `env:` may be credentials.
+                shown = list(value) if key == "env" and isinstance(value, Mapping) else value
+                text = json.dumps(shown, default=str)
+                cut = f"... ({len(text):,} characters)" if len(text) > _MOST_SHOWN else ""
+                yield f"{section}.{key} = {text[:_MOST_SHOWN]}{cut}"
 
 
 def _add_credentials(cluster: Any) -> None:

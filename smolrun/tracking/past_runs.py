@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from smolrun.foreign_files import read_yaml
+from smolrun.foreign_files import open_regular, read_yaml
 from smolrun.tracking.run_folder import LATEST, RunFolder
 
 State = Literal[
@@ -171,11 +171,11 @@ def _last_steps(metrics: Path) -> list[_Step]:
 def _tail(path: Path, size: int) -> bytes:
     """The last `size` bytes of a file, from the beginning of a line on."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - size))
             data = file.read(size)
-    except OSError:
+    except (OSError, ValueError):
         return b""
     return data if length <= size else data.partition(b"\n")[2]
 

@@ -31,13 +31,16 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 
 from smolrun.checkpoints.folder import is_link
-from smolrun.errors import SmolrunError
+from smolrun.errors import CheckpointError, SmolrunError
+from smolrun.foreign_files import MAX_JSON_BYTES, MAX_YAML_BYTES, read_bytes
 from smolrun.foreign_text import one_line
 from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"
-_SIGNATURE = "# signature: "  # the last line of config.yaml, and what begins the signed bytes
-_IN_CONFIG = b"config.yaml\n"
+_SIGNATURE = re.compile(rb"^# signature: ([0-9a-f]{64})\n?\Z", re.MULTILINE)  # the last line
+_IN_CONFIG = b"config.yaml\n"  # the signed bytes begin with it
+MAX_SUMMARY_BYTES = MAX_JSON_BYTES
+_MAX_BYTES = 1 << 20  # driver.json, driver.lock and remote.json have less than 64 KiB
 # The first is always there; the others come with the tokenizers of other people's models.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -121,18 +124,23 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keep the resolved configuration, as yaml, signed if this account can have a key."""
-        text = text.partition(_SIGNATURE)[0]
+        content = _SIGNATURE.sub(b"", text.encode())
+        if not content.endswith(b"\n"):  # the signature needs a line of its own
+            content += b"\n"
         with contextlib.suppress(SmolrunError):  # such a run has to be trusted when it is resumed
-            text += f"{_SIGNATURE}{sign(_IN_CONFIG + text.encode())}\n"
-        _replace(self.config, text.encode())
+            content += f"# signature: {sign(_IN_CONFIG + content)}\n".encode()
+        _replace(self.config, content)
 
     def has_own_config(self) -> bool:
-        """Whether `write_config` of this account on this machine wrote config.yaml as it is."""
+        """Whether `write_config` of this account on this machine wrote config.yaml as it is.
+        SmolrunError if the account has no key."""
         try:
-            text, _, signature = self.config.read_text(encoding="utf-8").partition(_SIGNATURE)
-            return is_signed(_IN_CONFIG + text.encode(), signature.strip())
-        except (OSError, ValueError, SmolrunError):
+            content = read_bytes(self.config, MAX_YAML_BYTES)
+        except (OSError, ValueError):
             return False
+        found = _SIGNATURE.search(content)
+        signature = found[1].decode() if found else ""
+        return is_signed(_IN_CONFIG + _SIGNATURE.sub(b"", content), signature)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep how the run ended; what is not finite becomes null."""
@@ -175,7 +183,8 @@ class RunFolder:
     def driver(self) -> Driver:
         """What `write_driver` kept last; empty if there is nothing that can be read."""
         try:
-            return msgspec.json.decode((self.path / "driver.json").read_bytes(), type=Driver)
+            content = read_bytes(self.path / "driver.json", _MAX_BYTES)
+            return msgspec.json.decode(content, type=Driver)
         except (OSError, ValueError, RecursionError):
             return {}
 
@@ -189,9 +198,11 @@ class RunFolder:
         _replace(self.path / "remote.json", msgspec.json.encode(signed) + b"\n")
 
     def remote(self) -> dict[str, Any] | None:
-        """What `write_remote` kept; None if it was not this account on this machine."""
+        """What `write_remote` kept; None if it was not this account on this machine. SmolrunError
+        if the account has no key."""
         try:
-            found = msgspec.json.decode((self.path / "remote.json").read_bytes(), type=_Signed)
+            file = read_bytes(self.path / "remote.json", _MAX_BYTES)
+            found = msgspec.json.decode(file, type=_Signed)
             content = bytes(found.remote)
             if not is_signed(content, found.signature):
                 return None
@@ -209,6 +220,7 @@ class RunFolder:
         often it has been asked; OSError if that cannot be written, or the file is a link."""
         # Without O_NOFOLLOW (Windows) a link needs the rights of an administrator to be made.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        flags |= getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would block
         with os.fdopen(os.open(self._stop, flags, 0o666), "ab") as file:
             file.write(b"stop\n")
         return self.stop_requests()
@@ -233,19 +245,22 @@ class RunFolder:
                 return {}
         except OSError:
             pass  # one of them is not there
-        return _read_json(self.path / "summary.json")
+        return _read_json(self.path / "summary.json", MAX_SUMMARY_BYTES)
 
-    def link_outside(self) -> Path | None:
-        """Some link in the folder that leads out of it: writing and deleting must not follow it."""
+    def refuse_links_outside(self) -> None:
+        """CheckpointError for a link that leads out of the folder: writing and deleting must not
+        follow it."""
         real = self.path.resolve()
         for place, folders, files in os.walk(self.path):
             for path in (Path(place, name) for name in (*folders, *files)):
                 if is_link(path) and not path.resolve().is_relative_to(real):
-                    return path
+                    raise CheckpointError(
+                        f"{path} is a link to {os.path.realpath(path)}: outside of the run's own "
+                        "folder; delete it, or put what it leads to in its place"
+                    )
             if Path(place) == self.path / "wandb":
-                # W&B links its logs to its cache, in folders that nobody writes into again.
+                # W&B links its logs to its cache, in folders that are not written to again.
                 folders.clear()
-        return None
 
     def claim(self) -> bool:
         """Makes the run this process's alone; False if another living one has it."""
@@ -257,7 +272,7 @@ class RunFolder:
                     file.write(mine)
                 return True
             except FileExistsError:
-                if _is_alive(_read_json(lock)):
+                if _is_alive(_read_json(lock, _MAX_BYTES)):
                     return False
                 lock.unlink(missing_ok=True)  # of a driver that was killed
         return False
@@ -313,7 +328,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether what `_this_process` told of is still there, on this host."""
+    """Whether the process that `_this_process` described still runs on this host."""
     import psutil
 
     pid, created = process.get("pid"), process.get("process_created")
@@ -331,13 +346,16 @@ def _is_alive(process: Mapping[str, Any]) -> bool:
 def _replace(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or not there."""
     fresh = path.with_name(f".{path.name}.part")
-    fresh.write_bytes(content)
+    # What is there was left by a process that was killed, or is a link that came with the folder.
+    fresh.unlink(missing_ok=True)
+    with fresh.open("xb") as file:
+        file.write(content)
     os.replace(fresh, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """The object in a file; empty where there is none that can be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_bytes(path, max_bytes), type=dict[str, Any])
     except (OSError, ValueError, RecursionError):
         return {}

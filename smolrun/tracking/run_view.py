@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from smolrun.foreign_files import open_regular
 from smolrun.tracking.past_runs import State, look, state_of
 from smolrun.tracking.run_folder import Driver, RunFolder
 
@@ -110,14 +111,14 @@ def answer(request: Request) -> View:
 def read_on(path: Path, place: Place | None) -> Chunk:
     """The lines of a file from a place on, as many as one look may bring."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno())
             is_same = place is not None and place.file == found.st_ino
             is_fresh = place is None or not is_same or place.offset > found.st_size
             begin = max(0, found.st_size - _HISTORY_BYTES) if is_fresh else place.offset  # type: ignore[union-attr]
             file.seek(begin)
             data = file.read(_MOST_BYTES)
-    except OSError:
+    except (OSError, ValueError):
         return Chunk()
     # A line that is still being written waits, unless it is too long to be one of ours.
     end = data.rfind(b"\n") + 1 or (len(data) if len(data) == _MOST_BYTES else 0)

@@ -1,4 +1,4 @@
-"""Signs files of a run folder, so that a folder from somewhere else is told from one of our own.
+"""Signs files of a run folder, so that a folder from elsewhere is distinguished from our own.
 
 An HMAC-SHA256 with a key of this account on this machine, which lies outside `outputs/`: a run
 folder can be copied, unpacked from an archive, or written by others; the key stays here.
@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import os
 import secrets
-import time
 from pathlib import Path
 
 import platformdirs
@@ -18,7 +17,6 @@ import platformdirs
 from smolrun.errors import SmolrunError
 
 _KEY_BYTES = 32
-_WRITTEN_WITHIN_S = 2.0  # by another process, which has just created the file
 
 
 def sign(data: bytes) -> str:
@@ -34,24 +32,33 @@ def is_signed(data: bytes, signature: str) -> bool:
 def _key() -> bytes:
     path = platformdirs.user_config_path("smolrun") / "run_folders.key"
     try:
-        _create(path)
-        deadline = time.monotonic() + _WRITTEN_WITHIN_S
-        while len(key := path.read_bytes()) != _KEY_BYTES:
-            if time.monotonic() > deadline:
-                raise SmolrunError(f"{path} does not hold {_KEY_BYTES} bytes: delete it")
-            time.sleep(0.01)
-        return key
+        if not path.exists():
+            _create(path)
+        key = path.read_bytes()
     except OSError as error:
         what = f"{path}, the key that signs run folders, cannot be read or made: {error.strerror}"
         raise SmolrunError(what) from None
+    if len(key) != _KEY_BYTES:
+        what = f"{path}, the key that signs run folders, does not have {_KEY_BYTES} bytes"
+        raise SmolrunError(f"{what}: delete it")
+    return key
 
 
 def _create(path: Path) -> None:
-    """A new key, readable by this account only, unless there is one."""
+    """A new key, readable by this account only, complete or absent. One that another process
+    created meanwhile stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(handle, "wb") as file:
-        file.write(secrets.token_bytes(_KEY_BYTES))
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(fresh, path)  # unlike a rename it never replaces a file
+        except FileExistsError:
+            pass
+        except (OSError, NotImplementedError):  # a file system without hard links
+            os.rename(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from smolrun.foreign_files import (
     MAX_DEPTH,
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,
+    MAX_YAML_BYTES,
     LimitPassed,
     decode_json,
     read_json,
@@ -28,6 +31,7 @@ from smolrun.foreign_files import (
 from smolrun.models import huggingface, trained
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_view import Chunk, read_on
 
 KEYS: dict[str, Any] = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
 
@@ -57,6 +61,51 @@ def test_a_large_file_is_not_read_to_its_end(tmp_path: Path):
     tracemalloc.start()
     with pytest.raises(LimitPassed, match="16 MiB"):
         read_json(path)
+    assert tracemalloc.get_traced_memory()[1] < 3 * MAX_JSON_BYTES
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows")
+@pytest.mark.timeout(30)
+def test_a_fifo_and_a_device_are_refused_without_blocking(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("fifo", "device"):
+        with pytest.raises(LimitPassed, match="not a regular file"):
+            read_yaml(tmp_path / name)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 28)
+
+
+def fifo(path: Path) -> None:
+    if os.name != "posix":
+        pytest.skip("Windows")
+    os.mkfifo(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [sparse, fifo])
+def test_no_file_of_a_run_folder_blocks_or_fills_the_memory(
+    tmp_path: Path, make: Callable[[Path], None]
+):
+    folder = RunFolder(tmp_path)
+    names = ("driver.json", "summary.json", "remote.json", "driver.lock", "config.yaml")
+    for name in (*names, "metrics.jsonl", "driver.log"):
+        make(tmp_path / name)
+    tracemalloc.start()
+    run = look(folder)
+    assert (run.step, run.steps, run.state) == (None, None, "remote" if make is sparse else "died")
+    assert (folder.driver(), folder.summary(), folder.remote()) == ({}, {}, None)
+    assert not folder.has_own_config()
+    assert folder.claim(), "the lock of no living process"
+    if make is fifo:
+        assert read_on(folder.metrics, None) == read_on(folder.driver_log, None) == Chunk()
+        make(tmp_path / "stop")
+        with pytest.raises(OSError, match=r"(?i)device"):
+            folder.ask_to_stop()
     assert tracemalloc.get_traced_memory()[1] < 3 * MAX_JSON_BYTES
     tracemalloc.stop()
 
@@ -98,6 +147,20 @@ def test_a_bomb_in_a_cluster_file_is_named_before_anything_is_composed(
     file.write_text(f"# Machines at home\n{alias_bomb()}")
     with pytest.raises(ConfigError, match=r"home\.yaml: its aliases stand for"):
         compose(["cluster=home"])
+
+
+def test_large_yaml_that_is_no_choice_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for place, is_choice in (("a/b/c/d", False), ("a/b", True), ("a", True), (".", True)):
+        file = tmp_path / "conf" / place / "large.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("#" * (MAX_YAML_BYTES + 1))
+        if is_choice:
+            with pytest.raises(ConfigError, match=r"large\.yaml: larger than 1 MiB"):
+                compose([])
+            file.unlink()
+        else:
+            compose([])
 
 
 def model_folder(folder: Path, **files: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import platformdirs
@@ -47,12 +48,63 @@ def test_without_a_terminal_it_is_refused_and_nothing_runs(
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("answer", ["", "n", "yes!"])
-def test_anything_but_yes_is_a_no(ran: Path, monkeypatch: pytest.MonkeyPatch, answer: str):
+@pytest.mark.parametrize("answer", ["", "n", "yes!", EOFError])
+def test_anything_but_yes_is_a_no(ran: Path, monkeypatch: pytest.MonkeyPatch, answer: Any):
+    def respond(prompt: str) -> str:
+        if answer is EOFError:
+            raise EOFError
+        return answer
+
     monkeypatch.setattr(resume, "is_interactive", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+    monkeypatch.setattr("builtins.input", respond)
     assert run(ASK) == 2
     assert not ran.exists()
+
+
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(ran: Path, tmp_path: Path):
+    folder = RunFolder(Path("outputs") / RUN)
+    (tmp_path / "precious").write_text("all I have")
+    (folder.path / "metrics.jsonl").symlink_to(tmp_path / "precious")
+    before = folder.config.read_bytes()
+    assert run([*ASK, "checkpoint.trust_run_folder=true"]) == 2
+    assert folder.config.read_bytes() == before
+    assert (tmp_path / "precious").read_text() == "all I have"
+    assert not ran.exists()
+
+
+def test_a_damaged_key_is_named_in_the_question(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    key = tmp_path / "config" / "smolrun" / "run_folders.key"
+    key.parent.mkdir(parents=True)
+    key.touch()
+    assert run(ASK) == 2
+    assert f"{key}, the key that signs run folders" in capsys.readouterr().err
+
+
+def test_the_question_shows_all_that_is_run_or_connected_to():
+    host = {"ssh": "me@a", "python": "/x/python", "workdir": "/x", "env": {"LD_PRELOAD": "secret"}}
+    stored = {
+        "cluster": {"python": "/y", "workdir": "/z", "ssh_config": "s", "hosts": [{"name": "a"}]},
+        "model": {"target": "smolrun.models.mlp:build"},
+        "data": {"target": "smolrun.data.digits:load"},
+        "algorithm": {"target": ["smolrun"]},
+        "tracker": {"entity": "them"},
+    }
+    stored["cluster"]["hosts"].append(host)
+    assert set(resume._runs_or_connects(stored)) == {
+        'cluster.python = "/y"',
+        'cluster.workdir = "/z"',
+        'cluster.ssh_config = "s"',
+        'cluster.hosts[1].ssh = "me@a"',
+        'cluster.hosts[1].python = "/x/python"',
+        'cluster.hosts[1].workdir = "/x"',
+        'cluster.hosts[1].env = ["LD_PRELOAD"]',
+        'data.target = "smolrun.data.digits:load"',
+        'algorithm.target = ["smolrun"]',
+        'tracker.entity = "them"',
+    }
+    assert list(resume._runs_or_connects(resolved(compose(["model=mlp", "data=digits"])))) == []
 
 
 def test_a_yes_is_asked_for_once(ran: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ EXCUSED = {
     f"{GAP} has no program in it": "a broken wheel of uv; pip would refuse it",
     f"{GAP} wrote more than 64 MiB": "a command of ours that says very much",
     "the SSH connection was closed": "by ourselves",
-    f"tells of a run in {GAP}, which cannot be": "a host that answers with nonsense",
+    f"reported an invalid run folder {GAP}": "a host that answers with nonsense",
 }
 
 

@@ -21,7 +21,7 @@ from smolrun.tasks import attach, remote_driver, status, stop
 from smolrun.tasks.find_run import find_run, opened
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.run_view import Request
+from smolrun.tracking.run_view import Request, View
 from tests.launch.connection_here import ConnectionHere
 from tests.tasks.background import LONG
 from tests.waiting import until
@@ -194,7 +194,7 @@ def test_other_hosts_must_be_reached_from_there(
 @pytest.mark.parametrize("folder", ["/home/me/..", "/"])
 def test_a_host_does_not_choose_where_we_write(box: Box, folder: str) -> None:
     ready: Any = SimpleNamespace(argv=["python"], env={})
-    with pytest.raises(HostError, match="which cannot be"):
+    with pytest.raises(HostError, match="invalid run folder"):
         remote_driver._keep(configured(box), HostSpec("box", "me@box"), ready, folder, "code")
     assert list(Path.cwd().iterdir()) == []
 
@@ -229,6 +229,38 @@ def test_a_foreign_run_folder_connects_nowhere_and_runs_nothing(
     assert raised.value.host == folder.run_id
     assert status.drive(asked("status")) == 0
     assert not ran.exists()
+
+
+def test_without_a_key_the_run_is_unreachable_and_the_key_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
+    folder = foreign("00" * 32, "ssh_config")
+    (tmp_path / "config" / "smolrun" / "run_folders.key").write_bytes(b"")
+    with pytest.raises(HostError, match=r"run_folders\.key") as raised:
+        attach.drive(asked("attach", folder.run_id))
+    assert raised.value.host == folder.run_id
+    assert status.drive(asked("status")) == 0
+    assert f"{folder.run_id}  unreachable" in capsys.readouterr().out
+
+
+def test_each_file_that_is_brought_back_has_its_own_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, int] = {}
+
+    def get(path: str, target: Path, *, most_bytes: int) -> None:
+        limits[target.name] = most_bytes
+
+    monkeypatch.setattr(remote_driver, "clear_all", lambda *_: None)
+    spec = HostSpec("box", "me@box")
+    remote = remote_driver._Remote(spec, None, 5.0, "/x", "python", {}, "driver-x")
+    machine: Any = SimpleNamespace(name="box", get=get)
+    question = remote_driver.Question(RunFolder(tmp_path), remote)
+    question._bring_back(machine, View(state="done", summary={"status": "done"}))
+    assert list(limits) == ["metrics.jsonl", "driver.log", "summary.json"]
+    assert limits["summary.json"] < limits["driver.log"] < limits["metrics.jsonl"]
 
 
 def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import platformdirs
 import pytest
 
+from smolrun.errors import SmolrunError
 from smolrun.tracking.run_folder import RunFolder, run_id
 
 NOW = datetime(2026, 1, 31, 14, 25, 1)
@@ -155,4 +156,29 @@ def test_an_account_without_a_key_writes_runs_that_are_not_its_own(
     folder = RunFolder(tmp_path)
     folder.write_config("seed: 0\n")
     assert folder.config.read_text() == "seed: 0\n"
+    with pytest.raises(SmolrunError, match=r"run_folders\.key"):
+        folder.has_own_config()
+
+
+@pytest.mark.parametrize("last", ["a # signature: b", "a\n# signature: " + "0" * 64, ""])
+def test_only_the_last_line_is_a_signature(tmp_path: Path, last: str) -> None:
+    folder = RunFolder(tmp_path)
+    config = {"training": {"sample_prompt": "# signature: " + "0" * 64}, "z": last}
+    for _ in range(2):
+        folder.write_config(msgspec.yaml.encode(config).decode())
+        assert msgspec.yaml.decode(folder.config.read_bytes()) == config
+        assert folder.has_own_config()
+    with folder.config.open("a") as file:
+        file.write("seed: 1\n")
     assert not folder.has_own_config()
+
+
+def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("all I have")
+    (folder.path / ".config.yaml.part").symlink_to(precious)
+    folder.write_config("seed: 0\n")
+    assert precious.read_text() == "all I have"
+    assert not folder.config.is_symlink() and folder.has_own_config()
