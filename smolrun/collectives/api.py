@@ -5,8 +5,11 @@ mesh.
     Collectives(mesh, [0, 2], name="even")    another group, independent of all others
 
 Every rank of a group must call the same operations of it in the same order, as with
-torch.distributed; where ranks do not, they get CollectiveMismatch. Each operation picks its
-schedule by numbers that all ranks share."""
+torch.distributed. A rank that receives anything of another operation, or of the same one with
+another `op` or `root`, raises CollectiveMismatch; ranks that all wait for each other's first
+message, WaitTimeout. Tensors of other shapes are a ProtocolError; those of equal dtype and shape
+are told apart only where a caller passes `fingerprint=`. Each operation picks its schedule by
+numbers that all ranks share."""
 
 from __future__ import annotations
 
@@ -65,9 +68,9 @@ class Collectives:
         self._chains = Chains(mesh, self.ranks)
 
     def fingerprint(self, what: str, hint: str = "") -> int:
-        """What tells the operation `what` of this group from others; a rank that will meet it on
-        another one must have asked for it too, to know what it is called. `hint` says what to do
-        where ranks run different ones."""
+        """The number, 32 bits, that frames of the operation `what` of this group carry, so that
+        ranks which run different ones get an error; it names those that its rank has registered
+        by this method. `hint` is the error's advice."""
         if what not in self._fingerprints:
             group = "" if self.name == DEFAULT_GROUP else f" of group {self.name!r}"
             self._fingerprints[what] = self.mesh.fingerprints.register(
@@ -87,7 +90,7 @@ class Collectives:
         fold = "sum" if op == "mean" else op
         schedule = ring_all_reduce(self.index, self.size)
         return self._run(
-            "all_reduce",
+            f"all_reduce {op}",
             schedule,
             chunks,
             chunks,
@@ -111,7 +114,8 @@ class Collectives:
             self._mean_of(tensor, op)()
 
         schedule = direct_all_gather(self.index, self.size)
-        return self._run("all_reduce", schedule, outgoing, incoming, async_op, finish=add_up)
+        name = f"all_reduce {op}"
+        return self._run(name, schedule, outgoing, incoming, async_op, finish=add_up)
 
     def reduce_scatter(
         self,
@@ -170,9 +174,8 @@ class Collectives:
     def broadcast(self, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
         """Copies the tensor of rank `root` (counted within the group) to all."""
         chunks = Chunks(tensor, [(0, tensor.numel())])
-        return self._run(
-            "broadcast", tree_broadcast(self.index, self.size, root), chunks, chunks, async_op
-        )
+        schedule = tree_broadcast(self.index, self.size, root)
+        return self._run(f"broadcast from {root}", schedule, chunks, chunks, async_op)
 
     def gather(
         self,
@@ -192,9 +195,8 @@ class Collectives:
             self._check_sizes("gather", output.numel(), self.size * tensor.numel())
             output.detach().view(self.size, -1)[root] = tensor.detach().reshape(-1)
             outgoing = incoming = Chunks(output, even_ranges(output.numel(), self.size))
-        return self._run(
-            "gather", star_gather(self.index, self.size, root), outgoing, incoming, async_op
-        )
+        schedule = star_gather(self.index, self.size, root)
+        return self._run(f"gather to {root}", schedule, outgoing, incoming, async_op)
 
     def scatter(
         self,
@@ -214,9 +216,8 @@ class Collectives:
             self._check_sizes("scatter", tensor.numel(), self.size * output.numel())
             output.detach().reshape(-1).copy_(tensor.detach().view(self.size, -1)[root])
             outgoing = incoming = Chunks(tensor, even_ranges(tensor.numel(), self.size))
-        return self._run(
-            "scatter", star_scatter(self.index, self.size, root), outgoing, incoming, async_op
-        )
+        schedule = star_scatter(self.index, self.size, root)
+        return self._run(f"scatter from {root}", schedule, outgoing, incoming, async_op)
 
     def all_to_all(
         self,
@@ -272,6 +273,7 @@ class Collectives:
     ) -> Work:
         tag = self._operations.take()
         what = self.fingerprint(name) if fingerprint is None else fingerprint
+        function = name.partition(" ")[0]  # without its op or root
 
         def start(work: Work) -> None:
             def done() -> None:
@@ -282,7 +284,7 @@ class Collectives:
             self.mesh.begin_operation(tag, what)
             Run(self.mesh, self.ranks, tag, schedule, outgoing, incoming, done, op=op).start()
 
-        work = self.mesh.submit(f"{name} {tag.operation} of group {self.name!r}", start)
+        work = self.mesh.submit(f"{function} {tag.operation} of group {self.name!r}", start)
         if not async_op:
             work.wait()
         return work

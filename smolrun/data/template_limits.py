@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
-from inspect import isgenerator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from string import Formatter
 from typing import Any
 
 from jinja2 import Template, nodes
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from smolrun.foreign_files import LimitPassed
@@ -25,9 +27,12 @@ MAX_WORK = 10_000_000  # about characters; a turn of a loop counts 50 and what s
 MAX_TEMPLATE = 1_000_000  # the longest that are in use have 30,000
 _TURN = 50
 _MAX_NUMBER = 100_000  # widths, repetitions; jinja's own limit for range()
-_WIDTH = re.compile(r"\d{5,}|\*")  # in a format
+# Widths of a format that are large, or arguments.
+_WIDTHS = {"%": re.compile(r"\d{5,}|\*"), "{": re.compile(r"\d{5,}|\{")}
 _ARITHMETIC = ("+", "-", "/", "//", "%")
-_MULTIPLY = ("replace", "join", "indent", "tojson", "expandtabs", "format", "format_map")
+_FORMATS = ("%", "format", "format_map")
+_MULTIPLY = ("indent", "tojson", "expandtabs")
+_REFER = ("length", "count", "first", "last")  # they make nothing, however large their argument
 
 
 class _Turns(NodeTransformer):
@@ -106,9 +111,15 @@ class LimitedTemplate:
     def _filter(self, name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(apply)  # keeps the mark of a filter that gets the context first
         def charged(*args: Any, **kwargs: Any) -> Any:
+            at = int(hasattr(apply, "jinja_pass_arg"))
+            if name in _REFER and not _is_lazy(args[at]):
+                self._charge(_TURN)
+                return apply(*args, **kwargs)
             args = _listed(args)
-            value, *others = args[1:] if hasattr(apply, "jinja_pass_arg") else args
-            _refuse_growth(name, value, (*others, *kwargs.values()))
+            # As replace takes them, if it gets them by name: old, new, count.
+            named = [kwargs[key] for key in sorted(kwargs, reverse=True)]
+            is_percent = name == "format" and isinstance(args[at], str)  # unlike str.format
+            _refuse_growth("%" if is_percent else name, args[at], (*args[at + 1 :], *named))
             self._charge(_size(args) + _size(tuple(kwargs.values())))
             return self._printed(apply(*args, **kwargs))
 
@@ -131,20 +142,44 @@ def _refuse_growth(name: str, value: Any, others: tuple[Any, ...]) -> None:
         size = _size(value) * sum(numbers)
     elif name == "*" and numbers and isinstance(value, int):
         size = value.bit_length() * numbers[0].bit_length()
+    elif name == "replace" and len(others) > 1:
+        old, new, *_ = others
+        times = _size(value) // max(1, len(old) if isinstance(old, str) else 1) + 1
+        size = _size(value) + times * _size(new)
+    elif name == "join":
+        lengths = [len(item) for item in (value, *others) if isinstance(item, Collection)]
+        size = _size([value, *others]) + math.prod(lengths)
+    elif name in _FORMATS and isinstance(value, str):
+        widest = max(map(int, re.findall(r"\d{1,5}", value)), default=0)
+        fields = value.count("%" if name == "%" else "{")
+        size = _size(value) + fields * (widest + _size(others))
+    elif name == "format":
+        raise LimitPassed("format of what is not text")
     elif name == "*" or name in _MULTIPLY:
         # Every text by every other and by every count: more than any of these makes.
         factors = [item if isinstance(item, int) else _size(item) for item in (value, *others)]
         size = math.prod(max(1, abs(factor)) for factor in factors)
     elif name not in _ARITHMETIC and any(number > _MAX_NUMBER for number in numbers):
         raise LimitPassed(f"{name} by more than {_MAX_NUMBER:,}")
-    is_format = name in ("%", "format", "format_map") and isinstance(value, str)
-    if size > MAX_WORK or (is_format and _WIDTH.search(value)):
+    if size > MAX_WORK or (name in _FORMATS and isinstance(value, str) and _is_wide(name, value)):
         raise LimitPassed(f"what {name} makes is larger than {MAX_WORK:,} characters")
 
 
+def _is_wide(name: str, text: str) -> bool:
+    """Whether a format may make a value longer than a few thousand characters by padding it."""
+    if name == "%":
+        return bool(_WIDTHS["%"].search(text))
+    return any(_WIDTHS["{"].search(spec or "") for _, _, spec, _ in Formatter().parse(text))
+
+
 def _listed(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lists for generators, whose size is not known."""
-    return tuple(list(item) if isgenerator(item) else item for item in args)
+    """Lists for iterators, whose size is not known."""
+    return tuple(list(item) if _is_lazy(item) else item for item in args)
+
+
+def _is_lazy(value: Any) -> bool:
+    """Whether it makes its items when they are taken, as what most filters return."""
+    return isinstance(value, Iterator) and not isinstance(value, LoopContext)
 
 
 def _size(value: Any) -> int:
@@ -152,14 +187,14 @@ def _size(value: Any) -> int:
     total, level = 0, [value]
     while level and total <= MAX_WORK:
         item = level.pop()
-        if isinstance(item, str):
+        if isinstance(item, str | bytes | range):
             total += len(item)
         elif isinstance(item, Mapping):
             level += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set):
+        elif isinstance(item, Collection):
             level += item
-        elif isinstance(item, range):
-            total += len(item)
+        elif isinstance(item, Namespace):
+            level.append(item._Namespace__attrs)  # str() shows them
         elif isinstance(item, int):
             total += item.bit_length() // 8
         total += 1

@@ -11,10 +11,11 @@ silent for a moment."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
-from smolrun.errors import BROKE_PROTOCOL, PeerLost, ProtocolError
+from smolrun.errors import BROKE_PROTOCOL, CollectiveMismatch, PeerLost, ProtocolError
 from smolrun.mesh.door import Door
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.guards import Guard
@@ -132,6 +133,17 @@ class ElasticMesh(TcpMesh):
         return not peer.is_closed  # one that said goodbye must come to its end too
 
     # -- posting ----
+
+    def begin_operation(self, tag: Tag, fingerprint: int) -> None:
+        """See Mesh; a peer that runs another operation under this tag is lost instead."""
+        try:
+            super().begin_operation(tag, fingerprint)
+        except CollectiveMismatch as error:
+            self.fingerprints.forget(tag)
+            super().begin_operation(tag, fingerprint)
+            (peer,) = set(error.ranks) - {self.rank}
+            # Posted: a loss fails every pending collective, and this one may not need the peer.
+            self.post(functools.partial(self._lost, peer, str(error)))
 
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
         """See Mesh; PeerLost if the peer is not here."""

@@ -111,6 +111,10 @@ class Fingerprints:
         if len(self._running) > _REMEMBERED:
             self._running.popitem(last=False)
 
+    def forget(self, tag: Tag) -> None:
+        """Makes the next `check` of this operation the first one."""
+        self._running.pop((tag.stream, tag.operation), None)
+
     def of(self, tag: Tag) -> int:
         """The fingerprint to send along with a tensor, or with the grant of one."""
         return self._running.get((tag.stream, tag.operation), (0, 0))[1]

@@ -226,6 +226,29 @@ def test_every_pair_of_different_operations_is_found(
             assert len(set(error.operations)) == 2
 
 
+ARGUMENTS: dict[str, Callable[[Collectives, int], object]] = {
+    "op": lambda c, i: c.all_reduce(torch.ones(5), ("sum", "max")[i]),
+    "mean": lambda c, i: c.all_reduce(torch.ones(100_000), ("sum", "mean")[i]),
+    "broadcast": lambda c, i: c.broadcast(torch.ones(5), i),
+    "gather": lambda c, i: c.gather(torch.ones(c.size * 5), torch.ones(5), i),
+    "scatter": lambda c, i: c.scatter(torch.ones(5), torch.ones(c.size * 5), i),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "memory") for name in ARGUMENTS), ("op", "tcp"), ("mean", "tcp")]
+)
+def test_another_op_or_root_is_found(name: str, kind: str) -> None:
+    def rank_main(mesh: Mesh) -> None:
+        collectives = Collectives(mesh)
+        ARGUMENTS[name](collectives, min(mesh.rank, 1))
+        collectives.barrier()
+
+    for error in mismatches(2, rank_main, kind):
+        assert error.ranks == (0, 1)
+        assert len(set(error.operations)) == 2
+
+
 @KINDS
 def test_one_name_with_other_ranks_is_found(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:

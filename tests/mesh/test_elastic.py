@@ -12,8 +12,10 @@ import torch
 from smolrun.collectives.api import Collectives
 from smolrun.errors import MeshClosed, PeerLost, WaitTimeout
 from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.streams import stream_of
 from smolrun.testing import run_ranks
 from smolrun.wire.frame import Tag
+from smolrun.wire.tensor import payload_of
 from tests.mesh.star import LARGE, SMALL, die, exchange, fall_silent, star
 from tests.waiting import until
 
@@ -175,6 +177,29 @@ def test_a_peer_that_breaks_the_protocol_is_lost_alone(kind: str) -> None:
         with pytest.raises(PeerLost, match="different operations"):
             work.wait(20)
         exchange(made.server, good)
+
+
+def test_a_peer_that_sends_to_a_group_of_others_is_lost_alone() -> None:
+    """It says ahead of time that the next operation of the server's own group is another one."""
+    with star(3) as made:
+        bad, good = made.join(1), made.join(2)
+        alone = Collectives(made.server, [0])
+        alone.barrier()
+        tag = Tag(stream_of(alone.name), 1, 0)
+
+        def claim(work: Work) -> None:
+            bad.begin_operation(tag, 12345)
+            bad.post_send(0, tag, payload_of(torch.ones(3)), lambda: bad.finish(work))
+
+        bad.submit("claim", claim, 0).wait(20)
+        until(lambda: made.server._peers[1].inbox.has_mail(tag))
+        alone.barrier()
+        until(lambda: made.server.present == {2})
+        rank, _, reason = made.news[-1]
+        assert rank == 1 and "rank 0 runs barrier of group 'ranks [0]'" in reason
+        alone.barrier()
+        exchange(made.server, good)
+        assert made.server.failure is None
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp"])
