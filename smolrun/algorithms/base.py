@@ -47,12 +47,14 @@ from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
-from smolrun.parts.replicas import copy_from, persistent_buffers
+from smolrun.parts.replicas import Contents, contents, copy_from, persistent_buffers
 
 # What random numbers are drawn for: the first word of their seed. What a forward draws follows from
 # its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
 # ranks, so replicas stay equal.
 FORWARD, UPDATE = 0, 1
+
+_COMPARED_STEPS = 3  # at first, in which the bytes of buffers are compared
 
 __all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "Share", "StepResult"]
 
@@ -80,6 +82,8 @@ class Algorithm(ABC):
         self._wait_s = 0.0
         self._norms: dict[str, dict[str, float]] | None = None
         self._changed_buffer = ""  # by a forward of this rank
+        self._steps_compared = 0
+        self.buffers_change = False  # by a forward of any rank; equal on all, and saved
 
     # -- what a trainer calls ----
 
@@ -108,8 +112,7 @@ class Algorithm(ABC):
         with self._computing():
             facts = self.watched_forward_backward(micro_batches)
         facts["samples"] = sum(len(batch.inputs) for batch in micro_batches)
-        # Only who has samples: others may have run the model on one that does not count.
-        facts["changed_buffer"] = float(bool(self._changed_buffer and facts["samples"]))
+        facts["changed_buffer"] = float(bool(self._changed_buffer))
         facts["compute_s"] = self._compute_s
         facts["wants_stop"] = float(self.wants_stop)
         self.in_flight.append(self.synchronize(facts))
@@ -254,24 +257,36 @@ class Algorithm(ABC):
     def watched_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """`forward_backward`; and it notes whether one has ever changed a buffer that is saved
         (running statistics). ConfigError where the ranks could not share it."""
-        if self._changed_buffer:
+        if self._changed_buffer or not any(len(batch.inputs) for batch in micro_batches):
             return self.forward_backward(micro_batches)
-        before = _copies(persistent_buffers(self.model))
+        # Not for ever: masks and frozen weights may be large.
+        by_bytes = self._steps_compared < _COMPARED_STEPS
+        self._steps_compared += 1
+        buffers = persistent_buffers(self.model)
+        before = contents(buffers, by_bytes=by_bytes)
         facts = self.forward_backward(micro_batches)
-        self._note_changes(before, persistent_buffers(self.model))
+        self._note_changes(before, contents(persistent_buffers(self.model), by_bytes=by_bytes))
         return facts
 
     def try_out(self, batch: Batch) -> None:
         """Runs the model once, as in training, and changes nothing. Raises what the first batch
         would raise: for a rank whose workers are started again and again when they fail."""
         before = persistent_buffers(self.model)
-        after = _copies(before)  # functional_call leaves the changed ones here
-        self._answer(batch, lambda inputs: functional_call(self.model, after, (inputs,)))
-        self._note_changes(before, after)
+        # functional_call leaves the changed ones here.
+        copies = {name: buffer.detach().clone() for name, buffer in before.items()}
+        self._answer(batch, lambda inputs: functional_call(self.model, copies, (inputs,)))
+        after = {**persistent_buffers(self.model), **copies}
+        self._note_changes(contents(before, by_bytes=True), contents(after, by_bytes=True))
 
-    def _note_changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        same = {name for name in before if torch.equal(after[name], before[name])}
-        self._changed_buffer = next((name for name in after if name not in same), "")
+    def _note_changes(self, before: Mapping[str, Contents], after: Mapping[str, Contents]) -> None:
+        for name in (*before, *after):
+            if not (name in before and name in after and before[name].layout == after[name].layout):
+                raise ConfigError(
+                    f"the model's forward made, removed or reshaped its buffer {name!r}, so no "
+                    "checkpoint would fit the model: register it in the constructor, of the shape "
+                    "and type that it keeps, or with persistent=False"
+                )
+        self._changed_buffer = next((name for name in after if after[name] != before[name]), "")
         if self._changed_buffer and not self.is_lockstep and self.context.mesh.world_size > 1:
             raise ConfigError(
                 f"the model's forward changes its buffer {self._changed_buffer!r}, which ranks can "
@@ -285,9 +300,11 @@ class Algorithm(ABC):
         """Where forward changes buffers, all ranks take those of the first rank that has trained,
         after every update: as DDP does before every forward. So an evaluation is that of the model
         that is saved, and nothing depends on when a run evaluates or saves. A mean would."""
-        if self.collectives.size > 1 and any(facts["changed_buffer"]):
-            first = next(index for index, changed in enumerate(facts["changed_buffer"]) if changed)
-            copy_from(self.collectives, first, list(persistent_buffers(self.model).values()))
+        self.buffers_change |= any(facts["changed_buffer"])
+        if self.collectives.size > 1 and self.buffers_change and self.is_lockstep:
+            first = next((rank for rank, count in enumerate(facts["samples"]) if count), 0)
+            buffers = list(persistent_buffers(self.model).values())
+            copy_from(self.collectives, first, buffers, wait=self.wait)
 
     def wait(self, work: Work) -> None:
         """Waits for work and counts the time."""
@@ -354,7 +371,3 @@ class Algorithm(ABC):
         )
         self._compute_s = self._wait_s = 0.0
         return result
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}

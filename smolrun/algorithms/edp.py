@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.algorithms.base import UPDATE, Algorithm, Context, InFlight
 from smolrun.algorithms.contract import NOTHING, EvalSums, Part, Share, StepResult
 from smolrun.algorithms.edp_worker import EDP, SERVER, EDPWorker
 from smolrun.checkpoints.reader import Checkpoint
@@ -133,6 +133,7 @@ class EDPServer(EDP):
             # the gradient's own length.
             rate = self.context.learning_rate(self.steps_begun) * self._damping(age)
             flight = InFlight(self.steps_begun, torch.empty(0), [])
+            self.context.reseed(UPDATE, self.tickets.num_done)
             norm = self.update(flight, facts.weight, rate)
         if rank == SERVER:
             self.loss_scale.update(was_finite=norm is not None)

@@ -52,14 +52,14 @@ class EDP(Algorithm):
         for flat in self.gradients:
             flat.zero_()
         with self._computing():
-            told = self.watched_forward_backward(micro_batches)
+            facts = self.watched_forward_backward(micro_batches)
         if self.loss_scale.value != 1.0:
             for flat in self.gradients:
                 flat.div_(self.loss_scale.value)
         samples = sum(len(batch.inputs) for batch in micro_batches)
         self._samples += samples
         return Facts(
-            ticket, version, told["loss_sum"], told["weight"], samples, float(self.wants_stop)
+            ticket, version, facts["loss_sum"], facts["weight"], samples, float(self.wants_stop)
         )
 
     def result(self, step: int, sums: Sums, events: Sequence[Event] = ()) -> StepResult:

@@ -280,13 +280,21 @@ class ParameterShards(GradientShards):
         return persistent_buffers(self.model)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """As stage 2; afterwards no layer is whole."""
+        """As stage 2; afterwards no layer is whole, and samples that do not count have changed no
+        buffer."""
+        self._before_empty: dict[str, Tensor] = {}
         facts = super().forward_backward(micro_batches)
         self.whole.free()
+        for name, buffer in persistent_buffers(self.model).items():
+            if name in self._before_empty:  # through .data: no change for torch's count of them
+                buffer.data.copy_(self._before_empty[name])
         return facts
 
     def one_micro_batch(self, batch: Batch) -> dict[str, float]:
         """A rank without samples runs the model too, as it must take part in the gathering."""
+        if not len(batch.inputs) and not self._before_empty:  # a rank's empty ones come last
+            buffers = persistent_buffers(self.model).items()
+            self._before_empty = {name: buffer.detach().clone() for name, buffer in buffers}
         with self.whole.one_pass():
             return super().one_micro_batch(never_empty(batch))
 

@@ -74,6 +74,7 @@ def state(algorithm: Algorithm) -> dict[str, Any]:
         "steps_begun": algorithm.steps_begun,
         "in_flight": [flight.step for flight in algorithm.in_flight],
         "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+        "buffers_change": algorithm.buffers_change,
     }
 
 
@@ -107,6 +108,7 @@ def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping
     algorithm.loss_scale.value = state["loss_scale"]["value"]
     algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
     algorithm.steps_begun = state["steps_begun"]
+    algorithm.buffers_change = state.get("buffers_change", False)  # older checkpoints: not known
     # Fewer is right too: a run that came to its end has applied them all.
     if len(state["in_flight"]) > algorithm.context.staleness:
         raise CheckpointError(
@@ -137,17 +139,18 @@ def _flight_tensors(
 def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
     """The facts of a flight for `size` ranks, which need not be as many as wrote them.
 
-    Only sums, "all were finite" and who changes buffers matter now: who was slow, or asked to stop,
-    was another run.
+    Only sums, "all were finite", whether forward changes buffers and whose are taken matter now:
+    who was slow, or asked to stop, was another run.
     """
     table = torch.zeros((size, len(FACTS)), dtype=torch.float64)
-    columns = {name: saved[:, FACTS.index(name)] for name in ("loss_sum", "weight", "is_finite")}
+    # Older checkpoints do not have the last column, changed_buffer.
+    before, now = (dict(zip(FACTS, facts.T, strict=False)) for facts in (saved, table))
     for name in ("loss_sum", "weight"):
-        table[0, FACTS.index(name)] = columns[name].sum()
-    table[:, FACTS.index("is_finite")] = columns["is_finite"].min()
-    # The last fact: checkpoints from before it was known have no such column, then this is empty.
-    changed = saved[:, FACTS.index("changed_buffer") :].flatten()
-    table[: len(changed), -1] = changed if len(changed) == size else changed[:1]
+        now[name][0] = before[name].sum()
+    now["is_finite"][:] = before["is_finite"].min()
+    now["changed_buffer"][:] = before.get("changed_buffer", torch.zeros(1)).max()
+    both = min(len(saved), size)
+    now["samples"][:both] = before["samples"][:both]
     return table
 
 

@@ -4,11 +4,13 @@ first step or whenever they may have drifted apart; and buffers that forward cha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from smolrun.collectives.api import Collectives
+from smolrun.mesh.mesh import Work
 from smolrun.wire.tensor import as_bytes
 
 _DIGEST_BYTES = 16
@@ -48,11 +50,40 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def copy_from(collectives: Collectives, root: int, tensors: list[torch.Tensor]) -> None:
+class Contents(NamedTuple):
+    """What to compare of a tensor: its shape and type, and its bytes or where and which it is."""
+
+    layout: tuple[torch.Size, torch.dtype]
+    values: bytes | tuple[int, int]
+
+
+def contents(tensors: Mapping[str, torch.Tensor], *, by_bytes: bool) -> dict[str, Contents]:
+    """Equal for a tensor before and after a function that has not changed it. By bytes it is exact
+    (also of NaN, which torch.equal calls unequal) and costs a copy. Otherwise its address and
+    torch's count of in-place changes, which some kernels do not raise; keep the tensors meanwhile,
+    or others may get their addresses."""
+    return {
+        name: Contents(
+            (tensor.shape, tensor.dtype),
+            as_bytes(tensor.detach().cpu().contiguous()).tobytes()
+            if by_bytes
+            else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def copy_from(
+    collectives: Collectives,
+    root: int,
+    tensors: list[torch.Tensor],
+    *,
+    wait: Callable[[Work], None],
+) -> None:
     """Copies the tensors of rank `root` (within the group) to all, in one message; collective."""
     host = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors]
     flat = torch.cat([values.view(torch.uint8) for values in host])
-    collectives.broadcast(flat, root)
+    wait(collectives.broadcast(flat, root, async_op=True))
     if collectives.index == root:
         return
     for tensor, part in zip(tensors, flat.split([values.nbytes for values in host]), strict=True):

@@ -65,8 +65,9 @@ class Balancer:
 
     def heard(self, samples: Sequence[int], compute_s: Sequence[float]) -> Change | None:
         """One step of all ranks; a change if it is time for one, and worth it."""
-        # A step of other shares, which was under way when these began, says nothing about them.
-        if tuple(samples) != self.counts:
+        # A step of other shares, which was under way when these began, says nothing about them;
+        # nor does one that was in flight in a checkpoint, whose times are not kept.
+        if tuple(samples) != self.counts or not any(compute_s):
             return None
         self._times_s.append(compute_s)
         if len(self._times_s) < self._window:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from smolrun.algorithms.base import UPDATE
 from smolrun.algorithms.edp import EDPServer
 from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
@@ -65,6 +66,13 @@ def test_random_draws_belong_to_the_ticket(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(worlds.MODELS, "noisy", worlds.Noisy)
     seen = run(3, "noisy", more={"reseed": worlds.reseed})[0]
     assert_is_its_log(seen, "noisy", 2)
+
+
+def test_every_update_is_seeded_from_its_number() -> None:
+    words: list[tuple[int, ...]] = []
+    seen = run(3, "mlp", steps=3, more={"reseed": lambda *found: words.append(found)})
+    updates = [number for kind, number in words if kind == UPDATE]
+    assert updates == list(range(len(seen[0].pushes)))
 
 
 def test_the_replay_can_tell_another_order() -> None:

@@ -3,6 +3,7 @@ trained; where ranks cannot share them the model is refused."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from smolrun.algorithms import base
+from smolrun.algorithms.base import Algorithm
 from smolrun.algorithms.edp_worker import EDP
 from smolrun.errors import ConfigError
-from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.placement import plan_batches
+from smolrun.parts.replicas import contents
 from smolrun.testing import run_ranks
 from tests.algorithms import parameter_server as ps
 from tests.algorithms import worlds
@@ -102,16 +106,114 @@ def test_alone_nothing_has_to_be_shared() -> None:
     assert torch.equal(trace.parameters["mean"], reference.parameters["mean"])
 
 
-def test_a_buffer_that_the_first_forward_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_do_not_count_change_no_buffer() -> None:
+    """Rank 0, whose buffers are taken, has one sample, and then two micro-batches without any."""
+    keys: dict[str, Any] = {"steps": 3, "micro_batch_size": 2, "speeds": [1.0, 5.0, 5.0]}
+    expected = worlds.train("fsdp", "running", 3, overrides={"stage": 2}, **keys)[0]
+    found = worlds.train("fsdp", "running", 3, overrides={"stage": 3}, **keys)[0]
+    assert found.parameters["batch_norm.num_batches_tracked"] == 3
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value, msg=name)
+    assert found.eval is not None and expected.eval is not None
+    assert found.eval.loss == pytest.approx(expected.eval.loss)
+
+
+class Seldom(worlds.TinyLanguageModel):
+    """Changes its buffer for some samples only, so not on every rank and not in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.training and int(tokens[0, 0]) < 5:
+            self.seen += tokens.double().mean()
+        return super().forward(tokens) * (1 + 0.01 * self.seen)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_run_is_exact_where_a_buffer_changes_seldom(
+    tmp_path: Path, staleness: int
+) -> None:
+    keys: dict[str, Any] = {"staleness": staleness, "model": Seldom}
+    whole, hashes = run_part(tmp_path / "a", "classicdp", 3, until=9, **keys)
+    assert len(set(hashes)) == 1
+    for at in (4, 6):
+        first, _ = run_part(tmp_path / str(at), "classicdp", 3, until=at, **keys)
+        second, again = run_part(tmp_path / str(at), "classicdp", 3, until=9, resume=first, **keys)
+        assert again == hashes
+        assert same(whole, second)
+
+
+def test_a_buffer_that_changes_late_is_seen_without_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Late(worlds.TinyLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((3,), math.nan))
+            self.register_buffer("total", torch.zeros(()))
+            self.forwards = 0
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            self.forwards += self.training
+            if self.forwards > 12:
+                self.total += tokens.double().mean()
+            return super().forward(tokens)
+
+    copied: list[bool] = []
+
+    def recorded(tensors: Any, *, by_bytes: bool) -> Any:
+        copied.append(by_bytes)
+        return contents(tensors, by_bytes=by_bytes)
+
+    monkeypatch.setattr(base, "contents", recorded)
+    monkeypatch.setitem(worlds.MODELS, "late", Late)
+    traces = worlds.train("classicdp", "late", 2, steps=8)
+    assert traces[0].hashes == traces[1].hashes
+    assert traces[0].parameters["total"] > 0
+    assert sum(copied) < len(copied), "large buffers are not copied for ever"
+
+
+def test_waiting_for_buffers_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    wait = Algorithm.wait
+
+    def recorded(self: Algorithm, work: Work) -> None:
+        counted.append(work.label)
+        wait(self, work)
+
+    monkeypatch.setattr(Algorithm, "wait", recorded)
+    worlds.train("classicdp", "running", 2, steps=2)
+    assert len([label for label in counted if "broadcast" in label]) == 2 * 2
+
+
+def test_a_buffer_that_forward_makes_or_removes_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Lazy(worlds.TinyLanguageModel):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             if not hasattr(self, "first"):
                 self.register_buffer("first", tokens[0].clone())
             return super().forward(tokens)
 
-    monkeypatch.setitem(worlds.MODELS, "lazy", Lazy)
-    traces = worlds.train("classicdp", "lazy", 2, steps=2)
-    assert traces[0].hashes == traces[1].hashes
+    class Once(worlds.TinyLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("first", torch.zeros(()))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if hasattr(self, "first"):
+                del self.first
+            return super().forward(tokens)
+
+    for model in (Lazy, Once):
+        monkeypatch.setitem(worlds.MODELS, "other", model)
+        with pytest.raises(ConfigError, match=r"'first'.* in the constructor"):
+            worlds.train("single", "other", 1, steps=2)
+    # A rank without samples waits for none that it has not.
+    with pytest.raises(ConfigError, match="'first'"):
+        worlds.train("classicdp", "other", 2, steps=2, speeds=[1.0, 0.0])
 
 
 def test_edp_refuses_them_by_name() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from smolrun.collectives.api import Collectives
-from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.replicas import (
+    contents,
     copy_from,
     first_difference,
     gather_hashes,
@@ -88,8 +90,23 @@ def test_one_ranks_tensors_are_copied_to_all_whatever_their_types() -> None:
 
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
         own = [value.clone() if mesh.rank == 1 else torch.zeros_like(value) for value in values]
-        copy_from(Collectives(mesh), 1, own)
+        copy_from(Collectives(mesh), 1, own, wait=Work.wait)
         return own
 
     for copied in run_ranks(3, rank_main):
         assert all(torch.equal(a, b) for a, b in zip(copied, values, strict=True))
+
+
+@pytest.mark.parametrize("by_bytes", [True, False])
+def test_contents_differ_where_a_tensor_was_changed(by_bytes: bool) -> None:
+    same, written, replaced = (torch.tensor([math.nan, 1.0]) for _ in range(3))
+    reshaped = torch.zeros(2)
+    tensors = {"same": same, "written": written, "replaced": replaced, "reshaped": reshaped}
+    before = contents(tensors, by_bytes=by_bytes)
+    assert contents(tensors, by_bytes=by_bytes) == before, "NaN is not a change"
+    written[1] = 2
+    after = contents(
+        {**tensors, "replaced": replaced + 1, "reshaped": reshaped.view(2, 1)}, by_bytes=by_bytes
+    )
+    assert {name for name in after if after[name] != before[name]} == {*tensors} - {"same"}
+    assert after["reshaped"].layout != before["reshaped"].layout

@@ -113,8 +113,15 @@ def test_steps_of_earlier_shares_say_nothing() -> None:
     balancer = Balancer([16, 16])
     for _ in range(5 * WINDOW):
         assert balancer.heard([24, 8], [1.0, 9.0]) is None
-        assert balancer.heard([0, 0], [0.0, 0.0]) is None, "what a resumed flight says"
     assert run(balancer, lambda rank, step: 1.0, WINDOW) == []
+
+
+def test_a_step_that_was_in_flight_in_a_checkpoint_has_no_times() -> None:
+    balancer = Balancer([2, 2])
+    for _ in range(WINDOW - 1):
+        assert balancer.heard([2, 2], [0.0, 0.0]) is None
+    run(balancer, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
+    assert balancer.counts == (4, 0)
 
 
 RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None)
