@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Meta(ge=0.0, le=1e18)]
 # An error with a large repr in it is longer; the rank's log has all of it.
 MAX_TEXT_CHARS = 64 * 1024
 Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Meta(max_length=100)]  # part of a table's cell
 
 
 StateOf = Literal["run"]  # whose state a checkpoint keeps
@@ -257,9 +258,9 @@ class RunStarted(Event, frozen=True, tag="started"):
 class Measured(msgspec.Struct, frozen=True):
     """What every row of task=bench has; how large it was is `bytes` or `parameters`."""
 
-    op: str
+    op: Label
     world_size: Count
-    peer: str
+    peer: Label
     ours_s: NonNegative
     peer_s: NonNegative
     ratio: NonNegative

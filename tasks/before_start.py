@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from smolrun.config.cluster import Host
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.config.targets import CustomTarget
-from smolrun.errors import ConfigError
+from smolrun.errors import ConfigError, SmolrunError
+from smolrun.foreign_files import read_json
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.tasks.fleet import secrets_in_env
 from smolrun.tasks.workers import load_target
@@ -52,7 +52,12 @@ def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
         return None
     from smolrun.tasks import dry_run, dry_run_text
 
-    fits, text = dry_run_text.memory_verdict(dry_run.estimate(config, prepared))
+    try:
+        fits, text = dry_run_text.memory_verdict(dry_run.estimate(config, prepared))
+    except SmolrunError:
+        raise
+    except Exception as error:  # building a model can fail in any way; the ranks say how it does
+        return f"how much memory it needs is unknown ({type(error).__name__}: {error})"
     is_enough = fits and "narrowly" not in text
     return None if is_enough else f"{text}; training.dry_run=true says what would make it fit"
 
@@ -63,13 +68,18 @@ def _generous_bytes(config: RunConfig, prepared: Prepared) -> float:
     sizes, vocabulary = config.model.model_dump(), prepared.num_outputs
     if prepared.model_folder is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            file = Path(prepared.model_folder) / "config.json"
-            sizes = dict(json.loads(file.read_text(encoding="utf-8")))
-    layers = sizes.get("layers") or sizes.get("num_hidden_layers") or sizes.get("n_layer")
-    width = sizes.get("width") or sizes.get("hidden_size") or sizes.get("n_embd")
-    if not isinstance(layers, int) or not isinstance(width, int):
-        return 0.0
-    hidden = sizes.get("ffn_width") or sizes.get("intermediate_size") or 4 * width
+            sizes = dict(read_json(Path(prepared.model_folder) / "config.json"))
+
+    def first(*names: str) -> int:
+        return next((sizes[name] for name in names if sizes.get(name)), 0)
+
+    layers = first("layers", "num_hidden_layers", "n_layer")
+    width = first("width", "hidden_size", "n_embd")
+    hidden = first("ffn_width", "intermediate_size")
+    for size in (layers, width, hidden or 1):  # a config.json may hold anything
+        if type(size) is not int or not 1 <= size <= 2**31:
+            return 0.0
+    hidden = hidden or 4 * width
     parameters = layers * width * (4 * width + 3 * hidden) + 2 * vocabulary * width
     micro, share = config.training.micro_batch_size, config.training.global_batch_size
     share = 2 * math.ceil(share / world_size(config))  # faster ranks take more

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import rich.box
+from rich.markup import escape
 from rich.table import Table
 
 from smolrun.config import RunConfig, world_size
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
-from smolrun.foreign_text import echo
+from smolrun.foreign_text import echo, one_line
 from smolrun.launch.driver import Driver
 from smolrun.launch.moves import EXIT_DONE, Outcome
 from smolrun.launch.supervisor import Limits
@@ -66,7 +67,7 @@ def drive(config: RunConfig) -> int:
                 rows.append(event.row)
                 file.write(json.dumps(event.row) + "\n")
                 file.flush()
-                echo(_line(event.row))
+                echo(one_line(_line(event.row)))
 
         for size in bench.world_sizes:
             outcome = _measure(_smaller(config, size), folder, prepared, listen)
@@ -155,6 +156,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
+    rows = [row | {key: escape(one_line(row[key])) for key in ("op", "peer")} for row in rows]
     ops, peers = ([*dict.fromkeys(row[key] for row in rows)] for key in ("op", "peer"))
     table = Table(
         title=f"{', '.join(ops)}: smolrun beside {peers[0] if len(peers) == 1 else 'others'}; "

@@ -132,12 +132,12 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     meant = closest(value, allowed.split(" or ")) if isinstance(value, str) else None
     if kind == "list_type" and "hosts" not in place:
         meant = f"'{path(place)}=[{shown(value)}]'"
-    told = problem(path(place), value, what, allowed=allowed, meant=meant)
+    line = problem(path(place), value, what, allowed=allowed, meant=meant)
     if not (kind in ("list_type", *_NO_SECTION) and "hosts" in place and isinstance(value, str)):
-        return told
+        return line
     entry = f"{{name: {shown(value)}, ssh: {shown(value)}}}"
     entry = f"'{path(place)}=[{entry}]'" if kind == "list_type" else entry
-    return f"{told}; a host is written as {entry}; `smolrun task=init` writes a file of them"
+    return f"{line}; a host is written as {entry}; `smolrun task=init` writes a file of them"
 
 
 def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
@@ -150,8 +150,8 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
     if same := _synonyms(place, value, data):
         return problem(path(place), value, "no such key", allowed=allowed, meant=same)
     if choices := _choices_with(start, name):
-        told = problem(path(place), value, "no such key", allowed=allowed)
-        return f"{told}; {name} is a key of {choices}"
+        line = problem(path(place), value, "no such key", allowed=allowed)
+        return f"{line}; {name} is a key of {choices}"
     # Keys are compared without the group, which all of them begin with. Its name and target say
     # which choice it is: nobody means them by another word.
     tags = () if "." in start else ("name", "target")

@@ -125,11 +125,11 @@ class Interface(TypedDict):
     name: Text
     kind: Text
     speed_mbps: Amount | None
-    addresses: Annotated[list[Text], Meta(max_length=256)]
+    addresses: Annotated[list[Text], Meta(max_length=4096)]
 
 
 class Network(TypedDict):
-    interfaces: Annotated[list[Interface], Meta(max_length=256)]
+    interfaces: Annotated[list[Interface], Meta(max_length=4096)]
 
 
 class Sleep(TypedDict, total=False):

@@ -187,8 +187,8 @@ class Attendant:
             if self._num_notes > _MOST_NOTES:
                 return
             if self._num_notes == _MOST_NOTES:
-                told = f"has sent {_MOST_NOTES:,} messages; further ones are in its log alone"
-                item = Reported(item.rank, Note("warning", told, item.rank))
+                text = f"has sent {_MOST_NOTES:,} messages; further ones are in its log alone"
+                item = Reported(item.rank, Note("warning", text, item.rank))
         self._post(item, len(line))
 
     def _read_log(self, process: WorkerProcess) -> None:
@@ -280,7 +280,7 @@ class _LogFile:
         older = self._path.with_name(f"{self._path.name}.1")
         os.replace(self._path, older)
         self._file = self._path.open("ab", buffering=0)
-        self._file.write(f"(goes on from {older.name}; what is older has been cut)\n".encode())
+        self._file.write(f"(continued from {older.name}; older lines were removed)\n".encode())
 
     def close(self) -> None:
         """Close the file."""

@@ -41,8 +41,8 @@ class JsonLines:
         self._file.write(row)
         if self._rank_bytes >= _THIN_BYTES:
             self._rank_bytes, self._every = 0, 2 * self._every
-            told = f"rank_step and push rows: from here on those of every {self._every} steps only"
-            self._file.write(line(Note("info", told)))
+            text = f"rank_step and push rows: from here on those of every {self._every} steps only"
+            self._file.write(line(Note("info", text)))
 
     def close(self) -> None:
         """Close the file."""

@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ from smolrun.tracking.wandb_status import Start, Status, read_status, write_stat
 _SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
 _SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")
 _MOST_READ_BYTES = 1 << 20  # of metrics.jsonl at once
-_READ_BACK_S = 60.0  # to read the rows of a process that was killed: thousands a second
+_READ_BACK_S = 60.0  # to read the file of a process that was killed, and for every byte of it:
+_READ_BACK_BYTES_PER_S = 200_000  # W&B's tool reads 3 to 5 MB/s on two shared cores
 
 
 def main() -> int:
@@ -45,10 +47,11 @@ def main() -> int:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # a run speaks to one server only
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     folder = Path(start.folder)
-    status = Status(last_step=last_step_of(folder, start.timeout_s), pid=os.getpid())
+    last_step, unread = last_step_of(folder, start.timeout_s)
+    status = Status(last_step=last_step, pid=os.getpid())
     write_status(folder, status)
     try:
-        Recorder(start, status).follow(sys.stdin.buffer)
+        Recorder(start, status, unread).follow(sys.stdin.buffer)
     except Exception as error:  # whatever W&B does, it is told in one line, and the run goes on
         status.state = "failed"
         status.warning = f"W&B broke ({type(error).__name__}: {_one_line(error)})"
@@ -59,8 +62,10 @@ def main() -> int:
 class Recorder:
     """Writes one W&B run."""
 
-    def __init__(self, start: Start, status: Status) -> None:
+    def __init__(self, start: Start, status: Status, unread: str = "") -> None:
+        """`unread`: a file of an earlier offline part whose last step is not known, or ""."""
         self._start = start
+        self._unread = unread
         self._folder = Path(start.folder)
         self._config = _read_config(self._folder)
         self._status = status
@@ -120,6 +125,9 @@ class Recorder:
                 why = _one_line(error)
                 wandb.teardown()
         run = self._begin(wandb, settings, "offline")
+        if self._unread:
+            doubled = f"{self._unread} cannot be read to its end, so W&B may have some steps twice"
+            why = f"{why}; {doubled}" if why else doubled
         if why:
             self._status.warning = self._instead(why)
         return run
@@ -173,9 +181,10 @@ class Recorder:
         return f"wandb sync {path.parent / 'offline-run-*' if len(parts) > 1 else path}"
 
 
-def last_step_of(folder: Path, timeout_s: float) -> int:
-    """The last step that W&B has of the run in `folder`, -1 for none: a resumed run must not log a
-    step again, because W&B keeps all rows of an offline run.
+def last_step_of(folder: Path, timeout_s: float) -> tuple[int, str]:
+    """The last step that W&B has of the run in `folder`, -1 for none, and the name of a file that
+    may have later ones, else "". A resumed run must not log a step again, because W&B keeps all
+    rows of an offline run.
 
     A process that ended by itself has written it down. One that outlived its driver is waited for,
     and of one that was killed W&B's own files know."""
@@ -185,8 +194,12 @@ def last_step_of(folder: Path, timeout_s: float) -> int:
         time.sleep(0.1)
     before = read_status(folder)
     if before is None or before.has_ended:
-        return before.last_step if before is not None else -1
-    return max([before.last_step, *map(_last_step_in, folder.glob("wandb/*run-*/run-*.wandb"))])
+        return before.last_step if before is not None else -1, ""
+    last_step, unread = before.last_step, ""
+    for file in folder.glob("wandb/*run-*/run-*.wandb"):
+        step, is_whole = last_step_in(file)
+        last_step, unread = max(last_step, step), unread if is_whole else file.name
+    return last_step, unread
 
 
 def _lives(pid: int) -> bool:
@@ -196,17 +209,48 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def _last_step_in(file: Path) -> int:
-    """-1 for no step, also where W&B cannot read its file."""
+def last_step_in(file: Path) -> tuple[int, bool]:
+    """The last step in a file of W&B's, -1 for none, and whether W&B could read all of it."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(  # noqa: S603  (W&B's own command, on a file of the run's folder)
-            command, capture_output=True, timeout=_READ_BACK_S, check=False
-        )
-        rows = (line for line in done.stdout.splitlines() if b'"type":"history"' in line)
-        steps = [msgspec.json.decode(row, type=_HistoryRow).history.step.num for row in rows]
-        return max(steps, default=-1)
-    return -1
+    try:
+        limit_s = _READ_BACK_S + file.stat().st_size / _READ_BACK_BYTES_PER_S
+        return last_step_written(command, limit_s, file.parent)
+    except OSError:
+        return -1, False
+
+
+def last_step_written(command: list[str], limit_s: float, folder: Path) -> tuple[int, bool]:
+    """The last step in the rows that a command writes, -1 for none, and whether it wrote all of
+    them: ended within `limit_s`, and without an error. OSError if it cannot be started."""
+    last_step = -1
+    # Through a file in `folder`: the rows of a long run are too many for memory.
+    with tempfile.TemporaryFile(dir=folder) as rows:
+        process = subprocess.Popen(command, stdout=rows)  # noqa: S603  (W&B's own)
+        try:
+            is_whole = process.wait(limit_s) == 0
+        except subprocess.TimeoutExpired:
+            is_whole = False
+            _kill(process.pid)
+            process.wait()
+        rows.seek(0)
+        for row in rows:
+            if b'"type":"history"' in row:
+                try:
+                    step = msgspec.json.decode(row, type=_HistoryRow).history.step.num
+                except ValueError:
+                    is_whole = False
+                else:
+                    last_step = max(last_step, step)
+    return last_step, is_whole
+
+
+def _kill(pid: int) -> None:
+    """End a process and its children: `wandb` starts a program that would go on without it."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        process.suspend()  # it starts no more of them
+        for one in [*process.children(recursive=True), process]:
+            one.kill()
 
 
 class _Step(msgspec.Struct):

@@ -45,6 +45,11 @@ def shipped() -> dict[str, Any]:
             "cannot be set",
         ),
         (
+            {"cluster__hosts": [{"name": "a", "ssh": "a", "env": {"A": "1\n2"}}]},
+            "cluster.hosts[0].env.A = 1 2",
+            "a value of one line",
+        ),
+        (
             {"cluster__hosts": [{"name": "a", "ranks": 3}], "cluster__ports": "40000-40001"},
             "cluster.ports = 40000-40001",
             "at least 3 of the ports",

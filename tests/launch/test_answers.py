@@ -178,6 +178,11 @@ def test_what_is_no_answer_is_an_error_of_that_host(text: str):
     assert "\x1b" not in str(raised.value)
 
 
+def test_a_host_with_many_interfaces_and_addresses_is_taken_as_it_is():
+    many = [INTERFACE | {"addresses": INTERFACE["addresses"] * 300}] * 300
+    assert ask("network", None, json.dumps({"interfaces": many})) == {"interfaces": many}
+
+
 class Lying:
     """A machine whose answers have passed, and are lies within their types."""
 

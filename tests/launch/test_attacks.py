@@ -91,6 +91,7 @@ def violation(rank: int, line: bytes, folder: Path) -> str:
         (0, event("norms", step=0, gradients={"head": "x"}), "Expected `float | null`"),
         (0, event("step_skipped", step=0, ranks=[9]), "rank 9, which does not exist"),
         (0, event("bench", row={"op": 3}), "Expected `str`"),
+        (0, event("bench", row={"op": "x" * 101}), "Expected `str` of length <= 100"),
         (1, event("timeline", step=0, rank=1, spans=[["a", "wait", 0]]), "Expected `array`"),
         (1, event("note", level="fatal", message="", rank=1), "Invalid enum value 'fatal'"),
         # Speaking for others.
@@ -226,7 +227,7 @@ def test_a_chatty_rank_fills_two_files_and_the_newest_lines_are_in_them(
     assert (now.name, older.name) == ("rank1-local.log", "rank1-local.log.1")
     assert now.stat().st_size <= 1000 and older.stat().st_size <= 1000
     cut, first, *_, last = now.read_text().splitlines()
-    assert cut.startswith("(goes on from rank1-local.log.1;") and last == "line 00199"
+    assert cut.startswith("(continued from rank1-local.log.1;") and last == "line 00199"
     assert int(first[5:]) == int(older.read_text().splitlines()[-1][5:]) + 1, "no line between"
 
 

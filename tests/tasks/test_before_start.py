@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,3 +150,33 @@ def test_a_run_that_only_a_generous_sum_calls_too_large_is_not_warned_of(
     config = compose(["model=gpt_small"])
     assert 2 * before_start._generous_bytes(config, prepared(64)) > 4 * 2**30
     assert warning(monkeypatch, 4.0, "model=gpt_small") is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"intermediate_size": [128, 128]},
+        {"intermediate_size": "x"},
+        {"intermediate_size": -1},
+        {"hidden_size": 10**400},
+        {"num_hidden_layers": 1.5},
+        {"more": "x" * (17 << 20)},
+    ],
+)
+def test_an_odd_config_json_is_no_reason_for_a_warning_and_none_to_end(
+    tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    config = compose(["model=smollm2_135m"])
+    data = replace(prepared(64), model_folder=str(tmp_path))
+    for sizes, is_known in (({}, True), (odd, False)):
+        model = {"num_hidden_layers": 2, "hidden_size": 64} | sizes
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        assert (before_start._generous_bytes(config, data) > 0) == is_known
+
+
+def test_an_estimate_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("not a size")
+
+    monkeypatch.setattr(dry_run, "estimate", fail)
+    assert "unknown (TypeError: not a size)" in (warning(monkeypatch, 1.0) or "")

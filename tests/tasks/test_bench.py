@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from smolrun.tasks.bench import _table
+from smolrun.tracking.console import Screen
 
 
 def rows(op: str, peer: str, seconds: float, **size: Any) -> list[dict[str, Any]]:
@@ -37,3 +38,15 @@ def test_no_number_is_cut_at_80_columns(measured: list[dict[str, Any]], cells: s
     assert max(map(len, lines)) <= 80
     wanted = f"4 {cells} 0.93 0.81 to 1.22 1.02"
     assert wanted in [" ".join(line.split()) for line in lines]
+
+
+def test_what_rank_0_calls_its_rows_is_text_and_neither_markup_nor_control_characters():
+    shown = io.StringIO()
+    named = [
+        *rows("[red]op[/]", "[link=x]peer\x1b]0;t\x07", 1.0, bytes=8),
+        *rows("[/]", "b\n", 1.0),
+    ]
+    Screen(file=shown, width=200).print(_table(named))
+    for text in ("[red]op[/], 8 B", "[link=x]peer ]0;t", "[/], 0.0 M"):
+        assert text in shown.getvalue()
+    assert "\x1b" not in shown.getvalue()

@@ -26,9 +26,9 @@ from smolrun.tasks.going_on import Earlier, take_up
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.tracker import Fanout
-from smolrun.tracking.wandb import _last_step_in
+from smolrun.tracking.wandb import last_step_in, last_step_written
 from smolrun.tracking.wandb_run import WandbRun
-from smolrun.tracking.wandb_status import read_status
+from smolrun.tracking.wandb_status import Status, read_status, write_status
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb
 from tests.waiting import SOON_S, until
 
@@ -244,7 +244,7 @@ def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
     metrics.close()
     until(lambda: has_begun(folder), 30)
     if resumed == "both killed":
-        until(lambda: any(_last_step_in(file) >= 6 for file in wandb_files(folder)), 30)
+        until(lambda: any(last_step_in(file)[0] >= 6 for file in wandb_files(folder)), 30)
         os.kill(run.pid, signal.SIGKILL)
         assert read_status(folder.path).last_step == -1  # type: ignore[union-attr]
     run._process.stdin.close()  # type: ignore[union-attr]  (as the end of a driver does)
@@ -257,6 +257,42 @@ def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
     parts = [history(file.parent) for file in wandb_files(folder)]
     assert len(parts) == 2
     assert sorted(step for part in parts for step in part) == list(range(STEPS))
+
+
+ROWS = """
+import subprocess, sys, time
+for step in (3, 7, 5):
+    print('{"type":"history","history":{"step":{"num":%d}}}' % step, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "is_whole"),
+    [
+        ("", True),
+        ("sys.exit(1)", False),
+        ("""print('{"type":"history","his', end="")""", False),
+        ("""subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])""", False),
+    ],
+)
+def test_rows_that_are_not_all_there_are_known_to_be_so(
+    end: str, is_whole: bool, tmp_path: Path
+) -> None:
+    """The command fails, its last row is cut, or a process that it started does not end."""
+    limit_s = 1.0 if "sleep" in end else 60.0
+    step, was_whole = last_step_written([sys.executable, "-c", ROWS + end], limit_s, tmp_path)
+    assert was_whole == is_whole
+    assert step == 7 or (limit_s == 1.0 and step < 7), "a slow machine has no row in a second"
+
+
+def test_a_part_that_cannot_be_read_is_a_warning(folder: RunFolder) -> None:
+    part = folder.path / "wandb" / "offline-run-x" / "run-x.wandb"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"no file of W&B's")
+    write_status(folder.path, Status(state="offline"))
+    (warning,) = train(folder, range(3), mode="offline").warnings
+    assert "run-x.wandb cannot be read to its end" in warning
+    assert "to upload it later: wandb sync " in warning
 
 
 def has_begun(folder: RunFolder) -> bool:

@@ -75,8 +75,8 @@ def ask_versions(
     if "problem" in answer:
         what = f"{answer['python']} does not run: {answer['problem']}"
         raise HostError(machine.name, what, f"smolrun task=doctor cluster={cluster}")
-    told = answer["versions"]
-    return answer["python"], {name: told.get(name) for name in ("python", *LIBRARIES)}
+    found = answer["versions"]
+    return answer["python"], {name: found.get(name) for name in ("python", *LIBRARIES)}
 
 
 def check_versions(driver: Versions, hosts: Mapping[str, Versions], *, cluster: str) -> Checked:

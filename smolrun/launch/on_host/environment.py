@@ -56,7 +56,7 @@ if request["torch"]:
         if request["measure"] and (device == "cpu" or out.get(device)):
             out["score"] = score(torch, device)
     except BaseException as error:
-        out["torch_error"] = "%s: %s" % (type(error).__name__, error)
+        out["torch_error"] = ("%s: %s" % (type(error).__name__, error))[:2000]
 print("smolrun-environment " + json.dumps(out))
 """
 
@@ -94,4 +94,4 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(line.partition(" ")[2])
             return found
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-    return {"error": f"{there[0]} ended with {done.returncode}: {said[0]}"}
+    return {"error": f"{there[0]} ended with {done.returncode}: {said[0][:2000]}"}

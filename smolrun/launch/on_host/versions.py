@@ -51,4 +51,4 @@ def _ask(program: str, request: dict[str, Any]) -> dict[str, Any]:
         if line.startswith("versions="):
             return {"versions": json.loads(line[len("versions=") :])}
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return {"problem": said[-1] if said else f"ended with code {done.returncode}"}
+    return {"problem": said[-1][:2000] if said else f"ended with code {done.returncode}"}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from smolrun.launch.on_host import clock, environment, firewall, power, system
+from smolrun.launch import answers
+from smolrun.launch.on_host import clock, environment, firewall, power, system, versions
 
 FOLDER = Path(clock.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -81,6 +82,22 @@ def test_an_environment_is_told_its_path_and_variables(tmp_path: Path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 3.1\n")
     assert ask(packages=["mine"], path=str(tmp_path))["packages"] == {"mine": "3.1"}
     assert ask(packages=["mine"], env={"PYTHONPATH": str(tmp_path)})["packages"] == {"mine": "3.1"}
+
+
+def test_errors_of_any_length_are_cut_to_what_an_answer_may_have(tmp_path: Path):
+    (tmp_path / "torch.py").write_text("raise ImportError('x' * 9000)")
+    told = ask(torch=True, path=str(tmp_path))
+    assert told["torch_error"].startswith("ImportError: xxx")
+    assert answers.checked("environment", None, told) == told
+    if sys.platform == "win32":
+        return  # the fake below is a sh script
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nprintf %09000d 1 >&2; exit 7\n")
+    fake.chmod(0o755)
+    told = ask(pythons=[str(fake)])
+    assert "ended with 7: 000" in answers.checked("environment", None, told)["error"]
+    told = versions.main({"pythons": [str(fake)], "path": "", "libraries": [], "timeout_s": 60.0})
+    assert answers.checked("versions", None, told)["problem"].startswith("000")
 
 
 def test_torch_is_asked_what_it_can_use_and_how_fast():
