@@ -53,6 +53,7 @@ def run_part(
     precision: str = "float64",
     shift: int = 0,
     hurt: Hurt = lambda algorithm: None,
+    speeds: list[float] | None = None,
     overrides: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,  # other fields of the context
 ) -> tuple[Path, list[str]]:
@@ -69,7 +70,7 @@ def run_part(
         if resume is not None:
             restore(runner, resume)
             hurt(runner)
-        plan = plan_batches(worlds.GLOBAL_BATCH, [1.0] * world_size, mesh.rank, 3)
+        plan = plan_batches(worlds.GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, 3)
         updates = runner.steps_begun - len(runner.in_flight)
         while updates < until:
             batch = worlds.sample("language_model", runner.steps_begun + shift)
