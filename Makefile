@@ -22,7 +22,7 @@ run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.st
 	$(VENV)/bin/smolrun $(ARGS)
 
 test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of them)
-	$(PYTHON) -m pytest -m "not soak" -n 2 --durations=10 $(ARGS)
+	$(PYTHON) -m pytest -m "not soak" -n 3 --durations=10 $(ARGS)
 
 check: $(READY)  ## format, lint, types, floors: what every change must pass
 	$(PYTHON) -m ruff format --check .
