@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from smolrun.checkpoints.find import CHECKPOINTS, newest_valid
+from smolrun.checkpoints.find import CHECKPOINTS, checkpoints_in, newest_valid
 from tests.hosts.host import Host
 from tests.hosts.runs import SMALL, Driver, finish, workers
 from tests.waiting import SOON_S, until
@@ -54,7 +54,7 @@ def end_after(
     """Start a run, do it harm when `step` steps are done and one was saved; hear how it ends."""
     run = driver.start(*overrides)
     driver.wait_for_step(step)
-    until(lambda: any((driver.latest / CHECKPOINTS).glob("step-*")))
+    until(lambda: bool(checkpoints_in(driver.latest / CHECKPOINTS)))  # a whole one, not a part
     clock, began = time.time(), time.monotonic()
     harm()
     code, out, err = finish(run, timeout_s)
