@@ -215,9 +215,9 @@ def test_a_buffer_that_forward_makes_or_removes_is_refused_by_name(
         monkeypatch.setitem(worlds.MODELS, "other", model)
         with pytest.raises(ConfigError, match=r"'first'.* in the constructor"):
             worlds.train("single", "other", 1, steps=2)
-    # A rank without samples waits for none that it has not.
+    # A rank without samples waits for none that it has not. TCP: it sees at once that rank 0 ended.
     with pytest.raises(ConfigError, match="'first'"):
-        worlds.train("classicdp", "other", 2, steps=2, speeds=[1.0, 0.0])
+        worlds.train("classicdp", "other", 2, steps=2, speeds=[1.0, 0.0], kind="tcp")
 
 
 def test_edp_refuses_them_by_name() -> None:
