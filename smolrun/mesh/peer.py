@@ -282,8 +282,6 @@ class Peer:
         self.outgoing.send(header, data, on_done if piece.is_last else None)
 
     def _header(self, kind: FrameKind, tag: Tag, payload: Payload) -> Header:
-        size = len(payload.data)
-        header = Header(
-            kind, tag, payload.dtype, payload.shape, size, 0, size, self._me, self._generation
-        )
-        return header._replace(fingerprint=self._fingerprints.of(tag))
+        size, fingerprint = len(payload.data), self._fingerprints.of(tag)
+        whole = (payload.dtype, payload.shape, size, 0, size)
+        return Header(kind, tag, *whole, self._me, self._generation, fingerprint=fingerprint)
