@@ -1,5 +1,5 @@
-"""What happened in a run, as frozen structs. Whoever wants to know (metrics file, console, W&B)
-reads these.
+"""What happened in a run, as frozen structs. The metrics file, the console and W&B
+read these.
 
 Events travel from a worker to the driver as JSON objects: `to_json` and `from_json` are the only
 two ways in and out, and `check_sender` says which rank may send which. They know nothing of who

@@ -148,7 +148,7 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | 
         seen = [(other, e) for other in signs if (e := other.error) and _saw(e, state.rank)]
         error = seen[0][1] if seen else error
         if len(seen) == 1 and not state.is_silent and state.error and state.error.peer is not None:
-            # Both live and answer us, and of the others nobody misses either.
+            # Both are alive and answer the driver, and no other rank has lost either.
             what = f"and {seen[0][0].label} lost each other"
             pair.add(seen[0][0].rank)
     told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")

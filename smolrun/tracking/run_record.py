@@ -131,7 +131,7 @@ class RunRecord:
 
     def _look_at(self, event: StepDone) -> None:
         self._skipped = self._skipped + 1 if event.grad_norm is None else 0
-        # Whoever wrote the event as JSON had to write null for what is not finite.
+        # JSON has no number that is not finite: it was written as null.
         if event.loss is not None and math.isfinite(event.loss):
             self._not_finite_since = None
             self._last_losses.append(event.loss)

@@ -82,7 +82,7 @@ def sparse(path: Path) -> None:
 
 def fifo(path: Path) -> None:
     if os.name != "posix":
-        pytest.skip("Windows")
+        pytest.skip("Windows has no FIFOs in folders")
     os.mkfifo(path)
 
 
