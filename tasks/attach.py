@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
+from smolrun.driver import ending_lines
+from smolrun.driver.find_run import OpenRun, config_of, find_run, opened, ranks_of
+from smolrun.driver.roles import waits_for_all
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.foreign_text import echo, one_line
-from smolrun.launch.moves import EXIT_DONE
-from smolrun.tasks import ending_lines
-from smolrun.tasks.find_run import OpenRun, config_of, find_run, opened, ranks_of
-from smolrun.tasks.roles import waits_for_all
+from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 

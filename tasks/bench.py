@@ -15,22 +15,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from smolrun.config import RunConfig, world_size
-from smolrun.errors import ConfigError
-from smolrun.events import BenchRow, Event
-from smolrun.foreign_text import echo, one_line
-from smolrun.launch.driver import Driver
-from smolrun.launch.moves import EXIT_DONE, Outcome
-from smolrun.launch.supervisor import Limits
-from smolrun.tasks.before_start import check_before_start
-from smolrun.tasks.emulation import refuse_emulated
-from smolrun.tasks.fleet import open_fleet
-from smolrun.tasks.workers import (
+from smolrun.driver.emulation import refuse_emulated
+from smolrun.driver.fleet import open_fleet
+from smolrun.driver.preflight import check_before_start
+from smolrun.driver.workers import (
     become_latest,
     make_folder,
     nothing_started,
     plan_workers,
     prepare_data,
 )
+from smolrun.errors import ConfigError
+from smolrun.events import BenchRow, Event
+from smolrun.foreign_text import echo, one_line
+from smolrun.launch.driver import Driver
+from smolrun.launch.supervisor import Limits
+from smolrun.launch.supervisor_events import EXIT_DONE, Outcome
 from smolrun.tracking.console import Screen
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
     from smolrun.collectives.api import Collectives
-    from smolrun.tasks.bench_rows import rows
+    from smolrun.driver.bench_rows import rows
 
     collectives = Collectives(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)

@@ -1,7 +1,7 @@
 """task=doctor: looks at every host and every link, and says what works and what mends the rest.
 
-    hosts    each is asked what it is and has            launch/examination.py, on_host/
-    ways     who reaches whom, without a mesh            launch/reach_test.py
+    hosts    each is asked what it is and has            launch/doctor/examination.py, on_host/
+    ways     who reaches whom, without a mesh            launch/doctor/reach_test.py
     links    round trip and bandwidth, over the mesh     `work`, on one rank per host
 
 write=true writes what it found into the cluster file, format=json prints all of it. Starts nothing
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig
+from smolrun.driver.doctor_hosts import Patients, with_hosts
+from smolrun.driver.fleet import Fleet
+from smolrun.driver.workers import plan_workers
 from smolrun.errors import HostError, HostErrors
 from smolrun.foreign_text import echo
+from smolrun.launch.doctor.verdicts import Finding
 from smolrun.launch.driver import Driver
-from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.launch.supervisor import Limits
-from smolrun.launch.verdicts import Finding
-from smolrun.tasks.doctor_hosts import Patients, with_hosts
-from smolrun.tasks.fleet import Fleet
-from smolrun.tasks.workers import plan_workers
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.tracking.formatting import counted
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
     from smolrun.launch.channel import WorkerChannel
@@ -60,7 +60,7 @@ def drive(config: RunConfig) -> int:
 
 
 def _tell(patients: Patients) -> int:
-    from smolrun.tasks.doctor_text import document, report  # rich
+    from smolrun.driver.doctor_text import document, report  # rich
 
     config = patients.config
     fails = any(one.verdict.state == "cannot run" for one in patients.examined.values())
@@ -70,7 +70,7 @@ def _tell(patients: Patients) -> int:
     else:
         report(patients)
     if config.write:
-        from smolrun.tasks.doctor_write import write
+        from smolrun.driver.doctor_write import write
 
         write(patients, _to_stderr if config.format == "json" else print)
     return exit_code

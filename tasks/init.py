@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
 from smolrun.foreign_text import echo
-from smolrun.launch.moves import EXIT_DONE, EXIT_STOPPED
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 
 T = TypeVar("T")
 

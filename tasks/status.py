@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from smolrun.config import RunConfig
+from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import HostError
 from smolrun.foreign_text import echo
-from smolrun.launch.moves import EXIT_DONE
-from smolrun.tasks.workers import OUTPUTS
+from smolrun.launch.supervisor_events import EXIT_DONE
+from smolrun.tracking.formatting import clock, duration
 from smolrun.tracking.past_runs import PastRun, look, run_folders
-from smolrun.tracking.words import clock, duration
 
 MOST_RUNS = 20
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "left", "age", "checkpoints")
@@ -45,8 +45,8 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
     remote = {run.folder.run_id: run for run in runs if run.state == "remote"}
     if not remote:
         return list(runs)
-    from smolrun.launch.at_once import on_all
-    from smolrun.tasks.find_run import opened
+    from smolrun.driver.find_run import opened
+    from smolrun.launch.run_on_all import on_all
     from smolrun.tracking.run_view import Request
 
     def ask(run: PastRun) -> PastRun:

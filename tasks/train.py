@@ -13,40 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.keeper import Keeper
 from smolrun.config import RunConfig, config_hash, savers, world_size
-from smolrun.errors import HostError, HostErrors
-from smolrun.events import Event, RunStarted
-from smolrun.launch.control import Saving
-from smolrun.launch.driver import Driver
-from smolrun.launch.moves import Outcome
-from smolrun.launch.supervisor import Limits
-from smolrun.launch.wake import awake
-from smolrun.tasks.again import Lost, Restarts, train_on
-from smolrun.tasks.before_start import check_before_start, check_model_fits, memory_warning
-from smolrun.tasks.detach import begin_driving
-from smolrun.tasks.emulation import tell_emulated
-from smolrun.tasks.ending import Ending, not_equipped, unsaved, with_advice
-from smolrun.tasks.fetched import Fetched
-from smolrun.tasks.fleet import is_elsewhere, open_fleet
-from smolrun.tasks.going_on import Earlier, check_data, find_earlier, forget_undo, take_up
-from smolrun.tasks.prepare_model import with_pinned_model
-from smolrun.tasks.readers import more_readers, time_teller
-from smolrun.tasks.returns import Returns
-from smolrun.tasks.roles import tell_roles, waits_for_all
-from smolrun.tasks.streaming import reader_of, reader_state
-from smolrun.tasks.who_answers import who_answers
-from smolrun.tasks.workers import (
+from smolrun.driver.detach import begin_driving
+from smolrun.driver.emulation import tell_emulated
+from smolrun.driver.fleet import is_elsewhere, open_fleet
+from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
+from smolrun.driver.prepare_model import with_pinned_model
+from smolrun.driver.reachable_hosts import who_answers
+from smolrun.driver.reconnect import Returns
+from smolrun.driver.restart import Lost, Restarts, train_on
+from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
+from smolrun.driver.roles import tell_roles, waits_for_all
+from smolrun.driver.run_summary import Ending, not_equipped, unsaved, with_advice
+from smolrun.driver.shard_relay import Fetched
+from smolrun.driver.stream_source import reader_of, reader_state
+from smolrun.driver.trackers import more_readers, time_teller
+from smolrun.driver.workers import (
     become_latest,
     make_folder,
     nothing_started,
     plan_workers,
     prepare_data,
 )
+from smolrun.errors import HostError, HostErrors
+from smolrun.events import Event, RunStarted
+from smolrun.launch.control import Saving
+from smolrun.launch.driver import Driver
+from smolrun.launch.supervisor import Limits
+from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.wake import awake
 from smolrun.tracking.console import Console
+from smolrun.tracking.formatting import counted
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.tracker import Fanout, Tracker
-from smolrun.tracking.words import counted
 
 if TYPE_CHECKING:
     from smolrun.launch.channel import WorkerChannel
@@ -60,7 +60,7 @@ def drive(config: RunConfig) -> int:
     began = time.monotonic()
     check_before_start(config)
     if config.training.dry_run:
-        from smolrun.tasks.dry_run_text import report  # loads torch
+        from smolrun.estimate.dry_run_text import report  # loads torch
 
         return report(config)
     config = with_pinned_model(config)
@@ -278,8 +278,8 @@ def _limits(config: RunConfig) -> Limits:
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """What one rank does between a mesh that stands and its result; returns its summary."""
     from smolrun.data.prepared import Prepared
+    from smolrun.driver.train_rank import pick_device, train
     from smolrun.parts.placement import rank_speeds
-    from smolrun.tasks.train_rank import pick_device, train
 
     return train(
         start.config,

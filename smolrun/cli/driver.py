@@ -1,7 +1,7 @@
 """Drivers without a terminal; whoever starts them has composed the configuration and resolved it.
 
-`smolrun --driver`: be one; the configuration comes over stdin (see tasks/detach.py).
-`smolrun --start-driver`: start one here for somebody who is elsewhere (tasks/remote_driver.py).
+`smolrun --driver`: be one; the configuration comes over stdin (see smolrun/driver/detach.py).
+`smolrun --start-driver`: start one here for somebody who is elsewhere (driver/remote_driver.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
 
 def start_main() -> int:
     """Start a driver on this machine as stdin says; what it says, and its run folder, to stdout."""
-    from smolrun.tasks.detach import FOLDER, start
+    from smolrun.driver.detach import FOLDER, start
 
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Order)
     has_begun = threading.Event()

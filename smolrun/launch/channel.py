@@ -46,7 +46,7 @@ from smolrun.launch.control import (
     decode_from_driver,
     encode,
 )
-from smolrun.launch.rows import RowInbox
+from smolrun.launch.stream_client import RowInbox
 
 _log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from smolrun.errors import ProtocolError
 from smolrun.events import Event, Note
-from smolrun.launch.attendant import Attendant
-from smolrun.launch.cause import RankState
 from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
-from smolrun.launch.desk import RowDesk, RowReader
 from smolrun.launch.elastic import ElasticSupervisor
+from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import Host, WorkerPlan
-from smolrun.launch.member import Elasticity
-from smolrun.launch.moves import (
+from smolrun.launch.root_cause import RankState
+from smolrun.launch.stream_server import RowDesk, RowReader
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.supervisor_events import (
     Action,
     Finish,
     Input,
@@ -41,7 +41,7 @@ from smolrun.launch.moves import (
     Tell,
     WantsRows,
 )
-from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.worker_monitor import Attendant
 
 # Of lines that wait to be handled; one more of any length is accepted. A worker that sends more has
 # to wait. The objects that are made of a line may take 30 times its bytes ("[]" is the worst).

@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 from smolrun.events import Membership
-from smolrun.launch.cause import Cause, RankState, names, pick_cause
 from smolrun.launch.control import Peer
-from smolrun.launch.member import Elasticity, Member, departure, is_away
-from smolrun.launch.moves import (
+from smolrun.launch.elastic_worker import Elasticity, Member, departure, is_away
+from smolrun.launch.root_cause import Cause, RankState, names, pick_cause
+from smolrun.launch.supervisor import Limits, Phase, Supervisor, failed_by
+from smolrun.launch.supervisor_events import (
     EXIT_DONE,
     EXIT_STOPPED,
     EXIT_STOPPED_NOW,
@@ -35,7 +36,6 @@ from smolrun.launch.moves import (
     StartAgain,
     Tell,
 )
-from smolrun.launch.supervisor import Limits, Phase, Supervisor, failed_by
 
 
 class ElasticSupervisor(Supervisor):

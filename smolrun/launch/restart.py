@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from smolrun.launch.moves import Outcome
+from smolrun.launch.supervisor_events import Outcome
 
 
 @dataclass(frozen=True)

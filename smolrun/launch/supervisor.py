@@ -20,9 +20,16 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from smolrun.events import Note, RankStep, StepDone
-from smolrun.launch.cause import Cause, RankState, did_not_finish, is_explained, names, pick_cause
 from smolrun.launch.control import Peer
-from smolrun.launch.moves import (
+from smolrun.launch.root_cause import (
+    Cause,
+    RankState,
+    did_not_finish,
+    is_explained,
+    names,
+    pick_cause,
+)
+from smolrun.launch.supervisor_events import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,

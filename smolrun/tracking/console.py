@@ -30,7 +30,7 @@ from smolrun.events import (
     StepSkipped,
 )
 from smolrun.foreign_text import indented, one_line
-from smolrun.tracking.words import clock, counted, named, number, rate
+from smolrun.tracking.formatting import clock, counted, named, number, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
 _LEAST_BAR, _MOST_BAR = 6, 40  # columns

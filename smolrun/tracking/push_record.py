@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smolrun.events import REPLACED, PushApplied, PushDropped
-from smolrun.tracking.words import counted, named
+from smolrun.tracking.formatting import counted, named
 
 # From here on it is worth a word of advice how much of what a rank finished was for nothing.
 _MANY = 0.1

@@ -19,8 +19,8 @@ from smolrun.events import (
     StepDone,
     TextSample,
 )
+from smolrun.tracking.formatting import clock, counted, number
 from smolrun.tracking.push_record import PushRecord
-from smolrun.tracking.words import clock, counted, number
 
 _SHORT_S = 10.0
 # A run has diverged if the median loss of its last steps is more than so many times the first one.

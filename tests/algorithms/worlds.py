@@ -20,13 +20,13 @@ from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.checkpoints.piece import Piece
 from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
+from smolrun.driver.train_rank import yaml_keys
+from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
-from smolrun.tasks.train_rank import yaml_keys
-from smolrun.tasks.workers import load_target
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
 

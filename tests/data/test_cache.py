@@ -15,8 +15,8 @@ from smolrun.data.base import Prepared, open_split
 from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.python_stdlib import PythonStdlib
 from smolrun.data.text import TextFiles
+from smolrun.driver.workers import prepare_data
 from smolrun.errors import DataError
-from smolrun.tasks.workers import prepare_data
 
 KEYS: dict[str, Any] = {
     "tokenizer": "bpe",

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.machine import HostSpec, Machine, open_machine
+from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
 from tests.hosts.host import Host
 from tests.hosts.lab import Lab
 

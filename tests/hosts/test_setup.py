@@ -9,10 +9,10 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
+from smolrun.driver.fleet import host_specs
 from smolrun.errors import HostError
-from smolrun.launch import environment_maker
-from smolrun.launch.environment import environment_name
-from smolrun.tasks.fleet import host_specs
+from smolrun.launch.delivery.environment import environment_name
+from smolrun.launch.setup import environment_maker
 from smolrun.tasks.setup import Setup
 from tests.hosts.conftest import Maker
 from tests.hosts.lab import Lab

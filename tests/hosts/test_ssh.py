@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.machine import open_machines
+from smolrun.launch.remote.machine import open_machines
 from smolrun.launch.ssh import connect
 from tests import waiting
 from tests.hosts.conftest import Maker

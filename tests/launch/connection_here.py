@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import IO
 
-from smolrun.launch.connection import Completed, OnBytes, TookTooLong
+from smolrun.launch.remote.connection import Completed, OnBytes, TookTooLong
 from tests import waiting
 
 

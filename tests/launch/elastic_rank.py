@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from smolrun.cli import worker
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh, Work
-from smolrun.tasks import worker
 from smolrun.wire.frame import Tag
 from tests.waiting import until
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from smolrun.errors import HostError
-from smolrun.launch.call import call
-from smolrun.launch.connection import Completed, Connection
+from smolrun.launch.remote.call import call
+from smolrun.launch.remote.connection import Completed, Connection
 
 
 class HereConnection:

@@ -14,11 +14,11 @@ import msgspec
 
 from smolrun.events import Event
 from smolrun.launch.control import Address, ReadyMessage, encode
-from smolrun.launch.desk import RowReader
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.launch.moves import Outcome
+from smolrun.launch.stream_server import RowReader
 from smolrun.launch.supervisor import Limits
+from smolrun.launch.supervisor_events import Outcome
 from tests.launch.tiny_driver import plans
 
 

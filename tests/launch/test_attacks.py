@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from smolrun.events import Event, Note, RankStep
-from smolrun.launch import desk
-from smolrun.launch.attendant import Attendant
+from smolrun.launch import stream_server
 from smolrun.launch.control import Address, LogMessage, ReadyMessage, ResultMessage, encode
 from smolrun.launch.driver import Inbox
-from smolrun.launch.moves import Input, Misbehaved, Reported, Silent
+from smolrun.launch.supervisor_events import Input, Misbehaved, Reported, Silent
+from smolrun.launch.worker_monitor import Attendant
 from tests.launch.scripted_worker import ScriptedHost, ScriptedWorker, event, ready, run
 from tests.launch.tiny_driver import plans
 from tests.waiting import until
@@ -203,7 +203,7 @@ def test_the_driver_counts_the_bytes_of_each_line(tmp_path: Path) -> None:
 def test_a_worker_with_endless_messages_is_shown_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolrun.launch.attendant._MOST_NOTES", 3)
+    monkeypatch.setattr("smolrun.launch.worker_monitor._MOST_NOTES", 3)
     log = encode(LogMessage(level="info", message="still here"))
     *notes, step, _ = heard(1, [log] * 500 + [event("rank_step", **RANK_STEP)], tmp_path)
     assert [type(item.event) for item in notes if isinstance(item, Reported)] == [Note] * 3
@@ -215,7 +215,7 @@ def test_a_worker_with_endless_messages_is_shown_some(
 def test_a_chatty_rank_fills_two_files_and_the_newest_lines_are_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolrun.launch.attendant._LOG_BYTES", 1000)
+    monkeypatch.setattr("smolrun.launch.worker_monitor._LOG_BYTES", 1000)
     chunks = [b"line %05d\n" % number * 5 for number in range(200)]
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
     attendant = attended(1, ScriptedWorker([ready(1)], log=chunks), tmp_path, posted)
@@ -253,5 +253,5 @@ def test_a_rank_that_asks_for_rows_and_reads_none_gets_a_few(tmp_path: Path) -> 
         yield b"end\n"
 
     run(tmp_path, {1: ScriptedWorker(lines(), reads=False)}, rows=reader)
-    most = (desk._MOST_BYTES + desk._MOST_UNSENT_BYTES) // reader.row_bytes
+    most = (stream_server._MOST_BYTES + stream_server._MOST_UNSENT_BYTES) // reader.row_bytes
     assert 0 < reader.row <= most + 1

@@ -13,9 +13,9 @@ import pytest
 import smolrun.tasks.train as train
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, config_hash, resolved
+from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
 from smolrun.launch.local import LocalHost
-from smolrun.tasks.workers import load_target
 from tests.launch.tiny_driver import WORKER
 
 Drive = Callable[..., int]
@@ -32,7 +32,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr("smolrun.tasks.fleet.LocalHost", lambda: LocalHost(WORKER))
+    monkeypatch.setattr("smolrun.driver.fleet.LocalHost", lambda: LocalHost(WORKER))
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
 
     def run(*overrides: str, behave: dict[str, str] | None = None) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from smolrun.events import Event, Note, RankStep, StepDone
-from smolrun.launch.attendant import Attendant
 from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.local import LocalHost
-from smolrun.launch.moves import Exited, Input, Outcome
+from smolrun.launch.supervisor_events import Exited, Input, Outcome
+from smolrun.launch.worker_monitor import Attendant
 from tests.launch.deadline import is_running, pid_of, until
 from tests.launch.tiny_driver import WORKER, make_driver, plans
 

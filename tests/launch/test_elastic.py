@@ -4,11 +4,12 @@ again, and how it ends."""
 from __future__ import annotations
 
 from smolrun.events import Membership
-from smolrun.launch.cause import RankState
 from smolrun.launch.control import Peer
 from smolrun.launch.elastic import ElasticSupervisor
-from smolrun.launch.member import Elasticity
-from smolrun.launch.moves import (
+from smolrun.launch.elastic_worker import Elasticity
+from smolrun.launch.root_cause import RankState
+from smolrun.launch.supervisor import Phase
+from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Kill,
@@ -20,7 +21,6 @@ from smolrun.launch.moves import (
     StartAgain,
     Tell,
 )
-from smolrun.launch.supervisor import Phase
 from tests.launch.test_supervisor import (
     LIMITS,
     at,

@@ -13,9 +13,9 @@ import pytest
 from smolrun.events import Event, Note
 from smolrun.launch.control import StartMessage
 from smolrun.launch.driver import Driver
+from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
-from smolrun.launch.member import Elasticity
 from smolrun.launch.supervisor import Limits
 from smolrun.mesh.security import mint
 from tests.launch.deadline import is_running, pid_of

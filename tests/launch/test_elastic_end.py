@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from smolrun.launch.control import ErrorReport, ResultMessage
-from smolrun.launch.moves import Exited, Finished, Interrupted, Kill, ReaderFailed, SendStop
 from smolrun.launch.supervisor import Phase
+from smolrun.launch.supervisor_events import (
+    Exited,
+    Finished,
+    Interrupted,
+    Kill,
+    ReaderFailed,
+    SendStop,
+)
 from tests.launch.test_elastic import running, starting, told
 from tests.launch.test_supervisor import bury, done, outcome_of
 

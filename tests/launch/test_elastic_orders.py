@@ -6,8 +6,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolrun.launch.member import Elasticity
-from smolrun.launch.moves import (
+from smolrun.launch.elastic_worker import Elasticity
+from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,

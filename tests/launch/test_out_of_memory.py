@@ -15,11 +15,11 @@ import numpy
 import pytest
 import torch
 
-from smolrun.launch.cause import RankState, pick_cause
 from smolrun.launch.control import OUT_OF_MEMORY
 from smolrun.launch.machine_memory import machine_memory, own_groups
-from smolrun.launch.moves import Exited
 from smolrun.launch.out_of_memory import gb, is_out_of_memory, told
+from smolrun.launch.root_cause import RankState, pick_cause
+from smolrun.launch.supervisor_events import Exited
 from tests.launch.driver_process import TINY_DRIVER
 from tests.launch.test_supervisor import failed, outcome_of, running
 from tests.launch.test_worker import begin, workers  # noqa: F401  (a fixture)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolrun.launch.moves import EXIT_DONE, EXIT_FAILED, Outcome
 from smolrun.launch.restart import GiveUp, Policy, Relaunch, Wait, decide
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, Outcome
 
 LOST = Outcome("failed", EXIT_FAILED, "rank 1 on b died", 1, "b", is_lost=True)
 HOSTS = ("a", "b", "c")

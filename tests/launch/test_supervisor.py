@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from smolrun.events import Note, RankStep, StepDone
-from smolrun.launch.cause import RankState
 from smolrun.launch.control import Address, ErrorReport, Peer, ResultMessage
-from smolrun.launch.moves import (
+from smolrun.launch.root_cause import RankState
+from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,
@@ -23,7 +24,6 @@ from smolrun.launch.moves import (
     SendRoster,
     SendStop,
 )
-from smolrun.launch.supervisor import Limits, Phase, Supervisor
 
 LIMITS = Limits(start_s=120, finish_s=300, stop_s=60, grace_s=2, exit_s=5, kill_s=5)
 

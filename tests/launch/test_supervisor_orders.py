@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.launch.control import ErrorReport, ResultMessage
-from smolrun.launch.moves import (
+from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,

@@ -15,11 +15,11 @@ from typing import Any
 
 from smolrun.events import Event, Note
 from smolrun.launch.control import StartMessage
-from smolrun.launch.desk import RowReader
 from smolrun.launch.driver import Driver
+from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
-from smolrun.launch.member import Elasticity
+from smolrun.launch.stream_server import RowReader
 from smolrun.launch.supervisor import Limits
 
 WORKER = [sys.executable, str(Path(__file__).with_name("tiny_worker.py"))]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from smolrun.cli.compose import compose
-from smolrun.tasks.dry_run import estimate
+from smolrun.estimate.dry_run import estimate
 
 _LOOK_S = 0.05
 

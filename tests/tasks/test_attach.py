@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from smolrun.driver.find_run import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import attach
-from smolrun.tasks.find_run import OpenRun
 from smolrun.tracking.run_view import Chunk, Place, Request, View
 from tests.cli.command import smolrun
 from tests.tasks.background import in_background

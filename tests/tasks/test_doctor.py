@@ -14,12 +14,12 @@ import yaml
 from rich.console import Console
 
 from smolrun.cli.compose import compose
+from smolrun.driver import doctor_text, doctor_write
+from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.errors import ConfigError
-from smolrun.launch import links
-from smolrun.launch.examination import Examined
-from smolrun.launch.verdicts import Finding
-from smolrun.tasks import doctor_text, doctor_write
-from smolrun.tasks.doctor_hosts import Patients, with_hosts
+from smolrun.launch.doctor import links
+from smolrun.launch.doctor.examination import Examined
+from smolrun.launch.doctor.verdicts import Finding
 
 HOME = """\
 # At home

@@ -19,8 +19,8 @@ import torch
 from smolrun.checkpoints.find import newest_valid
 from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.driver.resume import Earlier, check_data
 from smolrun.errors import ConfigError
-from smolrun.tasks.going_on import Earlier, check_data
 from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.test_whole_runs import SMALL, finish, is_alive, rows, start, summary
 from tests.waiting import until

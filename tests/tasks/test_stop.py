@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from smolrun.driver.find_run import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import stop
-from smolrun.tasks.find_run import OpenRun
 from smolrun.tracking.run_view import Request, View
 from tests.cli.command import smolrun
 from tests.tasks.background import in_background

@@ -22,7 +22,7 @@ from smolrun.events import (
 )
 from smolrun.foreign_text import printable
 from smolrun.tracking.console import Console, slowest
-from smolrun.tracking.words import clock, named
+from smolrun.tracking.formatting import clock, named
 
 
 class Terminal(io.StringIO):

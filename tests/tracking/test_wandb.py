@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from smolrun.cli.compose import compose
+from smolrun.driver.resume import Earlier, take_up
 from smolrun.events import EvalDone, Event, Norms, RankStep, StepDone, TextSample
-from smolrun.tasks.going_on import Earlier, take_up
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.tracker import Fanout

@@ -16,7 +16,7 @@ from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.store import ask, check_room, check_whole, forget, put
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 Deploy = Literal["none", "rsync", "wheel"]
 

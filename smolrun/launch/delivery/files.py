@@ -20,7 +20,7 @@ from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 # What no run used for so long goes when something new comes.
 _YOUNGER_S = 30 * 86_400.0

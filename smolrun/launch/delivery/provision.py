@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from smolrun.data.prepared import Prepared
 from smolrun.errors import HostError, HostErrors, SmolrunError
-from smolrun.launch.at_once import on_all
 from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive
 from smolrun.launch.delivery.files import PreparedFiles
@@ -20,9 +19,10 @@ from smolrun.launch.delivery.progress import Progress, Told, silent
 from smolrun.launch.delivery.run_folder import CheckpointFiles, clear_run, run_on_host
 from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions
 from smolrun.launch.local import worker_command
+from smolrun.launch.run_on_all import on_all
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 
 @dataclass(frozen=True)

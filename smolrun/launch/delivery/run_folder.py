@@ -21,7 +21,7 @@ from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 _CLEAR_S = 60.0

@@ -32,7 +32,7 @@ from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.delivery.progress import Progress, Told, silent
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 # A rank that saves faster than its link carries would fill its disk, and this queue.
 _MOST_WAITING = 8

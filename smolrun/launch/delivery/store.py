@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import HostError
-from smolrun.launch.connection import OnBytes
 from smolrun.launch.delivery.progress import Told
+from smolrun.launch.remote.connection import OnBytes
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 _CALL_S = 60.0
 # What a small computer's card gives: so long may a host read what it has to compare.

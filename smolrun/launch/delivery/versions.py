@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code import Deploy
-from smolrun.launch.environment import env_python, environment_name, own_dependencies
+from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
 
 if TYPE_CHECKING:
-    from smolrun.launch.machine import Machine
+    from smolrun.launch.remote.machine import Machine
 
 LIBRARIES = ("smolrun", "torch", "transformers")
 _OLDEST_PYTHON = (3, 11)

@@ -18,11 +18,11 @@ from fabric import Config, Connection
 from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
 
 from smolrun.errors import HostError, LoginFailed
-from smolrun.launch.host_keys import HostKey
 from smolrun.launch.ssh import failure
 from smolrun.launch.ssh.connection import SshConnection
 from smolrun.launch.ssh.dial import dial
 from smolrun.launch.ssh.hop import Found, Hop, Wire
+from smolrun.launch.ssh.host_keys import HostKey
 from smolrun.launch.ssh.login import AskPassword, Keys
 from smolrun.launch.ssh.settings import Target, load, parse_target, proxy, settings_of
 

@@ -16,7 +16,7 @@ from paramiko import ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
 from smolrun.foreign_text import without_credentials
-from smolrun.launch.connection import Completed, OnBytes, TookTooLong
+from smolrun.launch.remote.connection import Completed, OnBytes, TookTooLong
 from smolrun.launch.ssh.files import SshFiles
 from smolrun.launch.ssh.hop import Hop, Wire
 from smolrun.launch.ssh.process import SshProcess

@@ -5,8 +5,8 @@ from __future__ import annotations
 from paramiko import ChannelException, SSHException
 from paramiko.ssh_exception import IncompatiblePeer
 
-from smolrun.launch.host_keys import HostKey
 from smolrun.launch.ssh.hop import Failed, Hop
+from smolrun.launch.ssh.host_keys import HostKey
 
 _IS_IT_ON = "is it switched on and on this network? a firewall that swallows packets looks the same"
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from paramiko import SFTPClient, SSHException, Transport
 
 from smolrun.errors import HostError, SmolrunError
-from smolrun.launch.connection import OnBytes
+from smolrun.launch.remote.connection import OnBytes
 
 # A machine that is gone is noticed long before; this is for an SFTP server that hangs alone, and
 # for 2 MiB that are still on their way over a very slow link.

@@ -17,7 +17,7 @@ from fabric import Config, Connection
 from paramiko.config import SSHConfig, SSHConfigDict
 
 from smolrun.errors import HostError
-from smolrun.launch.host_keys import entry_name
+from smolrun.launch.ssh.host_keys import entry_name
 
 _USER_FILE, _SYSTEM_FILE = "~/.ssh/config", "/etc/ssh/ssh_config"
 _USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"

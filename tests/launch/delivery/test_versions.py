@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from smolrun.errors import HostError
+from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
 from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions, pythons
-from smolrun.launch.environment import env_python, environment_name, own_dependencies
 from tests.launch.here import HereMachine
 
 DRIVER = {"python": "3.12.4", "smolrun": "0.1.0", "torch": "2.9.1+cpu", "transformers": "5.20.0"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from smolrun.launch import answers
 from smolrun.launch.on_host import clock, environment, firewall, power, system, versions
+from smolrun.launch.remote import answers
 
 FOLDER = Path(clock.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.machine import HostSpec, open_machine
+from smolrun.launch.remote.machine import HostSpec, open_machine
 from smolrun.launch.ssh import SshConnection, connect
 from tests import waiting
 from tests.launch.ssh.server import Server, ssh_server

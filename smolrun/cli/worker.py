@@ -1,0 +1,208 @@
+"""What a host runs for every rank, `smolrun --worker`: wires channel, mesh and task together.
+
+The driver speaks first: until it does, nothing is known here, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import traceback
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from smolrun.driver.emulation import shape_of
+from smolrun.errors import PeerLost, SmolrunError, StopRequested, WaitTimeout
+from smolrun.launch.channel import WorkerChannel
+from smolrun.launch.control import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    OUT_OF_MEMORY,
+    Address,
+    ErrorReport,
+    StartMessage,
+    cut,
+)
+from smolrun.launch.out_of_memory import is_out_of_memory, told
+from smolrun.launch.wake import awake
+
+if TYPE_CHECKING:
+    from smolrun.mesh.guards import Guard
+    from smolrun.mesh.mesh import Mesh
+    from smolrun.mesh.tcp import Endpoint
+    from smolrun.wire.handshake import Identity
+
+_START_S = 60.0  # the driver sends the start message before anything else
+# `mesh.liveness`: how long a peer may say nothing at all before it counts as lost. With the time to
+# tell the driver, the run ends within 10 and 4 seconds.
+_SILENCE_S = {"normal": 9.0, "fast": 3.0}
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Be one rank of a run, with the driver at stdin and stdout; ends this process."""
+    channel = WorkerChannel.take_stdio()
+    # Ctrl-C is the driver's: it tells all ranks to stop at the same step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
+    with awake():
+        code = run(channel)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Not sys.exit: all is said, and no thread that a library left behind may keep this process.
+    os._exit(code)
+
+
+def run(channel: WorkerChannel) -> int:
+    """Run the task that the driver asks for and report how it ended; returns the exit code."""
+    # The mesh is closed after the report: its farewell may take seconds, the driver is waiting.
+    with contextlib.ExitStack() as closing:
+        try:
+            start = channel.wait_start(_START_S)
+            summary = _run_task(start, channel, closing)
+        except StopRequested as stop:
+            _log.info("%s", stop)
+            channel.result("stopped")
+        except SmolrunError as error:
+            _log.error("%s: %s", type(error).__name__, error)
+            report = ErrorReport(type(error).__name__[:200], cut(str(error)))
+            if isinstance(error, PeerLost):
+                report = replace(
+                    report,
+                    peer=error.rank,
+                    told_by=error.told_by,
+                    broke_protocol=error.broke_protocol,
+                )
+            elif isinstance(error, WaitTimeout):
+                report = replace(report, peer=error.rank)
+            channel.result("failed", error=report)
+            return EXIT_FAILED
+        # Even SystemExit, out of the user's own code, must reach the driver.
+        except BaseException as error:
+            traceback.print_exc()
+            channel.result("failed", error=_report(error))
+            return EXIT_FAILED
+        else:
+            channel.result("stopped" if summary.get("was_stopped") else "done", summary=summary)
+        return EXIT_DONE
+
+
+def _report(error: BaseException) -> ErrorReport:
+    if is_out_of_memory(error):
+        return ErrorReport(OUT_OF_MEMORY, cut(told(error)))
+    return ErrorReport(type(error).__name__[:200], cut(str(error)))
+
+
+def _run_task(
+    start: StartMessage, channel: WorkerChannel, closing: contextlib.ExitStack
+) -> dict[str, Any]:
+    """From the start message to the task's summary."""
+    # The start deadline is the driver's; this one ends the wait for a driver that says no more.
+    start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
+    _log.info("rank %d of %d is process %d", start.rank, start.world_size, os.getpid())
+    import torch  # seconds, on a small machine
+
+    torch.set_num_threads(start.threads)
+    task = import_module(f"smolrun.tasks.{start.config['task']}")
+    from smolrun.mesh.tcp import Endpoint
+
+    _check_links(start, channel)
+    endpoint = Endpoint(start.addresses, start.ports, host=start.host)
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "smolrun": version("smolrun"),
+    }
+    channel.ready([Address(*where) for where in endpoint.addresses], versions)
+    mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
+    closing.callback(_close, mesh)
+    summary: dict[str, Any] = task.work(start, mesh, channel)
+    return summary
+
+
+def _close(mesh: Mesh) -> None:
+    try:
+        mesh.close()
+    except Exception:  # how the task ended is what counts, and that has been told
+        _log.exception("the mesh did not close cleanly")
+
+
+def _build_mesh(
+    start: StartMessage, endpoint: Endpoint, channel: WorkerChannel, start_timeout_s: float
+) -> Mesh:
+    """Wait for the roster, then link up with all peers."""
+    from smolrun.mesh.tcp import Seat, connect
+    from smolrun.wire.handshake import Identity
+
+    peers = channel.wait_roster(start_timeout_s)
+    _log.info("links up with %d other ranks", len(peers) - 1)
+    identity = Identity(
+        rank=start.rank,
+        world_size=start.world_size,
+        run_id=start.run_id,
+        config_hash=start.config_hash,
+        generation=start.generation,
+        secret=bytes.fromhex(start.secret),
+    )
+    settings = start.config["mesh"]
+    shape = shape_of(start.config, start.rank)
+    return connect(
+        endpoint,
+        identity,
+        [
+            Seat(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
+            for peer in peers
+        ],
+        timeout_s=float(settings["timeout_s"]),
+        silence_s=_SILENCE_S[settings["liveness"]],
+        heartbeat_s=settings["heartbeat_ms"] / 1000,
+        start_timeout_s=start_timeout_s,
+        guard=_guard(start, identity),
+        wrap=shape.wrap if shape else None,
+        elastic=start.elastic,
+    )
+
+
+def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
+    """Whatever the driver said: nothing leaves this machine readable unless somebody asked."""
+    from smolrun.mesh.addresses import is_loopback
+
+    who = f"rank {start.rank} on {start.host}"
+    others = [where for where in start.addresses if not is_loopback(where)]
+    if start.security == "tls" and start.credentials is None:
+        raise SmolrunError(f"{who}: it was given no key for TLS")
+    if start.security == "loopback_plain" and others:
+        raise SmolrunError(
+            f"{who}: mesh.security = loopback_plain, but {', '.join(others)} is no loopback "
+            "address; set mesh.security=tls"
+        )
+    if start.security == "insecure" and start.rank == 0:
+        channel.log(
+            "warning",
+            "mesh.security = insecure: whoever is in the network can read and change what ranks "
+            "send each other",
+        )
+
+
+def _guard(start: StartMessage, identity: Identity) -> Guard | None:
+    """What encrypts the links; None if nothing does."""
+    if start.security != "tls" or start.credentials is None:
+        return None
+    from smolrun.mesh.guards import TlsGuard
+
+    return TlsGuard(start.credentials, identity)

@@ -1,0 +1,1 @@
+"""One run from the driver's side: preflight, hosts, resume, restart. May read the config."""

@@ -1,0 +1,76 @@
+"""Who computes how much of a global batch: by the speeds of the cluster file, or as measured.
+
+Only wiring: the plans are in parts/placement.py, the decision in training/balance.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig, world_size
+from smolrun.config.algorithms import EDP
+from smolrun.driver.roles import only_serves
+from smolrun.parts.placement import (
+    BatchPlan,
+    Plans,
+    plan_batches,
+    rank_speeds,
+    ranked_hosts,
+    shares,
+)
+from smolrun.training.balance import Balance, Balancer
+from smolrun.training.stream_feed import steps_ahead
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
+    from smolrun.training.feed import Planned
+
+
+def largest_plan(config: RunConfig) -> BatchPlan:
+    """The plan of the rank with the largest share, as the run begins."""
+    micro = config.training.micro_batch_size
+    weights = _numbers(rank_speeds(config.cluster.model_dump(), world_size(config)))
+    if isinstance(config.algorithm, EDP):  # parts of a batch are equal, whoever takes them
+        auto = world_size(config) - only_serves(config)
+        pushes = config.algorithm.pushes_per_batch
+        weights = [1.0] * (auto if pushes == "auto" else pushes)
+    elif only_serves(config):
+        weights[0] = 0.0
+    return plan_batches(
+        config.training.global_batch_size,
+        weights,
+        weights.index(max(weights)),
+        None if micro == "auto" else micro,
+    )
+
+
+def _numbers(speeds: Sequence[float | str]) -> list[float]:
+    return [1.0 if speed == "auto" else float(speed) for speed in speeds]
+
+
+def share_work(
+    config: Mapping[str, Any],
+    prepared: Prepared,
+    speeds: Sequence[float | str],
+    weights_of: Callable[[Sequence[float]], Sequence[float]],
+    rank: int,
+) -> tuple[Planned, Balance | None]:
+    """This rank's plan; with the balance that changes it, where a speed is "auto". `weights_of`
+    says which ranks get samples at all.
+
+    Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
+    speeds and given numbers have no unit in common: then the numbers are where it begins.
+    """
+    training = config["training"]
+    size = training["global_batch_size"]
+    micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
+    weights = weights_of(_numbers(speeds))
+    if "auto" not in speeds:
+        return plan_batches(size, weights, rank, micro), None
+    counts = shares(size, weights)
+    plans = Plans(lambda now: plan_batches(size, now, rank, micro), counts)
+    idle = [index for index, weight in enumerate(weights) if not weight]
+    ahead = 0 if prepared.stream is None else steps_ahead(prepared.stream["prefetch_steps"])
+    hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
+    return plans, Balance(Balancer(counts, idle=idle), plans, ahead=ahead, hosts=hosts)

@@ -1,0 +1,85 @@
+"""What each bench measures on a rank: its rows, one after the other. Only wiring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from smolrun.benchmarks.collectives import compare_all_reduce
+from smolrun.benchmarks.link import compare_link
+from smolrun.benchmarks.never_waiting import compare_edp
+from smolrun.benchmarks.step import PeerStep, compare_step
+from smolrun.benchmarks.stragglers import compare_bounds
+from smolrun.benchmarks.unequal import compare_shares
+from smolrun.collectives.api import Collectives
+from smolrun.data.base import open_split
+from smolrun.data.order import SampleOrder
+from smolrun.data.prepared import Prepared
+from smolrun.driver.train_rank import new_model, optimizer_maker, place_algorithm
+from smolrun.launch.control import StartMessage
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.placement import plan_batches
+from smolrun.training.feed import Feed
+
+
+def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[dict[str, Any]]:
+    """The rows of the bench that the configuration asks for; collective."""
+    bench = start.config["bench"]
+    security = "tls" if start.security == "tls" else "plain"
+    match bench["name"]:
+        case "collectives":
+            return compare_all_reduce(
+                collectives, bench["sizes"], repeats=bench["repeats"], security=security
+            )
+        case "link":
+            return compare_link(
+                collectives,
+                bench["sizes"],
+                addresses=start.addresses,
+                repeats=bench["repeats"],
+                security=security,
+                timeout_s=mesh.timeout_s,
+            )
+        case "unequal":
+            return compare_shares(
+                mesh,
+                bench["speeds"],
+                global_batch_size=bench["global_batch_size"],
+                sample_s=bench["sample_ms"] / 1000,
+                steps=bench["steps"],
+                warm_up=bench["warmup_steps"],
+                repeats=bench["repeats"],
+            )
+        case "stragglers":
+            return _straggling(mesh, bench)
+    return ({**row, "security": security} for row in _steps(start, mesh))
+
+
+def _straggling(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    given = {key: bench[key] for key in ("steps", "chance", "factor", "repeats")}
+    given["step_s"] = bench["step_ms"] / 1000
+    yield from compare_bounds(mesh, bench["bounds"], **given)
+    if bench["edp"]:
+        yield compare_edp(mesh, patience=bench["patience"], **given)
+
+
+def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """One row for every peer; both sides begin anew for each."""
+    config, device = start.config, torch.device("cpu")  # gloo's side of the comparison is the CPU
+    training, bench = config["training"], config["bench"]
+    prepared = Prepared.from_json(start.prepared or {})
+    split = open_split(prepared, "train", verify=False)
+    plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
+    feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
+    for kind in bench["peers"]:
+        model = new_model(config, prepared, device)
+        yield compare_step(
+            place_algorithm(config, prepared, mesh, device),
+            PeerStep(kind, model, optimizer_maker(config), training["grad_clip"]),
+            lambda step: feed.step(step)[0],
+            steps=bench["steps"],
+            warm_up=bench["warmup_steps"],
+            repeats=bench["repeats"],
+        )

@@ -1,0 +1,181 @@
+"""The hosts that task=doctor looks at: how each is reached, what it is asked, what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig, ranks
+from smolrun.config.cluster import Host as HostConfig
+from smolrun.driver.fleet import Fleet, host_specs
+from smolrun.errors import HostError, LoginFailed
+from smolrun.launch.delivery.environment import own_dependencies
+from smolrun.launch.doctor import findings, links, reachability
+from smolrun.launch.doctor.examination import Askable, Examined, Orders, examine, unreachable
+from smolrun.launch.doctor.reach_test import reach_test
+from smolrun.launch.doctor.this_machine import ThisMachine
+from smolrun.launch.doctor.verdicts import Finding
+from smolrun.launch.run_on_all import on_all
+
+if TYPE_CHECKING:
+    from smolrun.launch.remote.machine import HostSpec, Machine
+
+_THIS_MACHINE = "local"
+
+
+@dataclass
+class Patients:
+    """All hosts of a cluster. `askable` are those that answered; `machines` those over SSH."""
+
+    config: RunConfig
+    hosts: dict[str, HostConfig]
+    specs: dict[str, HostSpec]
+    machines: dict[str, Machine] = field(default_factory=dict)
+    askable: dict[str, Askable] = field(default_factory=dict)
+    examined: dict[str, Examined] = field(default_factory=dict)
+    places: dict[str, links.Host] = field(default_factory=dict)
+    ways: list[links.Way] = field(default_factory=list)
+    reach: dict[str, dict[str, Any]] = field(default_factory=dict)
+    links: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Patients:
+        """Those of a cluster; this machine alone where it lists none."""
+        hosts = {
+            host.name: host for host in config.cluster.hosts or [HostConfig(name=_THIS_MACHINE)]
+        }
+        return cls(config, hosts, {spec.name: spec for spec in host_specs(config)})
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the cluster file."""
+        return list(self.hosts)
+
+    @property
+    def reachable(self) -> list[str]:
+        """Those that answered."""
+        return [name for name in self.names if self.examined[name].is_reachable]
+
+    def examine(self) -> None:
+        """Asks all at the same time."""
+        found = on_all({name: name for name in self.names}, self._examine, "doctor")
+        self.examined = {name: found[name] for name in self.names}
+        torches = {
+            name: one.facts.get("environment", {}).get("packages", {}).get("torch")
+            for name, one in self.examined.items()
+        }
+        self._add(findings.of_versions(torches))
+
+    def _examine(self, name: str) -> Examined:
+        try:
+            machine = self._reached(name)
+        except HostError as error:
+            found = unreachable(error)
+            # Only of a login is it of interest that the system's own ssh does better.
+            more = self._compared(name, error) if isinstance(error, LoginFailed) else None
+            if more is not None:
+                found.findings.append(more)
+            return found
+        self.askable[name] = machine
+        return examine(machine, self._orders(name))
+
+    def _reached(self, name: str) -> Askable:
+        if name not in self.specs:
+            return ThisMachine(name, Path.cwd())
+        from smolrun.launch.remote.machine import open_machine
+
+        cluster = self.config.cluster
+        machine = open_machine(
+            self.specs[name],
+            ssh_config=cluster.ssh_config,
+            timeout_s=cluster.connect_timeout_s,
+            cluster=cluster.name,
+        )
+        self.machines[name] = machine
+        return machine
+
+    def _compared(self, name: str, error: HostError) -> Finding | None:
+        from smolrun.launch.doctor.system_ssh import compared
+
+        cluster, spec = self.config.cluster, self.specs[name]
+        return compared(
+            error, spec.ssh, ssh_config=cluster.ssh_config, timeout_s=cluster.connect_timeout_s
+        )
+
+    def _orders(self, name: str) -> Orders:
+        host, cluster = self.hosts[name], self.config.cluster
+        machine = self.machines.get(name)
+        if machine is None:
+            pythons, is_given = [self.askable[name].python], True
+        else:
+            from smolrun.launch.delivery.versions import pythons as of
+
+            pythons, is_given = of(machine, cluster.deploy), machine.spec.python is not None
+        return Orders(
+            pythons=pythons,
+            requirements=own_dependencies(),
+            is_given=is_given,
+            smolrun=version("smolrun") if cluster.deploy == "none" and machine else None,
+            device=cluster.device if host.device == "auto" else host.device,
+            memory_gb=host.memory_gb,
+            setup=f"smolrun task=setup cluster={cluster.name}",
+            env=dict(host.env) if machine else {},
+            measure=self.config.write,
+        )
+
+    def test_ways(self) -> None:
+        """Who reaches whom, and over which of their networks."""
+        plans = {plan.host: plan for plan in ranks(with_hosts(self.config, self.reachable))}
+        fleet = Fleet(self.config, self.machines)
+        for name in self.reachable:
+            facts = self.examined[name].facts
+            told = facts.get("network", {}).get("interfaces", [])
+            try:
+                addresses = fleet.addresses(plans[name])
+            except HostError as error:
+                self._add({name: [Finding("blocks", error.what, error.todo)]})
+                addresses = []
+            interfaces = tuple(links.Interface.from_json(one) for one in told)
+            self.places[name] = links.Host(name, tuple(addresses), interfaces)
+        asked = {name: self.askable[name] for name in self.reachable}
+        ports = {name: plans[name].ports for name in asked}
+        self.reach = reach_test(asked, self.places, ports)
+        self.ways = links.ways(self.places, self.reach)
+        doors = {name: self._door(name, ports[name]) for name in asked}
+        self._add(reachability.blocked(self.places, self.ways, doors))
+        self._add(reachability.idle_networks(links.faster(self.places, self.ways, self.reach)))
+
+    def _door(self, name: str, ports: tuple[int, int] | None) -> reachability.Door:
+        facts, machine = self.examined[name].facts, self.askable[name]
+        python = facts.get("environment", {}).get("executable") or "PYTHON"
+        return reachability.Door(facts.get("firewall", {}), machine.os, python, ports)
+
+    def _add(self, more: dict[str, list[Finding]]) -> None:
+        for name, found in more.items():
+            self.examined[name].findings += found
+
+    def fit_for_mesh(self) -> list[str]:
+        """The hosts that a mesh can be made of."""
+        fit = [n for n in self.names if self.examined[n].verdict.state != "cannot run"]
+        return fit if len(fit) > 1 or self.config.cluster.hosts is None else []
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for machine in self.askable.values():
+            with contextlib.suppress(Exception):
+                machine.close()
+
+
+def with_hosts(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """The same run on these hosts, one rank on each; on this machine alone: two."""
+    cluster = config.cluster
+    if cluster.hosts is None:
+        changed: dict[str, Any] = {"ranks": 2}
+    else:
+        chosen = [host for host in cluster.hosts if host.name in names]
+        changed = {"hosts": [host.model_copy(update={"ranks": 1}) for host in chosen]}
+    return config.model_copy(update={"cluster": cluster.model_copy(update=changed)})

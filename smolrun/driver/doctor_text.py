@@ -1,0 +1,174 @@
+"""What task=doctor found, as a table with its reasons below, or as one JSON document."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from smolrun.driver.doctor_hosts import Patients
+from smolrun.foreign_text import one_line
+from smolrun.launch.doctor.examination import Examined
+from smolrun.launch.doctor.links import Interface
+from smolrun.tracking.console import Screen
+
+_GB = 1e9
+_UNKNOWN = "-"
+_COLOURS = {"fine": "green", "usable": "yellow", "cannot run": "red"}
+_PLAIN: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
+_WIDTH = 100  # where nobody says how wide it is, as in a pipe
+
+
+def report(patients: Patients) -> None:
+    """Prints it all."""
+    console = Screen(highlight=False)
+    if not console.is_terminal:
+        console = Screen(highlight=False, width=_WIDTH)
+    console.print(_hosts(patients))
+    if patients.links:
+        console.print(_links(patients))
+    for name, one in patients.examined.items():
+        verdict = one.verdict
+        colour = _COLOURS[verdict.state]
+        console.print(f"[bold]{_shown(name)}[/]: [{colour}]{_shown(verdict.sentence)}[/]")
+        for line in details(one):
+            console.print(f"  {_shown(line)}", soft_wrap=True)
+        for finding in verdict.findings:
+            mark = {"blocks": "x", "limits": "!", "note": "."}[finding.weight]
+            console.print(f"  {mark} {_shown(finding.what)}", soft_wrap=True)
+            if finding.todo:
+                console.print(f"      -> {_shown(finding.todo)}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """What a host said, as the text of a cell or of a line."""
+    return escape(one_line(text))
+
+
+def _hosts(patients: Patients) -> Table:
+    table = Table(title=f"cluster={patients.config.cluster.name}", **_PLAIN)
+    for name in ("host", "system", "cores", "memory free", "disk free", "Python", "torch"):
+        table.add_column(name, overflow="fold")
+    for name in ("device", "verdict"):
+        table.add_column(name, overflow="fold")
+    for name, one in patients.examined.items():
+        state = one.verdict.state
+        cells = [_shown(cell) for cell in row(one)]
+        table.add_row(_shown(name), *cells, f"[{_COLOURS[state]}]{state}[/]")
+    return table
+
+
+def row(one: Examined) -> list[str]:
+    """A host's cells between its name and its verdict."""
+    system, environment = one.facts.get("system"), one.facts.get("environment", {})
+    if system is None:
+        return [_UNKNOWN] * 7
+    total, free = system["memory_total"], system["memory_available"]
+    packages = environment.get("packages", {})
+    return [
+        f"{short(system['system'])} {system['arch']}",
+        str(system["usable_cores"] or _UNKNOWN),
+        f"{_gigabytes(free)} of {_gigabytes(total)}",
+        _gigabytes(system["folder"]["free"]),
+        str(environment.get("python") or _UNKNOWN),
+        str(packages.get("torch") or _UNKNOWN),
+        device(environment),
+    ]
+
+
+def short(system: str) -> str:
+    """The name of a system without its code name: Debian 12."""
+    return re.sub(r" GNU/Linux|\s*\(.*?\)", "", system)
+
+
+def device(environment: Mapping[str, Any]) -> str:
+    """The best that its torch can use."""
+    if "cuda" not in environment:
+        return _UNKNOWN
+    return "cuda" if environment["cuda"] else "mps" if environment["mps"] else "cpu"
+
+
+def details(one: Examined) -> list[str]:
+    """What has no place in the table."""
+    facts = one.facts
+    lines = []
+    if (system := facts.get("system")) is not None:
+        what = [f"user {system['user']}", system["model"], system["cpu"]]
+        what += [gpu["name"] for gpu in system["gpus"]]
+        lines.append(", ".join(part for part in what if part))
+    if (clock := facts.get("clock")) is not None:
+        lines.append(f"clock {clock['offset_s']:+.2f} s, give or take {clock['uncertain_s']:.2f} s")
+    if (score := facts.get("environment", {}).get("score")) is not None:
+        lines.append(
+            f"{score['device']}: {score['flops'] / 1e9:,.0f} GFLOP/s, "
+            f"memory {score['memory_bytes_per_s'] / _GB:,.0f} GB/s"
+        )
+    for told in facts.get("network", {}).get("interfaces", []):
+        if told["kind"] != "loopback":
+            interface = Interface.from_json(told)
+            lines.append(f"{interface}: {', '.join(interface.addresses)}")
+    return lines
+
+
+def _links(patients: Patients) -> Table:
+    security = "through the mesh, with its encryption" if patients.machines else "on this machine"
+    table = Table(title=f"links, measured {security}", **_PLAIN)
+    for name in ("from", "to", "round trip", "bandwidth", "over"):
+        table.add_column(name, overflow="fold", justify="left")
+    for one in link_rows(patients):
+        table.add_row(
+            _shown(one["from"]),
+            _shown(one["to"]),
+            f"{one['rtt_s'] * 1e3:.2f} ms",
+            f"{one['bytes_per_s'] * 8 / 1e6:,.1f} Mbit/s",
+            _shown(one["over"] or _UNKNOWN),
+        )
+    return table
+
+
+def link_rows(patients: Patients) -> list[dict[str, Any]]:
+    """What was measured, with the interface of the sender on the way that it has."""
+    ways = {(way.source, way.to): way for way in patients.ways}
+    rows = []
+    for one in patients.links:
+        # A link is dialled in one direction and used in both.
+        way = ways.get((one["from"], one["to"]))
+        back = ways.get((one["to"], one["from"]))
+        place = patients.places.get(one["from"])
+        local = way.local if way is not None and way.is_open else back.address if back else None
+        interface = place.interface(local) if place is not None else None
+        rows.append({**one, "over": str(interface) if interface is not None else None})
+    return rows
+
+
+def document(patients: Patients, exit_code: int) -> dict[str, Any]:
+    """Everything, as plain values."""
+    hosts = [
+        {
+            "name": name,
+            "ssh": patients.hosts[name].ssh,
+            "addresses": list(patients.places[name].addresses) if name in patients.places else [],
+            "verdict": one.verdict.to_json(),
+            **one.facts,
+        }
+        for name, one in patients.examined.items()
+    ]
+    return {
+        "cluster": patients.config.cluster.name,
+        "driver": {"python": platform.python_version(), "smolrun": version("smolrun")},
+        "hosts": hosts,
+        "ways": [asdict(way) for way in patients.ways],
+        "links": link_rows(patients),
+        "exit_code": exit_code,
+    }
+
+
+def _gigabytes(number: int | None) -> str:
+    return _UNKNOWN if number is None else f"{number / _GB:.1f} GB"

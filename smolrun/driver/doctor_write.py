@@ -1,0 +1,139 @@
+"""write=true of task=doctor: what was found goes into the cluster file, which stays the user's own.
+
+Only what is missing or wrong is written. The file before is kept beside it as NAME.yaml.bak.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from smolrun.config.cluster import Host as HostConfig
+from smolrun.driver.cluster_file import changed, host_names
+from smolrun.driver.doctor_hosts import Patients
+from smolrun.driver.doctor_text import device
+from smolrun.errors import ConfigError
+from smolrun.launch.doctor.examination import Examined
+from smolrun.launch.doctor.links import best_addresses
+
+_FOLDER = Path("conf") / "cluster"
+_GB = 1e9
+_NOISE = 0.1
+
+
+def write(patients: Patients, say: Callable[[str], None]) -> None:
+    """Changes the cluster file and shows what changed; ConfigError where there is none."""
+    if patients.config.cluster.hosts is None:
+        say("write=true: this cluster lists no hosts, there is nothing to write")
+        return
+    name = patients.config.cluster.name
+    file, text = find(name, patients.names)
+    new = changed(text, news(patients))
+    if new == text:
+        say(f"{file}: nothing to change")
+        return
+    for line in difflib.unified_diff(
+        text.splitlines(), new.splitlines(), str(file), f"{file} (new)", lineterm="", n=0
+    ):
+        say(line)
+    _replace(file, new)
+    say(f"{file} is written")
+
+
+def find(name: str, hosts: list[str]) -> tuple[Path, str]:
+    """The user's file of that choice and its text; a shipped one is to be copied to there."""
+    own = _FOLDER / f"{name}.yaml"
+    shipped = files("smolrun.conf").joinpath("cluster", f"{name}.yaml")
+    for file in (own, shipped):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            if host_names(text) == hosts:
+                return own, text
+    raise ConfigError(
+        f"write=true: {own} does not list the hosts of this run ({', '.join(hosts)}); run it in "
+        "the folder that has it"
+    )
+
+
+def news(patients: Patients) -> dict[str, dict[str, Any]]:
+    """Host -> key -> value, for what the file does not say or says wrongly."""
+    speeds = _speeds(patients)
+    found = {}
+    for name, one in patients.examined.items():
+        if one.is_reachable:
+            best = best_addresses(patients.places, name, patients.reach) if patients.reach else []
+            keys = _of_host(patients.hosts[name], one, speeds.get(name), best)
+            found[name] = {key: value for key, value in keys.items() if value is not None}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _of_host(
+    host: HostConfig, one: Examined, speed: float | None, best: list[str]
+) -> dict[str, Any]:
+    system, environment = one.facts["system"], one.facts.get("environment", {})
+    total = system["memory_total"]
+    whole = None if total is None else int(total / _GB * 10) / 10
+    keys: dict[str, Any] = {"os": system["os"] if host.os == "auto" else None}
+    if host.device == "auto" and "cuda" in environment:
+        keys["device"] = device(environment)
+    if whole is not None and (host.memory_gb is None or host.memory_gb > whole * 1.1):
+        keys["memory_gb"] = whole
+    # Whoever wrote auto wants it measured in the run, which knows better than any trial.
+    if speed is not None and host.speed != "auto" and _differ(speed, host.speed):
+        keys["speed"] = speed
+    keys["address"] = _address(host, best)
+    return keys
+
+
+def _address(host: HostConfig, best: list[str]) -> str | list[str] | None:
+    """The best address first, and then what the user wrote."""
+    if not best:
+        return None
+    if host.address is None:
+        return best[0]
+    before = [host.address] if isinstance(host.address, str) else list(host.address)
+    wanted = [best[0], *(address for address in before if address != best[0])]
+    # A name stands for whatever address it has; it is not replaced by one that it may stand for.
+    if wanted == before or not _is_number(before[0]):
+        return None
+    return wanted[0] if len(wanted) == 1 else wanted
+
+
+def _is_number(address: str) -> bool:
+    return ":" in address or address.replace(".", "").isdigit()
+
+
+def _differ(measured: float, written: float) -> bool:
+    """By more than two trials on one machine do."""
+    return abs(measured - written) > _NOISE * written
+
+
+def _speeds(patients: Patients) -> dict[str, float]:
+    """Of each rank, relative to the fastest, by products and memory together (their geometric
+    mean). Empty where some host could not be measured: shares need all of them."""
+    scores = {}
+    for name, one in patients.examined.items():
+        score = one.facts.get("environment", {}).get("score")
+        if score is None:
+            return {}
+        whole = (score["flops"] * score["memory_bytes_per_s"]) ** 0.5
+        scores[name] = whole / patients.hosts[name].ranks
+    fastest = max(scores.values(), default=1.0)
+    return {name: round(score / fastest, 2) for name, score in scores.items()}
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or not at all; ConfigError where the disk refuses."""
+    fresh = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            file.with_name(f"{file.name}.bak").write_bytes(file.read_bytes())
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, file)
+    except OSError as error:
+        raise ConfigError(f"cannot write {file.absolute()}: {error}") from error

@@ -1,0 +1,87 @@
+"""Which run is meant by `run=`, and how to look at it: here, or on the machine that drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from smolrun.checkpoints.find import LATEST, run_folder
+from smolrun.config import RunConfig, validate, world_size
+from smolrun.config.suggest import closest, problem
+from smolrun.driver.workers import OUTPUTS
+from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_files import read_yaml
+from smolrun.tracking.past_runs import run_folders
+from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_view import Request, View, answer
+
+_HERE_EVERY_S, _THERE_EVERY_S = 0.5, 2.0
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that can be looked at. `ask` gets a request without its folder; HostError where the
+    machine that drives the run does not answer, OSError where the run cannot be asked to stop."""
+
+    folder: RunFolder  # on this machine
+    ask: Callable[[Request], View]
+    every_s: float  # how often it makes sense to look
+    driver_host: str | None = None  # null: this machine
+
+
+def find_run(wanted: str) -> RunFolder:
+    """The run named `wanted` below outputs/, or a path; ConfigError with those there are."""
+    try:
+        path = run_folder(wanted, OUTPUTS) if wanted == LATEST else _named(wanted)
+    except CheckpointError:
+        path = None
+    if path is not None and (path / "config.yaml").is_file():
+        is_here = path.resolve().parent == OUTPUTS.resolve()
+        return RunFolder(OUTPUTS / path.resolve().name if is_here else path)
+    names = [folder.run_id for folder in run_folders(OUTPUTS)]
+    allowed = (
+        f"latest, or {', '.join(names[:_MOST_NAMED])}" if names else "none, `smolrun` makes one"
+    )
+    what = f"no such run below {OUTPUTS.absolute()}"
+    raise ConfigError(
+        problem("run", wanted, what, allowed=allowed, meant=closest(wanted, names) or None)
+    )
+
+
+def _named(wanted: str) -> Path | None:
+    paths = (OUTPUTS / wanted, Path(wanted).expanduser())
+    return next((path for path in paths if path.is_dir()), None)
+
+
+@contextmanager
+def opened(folder: RunFolder) -> Iterator[OpenRun]:
+    """The run, to look at; HostError where another machine drives it and does not answer."""
+    if not folder.is_driven_elsewhere or folder.driver() or folder.summary():
+        yield OpenRun(folder, lambda request: _ask_here(folder, request), _HERE_EVERY_S)
+        return
+    from smolrun.driver.remote_driver import asking  # loads the SSH library
+
+    with asking(folder) as question:
+        yield OpenRun(folder, question.ask, _THERE_EVERY_S, question.host)
+
+
+def _ask_here(folder: RunFolder, request: Request) -> View:
+    return answer(msgspec.structs.replace(request, folder=str(folder.path)))
+
+
+def config_of(folder: RunFolder) -> RunConfig | None:
+    """The run's configuration; None if it is of a version that had other keys."""
+    try:
+        return validate(msgspec.yaml.decode(read_yaml(folder.config)))
+    except (ConfigError, ValueError, OSError, RecursionError):
+        return None
+
+
+def ranks_of(config: RunConfig | None) -> int:
+    """How many ranks a run has, as far as that is known."""
+    return 1 if config is None else world_size(config)

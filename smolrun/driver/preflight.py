@@ -1,0 +1,158 @@
+"""What is looked at on the driver before any rank starts: your own code, devices and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig, ranks, world_size
+from smolrun.config.cluster import Host
+from smolrun.config.plan import THIS_MACHINE
+from smolrun.config.suggest import absent, closest, problem
+from smolrun.config.targets import CustomTarget
+from smolrun.driver.fleet import secrets_in_env
+from smolrun.driver.workers import load_target
+from smolrun.errors import ConfigError, SmolrunError
+from smolrun.foreign_files import read_json
+from smolrun.launch.machine_memory import machine_memory
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared
+
+_NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def check_before_start(config: RunConfig) -> None:
+    """ConfigError with every problem that would only show once the ranks run."""
+    # A dry run may be about machines that are elsewhere.
+    found = [*_own_code(config), *secrets_in_env(config)]
+    found += [] if config.training.dry_run else _devices(config)
+    if found:
+        raise ConfigError(found)
+
+
+def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
+    """What the dry run says of memory, if that is not enough or hardly so; None for other runs.
+
+    The estimate loads torch and takes seconds, so it is made only where a generous sum exceeds what
+    there is. Of own code no such sum is known: it gets no warning.
+    """
+    needed, here = _generous_bytes(config, prepared), machine_memory().available
+    hosts = config.cluster.hosts or [Host(name=THIS_MACHINE, ranks=world_size(config))]
+    for host in hosts:
+        known = host.memory_gb * 2**30 if host.memory_gb else None
+        room = known or (here if host.ssh is None else None)
+        if room is not None and host.ranks * needed > room:
+            break
+    else:
+        return None
+    from smolrun.estimate import dry_run, dry_run_text
+
+    try:
+        fits, text = dry_run_text.memory_verdict(dry_run.estimate(config, prepared))
+    except SmolrunError:
+        raise
+    except Exception as error:  # building a model can fail in any way; the ranks say how it does
+        return f"how much memory it needs is unknown ({type(error).__name__}: {error})"
+    is_enough = fits and "narrowly" not in text
+    return None if is_enough else f"{text}; training.dry_run=true says what would make it fit"
+
+
+def _generous_bytes(config: RunConfig, prepared: Prepared) -> float:
+    """More than a rank needs, from the sizes that a configuration or a config.json gives; 0 for
+    unknown models."""
+    sizes, vocabulary = config.model.model_dump(), prepared.num_outputs
+    if prepared.model_folder is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            sizes = dict(read_json(Path(prepared.model_folder) / "config.json"))
+
+    def first(*names: str) -> int:
+        return next((sizes[name] for name in names if sizes.get(name)), 0)
+
+    layers = first("layers", "num_hidden_layers", "n_layer")
+    width = first("width", "hidden_size", "n_embd")
+    hidden = first("ffn_width", "intermediate_size")
+    for size in (layers, width, hidden or 1):  # a config.json may hold anything
+        if type(size) is not int or not 1 <= size <= 2**31:
+            return 0.0
+    hidden = hidden or 4 * width
+    parameters = layers * width * (4 * width + 3 * hidden) + 2 * vocabulary * width
+    micro, share = config.training.micro_batch_size, config.training.global_batch_size
+    share = 2 * math.ceil(share / world_size(config))  # faster ranks take more
+    tokens = (share if micro == "auto" else micro) * (prepared.sequence_length or 1)
+    # Float64, AdamW, a late gradient and a checkpoint; numbers kept by a block, and the logits.
+    return 0.5e9 + 48 * parameters + 8 * tokens * (32 * layers * width + 4 * vocabulary)
+
+
+def check_model_fits(config: RunConfig, kind: str) -> None:
+    """ConfigError if the model cannot read what the data turned out to be."""
+    if config.model.consumes not in (None, kind):
+        what = f"reads {config.model.consumes}, but data={config.data.name} gives {kind}"
+        fitting = "model=mlp" if kind == "features" else "a model such as model=gpt_tiny"
+        raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
+
+
+def _own_code(config: RunConfig) -> Iterator[str]:
+    groups = {"model": config.model, "data": config.data, "algorithm": config.algorithm}
+    for group, section in groups.items():
+        if isinstance(section, CustomTarget):
+            try:
+                make = load_target(section.target)
+            except ConfigError as error:
+                yield f"{group}.target = {error}"
+            else:
+                yield from misfits(group, section.target, make, section.keywords())
+
+
+def misfits(group: str, target: str, make: Any, keys: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of calling `make` with one argument of the house and the keys of its yaml."""
+    if not callable(make):
+        yield problem(f"{group}.target", target, "neither a function nor a class")
+        return
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # written in C, and silent about what it takes
+        return
+    # The first parameter is the house's to give.
+    parameters = list(signature.parameters.values())
+    takes = [item for item in parameters[1:] if item.kind in _NAMED]
+    names = [item.name for item in takes]
+    takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters)
+    wrong = [key for key in keys if key not in names and not takes_any]
+    lacking = [item.name for item in takes if item.default is item.empty and item.name not in keys]
+    for key in wrong:
+        meant = closest(key, names)
+        yield problem(
+            f"{group}.{key}",
+            keys[key],
+            f"{target} takes no such key",
+            allowed=", ".join(names) or "no keys at all",
+            meant=f"{group}.{meant}" if meant else None,
+        )
+    for name in lacking:
+        yield absent(f"{group}.{name}", f"must be given, {target} needs it")
+    if not wrong and not lacking:
+        try:
+            signature.bind(object(), **keys)
+        except TypeError as error:
+            yield problem(f"{group}.target", target, f"cannot be called with its keys: {error}")
+
+
+def _devices(config: RunConfig) -> Iterator[str]:
+    elsewhere = {host.name for host in config.cluster.hosts or [] if host.ssh is not None}
+    wanted = {rank.device for rank in ranks(config) if rank.host not in elsewhere}
+    wanted &= {"cuda", "mps"}
+    if not wanted:
+        return
+    import torch  # only where it is needed to know
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    usable = ["auto", "cpu", *(name for name, is_there in there.items() if is_there)]
+    for device in sorted(wanted):
+        if not there[device]:
+            what = "torch finds no such device on this machine"
+            yield problem("cluster.device", device, what, allowed=" or ".join(usable))

@@ -1,0 +1,282 @@
+"""driver=HOST: a host of the cluster drives the run, so that this machine may leave.
+
+    this machine                          HOST
+      | -- our code, over SSH ------------> |
+      | -- configuration over stdin ------> |  smolrun --start-driver: what detach=true does, there
+      | <-- what it says, its run folder -- |
+      outputs/<run_id>/remote.json          <workdir>/driver/<code>/outputs/<run_id>/
+
+From then on attach, stop and status ask it with the same few words as a run of this machine. The
+files are there; the small ones come here when the run has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import msgspec
+
+from smolrun.config import RunConfig, redacted, resolved
+from smolrun.driver.detach import FOLDER, how_to_go_on
+from smolrun.driver.fleet import host_specs, own_targets, unknown_address
+from smolrun.driver.workers import OUTPUTS, become_latest
+from smolrun.errors import HostError, SmolrunError
+from smolrun.foreign_text import echo, without_credentials_in
+from smolrun.launch.delivery.code_archive import code_archive
+from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
+from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
+from smolrun.launch.remote.shell import command, environment_input
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
+from smolrun.tracking.jsonl import MAX_METRICS_BYTES
+from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder
+from smolrun.tracking.run_view import Request, View, decode
+from smolrun.tracking.signature import sign
+
+_ANSWER_S = 30.0
+_MAX_LOG_BYTES = 1 << 30
+# Files and their limits; the last one says that all are here.
+_AFTERWARDS = {
+    "metrics.jsonl": MAX_METRICS_BYTES,
+    "driver.log": _MAX_LOG_BYTES,
+    "summary.json": MAX_SUMMARY_BYTES,
+}
+
+
+def drive(config: RunConfig) -> int:
+    """Start the driver on its host; returns once it has its run folder, or has failed."""
+    sign(b"")  # without a key the run could not be looked at from here
+    spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
+    with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:
+        machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
+        ready = _ready(config, machine, code_of)
+        try:
+            code, folder = _start(machine, ready, _as_seen_there(config, machine), _say)
+        except BaseException:  # closing its input has ended what was started there
+            clear_all(machines, code_of)
+            raise
+        if folder is None:
+            clear_all(machines, code_of)
+            if code == EXIT_FAILED and _has_others(config):
+                _say(
+                    f"{spec.name} drives the run, so it has to reach the other hosts over SSH by "
+                    f"itself: `ssh {spec.ssh}`, and from there `ssh` to each of them, must work"
+                )
+            return code
+        run = _keep(config, spec, ready, folder, code_of)
+    echo("\n".join(how_to_go_on(run.run_id)))
+    return EXIT_DONE
+
+
+def _say(line: str) -> None:
+    echo(line, error=True)
+
+
+@contextmanager
+def _opened(spec: HostSpec, ssh_config: str | None, timeout_s: float) -> Iterator[Machine]:
+    machine = open_machine(spec, ssh_config=ssh_config, timeout_s=timeout_s)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
+def _ready(config: RunConfig, machine: Machine, code_of: str) -> Provisioned:
+    """Our code and the libraries are there, and stay there until `code_of` is cleared; HostError if
+    that cannot be."""
+    order = Order(
+        code_of,
+        config.cluster.name,
+        config.cluster.deploy,
+        code_archive(Path.cwd(), own_targets(config)),
+    )
+    ready = provision({machine.name: machine}, order)
+    for line in ready.warnings:
+        _say(f"warning: {line}")
+    return ready.hosts[machine.name]
+
+
+def _has_others(config: RunConfig) -> bool:
+    return any(host.name != config.driver for host in config.cluster.hosts or [])
+
+
+def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
+    """The configuration for a driver on that host: it is "this machine", and has SSH settings of
+    its own."""
+    plain = resolved(config)
+    cluster = plain["cluster"]
+    cluster["ssh_config"] = None
+    for host in cluster["hosts"]:
+        if host["name"] == machine.name:
+            host["address"] = host["address"] or _address(machine)
+            # Its driver was started by that Python, with these variables.
+            host.update(ssh=None, python=None, workdir=None, env={})
+    return {**plain, "detach": False, "driver": None}
+
+
+def _address(machine: Machine) -> str:
+    """Where the others can reach it, if nobody said so."""
+    if machine.address is None:
+        raise unknown_address(machine.name)
+    return machine.address
+
+
+def _start(
+    machine: Machine, ready: Provisioned, config: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[int, str | None]:
+    """As `detach.start`, on the machine."""
+    # One folder for each state of the code: its outputs, and the user's modules beside them. With
+    # deploy=none the host has its own, and there is nothing beside the outputs.
+    has_own = ready.cwd != machine.home
+    name = PurePosixPath(ready.cwd).parent.name if has_own else "none"
+    order = {
+        "config": config,
+        "own": ready.cwd if has_own else None,
+        "folder": f"{machine.workdir}/driver/{name}",
+    }
+    argv = [ready.argv[0], "-P", "-m", "smolrun.cli", "--start-driver"]
+    env = {**machine.spec.env, **ready.env}
+    process = machine.connection.start(command(machine.shell, argv, env=env, cwd=ready.cwd))
+    folder, rest = None, b""
+    try:
+        # Its input stays open: the end of it, before the run has begun, is our Ctrl-C.
+        process.write(environment_input(machine.shell, env) + msgspec.json.encode(order) + b"\n")
+        while data := process.read_out():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                text = line.decode("utf-8", "replace").rstrip("\r")
+                if text.startswith(FOLDER):
+                    folder = text.removeprefix(FOLDER)
+                else:
+                    say(f"{machine.name}: {text}")
+        code = process.wait()
+        if code is None and folder is None:
+            raise HostError(machine.name, "the connection ended before the driver had begun")
+        return code or (EXIT_DONE if folder else EXIT_FAILED), folder
+    finally:
+        process.close()
+
+
+def _keep(
+    config: RunConfig, spec: HostSpec, ready: Provisioned, folder: str, code_of: str
+) -> RunFolder:
+    """A folder here under the run's name, which says where it really is."""
+    name = (PureWindowsPath(folder) if "\\" in folder else PurePosixPath(folder)).name
+    run = RunFolder(OUTPUTS / name)
+    # A name as we give them, and not that of a run that is here already.
+    if not RUN_ID.fullmatch(name) or run.path.exists():
+        raise HostError(spec.name, f"reported an invalid run folder {folder!r}")
+    run.path.mkdir(parents=True)
+    run.write_config(msgspec.yaml.encode(redacted(config)).decode())
+    run.write_remote(
+        {
+            "host": {**dataclasses.asdict(spec), "env": without_credentials_in(spec.env)},
+            "ssh_config": config.cluster.ssh_config,
+            "timeout_s": config.cluster.connect_timeout_s,
+            "folder": folder,
+            "python": ready.argv[0],
+            "env": ready.env,
+            "code_of": code_of,
+        }
+    )
+    become_latest(run, _say)
+    return run
+
+
+class _Remote(msgspec.Struct):
+    """What remote.json holds."""
+
+    host: HostSpec
+    ssh_config: str | None
+    timeout_s: float
+    folder: str
+    python: str
+    env: dict[str, str]
+    code_of: str
+
+
+@contextmanager
+def asking(folder: RunFolder) -> Iterator[Question]:
+    """Ask the machine that drives a run. HostError when it does not answer; the next question then
+    connects anew."""
+    try:
+        remote = folder.remote()
+    except SmolrunError as error:
+        raise HostError(folder.run_id, str(error)) from None
+    if remote is None:
+        raise HostError(
+            folder.run_id,
+            "its remote.json was not written by this account on this machine, so nothing in it is "
+            "run or connected to",
+            "log in to the machine that drives the run, and look at it there",
+        )
+    try:
+        question = Question(folder, msgspec.convert(remote, _Remote))
+    except msgspec.ValidationError as error:
+        raise HostError(folder.run_id, f"its remote.json makes no sense: {error}") from None
+    try:
+        yield question
+    finally:
+        question.close()
+
+
+class Question:
+    """Asks about one run, over a connection that is opened when it is needed."""
+
+    def __init__(self, folder: RunFolder, remote: _Remote) -> None:
+        self._folder = folder
+        self._remote = remote
+        self._machine: Machine | None = None
+        self.host = remote.host.name
+
+    def ask(self, request: Request) -> View:
+        """How the run is; when it has ended, its small files are brought here."""
+        remote = self._remote
+        try:
+            if self._machine is None:
+                self._machine = open_machine(
+                    remote.host, ssh_config=remote.ssh_config, timeout_s=remote.timeout_s
+                )
+            done = self._machine.run(
+                [remote.python, "-P", "-m", "smolrun.tracking.run_view"],
+                {**remote.host.env, **remote.env},
+                msgspec.json.encode(msgspec.structs.replace(request, folder=remote.folder)),
+                _ANSWER_S,
+            )
+            view = decode(done.out.decode("utf-8", "replace"))
+            if view is None:
+                reason = last_words(done.err) if done.err.strip() else f"exit code {done.code}"
+                what = f"it cannot say how {self._folder.run_id} is: {reason}"
+                raise HostError(remote.host.name, what)
+            if view.has_ended:
+                self._bring_back(self._machine, view)
+        except HostError:
+            self.close()
+            raise
+        return view
+
+    def _bring_back(self, machine: Machine, view: View) -> None:
+        """So that the run can be looked at here, also when that machine is off; its code there is
+        needed no longer."""
+        if not view.summary or self._folder.summary():
+            return
+        clear_all({machine.name: machine}, self._remote.code_of)
+        for name, most_bytes in _AFTERWARDS.items():
+            with contextlib.suppress(OSError, HostError):  # of no worth against an answer
+                machine.get(
+                    f"{self._remote.folder}/{name}",
+                    self._folder.path / name,
+                    most_bytes=most_bytes,
+                )
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._machine is not None:
+            self._machine.close()
+            self._machine = None

@@ -1,0 +1,159 @@
+"""checkpoint.resume on the driver: finds the checkpoint, checks that the run can go on from it, and
+makes the run's folder ready for that."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smolrun.checkpoints.find import checkpoints_in, locate, read_manifest
+from smolrun.checkpoints.folder import remove_leftovers
+from smolrun.checkpoints.manifest import Manifest
+from smolrun.config import RunConfig, redacted
+from smolrun.config.suggest import problem
+from smolrun.driver.workers import OUTPUTS
+from smolrun.errors import CheckpointError, ConfigError
+from smolrun.foreign_files import read_yaml
+from smolrun.tracking.jsonl import forget_from
+from smolrun.tracking.run_folder import RunFolder
+
+SET_ASIDE = ".set-aside"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training.
+
+    Without a checkpoint it begins again, in its folder.
+    """
+
+    folder: RunFolder
+    checkpoint: Path | None
+    updates: int
+    time_s: float
+    train_loss: float | None
+    eval_loss: float | None
+    data_sha256: str | None
+    driver_state: Mapping[str, Any]
+
+
+def find_earlier(
+    config: RunConfig, say: Callable[[str], None], closing: ExitStack
+) -> Earlier | None:
+    """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on.
+
+    The run is this driver's alone until `closing` ends.
+    """
+    wanted = config.checkpoint.resume
+    if wanted is None:
+        return None
+    try:
+        path, checkpoint = locate(wanted, OUTPUTS, lambda text: say(f"warning: {text}"))
+        manifest = read_manifest(checkpoint)
+        folder = RunFolder(path)
+        folder.refuse_links_outside()
+    except CheckpointError as error:
+        raise ConfigError(problem("checkpoint.resume", wanted, str(error))) from None
+    if folder.driver_lives() or not folder.claim():
+        what = f"the run {folder.run_id} is still running; stop it first"
+        raise ConfigError(problem("checkpoint.resume", wanted, what))
+    closing.callback(folder.release)
+    if manifest.step >= config.training.steps:
+        what = f"the run {folder.run_id} has made {manifest.step} steps already"
+        if manifest.step >= _planned_steps(folder):
+            what = f"{what}, it is finished"
+        allowed = (
+            f"more than {manifest.step}; to train longer: "
+            f"smolrun checkpoint.resume={wanted} training.steps=N"
+        )
+        raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
+    return earlier_of(folder, checkpoint, manifest)
+
+
+def _planned_steps(folder: RunFolder) -> float:
+    """Of the run as it was started last; infinite where that is not known."""
+    try:
+        stored = msgspec.yaml.decode(read_yaml(folder.config))
+        return int(stored["training"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def earlier_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> Earlier:
+    """What a checkpoint of the run says about it."""
+    training = manifest.state.get("training") or {}
+    data = manifest.state.get("data") or {}
+    return Earlier(
+        folder,
+        checkpoint,
+        manifest.step,
+        float(training.get("time_s", 0.0)),
+        training.get("train_loss"),
+        training.get("eval_loss"),
+        data.get("sha256"),
+        manifest.state.get("driver") or {},
+    )
+
+
+def check_data(earlier: Earlier, sha256: str) -> None:
+    """ConfigError if the data is not what the run was trained on."""
+    if earlier.data_sha256 not in (None, sha256):
+        raise ConfigError(
+            f"the data has changed since {earlier.folder.run_id} was trained on it: its hash is "
+            f"{sha256[:12]}, it was {str(earlier.data_sha256)[:12]}; bring the old data back, or "
+            "start a new run without checkpoint.resume"
+        )
+
+
+def take_up(
+    earlier: Earlier, config: RunConfig, say: Callable[[str], None]
+) -> list[Callable[[], None]]:
+    """Makes the run's folder what it was when the checkpoint was made; returns what undoes that,
+    for a run that then cannot begin. OSError passes.
+
+    Newer checkpoints, which somebody chose not to go on from, are set aside, not deleted.
+    """
+    folder = earlier.folder
+    undo: list[Callable[[], None]] = []
+    old = folder.path / "config.yaml"
+    undo.append(functools.partial(folder.write_config, old.read_text(encoding="utf-8")))
+    folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
+    before = folder.metrics.with_name(".metrics.jsonl.before")
+    if folder.metrics.exists():
+        shutil.copyfile(folder.metrics, before)
+        undo.append(functools.partial(os.replace, before, folder.metrics))
+    forget_from(folder.metrics, earlier.updates)
+    remove_leftovers(folder.checkpoints)
+    for step, path in checkpoints_in(folder.checkpoints):
+        if step > earlier.updates:
+            aside = _free_name(path)
+            path.rename(aside)
+            undo.append(functools.partial(os.replace, aside, path))
+            say(f"a newer checkpoint is set aside as {aside.name}")
+    if earlier.checkpoint is None:
+        say("beginning again: there is no checkpoint that can be used")
+    else:
+        say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
+    return undo
+
+
+def forget_undo(earlier: Earlier) -> None:
+    """The run has begun: what `take_up` kept for the case that it cannot is no longer needed."""
+    earlier.folder.metrics.with_name(".metrics.jsonl.before").unlink(missing_ok=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Where a checkpoint can be set aside; others of its step may be there already."""
+    names = (f"{path.name}{SET_ASIDE}{number}" for number in itertools.chain([""], count(2)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())

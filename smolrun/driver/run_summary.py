@@ -1,0 +1,162 @@
+"""What the end of a training run means, beyond what the ranks said: was all saved, and what would
+have helped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from smolrun.checkpoints.keeper import Keeper
+from smolrun.config import RunConfig, config_hash, world_size
+from smolrun.driver.emulation import emulated
+from smolrun.driver.trackers import can_quantize
+from smolrun.driver.workers import OUTPUTS
+from smolrun.errors import HostError, HostErrors
+from smolrun.foreign_text import echo, indented, one_line
+from smolrun.launch.control import EXIT_FAILED
+from smolrun.launch.supervisor_events import Outcome
+from smolrun.tracking.console import Console
+from smolrun.tracking.formatting import rate
+from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_record import RunRecord
+from smolrun.tracking.time_report import TimeTeller
+
+
+def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
+    """A run whose last checkpoint could not be written has failed, however well it trained."""
+    if keeper.failure is None or outcome.status == "failed":
+        return outcome
+    return dataclasses.replace(
+        outcome, status="failed", exit_code=EXIT_FAILED, reason=keeper.failure
+    )
+
+
+def with_advice(config: RunConfig, outcome: Outcome) -> Outcome:
+    """What would save most memory, where that was the end of the run."""
+    if not outcome.out_of_memory:
+        return outcome
+    from smolrun.estimate.dry_run_text import with_remedies  # loads torch
+
+    return with_remedies(config, outcome)
+
+
+def not_equipped(error: HostError | HostErrors) -> Outcome:
+    """A run that could not begin, because a host cannot have what its ranks need."""
+    first = error.errors[0] if isinstance(error, HostErrors) else error
+    host = first.host if isinstance(first, HostError) else None
+    return Outcome("failed", EXIT_FAILED, str(error), failed_host=host, is_lost=host is not None)
+
+
+class Ending:
+    """Tells how a run ended: in its summary, and in the last lines of the terminal."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        record: RunRecord,
+        times: TimeTeller,
+        host_versions: Mapping[str, Mapping[str, str | None]],
+        restarts: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._record = record
+        self._times = times
+        self._host_versions = host_versions
+        self._restarts = restarts
+
+    def tell(
+        self,
+        outcome: Outcome,
+        wall_s: float,
+        console: Console,
+        log_tail: Callable[[int], list[str]],
+    ) -> None:
+        """The summary, and the last lines; `log_tail(rank)` are those of a rank's log."""
+        self._write_summary(outcome, wall_s)
+        record, say = self._record, console.say
+        figures = [record.progress(wall_s)]
+        if record.train_loss is not None:
+            figures.append(f"loss {record.train_loss:.4f}")
+        if record.eval_loss is not None:
+            figures.append(f"evaluation loss {record.eval_loss:.4f}")
+        if record.eval_accuracy is not None:
+            figures.append(f"{record.eval_accuracy:.1%} right")
+        if record.tokens_per_s is not None:
+            figures.append(f"{rate(record.tokens_per_s)} {console.unit}/s")
+        reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
+        if outcome.status == "done" and record.divergence:
+            reason = " (diverged)"
+        say(f"{outcome.status}{reason}: {', '.join(figures)}")
+        if self._times.line:
+            say(self._times.line)
+        if record.missed:
+            say(record.missed)
+        if record.pushes.line:
+            say(f"who trained: {record.pushes.line}")
+        if advice := record.pushes.advice(can_quantize=can_quantize(self._config)):
+            say(advice)
+        if record.sample is not None:
+            say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
+        if record.divergence:
+            say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
+        say(f"everything about this run: {self._folder.path}")
+        if outcome.status == "stopped":
+            command = f"smolrun checkpoint.resume={self._resume_name()}"
+            say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
+        if outcome.status == "failed":
+            with contextlib.suppress(OSError):  # nobody reads it
+                self._complain(outcome, log_tail)
+
+    def _resume_name(self) -> str:
+        """How a person names this run: by its name alone where it lies in the usual place."""
+        is_here = self._folder.path.parent.resolve() == OUTPUTS.resolve()
+        return self._folder.run_id if is_here else str(self._folder.path)
+
+    def _write_summary(self, outcome: Outcome, wall_s: float) -> None:
+        config = self._config
+        summary = self._record.summary(
+            status=outcome.status,
+            reason=outcome.reason,
+            failed_rank=outcome.failed_rank,
+            failed_host=outcome.failed_host,
+            wall_s=wall_s,
+            world_size=world_size(config),
+            algorithm=config.algorithm.name,
+            config_hash=config_hash(config),
+            versions=outcome.versions,
+            host_versions=self._host_versions,
+            exit_code=outcome.exit_code,
+            restarts=self._restarts,
+            departures=outcome.departures,
+            emulated=emulated(config),
+            time=self._times.summary(),
+            peak_memory_bytes=[
+                outcome.summaries.get(rank, {}).get("peak_memory_bytes")
+                for rank in range(world_size(config))
+            ],
+        )
+        try:
+            self._folder.write_summary(summary)
+        except OSError as error:
+            where = self._folder.path
+            echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
+
+    def _complain(self, outcome: Outcome, log_tail: Callable[[int], list[str]]) -> None:
+        """Why the run failed, and the last lines of the log of the rank that broke it."""
+        echo(indented(f"smolrun: {outcome.reason}"), error=True)
+        failed = outcome.failed_rank
+        for line in log_tail(failed) if failed is not None else []:
+            echo(f"  | {one_line(line)}", error=True)
+        if self._record.checkpoint is not None:
+            command = f"smolrun checkpoint.resume={self._resume_name()}"
+            told = f"to go on after {self._record.checkpoint}: {command}"
+        elif every := self._config.checkpoint.every:
+            often = "every step" if every == 1 else f"every {every:,} steps"
+            told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
+        else:
+            told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
+        echo(f"smolrun: {told}", error=True)

@@ -1,0 +1,216 @@
+"""What one rank does in task=train: build model, data, algorithm and trainer from the resolved
+config, and train.
+
+Only wiring; the driver's half is train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from smolrun.algorithms.base import Algorithm, Context, EvalSums
+from smolrun.data.base import Prepared, Split, open_split
+from smolrun.data.order import SampleOrder
+from smolrun.data.tokenizer import load_tokenizer
+from smolrun.driver.batch_shares import share_work
+from smolrun.driver.emulation import late, pace_of
+from smolrun.driver.saving import RankCheckpoints
+from smolrun.driver.stream_source import stream_feed
+from smolrun.driver.workers import load_target
+from smolrun.errors import ConfigError
+from smolrun.events import Event, RunStarted, TextSample
+from smolrun.launch.control import Saving
+from smolrun.mesh.mesh import Mesh
+from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
+from smolrun.parts.norms import LayerNorms
+from smolrun.parts.placement import memory_shares
+from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.quantization import Quantization
+from smolrun.training.evaluation import evaluate, write_text
+from smolrun.training.feed import Feed, Planned, every_sample
+from smolrun.training.lr_schedule import lr_schedule
+from smolrun.training.optimizer import ELEMENTWISE, make_optimizer
+from smolrun.training.randomness import seed_everything
+from smolrun.training.stream_feed import Rows, StreamFeed
+from smolrun.training.trainer import Trainer
+from smolrun.training.vitals import peak_memory
+
+_PROMPT_TOKENS = 8  # of an evaluation sample, where nobody said how the text should begin
+
+
+def train(
+    config: dict[str, Any],
+    prepared: Prepared,
+    mesh: Mesh,
+    *,
+    device: str,
+    speeds: Sequence[float | str],
+    emit: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    saving: Saving | None = None,
+    rows: Rows | None = None,
+) -> dict[str, Any]:
+    """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
+    or "auto" per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
+    training = config["training"]
+    seed_everything(torch.device(device), config["seed"])
+    eval_split = open_split(prepared, "eval", verify=True)
+    algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
+    plan, balance = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank)
+    checkpoints = saving and RankCheckpoints(saving, algorithm, emit, data_sha256=prepared.sha256)
+    trainer = Trainer(
+        algorithm,
+        _feed(config, prepared, plan, rows),
+        steps=training["steps"],
+        evaluate=lambda: _evaluate(algorithm, eval_split, plan, training["eval_batches"]),
+        eval_every=training["eval_every"],
+        check_replicas=training["check_replicas"],
+        emit=emit,
+        should_stop=should_stop,
+        save_every=saving.every if saving else 0,
+        save=checkpoints.save if checkpoints and checkpoints.saves else None,
+        timeline_steps=config["tracker"]["timeline_steps"],
+        resync_every=training["resync_every"],
+        balance=balance if algorithm.is_lockstep else None,
+    )
+    if checkpoints:
+        checkpoints.begin(trainer)
+    if algorithm.evaluates and not algorithm.is_lockstep:
+        algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
+    emit(_started(algorithm, prepared, training["steps"]))
+    outcome = trainer.fit()
+    if too_slow := late(algorithm.context.pace, mesh.rank):
+        emit(too_slow)
+    writes = prepared.tokenizer and training["sample_tokens"] and algorithm.evaluates
+    if writes and not outcome.was_stopped:
+        emit(_write_sample(algorithm, prepared, config, outcome.steps))
+    algorithm.leave()
+    if checkpoints:
+        checkpoints.finish()  # last, as no other rank has to wait for this disk
+    return {**dataclasses.asdict(outcome), "peak_memory_bytes": peak_memory()}
+
+
+def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:
+    return RunStarted(
+        parameters=sum(parameter.numel() for parameter in algorithm.model.parameters()),
+        steps=steps,
+        train_size=prepared.train_size,
+        eval_size=prepared.eval_size,
+        device=algorithm.context.device.type,
+    )
+
+
+def _feed(
+    config: dict[str, Any], prepared: Prepared, plan: Planned, rows: Rows | None
+) -> Feed | StreamFeed:
+    """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
+    if prepared.stream is not None:
+        assert rows is not None, "the driver of a stream has its rows"
+        return stream_feed(config, prepared, plan, rows)
+    split = open_split(prepared, "train", verify=False)
+    return Feed(split, SampleOrder(len(split), config["seed"]), plan)
+
+
+def pick_device(device: str) -> str:
+    """The device that a rank computes on; "auto" takes an accelerator where there is one."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """What a target is called with: its yaml without the two keys that are for the house."""
+    return {key: value for key, value in section.items() if key not in ("name", "target")}
+
+
+def place_algorithm(
+    config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device
+) -> Algorithm:
+    """The algorithm of the resolved `config`, with its model placed; collective."""
+    training = config["training"]
+    bound = config["staleness"]["bound"]
+    context = Context(
+        mesh=mesh,
+        device=device,
+        precision=PRECISIONS[config["precision"]],
+        make_optimizer=optimizer_maker(config),
+        learning_rate=lr_schedule(
+            training["lr_schedule"],
+            peak=config["optimizer"]["lr"],
+            steps=training["steps"],
+            warmup_steps=training["warmup_steps"],
+            min_ratio=training["min_lr_ratio"],
+        ),
+        staleness=0 if bound == "auto" else bound,
+        staleness_bound=None if bound == "auto" else bound,
+        quantization=Quantization(**config["quantization"]),
+        grad_clip=training["grad_clip"],
+        num_outputs=prepared.num_outputs,
+        expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
+        norms=LayerNorms(training["norms"], training["norms_every"]),
+        is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
+        shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
+        first_value=functools.partial(first_value, seed=config["seed"]),
+        pace=pace_of(config, mesh.rank),
+        reseed=functools.partial(seed_everything, device, config["seed"]),
+    )
+    make = load_target(config["algorithm"]["target"])
+    algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
+    is_whole = algorithm.holds_whole_model
+    algorithm.place(new_model(config, prepared, device, has_values=is_whole))
+    return algorithm
+
+
+def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    """make(named_parameters) -> the optimizer of the config."""
+    return functools.partial(make_optimizer, seed=config["seed"], **config["optimizer"])
+
+
+def new_model(
+    config: dict[str, Any], prepared: Prepared, device: torch.device, *, has_values: bool = True
+) -> torch.nn.Module:
+    """The model of the config with its first values, the same on every rank; or without, where it
+    can say later what they are."""
+    section = config["model"]
+    make = functools.partial(load_target(section["target"]), prepared, **yaml_keys(section))
+    dtype = PRECISIONS[config["precision"]].parameters
+    build = build_model if has_values else build_shell
+    model = build(make, config["seed"], dtype=dtype, device=device)
+    check_trainable(model)
+    if config["training"]["recompute"]:
+        if not hasattr(model, "recompute"):
+            raise ConfigError(f"model.name = {section['name']} cannot recompute its blocks")
+        setattr(model, "recompute", True)  # noqa: B010  (nn.Module's own type has no such name)
+    return model
+
+
+def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
+    now = plan.at(algorithm.steps_begun)
+    if algorithm.evaluates_alone:
+        now = now.alone(algorithm.context.mesh.world_size)
+    return evaluate(algorithm, lambda: every_sample(split, now, limit))
+
+
+def _write_sample(
+    algorithm: Algorithm, prepared: Prepared, config: dict[str, Any], step: int
+) -> TextSample:
+    tokenizer = load_tokenizer(prepared.tokenizer or "")
+    prompt = config["training"]["sample_prompt"]
+    if prompt == "auto":
+        beginning = open_split(prepared, "eval", verify=False).batch([0]).inputs[0, :_PROMPT_TOKENS]
+        prompt = tokenizer.decode(beginning.tolist())
+    ids = write_text(
+        algorithm.logits,
+        tokenizer.encode(prompt) or [0],
+        config["training"]["sample_tokens"],
+        context_length=prepared.sequence_length or 1,
+        seed=config["seed"],
+    )
+    return TextSample(step, prompt, tokenizer.decode(ids))

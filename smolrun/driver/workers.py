@@ -1,0 +1,161 @@
+"""What every task that runs on ranks needs: the run's folder, and a worker for each rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
+from smolrun.data.cache import cache_folder
+from smolrun.data.prepared import Prepared
+from smolrun.driver.elasticity import least_ranks
+from smolrun.driver.fleet import Fleet, is_elsewhere
+from smolrun.driver.prepare_model import prepare_model, tokenizer_for, with_model
+from smolrun.errors import ConfigError, DataError
+from smolrun.launch.control import Saving, Security, StartMessage
+from smolrun.launch.hosts import WorkerPlan
+from smolrun.mesh.security import mint
+from smolrun.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Progress
+
+OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here and only here
+
+
+def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
+    """Make the data, and a model that has to be fetched, ready on this machine, or find it so."""
+    model = prepare_model(config, progress)
+    keys = config.data.keywords()
+    if (tokenizer := tokenizer_for(config, model)) is not None:
+        keys["tokenizer"] = tokenizer
+    cache = cache_folder("data")
+    prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
+    if not isinstance(prepared, Prepared):
+        raise DataError(
+            f"{config.data.target}: prepare() returned a {type(prepared).__name__}; it must return "
+            "a smolrun.data.prepared.Prepared, which prepare_features and prepare_tokens give"
+        )
+    return with_model(config, prepared, model)
+
+
+def load_target(path: str) -> Any:
+    """What `module:name` names; ConfigError with the reason where it cannot be had."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:  # an import runs the user's code: it may raise all
+        reason = f"{type(error).__name__}: {error}{_place(error)}"
+        raise ConfigError(f"{path}: cannot be loaded ({reason})") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an import broke: ` at file:line`, or nothing if not in a file."""
+    if isinstance(error, SyntaxError):  # its own message names the line, not the folder
+        return f" at {error.filename}:{error.lineno}"
+    steps = traceback.extract_tb(error.__traceback__)[1:]  # without our own call
+    mine = [step for step in steps if _is_users(step.filename)]
+    return f" at {mine[-1].filename}:{mine[-1].lineno}" if mine else ""
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is one, and neither Python's nor that of an installed package."""
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    return not file.startswith(("<", *(f"{folder}{os.sep}" for folder in installed)))
+
+
+@contextlib.contextmanager
+def nothing_started() -> Iterator[None]:
+    """A disk that refuses before anything was started is the configuration's problem: exit 2."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write to {OUTPUTS.absolute()}: {error}") from error
+
+
+def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> RunFolder:
+    """A fresh run folder with the resolved configuration in it."""
+    folder = RunFolder.create(OUTPUTS, config.run_name or title, now=datetime.now())
+    folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
+    if tokenizer is not None:
+        folder.keep_tokenizer(Path(tokenizer))
+    return folder
+
+
+def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Let outputs/latest point to the run; a system that cannot do that gets a warning.
+
+    A run that lies elsewhere and goes on there changes nothing here, nor there.
+    """
+    if folder.path.parent.resolve() != OUTPUTS.resolve():
+        return
+    try:
+        folder.become_latest()
+    except OSError as error:
+        say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
+
+
+def plan_workers(
+    config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
+) -> list[WorkerPlan]:
+    """One worker per rank. Secret and keys are made here and go nowhere but into their stdin."""
+    plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
+    size, security = world_size(config), _security(config)
+    keys = mint(folder.run_id, size) if security == "tls" else [None] * size
+    plans = []
+    for rank in ranks(config):
+        start = StartMessage(
+            rank=rank.rank,
+            world_size=size,
+            host=rank.host,
+            run_id=folder.run_id,
+            config=plain,
+            config_hash=digest,
+            secret=secret,
+            ports=rank.ports,
+            security=security,
+            credentials=keys[rank.rank],
+            device=rank.device,
+            elastic=least_ranks(config) is not None,
+            **_on_host(rank, fleet, saving),
+        )
+        plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
+    return plans
+
+
+def plan_again(
+    plan: WorkerPlan, config: RunConfig, fleet: Fleet, saving: Saving | None
+) -> WorkerPlan:
+    """The same rank, secret and keys; what depends on its host as it is now."""
+    (rank,) = [rank for rank in ranks(config) if rank.rank == plan.rank]
+    start = msgspec.structs.replace(plan.start, **_on_host(rank, fleet, saving))
+    return WorkerPlan(start, plan.log_path)
+
+
+def _on_host(rank: RankPlan, fleet: Fleet, saving: Saving | None) -> dict[str, Any]:
+    """What a worker is told of the host it runs on."""
+    prepared = fleet.prepared(rank.host)
+    return {
+        "addresses": fleet.addresses(rank),
+        "threads": fleet.threads(rank),
+        "prepared": prepared.to_json() if prepared is not None else None,
+        "saving": fleet.saving(rank.host, saving),
+    }
+
+
+def _security(config: RunConfig) -> Security:
+    """auto: what stays on this machine needs no encryption, what leaves it does."""
+    chosen = config.mesh.security
+    if chosen == "auto":
+        return "tls" if is_elsewhere(config) else "loopback_plain"
+    return chosen

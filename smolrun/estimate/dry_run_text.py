@@ -1,0 +1,398 @@
+"""A dry run in words: a table per kind of host, the wire, the time, the disk, and a last line that
+says whether it fits."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import rich.box
+import rich.table
+import torch
+
+from smolrun.config import RunConfig, world_size
+from smolrun.config.algorithms import FSDP
+from smolrun.driver.roles import only_serves
+from smolrun.driver.workers import OUTPUTS
+from smolrun.estimate.algorithm_sharding import at_stage
+from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
+from smolrun.foreign_text import indented, one_line
+from smolrun.launch.out_of_memory import gb
+from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, Outcome
+from smolrun.tracking.console import Screen
+from smolrun.tracking.formatting import counted, duration
+
+_MATRIX = 512  # large enough for a core to be as fast as it gets
+_BLOCK = 8 * 2**20  # numbers; larger than caches
+_MEASURE_S = 0.2
+_LINKS_GBPS = (1.0, 10.0)
+_NEARLY_ALL = 9  # times as long as computing
+_LONG_S = 3600.0  # of network: worth advice
+_CLEARLY_LESS = 0.8
+_SHOWN_WIDTH = 100
+
+
+def report(config: RunConfig) -> int:
+    """Print what the run would need; the exit code is that of a bad configuration where it does not
+    fit."""
+    console = Screen(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _SHOWN_WIDTH
+    made = estimate(config)
+    console.print(one_line(_title(made)), soft_wrap=True)
+    console.print(_table(made, is_plain=not console.is_terminal))
+    fits, last_line = verdict(made)
+    for line in [*_lines(made), last_line]:
+        console.print(indented(line), soft_wrap=True)
+    return EXIT_DONE if fits else EXIT_BAD_CONFIG
+
+
+def verdict(made: Estimate) -> tuple[bool, str]:
+    """Whether it fits, perhaps narrowly, and the last line: memory, disk, and the time it takes."""
+    fits, text = memory_verdict(made)
+    count, size, free = _checkpoints(made)
+    if fits and count * size > free:
+        needed = f"{counted(count, 'checkpoint')} of {_size(size)}"
+        return False, f"does not fit on the disk: {needed}, {_size(free)} free in {OUTPUTS}"
+    return fits, text + (_how_long(made) if fits else "")
+
+
+def memory_verdict(made: Estimate) -> tuple[bool, str]:
+    """Whether the memory of every host is enough, perhaps narrowly, as far as is known."""
+    too_small: list[str] = []
+    narrow: list[str] = []
+    for place in made.places:
+        total = made.total(place, made.setting)
+        if place.room is not None and MARGIN * total > place.room:
+            where = too_small if total > place.room else narrow
+            where.append(f"{place.name} needs {gb(total)} of {gb(place.room)}")
+    if too_small:
+        return False, f"does not fit: {', '.join(too_small + narrow)}"
+    if narrow:
+        text = f"fits narrowly, if at all: {', '.join(narrow)}, give or take {MARGIN - 1:.0%}"
+        return True, text
+    unknown = [place.name for place in made.places if place.room is None]
+    if unknown:
+        names = ", ".join(unknown)
+        return True, f"fits, as far as is known: the memory of {names} is not (memory_gb)"
+    return True, "fits"
+
+
+def _how_long(made: Estimate) -> str:
+    """The time of the whole run, in the words that follow `fits`. Computing and sending overlap, so
+    a step takes the longer of the two."""
+    steps = made.config.training.steps
+    compute, network = _compute_s(made), _network_s(made) or 0.0
+    number = counted(steps, "step")
+    if network <= (compute or 0.0):
+        return f"; {number} take at least {duration(steps * compute)}" if compute else ""
+    link = _rate(_links_gbps(made)[0])
+    if compute is None:
+        text = f"the network alone takes {duration(steps * network)} for {number} at {link}"
+    else:
+        share = "nearly all" if network > _NEARLY_ALL * compute else "mostly"
+        text = f"{number} take at least {duration(steps * network)}, {share} network at {link}"
+    if steps * network < _LONG_S:
+        return f"; {text}"
+    quicker = [f"{words} ({duration(steps * s)})" for words, s in _less_network(made, network)]
+    if made.rank(made.places[0]).sharding.stage < 2:  # bytes of a step, however large its batch
+        quicker.append("a larger training.global_batch_size in fewer steps")
+    return f", but {text}; quicker: {', '.join(quicker) or 'faster links, or fewer hosts'}"
+
+
+def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
+    """Keys with which it fits too and sends clearly less, and the seconds of a step then."""
+    training, quantization = made.config.training, made.config.quantization
+    others: dict[str, Estimate | None] = {}
+    size, most = made.setting.micro_batch_size, made.micro_batches * made.setting.micro_batch_size
+    while (size := 2 * size) <= most:
+        other = made.changed(training=training.model_copy(update={"micro_batch_size": size}))
+        if not _fits(other):
+            break
+        others = {f"training.micro_batch_size={size}": other}  # the largest that fits
+    for stage in range(made.rank(made.places[0]).sharding.stage):  # from the least that travels
+        other = made.changed(algorithm=at_stage(made.config, stage).algorithm)
+        if isinstance(made.config.algorithm, FSDP) and _fits(other):
+            others[f"algorithm.stage={stage}"] = other
+            break
+    if quantization.kind == "none":
+        int8 = quantization.model_copy(update={"kind": "int8"})
+        others["quantization=int8"] = made.changed(quantization=int8)
+    for words, other in others.items():
+        if other is not None and _fits(other):
+            needed_s = _network_s(other) or 0.0
+            if needed_s < _CLEARLY_LESS * now_s:
+                yield words, needed_s
+
+
+def _fits(made: Estimate | None) -> bool:
+    return made is not None and made.lacking(made.setting) <= 0
+
+
+def with_remedies(config: RunConfig, outcome: Outcome) -> Outcome:
+    """The outcome of a run that ran out of memory, with what would save most."""
+    if not outcome.out_of_memory:
+        return outcome
+    try:
+        made = estimate(config)
+        now = made.total(made.places[0], made.setting)
+        best = " or ".join(
+            f"{remedy.keys[0]} (saves about {gb(now - remedy.total)})"
+            for remedy in made.best_switches()
+        )
+    except Exception as error:  # a run that has failed must still say why
+        best = f"a smaller training.micro_batch_size (no estimate: {error})"
+    if not best:
+        best = "fewer ranks on that host, or a smaller model"
+    return replace(outcome, reason=f"{outcome.reason}; try {best}")
+
+
+def _title(made: Estimate) -> str:
+    config, parameters = made.config, made.rank(made.places[0]).trained
+    length = made.spec.sequence_length
+    sample = f"sequences of {length} tokens" if length else "samples"
+    return (
+        f"dry run: model={config.model.name}, {parameters:,} parameters, "
+        f"algorithm={config.algorithm.name} on {counted(world_size(config), 'rank')}, "
+        f"precision={config.precision}, optimizer={config.optimizer.name}; a step is "
+        f"{counted(made.micro_batches, 'micro-batch')} of {made.setting.micro_batch_size} "
+        f"{sample} on each rank{' that trains' if only_serves(config) else ''}"
+    )
+
+
+def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
+    """A column for every kind of host."""
+    table = rich.table.Table(box=rich.box.ASCII2 if is_plain else rich.box.SIMPLE_HEAD)
+    table.add_column("memory of one rank (GB of 2^30 bytes)", min_width=12)
+    kinds = _kinds(made)
+    needs = [made.need(places[0], made.setting) for places in kinds]
+    for places in kinds:
+        names = "\n".join(place.name for place in places)
+        table.add_column(names, justify="right", min_width=7, overflow="fold")
+    for part in needs[0].parts:
+        values = [need.parts[part] for need in needs]
+        if any(values):
+            table.add_row(_PARTS[part], *(_cell(value) for value in values))
+    table.add_section()
+    table.add_row("one rank", *(_cell(need.total) for need in needs))
+    if any(places[0].ranks > 1 for places in kinds):
+        table.add_row("ranks there", *(str(places[0].ranks) for places in kinds))
+        totals = [_cell(made.total(places[0], made.setting)) for places in kinds]
+        table.add_row("all of them, libraries shared", *totals)
+    table.add_row("there is room for", *(_room(places[0]) for places in kinds))
+    return table
+
+
+_PARTS = {
+    "process": "Python and libraries",
+    "parameters": "parameters",
+    "gradients": "gradients (buckets)",
+    "late gradients": "gradients of late steps",
+    "residuals": "what rounding took away",
+    "passing": "whole buckets and layers, in passing",
+    "pushes": "room for the gradients of workers",
+    "average": "average of the weights",
+    "staging": "copies of gradients for the network",
+    "optimizer": "optimizer",
+    "activations": "activations, logits and loss",
+    "update": "temporary, in an update",
+    "checkpoint": "copy for a checkpoint",
+    "slack": "lost between blocks",
+}
+
+
+def _kinds(made: Estimate) -> list[list[Place]]:
+    """Hosts that need and have the same, together."""
+    kinds: dict[tuple[object, ...], list[Place]] = {}
+    for place in made.places:
+        alike = (place.ranks, place.device, place.room, place.is_here, made.rank(place).sharding)
+        kinds.setdefault(alike, []).append(place)
+    return list(kinds.values())
+
+
+def _cell(size: int) -> str:
+    return f"{size / 2**30:.3f}" if size < 2**30 else f"{size / 2**30:.2f}"
+
+
+def _room(place: Place) -> str:
+    return "unknown" if place.room is None else _cell(place.room)
+
+
+def _lines(made: Estimate) -> Iterator[str]:
+    if made.cannot_trace:
+        yield f"note: activations are not counted: {made.cannot_trace}"
+    for note in made.notes:
+        yield f"note: {note}"
+    yield f"network: {_network(made)}"
+    yield f"time: {_time(made)}"
+    yield f"disk: {_disk(made)}"
+    yield f"assumed: {_assumed(made)}"
+    if made.lacking(made.setting) > 0:
+        yield from _remedies(made)
+
+
+def _assumed(made: Estimate) -> str:
+    parts = ["data files are read through the page cache"]
+    if not all(place.is_here for place in made.places):
+        parts.append("an empty process is as large on every host as here")
+    if any(place.device == "cuda" for place in made.places):
+        parts.append("all of a rank counts against the memory of its GPU, where that is known")
+    return "; ".join(parts)
+
+
+def _network(made: Estimate) -> str:
+    sent = made.wire()
+    if not sent:
+        return "nothing, there is one rank"
+    line = f"each rank sends and receives {_size(sent)} per step"
+    if made.rank(made.places[0]).sharding.seats:
+        line = f"the server sends and receives {_size(sent)} per step, others {_size(made.wire(1))}"
+    if len(made.places) == 1:
+        return f"{line}, inside this machine"
+    links = _links_gbps(made)
+    times = ", ".join(f"{duration(8 * sent / (g * 1e9))} at {_rate(g)}" for g in links)
+    source = "as emulated" if links != _LINKS_GBPS else "the links have not been measured"
+    return f"{line}: {times} ({source})"
+
+
+def _network_s(made: Estimate) -> float | None:
+    """Seconds a step's bytes need; None inside one machine."""
+    if len(made.places) == 1:
+        return None
+    return 8 * made.wire() / (_links_gbps(made)[0] * 1e9)
+
+
+def _links_gbps(made: Estimate) -> tuple[float, ...]:
+    """What links may carry, the first one to reckon with: the slowest that is emulated."""
+    emulated = [host.emulate for host in made.config.cluster.hosts or [] if host.emulate]
+    rates = [each.bandwidth_mbps for each in emulated if each.bandwidth_mbps]
+    return (min(rates) / 1000,) if rates else _LINKS_GBPS
+
+
+def _rate(gbps: float) -> str:
+    return f"{gbps:g} Gbit/s" if gbps >= 1 else f"{1000 * gbps:g} Mbit/s"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _time(made: Estimate) -> str:
+    work = made.trace(made.setting)
+    if work is None:
+        return "unknown"
+    flops, seconds = work.flops * made.micro_batches, _compute_s(made)
+    if seconds is None:
+        return f"unknown on these machines; {flops / 1e12:.2f} TFLOP per step and rank"
+    steps = made.config.training.steps
+    return (
+        f"about {duration(seconds)} of computing per step on this machine, "
+        f"{duration(seconds * steps)} for {counted(steps, 'step')} "
+        f"({flops / 1e9:.1f} GFLOP per step and rank; "
+        f"measured now: {measure_speed()[0] / 1e9:.0f} GFLOPS)"
+    )
+
+
+def _compute_s(made: Estimate) -> float | None:
+    """Seconds of computing in a step; None where no rank computes on the CPU of this machine."""
+    work = made.trace(made.setting)
+    here = [place for place in made.places if place.is_here and place.device == "cpu"]
+    if work is None or not here:
+        return None
+    speed, moved_per_s = measure_speed()
+    share = 1 / max(place.ranks for place in here)
+    # An update of float32 reads and writes four or five tensors as large as the parameters.
+    moved = work.moved * made.micro_batches + 20 * made.rank(here[0]).trained
+    return work.flops * made.micro_batches / (speed * share) + moved / (moved_per_s * share)
+
+
+@functools.cache
+def measure_speed() -> tuple[float, float]:
+    """Operations per second of matrix products, and bytes per second of sums, on all cores."""
+    matrix, block = torch.ones(_MATRIX, _MATRIX), torch.ones(_BLOCK)
+    best_product = best_sum = float("inf")
+    end = time.perf_counter() + _MEASURE_S
+    while (began := time.perf_counter()) < end:
+        matrix @ matrix
+        best_product = min(best_product, time.perf_counter() - began)
+    end = time.perf_counter() + _MEASURE_S
+    while (began := time.perf_counter()) < end:
+        block.add_(1.0)
+        best_sum = min(best_sum, time.perf_counter() - began)
+    return 2 * _MATRIX**3 / best_product, 2 * block.nbytes / best_sum
+
+
+def _checkpoints(made: Estimate) -> tuple[int, int, int]:
+    """How many there are at most at one time, bytes of one, bytes that are free."""
+    checkpoint, steps = made.config.checkpoint, made.config.training.steps
+    saved = math.ceil(steps / checkpoint.every) if checkpoint.every else 0
+    # Those that are kept, the best, and the one that is being written.
+    count = min(saved, checkpoint.keep + checkpoint.keep_best + 1)
+    return count, made.checkpoint(), shutil.disk_usage(_existing(OUTPUTS)).free
+
+
+def _disk(made: Estimate) -> str:
+    count, size, free = _checkpoints(made)
+    if not count:
+        return f"no checkpoints (checkpoint=none); one would be {_size(size)}"
+    return (
+        f"{_size(size)} a checkpoint, up to {count} at a time: {_size(count * size)} of "
+        f"{_size(free)} free in {OUTPUTS}{'' if count * size < free else ', which is NOT ENOUGH'}"
+    )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _remedies(made: Estimate) -> Iterator[str]:
+    yield f"what would make it fit, with {MARGIN - 1:.0%} to spare:"
+    remedies = made.best_switches(count=4)
+    best = made.smallest_change()
+    place = made.places[0]
+    if best is not None and best.keys not in [remedy.keys for remedy in remedies]:
+        remedies.append(best)
+    for remedy in remedies:
+        fits = made.lacking(remedy.setting) <= 0
+        total = gb(made.total(place, remedy.setting))
+        answer = "fits" if fits else "not enough"
+        yield f"  {' '.join(remedy.keys)}: {total} on {place.name}, {answer}"
+    others = [*_with_fewer_ranks(made), *_sharded(made, place)]
+    yield from others
+    if best is None and not any(line.endswith(", fits") for line in others):
+        yield "  no combination of these keys is enough: more hosts, or a smaller model"
+
+
+def _with_fewer_ranks(made: Estimate) -> Iterator[str]:
+    """What fewer ranks on a machine would save, where needed with further keys."""
+    found = made.fewer_ranks()
+    if found is None:
+        return
+    words, other = found
+    setting, first = other.setting, other.places[0]
+    if other.lacking(setting) > 0 and (best := other.smallest_change()) is not None:
+        words, setting = f"{words} {' '.join(best.keys)}", best.setting
+    answer = "fits" if other.lacking(setting) <= 0 else "not enough"
+    yield f"  {words}: {gb(other.total(first, setting))} on {first.name}, {answer}"
+
+
+def _sharded(made: Estimate, place: Place) -> Iterator[str]:
+    """What cutting more among the ranks would save."""
+    now = made.rank(place).sharding.stage
+    if world_size(made.config) == 1:
+        return
+    for stage in range(now + 1, 4):
+        other = replace(made, config=at_stage(made.config, stage))
+        if made.setting.optimizer == "adafactor" or (stage == 3 and other.rank(place).slots > 1):
+            continue  # the configuration would be refused
+        answer = "fits" if other.lacking(made.setting) <= 0 else "not enough"
+        total = gb(other.total(place, made.setting))
+        yield f"  algorithm=fsdp algorithm.stage={stage}: {total} on {place.name}, {answer}"

@@ -1,0 +1,157 @@
+"""Asks one host all that `task=doctor` wants to know, and says what it means for a run.
+
+    examine(machine, orders) -> Examined      facts as the host told them, findings as we see them
+
+A question that fails becomes a finding: the others are asked all the same.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from smolrun.errors import HostError
+from smolrun.launch.doctor import findings
+from smolrun.launch.doctor.verdicts import Finding, Verdict, verdict
+
+_IMPORT_S = 180.0  # torch, on a Pi with a slow card
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class Askable(Protocol):
+    """A machine that answers the scripts of on_host/."""
+
+    name: str
+    os: str
+    workdir: str
+    python: str
+
+    def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
+        """What on_host/<script>.py answers there; HostError if nothing does."""
+
+    def close(self) -> None:
+        """End the connection to it, if there is one."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a run would use on one host.
+
+    `is_given`: the user named the Python. `smolrun`: the version it must have, None if we bring it.
+    `setup`: the command that makes hosts ready. `measure`: how fast it computes, too.
+    """
+
+    pythons: Sequence[str]
+    requirements: Sequence[str]
+    is_given: bool
+    smolrun: str | None
+    device: str
+    memory_gb: float | None
+    setup: str
+    env: dict[str, str] = field(default_factory=dict)
+    path: str = ""
+    measure: bool = False
+
+
+@dataclass
+class Examined:
+    """One host: `facts` by question, `findings` so far. `ssh` compares with the system's own."""
+
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What all findings together make of it."""
+        return verdict(self.findings)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it answered anything at all."""
+        return "system" in self.facts
+
+
+def unreachable(error: HostError) -> Examined:
+    """A host that could not be reached."""
+    return Examined(error.host, {}, [Finding("blocks", error.what, error.todo)])
+
+
+def examine(machine: Askable, orders: Orders) -> Examined:
+    """All there is to know of one host; blocks for some seconds, while its torch is imported."""
+    found = Examined(machine.name)
+    for what, request in _questions(machine, orders):
+        began = time.time(), time.monotonic()
+        timeout_s = _IMPORT_S + 30.0 if what == "environment" else 60.0
+        try:
+            answer = machine.call(what, request, timeout_s)
+        except HostError as error:
+            found.findings.append(Finding("blocks", error.what, error.todo))
+            continue
+        if what == "clock":
+            answer = _offset(answer, *began)
+            # The shorter the way, the surer the answer.
+            if found.facts.get(what, answer)["uncertain_s"] < answer["uncertain_s"]:
+                continue
+        found.facts[what] = answer
+    found.findings += _findings(found.facts, orders, machine.os)
+    return found
+
+
+def _questions(machine: Askable, orders: Orders) -> list[tuple[str, dict[str, Any]]]:
+    environment = {
+        "pythons": list(orders.pythons),
+        "packages": ["smolrun", *required_names(orders.requirements)],
+        "torch": True,
+        "device": orders.device,
+        "measure": orders.measure,
+        "path": orders.path,
+        "env": orders.env,
+        "timeout_s": _IMPORT_S,
+    }
+    return [
+        ("clock", {}),
+        ("clock", {}),
+        ("system", {"workdir": machine.workdir}),
+        ("network", {}),
+        ("power", {}),
+        ("firewall", {}),
+        ("environment", environment),
+    ]
+
+
+def _offset(answer: dict[str, Any], began_at: float, began: float) -> dict[str, Any]:
+    """How far its clock is ahead of ours: it was read somewhere between question and answer."""
+    half = (time.monotonic() - began) / 2
+    return {"offset_s": answer["time_s"] - (began_at + half), "uncertain_s": half}
+
+
+def _findings(facts: dict[str, Any], orders: Orders, os: str) -> list[Finding]:
+    found: list[Finding] = []
+    if "system" in facts:
+        found += findings.of_system(facts["system"], orders.memory_gb)
+    if "environment" in facts:
+        environment = facts["environment"]
+        found += findings.of_environment(
+            environment,
+            needed=required_names(orders.requirements),
+            smolrun=orders.smolrun,
+            is_given=orders.is_given,
+            setup=orders.setup,
+        )
+        gpus = facts.get("system", {}).get("gpus", [])
+        found += findings.of_device(environment, gpus, orders.device, orders.setup)
+    if "clock" in facts:
+        found += findings.of_clock(**facts["clock"], os=os)
+    if "power" in facts:
+        found += findings.of_sleep(facts["power"]["sleep"], os)
+        found += findings.of_throttle(facts["power"]["throttle"])
+    return found
+
+
+def required_names(requirements: Sequence[str]) -> list[str]:
+    """The bare names of requirement lines."""
+    return [match[0] for line in requirements if (match := _NAME.match(line.strip()))]

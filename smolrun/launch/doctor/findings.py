@@ -1,0 +1,225 @@
+"""What the facts of one host mean for a run, as findings. Pure: the facts come from `on_host/`.
+
+system.py, environment.py, clock.py and power.py there say what the host says; here is what is
+right, what is not, and which command mends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from smolrun.launch.doctor.verdicts import Finding
+
+Facts = Mapping[str, Any]
+
+_GB = 1e9
+_NEEDED_DISK = 1 * _GB  # a delivery and a small run
+_GOOD_DISK = 5 * _GB  # an environment with the CPU build of torch takes two
+_GOOD_MEMORY = 1.5 * _GB  # torch alone takes a third of it
+_CLOCK_S = 30.0  # logs of hosts that are further apart tell no story
+_HOT_C = 85.0
+# Raspberry Pi's firmware: what is so now; 16 bits higher, what has been so since boot.
+_PI_BITS = {
+    0x1: "its power supply is too weak (under-voltage)",
+    0x2: "its firmware caps the clock frequency",
+    0x4: "it is throttled",
+    0x8: "it is at its soft temperature limit",
+}
+_PI_POWER = "use the official power supply and a short cable"
+_PI_COOL = "give it a fan or a heat sink"
+
+
+def of_system(system: Facts, memory_gb: float | None) -> Iterator[Finding]:
+    """Word size, memory and disk. `memory_gb` is what the cluster file gives to a run."""
+    if system["bits"] == 32:
+        yield Finding(
+            "blocks",
+            f"a 32-bit system ({system['arch']}), for which there is no torch",
+            "write a 64-bit system to its disk, as Raspberry Pi OS (64-bit)",
+        )
+    folder = system["folder"]
+    if not folder["is_folder"] or not folder["is_writable"]:
+        yield Finding(
+            "blocks",
+            f"{folder['found']} cannot be written to, so no workdir {folder['path']}",
+            "set `workdir:` of that host to a folder of your user",
+        )
+    free = folder["free"]
+    if free is not None and free < _GOOD_DISK:
+        yield Finding(
+            "blocks" if free < _NEEDED_DISK else "limits",
+            f"only {free / _GB:.1f} GB free on the disk of {folder['found']}",
+            "free some, or set `workdir:` of that host to another disk",
+        )
+    yield from _of_memory(system["memory_total"], system["memory_available"], memory_gb)
+
+
+def _of_memory(total: int | None, free: int | None, memory_gb: float | None) -> Iterator[Finding]:
+    if total is not None and memory_gb is not None and memory_gb * _GB > total * 1.1:
+        yield Finding(
+            "limits",
+            f"the cluster file gives a run {memory_gb:g} GB, it has {total / _GB:.1f} GB",
+            f"write memory_gb: {int(total / _GB)}",
+        )
+    if free is not None and free < _GOOD_MEMORY:
+        yield Finding(
+            "limits", f"only {free / _GB:.1f} GB of memory free", "close what else runs there"
+        )
+
+
+def of_environment(
+    found: Facts,
+    *,
+    needed: Sequence[str],
+    smolrun: str | None,
+    is_given: bool,
+    setup: str,
+) -> Iterator[Finding]:
+    """What the Python of a run has. `smolrun`: the version it must be, None where we bring it.
+
+    `is_given`: the cluster file names this Python, so what is missing there is the user's to add.
+    """
+    if "error" in found:
+        todo = "set `python:` in the cluster file to one that is there" if is_given else setup
+        if found.get("is_missing") and not is_given:
+            yield Finding("blocks", "there is no environment for smolrun there yet", todo)
+        else:
+            yield Finding("blocks", found["error"], todo)
+        return
+    python = tuple(int(part) for part in found["python"].split(".")[:2])
+    if python < (3, 11):
+        yield Finding(
+            "blocks", f"{found['executable']} is Python {found['python']}, not 3.11", setup
+        )
+        return
+    missing = [name for name in needed if found["packages"].get(name) is None]
+    install = f"{found['executable']} -m pip install {' '.join(missing)}"
+    if missing:
+        what = f"its Python lacks {', '.join(missing)}"
+        yield Finding("blocks", what, install if is_given else setup)
+    elif "torch_error" in found:
+        yield Finding("blocks", f"its torch cannot be imported ({found['torch_error']})", setup)
+    has = found["packages"].get("smolrun")
+    if smolrun is not None and has != smolrun:
+        yield Finding(
+            "blocks",
+            f"it has smolrun {has}, this machine {smolrun}" if has else "smolrun is not installed",
+            f"{found['executable']} -m pip install smolrun=={smolrun}, or cluster.deploy=wheel",
+        )
+
+
+def of_device(found: Facts, gpus: Sequence[Facts], device: str, setup: str) -> Iterator[Finding]:
+    """Whether torch can use what it is asked for, and the GPU that the system sees."""
+    if "cuda" not in found:
+        return  # it has no torch that could be asked
+    nvidia = [gpu["name"] for gpu in gpus if gpu["vendor"] == "nvidia"]
+    if not found["cuda"] and nvidia:
+        build = found["packages"].get("torch")
+        reason = (
+            f"torch {build} is a CPU build"
+            if found["cuda_build"] is None
+            else f"torch {build} was built for CUDA {found['cuda_build']}, so the driver may be old"
+        )
+        todo = f"set `torch: cuda` for that host, then {setup}"
+        if found["cuda_build"] is not None:
+            todo = "install a newer NVIDIA driver; `nvidia-smi` shows the CUDA it allows"
+        weight = "blocks" if device == "cuda" else "limits"
+        what = f"GPU seen ({nvidia[0]}), but this torch cannot use it: {reason}"
+        if device != "cpu":
+            yield Finding(weight, what, todo)  # type: ignore[arg-type]  # one of two of them
+    elif device == "cuda" and not found["cuda"]:
+        yield Finding("blocks", "device: cuda, but it has no NVIDIA GPU", "set `device: auto`")
+    if device == "mps" and not found["mps"]:
+        yield Finding("blocks", "device: mps, but its torch has none", "set `device: auto`")
+
+
+def of_clock(offset_s: float, uncertain_s: float, os: str) -> Iterator[Finding]:
+    """`offset_s` > 0: its clock is ahead of the driver's."""
+    if abs(offset_s) - uncertain_s < _CLOCK_S:
+        return
+    commands = {
+        "linux": "sudo timedatectl set-ntp true",
+        "darwin": "sudo sntp -sS time.apple.com",
+        "windows": "w32tm /resync",
+    }
+    where = "ahead of" if offset_s > 0 else "behind"
+    yield Finding(
+        "limits",
+        f"its clock is {abs(offset_s):,.0f} s {where} this machine's; logs will not line up",
+        commands.get(os),
+    )
+
+
+def of_sleep(sleep: Facts, os: str) -> Iterator[Finding]:
+    """Whether it falls asleep by itself. A run holds a wake lock where the system has one."""
+    cause, todo = _sleeps(sleep, os)
+    if cause is None:
+        return
+    if sleep.get("can_inhibit"):
+        yield Finding("note", f"{cause}; a run keeps it awake", todo)
+    else:
+        yield Finding("limits", f"{cause}, also in the middle of a run", todo)
+
+
+def _sleeps(sleep: Facts, os: str) -> tuple[str | None, str | None]:
+    if os == "darwin":
+        minutes = sleep.get("pmset", {}).get("sleep", 0)
+        lid = ", and at once when its lid closes" if sleep.get("has_battery") else ""
+        text = f"it sleeps after {minutes} min without use{lid}" if minutes else None
+        return text, "sudo pmset -c sleep 0"
+    if os == "windows":
+        seconds = sleep.get("standby_s") or 0
+        text = f"it sleeps after {seconds / 60:.0f} min without use" if seconds else None
+        return text, "powercfg /change standby-timeout-ac 0"
+    if set(sleep.get("targets", ())) == {"masked"}:
+        return None, None
+    if sleep.get("desktop") == "suspend" and sleep.get("desktop_s"):
+        minutes = sleep["desktop_s"] / 60
+        return (
+            f"its desktop suspends it after {minutes:.0f} min without use",
+            "gsettings set org.gnome.settings-daemon.plugins.power sleep-inactive-ac-type nothing",
+        )
+    mask = "sudo systemctl mask sleep.target suspend.target"
+    if sleep.get("idle_action") in ("suspend", "hibernate", "hybrid-sleep"):
+        return "systemd-logind suspends it when it is idle", mask
+    if sleep.get("has_battery") and sleep.get("lid") != "ignore":
+        return "it sleeps when its lid closes", mask
+    return None, None
+
+
+def of_throttle(throttle: Facts) -> Iterator[Finding]:
+    """Whether it makes itself slower than it is."""
+    bits = throttle.get("pi_bits") or 0
+    for bit, what in _PI_BITS.items():
+        todo = _PI_POWER if bit == 0x1 else _PI_COOL
+        if bits & bit:
+            yield Finding("limits", what, todo)
+        elif bits & bit << 16:
+            yield Finding("note", f"since it was switched on: {what}", todo)
+    cap = throttle.get("frequency_cap")
+    if cap is not None and cap < 0.95:
+        yield Finding("limits", f"its clock frequency is capped at {cap:.0%}", _PI_COOL)
+    percent = throttle.get("speed_limit_percent")
+    if percent is not None and percent < 100:
+        yield Finding("limits", f"macOS slows it to {percent} % because it is hot", "cool it")
+    if (heat := throttle.get("temperature_c")) is not None and heat >= _HOT_C:
+        yield Finding("limits", f"it is {heat:.0f} degrees Celsius hot", _PI_COOL)
+    if throttle.get("governor") == "powersave" and cap is not None:
+        yield Finding(
+            "note", "its CPU governor is powersave", "sudo cpupower frequency-set -g schedutil"
+        )
+
+
+def of_versions(torches: Mapping[str, str | None]) -> dict[str, list[Finding]]:
+    """Hosts whose torch differs from that of most in its first two numbers."""
+    minors = {host: ".".join(v.split(".")[:2]) for host, v in torches.items() if v}
+    if len(set(minors.values())) < 2:
+        return {}
+    counts = list(minors.values())
+    usual = max(counts, key=counts.count)
+    return {
+        host: [Finding("limits", f"torch {minor} here, {usual} on others; results may differ")]
+        for host, minor in minors.items()
+        if minor != usual
+    }

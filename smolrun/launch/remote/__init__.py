@@ -1,0 +1,1 @@
+"""A machine elsewhere: commands, small programs and workers on it, over a connection."""

@@ -1,0 +1,177 @@
+"""Makes the environment of a run on a host, step by step, as `setup_plan.py` decided.
+
+    envs/.NAME.part-1a2b/   made here ...           envs/NAME/   ... and renamed when complete
+
+So an environment that has its name is whole, and one that was broken off is in nobody's way.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from smolrun.errors import HostError
+from smolrun.foreign_text import without_credentials
+from smolrun.launch.remote import find_python
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.shell import Shell
+from smolrun.launch.setup import blank_host, setup_plan
+from smolrun.launch.setup.blank_host import Blank
+from smolrun.launch.setup.setup_plan import CPU_WHEELS, Plan
+from smolrun.launch.setup.uv_program import fetch_uv
+
+_LOOK_S = 60.0
+_STEP_S = 1800.0  # torch over a slow line, onto a slow card
+_SHORT_S = 120.0
+_TAIL = 6
+
+Say = Callable[[str], None]
+
+
+def look(machine: Machine, environment: str) -> Blank:
+    """What the host has; the same few questions for a blank one and for one that is ready."""
+    if machine.shell is not Shell.POSIX:
+        return Blank(system="windows")
+    places = find_python.unix_question(machine.workdir).encode()
+    told = machine.run(["sh", "-s"], data=places, timeout_s=_LOOK_S)
+    answer = find_python.understood(told.out.decode("utf-8", "replace"))
+    pythons = answer.pythons if answer is not None else []
+    text = blank_host.question(machine.workdir, environment, pythons)
+    told = machine.run(["sh", "-s"], data=text.encode(), timeout_s=_LOOK_S)
+    return blank_host.understood(told.out.decode("utf-8", "replace"))
+
+
+class Maker:
+    """One host that is made ready. What the commands there say goes into the file `log`."""
+
+    def __init__(self, machine: Machine, found: Blank, plan: Plan, log: Path, say: Say) -> None:
+        self._machine = machine
+        self._found = found
+        self._plan = plan
+        self._log = log
+        self._say = say
+
+    def make(self) -> None:
+        """All steps, each with its time; HostError with the last lines of the one that failed."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.write_text("", encoding="utf-8")
+        plan, envs = self._plan, f"{self._machine.workdir}/envs"
+        name = plan.environment.rpartition("/")[2]
+        part = f"{envs}/.{name}.part-{secrets.token_hex(2)}"
+        self._sh(f"mkdir -p {shlex.quote(envs)}")
+        self._sh(
+            f"find {shlex.quote(envs)} -maxdepth 1 -name '.*.part-*' -mtime +1 -exec rm -rf {{}} +"
+        )
+        try:
+            self._fill(part)
+            target = shlex.quote(plan.environment)
+            self._sh(f"[ -e {target} ] || mv {shlex.quote(part)} {target}")
+        finally:
+            self._sh(f"rm -rf {shlex.quote(part)}", must=False)
+
+    def _fill(self, part: str) -> None:
+        uv = self._uv()
+        if uv is not None:
+            try:
+                self._by_uv(uv, part)
+            except HostError as error:
+                if not self._plan.has_pip:
+                    raise
+                self._say(f"{self._plan.host}: uv could not ({error.what}); now by pip")
+                self._sh(f"rm -rf {shlex.quote(part)}")
+            else:
+                return
+        self._by_pip(part)
+
+    def _uv(self) -> str | None:
+        """Where uv is on the host; None if pip must do."""
+        plan, machine = self._plan, self._machine
+        if not plan.brings_uv:
+            return plan.uv
+        place = f"{machine.workdir}/bin/uv-{blank_host.UV_VERSION}"
+        try:
+            with self._step("copy uv there"):
+                program = fetch_uv(plan.host, self._found)
+                self._sh(f"mkdir -p {shlex.quote(machine.workdir)}/bin")
+                machine.put(program, place)
+                self._sh(f"chmod 755 {shlex.quote(place)} && {shlex.quote(place)} --version")
+        except HostError as error:
+            if not plan.has_pip:
+                raise
+            self._say(f"{plan.host}: no uv ({error.what}); pip does it")
+            return None
+        return place
+
+    def _by_uv(self, uv: str, part: str) -> None:
+        plan = self._plan
+        if plan.python is None:
+            with self._step(f"install Python {plan.version}"):
+                self._run([uv, "python", "install", plan.version])
+        python = plan.python or plan.version
+        with self._step("make the environment"):
+            self._run([uv, "venv", "--relocatable", "--python", python, part])
+        # uv then looks for torch in PyTorch's own index alone, and for nothing else there.
+        torch = [f"--torch-backend={'auto' if plan.torch == 'cuda' else plan.torch}"]
+        torch = torch if plan.torch != "default" and self._torch else []  # macOS has one build
+        with self._step(f"install {len(plan.requirements)} packages by uv"):
+            where = ["--python", f"{part}/bin/python"]
+            self._run([uv, "pip", "install", *where, *torch, *plan.requirements])
+
+    def _by_pip(self, part: str) -> None:
+        plan = self._plan
+        assert plan.python is not None, "pip comes with a Python that is there"
+        with self._step("make the environment"):
+            self._run([plan.python, "-m", "venv", part])
+        with self._step(f"install {len(plan.requirements)} packages by pip"):
+            pip = [f"{part}/bin/python", "-m", "pip", "install", "--disable-pip-version-check"]
+            if plan.torch == "cpu" and self._torch:
+                # Two steps, each with an index of its own: with --extra-index-url pip takes the
+                # higher version of any package from either.
+                self._run([*pip, "--no-deps", "--index-url", CPU_WHEELS, *self._torch])
+            self._run([*pip, *plan.requirements])
+
+    @property
+    def _torch(self) -> list[str]:
+        """The requirement of torch, if it is one of ours."""
+        return [line for line in self._plan.requirements if re.match(r"torch\b(?!-)", line)]
+
+    def _sh(self, text: str, *, must: bool = True) -> None:
+        self._run(["sh", "-c", text], timeout_s=_SHORT_S, must=must)
+
+    def _run(self, argv: Sequence[str], *, timeout_s: float = _STEP_S, must: bool = True) -> None:
+        done = self._machine.run(argv, env=self._machine.spec.env, timeout_s=timeout_s)
+        said = without_credentials((done.out + done.err).decode("utf-8", "replace"))
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {shlex.join(argv)}\n{said}\n")
+        if done.code and must:
+            tail = "\n".join(f"  | {line}" for line in said.strip().splitlines()[-_TAIL:])
+            what = f"`{shlex.join(argv)[:120]}` ended with {done.code}"
+            raise HostError(self._plan.host, what, f"all of it is in {self._log}\n{tail}")
+
+    @contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        self._say(f"{self._plan.host}: {what}...")
+        yield
+        self._say(f"{self._plan.host}: {what}: {time.monotonic() - began:.1f} s")
+
+
+def planned(
+    machine: Machine, environment: str, *, torch: str, requirements: Sequence[str]
+) -> tuple[Blank, Plan | None]:
+    """What the host has, and what is to be done there."""
+    found = look(machine, environment)
+    plan = setup_plan.plan(
+        machine.name,
+        found,
+        environment,
+        torch=torch,
+        requirements=requirements,
+        workdir=machine.workdir,
+    )
+    return found, plan

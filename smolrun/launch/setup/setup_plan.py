@@ -1,0 +1,136 @@
+"""What it takes to make a host ready, decided before anything is done. Pure.
+
+A host that has what it needs has an empty plan; one that cannot be made ready is refused with a
+sentence that says what its user must do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smolrun.errors import HostError
+from smolrun.launch.setup.blank_host import Blank
+
+OLDEST, NEWEST = (3, 11), (3, 13)  # those that torch has wheels for
+_LIKED = (3, 12)
+_CPU_BYTES, _CUDA_BYTES = 3_000_000_000, 9_000_000_000  # an environment, and pip's own copies
+_SMALL_BYTES = 100_000_000
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the environment is made: by which Python (None: uv fetches `version`), with which torch.
+
+    `brings_uv`: our copy of uv goes there first. `torch`: cpu or cuda, or default, which is what
+    the index has.
+    """
+
+    host: str
+    environment: str
+    python: str | None
+    version: str
+    has_pip: bool
+    uv: str | None
+    brings_uv: bool
+    torch: str
+    requirements: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """What will be done, in the order in which it will."""
+        told = []
+        if self.brings_uv:
+            told.append("copy uv there (no root, only into its workdir)")
+        if self.python is None:
+            told.append(f"install Python {self.version} by uv, for its user alone")
+        by = f"Python {self.version}" if self.python is None else self.python
+        told.append(f"make the environment {self.environment} by {by}")
+        build = {"cpu": " with the CPU build of torch", "cuda": " with the CUDA build of torch"}
+        count = len(self.requirements)
+        told.append(f"install {count} packages and what they need{build.get(self.torch, '')}")
+        return told
+
+
+def plan(
+    host: str,
+    found: Blank,
+    environment: str,
+    *,
+    torch: str,
+    requirements: Sequence[str],
+    workdir: str,
+) -> Plan | None:
+    """What to do on this host, None for nothing; HostError where it cannot be set up."""
+    if found.has_environment:
+        return None
+    _refuse(host, found, workdir)
+    build = _build(found, torch)
+    _check_room(host, found, build, requirements, workdir)
+    python = _python(found, workdir)
+    return Plan(
+        host=host,
+        environment=environment,
+        python=python[1] if python else None,
+        version=".".join(map(str, python[0] if python else _LIKED)),
+        has_pip=bool(python and python[2]),
+        uv=found.uv,
+        brings_uv=found.uv is None,
+        torch=build,
+        requirements=tuple(requirements),
+    )
+
+
+def _refuse(host: str, found: Blank, workdir: str) -> None:
+    if found.system not in ("linux", "darwin"):
+        raise HostError(
+            host,
+            f"task=setup knows Linux and macOS, this is {found.system or 'neither'}",
+            "install Python 3.12 and `pip install smolrun` there, and set `python:` to it",
+        )
+    if found.bits == 32 or found.architecture in ("armv6l", "armv7l", "i686", "i386"):
+        raise HostError(
+            host,
+            f"a 32-bit system ({found.architecture}), for which there is no torch",
+            "write a 64-bit system to its disk: Raspberry Pi OS (64-bit) runs on a Pi 3, 4 and 5",
+        )
+    if found.is_jetson:
+        raise HostError(
+            host,
+            "a Jetson needs NVIDIA's own build of torch, which is on no package index",
+            "install that (docs of its JetPack), then set `python:` of that host to its Python",
+        )
+    if not found.is_writable:
+        raise HostError(host, f"no folder can be made at {workdir}", "set `workdir:` of that host")
+
+
+def _build(found: Blank, torch: str) -> str:
+    if found.system == "darwin":
+        return "default"
+    if torch == "auto":
+        return "cuda" if found.has_nvidia else "cpu"
+    return torch
+
+
+def _check_room(
+    host: str, found: Blank, build: str, requirements: Sequence[str], workdir: str
+) -> None:
+    has_torch = any(line.startswith("torch") for line in requirements)
+    needed = (_CUDA_BYTES if build == "cuda" else _CPU_BYTES) if has_torch else _SMALL_BYTES
+    if found.free is not None and found.free < needed:
+        raise HostError(
+            host,
+            f"{found.free / 1e9:.1f} GB free at {workdir}, the environment takes {needed / 1e9:g}",
+            "free some, or set `workdir:` of that host to another disk",
+        )
+
+
+def _python(found: Blank, workdir: str) -> tuple[tuple[int, ...], str, bool] | None:
+    """The best that is there; one of our own environments is none."""
+    good = [
+        one
+        for one in found.pythons
+        if OLDEST <= one[0] <= NEWEST and not one[1].startswith(f"{workdir}/envs/")
+    ]
+    # Whole ones first: a bare one needs uv to make an environment with pip.
+    return min(good, key=lambda one: (not one[2], one[0] != _LIKED, one[0]), default=None)

@@ -1,0 +1,287 @@
+"""Looks after one worker from the driver's side: starts it, writes to it, reads it, keeps its log.
+
+Whatever happens to the worker becomes one input of the supervisor, posted in the order in which it
+happened; its exit comes last. Nothing the worker does or leaves undone can block the driver: each
+blocking call has a thread of its own ("smolrun-rank2-life", "-write", "-control", "-log"). It
+decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from smolrun.checkpoints.manifest import read_report
+from smolrun.errors import CheckpointError, ProtocolError
+from smolrun.events import Note, ShardSaved, check_sender
+from smolrun.launch.control import (
+    EventMessage,
+    LeaseMessage,
+    LineSplitter,
+    LogMessage,
+    Message,
+    ReadyMessage,
+    StartMessage,
+    Summary,
+    WantRowsMessage,
+    WorkerMessage,
+    decode_from_worker,
+    encode,
+)
+from smolrun.launch.hosts import Host, WorkerPlan, WorkerProcess
+from smolrun.launch.supervisor_events import (
+    Exited,
+    Finished,
+    Input,
+    Misbehaved,
+    NotStarted,
+    Ready,
+    Reported,
+    WantsRows,
+)
+
+_TAIL_LINES = 20
+_TAIL_LINE_CHARS = 400
+# A pipe ends with its worker; only a child that left the process group could hold it longer.
+_DRAIN_S = 1.0
+_LEASE = encode(LeaseMessage())
+# Notes of one worker: an honest one sends a few. Each is printed and written to metrics.jsonl; the
+# worker's own log has all of them.
+_MOST_NOTES = 1000
+# Of a log file of a rank, before it is rotated: this one and the one before it are kept, with the
+# newest lines. An honest log of a day has a few MiB.
+_LOG_BYTES = 32 << 20
+
+
+class Attendant:
+    """One worker's threads on the driver. `post` is called from them and must be safe for that."""
+
+    def __init__(self, plan: WorkerPlan, host: Host, post: Callable[[Input, int], None]) -> None:
+        """`post` gets the size of the line that an input was made of; 0: of none."""
+        self.plan = plan
+        self._host = host
+        self._post = post
+        self._lock = threading.Condition()
+        self._process: WorkerProcess | None = None
+        self._doomed = False
+        self._closing = False
+        self._outbox: deque[tuple[bytes, Callable[[], None] | None]] = deque()
+        self._num_notes = 0
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._life = self._thread("life", self._live)
+
+    def begin(self) -> None:
+        """Start the worker, in the background."""
+        self._life.start()
+
+    def send(self, message: Message, on_sent: Callable[[], None] | None = None) -> None:
+        """Queue a message; never blocks, even if the worker reads nothing. `on_sent` is called from
+        another thread once the worker's pipe has taken all of it."""
+        self._queue(encode(message), on_sent)
+
+    def renew_lease(self) -> None:
+        """Queue a lease, unless one still waits: a frozen worker must not fill the memory."""
+        with self._lock:
+            if (_LEASE, None) not in self._outbox:
+                self._queue(_LEASE)
+
+    def kill(self) -> None:
+        """End the worker now; if it is only just starting, as soon as it is there."""
+        with self._lock:
+            self._doomed = True
+            process = self._process
+        if process is not None:
+            process.kill()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the worker to end and its exit to be posted; False if it has not."""
+        if self._life.ident is not None:
+            self._life.join(timeout_s)
+        return not self._life.is_alive()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the worker's host does not answer, for seconds already."""
+        return self._process is not None and self._process.is_silent()
+
+    @property
+    def tail(self) -> list[str]:
+        """The last lines of the rank's log."""
+        with self._lock:
+            return list(self._tail)
+
+    def _thread(self, what: str, target: Callable[..., None], *args: object) -> threading.Thread:
+        return threading.Thread(
+            target=target, args=args, name=f"smolrun-rank{self.plan.rank}-{what}", daemon=True
+        )
+
+    def _queue(self, line: bytes, on_sent: Callable[[], None] | None = None) -> None:
+        with self._lock:
+            self._outbox.append((line, on_sent))
+            self._lock.notify_all()
+
+    def _live(self) -> None:
+        rank = self.plan.rank
+        try:
+            process = self._host.start(self.plan)
+        except Exception as error:  # whatever it is: a rank that never comes must be told of
+            self._post(NotStarted(rank, str(error) or type(error).__name__), 0)
+            return
+        with self._lock:
+            self._process = process
+            doomed = self._doomed
+        if doomed:
+            process.kill()
+        readers = [
+            self._thread("control", self._read_control, process),
+            self._thread("log", self._read_log, process),
+        ]
+        writer = self._thread("write", self._write, process)
+        for thread in (*readers, writer):
+            thread.start()
+        code = process.wait()
+        for thread in readers:
+            thread.join(_DRAIN_S)
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        self._post(Exited(rank, code, process.out_of_memory(), process.lost()), 0)
+
+    def _write(self, process: WorkerProcess) -> None:
+        with contextlib.suppress(OSError):  # the worker is gone: its exit tells the story
+            while (next_line := self._next_line()) is not None:
+                line, on_sent = next_line
+                process.write(line)
+                if on_sent is not None:
+                    on_sent()
+        with contextlib.suppress(OSError):
+            process.close_input()
+
+    def _next_line(self) -> tuple[bytes, Callable[[], None] | None] | None:
+        """The next line to write, waited for; None when the worker has ended."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._outbox or self._closing)
+            return None if self._closing else self._outbox.popleft()
+
+    def _read_control(self, process: WorkerProcess) -> None:
+        splitter = LineSplitter()
+        try:
+            while data := process.read_control():
+                for line in splitter.feed(data):
+                    self._hear(line)
+        except ProtocolError as error:
+            self._post(Misbehaved(self.plan.rank, str(error)), 0)
+            while process.read_control():
+                pass  # a full pipe would keep it from dying in its own way
+
+    def _hear(self, line: bytes) -> None:
+        item = _checked(decode_from_worker(line), self.plan.start)
+        if isinstance(item, Reported) and isinstance(item.event, Note):
+            self._num_notes += 1
+            if self._num_notes > _MOST_NOTES:
+                return
+            if self._num_notes == _MOST_NOTES:
+                text = f"has sent {_MOST_NOTES:,} messages; further ones are in its log alone"
+                item = Reported(item.rank, Note("warning", text, item.rank))
+        self._post(item, len(line))
+
+    def _read_log(self, process: WorkerProcess) -> None:
+        file = self._open_log()
+        rest = ""
+        while data := process.read_log():
+            if file is not None and not file.write(data):
+                file = None  # a full disk ends the log, but neither the run nor the reading
+            *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
+            rest = _shown(rest)
+            with self._lock:
+                self._tail.extend(_shown(line) for line in lines)
+        if rest:
+            with self._lock:
+                self._tail.append(rest)
+        if file is not None:
+            file.close()
+
+    def _open_log(self) -> _LogFile | None:
+        try:
+            return _LogFile(self.plan.log_path)
+        except OSError as error:
+            note = f"no log of rank {self.plan.rank}: {error}"
+            self._post(Reported(self.plan.rank, Note("warning", note, self.plan.rank)), 0)
+            return None
+
+
+def _checked(message: WorkerMessage, start: StartMessage) -> Input:
+    """What the message is to the supervisor; ProtocolError where this worker may not say so."""
+    rank = start.rank
+    if isinstance(message, EventMessage):
+        check_sender(message.data, rank, start.world_size)
+        if isinstance(message.data, ShardSaved):
+            _check_report(message.data)
+        return Reported(rank, message.data)
+    if isinstance(message, LogMessage):
+        return Reported(rank, Note(level=message.level, message=message.message, rank=rank))
+    if isinstance(message, WantRowsMessage):
+        return WantsRows(rank, message)
+    if isinstance(message, ReadyMessage):
+        if message.rank != rank:
+            raise ProtocolError(f"says that it is rank {message.rank}")
+        # The other ranks will dial what it says.
+        if not {where.address for where in message.addresses} <= {*start.addresses}:
+            raise ProtocolError("says that it listens on an address that it was not given")
+        return Ready(rank, message.addresses, message.versions)
+    for link in msgspec.convert(message.summary, Summary).links:
+        if link.from_ != rank or link.to >= start.world_size:
+            raise ProtocolError(f"measured a link of rank {link.from_} to rank {link.to}")
+    return Finished(rank, message)
+
+
+def _check_report(event: ShardSaved) -> None:
+    """Its files will be fetched, and become part of a checkpoint."""
+    try:
+        reporter = read_report(event.report).rank
+    except CheckpointError as error:
+        raise ProtocolError(f"reports a checkpoint that cannot be: {error}") from None
+    if reporter != event.rank:
+        raise ProtocolError(f"reports what rank {reporter} saved")
+
+
+def _shown(line: str) -> str:
+    """What a terminal would still show of the line: progress bars overwrite themselves."""
+    return line.rstrip("\r").rsplit("\r", 1)[-1][-_TAIL_LINE_CHARS:]
+
+
+class _LogFile:
+    """The log of a rank. When it is full it becomes `<name>.1`, in the place of an older one."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it, to go on in it; OSError if that is impossible."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> bool:
+        """False if the disk does not take it."""
+        try:
+            if self._file.tell() + len(data) > _LOG_BYTES:
+                self._rotate()
+            self._file.write(data)
+        except OSError:
+            return False
+        return True
+
+    def _rotate(self) -> None:
+        self._file.close()
+        older = self._path.with_name(f"{self._path.name}.1")
+        os.replace(self._path, older)
+        self._file = self._path.open("ab", buffering=0)
+        self._file.write(f"(continued from {older.name}; older lines were removed)\n".encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,183 @@
+"""What is told before any rank starts: own code that does not fit, devices that are not there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.data.prepared import Prepared
+from smolrun.driver import preflight
+from smolrun.driver.preflight import check_before_start, memory_warning
+from smolrun.errors import ConfigError
+from smolrun.estimate import dry_run
+from smolrun.launch.machine_memory import MachineMemory
+from tests.tasks.test_whole_runs import finish, start, summary
+
+NAMES = (f"own_code_before_start_{number}" for number in itertools.count())
+BUILD = "def build(spec, *, width, depth=1): ...\n"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that no other test has imported, for a file in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return next(NAMES)
+
+
+def problems(*overrides: str) -> list[str]:
+    config = compose(overrides)
+    with pytest.raises(ConfigError) as error:
+        check_before_start(config)
+    return error.value.problems
+
+
+def test_own_code_that_fits_is_fine(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(BUILD)
+    check_before_start(compose([f"model.target={module}:build", "model.width=5"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "line"),
+    [
+        (
+            BUILD,
+            ["model.width=1", "model.dept=2"],
+            "model.dept = 2: {}:build takes no such key; "
+            "allowed: width, depth; did you mean model.depth?",
+        ),
+        (BUILD, [], "model.width: must be given, {}:build needs it"),
+        ("x = 1\n", [], "model.target = {}:build: cannot be loaded (AttributeError: "),
+        ("build = 1\n", [], "model.target = {}:build: neither a function nor a class"),
+        ("import nothing_of_this_name\n", [], "cannot be loaded (ModuleNotFoundError: No module"),
+        ("1 / 0\n", [], "model.target = {}:build: cannot be loaded (ZeroDivisionError: "),
+        ("def build(): ...\n", [], "cannot be called with its keys: too many positional"),
+    ],
+)  # fmt: skip  (a case a line)
+def test_own_code_that_does_not_fit_is_told(
+    module: str, tmp_path: Path, text: str, overrides: list[str], line: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    (found,) = problems(f"model.target={module}:build", *overrides)
+    assert line.format(module) in found
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert problems("cluster.device=cuda")[0].startswith(
+        "cluster.device = cuda: torch finds no such device on this machine; allowed: auto or cpu"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_before_start(compose(["cluster.device=cuda"]))
+
+
+def test_a_device_of_another_machine_is_not_looked_for_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    there, here = "{name: a, ssh: a, device: cuda}", "{name: b, address: 10.0.0.1, device: cuda}"
+    check_before_start(compose([f"cluster.hosts=[{there}]"]))
+    assert "no such device" in problems(f"cluster.hosts=[{there},{here}]")[0]
+
+
+@pytest.mark.soak
+def test_a_run_with_a_model_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def build(spec, *, width):\n"
+        "    return nn.Sequential(\n"
+        "        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)\n"
+        "    )\n"
+    )
+    wanted = ["model.target=my_net:build", "model.width=8", "data=digits", "training.steps=3"]
+    code, _, err = finish(start(tmp_path, *wanted))
+    assert code == 0, err
+    assert summary(tmp_path)["steps"] == 3
+    code, _, err = finish(start(tmp_path, *wanted, "model.widht=9"))
+    assert code == 2
+    assert "did you mean model.width?" in err
+
+
+def test_a_secret_by_its_name_does_not_travel_as_a_variable() -> None:
+    config = compose(["cluster.hosts=[{name: a, ssh: a, env: {HF_TOKEN: hf_0, HF_HOME: /big}}]"])
+    with pytest.raises(ConfigError) as refusal:
+        check_before_start(config)
+    (line,) = refusal.value.problems
+    assert line.startswith("cluster.hosts[0].env.HF_TOKEN")
+    assert "hf_0" not in line
+
+
+def prepared(tokens: int) -> Prepared:
+    return Prepared("tokens", "", "", 32_000, None, tokens, None, 1, 1, "")
+
+
+def warning(monkeypatch: pytest.MonkeyPatch, free_gb: float, *overrides: str) -> str | None:
+    """What a run is warned of on a machine with so much free memory."""
+    free = MachineMemory(2**40, int(free_gb * 2**30), 0)
+    for module in (preflight, dry_run):
+        monkeypatch.setattr(module, "machine_memory", lambda: free)
+    return memory_warning(compose(overrides), prepared(64))
+
+
+def test_a_run_that_does_not_fit_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = warning(monkeypatch, 1.0, "cluster.ranks=4")
+    assert line is not None
+    assert line.startswith("does not fit: local needs ")
+    assert line.endswith("; training.dry_run=true says what would make it fit")
+
+
+def test_a_host_with_too_little_memory_is_known_by_its_memory_gb(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "mini1 needs " in (
+        warning(monkeypatch, 99, "cluster=macmini3", "model=llama32_1b") or ""
+    )
+
+
+def test_a_run_that_fits_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "estimate", None)
+    assert warning(monkeypatch, 8.0) is None
+
+
+def test_a_run_that_only_a_generous_sum_calls_too_large_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = compose(["model=gpt_small"])
+    assert 2 * preflight._generous_bytes(config, prepared(64)) > 4 * 2**30
+    assert warning(monkeypatch, 4.0, "model=gpt_small") is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"intermediate_size": [128, 128]},
+        {"intermediate_size": "x"},
+        {"intermediate_size": -1},
+        {"hidden_size": 10**400},
+        {"num_hidden_layers": 1.5},
+        {"more": "x" * (17 << 20)},
+    ],
+)
+def test_an_odd_config_json_is_no_reason_for_a_warning_and_none_to_end(
+    tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    config = compose(["model=smollm2_135m"])
+    data = replace(prepared(64), model_folder=str(tmp_path))
+    for sizes, is_known in (({}, True), (odd, False)):
+        model = {"num_hidden_layers": 2, "hidden_size": 64} | sizes
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        assert (preflight._generous_bytes(config, data) > 0) == is_known
+
+
+def test_an_estimate_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("not a size")
+
+    monkeypatch.setattr(dry_run, "estimate", fail)
+    assert "unknown (TypeError: not a size)" in (warning(monkeypatch, 1.0) or "")

@@ -1,0 +1,51 @@
+"""What a rank builds from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolrun.algorithms.base import FORWARD, Algorithm
+from smolrun.cli.compose import compose
+from smolrun.data.base import Prepared
+from smolrun.driver.train_rank import place_algorithm
+from smolrun.errors import ConfigError
+from smolrun.testing import run_ranks
+from smolrun.training.randomness import seed_everything
+
+CPU = torch.device("cpu")
+
+
+def place(*overrides: str) -> Algorithm:
+    """The algorithm of a configuration for samples of 4 features and 3 classes, on one rank."""
+    prepared = Prepared("features", "", "", 3, 4, None, None, 100, 10, "")
+    config = compose(["algorithm=single", *overrides]).model_dump()
+    (algorithm,) = run_ranks(1, lambda mesh: place_algorithm(config, prepared, mesh, CPU))
+    return algorithm
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("frozen", "none of its 2 parameters has requires_grad"), ("nothing", "returned a NoneType")],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    (tmp_path / "untrainable.py").write_text(
+        "from torch import nn\n"
+        "def frozen(spec):\n    return nn.Linear(4, 3).requires_grad_(False)\n"
+        "def nothing(spec):\n    nn.Linear(4, 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=what):
+        place(f"model.target=untrainable:{name}", "data=digits")
+
+
+def test_draws_follow_the_seed_of_the_run(tmp_path: Path) -> None:
+    reseed = place("model=mlp", "data=digits", "seed=7").context.reseed
+    reseed(FORWARD, 24)
+    drawn = torch.rand(3)
+    seed_everything(CPU, 7, FORWARD, 24)
+    assert torch.equal(torch.rand(3), drawn)

@@ -1,0 +1,316 @@
+"""training.dry_run=true from the command line: what it counts, what it says, and that it starts
+nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rich.console
+
+from smolrun.cli.compose import compose
+from smolrun.estimate import dry_run, dry_run_text
+from smolrun.estimate.dry_run import GB, Estimate, Process, estimate
+from smolrun.estimate.dry_run_text import memory_verdict, report, verdict, with_remedies
+from smolrun.launch.supervisor_events import Outcome
+from smolrun.tasks import train
+
+LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
+
+
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading torch in another process takes seconds; one test does it."""
+    monkeypatch.setattr(dry_run, "_start_probe", lambda: None)
+
+
+def made(*overrides: str) -> Estimate:
+    return estimate(compose([*overrides, "training.dry_run=true"]))
+
+
+def total(estimate: Estimate) -> int:
+    return estimate.total(estimate.places[0], estimate.setting)
+
+
+def test_it_is_reached_from_the_command_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.drive(compose(["training.dry_run=true", "staleness.bound=2"])) == 0
+    assert list(tmp_path.iterdir()) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("dry run: model=gpt_tiny, 1,")
+    assert lines[-1].startswith("fits; 300 steps take at least ")
+    assert all(line.isascii() for line in lines)
+    assert any("gradients of late steps" in line for line in lines)
+    assert any(line.startswith("network: each rank sends and receives 4.7 MB") for line in lines)
+    assert any(line.startswith("time: about ") and "measured now" in line for line in lines)
+
+
+def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert report(compose([*LLAMA, "training.dry_run=true"])) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("does not fit: mini1 needs ")
+    assert lines[-1].count(" of 16.0 GB") == 3
+    advice = lines[lines.index("what would make it fit, with 15% to spare:") + 1 : -1]
+    good = [line for line in advice if line.endswith("fits") and "fsdp" not in line]
+    assert good
+    keys = [word for word in good[-1].split(":")[0].split() if "=" in word]
+    better = made(*LLAMA, *keys)
+    assert memory_verdict(better) == (True, "fits")
+    assert any("algorithm=fsdp algorithm.stage=3: " in line for line in advice)
+    assert any(line.startswith("time: unknown on these machines; ") for line in lines)
+    assert any("Gbit/s" in line for line in lines if line.startswith("network: "))
+
+
+def test_the_parts_of_llama_by_hand() -> None:
+    estimate = made(*LLAMA, "checkpoint.every=0")
+    parts = estimate.need(estimate.places[0], estimate.setting).parts
+    parameters = 1_235_814_400
+    assert parts["parameters"] == parts["gradients"] == parts["staging"] == 4 * parameters
+    assert parts["optimizer"] == pytest.approx(8 * parameters, rel=1e-4)
+    assert parts["checkpoint"] == 0
+    assert estimate.wire() == 2 * 2 * 4 * parameters // 3
+
+
+def test_ranks_of_one_host_add_up_and_share_libraries() -> None:
+    four = made("cluster.ranks=4")
+    alone = four.need(four.places[0], four.setting).total - four.process.size
+    four.process = Process(300, 100)
+    assert total(four) == 4 * (alone + 300) - 3 * 100
+
+
+def test_owners_hold_their_part_of_the_optimizer() -> None:
+    optimizer = [
+        made("cluster.ranks=3", f"algorithm.owner_computes={value}") for value in ("true", "false")
+    ]
+    held = [one.need(one.places[0], one.setting).parts["optimizer"] for one in optimizer]
+    assert 3 * held[0] == pytest.approx(held[1], rel=1e-6)
+
+
+def test_micro_batches_recompute_and_precision_change_it_as_they_should() -> None:
+    plain = made()
+    for override in (
+        "training.micro_batch_size=2",
+        "training.recompute=true",
+        "precision=bf16_params",
+        "optimizer=adafactor",
+    ):
+        assert total(made(override)) < total(plain), override
+    assert made("training.micro_batch_size=2").micro_batches == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "outputs"),
+    [
+        (("data.tokenizer=bytes",), 256),
+        (("data.vocab_size=999",), 999),
+        (("model=mlp", "data=digits"), 10),
+    ],
+)
+def test_what_the_model_must_fit_is_known_without_the_data(
+    overrides: tuple[str, ...], outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> None:
+        raise AssertionError("data must not be prepared")
+
+    monkeypatch.setattr("smolrun.estimate.model_spec.prepare_data", nothing)
+    assert made(*overrides).spec.num_outputs == outputs
+
+
+def test_a_tokenizer_folder_tells_its_size_and_a_name_is_assumed(tmp_path: Path) -> None:
+    known = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 5}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(known))
+    assert made(f"data.tokenizer={tmp_path}").spec.num_outputs == 6
+    assumed = made("data.tokenizer=some/name", "data.vocab_size=5000")
+    assert assumed.spec.num_outputs == 5000
+    assert "is not known here: 5000 assumed" in assumed.notes[0]
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.layer = nn.Linear(spec.num_inputs, spec.num_outputs)
+        self.size = int(torch.ones(()).item())
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+def build(spec, *, flavour):
+    return Net(spec)
+"""
+
+
+def test_own_code_that_needs_values_is_counted_without_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "needs_values.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["data=digits", "model=mlp", "model.target=needs_values:build", "+model.flavour=1"]
+    estimate = made(*overrides, "~model.widths", "~model.activation")
+    assert estimate.shapes == ((10, 784), (10,))
+    assert estimate.need(estimate.places[0], estimate.setting).parts["activations"] == 0
+    assert "cannot be built without values" in estimate.cannot_trace
+
+
+def test_a_disk_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=10**6)
+    monkeypatch.setattr("smolrun.estimate.dry_run_text.shutil.disk_usage", lambda _: usage)
+    estimate = made("checkpoint.every=10", "checkpoint.keep=3", "checkpoint.keep_best=true")
+    size = 4 * 3 * estimate.rank(estimate.places[0]).trained  # parameters, and AdamW's two memories
+    assert estimate.checkpoint() == pytest.approx(size, rel=1e-3)
+    line = dry_run_text._disk(estimate)
+    assert f"up to 5 at a time: {5 * estimate.checkpoint() / 1e6:.1f} MB of 1.0 MB free" in line
+    assert line.endswith("which is NOT ENOUGH")
+    fits, text = verdict(estimate)
+    assert not fits
+    assert text.startswith("does not fit on the disk: 5 checkpoints of ")
+    assert dry_run_text._disk(made("checkpoint.every=0")).startswith("no checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("share", "start"),
+    [(0.99, "does not fit: local needs "), (1.01, "fits narrowly, if at all: "), (1.2, "fits")],
+)
+def test_a_narrow_fit_is_called_so(share: float, start: str) -> None:
+    estimate = made()
+    estimate.places = [replace(estimate.places[0], room=int(share * total(estimate)))]
+    fits, text = memory_verdict(estimate)
+    assert text.startswith(start)
+    assert fits == (not start.startswith("does not"))
+    assert (text == "fits") == (estimate.lacking(estimate.setting) <= 0)
+
+
+def test_no_number_of_the_table_is_cut_at_80_columns() -> None:
+    names = ("raspberry_pi_5", "workstation", "laptop_of_mine", "mini", "server_in_the_cellar")
+    hosts = [f"{{name: {name}, memory_gb: {16 + at}}}" for at, name in enumerate(names)]
+    table = dry_run_text._table(made(f"cluster.hosts=[{', '.join(hosts)}]"), is_plain=False)
+    shown = io.StringIO()
+    rich.console.Console(file=shown, width=80).print(table)
+    assert max(map(len, shown.getvalue().splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.getvalue()
+    assert "16.00 17.00 18.00 19.00 20.00" in " ".join(shown.getvalue().split())
+
+
+def test_an_unknown_memory_is_no_yes() -> None:
+    estimate = made()
+    estimate.places = [replace(estimate.places[0], name="pi", room=None)]
+    text = "fits, as far as is known: the memory of pi is not (memory_gb)"
+    assert memory_verdict(estimate) == (True, text)
+
+
+def test_fewer_ranks_are_among_what_would_make_it_fit() -> None:
+    one = made("cluster.ranks=1")
+    room = int(dry_run.MARGIN * total(one)) + 1
+    four = made("cluster.ranks=4", "training.micro_batch_size=1", "training.recompute=true")
+    four.places = [replace(four.places[0], room=room)]
+    (line,) = dry_run_text._with_fewer_ranks(four)
+    assert line.startswith("  cluster.ranks=1: ")
+    assert line.endswith(" on local, fits")
+
+
+def test_no_remedy_is_refused_by_the_checks() -> None:
+    """Adafactor looks at whole matrices, which fsdp cuts."""
+    whole, cut = [
+        [remedy.keys[0] for remedy in made(f"algorithm={name}", "model=gpt_small").best_switches(9)]
+        for name in ("classicdp", "fsdp")
+    ]
+    assert "optimizer=adafactor" in whole
+    assert "optimizer=adafactor" not in cut
+
+
+def test_a_run_that_is_nearly_all_network_is_told_so_with_what_is_quicker() -> None:
+    slow = ("algorithm=fsdp", "training.micro_batch_size=1", "precision=bf16_params")
+    estimate = made(*LLAMA, *slow, "model.layers=2", "training.steps=1000")
+    hours = 1000 * 8 * estimate.wire() / 1e9 / 3600
+    fits, text = verdict(estimate)
+    assert fits
+    start, _, quicker = text.partition("; quicker: ")
+    assert start == f"fits, but the network alone takes {hours:.0f} h for 1,000 steps at 1 Gbit/s"
+    assert quicker.startswith("training.micro_batch_size=")
+    assert ", algorithm.stage=0 (" in quicker
+    assert "quantization" not in quicker, "gradients are a sixth of what travels"
+
+
+def test_emulated_links_are_reckoned_with() -> None:
+    estimate = made("cluster=sim/pi3", "model=gpt_small", "training.steps=3000")
+    assert " at 100 Mbit/s (as emulated)" in dry_run_text._network(estimate)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dry_run_text, "measure_speed", lambda: (1e14, 1e14))
+        text = verdict(estimate)[1]
+    assert "3,000 steps take at least 3.6 h, nearly all network at 100 Mbit/s; quicker: " in text
+    assert "quantization=int8 (55 min), a larger training.global_batch_size in fewer steps" in text
+
+
+def outcome(is_memory: bool) -> Outcome:
+    return Outcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
+
+
+def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies() -> None:
+    told = with_remedies(compose(["model=gpt_small", "data.sequence_length=512"]), outcome(True))
+    start, _, advice = told.reason.partition("; try ")
+    assert start == "rank 0 on local ran out of memory"
+    first, second = advice.split(" or ")
+    assert first.startswith("training.micro_batch_size=1 (saves about ")
+    assert second.startswith("training.recompute=true (saves about ")
+
+
+def test_other_ends_get_no_advice() -> None:
+    plain = outcome(False)
+    assert with_remedies(compose([]), plain) is plain
+
+
+def test_no_estimate_does_not_hide_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("no torch here")
+
+    monkeypatch.setattr(dry_run_text, "estimate", broken)
+    reason = with_remedies(compose([]), outcome(True)).reason
+    assert reason.endswith("a smaller training.micro_batch_size (no estimate: no torch here)")
+
+
+def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    process = dry_run._end_probe(dry_run._start_probe())
+    assert process is not None
+    assert 0 <= process.shared < process.size
+    assert 0.1 * GB < process.size < GB
+
+
+def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    server = ("cluster=macmini3", "cluster.server=mini2", "algorithm=syncps", "model=gpt_small")
+    assert report(compose([*server, "training.dry_run=true"])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (room,) = [line for line in lines if "room for the gradients of workers" in line]
+    cells = [cell.strip() for cell in room.split("|")]
+    assert cells[2:4] == ["0.076", "0.000"], "mini2 first, then the others"
+    assert any("server sends and receives 81.8 MB per step, others 40.9 MB" in x for x in lines)
+    one = made("algorithm=syncps", "cluster.ranks=3", "model=gpt_small")
+    of_worker = one.need(one.places[0], one.setting, local_rank=1).total
+    first = one.need(one.places[0], one.setting).total
+    assert total(one) == first + 2 * (of_worker - one.process.shared)
+    assert first > of_worker
+
+
+def test_a_bound_of_edp_costs_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    edp = ("algorithm=edp", "cluster.ranks=4", "quantization=int8")
+    late, prompt = made(*edp, "staleness.bound=2"), made(*edp, "staleness.bound=auto")
+    needs = [
+        each.need(each.places[0], each.setting, rank) for each in (late, prompt) for rank in (0, 1)
+    ]
+    assert needs[:2] == needs[2:]
+    assert late.checkpoint() == prompt.checkpoint()
+    assert report(compose([*edp, "staleness.bound=2", "training.dry_run=true"])) == 0
+    shown = capsys.readouterr().out
+    assert "1 micro-batch of 11 sequences of" in shown
+    assert "on each rank that trains" in shown

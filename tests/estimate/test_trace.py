@@ -1,0 +1,100 @@
+"""Fake tensors tell what real ones would need: counted by hand where that is possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smolrun.estimate import trace as tracing
+from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
+from smolrun.models.decoder import build
+from smolrun.models.mlp import MLP
+from smolrun.parts.precision import PRECISIONS
+from tests.models.tiny import TINY
+
+FLOAT32 = PRECISIONS["float32"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    num_outputs: int
+    num_inputs: int | None = None
+    sequence_length: int | None = None
+    model_folder: str | None = None
+
+
+def of_mlp(batch: int) -> Trace:
+    model = build_on_meta(lambda: MLP(1000, 10, [2000], "relu"))
+    spec = Spec(10, num_inputs=1000)
+    return trace(model, spec, batch, precision=FLOAT32, recompute=False)
+
+
+def of_decoder(batch: int = 4, *, precision: str = "float32", recompute: bool = False) -> Trace:
+    spec = Spec(50, sequence_length=40)
+    model = build_on_meta(lambda: build(spec, **{**TINY, "layers": 8}))
+    return trace(model, spec, batch, precision=PRECISIONS[precision], recompute=recompute)
+
+
+def test_an_mlp_by_hand() -> None:
+    batch, numbers = 64, 4
+    work = of_mlp(batch)
+    # Two products forward; backward both with respect to weights, one with respect to its input.
+    assert work.flops == 2 * batch * (1000 * 2000 + 2000 * 10) * 2 + 2 * batch * 2000 * 10
+    hidden = batch * 2000 * numbers
+    # Backward ends with the gradient of the first weights beside that of the hidden layer.
+    largest_gradient = 1000 * 2000 * numbers
+    assert hidden + largest_gradient <= work.peak <= 3 * hidden + largest_gradient
+    assert (work.small_peak, work.large_peak) == (work.peak, 0)
+
+
+def test_activations_grow_with_the_batch_alone() -> None:
+    one, two, three = (of_decoder(batch) for batch in (8, 16, 24))
+    assert two.peak - one.peak == pytest.approx(three.peak - two.peak, rel=0.02)
+    assert two.flops == 2 * one.flops
+
+
+def test_recomputed_blocks_need_less_memory_and_more_work() -> None:
+    plain, recomputed = of_decoder(), of_decoder(recompute=True)
+    assert recomputed.peak < 0.5 * plain.peak
+    assert 1.2 * plain.flops < recomputed.flops < 4 / 3 * plain.flops
+
+
+def test_half_precision_needs_less() -> None:
+    full, half, weights = (of_decoder(precision=p) for p in ("float32", "bf16", "bf16_params"))
+    assert weights.peak < half.peak < full.peak
+
+
+def test_storages_are_told_apart_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = of_mlp(64)
+    monkeypatch.setattr(tracing, "LARGE_BYTES", 64 * 2000 * 4 + 1)
+    work = of_mlp(64)
+    assert work.large_peak == 1000 * 2000 * 4  # the new gradient of the first weights
+    assert work.peak == whole.peak
+    assert work.small_peak <= work.peak <= work.small_peak + work.large_peak
+
+
+class LooksAtValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.layer(inputs)
+        return output * 2 if output.sum().item() > 0 else output
+
+
+class NeedsValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = int(torch.ones(()).item())
+
+
+def test_a_model_that_looks_at_values_is_told_as_such() -> None:
+    model = build_on_meta(LooksAtValues)
+    with pytest.raises(CannotTrace, match="cannot be run without values"):
+        trace(model, Spec(2, num_inputs=3), 4, precision=FLOAT32, recompute=False)
+    with pytest.raises(CannotTrace, match="cannot be built without values"):
+        build_on_meta(NeedsValues)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from smolrun.errors import HostError, HostErrors
+from smolrun.launch.remote import machine
+from smolrun.launch.remote.machine import HostSpec, Machine, meet, open_machines
+from smolrun.launch.remote.probe import Facts
+from smolrun.launch.remote.shell import Shell
+from tests import waiting
+from tests.launch.connection_here import ConnectionHere
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_commands_and_files(home: Path):
+    box = meet(HostSpec("box", "box", python=sys.executable), ConnectionHere())
+    done = box.run(["cat"], data=b"x" * 300_000)
+    assert (done.code, len(done.out)) == (0, 300_000)
+    seen: list[int] = []
+    box.put(b"abc", f"{box.workdir}/file", seen.append)
+    box.get(f"{box.workdir}/file", home / "back", seen.append, most_bytes=3)
+    assert (home / "back").read_bytes() == b"abc"
+    assert seen == [3, 3]
+
+
+def test_without_a_python_it_cannot_be_asked():
+    facts = Facts(Shell.POSIX, "linux", home="/h", workdir="/w")
+    box = Machine(HostSpec("box", "box"), ConnectionHere(), facts)
+    assert (box.name, box.address) == ("box", "127.0.0.1")
+    with pytest.raises(HostError, match="no Python"):
+        box.call("who", {})
+
+
+def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
+    asked: list[str] = []
+
+    class Windows(ConnectionHere):
+        def put(self, source, path, on_bytes=None):
+            asked.append(path)
+
+    facts = Facts(Shell.CMD, "windows", home="C:/Users/me", workdir="C:/w", python="C:/p.exe")
+    box = Machine(HostSpec("w", "w"), Windows(), facts)
+    box.put(b"", "C:/w/file")
+    assert asked == ["/C:/w/file"]
+
+
+def slow_and_dead(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], threading.Event]:
+    """Opening machines is replaced: "dead" fails at once, "slow" when the event is set."""
+    closed: list[str] = []
+    event = threading.Event()
+
+    class Opened:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    def open_one(spec: HostSpec, **_: object) -> Opened:
+        if spec.name.startswith("dead"):
+            raise HostError(spec.name, "does not answer")
+        if spec.name == "slow":
+            event.wait(20)
+        return Opened(spec.name)
+
+    monkeypatch.setattr(machine, "open_machine", open_one)
+    return closed, event
+
+
+def test_every_host_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
+    closed, event = slow_and_dead(monkeypatch)
+    event.set()
+    names = ["a", "dead1", "slow", "dead2"]
+    with pytest.raises(HostErrors) as caught:
+        open_machines([HostSpec(name, name) for name in names])
+    assert str(caught.value) == "dead1: does not answer\ndead2: does not answer"
+    assert sorted(closed) == ["a", "slow"]
+
+
+def test_ctrl_c_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch):
+    closed, event = slow_and_dead(monkeypatch)
+
+    def interrupted(machines, act, what):
+        act(machines["a"])
+        threading.Thread(target=act, args=(machines["slow"],), name="late").start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "on_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_machines([HostSpec("a", "a"), HostSpec("slow", "slow")])
+    assert closed == ["a"]
+    event.set()
+    waiting.until(lambda: closed == ["a", "slow"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
+def test_the_value_of_a_variable_is_not_in_the_command_line():
+    connection = ConnectionHere()
+    box = meet(HostSpec("box", "me@box", python=sys.executable), connection)
+    code = "import os, sys; print(os.environ['URL'], sys.stdin.read())"
+    env = {"URL": "https://me:secret@index"}
+    done = box.run([sys.executable, "-c", code], env, b"and its input")
+    assert done.out == b"https://me:secret@index and its input\n"
+    assert not any("secret" in line for line in connection.commands)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolrun.errors import HostError
+from smolrun.launch.remote import find_python
+from smolrun.launch.remote.machine import HostSpec
+from smolrun.launch.remote.probe import learn
+from smolrun.launch.remote.shell import Shell
+from tests.launch.connection_here import ConnectionHere
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_learnt_of_a_host(home: Path):
+    spec = HostSpec("box", "box", python=sys.executable, workdir="a/b c")
+    box = learn(spec, ConnectionHere())
+    assert (box.shell, box.os) == (Shell.POSIX, sys.platform)
+    assert box.home == str(home)
+    assert box.workdir == f"{home}/a/b c"
+    assert Path(box.workdir).is_dir()
+    assert box.python == sys.executable
+    assert box.cores >= 1
+
+
+def test_the_folder_is_below_the_cache_if_nothing_is_said(home: Path):
+    assert learn(HostSpec("box", "box"), ConnectionHere()).workdir == f"{home}/.cache/smolrun"
+
+
+def test_a_noisy_profile_changes_nothing(home: Path):
+    profile = "echo 'smolrun-found os Plan9'; echo welcome; echo oops >&2"
+    box = learn(HostSpec("box", "box", python=sys.executable), ConnectionHere(profile=profile))
+    assert box.os == sys.platform
+
+
+def test_the_first_python_that_works(home: Path):
+    broken = home / ".cache/smolrun/envs/old/bin/python"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    good = home / ".local/bin/python3"
+    good.parent.mkdir(parents=True)
+    good.symlink_to(sys.executable)
+    box = learn(HostSpec("box", "box"), ConnectionHere())
+    assert box.python == str(good)
+
+
+def without_pythons(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find_python, "_UNIX", ('"$HOME"/none',))
+    (home / "bin").mkdir()
+    for tool in ("sh", "uname"):
+        (home / "bin" / tool).symlink_to(f"/bin/{tool}")
+    monkeypatch.setenv("PATH", str(home / "bin"))
+
+
+def test_no_python_at_all(home: Path, monkeypatch: pytest.MonkeyPatch):
+    without_pythons(home, monkeypatch)
+    with pytest.raises(HostError, match=r"no Python 3\.8 or newer .*task=setup cluster=home"):
+        learn(HostSpec("box", "box"), ConnectionHere(), cluster="home")
+    box = learn(HostSpec("box", "box", workdir="w"), ConnectionHere(), needs_python=False)
+    assert (box.python, box.workdir) == ("", f"{home}/w")
+
+
+def test_a_given_python_that_is_not_there(home: Path):
+    with pytest.raises(HostError, match="there is no Python at /no/python"):
+        learn(HostSpec("box", "box", python="/no/python"), ConnectionHere())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(home: Path):
+    (home / "w").mkdir(mode=0o500)
+    with pytest.raises(HostError, match=r"w cannot be used: Permission denied; .*workdir:"):
+        learn(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
+
+
+def test_a_folder_that_is_a_file(home: Path):
+    (home / "w").write_text("")
+    with pytest.raises(HostError, match=r"folder .*/w cannot be used: File exists"):
+        learn(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
+
+
+def test_an_account_without_a_shell(home: Path):
+    connection = ConnectionHere(profile="echo This account is closed.; exit 1")
+    with pytest.raises(HostError, match=r"runs no commands: This account is closed\."):
+        learn(HostSpec("box", "box"), connection)
+
+
+def test_a_shell_that_hangs(home: Path):
+    connection = ConnectionHere(profile="sleep 3")
+    with pytest.raises(HostError, match=r"its login shell runs no command within 0\.3 s"):
+        learn(HostSpec("box", "box"), connection, shell_s=0.3)
+
+
+def test_a_python_that_hangs_is_the_last_one_tried(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smolrun.launch.remote.probe._ANSWER_S", 1.0)
+    hangs = home / ".local/bin/python3"
+    hangs.parent.mkdir(parents=True)
+    hangs.write_text("#!/bin/sh\nexec sleep 3\n")
+    hangs.chmod(0o755)
+    with pytest.raises(HostError, match="did not end within 1 s"):
+        learn(HostSpec("box", "box"), ConnectionHere())
