@@ -11,8 +11,8 @@ import yaml
 
 from smolrun.config import RunConfig, world_size
 from smolrun.config.algorithms import EDP, FSDP, ClassicDP, SyncPS
+from smolrun.config.sharding import Sharding
 from smolrun.estimate.memory import item_bytes
-from smolrun.training.sharding import Sharding
 
 
 def sharding_of(

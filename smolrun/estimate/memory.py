@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from smolrun.config.sharding import NOT_CUT, Sharding
 from smolrun.estimate.trace import Trace
 from smolrun.parts.optimizer_state import state_shapes
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 from smolrun.training.rounding import PIECE
-from smolrun.training.sharding import NOT_CUT, Sharding
 
 # glibc keeps blocks of many sizes apart: over runs of gpt_tiny and gpt_small the process held a
 # fifth more than the small blocks alive in it (tests/training/test_dry_run_measured.py).

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smolrun.config.sharding import Sharding
 from smolrun.estimate.memory import (
     Rank,
     Remedy,
@@ -23,7 +24,6 @@ from smolrun.estimate.memory import (
 from smolrun.estimate.trace import Trace
 from smolrun.parts.quantization import Quantization
 from smolrun.training.optimizer import NAMES, make_optimizer, optimizer_state
-from smolrun.training.sharding import Sharding
 from tests.training.test_optimizer import KEYS, run, small
 
 SETTING = Setting("float32", recompute=False, micro_batch_size=8, optimizer="adamw")
