@@ -14,8 +14,8 @@ from smolrun.driver.find_run import OpenRun, config_of, find_run, opened, ranks_
 from smolrun.driver.roles import waits_for_all
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
-from smolrun.foreign_text import echo, one_line
 from smolrun.launch.supervisor_events import EXIT_DONE
+from smolrun.sanitize import echo, one_line
 from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 

@@ -27,10 +27,10 @@ from smolrun.driver.workers import (
 )
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
-from smolrun.foreign_text import echo, one_line
 from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import EXIT_DONE, Outcome
+from smolrun.sanitize import echo, one_line
 from smolrun.tracking.console import Screen
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from smolrun.checkpoints.folder import is_link, leftovers
 from smolrun.config import RunConfig
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import CheckpointError
-from smolrun.foreign_text import echo, indented, one_line
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
+from smolrun.sanitize import echo, indented, one_line
 from smolrun.tasks.status import size
 from smolrun.tracking.formatting import duration
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders

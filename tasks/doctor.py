@@ -22,11 +22,11 @@ from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.driver.fleet import Fleet
 from smolrun.driver.workers import plan_workers
 from smolrun.errors import HostError, HostErrors
-from smolrun.foreign_text import echo
 from smolrun.launch.doctor.verdicts import Finding
 from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import echo
 from smolrun.tracking.formatting import counted
 from smolrun.tracking.run_folder import RunFolder
 

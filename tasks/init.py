@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
-from smolrun.foreign_text import echo
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
+from smolrun.sanitize import echo
 
 T = TypeVar("T")
 

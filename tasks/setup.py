@@ -17,7 +17,6 @@ from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
-from smolrun.foreign_text import echo
 from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
 from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
 from smolrun.launch.run_on_all import on_all
@@ -26,6 +25,7 @@ from smolrun.launch.setup.environment_maker import Maker, planned
 from smolrun.launch.setup.setup_plan import Plan
 from smolrun.launch.setup.user_key import install, make_key, public_key, read_key
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import echo
 
 _CHECK_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

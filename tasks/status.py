@@ -15,8 +15,8 @@ from typing import Any
 from smolrun.config import RunConfig
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import HostError
-from smolrun.foreign_text import echo
 from smolrun.launch.supervisor_events import EXIT_DONE
+from smolrun.sanitize import echo
 from smolrun.tracking.formatting import clock, duration
 from smolrun.tracking.past_runs import PastRun, look, run_folders
 

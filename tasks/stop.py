@@ -12,8 +12,8 @@ from smolrun.config import RunConfig
 from smolrun.driver import ending_lines
 from smolrun.driver.find_run import OpenRun, config_of, find_run, opened
 from smolrun.errors import HostError
-from smolrun.foreign_text import echo
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import echo
 from smolrun.tracking.run_view import Request, View
 
 # A run may take this long beyond what its ranks have, to write its last words and tell W&B.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolrun.checkpoints.keeper import Keeper
+from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, savers, world_size
 from smolrun.driver.detach import begin_driving
 from smolrun.driver.emulation import tell_emulated
@@ -152,26 +152,26 @@ class _Run:
             say(line)
         readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
         trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)
-        keeper, saving = self._checkpoints(trackers.record)
+        committer, saving = self._checkpoints(trackers.record)
 
         def listen(event: Event) -> None:
             if isinstance(event, RunStarted):
                 self._has_begun()
-            if not keeper.record(event):
+            if not committer.record(event):
                 trackers.record(event)
 
         try:
-            outcome = self._on_hosts(keeper, saving, listen)
+            outcome = self._on_hosts(committer, saving, listen)
         finally:
             self._fleet.close()
-            keeper.close()
+            committer.close()
             trackers.close()
             for act in reversed(self._undo):
                 act()
-        return with_advice(config, unsaved(outcome, keeper))
+        return with_advice(config, unsaved(outcome, committer))
 
     def _on_hosts(
-        self, keeper: Keeper, saving: Saving | None, listen: Callable[[Event], None]
+        self, committer: CheckpointCommitter, saving: Saving | None, listen: Callable[[Event], None]
     ) -> Outcome:
         """Everything the ranks need is brought to their hosts, they run, and the hosts are clean
         again."""
@@ -189,7 +189,7 @@ class _Run:
         except (HostError, HostErrors) as error:
             fleet.clear(folder.run_id)
             return not_equipped(error)
-        fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), keeper)
+        fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), committer)
         returns = Returns(self._config, fleet, saving, console.say)
 
         def heard(event: Event) -> None:
@@ -223,10 +223,12 @@ class _Run:
         if self._earlier is not None:
             forget_undo(self._earlier)
 
-    def _checkpoints(self, emit: Callable[[Event], None]) -> tuple[Keeper, Saving | None]:
+    def _checkpoints(
+        self, emit: Callable[[Event], None]
+    ) -> tuple[CheckpointCommitter, Saving | None]:
         """Who makes checkpoints of what the ranks write, and what they are told about it."""
         config, token = self._config, secrets.token_hex(4)
-        keeper = Keeper(
+        committer = CheckpointCommitter(
             self._folder.checkpoints,
             token,
             world_size=world_size(config),
@@ -240,9 +242,9 @@ class _Run:
             savers=savers(config),
         )
         if not config.checkpoint.every and self._earlier is None:
-            return keeper, None
-        resume = str(keeper.newest) if keeper.newest else None
-        return keeper, Saving(
+            return committer, None
+        resume = str(committer.newest) if committer.newest else None
+        return committer, Saving(
             str(self._folder.checkpoints.absolute()),
             token,
             every=config.checkpoint.every,

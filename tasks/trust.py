@@ -15,11 +15,11 @@ from pathlib import Path
 from smolrun.config import RunConfig
 from smolrun.config.cluster import Cluster
 from smolrun.errors import ConfigError, HostError
-from smolrun.foreign_text import echo
 from smolrun.launch.run_on_all import on_all
 from smolrun.launch.ssh import host_keys
 from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import echo
 
 _STATES = {"known": "known", "new": "new", "changed": "CHANGED", "revoked": "REVOKED"}
 

@@ -40,8 +40,8 @@ from smolrun.algorithms.contract import (
     check_answer,
     loss_sum,
 )
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
@@ -160,7 +160,7 @@ class Algorithm(ABC):
         where nothing is replicated."""
         return {}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorSlice]:
         """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
         tensors are the living ones: copy them before the next step."""
         for flight in self.in_flight:

@@ -35,8 +35,8 @@ import torch
 
 from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, InFlight
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import Collectives
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
@@ -154,7 +154,7 @@ class ClassicDP(Algorithm):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [[(names[p], p.shape) for p in bucket.parameters] for bucket in self.buckets.buckets]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorSlice]:
         """A part of everything, and what this rank has kept of its own gradients."""
         return super().pieces() + saved_residuals.pieces(self)
 

@@ -34,8 +34,8 @@ from smolrun.algorithms import saved_residuals, saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
 from smolrun.algorithms.classicdp import ClassicDP, classicdp
 from smolrun.algorithms.contract import never_empty
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
@@ -152,7 +152,7 @@ class OptimizerShards(ClassicDP):
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return joined(norms, names, self.all_ranks)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorSlice]:
         """This rank's slices of everything, under the names that a whole model would have."""
         for flight in self.in_flight:
             for work in flight.works:

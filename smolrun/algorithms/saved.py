@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smolrun.algorithms.contract import FACTS, InFlight
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 from smolrun.parts.optimizer_state import expected_bytes as optimizer_bytes
 from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state
@@ -46,7 +46,7 @@ def model_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from persistent_buffers(model).items()
 
 
-def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[Piece]:
+def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[TensorSlice]:
     """The part of `whole` that rank `index` of `size` writes: the largest first, each to whom has
     least."""
     loads = [0] * size
@@ -56,7 +56,9 @@ def dealt(whole: Mapping[str, torch.Tensor], size: int, index: int) -> list[Piec
         loads[owner] += whole[key].nbytes
         if owner == index:
             mine.append(key)
-    return [Piece(key, tuple(whole[key].shape), 0, whole[key].detach()) for key in sorted(mine)]
+    return [
+        TensorSlice(key, tuple(whole[key].shape), 0, whole[key].detach()) for key in sorted(mine)
+    ]
 
 
 def expected_bytes(algorithm: Algorithm) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from smolrun.algorithms.contract import FACTS
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.schedule import even_ranges
 from smolrun.errors import CheckpointError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PREFIX = "residual/"
 
 
-def pieces(algorithm: ClassicDP) -> list[Piece]:
+def pieces(algorithm: ClassicDP) -> list[TensorSlice]:
     """This rank's residuals; the works of all flights are done.
 
     What a flight has lost counts if its update will be made, which all ranks can tell by its facts.
@@ -44,7 +44,7 @@ def pieces(algorithm: ClassicDP) -> list[Piece]:
     for slot in range(slots):
         for name, shape, residual in _residuals(algorithm, slot, kept.get(slot, False)):
             start = (slot * size + index) * residual.numel()
-            found.append(Piece(_PREFIX + name, (slots, size, *shape), start, residual))
+            found.append(TensorSlice(_PREFIX + name, (slots, size, *shape), start, residual))
     return found
 
 

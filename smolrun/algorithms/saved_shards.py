@@ -16,8 +16,8 @@ from torch import Tensor
 
 from smolrun.algorithms import saved
 from smolrun.algorithms.contract import InFlight
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 from smolrun.parts.flat_shards import Slice
 from smolrun.parts.optimizer_state import expected_bytes as optimizer_bytes
@@ -27,23 +27,27 @@ if TYPE_CHECKING:
     from smolrun.algorithms.fsdp import OptimizerShards
 
 
-def pieces(algorithm: OptimizerShards) -> list[Piece]:
+def pieces(algorithm: OptimizerShards) -> list[TensorSlice]:
     """What this rank writes; all ranks' pieces together are the whole."""
     found = []
     for part in _slices(algorithm):
-        found.append(Piece(f"model/{part.name}", part.shape, part.start, part.values.detach()))
+        found.append(
+            TensorSlice(f"model/{part.name}", part.shape, part.start, part.values.detach())
+        )
         for key, value in algorithm.optimizer.state.get(part.values, {}).items():
             if value is None:
                 continue
             remembered = torch.as_tensor(value).detach()
             path = f"optimizer/{key}/{part.name}"
             if remembered.ndim:
-                found.append(Piece(path, part.shape, part.start, remembered))
+                found.append(TensorSlice(path, part.shape, part.start, remembered))
             elif part.start == 0:  # a counter, equal in all slices of a parameter
-                found.append(Piece(path, (), 0, remembered))
+                found.append(TensorSlice(path, (), 0, remembered))
     for number, flight in enumerate(algorithm.in_flight):
         for part, gradient in _gradients(algorithm, flight):
-            found.append(Piece(f"in_flight/{number}/{part.name}", part.shape, part.start, gradient))
+            found.append(
+                TensorSlice(f"in_flight/{number}/{part.name}", part.shape, part.start, gradient)
+            )
     return found + saved.dealt(
         _not_cut(algorithm), algorithm.collectives.size, algorithm.collectives.index
     )

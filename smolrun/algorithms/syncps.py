@@ -30,8 +30,8 @@ from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
 from smolrun.algorithms.contract import FACTS
 from smolrun.algorithms.syncps_worker import SyncPS, SyncPSWorker, numbers_of, row_of
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket
@@ -198,7 +198,7 @@ class SyncPSServer(SyncPS):
         with self.average.in_use():
             return {name: tensor.data for name, tensor in weights.items()}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorSlice]:
         """Everything, and the average."""
         for flight in self.in_flight:
             self.arrive(flight)

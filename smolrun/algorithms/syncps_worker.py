@@ -19,8 +19,8 @@ from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Context, InFlight
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import FACTS
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket
 from smolrun.parts.seats import pull_into, push
@@ -122,7 +122,7 @@ class SyncPSWorker(SyncPS):
             super().arrive(flight)
         super().leave()
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorSlice]:
         """What rounding has kept from the server, which has all else."""
         return saved_residuals.pieces(self) if self.is_lockstep else []
 

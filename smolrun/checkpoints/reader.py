@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from smolrun.checkpoints.find import check_files, read_manifest
 from smolrun.checkpoints.manifest import TensorEntry
-from smolrun.checkpoints.piece import DTYPE_OF_NAME
+from smolrun.checkpoints.tensor_slice import DTYPE_OF_NAME
 from smolrun.errors import CheckpointError
 
 

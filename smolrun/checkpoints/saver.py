@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.checkpoints.folder import part_folder
-from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.events import ShardFailed, ShardSaved, StateOf
 
@@ -41,7 +41,7 @@ class Saver:
         self._writing: threading.Thread | None = None
 
     def save(
-        self, updates: int, pieces: Iterable[Piece], state: Mapping[StateOf, dict[str, Any]]
+        self, updates: int, pieces: Iterable[TensorSlice], state: Mapping[StateOf, dict[str, Any]]
     ) -> None:
         """Copies the pieces and starts to write them; waits for an earlier write."""
         started = time.perf_counter()
@@ -69,7 +69,7 @@ class Saver:
     def _write(
         self,
         updates: int,
-        pieces: list[Piece],
+        pieces: list[TensorSlice],
         state: Mapping[StateOf, dict[str, Any]],
         waited_s: float,
     ) -> None:

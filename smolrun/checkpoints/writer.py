@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 
 # Hashed and written in turns, so that the bytes are still in the processor's cache.
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 def write_shard(
-    folder: Path, rank: int, pieces: Iterable[Piece], max_file_bytes: int = 1 << 30
+    folder: Path, rank: int, pieces: Iterable[TensorSlice], max_file_bytes: int = 1 << 30
 ) -> dict[str, Any]:
     """Writes a rank's pieces into files of at most `max_file_bytes` below `folder`, and says what
     is where, in JSON, for `merge`.
@@ -35,7 +35,7 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     shard = _Shard(folder, rank)
     try:
-        batch: list[Piece] = []
+        batch: list[TensorSlice] = []
         size = 0
         for piece in _cut(pieces, max_file_bytes):
             if batch and size + piece.num_bytes > max_file_bytes:
@@ -51,7 +51,7 @@ def write_shard(
     return {"rank": rank, "files": shard.files, "tensors": shard.tensors}
 
 
-def _cut(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
+def _cut(pieces: Iterable[TensorSlice], max_bytes: int) -> Iterator[TensorSlice]:
     """The pieces, those too large for a file as several; views, nothing is copied."""
     for piece in pieces:
         most = max(1, max_bytes // piece.values.element_size())
@@ -60,7 +60,7 @@ def _cut(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
             continue
         start = piece.start
         for values in piece.values.detach().reshape(-1).split(most):
-            yield Piece(piece.key, piece.shape, start, values)
+            yield TensorSlice(piece.key, piece.shape, start, values)
             start += values.numel()
 
 
@@ -74,7 +74,7 @@ class _Shard:
         self.files: dict[str, dict[str, Any]] = {}
         self.tensors: dict[str, dict[str, Any]] = {}
 
-    def write(self, batch: list[Piece]) -> None:
+    def write(self, batch: list[TensorSlice]) -> None:
         """One more file. Pieces of no elements are told, not written."""
         name = f"rank{self._rank}-{len(self.files)}.safetensors"
         for piece in batch:
@@ -95,7 +95,7 @@ class _Shard:
             size = file.tell()
         self.files[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
-    def _tell(self, file: str, piece: Piece) -> None:
+    def _tell(self, file: str, piece: TensorSlice) -> None:
         new = {"dtype": piece.dtype_name, "shape": list(piece.shape), "pieces": []}
         told = self.tensors.setdefault(piece.key, new)
         if (told["dtype"], told["shape"]) != (new["dtype"], new["shape"]):
@@ -115,12 +115,12 @@ class _Shard:
                 pass
 
 
-def _name(piece: Piece) -> str:
+def _name(piece: TensorSlice) -> str:
     """In a file: readable, and never a name that safetensors keeps for itself."""
     return f"{piece.key}@{piece.start}"
 
 
-def _safetensors(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
+def _safetensors(pieces: list[TensorSlice]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file.
 
     Written here, not by safetensors' save_file, for three reasons: the hash is made on the way

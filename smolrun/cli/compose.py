@@ -29,7 +29,7 @@ from smolrun.cli import choices
 from smolrun.cli.arguments import Arguments, for_hydra, is_completing, readable
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError
-from smolrun.foreign_files import LimitPassed, read_yaml
+from smolrun.files import LimitPassed, read_yaml
 
 # Hydra's API changes at this version number's say-so; the configuration is written for this one.
 VERSION_BASE = "1.3"

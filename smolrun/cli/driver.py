@@ -20,7 +20,7 @@ import msgspec
 from smolrun.cli.run import BAD_CONFIG, drive
 from smolrun.config import validate
 from smolrun.errors import ConfigError
-from smolrun.foreign_text import echo
+from smolrun.sanitize import echo
 
 
 def main() -> int:

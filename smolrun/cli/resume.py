@@ -19,8 +19,8 @@ from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, SmolrunError
-from smolrun.foreign_files import read_yaml
-from smolrun.foreign_text import HIDDEN, echo, without_credentials
+from smolrun.files import read_yaml
+from smolrun.sanitize import HIDDEN, echo, without_credentials
 from smolrun.tracking.run_folder import RunFolder
 
 OUTPUTS = Path("outputs")

@@ -18,7 +18,7 @@ from smolrun.cli.arguments import Arguments, at_home, is_showing, own_words, rea
 from smolrun.cli.resume import resumed
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
-from smolrun.foreign_text import echo, indented
+from smolrun.sanitize import echo, indented
 
 BAD_CONFIG = 2
 FAILED = 3

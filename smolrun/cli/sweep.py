@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from smolrun.foreign_text import echo
+from smolrun.sanitize import echo
 
 STOPPED = (130, 131)
 FAILED = 3

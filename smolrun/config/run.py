@@ -26,7 +26,7 @@ from smolrun.config.settings import (
     Training,
 )
 from smolrun.config.trackers import Tracker
-from smolrun.foreign_text import without_credentials_in
+from smolrun.sanitize import without_credentials_in
 
 
 class RunConfig(Section):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from smolrun.config.synonyms import SYNONYMS
-from smolrun.foreign_text import one_line, without_credentials
+from smolrun.sanitize import one_line, without_credentials
 
 LONGEST_VALUE = 60
 

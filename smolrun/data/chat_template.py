@@ -23,7 +23,7 @@ from smolrun.data.row_file import Marked
 from smolrun.data.template_limits import MAX_WORK, LimitedTemplate
 from smolrun.data.tokenizer import NO_NAME, TextTokenizer
 from smolrun.errors import DataError
-from smolrun.foreign_files import read_json
+from smolrun.files import read_json
 
 Messages = list[dict[str, str]]
 

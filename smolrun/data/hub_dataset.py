@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
-from smolrun.foreign_files import read_json
+from smolrun.files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

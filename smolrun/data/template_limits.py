@@ -21,7 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from smolrun.foreign_files import LimitPassed
+from smolrun.files import LimitPassed
 
 MAX_WORK = 10_000_000  # about characters; a turn of a loop counts 50 and what stands in it
 MAX_TEMPLATE = 1_000_000  # the longest that are in use have 30,000

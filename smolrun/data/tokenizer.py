@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smolrun.errors import DataError
-from smolrun.foreign_files import MAX_TOKENIZER_BYTES, read_bytes, read_json
+from smolrun.files import MAX_TOKENIZER_BYTES, read_bytes, read_json
 
 # Said out loud, because tokenizers warns on every fork of a process that left it to chance.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

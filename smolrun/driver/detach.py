@@ -28,8 +28,8 @@ import msgspec
 from smolrun.config import RunConfig, resolved
 from smolrun.driver.prepare_model import with_pinned_model
 from smolrun.driver.workers import OUTPUTS, nothing_started
-from smolrun.foreign_text import echo
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import echo
 from smolrun.tracking.run_folder import RunFolder
 
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--driver"]

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from smolrun.driver.doctor_hosts import Patients
-from smolrun.foreign_text import one_line
 from smolrun.launch.doctor.examination import Examined
 from smolrun.launch.doctor.links import Interface
+from smolrun.sanitize import one_line
 from smolrun.tracking.console import Screen
 
 _GB = 1e9

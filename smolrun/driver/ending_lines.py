@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smolrun.foreign_text import one_line
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from smolrun.sanitize import one_line
 from smolrun.tracking.formatting import clock, counted
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import View

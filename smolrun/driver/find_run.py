@@ -14,7 +14,7 @@ from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import closest, problem
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
-from smolrun.foreign_files import read_yaml
+from smolrun.files import read_yaml
 from smolrun.tracking.past_runs import run_folders
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import Request, View, answer

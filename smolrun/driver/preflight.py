@@ -17,7 +17,7 @@ from smolrun.config.targets import CustomTarget
 from smolrun.driver.fleet import secrets_in_env
 from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError, SmolrunError
-from smolrun.foreign_files import read_json
+from smolrun.files import read_json
 from smolrun.launch.machine_memory import machine_memory
 
 if TYPE_CHECKING:

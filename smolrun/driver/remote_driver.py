@@ -27,13 +27,13 @@ from smolrun.driver.detach import FOLDER, how_to_go_on
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.workers import OUTPUTS, become_latest
 from smolrun.errors import HostError, SmolrunError
-from smolrun.foreign_text import echo, without_credentials_in
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
 from smolrun.launch.remote.error_tail import last_words
 from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
+from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
 from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder
 from smolrun.tracking.run_view import Request, View, decode

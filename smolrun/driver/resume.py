@@ -24,7 +24,7 @@ from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
-from smolrun.foreign_files import read_yaml
+from smolrun.files import read_yaml
 from smolrun.tracking.jsonl import forget_from
 from smolrun.tracking.run_folder import RunFolder
 

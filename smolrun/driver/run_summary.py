@@ -8,15 +8,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smolrun.checkpoints.keeper import Keeper
+from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.driver.emulation import emulated
 from smolrun.driver.trackers import can_quantize
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import HostError, HostErrors
-from smolrun.foreign_text import echo, indented, one_line
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.supervisor_events import Outcome
+from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import rate
 from smolrun.tracking.run_folder import RunFolder
@@ -24,12 +24,12 @@ from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_report import TimeTeller
 
 
-def unsaved(outcome: Outcome, keeper: Keeper) -> Outcome:
+def unsaved(outcome: Outcome, committer: CheckpointCommitter) -> Outcome:
     """A run whose last checkpoint could not be written has failed, however well it trained."""
-    if keeper.failure is None or outcome.status == "failed":
+    if committer.failure is None or outcome.status == "failed":
         return outcome
     return dataclasses.replace(
-        outcome, status="failed", exit_code=EXIT_FAILED, reason=keeper.failure
+        outcome, status="failed", exit_code=EXIT_FAILED, reason=committer.failure
     )
 
 

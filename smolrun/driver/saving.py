@@ -1,7 +1,7 @@
 """What one rank saves, and how it goes on from what was saved: the trainer and the algorithm put
 their state together here. Random generators have none to save: see training/randomness.py.
 
-The rank writes tensors and tells the driver; the driver makes the checkpoint of it (keeper.py).
+The rank writes tensors and tells the driver; the driver makes the checkpoint of it (committer.py).
 """
 
 from __future__ import annotations

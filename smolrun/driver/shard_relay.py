@@ -1,4 +1,4 @@
-"""What was saved on other hosts and has been brought here: handed on to the keeper, who makes
+"""What was saved on other hosts and has been brought here: handed on to the committer, who makes
 checkpoints of it."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from smolrun.checkpoints.keeper import Keeper
+from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.events import Event
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ _LAST_S = 600.0
 
 
 class Fetched:
-    """Stands between the ranks of other hosts and the keeper; without such hosts it does nothing.
+    """Between the ranks of other hosts and the committer; nothing to do without such hosts.
     All of it is for the driver's thread."""
 
-    def __init__(self, fetcher: ShardFetcher | None, keeper: Keeper) -> None:
+    def __init__(self, fetcher: ShardFetcher | None, committer: CheckpointCommitter) -> None:
         self._fetcher = fetcher
-        self._keeper = keeper
+        self._keeper = committer
         self._held = 0
 
     def take(self, event: Event) -> bool:
@@ -32,7 +32,7 @@ class Fetched:
         return is_taken
 
     def hand_on(self) -> None:
-        """Tells the keeper what has come since."""
+        """Tells the committer what has come since."""
         if self._fetcher is not None and self._held:
             self._tell(self._fetcher.arrived())
 

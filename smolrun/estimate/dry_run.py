@@ -39,13 +39,13 @@ from smolrun.estimate.memory import (
 )
 from smolrun.estimate.model_spec import Spec, spec_of
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
-from smolrun.foreign_text import echo
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.models.initialise import check_trainable
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.whole_on_use import layers_of
+from smolrun.sanitize import echo
 
 GB = 2**30
 # Measured runs needed up to so much more than was promised (tests/tasks/test_dry_run_measured.py).

@@ -21,9 +21,9 @@ from smolrun.driver.roles import only_serves
 from smolrun.driver.workers import OUTPUTS
 from smolrun.estimate.algorithm_sharding import at_stage
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
-from smolrun.foreign_text import indented, one_line
 from smolrun.launch.out_of_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, Outcome
+from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import counted, duration
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.errors import ConfigError
-from smolrun.foreign_files import MAX_TOKENIZER_BYTES, read_json
+from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.models import decoder
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface_config import config_of, family_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.errors import ConfigError
-from smolrun.foreign_files import decode_json, read_json
+from smolrun.files import decode_json, read_json
 from smolrun.models.base import ModelSpec
 
 CONFIG_FILE = "config.json"

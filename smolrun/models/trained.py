@@ -14,7 +14,7 @@ import msgspec
 
 from smolrun.checkpoints.find import locate
 from smolrun.errors import CheckpointError
-from smolrun.foreign_files import read_yaml
+from smolrun.files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 

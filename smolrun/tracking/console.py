@@ -29,7 +29,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.foreign_text import indented, one_line
+from smolrun.sanitize import indented, one_line
 from smolrun.tracking.formatting import clock, counted, named, number, rate
 
 _REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing

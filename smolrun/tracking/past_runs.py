@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from smolrun.foreign_files import open_regular, read_yaml
+from smolrun.files import open_regular, read_yaml
 from smolrun.tracking.run_folder import LATEST, RunFolder
 
 State = Literal[

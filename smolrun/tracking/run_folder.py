@@ -32,8 +32,8 @@ import msgspec
 
 from smolrun.checkpoints.folder import is_link
 from smolrun.errors import CheckpointError, SmolrunError
-from smolrun.foreign_files import MAX_JSON_BYTES, MAX_YAML_BYTES, read_bytes
-from smolrun.foreign_text import one_line
+from smolrun.files import MAX_JSON_BYTES, MAX_YAML_BYTES, read_bytes
+from smolrun.sanitize import one_line
 from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
-from smolrun.foreign_files import open_regular
+from smolrun.files import open_regular
 from smolrun.tracking.past_runs import State, look, state_of
 from smolrun.tracking.run_folder import Driver, RunFolder
 

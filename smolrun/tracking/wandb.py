@@ -28,7 +28,7 @@ from urllib.parse import urlparse
 import msgspec
 import psutil
 
-from smolrun.foreign_files import read_yaml
+from smolrun.files import read_yaml
 from smolrun.tracking.figures import Rows
 from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
 

@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
-from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
 from smolrun.driver.train_rank import yaml_keys
@@ -97,7 +97,7 @@ class Trace:
 
     results: list[StepResult] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # of the replica, after every update
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[TensorSlice] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # of all ranks' pieces
     eval: EvalSums | None = None
     logits: torch.Tensor | None = None
@@ -208,7 +208,7 @@ def refusal(algorithm: str, staleness: int, optimizer: str) -> str:
     return ""
 
 
-def joined(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+def joined(pieces: list[TensorSlice]) -> dict[str, torch.Tensor]:
     """The model that all ranks hold together; every element comes from exactly one of them."""
     whole: dict[str, torch.Tensor] = {}
     filled: dict[str, int] = {}

@@ -18,7 +18,7 @@ from smolrun.cli.compose import compose
 from smolrun.cli.run import run
 from smolrun.data.tokenizer import END_TOKEN, load_tokenizer
 from smolrun.errors import CheckpointError, ConfigError, DataError
-from smolrun.foreign_files import (
+from smolrun.files import (
     MAX_DEPTH,
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,

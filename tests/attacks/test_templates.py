@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smolrun.data.template_limits import MAX_TEMPLATE, MAX_WORK, LimitedTemplate
-from smolrun.foreign_files import LimitPassed
+from smolrun.files import LimitPassed
 
 NAMESPACE = "{% set n = namespace(x='a', i=7, s=['a']) %}{% for i in range(60) %}"
 LONG = "{% set x = 'x' * 90000 %}{% set y = range(9999) %}"

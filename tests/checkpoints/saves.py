@@ -10,21 +10,21 @@ import torch
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import Manifest, hash_of, merge
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 
 SHAPE = (5, 3)
 
 
-def pieces_of(tag: int, rank: int) -> list[Piece]:
+def pieces_of(tag: int, rank: int) -> list[TensorSlice]:
     """Two ranks share a tensor; rank 0 has a second one, of another type."""
     whole = torch.full(SHAPE, float(tag))
     if rank == 1:
-        return [Piece("model/weight", SHAPE, 7, whole.view(-1)[7:])]
+        return [TensorSlice("model/weight", SHAPE, 7, whole.view(-1)[7:])]
     return [
-        Piece("model/weight", SHAPE, 0, whole.view(-1)[:7]),
-        Piece("optimizer/exp_avg/weight", SHAPE, 0, whole.bfloat16()),
+        TensorSlice("model/weight", SHAPE, 0, whole.view(-1)[:7]),
+        TensorSlice("optimizer/exp_avg/weight", SHAPE, 0, whole.bfloat16()),
     ]
 
 

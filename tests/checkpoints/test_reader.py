@@ -9,8 +9,8 @@ import torch
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError
 from tests.checkpoints.saves import save
@@ -27,14 +27,14 @@ TENSORS = {
 def saved_by(folder: Path, world_size: int, seed: int) -> Path:
     """TENSORS, each cut among the ranks at random places; some ranks hold nothing of some."""
     dice = random.Random(seed)
-    pieces: list[list[Piece]] = [[] for _ in range(world_size)]
+    pieces: list[list[TensorSlice]] = [[] for _ in range(world_size)]
     for key, tensor in TENSORS.items():
         cuts = sorted(dice.randint(0, tensor.numel()) for _ in range(world_size - 1))
         ends = [0, *cuts, tensor.numel()]
         order = dice.sample(range(world_size), world_size)
         for rank, start, stop in zip(order, ends[:-1], ends[1:], strict=True):
             values = tensor.reshape(-1)[start:stop]
-            pieces[rank].append(Piece(key, tuple(tensor.shape), start, values))
+            pieces[rank].append(TensorSlice(key, tuple(tensor.shape), start, values))
     part = part_folder(folder, 1, "t")
     reports = [write_shard(part, rank, pieces[rank], 64) for rank in range(world_size)]
     manifest = merge(reports, step=1, run_id="r", config_hash="c", world_size=world_size, state={})

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smolrun.checkpoints.piece import NAME_OF_DTYPE, Piece
+from smolrun.checkpoints.tensor_slice import NAME_OF_DTYPE, TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError
 
 
-def whole(key: str, values: torch.Tensor) -> Piece:
-    return Piece(key, tuple(values.shape), 0, values)
+def whole(key: str, values: torch.Tensor) -> TensorSlice:
+    return TensorSlice(key, tuple(values.shape), 0, values)
 
 
 @pytest.mark.parametrize("dtype", NAME_OF_DTYPE, ids=str)
@@ -49,7 +49,7 @@ def test_the_report_is_json_and_true(tmp_path: Path):
 
 def test_a_piece_too_large_for_a_file_is_cut(tmp_path: Path):
     base = torch.arange(100, dtype=torch.float32)
-    piece = Piece("w", (1000,), 500, base[10:35])  # lies in the middle of something larger
+    piece = TensorSlice("w", (1000,), 500, base[10:35])  # lies in the middle of something larger
     report = write_shard(tmp_path, 0, [piece], max_file_bytes=40)
     ranges = [(piece["start"], piece["stop"]) for piece in report["tensors"]["w"]["pieces"]]
     assert ranges == [(500, 510), (510, 520), (520, 525)]
@@ -70,7 +70,7 @@ def test_tied_views_and_strided_tensors(tmp_path: Path):
 
 
 def test_empty_pieces_are_told_and_not_written(tmp_path: Path):
-    pieces = [Piece("e", (0, 4), 0, torch.ones(0)), Piece("f", (4,), 4, torch.ones(0))]
+    pieces = [TensorSlice("e", (0, 4), 0, torch.ones(0)), TensorSlice("f", (4,), 4, torch.ones(0))]
     report = write_shard(tmp_path / "new" / "folder", 0, pieces)
     assert report["files"] == {}
     assert report["tensors"]["e"] == {"dtype": "F32", "shape": [0, 4], "pieces": []}
@@ -81,7 +81,7 @@ def test_no_more_than_one_files_tensors_are_held(tmp_path: Path):
     alive: set[int] = set()
     most = 0
 
-    def made() -> Iterator[Piece]:
+    def made() -> Iterator[TensorSlice]:
         nonlocal most
         for i in range(20):
             values = torch.full((1000,), float(i))
@@ -101,11 +101,19 @@ def test_no_more_than_one_files_tensors_are_held(tmp_path: Path):
     ("pieces", "problem"),
     [
         ([whole("a", torch.ones(3)), whole("a", torch.ones(3))], "given twice"),
-        ([whole("a", torch.ones(3)), Piece("a", (4,), 3, torch.ones(1))], "disagree"),
-        ([Piece("a", (4,), 0, torch.ones(2)), Piece("a", (4,), 2, torch.ones(2).half())], "disag"),
+        ([whole("a", torch.ones(3)), TensorSlice("a", (4,), 3, torch.ones(1))], "disagree"),
+        (
+            [
+                TensorSlice("a", (4,), 0, torch.ones(2)),
+                TensorSlice("a", (4,), 2, torch.ones(2).half()),
+            ],
+            "disag",
+        ),
     ],
 )
-def test_pieces_that_contradict_leave_no_file(tmp_path: Path, pieces: list[Piece], problem: str):
+def test_pieces_that_contradict_leave_no_file(
+    tmp_path: Path, pieces: list[TensorSlice], problem: str
+):
     with pytest.raises(CheckpointError, match=problem):
         write_shard(tmp_path, 0, pieces, max_file_bytes=8)
     assert list(tmp_path.iterdir()) == []
@@ -125,7 +133,7 @@ def test_pieces_that_cannot_be(
     key: str, shape: tuple[int, ...], start: int, values: torch.Tensor, problem: str
 ):
     with pytest.raises(CheckpointError, match=problem):
-        Piece(key, shape, start, values)
+        TensorSlice(key, shape, start, values)
 
 
 def test_somebody_elses_file_is_neither_written_nor_removed(tmp_path: Path):
@@ -137,7 +145,7 @@ def test_somebody_elses_file_is_neither_written_nor_removed(tmp_path: Path):
     assert (tmp_path / "rank0-0.safetensors").is_symlink()
 
 
-def three_files() -> list[Piece]:
+def three_files() -> list[TensorSlice]:
     return [whole(f"w{i}", torch.ones(100_000)) for i in range(3)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from smolrun.checkpoints.keeper import Keeper
+from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.driver.shard_relay import Fetched
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.delivery.shards import ShardFetcher
@@ -30,7 +30,7 @@ class Slow:
 
 
 class Kept:
-    """What the keeper hears."""
+    """What the committer hears."""
 
     def __init__(self) -> None:
         self.heard: list[Event] = []
@@ -43,7 +43,7 @@ class Kept:
 def test_ctrl_c_ends_the_wait_for_the_last_checkpoint() -> None:
     slow, kept = Slow(), Kept()
     said: list[str] = []
-    fetched = Fetched(cast(ShardFetcher, slow), cast(Keeper, kept))
+    fetched = Fetched(cast(ShardFetcher, slow), cast(CheckpointCommitter, kept))
     assert fetched.take(ShardSaved(10, 1, {}, {}, 0.0, 0.1))
     fetched.finish(said.append)
     assert len(slow.waits) == 2 and slow.waits[1] == 0

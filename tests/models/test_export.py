@@ -14,8 +14,8 @@ from torch import nn
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.piece import Piece
 from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.data.tokenizer import bytes_tokenizer, train_bpe
 from smolrun.errors import ConfigError
@@ -58,8 +58,10 @@ def save(folder: Path, model: nn.Module) -> Path:
         for name, value in model.named_parameters():
             flat, middle = value.detach().reshape(-1), value.numel() // 3
             half = flat[:middle] if rank == 0 else flat[middle:]
-            pieces.append(Piece(f"model/{name}", tuple(value.shape), rank * middle, half))
-            pieces.append(Piece(f"optimizer/m/{name}", tuple(value.shape), rank * middle, half))
+            pieces.append(TensorSlice(f"model/{name}", tuple(value.shape), rank * middle, half))
+            pieces.append(
+                TensorSlice(f"optimizer/m/{name}", tuple(value.shape), rank * middle, half)
+            )
         reports.append(write_shard(part, rank, pieces))
     manifest = merge(reports, step=7, run_id="r", config_hash="c", world_size=2, state={})
     return commit(part, manifest)

@@ -20,7 +20,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
-from smolrun.foreign_text import printable
+from smolrun.sanitize import printable
 from smolrun.tracking.console import Console, slowest
 from smolrun.tracking.formatting import clock, named
 

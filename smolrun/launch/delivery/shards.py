@@ -2,10 +2,10 @@
 
     rank --- ShardSaved --> take() --> lane of its host --> [ get, compare, sync, delete there ]
                                                                         |
-    keeper <-- ShardSaved | ShardFailed -- arrived() / finish() <-------+
+    committer <-- ShardSaved | ShardFailed -- arrived() / finish() <-------+
 
-A rank's word is held back until its files are here: the keeper, who counts words, needs to know of
-no host. One thread for each host ("smolrun-mini2-fetch"); the driver's loop never waits for one.
+A rank's report is held back until its files are here: the committer, which counts reports, knows
+no hosts. One thread for each host ("smolrun-mini2-fetch"); the driver's loop never waits for one.
 """
 
 from __future__ import annotations

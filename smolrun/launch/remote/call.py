@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 
 from smolrun.errors import HostError
-from smolrun.foreign_text import all_in_one_line, one_line
 from smolrun.launch.remote.answers import checked
 from smolrun.launch.remote.connection import Completed, Connection
 from smolrun.launch.remote.error_tail import last_words
 from smolrun.launch.remote.shell import Shell, command
+from smolrun.sanitize import all_in_one_line, one_line
 
 OLDEST_PYTHON = (3, 8)
 

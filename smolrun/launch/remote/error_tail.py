@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolrun.foreign_text import one_line
+from smolrun.sanitize import one_line
 
 _MOST_CHARS = 300
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smolrun.errors import HostError
-from smolrun.foreign_text import without_credentials
 from smolrun.launch.remote import find_python
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.shell import Shell
@@ -24,6 +23,7 @@ from smolrun.launch.setup import blank_host, setup_plan
 from smolrun.launch.setup.blank_host import Blank
 from smolrun.launch.setup.setup_plan import CPU_WHEELS, Plan
 from smolrun.launch.setup.uv_program import fetch_uv
+from smolrun.sanitize import without_credentials
 
 _LOOK_S = 60.0
 _STEP_S = 1800.0  # torch over a slow line, onto a slow card

@@ -15,11 +15,11 @@ from pathlib import Path
 from paramiko import ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
-from smolrun.foreign_text import without_credentials
 from smolrun.launch.remote.connection import Completed, OnBytes, TookTooLong
 from smolrun.launch.ssh.files import SshFiles
 from smolrun.launch.ssh.hop import Hop, Wire
 from smolrun.launch.ssh.process import SshProcess
+from smolrun.sanitize import without_credentials
 
 # The worker's lease is as long: both sides give up at about the same time.
 SILENCE_LIMIT_S = 15.0

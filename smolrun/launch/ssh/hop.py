@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from fabric import Connection
 
-from smolrun.foreign_text import one_line
 from smolrun.launch.remote.error_tail import last_words
 from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
 from smolrun.launch.ssh.settings import Settings
+from smolrun.sanitize import one_line
 
 Stage = Literal["reach", "greeting", "login", "in"]
 

@@ -12,7 +12,7 @@ import torch
 from smolrun.checkpoints.find import verify
 from smolrun.checkpoints.folder import commit
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError, HostError
 from smolrun.launch.control import Saving
@@ -35,7 +35,7 @@ def mini1(tmp_path: Path) -> Any:
 def checkpoint(tmp_path: Path) -> Path:
     part = tmp_path / "checkpoints" / "step-00000010.part-t"
     reports = [
-        write_shard(part, rank, [Piece("weight", (10,), 5 * rank, torch.arange(5.0))])
+        write_shard(part, rank, [TensorSlice("weight", (10,), 5 * rank, torch.arange(5.0))])
         for rank in (0, 1)
     ]
     facts: dict[str, Any] = {"run_id": "r", "config_hash": "c", "world_size": 2, "state": {}}

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.checkpoints.find import verify
-from smolrun.checkpoints.keeper import Keeper
-from smolrun.checkpoints.piece import Piece
+from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import HostError
 from smolrun.events import CheckpointSaved, Event, Note, ShardFailed, ShardSaved, StepSkipped
@@ -117,9 +117,9 @@ def test_a_file_that_is_larger_than_was_reported_is_not_fetched(hosts: Hosts) ->
     assert list((hosts.here / hosts.part(1, 10).name).iterdir()) == []
 
 
-def keeper_of(hosts: Hosts, events: list[Event]) -> Keeper:
+def keeper_of(hosts: Hosts, events: list[Event]) -> CheckpointCommitter:
     """The real one, on the driver."""
-    return Keeper(
+    return CheckpointCommitter(
         hosts.here,
         TOKEN,
         world_size=2,
@@ -132,17 +132,17 @@ def keeper_of(hosts: Hosts, events: list[Event]) -> Keeper:
 
 
 def test_a_checkpoint_of_two_hosts_is_whole_on_the_driver(hosts: Hosts) -> None:
-    """With the real writer and keeper."""
+    """With the real writer and committer."""
     events: list[Event] = []
-    keeper = keeper_of(hosts, events)
+    committer = keeper_of(hosts, events)
     fetcher = hosts.fetcher()
     whole = torch.arange(10.0)
     for rank, half in enumerate((whole[:4], whole[4:])):
-        piece = Piece("weight", (10,), 4 * rank, half)
+        piece = TensorSlice("weight", (10,), 4 * rank, half)
         report = write_shard(hosts.part(rank, 10), rank, [piece])
         assert fetcher.take(ShardSaved(10, rank, report, {}, 0.0, 0.1))
     for event in wait_arrived(fetcher, 2):
-        keeper.record(event)
+        committer.record(event)
     (saved,) = events
     assert isinstance(saved, CheckpointSaved)
     assert verify(hosts.here / saved.folder).num_bytes == saved.bytes
@@ -262,13 +262,13 @@ def test_a_full_disk_of_the_driver_is_told(hosts: Hosts, monkeypatch: pytest.Mon
 
 def test_a_failed_fetch_leaves_the_last_checkpoint_and_the_run(hosts: Hosts) -> None:
     events: list[Event] = []
-    keeper = keeper_of(hosts, events)
+    committer = keeper_of(hosts, events)
     hosts.machines[1].before_get = lambda path: lose("mini2", "connection lost")
     fetcher = hosts.fetcher()
     for rank in (0, 1):
         fetcher.take(hosts.save(rank))
     for event in wait_arrived(fetcher, 2):
-        keeper.record(event)
+        committer.record(event)
     (note,) = events
     assert isinstance(note, Note)
     assert "rank 1: mini2: connection lost; training goes on" in note.message

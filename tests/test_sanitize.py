@@ -12,7 +12,7 @@ from smolrun.cli import run as cli
 from smolrun.cli.compose import compose
 from smolrun.errors import HostError
 from smolrun.events import Membership, Note
-from smolrun.foreign_text import all_in_one_line, echo, indented, one_line, without_credentials
+from smolrun.sanitize import all_in_one_line, echo, indented, one_line, without_credentials
 from smolrun.tasks import attach, clean, status
 from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder

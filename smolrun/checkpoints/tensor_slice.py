@@ -32,7 +32,7 @@ DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Elements [start, stop) of the tensor `key`, whose global shape is `shape`.
 
     `values` may be flat or shaped, on any device; nothing is copied here. A rank that holds no

@@ -31,7 +31,7 @@ class _Attempt:
     failures: list[ShardFailed] = field(default_factory=list)
 
 
-class Keeper:
+class CheckpointCommitter:
     """Listens to the ranks. `failure` tells why the latest attempt came to nothing, if it did."""
 
     def __init__(
