@@ -16,12 +16,10 @@ Knows nothing of where data comes from, of files, or of configs.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +46,7 @@ from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
 from smolrun.parts.replicas import Contents, contents, copy_from, persistent_buffers
+from smolrun.parts.step_clock import StepClock
 
 # What random numbers are drawn for: the first word of their seed. What a forward draws follows from
 # its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
@@ -78,8 +77,7 @@ class Algorithm(ABC):
         self.wants_stop = False
         self.steps_begun = 0
         self.in_flight: deque[InFlight] = deque()
-        self._compute_s = 0.0
-        self._wait_s = 0.0
+        self.clock = StepClock(context.pace)
         self._norms: dict[str, dict[str, float]] | None = None
         self._changed_buffer = ""  # by a forward of this rank
         self._steps_compared = 0
@@ -109,13 +107,14 @@ class Algorithm(ABC):
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """One step; returns the update it finished, None while the first K are in flight."""
         self.context.mesh.progress = self.steps_begun
-        with self._computing():
+        with self.clock.compute():
             facts = self.watched_forward_backward(micro_batches)
         facts["samples"] = sum(len(batch.inputs) for batch in micro_batches)
         facts["changed_buffer"] = float(bool(self._changed_buffer))
-        facts["compute_s"] = self._compute_s
+        facts["compute_s"] = self.clock.compute_s
         facts["wants_stop"] = float(self.wants_stop)
-        self.in_flight.append(self.synchronize(facts))
+        with self.clock.span("synchronize"):
+            self.in_flight.append(self.synchronize(facts))
         self.steps_begun += 1
         return self._update_oldest() if len(self.in_flight) > self.context.staleness else None
 
@@ -204,7 +203,7 @@ class Algorithm(ABC):
     def arrive(self, flight: InFlight) -> None:
         """Waits until all that belongs to the flight is here; the second time it is a no-op."""
         for work in flight.works:
-            self.wait(work)
+            self.clock.wait(work)
 
     @abstractmethod
     def load_gradients(self, flight: InFlight) -> list[Tensor]:
@@ -258,15 +257,19 @@ class Algorithm(ABC):
         """`forward_backward`; and it notes whether one has ever changed a buffer that is saved
         (running statistics). ConfigError where the ranks could not share it."""
         if self._changed_buffer or not any(len(batch.inputs) for batch in micro_batches):
-            return self.forward_backward(micro_batches)
+            return self._timed_forward_backward(micro_batches)
         # Not for ever: masks and frozen weights may be large.
         by_bytes = self._steps_compared < _COMPARED_STEPS
         self._steps_compared += 1
         buffers = persistent_buffers(self.model)
         before = contents(buffers, by_bytes=by_bytes)
-        facts = self.forward_backward(micro_batches)
+        facts = self._timed_forward_backward(micro_batches)
         self._note_changes(before, contents(persistent_buffers(self.model), by_bytes=by_bytes))
         return facts
+
+    def _timed_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        with self.clock.span("forward_backward"):
+            return self.forward_backward(micro_batches)
 
     def try_out(self, batch: Batch) -> None:
         """Runs the model once, as in training, and changes nothing. Raises what the first batch
@@ -304,24 +307,7 @@ class Algorithm(ABC):
         if self.collectives.size > 1 and self.buffers_change and self.is_lockstep:
             first = next((rank for rank, count in enumerate(facts["samples"]) if count), 0)
             buffers = list(persistent_buffers(self.model).values())
-            copy_from(self.collectives, first, buffers, wait=self.wait)
-
-    def wait(self, work: Work) -> None:
-        """Waits for work and counts the time."""
-        started = time.perf_counter()
-        try:
-            work.wait()
-        finally:
-            self._wait_s += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Counts the time, waits excepted; a rank that plays a slower machine takes longer."""
-        started, waited = time.perf_counter(), self._wait_s
-        self.context.pace.begin(waited)
-        yield
-        self.context.pace.end(self._wait_s)
-        self._compute_s += time.perf_counter() - started - (self._wait_s - waited)
+            copy_from(self.collectives, first, buffers, wait=self.clock.wait)
 
     def _to_device(self, inputs: Tensor) -> Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own format."""
@@ -347,21 +333,22 @@ class Algorithm(ABC):
         ranks, weight = self.collectives.ranks, sum(facts["weight"])
         learning_rate = self.context.learning_rate(flight.step)
         self.context.reseed(UPDATE, flight.step)
-        with self._computing():
+        with self.clock.compute(), self.clock.span("update"):
             grad_norm = self.update(flight, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
         self._share_buffers(facts)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
-        has_waited = slowest != self.collectives.index and self._wait_s > 0.05 * self._compute_s
+        compute_s, wait_s = self.clock.take()
+        has_waited = slowest != self.collectives.index and wait_s > 0.05 * compute_s
         culprits = [rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok]
-        result = StepResult(
+        return StepResult(
             step=flight.step,
             loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            compute_s=self._compute_s,
-            wait_s=self._wait_s,
+            compute_s=compute_s,
+            wait_s=wait_s,
             waited_for=ranks[slowest] if has_waited else None,
             culprits=tuple(culprits),
             wants_stop=any(facts["wants_stop"]),
@@ -369,5 +356,3 @@ class Algorithm(ABC):
             facts=facts,
             late=flight.late,
         )
-        self._compute_s = self._wait_s = 0.0
-        return result

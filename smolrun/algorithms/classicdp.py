@@ -114,7 +114,7 @@ class ClassicDP(Algorithm):
         self.buckets.arm()
 
     def _reduce(self, bucket: Bucket, slot: int) -> None:
-        self.context.pace.rest(self._wait_s)
+        self.clock.before_send()
         flat = bucket.flat[slot]
         if self.loss_scale.value != 1.0:
             flat.div_(self.loss_scale.value)

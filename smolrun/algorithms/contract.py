@@ -17,9 +17,9 @@ from smolrun.errors import ConfigError, DataError
 from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
-from smolrun.parts.pace import FULL_SPEED, Pace
 from smolrun.parts.precision import Precision
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
+from smolrun.parts.step_clock import FULL_SPEED, Pace
 
 IGNORED = -100  # targets with this value carry no loss and no weight
 

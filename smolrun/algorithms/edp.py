@@ -21,7 +21,6 @@ et al., "Staleness-aware Async-SGD for Distributed Deep Learning", 2016 (damping
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,9 +104,8 @@ class EDPServer(EDP):
             self.tickets.finish(SERVER, facts.ticket)
             self.reception.hand_out()
         while self._sums.pushes < self.tickets.per_step:
-            began = time.perf_counter()
-            pushed = self.reception.next_push(0.0 if trains else limit_s, unless=self._may_help)
-            self._wait_s += time.perf_counter() - began
+            with self.clock.waiting():
+                pushed = self.reception.next_push(0.0 if trains else limit_s, unless=self._may_help)
             if pushed is None and (trains or self._may_help()):
                 return None
             if pushed is None:
@@ -127,7 +125,7 @@ class EDPServer(EDP):
 
     def _apply(self, rank: int, facts: Facts) -> None:
         """One update: mean gradient of the push, clipped, stepped with a rate that fits its age."""
-        with self._computing():
+        with self.clock.compute():
             age = self.tickets.num_done - facts.version
             # Not the gradient is damped but the rate: Adam would undo the former, as it divides by
             # the gradient's own length.

@@ -8,7 +8,6 @@ A worker knows nothing of other workers and has no optimizer. The algorithm as a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,7 +50,7 @@ class EDP(Algorithm):
         """Computes the sum of the gradients of a ticket's samples."""
         for flat in self.gradients:
             flat.zero_()
-        with self._computing():
+        with self.clock.compute():
             facts = self.watched_forward_backward(micro_batches)
         if self.loss_scale.value != 1.0:
             for flat in self.gradients:
@@ -64,8 +63,8 @@ class EDP(Algorithm):
 
     def result(self, step: int, sums: Sums, events: Sequence[Event] = ()) -> StepResult:
         """What a trainer wants to know."""
-        compute_s, wait_s, samples = self._compute_s, self._wait_s, self._samples
-        self._compute_s, self._wait_s, self._samples = 0.0, 0.0, 0
+        compute_s, wait_s = self.clock.take()
+        samples, self._samples = self._samples, 0
         return StepResult(
             step=step,
             loss=sums.loss / sums.weight if sums.weight else math.nan,
@@ -119,9 +118,8 @@ class EDPWorker(EDP):
 
     def next_share(self, steps: int) -> Share | None:
         """The next ticket; waits where the server has none to give, or weights are too old."""
-        began = time.perf_counter()
-        self._ticket = ticket = self.courier.next_ticket()
-        self._wait_s += time.perf_counter() - began
+        with self.clock.waiting():
+            self._ticket = ticket = self.courier.next_ticket()
         if ticket is None:
             self.steps_begun = 0 if self.courier.was_stopped else steps
             return None

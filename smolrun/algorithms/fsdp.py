@@ -68,7 +68,7 @@ class OptimizerShards(ClassicDP):
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context, bucket_mb=bucket_mb)
         self._weights = context.shard_weights or (1.0,) * self.collectives.size
-        self._arrivals = Arrivals(lambda work: self.wait(work))
+        self._arrivals = Arrivals(self.clock.wait)
 
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
@@ -144,7 +144,7 @@ class OptimizerShards(ClassicDP):
 
     def all_ranks(self, own: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
-        self.wait(self.collectives.all_reduce(own, async_op=True))
+        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
         return own
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -156,7 +156,7 @@ class OptimizerShards(ClassicDP):
         """This rank's slices of everything, under the names that a whole model would have."""
         for flight in self.in_flight:
             for work in flight.works:
-                self.wait(work)
+                self.clock.wait(work)
         return saved_shards.pieces(self) + saved_residuals.pieces(self)
 
     def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
@@ -190,7 +190,7 @@ class GradientShards(OptimizerShards):
             self.sums,
             slots=self.context.staleness + 1,
             max_live=self._max_live,
-            wait=lambda work: self.wait(work),
+            wait=self.clock.wait,
         )
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -272,7 +272,7 @@ class ParameterShards(GradientShards):
             layers,
             self.collectives,
             prefetch=self._prefetch,
-            wait=lambda work: self.wait(work),
+            wait=self.clock.wait,
         )
 
     def replica_tensors(self) -> dict[str, Tensor]:

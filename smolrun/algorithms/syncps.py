@@ -118,7 +118,7 @@ class SyncPSServer(SyncPS):
                 is_out = seat.rank in flight.late if step == flight.step else not coming.is_done
                 if step > flight.step or is_out:
                     continue
-                self.wait(seat.came(step))
+                self.clock.wait(seat.came(step))
                 row = seat.numbers[self.slot(step)]
                 if step == flight.step:
                     flight.facts[seat.rank] = row
@@ -127,12 +127,12 @@ class SyncPSServer(SyncPS):
                     flight.facts[seat.rank, _WANTS_STOP] = row[_WANTS_STOP]
 
     def _wait_for_most(self, flight: InFlight) -> None:
-        started = time.perf_counter()
-        since = started if self._server_trains else None
-        for seat in self.seats.wait_for_most(flight.step, self._straggler_s, since=since):
+        since = time.perf_counter() if self._server_trains else None
+        with self.clock.waiting():
+            late = self.seats.wait_for_most(flight.step, self._straggler_s, since=since)
+        for seat in late:
             seat.dropped += 1
             flight.late[seat.rank] = seat.dropped
-        self._wait_s += time.perf_counter() - started
 
     def load_gradients(self, flight: InFlight) -> list[Tensor]:
         """The sum of all that are here."""
@@ -174,7 +174,7 @@ class SyncPSServer(SyncPS):
         """Nobody is left waiting for an answer."""
         for seat in self.seats.all:
             for step in list(seat.expected):
-                self.wait(seat.came(step))
+                self.clock.wait(seat.came(step))
         self._answer_pushes(self.steps_begun)
         super().leave()
 

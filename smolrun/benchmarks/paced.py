@@ -7,8 +7,8 @@ import torch
 
 from smolrun.algorithms.base import Context
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.pace import SharePace
 from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.step_clock import SharePace
 
 
 class SetPace(SharePace):

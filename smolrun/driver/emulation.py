@@ -4,7 +4,7 @@ the user is told about it.
     hosts:
       - {name: pi1, emulate: {compute: 0.25, bandwidth_mbps: 100, latency_ms: 4}}
 
-Only wiring: the pace is in parts/pace.py, the links in mesh/shaping.py.
+Only wiring: the pace is in parts/step_clock.py, the links in mesh/shaping.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
 from smolrun.events import Note
-from smolrun.parts.pace import FULL_SPEED, Pace, SharePace
 from smolrun.parts.placement import ranked_hosts
+from smolrun.parts.step_clock import FULL_SPEED, Pace, SharePace
 
 if TYPE_CHECKING:
     from smolrun.mesh.shaping import Shape

@@ -4,23 +4,20 @@
     wait                                      [all_reduce 17]
     network         [all_reduce 16   ][all_reduce 17         ]
 
-For these steps the algorithm's verbs are wrapped; before and after nothing is measured and nothing
-is slower. All ranks begin at a barrier, and the moment when it ends is the common zero of their
-clocks, so spans of different machines stand side by side, as exactly as a barrier takes.
+For these steps the algorithm's clock (parts/step_clock.py) reports spans. All ranks begin at a
+barrier, and the moment when it ends is the common zero of their clocks, so spans of different
+machines stand side by side, as exactly as a barrier takes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from smolrun.algorithms.base import Algorithm
 from smolrun.events import Event, Span, Timeline
-from smolrun.mesh.mesh import Work
 
 FIRST_STEP = 5  # the steps before it warm up
-_VERBS = ("forward_backward", "synchronize", "update")
 _MOST_SPANS = 100_000  # they travel in one line of 16 MiB at most, and one takes about 80 bytes
 _SHORTEST_S = 1e-5  # a wait for what is done already is not worth a rectangle
 
@@ -57,38 +54,15 @@ class SpanRecorder:
         if not self._is_on:
             return
         self._is_on, self._left = False, 0
-        for name in (*_VERBS, "wait"):
-            delattr(self._algorithm, name)
+        self._algorithm.clock.on_span = None
         rank = self._algorithm.context.mesh.rank
         self._emit(Timeline(self._first, rank, self._spans))
 
     def _begin(self, step: int) -> None:
         self._is_on, self._first = True, step
-        for name in _VERBS:
-            setattr(self._algorithm, name, self._timed(name, getattr(self._algorithm, name)))
-        setattr(self._algorithm, "wait", self._timed_wait(self._algorithm.wait))  # noqa: B010
+        self._algorithm.clock.on_span = self._add
         self._algorithm.collectives.barrier()
         self._zero_s = time.perf_counter()
-
-    def _timed(self, name: str, verb: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began_s = time.perf_counter()
-            try:
-                return verb(*args, **kwargs)
-            finally:
-                self._add(name, "compute", began_s, time.perf_counter())
-
-        return timed
-
-    def _timed_wait(self, wait: Callable[[Work], None]) -> Callable[[Work], None]:
-        def timed(work: Work) -> None:
-            began_s = time.perf_counter()
-            wait(work)
-            what = work.label.split(" of stream")[0]
-            self._add(what, "wait", began_s, time.perf_counter())
-            self._add(what, "network", work.posted_s, work.done_s)
-
-        return timed
 
     def _add(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
         began_s = max(began_s, self._zero_s)  # a late gradient may have left before the zero

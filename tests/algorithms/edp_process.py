@@ -18,7 +18,7 @@ import torch
 from smolrun.algorithms.base import Algorithm
 from smolrun.events import to_json
 from smolrun.mesh.tcp import Endpoint, Seat, connect
-from smolrun.parts.pace import SharePace
+from smolrun.parts.step_clock import SharePace
 from smolrun.wire.handshake import Identity
 from tests.algorithms import parameter_server as ps
 

@@ -171,7 +171,7 @@ class OwnClock(threading.local):
 
 def test_the_slowest_rank_is_named_by_those_who_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = OwnClock()
-    monkeypatch.setattr("smolrun.algorithms.base.time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr("smolrun.parts.step_clock.time", SimpleNamespace(perf_counter=clock))
 
     def rank_main(mesh: Mesh) -> int | None:
         algorithm = build(mesh)

@@ -10,7 +10,7 @@ from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, ranks, resolved
 from smolrun.driver.emulation import emulated, late, pace_of, shape_of, tell_emulated
 from smolrun.errors import ConfigError
-from smolrun.parts.pace import FULL_SPEED, SharePace
+from smolrun.parts.step_clock import FULL_SPEED, SharePace
 from smolrun.tasks.bench import drive
 
 MIXES = ["pi3", "macmini3_tb", "mac_pi_laptop", "wifi4"]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from smolrun.parts.pace import FULL_SPEED, SharePace
+from smolrun.parts.step_clock import FULL_SPEED, SharePace
 
 
 class Machine:
