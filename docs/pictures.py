@@ -13,10 +13,16 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolrun.collectives.direct import direct_all_gather
-from smolrun.collectives.ring import ring_all_reduce, ring_reduce_scatter
-from smolrun.collectives.schedule import Schedule, elements_sent, even_ranges
-from smolrun.collectives.tree import dissemination_barrier, tree_broadcast
+from smolrun.collectives.schedule import (
+    Schedule,
+    direct_all_gather,
+    dissemination_barrier,
+    elements_sent,
+    even_ranges,
+    ring_all_reduce,
+    ring_reduce_scatter,
+    tree_broadcast,
+)
 from smolrun.parts.seats import conversation
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """Tools to try distributed code without a cluster: ranks as threads or as processes, and links that
 fail on demand.
 
-run_ranks(3, lambda mesh: Collectives(mesh).all_reduce(torch.ones(4)))    threads, memory
+run_ranks(3, lambda mesh: new_group(mesh).all_reduce(torch.ones(4)))    threads, memory
 run_ranks(3, fn, kind="tcp")                                             threads, real sockets
 run_ranks(3, fn, kind="tls")                                             and encrypted
 """

@@ -127,10 +127,10 @@ def _measure(
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
-    from smolrun.collectives.api import Collectives
+    from smolrun.collectives.api import new_group
     from smolrun.driver.bench_rows import rows
 
-    collectives = Collectives(mesh)
+    collectives = new_group(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)
     try:
         for row in rows(start, mesh, collectives):

@@ -136,6 +136,6 @@ def _to_stderr(line: str) -> None:
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """Measure the links on this rank; returns what it measured."""
     from smolrun.benchmarks.link_speeds import measure_links
-    from smolrun.collectives.api import Collectives
+    from smolrun.collectives.api import new_group
 
-    return {"links": measure_links(Collectives(mesh))}
+    return {"links": measure_links(new_group(mesh))}

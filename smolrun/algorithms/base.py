@@ -40,7 +40,7 @@ from smolrun.algorithms.contract import (
 )
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
@@ -72,7 +72,7 @@ class Algorithm(ABC):
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.collectives = Collectives(context.mesh)
+        self.collectives = new_group(context.mesh)
         # Set by this rank's trainer; all ranks learn of it with the next step.
         self.wants_stop = False
         self.steps_begun = 0

@@ -37,7 +37,7 @@ from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, InFlight
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
@@ -55,7 +55,7 @@ def classicdp(
     of different device classes and the optimizer can step slices. Collective."""
     from smolrun.algorithms.fsdp import OptimizerShards  # whose base class is below
 
-    classes = gather_classes(Collectives(context.mesh), device_class(context.device))
+    classes = gather_classes(new_group(context.mesh), device_class(context.device))
     is_mixed = len(set(classes)) > 1
     if owner_computes == "auto":
         owner_computes = is_mixed and context.is_elementwise

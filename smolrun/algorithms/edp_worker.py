@@ -17,7 +17,7 @@ import torch
 from smolrun.algorithms.base import Algorithm, Context, InFlight
 from smolrun.algorithms.contract import Part, Share, StepResult
 from smolrun.checkpoints.reader import Checkpoint
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.events import Event
 from smolrun.parts.courier import Courier, Ticket
@@ -36,7 +36,7 @@ class EDP(Algorithm):
     def __init__(self, context: Context) -> None:
         # Tickets keep the bound; no gradient is kept back here.
         super().__init__(replace(context, staleness=0))
-        self.collectives = Collectives(context.mesh, [context.mesh.rank])
+        self.collectives = new_group(context.mesh, [context.mesh.rank])
         self._samples = 0  # that this rank has computed since it last told
 
     def place(self, model: torch.nn.Module) -> None:

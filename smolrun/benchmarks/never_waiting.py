@@ -19,7 +19,7 @@ from smolrun.algorithms.edp import edp
 from smolrun.benchmarks.compare import summed
 from smolrun.benchmarks.paced import SetPace, paced_context
 from smolrun.benchmarks.stragglers import facts, network
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
 
@@ -48,7 +48,7 @@ def compare_edp(
         min_ranks=2,
     )
     algorithm.place(network())
-    Collectives(mesh).barrier()
+    new_group(mesh).barrier()
     took = torch.zeros(mesh.world_size, 2, repeats, dtype=torch.float64)
     cpu = time.process_time()
     if mesh.rank == 0:
@@ -61,7 +61,7 @@ def compare_edp(
         for index, part in enumerate(torch.tensor(spans).tensor_split(repeats)):
             took[mesh.rank, :, index] = part.mean(0)
     cpu = (time.process_time() - cpu) / (steps * repeats)
-    Collectives(mesh).all_reduce(took)
+    new_group(mesh).all_reduce(took)
     walls, computing = took[1:].mean(0).tolist()
     result = summed([(wall, cpu) for wall in walls], [(compute, 1.0) for compute in computing])
     row = result.row(

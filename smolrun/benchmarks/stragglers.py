@@ -20,7 +20,7 @@ import torch
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.benchmarks.compare import summed
 from smolrun.benchmarks.paced import SetPace, paced_context
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
 
@@ -62,7 +62,7 @@ def compare_bounds(
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
     """One row per bound; collective. `efficiency` is 1 where no rank ever waits for another."""
-    meet = Collectives(mesh).barrier
+    meet = new_group(mesh).barrier
     for bound in bounds:
         taken, best = [], []
         for repeat in range(repeats):

@@ -1,121 +1,49 @@
-"""Collectives with torch.distributed's names and meanings, on contiguous CPU tensors, over any
-mesh.
+"""Collectives with torch.distributed's names and meanings, on contiguous CPU tensors.
 
-    Collectives(mesh)                         the default group: all ranks
-    Collectives(mesh, [0, 2], name="even")    another group, independent of all others
+    new_group(mesh)                           the default group: all ranks
+    new_group(mesh, [0, 2], name="even")      another group, independent of all others
 
 Every rank of a group must call the same operations of it in the same order, as with
 torch.distributed. A rank that receives anything of another operation, or of the same one with
 another `op` or `root`, raises CollectiveMismatch; ranks that all wait for each other's first
 message, WaitTimeout. Tensors of other shapes are a ProtocolError; those of equal dtype and shape
-are told apart only where a caller passes `fingerprint=`. Each operation picks its schedule by
-numbers that all ranks share."""
+are told apart only where a caller passes `fingerprint=`.
+
+Knows nothing of schedules or sockets: callers depend on `Collectives` only, so that another
+implementation (a torch.distributed process group) can stand behind `new_group`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from smolrun.collectives.chains import Chain, Chains
-from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
-from smolrun.collectives.executor import OPS, TORCH_OPS, Chunks, Run
-from smolrun.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
-from smolrun.collectives.schedule import Schedule, even_ranges, ranges_of
-from smolrun.collectives.tree import (
-    dissemination_barrier,
-    star_gather,
-    star_scatter,
-    tree_broadcast,
-)
-from smolrun.errors import SmolrunError
+from smolrun.collectives.scheduled_collectives import ScheduledCollectives
 from smolrun.mesh.mesh import Mesh, Work
-from smolrun.mesh.streams import DEFAULT_GROUP
-
-# Below this many bytes one direct round beats the ring's 2(N-1) hops, see task=bench
-# bench=collectives.
-DIRECT_BYTES = 64 * 1024
 
 
-class Collectives:
-    """Operations among `ranks` (all by default). Sums run in a fixed order, so all ranks end with
-    the same bytes.
+class Collectives(Protocol):
+    """Operations among `ranks` of a mesh. All ranks end with the same bytes.
 
-    `name` is the group's, the same on all its ranks; by default it says the ranks. Only the default
-    group may be made more than once on a mesh (SmolrunError otherwise): its operations are then
-    counted together.
+    With `async_op` a call returns at once and its Work says when the tensors may be touched again;
+    without, it blocks until then. Ranks given as `root` are counted within the group."""
 
-    With `async_op` a call returns at once and its Work says when the tensors may be touched again.
-    """
-
-    def __init__(
-        self,
-        mesh: Mesh,
-        ranks: Sequence[int] | None = None,
-        *,
-        name: str | None = None,
-        direct_bytes: int = DIRECT_BYTES,
-    ) -> None:
-        self.mesh = mesh
-        self.ranks = list(range(mesh.world_size)) if ranks is None else list(ranks)
-        self.size = len(self.ranks)
-        self.index = self.ranks.index(mesh.rank)
-        self._direct_bytes = direct_bytes
-        is_all = self.ranks == list(range(mesh.world_size))
-        self.name = name or (DEFAULT_GROUP if is_all else f"ranks {self.ranks}")
-        self._operations = mesh.groups.open(self.name)
-        self._fingerprints: dict[str, int] = {}
-        self._chains = Chains(mesh, self.ranks)
+    mesh: Mesh
+    ranks: list[int]  # of the mesh, in group order
+    size: int
+    index: int  # of this rank within the group
+    name: str  # the same on all ranks of the group
 
     def fingerprint(self, what: str, hint: str = "") -> int:
         """The number, 32 bits, that frames of the operation `what` of this group carry, so that
         ranks which run different ones get an error; it names those that its rank has registered
         by this method. `hint` is the error's advice."""
-        if what not in self._fingerprints:
-            group = "" if self.name == DEFAULT_GROUP else f" of group {self.name!r}"
-            self._fingerprints[what] = self.mesh.fingerprints.register(
-                what + group, self.ranks, hint
-            )
-        return self._fingerprints[what]
+        ...
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, async_op: bool = False) -> Work:
         """Combines the tensors of all ranks in place; `op` is sum, mean, max or min."""
-        if op not in (*OPS, "mean"):
-            raise SmolrunError(f"all_reduce knows {', '.join(OPS)} and mean, not {op!r}")
-        if op == "mean" and not tensor.is_floating_point():
-            raise SmolrunError(f"all_reduce cannot take the mean of {tensor.dtype}")
-        if tensor.numel() * tensor.itemsize <= self._direct_bytes:
-            return self._all_reduce_direct(tensor, op, async_op)
-        chunks = Chunks(tensor, even_ranges(tensor.numel(), self.size))
-        fold = "sum" if op == "mean" else op
-        schedule = ring_all_reduce(self.index, self.size)
-        return self._run(
-            f"all_reduce {op}",
-            schedule,
-            chunks,
-            chunks,
-            async_op,
-            op=fold,
-            finish=self._mean_of(tensor, op),
-        )
-
-    def _all_reduce_direct(self, tensor: torch.Tensor, op: str, async_op: bool) -> Work:
-        scratch = torch.empty((self.size, tensor.numel()), dtype=tensor.dtype)
-        outgoing = Chunks(tensor, [(0, tensor.numel())] * self.size)
-        incoming = Chunks(scratch, even_ranges(scratch.numel(), self.size))
-        fold = TORCH_OPS["sum" if op == "mean" else op]
-
-        def add_up() -> None:
-            flat = tensor.detach().reshape(-1)
-            scratch[self.index] = flat
-            flat.copy_(scratch[0])
-            for row in scratch[1:]:
-                fold(flat, row, out=flat)
-            self._mean_of(tensor, op)()
-
-        schedule = direct_all_gather(self.index, self.size)
-        name = f"all_reduce {op}"
-        return self._run(name, schedule, outgoing, incoming, async_op, finish=add_up)
+        ...
 
     def reduce_scatter(
         self,
@@ -125,29 +53,11 @@ class Collectives:
         *,
         async_op: bool = False,
     ) -> Work:
-        """Sums the tensors of all ranks; each gets its part in `output`. `tensor` is used up as
-        scratch memory.
+        """Sums the tensors of all ranks; each gets its part in `output`. `tensor` is scratch
+        memory: its content is undefined afterwards.
 
-        `sizes[i]` elements go to rank i of the group; by default they differ by at most one.
-        """
-        ranges = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
-        start, stop = ranges[self.index]
-        self._check_sizes(
-            "reduce_scatter", tensor.numel(), ranges[-1][1], output.numel(), stop - start
-        )
-        chunks = Chunks(tensor, ranges)
-
-        def take() -> None:
-            output.detach().reshape(-1).copy_(tensor.detach().reshape(-1)[start:stop])
-
-        return self._run(
-            "reduce_scatter",
-            ring_reduce_scatter(self.index, self.size),
-            chunks,
-            chunks,
-            async_op,
-            finish=take,
-        )
+        `sizes[i]` elements go to rank i of the group; by default they differ by at most one."""
+        ...
 
     def all_gather(
         self,
@@ -158,24 +68,14 @@ class Collectives:
         fingerprint: int | None = None,
         async_op: bool = False,
     ) -> Work:
-        """Puts the shards of all ranks into `output`, in rank order; `shard` may be this rank's
-        part of `output`. `fingerprint` says of what, where ranks may mean different tensors."""
-        ranges = even_ranges(output.numel(), self.size) if sizes is None else ranges_of(sizes)
-        start, stop = ranges[self.index]
-        self._check_sizes("all_gather", output.numel(), ranges[-1][1], shard.numel(), stop - start)
-        own = output.detach().reshape(-1)[start:stop]
-        if own.data_ptr() != shard.data_ptr():
-            own.copy_(shard.detach().reshape(-1))
-        is_small = output.numel() * output.itemsize <= self._direct_bytes
-        schedule = (direct_all_gather if is_small else ring_all_gather)(self.index, self.size)
-        chunks = Chunks(output, ranges)
-        return self._run("all_gather", schedule, chunks, chunks, async_op, fingerprint=fingerprint)
+        """Concatenates the shards of all ranks in `output`, in rank order; `shard` may be this
+        rank's part of `output`. `fingerprint` identifies the tensor, where ranks may mean
+        different ones."""
+        ...
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
-        """Copies the tensor of rank `root` (counted within the group) to all."""
-        chunks = Chunks(tensor, [(0, tensor.numel())])
-        schedule = tree_broadcast(self.index, self.size, root)
-        return self._run(f"broadcast from {root}", schedule, chunks, chunks, async_op)
+        """Copies the tensor of rank `root` to all."""
+        ...
 
     def gather(
         self,
@@ -187,16 +87,7 @@ class Collectives:
     ) -> Work:
         """Rank `root` gets `output[i]` = the tensor of rank i; the others pass None. All tensors
         have one size."""
-        if self.index != root:
-            outgoing = incoming = Chunks(tensor, [(0, tensor.numel())] * self.size)
-        else:
-            if output is None:
-                raise SmolrunError("the root of a gather needs an output")
-            self._check_sizes("gather", output.numel(), self.size * tensor.numel())
-            output.detach().view(self.size, -1)[root] = tensor.detach().reshape(-1)
-            outgoing = incoming = Chunks(output, even_ranges(output.numel(), self.size))
-        schedule = star_gather(self.index, self.size, root)
-        return self._run(f"gather to {root}", schedule, outgoing, incoming, async_op)
+        ...
 
     def scatter(
         self,
@@ -208,16 +99,7 @@ class Collectives:
     ) -> Work:
         """Rank i gets `tensor[i]` of rank `root` in `output`; the others pass None. All parts have
         one size."""
-        if self.index != root:
-            outgoing = incoming = Chunks(output, [(0, output.numel())] * self.size)
-        else:
-            if tensor is None:
-                raise SmolrunError("the root of a scatter needs a tensor")
-            self._check_sizes("scatter", tensor.numel(), self.size * output.numel())
-            output.detach().reshape(-1).copy_(tensor.detach().view(self.size, -1)[root])
-            outgoing = incoming = Chunks(tensor, even_ranges(tensor.numel(), self.size))
-        schedule = star_scatter(self.index, self.size, root)
-        return self._run(f"scatter from {root}", schedule, outgoing, incoming, async_op)
+        ...
 
     def all_to_all(
         self,
@@ -230,75 +112,19 @@ class Collectives:
     ) -> Work:
         """Sends `sizes[i]` elements of `tensor` to rank i, receives `output_sizes[i]` from it; even
         parts by default."""
-        sends = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
-        receives = (
-            even_ranges(output.numel(), self.size)
-            if output_sizes is None
-            else ranges_of(output_sizes)
-        )
-        own_from, own_to = sends[self.index], receives[self.index]
-        self._check_sizes("all_to_all", own_from[1] - own_from[0], own_to[1] - own_to[0])
-        self._check_sizes(
-            "all_to_all", tensor.numel(), sends[-1][1], output.numel(), receives[-1][1]
-        )
-        output.detach().reshape(-1)[slice(*own_to)] = tensor.detach().reshape(-1)[slice(*own_from)]
-        schedule = direct_all_to_all(self.index, self.size)
-        return self._run(
-            "all_to_all", schedule, Chunks(tensor, sends), Chunks(output, receives), async_op
-        )
+        ...
 
     def barrier(self, *, async_op: bool = False) -> Work:
-        """Returns when every rank of the group has called it."""
-        token = Chunks(torch.zeros(1, dtype=torch.uint8), [(0, 1)])
-        return self._run(
-            "barrier", dissemination_barrier(self.index, self.size), token, token, async_op
-        )
+        """Done when every rank of the group has called it."""
+        ...
 
-    def run_chains(self, name: str, chains: Sequence[Chain], phases: int) -> Work:
-        """Starts operations of up to `phases` schedules each; see chains.py."""
-        first = self._operations.take(phases * len(chains))
-        return self._chains.submit(name, chains, first, phases, self.fingerprint(name))
 
-    def _run(
-        self,
-        name: str,
-        schedule: Schedule,
-        outgoing: Chunks,
-        incoming: Chunks,
-        async_op: bool,
-        *,
-        op: str = "sum",
-        finish: Callable[[], None] | None = None,
-        fingerprint: int | None = None,
-    ) -> Work:
-        tag = self._operations.take()
-        what = self.fingerprint(name) if fingerprint is None else fingerprint
-        function = name.partition(" ")[0]  # without its op or root
+def new_group(
+    mesh: Mesh, ranks: Sequence[int] | None = None, name: str | None = None
+) -> Collectives:
+    """The collectives of a group of `ranks` (all by default), which must include this rank.
 
-        def start(work: Work) -> None:
-            def done() -> None:
-                if finish is not None:
-                    finish()
-                self.mesh.finish(work)
-
-            self.mesh.begin_operation(tag, what)
-            Run(self.mesh, self.ranks, tag, schedule, outgoing, incoming, done, op=op).start()
-
-        work = self.mesh.submit(f"{function} {tag.operation} of group {self.name!r}", start)
-        if not async_op:
-            work.wait()
-        return work
-
-    def _mean_of(self, tensor: torch.Tensor, op: str) -> Callable[[], None]:
-        def divide() -> None:
-            if op == "mean":
-                tensor.detach().div_(self.size)
-
-        return divide
-
-    @staticmethod
-    def _check_sizes(name: str, *pairs: int) -> None:
-        """Numbers in pairs that must be equal: what a tensor has, what the sizes say."""
-        for have, want in zip(pairs[::2], pairs[1::2], strict=True):
-            if have != want:
-                raise SmolrunError(f"{name}: a tensor has {have} elements, its sizes say {want}")
+    `name` is the same on all its ranks; by default it is made of the ranks. SmolrunError if the
+    name is in use on this mesh, except for the default group: its operations are then counted
+    together. The only place that chooses an implementation."""
+    return ScheduledCollectives(mesh, ranks, name=name)

@@ -2,18 +2,35 @@
 thread switch per hop.
 
 All receives are posted at the start, so a peer's grant is there before the data is; a hop's send
-starts when the receives it needs are done."""
+starts when the receives it needs are done.
+
+An operation of several schedules with computing in between is a chain, a generator that yields the
+schedule to run next and is resumed when that has run:
+
+    def all_reduce_in_fewer_bits():
+        ...encode what the others shall sum...
+        yield Phase(all to all)
+        ...sum, encode the sum...
+        yield Phase(all gather)
+        ...decode...
+
+All of it runs on the I/O thread, so what a chain computes at one time must be short: heartbeats
+wait for it. Chains start in the order they were given, on all ranks alike, and few run at one time,
+which bounds their memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from smolrun.collectives.schedule import Range, Schedule
 from smolrun.errors import SmolrunError
-from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.mesh.mesh import Combine, Mesh, Work
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, as_array, as_bytes, dtype_code
 
@@ -24,6 +41,8 @@ TORCH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     "min": torch.minimum,
 }
 OPS = tuple(_NUMPY_OPS)
+# Enough for one to compute while others travel.
+_MOST_AT_ONCE = 4
 
 
 class Chunks:
@@ -80,7 +99,7 @@ def combiner(tensor: torch.Tensor, op: str) -> Combine:
     return combine
 
 
-class Run:
+class ScheduleRun:
     """One schedule on its way. `on_done` is called once, on the I/O thread, after the last hop."""
 
     def __init__(
@@ -163,3 +182,78 @@ class Run:
         self._open -= 1
         if not self._open:
             self._on_done()
+
+
+class Phase(NamedTuple):
+    """One schedule of a chain, and the memory that it sends from and receives into."""
+
+    schedule: Schedule
+    outgoing: Chunks
+    incoming: Chunks
+
+
+Chain = Iterator[Phase]
+
+
+class Chains:
+    """The chains of one group of ranks."""
+
+    def __init__(self, mesh: Mesh, ranks: Sequence[int]) -> None:
+        self._mesh = mesh
+        self._ranks = ranks
+        # Touched on the I/O thread only.
+        self._waiting: deque[tuple[Chain, Tag, _Open]] = deque()
+        self._running = 0
+
+    def submit(
+        self, name: str, chains: Sequence[Chain], first: Tag, phases: int, fingerprint: int
+    ) -> Work:
+        """Queues one or more chains of at most `phases` phases; the work is done when all ended.
+
+        Each phase is an operation of its own, counted from `first`."""
+
+        def start(work: Work) -> None:
+            for operation in range(phases * len(chains)):
+                tag = first._replace(operation=first.operation + operation)
+                self._mesh.begin_operation(tag, fingerprint)
+            rest = _Open(work, len(chains))
+            for number, chain in enumerate(chains):
+                tag = first._replace(operation=first.operation + number * phases)
+                self._waiting.append((chain, tag, rest))
+            self._start_next()
+
+        return self._mesh.submit(f"{name} {first.operation}", start)
+
+    def _start_next(self) -> None:
+        """Starts one that waits, if it may; the next one after others had their turn."""
+        if self._waiting and self._running < _MOST_AT_ONCE and self._mesh.failure is None:
+            self._running += 1
+            self._go_on(*self._waiting.popleft())
+            self._mesh.post(self._start_next)
+
+    def _go_on(self, chain: Chain, tag: Tag, rest: _Open) -> None:
+        if self._mesh.failure is not None:
+            return  # the work has failed with the mesh
+        try:
+            phase = next(chain, None)
+            if phase is not None:
+                following = tag._replace(operation=tag.operation + 1)
+                done = functools.partial(self._go_on, chain, following, rest)
+                ScheduleRun(self._mesh, self._ranks, tag, *phase, done).start()
+                return
+        except Exception as error:
+            self._mesh.fail(error)  # the peers already wait for the other half
+            return
+        self._running -= 1
+        rest.count -= 1
+        if not rest.count:
+            self._mesh.finish(rest.work)
+        self._mesh.post(self._start_next)  # posted: many short ones must not become a deep stack
+
+
+class _Open:
+    """How many chains of a work have not ended."""
+
+    def __init__(self, work: Work, count: int) -> None:
+        self.work = work
+        self.count = count

@@ -22,10 +22,16 @@ import torch
 from torch import Tensor
 
 from smolrun.collectives.api import Collectives
-from smolrun.collectives.chains import Phase
-from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
-from smolrun.collectives.executor import Chunks
-from smolrun.collectives.schedule import Range, even_ranges, ranges_of
+from smolrun.collectives.executor import Chunks, Phase
+from smolrun.collectives.schedule import (
+    Range,
+    direct_all_gather,
+    direct_all_to_all,
+    even_ranges,
+    ranges_of,
+)
+from smolrun.collectives.scheduled_collectives import ScheduledCollectives
+from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.quantization import Feedback, Quantizer
 
@@ -39,6 +45,11 @@ class QuantizedSums:
     tensors are flat and must not be touched until the work is done."""
 
     def __init__(self, collectives: Collectives, quantizer: Quantizer, part: int = _PART) -> None:
+        if not isinstance(collectives, ScheduledCollectives):
+            raise SmolrunError(
+                f"quantization needs run_chains, which {type(collectives).__name__} does not have; "
+                "set quantization=none"
+            )
         self._collectives = collectives
         self._quantizer = quantizer
         self._index, self._size = collectives.index, collectives.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
 from tests.algorithms.worlds import train
@@ -53,7 +53,7 @@ def test_sums_on_the_way_are_rounded_to_the_nearest() -> None:
 
     def add(mesh: Mesh) -> torch.Tensor:
         tensor = values[mesh.rank].clone()
-        Collectives(mesh).all_reduce(tensor)
+        new_group(mesh).all_reduce(tensor)
         return tensor
 
     expected = (values[0].float() + values[1].float()).bfloat16()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
@@ -59,7 +59,7 @@ def run_naive(algorithm: str, model: str, world_size: int, **keys: Any) -> list[
             (batch,) = worlds.share(worlds.sample(model, step), plan, step)
             inputs = batch.inputs.double() if model == "mlp" else batch.inputs
             batches.append((inputs, batch.targets))
-        return train(copy.deepcopy(start), Collectives(mesh), batches, 0.05, **keys)
+        return train(copy.deepcopy(start), new_group(mesh), batches, 0.05, **keys)
 
     return run_ranks(world_size, rank_main)
 

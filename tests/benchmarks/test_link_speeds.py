@@ -7,13 +7,13 @@ from itertools import permutations
 import pytest
 
 from smolrun.benchmarks.link_speeds import measure_links
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.testing import run_ranks
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp"])
 def test_every_direction_is_measured_once_by_its_sender(kind: str):
-    told = run_ranks(3, lambda mesh: measure_links(Collectives(mesh)), kind=kind)
+    told = run_ranks(3, lambda mesh: measure_links(new_group(mesh)), kind=kind)
     for rank, rows in enumerate(told):
         assert all(row["from"] == rank for row in rows)
     rows = [row for one in told for row in one]
@@ -22,4 +22,4 @@ def test_every_direction_is_measured_once_by_its_sender(kind: str):
 
 
 def test_one_rank_has_no_link():
-    assert run_ranks(1, lambda mesh: measure_links(Collectives(mesh))) == [[]]
+    assert run_ranks(1, lambda mesh: measure_links(new_group(mesh))) == [[]]

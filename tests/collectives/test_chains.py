@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from smolrun.collectives.api import Collectives
-from smolrun.collectives.chains import Chain, Phase
-from smolrun.collectives.direct import direct_all_gather
-from smolrun.collectives.executor import Chunks
-from smolrun.collectives.schedule import even_ranges
+from smolrun.collectives.executor import Chain, Chunks, Phase
+from smolrun.collectives.schedule import direct_all_gather, even_ranges
+from smolrun.collectives.scheduled_collectives import ScheduledCollectives
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
 
@@ -37,7 +36,7 @@ def test_they_begin_in_order_and_few_are_under_way(world_size: int, kind: str) -
     count = 400  # more than a deep stack would bear, if one called the next
 
     def rank_main(mesh: Mesh) -> list[str]:
-        collectives, events = Collectives(mesh), list[str]()
+        collectives, events = ScheduledCollectives(mesh), list[str]()
         chains = [gather_twice(collectives, number, events) for number in range(count)]
         works = [collectives.run_chains("test", chains[part::2], 2) for part in range(2)]
         collectives.barrier()  # other operations may follow at once
@@ -64,6 +63,6 @@ def test_one_that_breaks_fails_the_work() -> None:
 
     def rank_main(mesh: Mesh) -> None:
         with pytest.raises(ValueError, match="makes no sense"):
-            Collectives(mesh).run_chains("test", [broken()], 1).wait()
+            ScheduledCollectives(mesh).run_chains("test", [broken()], 1).wait()
 
     run_ranks(2, rank_main)

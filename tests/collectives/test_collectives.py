@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from smolrun.collectives.api import DIRECT_BYTES, Collectives
+from smolrun.collectives.api import Collectives, new_group
+from smolrun.collectives.scheduled_collectives import DIRECT_BYTES, ScheduledCollectives
 from smolrun.errors import CollectiveMismatch, MeshClosed, PeerLost, SmolrunError
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
@@ -29,7 +30,7 @@ def values(rank: int, size: int, dtype: torch.dtype = torch.float32) -> torch.Te
 @WORLDS
 def test_all_reduce(kind: str, world_size: int) -> None:
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
-        collectives, results = Collectives(mesh), []
+        collectives, results = new_group(mesh), []
         for size in SIZES:
             for dtype in DTYPES if size in (7, 100) else [torch.float32]:
                 tensor = values(mesh.rank, size, dtype)
@@ -63,7 +64,7 @@ def test_shards_of_uneven_sizes(kind: str, world_size: int) -> None:
     total = sum(sizes)
 
     def rank_main(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         shard = torch.empty(sizes[mesh.rank])
         collectives.reduce_scatter(shard, values(mesh.rank, total), sizes)
         whole = torch.empty(total)
@@ -80,7 +81,7 @@ def test_shards_of_uneven_sizes(kind: str, world_size: int) -> None:
 @WORLDS
 def test_broadcast_gather_scatter_all_to_all_barrier(kind: str, world_size: int) -> None:
     def rank_main(mesh: Mesh) -> None:
-        collectives, rank, n = Collectives(mesh), mesh.rank, mesh.world_size
+        collectives, rank, n = new_group(mesh), mesh.rank, mesh.world_size
         for size in (3, 50_000):
             for root in range(n):
                 tensor = values(rank, size)
@@ -114,7 +115,7 @@ def test_broadcast_gather_scatter_all_to_all_barrier(kind: str, world_size: int)
 @KINDS
 def test_many_operations_in_flight_finish_in_any_order_of_waiting(kind: str) -> None:
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         tensors = [values(mesh.rank + index, 1 + index * 9000) for index in range(20)]
         works = [collectives.all_reduce(tensor, async_op=True) for tensor in tensors]
         for work in reversed(works):
@@ -130,7 +131,7 @@ def test_two_groups_used_in_different_order_on_two_ranks() -> None:
     """Rank 0 ends one before it begins the other, rank 1 begins them the other way round."""
 
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
-        streams = [Collectives(mesh), Collectives(mesh, name="second")]
+        streams = [new_group(mesh), new_group(mesh, name="second")]
         tensors = [values(mesh.rank, 500_000), values(mesh.rank + 5, 500_000)]
         if mesh.rank == 0:
             for stream, tensor in zip(streams, tensors, strict=True):
@@ -151,7 +152,7 @@ def test_a_group_of_some_ranks_works_beside_the_others() -> None:
     def rank_main(mesh: Mesh) -> float:
         group = [0, 2] if mesh.rank in (0, 2) else [3, 1]
         tensor = torch.tensor([float(mesh.rank)])
-        Collectives(mesh, group).all_reduce(tensor)
+        new_group(mesh, group).all_reduce(tensor)
         return tensor.item()
 
     assert run_ranks(4, rank_main, kind="tcp") == [2.0, 4.0, 2.0, 4.0]
@@ -161,9 +162,9 @@ def test_a_group_of_some_ranks_works_beside_the_others() -> None:
 @pytest.mark.parametrize("size", [7, 100_000])
 def test_groups_that_share_ranks_work_at_one_time(kind: str, size: int) -> None:
     def rank_main(mesh: Mesh) -> list[float]:
-        groups = [Collectives(mesh)]
-        groups += [Collectives(mesh, [0, 1]) for _ in "x" if mesh.rank < 2]
-        groups += [Collectives(mesh, [1, 2], name="last") for _ in "x" if mesh.rank > 0]
+        groups = [new_group(mesh)]
+        groups += [new_group(mesh, [0, 1]) for _ in "x" if mesh.rank < 2]
+        groups += [new_group(mesh, [1, 2], name="last") for _ in "x" if mesh.rank > 0]
         tensors = [torch.full((size,), 10.0**mesh.rank) for _ in groups]
         works = [g.all_reduce(t, async_op=True) for g, t in zip(groups, tensors, strict=True)]
         for work in reversed(works):
@@ -217,7 +218,7 @@ def test_every_pair_of_different_operations_is_found(
     for pair in pairs:
 
         def rank_main(mesh: Mesh, pair: tuple[str, str] = pair) -> None:
-            collectives, is_first = Collectives(mesh), mesh.rank == 0
+            collectives, is_first = new_group(mesh), mesh.rank == 0
             OPERATIONS[pair[not is_first]](collectives, sizes[not is_first])
             collectives.barrier()
 
@@ -240,7 +241,7 @@ ARGUMENTS: dict[str, Callable[[Collectives, int], object]] = {
 )
 def test_another_op_or_root_is_found(name: str, kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         ARGUMENTS[name](collectives, min(mesh.rank, 1))
         collectives.barrier()
 
@@ -253,7 +254,7 @@ def test_another_op_or_root_is_found(name: str, kind: str) -> None:
 def test_one_name_with_other_ranks_is_found(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         ranks = [0, 1] if mesh.rank == 0 else [0, 1, 2]
-        group = Collectives(mesh, ranks, name="experts") if mesh.rank < 3 else None
+        group = new_group(mesh, ranks, name="experts") if mesh.rank < 3 else None
         if group is not None:
             group.all_reduce(torch.ones(3))
 
@@ -263,18 +264,18 @@ def test_one_name_with_other_ranks_is_found(kind: str) -> None:
 
 def test_a_group_is_made_once() -> None:
     def rank_main(mesh: Mesh) -> None:
-        Collectives(mesh, [0])
+        new_group(mesh, [0])
         with pytest.raises(SmolrunError, match="another name"):
-            Collectives(mesh, [0])
-        Collectives(mesh).barrier()
-        Collectives(mesh).barrier()
+            new_group(mesh, [0])
+        new_group(mesh).barrier()
+        new_group(mesh).barrier()
 
     run_ranks(2, lambda mesh: rank_main(mesh) if mesh.rank == 0 else two_barriers(mesh))
 
 
 def two_barriers(mesh: Mesh) -> None:
-    Collectives(mesh).barrier()
-    Collectives(mesh).barrier()
+    new_group(mesh).barrier()
+    new_group(mesh).barrier()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -282,7 +283,7 @@ def test_bytes_on_the_wire_are_those_of_the_ring(world_size: int) -> None:
     nbytes = 4 * 1024 * 1024
 
     def rank_main(mesh: Mesh) -> tuple[int, int]:
-        collectives, before = Collectives(mesh), (mesh.bytes_sent, mesh.bytes_received)
+        collectives, before = new_group(mesh), (mesh.bytes_sent, mesh.bytes_received)
         collectives.barrier()  # nobody sends before all have looked
         collectives.all_reduce(torch.ones(nbytes // 4))
         collectives.barrier()
@@ -296,7 +297,7 @@ def test_bytes_on_the_wire_are_those_of_the_ring(world_size: int) -> None:
 
 def test_reduce_scatter_sends_only_what_it_must() -> None:
     def rank_main(mesh: Mesh) -> int:
-        collectives, before = Collectives(mesh), mesh.bytes_sent
+        collectives, before = new_group(mesh), mesh.bytes_sent
         collectives.reduce_scatter(torch.empty(300_000), torch.ones(1_200_000))
         return mesh.bytes_sent - before
 
@@ -313,7 +314,7 @@ def test_links_that_move_few_bytes_at_a_time(piece: int) -> None:
 
     def rank_main(mesh: Mesh) -> torch.Tensor:
         tensor = values(mesh.rank, size)
-        Collectives(mesh, direct_bytes=0).all_reduce(tensor)
+        ScheduledCollectives(mesh, direct_bytes=0).all_reduce(tensor)
         return tensor
 
     first, second = run_ranks(2, rank_main, kind="tcp", wrap=wrap)  # type: ignore[arg-type]
@@ -328,7 +329,7 @@ def test_small_and_large_tensors_that_are_half_read_at_once_do_not_mix() -> None
         return lambda pipe, _peer, _channel: FaultyPipe(pipe, piece_bytes=999)
 
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
-        collectives = Collectives(mesh, direct_bytes=0)
+        collectives = ScheduledCollectives(mesh, direct_bytes=0)
         tensors = [values(mesh.rank + index, size) for index, size in enumerate(sizes * 4)]
         for work in [collectives.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
@@ -345,7 +346,7 @@ def test_small_and_large_tensors_that_are_half_read_at_once_do_not_mix() -> None
 def test_ranks_that_run_different_operations_are_told_so(kind: str, sizes: tuple[int, int]) -> None:
     def rank_main(mesh: Mesh) -> str:
         with pytest.raises(SmolrunError) as caught:
-            Collectives(mesh).all_reduce(torch.ones(sizes[mesh.rank]))
+            new_group(mesh).all_reduce(torch.ones(sizes[mesh.rank]))
         return str(caught.value)
 
     said = run_ranks(2, rank_main, kind=kind, timeout_s=10)
@@ -354,7 +355,7 @@ def test_ranks_that_run_different_operations_are_told_so(kind: str, sizes: tuple
 
 def test_wrong_sizes_and_ops_are_refused_at_the_call() -> None:
     def rank_main(mesh: Mesh) -> None:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         with pytest.raises(SmolrunError, match="not 'product'"):
             collectives.all_reduce(torch.ones(2), "product")
         with pytest.raises(SmolrunError, match=r"mean of torch\.int64"):
@@ -374,7 +375,7 @@ def test_a_cut_link_ends_every_operation() -> None:
         return faulty
 
     def rank_main(mesh: Mesh) -> str:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         works = [collectives.all_reduce(torch.ones(200_000), async_op=True) for _ in range(3)]
         reasons = []
         for work in works:

@@ -6,11 +6,17 @@ import operator
 
 import pytest
 
-from smolrun.collectives.direct import direct_all_gather, direct_all_to_all
-from smolrun.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
-from smolrun.collectives.schedule import elements_sent, even_ranges, ranges_of, simulate
-from smolrun.collectives.tree import (
+from smolrun.collectives.schedule import (
+    direct_all_gather,
+    direct_all_to_all,
     dissemination_barrier,
+    elements_sent,
+    even_ranges,
+    ranges_of,
+    ring_all_gather,
+    ring_all_reduce,
+    ring_reduce_scatter,
+    simulate,
     star_gather,
     star_scatter,
     tree_broadcast,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.shaping import Shape
 from smolrun.testing import run_ranks
@@ -27,7 +27,7 @@ def emulated_s(world_size: int, mbps: float) -> float:
     """Rank 0's median, of ranks that are threads of this process."""
 
     def rank_main(mesh: Mesh) -> float:
-        collectives, tensor = Collectives(mesh), torch.zeros(SIZE // 4)
+        collectives, tensor = new_group(mesh), torch.zeros(SIZE // 4)
         times = []
         for _ in range(REPEATS):
             collectives.barrier()

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.errors import SmolrunError
 from smolrun.mesh.guards import TlsGuard
 from smolrun.mesh.tcp import Endpoint, Seat, connect
@@ -46,7 +46,7 @@ def main() -> None:
         silence_s=float(sys.argv[4]),
         guard=guard,
     )
-    collectives = Collectives(mesh)
+    collectives = new_group(mesh)
     tensor = torch.ones(2_000_000)
     limit = 40 if "hold" in sys.argv else 10**9
     try:

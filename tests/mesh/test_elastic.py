@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.errors import MeshClosed, PeerLost, WaitTimeout
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import stream_of
@@ -147,15 +147,15 @@ def test_a_second_claimant_waits_until_the_first_link_is_dead() -> None:
 def test_a_collective_fails_with_the_first_loss_and_the_mesh_goes_on() -> None:
     with star(2) as made:
         guest = made.join(1)
-        work = Collectives(made.server, [0, 1]).all_reduce(torch.ones(400_000), async_op=True)
+        work = new_group(made.server, [0, 1]).all_reduce(torch.ones(400_000), async_op=True)
         die(guest)
         with pytest.raises(PeerLost):
             work.wait(20)
         with pytest.raises(PeerLost):
-            Collectives(made.server, [0, 1], name="again").barrier()
+            new_group(made.server, [0, 1], name="again").barrier()
         again = made.join(1)
         works = [
-            Collectives(mesh, [0, 1], name="anew").all_reduce(torch.ones(9), async_op=True)
+            new_group(mesh, [0, 1], name="anew").all_reduce(torch.ones(9), async_op=True)
             for mesh in (made.server, again)
         ]
         for work in works:
@@ -183,7 +183,7 @@ def test_a_peer_that_sends_to_a_group_of_others_is_lost_alone() -> None:
     """It says ahead of time that the next operation of the server's own group is another one."""
     with star(3) as made:
         bad, good = made.join(1), made.join(2)
-        alone = Collectives(made.server, [0])
+        alone = new_group(made.server, [0])
         alone.barrier()
         tag = Tag(stream_of(alone.name), 1, 0)
 

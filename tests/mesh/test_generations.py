@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import PlainPipe
 from smolrun.mesh.mesh import Mesh
@@ -110,7 +110,7 @@ def test_a_system_without_sendmsg_sends_the_same(monkeypatch: pytest.MonkeyPatch
 
     def rank_main(mesh: Mesh) -> torch.Tensor:
         tensor = torch.arange(300_000.0) + mesh.rank
-        Collectives(mesh).all_reduce(tensor)
+        new_group(mesh).all_reduce(tensor)
         return tensor
 
     for tensor in run_ranks(2, rank_main, kind="tcp"):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.errors import MeshClosed, PeerLost, SmolrunError, WaitTimeout
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
@@ -89,7 +89,7 @@ def test_the_rank_that_takes_and_sends_nothing_is_named_by_all_that_wait(
             return None
         mesh.timeout_s = 0.5
         with pytest.raises(WaitTimeout) as caught:
-            Collectives(mesh).all_reduce(torch.ones(size))
+            new_group(mesh).all_reduce(torch.ones(size))
         if mesh.rank == 0:
             assert second.wait(20)
             is_over.set()
@@ -212,7 +212,7 @@ def test_a_lost_rank_fails_everything_on_the_others(kind: str) -> None:
 @SOCKETS
 def test_survivors_of_a_lost_rank_keep_their_io_thread(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         works = [collectives.all_reduce(torch.ones(400_000), async_op=True) for _ in range(6)]
         if mesh.rank == 1:
             works[0].wait()
@@ -320,7 +320,7 @@ def test_a_cut_and_a_silence_are_seen(kind: str, channel: str, fault: dict[str, 
         return FaultyPipe(pipe, **fault) if name == channel else pipe  # type: ignore[arg-type]
 
     def rank_main(mesh: Mesh) -> None:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         with pytest.raises(PeerLost):
             while True:
                 collectives.all_reduce(torch.ones(400_000))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.pauses import NotYet
@@ -164,7 +164,7 @@ def seconds(size: int, world_size: int, mbps: float | None, latency_ms: float, k
     """The best of three all_reduces of so many bytes, and all of them right."""
 
     def rank_main(mesh: Mesh) -> float:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         best = float("inf")
         for _ in range(3):
             tensor = torch.full((size // 4,), float(mesh.rank + 1))
@@ -200,7 +200,7 @@ def test_no_link_is_faster_than_it_says(kind: str):
 
 def test_latency_is_paid_on_the_way_of_every_message():
     def rank_main(mesh: Mesh) -> float:
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         collectives.barrier()
         began = time.perf_counter()
         for _ in range(5):

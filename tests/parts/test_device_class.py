@@ -7,7 +7,7 @@ import platform
 import pytest
 import torch
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.parts.device_class import device_class, gather_classes
 from smolrun.testing import run_ranks
 
@@ -30,7 +30,7 @@ def test_whatever_rounds_differently_is_another_class(monkeypatch: pytest.Monkey
 
 def test_every_rank_learns_the_classes_of_all() -> None:
     def rank_main(mesh: object) -> list[str]:
-        collectives = Collectives(mesh)  # type: ignore[arg-type]
+        collectives = new_group(mesh)  # type: ignore[arg-type]
         return gather_classes(collectives, f"{'x' * 300 if collectives.index == 1 else 'Linux a'}")
 
     for found in run_ranks(3, rank_main):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from smolrun.collectives.api import Collectives
+from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_shards import ShardedBucket
 from smolrun.parts.gradient_sums import GradientSums
@@ -88,7 +88,7 @@ def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
         ]
         for bucket in buckets:
             bucket.move_in()
-        collectives = Collectives(mesh)
+        collectives = new_group(mesh)
         passing = PassingGradients(
             buckets,
             collectives,
