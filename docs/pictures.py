@@ -1,6 +1,6 @@
 """Draws the pictures of the docs from the code: `make docs`; a test checks that they are fresh.
 
-docs/floors.md      which floor imports which, counted from the imports
+docs/floors.md      which layer imports which, read off the imports
 docs/schedules.md   what moves when in a collective, read off the schedules that run
 docs/algorithms/    the tables between the marks of these pages
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["cli"],
     ["tasks"],
-    ["testing"],
-    ["training", "benchmarks", "tracking", "launch"],
+    ["driver", "estimate"],
+    ["testing", "benchmarks"],
+    ["training", "tracking", "launch"],
     ["algorithms"],
     ["parts"],
     ["collectives"],
@@ -41,15 +41,14 @@ WINGS = ["models", "data", "config"]
 EVERYWHERE = {"errors", "events"}  # imported from anywhere, so their arrows would say nothing
 
 
-def imports(root: Path) -> Counter[tuple[str, str]]:
-    """How many modules of one part of smolrun import from another part."""
-    found: Counter[tuple[str, str]] = Counter()
+def imports(root: Path) -> set[tuple[str, str]]:
+    """(part, another part of smolrun that modules of it import)."""
+    found: set[tuple[str, str]] = set()
     files = [*(root / "smolrun").rglob("*.py"), *(root / "tasks").rglob("*.py")]
     for file in sorted(files):
         path = file.relative_to(root).with_suffix("").parts
         part = "tasks" if path[0] == "tasks" else path[1]
-        others = {name for name in _imported_parts(file) if name not in (part, *EVERYWHERE)}
-        found.update((part, other) for other in others)
+        found |= {(part, name) for name in _imported_parts(file) if name not in (part, *EVERYWHERE)}
     return found
 
 
@@ -69,14 +68,14 @@ def floors(root: Path) -> str:
         lines.append("  end")
     lines += [f"  {name}([{name}])" for name in WINGS]
     known = {name for floor in FLOORS for name in floor} | set(WINGS)
-    for (part, other), count in sorted(imports(root).items()):
+    for part, other in sorted(imports(root)):
         if {part, other} <= known:
-            lines.append(f"  {part} -- {count} --> {other}")
+            lines.append(f"  {part} --> {other}")
     return "\n".join(
         [
             "# The floors",
             "",
-            "Arrows are imports, the number is how many files have one; they only go down.",
+            "Arrows are imports; they only go down. The layers are those of pyproject.toml.",
             "Rounded boxes are side wings: plain torch, plain data, plain configuration. `errors`",
             "and `events` may be imported from anywhere. import-linter keeps it so (`make check`);",
             "this page is drawn from the imports by `make docs`.",

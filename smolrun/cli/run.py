@@ -50,7 +50,8 @@ def run(argv: Sequence[str]) -> int:
 
 def drive(config: RunConfig) -> int:
     """Hand the configuration to its task. Its ConfigError and DataError come before it starts."""
-    module = f"smolrun.tasks.{'detach' if _goes_away(config) else config.task}"
+    task = f"smolrun.tasks.{config.task}"
+    module = "smolrun.driver.detach" if _goes_away(config) else task
     try:
         return int(import_module(module).drive(config))
     except ConfigError as error:

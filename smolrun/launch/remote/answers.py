@@ -21,7 +21,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e18)]
 Names = Annotated[list[Text], Meta(max_length=100_000)]
 
 
-class Who(TypedDict):
+class HostProbe(TypedDict):
     os: Text
     architecture: Text
     cores: Count
@@ -203,7 +203,7 @@ class Reach(TypedDict):
 
 # By script, and by what it was asked to do where that makes a difference; the first that fits.
 _KINDS: dict[str, tuple[Any, ...]] = {
-    "who": (Who,),
+    "host_probe": (HostProbe,),
     "clock": (Clock,),
     "disk": (Disk,),
     "system": (System,),

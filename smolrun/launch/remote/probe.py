@@ -89,7 +89,7 @@ def _asked(
     wishes: Wishes, connection: Connection, shell: Shell, python: str, cluster: str
 ) -> Facts:
     request = {"workdir": wishes.workdir or DEFAULT_WORKDIR}
-    said = call(connection, python, "who", request, _ANSWER_S, shell=shell, cluster=cluster)
+    said = call(connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster)
     if said["problem"]:
         raise _CannotUse(
             wishes.name,

@@ -35,7 +35,7 @@ HOST = "box"
 SIZE = 10**9
 INTERFACE = {"name": "en0", "kind": "wifi", "speed_mbps": 300.0, "addresses": ["10.0.0.1/24"]}
 FOLDER = {"path": "/w", "found": "/w", "free": SIZE, "is_folder": True, "is_writable": True}
-WHO = {
+HOST_PROBE = {
     "os": "linux", "architecture": "arm64", "cores": 4, "home": "/h", "user": "anna",
     "python": "3.12.1", "executable": "/p", "workdir": "/w", "problem": None,
 }  # fmt: skip
@@ -56,7 +56,7 @@ POWER = {
 }
 # (script, what it is asked to do, an honest answer)
 HONEST: list[tuple[str, str | None, dict[str, Any]]] = [
-    ("who", None, WHO),
+    ("host_probe", None, HOST_PROBE),
     ("clock", None, {"time_s": 1.8e9}),
     ("disk", None, {"free": SIZE}),
     ("system", None, SYSTEM),

@@ -39,7 +39,7 @@ def test_without_a_python_it_cannot_be_asked():
     box = Machine(HostSpec("box", "box"), ConnectionHere(), facts)
     assert (box.name, box.address) == ("box", "127.0.0.1")
     with pytest.raises(HostError, match="no Python"):
-        box.call("who", {})
+        box.call("host_probe", {})
 
 
 def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
