@@ -1,15 +1,18 @@
-"""Reads JSON and YAML files of folders that others made, within limits on size and depth, so that
-none of them fills the memory, blocks the process or ends it.
+"""Files: atomic replacement, and bounded reads of JSON and YAML that others wrote.
 
-LimitPassed says which limit a file passes; the reader names the file.
+The limits on size and depth keep a hostile file from filling the memory, blocking the process or
+ending it. LimitPassed says which limit was passed; the caller names the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +23,59 @@ MAX_TOKENIZER_BYTES = 128 << 20  # tokenizer.json: 33 MB for 262,000 tokens
 MAX_YAML_BYTES = 1 << 20
 MAX_DEPTH = 50  # libraries walk such values by recursion
 MAX_YAML_NODES = 100_000  # aliases written out
+# Windows refuses to replace a file that a virus scanner or an indexer has open; they are brief.
+_ATTEMPTS = 20 if os.name == "nt" else 1
+_REPLACE_PAUSE_S = 0.05
 
 
 class LimitPassed(ValueError):
     """A file is larger or deeper than any that is meant to be read, or not a regular file."""
+
+
+def atomic_write(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace the content of `path` by `data`; as `atomic_writer`."""
+    with atomic_writer(path, mode=mode) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+    """An empty file that replaces `path` at the end of the block, or is removed on an exception.
+
+    A reader sees the old content or the whole new one, also after a power cut: the temporary file
+    `.NAME.XXXXXXXX.part` beside `path` is synced before it is renamed. A symbolic link at `path` is
+    replaced, not followed. `mode` sets the permission bits; None leaves them to the umask. OSError.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        # "x": never through a link that is there already
+        with open(part, "xb", opener=_private if mode is not None else None) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
+        _replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _replace(part: Path, path: Path) -> None:
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            os.replace(part, path)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(_REPLACE_PAUSE_S)
+        else:
+            break
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:

@@ -6,7 +6,6 @@ Answers may come from a pipe as well. Ends without a trace where they end early.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
+from smolrun.files import atomic_write
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo
 
@@ -174,10 +174,8 @@ def _gigabytes(answer: str) -> float:
 
 def _write(content: str) -> None:
     """Whole or not at all; ConfigError where the disk refuses."""
-    fresh = FILE.with_name(f".{FILE.name}.part")
     try:
         FILE.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(content, encoding="utf-8")
-        os.replace(fresh, FILE)
+        atomic_write(FILE, content.encode())
     except OSError as error:
         raise ConfigError(f"cannot write {FILE.absolute()}: {error}") from error

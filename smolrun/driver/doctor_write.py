@@ -6,7 +6,6 @@ Only what is missing or wrong is written. The file before is kept beside it as N
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,7 @@ from smolrun.driver.cluster_file import changed, host_names
 from smolrun.driver.doctor_hosts import Patients
 from smolrun.driver.doctor_text import device
 from smolrun.errors import ConfigError
+from smolrun.files import atomic_write
 from smolrun.launch.doctor.examination import Examined
 from smolrun.launch.doctor.links import best_addresses
 
@@ -40,7 +40,7 @@ def write(patients: Patients, say: Callable[[str], None]) -> None:
         text.splitlines(), new.splitlines(), str(file), f"{file} (new)", lineterm="", n=0
     ):
         say(line)
-    _replace(file, new)
+    _write(file, new)
     say(f"{file} is written")
 
 
@@ -126,14 +126,12 @@ def _speeds(patients: Patients) -> dict[str, float]:
     return {name: round(score / fastest, 2) for name, score in scores.items()}
 
 
-def _replace(file: Path, text: str) -> None:
-    """Whole or not at all; ConfigError where the disk refuses."""
-    fresh = file.with_name(f".{file.name}.part")
+def _write(file: Path, text: str) -> None:
+    """Keep the old file as FILE.bak and replace it; ConfigError where the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_file():
             file.with_name(f"{file.name}.bak").write_bytes(file.read_bytes())
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, file)
+        atomic_write(file, text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write {file.absolute()}: {error}") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from smolrun.events import Event, Note, PushApplied, PushDropped, RankStep, to_json
+from smolrun.files import atomic_writer
 
 # Rows of single ranks are most of a long run's file. After so many bytes of them only those of
 # every 2nd step are written, after as many more of every 4th, and so on: the file grows with the
@@ -64,8 +64,7 @@ def forget_from(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    fresh = path.with_name(f".{path.name}.part")
-    with path.open("rb") as old, fresh.open("wb") as new:
+    with path.open("rb") as old, atomic_writer(path) as new:
         for row in old:
             try:
                 number = msgspec.json.decode(row, type=dict[str, Any]).get("step")
@@ -73,4 +72,3 @@ def forget_from(path: Path, step: int) -> None:
                 continue
             if not isinstance(number, int) or number < step:
                 new.write(row)
-    os.replace(fresh, path)

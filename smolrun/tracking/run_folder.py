@@ -32,7 +32,7 @@ import msgspec
 
 from smolrun.checkpoints.folder import is_link
 from smolrun.errors import CheckpointError, SmolrunError
-from smolrun.files import MAX_JSON_BYTES, MAX_YAML_BYTES, read_bytes
+from smolrun.files import MAX_JSON_BYTES, MAX_YAML_BYTES, atomic_write, read_bytes
 from smolrun.sanitize import one_line
 from smolrun.tracking.signature import is_signed, sign
 
@@ -129,7 +129,7 @@ class RunFolder:
             content += b"\n"
         with contextlib.suppress(SmolrunError):  # such a run has to be trusted when it is resumed
             content += f"# signature: {sign(_IN_CONFIG + content)}\n".encode()
-        _replace(self.config, content)
+        atomic_write(self.config, content)
 
     def has_own_config(self) -> bool:
         """Whether `write_config` of this account on this machine wrote config.yaml as it is.
@@ -145,7 +145,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep how the run ended; what is not finite becomes null."""
         encoded = msgspec.json.format(msgspec.json.encode(dict(summary)), indent=2)
-        _replace(self.path / "summary.json", encoded + b"\n")
+        atomic_write(self.path / "summary.json", encoded + b"\n")
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Keep a copy of the tokenizer in a folder, so that the run's is whole by itself."""
@@ -178,7 +178,7 @@ class RunFolder:
         # This driver may begin its run again, after a loss: a stop asked for meanwhile holds.
         if self.summary() or any(before.get(key) != value for key, value in me.items()):
             self._stop.unlink(missing_ok=True)
-        _replace(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
+        atomic_write(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
     def driver(self) -> Driver:
         """What `write_driver` kept last; empty if there is nothing that can be read."""
@@ -195,7 +195,7 @@ class RunFolder:
         """
         content = msgspec.json.encode(dict(remote))
         signed = _Signed(msgspec.Raw(content), sign(content))
-        _replace(self.path / "remote.json", msgspec.json.encode(signed) + b"\n")
+        atomic_write(self.path / "remote.json", msgspec.json.encode(signed) + b"\n")
 
     def remote(self) -> dict[str, Any] | None:
         """What `write_remote` kept; None if it was not this account on this machine. SmolrunError
@@ -299,7 +299,7 @@ class RunFolder:
         except (OSError, NotImplementedError):
             with contextlib.suppress(OSError):
                 fresh.unlink()
-            _replace(latest, f"{self.path.name}\n".encode())
+            atomic_write(latest, f"{self.path.name}\n".encode())
 
 
 def run_id(title: str, *, now: datetime, suffix: str) -> str:
@@ -341,16 +341,6 @@ def _is_alive(process: Mapping[str, Any]) -> bool:
         return is_same and found.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, OverflowError):
         return False
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there."""
-    fresh = path.with_name(f".{path.name}.part")
-    # What is there was left by a process that was killed, or is a link that came with the folder.
-    fresh.unlink(missing_ok=True)
-    with fresh.open("xb") as file:
-        file.write(content)
-    os.replace(fresh, path)
 
 
 def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Source: "Trace Event Format", the Chromium project.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from smolrun.events import Event, Span, Timeline
+from smolrun.files import atomic_write
 
 _LANES = ("compute", "wait", "network")
 _MOST_ROWS = 100  # of a lane; what overlaps more than that shares the last one
@@ -48,9 +48,7 @@ class TimelineFile:
         self._is_written = True
         rows = [row for rank in sorted(self._told) for row in self._rows(self._told[rank])]
         trace = {"displayTimeUnit": "ms", "traceEvents": rows}
-        fresh = self._path.with_name(f".{self._path.name}.part")
-        fresh.write_bytes(msgspec.json.encode(trace) + b"\n")
-        os.replace(fresh, self._path)
+        atomic_write(self._path, msgspec.json.encode(trace) + b"\n")
 
     def _rows(self, told: Timeline) -> Iterator[dict[str, Any]]:
         rank = told.rank

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from smolrun.files import atomic_write
 
 _FILE = Path("wandb") / "status.json"
 
@@ -51,6 +52,4 @@ def write_status(folder: Path, status: Status) -> None:
     path = folder / _FILE
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        fresh = path.with_name(".status.json.part")
-        fresh.write_bytes(msgspec.json.encode(status) + b"\n")
-        os.replace(fresh, path)
+        atomic_write(path, msgspec.json.encode(status) + b"\n")

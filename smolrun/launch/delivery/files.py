@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolrun.data.prepared import Prepared
+from smolrun.files import atomic_write
 from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
 
@@ -61,12 +61,10 @@ class FileHashes:
         """On the disk, if that is possible; else it is read again next time."""
         if self._memory is None:
             return
-        part = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
         newest = dict(list(self._known.items())[-_MOST_KNOWN:])
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(newest), encoding="utf-8")
-            os.replace(part, self._memory)
+            atomic_write(self._memory, json.dumps(newest).encode())
         except OSError:
             return
 

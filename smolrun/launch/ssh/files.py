@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from paramiko import SFTPClient, SSHException, Transport
 
 from smolrun.errors import HostError, SmolrunError
+from smolrun.files import atomic_writer
 from smolrun.launch.remote.connection import OnBytes
 
 # A machine that is gone is noticed long before; this is for an SFTP server that hangs alone, and
@@ -52,20 +53,13 @@ class SshFiles:
 
     def get(self, path: str, target: Path, on_bytes: OnBytes | None, most_bytes: int) -> None:
         """Copy a file of at most `most_bytes` from there."""
-        part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
-        try:
-            with part.open("xb") as file, self._session(f"read {path}") as client:
-                size = client.stat(path).st_size or 0
-                if size > most_bytes:
-                    what = f"{path} has {size:,} bytes, at most {most_bytes:,} were expected"
-                    raise HostError(self._name, what)
-                if not _read(client, path, size, file, on_bytes):
-                    raise HostError(self._name, f"{path} changed while it was read")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_writer(target) as file, self._session(f"read {path}") as client:
+            size = client.stat(path).st_size or 0
+            if size > most_bytes:
+                what = f"{path} has {size:,} bytes, at most {most_bytes:,} were expected"
+                raise HostError(self._name, what)
+            if not _read(client, path, size, file, on_bytes):
+                raise HostError(self._name, f"{path} changed while it was read")
 
     def close(self) -> None:
         """End the session. Never raises."""

@@ -14,11 +14,12 @@ import hashlib
 import hmac
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from smolrun.files import atomic_write
 
 DEFAULT_PORT = 22
 
@@ -159,7 +160,8 @@ def forget(lines: Sequence[Line], name: str) -> None:
             elif others := _without(doomed[number], name):
                 old = doomed[number].names.encode()
                 kept.append(text.replace(old, others.encode(), 1))
-        _replace(file, b"\n".join(kept))
+        target = file.resolve()  # a link stays a link
+        atomic_write(target, b"\n".join(kept), mode=target.stat().st_mode & 0o777)
 
 
 def _without(line: Line, name: str) -> str:
@@ -176,20 +178,3 @@ def _without(line: Line, name: str) -> str:
     if any(_matches(name, pattern) for pattern in left if not pattern.startswith(("!", "|"))):
         left.append(f"!{name}")
     return ",".join(left) if any(not pattern.startswith("!") for pattern in left) else ""
-
-
-def _replace(file: Path, data: bytes) -> None:
-    target = file.resolve()  # a link stays a link
-    mode = target.stat().st_mode & 0o777
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
