@@ -13,8 +13,9 @@ With staleness K the update of step t applies the sums of step t-K, on all ranks
 stay equal, no rank begins step t before all have finished step t-K-1, and the network has K whole
 steps to hide behind.
 
-With quantization gradients travel in fewer bits: parts/quantized_sum.py. All ranks decode the same
-bytes, so replicas stay equal too; what rounding took away is kept for the next step.
+With quantization gradients travel in fewer bits: parts/quantized_sum.py.
+All ranks decode the same bytes, so replicas stay equal too; what rounding took away is kept for
+the next step.
 
 Equal sums do not make equal replicas where machines are of different kinds, as their optimizer
 kernels differ in last bits. There the owner computes: every rank steps its own slices of all

@@ -31,7 +31,7 @@ _PREFIX = "residual/"
 def pieces(algorithm: ClassicDP) -> list[TensorSlice]:
     """This rank's residuals; the works of all flights are done.
 
-    What a flight has lost counts if its update will be made, which all ranks can tell by its facts.
+    What a flight has lost counts if its update will be made, as all ranks can tell by its facts.
     """
     finite = FACTS.index("is_finite")
     kept = {
