@@ -29,7 +29,7 @@ from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
 from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
-from smolrun.launch.supervisor_events import EXIT_DONE, Outcome
+from smolrun.launch.supervisor_events import EXIT_DONE, RunOutcome
 from smolrun.sanitize import echo, one_line
 from smolrun.tracking.console import Screen
 
@@ -107,7 +107,7 @@ def _measure(
     folder: RunFolder,
     prepared: Prepared | None,
     listen: Callable[[Event], None],
-) -> Outcome:
+) -> RunOutcome:
     """One world size, from connecting to its last row."""
     fleet = open_fleet(config)
     try:
@@ -128,7 +128,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.gloo import join_gloo, leave_gloo
     from smolrun.collectives.api import new_group
-    from smolrun.driver.bench_rows import rows
+    from smolrun.worker.bench import rows
 
     collectives = new_group(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)

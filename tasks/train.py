@@ -39,7 +39,7 @@ from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.launch.wake import awake
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import counted
@@ -143,7 +143,7 @@ class _Run:
         begin_driving(folder, steps=self._config.training.steps, unit=self._console.unit)
         return folder
 
-    def train(self) -> Outcome:
+    def train(self) -> RunOutcome:
         """Starts the ranks and hears them out; none is left when this returns or raises."""
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
@@ -172,7 +172,7 @@ class _Run:
 
     def _on_hosts(
         self, committer: CheckpointCommitter, saving: Saving | None, listen: Callable[[Event], None]
-    ) -> Outcome:
+    ) -> RunOutcome:
         """Everything the ranks need is brought to their hosts, they run, and the hosts are clean
         again."""
         folder, fleet, console = self._folder, self._fleet, self._console
@@ -253,12 +253,12 @@ class _Run:
             resume=resume,
         )
 
-    def lost(self, outcome: Outcome) -> Lost:
+    def lost(self, outcome: RunOutcome) -> Lost:
         """What is to be known of this start when it is over."""
         done = self._earlier.updates if self._earlier else 0
         return Lost(outcome, self._folder, done, self._is_begun, self._log_tail)
 
-    def tell(self, outcome: Outcome, wall_s: float, restarts: list[dict[str, Any]]) -> None:
+    def tell(self, outcome: RunOutcome, wall_s: float, restarts: list[dict[str, Any]]) -> None:
         """The summary, and the last lines."""
         Ending(
             self._config,
@@ -280,8 +280,8 @@ def _limits(config: RunConfig) -> Limits:
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """What one rank does between a mesh that stands and its result; returns its summary."""
     from smolrun.data.prepared import Prepared
-    from smolrun.driver.train_rank import pick_device, train
     from smolrun.parts.placement import rank_speeds
+    from smolrun.worker.train import pick_device, train
 
     return train(
         start.config,

@@ -32,7 +32,7 @@ def main() -> int:
 
 def _main(arguments: list[str]) -> int:
     if "--worker" in arguments:
-        return int(import_module("smolrun.cli.worker").main() or 0)
+        return int(import_module("smolrun.worker.process").main() or 0)
     if "--help" in arguments or "-h" in arguments:
         print(import_module("smolrun.cli.help").text())  # noqa: T201  (nothing has to be loaded)
         return 0

@@ -26,7 +26,7 @@ from smolrun.config.targets import CustomTarget
 from smolrun.driver.elasticity import is_enough, least_ranks
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
-from smolrun.launch.hosts import Host, WorkerPlan
+from smolrun.launch.hosts import WorkerHost, WorkerPlan
 from smolrun.launch.local import LocalHost, is_secret
 from smolrun.mesh.addresses import resolve
 
@@ -112,7 +112,7 @@ class Fleet:
         if self._is_closed:  # meanwhile
             machine.close()
 
-    def host_of(self, plan: WorkerPlan) -> Host:
+    def host_of(self, plan: WorkerPlan) -> WorkerHost:
         """Where a worker is started."""
         if plan.host not in self.machines:
             return LocalHost()

@@ -18,7 +18,7 @@ from smolrun.driver.workers import plan_again
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.elastic_worker import Elasticity
-from smolrun.launch.hosts import Host, WorkerPlan, WorkerProcess
+from smolrun.launch.hosts import WorkerHost, WorkerPlan, WorkerProcess
 
 _AGAIN = "it is tried again"
 
@@ -42,7 +42,7 @@ class Returns:
         for name, error in fleet.missing.items():
             self._news.put((name, str(error), "the run begins without it"))
 
-    def host_of(self, plan: WorkerPlan) -> Host:
+    def host_of(self, plan: WorkerPlan) -> WorkerHost:
         """Where a worker is started; one that is away is being reached from now on."""
         if self.elasticity is None or self._fleet.is_there(plan.host):
             return self._fleet.host_of(plan)

@@ -24,7 +24,7 @@ from smolrun.driver.run_summary import not_equipped
 from smolrun.errors import HostError, HostErrors, SmolrunError
 from smolrun.launch.driver import InterruptCounter
 from smolrun.launch.restart import GiveUp, Policy, Relaunch, Wait, decide
-from smolrun.launch.supervisor_events import EXIT_STOPPED, Outcome
+from smolrun.launch.supervisor_events import EXIT_STOPPED, RunOutcome
 from smolrun.tracking.run_folder import RunFolder
 
 _ASK_EVERY_S = 1.0
@@ -46,7 +46,7 @@ class Lost:
     """How a start of the run ended. `done` are the steps that it began with, or more;
     `has_begun` says whether it trained at all."""
 
-    outcome: Outcome
+    outcome: RunOutcome
     folder: RunFolder
     done: int
     has_begun: bool
@@ -56,10 +56,10 @@ class Lost:
 class Run(Protocol):
     """One start of the run, ready to train; none of its ranks is left when `train` returns."""
 
-    def train(self) -> Outcome:
+    def train(self) -> RunOutcome:
         """From the start of the ranks to their end."""
 
-    def lost(self, outcome: Outcome) -> Lost:
+    def lost(self, outcome: RunOutcome) -> Lost:
         """What is to be known of this start when it is over."""
 
 
@@ -68,12 +68,12 @@ _AnyRun = TypeVar("_AnyRun", bound=Run)
 
 def train_on(
     run: _AnyRun, restarts: Restarts, make: Callable[[NextStart], _AnyRun]
-) -> tuple[_AnyRun, Outcome]:
+) -> tuple[_AnyRun, RunOutcome]:
     """Train, and begin again as often as the configuration wants; the last start, and its end."""
     lost = run.lost(run.train())
     while True:
         found = restarts.after(lost)
-        if isinstance(found, Outcome):
+        if isinstance(found, RunOutcome):
             restarts.tell_at_the_end()
             return run, found
         try:
@@ -111,7 +111,7 @@ class Restarts:
         self._has_begun = False
         self._suspects: set[str] = set()
 
-    def after(self, lost: Lost) -> NextStart | Outcome:
+    def after(self, lost: Lost) -> NextStart | RunOutcome:
         """How to begin again; or how the run ended, if that was its end."""
         restart = self._config.cluster.restart
         self._note(lost)
@@ -247,7 +247,7 @@ def _is_asked(lost: Lost) -> bool:
     return lost.folder.stop_requests() > 0
 
 
-def _stopped(outcome: Outcome) -> Outcome:
+def _stopped(outcome: RunOutcome) -> RunOutcome:
     return dataclasses.replace(
         outcome,
         status="stopped",

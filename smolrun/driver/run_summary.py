@@ -15,7 +15,7 @@ from smolrun.driver.trackers import can_quantize
 from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import rate
@@ -24,7 +24,7 @@ from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_report import TimeTeller
 
 
-def unsaved(outcome: Outcome, committer: CheckpointCommitter) -> Outcome:
+def unsaved(outcome: RunOutcome, committer: CheckpointCommitter) -> RunOutcome:
     """A run whose last checkpoint could not be written has failed, however well it trained."""
     if committer.failure is None or outcome.status == "failed":
         return outcome
@@ -33,7 +33,7 @@ def unsaved(outcome: Outcome, committer: CheckpointCommitter) -> Outcome:
     )
 
 
-def with_advice(config: RunConfig, outcome: Outcome) -> Outcome:
+def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
     """What would save most memory, where that was the end of the run."""
     if not outcome.out_of_memory:
         return outcome
@@ -42,11 +42,11 @@ def with_advice(config: RunConfig, outcome: Outcome) -> Outcome:
     return with_remedies(config, outcome)
 
 
-def not_equipped(error: HostError | HostErrors) -> Outcome:
+def not_equipped(error: HostError | HostErrors) -> RunOutcome:
     """A run that could not begin, because a host cannot have what its ranks need."""
     first = error.errors[0] if isinstance(error, HostErrors) else error
     host = first.host if isinstance(first, HostError) else None
-    return Outcome("failed", EXIT_FAILED, str(error), failed_host=host, is_lost=host is not None)
+    return RunOutcome("failed", EXIT_FAILED, str(error), failed_host=host, is_lost=host is not None)
 
 
 class Ending:
@@ -70,7 +70,7 @@ class Ending:
 
     def tell(
         self,
-        outcome: Outcome,
+        outcome: RunOutcome,
         wall_s: float,
         console: Console,
         log_tail: Callable[[int], list[str]],
@@ -116,7 +116,7 @@ class Ending:
         is_here = self._folder.path.parent.resolve() == OUTPUTS.resolve()
         return self._folder.run_id if is_here else str(self._folder.path)
 
-    def _write_summary(self, outcome: Outcome, wall_s: float) -> None:
+    def _write_summary(self, outcome: RunOutcome, wall_s: float) -> None:
         config = self._config
         summary = self._record.summary(
             status=outcome.status,
@@ -145,7 +145,7 @@ class Ending:
             where = self._folder.path
             echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
 
-    def _complain(self, outcome: Outcome, log_tail: Callable[[int], list[str]]) -> None:
+    def _complain(self, outcome: RunOutcome, log_tail: Callable[[int], list[str]]) -> None:
         """Why the run failed, and the last lines of the log of the rank that broke it."""
         echo(indented(f"smolrun: {outcome.reason}"), error=True)
         failed = outcome.failed_rank

@@ -323,7 +323,7 @@ def _free(device: str, here: int) -> int:
 
 def print_process() -> None:
     """For the probe: load what a rank loads, use torch a little, tell how much memory that took."""
-    import smolrun.driver.train_rank  # noqa: F401  (all that a rank imports)
+    import smolrun.worker.train  # noqa: F401  (all that a rank imports)
 
     layer = nn.Linear(256, 256)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)

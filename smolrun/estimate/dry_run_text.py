@@ -22,7 +22,7 @@ from smolrun.driver.workers import OUTPUTS
 from smolrun.estimate.algorithm_sharding import at_stage
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.launch.out_of_memory import gb
-from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, Outcome
+from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, RunOutcome
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import counted, duration
@@ -134,7 +134,7 @@ def _fits(made: Estimate | None) -> bool:
     return made is not None and made.lacking(made.setting) <= 0
 
 
-def with_remedies(config: RunConfig, outcome: Outcome) -> Outcome:
+def with_remedies(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
     """The outcome of a run that ran out of memory, with what would save most."""
     if not outcome.out_of_memory:
         return outcome

@@ -35,10 +35,10 @@ from smolrun.launch.control import (
     LineSplitter,
     LogMessage,
     Message,
-    Peer,
     ReadyMessage,
     ResultMessage,
     RosterMessage,
+    RosterPeer,
     RowsMessage,
     StartMessage,
     StopMessage,
@@ -46,7 +46,7 @@ from smolrun.launch.control import (
     decode_from_driver,
     encode,
 )
-from smolrun.launch.stream_client import RowInbox
+from smolrun.launch.stream_client import StreamClient
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class WorkerChannel:
         """Own both descriptors and listen at once. `end_process` is for tests, and may return."""
         self.stop_requested = threading.Event()
         self.start: StartMessage | None = None
-        self.rows = RowInbox(self._send)
+        self.rows = StreamClient(self._send)
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._lease_limit_s = lease_limit_s
@@ -109,7 +109,7 @@ class WorkerChannel:
         self.start = message
         return message
 
-    def wait_roster(self, timeout_s: float) -> list[Peer]:
+    def wait_roster(self, timeout_s: float) -> list[RosterPeer]:
         """Where every rank listens, in rank order; raises WaitTimeout, or StopRequested."""
         message = self._next(timeout_s, "to say where the other ranks are")
         if not isinstance(message, RosterMessage):

@@ -1,7 +1,7 @@
 """The language of driver and worker, over the worker's stdin and stdout: one JSON object a line.
 
 Pure: messages, their bytes, and how a stream of bytes falls into lines. It knows nothing of
-processes, threads or clocks (`channel.py` is the worker's end, `attendant.py` the driver's).
+processes, threads or clocks (`channel.py` is the worker's end, `monitor.py` the driver's).
 
     driver                                   worker
       | -- start (config, secret) ------------> |
@@ -103,7 +103,7 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=0, le=65535)]
 
 
-class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RosterPeer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where one rank listens, best first."""
 
     rank: int
@@ -116,7 +116,7 @@ class RosterMessage(Message, frozen=True, tag="roster"):
 
     In an elastic run: rank 0 and the receiver alone, as soon as both are ready."""
 
-    peers: list[Peer]
+    peers: list[RosterPeer]
 
 
 class LeaseMessage(Message, frozen=True, tag="lease"):

@@ -20,28 +20,28 @@ from smolrun.events import Event, Note
 from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
 from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.elastic_worker import Elasticity
-from smolrun.launch.hosts import Host, WorkerPlan
+from smolrun.launch.hosts import WorkerHost, WorkerPlan
 from smolrun.launch.root_cause import RankState
-from smolrun.launch.stream_server import RowDesk, RowReader
-from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.stream_server import RowSource, StreamServer
+from smolrun.launch.supervisor import Limits, RunPhase, Supervisor
 from smolrun.launch.supervisor_events import (
     Action,
     Finish,
+    HostSilent,
     Input,
     Interrupted,
     Kill,
-    Misbehaved,
-    Outcome,
+    Notify,
+    ProtocolViolation,
     ReaderFailed,
     Reported,
+    RestartWorker,
+    RunOutcome,
     SendRoster,
     SendStop,
-    Silent,
-    StartAgain,
-    Tell,
     WantsRows,
 )
-from smolrun.launch.worker_monitor import Attendant
+from smolrun.launch.worker_monitor import WorkerMonitor
 
 # Of lines that wait to be handled; one more of any length is accepted. A worker that sends more has
 # to wait. The objects that are made of a line may take 30 times its bytes ("[]" is the worst).
@@ -91,7 +91,7 @@ class InterruptCounter:
                 signal.signal(number, handler)
 
 
-class Inbox:
+class InputQueue:
     """Inputs of all workers in order, for one reader; `most_bytes` of lines, and no more, wait."""
 
     def __init__(self, most_bytes: int = _INBOX_BYTES) -> None:
@@ -128,12 +128,12 @@ class Driver:
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        host_of: Callable[[WorkerPlan], Host],
+        host_of: Callable[[WorkerPlan], WorkerHost],
         *,
         listen: Callable[[Event], None],
         limits: Limits | None = None,
         lease_every_s: float = LEASE_EVERY_S,
-        rows: RowReader | None = None,
+        rows: RowSource | None = None,
         stop_requests: Callable[[], int] = lambda: 0,
         meanwhile: Callable[[], None] = lambda: None,
         elastic: Elasticity | None = None,
@@ -151,23 +151,23 @@ class Driver:
         self._listen = listen
         self._lease_every_s = lease_every_s
         self._limits = limits or Limits()
-        self._inbox = Inbox()
+        self._inputs = InputQueue()
         self._over = threading.Event()
         self._host_of = host_of
         self._elastic = elastic
         self._plan_again = plan_again
-        self._attendants: list[Attendant] = []
+        self._monitors: list[WorkerMonitor] = []
         for plan in plans:
-            self._attendants.append(self._attendant(plan))
+            self._monitors.append(self._monitor(plan))
         self._interrupts = InterruptCounter()
         self._rows = rows
-        self._desk: RowDesk | None = None
+        self._server: StreamServer | None = None
         self._stop_requests = stop_requests
         self._requested = 0
         self._requests_due = 0.0
         self._meanwhile = meanwhile
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Start all workers and tell how it ended; none is left when this returns or raises."""
         with self._interrupts.installed():
             try:
@@ -178,32 +178,32 @@ class Driver:
 
     def log_tail(self, rank: int) -> list[str]:
         """The last lines that a rank wrote to its log."""
-        return self._attendants[rank].tail
+        return self._monitors[rank].tail
 
     def _begin(self) -> None:
         if self._rows is not None:
-            self._desk = RowDesk(
+            self._server = StreamServer(
                 self._rows,
                 [plan.rank for plan in self._plans],
-                send=lambda rank, message, sent: self._attendants[rank].send(message, sent),
+                send=lambda rank, message, sent: self._monitors[rank].send(message, sent),
                 fail=lambda problem: self._post(ReaderFailed(problem)),
             )
-        for attendant in self._attendants:
-            attendant.send(attendant.plan.start)
-            attendant.begin()
+        for monitor in self._monitors:
+            monitor.send(monitor.plan.start)
+            monitor.begin()
         threading.Thread(target=self._renew_leases, name="smolrun-leases", daemon=True).start()
 
-    def _loop(self) -> Outcome:
+    def _loop(self) -> RunOutcome:
         states = [RankState(p.rank, p.host, str(p.log_path)) for p in self._plans]
         supervisor = self._supervisor(states)
-        told_interrupts = 0
+        num_interrupts = 0
         while True:
             item = self._next(supervisor.deadline)
             self._meanwhile()
             if isinstance(item, Reported):
                 self._listen(item.event)
-            if self._asked_to_stop() > told_interrupts:
-                told_interrupts += 1
+            if self._asked_to_stop() > num_interrupts:
+                num_interrupts += 1
                 actions = supervisor.handle(Interrupted(), time.monotonic())
                 if outcome := self._perform(actions):
                     return outcome
@@ -219,27 +219,27 @@ class Driver:
             return Supervisor(states, now=now, limits=self._limits)
         return ElasticSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
 
-    def _attendant(self, plan: WorkerPlan) -> Attendant:
+    def _monitor(self, plan: WorkerPlan) -> WorkerMonitor:
         """Who looks after one process of a rank; what is left of an earlier one is not heard."""
 
         def post(item: Input, num_bytes: int) -> None:
-            if self._attendants[plan.rank] is attendant:
+            if self._monitors[plan.rank] is monitor:
                 self._post(item, num_bytes)
 
-        attendant = Attendant(plan, self._host_of(plan), post)
-        return attendant
+        monitor = WorkerMonitor(plan, self._host_of(plan), post)
+        return monitor
 
     def _start_again(self, rank: int) -> None:
         plan = self._plan_again(self._plans[rank])
-        attendant = self._attendants[rank] = self._attendant(plan)
-        attendant.send(attendant.plan.start)
-        attendant.begin()
+        monitor = self._monitors[rank] = self._monitor(plan)
+        monitor.send(monitor.plan.start)
+        monitor.begin()
 
     def _look_for_silence(self, supervisor: Supervisor, now: float) -> list[Action]:
         """While the cause of a failure is sought, it counts who does not answer us either."""
-        if supervisor.phase is not Phase.FAILING:
+        if supervisor.phase is not RunPhase.FAILING:
             return []
-        silent = [Silent(one.plan.rank) for one in self._attendants if one.is_silent]
+        silent = [HostSilent(one.plan.rank) for one in self._monitors if one.is_silent]
         return [action for item in silent for action in supervisor.handle(item, now)]
 
     def _asked_to_stop(self) -> int:
@@ -254,57 +254,59 @@ class Driver:
         wait_s = (
             _POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic()))
         )
-        item = self._inbox.get(wait_s)
+        item = self._inputs.get(wait_s)
         return self._pass_on(item) if isinstance(item, WantsRows) else item
 
     def _pass_on(self, item: WantsRows) -> Input | None:
-        """To the desk; what is left for the supervisor is a wish that cannot be met."""
-        if self._desk is None:
-            return Misbehaved(item.rank, "asks for rows of a stream, but the data is no stream")
+        """To the server; what is left for the supervisor is a wish that cannot be met."""
+        if self._server is None:
+            return ProtocolViolation(
+                item.rank, "asks for rows of a stream, but the data is no stream"
+            )
         try:
-            self._desk.want(item.rank, item.wanted)
+            self._server.want(item.rank, item.wanted)
         except ProtocolError as error:
-            return Misbehaved(item.rank, str(error))
+            return ProtocolViolation(item.rank, str(error))
         return None
 
-    def _perform(self, actions: Sequence[Action]) -> Outcome | None:
+    def _perform(self, actions: Sequence[Action]) -> RunOutcome | None:
         if any(isinstance(action, SendStop) for action in actions):
             self._listen(Note("info", "stopping at the next agreed step; Ctrl-C again: at once"))
         for action in actions:
             if isinstance(action, Finish):
                 return action.outcome
             if isinstance(action, Kill):
-                self._attendants[action.rank].kill()
+                self._monitors[action.rank].kill()
             elif isinstance(action, SendStop):
-                self._attendants[action.rank].send(StopMessage())
+                self._monitors[action.rank].send(StopMessage())
             elif isinstance(action, SendRoster):
-                for attendant in self._attendants:
-                    if action.to in (None, attendant.plan.rank):
-                        attendant.send(RosterMessage(peers=action.peers))
-            elif isinstance(action, StartAgain):
+                for monitor in self._monitors:
+                    if action.to in (None, monitor.plan.rank):
+                        monitor.send(RosterMessage(peers=action.peers))
+            elif isinstance(action, RestartWorker):
                 self._start_again(action.rank)
-            elif isinstance(action, Tell):
+            elif isinstance(action, Notify):
                 self._listen(Note(action.level, action.message))
         return None
 
     def _post(self, item: Input, num_bytes: int = 0) -> None:
-        """For the attendants' threads; waits while the inbox is full, so a flood is slowed down."""
-        while not self._over.is_set() and not self._inbox.put(item, num_bytes, _POLL_S):
+        """For the monitors' threads; waits while the inbox is full, so a flood is slowed down."""
+        while not self._over.is_set() and not self._inputs.put(item, num_bytes, _POLL_S):
             pass
 
     def _renew_leases(self) -> None:
         while not self._over.wait(self._lease_every_s):
-            for attendant in self._attendants:
-                attendant.renew_lease()
+            for monitor in self._monitors:
+                monitor.renew_lease()
 
     def _end(self) -> None:
         """Whatever happened: all workers are killed and, within a few seconds, seen to be gone."""
-        for attendant in self._attendants:
-            attendant.kill()
+        for monitor in self._monitors:
+            monitor.kill()
         self._over.set()
-        if self._desk is not None:
-            self._desk.close()
+        if self._server is not None:
+            self._server.close()
         give_up = time.monotonic() + _LAST_JOIN_S
-        for attendant in self._attendants:
-            if not attendant.join(max(0.0, give_up - time.monotonic())):
-                log.warning("no sign that rank %d has ended", attendant.plan.rank)
+        for monitor in self._monitors:
+            if not monitor.join(max(0.0, give_up - time.monotonic())):
+                log.warning("no sign that rank %d has ended", monitor.plan.rank)

@@ -18,10 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 from smolrun.events import Membership
-from smolrun.launch.control import Peer
-from smolrun.launch.elastic_worker import Elasticity, Member, departure, is_away
-from smolrun.launch.root_cause import Cause, RankState, names, pick_cause
-from smolrun.launch.supervisor import Limits, Phase, Supervisor, failed_by
+from smolrun.launch.control import RosterPeer
+from smolrun.launch.elastic_worker import Elasticity, ElasticWorker, departure, is_away
+from smolrun.launch.root_cause import RankState, RootCause, names, pick_cause
+from smolrun.launch.supervisor import Limits, RunPhase, Supervisor, failed_by
 from smolrun.launch.supervisor_events import (
     EXIT_DONE,
     EXIT_STOPPED,
@@ -29,12 +29,12 @@ from smolrun.launch.supervisor_events import (
     Action,
     Input,
     Kill,
-    Outcome,
+    Notify,
     Reported,
+    RestartWorker,
+    RunOutcome,
     SendRoster,
     SendStop,
-    StartAgain,
-    Tell,
 )
 
 
@@ -52,40 +52,40 @@ class ElasticSupervisor(Supervisor):
         super().__init__(states, now=now, limits=limits)
         self.departures: list[dict[str, Any]] = []
         self._policy = policy or Elasticity()
-        self._members = [Member(now, self._limits.start_s, self._policy) for _ in states]
+        self._elastic = [ElasticWorker(now, self._limits.start_s, self._policy) for _ in states]
         self._began = now
         self._limit: float | None = now + self._limits.start_s  # of rank 0's start, or of an end
         self._is_parting = False
         self._short_since: float | None = now  # since when fewer than min_ranks are at work
         self._was_enough = False
-        self._last_cause: Cause | None = None
+        self._last_cause: RootCause | None = None
 
     def handle(self, item: Input, now: float) -> list[Action]:
         """See Supervisor."""
         if isinstance(item, Reported) and isinstance(item.event, Membership):
             # A process that joins comes after the loss of the one before it, also in this order.
-            member = self._members[item.event.rank]
-            member.unlinked = None if item.event.is_here else now
+            worker = self._elastic[item.event.rank]
+            worker.unlinked = None if item.event.is_here else now
         return super().handle(item, now)
 
     def advance(self, now: float) -> list[Action]:
         """See Supervisor."""
         actions = super().advance(now)
-        if self.phase in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING):
+        if self.phase in (RunPhase.STARTING, RunPhase.RUNNING, RunPhase.STOPPING):
             self.deadline = min(self._times(), default=None)
         return actions
 
     def _times(self) -> list[float]:
         """When something is due by itself."""
-        times = [time for state, member in self._workers() for time in member.times(state)]
+        times = [time for state, worker in self._workers() for time in worker.times(state)]
         if self._limit is not None:
             times.append(self._limit)
         if self._short_since is not None:
             times.append(self._short_since + self._patience_s())
         return times
 
-    def _workers(self) -> list[tuple[RankState, Member]]:
-        return list(zip(self._states, self._members, strict=True))[1:]
+    def _workers(self) -> list[tuple[RankState, ElasticWorker]]:
+        return list(zip(self._states, self._elastic, strict=True))[1:]
 
     # -- the phases ----
 
@@ -96,13 +96,13 @@ class ElasticSupervisor(Supervisor):
         elif self._interrupts:
             self._stop_before_it_began(now)
         elif server.addresses:
-            self.phase, self._limit = Phase.RUNNING, None
-            self._members[0].has_joined = True
+            self.phase, self._limit = RunPhase.RUNNING, None
+            self._elastic[0].has_joined = True
             return [SendRoster([_peer(server)], to=0)]
         elif self._has_passed(now):
             limit_s = self._limits.start_s
             reason = f"{server.label} not ready within {limit_s:g} s; log: {server.log}"
-            self._close_for(Cause(0, server.host, reason, is_lost=True), now)
+            self._close_for(RootCause(0, server.host, reason, is_lost=True), now)
         else:
             return self._tend(now)
         return []
@@ -111,26 +111,26 @@ class ElasticSupervisor(Supervisor):
         server = self._states[0]
         if self._hurry:
             reason = "stopped at once by the user; what came after the last checkpoint is lost"
-            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason))
+            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason))
         elif server.has_failed:
             self._fail(now)
         elif server.result is not None:
             return self._part(now)
         elif self._interrupts and not self._has_begun:
             self._stop_before_it_began(now)
-        elif self._interrupts and self.phase is Phase.RUNNING:
+        elif self._interrupts and self.phase is RunPhase.RUNNING:
             self._start_nobody_again(now + self._limits.stop_s)
             return [SendStop(state.rank) for state in self._states if not state.is_over]
-        elif self.phase is Phase.STOPPING and self._has_passed(now):
+        elif self.phase is RunPhase.STOPPING and self._has_passed(now):
             limit_s = self._limits.stop_s
             reason = (
                 f"{server.label} did not stop within {limit_s:g} s; "
                 "what came after the last checkpoint is lost"
             )
-            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         else:
             actions = self._tend(now)
-            if self.phase is Phase.RUNNING:
+            if self.phase is RunPhase.RUNNING:
                 self._look_for_shortage(now)
             return actions
         return []
@@ -140,21 +140,21 @@ class ElasticSupervisor(Supervisor):
         if not self._is_parting:
             self._is_parting = True
             self._start_nobody_again(now + self._policy.farewell_s)
-        awaited = [s for s, member in self._workers() if member.has_joined and not s.is_over]
+        awaited = [s for s, worker in self._workers() if worker.has_joined and not s.is_over]
         if awaited and not self._has_passed(now):
             return []
         result = self._states[0].result
         assert result is not None
         was_stopped = result.status == "stopped"
-        stopped = Outcome("stopped", EXIT_STOPPED, "stopped by the user")
-        self._close(now, stopped if was_stopped else Outcome("done", EXIT_DONE))
+        stopped = RunOutcome("stopped", EXIT_STOPPED, "stopped by the user")
+        self._close(now, stopped if was_stopped else RunOutcome("done", EXIT_DONE))
         return []
 
     def _start_nobody_again(self, limit: float) -> None:
         """The run comes to its end, until `limit`."""
-        self.phase, self._limit, self._short_since = Phase.STOPPING, limit, None
-        for member in self._members:
-            member.due = None
+        self.phase, self._limit, self._short_since = RunPhase.STOPPING, limit, None
+        for worker in self._elastic:
+            worker.due = None
 
     def _has_passed(self, now: float) -> bool:
         return self._limit is not None and now >= self._limit
@@ -164,12 +164,12 @@ class ElasticSupervisor(Supervisor):
         fine = [state for state in self._states[1:] if not state.has_failed]
         self._close_for(pick_cause([self._states[0], *fine]), now)
 
-    def _close_for(self, cause: Cause, now: float) -> None:
+    def _close_for(self, cause: RootCause, now: float) -> None:
         self._close(now, failed_by(cause))
         # Nothing is saved any more, and nobody needs a farewell.
         self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 
-    def _final(self, alive: Sequence[RankState]) -> Outcome:
+    def _final(self, alive: Sequence[RankState]) -> RunOutcome:
         return replace(super()._final(alive), departures=self.departures)
 
     # -- workers ----
@@ -177,64 +177,64 @@ class ElasticSupervisor(Supervisor):
     def _tend(self, now: float) -> list[Action]:
         return [
             action
-            for state, member in self._workers()
-            for action in self._tend_one(state, member, now)
+            for state, worker in self._workers()
+            for action in self._tend_one(state, worker, now)
         ]
 
-    def _tend_one(self, state: RankState, member: Member, now: float) -> list[Action]:
+    def _tend_one(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
         """What one worker needs now."""
-        if member.due is not None:
-            return self._start_again(state, member, now) if now >= member.due else []
+        if worker.due is not None:
+            return self._start_again(state, worker, now) if now >= worker.due else []
         if state.is_gone:
-            is_news = state.has_failed and not member.is_given_up
-            return self._has_gone(state, member, now) if is_news else []
-        member.look_at_clock(state, now)
-        is_useless = state.has_failed or member.is_late or member.stands_still
+            is_news = state.has_failed and not worker.is_given_up
+            return self._has_gone(state, worker, now) if is_news else []
+        worker.look_at_clock(state, now)
+        is_useless = state.has_failed or worker.is_late or worker.stands_still
         if is_useless and not state.killed:
             state.killed = True
             return [Kill(state.rank)]
-        if state.addresses and not member.has_joined and self.phase is Phase.RUNNING:
-            return self._let_join(state, member, now)
+        if state.addresses and not worker.has_joined and self.phase is RunPhase.RUNNING:
+            return self._let_join(state, worker, now)
         return []
 
-    def _start_again(self, state: RankState, member: Member, now: float) -> list[Action]:
-        member.starts_again(now)
+    def _start_again(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
+        worker.starts_again(now)
         self._states[state.rank] = RankState(state.rank, state.host, state.log)
-        return [StartAgain(state.rank)]
+        return [RestartWorker(state.rank)]
 
-    def _let_join(self, state: RankState, member: Member, now: float) -> list[Action]:
-        away_s = member.joins(now, self._began)
+    def _let_join(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
+        away_s = worker.joins(now, self._began)
         actions: list[Action] = [SendRoster([_peer(self._states[0]), _peer(state)], to=state.rank)]
         if away_s is not None:
             told = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
-            actions.append(Tell("info", told))
+            actions.append(Notify("info", told))
         return actions
 
-    def _has_gone(self, state: RankState, member: Member, now: float) -> list[Action]:
+    def _has_gone(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
         """Its process has ended too early: told once, however often it must be tried."""
-        cause = self._last_cause = member.ended(state, now)
-        is_first = member.row is None
-        if member.row is None:
-            member.row = departure(state, cause, now - self._began)
-            self.departures.append(member.row)
-        if self.phase is Phase.STOPPING:
-            member.give_up()
+        cause = self._last_cause = worker.ended(state, now)
+        is_first = worker.row is None
+        if worker.row is None:
+            worker.row = departure(state, cause, now - self._began)
+            self.departures.append(worker.row)
+        if self.phase is RunPhase.STOPPING:
+            worker.give_up()
             return []
-        if member.is_given_up:
-            member.row["given_up"] = True
-            told = f"that was {member.quick} times in a row, so it is not started again"
-            return [Tell("warning", f"{cause.reason}; {told}; {self._count()} are at work")]
+        if worker.is_given_up:
+            worker.row["given_up"] = True
+            told = f"that was {worker.quick} times in a row, so it is not started again"
+            return [Notify("warning", f"{cause.reason}; {told}; {self._count()} are at work")]
         if not is_first:
             return []
         again = "tried again until it answers" if is_away(state) else "started again"
         told = f"the run goes on with {self._count()}; rank {state.rank} is {again}"
-        return [Tell("warning", f"{cause.reason}; {told}")]
+        return [Notify("warning", f"{cause.reason}; {told}")]
 
     # -- how many ----
 
     def _at_work(self) -> list[RankState]:
-        pairs = zip(self._states, self._members, strict=True)
-        return [state for state, member in pairs if member.has_joined and not state.has_failed]
+        pairs = zip(self._states, self._elastic, strict=True)
+        return [state for state, worker in pairs if worker.has_joined and not state.has_failed]
 
     def _count(self) -> str:
         count = sum(not state.has_failed for state in self._states)
@@ -252,7 +252,7 @@ class ElasticSupervisor(Supervisor):
             return
         if self._short_since is None:
             self._short_since = now
-        can_be = len(self._states) - sum(member.is_given_up for member in self._members)
+        can_be = len(self._states) - sum(worker.is_given_up for worker in self._elastic)
         if can_be < least:
             why = f"{can_be} of the {least} ranks that it needs are left"
         elif now >= self._short_since + self._patience_s():
@@ -263,12 +263,12 @@ class ElasticSupervisor(Supervisor):
         else:
             return
         missing = [state for state in self._states if state not in self._at_work()]
-        cause = self._last_cause or Cause(
+        cause = self._last_cause or RootCause(
             missing[0].rank, missing[0].host, f"{names(missing)} never joined", is_lost=True
         )
         reason = f"{cause.reason}; {why} (algorithm.min_ranks={self._policy.min_ranks})"
         self._close_for(replace(cause, reason=reason), now)
 
 
-def _peer(state: RankState) -> Peer:
-    return Peer(state.rank, state.host, state.addresses)
+def _peer(state: RankState) -> RosterPeer:
+    return RosterPeer(state.rank, state.host, state.addresses)

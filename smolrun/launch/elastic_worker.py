@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from smolrun.launch.root_cause import Cause, RankState, pick_cause
+from smolrun.launch.root_cause import RankState, RootCause, pick_cause
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Elasticity:
 
 
 @dataclass
-class Member:
+class ElasticWorker:
     """What is known of a worker beyond its present process."""
 
     since: float  # when this process was started, or joined
@@ -80,7 +80,7 @@ class Member:
         self.row["away_s"], self.row = round(away_s, 3), None
         return away_s
 
-    def ended(self, state: RankState, now: float) -> Cause:
+    def ended(self, state: RankState, now: float) -> RootCause:
         """Its process has ended too early: decides about the next one, and says why it ended."""
         policy, cause = self.policy, self._cause(state)
         is_brief = not self.has_joined or now - self.since < policy.quick_s
@@ -98,14 +98,14 @@ class Member:
         """No process of it is started any more."""
         self.due, self.is_given_up = None, True
 
-    def _cause(self, state: RankState) -> Cause:
+    def _cause(self, state: RankState) -> RootCause:
         if self.is_late:
             reason = f"{state.label} not ready within {self.start_s:g} s; log: {state.log}"
         elif self.stands_still:
             reason = f"{state.label} stood still, and was ended after {self.policy.wake_s:g} s"
         else:
             return pick_cause([state])
-        return Cause(state.rank, state.host, reason, is_lost=True)
+        return RootCause(state.rank, state.host, reason, is_lost=True)
 
 
 def is_away(state: RankState) -> bool:
@@ -113,7 +113,7 @@ def is_away(state: RankState) -> bool:
     return state.never_started or state.lost is not None
 
 
-def departure(state: RankState, cause: Cause, after_s: float) -> dict[str, Any]:
+def departure(state: RankState, cause: RootCause, after_s: float) -> dict[str, Any]:
     """A row of summary.json; `away_s` stays None if the rank never comes back."""
     return {
         "rank": state.rank,

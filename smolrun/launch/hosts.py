@@ -1,7 +1,7 @@
 """What the launcher asks of a host: start one worker, and give back its three pipes.
 
 `local.py` does it by subprocess; a host reached over SSH does the same from the other end of a
-connection. Nothing here knows which. Every method may block; the attendant calls each from a thread
+connection. Nothing here knows which. Every method may block; the monitor calls each from a thread
 of its own.
 """
 
@@ -63,7 +63,7 @@ class WorkerProcess(Protocol):
         """End it and all it started, at once, even if frozen. Never raises; may come twice."""
 
 
-class Host(Protocol):
+class WorkerHost(Protocol):
     """A machine that can run workers."""
 
     def start(self, plan: WorkerPlan) -> WorkerProcess:

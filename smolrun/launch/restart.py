@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class GiveUp:
 
 def decide(
     policy: Policy,
-    outcome: Outcome,
+    outcome: RunOutcome,
     hosts: Sequence[str],
     answered: Collection[str],
     *,

@@ -78,7 +78,7 @@ class RankState:
 
 
 @dataclass(frozen=True)
-class Cause:
+class RootCause:
     """The rank that broke the run, and the line about it."""
 
     rank: int
@@ -93,14 +93,14 @@ def names(states: Sequence[RankState]) -> str:
     return ", ".join(state.label for state in states)
 
 
-def did_not_finish(late: Sequence[RankState], limit_s: float) -> Cause:
+def did_not_finish(late: Sequence[RankState], limit_s: float) -> RootCause:
     """The cause when some ranks were done long ago and `late` ones still are not."""
     state = late[0]
     reason = f"{names(late)} did not finish within {limit_s:g} s after the others; log: {state.log}"
-    return Cause(state.rank, state.host, reason, is_lost=True)
+    return RootCause(state.rank, state.host, reason, is_lost=True)
 
 
-def pick_cause(states: Sequence[RankState]) -> Cause:
+def pick_cause(states: Sequence[RankState]) -> RootCause:
     """The first rank of the gravest kind of failure; at least one must be over or have failed."""
     signs = sorted((state for state in states if state.has_failed), key=lambda state: state.sign)
     for is_grave in (_is_dead, _has_own_error):
@@ -128,7 +128,7 @@ def _has_own_error(state: RankState) -> bool:
     return state.error is not None and state.error.kind not in _SECOND_HAND
 
 
-def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> Cause | None:
+def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> RootCause | None:
     """The rank that the others lost, or waited for in vain: by `_weight`."""
     by_rank = {state.rank: state for state in states}
     accused = [
@@ -228,14 +228,14 @@ def _when(state: RankState) -> str:
 
 def _cause(
     state: RankState, states: Sequence[RankState], what: str, named: Set[int] = frozenset()
-) -> Cause:
+) -> RootCause:
     others = sum(1 for other in states if other is not state and other.rank not in named)
     it = "them" if len(named) > 1 else "it"
     ended = f"; {others} other rank{'s' if others > 1 else ''} ended with {it}" if others else ""
     reason = f"{state.label} {what}{ended}; log: {state.log}"
     has_own = state.problem is None and _out_of_memory(state) is not None
     is_lost = not has_own and _is_lost(state)
-    return Cause(state.rank, state.host, reason, has_own, is_lost)
+    return RootCause(state.rank, state.host, reason, has_own, is_lost)
 
 
 def _is_lost(state: RankState) -> bool:

@@ -13,7 +13,7 @@ from smolrun.errors import DataError, ProtocolError
 from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
 
 
-class RowInbox:
+class StreamClient:
     """Ranges of rows, asked for by `request` and given by `take` in the same order."""
 
     def __init__(self, send: Callable[[Message], None]) -> None:

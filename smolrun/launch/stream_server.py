@@ -1,11 +1,11 @@
 """The driver's end of a stream: one reader's rows, handed out to the ranks that asked for them.
 
-    reader  -- row 0, 1, 2 ... -->  ledger  -- rows 0 to 3 --> rank 0
+    reader  -- row 0, 1, 2 ... -->  buffer  -- rows 0 to 3 --> rank 0
                                             -- rows 4 to 7 --> rank 1
 
-Rows are read in their order and only when a rank asked for them or for later ones. A row is kept
-until no rank can ask for it any more; a rank that lags far behind the others stops the reading, not
-the memory. `RowLedger` decides, and is pure; `RowDesk` is the thread "smolrun-rows" around it.
+Rows are read in order, and only when a rank has requested them or later ones. A row is kept until
+no rank can request it any more; a rank far behind the others pauses the reading, so memory is
+bounded. `StreamBuffer` decides and is pure; `StreamServer` is the thread "smolrun-rows" around it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LAST_JOIN_S = 2.0
 log = logging.getLogger(__name__)
 
 
-class RowReader(Protocol):
+class RowSource(Protocol):
     """Rows of one size, in order. `row` is the number of the next one."""
 
     @property
@@ -48,7 +48,7 @@ class RowReader(Protocol):
 
 
 @dataclass
-class _Taker:
+class _Cursor:
     """One rank. It asks for nothing before `frontier` any more; None: for nothing at all."""
 
     frontier: int | None
@@ -61,12 +61,12 @@ class _Taker:
         return self.open[0].start if self.open else self.frontier
 
 
-class RowLedger:
+class StreamBuffer:
     """Who asked for what, which rows are kept, which are to be sent, and whether to read on."""
 
-    def __init__(self, takers: Iterable[int], *, first: int, row_bytes: int) -> None:
-        """`takers` are the ranks that will ask for rows; row `first` is the first to be read."""
-        self._takers = {rank: _Taker(first) for rank in takers}
+    def __init__(self, ranks: Iterable[int], *, first: int, row_bytes: int) -> None:
+        """`ranks` are the ranks that will ask for rows; row `first` is the first to be read."""
+        self._cursors = {rank: _Cursor(first) for rank in ranks}
         self._rows: deque[bytes] = deque()
         self._lowest = first  # the number of the first row that is kept
         self._chunk = max(1, _CHUNK_BYTES // row_bytes)
@@ -81,25 +81,27 @@ class RowLedger:
     def wants_row(self) -> bool:
         """Whether the next row is to be read now."""
         next_row = self._lowest + len(self._rows)
-        is_asked_for = any(asked.stop > next_row for t in self._takers.values() for asked in t.open)
+        is_asked_for = any(
+            asked.stop > next_row for t in self._cursors.values() for asked in t.open
+        )
         return is_asked_for and len(self._rows) < self._most_kept
 
     def want(self, rank: int, wanted: WantRowsMessage) -> None:
         """A rank's request; raises ProtocolError if it breaks its own promises."""
-        taker = self._takers.get(rank)
-        if taker is None or taker.frontier is None:
+        cursor = self._cursors.get(rank)
+        if cursor is None or cursor.frontier is None:
             raise ProtocolError("asks for rows of the stream, of which it is to get none")
         next_first = wanted.stop if wanted.next_first is None else wanted.next_first
-        if not taker.frontier <= wanted.first <= wanted.stop <= next_first:
+        if not cursor.frontier <= wanted.first <= wanted.stop <= next_first:
             raise ProtocolError(
                 f"asks for rows {wanted.first} to {wanted.stop - 1} of the stream, though it said "
-                f"that it needs none before {taker.frontier}"
+                f"that it needs none before {cursor.frontier}"
             )
-        if len(taker.open) >= _MOST_OPEN:
+        if len(cursor.open) >= _MOST_OPEN:
             raise ProtocolError(f"asks for rows of the stream, with {_MOST_OPEN} requests open")
-        taker.frontier = wanted.next_first
+        cursor.frontier = wanted.next_first
         if wanted.first < wanted.stop:
-            taker.open.append(range(wanted.first, wanted.stop))
+            cursor.open.append(range(wanted.first, wanted.stop))
         self._forget()
 
     def add(self, row: bytes) -> None:
@@ -109,50 +111,51 @@ class RowLedger:
     def due(self) -> list[tuple[int, RowsMessage]]:
         """What can be sent now, rank and message; each is on its way until `sent`."""
         messages = []
-        for rank, taker in self._takers.items():
+        for rank, cursor in self._cursors.items():
             while (
-                taker.unsent < _MOST_UNSENT_BYTES and (message := self._next_for(taker)) is not None
+                cursor.unsent < _MOST_UNSENT_BYTES
+                and (message := self._next_for(cursor)) is not None
             ):
-                taker.unsent += len(message.data)
+                cursor.unsent += len(message.data)
                 messages.append((rank, message))
         self._forget()
         return messages
 
     def sent(self, rank: int, message: RowsMessage) -> None:
         """A message is with its rank."""
-        self._takers[rank].unsent -= len(message.data)
+        self._cursors[rank].unsent -= len(message.data)
 
-    def _next_for(self, taker: _Taker) -> RowsMessage | None:
+    def _next_for(self, cursor: _Cursor) -> RowsMessage | None:
         """A whole request, or a chunk of a long one; None if that is not there yet."""
-        if not taker.open:
+        if not cursor.open:
             return None
-        asked = taker.open[0]
+        asked = cursor.open[0]
         count = min(len(asked), self._chunk)
         begin = asked.start - self._lowest
         if begin + count > len(self._rows):
             return None
         data = b"".join(self._rows[index] for index in range(begin, begin + count))
         if count == len(asked):
-            taker.open.popleft()
+            cursor.open.popleft()
         else:
-            taker.open[0] = asked[count:]
+            cursor.open[0] = asked[count:]
         return RowsMessage(first=asked.start, count=count, data=data)
 
     def _forget(self) -> None:
         """Drop rows that nobody needs any more."""
-        lowest = [taker.lowest for taker in self._takers.values() if taker.lowest is not None]
+        lowest = [cursor.lowest for cursor in self._cursors.values() if cursor.lowest is not None]
         while self._rows and (not lowest or self._lowest < min(lowest)):
             self._rows.popleft()
             self._lowest += 1
 
 
-class RowDesk:
+class StreamServer:
     """Reads in a thread of its own; `send` and `fail` are called from there and must not block."""
 
     def __init__(
         self,
-        reader: RowReader,
-        takers: Iterable[int],
+        reader: RowSource,
+        ranks: Iterable[int],
         *,
         send: Callable[[int, Message, Callable[[], None]], None],
         fail: Callable[[str], None],
@@ -161,7 +164,7 @@ class RowDesk:
         once the rank has the message. `fail` gets the sentence, and is the last."""
         self._reader = reader
         self._send, self._fail = send, fail
-        self._ledger = RowLedger(takers, first=reader.row, row_bytes=reader.row_bytes)
+        self._buffer = StreamBuffer(ranks, first=reader.row, row_bytes=reader.row_bytes)
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="smolrun-rows", daemon=True)
@@ -170,7 +173,7 @@ class RowDesk:
     def want(self, rank: int, wanted: WantRowsMessage) -> None:
         """A rank's request; never waits for the reader. ProtocolError if it is none to be met."""
         with self._changed:
-            self._ledger.want(rank, wanted)
+            self._buffer.want(rank, wanted)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -185,7 +188,7 @@ class RowDesk:
             while self._hand_out():
                 row = self._reader.read()
                 with self._changed:
-                    self._ledger.add(row)
+                    self._buffer.add(row)
         except SmolrunError as error:
             self._fail(f"the driver cannot read the stream any more: {error}")
         except Exception as error:  # a library's, or the user's own reader's
@@ -197,10 +200,10 @@ class RowDesk:
         """Send what is due, then wait until a row is wanted; False: never again."""
         while True:
             with self._changed:
-                due = self._ledger.due()
-                while not (due or self._closing or self._ledger.wants_row):
+                due = self._buffer.due()
+                while not (due or self._closing or self._buffer.wants_row):
                     self._changed.wait()
-                    due = self._ledger.due()
+                    due = self._buffer.due()
                 if self._closing:
                     return False
             if not due:
@@ -210,5 +213,5 @@ class RowDesk:
 
     def _sent(self, rank: int, message: RowsMessage) -> None:
         with self._changed:
-            self._ledger.sent(rank, message)
+            self._buffer.sent(rank, message)
             self._changed.notify_all()

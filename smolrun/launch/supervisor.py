@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from smolrun.events import Note, RankStep, StepDone
-from smolrun.launch.control import Peer
+from smolrun.launch.control import RosterPeer
 from smolrun.launch.root_cause import (
-    Cause,
     RankState,
+    RootCause,
     did_not_finish,
     is_explained,
     names,
@@ -37,19 +37,19 @@ from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,
-    Finished,
+    HostSilent,
     Input,
     Interrupted,
     Kill,
-    Misbehaved,
     NotStarted,
-    Outcome,
+    ProtocolViolation,
     ReaderFailed,
-    Ready,
     Reported,
+    RunOutcome,
     SendRoster,
     SendStop,
-    Silent,
+    WorkerFinished,
+    WorkerReady,
 )
 
 
@@ -72,7 +72,7 @@ class Limits:
     kill_s: float = 5.0
 
 
-class Phase(Enum):
+class RunPhase(Enum):
     """Where the run stands; see the picture above."""
 
     STARTING = auto()
@@ -97,25 +97,27 @@ class Supervisor:
         self._steps = 0
         self._has_begun = False
         self._hurry = False
-        self._outcome: Outcome | None = None
-        self.phase = Phase.STARTING
+        self._outcome: RunOutcome | None = None
+        self.phase = RunPhase.STARTING
         self.deadline: float | None = now + self._limits.start_s
 
     def handle(self, item: Input, now: float) -> list[Action]:
         """What to do now that this has happened."""
-        if self.phase is Phase.FINISHED:
+        if self.phase is RunPhase.FINISHED:
             return []
         if isinstance(item, Interrupted):
             self._interrupts += 1
             # During FAILING and CLOSING there is nothing to agree on any more: one Ctrl-C is enough
             # to hurry.
             self._hurry = (
-                self._hurry or self._interrupts > 1 or self.phase in (Phase.FAILING, Phase.CLOSING)
+                self._hurry
+                or self._interrupts > 1
+                or self.phase in (RunPhase.FAILING, RunPhase.CLOSING)
             )
         elif isinstance(item, ReaderFailed):
             # A failure that came first may still be the cause of this one, and it names a rank.
-            if self.phase not in (Phase.FAILING, Phase.CLOSING):
-                self._close(now, Outcome("failed", EXIT_FAILED, item.problem), hurry=True)
+            if self.phase not in (RunPhase.FAILING, RunPhase.CLOSING):
+                self._close(now, RunOutcome("failed", EXIT_FAILED, item.problem), hurry=True)
         else:
             self._note(self._states[item.rank], item)
         return self.advance(now)
@@ -123,17 +125,21 @@ class Supervisor:
     def advance(self, now: float) -> list[Action]:
         """What to do because time has passed."""
         actions: list[Action] = []
-        if self.phase is Phase.STARTING:
+        if self.phase is RunPhase.STARTING:
             actions += self._starting(now)
-        if self.phase in (Phase.RUNNING, Phase.STOPPING):
+        if self.phase in (RunPhase.RUNNING, RunPhase.STOPPING):
             actions += self._running(now)
-        if self.phase is Phase.FAILING and self.deadline is not None and is_explained(self._states):
+        if (
+            self.phase is RunPhase.FAILING
+            and self.deadline is not None
+            and is_explained(self._states)
+        ):
             self.deadline = min(self.deadline, now + self._limits.settle_s)
-        if self.phase is Phase.FAILING and (
+        if self.phase is RunPhase.FAILING and (
             self._hurry or self._is_due(now) or all(s.is_over for s in self._states)
         ):
             self._fail(now)
-        if self.phase is Phase.CLOSING:
+        if self.phase is RunPhase.CLOSING:
             actions += self._closing(now)
         return actions
 
@@ -142,11 +148,11 @@ class Supervisor:
 
     def _note(self, state: RankState, item: Input) -> None:
         had_failed = state.has_failed
-        if isinstance(item, Ready) and state.addresses:
+        if isinstance(item, WorkerReady) and state.addresses:
             # The others have been sent the first addresses; in an elastic run a new process has a
             # state of its own.
             state.problem = state.problem or "said twice that it is ready"
-        elif isinstance(item, Ready):
+        elif isinstance(item, WorkerReady):
             state.addresses = item.addresses
             state.versions = item.versions
         elif isinstance(item, Reported):
@@ -154,15 +160,15 @@ class Supervisor:
             if isinstance(item.event, RankStep | StepDone):
                 state.steps = item.event.step + 1  # steps are numbered from 0
                 self._steps = max(self._steps, state.steps)
-        elif isinstance(item, Finished):
+        elif isinstance(item, WorkerFinished):
             state.result = state.result or item.result
         elif isinstance(item, Exited):
             state.exit_code = item.code
             state.out_of_memory = item.out_of_memory
             state.lost = item.lost
-        elif isinstance(item, Silent):
+        elif isinstance(item, HostSilent):
             state.is_silent = True
-        elif isinstance(item, Misbehaved | NotStarted):
+        elif isinstance(item, ProtocolViolation | NotStarted):
             state.problem = state.problem or item.problem
             state.never_started = state.never_started or isinstance(item, NotStarted)
         if state.has_failed and not had_failed:
@@ -176,14 +182,14 @@ class Supervisor:
         elif self._interrupts:
             self._stop_before_it_began(now)
         elif not waited_for:
-            self.phase, self.deadline = Phase.RUNNING, None
-            return [SendRoster([Peer(s.rank, s.host, s.addresses) for s in self._states])]
+            self.phase, self.deadline = RunPhase.RUNNING, None
+            return [SendRoster([RosterPeer(s.rank, s.host, s.addresses) for s in self._states])]
         elif self._is_due(now):
             late = waited_for[0]
             reason = (
                 f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
             )
-            cause = Cause(late.rank, late.host, reason, is_lost=True)
+            cause = RootCause(late.rank, late.host, reason, is_lost=True)
             self._close(now, failed_by(cause), hurry=True)
         return []
 
@@ -192,33 +198,33 @@ class Supervisor:
         if self._hurry:
             self._close(
                 now,
-                Outcome(
+                RunOutcome(
                     "stopped",
                     EXIT_STOPPED_NOW,
                     "stopped at once by the user; what came after the last checkpoint is lost",
                 ),
             )
         elif any(state.has_failed for state in self._states):
-            self.phase, self.deadline = Phase.FAILING, now + self._limits.grace_s
+            self.phase, self.deadline = RunPhase.FAILING, now + self._limits.grace_s
         elif not late:
             stopped = any(
                 state.result and state.result.status == "stopped" for state in self._states
             )
-            done = Outcome("done", EXIT_DONE)
+            done = RunOutcome("done", EXIT_DONE)
             self._close(
-                now, Outcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
+                now, RunOutcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
             )
         elif self._interrupts and not self._has_begun:
             self._stop_before_it_began(now)  # they link up, or load a model: nothing to agree on
-        elif self._interrupts and self.phase is Phase.RUNNING:
-            self.phase, self.deadline = Phase.STOPPING, now + self._limits.stop_s
+        elif self._interrupts and self.phase is RunPhase.RUNNING:
+            self.phase, self.deadline = RunPhase.STOPPING, now + self._limits.stop_s
             return [SendStop(state.rank) for state in late]
-        elif self._is_due(now) and self.phase is Phase.STOPPING:
+        elif self._is_due(now) and self.phase is RunPhase.STOPPING:
             reason = (
                 f"{names(late)} did not stop within {self._limits.stop_s:g} s; "
                 "what came after the last checkpoint is lost"
             )
-            self._close(now, Outcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
         elif self._is_due(now):
             cause = did_not_finish(late, self._limits.finish_s)
             self._close(now, failed_by(cause))
@@ -227,7 +233,7 @@ class Supervisor:
         return []
 
     def _stop_before_it_began(self, now: float) -> None:
-        outcome = Outcome("stopped", EXIT_STOPPED, "stopped by the user before training began")
+        outcome = RunOutcome("stopped", EXIT_STOPPED, "stopped by the user before training began")
         self._close(now, outcome, hurry=True)
 
     def _fail(self, now: float) -> None:
@@ -235,10 +241,10 @@ class Supervisor:
         # Nothing is saved any more, and a farewell to peers that are lost comes to nothing.
         self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 
-    def _close(self, now: float, outcome: Outcome, *, hurry: bool = False) -> None:
+    def _close(self, now: float, outcome: RunOutcome, *, hurry: bool = False) -> None:
         self._hurry = self._hurry or hurry
         self._outcome = outcome
-        self.phase, self.deadline = Phase.CLOSING, now + self._limits.exit_s
+        self.phase, self.deadline = RunPhase.CLOSING, now + self._limits.exit_s
 
     def _closing(self, now: float) -> list[Action]:
         """Those who reported may leave on their own, for a while; all others are killed at once."""
@@ -257,10 +263,10 @@ class Supervisor:
             self.deadline = now + self._limits.kill_s
         elif not alive or (unsure and self._is_due(now)):
             actions.append(Finish(self._final(alive)))
-            self.phase, self.deadline = Phase.FINISHED, None
+            self.phase, self.deadline = RunPhase.FINISHED, None
         return actions
 
-    def _final(self, alive: Sequence[RankState]) -> Outcome:
+    def _final(self, alive: Sequence[RankState]) -> RunOutcome:
         assert self._outcome is not None, "CLOSING is only entered with an outcome"
         reason = self._outcome.reason
         if alive:
@@ -281,9 +287,9 @@ class Supervisor:
         )
 
 
-def failed_by(cause: Cause) -> Outcome:
+def failed_by(cause: RootCause) -> RunOutcome:
     """A run that has failed, and why."""
-    return Outcome(
+    return RunOutcome(
         "failed",
         EXIT_FAILED,
         cause.reason,

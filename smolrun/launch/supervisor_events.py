@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from smolrun.events import Event
-from smolrun.launch.control import Address, Peer, ResultMessage, WantRowsMessage
+from smolrun.launch.control import Address, ResultMessage, RosterPeer, WantRowsMessage
 
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 2, 3, 130, 131
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """A worker is up and listens on `addresses`, best first."""
 
     rank: int
@@ -37,7 +37,7 @@ class WantsRows:
 
 
 @dataclass(frozen=True)
-class Finished:
+class WorkerFinished:
     """A worker's last word."""
 
     rank: int
@@ -59,14 +59,14 @@ class Exited:
 
 
 @dataclass(frozen=True)
-class Silent:
+class HostSilent:
     """A worker's host does not answer the driver; it may be nothing, or the end of it."""
 
     rank: int
 
 
 @dataclass(frozen=True)
-class Misbehaved:
+class ProtocolViolation:
     """A worker broke the control protocol; it may still be alive."""
 
     rank: int
@@ -94,13 +94,13 @@ class Interrupted:
 
 
 Input = (
-    Ready
+    WorkerReady
     | Reported
     | WantsRows
-    | Finished
+    | WorkerFinished
     | Exited
-    | Silent
-    | Misbehaved
+    | HostSilent
+    | ProtocolViolation
     | NotStarted
     | ReaderFailed
     | Interrupted
@@ -111,19 +111,19 @@ Input = (
 class SendRoster:
     """Tell every rank where the others are; or one alone, whom it is to link up with."""
 
-    peers: list[Peer]
+    peers: list[RosterPeer]
     to: int | None = None
 
 
 @dataclass(frozen=True)
-class StartAgain:
+class RestartWorker:
     """Start a rank anew, whose process has ended; only where the run goes on without it."""
 
     rank: int
 
 
 @dataclass(frozen=True)
-class Tell:
+class Notify:
     """A sentence for the user."""
 
     level: Literal["info", "warning"]
@@ -145,7 +145,7 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How the run ended. `reason` is one line, empty if all is well; `steps` were done.
 
     `departures` has a row for each time that an elastic run lost a rank and went on.
@@ -170,7 +170,7 @@ class Outcome:
 class Finish:
     """The run is over; always the last action, and there is always exactly one."""
 
-    outcome: Outcome
+    outcome: RunOutcome
 
 
-Action = SendRoster | SendStop | Kill | StartAgain | Tell | Finish
+Action = SendRoster | SendStop | Kill | RestartWorker | Notify | Finish

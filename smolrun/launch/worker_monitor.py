@@ -34,16 +34,16 @@ from smolrun.launch.control import (
     decode_from_worker,
     encode,
 )
-from smolrun.launch.hosts import Host, WorkerPlan, WorkerProcess
+from smolrun.launch.hosts import WorkerHost, WorkerPlan, WorkerProcess
 from smolrun.launch.supervisor_events import (
     Exited,
-    Finished,
     Input,
-    Misbehaved,
     NotStarted,
-    Ready,
+    ProtocolViolation,
     Reported,
     WantsRows,
+    WorkerFinished,
+    WorkerReady,
 )
 
 _TAIL_LINES = 20
@@ -59,10 +59,12 @@ _MOST_NOTES = 1000
 _LOG_BYTES = 32 << 20
 
 
-class Attendant:
+class WorkerMonitor:
     """One worker's threads on the driver. `post` is called from them and must be safe for that."""
 
-    def __init__(self, plan: WorkerPlan, host: Host, post: Callable[[Input, int], None]) -> None:
+    def __init__(
+        self, plan: WorkerPlan, host: WorkerHost, post: Callable[[Input, int], None]
+    ) -> None:
         """`post` gets the size of the line that an input was made of; 0: of none."""
         self.plan = plan
         self._host = host
@@ -176,7 +178,7 @@ class Attendant:
                 for line in splitter.feed(data):
                     self._hear(line)
         except ProtocolError as error:
-            self._post(Misbehaved(self.plan.rank, str(error)), 0)
+            self._post(ProtocolViolation(self.plan.rank, str(error)), 0)
             while process.read_control():
                 pass  # a full pipe would keep it from dying in its own way
 
@@ -234,11 +236,11 @@ def _checked(message: WorkerMessage, start: StartMessage) -> Input:
         # The other ranks will dial what it says.
         if not {where.address for where in message.addresses} <= {*start.addresses}:
             raise ProtocolError("says that it listens on an address that it was not given")
-        return Ready(rank, message.addresses, message.versions)
+        return WorkerReady(rank, message.addresses, message.versions)
     for link in msgspec.convert(message.summary, Summary).links:
         if link.from_ != rank or link.to >= start.world_size:
             raise ProtocolError(f"measured a link of rank {link.from_} to rank {link.to}")
-    return Finished(rank, message)
+    return WorkerFinished(rank, message)
 
 
 def _check_report(event: ShardSaved) -> None:

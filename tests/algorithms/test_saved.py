@@ -20,7 +20,6 @@ from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.writer import write_shard
-from smolrun.driver.train_rank import yaml_keys
 from smolrun.driver.workers import load_target
 from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Mesh
@@ -28,6 +27,7 @@ from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
 from smolrun.testing import run_ranks
+from smolrun.worker.train import yaml_keys
 from tests.algorithms import worlds
 
 STEPS = 9

@@ -20,7 +20,6 @@ from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
-from smolrun.driver.train_rank import yaml_keys
 from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
@@ -29,6 +28,7 @@ from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
+from smolrun.worker.train import yaml_keys
 
 CONF = Path(__file__).parents[2] / "conf"
 # edp is equal to a replay of its own log and to nothing else: test_edp.py.

@@ -151,9 +151,9 @@ def test_an_experiment_sets_many_things(run: Run, driven: list[RunConfig]):
 
 
 def test_a_worker_never_meets_hydra(run: Run, monkeypatch: pytest.MonkeyPatch):
-    worker = types.ModuleType("smolrun.cli.worker")
+    worker = types.ModuleType("smolrun.worker.process")
     worker.main = lambda: 5  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "smolrun.cli.worker", worker)
+    monkeypatch.setitem(sys.modules, "smolrun.worker.process", worker)
     monkeypatch.setitem(sys.modules, "hydra", None)
     assert run("--worker") == 5
 

@@ -15,14 +15,14 @@ from smolrun.cli.compose import compose
 from smolrun.driver import restart
 from smolrun.driver.restart import Lost, NextStart, Restarts, train_on
 from smolrun.errors import HostError
-from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunOutcome
 from smolrun.tracking.run_folder import RunFolder
 from tests.tracking.test_past_runs import a_run
 from tests.waiting import SOON_S
 
 HOSTS = "[{name: a, ranks: 2, address: 127.0.0.2}, {name: b}, {name: c, address: 127.0.0.3}]"
-LOST = Outcome("failed", EXIT_FAILED, "rank 2 on b died", 2, "b", is_lost=True, steps=7)
-DONE = Outcome("done", EXIT_DONE, steps=9)
+LOST = RunOutcome("failed", EXIT_FAILED, "rank 2 on b died", 2, "b", is_lost=True, steps=7)
+DONE = RunOutcome("done", EXIT_DONE, steps=9)
 
 
 class Pretended:
@@ -31,7 +31,7 @@ class Pretended:
     def __init__(
         self,
         folder: RunFolder,
-        ends: Sequence[Outcome | HostError],
+        ends: Sequence[RunOutcome | HostError],
         who_answers: Callable[[], Sequence[str]],
         restart: str = "{max: 2, wait_s: 0.3, min_hosts: 2}",
         begun: bool = True,
@@ -45,7 +45,7 @@ class Pretended:
         self._begun = begun
         self.restarts = Restarts(compose(overrides), self.said.append, who_answers)
 
-    def go(self) -> Outcome:
+    def go(self) -> RunOutcome:
         return train_on(self, self.restarts, self._again)[1]
 
     def _again(self, start: NextStart) -> Pretended:
@@ -55,12 +55,12 @@ class Pretended:
             raise self._ends.pop(0)  # type: ignore[misc]
         return self
 
-    def train(self) -> Outcome:
+    def train(self) -> RunOutcome:
         end = self._ends.pop(0)
-        assert isinstance(end, Outcome)
+        assert isinstance(end, RunOutcome)
         return end
 
-    def lost(self, outcome: Outcome) -> Lost:
+    def lost(self, outcome: RunOutcome) -> Lost:
         return Lost(outcome, self.folder, 0, self._begun, lambda rank: [f"rank {rank}'s log"])
 
 
@@ -152,9 +152,13 @@ def test_max_is_not_more(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize(
     "end",
-    [DONE, Outcome("stopped", EXIT_STOPPED), Outcome("failed", 3, "rank 0: ValueError", 0, "a")],
+    [
+        DONE,
+        RunOutcome("stopped", EXIT_STOPPED),
+        RunOutcome("failed", 3, "rank 0: ValueError", 0, "a"),
+    ],
 )
-def test_what_is_no_loss_is_the_end(folder: RunFolder, end: Outcome) -> None:
+def test_what_is_no_loss_is_the_end(folder: RunFolder, end: RunOutcome) -> None:
     run = Pretended(folder, [end], lambda: pytest.fail("nobody is asked"))
     assert run.go() == end
     assert run.said == []

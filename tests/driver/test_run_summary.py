@@ -11,13 +11,13 @@ from smolrun.cli.compose import compose
 from smolrun.driver.run_summary import Ending
 from smolrun.driver.trackers import time_teller
 from smolrun.events import PushApplied, PushDropped, StepDone
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 
 
-def told(folder: Path, outcome: Outcome, record: RunRecord, *overrides: str) -> str:
+def told(folder: Path, outcome: RunOutcome, record: RunRecord, *overrides: str) -> str:
     """What stdout gets."""
     config = compose([*overrides, "cluster.ranks=2"])
     stream = io.StringIO()
@@ -44,7 +44,7 @@ def test_a_failure_says_what_is_saved(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     record = RunRecord(checkpoint=checkpoint)
-    failed = Outcome("failed", 3, "rank 1 died", failed_rank=1)
+    failed = RunOutcome("failed", 3, "rank 1 died", failed_rank=1)
     told(tmp_path, failed, record, f"checkpoint.every={every}")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "smolrun: rank 1 died"
@@ -55,7 +55,7 @@ def test_gradients_lost_to_a_slow_link_are_worth_advice_once(tmp_path: Path) -> 
     record = RunRecord()
     record.record(PushApplied(0, 1, 0, 0, 0, samples=8, grad_norm=1.0))
     record.record(PushDropped(0, 1, 1, "a newer one took its place"))
-    done = Outcome("done", 0, "")
+    done = RunOutcome("done", 0, "")
     assert "try quantization=int8" in told(tmp_path, done, record, "algorithm=edp")
     again = told(tmp_path, done, record, "algorithm=edp", "quantization=int8")
     assert "its link is slower than it computes" in again
@@ -66,6 +66,6 @@ def test_a_run_that_diverged_is_done_and_says_so(tmp_path: Path) -> None:
     record = RunRecord()
     for step, loss in enumerate([2.3, 355_658.0, 355_658.0]):
         record.record(StepDone(step, 1.0, loss, 1.0, 1.0, 8, 8, 0, 0, 0, 0))
-    shown = told(tmp_path, Outcome("done", 0, ""), record)
+    shown = told(tmp_path, RunOutcome("done", 0, ""), record)
     assert shown.startswith("done (diverged): 3 steps")
     assert "the run diverged: the loss was 2.3000 in the beginning" in shown

@@ -16,7 +16,7 @@ from smolrun.cli.compose import compose
 from smolrun.estimate import dry_run, dry_run_text
 from smolrun.estimate.dry_run import GB, Estimate, Process, estimate
 from smolrun.estimate.dry_run_text import memory_verdict, report, verdict, with_remedies
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.tasks import train
 
 LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
@@ -252,8 +252,8 @@ def test_emulated_links_are_reckoned_with() -> None:
     assert "quantization=int8 (55 min), a larger training.global_batch_size in fewer steps" in text
 
 
-def outcome(is_memory: bool) -> Outcome:
-    return Outcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
+def outcome(is_memory: bool) -> RunOutcome:
+    return RunOutcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
 
 
 def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies() -> None:

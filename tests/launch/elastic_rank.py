@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from smolrun.cli import worker
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.wire.frame import Tag
+from smolrun.worker import process
 from tests.waiting import until
 
 PUSHES = 20  # of each process, before it counts as seen
@@ -85,4 +85,4 @@ if __name__ == "__main__":
     task = types.ModuleType("smolrun.tasks.stand_in")
     task.work = work  # type: ignore[attr-defined]
     sys.modules[task.__name__] = task
-    worker.main()
+    process.main()

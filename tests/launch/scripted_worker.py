@@ -16,9 +16,9 @@ from smolrun.events import Event
 from smolrun.launch.control import Address, ReadyMessage, encode
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.launch.stream_server import RowReader
+from smolrun.launch.stream_server import RowSource
 from smolrun.launch.supervisor import Limits
-from smolrun.launch.supervisor_events import Outcome
+from smolrun.launch.supervisor_events import RunOutcome
 from tests.launch.tiny_driver import plans
 
 
@@ -94,8 +94,8 @@ def run(
     *,
     ranks: int = 2,
     events: list[Event] | None = None,
-    rows: RowReader | None = None,
-) -> Outcome:
+    rows: RowSource | None = None,
+) -> RunOutcome:
     """How a run with these workers ends."""
     host = ScriptedHost(workers)
     heard = events if events is not None else []

@@ -79,6 +79,6 @@ if __name__ == "__main__":
     )
     stub("smolrun.wire.handshake", Identity=types.SimpleNamespace)
     stub("smolrun.tasks.train", work=work)
-    from smolrun.cli import worker
+    from smolrun.worker import process
 
-    sys.exit(worker.main())
+    sys.exit(process.main())

@@ -14,9 +14,9 @@ import pytest
 from smolrun.events import Event, Note, RankStep
 from smolrun.launch import stream_server
 from smolrun.launch.control import Address, LogMessage, ReadyMessage, ResultMessage, encode
-from smolrun.launch.driver import Inbox
-from smolrun.launch.supervisor_events import Input, Misbehaved, Reported, Silent
-from smolrun.launch.worker_monitor import Attendant
+from smolrun.launch.driver import InputQueue
+from smolrun.launch.supervisor_events import HostSilent, Input, ProtocolViolation, Reported
+from smolrun.launch.worker_monitor import WorkerMonitor
 from tests.launch.scripted_worker import ScriptedHost, ScriptedWorker, event, ready, run
 from tests.launch.tiny_driver import plans
 from tests.waiting import until
@@ -45,31 +45,31 @@ def shard(*names: str, rank: int = 1, reporter: int | None = None, **fields: Any
 
 def attended(
     rank: int, worker: ScriptedWorker, folder: Path, posted: queue.SimpleQueue[Input]
-) -> Attendant:
+) -> WorkerMonitor:
     """The driver's end of a worker that has rank `rank` of 2."""
     plan = plans(folder, {}, ranks=2, steps=3)[rank]
-    return Attendant(plan, ScriptedHost({rank: worker}), lambda item, _: posted.put(item))
+    return WorkerMonitor(plan, ScriptedHost({rank: worker}), lambda item, _: posted.put(item))
 
 
 def heard(rank: int, lines: Iterable[bytes], folder: Path) -> list[Input]:
     """What the driver makes of the lines of rank `rank` of 2, up to the first violation."""
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
-    attendant = attended(rank, ScriptedWorker([*lines, b"end\n"]), folder, posted)
-    attendant.begin()
+    monitor = attended(rank, ScriptedWorker([*lines, b"end\n"]), folder, posted)
+    monitor.begin()
     got: list[Input] = []
     try:
-        while not got or not isinstance(got[-1], Misbehaved):
+        while not got or not isinstance(got[-1], ProtocolViolation):
             got.append(posted.get(timeout=10.0))
     finally:
-        attendant.kill()
-        assert attendant.join(10.0)
+        monitor.kill()
+        assert monitor.join(10.0)
     return got
 
 
 def violation(rank: int, line: bytes, folder: Path) -> str:
     """Why this line of this rank is refused; "" if it is not."""
     *fine, misbehaved = heard(rank, [line], folder)
-    assert isinstance(misbehaved, Misbehaved) and misbehaved.rank == rank
+    assert isinstance(misbehaved, ProtocolViolation) and misbehaved.rank == rank
     return "" if fine else misbehaved.problem
 
 
@@ -172,8 +172,8 @@ def test_a_worker_is_ready_once(tmp_path: Path) -> None:
 
 
 def test_lines_that_wait_are_limited_in_bytes_not_in_number() -> None:
-    inbox = Inbox(most_bytes=10_000)
-    item = Silent(1)
+    inbox = InputQueue(most_bytes=10_000)
+    item = HostSilent(1)
     assert inbox.put(item, 1_000_000, timeout_s=0), "one line of any length is accepted"
     assert not inbox.put(item, 0, timeout_s=0)
     assert inbox.get(0) is item
@@ -190,13 +190,13 @@ def test_the_driver_counts_the_bytes_of_each_line(tmp_path: Path) -> None:
     sizes: queue.SimpleQueue[tuple[Input, int]] = queue.SimpleQueue()
     line = event("note", level="info", message="x" * 10_000, rank=1)
     plan = plans(tmp_path, {}, ranks=2, steps=3)[1]
-    attendant = Attendant(
+    monitor = WorkerMonitor(
         plan, ScriptedHost({1: ScriptedWorker([line])}), lambda *one: sizes.put(one)
     )
-    attendant.begin()
+    monitor.begin()
     item, num_bytes = sizes.get(timeout=10.0)
-    attendant.kill()
-    assert attendant.join(10.0)
+    monitor.kill()
+    assert monitor.join(10.0)
     assert isinstance(item, Reported) and num_bytes == len(line) - 1
 
 
@@ -218,11 +218,11 @@ def test_a_chatty_rank_fills_two_files_and_the_newest_lines_are_in_them(
     monkeypatch.setattr("smolrun.launch.worker_monitor._LOG_BYTES", 1000)
     chunks = [b"line %05d\n" % number * 5 for number in range(200)]
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
-    attendant = attended(1, ScriptedWorker([ready(1)], log=chunks), tmp_path, posted)
-    attendant.begin()
-    until(lambda: attendant.tail[-1:] == ["line 00199"])
-    attendant.kill()
-    assert attendant.join(10.0)
+    monitor = attended(1, ScriptedWorker([ready(1)], log=chunks), tmp_path, posted)
+    monitor.begin()
+    until(lambda: monitor.tail[-1:] == ["line 00199"])
+    monitor.kill()
+    assert monitor.join(10.0)
     now, older = sorted((tmp_path / "logs").iterdir())
     assert (now.name, older.name) == ("rank1-local.log", "rank1-local.log.1")
     assert now.stat().st_size <= 1000 and older.stat().st_size <= 1000

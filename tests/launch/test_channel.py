@@ -25,10 +25,10 @@ from smolrun.launch.control import (
     LeaseMessage,
     LogMessage,
     Message,
-    Peer,
     ReadyMessage,
     ResultMessage,
     RosterMessage,
+    RosterPeer,
     StopMessage,
     WorkerMessage,
     decode_from_worker,
@@ -78,7 +78,7 @@ def wires() -> Iterator[Wires]:
 
 
 def test_start_and_roster_arrive_in_their_turn(wires: Wires) -> None:
-    peers = [Peer(0, "local", [Address("::1", 4000)])]
+    peers = [RosterPeer(0, "local", [Address("::1", 4000)])]
     wires.say(START, LeaseMessage(), RosterMessage(peers=peers))
     assert wires.channel.wait_start(5.0) == START
     assert wires.channel.wait_roster(5.0) == peers

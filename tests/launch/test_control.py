@@ -19,10 +19,10 @@ from smolrun.launch.control import (
     LineSplitter,
     LogMessage,
     Message,
-    Peer,
     ReadyMessage,
     ResultMessage,
     RosterMessage,
+    RosterPeer,
     StartMessage,
     StopMessage,
     decode_from_driver,
@@ -49,7 +49,10 @@ START = StartMessage(
     [
         START,
         RosterMessage(
-            peers=[Peer(0, "a", [Address("127.0.0.1", 1)]), Peer(1, "b", [Address("::1", 2)])]
+            peers=[
+                RosterPeer(0, "a", [Address("127.0.0.1", 1)]),
+                RosterPeer(1, "b", [Address("::1", 2)]),
+            ]
         ),
         LeaseMessage(),
         StopMessage(),

@@ -16,15 +16,15 @@ import pytest
 from smolrun.events import Event, Note, RankStep, StepDone
 from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.local import LocalHost
-from smolrun.launch.supervisor_events import Exited, Input, Outcome
-from smolrun.launch.worker_monitor import Attendant
+from smolrun.launch.supervisor_events import Exited, Input, RunOutcome
+from smolrun.launch.worker_monitor import WorkerMonitor
 from tests.launch.deadline import is_running, pid_of, until
 from tests.launch.tiny_driver import WORKER, make_driver, plans
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
 
-def run_while(driver_run: Callable[[], Outcome], meanwhile: Callable[[], None]) -> Outcome:
+def run_while(driver_run: Callable[[], RunOutcome], meanwhile: Callable[[], None]) -> RunOutcome:
     """The outcome of a driver in this thread, while another one does something to its workers."""
     errors: list[BaseException] = []
 
@@ -72,13 +72,13 @@ def test_a_worker_that_is_still_being_started_when_it_must_end(tmp_path: Path) -
     posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
     doomed: list[bool] = []
     (plan,) = plans(tmp_path, {}, ranks=1, steps=10_000)
-    attendant = Attendant(plan, SlowHost(), lambda item, _: posted.put(item))
-    attendant.send(plan.start)
-    attendant.begin()
-    attendant.kill()
+    monitor = WorkerMonitor(plan, SlowHost(), lambda item, _: posted.put(item))
+    monitor.send(plan.start)
+    monitor.begin()
+    monitor.kill()
     doomed.append(True)
     assert posted.get(timeout=20) == Exited(0, -9 if os.name != "nt" else 1)
-    assert attendant.join(20)
+    assert monitor.join(20)
 
 
 def test_what_a_worker_prints_goes_to_its_log_and_its_children_read_nothing(tmp_path: Path) -> None:

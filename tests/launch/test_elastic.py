@@ -4,22 +4,22 @@ again, and how it ends."""
 from __future__ import annotations
 
 from smolrun.events import Membership
-from smolrun.launch.control import Peer
+from smolrun.launch.control import RosterPeer
 from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.root_cause import RankState
-from smolrun.launch.supervisor import Phase
+from smolrun.launch.supervisor import RunPhase
 from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Kill,
-    Misbehaved,
+    Notify,
     NotStarted,
-    Ready,
+    ProtocolViolation,
     Reported,
+    RestartWorker,
     SendRoster,
-    StartAgain,
-    Tell,
+    WorkerReady,
 )
 from tests.launch.test_supervisor import (
     LIMITS,
@@ -42,18 +42,18 @@ def starting(count: int, policy: Elasticity = POLICY) -> ElasticSupervisor:
 def running(count: int, policy: Elasticity = POLICY) -> ElasticSupervisor:
     supervisor = starting(count, policy)
     for rank in range(count):
-        supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
+        supervisor.handle(WorkerReady(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
     supervisor.handle(step(0, 0), 1.5)
-    assert supervisor.phase is Phase.RUNNING
+    assert supervisor.phase is RunPhase.RUNNING
     return supervisor
 
 
-def seat(rank: int) -> Peer:
-    return Peer(rank, f"host{rank}", at(5000 + rank))
+def seat(rank: int) -> RosterPeer:
+    return RosterPeer(rank, f"host{rank}", at(5000 + rank))
 
 
 def told(actions: list[Action]) -> list[str]:
-    return [action.message for action in actions if isinstance(action, Tell)]
+    return [action.message for action in actions if isinstance(action, Notify)]
 
 
 def state(supervisor: ElasticSupervisor, rank: int) -> RankState:
@@ -62,16 +62,18 @@ def state(supervisor: ElasticSupervisor, rank: int) -> RankState:
 
 def come_back(supervisor: ElasticSupervisor, rank: int, now: float) -> list[Action]:
     """Its pause is over, it is started, and it is ready."""
-    assert supervisor.advance(now) == [StartAgain(rank)]
-    return supervisor.handle(Ready(rank, at(5000 + rank)), now + 0.1)
+    assert supervisor.advance(now) == [RestartWorker(rank)]
+    return supervisor.handle(WorkerReady(rank, at(5000 + rank)), now + 0.1)
 
 
 def test_rank_0_is_told_of_itself_alone_and_each_worker_of_rank_0_and_itself() -> None:
     supervisor = starting(3)
-    assert supervisor.handle(Ready(2, at(5002)), 1.0) == []
-    actions = supervisor.handle(Ready(0, at(5000)), 2.0)
+    assert supervisor.handle(WorkerReady(2, at(5002)), 1.0) == []
+    actions = supervisor.handle(WorkerReady(0, at(5000)), 2.0)
     assert actions == [SendRoster([seat(0)], to=0), SendRoster([seat(0), seat(2)], to=2)]
-    assert supervisor.handle(Ready(1, at(5001)), 99.0) == [SendRoster([seat(0), seat(1)], to=1)]
+    assert supervisor.handle(WorkerReady(1, at(5001)), 99.0) == [
+        SendRoster([seat(0), seat(1)], to=1)
+    ]
     assert supervisor.deadline is None
 
 
@@ -98,7 +100,7 @@ def test_a_lost_worker_is_told_once_started_again_and_joins() -> None:
     assert supervisor.advance(30.9) == []
     roster, tell = come_back(supervisor, 2, 31.0)
     assert roster == SendRoster([seat(0), seat(2)], to=2)
-    assert isinstance(tell, Tell)
+    assert isinstance(tell, Notify)
     assert tell.message == "rank 2 on host2 is back after 1 s; 4 of 4 ranks are at work"
     for rank in (0, 1, 2, 3):
         supervisor.handle(done(rank), 50.0)
@@ -119,12 +121,12 @@ def test_a_worker_that_always_dies_at_once_is_given_up() -> None:
         assert supervisor.deadline is not None
         pauses.append(supervisor.deadline - now)
         now = supervisor.deadline
-        assert supervisor.advance(now) == [StartAgain(1)]
+        assert supervisor.advance(now) == [RestartWorker(1)]
     assert pauses == [1.0, 2.0, 4.0, 8.0]
     assert len(lines) == 2
     assert "that was 5 times in a row, so it is not started again" in lines[1]
     assert supervisor.deadline is None
-    assert supervisor.phase is Phase.RUNNING
+    assert supervisor.phase is RunPhase.RUNNING
 
 
 def test_a_worker_that_works_between_two_losses_is_started_again_without_end() -> None:
@@ -181,7 +183,7 @@ def test_a_host_out_of_reach_is_asked_until_it_answers_and_told_once() -> None:
     now = 30.0
     for _ in range(50):
         now += 2.0
-        assert supervisor.advance(now) == [StartAgain(2)]
+        assert supervisor.advance(now) == [RestartWorker(2)]
         assert supervisor.handle(NotStarted(2, "host2 does not answer"), now) == []
     assert any("is back after 102 s" in line for line in told(come_back(supervisor, 2, 132.0)))
     assert len(supervisor.departures) == 1
@@ -189,10 +191,10 @@ def test_a_host_out_of_reach_is_asked_until_it_answers_and_told_once() -> None:
 
 def test_a_worker_that_breaks_the_protocol_or_is_never_ready_is_killed_first() -> None:
     supervisor = running(3)
-    assert supervisor.handle(Misbehaved(1, "garbage"), 20.0) == [Kill(1)]
+    assert supervisor.handle(ProtocolViolation(1, "garbage"), 20.0) == [Kill(1)]
     (line,) = told(supervisor.handle(Exited(1, -9), 20.1))
     assert "broke the control protocol: it garbage" in line
-    assert supervisor.advance(21.1) == [StartAgain(1)]
+    assert supervisor.advance(21.1) == [RestartWorker(1)]
     assert supervisor.deadline == 141.1
     assert supervisor.advance(141.1) == [Kill(1)]
     supervisor.handle(Exited(1, -9), 141.2)
@@ -211,7 +213,7 @@ def test_the_loss_of_rank_0_is_the_end() -> None:
 
 def test_rank_0_that_is_never_ready_is_named() -> None:
     supervisor = starting(2)
-    supervisor.handle(Ready(1, at(5001)), 1.0)
+    supervisor.handle(WorkerReady(1, at(5001)), 1.0)
     actions = supervisor.advance(120.0)
     assert actions == [Kill(0), Kill(1)]
     assert "rank 0 on host0 not ready within 120 s" in bury(supervisor, actions, 121.0).reason
@@ -223,7 +225,7 @@ def test_too_few_ranks_have_a_limit_to_come_back() -> None:
     now = 30.0
     while now < 88.0:
         now += 2.0
-        assert supervisor.advance(now) == [StartAgain(1)]
+        assert supervisor.advance(now) == [RestartWorker(1)]
         supervisor.handle(NotStarted(1, "host1 does not answer"), now)
     actions = supervisor.advance(90.0)
     assert Kill(0) in actions
@@ -239,7 +241,7 @@ def test_the_clock_of_too_few_ranks_begins_anew_when_one_is_back() -> None:
     come_back(supervisor, 1, 80.0)
     supervisor.handle(Exited(1, -9), 100.0)
     come_back(supervisor, 1, 150.0)
-    assert supervisor.phase is Phase.RUNNING
+    assert supervisor.phase is RunPhase.RUNNING
 
 
 def test_a_run_whose_last_worker_is_given_up_ends_at_once() -> None:
@@ -253,7 +255,7 @@ def test_a_run_whose_last_worker_is_given_up_ends_at_once() -> None:
 def test_workers_that_never_come_end_a_run_that_needs_them() -> None:
     supervisor = starting(3, Elasticity(min_ranks=3))
     for rank in (0, 1):
-        supervisor.handle(Ready(rank, at(5000 + rank)), 1.0)
+        supervisor.handle(WorkerReady(rank, at(5000 + rank)), 1.0)
     outcome = bury(supervisor, supervisor.advance(120.0), 120.1)
     assert (outcome.status, outcome.failed_rank) == ("failed", 2)
     assert "rank 2 on host2 never joined" in outcome.reason

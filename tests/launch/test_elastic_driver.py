@@ -85,7 +85,7 @@ def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(tmp_path
 
     def kill() -> None:
         until(lambda: has_steps(events, 1) and has_steps(events, 2, 25), 60.0)
-        process = driver._attendants[2]._process
+        process = driver._monitors[2]._process
         assert process is not None
         killed.append(process.pid)  # type: ignore[attr-defined]
         assert psutil.Process(killed[0]).net_connections("tcp")

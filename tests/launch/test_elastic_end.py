@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from smolrun.launch.control import ErrorReport, ResultMessage
-from smolrun.launch.supervisor import Phase
+from smolrun.launch.supervisor import RunPhase
 from smolrun.launch.supervisor_events import (
     Exited,
-    Finished,
     Interrupted,
     Kill,
     ReaderFailed,
     SendStop,
+    WorkerFinished,
 )
 from tests.launch.test_elastic import running, starting, told
 from tests.launch.test_supervisor import bury, done, outcome_of
@@ -23,7 +23,7 @@ def test_one_that_is_done_early_is_left_in_peace() -> None:
     assert supervisor.handle(done(1), 5.0) == []
     assert supervisor.handle(Exited(1, 0), 5.1) == []
     assert supervisor.advance(500.0) == []
-    assert supervisor.phase is Phase.RUNNING
+    assert supervisor.phase is RunPhase.RUNNING
 
 
 def test_who_is_late_at_the_end_is_ended() -> None:
@@ -59,7 +59,7 @@ def test_ctrl_c_stops_all_and_starts_nobody_again() -> None:
     assert told(supervisor.handle(Exited(2, -9), 21.0)) == []
     assert supervisor.advance(25.0) == []
     for rank in (0, 1):
-        supervisor.handle(Finished(rank, ResultMessage(status="stopped")), 26.0)
+        supervisor.handle(WorkerFinished(rank, ResultMessage(status="stopped")), 26.0)
     supervisor.handle(Exited(1, 0), 26.1)
     outcome = outcome_of(supervisor.handle(Exited(0, 0), 26.2))
     assert (outcome.status, outcome.exit_code) == ("stopped", 130)
@@ -102,9 +102,9 @@ def test_a_reader_that_fails_ends_the_run() -> None:
 def test_a_worker_that_lost_rank_0_is_no_reason_to_give_it_up() -> None:
     supervisor = running(2)
     report = ErrorReport("PeerLost", "lost rank 0: silent for 9 s", 0)
-    assert supervisor.handle(Finished(1, ResultMessage(status="failed", error=report)), 30.0) == [
-        Kill(1)
-    ]
+    assert supervisor.handle(
+        WorkerFinished(1, ResultMessage(status="failed", error=report)), 30.0
+    ) == [Kill(1)]
     (line,) = told(supervisor.handle(Exited(1, 3), 30.1))
     assert "lost rank 0: silent for 9 s" in line
-    assert supervisor._members[1].quick == 0
+    assert supervisor._elastic[1].quick == 0

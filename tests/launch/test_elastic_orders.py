@@ -14,8 +14,8 @@ from smolrun.launch.supervisor_events import (
     Interrupted,
     Kill,
     NotStarted,
-    Outcome,
-    StartAgain,
+    RestartWorker,
+    RunOutcome,
 )
 from tests.launch.test_elastic import running, starting
 from tests.launch.test_supervisor_orders import inputs
@@ -27,7 +27,7 @@ class Processes:
     def __init__(self, count: int, *, are_obedient: bool) -> None:
         self.alive = set(range(count))
         self.killed = set[int]()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[RunOutcome] = []
         self._are_obedient = are_obedient
 
     def obey(self, actions: list[Action]) -> list[Exited]:
@@ -37,7 +37,7 @@ class Processes:
         for action in actions:
             if isinstance(action, Finish):
                 self.outcomes.append(action.outcome)
-            elif isinstance(action, StartAgain):
+            elif isinstance(action, RestartWorker):
                 assert action.rank not in self.alive, "it runs already"
                 assert action.rank != 0, "rank 0 is never started again"
                 self.alive.add(action.rank)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolrun.launch.restart import GiveUp, Policy, Relaunch, Wait, decide
-from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, Outcome
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, RunOutcome
 
-LOST = Outcome("failed", EXIT_FAILED, "rank 1 on b died", 1, "b", is_lost=True)
+LOST = RunOutcome("failed", EXIT_FAILED, "rank 1 on b died", 1, "b", is_lost=True)
 HOSTS = ("a", "b", "c")
 POLICY = Policy(max=2, wait_s=10.0, min_hosts=2)
 
@@ -46,12 +46,12 @@ def test_max_counts_every_start() -> None:
 @pytest.mark.parametrize(
     "outcome",
     [
-        Outcome("done", EXIT_DONE),
-        Outcome("stopped", 130),
-        Outcome("failed", EXIT_FAILED, "rank 0 on a failed: ValueError: mine", 0, "a"),
+        RunOutcome("done", EXIT_DONE),
+        RunOutcome("stopped", 130),
+        RunOutcome("failed", EXIT_FAILED, "rank 0 on a failed: ValueError: mine", 0, "a"),
     ],
 )
-def test_what_is_not_lost_is_not_tried_again(outcome: Outcome) -> None:
+def test_what_is_not_lost_is_not_tried_again(outcome: RunOutcome) -> None:
     assert decide(POLICY, outcome, HOSTS, HOSTS, starts=0, lost_at=0, now=0) == GiveUp()
 
 

@@ -10,14 +10,14 @@ from smolrun.launch.root_cause import describe_exit
 from smolrun.launch.supervisor_events import (
     Exited,
     Finish,
-    Finished,
+    HostSilent,
     Input,
     Interrupted,
     Kill,
-    Misbehaved,
     NotStarted,
-    Outcome,
-    Silent,
+    ProtocolViolation,
+    RunOutcome,
+    WorkerFinished,
 )
 from tests.launch.test_supervisor import bury, done, failed, outcome_of, running, starting, training
 
@@ -56,7 +56,7 @@ def test_a_rank_that_two_others_miss_was_cut_off() -> None:
 def test_of_two_that_miss_each_other_the_one_that_does_not_answer_us_was_cut_off() -> None:
     supervisor = running(2)
     supervisor.handle(failed(1, "PeerLost", "lost rank 0: silent", 0), 2.0)  # it can still send
-    assert supervisor.handle(Silent(1), 2.1) == []
+    assert supervisor.handle(HostSilent(1), 2.1) == []
     actions = supervisor.handle(failed(0, "PeerLost", "lost rank 1: closed", 1), 2.2)
     assert actions == [Kill(1)]  # and rank 0 may leave on its own
     supervisor.handle(Exited(0, 3), 2.7)
@@ -73,7 +73,7 @@ def test_what_a_rank_was_told_is_no_second_witness() -> None:
     supervisor = running(3)
     supervisor.handle(failed(1, "PeerLost", "lost rank 2: silent", 2), 2.0)
     told = ErrorReport("PeerLost", "lost rank 2: rank 1 lost it", 2, told_by=1)
-    supervisor.handle(Finished(0, ResultMessage(status="failed", error=told)), 2.0)
+    supervisor.handle(WorkerFinished(0, ResultMessage(status="failed", error=told)), 2.0)
     supervisor.handle(failed(2, "PeerLost", "lost rank 0: it left the run", 0), 2.0)
     outcome = bury(supervisor, supervisor.advance(4.1) + supervisor.advance(9.2), 9.2)
     assert outcome.reason.startswith(
@@ -82,11 +82,11 @@ def test_what_a_rank_was_told_is_no_second_witness() -> None:
     )
 
 
-def lost(rank: int, peer: int, reason: str, *, told_by: int | None = None) -> Finished:
+def lost(rank: int, peer: int, reason: str, *, told_by: int | None = None) -> WorkerFinished:
     """What the worker of `rank` reports when its mesh has lost `peer`."""
     error = PeerLost(peer, 0, reason, told_by)
     report = ErrorReport("PeerLost", str(error), peer, told_by, error.broke_protocol)
-    return Finished(rank, ResultMessage(status="failed", error=report))
+    return WorkerFinished(rank, ResultMessage(status="failed", error=report))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -159,7 +159,7 @@ def test_how_ends_are_described() -> None:
     assert "no longer heard the driver" in describe_exit(EXIT_ABANDONED)
 
 
-def ended(*inputs: Input) -> Outcome:
+def ended(*inputs: Input) -> RunOutcome:
     """The end of a run of two ranks to which this happened; whoever is killed then ends."""
     supervisor = running(2)
     waiting = list(inputs)
@@ -200,7 +200,7 @@ def test_what_is_gone_or_out_of_reach_is_lost(inputs: list[Input]) -> None:
         [Exited(1, -9, "Linux ended it: memory was full")],
         [failed(1, "TrainingError", "the loss is not a number")],
         [failed(1, "ConfigError", "no such optimizer")],
-        [Misbehaved(1, "sent a line that is no message")],
+        [ProtocolViolation(1, "sent a line that is no message")],
         [Exited(1, -9), Interrupted()],  # lost, but the user wants it to end
     ],
 )

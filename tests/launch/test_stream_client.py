@@ -8,7 +8,7 @@ import pytest
 
 from smolrun.errors import DataError, ProtocolError
 from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
-from smolrun.launch.stream_client import RowInbox
+from smolrun.launch.stream_client import StreamClient
 
 
 def rows(first: int, count: int) -> RowsMessage:
@@ -17,7 +17,7 @@ def rows(first: int, count: int) -> RowsMessage:
 
 def test_requests_go_out_and_rows_are_taken_in_their_order() -> None:
     sent: list[Message] = []
-    inbox = RowInbox(sent.append)
+    inbox = StreamClient(sent.append)
     inbox.request(0, 4, 10)
     inbox.request(10, 12, None)
     assert sent == [
@@ -32,14 +32,14 @@ def test_requests_go_out_and_rows_are_taken_in_their_order() -> None:
 
 def test_a_share_of_nothing_is_told_and_not_waited_for() -> None:
     sent: list[Message] = []
-    inbox = RowInbox(sent.append)
+    inbox = StreamClient(sent.append)
     inbox.request(5, 5, 9)
     assert sent == [WantRowsMessage(first=5, stop=5, next_first=9)]
     assert inbox.take(5, 5, 0.0) == b""
 
 
 def test_a_wait_ends_when_the_rows_come() -> None:
-    inbox = RowInbox(lambda message: None)
+    inbox = StreamClient(lambda message: None)
     inbox.request(0, 2, None)
     taken: list[bytes] = []
     thread = threading.Thread(target=lambda: taken.append(inbox.take(0, 2, 10.0)))
@@ -51,7 +51,7 @@ def test_a_wait_ends_when_the_rows_come() -> None:
 
 
 def test_a_wait_has_a_deadline_and_names_the_reader() -> None:
-    inbox = RowInbox(lambda message: None)
+    inbox = StreamClient(lambda message: None)
     inbox.request(8, 12, None)
     inbox.put(rows(8, 3))
     with pytest.raises(
@@ -71,7 +71,7 @@ def test_a_wait_has_a_deadline_and_names_the_reader() -> None:
     ],
 )
 def test_rows_that_were_not_asked_for_are_refused(message: RowsMessage) -> None:
-    inbox = RowInbox(lambda message: None)
+    inbox = StreamClient(lambda message: None)
     with pytest.raises(ProtocolError, match="did not ask for"):
         inbox.put(message)
     inbox.request(0, 4, None)

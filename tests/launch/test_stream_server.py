@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from smolrun.errors import DataError, ProtocolError
 from smolrun.launch import stream_server
 from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
-from smolrun.launch.stream_server import RowDesk, RowLedger
+from smolrun.launch.stream_server import StreamBuffer, StreamServer
 from tests.launch.deadline import until
 
 
@@ -33,11 +33,11 @@ def want(first: int, stop: int, next_first: int | None) -> WantRowsMessage:
     return WantRowsMessage(first=first, stop=stop, next_first=next_first)
 
 
-def read(ledger: RowLedger, count: int = 1000) -> int:
-    """Read as the desk would, at most `count` rows; how many it wanted."""
+def read(buffer: StreamBuffer, count: int = 1000) -> int:
+    """Read as the server would, at most `count` rows; how many it wanted."""
     done = 0
-    while ledger.wants_row and done < count:
-        ledger.add(row(read_so_far[0]))
+    while buffer.wants_row and done < count:
+        buffer.add(row(read_so_far[0]))
         read_so_far[0] += 1
         done += 1
     return done
@@ -47,71 +47,73 @@ read_so_far = [0]
 
 
 @pytest.fixture
-def ledger() -> RowLedger:
+def buffer() -> StreamBuffer:
     read_so_far[0] = 0
-    return RowLedger([0, 1], first=0, row_bytes=4)
+    return StreamBuffer([0, 1], first=0, row_bytes=4)
 
 
-def told(ledger: RowLedger) -> dict[int, list[int]]:
+def told(buffer: StreamBuffer) -> dict[int, list[int]]:
     given: dict[int, list[int]] = {}
-    for rank, message in ledger.due():
+    for rank, message in buffer.due():
         assert numbers(message)[0] == message.first
         given.setdefault(rank, []).extend(numbers(message))
     return given
 
 
-def test_each_rank_gets_its_rows_and_only_when_all_of_them_are_there(ledger: RowLedger) -> None:
-    assert not ledger.wants_row, "nothing is read before somebody asks"
-    ledger.want(1, want(3, 5, 9))
-    assert read(ledger, 4) == 4
-    assert told(ledger) == {}
-    ledger.want(0, want(0, 3, 6))
-    assert told(ledger) == {0: [0, 1, 2]}
-    assert ledger.num_kept == 1, "row 3 waits for row 4"
-    assert read(ledger) == 1
-    assert told(ledger) == {1: [3, 4]}
-    assert ledger.num_kept == 0
-    assert not ledger.wants_row, "rows are read when they are wanted, not before"
+def test_each_rank_gets_its_rows_and_only_when_all_of_them_are_there(buffer: StreamBuffer) -> None:
+    assert not buffer.wants_row, "nothing is read before somebody asks"
+    buffer.want(1, want(3, 5, 9))
+    assert read(buffer, 4) == 4
+    assert told(buffer) == {}
+    buffer.want(0, want(0, 3, 6))
+    assert told(buffer) == {0: [0, 1, 2]}
+    assert buffer.num_kept == 1, "row 3 waits for row 4"
+    assert read(buffer) == 1
+    assert told(buffer) == {1: [3, 4]}
+    assert buffer.num_kept == 0
+    assert not buffer.wants_row, "rows are read when they are wanted, not before"
 
 
-def test_rows_that_two_ranks_need_are_read_once_and_kept_for_the_second(ledger: RowLedger) -> None:
-    ledger.want(0, want(0, 2, 2))
-    assert read(ledger) == 2
-    assert told(ledger) == {0: [0, 1]}
-    assert ledger.num_kept == 2
-    ledger.want(1, want(0, 2, 2))
-    assert not ledger.wants_row
-    assert told(ledger) == {1: [0, 1]}
-    assert ledger.num_kept == 0
+def test_rows_that_two_ranks_need_are_read_once_and_kept_for_the_second(
+    buffer: StreamBuffer,
+) -> None:
+    buffer.want(0, want(0, 2, 2))
+    assert read(buffer) == 2
+    assert told(buffer) == {0: [0, 1]}
+    assert buffer.num_kept == 2
+    buffer.want(1, want(0, 2, 2))
+    assert not buffer.wants_row
+    assert told(buffer) == {1: [0, 1]}
+    assert buffer.num_kept == 0
 
 
-def test_rows_that_nobody_needs_are_read_over(ledger: RowLedger) -> None:
-    ledger.want(0, want(4, 6, None))
-    ledger.want(1, want(8, 9, None))
-    assert read(ledger) == 9
-    assert told(ledger) == {0: [4, 5], 1: [8]}
-    assert ledger.num_kept == 0
+def test_rows_that_nobody_needs_are_read_over(buffer: StreamBuffer) -> None:
+    buffer.want(0, want(4, 6, None))
+    buffer.want(1, want(8, 9, None))
+    assert read(buffer) == 9
+    assert told(buffer) == {0: [4, 5], 1: [8]}
+    assert buffer.num_kept == 0
 
 
 def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_server, "_MOST_BYTES", 40)
     monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 8)
     read_so_far[0] = 0
-    ledger = RowLedger([0, 1], first=0, row_bytes=4)
+    buffer = StreamBuffer([0, 1], first=0, row_bytes=4)
     for step in range(50):  # rank 0 is far ahead; rank 1 has not begun
-        ledger.want(0, want(4 * step, 4 * step + 2, 4 * step + 4))
+        buffer.want(0, want(4 * step, 4 * step + 2, 4 * step + 4))
     highest = 0
-    while read(ledger, 1):
-        ledger.due()
-        highest = max(highest, ledger.num_kept)
+    while read(buffer, 1):
+        buffer.due()
+        highest = max(highest, buffer.num_kept)
     assert highest == 10
     assert read_so_far[0] == 10
     for step in range(50):  # and now it comes
-        ledger.want(1, want(4 * step + 2, 4 * step + 4, 4 * step + 6))
-        while read(ledger, 1):
-            ledger.due()
-            highest = max(highest, ledger.num_kept)
-        ledger.due()
+        buffer.want(1, want(4 * step + 2, 4 * step + 4, 4 * step + 6))
+        while read(buffer, 1):
+            buffer.due()
+            highest = max(highest, buffer.num_kept)
+        buffer.due()
     assert highest <= 10
     assert read_so_far[0] == 200
 
@@ -119,23 +121,23 @@ def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.Mo
 def test_long_requests_travel_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 10)
     read_so_far[0] = 0
-    ledger = RowLedger([0], first=0, row_bytes=4)
-    ledger.want(0, want(0, 5, None))
-    read(ledger, 3)
-    assert [(m.first, numbers(m)) for _, m in ledger.due()] == [(0, [0, 1])]
-    read(ledger)
-    assert [(m.first, numbers(m)) for _, m in ledger.due()] == [(2, [2, 3]), (4, [4])]
+    buffer = StreamBuffer([0], first=0, row_bytes=4)
+    buffer.want(0, want(0, 5, None))
+    read(buffer, 3)
+    assert [(m.first, numbers(m)) for _, m in buffer.due()] == [(0, [0, 1])]
+    read(buffer)
+    assert [(m.first, numbers(m)) for _, m in buffer.due()] == [(2, [2, 3]), (4, [4])]
 
 
 def test_a_row_longer_than_a_chunk_travels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 2)
     monkeypatch.setattr(stream_server, "_MOST_BYTES", 2)
     read_so_far[0] = 0
-    ledger = RowLedger([0], first=0, row_bytes=4)
-    ledger.want(0, want(0, 2, None))
-    assert read(ledger) == 1
-    assert [m.count for _, m in ledger.due()] == [1]
-    assert read(ledger) == 1
+    buffer = StreamBuffer([0], first=0, row_bytes=4)
+    buffer.want(0, want(0, 2, None))
+    assert read(buffer) == 1
+    assert [m.count for _, m in buffer.due()] == [1]
+    assert read(buffer) == 1
 
 
 def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
@@ -144,16 +146,16 @@ def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
     monkeypatch.setattr(stream_server, "_MOST_UNSENT_BYTES", 16)
     monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 8)
     read_so_far[0] = 0
-    ledger = RowLedger([0, 1], first=0, row_bytes=4)
-    ledger.want(0, want(0, 100, None))
-    ledger.want(1, want(100, 102, None))
-    read(ledger)
-    sent = ledger.due()
+    buffer = StreamBuffer([0, 1], first=0, row_bytes=4)
+    buffer.want(0, want(0, 100, None))
+    buffer.want(1, want(100, 102, None))
+    read(buffer)
+    sent = buffer.due()
     assert [numbers(m) for rank, m in sent if rank == 0] == [[0, 1], [2, 3]]
     assert [numbers(m) for rank, m in sent if rank == 1] == [[100, 101]], "others do not wait"
-    assert ledger.due() == []
-    ledger.sent(0, sent[0][1])
-    assert [numbers(m) for _, m in ledger.due()] == [[4, 5]]
+    assert buffer.due() == []
+    buffer.sent(0, sent[0][1])
+    assert [numbers(m) for _, m in buffer.due()] == [[4, 5]]
 
 
 @pytest.mark.parametrize(
@@ -168,18 +170,18 @@ def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(
-    ledger: RowLedger, rank: int, wanted: WantRowsMessage, reason: str
+    buffer: StreamBuffer, rank: int, wanted: WantRowsMessage, reason: str
 ) -> None:
-    ledger.want(0, want(0, 2, 4))
-    ledger.want(1, want(2, 4, None))
+    buffer.want(0, want(0, 2, 4))
+    buffer.want(1, want(2, 4, None))
     with pytest.raises(ProtocolError, match=reason):
-        ledger.want(rank, wanted)
+        buffer.want(rank, wanted)
 
 
-def test_endless_requests_are_refused(ledger: RowLedger) -> None:
+def test_endless_requests_are_refused(buffer: StreamBuffer) -> None:
     with pytest.raises(ProtocolError, match="1024 requests open"):
         for number in range(2000):
-            ledger.want(0, want(number, number + 1, number + 1))
+            buffer.want(0, want(number, number + 1, number + 1))
 
 
 class Reader:
@@ -203,12 +205,12 @@ class Reader:
 
 
 class Ends:
-    """What a desk sends and says."""
+    """What a server sends and says."""
 
-    def __init__(self, reader: Any, takers: int = 2) -> None:
+    def __init__(self, reader: Any, ranks: int = 2) -> None:
         self.sent: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self.failed: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.desk = RowDesk(reader, range(takers), send=self._send, fail=self.failed.put)
+        self.server = StreamServer(reader, range(ranks), send=self._send, fail=self.failed.put)
 
     def _send(self, rank: int, message: Message, sent: Callable[[], None]) -> None:
         self.sent.put((rank, message))
@@ -223,15 +225,15 @@ class Ends:
 def test_a_slow_reader_does_not_hold_up_what_was_read_before() -> None:
     reader = Reader(hold_at=4)
     ends = Ends(reader)
-    ends.desk.want(0, want(0, 2, 6))
-    ends.desk.want(1, want(4, 6, 10))
+    ends.server.want(0, want(0, 2, 6))
+    ends.server.want(1, want(4, 6, 10))
     assert ends.got() == (0, [0, 1])
     until(lambda: reader.row == 4)
-    ends.desk.want(0, want(6, 7, None))  # does not wait for the reader
+    ends.server.want(0, want(6, 7, None))  # does not wait for the reader
     reader.go_on.set()
     assert ends.got() == (1, [4, 5])
     assert ends.got() == (0, [6])
-    ends.desk.close()
+    ends.server.close()
     assert "smolrun-rows" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -246,13 +248,13 @@ def test_a_reader_that_fails_midway_is_told_once(error: Exception, sentence: str
     reader = Reader(hold_at=3, error=error)
     reader.go_on.set()
     ends = Ends(reader)
-    ends.desk.want(0, want(0, 2, 6))
-    ends.desk.want(1, want(2, 4, 6))
+    ends.server.want(0, want(0, 2, 6))
+    ends.server.want(1, want(2, 4, 6))
     assert ends.got() == (0, [0, 1])
     problem = ends.failed.get(timeout=20)
     assert problem == f"the driver cannot read the stream any more: {sentence}"
-    ends.desk.want(0, want(6, 7, 8))
-    ends.desk.close()
+    ends.server.want(0, want(6, 7, 8))
+    ends.server.close()
     assert ends.failed.empty()
     assert ends.sent.empty()
 
@@ -261,8 +263,8 @@ def test_a_reader_that_hangs_does_not_keep_the_driver(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stream_server, "_LAST_JOIN_S", 0.05)
     reader = Reader(hold_at=0)
     ends = Ends(reader)
-    ends.desk.want(0, want(0, 2, 6))
-    ends.desk.close()
+    ends.server.want(0, want(0, 2, 6))
+    ends.server.close()
     reader.go_on.set()
     until(lambda: "smolrun-rows" not in [thread.name for thread in threading.enumerate()])
     assert ends.sent.empty()
@@ -276,31 +278,31 @@ def test_whatever_the_order_every_rank_gets_its_rows_and_memory_is_bounded(
     """Ranks with shares of their own, one step after the other, some steps apart."""
     sizes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
     steps, total = data.draw(st.integers(1, 8)), sum(sizes)
-    ledger = RowLedger(range(len(sizes)), first=0, row_bytes=4)
-    ledger._most_kept, ledger._chunk = data.draw(st.integers(2, 9)), 2
+    buffer = StreamBuffer(range(len(sizes)), first=0, row_bytes=4)
+    buffer._most_kept, buffer._chunk = data.draw(st.integers(2, 9)), 2
     firsts = [sum(sizes[:rank]) for rank in range(len(sizes))]
     asked, got, number = [0] * len(sizes), [[] for _ in sizes], 0
     while True:
-        for rank, message in ledger.due():
+        for rank, message in buffer.due():
             got[rank] += numbers(message)
-        assert ledger.num_kept <= ledger._most_kept
+        assert buffer.num_kept <= buffer._most_kept
         # No rank is more than two steps ahead of another, as in a run with staleness.
         may_ask = [r for r, step in enumerate(asked) if step < min(steps, min(asked) + 2)]
-        acts = [*may_ask, *([-1] if ledger.wants_row else [])]
+        acts = [*may_ask, *([-1] if buffer.wants_row else [])]
         if not acts:
             break
         act = data.draw(st.sampled_from(acts))
         if act == -1:
-            ledger.add(row(number))
+            buffer.add(row(number))
             number += 1
             continue
         first = asked[act] * total + firsts[act]
         asked[act] += 1
         following = first + total if asked[act] < steps else None
-        ledger.want(act, want(first, first + sizes[act], following))
+        buffer.want(act, want(first, first + sizes[act], following))
     assert asked == [steps] * len(sizes)
     for rank, size in enumerate(sizes):
         assert got[rank] == [
             step * total + firsts[rank] + offset for step in range(steps) for offset in range(size)
         ]
-    assert ledger.num_kept == 0
+    assert buffer.num_kept == 0

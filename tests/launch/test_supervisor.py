@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 
 from smolrun.events import Note, RankStep, StepDone
-from smolrun.launch.control import Address, ErrorReport, Peer, ResultMessage
+from smolrun.launch.control import Address, ErrorReport, ResultMessage, RosterPeer
 from smolrun.launch.root_cause import RankState
-from smolrun.launch.supervisor import Limits, Phase, Supervisor
+from smolrun.launch.supervisor import Limits, RunPhase, Supervisor
 from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,
-    Finished,
     Input,
     Interrupted,
     Kill,
-    Misbehaved,
     NotStarted,
-    Outcome,
-    Ready,
+    ProtocolViolation,
     Reported,
+    RunOutcome,
     SendRoster,
     SendStop,
+    WorkerFinished,
+    WorkerReady,
 )
 
 LIMITS = Limits(start_s=120, finish_s=300, stop_s=60, grace_s=2, exit_s=5, kill_s=5)
@@ -43,8 +43,8 @@ def starting(count: int) -> Supervisor:
 def running(count: int) -> Supervisor:
     supervisor = starting(count)
     for rank in range(count):
-        supervisor.handle(Ready(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
-    assert supervisor.phase is Phase.RUNNING
+        supervisor.handle(WorkerReady(rank, at(5000 + rank), {"python": "3.11"}), 1.0)
+    assert supervisor.phase is RunPhase.RUNNING
     return supervisor
 
 
@@ -58,21 +58,23 @@ def step(rank: int, number: int) -> Reported:
     return Reported(rank, RankStep(number, rank, 0.1, 0.0, None, 0, 0))
 
 
-def done(rank: int) -> Finished:
-    return Finished(rank, ResultMessage(status="done", summary={"rank": rank}))
+def done(rank: int) -> WorkerFinished:
+    return WorkerFinished(rank, ResultMessage(status="done", summary={"rank": rank}))
 
 
-def failed(rank: int, kind: str, message: str, peer: int | None = None) -> Finished:
-    return Finished(rank, ResultMessage(status="failed", error=ErrorReport(kind, message, peer)))
+def failed(rank: int, kind: str, message: str, peer: int | None = None) -> WorkerFinished:
+    return WorkerFinished(
+        rank, ResultMessage(status="failed", error=ErrorReport(kind, message, peer))
+    )
 
 
-def outcome_of(actions: list[Action]) -> Outcome:
+def outcome_of(actions: list[Action]) -> RunOutcome:
     (finish,) = [action for action in actions if isinstance(action, Finish)]
     assert actions[-1] is finish
     return finish.outcome
 
 
-def bury(supervisor: Supervisor, actions: list[Action], now: float) -> Outcome:
+def bury(supervisor: Supervisor, actions: list[Action], now: float) -> RunOutcome:
     """Let every killed worker end, and give the outcome."""
     for rank in sorted({action.rank for action in actions if isinstance(action, Kill)}):
         actions = supervisor.handle(Exited(rank, -9), now) or actions
@@ -81,9 +83,9 @@ def bury(supervisor: Supervisor, actions: list[Action], now: float) -> Outcome:
 
 def test_the_roster_is_sent_once_all_are_ready() -> None:
     supervisor = starting(2)
-    assert supervisor.handle(Ready(1, at(5001)), 1.0) == []
-    actions = supervisor.handle(Ready(0, at(5000)), 2.0)
-    expected = [Peer(0, "host0", at(5000)), Peer(1, "host1", at(5001))]
+    assert supervisor.handle(WorkerReady(1, at(5001)), 1.0) == []
+    actions = supervisor.handle(WorkerReady(0, at(5000)), 2.0)
+    expected = [RosterPeer(0, "host0", at(5000)), RosterPeer(1, "host1", at(5001))]
     assert actions == [SendRoster(expected)]
     assert supervisor.deadline is None
 
@@ -102,7 +104,7 @@ def test_a_run_that_goes_well() -> None:
 
 def test_the_start_deadline_names_all_that_are_not_ready() -> None:
     supervisor = starting(3)
-    supervisor.handle(Ready(1, at(5001)), 1.0)
+    supervisor.handle(WorkerReady(1, at(5001)), 1.0)
     assert supervisor.advance(119.9) == []
     actions = supervisor.advance(120.0)
     assert actions == [Kill(0), Kill(1), Kill(2)]
@@ -168,7 +170,7 @@ def test_the_grace_ends_at_once_when_all_have_reported() -> None:
     supervisor.handle(failed(0, "TrainingError", "loss is no number"), 2.0)
     assert supervisor.deadline == 4.0
     supervisor.handle(failed(1, "PeerLost", "lost rank 0: closed", 0), 2.1)
-    assert supervisor.phase is Phase.CLOSING
+    assert supervisor.phase is RunPhase.CLOSING
 
 
 def test_whoever_keeps_silent_after_a_failure_is_killed_after_the_grace() -> None:
@@ -183,18 +185,21 @@ def test_whoever_keeps_silent_after_a_failure_is_killed_after_the_grace() -> Non
 @pytest.mark.parametrize(
     ("problem", "words"),
     [
-        (Misbehaved(1, "sent a line that is no message"), "broke the control protocol: it sent"),
+        (
+            ProtocolViolation(1, "sent a line that is no message"),
+            "broke the control protocol: it sent",
+        ),
         (NotStarted(1, "No such file: python9"), "could not be started: No such file: python9"),
         (Exited(1, 1), "died with exit code 1 while it started"),
         (Exited(1, 0), "ended without a result while it started"),
-        (Finished(1, ResultMessage(status="done")), "reported its end before the run began"),
+        (WorkerFinished(1, ResultMessage(status="done")), "reported its end before the run began"),
     ],
 )
 def test_a_failure_during_the_start_ends_all_at_once(problem: Input, words: str) -> None:
     supervisor = starting(2)
     actions = supervisor.handle(problem, 1.0)
     assert Kill(0) in actions
-    assert supervisor.phase is Phase.CLOSING
+    assert supervisor.phase is RunPhase.CLOSING
     actions += [Kill(1)]  # one with a result may leave on its own, and does; the others are killed
     outcome = bury(supervisor, actions, 1.1)
     assert (outcome.exit_code, outcome.failed_rank) == (3, 1)
@@ -206,7 +211,7 @@ def test_the_first_ctrl_c_stops_at_an_agreed_step() -> None:
     assert supervisor.handle(Interrupted(), 2.0) == [SendStop(0), SendStop(1)]
     assert supervisor.advance(3.0) == []
     for rank in (0, 1):
-        supervisor.handle(Finished(rank, ResultMessage(status="stopped")), 4.0)
+        supervisor.handle(WorkerFinished(rank, ResultMessage(status="stopped")), 4.0)
     supervisor.handle(Exited(0, 0), 4.1)
     outcome = outcome_of(supervisor.handle(Exited(1, 0), 4.1))
     assert (outcome.status, outcome.exit_code) == ("stopped", 130)
@@ -231,7 +236,7 @@ def test_the_second_ctrl_c_ends_all_now() -> None:
 def test_a_rank_that_ignores_stop_is_killed_at_the_deadline() -> None:
     supervisor = training(2)
     supervisor.handle(Interrupted(), 2.0)
-    supervisor.handle(Finished(0, ResultMessage(status="stopped")), 3.0)
+    supervisor.handle(WorkerFinished(0, ResultMessage(status="stopped")), 3.0)
     actions = supervisor.advance(62.0)
     assert actions == [Kill(0), Kill(1)]
     outcome = bury(supervisor, actions, 62.1)

@@ -12,15 +12,15 @@ from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,
-    Finished,
     Input,
     Interrupted,
     Kill,
-    Misbehaved,
     NotStarted,
-    Outcome,
+    ProtocolViolation,
     ReaderFailed,
-    Ready,
+    RunOutcome,
+    WorkerFinished,
+    WorkerReady,
 )
 from tests.launch.test_supervisor import running, starting, step
 
@@ -32,11 +32,11 @@ def inputs(count: int) -> st.SearchStrategy[Input]:
     status = st.sampled_from(["done", "stopped", "failed"])
     result: Callable[..., ResultMessage] = ResultMessage
     return st.one_of(
-        st.builds(Ready, rank, st.just(5000)),
+        st.builds(WorkerReady, rank, st.just(5000)),
         st.builds(step, rank, st.integers(1, 9)),
-        st.builds(Finished, rank, st.builds(result, status=status, error=st.none() | error)),
+        st.builds(WorkerFinished, rank, st.builds(result, status=status, error=st.none() | error)),
         st.builds(Exited, rank, st.sampled_from([0, 3, 75, 131, -9, -11])),
-        st.builds(Misbehaved, rank, st.just("garbage")),
+        st.builds(ProtocolViolation, rank, st.just("garbage")),
         st.builds(NotStarted, rank, st.just("no python")),
         st.just(ReaderFailed("the network is gone")),
         st.just(Interrupted()),
@@ -51,7 +51,7 @@ def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> 
     if data.draw(st.booleans()):
         supervisor = running(count)
     obedient = data.draw(st.booleans())  # do killed processes really end?
-    now, gone, killed, outcomes = 1.0, set[int](), list[int](), list[Outcome]()
+    now, gone, killed, outcomes = 1.0, set[int](), list[int](), list[RunOutcome]()
 
     def take(actions: list[Action]) -> None:
         assert not outcomes or not actions, "nothing may follow the finish"

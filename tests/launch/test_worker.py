@@ -17,10 +17,10 @@ from smolrun.launch.control import (
     Address,
     EventMessage,
     LogMessage,
-    Peer,
     ReadyMessage,
     ResultMessage,
     RosterMessage,
+    RosterPeer,
     StopMessage,
     WorkerMessage,
     decode_from_worker,
@@ -67,7 +67,7 @@ class Worker:
 
     def join_the_mesh(self) -> None:
         assert isinstance(self.heard(), ReadyMessage)
-        self.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
+        self.say(RosterMessage(peers=[RosterPeer(0, "local", [Address("127.0.0.1", 4711)])]))
 
     def end(self) -> tuple[ResultMessage, int, str]:
         """Its result, exit code and log; its stdin stays open until it is gone."""
@@ -106,7 +106,7 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     )
     assert ready.versions["torch"] == "2.0-stub"
     assert set(ready.versions) == {"python", "torch", "smolrun"}
-    worker.say(RosterMessage(peers=[Peer(0, "local", [Address("127.0.0.1", 4711)])]))
+    worker.say(RosterMessage(peers=[RosterPeer(0, "local", [Address("127.0.0.1", 4711)])]))
     event = worker.heard()
     assert isinstance(event, EventMessage)
     assert isinstance(event.data, StepDone)

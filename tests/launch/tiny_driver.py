@@ -19,7 +19,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
-from smolrun.launch.stream_server import RowReader
+from smolrun.launch.stream_server import RowSource
 from smolrun.launch.supervisor import Limits
 
 WORKER = [sys.executable, str(Path(__file__).with_name("tiny_worker.py"))]
@@ -57,7 +57,7 @@ def make_driver(
     events: list[Event] | None = None,
     command: list[str] | None = None,
     lease_every_s: float = 0.2,
-    rows: RowReader | None = None,
+    rows: RowSource | None = None,
     stop_requests: Callable[[], int] = lambda: 0,
     elastic: Elasticity | None = None,
     **limits: Any,

@@ -13,12 +13,12 @@ import torch
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.data.digits import Digits
 from smolrun.data.prepared import Prepared
-from smolrun.driver.train_rank import train
 from smolrun.errors import TrainingError
 from smolrun.events import Drift, EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
 from smolrun.training.evaluation import write_text
+from smolrun.worker.train import train
 
 
 @pytest.fixture(scope="module")

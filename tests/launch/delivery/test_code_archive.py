@@ -47,10 +47,10 @@ def test_it_runs_from_where_it_lands_and_knows_its_version(tmp_path: Path) -> No
         opened.extractall(there)
     program = (
         "import os, sys; sys.path.append(os.getcwd())\n"
-        "import smolrun.cli.worker, my_code\n"
+        "import smolrun.worker.process, my_code\n"
         "from importlib.metadata import distribution\n"
         "place = distribution('smolrun').locate_file('')\n"
-        "print(smolrun.cli.worker.__file__, place, my_code.WORD)"
+        "print(smolrun.worker.process.__file__, place, my_code.WORD)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],

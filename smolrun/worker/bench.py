@@ -17,11 +17,11 @@ from smolrun.collectives.api import Collectives
 from smolrun.data.base import open_split
 from smolrun.data.order import SampleOrder
 from smolrun.data.prepared import Prepared
-from smolrun.driver.train_rank import new_model, optimizer_maker, place_algorithm
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches
 from smolrun.training.feed import Feed
+from smolrun.worker.train import new_model, optimizer_maker, place_algorithm
 
 
 def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[dict[str, Any]]:

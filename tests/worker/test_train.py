@@ -10,10 +10,10 @@ import torch
 from smolrun.algorithms.base import FORWARD, Algorithm
 from smolrun.cli.compose import compose
 from smolrun.data.base import Prepared
-from smolrun.driver.train_rank import place_algorithm
 from smolrun.errors import ConfigError
 from smolrun.testing import run_ranks
 from smolrun.training.randomness import seed_everything
+from smolrun.worker.train import place_algorithm
 
 CPU = torch.device("cpu")
 
