@@ -30,10 +30,10 @@ from smolrun.algorithms import saved
 from smolrun.algorithms.contract import (
     FACTS,
     IGNORED,
+    BatchAssignment,
     Context,
     EvalSums,
-    InFlight,
-    Share,
+    PendingUpdate,
     StepResult,
     check_answer,
     loss_sum,
@@ -55,7 +55,7 @@ FORWARD, UPDATE = 0, 1
 
 _COMPARED_STEPS = 3  # at first, in which the bytes of buffers are compared
 
-__all__ = ["Algorithm", "Context", "EvalSums", "InFlight", "Share", "StepResult"]
+__all__ = ["Algorithm", "Context", "EvalSums", "PendingUpdate", "BatchAssignment", "StepResult"]
 
 
 class Algorithm(ABC):
@@ -63,11 +63,11 @@ class Algorithm(ABC):
     `drain`."""
 
     # Whether every rank holds the model; otherwise `place` is content with a shell of it.
-    holds_whole_model = True
+    needs_full_model = True
     # Whether this rank takes part in evaluations and checkpoints; whether all ranks begin every
     # step together; whether this rank evaluates by itself.
-    evaluates = saves = is_lockstep = True
-    evaluates_alone = False
+    can_evaluate = has_checkpoint_state = is_lockstep = True
+    evaluates_locally = False
     replicas_may_differ = False  # in last bits: unlike machines, each updating its own replica
 
     def __init__(self, context: Context) -> None:
@@ -76,7 +76,7 @@ class Algorithm(ABC):
         # Set by this rank's trainer; all ranks learn of it with the next step.
         self.wants_stop = False
         self.steps_begun = 0
-        self.in_flight: deque[InFlight] = deque()
+        self.pending_updates: deque[PendingUpdate] = deque()
         self.clock = StepClock(context.pace)
         self._norms: dict[str, dict[str, float]] | None = None
         self._changed_buffer = ""  # by a forward of this rank
@@ -92,7 +92,7 @@ class Algorithm(ABC):
         self.optimizer = self.context.make_optimizer(self.stepped)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
-    def meet(self) -> None:
+    def start_barrier(self) -> None:
         """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
 
@@ -100,9 +100,9 @@ class Algorithm(ABC):
         """How much of a global batch each rank gets, relative to the others."""
         return speeds
 
-    def next_share(self, steps: int) -> Share | None:
+    def next_assignment(self, steps: int) -> BatchAssignment | None:
         """What to train on next, where there are so many `steps`; None: nothing more."""
-        return Share(self.steps_begun) if self.steps_begun < steps else None
+        return BatchAssignment(self.steps_begun) if self.steps_begun < steps else None
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """One step; returns the update it finished, None while the first K are in flight."""
@@ -114,15 +114,15 @@ class Algorithm(ABC):
         facts["compute_s"] = self.clock.compute_s
         facts["wants_stop"] = float(self.wants_stop)
         with self.clock.span("synchronize"):
-            self.in_flight.append(self.synchronize(facts))
+            self.pending_updates.append(self.synchronize(facts))
         self.steps_begun += 1
-        return self._update_oldest() if len(self.in_flight) > self.context.staleness else None
+        return self._update_oldest() if len(self.pending_updates) > self.context.staleness else None
 
     def drain(self) -> list[StepResult]:
         """Finishes the updates that are still in flight."""
-        return [self._update_oldest() for _ in range(len(self.in_flight))]
+        return [self._update_oldest() for _ in range(len(self.pending_updates))]
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """The last call: nobody leaves while another still needs it."""
         self.collectives.barrier()
 
@@ -140,7 +140,7 @@ class Algorithm(ABC):
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
-        if not self.evaluates_alone:
+        if not self.evaluates_locally:
             self.collectives.all_reduce(sums)
         loss, weight, correct = sums.tolist()
         return EvalSums(loss, int(weight), int(correct) if is_classes else None)
@@ -162,8 +162,8 @@ class Algorithm(ABC):
     def pieces(self) -> list[TensorSlice]:
         """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
         tensors are the living ones: copy them before the next step."""
-        for flight in self.in_flight:
-            self.arrive(flight)
+        for pending in self.pending_updates:
+            self.wait_for(pending)
         return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
 
     def checkpoint_bytes(self) -> int:
@@ -197,31 +197,31 @@ class Algorithm(ABC):
         """Called before the last micro-batch: gradients complete from now on may leave."""
 
     @abstractmethod
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """Starts to bring this step's gradients and facts of all ranks together; never waits."""
 
-    def arrive(self, flight: InFlight) -> None:
-        """Waits until all that belongs to the flight is here; the second time it is a no-op."""
-        for work in flight.works:
+    def wait_for(self, pending: PendingUpdate) -> None:
+        """Waits until all that belongs to the pending is here; the second time it is a no-op."""
+        for work in pending.works:
             self.clock.wait(work)
 
     @abstractmethod
-    def load_gradients(self, flight: InFlight) -> list[Tensor]:
-        """Puts the summed gradients of a finished flight into `parameter.grad`; returns the
+    def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
+        """Puts the summed gradients of a finished pending into `parameter.grad`; returns the
         distinct tensors that hold them."""
 
-    def gradients_in_flight(self, flight: InFlight) -> list[Tensor]:
-        """The summed gradients of a flight whose works are done, one per parameter that is
+    def pending_gradients(self, pending: PendingUpdate) -> list[Tensor]:
+        """The summed gradients of a pending whose works are done, one per parameter that is
         trained, in the model's order; for checkpoints, which read them and write into them.
 
         Whoever allows staleness must have it."""
         raise NotImplementedError(f"{type(self).__name__} cannot save gradients in flight")
 
     @torch.no_grad()
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
         if the update was skipped. All ranks see the same norm, so all take the same decision."""
-        gradients = self.load_gradients(flight)
+        gradients = self.bind_gradients(pending)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
         self._norms = None
         if not math.isfinite(norm):
@@ -232,7 +232,7 @@ class Algorithm(ABC):
             gradient.mul_(shrunk / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(flight.step, self.stepped, shrunk)
+        measured = self.context.norms.begin(pending.step, self.stepped, shrunk)
         self.optimizer.step()
         self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
@@ -327,14 +327,14 @@ class Algorithm(ABC):
         return logits, batch.targets.to(device)
 
     def _update_oldest(self) -> StepResult:
-        flight = self.in_flight.popleft()
-        self.arrive(flight)
-        facts = {name: flight.facts[:, column].tolist() for column, name in enumerate(FACTS)}
+        pending = self.pending_updates.popleft()
+        self.wait_for(pending)
+        facts = {name: pending.facts[:, column].tolist() for column, name in enumerate(FACTS)}
         ranks, weight = self.collectives.ranks, sum(facts["weight"])
-        learning_rate = self.context.learning_rate(flight.step)
-        self.context.reseed(UPDATE, flight.step)
+        learning_rate = self.context.learning_rate(pending.step)
+        self.context.reseed(UPDATE, pending.step)
         with self.clock.compute(), self.clock.span("update"):
-            grad_norm = self.update(flight, weight, learning_rate)
+            grad_norm = self.update(pending, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
         self._share_buffers(facts)
         slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
@@ -342,7 +342,7 @@ class Algorithm(ABC):
         has_waited = slowest != self.collectives.index and wait_s > 0.05 * compute_s
         culprits = [rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok]
         return StepResult(
-            step=flight.step,
+            step=pending.step,
             loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
@@ -354,5 +354,5 @@ class Algorithm(ABC):
             wants_stop=any(facts["wants_stop"]),
             norms=self._norms,
             facts=facts,
-            late=flight.late,
+            late=pending.late,
         )

@@ -13,7 +13,7 @@ With staleness K the update of step t applies the sums of step t-K, on all ranks
 stay equal, no rank begins step t before all have finished step t-K-1, and the network has K whole
 steps to hide behind.
 
-With quantization gradients travel in fewer bits: parts/quantized_sum.py.
+With quantization gradients travel in fewer bits: parts/quantized_all_reduce.py.
 All ranks decode the same bytes, so replicas stay equal too; what rounding took away is kept for
 the next step.
 
@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 
 from smolrun.algorithms import saved, saved_residuals
-from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import new_group
@@ -43,7 +43,7 @@ from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.device_class import device_class, gather_classes
-from smolrun.parts.gradient_sums import GradientSums
+from smolrun.parts.gradient_reducer import GradientReducer
 from smolrun.parts.replicas import make_equal
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ClassicDP(Algorithm):
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context)
         self._bucket_bytes = int(bucket_mb * 1024 * 1024)
-        self.sums = GradientSums(self.collectives, context.quantization)
+        self.sums = GradientReducer(self.collectives, context.quantization)
         self._works: list[Work] = []
         self._is_finite = True
 
@@ -127,28 +127,28 @@ class ClassicDP(Algorithm):
         """Starts to sum a full bucket over all ranks."""
         return self.sums.all_reduce(bucket.to_host(slot), bucket.index, slot)
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """The buckets are on their way already; the facts follow them."""
         facts["is_finite"] = float(self._is_finite)
         table, work = self.share_facts(facts)
-        return InFlight(self.steps_begun, table, [*self._works, work])
+        return PendingUpdate(self.steps_begun, table, [*self._works, work])
 
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """Binds the slot of that step."""
-        slot = self.slot(flight.step)
+        slot = self.slot(pending.step)
         self.buckets.bind(slot)
         return [bucket.from_host(slot) for bucket in self.buckets.buckets]
 
     @torch.no_grad()
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """As always; what rounding took away counts only if the update did."""
-        norm = super().update(flight, weight, learning_rate)
-        self.sums.settle(self.slot(flight.step), is_kept=norm is not None)
+        norm = super().update(pending, weight, learning_rate)
+        self.sums.settle(self.slot(pending.step), is_kept=norm is not None)
         return norm
 
-    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
-        """Views into what travelled, which is where `load_gradients` takes them from."""
-        return self.buckets.travelled(self.slot(flight.step))
+    def pending_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
+        """Views into what travelled, which is where `bind_gradients` takes them from."""
+        return self.buckets.travelled(self.slot(pending.step))
 
     def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
         """Names and shapes of the gradients in every bucket, as they lie there one by one."""

@@ -56,22 +56,22 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """One of `count` equal parts of a global batch, for whoever takes it."""
 
     index: int
     count: int
 
 
-NOTHING = Part(0, 0)  # for a rank that only serves others
+IDLE = BatchPart(0, 0)  # for a rank that only serves others
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchAssignment:
     """What a rank trains on next: of the global batch of `step` its own share, or that part."""
 
     step: int
-    part: Part | None = None
+    part: BatchPart | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class StepResult:
 
 
 @dataclass
-class InFlight:
+class PendingUpdate:
     """A step whose gradient is on its way."""
 
     step: int

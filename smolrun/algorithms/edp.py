@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import UPDATE, Algorithm, Context, InFlight
-from smolrun.algorithms.contract import NOTHING, EvalSums, Part, Share, StepResult
+from smolrun.algorithms.base import UPDATE, Algorithm, Context, PendingUpdate
+from smolrun.algorithms.contract import IDLE, BatchAssignment, BatchPart, EvalSums, StepResult
 from smolrun.algorithms.edp_worker import EDP, SERVER, EDPWorker
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.data.base import Batch
@@ -62,7 +62,7 @@ def edp(
 class EDPServer(EDP):
     """Applies pushes in the order in which they come."""
 
-    evaluates_alone = True
+    evaluates_locally = True
 
     def __init__(self, context: Context, trains: bool, tickets: Tickets, damping: str) -> None:
         super().__init__(context)
@@ -81,7 +81,7 @@ class EDPServer(EDP):
             context.mesh, self.flat_model, context.quantization, self.tickets
         )
 
-    def next_share(self, steps: int) -> Share | None:
+    def next_assignment(self, steps: int) -> BatchAssignment | None:
         """A ticket of its own, if it trains and there is one; else nothing but to serve."""
         self.reception.open(steps)
         if self.tickets.is_over(steps):
@@ -89,9 +89,9 @@ class EDPServer(EDP):
             return None
         self._own = self.tickets.take(SERVER, steps) if self._trains else None
         if self._own is None:
-            return Share(self.steps_begun, NOTHING)
+            return BatchAssignment(self.steps_begun, IDLE)
         step, index = divmod(self._own, self.tickets.per_step)
-        return Share(step, Part(index, self.tickets.per_step))
+        return BatchAssignment(step, BatchPart(index, self.tickets.per_step))
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """Serves until a global batch is applied; who trains too only takes what has come, and
@@ -130,9 +130,9 @@ class EDPServer(EDP):
             # Not the gradient is damped but the rate: Adam would undo the former, as it divides by
             # the gradient's own length.
             rate = self.context.learning_rate(self.steps_begun) * self._damping(age)
-            flight = InFlight(self.steps_begun, torch.empty(0), [])
+            pending = PendingUpdate(self.steps_begun, torch.empty(0), [])
             self.context.reseed(UPDATE, self.tickets.num_done)
-            norm = self.update(flight, facts.weight, rate)
+            norm = self.update(pending, facts.weight, rate)
         if rank == SERVER:
             self.loss_scale.update(was_finite=norm is not None)
         self._told(rank, facts, norm)
@@ -161,7 +161,7 @@ class EDPServer(EDP):
         self.reception.say_busy()
         return super().eval_step(micro_batches)
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """The last to go: everybody has been told that it is over."""
         self.reception.wait_until_all_left(self.context.mesh.timeout_s)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import Algorithm, Context, InFlight
-from smolrun.algorithms.contract import Part, Share, StepResult
+from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
+from smolrun.algorithms.contract import BatchAssignment, BatchPart, StepResult
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
@@ -81,11 +81,11 @@ class EDP(Algorithm):
             events=tuple(events),
         )
 
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """They are in `parameter.grad` all the time."""
         return self.gradients
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """There is no moment at which all gradients come together."""
         raise NotImplementedError("a push is applied when it comes")
 
@@ -93,7 +93,7 @@ class EDP(Algorithm):
 class EDPWorker(EDP):
     """Computes gradients; it has no optimizer, and neither evaluates nor saves."""
 
-    evaluates = saves = False
+    can_evaluate = has_checkpoint_state = False
 
     def __init__(self, context: Context, patience: Patience) -> None:
         super().__init__(context)
@@ -116,7 +116,7 @@ class EDPWorker(EDP):
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         """Nothing, likewise."""
 
-    def next_share(self, steps: int) -> Share | None:
+    def next_assignment(self, steps: int) -> BatchAssignment | None:
         """The next ticket; waits where the server has none to give, or weights are too old."""
         with self.clock.waiting():
             self._ticket = ticket = self.courier.next_ticket()
@@ -124,7 +124,7 @@ class EDPWorker(EDP):
             self.steps_begun = 0 if self.courier.was_stopped else steps
             return None
         step, index = divmod(ticket.number, ticket.per_step)
-        return Share(step, Part(index, ticket.per_step))
+        return BatchAssignment(step, BatchPart(index, ticket.per_step))
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """One ticket; its push goes on when this has returned."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms import saved_residuals, saved_shards
-from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
+from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP, classicdp
 from smolrun.algorithms.contract import never_empty
 from smolrun.checkpoints.reader import Checkpoint
@@ -43,9 +43,9 @@ from smolrun.parts.arrivals import Arrivals
 from smolrun.parts.buckets import Bucket, pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
 from smolrun.parts.norms import joined
-from smolrun.parts.passing_gradients import PassingGradients
+from smolrun.parts.reduce_scatter_buckets import ReduceScatterBuckets
 from smolrun.parts.replicas import make_equal, persistent_buffers
-from smolrun.parts.whole_on_use import Layer, WholeOnUse, layers_of, used_in_products
+from smolrun.parts.unshard_on_access import Layer, UnshardOnAccess, layers_of, used_in_products
 
 
 def fsdp(
@@ -100,23 +100,23 @@ class OptimizerShards(ClassicDP):
         sizes = self.shards[bucket.index].sizes
         return self.sums.reduce_scatter(bucket.to_host(slot), sizes, bucket.index, slot)
 
-    def load_gradients(self, flight: InFlight) -> list[Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
         """This rank's parts of the sums."""
-        pairs = zip(self.trained_shards, self.summed(flight), strict=True)
+        pairs = zip(self.trained_shards, self.summed(pending), strict=True)
         return [bucket.bind(own.to(bucket.device)) for bucket, own in pairs]
 
-    def summed(self, flight: InFlight) -> list[Tensor]:
-        """This rank's part of every bucket's sum, once the works of the flight are done; to be
+    def summed(self, pending: PendingUpdate) -> list[Tensor]:
+        """This rank's part of every bucket's sum, once the works of the pending are done; to be
         read, or written by who goes on from a checkpoint."""
-        slot = self.slot(flight.step)
+        slot = self.slot(pending.step)
         pairs = zip(self.shards, self.buckets.buckets, strict=True)
         return [shard.own(bucket.host[slot]) for shard, bucket in pairs]
 
     @torch.no_grad()
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """As always, on this rank's slices; then everybody gets the slices of all."""
         self._arrivals.land()  # what is being sent must not change
-        norm = super().update(flight, weight, learning_rate)
+        norm = super().update(pending, weight, learning_rate)
         if norm is not None:
             self.spread()
         return norm
@@ -132,10 +132,10 @@ class OptimizerShards(ClassicDP):
         self._arrivals.land()
         return super().replica_tensors()
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """As always, when nothing is on its way any more."""
         self._arrivals.land()
-        super().leave()
+        super().finish()
 
     def norm_squared(self, gradients: list[Tensor]) -> float:
         """Every element has one owner, so the squares of all ranks add up."""
@@ -154,8 +154,8 @@ class OptimizerShards(ClassicDP):
 
     def pieces(self) -> list[TensorSlice]:
         """This rank's slices of everything, under the names that a whole model would have."""
-        for flight in self.in_flight:
-            for work in flight.works:
+        for pending in self.pending_updates:
+            for work in pending.works:
                 self.clock.wait(work)
         return saved_shards.pieces(self) + saved_residuals.pieces(self)
 
@@ -184,7 +184,7 @@ class GradientShards(OptimizerShards):
 
     def catch_gradients(self) -> None:
         """Backward fills buckets that are there for a moment."""
-        self.gradients = PassingGradients(
+        self.gradients = ReduceScatterBuckets(
             self.trained_shards,
             self.collectives,
             self.sums,
@@ -212,21 +212,21 @@ class GradientShards(OptimizerShards):
     def before_last_backward(self) -> None:
         """Buckets leave in every backward."""
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """As stage 1."""
         self._works = self.gradients.works(self.slot(self.steps_begun))
         self._is_finite = self.gradients.is_finite
         return super().synchronize(facts)
 
-    def summed(self, flight: InFlight) -> list[Tensor]:
+    def summed(self, pending: PendingUpdate) -> list[Tensor]:
         """What has come back of all micro-batches."""
-        return self.gradients.finish(self.slot(flight.step))
+        return self.gradients.finish(self.slot(pending.step))
 
 
 class ParameterShards(GradientShards):
     """Stage 3: a rank holds its slices; a layer is whole only while somebody uses it."""
 
-    holds_whole_model = False
+    needs_full_model = False
 
     def __init__(
         self, context: Context, *, bucket_mb: float, max_live_buckets: int, prefetch: int
@@ -267,7 +267,7 @@ class ParameterShards(GradientShards):
         self.shards.reverse()  # about the order of gradients
         self.step_slices()
         self.catch_gradients()
-        self.whole = WholeOnUse(
+        self.whole = UnshardOnAccess(
             model,
             layers,
             self.collectives,

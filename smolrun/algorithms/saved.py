@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolrun.algorithms.contract import FACTS, InFlight
+from smolrun.algorithms.contract import FACTS, PendingUpdate
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
@@ -34,9 +34,9 @@ def tensors(algorithm: Algorithm) -> dict[str, torch.Tensor]:
     found = {f"model/{name}": tensor for name, tensor in model_tensors(model)}
     remembered = optimizer_state(algorithm.optimizer, model.named_parameters())
     found |= {f"optimizer/{key}": tensor for key, tensor in remembered.items()}
-    for number, flight in enumerate(algorithm.in_flight):
-        found |= dict(_flight_tensors(algorithm, number, flight))
-        found[f"in_flight/{number}/facts"] = flight.facts
+    for number, pending in enumerate(algorithm.pending_updates):
+        found |= dict(_flight_tensors(algorithm, number, pending))
+        found[f"in_flight/{number}/facts"] = pending.facts
     return found
 
 
@@ -74,7 +74,7 @@ def state(algorithm: Algorithm) -> dict[str, Any]:
     scale = algorithm.loss_scale
     return {
         "steps_begun": algorithm.steps_begun,
-        "in_flight": [flight.step for flight in algorithm.in_flight],
+        "in_flight": [pending.step for pending in algorithm.pending_updates],
         "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
         "buffers_change": algorithm.buffers_change,
     }
@@ -93,8 +93,8 @@ def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, An
         {key.removeprefix(prefix): checkpoint.read(key) for key in checkpoint.keys(prefix)},
     )
     restore_numbers(algorithm, checkpoint, state)
-    for number, flight in enumerate(restore_flights(algorithm, checkpoint, state)):
-        for key, tensor in _flight_tensors(algorithm, number, flight):
+    for number, pending in enumerate(restore_flights(algorithm, checkpoint, state)):
+        for key, tensor in _flight_tensors(algorithm, number, pending):
             read_into(tensor, checkpoint, key)
 
 
@@ -121,25 +121,25 @@ def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping
 
 def restore_flights(
     algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]
-) -> Iterator[InFlight]:
-    """The flights one by one, with their facts; whoever asks fills in their gradients."""
+) -> Iterator[PendingUpdate]:
+    """The updates one by one, with their facts; whoever asks fills in their gradients."""
     for number, step in enumerate(state["in_flight"]):
         facts = _facts(checkpoint.read(f"in_flight/{number}/facts"), algorithm.collectives.size)
-        flight = InFlight(step, facts, [])
-        algorithm.in_flight.append(flight)
-        yield flight
+        pending = PendingUpdate(step, facts, [])
+        algorithm.pending_updates.append(pending)
+        yield pending
 
 
 def _flight_tensors(
-    algorithm: Algorithm, number: int, flight: InFlight
+    algorithm: Algorithm, number: int, pending: PendingUpdate
 ) -> Iterator[tuple[str, torch.Tensor]]:
     names = [name for name, p in algorithm.model.named_parameters() if p.requires_grad]
-    for name, gradient in zip(names, algorithm.gradients_in_flight(flight), strict=True):
+    for name, gradient in zip(names, algorithm.pending_gradients(pending), strict=True):
         yield f"in_flight/{number}/{name}", gradient
 
 
 def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
-    """The facts of a flight for `size` ranks, which need not be as many as wrote them.
+    """The facts of a pending for `size` ranks, which need not be as many as wrote them.
 
     Only sums, "all were finite", whether forward changes buffers and whose are taken matter now:
     who was slow, or asked to stop, was another run.

@@ -29,14 +29,14 @@ _PREFIX = "residual/"
 
 
 def pieces(algorithm: ClassicDP) -> list[TensorSlice]:
-    """This rank's residuals; the works of all flights are done.
+    """This rank's residuals; the works of all updates are done.
 
-    What a flight has lost counts if its update will be made, as all ranks can tell by its facts.
+    What a pending has lost counts if its update will be made, as all ranks can tell by its facts.
     """
     finite = FACTS.index("is_finite")
     kept = {
-        algorithm.slot(flight.step): bool(flight.facts[:, finite].all())
-        for flight in algorithm.in_flight
+        algorithm.slot(pending.step): bool(pending.facts[:, finite].all())
+        for pending in algorithm.pending_updates
     }
     size, index = algorithm.collectives.size, algorithm.collectives.index
     slots = algorithm.context.staleness + 1

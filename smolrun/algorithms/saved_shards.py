@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smolrun.algorithms import saved
-from smolrun.algorithms.contract import InFlight
+from smolrun.algorithms.contract import PendingUpdate
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
@@ -43,8 +43,8 @@ def pieces(algorithm: OptimizerShards) -> list[TensorSlice]:
                 found.append(TensorSlice(path, part.shape, part.start, remembered))
             elif part.start == 0:  # a counter, equal in all slices of a parameter
                 found.append(TensorSlice(path, (), 0, remembered))
-    for number, flight in enumerate(algorithm.in_flight):
-        for part, gradient in _gradients(algorithm, flight):
+    for number, pending in enumerate(algorithm.pending_updates):
+        for part, gradient in _gradients(algorithm, pending):
             found.append(
                 TensorSlice(f"in_flight/{number}/{part.name}", part.shape, part.start, gradient)
             )
@@ -73,8 +73,8 @@ def restore(algorithm: OptimizerShards, checkpoint: Checkpoint, state: Mapping[s
     saved.refuse_unknown(algorithm, checkpoint)
     _restore_optimizer(algorithm, checkpoint)
     saved.restore_numbers(algorithm, checkpoint, state)
-    for number, flight in enumerate(saved.restore_flights(algorithm, checkpoint, state)):
-        for part, gradient in _gradients(algorithm, flight):
+    for number, pending in enumerate(saved.restore_flights(algorithm, checkpoint, state)):
+        for part, gradient in _gradients(algorithm, pending):
             late = _read(checkpoint, f"in_flight/{number}/{part.name}", part)
             gradient.copy_(late.view_as(gradient))
 
@@ -85,7 +85,7 @@ def _restore_model(algorithm: OptimizerShards, checkpoint: Checkpoint) -> None:
     cut = _cut(algorithm)
     for name, tensor in saved.model_tensors(algorithm.model):
         key = f"model/{name}"
-        if algorithm.holds_whole_model or name not in cut:
+        if algorithm.needs_full_model or name not in cut:
             saved.read_into(tensor, checkpoint, key)
         elif name in slices:
             slices[name].values.copy_(_read(checkpoint, key, slices[name]))
@@ -148,11 +148,15 @@ def _not_cut(algorithm: OptimizerShards) -> dict[str, Tensor]:
         for name, tensor in saved.model_tensors(algorithm.model)
         if name not in cut
     }
-    facts = {f"in_flight/{n}/facts": flight.facts for n, flight in enumerate(algorithm.in_flight)}
+    facts = {
+        f"in_flight/{n}/facts": pending.facts for n, pending in enumerate(algorithm.pending_updates)
+    }
     return whole | facts
 
 
-def _gradients(algorithm: OptimizerShards, flight: InFlight) -> Iterator[tuple[Slice, Tensor]]:
-    for bucket, own in zip(algorithm.trained_shards, algorithm.summed(flight), strict=True):
+def _gradients(
+    algorithm: OptimizerShards, pending: PendingUpdate
+) -> Iterator[tuple[Slice, Tensor]]:
+    for bucket, own in zip(algorithm.trained_shards, algorithm.summed(pending), strict=True):
         for part in bucket.slices:
             yield part, part.of(own)

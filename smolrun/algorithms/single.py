@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from smolrun.algorithms.base import Algorithm, InFlight
+from smolrun.algorithms.base import Algorithm, PendingUpdate
 from smolrun.data.base import Batch
 
 
@@ -30,7 +30,7 @@ class Single(Algorithm):
         self.optimizer.zero_grad(set_to_none=True)
         return super().forward_backward(micro_batches)
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """Nothing to bring together: takes the gradients away until it is their turn."""
         gradients = []
         for parameter in self._trained():
@@ -41,18 +41,18 @@ class Single(Algorithm):
             all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         )
         table, work = self.share_facts(facts)
-        return InFlight(self.steps_begun, table, [work])
+        return PendingUpdate(self.steps_begun, table, [work])
 
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """The oldest gradients come back."""
         gradients = self._delayed.popleft()
         for parameter, gradient in zip(self._trained(), gradients, strict=True):
             parameter.grad = gradient
         return gradients
 
-    def gradients_in_flight(self, flight: InFlight) -> list[torch.Tensor]:
-        """The oldest flight has the oldest gradients."""
-        (position,) = (n for n, other in enumerate(self.in_flight) if other is flight)
+    def pending_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
+        """The oldest pending has the oldest gradients."""
+        (position,) = (n for n, other in enumerate(self.pending_updates) if other is pending)
         while len(self._delayed) <= position:  # going on from a checkpoint: room to write into
             self._delayed.append([torch.zeros_like(parameter) for parameter in self._trained()])
         return self._delayed[position]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms import saved, saved_residuals
-from smolrun.algorithms.base import Algorithm, Context, EvalSums, InFlight
+from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
 from smolrun.algorithms.contract import FACTS
 from smolrun.algorithms.syncps_worker import SyncPS, SyncPSWorker, numbers_of, row_of
 from smolrun.checkpoints.reader import Checkpoint
@@ -65,7 +65,7 @@ def syncps(
 class SyncPSServer(SyncPS):
     """Has the optimizer, and an average of the weights where one is wanted."""
 
-    evaluates_alone = True
+    evaluates_locally = True
 
     def __init__(self, context: Context, *, polyak: float, **common: Any) -> None:
         super().__init__(context, **common)
@@ -101,65 +101,65 @@ class SyncPSServer(SyncPS):
             owed.zero_()
         return self._nothing
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """Nothing to start: the others come by themselves."""
         facts["is_finite"] = float(self._is_finite)
         table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
         table[:, _IS_FINITE] = 1  # also of those that are late
         table[SERVER] = row_of(facts)
-        return InFlight(self.steps_begun, table, [])
+        return PendingUpdate(self.steps_begun, table, [])
 
-    def arrive(self, flight: InFlight) -> None:
+    def wait_for(self, pending: PendingUpdate) -> None:
         """Whoever works on this step is here, or late; who was late earlier may be here too."""
         if not self.is_lockstep:
-            self._wait_for_most(flight)
+            self._wait_for_most(pending)
         for seat in self.seats.all:
             for step, coming in list(seat.expected.items()):
-                is_out = seat.rank in flight.late if step == flight.step else not coming.is_done
-                if step > flight.step or is_out:
+                is_out = seat.rank in pending.late if step == pending.step else not coming.is_done
+                if step > pending.step or is_out:
                     continue
                 self.clock.wait(seat.came(step))
                 row = seat.numbers[self.slot(step)]
-                if step == flight.step:
-                    flight.facts[seat.rank] = row
+                if step == pending.step:
+                    pending.facts[seat.rank] = row
                     self._unsummed.setdefault(step, []).append(seat)
                 else:  # its gradient was dropped, its wish to stop counts
-                    flight.facts[seat.rank, _WANTS_STOP] = row[_WANTS_STOP]
+                    pending.facts[seat.rank, _WANTS_STOP] = row[_WANTS_STOP]
 
-    def _wait_for_most(self, flight: InFlight) -> None:
+    def _wait_for_most(self, pending: PendingUpdate) -> None:
         since = time.perf_counter() if self._server_trains else None
         with self.clock.waiting():
-            late = self.seats.wait_for_most(flight.step, self._straggler_s, since=since)
+            late = self.seats.wait_for_most(pending.step, self._straggler_s, since=since)
         for seat in late:
             seat.dropped += 1
-            flight.late[seat.rank] = seat.dropped
+            pending.late[seat.rank] = seat.dropped
 
-    def load_gradients(self, flight: InFlight) -> list[Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
         """The sum of all that are here."""
-        self._add_up(flight)
-        return super().load_gradients(flight)
+        self._add_up(pending)
+        return super().bind_gradients(pending)
 
-    def gradients_in_flight(self, flight: InFlight) -> list[Tensor]:
+    def pending_gradients(self, pending: PendingUpdate) -> list[Tensor]:
         """As classicdp, once added up."""
-        self._add_up(flight)
-        return super().gradients_in_flight(flight)
+        self._add_up(pending)
+        return super().pending_gradients(pending)
 
-    def _add_up(self, flight: InFlight) -> None:
-        slot = self.slot(flight.step)
-        for seat in self._unsummed.pop(flight.step, []):
+    def _add_up(self, pending: PendingUpdate) -> None:
+        slot = self.slot(pending.step)
+        for seat in self._unsummed.pop(pending.step, []):
             for bucket in self.buckets.buckets:
                 self.seats.add(seat, bucket, slot)
 
     @torch.no_grad()
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """As always; then everybody who waits gets the verdict and the weights."""
-        norm = super().update(flight, weight, learning_rate)
+        norm = super().update(pending, weight, learning_rate)
         if norm is not None:
             self.average.update()
         scale = self.loss_scale
-        verdict = [flight.step, math.nan if norm is None else norm, scale.value, scale.good_steps]
-        self._numbers = numbers_of(self.collectives.size, verdict, flight.facts)
-        self._answer_pushes(flight.step)
+        verdict = [pending.step, math.nan if norm is None else norm, scale.value, scale.good_steps]
+        self._numbers = numbers_of(self.collectives.size, verdict, pending.facts)
+        self._answer_pushes(pending.step)
         return norm
 
     def _answer_pushes(self, until: int) -> None:
@@ -170,13 +170,13 @@ class SyncPSServer(SyncPS):
                 self.seats.answer(seat, step, self._numbers, list(weights.values()))
 
     @torch.no_grad()
-    def leave(self) -> None:
+    def finish(self) -> None:
         """Nobody is left waiting for an answer."""
         for seat in self.seats.all:
             for step in list(seat.expected):
                 self.clock.wait(seat.came(step))
         self._answer_pushes(self.steps_begun)
-        super().leave()
+        super().finish()
 
     # -- what it shows and saves ----
 
@@ -200,8 +200,8 @@ class SyncPSServer(SyncPS):
 
     def pieces(self) -> list[TensorSlice]:
         """Everything, and the average."""
-        for flight in self.in_flight:
-            self.arrive(flight)
+        for pending in self.pending_updates:
+            self.wait_for(pending)
         residuals = saved_residuals.pieces(self) if self.is_lockstep else []
         return saved.dealt(saved.tensors(self) | self._averages(), 1, 0) + residuals
 
@@ -221,4 +221,4 @@ class SyncPSServer(SyncPS):
             if key in checkpoint.manifest.tensors:
                 saved.read_into(value, checkpoint, key)
         for seat in self.seats.all:
-            seat.unanswered = [flight.step for flight in self.in_flight]
+            seat.unanswered = [pending.step for pending in self.pending_updates]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms import saved, saved_residuals
-from smolrun.algorithms.base import Context, InFlight
+from smolrun.algorithms.base import Context, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import FACTS
 from smolrun.checkpoints.reader import Checkpoint
@@ -59,13 +59,13 @@ class SyncPS(ClassicDP):
 class SyncPSWorker(SyncPS):
     """Pushes its gradients and pulls weights; has no optimizer."""
 
-    evaluates = False
+    can_evaluate = False
 
     def place(self, model: nn.Module) -> None:
         """A replica that is never stepped here."""
         super().place(model)
         del self.optimizer
-        self.saves = self.is_lockstep  # what rounding has kept
+        self.has_checkpoint_state = self.is_lockstep  # what rounding has kept
         self._answers: dict[int, Tensor] = {}  # the numbers that come with the weights
 
     def send(self, bucket: Bucket, slot: int) -> Work:
@@ -83,12 +83,12 @@ class SyncPSWorker(SyncPS):
         feedback = self.sums.feedback(bucket, slot, flat.numel(), flat.dtype)
         return feedback.encode(flat, quantization.quantizer())
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         """The buckets are on their way already; the facts follow, and the answer is expected."""
         facts["is_finite"] = float(self._is_finite)
         step, row = self.steps_begun, row_of(facts)
         works = [*self._works, push(self.mesh, step, 0, row)]
-        return InFlight(step, row.view(1, -1), works + self._expect(step))
+        return PendingUpdate(step, row.view(1, -1), works + self._expect(step))
 
     def _expect(self, step: int) -> list[Work]:
         numbers = numbers_of(self.collectives.size)
@@ -96,31 +96,31 @@ class SyncPSWorker(SyncPS):
         room = [numbers, *(bucket.host[self.slot(step)] for bucket in self.buckets.buckets)]
         return pull_into(self.mesh, step, room)
 
-    def arrive(self, flight: InFlight) -> None:
+    def wait_for(self, pending: PendingUpdate) -> None:
         """The server's verdict, which is on its own step where this gradient was late."""
-        super().arrive(flight)
-        verdict, facts = self._answers.pop(flight.step).tensor_split([_VERDICT])
+        super().wait_for(pending)
+        verdict, facts = self._answers.pop(pending.step).tensor_split([_VERDICT])
         step, self._norm, scale, good_steps = verdict.tolist()
         self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
-        self._was_late = int(step) != flight.step
-        self.steps_begun += int(step) - flight.step
-        flight.step, flight.facts = int(step), facts.view(-1, len(FACTS))
+        self._was_late = int(step) != pending.step
+        self.steps_begun += int(step) - pending.step
+        pending.step, pending.facts = int(step), facts.view(-1, len(FACTS))
 
     @torch.no_grad()
-    def update(self, flight: InFlight, weight: float, learning_rate: float) -> float | None:
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Takes the weights that were pulled. What rounding took away counts if its push did."""
         is_made = math.isfinite(self._norm)
-        self.sums.settle(self.slot(flight.step), is_kept=is_made and not self._was_late)
-        pulled = self.buckets.travelled(self.slot(flight.step))
+        self.sums.settle(self.slot(pending.step), is_kept=is_made and not self._was_late)
+        pulled = self.buckets.travelled(self.slot(pending.step))
         for parameter, values in zip(self.trained().values(), pulled, strict=True):
             parameter.copy_(values)
         return self._norm if is_made else None
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """A run that was stopped has pushes without an answer; the server gives one."""
-        for flight in self.in_flight:
-            super().arrive(flight)
-        super().leave()
+        for pending in self.pending_updates:
+            super().wait_for(pending)
+        super().finish()
 
     def pieces(self) -> list[TensorSlice]:
         """What rounding has kept from the server, which has all else."""
@@ -139,8 +139,8 @@ class SyncPSWorker(SyncPS):
             key = f"average/{name}" if f"average/{name}" in averages else f"model/{name}"
             saved.read_into(tensor, checkpoint, key)
         saved.restore_numbers(self, checkpoint, state)
-        for flight in saved.restore_flights(self, checkpoint, state):
-            flight.works = self._expect(flight.step)
+        for pending in saved.restore_flights(self, checkpoint, state):
+            pending.works = self._expect(pending.step)
         saved_residuals.restore(self, checkpoint)
 
 

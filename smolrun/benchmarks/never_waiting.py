@@ -52,7 +52,7 @@ def compare_edp(
     took = torch.zeros(mesh.world_size, 2, repeats, dtype=torch.float64)
     cpu = time.process_time()
     if mesh.rank == 0:
-        while algorithm.next_share(steps * repeats) is not None:
+        while algorithm.next_assignment(steps * repeats) is not None:
             algorithm.train_step([])
     else:
         dice = random.Random(mesh.rank)  # noqa: S311  (a trace, no secret)
@@ -86,7 +86,7 @@ def _work(
     batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
     spans: list[tuple[float, float]] = []
     last = None
-    while algorithm.next_share(steps) is not None:
+    while algorithm.next_assignment(steps) is not None:
         last = time.perf_counter() if last is None else last
         pace.next_s = step_s * (factor if dice.random() < slow else 1.0)
         computing = pace.next_s

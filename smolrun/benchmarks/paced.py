@@ -8,10 +8,10 @@ import torch
 from smolrun.algorithms.base import Context
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS
-from smolrun.parts.step_clock import SharePace
+from smolrun.parts.step_clock import EmulatedPace
 
 
-class SetPace(SharePace):
+class SetPace(EmulatedPace):
     """The computing of the next step takes `next_s`, the update before it included. No gradient
     leaves before it is over, so nothing is hidden behind it."""
 
@@ -21,7 +21,7 @@ class SetPace(SharePace):
         self._spent_s = 0.0  # on updates since the last gradient
 
     def wanted(self) -> float:
-        """See SharePace."""
+        """See EmulatedPace."""
         return max(0.0, self.next_s - self._spent_s)
 
     def end(self, waited_s: float) -> None:

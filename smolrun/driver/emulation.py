@@ -17,7 +17,7 @@ from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
 from smolrun.events import Note
 from smolrun.parts.placement import ranked_hosts
-from smolrun.parts.step_clock import FULL_SPEED, Pace, SharePace
+from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace, Pace
 
 if TYPE_CHECKING:
     from smolrun.mesh.shaping import Shape
@@ -29,7 +29,7 @@ _LATE = 0.05
 def pace_of(config: Mapping[str, Any], rank: int) -> Pace:
     """How fast a rank of the resolved configuration computes."""
     emulate = _emulate(config, rank)
-    return SharePace(emulate["compute"]) if emulate and emulate["compute"] < 1 else FULL_SPEED
+    return EmulatedPace(emulate["compute"]) if emulate and emulate["compute"] < 1 else FULL_SPEED
 
 
 def shape_of(config: Mapping[str, Any], rank: int) -> Shape | None:

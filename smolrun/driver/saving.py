@@ -48,7 +48,7 @@ class RankCheckpoints:
             self._check_space()
         self._restore()
         # What the driver does next to the run's folder must not come before all ranks are ready.
-        self._algorithm.meet()
+        self._algorithm.start_barrier()
 
     def finish(self) -> None:
         """Waits until the last save is written."""
@@ -72,7 +72,7 @@ class RankCheckpoints:
 
     def save(self, updates: int) -> None:
         """Starts to save what is true after so many updates; on all ranks alike."""
-        if not self._algorithm.saves:
+        if not self._algorithm.has_checkpoint_state:
             return
         pieces = self._algorithm.pieces()
         state = {

@@ -44,7 +44,7 @@ from smolrun.models.initialise import check_trainable
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
-from smolrun.parts.whole_on_use import layers_of
+from smolrun.parts.unshard_on_access import layers_of
 from smolrun.sanitize import echo
 
 GB = 2**30

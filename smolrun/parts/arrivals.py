@@ -16,7 +16,7 @@ from torch import nn
 
 from smolrun.mesh.mesh import Work
 from smolrun.parts.flat_shards import Gathering, ShardedBucket
-from smolrun.parts.whole_on_use import watch
+from smolrun.parts.unshard_on_access import watch
 
 
 class Arrivals:

@@ -48,7 +48,7 @@ class Pace:
 FULL_SPEED = Pace()
 
 
-class SharePace(Pace):
+class EmulatedPace(Pace):
     """As fast as a machine with `share` of this one's speed: sleeps in `rest` and `end`."""
 
     def __init__(self, share: float) -> None:

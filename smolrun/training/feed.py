@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from smolrun.algorithms.contract import Part
+from smolrun.algorithms.contract import BatchPart
 from smolrun.data.base import Batch, Split
 from smolrun.data.order import SampleOrder
 from smolrun.parts.placement import BatchPlan
@@ -28,7 +28,7 @@ class Feed:
         self._order = order
         self._plan = plan
 
-    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
         """The micro-batches of one step, of this rank's share or of that part; some may be
         empty."""
         plan = self._plan.at(step)

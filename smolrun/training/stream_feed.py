@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from smolrun.algorithms.contract import Part
+from smolrun.algorithms.contract import BatchPart
 from smolrun.data.base import Batch
 from smolrun.data.stream_batch import token_batch
 from smolrun.training.feed import Planned
@@ -52,7 +52,7 @@ class StreamFeed:
         self._next_step: int | None = None
         self._next_request = 0
 
-    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
         """The micro-batches of one step, some perhaps empty; waits for them. Parts that go to
         whoever asks first cannot be asked for ahead, so there are none here.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from smolrun.algorithms.base import Algorithm, EvalSums, StepResult
-from smolrun.algorithms.contract import Part
+from smolrun.algorithms.contract import BatchPart
 from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import (
@@ -40,7 +40,7 @@ _MAX_SKIPPED = 20
 class Samples(Protocol):
     """Where this rank's micro-batches come from."""
 
-    def step(self, step: int, part: Part | None = None) -> list[Batch]:
+    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
         """The micro-batches of one step, of this rank's share or of that part; some may be
         empty."""
 
@@ -134,7 +134,7 @@ class Trainer:
         """Trains to the end, or to the step at which the run was asked to stop."""
         self._bytes = (self._mesh.bytes_sent, self._mesh.bytes_received)
         self._started_at = self._last_step_at = time.perf_counter()
-        while share := self._algorithm.next_share(self._steps):
+        while share := self._algorithm.next_assignment(self._steps):
             self._algorithm.wants_stop = self._should_stop()
             self._spans.before(share.step, self._steps)
             result = self._algorithm.train_step(self._feed.step(share.step, share.part))
@@ -254,7 +254,7 @@ class Trainer:
             )
 
     def _eval(self) -> None:
-        if not self._algorithm.evaluates:
+        if not self._algorithm.can_evaluate:
             return
         sums = self._evaluate()
         loss = sums.loss / sums.weight if sums.weight else float("nan")

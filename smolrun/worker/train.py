@@ -80,16 +80,16 @@ def train(
     )
     if checkpoints:
         checkpoints.begin(trainer)
-    if algorithm.evaluates and not algorithm.is_lockstep:
+    if algorithm.can_evaluate and not algorithm.is_lockstep:
         algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
     emit(_started(algorithm, prepared, training["steps"]))
     outcome = trainer.fit()
     if too_slow := late(algorithm.context.pace, mesh.rank):
         emit(too_slow)
-    writes = prepared.tokenizer and training["sample_tokens"] and algorithm.evaluates
+    writes = prepared.tokenizer and training["sample_tokens"] and algorithm.can_evaluate
     if writes and not outcome.was_stopped:
         emit(_write_sample(algorithm, prepared, config, outcome.steps))
-    algorithm.leave()
+    algorithm.finish()
     if checkpoints:
         checkpoints.finish()  # last, as no other rank has to wait for this disk
     return {**dataclasses.asdict(outcome), "peak_memory_bytes": peak_memory()}
@@ -163,7 +163,7 @@ def place_algorithm(
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
-    is_whole = algorithm.holds_whole_model
+    is_whole = algorithm.needs_full_model
     algorithm.place(new_model(config, prepared, device, has_values=is_whole))
     return algorithm
 
@@ -193,7 +193,7 @@ def new_model(
 
 def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
     now = plan.at(algorithm.steps_begun)
-    if algorithm.evaluates_alone:
+    if algorithm.evaluates_locally:
         now = now.alone(algorithm.context.mesh.world_size)
     return evaluate(algorithm, lambda: every_sample(split, now, limit))
 

@@ -18,7 +18,7 @@ import torch
 from smolrun.algorithms.base import Algorithm
 from smolrun.events import to_json
 from smolrun.mesh.tcp import Endpoint, Seat, connect
-from smolrun.parts.step_clock import SharePace
+from smolrun.parts.step_clock import EmulatedPace
 from smolrun.wire.handshake import Identity
 from tests.algorithms import parameter_server as ps
 
@@ -43,7 +43,7 @@ def main() -> None:
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
     mesh = connect(endpoint, identity, roster, elastic=True, silence_s=6.0, heartbeat_s=0.05)
     try:
-        more = {"pace": SharePace(float(sys.argv[5]))}
+        more = {"pace": EmulatedPace(float(sys.argv[5]))}
         algorithm = ps.place(mesh, ps.start(MODEL), more=more if rank else None)
         if rank == 0:
             threading.Thread(target=stop_at_end_of_input, args=(algorithm,), daemon=True).start()

@@ -87,7 +87,7 @@ def fit(
     torch.set_num_threads(1)  # of this thread; with more, products are rounded otherwise
     seen = Seen([], {})
     count = 0
-    while share := algorithm.next_share(steps):
+    while share := algorithm.next_assignment(steps):
         before(count)
         count += 1
         part = share.part
@@ -100,7 +100,7 @@ def fit(
             if result.wants_stop:
                 break
     seen.parameters = {name: p.detach().clone() for name, p in algorithm.model.named_parameters()}
-    algorithm.leave()
+    algorithm.finish()
     return seen
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.algorithms.single import Single
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
@@ -29,20 +29,20 @@ STEPS, BATCH = 6, 12
 class SketchedDP(Algorithm):
     """Replicas; one all_reduce per parameter after backward."""
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         table, work = self.share_facts({**facts, "is_finite": 1.0})
         works = [
             self.collectives.all_reduce(p.grad, async_op=True)
             for p in self.model.parameters()
             if p.grad is not None
         ]
-        return InFlight(self.steps_begun, table, [*works, work])
+        return PendingUpdate(self.steps_begun, table, [*works, work])
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         self.optimizer.zero_grad()
         return super().forward_backward(micro_batches)
 
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
 
@@ -92,11 +92,11 @@ class SketchedFSDP(Algorithm):
                 )
         return {"loss_sum": loss.item(), "weight": len(batch.targets)}
 
-    def synchronize(self, facts: dict[str, float]) -> InFlight:
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
         table, work = self.share_facts({**facts, "is_finite": 1.0})
-        return InFlight(self.steps_begun, table, [work])
+        return PendingUpdate(self.steps_begun, table, [work])
 
-    def load_gradients(self, flight: InFlight) -> list[torch.Tensor]:
+    def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         return [shard.grad for shard in self.shards if shard.grad is not None]
 
     def norm_squared(self, gradients: list[torch.Tensor]) -> float:
@@ -159,7 +159,7 @@ class SketchedPipeline(Algorithm):
         return facts
 
     synchronize = SketchedFSDP.synchronize  # type: ignore[assignment]
-    load_gradients = SketchedDP.load_gradients  # type: ignore[assignment]
+    bind_gradients = SketchedDP.bind_gradients  # type: ignore[assignment]
     norm_squared = SketchedFSDP.norm_squared  # type: ignore[assignment]
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from smolrun.algorithms.fsdp import GradientShards, OptimizerShards, ParameterShards
 from smolrun.models.initialise import build_shell, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.whole_on_use import WholeOnUse, layers_of
+from smolrun.parts.unshard_on_access import UnshardOnAccess, layers_of
 from tests.algorithms import worlds
 from tests.algorithms.worlds import Trace, train
 from tests.models.model_folders import save_model
@@ -236,8 +236,8 @@ def test_a_wrong_sum_would_be_seen(stage: int, monkeypatch: pytest.MonkeyPatch) 
     cls = {1: OptimizerShards, 2: GradientShards, 3: ParameterShards}[stage]
     right = cls.summed
 
-    def wrong(self: Any, flight: Any) -> list[torch.Tensor]:
-        return [own * 0.9 for own in right(self, flight)]
+    def wrong(self: Any, pending: Any) -> list[torch.Tensor]:
+        return [own * 0.9 for own in right(self, pending)]
 
     monkeypatch.setattr(cls, "summed", wrong)
     monkeypatch.setattr(worlds, "context", unclipped)
@@ -255,7 +255,7 @@ def unclipped(*args: Any) -> Any:
 
 def test_weights_that_nobody_gathered_are_loudly_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: what is not whole is not a number, never an old value."""
-    monkeypatch.setattr(WholeOnUse, "_use", lambda self, parameter: None)
+    monkeypatch.setattr(UnshardOnAccess, "_use", lambda self, parameter: None)
     traces = train("fsdp", "mlp", 2, steps=2, overrides=keys(3))
     assert all(math.isnan(loss) for loss in traces[0].losses)
 

@@ -54,7 +54,7 @@ def made(mesh: Mesh, model: dict[str, Any], precision: str = "float32", **keys: 
     wanted = {"stage": 3, "bucket_mb": 1.0, "max_live_buckets": 2, "prefetch": 1, **keys}
     algorithm = fsdp(context, **wanted)
     whole = build_shell(lambda: decoder(**model), 1, dtype=torch.float32, device="cpu")
-    if algorithm.holds_whole_model:
+    if algorithm.needs_full_model:
         for name, parameter in whole.named_parameters():
             parameter.data = first_value(whole, name, parameter, seed=1)
     algorithm.place(whole)

@@ -98,8 +98,8 @@ def forget_moments(runner: Algorithm) -> None:
 
 def forget_late_gradients(runner: Algorithm) -> None:
     assert isinstance(runner, OptimizerShards)
-    for flight in runner.in_flight:
-        for own in runner.summed(flight):
+    for pending in runner.pending_updates:
+        for own in runner.summed(pending):
             own.zero_()
 
 

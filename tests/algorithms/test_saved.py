@@ -71,7 +71,7 @@ def run_part(
             restore(runner, resume)
             hurt(runner)
         plan = plan_batches(worlds.GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, 3)
-        updates = runner.steps_begun - len(runner.in_flight)
+        updates = runner.steps_begun - len(runner.pending_updates)
         while updates < until:
             batch = worlds.sample("language_model", runner.steps_begun + shift)
             share = worlds.share(batch, plan, runner.steps_begun)
@@ -207,8 +207,8 @@ def forget_the_optimizer(algorithm: Algorithm) -> None:
 
 
 def forget_gradients_in_flight(algorithm: Algorithm) -> None:
-    for flight in algorithm.in_flight:
-        for gradient in algorithm.gradients_in_flight(flight):
+    for pending in algorithm.pending_updates:
+        for gradient in algorithm.pending_gradients(pending):
             gradient.zero_()
 
 

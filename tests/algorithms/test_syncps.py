@@ -173,8 +173,8 @@ def test_a_run_that_is_stopped_leaves_nobody_waiting(kind: str) -> None:
         for step in range(5):
             algorithm.train_step([batch(mesh.rank, step)])
         algorithm.pieces()
-        algorithm.leave()
-        return len(algorithm.in_flight)
+        algorithm.finish()
+        return len(algorithm.pending_updates)
 
     assert run_ranks(3, rank_main, kind=kind) == [2, 2, 2]
 

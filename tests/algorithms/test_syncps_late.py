@@ -52,8 +52,8 @@ def train(
     def rank_main(mesh: Mesh) -> Told:
         told, is_last = Told(), mesh.rank == world_size - 1
         algorithm = build(mesh, straggler_s=PATIENCE_S)
-        algorithm.meet()
-        while share := algorithm.next_share(STEPS):
+        algorithm.start_barrier()
+        while share := algorithm.next_assignment(STEPS):
             begun[mesh.rank] = share.step
             if is_last:
                 gate(share.step, begun)
@@ -67,7 +67,7 @@ def train(
             if result.wants_stop:
                 break
         begun[mesh.rank] = STEPS
-        algorithm.leave()
+        algorithm.finish()
         told.digest = parameter_hash(algorithm.replica_tensors().values())
         return told
 
@@ -125,14 +125,14 @@ def test_the_others_learn_what_they_would_without_it() -> None:
         algorithm = build(mesh, straggler_s=PATIENCE_S)
         start = [parameter.detach().clone() for parameter in algorithm.model.parameters()]
         results = []
-        while share := algorithm.next_share(STEPS):
+        while share := algorithm.next_assignment(STEPS):
             begun[mesh.rank] = share.step
             if mesh.rank == 2:
                 gate(share.step, begun)
             result = algorithm.train_step([batch(mesh.rank, share.step)])
             assert result is not None
             results.append(result)
-        algorithm.leave()
+        algorithm.finish()
         return start, results, [p.detach().clone() for p in algorithm.model.parameters()]
 
     for rank, (start, results, found) in enumerate(run_ranks(3, rank_main)):
@@ -204,11 +204,11 @@ def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
             emit=events.append,
             should_stop=lambda: False,
             save_every=4,
-            save=lambda updates: saved.append(updates) if algorithm.saves else None,
+            save=lambda updates: saved.append(updates) if algorithm.has_checkpoint_state else None,
             timeline_steps=2,
         )
         trainer.fit()
-        algorithm.leave()
+        algorithm.finish()
         return events, saved
 
     (events, saved), (_, nothing), (theirs, _) = run_ranks(3, rank_main)

@@ -186,13 +186,13 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
     ]
     own = sample(model, 999)
     part = slice(plan.first, plan.first + sum(plan.sizes))
-    if runner.evaluates_alone:
+    if runner.evaluates_locally:
         part = slice(None)
-    if runner.evaluates:
+    if runner.can_evaluate:
         trace.eval = runner.eval_step([Batch(own.inputs[part], own.targets[part])])
-    if runner.evaluates and not own.inputs.is_floating_point():
+    if runner.can_evaluate and not own.inputs.is_floating_point():
         trace.logits = runner.logits(own.inputs)
-    runner.leave()
+    runner.finish()
     return trace
 
 

@@ -10,7 +10,7 @@ from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, ranks, resolved
 from smolrun.driver.emulation import emulated, late, pace_of, shape_of, tell_emulated
 from smolrun.errors import ConfigError
-from smolrun.parts.step_clock import FULL_SPEED, SharePace
+from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace
 from smolrun.tasks.bench import drive
 
 MIXES = ["pi3", "macmini3_tb", "mac_pi_laptop", "wifi4"]
@@ -24,7 +24,7 @@ def test_one_host_may_play_another_beside_one_that_does_not() -> None:
     config = cluster("{name: a, ranks: 2}", "{name: b, emulate: {compute: 0.25, latency_ms: 4}}")
     plain = resolved(config)
     assert [pace_of(plain, rank) for rank in (0, 1)] == [FULL_SPEED] * 2
-    assert isinstance(pace_of(plain, 2), SharePace)
+    assert isinstance(pace_of(plain, 2), EmulatedPace)
     assert [shape_of(plain, rank) is not None for rank in range(3)] == [False, False, True]
     assert emulated(config) == ["b plays a machine with 0.25 of this one's speed, 4 ms on the way"]
     assert [(plan.threads, plan.device) for plan in ranks(config)][1:] == [
@@ -48,7 +48,7 @@ def test_more_than_this_machine_has_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_rank_that_could_not_keep_its_pace_says_so() -> None:
-    pace = SharePace(0.5)
+    pace = EmulatedPace(0.5)
     assert late(pace, 1) is None
     pace.wanted_s, pace.late_s = 10.0, 0.4
     assert late(pace, 1) is None

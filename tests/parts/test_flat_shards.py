@@ -13,10 +13,10 @@ from torch import nn
 from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.flat_shards import ShardedBucket
-from smolrun.parts.gradient_sums import GradientSums
-from smolrun.parts.passing_gradients import PassingGradients
+from smolrun.parts.gradient_reducer import GradientReducer
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.quantization import Quantization
+from smolrun.parts.reduce_scatter_buckets import ReduceScatterBuckets
 from smolrun.testing import run_ranks
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=6)
@@ -89,10 +89,10 @@ def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
         for bucket in buckets:
             bucket.move_in()
         collectives = new_group(mesh)
-        passing = PassingGradients(
+        passing = ReduceScatterBuckets(
             buckets,
             collectives,
-            GradientSums(collectives, Quantization()),
+            GradientReducer(collectives, Quantization()),
             slots=1,
             max_live=max_live,
             wait=lambda work: work.wait(),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from smolrun.parts.step_clock import FULL_SPEED, SharePace
+from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace
 
 
 class Machine:
@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_a_quarter_of_the_speed_is_four_times_the_time(machine: Machine) -> None:
-    pace = SharePace(0.25)
+    pace = EmulatedPace(0.25)
     pace.begin(machine.waited)
     machine.compute(1.0)
     pace.end(machine.waited)
@@ -45,7 +45,7 @@ def test_a_quarter_of_the_speed_is_four_times_the_time(machine: Machine) -> None
 
 
 def test_what_leaves_early_leaves_as_much_later_and_nothing_counts_twice(machine: Machine) -> None:
-    pace = SharePace(0.5)
+    pace = EmulatedPace(0.5)
     pace.begin(machine.waited)
     machine.compute(1.0)
     pace.rest(machine.waited)
@@ -57,7 +57,7 @@ def test_what_leaves_early_leaves_as_much_later_and_nothing_counts_twice(machine
 
 def test_waiting_for_others_is_no_computing(machine: Machine) -> None:
     machine.waited = 7.0  # in earlier steps
-    pace = SharePace(0.5)
+    pace = EmulatedPace(0.5)
     pace.begin(machine.waited)
     machine.compute(1.0)
     machine.wait(10.0)
@@ -66,7 +66,7 @@ def test_waiting_for_others_is_no_computing(machine: Machine) -> None:
 
 
 def test_a_stolen_core_is_made_up_for_and_told_where_it_cannot_be(machine: Machine) -> None:
-    pace = SharePace(0.5)
+    pace = EmulatedPace(0.5)
     pace.begin(machine.waited)
     machine.compute(1.0, robbed=0.5)
     pace.end(machine.waited)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from smolrun.algorithms.base import Algorithm, Context, InFlight
+from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.data.base import Batch
 from smolrun.events import Event, Timeline
@@ -38,10 +38,10 @@ class SlowOnRank1(ClassicDP):
             time.sleep(SLOW_S)
         return super().forward_backward(micro_batches)
 
-    def arrive(self, flight: InFlight) -> None:
+    def wait_for(self, pending: PendingUpdate) -> None:
         if self.waits and self.context.mesh.rank == 0:
             self.waits[self.steps].set()
-        super().arrive(flight)
+        super().wait_for(pending)
 
 
 def algorithm(mesh: Mesh, staleness: int = 0) -> SlowOnRank1:

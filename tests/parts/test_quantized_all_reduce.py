@@ -11,7 +11,7 @@ from torch import Tensor
 from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.quantization import Feedback, Quantization, Quantizer
-from smolrun.parts.quantized_sum import QuantizedSums
+from smolrun.parts.quantized_all_reduce import QuantizedAllReduce
 from smolrun.testing import run_ranks
 
 KINDS = ["none", "int8", "fp16", "bf16"]
@@ -59,7 +59,7 @@ def test_all_reduce_is_the_simulation_to_the_byte(kind: str, world_size: int) ->
     quantizer = Quantization(kind, block=64).quantizer()
 
     def rank_main(mesh: Mesh) -> tuple[list[Tensor], Tensor]:
-        sums = QuantizedSums(new_group(mesh), quantizer)
+        sums = QuantizedAllReduce(new_group(mesh), quantizer)
         feedback, results = Feedback(size), []
         for step in range(steps):
             flat = gradient(mesh.rank, step, size)
@@ -87,7 +87,7 @@ def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int) -> N
     quantizer = Quantization(kind, block=64).quantizer()
 
     def rank_main(mesh: Mesh) -> tuple[Tensor, Tensor]:
-        sums, feedback = QuantizedSums(new_group(mesh), quantizer), Feedback(sum(sizes))
+        sums, feedback = QuantizedAllReduce(new_group(mesh), quantizer), Feedback(sum(sizes))
         start = sum(sizes[: mesh.rank])
         for step in range(3):  # several in one step: each finds what the last has left
             flat = gradient(mesh.rank, step, sum(sizes))
@@ -116,7 +116,7 @@ def test_large_tensors_go_in_parts_and_lose_nothing(kind: str) -> None:
     size, steps, world_size = 100_003, 6, 3
 
     def rank_main(mesh: Mesh) -> tuple[Tensor, Tensor]:
-        sums = QuantizedSums(new_group(mesh), Quantization("int8").quantizer(), part=9_000)
+        sums = QuantizedAllReduce(new_group(mesh), Quantization("int8").quantizer(), part=9_000)
         feedback = [Feedback(size, torch.float64) for _ in range(2)]
         total = torch.zeros(size, dtype=torch.float64)
         for step in range(steps):  # two at one time, as buckets are
@@ -145,7 +145,7 @@ def test_int8_sends_a_quarter_of_the_ring() -> None:
 
     def rank_main(mesh: Mesh) -> tuple[int, int]:
         collectives = new_group(mesh)
-        sums = QuantizedSums(collectives, Quantization("int8").quantizer())
+        sums = QuantizedAllReduce(collectives, Quantization("int8").quantizer())
         before = mesh.bytes_sent
         collectives.all_reduce(gradient(mesh.rank, 0, size))
         between = mesh.bytes_sent
@@ -164,7 +164,7 @@ def test_what_is_not_finite_reaches_all_ranks(kind: str, bad: float) -> None:
         flat = gradient(mesh.rank, 0, 1000)
         if mesh.rank == 1:
             flat[900] = bad
-        sums = QuantizedSums(new_group(mesh), Quantization(kind).quantizer())
+        sums = QuantizedAllReduce(new_group(mesh), Quantization(kind).quantizer())
         sums.all_reduce(flat).wait()
         return flat
 
@@ -177,7 +177,7 @@ def test_what_is_not_finite_reaches_all_ranks(kind: str, bad: float) -> None:
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     def rank_main(mesh: Mesh) -> Tensor:
         flat = gradient(mesh.rank, 0, 1000, dtype)
-        sums = QuantizedSums(new_group(mesh), Quantization("none").quantizer())
+        sums = QuantizedAllReduce(new_group(mesh), Quantization("none").quantizer())
         sums.all_reduce(flat).wait()
         return flat
 
@@ -191,7 +191,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 def test_hardly_anything(size: int, world_size: int) -> None:
     def rank_main(mesh: Mesh) -> Tensor:
         flat = torch.ones(size)
-        sums = QuantizedSums(new_group(mesh), Quantization("int8").quantizer())
+        sums = QuantizedAllReduce(new_group(mesh), Quantization("int8").quantizer())
         sums.all_reduce(flat, Feedback(size)).wait()
         return flat
 

@@ -14,16 +14,18 @@ from smolrun.collectives.api import Collectives
 from smolrun.collectives.schedule import ranges_of
 from smolrun.mesh.mesh import Work
 from smolrun.parts.quantization import Feedback, Quantization
-from smolrun.parts.quantized_sum import QuantizedSums
+from smolrun.parts.quantized_all_reduce import QuantizedAllReduce
 
 
-class GradientSums:
+class GradientReducer:
     """Sums flat gradients on the CPU in place; always asynchronous."""
 
     def __init__(self, collectives: Collectives, quantization: Quantization) -> None:
         self._collectives = collectives
         self._quantized = (
-            None if quantization.is_none else QuantizedSums(collectives, quantization.quantizer())
+            None
+            if quantization.is_none
+            else QuantizedAllReduce(collectives, quantization.quantizer())
         )
         self.has_feedback = not quantization.is_none and quantization.error_feedback
         self._feedback: dict[tuple[int, int], Feedback] = {}

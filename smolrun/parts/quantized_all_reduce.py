@@ -40,7 +40,7 @@ from smolrun.parts.quantization import Feedback, Quantizer
 _PART = 1 << 20
 
 
-class QuantizedSums:
+class QuantizedAllReduce:
     """As `collectives`, but what travels is what `quantizer` makes of it. Always asynchronous; the
     tensors are flat and must not be touched until the work is done."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Work
 from smolrun.parts.flat_shards import ShardedBucket
-from smolrun.parts.gradient_sums import GradientSums
+from smolrun.parts.gradient_reducer import GradientReducer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Leaving:
     work: Work
 
 
-class PassingGradients:
+class ReduceScatterBuckets:
     """Catches the gradients of `buckets` as backward makes them, sends them off, and adds up what
     comes back in `sums[slot]`, one flat tensor per bucket, for each of `slots` steps in flight."""
 
@@ -45,7 +45,7 @@ class PassingGradients:
         self,
         buckets: Sequence[ShardedBucket],
         collectives: Collectives,
-        sums: GradientSums,
+        sums: GradientReducer,
         *,
         slots: int,
         max_live: int,

@@ -117,7 +117,7 @@ class _Part(NamedTuple):
     offset: int | torch.SymInt
 
 
-class WholeOnUse:
+class UnshardOnAccess:
     """Watches every parameter of `model` that lies in one of `layers`."""
 
     def __init__(
