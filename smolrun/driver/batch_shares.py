@@ -1,6 +1,6 @@
 """Who computes how much of a global batch: by the speeds of the cluster file, or as measured.
 
-Only wiring: the plans are in parts/placement.py, the decision in training/balance.py.
+Only wiring: the plans are in parts/placement.py, the decision in training/load_balancer.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig, world_size
 from smolrun.config.algorithms import EDP
 from smolrun.driver.roles import only_serves
+from smolrun.events import Event
 from smolrun.parts.placement import (
     BatchPlan,
     Plans,
@@ -19,8 +20,8 @@ from smolrun.parts.placement import (
     ranked_hosts,
     shares,
 )
-from smolrun.training.balance import Balance, Balancer
-from smolrun.training.stream_feed import steps_ahead
+from smolrun.training.feed import steps_ahead
+from smolrun.training.load_balancer import BalancePolicy, LoadBalancer
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
@@ -55,9 +56,10 @@ def share_work(
     speeds: Sequence[float | str],
     weights_of: Callable[[Sequence[float]], Sequence[float]],
     rank: int,
-) -> tuple[Planned, Balance | None]:
-    """This rank's plan; with the balance that changes it, where a speed is "auto". `weights_of`
-    says which ranks get samples at all.
+    emit: Callable[[Event], None],
+) -> tuple[Planned, LoadBalancer | None]:
+    """This rank's plan, and what changes it where a speed is "auto". `weights_of` gives 0 for ranks
+    that never get samples.
 
     Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
     speeds and given numbers have no unit in common: then the numbers are where it begins.
@@ -73,4 +75,11 @@ def share_work(
     idle = [index for index, weight in enumerate(weights) if not weight]
     ahead = 0 if prepared.stream is None else steps_ahead(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
-    return plans, Balance(Balancer(counts, idle=idle), plans, ahead=ahead, hosts=hosts)
+    return plans, LoadBalancer(
+        BalancePolicy(counts, idle=idle),
+        plans,
+        steps=training["steps"],
+        emit=emit,
+        prefetched_steps=ahead,
+        hosts=hosts,
+    )

@@ -1,5 +1,5 @@
-"""What one rank saves, and how it goes on from what was saved: the trainer and the algorithm put
-their state together here. Random generators have none to save: see training/randomness.py.
+"""Saves and restores one rank of a run: the state of its algorithm and of its trainer. Random
+generators have no state to save: see `seed_everything` in train_rank.py.
 
 The rank writes tensors and tells the driver; the driver makes the checkpoint of it (committer.py).
 """
@@ -7,8 +7,9 @@ The rank writes tensors and tells the driver; the driver makes the checkpoint of
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from smolrun.algorithms.base import Algorithm
 from smolrun.checkpoints.find import checkpoints_in
@@ -17,11 +18,11 @@ from smolrun.checkpoints.saver import Saver
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving
-from smolrun.training.trainer import Trainer
+from smolrun.training.trainer import Periodic, Trainer, TrainOutcome
 
 
-class RankCheckpoints:
-    """Saves and restores one rank of a run."""
+class RankCheckpoints(Periodic):
+    """Saves every `saving.every` updates and at the end; restores before the first step."""
 
     _trainer: Trainer
 
@@ -31,9 +32,12 @@ class RankCheckpoints:
         algorithm: Algorithm,
         emit: Callable[[Event], None],
         *,
+        steps: int,
         data_sha256: str,
     ) -> None:
-        self.saves = saving.every > 0
+        super().__init__(saving.every)
+        self._steps = steps
+        self._saved_at = 0  # updates
         self._saving = saving
         self._algorithm = algorithm
         self._data_sha256 = data_sha256
@@ -44,7 +48,7 @@ class RankCheckpoints:
         """Looks for room on the disk, and goes on from the checkpoint if there is one; on all ranks
         alike. CheckpointError if the run cannot begin."""
         self._trainer = trainer
-        if self.saves:
+        if self.every:
             self._check_space()
         self._restore()
         # What the driver does next to the run's folder must not come before all ranks are ready.
@@ -70,8 +74,24 @@ class RankCheckpoints:
                 "checkpoint.keep=1, or checkpoint=none"
             )
 
-    def save(self, updates: int) -> None:
-        """Starts to save what is true after so many updates; on all ranks alike."""
+    def run(self, step: int, due: int) -> None:
+        """Saves under the number `due`, which is the same on all ranks."""
+        if step + 1 < self._steps:  # the last one is saved after the final evaluation
+            self._saved_at = step + 1
+            self._save(due)
+
+    def after_training(self, outcome: TrainOutcome) -> None:
+        """Saves, unless it did after the last update."""
+        if self.every and self._saved_at != outcome.steps:
+            self._save(outcome.steps)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues the count of updates."""
+        super().restore(state)
+        self._saved_at = self._updates
+
+    def _save(self, updates: int) -> None:
+        """Starts to save the state after so many updates; on all ranks alike."""
         if not self._algorithm.has_checkpoint_state:
             return
         pieces = self._algorithm.pieces()

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
     from smolrun.driver.resume import Earlier
-    from smolrun.training.feed import Planned
-    from smolrun.training.stream_feed import Rows, StreamFeed
+    from smolrun.training.feed import Planned, Rows, StreamFeed
 
 
 def open_reader(
@@ -67,7 +66,7 @@ def stream_feed(
     config: Mapping[str, Any], prepared: Prepared, plan: Planned, rows: Rows
 ) -> StreamFeed:
     """One rank's samples of the stream; `config` is the resolved one."""
-    from smolrun.training.stream_feed import StreamFeed
+    from smolrun.training.feed import StreamFeed
 
     assert prepared.stream is not None, "only streams are fed like this"
     return StreamFeed(

@@ -1,33 +1,113 @@
-"""Looking at a model while or after it trains: its loss on samples it does not learn from, and text
-it writes."""
+"""Evaluation: the loss and accuracy on held-out samples while and after the model trains, and text
+that a trained language model generates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import Algorithm, EvalSums
-from smolrun.data.base import Batch
+from smolrun.algorithms.base import Algorithm
+from smolrun.data.base import Batch, Prepared, open_split
+from smolrun.data.tokenizer import load_tokenizer
+from smolrun.events import EvalDone, Event, TextSample
+from smolrun.training.trainer import Callback, Periodic, TrainOutcome
+
+_PROMPT_TOKENS = 8  # of an evaluation sample, where the config has no prompt
 
 
-def evaluate(algorithm: Algorithm, batches: Callable[[], Iterable[list[Batch]]]) -> EvalSums:
-    """Sums over all samples of all ranks; collective."""
-    loss, weight, correct = 0.0, 0, 0
-    has_classes = True
-    for micro_batches in batches():
-        sums = algorithm.eval_step(micro_batches)
-        loss, weight, correct = (
-            loss + sums.loss,
-            weight + sums.weight,
-            correct + (sums.correct or 0),
+class Evaluation(Periodic):
+    """Evaluates every `every` updates and after the last one; emits `EvalDone`."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        batches: Callable[[], Iterable[list[Batch]]],
+        every: int,
+        emit: Callable[[Event], None],
+    ) -> None:
+        """`batches` gives this rank's micro-batches of every global batch."""
+        super().__init__(every)
+        self.on_done: Callable[[], None] = lambda: None  # called after each evaluation
+        self._loss: float | None = None  # the latest
+        self._algorithm = algorithm
+        self._batches = batches
+        self._emit = emit
+        self._evaluated_at = 0  # updates
+
+    def run(self, step: int, due: int) -> None:
+        """Collective between the ranks that evaluate together."""
+        total, weight, correct, has_classes = 0.0, 0, 0, True
+        for micro_batches in self._batches():
+            sums = self._algorithm.eval_step(micro_batches)
+            total, weight = total + sums.loss, weight + sums.weight
+            correct += sums.correct or 0
+            has_classes = has_classes and sums.correct is not None
+        self._loss = total / weight if weight else float("nan")
+        self._evaluated_at = step + 1
+        accuracy = correct / max(1, weight) if has_classes else None
+        self._emit(EvalDone(step, self._loss, weight, accuracy))
+        self.on_done()
+
+    def after_training(self, outcome: TrainOutcome) -> None:
+        """Evaluates, unless it did after the last update or the run was stopped."""
+        if self._evaluated_at != outcome.steps and not outcome.was_stopped:
+            self.run(outcome.steps - 1, outcome.steps)
+        outcome.final_eval_loss = self._loss
+
+    def state(self) -> dict[str, Any]:
+        """The latest loss and when it was measured."""
+        return {"eval_loss": self._loss, "evaluated_at": self._evaluated_at}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues with the latest loss."""
+        super().restore(state)
+        self._loss = state["eval_loss"]
+        self._evaluated_at = int(state["evaluated_at"])
+
+
+class TextSampling(Callback):
+    """Emits a `TextSample` of the trained model at the end of a run that was not stopped."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        prepared: Prepared,
+        *,
+        prompt: str,
+        num_tokens: int,
+        seed: int,
+        emit: Callable[[Event], None],
+    ) -> None:
+        """`prompt` "auto": the beginning of the first evaluation sample."""
+        self._algorithm = algorithm
+        self._prepared = prepared
+        self._prompt = prompt
+        self._num_tokens = num_tokens
+        self._seed = seed
+        self._emit = emit
+
+    def after_training(self, outcome: TrainOutcome) -> None:
+        """Collective where the model is split between ranks."""
+        if outcome.was_stopped:
+            return
+        tokenizer, prompt = load_tokenizer(self._prepared.tokenizer or ""), self._prompt
+        if prompt == "auto":
+            sample = open_split(self._prepared, "eval", verify=False).batch([0])
+            prompt = tokenizer.decode(sample.inputs[0, :_PROMPT_TOKENS].tolist())
+        token_ids = generate(
+            self._algorithm.logits,
+            tokenizer.encode(prompt) or [0],
+            self._num_tokens,
+            context_length=self._prepared.sequence_length or 1,
+            seed=self._seed,
         )
-        has_classes = has_classes and sums.correct is not None
-    return EvalSums(loss, weight, correct if has_classes else None)
+        self._emit(TextSample(outcome.steps, prompt, tokenizer.decode(token_ids)))
 
 
 @torch.no_grad()
-def write_text(
+def generate(
     logits: Callable[[torch.Tensor], torch.Tensor],
     prompt: list[int],
     num_tokens: int,
@@ -37,10 +117,11 @@ def write_text(
     temperature: float = 0.8,
     top_k: int = 40,
 ) -> list[int]:
-    """Token ids that the model writes after `prompt`; collective where `logits` is, and equal on
+    """Token ids that the model samples after `prompt`; collective where `logits` is, and equal on
     all ranks.
 
-    Every token runs the whole context again, so that it works for every way of splitting a model.
+    Runs the whole context for every token, without a KV cache: so it works for every way of
+    splitting a model.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)

@@ -1,14 +1,23 @@
-"""The samples of one rank, step after step: which they are follows from the step alone, never from
-the world size."""
+"""The samples of one rank, step after step: of a file, or of a stream.
+
+Which they are follows from the step and the plan of shares; over all ranks they are the same for
+any world size. How the rows of a stream come here is not known here: see `Rows`.
+
+Shape suffixes: B batch, T tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy
+import torch
+
 from smolrun.algorithms.contract import BatchPart
 from smolrun.data.base import Batch, Split
 from smolrun.data.order import SampleOrder
+from smolrun.errors import DataError
 from smolrun.parts.placement import BatchPlan
 
 
@@ -54,3 +63,93 @@ def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[l
             )
             for positions in plan.positions(step)
         ]
+
+
+class Rows(Protocol):
+    """Ranges of the stream's rows, taken in the order of the requests."""
+
+    def request(self, first: int, stop: int, next_first: int | None) -> None:
+        """Requests rows first .. stop - 1; the next request begins at next_first (None: never)."""
+
+    def take(self, first: int, stop: int, timeout_s: float) -> bytes:
+        """The rows of the oldest request not taken yet; DataError if they do not come in time."""
+
+
+def steps_ahead(prefetch_steps: int) -> int:
+    """How many steps beyond the next one keep their plan: their rows have been requested, with the
+    first row of the step after them."""
+    return prefetch_steps + 1
+
+
+class StreamFeed:
+    """This rank's micro-batches of every global batch up to step `steps`: sample i is row i of the
+    stream."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        plan: Planned,
+        *,
+        sequence_length: int,
+        steps: int,
+        prefetch_steps: int,
+        timeout_s: float,
+    ) -> None:
+        """Requests rows `prefetch_steps` steps ahead of the step that needs them."""
+        self._rows = rows
+        self._plan = plan
+        self._sequence_length = sequence_length
+        self._steps = steps
+        self._prefetch_steps = prefetch_steps
+        self._timeout_s = timeout_s
+        self._next_step: int | None = None
+        self._next_request = 0
+
+    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
+        """The micro-batches of one step, some perhaps empty; blocks until they are there.
+
+        The first step may be any, the others follow in order. DataError when the rows do not come
+        in time, ValueError for a `part`: whose it will be is not known when rows are requested.
+        """
+        if part is not None:
+            raise ValueError("a stream has no parts")
+        if self._next_step is None:
+            self._next_request = step
+        elif step != self._next_step:
+            raise ValueError(f"step {step} of a stream, where step {self._next_step} comes next")
+        self._next_step = step + 1
+        self._request_ahead(step + 1 + self._prefetch_steps)
+        wanted = self._range(step)
+        batch = token_batch(
+            self._rows.take(wanted.start, wanted.stop, self._timeout_s), self._sequence_length
+        )
+        return [
+            Batch(batch.inputs[begin:end], batch.targets[begin:end], wanted.start + begin)
+            for begin, end in (
+                (part.start - wanted.start, part.stop - wanted.start)
+                for part in self._plan.at(step).positions(step)
+            )
+        ]
+
+    def _request_ahead(self, stop_step: int) -> None:
+        while self._next_request < min(stop_step, self._steps):
+            wanted = self._range(self._next_request)
+            self._next_request += 1
+            is_last = self._next_request == self._steps
+            next_first = None if is_last else self._range(self._next_request).start
+            self._rows.request(wanted.start, wanted.stop, next_first)
+
+    def _range(self, step: int) -> range:
+        """This rank's rows of a step: its micro-batches lie side by side."""
+        positions = self._plan.at(step).positions(step)
+        return range(positions[0].start, positions[-1].stop)
+
+
+def token_batch(rows: bytes, sequence_length: int) -> Batch:
+    """Rows of T + 1 little-endian int32, one after the other, as inputs and targets [B, T]."""
+    width = sequence_length + 1
+    if len(rows) % (4 * width):
+        raise DataError(f"{len(rows)} bytes of the stream are no rows of {width} tokens")
+    window = numpy.frombuffer(rows, "<i4").reshape(-1, width).astype(numpy.int64)
+    window_BT = torch.from_numpy(window)
+    return Batch(window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous())

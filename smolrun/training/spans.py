@@ -16,19 +16,27 @@ from collections.abc import Callable
 
 from smolrun.algorithms.base import Algorithm
 from smolrun.events import Event, Span, Timeline
+from smolrun.training.trainer import Callback, TrainOutcome
 
 FIRST_STEP = 5  # the steps before it warm up
 _MOST_SPANS = 100_000  # they travel in one line of 16 MiB at most, and one takes about 80 bytes
 _SHORTEST_S = 1e-5  # a wait for what is done already is not worth a rectangle
 
 
-class SpanRecorder:
-    """Records `steps` steps of `algorithm` and emits one `Timeline`. `before` is called before
-    every step, on all ranks alike."""
+class SpanRecorder(Callback):
+    """Records `steps` steps of `algorithm` and emits one `Timeline`. A run of `total_steps` that is
+    too short for the warm-up shows its last ones."""
 
-    def __init__(self, algorithm: Algorithm, *, steps: int, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        steps: int,
+        total_steps: int,
+        emit: Callable[[Event], None],
+    ) -> None:
         self._algorithm = algorithm
         self._left = steps
+        self._total_steps = total_steps
         self._emit = emit
         self._is_on = False
         self._first = -1
@@ -37,22 +45,24 @@ class SpanRecorder:
         self._spans: list[Span] = []
         self._begun = 0
 
-    def before(self, step: int, steps: int) -> None:
-        """Tells that `step` of `steps` begins; collective at the first step that is recorded."""
+    def before_step(self, step: int) -> None:
+        """Collective at the first step that is recorded."""
         self._step = step
         self._begun += 1
         if self._is_on:
             self._left -= 1
             if self._left == 0 or len(self._spans) >= _MOST_SPANS:
-                self.finish()
-        # A short run shows its last steps; a resumed one counts from where it goes on.
-        elif self._left and (self._begun > FIRST_STEP or step + self._left >= steps):
+                self._finish()
+        # A resumed run warms up again, so its own steps are counted.
+        elif self._left and (self._begun > FIRST_STEP or step + self._left >= self._total_steps):
             self._begin(step)
 
-    def finish(self) -> None:
-        """Stops recording and hands over what there is; harmless when there is nothing."""
-        if not self._is_on:
-            return
+    def after_training(self, outcome: TrainOutcome) -> None:
+        """Ends a recording that is still on."""
+        if self._is_on:
+            self._finish()
+
+    def _finish(self) -> None:
         self._is_on, self._left = False, 0
         self._algorithm.clock.on_span = None
         rank = self._algorithm.context.mesh.rank

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 
-from smolrun.algorithms.base import Algorithm, Context, EvalSums
-from smolrun.data.base import Prepared, Split, open_split
+from smolrun.algorithms.base import Algorithm, Context
+from smolrun.data.base import Batch, Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
-from smolrun.data.tokenizer import load_tokenizer
 from smolrun.driver.batch_shares import share_work
 from smolrun.driver.emulation import late, pace_of
 from smolrun.driver.saving import RankCheckpoints
 from smolrun.driver.stream_source import stream_feed
 from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
-from smolrun.events import Event, RunStarted, TextSample
+from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
@@ -31,16 +32,14 @@ from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
-from smolrun.training.evaluation import evaluate, write_text
-from smolrun.training.feed import Feed, Planned, every_sample
-from smolrun.training.lr_schedule import lr_schedule
-from smolrun.training.optimizer import ELEMENTWISE, make_optimizer
-from smolrun.training.randomness import seed_everything
-from smolrun.training.stream_feed import Rows, StreamFeed
-from smolrun.training.trainer import Trainer
-from smolrun.training.vitals import peak_memory
-
-_PROMPT_TOKENS = 8  # of an evaluation sample, where nobody said how the text should begin
+from smolrun.training.evaluation import Evaluation, TextSampling
+from smolrun.training.feed import Feed, Planned, Rows, StreamFeed, every_sample
+from smolrun.training.load_balancer import LoadBalancer
+from smolrun.training.optimizer import ELEMENTWISE, lr_schedule, make_optimizer
+from smolrun.training.replica_sync import ReplicaCheck, ReplicaSync
+from smolrun.training.spans import SpanRecorder
+from smolrun.training.step_metrics import StepMetrics, TerminateOnNonfinite, peak_memory
+from smolrun.training.trainer import Callback, Trainer
 
 
 def train(
@@ -61,38 +60,95 @@ def train(
     seed_everything(torch.device(device), config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
-    plan, balance = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank)
-    checkpoints = saving and RankCheckpoints(saving, algorithm, emit, data_sha256=prepared.sha256)
+    plan, balancer = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank, emit)
+    steps = training["steps"]
+    checkpoints = (
+        RankCheckpoints(saving, algorithm, emit, steps=steps, data_sha256=prepared.sha256)
+        if saving
+        else None
+    )
     trainer = Trainer(
         algorithm,
-        _feed(config, prepared, plan, rows),
-        steps=training["steps"],
-        evaluate=lambda: _evaluate(algorithm, eval_split, plan, training["eval_batches"]),
-        eval_every=training["eval_every"],
-        check_replicas=training["check_replicas"],
-        emit=emit,
+        _samples(config, prepared, plan, rows),
+        steps=steps,
+        callbacks=_callbacks(
+            config,
+            prepared,
+            algorithm,
+            emit,
+            eval_batches=lambda: _eval_batches(algorithm, eval_split, plan, training),
+            balancer=balancer,
+            checkpoints=checkpoints,
+        ),
         should_stop=should_stop,
-        save_every=saving.every if saving else 0,
-        save=checkpoints.save if checkpoints and checkpoints.saves else None,
-        timeline_steps=config["tracker"]["timeline_steps"],
-        resync_every=training["resync_every"],
-        balance=balance if algorithm.is_lockstep else None,
+        drain_on_stop=not (saving and saving.every),
     )
     if checkpoints:
         checkpoints.begin(trainer)
     if algorithm.can_evaluate and not algorithm.is_lockstep:
         algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
-    emit(_started(algorithm, prepared, training["steps"]))
+    emit(_started(algorithm, prepared, steps))
     outcome = trainer.fit()
     if too_slow := late(algorithm.context.pace, mesh.rank):
         emit(too_slow)
-    writes = prepared.tokenizer and training["sample_tokens"] and algorithm.can_evaluate
-    if writes and not outcome.was_stopped:
-        emit(_write_sample(algorithm, prepared, config, outcome.steps))
     algorithm.finish()
     if checkpoints:
         checkpoints.finish()  # last, as no other rank has to wait for this disk
     return {**dataclasses.asdict(outcome), "peak_memory_bytes": peak_memory()}
+
+
+def _callbacks(
+    config: dict[str, Any],
+    prepared: Prepared,
+    algorithm: Algorithm,
+    emit: Callable[[Event], None],
+    *,
+    eval_batches: Callable[[], Iterable[list[Batch]]],
+    balancer: LoadBalancer | None,
+    checkpoints: RankCheckpoints | None,
+) -> list[Callback]:
+    """What runs beside training, in the order in which it runs after an update."""
+    training, tracker = config["training"], config["tracker"]
+    is_lockstep = algorithm.is_lockstep
+    metrics = StepMetrics(algorithm, emit)
+    callbacks: list[Callback] = [metrics]
+    # Ranks that do not begin every step together have no common zero of time.
+    if is_lockstep and tracker["timeline_steps"]:
+        spans = SpanRecorder(algorithm, tracker["timeline_steps"], training["steps"], emit)
+        callbacks.append(spans)
+    callbacks.append(TerminateOnNonfinite(algorithm, emit))
+    callbacks.append(ReplicaSync(algorithm, training["resync_every"], emit))
+    if is_lockstep and balancer:
+        callbacks.append(balancer)
+    if training["check_replicas"]:
+        callbacks.append(ReplicaCheck(algorithm, emit))
+    if algorithm.can_evaluate:
+        evaluation = Evaluation(algorithm, eval_batches, training["eval_every"], emit)
+        evaluation.on_done = metrics.restart_interval
+        callbacks.append(evaluation)
+    if checkpoints:
+        callbacks.append(checkpoints)
+    if prepared.tokenizer and training["sample_tokens"] and algorithm.can_evaluate:
+        callbacks.append(
+            TextSampling(
+                algorithm,
+                prepared,
+                prompt=training["sample_prompt"],
+                num_tokens=training["sample_tokens"],
+                seed=config["seed"],
+                emit=emit,
+            )
+        )
+    return callbacks
+
+
+def _eval_batches(
+    algorithm: Algorithm, split: Split, plan: Planned, training: dict[str, Any]
+) -> Iterator[list[Batch]]:
+    now = plan.at(algorithm.steps_begun)
+    if algorithm.evaluates_locally:
+        now = now.alone(algorithm.context.mesh.world_size)
+    return every_sample(split, now, training["eval_batches"])
 
 
 def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:
@@ -105,7 +161,7 @@ def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted
     )
 
 
-def _feed(
+def _samples(
     config: dict[str, Any], prepared: Prepared, plan: Planned, rows: Rows | None
 ) -> Feed | StreamFeed:
     """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
@@ -191,26 +247,25 @@ def new_model(
     return model
 
 
-def _evaluate(algorithm: Algorithm, split: Split, plan: Planned, limit: int | None) -> EvalSums:
-    now = plan.at(algorithm.steps_begun)
-    if algorithm.evaluates_locally:
-        now = now.alone(algorithm.context.mesh.world_size)
-    return evaluate(algorithm, lambda: every_sample(split, now, limit))
+def seed_everything(device: torch.device, *words: int) -> None:
+    """Seeds the generators of Python, numpy, torch and `device` from integers >= 0.
 
+    A run seeds them before every micro-batch with its seed and the position of the first sample, so
+    dropout and augmentation draw differently on every rank, alike for any world size with equal
+    micro-batches, and a resumed run needs no generator state. algorithms/base.py says which
+    integers are used when.
 
-def _write_sample(
-    algorithm: Algorithm, prepared: Prepared, config: dict[str, Any], step: int
-) -> TextSample:
-    tokenizer = load_tokenizer(prepared.tokenizer or "")
-    prompt = config["training"]["sample_prompt"]
-    if prompt == "auto":
-        beginning = open_split(prepared, "eval", verify=False).batch([0]).inputs[0, :_PROMPT_TOKENS]
-        prompt = tokenizer.decode(beginning.tolist())
-    ids = write_text(
-        algorithm.logits,
-        tokenizer.encode(prompt) or [0],
-        config["training"]["sample_tokens"],
-        context_length=prepared.sequence_length or 1,
-        seed=config["seed"],
-    )
-    return TextSample(step, prompt, tokenizer.decode(ids))
+    Source: counter-based generators, Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+    2011.
+    """
+    sequence = numpy.random.SeedSequence(words)
+    first, second, third = (int(word) for word in sequence.generate_state(3))
+    random.seed(first)
+    numpy.random.seed(second)
+    # Not torch.manual_seed: where an accelerator is not in use yet, it formats a traceback for
+    # each kind of them, 0.1 ms a call.
+    torch.default_generator.manual_seed(third)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(third)
+    elif device.type == "mps":
+        torch.mps.manual_seed(third)

@@ -19,7 +19,7 @@ from smolrun.errors import ConfigError
 from smolrun.events import Drift, Event
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
-from smolrun.training.drift import Resync
+from smolrun.training.replica_sync import ReplicaSync
 from tests.algorithms import worlds
 from tests.algorithms.test_saved import STEPS, contents, run_part, same
 from tests.algorithms.worlds import Trace, train
@@ -142,19 +142,15 @@ def drifting(monkeypatch: pytest.MonkeyPatch, every: Any) -> list[list[Event]]:
     """What is told by each rank of ten updates with a foreign kernel on one of three."""
     events: list[list[Event]] = [[], [], []]
 
-    def watched(runner: Any, result: Any, watch: Resync) -> None:
-        if watch.every and (result.step + 1) % watch.every == 0:
-            watch.run(result.step)
-
     right = worlds.run
 
     def run(runner: Any, *args: Any) -> Trace:
-        watch = Resync(runner, every, events[runner.context.mesh.rank].append)
+        sync = ReplicaSync(runner, every, events[runner.context.mesh.rank].append)
         step = runner.train_step
 
         def train_step(micro_batches: Any) -> Any:
             if (result := step(micro_batches)) is not None:
-                watched(runner, result, watch)
+                sync.after_update(result)
             return result
 
         runner.train_step = train_step
@@ -192,7 +188,7 @@ def test_a_foreign_class_is_watched_unasked() -> None:
     class Told:
         replicas_may_differ = True
 
-    assert Resync(Told(), "auto", print).every == 100  # type: ignore[arg-type]
+    assert ReplicaSync(Told(), "auto", print).every == 100  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from smolrun.events import Event, GradientDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.replicas import parameter_hash
 from smolrun.testing import run_ranks
-from smolrun.training.trainer import Trainer
+from smolrun.training.evaluation import Evaluation
+from smolrun.training.step_metrics import StepMetrics
+from smolrun.training.trainer import Callback, Periodic, Trainer
 from tests.algorithms.test_syncps import batch, build
 from tests.waiting import until
 
@@ -194,20 +196,23 @@ def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
         algorithm = build(mesh, straggler_s=PATIENCE_S)
         events: list[Event] = []
         saved: list[int] = []
-        trainer = Trainer(
+
+        class Recorder(Periodic):
+            def run(self, step: int, due: int) -> None:
+                saved.append(due)
+
+        callbacks: list[Callback] = [StepMetrics(algorithm, events.append)]
+        if algorithm.can_evaluate:
+            callbacks.append(Evaluation(algorithm, lambda: [[batch(9, 9)]], 3, events.append))
+        if algorithm.has_checkpoint_state:
+            callbacks.append(Recorder(4))
+        Trainer(
             algorithm,
             Feed(mesh.rank),
             steps=STEPS,
-            evaluate=lambda: algorithm.eval_step([batch(9, 9)]),
-            eval_every=3,
-            check_replicas=False,
-            emit=events.append,
+            callbacks=callbacks,
             should_stop=lambda: False,
-            save_every=4,
-            save=lambda updates: saved.append(updates) if algorithm.has_checkpoint_state else None,
-            timeline_steps=2,
-        )
-        trainer.fit()
+        ).fit()
         algorithm.finish()
         return events, saved
 

@@ -60,7 +60,7 @@ _of_this_rank = threading.local()
 
 
 def reseed(*words: int) -> None:
-    """As training/randomness.py does for processes; threads would share torch's own generator."""
+    """As seed_everything does for processes; threads would share torch's own generator."""
     _of_this_rank.generator = torch.Generator().manual_seed(abs(hash(words)))
 
 

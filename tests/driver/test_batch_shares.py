@@ -13,7 +13,7 @@ from smolrun.driver.batch_shares import largest_plan, share_work
 from smolrun.parts.placement import BatchPlan, rank_speeds
 from tests.tasks.test_whole_runs import SMALL, finish, rows, start, summary
 
-CONFIG = {"training": {"global_batch_size": 12, "micro_batch_size": "auto"}}
+CONFIG = {"training": {"global_batch_size": 12, "micro_batch_size": "auto", "steps": 9}}
 RUN = [*SMALL, "training.global_batch_size=16", "training.eval_every=0", "training.eval_batches=1"]
 CLUSTER = """\
 # Two hosts here, one of them five times slower
@@ -31,7 +31,7 @@ def prepared(stream: dict[str, Any] | None = None) -> Prepared:
 
 
 def test_numbers_are_used_as_they_are() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], list, 0)
+    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], list, 0, print)
     assert balance is None and isinstance(plan, BatchPlan) and plan.sizes == (9,)
 
 
@@ -52,10 +52,10 @@ def test_a_server_that_does_not_train_has_no_share(overrides: list[str], largest
 
 
 def test_one_auto_has_all_ranks_measured_and_a_stream_changes_later() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], list, 0)
+    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], list, 0, print)
     assert balance is not None and plan.at(0).sizes == (6,)
-    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], list, 0)
-    assert late is not None and (balance._ahead, late._ahead) == (0, 5)
+    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], list, 0, print)
+    assert late is not None and (balance._prefetched_steps, late._prefetched_steps) == (0, 5)
 
 
 def test_every_rank_of_a_host_has_its_speed() -> None:

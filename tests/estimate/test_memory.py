@@ -22,8 +22,9 @@ from smolrun.estimate.memory import (
     switches,
 )
 from smolrun.estimate.trace import Trace
+from smolrun.parts.optimizer_state import optimizer_state
 from smolrun.parts.quantization import Quantization
-from smolrun.training.optimizer import NAMES, make_optimizer, optimizer_state
+from smolrun.training.optimizer import NAMES, make_optimizer
 from tests.training.test_optimizer import KEYS, run, small
 
 SETTING = Setting("float32", recompute=False, micro_batch_size=8, optimizer="adamw")

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smolrun.errors import CheckpointError
-from smolrun.training.optimizer import (
-    NAMES,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    state_shapes,
-)
+from smolrun.parts.optimizer_state import load_optimizer_state, optimizer_state, state_shapes
+from smolrun.training.optimizer import NAMES, lr_schedule, make_optimizer
 
 KEYS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
@@ -243,3 +240,31 @@ def test_an_update_does_not_depend_on_the_number_of_threads(name: str) -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="there are adamw, adafactor, lion, sgd"):
         make_optimizer(small(torch.float32).named_parameters(), "adam")
+
+
+@given(
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(1, 500),
+    st.integers(0, 500),
+    st.floats(0.0, 1.0),
+)
+def test_the_learning_rate_stays_within_bounds_and_peaks_after_the_warm_up(
+    kind: str, steps: int, warmup: int, ratio: float
+) -> None:
+    rate = lr_schedule(
+        kind, peak=2.0, steps=steps, warmup_steps=min(warmup, steps), min_ratio=ratio
+    )
+    rates = [rate(update) for update in range(steps)]
+    assert all(0 < r <= 2.0 + 1e-9 for r in rates) or ratio == 0
+    rising, falling = rates[: min(warmup, steps)], rates[min(warmup, steps) :]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle", "last"),
+    [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)],
+)
+def test_the_learning_rate_ends_at_its_minimum(kind: str, middle: float, last: float) -> None:
+    rate = lr_schedule(kind, peak=1.0, steps=111, warmup_steps=10, min_ratio=0.1)
+    assert rate(0) == pytest.approx(0.1) and rate(9) == rate(10) == 1.0
+    assert rate(60) == pytest.approx(middle) and rate(110) == pytest.approx(last)

@@ -19,6 +19,7 @@ from smolrun.parts.precision import PRECISIONS
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
 from smolrun.training.spans import FIRST_STEP, SpanRecorder
+from smolrun.training.trainer import TrainOutcome
 from tests.waiting import SOON_S
 
 SLOW_S = 0.05
@@ -74,11 +75,11 @@ def record(
     """What was told, and the zero of this rank's spans."""
     made, events = algorithm(mesh, staleness), list[Event]()
     made.waits = waits
-    recorder = SpanRecorder(made, steps=wanted, emit=events.append)
+    recorder = SpanRecorder(made, wanted, steps, events.append)
     for step in range(steps):
-        recorder.before(step, steps)
+        recorder.before_step(step)
         made.train_step([BATCH])
-    recorder.finish()
+    recorder.after_training(TrainOutcome())
     made.drain()
     made.collectives.barrier()
     return events, made, recorder._zero_s

@@ -17,7 +17,7 @@ from smolrun.errors import TrainingError
 from smolrun.events import Drift, EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
-from smolrun.training.evaluation import write_text
+from smolrun.training.evaluation import generate
 from smolrun.worker.train import train
 
 
@@ -186,8 +186,8 @@ def test_written_text_is_the_same_on_all_ranks_and_stays_within_the_context() ->
         seen.append(tokens.shape[1])
         return torch.arange(50.0).expand(1, tokens.shape[1], 50)
 
-    first = write_text(logits, [1, 2], 20, context_length=8, seed=3)
-    assert first == write_text(logits, [1, 2], 20, context_length=8, seed=3)
+    first = generate(logits, [1, 2], 20, context_length=8, seed=3)
+    assert first == generate(logits, [1, 2], 20, context_length=8, seed=3)
     assert len(first) == 20 and max(seen) == 8 and all(10 <= token < 50 for token in first)
 
 

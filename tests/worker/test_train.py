@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -12,8 +15,7 @@ from smolrun.cli.compose import compose
 from smolrun.data.base import Prepared
 from smolrun.errors import ConfigError
 from smolrun.testing import run_ranks
-from smolrun.training.randomness import seed_everything
-from smolrun.worker.train import place_algorithm
+from smolrun.worker.train import place_algorithm, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -49,3 +51,24 @@ def test_draws_follow_the_seed_of_the_run(tmp_path: Path) -> None:
     drawn = torch.rand(3)
     seed_everything(CPU, 7, FORWARD, 24)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def draws() -> list[Any]:
+    normal = numpy.random.standard_normal(3).tolist()
+    return [random.random(), random.gauss(0, 1), *normal, *torch.randn(3).tolist()]
+
+
+def test_equal_seeds_give_equal_draws_in_every_library() -> None:
+    seed_everything(CPU, 1, 2, 3)
+    first = draws()
+    draws()
+    seed_everything(CPU, 1, 2, 3)
+    assert draws() == first
+
+
+def test_other_seeds_give_other_draws_in_every_library() -> None:
+    seen = []
+    for words in ((0, 0, 1), (0, 1, 1), (0, 0, 2), (1, 0, 1), (2**63 - 1, 0, 10**12)):
+        seed_everything(CPU, *words)
+        seen.append(draws())
+    assert all(len(set(numbers)) == len(seen) for numbers in zip(*seen, strict=True))

@@ -12,18 +12,19 @@ import pytest
 
 from smolrun.algorithms.contract import StepResult
 from smolrun.errors import CheckpointError
+from smolrun.events import Event, Note
 from smolrun.parts.placement import Plans, plan_batches
-from smolrun.training.balance import WINDOW, WORTH, Balance, Balancer, Change
+from smolrun.training.load_policy import WINDOW, WORTH, BalancePolicy, LoadBalancer, ShareChange
 
 
 def run(
-    balancer: Balancer, seconds: Callable[[int, int], float], steps: int, begin: int = 0
-) -> list[tuple[int, Change]]:
+    policy: BalancePolicy, seconds: Callable[[int, int], float], steps: int, begin: int = 0
+) -> list[tuple[int, ShareChange]]:
     """`seconds(rank, step)` for a sample; the changes with the steps after which they came."""
     changes = []
     for step in range(begin, begin + steps):
-        times = [count * seconds(rank, step) for rank, count in enumerate(balancer.counts)]
-        if (change := balancer.heard(balancer.counts, times)) is not None:
+        times = [count * seconds(rank, step) for rank, count in enumerate(policy.counts)]
+        if (change := policy.observe(policy.counts, times)) is not None:
             changes.append((step, change))
     return changes
 
@@ -34,10 +35,10 @@ def test_shares_come_close_to_the_best_split_and_then_stay(seed: int) -> None:
     speeds = [dice.uniform(1, 8) for _ in range(dice.randrange(2, 6))]
     batch = dice.choice([8, 32, 96])
     begin = plan_counts(batch, [1.0] * len(speeds))
-    balancer = Balancer(begin)
-    changes = run(balancer, lambda rank, step: 1 / speeds[rank], 20 * WINDOW)
-    assert sum(balancer.counts) == batch and min(balancer.counts) >= 0
-    took = max(c / s for c, s in zip(balancer.counts, speeds, strict=True))
+    policy = BalancePolicy(begin)
+    changes = run(policy, lambda rank, step: 1 / speeds[rank], 20 * WINDOW)
+    assert sum(policy.counts) == batch and min(policy.counts) >= 0
+    took = max(c / s for c, s in zip(policy.counts, speeds, strict=True))
     by_largest_remainder = plan_counts(batch, speeds)
     best = max(c / s for c, s in zip(by_largest_remainder, speeds, strict=True))
     assert took * (1 - WORTH) <= best * 1.0001
@@ -57,13 +58,13 @@ def test_noise_alone_moves_nothing(seed: int) -> None:
         slow = 5.0 if dice.random() < 0.1 else 1.0  # and something else had the machine
         return dice.uniform(0.97, 1.03) * slow
 
-    assert run(Balancer([16, 16]), noisy, 30 * WINDOW) == []
+    assert run(BalancePolicy([16, 16]), noisy, 30 * WINDOW) == []
 
 
 def test_a_machine_that_throttles_gets_less_and_gets_it_back() -> None:
-    balancer = Balancer([16, 16])
+    policy = BalancePolicy([16, 16])
     hot = range(100, 200)
-    changes = run(balancer, lambda rank, step: 3.0 if rank and step in hot else 1.0, 300)
+    changes = run(policy, lambda rank, step: 3.0 if rank and step in hot else 1.0, 300)
     assert [change.after for _, change in changes] == [(24, 8), (16, 16)]
     assert [
         step in range(first, first + 2 * WINDOW)
@@ -73,80 +74,87 @@ def test_a_machine_that_throttles_gets_less_and_gets_it_back() -> None:
 
 def test_never_more_often_than_every_window() -> None:
     dice = random.Random(1)
-    balancer = Balancer([16, 16, 16])
+    policy = BalancePolicy([16, 16, 16])
     wild = {step // 7: [dice.uniform(0.2, 5) for _ in range(3)] for step in range(700)}
-    steps = [step for step, _ in run(balancer, lambda rank, step: wild[step // 7][rank], 600)]
+    steps = [step for step, _ in run(policy, lambda rank, step: wild[step // 7][rank], 600)]
     assert len(steps) > 5, "such machines are worth a change often"
     assert min(b - a for a, b in itertools.pairwise(steps)) >= WINDOW
 
 
 def test_all_ranks_decide_alike_from_the_same_numbers() -> None:
     dice = random.Random(2)
-    ranks = [Balancer([8, 8, 8]) for _ in range(3)]
+    ranks = [BalancePolicy([8, 8, 8]) for _ in range(3)]
     for _ in range(20 * WINDOW):
         times = [dice.uniform(0.1, 3.0) for _ in range(3)]
-        told = [balancer.heard(balancer.counts, times) for balancer in ranks]
+        told = [policy.observe(policy.counts, times) for policy in ranks]
         assert told[0] == told[1] == told[2]
     assert ranks[0].counts != (8, 8, 8)
 
 
 def test_a_fixed_cost_that_no_share_changes_does_not_make_it_swing() -> None:
-    balancer, changes = Balancer([16, 16]), []
+    policy, changes = BalancePolicy([16, 16]), []
     for _ in range(40 * WINDOW):
-        times = [0.5 + balancer.counts[0] * 0.1, 0.5 + balancer.counts[1] * 0.4]
-        changes += [change.after] if (change := balancer.heard(balancer.counts, times)) else []
+        times = [0.5 + policy.counts[0] * 0.1, 0.5 + policy.counts[1] * 0.4]
+        changes += [change.after] if (change := policy.observe(policy.counts, times)) else []
     assert 1 <= len(changes) <= 4
     assert sorted(changes) == changes, "always on towards the end, never back"
-    first, second = 0.5 + balancer.counts[0] * 0.1, 0.5 + balancer.counts[1] * 0.4
+    first, second = 0.5 + policy.counts[0] * 0.1, 0.5 + policy.counts[1] * 0.4
     assert abs(first - second) < 0.15 * max(first, second)
 
 
 def test_a_rank_with_nothing_to_do_keeps_its_last_speed() -> None:
-    balancer = Balancer([2, 2])
-    run(balancer, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
-    assert balancer.counts == (4, 0)
-    run(balancer, lambda rank, step: 1.0, 3 * WINDOW)
-    assert balancer.counts == (4, 0) and balancer.rates[1] == pytest.approx(1 / 9)
+    policy = BalancePolicy([2, 2])
+    run(policy, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
+    assert policy.counts == (4, 0)
+    run(policy, lambda rank, step: 1.0, 3 * WINDOW)
+    assert policy.counts == (4, 0) and policy.rates[1] == pytest.approx(1 / 9)
 
 
 def test_steps_of_earlier_shares_say_nothing() -> None:
-    balancer = Balancer([16, 16])
+    policy = BalancePolicy([16, 16])
     for _ in range(5 * WINDOW):
-        assert balancer.heard([24, 8], [1.0, 9.0]) is None
-    assert run(balancer, lambda rank, step: 1.0, WINDOW) == []
+        assert policy.observe([24, 8], [1.0, 9.0]) is None
+    assert run(policy, lambda rank, step: 1.0, WINDOW) == []
 
 
 def test_a_step_that_was_in_flight_in_a_checkpoint_has_no_times() -> None:
-    balancer = Balancer([2, 2])
+    policy = BalancePolicy([2, 2])
     for _ in range(WINDOW - 1):
-        assert balancer.heard([2, 2], [0.0, 0.0]) is None
-    run(balancer, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
-    assert balancer.counts == (4, 0)
+        assert policy.observe([2, 2], [0.0, 0.0]) is None
+    run(policy, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
+    assert policy.counts == (4, 0)
 
 
 RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None)
 
 
-def balance(ahead: int = 0, batch: int = 32) -> tuple[Balance, Plans]:
-    counts = [batch // 2, batch // 2]
+def made(
+    ahead: int = 0, batch: int = 32, of: int = 1000
+) -> tuple[LoadBalancer, Plans, list[Event]]:
+    """A balancer of two ranks in a run of so many steps, the plans of rank 1, and the events."""
+    counts, events = [batch // 2, batch // 2], list[Event]()
     plans = Plans(lambda weights: plan_batches(batch, weights, 1), counts)
-    return Balance(Balancer(counts), plans, ahead=ahead, hosts=["mac", "pi"]), plans
+    policy, hosts = BalancePolicy(counts), ["mac", "pi"]
+    balancer = LoadBalancer(
+        policy, plans, steps=of, emit=events.append, prefetched_steps=ahead, hosts=hosts
+    )
+    return balancer, plans, events
 
 
-def told(one: Balance, steps: int, begin: int = 0, of: int = 1000) -> list[str]:
-    found = []
-    for step in range(begin, begin + steps):
+def train(balancer: LoadBalancer, steps: int) -> None:
+    for step in range(steps):
         facts = {"samples": (16.0, 16.0), "compute_s": (1.6, 6.4)}
-        result = dataclasses.replace(RESULT, step=step, facts=facts)
-        found += [told] if (told := one.heard(result, step + 1, of)) else []
-    return found
+        balancer.before_step(step)
+        balancer.after_update(dataclasses.replace(RESULT, step=step, facts=facts))
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_a_change_holds_from_one_step_on_and_is_told_with_its_reason(ahead: int) -> None:
-    one, plans = balance(ahead)
-    (sentence,) = told(one, WINDOW)
-    assert sentence == (
+def test_a_change_holds_from_one_step_on_and_is_noted_with_its_reason(ahead: int) -> None:
+    balancer, plans, events = made(ahead)
+    train(balancer, WINDOW)
+    (note,) = events
+    assert isinstance(note, Note)
+    assert note.message == (
         f"shares from step {WINDOW + ahead + 1} on: 26+6 samples, before 16+16: rank 0 (mac) "
         "computes 4.0x as many a second as rank 1 (pi); a step should compute 59% shorter"
     )
@@ -156,17 +164,18 @@ def test_a_change_holds_from_one_step_on_and_is_told_with_its_reason(ahead: int)
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_shares_of_steps_that_will_not_come_are_kept_and_not_told(ahead: int) -> None:
-    one, plans = balance(ahead)
-    assert told(one, WINDOW, of=WINDOW + ahead) == []
-    assert sum(plans.at(WINDOW + ahead).sizes) == 6, "for a run that goes on from a checkpoint"
-    assert len(told(balance(ahead)[0], WINDOW, of=WINDOW + ahead + 1)) == 1
+def test_shares_of_steps_after_the_run_are_kept_and_not_noted(ahead: int) -> None:
+    for of, notes in ((WINDOW + ahead, 0), (WINDOW + ahead + 1, 1)):
+        balancer, plans, events = made(ahead, of=of)
+        train(balancer, WINDOW)
+        assert len(events) == notes
+        assert sum(plans.at(WINDOW + ahead).sizes) == 6, "for a resumed run"
 
 
 def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None:
-    one, plans = balance(ahead=3)
-    told(one, WINDOW)
-    other, restored = balance(ahead=3)
+    one, plans, _ = made(ahead=3)
+    train(one, WINDOW)
+    other, restored, _ = made(ahead=3)
     other.restore(one.state())
     steps = range(WINDOW, 2 * WINDOW)
     assert [restored.at(s).sizes for s in steps] == [plans.at(s).sizes for s in steps]
@@ -174,20 +183,24 @@ def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None
 
 
 def test_shares_of_other_ranks_or_of_another_batch_begin_anew() -> None:
-    one, _ = balance()
-    told(one, WINDOW)
     for state in (
         {"shares": [[0, [8, 8, 16]]], "rates": [1.0, 1.0, 2.0]},
         {"shares": [[0, [8, 8]]], "rates": [1.0, 1.0]},
     ):
-        fresh, plans = balance()
-        fresh.restore(state)
+        fresh, plans, _ = made()
+        fresh.restore({"balance": state})
         assert plans.at(99).sizes == (16,)
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"shares": [], "rates": []}, {"shares": [[0, ["a"]]], "rates": []}, {"shares": 3}]
+    "state",
+    [
+        {"rates": []},
+        {"shares": [], "rates": []},
+        {"shares": [[0, ["a"]]], "rates": []},
+        {"shares": 3},
+    ],
 )
-def test_shares_that_cannot_be_read_are_told(state: dict[str, Any]) -> None:
+def test_shares_that_cannot_be_read_are_refused(state: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="shares of work"):
-        balance()[0].restore(state)
+        made()[0].restore({"balance": state})

@@ -1,4 +1,4 @@
-"""Vitals: what a machine tells of itself, on file trees like those of a Raspberry Pi and a PC."""
+"""System metrics, on file trees like those of a Raspberry Pi and a PC."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.events import RankStep
-from smolrun.training.vitals import Vitals, throttled
+from smolrun.training.step_metrics import SystemMetrics, throttled
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_pc_tells_by_its_frequency_limits(tmp_path: Path):
 
 
 def test_they_are_fields_of_the_event_and_this_process_is_alive():
-    told = Vitals().read()
+    told = SystemMetrics().read()
     event = RankStep(0, 0, 1.0, 1.0, None, 0, 0, **told)
     assert event.memory_bytes is not None
     assert event.memory_bytes > 10_000_000
