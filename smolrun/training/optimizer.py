@@ -127,8 +127,8 @@ def _batches(weights: list[Tensor]) -> Iterator[list[Tensor]]:
 def lr_schedule(
     kind: str, *, peak: float, steps: int, warmup_steps: int, min_ratio: float
 ) -> Callable[[int], float]:
-    """The learning rate of update 0, 1, ...: a linear warm-up to `peak`, then `kind` (cosine, linear
-    or constant) down to `min_ratio * peak` at the last update."""
+    """The learning rate of update 0, 1, ...: a warm-up to `peak`, then `kind` (cosine, linear or
+    constant) down to `min_ratio * peak` at the last update."""
     falls: dict[str, Callable[[float], float]] = {
         "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
         "linear": lambda done: 1 - done,

@@ -14,7 +14,7 @@ from smolrun.algorithms.contract import StepResult
 from smolrun.errors import CheckpointError
 from smolrun.events import Event, Note
 from smolrun.parts.placement import Plans, plan_batches
-from smolrun.training.load_policy import WINDOW, WORTH, BalancePolicy, LoadBalancer, ShareChange
+from smolrun.training.load_balancer import WINDOW, WORTH, BalancePolicy, LoadBalancer, ShareChange
 
 
 def run(

@@ -199,7 +199,7 @@ def test_lion_follows_its_paper() -> None:
 def test_lion_in_small_batches_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = small(torch.float32), small(torch.float32)
     run(make_optimizer(whole.named_parameters(), "lion", **KEYS["lion"]), whole, range(3))
-    monkeypatch.setattr("smolrun.training.lion._AT_ONCE", 3)
+    monkeypatch.setattr("smolrun.training.optimizer._LION_BATCH", 3)
     run(make_optimizer(parts.named_parameters(), "lion", **KEYS["lion"]), parts, range(3))
     assert all(map(torch.equal, bits(whole), bits(parts)))
 
