@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
 from smolrun.driver import ending_lines
-from smolrun.driver.find_run import OpenRun, config_of, find_run, opened, ranks_of
 from smolrun.driver.roles import waits_for_all
+from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.supervisor_events import EXIT_DONE

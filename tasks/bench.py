@@ -17,14 +17,14 @@ from rich.table import Table
 from smolrun.config import RunConfig, world_size
 from smolrun.driver.emulation import refuse_emulated
 from smolrun.driver.fleet import open_fleet
-from smolrun.driver.preflight import check_before_start
-from smolrun.driver.workers import (
+from smolrun.driver.outputs import (
     become_latest,
     make_folder,
     nothing_started,
     plan_workers,
     prepare_data,
 )
+from smolrun.driver.preflight import check_before_start
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
 from smolrun.launch.driver import Driver

@@ -18,7 +18,7 @@ import platformdirs
 
 from smolrun.checkpoints.folder import is_link, leftovers
 from smolrun.config import RunConfig
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, indented, one_line

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.driver.fleet import Fleet
-from smolrun.driver.workers import plan_workers
+from smolrun.driver.outputs import plan_workers
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.doctor.verdicts import Finding
 from smolrun.launch.driver import Driver

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.config.models import Trained as TrainedConfig
 from smolrun.data.cache import cache_folder
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.models.trained import Trained, find

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
 from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
 from smolrun.launch.remote.machine import HostSpec, Machine, open_machine

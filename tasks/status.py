@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smolrun.config import RunConfig
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo
@@ -45,7 +45,7 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
     remote = {run.folder.run_id: run for run in runs if run.state == "remote"}
     if not remote:
         return list(runs)
-    from smolrun.driver.find_run import opened
+    from smolrun.driver.runs import opened
     from smolrun.launch.run_on_all import on_all
     from smolrun.tracking.run_view import Request
 

@@ -10,7 +10,7 @@ import time
 
 from smolrun.config import RunConfig
 from smolrun.driver import ending_lines
-from smolrun.driver.find_run import OpenRun, config_of, find_run, opened
+from smolrun.driver.runs import OpenRun, config_of, find_run, opened
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
@@ -23,7 +23,7 @@ _OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 
 def drive(config: RunConfig) -> int:
-    """Returns 0 once the run has ended, however it did."""
+    """Reconnector 0 once the run has ended, however it did."""
     with opened(find_run(config.run)) as run:
         view = run.ask(Request(""))
         if not view.has_ended:

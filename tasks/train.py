@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, savers, world_size
+from smolrun.driver.checkpoints import Fetched
 from smolrun.driver.detach import begin_driving
 from smolrun.driver.emulation import tell_emulated
 from smolrun.driver.fleet import is_elsewhere, open_fleet
-from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
-from smolrun.driver.prepare_model import with_pinned_model
-from smolrun.driver.reachable_hosts import who_answers
-from smolrun.driver.reconnect import Returns
-from smolrun.driver.restart import Lost, Restarts, train_on
-from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
-from smolrun.driver.roles import tell_roles, waits_for_all
-from smolrun.driver.run_summary import Ending, not_equipped, unsaved, with_advice
-from smolrun.driver.shard_relay import Fetched
-from smolrun.driver.stream_source import reader_of, reader_state
-from smolrun.driver.trackers import more_readers, time_teller
-from smolrun.driver.workers import (
+from smolrun.driver.outputs import (
     become_latest,
     make_folder,
     nothing_started,
     plan_workers,
     prepare_data,
 )
+from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
+from smolrun.driver.prepare import with_pinned_model
+from smolrun.driver.reachable_hosts import who_answers
+from smolrun.driver.restart import Lost, Restarts, train_on
+from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
+from smolrun.driver.roles import tell_roles, waits_for_all
+from smolrun.driver.run_on_ranks import Reconnector
+from smolrun.driver.run_summary import Ending, not_equipped, unsaved, with_advice
+from smolrun.driver.stream_source import reader_of, reader_state
+from smolrun.driver.trackers import more_readers, time_teller
 from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
@@ -190,7 +190,7 @@ class _Run:
             fleet.clear(folder.run_id)
             return not_equipped(error)
         fetched = Fetched(fleet.fetcher(folder.checkpoints, saving), committer)
-        returns = Returns(self._config, fleet, saving, console.say)
+        returns = Reconnector(self._config, fleet, saving, console.say)
 
         def heard(event: Event) -> None:
             returns.tell()

@@ -85,7 +85,7 @@ def show_attached(folder: RunFolder) -> None:
 
 def show_followed(folder: RunFolder) -> None:
     """While it was running."""
-    from smolrun.driver.find_run import opened
+    from smolrun.driver.runs import opened
     from smolrun.tracking.run_view import Request
 
     with opened(folder) as run:

@@ -26,8 +26,8 @@ from typing import Any
 import msgspec
 
 from smolrun.config import RunConfig, resolved
-from smolrun.driver.prepare_model import with_pinned_model
-from smolrun.driver.workers import OUTPUTS, nothing_started
+from smolrun.driver.outputs import OUTPUTS, nothing_started
+from smolrun.driver.prepare import with_pinned_model
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 from smolrun.tracking.run_folder import RunFolder
@@ -63,7 +63,7 @@ def how_to_go_on(run_id: str) -> list[str]:
 
 def start(config: Mapping[str, Any], say: Callable[[str], None]) -> tuple[int, str | None]:
     """Start a driver of the resolved configuration; what it says before its run folder is there
-    goes to `say`. Returns the exit code and the run folder, None where it has failed before."""
+    goes to `say`. Reconnector the exit code and the run folder, None where it has failed before."""
     plain = {**config, "detach": False, "driver": None}
     log = OUTPUTS / f".driver-{secrets.token_hex(4)}.log"
     with nothing_started():

@@ -15,7 +15,7 @@ from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.config.targets import CustomTarget
 from smolrun.driver.fleet import secrets_in_env
-from smolrun.driver.workers import load_target
+from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.files import read_json
 from smolrun.launch.machine_memory import machine_memory

@@ -25,7 +25,7 @@ import msgspec
 from smolrun.config import RunConfig, redacted, resolved
 from smolrun.driver.detach import FOLDER, how_to_go_on
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
-from smolrun.driver.workers import OUTPUTS, become_latest
+from smolrun.driver.outputs import OUTPUTS, become_latest
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision

@@ -22,7 +22,7 @@ from smolrun.checkpoints.folder import remove_leftovers
 from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
 from smolrun.tracking.jsonl import forget_from

@@ -11,8 +11,8 @@ from typing import Any
 from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.driver.emulation import emulated
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.driver.trackers import can_quantize
-from smolrun.driver.workers import OUTPUTS
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.supervisor_events import RunOutcome

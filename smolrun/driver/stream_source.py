@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig
 from smolrun.data.cache import cache_folder
-from smolrun.driver.workers import load_target
+from smolrun.driver.outputs import load_target
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress

@@ -21,8 +21,8 @@ from torch import nn
 from smolrun.config import RunConfig, ranks, resolved, validate, world_size
 from smolrun.data.prepared import Prepared
 from smolrun.driver.batch_shares import largest_plan
+from smolrun.driver.outputs import load_target
 from smolrun.driver.roles import late_gradients
-from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
 from smolrun.estimate.algorithm_sharding import sharding_of
 from smolrun.estimate.memory import (

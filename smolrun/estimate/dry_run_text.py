@@ -17,8 +17,8 @@ import torch
 
 from smolrun.config import RunConfig, world_size
 from smolrun.config.algorithms import FSDP
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.driver.roles import only_serves
-from smolrun.driver.workers import OUTPUTS
 from smolrun.estimate.algorithm_sharding import at_stage
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.launch.out_of_memory import gb

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.config.targets import CustomTarget
-from smolrun.driver.prepare_model import prepare_model, tokenizer_for
-from smolrun.driver.workers import prepare_data
+from smolrun.driver.outputs import prepare_data
+from smolrun.driver.prepare import prepare_model, tokenizer_for
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 
 _PIXELS = 28 * 28  # all data sets of pictures here have this many, and ten classes

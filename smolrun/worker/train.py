@@ -20,9 +20,9 @@ from smolrun.data.base import Batch, Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
 from smolrun.driver.batch_shares import share_work
 from smolrun.driver.emulation import late, pace_of
+from smolrun.driver.outputs import load_target
 from smolrun.driver.saving import RankCheckpoints
 from smolrun.driver.stream_source import stream_feed
-from smolrun.driver.workers import load_target
 from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving

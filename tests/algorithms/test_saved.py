@@ -20,7 +20,7 @@ from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.writer import write_shard
-from smolrun.driver.workers import load_target
+from smolrun.driver.outputs import load_target
 from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches

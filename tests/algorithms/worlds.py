@@ -20,7 +20,7 @@ from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.cli.compose import compose
 from smolrun.data.base import Batch
-from smolrun.driver.workers import load_target
+from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches

@@ -15,7 +15,7 @@ from smolrun.data.base import Prepared, open_split
 from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.python_stdlib import PythonStdlib
 from smolrun.data.text import TextFiles
-from smolrun.driver.workers import prepare_data
+from smolrun.driver.outputs import prepare_data
 from smolrun.errors import DataError
 
 KEYS: dict[str, Any] = {

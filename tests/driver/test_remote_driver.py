@@ -16,7 +16,7 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
-from smolrun.driver.find_run import find_run, opened
+from smolrun.driver.runs import find_run, opened
 from smolrun.errors import HostError
 from smolrun.launch.remote.machine import HostSpec, Machine, meet
 from smolrun.tasks import attach, status, stop

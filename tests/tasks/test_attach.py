@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.driver.find_run import OpenRun
+from smolrun.driver.runs import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import attach
 from smolrun.tracking.run_view import Chunk, Place, Request, View

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.driver.workers import load_target
+from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from tests.tasks.test_whole_runs import finish, rows, start, summary
 

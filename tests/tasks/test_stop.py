@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smolrun.driver.find_run import OpenRun
+from smolrun.driver.runs import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import stop
 from smolrun.tracking.run_view import Request, View

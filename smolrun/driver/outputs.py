@@ -20,7 +20,7 @@ from smolrun.data.cache import cache_folder
 from smolrun.data.prepared import Prepared
 from smolrun.driver.elasticity import least_ranks
 from smolrun.driver.fleet import Fleet, is_elsewhere
-from smolrun.driver.prepare_model import prepare_model, tokenizer_for, with_model
+from smolrun.driver.prepare import prepare_model, tokenizer_for, with_model
 from smolrun.errors import ConfigError, DataError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan

@@ -14,10 +14,10 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
-from smolrun.driver import elasticity, fleet, reconnect
+from smolrun.driver import elasticity, fleet, run_on_ranks
 from smolrun.driver.fleet import open_fleet
-from smolrun.driver.reconnect import Returns
-from smolrun.driver.workers import plan_workers
+from smolrun.driver.outputs import plan_workers
+from smolrun.driver.run_on_ranks import Reconnector
 from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, Note, RankStep
 from smolrun.launch.delivery import provision
@@ -70,7 +70,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "open_machine", made.open)
     monkeypatch.setattr(provision, "provision", made.provision)
-    for module in (elasticity, fleet, reconnect):
+    for module in (elasticity, fleet, run_on_ranks):
         monkeypatch.setattr(module, "least_ranks", lambda config: 2)
     yield made
     for connection in made.connections:
@@ -103,7 +103,7 @@ def driver(
         opened = open_fleet(config())
         opened.equip("run", None, None, progress=lambda *_: None, say=lambda line: None)
         run = RunFolder.create(tmp_path / "outputs", "run", now=datetime.now())
-        comings = Returns(config(), opened, None, lambda line: events.append(Note("x", line)))
+        comings = Reconnector(config(), opened, None, lambda line: events.append(Note("x", line)))
 
         def listen(event: Event) -> None:
             comings.tell()

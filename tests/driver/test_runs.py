@@ -7,7 +7,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import redacted
-from smolrun.driver.find_run import config_of, find_run, opened, ranks_of
+from smolrun.driver.runs import config_of, find_run, opened, ranks_of
 from smolrun.errors import ConfigError
 from smolrun.tasks import attach, status, stop
 from smolrun.tracking.run_view import Request

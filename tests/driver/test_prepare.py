@@ -8,7 +8,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
-from smolrun.driver.prepare_model import (
+from smolrun.driver.prepare import (
     prepare_model,
     tokenizer_for,
     with_model,

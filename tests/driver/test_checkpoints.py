@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from smolrun.checkpoints.committer import CheckpointCommitter
-from smolrun.driver.shard_relay import Fetched
+from smolrun.driver.checkpoints import Fetched
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.delivery.shards import ShardFetcher
 

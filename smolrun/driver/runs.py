@@ -12,7 +12,7 @@ import msgspec
 from smolrun.checkpoints.find import LATEST, run_folder
 from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import closest, problem
-from smolrun.driver.workers import OUTPUTS
+from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
 from smolrun.tracking.past_runs import run_folders

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from smolrun.config import RunConfig
 from smolrun.driver.elasticity import least_ranks
 from smolrun.driver.fleet import Fleet, host_specs
-from smolrun.driver.workers import plan_again
+from smolrun.driver.outputs import plan_again
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.elastic_worker import Elasticity
@@ -23,7 +23,7 @@ from smolrun.launch.hosts import WorkerHost, WorkerPlan, WorkerProcess
 _AGAIN = "it is tried again"
 
 
-class Returns:
+class Reconnector:
     """What the driver of a run asks about its hosts; where it is not elastic, nothing special."""
 
     def __init__(
