@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
 from smolrun.driver import ending_lines
-from smolrun.driver.roles import waits_for_all
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
@@ -45,7 +44,7 @@ class Show:
             steps=steps,
             world_size=ranks_of(config),
             batch_size=config.training.global_batch_size if config is not None else None,
-            names_slowest=config is None or waits_for_all(config),
+            names_slowest=config is None or config.algorithm.is_lockstep,
         )
         self._console.unit = str(first.driver.get("unit", "tokens"))
         self._has_log = False

@@ -23,13 +23,13 @@ from smolrun.driver.outputs import (
     nothing_started,
     plan_workers,
     prepare_data,
+    server_note,
 )
 from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
 from smolrun.driver.prepare import with_pinned_model
 from smolrun.driver.reachable_hosts import who_answers
 from smolrun.driver.restart import Lost, Restarts, train_on
 from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
-from smolrun.driver.roles import tell_roles, waits_for_all
 from smolrun.driver.run_on_ranks import Reconnector
 from smolrun.driver.run_summary import Ending, not_equipped, unsaved, with_advice
 from smolrun.driver.stream_source import reader_of, reader_state
@@ -68,7 +68,7 @@ def drive(config: RunConfig) -> int:
         steps=config.training.steps,
         world_size=world_size(config),
         batch_size=config.training.global_batch_size,
-        names_slowest=waits_for_all(config),
+        names_slowest=config.algorithm.is_lockstep,
     )
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
@@ -148,7 +148,7 @@ class _Run:
         config, say = self._config, self._console.say
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
-        for line in [*tell_roles(config), *tell_emulated(config)]:
+        for line in [*server_note(config), *tell_emulated(config)]:
             say(line)
         readers: list[Tracker] = [self._metrics, self._console, self._record, self._times]
         trackers = Fanout([*readers, *more_readers(config, self._folder, say)], warn=say)

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from smolrun.cli.arguments import quoted, readable, typed_as_text
 from smolrun.cli.choices import Groups
-from smolrun.config import not_built
+from smolrun.config.describe import NOT_BUILT
 from smolrun.config.problems import known_keys, takes_text
 from smolrun.config.suggest import absent, closest, problem
 
@@ -118,7 +118,7 @@ def _word(word: str, groups: Groups) -> str:
 
 def _choice(group: str, choice: str, groups: Groups) -> str:
     allowed = ", ".join(groups[group])
-    if choice in not_built.CHOICES.get(group, ()):
+    if choice in NOT_BUILT.get(group, ()):
         return problem(group, choice, "not built yet", allowed=allowed)
     is_home = (group, choice) == ("cluster", "home")  # the cluster file of the first steps
     meant = None if is_home else _meant(group, choice, groups)

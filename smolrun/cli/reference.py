@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from smolrun.cli import choices, combinations, compose, outputs
 from smolrun.cli.arguments import Arguments
-from smolrun.config import RunConfig, describe, not_built
-from smolrun.config.targets import CustomTarget
+from smolrun.config import RunConfig
+from smolrun.config.base import CustomTarget
+from smolrun.config.describe import NOT_BUILT, choices_of, keys_of, sections_of
 
 HEAD = """\
 # Configuration
@@ -64,7 +65,7 @@ def text() -> str:
 def _plain_keys() -> list[str]:
     """Top-level keys that are one value."""
     fields = RunConfig.model_fields.items()
-    return [name for name, field in fields if not describe.sections_of(field)]
+    return [name for name, field in fields if not sections_of(field)]
 
 
 def _composed(group: str, choice: str) -> Any:
@@ -72,10 +73,10 @@ def _composed(group: str, choice: str) -> Any:
 
 
 def _top_keys(base: Mapping[str, Any]) -> Iterator[str]:
-    rows = [key for key in describe.keys(RunConfig) if key.path in _plain_keys()]
+    rows = [key for key in keys_of(RunConfig) if key.path in _plain_keys()]
     yield from _table(("key", "default", "allowed", "meaning"))
     for key in rows:
-        yield _row(f"`{key.path}`", _shown(base[key.path]), _allowed(key.path, key), key.meaning)
+        yield _row(f"`{key.path}`", _shown(base[key.path]), key.allowed, key.meaning)
 
 
 def _choices(group: str, names: Mapping[str, str], default: str) -> Iterator[str]:
@@ -83,7 +84,7 @@ def _choices(group: str, names: Mapping[str, str], default: str) -> Iterator[str
     for name in sorted(names, key=lambda name: (name != default, name)):
         mark = " (default)" if name == default else ""
         yield _row(f"`{group}={name}`{mark}", names[name])
-    later = not_built.CHOICES.get(group)
+    later = NOT_BUILT.get(group)
     if later:
         yield from ("", f"Planned, not built yet: {', '.join(later)}.")
 
@@ -92,17 +93,17 @@ def _cluster() -> Iterator[str]:
     """A file of your own needs few keys here, so the classes have defaults; these are shown."""
     yield ""
     yield from _table(("key", "default", "allowed", "meaning"))
-    for key in describe.keys(RunConfig):
+    for key in keys_of(RunConfig):
         if key.path.startswith("cluster."):
             default = "" if key.required else _shown(_plain(key.default))
-            yield _row(f"`{key.path}`", default, _allowed(key.path, key), key.meaning)
+            yield _row(f"`{key.path}`", default, key.allowed, key.meaning)
 
 
 def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One table per class of the group, with one column per choice that is of this class."""
-    for section in describe.sections_of(RunConfig.model_fields[group]):
+    for section in sections_of(RunConfig.model_fields[group]):
         names = [name for name, value in values.items() if _is_of(section, value)]
-        keys = [key for key in describe.keys(section) if key.path not in ("name", "target")]
+        keys = [key for key in keys_of(section) if key.path not in ("name", "target")]
         if not names or not keys:
             continue
         yield from ("", _first_line(section), "")
@@ -112,15 +113,15 @@ def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 _shown(values[name][key.path]) if key.path in values[name] else "" for name in names
             ]
             path = f"{group}.{key.path}"
-            yield _row(f"`{path}`", *cells, _allowed(path, key), key.meaning)
+            yield _row(f"`{path}`", *cells, key.allowed, key.meaning)
 
 
 def _is_of(section: type[BaseModel], value: Mapping[str, Any]) -> bool:
-    if section is CustomTarget:
+    if issubclass(section, CustomTarget):
         return False
     tags = [tag for tag in ("target", "name", "kind") if tag in section.model_fields]
-    tag = next((tag for tag in tags if describe.choices(section.model_fields[tag])), None)
-    return tag is None or value.get(tag) in describe.choices(section.model_fields[tag])
+    tag = next((tag for tag in tags if choices_of(section.model_fields[tag])), None)
+    return tag is None or value.get(tag) in choices_of(section.model_fields[tag])
 
 
 def _first_line(section: type[BaseModel]) -> str:
@@ -143,11 +144,6 @@ def _plain(value: Any) -> Any:
 def _shown(value: Any) -> str:
     is_word = isinstance(value, str) and value.strip() == value != ""
     return f"`{value if is_word else json.dumps(value)}`"
-
-
-def _allowed(path: str, key: describe.Key) -> str:
-    only = not_built.ONLY
-    return f"{json.dumps(only[path])}; the rest is not built yet" if path in only else key.allowed
 
 
 if __name__ == "__main__":

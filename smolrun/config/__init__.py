@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from smolrun.config import checks, problems
-from smolrun.config.plan import RankPlan, ranks, savers, world_size
+from smolrun.config.plan import RankPlan, has_dedicated_server, ranks, savers, world_size
 from smolrun.config.run import RunConfig, config_hash, redacted, resolved
 from smolrun.errors import ConfigError
 
@@ -21,6 +21,7 @@ __all__ = [
     "RankPlan",
     "RunConfig",
     "config_hash",
+    "has_dedicated_server",
     "ranks",
     "redacted",
     "resolved",

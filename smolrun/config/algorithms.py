@@ -1,24 +1,104 @@
-"""Group `algorithm`: how the ranks share the work."""
+"""Group `algorithm`: how the ranks share the work.
+
+What an algorithm is stands in its class here and nowhere else: its keys, its rules about other
+groups (methods `check_*`), and the facts that the driver, the plan and the dry run ask for. A new
+algorithm is a file of smolrun/algorithms/, a file of conf/algorithm/ and a class of this file.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from smolrun.config.base import Auto, Count, NotNegative, Positive, Target
-from smolrun.config.targets import Custom, own_target
+from smolrun.config.base import (
+    Auto,
+    Count,
+    CustomTarget,
+    NotNegative,
+    Positive,
+    Target,
+    chosen_by_target,
+)
+from smolrun.config.cluster import Cluster
+from smolrun.config.data import Data
+from smolrun.config.optimizers import Optimizer
+from smolrun.config.settings import Staleness, Training
+from smolrun.config.sharding import RankSizes, Sharding
+from smolrun.config.suggest import problem
 
 
-class Single(Target):
+class Algorithm(Target):
+    """The facts of an algorithm. The defaults are those of a synchronous data-parallel one, and of
+    the user's own.
+
+    A method `check_*` yields problem lines; its keyword parameters are the groups it reads, and
+    `world_size`. It runs if all of these are valid by themselves.
+    """
+
+    max_ranks: ClassVar[int | None] = None
+    is_asynchronous: ClassVar[bool] = False  # workers never wait for each other
+    has_server: ClassVar[bool] = False  # rank 0 holds the parameters for all
+    quantizes_gradients: ClassVar[bool] = False  # it obeys the group `quantization`
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether every step waits for its slowest rank, so that all ranks are at the same one."""
+        return not self.is_asynchronous
+
+    @property
+    def has_dedicated_server(self) -> bool:
+        """Whether rank 0, if there are others, computes no samples."""
+        return False
+
+    @property
+    def min_ranks_left(self) -> int | None:
+        """Ranks, rank 0 included, with which an elastic run continues; None: it needs them all."""
+        return None
+
+    @property
+    def can_delay_gradients(self) -> bool:
+        """Whether `staleness.bound` > 0 hides communication behind computation."""
+        return not self.is_asynchronous
+
+    @property
+    def why_no_replicas(self) -> str:
+        """Why no two ranks hold equal parameters; empty where they do."""
+        return ""
+
+    def pending_gradients(self, bound: int) -> int:
+        """Gradients of earlier steps that a rank keeps beside its newest, by the staleness."""
+        return bound
+
+    def batch_parts(self, workers: int) -> int | None:
+        """Equal parts that a global batch is cut into; None: shares in proportion to speed."""
+        return None
+
+    def with_stage(self, stage: int) -> Algorithm | None:
+        """The same algorithm with another sharding stage; None where it has no stages."""
+        return None
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        """What a rank holds of the model, and sends."""
+        return Sharding()
+
+
+class Single(Algorithm):
     """One rank that holds everything: the reference that all others must equal."""
 
+    max_ranks: ClassVar[int | None] = 1
     target: Literal["smolrun.algorithms.single:Single"]
 
+    @property
+    def why_no_replicas(self) -> str:
+        return "algorithm=single has one copy of the model"
 
-class ClassicDP(Target):
+
+class ClassicDP(Algorithm):
     """A replica on every rank; a ring all_reduce averages gradients while backward still runs."""
 
+    quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.classicdp:classicdp"]
     bucket_mb: Positive = Field(
         description="Gradients travel in buckets of this size; smaller overlaps more"
@@ -29,13 +109,28 @@ class ClassicDP(Target):
         "torch or device, and the optimizer is not adafactor"
     )
 
+    def check_optimizer(self, *, optimizer: Optimizer) -> Iterator[str]:
+        """Shards end in the middle of matrices."""
+        if self.owner_computes is True and optimizer.name == "adafactor":
+            yield problem(
+                "algorithm.owner_computes",
+                True,
+                "shards matrices, and optimizer=adafactor needs whole ones",
+                allowed="auto or false, where training.resync_every keeps replicas equal; or "
+                "optimizer=adamw, lion, sgd",
+            )
 
-class FSDP(Target):
-    """As classicdp, but optimizer, gradients and parameters are cut among the ranks, not copied."""
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        return Sharding(1, sizes.share) if self.owner_computes is True else Sharding()
 
+
+class FSDP(Algorithm):
+    """As classicdp, but optimizer, gradients and parameters are sharded across the ranks."""
+
+    quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.fsdp:fsdp"]
     stage: Literal[0, 1, 2, 3] = Field(
-        description="Cut among the ranks: 0 nothing, 1 the optimizer, 2 gradients too, "
+        description="Sharded across the ranks: 0 nothing, 1 the optimizer, 2 gradients too, "
         "3 parameters too"
     )
     bucket_mb: Positive = Field(
@@ -43,21 +138,74 @@ class FSDP(Target):
         "together"
     )
     max_live_buckets: Count = Field(
-        description="Stages 2, 3: buckets of gradients that are in memory at one time; more "
-        "overlap more",
+        description="Stages 2, 3: gradient buckets in memory at one time; more overlap more",
     )
     prefetch: Annotated[int, Field(ge=0)] = Field(
-        description="Stage 3: layers that are fetched before they are used"
+        description="Stage 3: layers that are gathered before they are used"
     )
 
+    @property
+    def can_delay_gradients(self) -> bool:
+        return self.stage < 3
 
-class SyncPS(Target):
+    @property
+    def why_no_replicas(self) -> str:
+        return "fsdp stage 3 has every parameter on one rank only" if self.stage == 3 else ""
+
+    def check_staleness(self, *, staleness: Staleness) -> Iterator[str]:
+        """Weights that are gathered for each use have no older version for an older gradient."""
+        if self.stage == 3 and staleness.bound not in ("auto", 0):
+            yield problem(
+                "staleness.bound",
+                staleness.bound,
+                "fsdp stage 3 gathers weights anew in every step, so a stale gradient would belong "
+                "to others",
+                allowed="0, or algorithm.stage=0, 1, 2",
+            )
+
+    def check_optimizer(self, *, optimizer: Optimizer) -> Iterator[str]:
+        """Shards end in the middle of matrices."""
+        if self.stage and optimizer.name == "adafactor":
+            yield problem(
+                "optimizer",
+                optimizer.name,
+                f"needs whole matrices, which fsdp stage {self.stage} shards",
+                allowed="adamw, lion, sgd, or algorithm.stage=0",
+            )
+
+    def with_stage(self, stage: int) -> Algorithm | None:
+        return self.model_copy(update={"stage": stage})
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        bucket = int(self.bucket_mb * 2**20) // sizes.item_bytes
+        return Sharding(
+            self.stage,
+            sizes.share,
+            max(bucket, sizes.largest_parameter),
+            self.max_live_buckets,
+            layers=(1 + self.prefetch) * max(bucket, sizes.largest_layer),
+        )
+
+
+class _ParameterServer(Algorithm):
+    """Keys and facts of algorithms where rank 0 holds the parameters and the optimizer."""
+
+    has_server: ClassVar[bool] = True
+    quantizes_gradients: ClassVar[bool] = True
+    server_trains: bool = Field(
+        description="Whether the server computes samples too; with edp, workers wait for it "
+        "meanwhile"
+    )
+
+    @property
+    def has_dedicated_server(self) -> bool:
+        return not self.server_trains
+
+
+class SyncPS(_ParameterServer):
     """One rank has the optimizer: the others send it gradients, and get new weights, in step."""
 
     target: Literal["smolrun.algorithms.syncps:syncps"]
-    server_trains: bool = Field(
-        description="Whether the server takes samples too; false = the others share all of them"
-    )
     straggler_s: NotNegative = Field(
         description="Go on so long after the first gradient of a step, without those that are "
         "late; 0 = wait for all"
@@ -71,16 +219,81 @@ class SyncPS(Target):
         description="Gradients travel in buckets of this size; smaller overlaps more"
     )
 
+    @property
+    def is_lockstep(self) -> bool:
+        return self.straggler_s == 0
 
-class EDP(Target):
-    """A server and workers that never wait for each other; ranks may come, go and come back."""
+    @property
+    def can_delay_gradients(self) -> bool:
+        return self.is_lockstep
 
-    is_elastic: ClassVar[bool] = True
+    def check_workers(self, *, world_size: int) -> Iterator[str]:
+        """A dedicated server needs a worker."""
+        if not self.server_trains and world_size == 1:
+            what = "the server is the only rank"
+            allowed = "true, or more cluster.ranks"
+            yield problem("algorithm.server_trains", False, what, allowed=allowed)
 
+    def check_stragglers(
+        self, *, staleness: Staleness, training: Training, data: Data, cluster: Cluster
+    ) -> Iterator[str]:
+        """A straggler skips steps, so nothing may need every rank at every step."""
+        if not self.straggler_s:
+            return
+        speeds = {host.speed for host in cluster.hosts or []}
+        for is_wrong, what, allowed in (
+            (
+                staleness.bound not in ("auto", 0),
+                "with staleness.bound gradients are delayed on purpose, and none may be dropped",
+                "0, or staleness.bound=0",
+            ),
+            (
+                training.check_replicas,
+                "a straggler has older weights than the others",
+                "0, or training.check_replicas=false",
+            ),
+            (
+                training.resync_every not in ("auto", 0),
+                "a resync needs all ranks at one step, and a straggler skips steps",
+                "0, or training.resync_every=0",
+            ),
+            (
+                data.is_stream,
+                "a straggler skips steps, and a stream cannot",
+                "0, or data that is no stream",
+            ),
+            (
+                "auto" in speeds,
+                "a straggler does not receive the measured speeds of the others",
+                "0, or a number for every cluster.hosts speed",
+            ),
+        ):
+            if is_wrong:
+                yield problem("algorithm.straggler_s", self.straggler_s, what, allowed=allowed)
+
+    def check_average(self, *, precision: str) -> Iterator[str]:
+        """An average that exists, in a type that can hold it."""
+        if self.pull == "average" and not self.polyak:
+            what = "algorithm.polyak=0.0 keeps no average"
+            allowed = "newest, or algorithm.polyak=0.99"
+            yield problem("algorithm.pull", "average", what, allowed=allowed)
+        if self.polyak and precision == "bf16_params":
+            what = "an average of small changes needs more digits than bfloat16 has"
+            allowed = "0.0, or another precision"
+            yield problem("algorithm.polyak", self.polyak, what, allowed=allowed)
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        workers = sizes.world_size - 1
+        if sizes.rank == 0:
+            return Sharding(links=workers, seats=workers, averages=int(self.polyak > 0))
+        return Sharding(stage=1, share=0.0, links=1)
+
+
+class EDP(_ParameterServer):
+    """A server and workers that never wait for each other; ranks may join, leave and rejoin."""
+
+    is_asynchronous: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.edp:edp"]
-    server_trains: bool = Field(
-        description="Whether the server takes samples too; others wait for it meanwhile"
-    )
     pushes_per_batch: Auto | Count = Field(
         description="Parts of a global batch, each an update of its own; auto = one per rank that "
         "trains"
@@ -97,13 +310,60 @@ class EDP(Target):
         description="With fewer ranks than that, the server counted, the run ends"
     )
 
+    @property
+    def min_ranks_left(self) -> int | None:
+        return self.min_ranks
 
-Algorithm = Annotated[
-    Annotated[Single, Tag("Single")]
-    | Annotated[ClassicDP, Tag("ClassicDP")]
-    | Annotated[FSDP, Tag("FSDP")]
-    | Annotated[SyncPS, Tag("SyncPS")]
-    | Annotated[EDP, Tag("EDP")]
-    | Custom,
-    own_target(Single, ClassicDP, FSDP, SyncPS, EDP),
-]
+    @property
+    def why_no_replicas(self) -> str:
+        return "the ranks of edp have weights of different age, so no two need be equal"
+
+    def pending_gradients(self, bound: int) -> int:
+        return 0  # the bound limits how far a worker may lag; what it pushed, it does not keep
+
+    def batch_parts(self, workers: int) -> int | None:
+        return workers if self.pushes_per_batch == "auto" else self.pushes_per_batch
+
+    def check_replicas(self, *, training: Training) -> Iterator[str]:
+        """Replicas of different versions cannot be compared."""
+        if training.check_replicas:
+            yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
+
+    def check_work_items(self, *, training: Training, data: Data) -> Iterator[str]:
+        """Which rank computes the next part of the data is decided while the run goes on."""
+        pushes = self.pushes_per_batch
+        if data.is_stream:
+            what = "rows of a stream are requested ahead, and edp assigns samples only when needed"
+            yield problem("data.streaming", True, what, allowed="false, or algorithm=classicdp")
+        if pushes != "auto" and pushes > training.global_batch_size:
+            allowed = f"auto, or 1 to training.global_batch_size = {training.global_batch_size}"
+            what = "parts without samples"
+            yield problem("algorithm.pushes_per_batch", pushes, what, allowed=allowed)
+
+    def check_min_ranks(self, *, cluster: Cluster, world_size: int) -> Iterator[str]:
+        """More ranks than the run has cannot be required; the shipped 2 is allowed for one rank."""
+        most = max(world_size, 2)
+        if self.min_ranks > most:
+            size = "one rank" if world_size == 1 else f"{world_size} ranks"
+            more = "ranks in cluster.hosts" if cluster.hosts is not None else "cluster.ranks"
+            what, allowed = f"the run has only {size}", f"1 to {most}, or more {more}"
+            yield problem("algorithm.min_ranks", self.min_ranks, what, allowed=allowed)
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        workers = sizes.world_size - 1
+        if sizes.rank == 0:  # for each worker: a push, and a copy of the weights
+            return Sharding(links=workers, seats=2 * workers)
+        # Two pushes, and the weights that arrive.
+        return Sharding(stage=1, share=0.0, links=1, seats=3)
+
+
+class CustomAlgorithm(CustomTarget, Algorithm, extra="allow"):
+    """The user's own algorithm."""
+
+    has_server: ClassVar[bool] = True  # it may have one
+
+
+if TYPE_CHECKING:
+    AnyAlgorithm = Algorithm
+else:
+    AnyAlgorithm = chosen_by_target(CustomAlgorithm, Single, ClassicDP, FSDP, SyncPS, EDP)

@@ -1,14 +1,26 @@
-"""What every class of the configuration shares.
+"""What the classes of the configuration share: strict types, named ranges, and groups that name
+something to build (model, data, algorithm).
 
-Strict types, ranges with a name, and no unknown keys.
+A class of `models.py`, `data.py` or `algorithms.py` lists exactly the keyword-only parameters of
+its target, so that a wrong key is an error before anything loads. Keys of the user's own targets
+pass through unchecked.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -20,6 +32,8 @@ Name = Annotated[str, Field(min_length=1)]
 Device = Literal["auto", "cpu", "mps", "cuda"]
 TorchBuild = Literal["auto", "cpu", "cuda"]
 Ports = Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")]
+Kind = Literal["tokens", "features"]
+_SHIPPED_MODULES: set[str] = set()
 
 
 class Section(BaseModel):
@@ -46,8 +60,8 @@ def _integer(value: Any) -> Any:
 
 
 class Target(Section):
-    """A group whose keys become the keyword arguments of a class or function of ours or of the
-    user.
+    """A group whose keys become the keyword arguments of a shipped class or function, or of one of
+    the user's.
     """
 
     name: Name = Field(description="A short name, used in tables and file names")
@@ -56,3 +70,50 @@ class Target(Section):
     def keywords(self) -> dict[str, Any]:
         """The keyword-only arguments for the target: every key but `name` and `target`."""
         return self.model_dump(exclude={"name", "target"})
+
+
+def _module_and_name(target: str) -> str:
+    module, _, name = target.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError("not of the form module:name, such as my_code.model:build")
+    is_shipped = module in _SHIPPED_MODULES  # then the name in it is wrong
+    if module.split(".")[0] == "smolrun" and (is_shipped or not _is_module(module)):
+        raise ValueError("smolrun has no such target")
+    return target
+
+
+def _is_module(module: str) -> bool:
+    """Whether the module exists, without importing it; a user may add files beside the shipped."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package does not exist either
+        return False
+
+
+class CustomTarget(Target):
+    """The user's own class or function: its keys are passed to it unchanged and unchecked.
+
+    A group's class of it says `extra="allow"` again, as pydantic takes that from the last base.
+    """
+
+    target: Annotated[Name, AfterValidator(_module_and_name)] = Field(
+        description="Your code, as module:name",
+        json_schema_extra={"allowed": "module:name, of your own code"},
+    )
+
+
+def chosen_by_target(custom: type[CustomTarget], *shipped: type[Target]) -> Any:
+    """The union of these classes: `target` chooses one of the shipped, every other value is the
+    user's own code.
+    """
+    known = {get_args(cls.model_fields["target"].annotation)[0]: cls.__name__ for cls in shipped}
+    _SHIPPED_MODULES.update(target.partition(":")[0] for target in known)
+
+    def choose(value: Any) -> str:
+        if isinstance(value, Target):
+            return type(value).__name__
+        target = value.get("target") if isinstance(value, dict) else None
+        return known.get(target, custom.__name__) if isinstance(target, str) else custom.__name__
+
+    members = [Annotated[cls, Tag(cls.__name__)] for cls in (*shipped, custom)]
+    return Annotated[Union[tuple(members)], Discriminator(choose)]  # noqa: UP007  (made at run time)

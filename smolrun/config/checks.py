@@ -11,46 +11,33 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config import cluster_checks, not_built, replica_checks, server_checks
-from smolrun.config.algorithms import FSDP, Algorithm, Single, SyncPS
-from smolrun.config.base import Section
+from smolrun.config.algorithms import Algorithm
+from smolrun.config.base import CustomTarget
 from smolrun.config.cluster import Cluster
+from smolrun.config.cluster_checks import CLUSTER_CHECKS
 from smolrun.config.data import Data
 from smolrun.config.models import Decoder, HuggingFace, Mlp, Model, Trained
 from smolrun.config.optimizers import SGD, Optimizer
 from smolrun.config.plan import cluster_size
-from smolrun.config.settings import Checkpoint, Quantization, Staleness, Training
-from smolrun.config.suggest import absent, problem
-from smolrun.config.targets import CustomTarget
+from smolrun.config.settings import Quantization, Staleness, Training
+from smolrun.config.suggest import absent, closest, problem
 
 
-def not_built_yet(*, cluster: Cluster, checkpoint: Checkpoint, training: Training) -> Iterator[str]:
-    """Keys whose other values wait for a later version."""
-    groups: dict[str, Section] = {
-        "cluster": cluster,
-        "checkpoint": checkpoint,
-        "training": training,
-    }
-    for path, accepted in not_built.ONLY.items():
-        group, _, key = path.partition(".")
-        yield from _only(path, getattr(groups[group], key), accepted)
-
-
-def ranks_fit_algorithm(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+def ranks_fit_algorithm(
+    *, cluster: Cluster, algorithm: Algorithm, world_size: int
+) -> Iterator[str]:
     """The reference runs alone."""
-    size = cluster_size(cluster, algorithm)
-    if isinstance(algorithm, Single) and size > 1:
+    if algorithm.max_ranks is not None and world_size > algorithm.max_ranks:
         key, alone = "cluster.ranks", "cluster.ranks=1"
         if cluster.hosts is not None:
             key, alone = "cluster.hosts", "cluster=local cluster.ranks=1"
-        what = "algorithm=single is one rank"
-        yield problem(key, size, what, allowed=f"{alone}, or algorithm=classicdp")
+        what = f"algorithm={algorithm.name} is one rank"
+        yield problem(key, world_size, what, allowed=f"{alone}, or algorithm=classicdp")
 
 
-def ranks_fit_batch(*, cluster: Cluster, algorithm: Algorithm, training: Training) -> Iterator[str]:
-    """Every rank needs at least one sample of each step."""
-    size, batch = cluster_size(cluster, algorithm), training.global_batch_size
-    size -= isinstance(algorithm, SyncPS) and not algorithm.server_trains
+def ranks_fit_batch(*, algorithm: Algorithm, training: Training, world_size: int) -> Iterator[str]:
+    """Every rank that trains needs at least one sample of each step."""
+    size, batch = world_size - algorithm.has_dedicated_server, training.global_batch_size
     if size > batch:
         yield problem(
             "training.global_batch_size",
@@ -86,41 +73,40 @@ def staleness_fits_steps(*, staleness: Staleness, training: Training) -> Iterato
         yield problem("staleness.bound", staleness.bound, "as long as the run", allowed=allowed)
 
 
-def staleness_fits_stage(*, staleness: Staleness, algorithm: Algorithm) -> Iterator[str]:
-    """Whoever gathers weights for every use has no old ones for an old gradient."""
-    bound = staleness.bound
-    if isinstance(algorithm, FSDP) and algorithm.stage == 3 and bound not in ("auto", 0):
-        yield problem(
-            "staleness.bound",
-            bound,
-            "fsdp stage 3 gathers weights anew in every step, so a late gradient would belong to "
-            "others",
-            allowed="0, or algorithm.stage=0, 1, 2",
-        )
-
-
 def quantization_fits_algorithm(
     *, quantization: Quantization, algorithm: Algorithm
 ) -> Iterator[str]:
-    """Fewer bits are for those who send some."""
-    if isinstance(algorithm, Single) and quantization.kind != "none":
+    """One rank sends no gradients."""
+    if algorithm.max_ranks == 1 and quantization.kind != "none":
         yield problem(
             "quantization.kind",
             quantization.kind,
-            "algorithm=single sends nothing",
+            f"algorithm={algorithm.name} sends nothing",
             allowed="none, or algorithm=classicdp",
         )
 
 
-def optimizer_fits_stage(*, optimizer: Optimizer, algorithm: Algorithm) -> Iterator[str]:
-    """Shards end in the middle of matrices."""
-    if isinstance(algorithm, FSDP) and algorithm.stage and optimizer.name == "adafactor":
-        yield problem(
-            "optimizer",
-            optimizer.name,
-            f"looks at rows and columns of whole matrices, which fsdp stage {algorithm.stage} cuts",
-            allowed="adamw, lion, sgd, or algorithm.stage=0",
-        )
+def there_are_replicas(*, training: Training, algorithm: Algorithm) -> Iterator[str]:
+    """A resync makes replicas equal, so there have to be some."""
+    if training.resync_every not in ("auto", 0) and algorithm.why_no_replicas:
+        why = algorithm.why_no_replicas
+        yield problem("training.resync_every", training.resync_every, why, allowed="auto or 0")
+
+
+def server_is_a_host(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+    """`cluster.server` is one of the hosts, and the algorithm has a server."""
+    if cluster.server is None:
+        return
+    names = [host.name for host in cluster.hosts or []]
+    if not algorithm.has_server:
+        what = f"algorithm={algorithm.name} has no server"
+        allowed = "null, or algorithm=edp, syncps"
+        yield problem("cluster.server", cluster.server, what, allowed=allowed)
+    elif cluster.server not in names:
+        what = f"no host of cluster={cluster.name}"
+        allowed = ", ".join(names) or "null: there are no cluster.hosts"
+        meant = closest(cluster.server, names)
+        yield problem("cluster.server", cluster.server, what, allowed=allowed, meant=meant)
 
 
 def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
@@ -237,26 +223,14 @@ def own_code_is_there(*, model: Model, data: Data, algorithm: Algorithm) -> Iter
 
 
 CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
-    not_built_yet,
-    cluster_checks.hosts_are_distinct,
-    cluster_checks.hosts_can_meet,
-    cluster_checks.ssh_is_a_target,
-    cluster_checks.env_is_sound,
-    cluster_checks.keys_mean_something,
-    cluster_checks.ports_suffice,
-    cluster_checks.named_hosts_exist,
-    cluster_checks.restart_can_be,
-    cluster_checks.links_are_safe,
-    cluster_checks.emulation_can_be,
+    *CLUSTER_CHECKS,
     ranks_fit_algorithm,
     ranks_fit_batch,
     batch_is_sound,
     staleness_fits_steps,
-    staleness_fits_stage,
     quantization_fits_algorithm,
-    optimizer_fits_stage,
-    replica_checks.optimizer_fits_owner,
-    replica_checks.there_are_replicas,
+    there_are_replicas,
+    server_is_a_host,
     model_fits_data,
     model_is_named,
     model_fits_task,
@@ -265,24 +239,18 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     blocks_can_be_recomputed,
     momentum_fits,
     own_code_is_there,
-    *server_checks.CHECKS,
 )
 
 
 def problems(groups: Mapping[str, Any]) -> Iterator[str]:
-    """Every problem found by the checks whose groups are all there."""
-    for check in CHECKS:
+    """Every problem found by the checks whose groups are all there, the algorithm's own last."""
+    known, checks = dict(groups), list(CHECKS)
+    if (algorithm := groups.get("algorithm")) is not None:
+        names = [name for name in dir(type(algorithm)) if name.startswith("check_")]
+        checks += [getattr(algorithm, name) for name in names]
+        if "cluster" in groups:
+            known["world_size"] = cluster_size(groups["cluster"], algorithm)
+    for check in checks:
         needed = inspect.signature(check).parameters
-        if all(name in groups for name in needed):
-            yield from check(**{name: groups[name] for name in needed})
-
-
-def _only(path: str, value: Any, accepted: object) -> Iterator[str]:
-    if value != accepted:
-        plain = value.model_dump() if isinstance(value, Section) else value
-        yield problem(
-            path,
-            plain,
-            "not built yet",
-            allowed="null" if accepted is None else str(accepted).lower(),
-        )
+        if all(name in known for name in needed):
+            yield from check(**{name: known[name] for name in needed})

@@ -9,9 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from smolrun.config.algorithms import Algorithm
 from smolrun.config.cluster import Cluster
-from smolrun.config.plan import addresses, cluster_size
+from smolrun.config.plan import addresses
 from smolrun.config.settings import Mesh
 from smolrun.config.suggest import problem
 
@@ -121,14 +120,14 @@ def named_hosts_exist(*, cluster: Cluster, driver: str | None) -> Iterator[str]:
         yield problem("driver", driver, f"no host of cluster={cluster.name}", allowed=allowed)
 
 
-def restart_can_be(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+def restart_can_be(*, cluster: Cluster, world_size: int) -> Iterator[str]:
     """Fewer hosts than there are can be enough, more cannot."""
     count = len(cluster.hosts or [None])
     if cluster.restart is not None and cluster.restart.min_hosts > count:
         yield problem(
             "cluster.restart.min_hosts",
             cluster.restart.min_hosts,
-            f"there are {count} hosts, with {cluster_size(cluster, algorithm)} ranks",
+            f"there are {count} hosts, with {world_size} ranks",
             allowed=f"1 to {count}",
         )
 
@@ -163,3 +162,17 @@ def emulation_can_be(*, cluster: Cluster) -> Iterator[str]:
 
 def _is_loopback(address: str) -> bool:
     return address in ("localhost", "::1") or address.startswith("127.")
+
+
+CLUSTER_CHECKS = (
+    hosts_are_distinct,
+    hosts_can_meet,
+    ssh_is_a_target,
+    env_is_sound,
+    keys_mean_something,
+    ports_suffice,
+    named_hosts_exist,
+    restart_can_be,
+    links_are_safe,
+    emulation_can_be,
+)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from smolrun.config.base import Count, Name, Natural, NotNegative, Positive, Target
-from smolrun.config.targets import Custom, Kind, own_target
+from smolrun.config.base import (
+    Count,
+    CustomTarget,
+    Kind,
+    Name,
+    Natural,
+    NotNegative,
+    Positive,
+    Target,
+    chosen_by_target,
+)
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _Text(Target):
+class Data(Target):
+    """What the checks ask of a data set. The defaults are those of the user's own."""
+
+    produces: ClassVar[Kind | None] = None  # None: not known before it is loaded
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether rows are read while training."""
+        return False
+
+
+class _Text(Data):
     """Keys of every data set made of text."""
 
     produces: ClassVar[Kind | None] = "tokens"
@@ -63,7 +83,7 @@ class Shakespeare(_Text):
 class HuggingFaceData(_Text):
     """Any dataset of Hugging Face's library: text, or pictures with classes."""
 
-    produces: ClassVar[Kind | None] = None  # only the dataset itself tells
+    produces: ClassVar[Kind | None] = None
     target: Literal["smolrun.data.huggingface:HuggingFaceData"]
     path: Name = Field(
         description="A name on the hub, a folder, or a file",
@@ -100,6 +120,10 @@ class HuggingFaceData(_Text):
         "begins a sample"
     )
 
+    @property
+    def is_stream(self) -> bool:
+        return self.streaming
+
 
 class Chat(_Text):
     """Conversations, of which only the assistant's answers are learnt."""
@@ -122,7 +146,7 @@ class Chat(_Text):
     )
 
 
-class FashionMnist(Target):
+class FashionMnist(Data):
     """70,000 little pictures of clothes in ten classes, for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -132,7 +156,7 @@ class FashionMnist(Target):
     )
 
 
-class Mnist(Target):
+class Mnist(Data):
     """Handwritten digits, for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -146,7 +170,7 @@ class Mnist(Target):
     )
 
 
-class Digits(Target):
+class Digits(Data):
     """Little drawn digits with noise, made on the spot: ten classes for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -157,17 +181,21 @@ class Digits(Target):
     seed: Natural = Field(description="Another seed makes other pictures")
 
 
-Data = Annotated[
-    Annotated[PythonStdlib, Tag("PythonStdlib")]
-    | Annotated[TextFiles, Tag("TextFiles")]
-    | Annotated[Shakespeare, Tag("Shakespeare")]
-    | Annotated[HuggingFaceData, Tag("HuggingFaceData")]
-    | Annotated[Chat, Tag("Chat")]
-    | Annotated[FashionMnist, Tag("FashionMnist")]
-    | Annotated[Mnist, Tag("Mnist")]
-    | Annotated[Digits, Tag("Digits")]
-    | Custom,
-    own_target(
-        *(PythonStdlib, TextFiles, Shakespeare, HuggingFaceData, Chat, FashionMnist, Mnist, Digits)
-    ),
-]
+class CustomData(CustomTarget, Data, extra="allow"):
+    """The user's own data set."""
+
+
+if TYPE_CHECKING:
+    AnyData = Data
+else:
+    AnyData = chosen_by_target(
+        CustomData,
+        PythonStdlib,
+        TextFiles,
+        Shakespeare,
+        HuggingFaceData,
+        Chat,
+        FashionMnist,
+        Mnist,
+        Digits,
+    )

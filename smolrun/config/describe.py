@@ -20,6 +20,16 @@ PLAIN = {
     bool: "true or false",
     type(None): "null",
 }
+NOT_BUILT: dict[str, tuple[str, ...]] = {
+    "task": ("serve", "generate", "chat", "compare", "logs"),
+    "algorithm": ("mp", "mp_pipeline", "ep", "diloco"),
+    "model": ("moe",),
+    "mesh": ("torch",),
+    "mesh.kind": ("torch",),
+    "serving": ("pipeline", "replicas"),
+    "serving.mode": ("pipeline", "replicas"),
+}
+"""Group or key -> choices that are planned, so that the error says so."""
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
@@ -38,7 +48,7 @@ class Key:
     default: Any
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key of a class and of the classes inside it.
 
     An entry of a list is written `[]`, as in `hosts[].ssh`.
@@ -49,14 +59,14 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
         if not inner or field.description:
             yield Key(
                 path,
-                allowed(field),
+                allowed_values(field),
                 field.description or "",
                 model,
                 field.is_required(),
                 field.default,
             )
         for section, is_entry in inner:
-            yield from keys(section, f"{path}[]." if is_entry else f"{path}.")
+            yield from keys_of(section, f"{path}[]." if is_entry else f"{path}.")
 
 
 def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
@@ -64,12 +74,12 @@ def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
     return [section for section, _ in _sections(field.annotation)]
 
 
-def choices(field: FieldInfo) -> tuple[Any, ...]:
+def choices_of(field: FieldInfo) -> tuple[Any, ...]:
     """The values of a field that is one of a few words; empty for any other field."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
-def allowed(field: FieldInfo) -> str:
+def allowed_values(field: FieldInfo) -> str:
     """What a field allows, as a phrase: `auto or a whole number >= 1`.
 
     The field itself may say it better.
@@ -79,7 +89,7 @@ def allowed(field: FieldInfo) -> str:
     return phrase(field.annotation, field.metadata)
 
 
-def asked(field: FieldInfo | None) -> str:
+def absent_hint(field: FieldInfo | None) -> str:
     """How to ask for a field that has not been given; empty where no words of its own exist."""
     extra = field.json_schema_extra if field is not None else None
     return str(extra["absent"]) if isinstance(extra, dict) and "absent" in extra else ""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from smolrun.config.base import Count, Name, Positive, Section, Share, Target
-from smolrun.config.targets import Custom, Kind, own_target
+from smolrun.config.base import (
+    Count,
+    CustomTarget,
+    Kind,
+    Name,
+    Positive,
+    Section,
+    Share,
+    Target,
+    chosen_by_target,
+)
+
+
+class Model(Target):
+    """What the checks ask of a model. The defaults are those of the user's own."""
+
+    consumes: ClassVar[Kind | None] = None  # None: not known before it is loaded
 
 
 class RopeScaling(Section):
@@ -25,7 +40,7 @@ class RopeScaling(Section):
         return self
 
 
-class Decoder(Target):
+class Decoder(Model):
     """A GPT-like decoder: the models `gpt_*`."""
 
     consumes: ClassVar[Kind | None] = "tokens"
@@ -65,7 +80,7 @@ class Decoder(Target):
     norm_eps: Positive = Field(description="Keeps the normalisation away from a division by zero")
 
 
-class Mlp(Target):
+class Mlp(Model):
     """A plain multi-layer perceptron for feature vectors."""
 
     consumes: ClassVar[Kind | None] = "features"
@@ -74,7 +89,7 @@ class Mlp(Target):
     activation: Literal["relu", "gelu"] = Field(description="Between the layers")
 
 
-class _Network(Target):
+class _Network(Model):
     """Keys of every model whose code is transformers' own."""
 
     consumes: ClassVar[Kind | None] = "tokens"
@@ -108,20 +123,18 @@ class SmolLM2(_Network):
     target: Literal["smolrun.models.smollm2:build"]
 
 
-class Trained(Target):
+class Trained(Model):
     """The model of an earlier run."""
 
-    consumes: ClassVar[Kind | None] = None
     target: Literal["smolrun.models.trained:find"]
     run: Name = Field(description="latest, a run folder or its name, or a checkpoint folder")
 
 
-Model = Annotated[
-    Annotated[Decoder, Tag("Decoder")]
-    | Annotated[Mlp, Tag("Mlp")]
-    | Annotated[HuggingFace, Tag("HuggingFace")]
-    | Annotated[SmolLM2, Tag("SmolLM2")]
-    | Annotated[Trained, Tag("Trained")]
-    | Custom,
-    own_target(Decoder, Mlp, HuggingFace, SmolLM2, Trained),
-]
+class CustomModel(CustomTarget, Model, extra="allow"):
+    """The user's own model."""
+
+
+if TYPE_CHECKING:
+    AnyModel = Model
+else:
+    AnyModel = chosen_by_target(CustomModel, Decoder, Mlp, HuggingFace, SmolLM2, Trained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from smolrun.config.algorithms import EDP, Algorithm, Single, SyncPS
+from smolrun.config.algorithms import Algorithm
 from smolrun.config.base import Device
 from smolrun.config.cluster import Cluster, Host
 from smolrun.config.run import RunConfig
@@ -37,7 +37,7 @@ def cluster_size(cluster: Cluster, algorithm: Algorithm) -> int:
         return sum(host.ranks for host in cluster.hosts)
     if cluster.ranks != "auto":
         return cluster.ranks
-    return 1 if isinstance(algorithm, Single) else 2
+    return min(2, algorithm.max_ranks or 2)
 
 
 def world_size(config: RunConfig) -> int:
@@ -46,10 +46,13 @@ def world_size(config: RunConfig) -> int:
 
 
 def savers(config: RunConfig) -> int:
-    """How many of them write checkpoints: where ranks leave each other behind, the server alone."""
-    algorithm = config.algorithm
-    is_left_behind = isinstance(algorithm, SyncPS) and algorithm.straggler_s > 0
-    return 1 if is_left_behind or isinstance(algorithm, EDP) else world_size(config)
+    """How many ranks write checkpoints: all that are at one step, else the server alone."""
+    return world_size(config) if config.algorithm.is_lockstep else 1
+
+
+def has_dedicated_server(config: RunConfig) -> bool:
+    """Whether rank 0 has the optimizer, and computes no samples."""
+    return world_size(config) > 1 and config.algorithm.has_dedicated_server
 
 
 def ranks(config: RunConfig) -> list[RankPlan]:

@@ -15,7 +15,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from smolrun.config import describe, not_built
+from smolrun.config.describe import (
+    NOT_BUILT,
+    Key,
+    absent_hint,
+    allowed_values,
+    choices_of,
+    keys_of,
+    sections_of,
+)
 from smolrun.config.run import RunConfig
 from smolrun.config.suggest import absent, closest, problem, shown
 from smolrun.config.synonyms import SYNONYMS
@@ -66,10 +74,10 @@ def lines(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def known_keys() -> dict[str, describe.Key]:
+def known_keys() -> dict[str, Key]:
     """Every key of RunConfig by its dotted path; the first class wins where several have one."""
-    found: dict[str, describe.Key] = {}
-    for key in describe.keys(RunConfig):
+    found: dict[str, Key] = {}
+    for key in keys_of(RunConfig):
         found.setdefault(key.path, key)
     return found
 
@@ -118,10 +126,10 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
     if "expected_tags" in details.get("ctx", {}):
         allowed = details["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
     if kind in ("missing", "union_tag_not_found"):
-        asked = describe.asked(_field(place, data))
+        asked = absent_hint(_field(place, data))
         return absent(path(place), asked) if asked else absent(path(place), allowed=allowed)
     value = _value(place, data)
-    if shown(value) in not_built.CHOICES.get(path(place), ()):
+    if shown(value) in NOT_BUILT.get(path(place), ()):
         return problem(path(place), value, "not built yet", allowed=allowed)
     if kind == "value_error":
         what = str(details["ctx"]["error"])
@@ -228,7 +236,7 @@ def _section(place: Place, data: Mapping[str, Any]) -> type[BaseModel] | None:
         value = value[part]
         if isinstance(part, str):
             field = section.model_fields.get(part)
-            candidates = describe.sections_of(field) if field else []
+            candidates = sections_of(field) if field else []
             if not candidates:
                 return None
         section = _chosen(candidates, value)
@@ -242,7 +250,7 @@ def _chosen(candidates: list[type[BaseModel]], value: Any) -> type[BaseModel]:
     for candidate in candidates if isinstance(value, Mapping) else []:
         for tag in ("target", "name", "kind"):
             field = candidate.model_fields.get(tag)
-            if field is not None and value.get(tag) in describe.choices(field):
+            if field is not None and value.get(tag) in choices_of(field):
                 return candidate
     return candidates[-1]
 
@@ -251,7 +259,7 @@ def _allowed(place: Place, data: Mapping[str, Any]) -> str:
     while place and isinstance(place[-1], int):
         place = place[:-1]  # an entry of a list: what the whole list allows says it best
     field = _field(place, data)
-    return describe.allowed(field) if field is not None else ""
+    return allowed_values(field) if field is not None else ""
 
 
 def _field(place: Place, data: Mapping[str, Any]) -> FieldInfo | None:

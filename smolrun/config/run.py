@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from smolrun.config.algorithms import Algorithm
+from smolrun.config.algorithms import AnyAlgorithm
 from smolrun.config.base import Name, Section
 from smolrun.config.cluster import Cluster
-from smolrun.config.data import Data
-from smolrun.config.models import Model
+from smolrun.config.data import AnyData
+from smolrun.config.models import AnyModel
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
@@ -74,9 +74,9 @@ class RunConfig(Section):
         description="Arithmetic of forward and backward"
     )
     cluster: Cluster
-    algorithm: Algorithm
-    model: Model
-    data: Data
+    algorithm: AnyAlgorithm
+    model: AnyModel
+    data: AnyData
     staleness: Staleness
     quantization: Quantization
     optimizer: Optimizer

@@ -9,6 +9,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class RankSizes:
+    """A rank and its model. `share` is this rank's part of what is sharded; the largest parameter
+    and the largest layer are in elements of `item_bytes` each."""
+
+    rank: int
+    world_size: int
+    share: float
+    item_bytes: int
+    largest_parameter: int
+    largest_layer: int
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Stage 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too. A worker with a
     parameter server is stage 1 with a share of nothing."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig, world_size
-from smolrun.config.algorithms import EDP
-from smolrun.driver.roles import only_serves
+from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.events import Event
 from smolrun.parts.placement import (
     BatchPlan,
@@ -32,11 +30,11 @@ def largest_plan(config: RunConfig) -> BatchPlan:
     """The plan of the rank with the largest share, as the run begins."""
     micro = config.training.micro_batch_size
     weights = _numbers(rank_speeds(config.cluster.model_dump(), world_size(config)))
-    if isinstance(config.algorithm, EDP):  # parts of a batch are equal, whoever takes them
-        auto = world_size(config) - only_serves(config)
-        pushes = config.algorithm.pushes_per_batch
-        weights = [1.0] * (auto if pushes == "auto" else pushes)
-    elif only_serves(config):
+    has_server = has_dedicated_server(config)
+    parts = config.algorithm.batch_parts(world_size(config) - has_server)
+    if parts is not None:
+        weights = [1.0] * parts
+    elif has_server:
         weights[0] = 0.0
     return plan_batches(
         config.training.global_batch_size,

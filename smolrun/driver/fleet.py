@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, ranks
+from smolrun.config.base import CustomTarget
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.config.suggest import problem
-from smolrun.config.targets import CustomTarget
-from smolrun.driver.elasticity import is_enough, least_ranks
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
@@ -221,14 +220,20 @@ def open_fleet(config: RunConfig) -> Fleet:
         ssh_config=cluster.ssh_config,
         timeout_s=cluster.connect_timeout_s,
         cluster=cluster.name,
-        missing=missing if least_ranks(config) is not None else None,
+        missing=missing if config.algorithm.min_ranks_left is not None else None,
     )
     fleet = Fleet(config, machines, missing)
-    if missing and not is_enough(config, missing):
+    if missing and not _is_enough(config, missing):
         fleet.close()
         errors = list(missing.values())
         raise errors[0] if len(errors) == 1 else HostErrors(errors)
     return fleet
+
+
+def _is_enough(config: RunConfig, missing: Collection[str]) -> bool:
+    """Whether an elastic run can begin without these hosts."""
+    there = [rank.rank for rank in ranks(config) if rank.host not in missing]
+    return 0 in there and len(there) >= (config.algorithm.min_ranks_left or 0)
 
 
 def host_specs(config: RunConfig) -> list[HostSpec]:

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
+from smolrun.config import (
+    RankPlan,
+    RunConfig,
+    config_hash,
+    has_dedicated_server,
+    ranks,
+    redacted,
+    world_size,
+)
 from smolrun.data.cache import cache_folder
 from smolrun.data.prepared import Prepared
-from smolrun.driver.elasticity import least_ranks
 from smolrun.driver.fleet import Fleet, is_elsewhere
 from smolrun.driver.prepare import prepare_model, tokenizer_for, with_model
 from smolrun.errors import ConfigError, DataError
@@ -105,6 +112,14 @@ def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
         say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
 
 
+def server_note(config: RunConfig) -> list[str]:
+    """A line about rank 0 where it computes no samples."""
+    if not has_dedicated_server(config):
+        return []
+    where = ranks(config)[0].host
+    return [f"rank 0 on {where} is the parameter server (algorithm.server_trains=false)"]
+
+
 def plan_workers(
     config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
 ) -> list[WorkerPlan]:
@@ -126,7 +141,7 @@ def plan_workers(
             security=security,
             credentials=keys[rank.rank],
             device=rank.device,
-            elastic=least_ranks(config) is not None,
+            elastic=config.algorithm.min_ranks_left is not None,
             **_on_host(rank, fleet, saving),
         )
         plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))

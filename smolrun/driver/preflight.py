@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, ranks, world_size
+from smolrun.config.base import CustomTarget
 from smolrun.config.cluster import Host
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
-from smolrun.config.targets import CustomTarget
 from smolrun.driver.fleet import secrets_in_env
 from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError, SmolrunError

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
+from smolrun.config.base import CustomTarget
 from smolrun.config.models import HuggingFace
-from smolrun.config.targets import CustomTarget
 from smolrun.data.cache import cache_folder
 from smolrun.errors import ConfigError
 

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 
 from smolrun.config import RunConfig
-from smolrun.driver.elasticity import least_ranks
 from smolrun.driver.fleet import Fleet, host_specs
 from smolrun.driver.outputs import plan_again
 from smolrun.errors import HostError, SmolrunError
@@ -30,7 +29,7 @@ class Reconnector:
         self, config: RunConfig, fleet: Fleet, saving: Saving | None, say: Callable[[str], None]
     ) -> None:
         """`say` is called by `tell` only."""
-        least = least_ranks(config)
+        least = config.algorithm.min_ranks_left
         self.elasticity = None if least is None else Elasticity(min_ranks=least)
         self._config = config
         self._fleet = fleet

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.config.algorithms import EDP, FSDP, ClassicDP, Single, SyncPS
 from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.time_report import TimeTeller
@@ -34,12 +33,7 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     """Who says where the time goes; it only advises what this run could set."""
     bound = config.staleness.bound
     algorithm = config.algorithm
-    never_late = (
-        isinstance(algorithm, Single | EDP)
-        or (isinstance(algorithm, FSDP) and algorithm.stage == 3)
-        or (isinstance(algorithm, SyncPS) and algorithm.straggler_s > 0)
-    )
-    can_be_late = not never_late and world_size(config) > 1
+    can_be_late = algorithm.can_delay_gradients and world_size(config) > 1
     hosts = config.cluster.hosts or []
     places = [(index, host) for index, host in enumerate(hosts) for _ in range(host.ranks)]
     # Where speeds are measured there is nothing to set.
@@ -55,13 +49,12 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
         staleness=(0 if bound == "auto" else bound) if can_be_late else None,
         can_quantize=can_quantize(config),
         can_use_bf16=config.precision == "float32",
-        is_lockstep=not isinstance(algorithm, EDP),
+        is_lockstep=not algorithm.is_asynchronous,
     )
     return TimeTeller(setup, say)
 
 
 def can_quantize(config: RunConfig) -> bool:
     """Whether gradients travel, as they are, and could travel in fewer bits."""
-    # What an algorithm of somebody else makes of the key is not known here.
-    sends = isinstance(config.algorithm, ClassicDP | FSDP | SyncPS | EDP)
-    return sends and world_size(config) > 1 and config.quantization.kind == "none"
+    is_whole = config.quantization.kind == "none"
+    return config.algorithm.quantizes_gradients and world_size(config) > 1 and is_whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,12 +20,11 @@ import torch
 from torch import nn
 
 from smolrun.config import RunConfig, ranks, resolved, validate, world_size
+from smolrun.config.sharding import RankSizes
 from smolrun.data.prepared import Prepared
 from smolrun.driver.batch_shares import largest_plan
 from smolrun.driver.outputs import load_target
-from smolrun.driver.roles import late_gradients
 from smolrun.errors import ConfigError
-from smolrun.estimate.algorithm_sharding import sharding_of
 from smolrun.estimate.memory import (
     Need,
     Rank,
@@ -33,6 +33,7 @@ from smolrun.estimate.memory import (
     best_switches,
     checkpoint_bytes,
     fitting_micro_batch,
+    item_bytes,
     need,
     sent_bytes,
     smallest_change,
@@ -96,19 +97,29 @@ class Estimate:
 
     def rank(self, place: Place, local_rank: int = 0) -> Rank:
         """One rank of a host, in numbers."""
-        first = place is self.places[0] and local_rank == 0
+        bound = self.config.staleness.bound
+        algorithm = self.config.algorithm
+        sizes = RankSizes(
+            # Only rank 0 differs from all others.
+            rank=0 if place is self.places[0] and local_rank == 0 else 1,
+            world_size=world_size(self.config),
+            share=place.share,
+            item_bytes=item_bytes(self.config.precision),
+            largest_parameter=max(math.prod(shape) for shape in self.shapes),
+            largest_layer=self.largest_layer,
+        )
         return Rank(
             shapes=self.shapes,
             frozen=self.frozen,
             world_size=world_size(self.config),
             process_bytes=self.process.size,
-            slots=1 + late_gradients(self.config),
+            slots=1 + algorithm.pending_gradients(0 if bound == "auto" else bound),
             is_on_device=place.device != "cpu",
             is_staged=place.device != "cpu" and world_size(self.config) > 1,
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.norms == "all",
             saves=self.config.checkpoint.every > 0,
-            sharding=sharding_of(self.config, place.share, self.shapes, self.largest_layer, first),
+            sharding=algorithm.sharding(sizes),
             quantization=Quantization(**self.config.quantization.model_dump()),
         )
 

@@ -9,17 +9,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import rich.box
 import rich.table
 import torch
+import yaml
 
-from smolrun.config import RunConfig, world_size
+from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDP
 from smolrun.driver.outputs import OUTPUTS
-from smolrun.driver.roles import only_serves
-from smolrun.estimate.algorithm_sharding import at_stage
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.launch.out_of_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, RunOutcome
@@ -116,8 +116,9 @@ def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
             break
         others = {f"training.micro_batch_size={size}": other}  # the largest that fits
     for stage in range(made.rank(made.places[0]).sharding.stage):  # from the least that travels
-        other = made.changed(algorithm=at_stage(made.config, stage).algorithm)
-        if isinstance(made.config.algorithm, FSDP) and _fits(other):
+        algorithm = made.config.algorithm.with_stage(stage)
+        other = made.changed(algorithm=algorithm) if algorithm is not None else None
+        if _fits(other):
             others[f"algorithm.stage={stage}"] = other
             break
     if quantization.kind == "none":
@@ -161,7 +162,7 @@ def _title(made: Estimate) -> str:
         f"algorithm={config.algorithm.name} on {counted(world_size(config), 'rank')}, "
         f"precision={config.precision}, optimizer={config.optimizer.name}; a step is "
         f"{counted(made.micro_batches, 'micro-batch')} of {made.setting.micro_batch_size} "
-        f"{sample} on each rank{' that trains' if only_serves(config) else ''}"
+        f"{sample} on each rank{' that trains' if has_dedicated_server(config) else ''}"
     )
 
 
@@ -390,9 +391,17 @@ def _sharded(made: Estimate, place: Place) -> Iterator[str]:
     if world_size(made.config) == 1:
         return
     for stage in range(now + 1, 4):
-        other = replace(made, config=at_stage(made.config, stage))
+        other = replace(made, config=_at_stage(made.config, stage))
         if made.setting.optimizer == "adafactor" or (stage == 3 and other.rank(place).slots > 1):
             continue  # the configuration would be refused
         answer = "fits" if other.lacking(made.setting) <= 0 else "not enough"
         total = gb(other.total(place, made.setting))
         yield f"  algorithm=fsdp algorithm.stage={stage}: {total} on {place.name}, {answer}"
+
+
+def _at_stage(config: RunConfig, stage: int) -> RunConfig:
+    """The same run with algorithm=fsdp algorithm.stage=..., unchecked."""
+    file = files("smolrun.conf") / "algorithm" / "fsdp.yaml"
+    section = yaml.safe_load(file.read_text(encoding="utf-8"))
+    algorithm = FSDP(**{**section, "stage": stage})
+    return config.model_copy(update={"algorithm": algorithm})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolrun.config import RunConfig
-from smolrun.config.targets import CustomTarget
+from smolrun.config.base import CustomTarget
 from smolrun.driver.outputs import prepare_data
 from smolrun.driver.prepare import prepare_model, tokenizer_for
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json

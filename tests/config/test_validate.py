@@ -11,8 +11,8 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, config_hash, resolved, validate
 from smolrun.config.algorithms import ClassicDP
+from smolrun.config.base import CustomTarget
 from smolrun.config.models import Decoder
-from smolrun.config.targets import CustomTarget
 from smolrun.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
-from smolrun.driver import elasticity, fleet, run_on_ranks
+from smolrun.driver import fleet
 from smolrun.driver.fleet import open_fleet
 from smolrun.driver.outputs import plan_workers
 from smolrun.driver.run_on_ranks import Reconnector
@@ -70,15 +70,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "open_machine", made.open)
     monkeypatch.setattr(provision, "provision", made.provision)
-    for module in (elasticity, fleet, run_on_ranks):
-        monkeypatch.setattr(module, "least_ranks", lambda config: 2)
     yield made
     for connection in made.connections:
         connection.end_all()
 
 
-def config() -> RunConfig:
-    return compose([f"cluster.hosts={HOSTS}", "mesh.security=insecure"])
+def config(*algorithm: str) -> RunConfig:
+    chosen = algorithm or ("algorithm=edp", "algorithm.min_ranks=2")
+    return compose([*chosen, f"cluster.hosts={HOSTS}", "mesh.security=insecure"])
 
 
 def notes(events: list[Event]) -> list[str]:
@@ -173,24 +172,15 @@ def test_a_host_that_goes_away_is_reached_and_equipped_again(
     ("there", "names"), [(set(), "mini: nobody answers.*pi"), ({"mini"}, "pi")]
 )
 def test_a_run_that_needs_more_hosts_than_answer_is_refused(
-    there: set[str], names: str, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+    there: set[str], names: str, elsewhere: Elsewhere
 ) -> None:
     elsewhere.there = there
-    monkeypatch.setattr(elasticity, "least_ranks", lambda config: 3 if there else 2)
+    least = 3 if there else 2
     with pytest.raises((HostError, HostErrors), match=f"(?s){names}: nobody answers"):
-        open_fleet(config())
+        open_fleet(config("algorithm=edp", f"algorithm.min_ranks={least}"))
 
 
-def test_a_run_that_is_not_elastic_needs_all_hosts(
-    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fleet, "least_ranks", lambda config: None)
+def test_a_run_that_is_not_elastic_needs_all_hosts(elsewhere: Elsewhere) -> None:
     elsewhere.there = {"mini"}
     with pytest.raises(HostError, match="pi: nobody answers"):
-        open_fleet(config())
-
-
-def test_what_is_elastic_is_said_by_the_class_of_the_algorithm() -> None:
-    assert elasticity.least_ranks(config()) is None
-    algorithm = SimpleNamespace(is_elastic=True, min_ranks=3)
-    assert elasticity.least_ranks(SimpleNamespace(algorithm=algorithm)) == 3  # type: ignore[arg-type]
+        open_fleet(config("algorithm=classicdp"))

@@ -12,7 +12,7 @@ import yaml
 
 from smolrun.cli import choices
 from smolrun.cli.compose import compose
-from smolrun.config import not_built
+from smolrun.config.describe import NOT_BUILT
 from tests.house import rules
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,12 +73,7 @@ def test_every_group_has_a_default_and_every_default_is_there():
 
 def test_what_is_called_not_built_is_not_there():
     groups = choices.groups([CONF])
-    there = [
-        f"{g}={c}"
-        for g, later in not_built.CHOICES.items()
-        for c in later
-        if c in groups.get(g, ())
-    ]
+    there = [f"{g}={c}" for g, later in NOT_BUILT.items() for c in later if c in groups.get(g, ())]
     assert there == []
 
 

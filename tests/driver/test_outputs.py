@@ -1,4 +1,4 @@
-"""What the configuration says about who waits for whom, and who trains."""
+"""What is planned for each rank, and what is said of it at the start."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.config import ranks
 from smolrun.driver import fleet
-from smolrun.driver.roles import tell_roles, waits_for_all
+from smolrun.driver.outputs import server_note
 
 
 @pytest.mark.parametrize(
-    ("overrides", "is_waiting"),
-    [
-        (["algorithm=classicdp"], True),
-        (["algorithm=syncps"], True),
-        (["algorithm=syncps", "algorithm.straggler_s=1"], False),
-        (["algorithm=edp"], False),
-    ],
-    ids=["classicdp", "syncps", "syncps that leaves stragglers", "edp"],
-)
-def test_who_waits_for_the_slowest(overrides: list[str], is_waiting: bool) -> None:
-    assert waits_for_all(compose([*overrides, "cluster.ranks=2"])) is is_waiting
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "is_noted"),
     [
         (["algorithm=edp", "cluster.ranks=2"], True),
         (["algorithm=edp", "cluster.ranks=2", "algorithm.server_trains=true"], False),
@@ -34,9 +20,9 @@ def test_who_waits_for_the_slowest(overrides: list[str], is_waiting: bool) -> No
         (["algorithm=classicdp", "cluster.ranks=2"], False),
     ],
 )
-def test_a_server_that_does_not_train_is_told(overrides: list[str], told: bool) -> None:
-    line = "rank 0 on local serves and does not train (algorithm.server_trains=false)"
-    assert list(tell_roles(compose(overrides))) == [line] * told
+def test_a_dedicated_server_is_noted(overrides: list[str], is_noted: bool) -> None:
+    line = "rank 0 on local is the parameter server (algorithm.server_trains=false)"
+    assert server_note(compose(overrides)) == [line] * is_noted
 
 
 @pytest.mark.parametrize(

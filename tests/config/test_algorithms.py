@@ -1,0 +1,160 @@
+"""The facts of every algorithm's class, what each refuses, and that a new class is enough."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.config import has_dedicated_server, savers
+from smolrun.config.sharding import RankSizes, Sharding
+from smolrun.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_lockstep", "can_delay", "has_replicas"),
+    [
+        (["algorithm=classicdp"], True, True, True),
+        (["algorithm=fsdp", "algorithm.stage=2"], True, True, True),
+        (["algorithm=fsdp", "algorithm.stage=3"], True, False, False),
+        (["algorithm=syncps"], True, True, True),
+        (["algorithm=syncps", "algorithm.straggler_s=1"], False, False, True),
+        (["algorithm=edp"], False, False, False),
+        (["algorithm.target=json:loads"], True, True, True),
+    ],
+)
+def test_facts(
+    overrides: list[str], is_lockstep: bool, can_delay: bool, has_replicas: bool
+) -> None:
+    algorithm = compose([*overrides, "cluster.ranks=2"]).algorithm
+    assert algorithm.is_lockstep is is_lockstep
+    assert algorithm.can_delay_gradients is can_delay
+    assert (not algorithm.why_no_replicas) is has_replicas
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_dedicated"),
+    [
+        (["algorithm=edp"], True),
+        (["algorithm=edp", "algorithm.server_trains=true"], False),
+        (["algorithm=syncps", "algorithm.server_trains=false"], True),
+        (["algorithm=syncps"], False),
+        (["algorithm=classicdp"], False),
+    ],
+)
+def test_a_server_may_compute_no_samples(overrides: list[str], is_dedicated: bool) -> None:
+    assert has_dedicated_server(compose([*overrides, "cluster.ranks=2"])) is is_dedicated
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_sharding_of_fsdp_is_of_its_stage(stage: int) -> None:
+    sizes = RankSizes(1, 4, 0.25, 4, largest_parameter=2**21, largest_layer=2**22)
+    algorithm = compose(["algorithm=fsdp"]).algorithm.with_stage(stage)
+    assert algorithm is not None
+    assert algorithm.sharding(sizes) == Sharding(stage, 0.25, 2**21, 2, layers=2**23)
+
+
+def test_only_an_algorithm_with_stages_changes_them() -> None:
+    assert compose(["algorithm=classicdp"]).algorithm.with_stage(1) is None
+
+
+HOSTS = "cluster.hosts=[{name: mini1}, {name: pi5}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "what"),
+    [
+        (["algorithm=classicdp", HOSTS, "cluster.server=pi5"], "cluster.server = pi5", "no server"),
+        ([HOSTS, "cluster.server=mini"], "cluster.server = mini", "did you mean mini1?"),
+        (["cluster.server=pi4"], "cluster.server = pi4", "there are no cluster.hosts"),
+        (
+            ["cluster.ranks=1", "algorithm.server_trains=false"],
+            "algorithm.server_trains = false",
+            "the only rank",
+        ),
+        (
+            ["algorithm.straggler_s=1", "staleness.bound=1"],
+            "algorithm.straggler_s = 1.0",
+            "staleness.bound",
+        ),
+        (
+            ["algorithm.straggler_s=1", "training.check_replicas=true"],
+            "algorithm.straggler_s = 1.0",
+            "older weights",
+        ),
+        (
+            ["algorithm.straggler_s=1", "training.resync_every=4"],
+            "algorithm.straggler_s = 1.0",
+            "needs all ranks",
+        ),
+        (["algorithm.pull=average"], "algorithm.pull = average", "keeps no average"),
+        (
+            ["algorithm.polyak=0.9", "precision=bf16_params"],
+            "algorithm.polyak = 0.9",
+            "more digits",
+        ),
+        (
+            ["cluster.ranks=4", "algorithm.server_trains=false", "training.global_batch_size=2"],
+            "training.global_batch_size = 2",
+            "too small for 3 ranks",
+        ),
+    ],
+)
+def test_what_syncps_refuses(overrides: list[str], key: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["algorithm=syncps", *overrides])
+    (line,) = [line for line in str(caught.value).splitlines() if key in line]
+    assert what in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.straggler_s=1", "staleness.bound=0"],
+        ["algorithm.straggler_s=1", "training.resync_every=0"],
+        ["training.resync_every=4"],
+        ["algorithm.polyak=0.9", "algorithm.pull=average", "staleness.bound=2"],
+        ["cluster.ranks=3", "algorithm.server_trains=false", "training.global_batch_size=2"],
+        [HOSTS, "cluster.server=pi5", "precision=bf16_params"],
+    ],
+)
+def test_what_syncps_allows(overrides: list[str]) -> None:
+    compose(["algorithm=syncps", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["training.check_replicas=true"], "no two need be equal"),
+        (["training.resync_every=4"], "resync_every = 4.*no two need be equal"),
+        (["algorithm.pushes_per_batch=99"], "parts without samples"),
+        (
+            ["cluster.ranks=3", "algorithm.min_ranks=5"],
+            "min_ranks = 5: the run has only 3 ranks; allowed: 1 to 3, or more cluster.ranks",
+        ),
+        (
+            ["cluster.hosts=[{name: mini1}, {name: pi5}]", "algorithm.min_ranks=3"],
+            "min_ranks = 3: the run has only 2 ranks; allowed: 1 to 2, or more ranks in",
+        ),
+        (["algorithm.damping=often"], "algorithm.damping = often"),
+        (
+            ["data=hf", "data.path=a/b", "data.streaming=true"],
+            "rows of a stream are requested",
+        ),
+    ],
+)
+def test_what_edp_refuses(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compose(["algorithm=edp", *overrides])
+
+
+def test_the_server_of_edp_alone_saves() -> None:
+    config = compose(["algorithm=edp", "cluster.ranks=4"])
+    assert savers(config) == 1
+    assert config.algorithm.min_ranks == 2
+
+
+@pytest.mark.parametrize(
+    "overrides", [["cluster.ranks=1"], ["cluster.ranks=3", "algorithm.min_ranks=3"]]
+)
+def test_edp_may_need_all_ranks(overrides: list[str]) -> None:
+    compose(["algorithm=edp", *overrides])
