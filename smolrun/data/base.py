@@ -22,15 +22,15 @@ from smolrun.errors import DataError
 
 __all__ = ["Batch", "Prepared", "Progress", "Split", "open_split"]
 
-NOT_LEARNT = -100  # a target without a loss
+IGNORE_INDEX = -100  # a target without a loss, as torch.nn.functional.cross_entropy has it
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs and what the model should answer.
 
-    Tokens: int64 [B, T] both, targets are the inputs' next tokens, NOT_LEARNT where there is
-    nothing to learn. Features: float32 [B, F] and int64 [B]. `position` counts samples from the
+    Tokens: int64 [B, T] both, targets are the inputs' next tokens, IGNORE_INDEX where there is
+    no loss. Features: float32 [B, F] and int64 [B]. `position` counts samples from the
     run's first one to the first one here: random draws are keyed by it.
     """
 
@@ -77,21 +77,21 @@ class TokenSplit(Split):
         return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
 
 
-class MarkedSplit(Split):
-    """Rows of tokens; only those that are marked are targets (see row_file.py)."""
+class MaskedSplit(Split):
+    """Rows of tokens [N, T + 1]; targets where `loss_mask` is 0 are IGNORE_INDEX."""
 
-    def __init__(self, tokens: Tensor, learn: Tensor) -> None:
-        if tokens.shape != learn.shape or tokens.dim() != 2:
-            raise DataError(f"marks of shape {learn.shape} do not fit tokens of {tokens.shape}")
-        self._tokens, self._learn = tokens.numpy(), learn.numpy()
+    def __init__(self, tokens: Tensor, loss_mask: Tensor) -> None:
+        if tokens.shape != loss_mask.shape or tokens.dim() != 2:
+            raise DataError(f"a mask of {loss_mask.shape} does not fit tokens of {tokens.shape}")
+        self._tokens, self._loss_mask = tokens.numpy(), loss_mask.numpy()
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def _gather(self, indices: numpy.ndarray) -> Batch:
         rows = torch.from_numpy(self._tokens[indices].astype(numpy.int64))
-        marks = torch.from_numpy(self._learn[indices])[:, 1:]
-        targets = rows[:, 1:].masked_fill(marks == 0, NOT_LEARNT)
+        mask = torch.from_numpy(self._loss_mask[indices])[:, 1:]
+        targets = rows[:, 1:].masked_fill(mask == 0, IGNORE_INDEX)
         return Batch(rows[:, :-1].contiguous(), targets)
 
 
@@ -130,7 +130,7 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
             if prepared.kind == "tokens":
                 tokens = _integers(file.get_tensor(name), f"{name} tokens", prepared.path)
             if prepared.masked:
-                split: Split = MarkedSplit(tokens, file.get_tensor(f"{name}_learn"))
+                split: Split = MaskedSplit(tokens, file.get_tensor(f"{name}_learn"))
             elif prepared.kind == "tokens":
                 split = TokenSplit(tokens, prepared.sequence_length or 1)
             else:
@@ -153,3 +153,13 @@ def _integers(tensor: Tensor, what: str, path: str) -> Tensor:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise DataError(f"{path}: the {what} are {kind}; they must be integers 0, 1, ...")
     return tensor
+
+
+def token_batch(rows: bytes, sequence_length: int) -> Batch:
+    """Rows of T + 1 little-endian int32, one after the other, as inputs and targets [B, T]."""
+    width = sequence_length + 1
+    if len(rows) % (4 * width):
+        raise DataError(f"{len(rows)} bytes of the stream are no rows of {width} tokens")
+    window = numpy.frombuffer(rows, "<i4").reshape(-1, width).astype(numpy.int64)
+    window_BT = torch.from_numpy(window)
+    return Batch(window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous())

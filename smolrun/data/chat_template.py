@@ -1,4 +1,4 @@
-"""Conversations written out by a chat template, with the answers in them marked.
+"""Conversations written out by a chat template, with a loss mask over the answers in them.
 
 A template is asked for the whole conversation and, for every answer, for the text before it (as
 when a model is asked) and the text up to its end. Where these are beginnings of the whole, the
@@ -7,7 +7,7 @@ tokens between are the answer:
     whole     <user> Hi <end> <assistant> Hello! <end> \\n <user> ...
     before    <user> Hi <end> <assistant>
     through   <user> Hi <end> <assistant> Hello! <end> \\n
-    learnt                                ^^^^^^ ^^^^^      up to the last end token
+    loss_mask                             ^^^^^^ ^^^^^      up to the last end token
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolrun.data.row_file import Marked
 from smolrun.data.template_limits import MAX_WORK, LimitedTemplate
+from smolrun.data.token_file import MaskedTokens
 from smolrun.data.tokenizer import NO_NAME, TextTokenizer
 from smolrun.errors import DataError
 from smolrun.files import read_json
@@ -75,7 +75,7 @@ class ChatTemplate:
             **self._names,
         )
 
-    def marked(self, conversations: Sequence[Conversation]) -> Iterator[Marked]:
+    def marked(self, conversations: Sequence[Conversation]) -> Iterator[MaskedTokens]:
         """Each conversation's tokens, those of answers marked, closed by an end token.
 
         Raises DataError naming the conversation and the message that the template cannot write.
@@ -87,7 +87,7 @@ class ChatTemplate:
             for conversation, one in zip(some, texts, strict=True):
                 whole, *beginnings = [next(ids) for _ in one]
                 is_answered = conversation.messages[-1]["role"] == "assistant"
-                yield _mark(whole, beginnings, self._tokenizer.end_id, is_answered)
+                yield _masked(whole, beginnings, self._tokenizer.end_id, is_answered)
 
     def _texts(self, conversation: Conversation) -> list[str]:
         """The whole, then before and through of every answer."""
@@ -154,19 +154,21 @@ def template_text(template: str) -> str | None:
         ) from None
 
 
-def _mark(whole: list[int], beginnings: list[list[int]], end_id: int, is_answered: bool) -> Marked:
-    learn = [False] * len(whole)
+def _masked(
+    whole: list[int], beginnings: list[list[int]], end_id: int, is_answered: bool
+) -> MaskedTokens:
+    loss_mask = [False] * len(whole)
     is_closed = False
     for before, through in zip(beginnings[::2], beginnings[1::2], strict=True):
         # Tokens may join over the border, such as two line ends: then the answer begins with that.
         start, stop = _common(whole, before), _common(whole, through)
         ends = [at for at in range(start, stop) if whole[at] == end_id]
         stop = ends[-1] + 1 if ends else stop
-        learn[start:stop] = [True] * (stop - start)
+        loss_mask[start:stop] = [True] * (stop - start)
         is_closed = bool(ends)
     if not (is_closed and is_answered):
-        whole, learn = [*whole, end_id], [*learn, is_answered]
-    return Marked.of(whole, learn)
+        whole, loss_mask = [*whole, end_id], [*loss_mask, is_answered]
+    return MaskedTokens.of(whole, loss_mask)
 
 
 def _common(whole: list[int], beginning: list[int]) -> int:

@@ -5,11 +5,13 @@ No code of a dataset runs: `datasets` reads data files only since its version 4.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
@@ -17,6 +19,7 @@ from smolrun.files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
 
 _BUILDERS = {
     ".json": "json",
@@ -135,3 +138,181 @@ def _sentence(path: str, subset: str | None, split: str, error: Exception) -> st
         )
     chosen = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
     return f"data.path={path}: cannot open the dataset ({chosen}): {reason}"
+
+
+Wanted = Mapping[Literal["text_column", "image_column", "label_column"], str | None]
+_LABELS = ("label", "labels", "class", "target")  # names that are tried before giving up
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a feature of a dataset is a plain string."""
+    return getattr(feature, "dtype", None) in ("string", "large_string") and not is_label(feature)
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a feature of a dataset is a picture."""
+    return type(feature).__name__ == "Image"
+
+
+def is_label(feature: Any) -> bool:
+    """Whether a feature of a dataset is a class with a name."""
+    return type(feature).__name__ == "ClassLabel"
+
+
+def is_class(feature: Any) -> bool:
+    """Whether the values of a feature can number or name classes."""
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    return str(getattr(feature, "dtype", "")).startswith(kinds)
+
+
+def has_pictures(features: Mapping[str, Any], wanted: Wanted) -> bool:
+    """Whether a dataset is about pictures: the user says so, or it has some and no text asked."""
+    if wanted["text_column"]:
+        return False
+    asked = wanted["image_column"] or wanted["label_column"]
+    return bool(asked) or any(map(is_image, features.values()))
+
+
+def text_column(features: Mapping[str, Any], wanted: Wanted) -> str:
+    """The column of text; raises DataError naming the columns there are."""
+    texts = [name for name, feature in features.items() if is_text(feature)]
+    name = wanted["text_column"]
+    if name is None:
+        if "text" in texts:
+            return "text"
+        if len(texts) == 1:
+            return texts[0]
+        how_many = "no column of text" if not texts else f"{len(texts)} columns of text"
+        raise DataError(
+            f"the dataset has {how_many}: say data.text_column=NAME; {_there(features)}"
+        )
+    _check_there(features, "text_column", name)
+    if name not in texts:
+        raise DataError(f"data.text_column={name}: is no text; {_there(features)}")
+    return name
+
+
+def image_columns(features: Mapping[str, Any], wanted: Wanted) -> tuple[str, str]:
+    """The columns of pictures and of their classes; raises DataError naming the columns there."""
+    images = [name for name, feature in features.items() if is_image(feature)]
+    labels = [name for name, feature in features.items() if is_label(feature)]
+    labels = labels or [name for name in _LABELS if name in features][:1]
+    image = _only("image_column", wanted["image_column"], images, features)
+    label = _only("label_column", wanted["label_column"], labels, features)
+    if image not in images:
+        raise DataError(f"data.image_column={image}: holds no pictures; {_there(features)}")
+    if not is_class(features[label]):
+        raise DataError(
+            f"data.label_column={label}: holds no classes, which are integers or names; "
+            f"{_there(features)}"
+        )
+    return image, label
+
+
+def _only(
+    key: Literal["image_column", "label_column"],
+    name: str | None,
+    found: list[str],
+    features: Mapping[str, Any],
+) -> str:
+    if name is not None:
+        _check_there(features, key, name)
+        return name
+    if len(found) != 1:
+        how_many = "none" if not found else ", ".join(found)
+        raise DataError(f"data.{key}=NAME is needed (found {how_many}); {_there(features)}")
+    return found[0]
+
+
+def _check_there(features: Mapping[str, Any], key: str, name: str) -> None:
+    if name not in features:
+        raise DataError(f"data.{key}={name}: there is no such column; {_there(features)}")
+
+
+def _there(features: Mapping[str, Any]) -> str:
+    kinds = {
+        name: "image"
+        if is_image(feature)
+        else str(getattr(feature, "dtype", type(feature).__name__))
+        for name, feature in features.items()
+    }
+    return "its columns: " + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+
+
+# A document without text is passed over; so many in a row mean that the column is no longer there.
+_MOST_EMPTY = 1000
+
+
+class DatasetDocuments:
+    """`open_dataset()` gives an `IterableDataset`, a new one for each pass; `pick_column(dataset)`
+    says which column is read; `name` is for errors."""
+
+    def __init__(
+        self, open_dataset: Callable[[], Any], pick_column: Callable[[Any], str], name: str
+    ) -> None:
+        self._open_dataset = open_dataset
+        self._pick_column = pick_column
+        self._name = name
+        self._column = ""  # picked when the first pass begins
+        self._dataset: Any = None
+
+    def documents(self, start: int, place: Mapping[str, Any] | None) -> Iterator[str]:
+        """One pass from document `start` on, empty where one has no text; `place` is what `place()`
+        said there, or None."""
+        number = start
+        try:
+            # The state of a dataset is a place that it returns to with every pass, so each pass
+            # has a dataset of its own.
+            self._dataset = self._open()
+            if place is not None:
+                self._dataset.load_state_dict(dict(place))
+            # Counted by hand: the places of `dataset.skip(n)` mean nothing to the dataset itself.
+            examples = itertools.islice(self._dataset, 0 if place is not None else start, None)
+            num_empty = 0
+            for example in examples:
+                text = self._text(example, number)
+                num_empty = 0 if text else num_empty + 1
+                if num_empty > _MOST_EMPTY:
+                    raise DataError(
+                        f"the last {num_empty} documents of {self._name}, up to {number}, have no "
+                        f"text in the column {self._column!r}"
+                    )
+                yield text
+                number += 1
+        except DataError:
+            raise
+        except Exception as error:  # whatever a library meets on a disk or in a network
+            reason = str(error).strip().splitlines() or [""]
+            raise DataError(
+                f"{self._name} cannot be read on from document {number}: "
+                f"{type(error).__name__}: {reason[0]}"
+            ) from error
+
+    def place(self) -> dict[str, Any] | None:
+        """Where the pass stands after its last document, as JSON; None: only counting finds it."""
+        try:
+            state: dict[str, Any] = self._dataset.state_dict()
+            return state if json.loads(json.dumps(state)) == state else None
+        except Exception:  # a dataset that cannot tell: counting finds the place again
+            return None
+
+    def _open(self) -> Any:
+        dataset = self._open_dataset()
+        if not self._column:
+            self._column = self._pick_column(dataset)
+        # Other columns may be pictures, which would be decoded for nothing.
+        return dataset.select_columns([self._column]) if dataset.features else dataset
+
+    def _text(self, example: Mapping[str, Any], number: int) -> str:
+        if self._column not in example:
+            raise DataError(
+                f"document {number} of {self._name} has no column {self._column!r}; "
+                f"it has {', '.join(map(repr, example)) or 'none'}"
+            )
+        text = example[self._column]
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"the column {self._column!r} of document {number} of {self._name} holds a "
+                f"{type(text).__name__}, not text"
+            )
+        return text if text and not text.isspace() else ""

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from smolrun.data.columns import Wanted, has_pictures, image_columns, text_column
-from smolrun.data.document_rows import prepare_rows
+import numpy
+
 from smolrun.data.documents import Documents, split_between
 from smolrun.data.feature_file import Rows, prepare_features
-from smolrun.data.hub_stream import stream_documents
+from smolrun.data.hub_dataset import (
+    DatasetDocuments,
+    Wanted,
+    has_pictures,
+    image_columns,
+    is_label,
+    open_dataset,
+    text_column,
+)
 from smolrun.data.order import SampleOrder
 from smolrun.data.prepared import Kind, Prepared, Progress
-from smolrun.data.stream import StreamReader
-from smolrun.data.stream_prepare import open_stream, prepare_stream
-from smolrun.data.stream_source import DatasetDocuments
+from smolrun.data.stream import StreamReader, open_stream, prepare_stream
 from smolrun.data.token_file import prepare_tokens
 from smolrun.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 _READ_AT_ONCE = 500  # rows
 
@@ -88,13 +96,13 @@ class HuggingFaceData:
         if has_pictures(train.features, self.wanted):
             return self._prepare_pictures(train, held_out, progress)
         documents = self._read_documents(train, held_out, progress)
-        prepare = prepare_tokens if self.packing else prepare_rows
-        return prepare(
+        return prepare_tokens(
             self.cache_dir,
             "hf",
             documents,
             progress,
             eval_fraction=self.eval_fraction,
+            packing=self.packing,
             **self.tokens,
         )
 
@@ -133,8 +141,6 @@ class HuggingFaceData:
         )
 
     def _open(self, split: str, progress: Progress) -> Dataset:
-        from smolrun.data.hub_dataset import open_dataset  # a second, which other data need not pay
-
         opened: Any = open_dataset(
             self.path, self.subset, split, cache_dir=self.cache_dir, progress=progress
         )
@@ -165,8 +171,6 @@ class HuggingFaceData:
     def _prepare_pictures(
         self, train: Dataset, held_out: Dataset | None, progress: Progress
     ) -> Prepared:
-        from smolrun.data.pictures import Pictures
-
         sets = [
             Pictures(
                 dataset,
@@ -230,3 +234,138 @@ def texts_of(
                 progress("reading text", size, size)
                 return
     progress("reading text", size, size)
+
+
+def stream_documents(
+    path: str, subset: str | None, split: str, *, wanted: Wanted, cache_dir: Path
+) -> DatasetDocuments:
+    """The documents of one split; nothing is opened yet."""
+
+    def open_one() -> Any:
+        import datasets
+
+        # Its streams would load torch, only to be understood by torch's own loaders.
+        datasets.config.TORCH_AVAILABLE = False
+        return open_dataset(
+            path, subset, split, cache_dir=cache_dir, progress=_silent, streaming=True
+        )
+
+    def pick(dataset: Any) -> str:
+        # Where only the data itself tells the columns, the library looks at the first few rows.
+        features = dataset.features or dataset._resolve_features().features or {}
+        if has_pictures(features, wanted):
+            raise DataError(
+                f"data.path={path}: data.streaming=true reads text; say data.text_column=NAME, or "
+                "data.streaming=false for pictures"
+            )
+        return text_column(features, wanted)
+
+    return DatasetDocuments(open_one, pick, f"data.path={path}")
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """A stream is opened anew for each pass, which is nothing to tell of."""
+
+
+class Pictures:
+    """The pictures of one split. Raises DataError where `pillow` is missing."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_column: str,
+        label_column: str,
+        *,
+        mode: Literal["grey", "rgb"],
+        size: int | None,
+        most_bytes: int | None,
+    ) -> None:
+        from datasets import Image
+
+        self._dataset = dataset.select_columns([image_column, label_column]).cast_column(
+            image_column, Image(decode=False)
+        )
+        self._image, self._label = image_column, label_column
+        self._mode = {"grey": "L", "rgb": "RGB"}[mode]
+        self._size = size
+        self._most_bytes = most_bytes
+        self.is_named = is_label(dataset.features[label_column])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def sha256(self, progress: Progress) -> str:
+        """Of all pictures and classes, whatever files they came in."""
+        hasher = hashlib.sha256()
+        for done, row in enumerate(self._dataset):
+            if done % 1000 == 0:
+                progress("looking at pictures", done, len(self))
+            hasher.update(hashlib.sha256(_bytes(row[self._image], done)).digest())
+            hasher.update(f"{row[self._label]};".encode())
+        progress("looking at pictures", len(self), len(self))
+        return hasher.hexdigest()
+
+    def classes(self) -> dict[Any, int]:
+        """What the column of classes holds -> 0, 1, ...; a class with a name keeps its number."""
+        found = set(self._dataset.unique(self._label))
+        if None in found or (-1 in found and self.is_named):
+            raise DataError(f"some pictures have no class in the column {self._label}")
+        if all(isinstance(value, int) and value >= 0 for value in found):
+            return {value: value for value in found}
+        return {value: number for number, value in enumerate(sorted(found))}
+
+    def read(self, classes: dict[Any, int], progress: Progress) -> Rows:
+        """The pictures in an order that mixes classes, always the same one."""
+        order = SampleOrder(max(1, len(self)), 0)
+        rows: list[numpy.ndarray] = []
+        targets: list[int] = []
+        total = 0
+        for position in range(len(self)):
+            if position % 200 == 0:
+                progress("reading pictures", position, len(self))
+            index = order.index(position)
+            row = self._dataset[index]
+            if row[self._label] not in classes:
+                raise DataError(
+                    f"the class {row[self._label]!r} of picture {index} is not in train"
+                )
+            values = self._decode(row[self._image], index)
+            total += values.size
+            if self._most_bytes is not None and total > self._most_bytes:
+                break
+            if rows and values.size != rows[0].size:
+                raise DataError(
+                    f"picture {index} is larger or smaller than picture {order.index(0)}; say "
+                    "data.image_size=28 (or another size for all)"
+                )
+            rows.append(values)
+            targets.append(classes[row[self._label]])
+        progress("reading pictures", len(self), len(self))
+        if not rows:
+            raise DataError("there is no picture, or not one within data.max_mb")
+        return Rows(numpy.stack(rows), numpy.asarray(targets))
+
+    def _decode(self, value: Any, index: int) -> numpy.ndarray:
+        try:
+            from PIL import Image
+        except ImportError:
+            raise DataError("pictures need the package pillow: pip install pillow") from None
+        try:
+            with Image.open(io.BytesIO(_bytes(value, index))) as opened:
+                image = opened.convert(self._mode)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"picture {index} cannot be read: {error}") from None
+        if self._size is not None and image.size != (self._size, self._size):
+            image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
+        return numpy.asarray(image, dtype=numpy.uint8).reshape(-1)
+
+
+def _bytes(value: Any, index: int) -> bytes:
+    if value is None:
+        raise DataError(f"picture {index} is missing")
+    if value["bytes"] is not None:
+        return bytes(value["bytes"])
+    try:
+        return Path(value["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read picture {index}, {value['path']}: {error.strerror}") from None

@@ -16,15 +16,26 @@ Knows no torch, no ranks and no thread.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
+from safetensors.numpy import save_file
 
+from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.order import SampleOrder
-from smolrun.data.prepared import Progress
-from smolrun.data.stream_bookmark import Bookmark, Bookmarks
+from smolrun.data.prepared import Prepared, Progress
+from smolrun.data.token_file import token_dtype
+from smolrun.data.tokenizer import (
+    BPE_TRAINING_CHARACTERS,
+    FILE_NAME,
+    Encoder,
+    encoder_for,
+    load_tokenizer,
+)
 from smolrun.errors import DataError
 
 # A block ends early at so many characters: whole books must not fill the driver's memory.
@@ -32,6 +43,10 @@ _BLOCK_CHARACTERS = 8_000_000
 # Encoded at once: enough for all cores, and the tokenizer needs about 100 bytes for each token.
 _GROUP_CHARACTERS = 200_000
 _ROWS_PER_PROGRESS = 256
+# More bookmarks are thinned out: every second one goes, so the memory is bounded however long the
+# run, and old ones are merely further apart.
+_MOST_KEPT = 512
+_LARGEST_TOKEN = 2**31 - 1
 _TOKEN = numpy.dtype("<i4")
 
 
@@ -202,3 +217,213 @@ class StreamReader:
     def _block_seed(self) -> int:
         digest = hashlib.sha256(f"{self._packing.seed}:{self._pass}:{self._block}".encode())
         return int.from_bytes(digest.digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """Before row `row` come the `leftover` tokens, then block `block` of pass `pass_`, which
+    begins with document `document`, where the source stands at `place` (None: by counting)."""
+
+    document: int
+    row: int = 0
+    pass_: int = 0
+    block: int = 0
+    leftover: numpy.ndarray | tuple[int, ...] = ()
+    place: dict[str, Any] | None = None
+
+    def to_json(self, identity: str) -> dict[str, Any]:
+        """A JSON object; `identity` says of which stream, read in which way."""
+        return {
+            "stream": identity,
+            "document": self.document,
+            "row": self.row,
+            "pass": self.pass_,
+            "block": self.block,
+            "leftover": [int(token) for token in self.leftover],
+            "place": self.place,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], identity: str) -> Bookmark:
+        """What `to_json` made; raises DataError for anything else, and for another stream's."""
+        wrong = [name for name in ("document", "row", "pass", "block") if not _is_count(data, name)]
+        leftover, place = data.get("leftover"), data.get("place")
+        if not isinstance(leftover, list) or not all(_is_token(token) for token in leftover):
+            wrong.append("leftover")
+        if not isinstance(place, dict | None):
+            wrong.append("place")
+        if wrong:
+            raise DataError(
+                f"the bookmark of the stream is damaged: wrong or missing {', '.join(wrong)}"
+            )
+        if data.get("stream") != identity:
+            raise DataError(
+                "the bookmark belongs to another stream, or to one that was read in another way: "
+                "data, tokenizer, data.sequence_length, seed and the size of the blocks must be as "
+                "they were"
+            )
+        counts = (data["document"], data["row"], data["pass"], data["block"])
+        return cls(*counts, tuple(leftover or ()), place)
+
+
+class Bookmarks:
+    """The bookmarks of one reader, in order. One thread keeps, any thread looks up."""
+
+    def __init__(self, first: Bookmark) -> None:
+        self._kept = [first]
+
+    def keep(self, bookmark: Bookmark) -> None:
+        """Add one that lies behind all others; of two at one place the later one stays."""
+        # Always a new list, never a changed one: another thread may be looking something up.
+        kept = self._kept
+        kept = [kept[0], *kept[2::2]] if len(kept) >= _MOST_KEPT else kept
+        self._kept = [*kept, bookmark]
+
+    def at(self, row: int) -> Bookmark:
+        """The last one at or before `row`; ValueError if even the first one lies behind it."""
+        for bookmark in reversed(self._kept):
+            if bookmark.row <= row:
+                return bookmark
+        raise ValueError(f"row {row} lies before the first bookmark, at row {self._kept[0].row}")
+
+
+def _is_count(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name)
+    return type(value) is int and value >= 0
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_TOKEN
+
+
+def prepare_stream(
+    cache_dir: Path,
+    name: str,
+    source: DocumentSource,
+    progress: Progress,
+    *,
+    eval_source: DocumentSource | None,
+    eval_documents: int,
+    tokenizer: str,
+    vocab_size: int,
+    sequence_length: int,
+    block_documents: int,
+    prefetch_steps: int,
+) -> Prepared:
+    """The first `eval_documents` of `eval_source` as the evaluation part, from the cache or made
+    now; without an `eval_source` they are those of the stream, which then begins behind them.
+
+    Raises DataError for a stream that cannot be read or is too short.
+    """
+    encoder = encoder_for(tokenizer, vocab_size, progress)
+    first_document = 0 if eval_source is not None else eval_documents
+    held_out = _read(eval_source or source, 0, eval_documents, progress)
+    learns = encoder.key["tokenizer"] == "bpe"
+    texts = _first_texts(source, first_document, progress) if learns else []
+    key = {"eval": _hash(held_out), "learnt from": _hash(texts), **encoder.key}
+    entry = cached(cache_dir, name, key, lambda folder: _write(folder, encoder, texts, held_out))
+    facts = entry.facts
+    _check_length(facts["eval"], len(held_out), sequence_length)
+    return Prepared(
+        kind="tokens",
+        path=str(entry.data_path),
+        sha256=entry.sha256,
+        num_outputs=facts["vocab_size"],
+        num_inputs=None,
+        sequence_length=sequence_length,
+        tokenizer=str(entry.folder),
+        train_size=0,
+        eval_size=(facts["eval"] - 1) // sequence_length,
+        description=f"{name}: a stream of documents, {facts['eval']:,} eval tokens, "
+        f"{encoder.name} tokenizer of {facts['vocab_size']}",
+        stream={
+            "first_document": first_document,
+            "block_documents": block_documents,
+            "prefetch_steps": prefetch_steps,
+        },
+    )
+
+
+def open_stream(
+    prepared: Prepared,
+    source: DocumentSource,
+    *,
+    seed: int,
+    row: int = 0,
+    bookmark: Mapping[str, Any] | None = None,
+) -> StreamReader:
+    """The reader of a prepared stream, from row `row` on; nothing is read yet.
+
+    Raises DataError for a bookmark that is not of this stream.
+    """
+    assert prepared.stream is not None, "prepared by prepare_stream"
+    folder = Path(prepared.tokenizer or "")
+    tokenizer = load_tokenizer(folder)
+    packing = Packing(
+        encode_batch=tokenizer.encode_batch,
+        end_id=tokenizer.end_id,
+        sequence_length=prepared.sequence_length or 1,
+        block_documents=prepared.stream["block_documents"],
+        first_document=prepared.stream["first_document"],
+        seed=seed,
+        identity=prepared.sha256 + hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest(),
+    )
+    return StreamReader(source, packing, row=row, bookmark=bookmark)
+
+
+def _write(
+    folder: Path, encoder: Encoder, texts: Sequence[str], held_out: Sequence[str]
+) -> dict[str, Any]:
+    """Fills a new cache entry; returns the number of eval tokens and the vocabulary."""
+    tokenizer = encoder.make(folder, texts)
+    dtype = token_dtype(tokenizer.vocab_size)
+    rows = [[*ids, tokenizer.end_id] for ids in tokenizer.encode_batch(held_out) if ids]
+    tokens = numpy.fromiter(itertools.chain.from_iterable(rows), dtype)
+    save_file({"eval": tokens}, folder / DATA_FILE)
+    return {"eval": len(tokens), "vocab_size": tokenizer.vocab_size}
+
+
+def _check_length(tokens: int, documents: int, sequence_length: int) -> None:
+    if tokens <= sequence_length:
+        raise DataError(
+            f"the evaluation part, {documents} documents of the stream, has {tokens} tokens, one "
+            f"sample needs {sequence_length + 1}; raise data.eval_documents or lower "
+            "data.sequence_length"
+        )
+
+
+def _read(source: DocumentSource, start: int, count: int, progress: Progress) -> list[str]:
+    texts: list[str] = []
+    for text in itertools.islice(source.documents(start, None), count):
+        progress("reading the evaluation part", len(texts), count)
+        texts.append(text)
+    progress("reading the evaluation part", count, count)
+    if len(texts) < count:
+        raise DataError(
+            f"the stream has {len(texts)} documents, fewer than data.eval_documents={count}"
+        )
+    return texts
+
+
+def _first_texts(source: DocumentSource, start: int, progress: Progress) -> list[str]:
+    """Enough text to learn a tokenizer from; the evaluation part is none of it."""
+
+    def enough() -> Iterator[str]:
+        done = 0
+        for text in source.documents(start, None):
+            progress("reading text to learn from", done, BPE_TRAINING_CHARACTERS)
+            yield text
+            done += len(text)
+            if done >= BPE_TRAINING_CHARACTERS:
+                return
+
+    texts = list(enough())
+    progress("reading text to learn from", 1, 1)
+    return texts
+
+
+def _hash(texts: Sequence[str]) -> str:
+    hasher = hashlib.sha256()
+    for text in texts:
+        hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
+    return hasher.hexdigest()

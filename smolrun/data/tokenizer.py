@@ -2,7 +2,7 @@
 
     bytes    256 tokens, one per byte value; nothing to learn
     bpe      256 bytes, an end token, and merges learnt from the text itself in seconds
-    foreign  a model's own, from its Hugging Face folder (see foreign_tokenizer.py)
+    a model's own, from its Hugging Face folder or from the hub: only files are read, no code runs
 
 All are kept as the `tokenizer.json` that Hugging Face tools read too.
 Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
@@ -10,15 +10,21 @@ Source: arXiv:1508.07909 (byte pair encoding), byte-level as in GPT-2.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_bytes, read_json
 
@@ -31,6 +37,14 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 END_TOKEN = "<|endoftext|>"
 _MAX_GROWTH = 1000  # usual replacements are one character long
 NO_NAME = "\0"  # the end token of the bytes tokenizer, as text
+# Everything that says how text becomes tokens; weights and code are never among them.
+FILES = (
+    *(FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+)
+# Merges learnt from this much text are as good as those from more, and it takes two seconds.
+BPE_TRAINING_CHARACTERS = 4_000_000
 
 
 class TextTokenizer:
@@ -166,3 +180,136 @@ def _byte_characters() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = (chr(number) for number in range(256, 512))
     return [chr(value) if value in printable else next(others) for value in range(256)]
+
+
+def find_tokenizer(name: str, progress: Progress) -> Path:
+    """The folder of the tokenizer `name`: a folder of yours, or a model of the hub, fetched once.
+
+    Raises DataError if there is none.
+    """
+    folder = Path(os.path.expanduser(name))
+    if folder.is_file() and folder.name == FILE_NAME:
+        folder = folder.parent
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(("~", ".")) or name.count("/") > 1:
+            raise DataError(f"data.tokenizer={name}: there is no folder {folder.absolute()}")
+        folder = _fetch(name, progress)
+    if not any((folder / file).is_file() for file in FILES):
+        raise DataError(f"data.tokenizer={name}: there is no tokenizer in {folder}")
+    return folder
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Of every file that `keep_tokenizer` would copy."""
+    hasher = hashlib.sha256()
+    for file in FILES:
+        if (folder / file).is_file():
+            hasher.update(f"{file}:{(folder / file).stat().st_size}:".encode())
+            hasher.update((folder / file).read_bytes())
+    return hasher.hexdigest()
+
+
+def keep_tokenizer(folder: Path, into: Path) -> TextTokenizer:
+    """Copies the tokenizer into a folder and loads it from there.
+
+    One without tokenizer.json is written anew in that form. Raises DataError if that fails.
+    """
+    for file in FILES:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, into / file)
+    if not (into / FILE_NAME).is_file():
+        _convert(folder, into)
+    return load_tokenizer(into, folder)
+
+
+def _convert(folder: Path, into: Path) -> None:
+    from transformers import AutoTokenizer  # seconds, and only old folders need it
+
+    try:
+        with tempfile.TemporaryDirectory(dir=into.parent) as made:
+            AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(made)
+            for file in FILES:
+                if (Path(made) / file).is_file():
+                    shutil.copyfile(Path(made) / file, into / file)
+    except Exception as error:  # whatever the library meets in a foreign folder
+        raise DataError(
+            f"cannot turn the tokenizer in {folder} into {FILE_NAME}: {error}"
+        ) from None
+    if not (into / FILE_NAME).is_file():
+        raise DataError(f"the tokenizer in {folder} cannot be kept as {FILE_NAME}")
+
+
+def _fetch(name: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # the console shows ours
+    progress(f"fetching the tokenizer {name}", 0, 1)
+    try:
+        folder = snapshot_download(name, allow_patterns=list(FILES))
+    except Exception as error:  # no network, no such name, no permission: each has its own class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"data.tokenizer={name}: there is no such folder, and the hub does not give it "
+            f"({reason}); say bpe, bytes, or a folder with {FILE_NAME}"
+        ) from None
+    progress(f"fetching the tokenizer {name}", 1, 1)
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer that is yet to be made. `key` is what its ids depend on, beside the text;
+    `make(folder, texts)` writes it into the folder, learnt from the texts if it has to learn."""
+
+    name: str
+    key: dict[str, Any]
+    make: Callable[[Path, Sequence[str]], TextTokenizer]
+
+
+def encoder_for(tokenizer: str, vocab_size: int, progress: Progress) -> Encoder:
+    """The encoder that `data.tokenizer` names; `auto` is bpe here, where no model is known.
+
+    Raises DataError if there is no such tokenizer, or vocab_size is too small for bpe.
+    """
+    if tokenizer in ("auto", "bpe"):
+        if vocab_size < 257:
+            raise DataError(
+                f"data.vocab_size={vocab_size}: bpe needs at least 257 (256 bytes and an end token)"
+            )
+
+        def learn(folder: Path, texts: Sequence[str]) -> TextTokenizer:
+            progress("learning the tokenizer", 0, 1)
+            made = train_bpe(_first_characters(texts, BPE_TRAINING_CHARACTERS), vocab_size)
+            progress("learning the tokenizer", 1, 1)
+            made.save(folder)
+            return made
+
+        return Encoder("bpe", {"tokenizer": "bpe", "vocab_size": vocab_size}, learn)
+    if tokenizer == "bytes":
+        return Encoder("bytes", {"tokenizer": "bytes"}, _bytes)
+    return _foreign(tokenizer, progress)
+
+
+def _bytes(folder: Path, texts: Sequence[str]) -> TextTokenizer:
+    made = bytes_tokenizer()
+    made.save(folder)
+    return made
+
+
+def _foreign(name: str, progress: Progress) -> Encoder:
+    found = find_tokenizer(name, progress)
+    given = Path(name).parent if Path(name).name == FILE_NAME else Path(name)
+    return Encoder(
+        given.name,
+        {"tokenizer": tokenizer_hash(found)},
+        lambda folder, texts: keep_tokenizer(found, folder),
+    )
+
+
+def _first_characters(texts: Sequence[str], count: int) -> Iterator[str]:
+    for text in texts:
+        if count <= 0:
+            return
+        yield text[:count]
+        count -= len(text)

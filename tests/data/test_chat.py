@@ -10,7 +10,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from smolrun.data.base import NOT_LEARNT, open_split
+from smolrun.data.base import IGNORE_INDEX, open_split
 from smolrun.data.chat import Chat
 from smolrun.data.prepared import Prepared
 from smolrun.data.tokenizer import TextTokenizer, load_tokenizer
@@ -60,7 +60,7 @@ def rows(prepared: Prepared, name: str = "train") -> tuple[list[str], list[str],
     batch = split.batch(range(len(split)))
     assert (batch.targets[:, :-1] == batch.inputs[:, 1:])[batch.targets[:, :-1] >= 0].all()
     texts = [tokenizer.decode(row.tolist()) for row in batch.inputs]
-    learnt = [tokenizer.decode(row[row != NOT_LEARNT].tolist()) for row in batch.targets]
+    learnt = [tokenizer.decode(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
     return texts, learnt, tokenizer
 
 

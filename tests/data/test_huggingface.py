@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from smolrun.data.base import NOT_LEARNT, open_split
+from smolrun.data.base import IGNORE_INDEX, open_split
 from smolrun.data.huggingface import HuggingFaceData
 from smolrun.data.prepared import Prepared
 from smolrun.data.tokenizer import load_tokenizer
@@ -176,10 +176,10 @@ def test_without_packing_documents_share_no_sample(tmp_path: Path) -> None:
         batch = split.batch(range(len(split)))
         for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
             # All that is learnt stands together, and what fills the row up is the end token.
-            count = int((targets != NOT_LEARNT).sum())
+            count = int((targets != IGNORE_INDEX).sum())
             assert torch.equal(inputs[1:count], targets[: count - 1])
             assert (inputs[count + 1 :] == tokenizer.end_id).all()
-            assert (targets[count:] == NOT_LEARNT).all()
+            assert (targets[count:] == IGNORE_INDEX).all()
             learnt.append(tokenizer.decode([int(inputs[0]), *targets[:count].tolist()]))
     whole = "".join(learnt)
     assert learnt.count("short\0") == 4

@@ -15,8 +15,7 @@ import pytest
 from smolrun.data import mnist
 from smolrun.data.base import open_split
 from smolrun.data.fetch import fetched
-from smolrun.data.idx import read_idx
-from smolrun.data.mnist import DEBIAN_FOLDER, FashionMnist, Mnist, find_idx_files
+from smolrun.data.mnist import DEBIAN_FOLDER, FashionMnist, Mnist, find_idx_files, read_idx
 from smolrun.data.prepared import Prepared
 from smolrun.errors import DataError
 

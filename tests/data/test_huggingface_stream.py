@@ -112,7 +112,7 @@ def test_the_reader_needs_no_torch(tmp_path: Path) -> None:
     """The driver is light: it reads streams, and never computes."""
     as_lines(tmp_path / "docs")
     code = (
-        "import sys; from pathlib import Path; from tests.data.test_hub_stream import *\n"
+        "import sys; from pathlib import Path; from tests.data.test_huggingface_stream import *\n"
         "data = streamed(Path('docs'), Path('cache'))\n"
         "data.stream(data.prepare(quiet), seed=0).read()\n"
         "print('datasets' in sys.modules, 'torch' in sys.modules)\n"
