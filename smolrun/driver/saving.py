@@ -1,5 +1,5 @@
 """Saves and restores one rank of a run: the state of its algorithm and of its trainer. Random
-generators have no state to save: see `seed_everything` in train_rank.py.
+generators have no state to save: see `seed_everything` in smolrun/worker/train.py.
 
 The rank writes tensors and tells the driver; the driver makes the checkpoint of it (committer.py).
 """
@@ -31,7 +31,6 @@ class RankCheckpoints(Periodic):
         saving: Saving,
         algorithm: Algorithm,
         emit: Callable[[Event], None],
-        *,
         steps: int,
         data_sha256: str,
     ) -> None:

@@ -31,14 +31,14 @@ from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 from smolrun.training.rounding import PIECE
 
 # glibc keeps blocks of many sizes apart: over runs of gpt_tiny and gpt_small the process held a
-# fifth more than the small blocks alive in it (tests/training/test_dry_run_measured.py).
+# fifth more than the small blocks alive in it (tests/tasks/test_dry_run_measured.py).
 _SLACK = 0.2
 # The same runs held 20 to 60 MB that nothing here explains: workspaces of kernels, mapped data.
 _UNEXPLAINED = 32 * 1024 * 1024
 _STATE_BYTES = {"float32": 4, "bf16": 4, "fp16": 4, "float64": 8, "bf16_params": 2}
 _HEAVINESS = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}  # state per parameter
 _MANY = 1 << 20  # numbers, to see what one of them travels in
-_LION_AT_ONCE = 4 * 1024 * 1024  # as in lion.py
+_LION_AT_ONCE = 4 * 1024 * 1024  # as in optimizer.py
 
 
 @dataclass(frozen=True)

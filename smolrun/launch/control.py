@@ -1,7 +1,7 @@
 """The language of driver and worker, over the worker's stdin and stdout: one JSON object a line.
 
 Pure: messages, their bytes, and how a stream of bytes falls into lines. It knows nothing of
-processes, threads or clocks (`channel.py` is the worker's end, `monitor.py` the driver's).
+processes, threads or clocks (`channel.py` is the worker's end, `worker_monitor.py` the driver's).
 
     driver                                   worker
       | -- start (config, secret) ------------> |

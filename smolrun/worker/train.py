@@ -62,23 +62,15 @@ def train(
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
     plan, balancer = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank, emit)
     steps = training["steps"]
-    checkpoints = (
-        RankCheckpoints(saving, algorithm, emit, steps=steps, data_sha256=prepared.sha256)
-        if saving
-        else None
-    )
+    eval_batches = functools.partial(_eval_batches, algorithm, eval_split, plan, training)
+    sha256 = prepared.sha256
+    checkpoints = RankCheckpoints(saving, algorithm, emit, steps, sha256) if saving else None
     trainer = Trainer(
         algorithm,
         _samples(config, prepared, plan, rows),
         steps=steps,
         callbacks=_callbacks(
-            config,
-            prepared,
-            algorithm,
-            emit,
-            eval_batches=lambda: _eval_batches(algorithm, eval_split, plan, training),
-            balancer=balancer,
-            checkpoints=checkpoints,
+            config, prepared, algorithm, emit, eval_batches, balancer, checkpoints
         ),
         should_stop=should_stop,
         drain_on_stop=not (saving and saving.every),
@@ -102,7 +94,6 @@ def _callbacks(
     prepared: Prepared,
     algorithm: Algorithm,
     emit: Callable[[Event], None],
-    *,
     eval_batches: Callable[[], Iterable[list[Batch]]],
     balancer: LoadBalancer | None,
     checkpoints: RankCheckpoints | None,

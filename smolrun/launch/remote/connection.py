@@ -1,7 +1,7 @@
 """What the launcher asks of a connection to another machine: commands, files, and pipes.
 
-`ssh.py` is the real one; a test has one that runs everything on this machine. Nothing here knows
-what is run or copied. Every method may block, and none blocks longer than its deadline.
+`ssh/connection.py` is the real one; a test has one that runs everything on this machine. Nothing
+here knows what is run or copied. Every method may block, and none blocks longer than its deadline.
 """
 
 from __future__ import annotations
