@@ -47,8 +47,8 @@ def long_functions(files: Iterable[Path], exceptions: Mapping[str, str]) -> list
 
 
 def same_class_names(files: Iterable[Path], exceptions: Mapping[str, str]) -> list[str]:
-    """Names that public classes of two files share. A section of the configuration may have the name
-    of what it configures."""
+    """Names that public classes of two files share. A section of the configuration may have the
+    name of what it configures."""
     places = defaultdict(set)
     for file, node in _nodes(files):
         if "config" in file.parts or not isinstance(node, ast.ClassDef):
