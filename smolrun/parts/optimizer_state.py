@@ -126,7 +126,7 @@ def shapes_of(
     optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter
 ) -> dict[str, tuple[int, ...]]:
     """What this optimizer remembers of a parameter, as `state_shapes`."""
-    inner = getattr(optimizer, "inner", None)  # of one that rounds, see training/rounding.py
+    inner = getattr(optimizer, "inner", None)  # of a StochasticRounding
     name = type(optimizer if inner is None else inner).__name__.lower()
     is_rounded = inner is not None
     has_momentum = bool(optimizer.param_groups[0].get("momentum"))
