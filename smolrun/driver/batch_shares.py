@@ -18,12 +18,12 @@ from smolrun.parts.placement import (
     ranked_hosts,
     shares,
 )
-from smolrun.training.feed import steps_ahead
 from smolrun.training.load_balancer import BalancePolicy, LoadBalancer
+from smolrun.training.loader import prefetched_steps
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
-    from smolrun.training.feed import Planned
+    from smolrun.training.loader import PlanSource
 
 
 def largest_plan(config: RunConfig) -> BatchPlan:
@@ -55,7 +55,7 @@ def share_work(
     weights_of: Callable[[Sequence[float]], Sequence[float]],
     rank: int,
     emit: Callable[[Event], None],
-) -> tuple[Planned, LoadBalancer | None]:
+) -> tuple[PlanSource, LoadBalancer | None]:
     """This rank's plan, and what changes it where a speed is "auto". `weights_of` gives 0 for ranks
     that never get samples.
 
@@ -71,7 +71,7 @@ def share_work(
     counts = shares(size, weights)
     plans = Plans(lambda now: plan_batches(size, now, rank, micro), counts)
     idle = [index for index, weight in enumerate(weights) if not weight]
-    ahead = 0 if prepared.stream is None else steps_ahead(prepared.stream["prefetch_steps"])
+    ahead = 0 if prepared.stream is None else prefetched_steps(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
     return plans, LoadBalancer(
         BalancePolicy(counts, idle=idle),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
     from smolrun.driver.resume import Earlier
-    from smolrun.training.feed import Planned, Rows, StreamFeed
+    from smolrun.training.loader import PlanSource, RowSource, StreamLoader
 
 
 def open_reader(
@@ -62,14 +62,14 @@ def reader_state(config: RunConfig, reader: StreamReader | None, updates: int) -
     return {"stream": reader.bookmark_for(updates * config.training.global_batch_size)}
 
 
-def stream_feed(
-    config: Mapping[str, Any], prepared: Prepared, plan: Planned, rows: Rows
-) -> StreamFeed:
+def stream_loader(
+    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowSource
+) -> StreamLoader:
     """One rank's samples of the stream; `config` is the resolved one."""
-    from smolrun.training.feed import StreamFeed
+    from smolrun.training.loader import StreamLoader
 
     assert prepared.stream is not None, "only streams are fed like this"
-    return StreamFeed(
+    return StreamLoader(
         rows,
         plan,
         sequence_length=prepared.sequence_length or 1,

@@ -28,7 +28,7 @@ from smolrun.config.sharding import NOT_CUT, Sharding
 from smolrun.estimate.trace import Trace
 from smolrun.parts.optimizer_state import state_shapes
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
-from smolrun.training.rounding import PIECE
+from smolrun.training.stochastic_rounding import PIECE
 
 # glibc keeps blocks of many sizes apart: over runs of gpt_tiny and gpt_small the process held a
 # fifth more than the small blocks alive in it (tests/tasks/test_dry_run_measured.py).

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolrun.training.rounding import StochasticRounding
+from smolrun.training.stochastic_rounding import StochasticRounding
 
 NAMES = ("adamw", "adafactor", "lion", "sgd")
 # Adafactor needs whole matrices; the others update every number by itself.

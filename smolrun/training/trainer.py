@@ -22,7 +22,7 @@ from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError
 
 
-class Samples(Protocol):
+class Loader(Protocol):
     """Where this rank's micro-batches come from."""
 
     def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
@@ -98,7 +98,7 @@ class Trainer:
     def __init__(
         self,
         algorithm: Algorithm,
-        samples: Samples,
+        samples: Loader,
         *,
         steps: int,
         callbacks: Sequence[Callback],

@@ -20,7 +20,7 @@ from smolrun.data.prepared import Prepared
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches
-from smolrun.training.feed import Feed
+from smolrun.training.loader import BatchLoader
 from smolrun.worker.train import new_model, optimizer_maker, place_algorithm
 
 
@@ -72,7 +72,7 @@ def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
     prepared = Prepared.from_json(start.prepared or {})
     split = open_split(prepared, "train", verify=False)
     plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
-    feed = Feed(split, SampleOrder(len(split), config["seed"]), plan)
+    feed = BatchLoader(split, SampleOrder(len(split), config["seed"]), plan)
     for kind in bench["peers"]:
         model = new_model(config, prepared, device)
         yield compare_step(

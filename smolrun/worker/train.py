@@ -22,7 +22,7 @@ from smolrun.driver.batch_shares import share_work
 from smolrun.driver.emulation import late, pace_of
 from smolrun.driver.outputs import load_target
 from smolrun.driver.saving import RankCheckpoints
-from smolrun.driver.stream_source import stream_feed
+from smolrun.driver.stream_source import stream_loader
 from smolrun.errors import ConfigError
 from smolrun.events import Event, RunStarted
 from smolrun.launch.control import Saving
@@ -33,12 +33,18 @@ from smolrun.parts.placement import memory_shares
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.training.evaluation import Evaluation, TextSampling
-from smolrun.training.feed import Feed, Planned, Rows, StreamFeed, every_sample
 from smolrun.training.load_balancer import LoadBalancer
+from smolrun.training.loader import (
+    BatchLoader,
+    PlanSource,
+    RowSource,
+    StreamLoader,
+    sequential_batches,
+)
 from smolrun.training.optimizer import ELEMENTWISE, lr_schedule, make_optimizer
 from smolrun.training.replica_sync import ReplicaCheck, ReplicaSync
-from smolrun.training.spans import SpanRecorder
 from smolrun.training.step_metrics import StepMetrics, TerminateOnNonfinite, peak_memory
+from smolrun.training.timeline import TimelineRecorder
 from smolrun.training.trainer import Callback, Trainer
 
 
@@ -52,7 +58,7 @@ def train(
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
     saving: Saving | None = None,
-    rows: Rows | None = None,
+    rows: RowSource | None = None,
 ) -> dict[str, Any]:
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
     or "auto" per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
@@ -105,7 +111,7 @@ def _callbacks(
     callbacks: list[Callback] = [metrics]
     # Ranks that do not begin every step together have no common zero of time.
     if is_lockstep and tracker["timeline_steps"]:
-        spans = SpanRecorder(algorithm, tracker["timeline_steps"], training["steps"], emit)
+        spans = TimelineRecorder(algorithm, tracker["timeline_steps"], training["steps"], emit)
         callbacks.append(spans)
     callbacks.append(TerminateOnNonfinite(algorithm, emit))
     callbacks.append(ReplicaSync(algorithm, training["resync_every"], emit))
@@ -134,12 +140,12 @@ def _callbacks(
 
 
 def _eval_batches(
-    algorithm: Algorithm, split: Split, plan: Planned, training: dict[str, Any]
+    algorithm: Algorithm, split: Split, plan: PlanSource, training: dict[str, Any]
 ) -> Iterator[list[Batch]]:
     now = plan.at(algorithm.steps_begun)
     if algorithm.evaluates_locally:
         now = now.alone(algorithm.context.mesh.world_size)
-    return every_sample(split, now, training["eval_batches"])
+    return sequential_batches(split, now, training["eval_batches"])
 
 
 def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:
@@ -153,14 +159,14 @@ def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted
 
 
 def _samples(
-    config: dict[str, Any], prepared: Prepared, plan: Planned, rows: Rows | None
-) -> Feed | StreamFeed:
+    config: dict[str, Any], prepared: Prepared, plan: PlanSource, rows: RowSource | None
+) -> BatchLoader | StreamLoader:
     """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
     if prepared.stream is not None:
         assert rows is not None, "the driver of a stream has its rows"
-        return stream_feed(config, prepared, plan, rows)
+        return stream_loader(config, prepared, plan, rows)
     split = open_split(prepared, "train", verify=False)
-    return Feed(split, SampleOrder(len(split), config["seed"]), plan)
+    return BatchLoader(split, SampleOrder(len(split), config["seed"]), plan)
 
 
 def pick_device(device: str) -> str:

@@ -182,7 +182,7 @@ def test_a_wish_to_stop_counts_although_its_gradient_does_not() -> None:
 def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
     begun = [0] * 3
 
-    class Feed:
+    class BatchLoader:
         def __init__(self, rank: int) -> None:
             self.rank = rank
 
@@ -208,7 +208,7 @@ def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
             callbacks.append(Recorder(4))
         Trainer(
             algorithm,
-            Feed(mesh.rank),
+            BatchLoader(mesh.rank),
             steps=STEPS,
             callbacks=callbacks,
             should_stop=lambda: False,

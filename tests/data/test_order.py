@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smolrun.data.base import FeatureSplit
 from smolrun.data.order import SampleOrder
 from smolrun.parts.placement import plan_batches
-from smolrun.training.feed import Feed, every_sample
+from smolrun.training.loader import BatchLoader, sequential_batches
 
 sizes = st.integers(1, 400)
 seeds = st.integers(0, 2**64)
@@ -81,7 +81,7 @@ def test_few_samples_come_again_and_no_rank_goes_without(size: int, ranks: int) 
     """More ranks than samples, and less data than a batch: it is repeated, pass after pass."""
     split = FeatureSplit(torch.arange(size)[:, None], torch.arange(size))
     feeds = [
-        Feed(split, SampleOrder(size, 5), plan_batches(8, [1.0] * ranks, rank))
+        BatchLoader(split, SampleOrder(size, 5), plan_batches(8, [1.0] * ranks, rank))
         for rank in range(ranks)
     ]
     drawn: list[int] = []
@@ -93,7 +93,7 @@ def test_few_samples_come_again_and_no_rank_goes_without(size: int, ranks: int) 
     counts = Counter(drawn)
     assert max(counts.values()) - min(counts.values()) <= 1
     plans = [plan_batches(8, [1.0] * ranks, rank) for rank in range(ranks)]
-    every = [list(every_sample(split, plan, None)) for plan in plans]
+    every = [list(sequential_batches(split, plan, None)) for plan in plans]
     assert len({len(batches) for batches in every}) == 1
     seen = [batch.targets for batches in every for step in batches for batch in step]
     assert sorted(torch.cat(seen).tolist()) == list(range(size))

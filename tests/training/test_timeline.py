@@ -18,7 +18,7 @@ from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
-from smolrun.training.spans import FIRST_STEP, SpanRecorder
+from smolrun.training.timeline import FIRST_STEP, TimelineRecorder
 from smolrun.training.trainer import TrainOutcome
 from tests.waiting import SOON_S
 
@@ -75,7 +75,7 @@ def record(
     """What was told, and the zero of this rank's spans."""
     made, events = algorithm(mesh, staleness), list[Event]()
     made.waits = waits
-    recorder = SpanRecorder(made, wanted, steps, events.append)
+    recorder = TimelineRecorder(made, wanted, steps, events.append)
     for step in range(steps):
         recorder.before_step(step)
         made.train_step([BATCH])
@@ -135,7 +135,7 @@ def test_late_gradients_keep_their_place_in_time() -> None:
 def test_a_long_recording_ends_before_it_is_too_long_to_send(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("smolrun.training.spans._MOST_SPANS", 5)
+    monkeypatch.setattr("smolrun.training.timeline._MOST_SPANS", 5)
     (event,) = run_ranks(1, lambda mesh: record(mesh, 30, 20))[0][0]
     assert isinstance(event, Timeline)
     assert 5 <= len(event.spans) < 15, "the rest of the step that reached it, and no further step"

@@ -23,7 +23,7 @@ _MOST_SPANS = 100_000  # they travel in one line of 16 MiB at most, and one take
 _SHORTEST_S = 1e-5  # a wait for what is done already is not worth a rectangle
 
 
-class SpanRecorder(Callback):
+class TimelineRecorder(Callback):
     """Records `steps` steps of `algorithm` and emits one `Timeline`. A run of `total_steps` that is
     too short for the warm-up shows its last ones."""
 

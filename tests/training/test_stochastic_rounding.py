@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from smolrun.training import rounding
+from smolrun.training import stochastic_rounding
 from smolrun.training.optimizer import NAMES, make_optimizer
 from tests.training.test_optimizer import KEYS, bits, run, small
 
@@ -56,7 +56,7 @@ def test_the_bits_follow_from_seed_name_and_update_alone() -> None:
 def test_numbers_that_bfloat16_has_and_infinity_are_kept() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-130, math.inf, -math.inf])
     target = torch.zeros(7, dtype=BFLOAT16)
-    random_bits = rounding._RandomBits(0, torch.device("cpu"))
+    random_bits = stochastic_rounding._RandomBits(0, torch.device("cpu"))
     random_bits.begin(1, "w")
     random_bits.round_into(target, exact.clone(), "x")
     assert torch.equal(target.float(), exact)
@@ -89,12 +89,12 @@ def test_pieces_change_only_the_dice(name: str, monkeypatch: pytest.MonkeyPatch)
     """With bits that are all zero, numbers are cut: then pieces must not matter at all."""
 
     def no_bits(*_: object, **__: object) -> torch.Tensor:
-        return torch.zeros(2 * rounding.PIECE, dtype=torch.int32)
+        return torch.zeros(2 * stochastic_rounding.PIECE, dtype=torch.int32)
 
     results = []
     monkeypatch.setattr(torch, "randint", no_bits)
     for piece in (3, 1000):
-        monkeypatch.setattr(rounding, "PIECE", piece)
+        monkeypatch.setattr(stochastic_rounding, "PIECE", piece)
         model = small(BFLOAT16)
         run(make_optimizer(model.named_parameters(), name, **KEYS[name]), model, range(4))
         results.append(bits(model))
@@ -117,6 +117,6 @@ def test_nothing_of_float32_stays_between_two_updates() -> None:
     kept = [value for value in optimizer.state[parameter].values() if value.numel() > 1]
     assert {value.dtype for value in kept} == {BFLOAT16}
     assert len(kept) == 2
-    assert isinstance(optimizer, rounding.StochasticRounding)
+    assert isinstance(optimizer, stochastic_rounding.StochasticRounding)
     assert not optimizer.inner.state
     assert optimizer._work.numel() == 1

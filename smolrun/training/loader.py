@@ -1,7 +1,7 @@
 """The samples of one rank, step after step: of a file, or of a stream.
 
 Which they are follows from the step and the plan of shares; over all ranks they are the same for
-any world size. How the rows of a stream come here is not known here: see `Rows`.
+any world size. How the rows of a stream come here is not known here: see `RowSource`.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -21,7 +21,7 @@ from smolrun.errors import DataError
 from smolrun.parts.placement import BatchPlan
 
 
-class Planned(Protocol):
+class PlanSource(Protocol):
     """A BatchPlan, or Plans where shares may change."""
 
     def at(self, step: int) -> BatchPlan:
@@ -29,10 +29,10 @@ class Planned(Protocol):
         ...
 
 
-class Feed:
+class BatchLoader:
     """This rank's micro-batches of every global batch, in the run's shuffled order."""
 
-    def __init__(self, split: Split, order: SampleOrder, plan: Planned) -> None:
+    def __init__(self, split: Split, order: SampleOrder, plan: PlanSource) -> None:
         self._split = split
         self._order = order
         self._plan = plan
@@ -48,7 +48,7 @@ class Feed:
         ]
 
 
-def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[list[Batch]]:
+def sequential_batches(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each global batch of a split, in file order, `limit` global
     batches at most.
 
@@ -65,7 +65,7 @@ def every_sample(split: Split, plan: BatchPlan, limit: int | None) -> Iterator[l
         ]
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Ranges of the stream's rows, taken in the order of the requests."""
 
     def request(self, first: int, stop: int, next_first: int | None) -> None:
@@ -75,20 +75,20 @@ class Rows(Protocol):
         """The rows of the oldest request not taken yet; DataError if they do not come in time."""
 
 
-def steps_ahead(prefetch_steps: int) -> int:
+def prefetched_steps(prefetch_steps: int) -> int:
     """How many steps beyond the next one keep their plan: their rows have been requested, with the
     first row of the step after them."""
     return prefetch_steps + 1
 
 
-class StreamFeed:
+class StreamLoader:
     """This rank's micro-batches of every global batch up to step `steps`: sample i is row i of the
     stream."""
 
     def __init__(
         self,
-        rows: Rows,
-        plan: Planned,
+        rows: RowSource,
+        plan: PlanSource,
         *,
         sequence_length: int,
         steps: int,

@@ -11,7 +11,13 @@ from smolrun.data.base import Batch, FeatureSplit, TokenSplit
 from smolrun.data.order import SampleOrder
 from smolrun.errors import DataError
 from smolrun.parts.placement import BatchPlan, Plans, plan_batches
-from smolrun.training.feed import Feed, StreamFeed, every_sample, steps_ahead, token_batch
+from smolrun.training.loader import (
+    BatchLoader,
+    StreamLoader,
+    prefetched_steps,
+    sequential_batches,
+    token_batch,
+)
 
 SIZE = 24
 SPLIT = FeatureSplit(torch.arange(SIZE).float()[:, None], torch.arange(SIZE))
@@ -20,9 +26,9 @@ SPLIT = FeatureSplit(torch.arange(SIZE).float()[:, None], torch.arange(SIZE))
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_batch_says_where_in_the_run_its_samples_are(world_size: int) -> None:
     plans = [plan_batches(8, [1.0] * world_size, rank, 2) for rank in range(world_size)]
-    feeds = [Feed(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
+    feeds = [BatchLoader(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
     assert [b.position for feed in feeds for b in feed.step(3)] == [24, 26, 28, 30]
-    evaluated = [turn for plan in plans for turn in list(every_sample(SPLIT, plan, 2))[1]]
+    evaluated = [turn for plan in plans for turn in list(sequential_batches(SPLIT, plan, 2))[1]]
     assert [batch.position for batch in evaluated] == [8, 10, 12, 14]
 
 
@@ -33,7 +39,7 @@ def ids(batches: list[Batch]) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_world_sizes_see_the_same_samples_in_the_same_order(world_size: int) -> None:
     plans = [plan_batches(8, [1.0] * world_size, rank, 3) for rank in range(world_size)]
-    feeds = [Feed(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
+    feeds = [BatchLoader(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
     seen = [sample for step in range(6) for feed in feeds for sample in ids(feed.step(step))]
     assert seen == SampleOrder(SIZE, seed=5).indices(0, 48)
     assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(SIZE)), (
@@ -48,7 +54,7 @@ def test_evaluation_sees_every_sample_once_and_ranks_take_equal_turns(
     world_size: int, batch_size: int
 ) -> None:
     plans = [plan_batches(batch_size, [1.0] * world_size, rank) for rank in range(world_size)]
-    rounds = [[ids(batches) for batches in every_sample(SPLIT, plan, None)] for plan in plans]
+    rounds = [[ids(batches) for batches in sequential_batches(SPLIT, plan, None)] for plan in plans]
     assert sorted(sample for rank in rounds for turn in rank for sample in turn) == list(
         range(SIZE)
     )
@@ -56,7 +62,7 @@ def test_evaluation_sees_every_sample_once_and_ranks_take_equal_turns(
 
 
 def test_evaluation_can_be_cut_short() -> None:
-    assert sum(len(ids(b)) for b in every_sample(SPLIT, plan_batches(5, [1.0], 0), 2)) == 10
+    assert sum(len(ids(b)) for b in sequential_batches(SPLIT, plan_batches(5, [1.0], 0), 2)) == 10
 
 
 # -- streams ----
@@ -91,8 +97,8 @@ class Rows:
 
 def stream(
     rows: Rows, plan: BatchPlan | Plans, *, steps: int = 6, prefetch_steps: int = 2
-) -> StreamFeed:
-    return StreamFeed(
+) -> StreamLoader:
+    return StreamLoader(
         rows,
         plan,
         sequence_length=LENGTH,
@@ -177,7 +183,7 @@ def test_shares_that_change_keep_every_promise_and_every_row(prefetch_steps: int
         for step in range(steps):
             got[step] += first_tokens(one.step(step))
             if weights := changes.get(step):
-                plans.change(step + 1, step + 1 + steps_ahead(prefetch_steps), weights)
+                plans.change(step + 1, step + 1 + prefetched_steps(prefetch_steps), weights)
         promised = 0
         for first, stop, next_first in rows.asked:
             assert promised <= first <= stop <= (next_first or stop)
