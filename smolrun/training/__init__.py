@@ -1,1 +1,1 @@
-"""Floor 6: the training loop and what belongs to it."""
+"""Layer 6: the training loop, its callbacks, loaders and optimizers."""

@@ -1,7 +1,7 @@
-"""The samples of one rank, step after step: of a file, or of a stream.
+"""Loads the micro-batches of one rank, of a file or of a stream.
 
-Which they are follows from the step and the plan of shares; over all ranks they are the same for
-any world size. How the rows of a stream come here is not known here: see `RowSource`.
+The step and the plan of shares determine the samples; all ranks together load the same ones for any
+world size. Knows nothing of how the rows of a stream reach this process: that is a `RowSource`.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -22,10 +22,10 @@ from smolrun.parts.placement import BatchPlan
 
 
 class PlanSource(Protocol):
-    """A BatchPlan, or Plans where shares may change."""
+    """A `BatchPlan`, or `Plans` where shares change during a run."""
 
     def at(self, step: int) -> BatchPlan:
-        """The plan that holds in a step."""
+        """The plan of one step."""
         ...
 
 
@@ -37,9 +37,8 @@ class BatchLoader:
         self._order = order
         self._plan = plan
 
-    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
-        """The micro-batches of one step, of this rank's share or of that part; some may be
-        empty."""
+    def load(self, step: int, part: BatchPart | None = None) -> list[Batch]:
+        """The micro-batches of one step, of this rank's share or of `part`; some may be empty."""
         plan = self._plan.at(step)
         plan = plan if part is None else plan.part(part.index, part.count)
         return [
@@ -105,7 +104,7 @@ class StreamLoader:
         self._next_step: int | None = None
         self._next_request = 0
 
-    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
+    def load(self, step: int, part: BatchPart | None = None) -> list[Batch]:
         """The micro-batches of one step, some perhaps empty; blocks until they are there.
 
         The first step may be any, the others follow in order. DataError when the rows do not come

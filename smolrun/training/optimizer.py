@@ -4,10 +4,10 @@ not.
     adamw      float32: 8 bytes of state per parameter; bf16: 4
     lion       float32: 4;  bf16: 2
     sgd        float32: 4;  bf16: 2 (0 without momentum)
-    adafactor  next to nothing: one number per row and per column of a matrix
+    adafactor  one number per row and per column of a matrix
 
 Parameters in bfloat16 are updated in float32, piece by piece, and rounded
-stochastically: rounding.py.
+stochastically: stochastic_rounding.py.
 
 Source: Kingma & Ba 2015, Loshchilov & Hutter 2019 (AdamW); Shazeer & Stern 2018 (Adafactor, as
 torch.optim builds it: lr is the largest step relative to the size of the weights); Chen et al.,
@@ -61,7 +61,7 @@ def _maker(
     name: str, device: str, keys: dict[str, Any]
 ) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     if name == "adamw":
-        # The fused kernel goes over memory once where the plain one goes over it a dozen times.
+        # The fused kernel reads and writes memory once, the plain one a dozen times.
         fused = device in ("cpu", "cuda")
         return lambda groups: torch.optim.AdamW(groups, fused=fused, **keys)
     if name == "sgd":
@@ -69,7 +69,7 @@ def _maker(
     if name == "lion":
         return lambda groups: Lion(groups, **keys)
     if name == "adafactor":
-        # One matrix after the other: `foreach` would need a second copy of the whole model.
+        # `foreach` would need a second copy of the whole model.
         return lambda groups: torch.optim.Adafactor(groups, foreach=False, **keys)
     raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(NAMES)}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.errors import TrainingError
@@ -143,27 +144,36 @@ class SystemMetrics:
         self._process.cpu_percent()  # the first call only starts the clock
         self._read_at = 0.0
         self._last: dict[str, Any] = {}
-        self._device_util = _device_util_reader()
+        self._has_device = self._reports_util = torch.cuda.is_available()
 
     def read(self) -> dict[str, Any]:
-        """cpu_percent (100 is one core), memory_bytes, temperature_c, throttled, and the device's
-        where there is one."""
+        """cpu_percent (100 is one core), memory_bytes, temperature_c, throttled, and
+        device_memory_bytes, device_util where there is an accelerator."""
         now = time.monotonic()
         if now - self._read_at >= _INTERVAL_S:
             self._read_at = now
             self._last = {
                 "cpu_percent": self._process.cpu_percent(),
                 "memory_bytes": self._process.memory_info().rss,
-                "device_memory_bytes": _device_memory(),
+                "device_memory_bytes": torch.cuda.memory_allocated() if self._has_device else None,
                 "device_util": self._device_util(),
                 "temperature_c": _temperature(),
                 "throttled": throttled(),
             }
         return self._last
 
+    def _device_util(self) -> float | None:
+        if not self._reports_util:
+            return None
+        try:
+            return float(torch.cuda.utilization())
+        except Exception:  # the driver's library is missing or too old: many kinds of errors
+            self._reports_util = False
+            return None
+
 
 def peak_memory() -> int | None:
-    """The most memory this process ever had, in bytes; None where the system keeps no such mark."""
+    """The process's peak memory in bytes; None where the system does not record it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -173,22 +183,22 @@ def peak_memory() -> int | None:
 
 
 def throttled(pi: Path = _PI, cpu: Path = _CPU) -> bool | None:
-    """Whether the machine makes itself slower right now, by heat or a weak power supply; None where
-    it does not tell."""
+    """Whether heat or a weak power supply slows the machine down right now; None where it does not
+    report that."""
     if (bits := _number(pi, 16)) is not None:
         return bits & _PI_NOW != 0
     limits = [
         (_number(core / "scaling_max_freq"), _number(core / "cpuinfo_max_freq"))
         for core in cpu.glob("cpu[0-9]*/cpufreq")
     ]
-    told = [now < most for now, most in limits if now is not None and most is not None]
-    return any(told) if told else None
+    is_limited = [now < most for now, most in limits if now is not None and most is not None]
+    return any(is_limited) if is_limited else None
 
 
 def _number(file: Path, base: int = 10) -> int | None:
     try:
         return int(file.read_text(encoding="ascii").strip(), base)
-    except (OSError, ValueError):  # not there, not ours to read, or not a number
+    except (OSError, ValueError):  # missing, not readable for us, or not an integer
         return None
 
 
@@ -199,33 +209,8 @@ def _temperature() -> float | None:
     try:
         sensors_now = sensors()
     except OSError:
-        return None  # a machine may have sensors and not let us read them
+        return None  # sensors that we may not read
     readings = [
         entry.current for entries in sensors_now.values() for entry in entries if entry.current
     ]
     return max(readings, default=None)
-
-
-def _device_memory() -> int | None:
-    import torch
-
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else None
-
-
-def _device_util_reader() -> Callable[[], float | None]:
-    """A function that tells the load of the accelerator; where it once cannot, it never can."""
-    import torch
-
-    can_tell = torch.cuda.is_available()
-
-    def read() -> float | None:
-        nonlocal can_tell
-        if not can_tell:
-            return None
-        try:
-            return float(torch.cuda.utilization())
-        except Exception:  # the driver's own library is missing or too old: many kinds of errors
-            can_tell = False
-            return None
-
-    return read

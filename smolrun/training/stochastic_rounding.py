@@ -1,15 +1,15 @@
-"""Parameters kept in bfloat16, updated in float32, and rounded by chance instead of to the nearest.
+"""Stochastic rounding: parameters kept in bfloat16 and updated in float32.
 
-bfloat16 has 8 bits for the digits of a number: adding less than 1/512 of it and rounding to the
-nearest changes nothing, and late in training most updates are smaller than that. Here a number
-between two neighbours becomes the upper one with just the probability that its mean stays right:
-add 16 random bits below the last one that is kept, then cut. Small updates are then sometimes made
-in full, and right on average. The optimizer's own memory is kept in the same way.
+bfloat16 has 8 significant bits: adding less than 1/512 of a number and rounding to the nearest
+changes nothing, and late in training most updates are smaller than that. Here a number between two
+neighbours becomes the upper one with the probability that keeps its mean: 16 random bits are added
+below the last bit that is kept, then the lower half is cut off. Small updates are then exact on
+average. The optimizer's state is kept in the same way.
 
     bfloat16 piece --> float32 --> the optimizer's update --> + random bits --> cut --> bfloat16
 
 The random bits depend on the seed, the number of the update and the name of the parameter, and are
-drawn on the CPU whatever the device: all replicas round alike, and so does a resumed run.
+drawn on the CPU for every device: all replicas round alike, and so does a resumed run.
 
 Source: Gupta et al., "Deep Learning with Limited Numerical Precision", 2015; Zamirai et al.,
 "Revisiting BFloat16 Training", 2020.
@@ -48,7 +48,7 @@ class StochasticRounding(torch.optim.Optimizer):
         seed: int,
         is_elementwise: bool,
     ) -> None:
-        # What the optimizer works on, one piece after the other.
+        # The inner optimizer's only parameter: the current piece, in float32.
         self._work = torch.nn.Parameter(torch.zeros(1, device=groups[0]["params"][0].device))
         self.inner = make([{"params": [self._work]}])
         super().__init__(groups, self.inner.defaults)
@@ -74,7 +74,7 @@ class StochasticRounding(torch.optim.Optimizer):
         self._bits.begin(int(updates), self._names[parameter])
         for start, stop in self._pieces(parameter):
             values = _window(parameter.data, start, stop)
-            # What the optimizer remembers of this piece; on the first update it makes it itself.
+            # The optimizer's state of this piece; empty before its first update.
             memory = {
                 key: _window(value, start, stop).float()
                 if value.dtype == values.dtype
@@ -88,19 +88,20 @@ class StochasticRounding(torch.optim.Optimizer):
                     kept = state.setdefault(key, torch.zeros_like(parameter))
                     self._bits.round_into(_window(kept, start, stop), value, f"{start}/{key}")
                 else:
-                    state[key] = value  # a counter, or Adafactor's sums: small, and left as it is
+                    # A counter, or Adafactor's sums: small, kept in its own dtype.
+                    state[key] = value
         state[UPDATES] = updates
 
     def _pieces(self, parameter: Tensor) -> list[tuple[int, int | None]]:
-        """Ranges of the flat parameter; (0, None) is all of it in its own shape."""
+        """Ranges of the flat parameter; (0, None): all of it in its own shape."""
         if not (self._is_elementwise and parameter.is_contiguous()):
             return [(0, None)]
         size = parameter.numel()
         return [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
 
     def _run(self, values: Tensor, gradient: Tensor, memory: dict[str, Tensor]) -> None:
-        """One update of the float32 copy; `memory` is then what the optimizer remembers."""
-        self._work.grad = None  # it would have to fit the values of the last piece
+        """One update of the float32 copy; reads and writes the optimizer's state in `memory`."""
+        self._work.grad = None  # the last piece may have another shape
         self._work.data = values.float()
         self._work.grad = gradient.float()
         self.inner.state[self._work] = memory
@@ -120,7 +121,7 @@ def _window(tensor: Tensor, start: int, stop: int | None) -> Tensor:
 
 class _RandomBits:
     """16 random bits for every number. One block is drawn per update, and every piece reads it from
-    a place of its own: what counts is that a number meets new bits in each update."""
+    its own offset: a number needs new bits in each update, not bits unlike its neighbours'."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
@@ -130,7 +131,7 @@ class _RandomBits:
         self._name = ""
 
     def begin(self, update: int, name: str) -> None:
-        """From now on bits for one update of one parameter."""
+        """Selects the bits for one update of one parameter."""
         self._name = name
         if update != self._drawn_for:
             generator = torch.Generator().manual_seed(_number(f"{self._seed}:{update}"))
@@ -138,17 +139,17 @@ class _RandomBits:
             self._block, self._drawn_for = bits.to(self._device), update
 
     def round_into(self, target: Tensor, source: Tensor, what: str) -> None:
-        """Writes float32 `source` into bfloat16 `target`; spoils the source."""
+        """Writes float32 `source` into bfloat16 `target`; overwrites the source."""
         size = source.numel()
         start = _number(f"{self._name}/{what}") % PIECE
         repeats = -(-size // PIECE)
         block = self._block if repeats == 1 else self._block[:PIECE].repeat(repeats + 1)
         bits = block[start : start + size].view(source.shape)
-        # bfloat16 is the upper half of a float32; a carry goes on into the digits kept.
+        # bfloat16 is the upper half of a float32; a carry reaches the bits that are kept.
         cut = source.view(torch.int32).add_(bits).bitwise_and_(-(1 << 16))
         target.copy_(cut.view(torch.float32))
 
 
 def _number(text: str) -> int:
-    """A number that depends on the text alone."""
+    """A 56-bit hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")

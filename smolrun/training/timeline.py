@@ -1,12 +1,12 @@
-"""What one rank did during a few steps, second by second: for the run's timeline.json.
+"""Records what one rank did during a few steps, for the run's timeline.json.
 
     compute   [forward_backward ][synchronize]               [update]
     wait                                      [all_reduce 17]
     network         [all_reduce 16   ][all_reduce 17         ]
 
 For these steps the algorithm's clock (parts/step_clock.py) reports spans. All ranks begin at a
-barrier, and the moment when it ends is the common zero of their clocks, so spans of different
-machines stand side by side, as exactly as a barrier takes.
+barrier, whose end is the common zero of their clocks: spans of different machines are aligned to
+within the duration of a barrier.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from smolrun.events import Event, Span, Timeline
 from smolrun.training.trainer import Callback, TrainOutcome
 
 FIRST_STEP = 5  # the steps before it warm up
-_MOST_SPANS = 100_000  # they travel in one line of 16 MiB at most, and one takes about 80 bytes
-_SHORTEST_S = 1e-5  # a wait for what is done already is not worth a rectangle
+_MOST_SPANS = 100_000  # they are sent in one line of 16 MiB at most, and one takes about 80 bytes
+_SHORTEST_S = 1e-5  # shorter spans, such as waits for finished work, are left out
 
 
 class TimelineRecorder(Callback):
@@ -75,7 +75,7 @@ class TimelineRecorder(Callback):
         self._zero_s = time.perf_counter()
 
     def _add(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
-        began_s = max(began_s, self._zero_s)  # a late gradient may have left before the zero
+        began_s = max(began_s, self._zero_s)  # a stale gradient may have been sent before the zero
         if ended_s - began_s >= _SHORTEST_S:
             start_s, duration_s = (round(s, 7) for s in (began_s - self._zero_s, ended_s - began_s))
             self._spans.append((name, lane, self._step, start_s, duration_s))

@@ -23,11 +23,10 @@ from smolrun.errors import CheckpointError
 
 
 class Loader(Protocol):
-    """Where this rank's micro-batches come from."""
+    """Loads this rank's micro-batches."""
 
-    def step(self, step: int, part: BatchPart | None = None) -> list[Batch]:
-        """The micro-batches of one step, of this rank's share or of that part; some may be
-        empty."""
+    def load(self, step: int, part: BatchPart | None = None) -> list[Batch]:
+        """The micro-batches of one step, of this rank's share or of `part`; some may be empty."""
 
 
 @dataclass
@@ -41,8 +40,8 @@ class TrainOutcome:
 
 
 class Callback:
-    """Base class of what runs beside training, on the thread that trains; its methods do nothing.
-    Each may be collective: all ranks have the same callbacks in the same order."""
+    """Base class of what a run does beside training. Methods do nothing by default and run on the
+    training thread. They may be collective: all ranks have their callbacks in the same order."""
 
     def before_training(self) -> None:
         """Called once, before the first step and after `restore`."""
@@ -91,14 +90,14 @@ class Periodic(Callback):
 
 
 class Trainer:
-    """Runs up to `steps` steps. `should_stop` is called once a step; when it is true on any rank,
-    all ranks stop at the same step. A run that was stopped finishes the updates in flight only with
-    `drain_on_stop`: a checkpoint would save them for the run that resumes it."""
+    """Runs up to `steps` steps. `should_stop` is called once a step; when it returns True on any
+    rank, all ranks stop at the same step. A stopped run finishes its pending updates only with
+    `drain_on_stop`; otherwise they belong into a checkpoint, for the run that resumes it."""
 
     def __init__(
         self,
         algorithm: Algorithm,
-        samples: Loader,
+        loader: Loader,
         *,
         steps: int,
         callbacks: Sequence[Callback],
@@ -106,7 +105,7 @@ class Trainer:
         drain_on_stop: bool = True,
     ) -> None:
         self._algorithm = algorithm
-        self._samples = samples
+        self._loader = loader
         self._steps = steps
         self._callbacks = callbacks
         self._should_stop = should_stop
@@ -140,10 +139,10 @@ class Trainer:
             algorithm.wants_stop = self._should_stop()
             for callback in self._callbacks:
                 callback.before_step(share.step)
-            result = algorithm.train_step(self._samples.step(share.step, share.part))
+            result = algorithm.train_step(self._loader.load(share.step, share.part))
             if result is not None:
                 self._after_update(result)
-        # A stop that was requested in the last step has nothing left to stop.
+        # A stop requested in the last step changes nothing.
         is_complete = algorithm.steps_begun >= self._steps
         if is_complete or self._drain_on_stop:
             for result in algorithm.drain():

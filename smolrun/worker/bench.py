@@ -78,7 +78,7 @@ def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
         yield compare_step(
             place_algorithm(config, prepared, mesh, device),
             PeerStep(kind, model, optimizer_maker(config), training["grad_clip"]),
-            lambda step: feed.step(step)[0],
+            lambda step: feed.load(step)[0],
             steps=bench["steps"],
             warm_up=bench["warmup_steps"],
             repeats=bench["repeats"],

@@ -186,7 +186,7 @@ def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
         def __init__(self, rank: int) -> None:
             self.rank = rank
 
-        def step(self, step: int, part: object = None) -> list[Batch]:
+        def load(self, step: int, part: object = None) -> list[Batch]:
             begun[self.rank] = step
             if self.rank == 2 and step == 1:
                 until(lambda: begun[0] >= 6)

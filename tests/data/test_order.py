@@ -86,7 +86,7 @@ def test_few_samples_come_again_and_no_rank_goes_without(size: int, ranks: int) 
     ]
     drawn: list[int] = []
     for step in range(25):
-        parts = [torch.cat([batch.targets for batch in feed.step(step)]) for feed in feeds]
+        parts = [torch.cat([batch.targets for batch in feed.load(step)]) for feed in feeds]
         assert all(len(part) for part in parts)
         drawn += torch.cat(parts).tolist()
     assert drawn == SampleOrder(size, 5).indices(0, 8 * 25)

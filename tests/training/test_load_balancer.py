@@ -1,4 +1,4 @@
-"""Shares that follow the speeds of machines: where they end, when they change, and when not."""
+"""Load balancing: which shares result from which speeds, when they change, and when not."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_noise_alone_moves_nothing(seed: int) -> None:
     assert run(BalancePolicy([16, 16]), noisy, 30 * WINDOW) == []
 
 
-def test_a_machine_that_throttles_gets_less_and_gets_it_back() -> None:
+def test_a_machine_gets_less_while_it_throttles() -> None:
     policy = BalancePolicy([16, 16])
     hot = range(100, 200)
     changes = run(policy, lambda rank, step: 3.0 if rank and step in hot else 1.0, 300)
@@ -72,7 +72,7 @@ def test_a_machine_that_throttles_gets_less_and_gets_it_back() -> None:
     ] == [True, True]
 
 
-def test_never_more_often_than_every_window() -> None:
+def test_shares_change_at_most_once_a_window() -> None:
     dice = random.Random(1)
     policy = BalancePolicy([16, 16, 16])
     wild = {step // 7: [dice.uniform(0.2, 5) for _ in range(3)] for step in range(700)}
@@ -86,12 +86,12 @@ def test_all_ranks_decide_alike_from_the_same_numbers() -> None:
     ranks = [BalancePolicy([8, 8, 8]) for _ in range(3)]
     for _ in range(20 * WINDOW):
         times = [dice.uniform(0.1, 3.0) for _ in range(3)]
-        told = [policy.observe(policy.counts, times) for policy in ranks]
-        assert told[0] == told[1] == told[2]
+        changes = [policy.observe(policy.counts, times) for policy in ranks]
+        assert changes[0] == changes[1] == changes[2]
     assert ranks[0].counts != (8, 8, 8)
 
 
-def test_a_fixed_cost_that_no_share_changes_does_not_make_it_swing() -> None:
+def test_a_fixed_cost_does_not_make_shares_oscillate() -> None:
     policy, changes = BalancePolicy([16, 16]), []
     for _ in range(40 * WINDOW):
         times = [0.5 + policy.counts[0] * 0.1, 0.5 + policy.counts[1] * 0.4]
@@ -102,7 +102,7 @@ def test_a_fixed_cost_that_no_share_changes_does_not_make_it_swing() -> None:
     assert abs(first - second) < 0.15 * max(first, second)
 
 
-def test_a_rank_with_nothing_to_do_keeps_its_last_speed() -> None:
+def test_an_idle_rank_keeps_its_last_rate() -> None:
     policy = BalancePolicy([2, 2])
     run(policy, lambda rank, step: 9.0 if rank else 1.0, WINDOW)
     assert policy.counts == (4, 0)
@@ -110,7 +110,7 @@ def test_a_rank_with_nothing_to_do_keeps_its_last_speed() -> None:
     assert policy.counts == (4, 0) and policy.rates[1] == pytest.approx(1 / 9)
 
 
-def test_steps_of_earlier_shares_say_nothing() -> None:
+def test_steps_with_earlier_shares_are_ignored() -> None:
     policy = BalancePolicy([16, 16])
     for _ in range(5 * WINDOW):
         assert policy.observe([24, 8], [1.0, 9.0]) is None
@@ -172,7 +172,7 @@ def test_shares_of_steps_after_the_run_are_kept_and_not_noted(ahead: int) -> Non
         assert sum(plans.at(WINDOW + ahead).sizes) == 6, "for a resumed run"
 
 
-def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None:
+def test_a_checkpoint_has_current_and_scheduled_shares() -> None:
     one, plans, _ = made(ahead=3)
     train(one, WINDOW)
     other, restored, _ = made(ahead=3)
@@ -182,7 +182,7 @@ def test_shares_are_part_of_a_checkpoint_those_that_have_not_begun_too() -> None
     assert other.state() == one.state()
 
 
-def test_shares_of_other_ranks_or_of_another_batch_begin_anew() -> None:
+def test_saved_shares_for_another_world_size_or_batch_are_ignored() -> None:
     for state in (
         {"shares": [[0, [8, 8, 16]]], "rates": [1.0, 1.0, 2.0]},
         {"shares": [[0, [8, 8]]], "rates": [1.0, 1.0]},

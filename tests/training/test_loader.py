@@ -24,10 +24,10 @@ SPLIT = FeatureSplit(torch.arange(SIZE).float()[:, None], torch.arange(SIZE))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_batch_says_where_in_the_run_its_samples_are(world_size: int) -> None:
+def test_a_batch_has_the_position_of_its_first_sample(world_size: int) -> None:
     plans = [plan_batches(8, [1.0] * world_size, rank, 2) for rank in range(world_size)]
     feeds = [BatchLoader(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
-    assert [b.position for feed in feeds for b in feed.step(3)] == [24, 26, 28, 30]
+    assert [b.position for feed in feeds for b in feed.load(3)] == [24, 26, 28, 30]
     evaluated = [turn for plan in plans for turn in list(sequential_batches(SPLIT, plan, 2))[1]]
     assert [batch.position for batch in evaluated] == [8, 10, 12, 14]
 
@@ -40,7 +40,7 @@ def ids(batches: list[Batch]) -> list[int]:
 def test_world_sizes_see_the_same_samples_in_the_same_order(world_size: int) -> None:
     plans = [plan_batches(8, [1.0] * world_size, rank, 3) for rank in range(world_size)]
     feeds = [BatchLoader(SPLIT, SampleOrder(SIZE, seed=5), plan) for plan in plans]
-    seen = [sample for step in range(6) for feed in feeds for sample in ids(feed.step(step))]
+    seen = [sample for step in range(6) for feed in feeds for sample in ids(feed.load(step))]
     assert seen == SampleOrder(SIZE, seed=5).indices(0, 48)
     assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(SIZE)), (
         "each epoch has every sample once"
@@ -78,18 +78,18 @@ def row(number: int) -> bytes:
 
 
 class Rows:
-    """Gives every row at once, and remembers what was asked for."""
+    """Has every row at once, and records the requests."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, int, int | None]] = []
+        self.requested: list[tuple[int, int, int | None]] = []
         self.waits: list[float] = []
         self.taken = 0
 
     def request(self, first: int, stop: int, next_first: int | None) -> None:
-        self.asked.append((first, stop, next_first))
+        self.requested.append((first, stop, next_first))
 
     def take(self, first: int, stop: int, timeout_s: float) -> bytes:
-        assert self.asked[self.taken][:2] == (first, stop), "taken in the order of the requests"
+        assert self.requested[self.taken][:2] == (first, stop), "taken in the order of the requests"
         self.taken += 1
         self.waits.append(timeout_s)
         return b"".join(row(number) for number in range(first, stop))
@@ -119,7 +119,7 @@ def test_a_streams_order_depends_on_neither_world_size_nor_prefetch(
 ) -> None:
     plans = [plan_batches(BATCH, [1.0] * world_size, rank, 2) for rank in range(world_size)]
     feeds = [stream(Rows(), plan, prefetch_steps=prefetch_steps) for plan in plans]
-    batches = [batch for step in range(6) for one in feeds for batch in one.step(step)]
+    batches = [batch for step in range(6) for one in feeds for batch in one.load(step)]
     assert first_tokens(batches) == [LENGTH * number for number in range(6 * BATCH)]
     assert all(int(batch.inputs[0, 0]) == LENGTH * batch.position for batch in batches)
 
@@ -131,7 +131,7 @@ def test_micro_batches_of_a_stream_are_those_of_a_token_file() -> None:
     one = stream(Rows(), plan)
     for step in range(4):
         expected = [split.batch(list(positions)) for positions in plan.positions(step)]
-        for batch, wanted in zip(one.step(step), expected, strict=True):
+        for batch, wanted in zip(one.load(step), expected, strict=True):
             assert batch.inputs.dtype == batch.targets.dtype == torch.int64
             assert torch.equal(batch.inputs, wanted.inputs)
             assert torch.equal(batch.targets, wanted.targets)
@@ -140,31 +140,31 @@ def test_micro_batches_of_a_stream_are_those_of_a_token_file() -> None:
 def test_a_stream_requests_ahead_never_beyond_the_end_and_names_the_next_row() -> None:
     rows = Rows()
     one = stream(rows, plan_batches(BATCH, [1.0, 1.0], 1), steps=5, prefetch_steps=2)
-    assert rows.asked == []
-    one.step(2)  # a run that goes on in the middle
-    assert rows.asked == [(20, 24, 28), (28, 32, 36), (36, 40, None)]
-    one.step(3)
-    one.step(4)
-    assert len(rows.asked) == 3
+    assert rows.requested == []
+    one.load(2)  # as in a resumed run
+    assert rows.requested == [(20, 24, 28), (28, 32, 36), (36, 40, None)]
+    one.load(3)
+    one.load(4)
+    assert len(rows.requested) == 3
     assert rows.waits == [7.0] * 3
 
 
-def test_a_rank_without_a_share_says_so_and_gets_empty_batches() -> None:
+def test_a_rank_without_a_share_requests_nothing_and_loads_empty_batches() -> None:
     rows = Rows()
     plan = plan_batches(3, [1.0, 0.0], 1, 2)
-    (first, second) = stream(rows, plan, steps=2).step(0)
+    (first, second) = stream(rows, plan, steps=2).load(0)
     assert first.inputs.shape == second.targets.shape == (0, LENGTH)
-    assert rows.asked == [(3, 3, 6), (6, 6, None)]
+    assert rows.requested == [(3, 3, 6), (6, 6, None)]
 
 
-def test_a_stream_has_no_way_back() -> None:
+def test_a_stream_cannot_repeat_a_step() -> None:
     one = stream(Rows(), plan_batches(BATCH, [1.0], 0))
-    one.step(1)
+    one.load(1)
     with pytest.raises(ValueError, match="step 1 of a stream, where step 2 comes next"):
-        one.step(1)
+        one.load(1)
 
 
-def test_bytes_that_are_no_rows_are_refused() -> None:
+def test_incomplete_rows_are_refused() -> None:
     with pytest.raises(DataError, match="15 bytes of the stream are no rows of 4 tokens"):
         token_batch(bytes(15), LENGTH)
     assert token_batch(row(2), LENGTH).targets.tolist() == [[7, 8, 9]]
@@ -172,7 +172,7 @@ def test_bytes_that_are_no_rows_are_refused() -> None:
 
 
 @pytest.mark.parametrize("prefetch_steps", [0, 2, 5])
-def test_shares_that_change_keep_every_promise_and_every_row(prefetch_steps: int) -> None:
+def test_changing_shares_keep_every_requested_row(prefetch_steps: int) -> None:
     """All ranks go from equal shares to others and back, as early as their requests allow."""
     changes = {3: [7.0, 0.0, 1.0], 9: [1.0, 6.0, 1.0]}
     steps, got = 20, [[] for _ in range(20)]
@@ -181,14 +181,14 @@ def test_shares_that_change_keep_every_promise_and_every_row(prefetch_steps: int
         rows = Rows()
         one = stream(rows, plans, steps=steps, prefetch_steps=prefetch_steps)
         for step in range(steps):
-            got[step] += first_tokens(one.step(step))
+            got[step] += first_tokens(one.load(step))
             if weights := changes.get(step):
                 plans.change(step + 1, step + 1 + prefetched_steps(prefetch_steps), weights)
-        promised = 0
-        for first, stop, next_first in rows.asked:
-            assert promised <= first <= stop <= (next_first or stop)
-            promised = next_first or stop
-        assert len({stop - first for first, stop, _ in rows.asked}) > 1, "shares did change"
+        next_row = 0
+        for first, stop, next_first in rows.requested:
+            assert next_row <= first <= stop <= (next_first or stop)
+            next_row = next_first or stop
+        assert len({stop - first for first, stop, _ in rows.requested}) > 1, "shares did change"
     for step, tokens in enumerate(got):
         begin = step * BATCH
         assert tokens == [number * LENGTH for number in range(begin, begin + BATCH)]

@@ -1,4 +1,4 @@
-"""Every optimizer against its formula written out, and its state: saved, loaded, bit by bit."""
+"""Every optimizer against its formula written out, and its state: saved and loaded bit for bit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def bits(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "keys"), CASES, ids=lambda value: str(value)[:12])
-def test_training_goes_on_bit_by_bit_from_a_loaded_state(
+def test_training_resumes_bit_for_bit_from_a_loaded_state(
     name: str, keys: dict[str, Any], dtype: torch.dtype
 ) -> None:
     straight, first, second = small(dtype), small(dtype), small(dtype)
@@ -77,16 +77,16 @@ def test_training_goes_on_bit_by_bit_from_a_loaded_state(
     run(optimizer, first, range(3))
     saved = optimizer_state(optimizer, first.named_parameters())
     second.load_state_dict(first.state_dict())
-    again = make_optimizer(second.named_parameters(), name, seed=3, **keys)
-    load_optimizer_state(again, second.named_parameters(), saved)
-    run(again, second, range(3, 6))
+    resumed = make_optimizer(second.named_parameters(), name, seed=3, **keys)
+    load_optimizer_state(resumed, second.named_parameters(), saved)
+    run(resumed, second, range(3, 6))
     assert all(map(torch.equal, bits(second), bits(straight)))
     run(optimizer, first, range(3, 6))  # what was loaded is a copy
     assert all(map(torch.equal, bits(first), bits(straight)))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"sgd"}))
-def test_training_does_not_go_on_right_without_the_state(name: str) -> None:
+def test_training_differs_without_the_state(name: str) -> None:
     straight, first = small(torch.float32), small(torch.float32)
     run(make_optimizer(straight.named_parameters(), name, **KEYS[name]), straight, range(6))
     run(make_optimizer(first.named_parameters(), name, **KEYS[name]), first, range(3))
@@ -96,7 +96,7 @@ def test_training_does_not_go_on_right_without_the_state(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "keys"), CASES, ids=lambda value: str(value)[:12])
-def test_the_state_has_the_names_and_shapes_that_are_promised(
+def test_the_state_has_the_names_and_shapes_of_state_shapes(
     name: str, keys: dict[str, Any], dtype: torch.dtype
 ) -> None:
     model = small(dtype)
@@ -130,18 +130,18 @@ def test_a_state_that_does_not_fit_is_refused_by_name(spoil: str) -> None:
     model, state = saved_adamw()
     if spoil == "missing":
         del state["exp_avg/vector"]
-        told = r"lacks exp_avg/vector;"
+        message = r"lacks exp_avg/vector;"
     elif spoil == "foreign":
         state["exp_avg/stranger"] = torch.zeros(1)
-        told = r"has exp_avg/stranger, which this run does not know"
+        message = r"has exp_avg/stranger, which this run does not know"
     elif spoil == "shape":
         state["exp_avg_sq/matrix"] = torch.zeros(5, 7)
-        told = r"exp_avg_sq/matrix has shape \(5, 7\) in the checkpoint, but \(7, 5\)"
+        message = r"exp_avg_sq/matrix has shape \(5, 7\) in the checkpoint, but \(7, 5\)"
     else:
         state = {key.replace("exp_avg/", "momentum/"): value for key, value in state.items()}
-        told = r"lacks exp_avg/.* and has momentum/"
+        message = r"lacks exp_avg/.* and has momentum/"
     optimizer = make_optimizer(model.named_parameters(), "adamw", **KEYS["adamw"])
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_optimizer_state(optimizer, model.named_parameters(), state)
     assert not optimizer.state
 
@@ -178,7 +178,7 @@ def test_frozen_parameters_have_no_state() -> None:
     load_optimizer_state(optimizer, model.named_parameters(), state)
 
 
-def test_lion_follows_its_paper() -> None:
+def test_lion_is_the_algorithm_of_its_paper() -> None:
     model = small(torch.float64)
     optimizer = make_optimizer(
         model.named_parameters(), "lion", lr=0.01, betas=[0.9, 0.99], weight_decay=0.5

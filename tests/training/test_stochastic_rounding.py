@@ -1,4 +1,4 @@
-"""bfloat16 parameters: right on average, equal on all replicas, whatever the pieces."""
+"""bfloat16 parameters: exact on average, equal on all replicas, for any size of pieces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parameter_after(steps: int, size: float, seed: int = 0, name: str = "w") -> 
     return parameter.detach()
 
 
-def test_updates_below_the_last_digit_add_up_on_average() -> None:
+def test_updates_below_the_last_bit_add_up_on_average() -> None:
     size = 2.0**-14  # one 32nd of what is between 1 and its lower neighbour, 64 times
     plain = torch.ones(1, dtype=BFLOAT16)
     for _ in range(64):
@@ -38,7 +38,7 @@ def test_updates_below_the_last_digit_add_up_on_average() -> None:
     assert len(after.unique()) > 1
 
 
-def test_one_rounding_has_the_right_odds() -> None:
+def test_one_rounding_has_the_right_probability() -> None:
     after = parameter_after(1, 2.0**-9 + 2.0**-10)  # lower neighbour of 1: 1 - 2^-8
     lower = (after == 1 - 2.0**-8).double().mean().item()
     assert set(after.tolist()) == {1.0, 1 - 2.0**-8}
@@ -53,7 +53,7 @@ def test_the_bits_follow_from_seed_name_and_update_alone() -> None:
     assert not torch.equal(once, parameter_after(3, size, name="v"))
 
 
-def test_numbers_that_bfloat16_has_and_infinity_are_kept() -> None:
+def test_bfloat16_numbers_and_infinity_are_kept() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-130, math.inf, -math.inf])
     target = torch.zeros(7, dtype=BFLOAT16)
     random_bits = stochastic_rounding._RandomBits(0, torch.device("cpu"))
@@ -85,7 +85,9 @@ def test_the_mean_over_many_seeds_is_what_float32_gives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
-def test_pieces_change_only_the_dice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_pieces_changes_only_the_random_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With bits that are all zero, numbers are cut: then pieces must not matter at all."""
 
     def no_bits(*_: object, **__: object) -> torch.Tensor:
@@ -109,7 +111,7 @@ def test_a_parameter_that_is_not_contiguous_is_trained_too() -> None:
     assert bool((parameter < 1).all())
 
 
-def test_nothing_of_float32_stays_between_two_updates() -> None:
+def test_no_float32_copy_is_kept_between_updates() -> None:
     parameter = nn.Parameter(torch.ones(1000, dtype=BFLOAT16))
     optimizer = make_optimizer([("w", parameter)], "adamw", **KEYS["adamw"])
     parameter.grad = torch.ones_like(parameter)

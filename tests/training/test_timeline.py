@@ -72,7 +72,7 @@ def record(
     staleness: int = 0,
     waits: Sequence[threading.Event] = (),
 ) -> tuple[list[Event], Algorithm, float]:
-    """What was told, and the zero of this rank's spans."""
+    """The events, the algorithm, and the zero of this rank's spans."""
     made, events = algorithm(mesh, staleness), list[Event]()
     made.waits = waits
     recorder = TimelineRecorder(made, wanted, steps, events.append)
@@ -90,10 +90,10 @@ def spans(event: Event, lane: str) -> list[tuple[str, int, float, float]]:
     return [(what, step, a, a + d) for what, in_lane, step, a, d in event.spans if in_lane == lane]
 
 
-def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
+def test_steps_after_the_warm_up_are_recorded_with_a_common_zero() -> None:
     waits_of_0 = [threading.Event() for _ in range(13)]
-    told = run_ranks(2, lambda mesh: record(mesh, 12, 3, waits=waits_of_0), kind="tcp")
-    for rank, (events, made, _) in enumerate(told):
+    recorded = run_ranks(2, lambda mesh: record(mesh, 12, 3, waits=waits_of_0), kind="tcp")
+    for rank, (events, made, _) in enumerate(recorded):
         (event,) = events
         assert isinstance(event, Timeline)
         assert (event.step, event.rank) == (FIRST_STEP, rank)
@@ -101,10 +101,10 @@ def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
         assert len(computed) == 3
         assert {step for _, step, _, _ in spans(event, "compute")} == {5, 6, 7}
         assert made.clock.on_span is None
-    (fast,), (slow,) = told[0][0], told[1][0]
+    (fast,), (slow,) = recorded[0][0], recorded[1][0]
     waits = [span for span in spans(fast, "wait") if span[0].startswith("all_reduce")]
     works = [span for span in spans(slow, "compute") if span[0] == "forward_backward"]
-    apart = told[1][2] - told[0][2]  # of their zeros, on the one clock of this process
+    apart = recorded[1][2] - recorded[0][2]  # of their zeros, on the one clock of this process
     for (_, _, begins, ends), (_, _, works_from, works_to) in zip(waits, works, strict=True):
         assert works_to - works_from >= SLOW_S
         assert ends - begins >= SLOW_S, "rank 0 waits for rank 1"
@@ -116,7 +116,7 @@ def test_the_sixth_step_and_some_more_are_told_once_with_one_zero() -> None:
     assert all(begins >= 0 for _, _, begins, _ in travels)
 
 
-def test_a_short_run_shows_its_last_steps_and_none_are_shown_when_none_are_wanted() -> None:
+def test_a_short_run_records_its_last_steps() -> None:
     for steps, wanted, expected in ((4, 3, 1), (2, 5, 0)):
         events, *_ = run_ranks(1, lambda mesh, s=steps, w=wanted: record(mesh, s, w))[0]
         (event,) = events
@@ -125,7 +125,7 @@ def test_a_short_run_shows_its_last_steps_and_none_are_shown_when_none_are_wante
     assert run_ranks(1, lambda mesh: record(mesh, 8, 0))[0][0] == []
 
 
-def test_late_gradients_keep_their_place_in_time() -> None:
+def test_stale_gradients_have_no_negative_times() -> None:
     (events, *_), _ = run_ranks(2, lambda mesh: record(mesh, 10, 3, staleness=1), kind="tcp")
     (event,) = events
     assert all(begins >= 0 for lane in ("compute", "wait", "network")

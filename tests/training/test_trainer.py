@@ -1,5 +1,4 @@
-"""The loop: what it tells, when it evaluates, how it stops, and that it gives up on a run that is
-broken."""
+"""The training loop with its callbacks: events, evaluation, stopping, and errors that end a run."""
 
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
 def run(
     prepared: Prepared, world_size: int, settings: dict[str, Any], stop_at: int | None = None
 ) -> list[tuple[dict[str, Any], list[Event]]]:
-    """Trains on `world_size` ranks; rank 1 is told to stop when it has seen step `stop_at`."""
+    """Trains on `world_size` ranks; rank 1 requests a stop after step `stop_at`."""
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, Any], list[Event]]:
         events: list[Event] = []
@@ -112,7 +111,7 @@ def of(kind: type[Event], events: list[Event]) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
 
 
-def test_every_step_and_evaluation_is_told(prepared: Prepared) -> None:
+def test_every_step_and_evaluation_is_reported(prepared: Prepared) -> None:
     for summary, events in run(prepared, 2, config(check_replicas=True)):
         assert [event.step for event in of(StepDone, events)] == list(range(12))
         assert [event.step for event in of(EvalDone, events)] == [4, 9, 11]
@@ -157,29 +156,27 @@ def test_losses_of_1_to_4_ranks_agree_over_50_steps(
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_one_rank_told_to_stop_stops_all_at_the_same_step(
-    prepared: Prepared, staleness: int
-) -> None:
+def test_a_stop_on_one_rank_stops_all_at_the_same_step(prepared: Prepared, staleness: int) -> None:
     outcomes = run(prepared, 3, config(steps=10_000, staleness=staleness), stop_at=6)
     assert len({summary["steps"] for summary, _ in outcomes}) == 1
     assert all(summary["was_stopped"] and summary["steps"] < 100 for summary, _ in outcomes)
 
 
 @pytest.mark.parametrize("precision", ["float64", "bf16"])
-def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence(
+def test_a_run_ends_after_20_nonfinite_gradients_in_a_row(
     prepared: Prepared, precision: str
 ) -> None:
     broken = {"precision": precision, "optimizer": {"name": "sgd", "lr": math.inf}}
     with pytest.raises(TrainingError) as error:
         run(prepared, 1, config("single", steps=40) | broken)
-    told = str(error.value)
-    assert told.startswith(
+    message = str(error.value)
+    assert message.startswith(
         "20 steps in a row had a gradient that is not a number, last of rank 0 at step "
     )
-    assert ("float32" in told) == (precision == "bf16")
+    assert ("float32" in message) == (precision == "bf16")
 
 
-def test_written_text_is_the_same_on_all_ranks_and_stays_within_the_context() -> None:
+def test_generated_text_is_the_same_on_all_ranks_and_stays_within_the_context() -> None:
     seen: list[int] = []
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
