@@ -24,7 +24,7 @@ run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.st
 test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of them)
 	$(PYTHON) -m pytest -m "not soak" -n 3 --durations=10 $(ARGS)
 
-check: $(READY)  ## format, lint, types, floors: what every change must pass
+check: $(READY)  ## format, lint, types, imports: what every change must pass
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) tests/house/as_installed.py mypy -p smolrun --cache-dir $(CURDIR)/.mypy_cache

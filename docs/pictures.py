@@ -1,14 +1,17 @@
-"""Draws the pictures of the docs from the code: `make docs`; a test checks that they are fresh.
+"""Makes the diagrams and tables of the docs from the code: `make docs`; a test checks that they are
+up to date.
 
-docs/floors.md      which layer imports which, read off the imports
-docs/schedules.md   what moves when in a collective, read off the schedules that run
+docs/layers.md      which layer imports which, from the imports
+docs/schedules.md   the hops of every collective, from the schedules that run
 docs/algorithms/    the tables between the marks of these pages
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,20 +28,9 @@ from smolrun.collectives.schedule import (
 from smolrun.parts.seats import conversation
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [
-    ["cli"],
-    ["tasks"],
-    ["driver", "estimate"],
-    ["testing", "benchmarks"],
-    ["training", "tracking", "launch"],
-    ["algorithms"],
-    ["parts"],
-    ["collectives"],
-    ["mesh"],
-    ["wire"],
-]
-WINGS = ["models", "data", "config"]
-EVERYWHERE = {"errors", "events"}  # imported from anywhere, so their arrows would say nothing
+LEAF_PACKAGES = ["models", "data", "checkpoints", "config"]
+# Imported from everywhere, so their arrows would say nothing.
+LEAF_MODULES = {"errors", "events", "files", "sanitize"}
 
 
 def imports(root: Path) -> set[tuple[str, str]]:
@@ -48,7 +40,9 @@ def imports(root: Path) -> set[tuple[str, str]]:
     for file in sorted(files):
         path = file.relative_to(root).with_suffix("").parts
         part = "tasks" if path[0] == "tasks" else path[1]
-        found |= {(part, name) for name in _imported_parts(file) if name not in (part, *EVERYWHERE)}
+        found |= {
+            (part, name) for name in _imported_parts(file) if name not in (part, *LEAF_MODULES)
+        }
     return found
 
 
@@ -58,27 +52,39 @@ def _imported_parts(file: Path) -> Iterable[str]:
             yield (node.module or "").split(".")[1]
 
 
-def floors(root: Path) -> str:
-    """The page about floors, as Markdown with a Mermaid graph."""
+def layers(root: Path) -> list[list[str]]:
+    """The layers of pyproject.toml that exist, from the highest down."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (contract,) = (one for one in contracts if one["type"] == "layers")
+    named = [re.findall(r"\w+", layer) for layer in contract["layers"]]
+    there = {path.parent.name for path in root.glob("smolrun/*/__init__.py")}
+    there |= {path.stem for path in root.glob("smolrun/*.py")} | {"tasks"}
+    return [here for layer in named if (here := [name for name in layer if name in there])]
+
+
+def layers_page(root: Path) -> str:
+    """The page about layers, as Markdown with a Mermaid graph."""
     lines = ["flowchart TD"]
-    for number, floor in enumerate(FLOORS):
-        lines.append(f"  subgraph f{number}[ ]")
+    for number, layer in enumerate(layers(root)):
+        lines.append(f"  subgraph l{number}[ ]")
         lines.append("    direction LR")
-        lines += [f"    {name}" for name in floor]
+        lines += [f"    {name}" for name in layer]
         lines.append("  end")
-    lines += [f"  {name}([{name}])" for name in WINGS]
-    known = {name for floor in FLOORS for name in floor} | set(WINGS)
+    lines += [f"  {name}([{name}])" for name in LEAF_PACKAGES]
+    known = {name for layer in layers(root) for name in layer} | set(LEAF_PACKAGES)
     for part, other in sorted(imports(root)):
         if {part, other} <= known:
             lines.append(f"  {part} --> {other}")
     return "\n".join(
         [
-            "# The floors",
+            "# Layers",
             "",
-            "Arrows are imports; they only go down. The layers are those of pyproject.toml.",
-            "Rounded boxes are side wings: plain torch, plain data, plain configuration. `errors`",
-            "and `events` may be imported from anywhere. import-linter keeps it so (`make check`);",
-            "this page is drawn from the imports by `make docs`.",
+            "Arrows are imports; they go from higher to lower layers. The layers are those of",
+            "pyproject.toml. Rounded boxes are leaf packages: models, data, checkpoints and",
+            "configuration import no layer. `errors`, `events`, `files` and `sanitize` are imported",
+            "from everywhere. import-linter checks all of this in `make check`. This page is made",
+            "from the imports by `make docs`.",
             "",
             "```mermaid",
             *lines,
@@ -113,26 +119,26 @@ def schedules() -> str:
     ring = [ring_all_reduce(rank, size) for rank in range(size)]
     sent = elements_sent(ring[0], even_ranges(elements, size)) / elements
     pages = [
-        "# What moves when",
+        "# Schedules of the collectives",
         "",
-        "Each table is printed from the schedule that runs. `2 → rank 1` sends chunk 2 to rank 1;",
-        "`3 ← rank 0, add` receives chunk 3 from rank 0 and adds it. Drawn by `make docs`.",
+        "Each table is made from the schedule that runs. `2 → rank 1` sends chunk 2 to rank 1;",
+        "`3 ← rank 0, add` receives chunk 3 from rank 0 and adds it. Made by `make docs`.",
         "",
-        "## all_reduce round the ring (large tensors)",
+        "## Ring all_reduce (large tensors)",
         "",
         *table(ring),
         "",
         f"Every rank sends {sent:g} times the tensor: 2(N-1)/N.",
         "",
-        "## all_gather to all at once (small tensors; a small all_reduce adds up what it gathered)",
+        "## Direct all_gather (small tensors; a small all_reduce sums what it gathered)",
         "",
         *table([direct_all_gather(rank, size) for rank in range(size)]),
         "",
-        "## broadcast from rank 0 in a binomial tree (8 ranks)",
+        "## Broadcast from rank 0 in a binomial tree (8 ranks)",
         "",
         *table([tree_broadcast(rank, 8, 0) for rank in range(8)]),
         "",
-        "## barrier by dissemination",
+        "## Dissemination barrier",
         "",
         *table([dissemination_barrier(rank, size) for rank in range(size)]),
         "",
@@ -162,7 +168,7 @@ def main(folder: Path) -> None:
         page = (ROOT / "docs" / "algorithms" / f"{name}.md").read_text(encoding="utf-8")
         text = redrawn(page, table(drawn))
         (folder / "algorithms" / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / "floors.md").write_text(floors(ROOT), encoding="utf-8")
+    (folder / "layers.md").write_text(layers_page(ROOT), encoding="utf-8")
     (folder / "schedules.md").write_text(schedules(), encoding="utf-8")
 
 

@@ -1,2 +1,1 @@
-"""Floor 5: the ways to distribute training, one short file each; a file's name is its name on the
-command line."""
+"""The ways to distribute training, each under its name on the command line."""

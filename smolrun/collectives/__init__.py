@@ -1,2 +1,1 @@
-"""Floor 3: what torch.distributed calls collectives. Each algorithm is a schedule, plain data, run
-by one executor."""
+"""The collectives of torch.distributed: each is a schedule, as data, run by one executor."""

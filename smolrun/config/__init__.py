@@ -1,7 +1,7 @@
 """The configuration of a run: its classes, its checks, and which rank lives where.
 
 Knows nothing of Hydra (the command line composes), torch or sockets. `validate` is the only way to
-a RunConfig that has been checked; floors below the tasks get plain keyword arguments, never one of
+a RunConfig that has been checked; layers below the driver get plain keyword arguments, never one of
 these objects.
 """
 

@@ -1,1 +1,1 @@
-"""Floor 2: the only floor with sockets. It moves tensors between ranks and notices who is gone."""
+"""Moves tensors between ranks over TCP and detects lost peers; the only layer with sockets."""

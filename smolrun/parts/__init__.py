@@ -1,2 +1,1 @@
-"""Floor 4: what algorithms share: who holds what, gradients in buckets, precision, replicas that
-agree."""
+"""What algorithms share: placement, gradient buckets, precision, quantization, replicas."""

@@ -1,1 +1,1 @@
-"""Layer 6: the training loop, its callbacks, loaders and optimizers."""
+"""The training loop, its callbacks, loaders and optimizers."""

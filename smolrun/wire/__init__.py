@@ -1,1 +1,1 @@
-"""Floor 1: bytes <-> frames. Pure: it knows nothing of sockets, threads or clocks."""
+"""Bytes <-> frames. Sans-IO: knows nothing of sockets, threads or clocks."""
