@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
     from smolrun.driver.resume import Earlier
-    from smolrun.training.loader import PlanSource, RowSource, StreamLoader
+    from smolrun.training.loader import PlanSource, RowClient, StreamLoader
 
 
 def open_reader(
@@ -63,7 +63,7 @@ def reader_state(config: RunConfig, reader: StreamReader | None, updates: int) -
 
 
 def stream_loader(
-    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowSource
+    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowClient
 ) -> StreamLoader:
     """One rank's samples of the stream; `config` is the resolved one."""
     from smolrun.training.loader import StreamLoader

@@ -1,7 +1,7 @@
 """Loads the micro-batches of one rank, of a file or of a stream.
 
 The step and the plan of shares determine the samples; all ranks together load the same ones for any
-world size. Knows nothing of how the rows of a stream reach this process: that is a `RowSource`.
+world size. Knows nothing of how the rows of a stream reach this process: that is a `RowClient`.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -64,7 +64,7 @@ def sequential_batches(split: Split, plan: BatchPlan, limit: int | None) -> Iter
         ]
 
 
-class RowSource(Protocol):
+class RowClient(Protocol):
     """Ranges of the stream's rows, taken in the order of the requests."""
 
     def request(self, first: int, stop: int, next_first: int | None) -> None:
@@ -86,7 +86,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        rows: RowSource,
+        rows: RowClient,
         plan: PlanSource,
         *,
         sequence_length: int,

@@ -37,7 +37,7 @@ from smolrun.training.load_balancer import LoadBalancer
 from smolrun.training.loader import (
     BatchLoader,
     PlanSource,
-    RowSource,
+    RowClient,
     StreamLoader,
     sequential_batches,
 )
@@ -58,7 +58,7 @@ def train(
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
     saving: Saving | None = None,
-    rows: RowSource | None = None,
+    rows: RowClient | None = None,
 ) -> dict[str, Any]:
     """Trains as the resolved `config` says; returns this rank's summary. `speeds` has one number
     or "auto" per rank; without `saving` nothing is saved; `rows` is where a stream comes from."""
@@ -159,7 +159,7 @@ def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted
 
 
 def _samples(
-    config: dict[str, Any], prepared: Prepared, plan: PlanSource, rows: RowSource | None
+    config: dict[str, Any], prepared: Prepared, plan: PlanSource, rows: RowClient | None
 ) -> BatchLoader | StreamLoader:
     """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
     if prepared.stream is not None:
