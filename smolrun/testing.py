@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from smolrun.mesh.guards import TlsGuard
+from smolrun.mesh.certificates import issue_credentials
+from smolrun.mesh.connect import Endpoint, RosterEntry, connect
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
-from smolrun.mesh.security import mint
-from smolrun.mesh.tcp import Endpoint, Seat, TcpMesh, connect
+from smolrun.mesh.tcp import TcpMesh
+from smolrun.mesh.tls import MutualTls
 from smolrun.wire.handshake import Identity
 
 T = TypeVar("T")
@@ -105,9 +106,11 @@ def _tcp_meshes(
     elastic: bool,
 ) -> Callable[[int], Mesh]:
     endpoints = [Endpoint(["127.0.0.1"]) for _ in range(world_size)]
-    roster = [Seat(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)]
+    roster = [
+        RosterEntry(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)
+    ]
     secret = secrets.token_bytes(32)
-    minted = mint("test", world_size) if is_secure else []
+    minted = issue_credentials("test", world_size) if is_secure else []
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
@@ -118,7 +121,7 @@ def _tcp_meshes(
             [seat for seat in roster if not elastic or seat.rank == rank or seat.rank == 0],
             timeout_s=timeout_s,
             silence_s=silence_s,
-            guard=TlsGuard(minted[rank], identity) if is_secure else None,
+            security=MutualTls(minted[rank], identity) if is_secure else None,
             wrap=wrapper,
             heartbeat_s=0.05,
             elastic=elastic,

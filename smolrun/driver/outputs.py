@@ -31,7 +31,7 @@ from smolrun.driver.prepare import prepare_model, tokenizer_for, with_model
 from smolrun.errors import ConfigError, DataError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.mesh.security import mint
+from smolrun.mesh.certificates import issue_credentials
 from smolrun.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def plan_workers(
     """One worker per rank. Secret and keys are made here and go nowhere but into their stdin."""
     plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
     size, security = world_size(config), _security(config)
-    keys = mint(folder.run_id, size) if security == "tls" else [None] * size
+    keys = issue_credentials(folder.run_id, size) if security == "tls" else [None] * size
     plans = []
     for rank in ranks(config):
         start = StartMessage(

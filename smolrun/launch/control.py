@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from smolrun.errors import ProtocolError
 from smolrun.events import MAX_TEXT_CHARS, AnyEvent, Count, NonNegative, Text
-from smolrun.wire.credentials import Credentials
+from smolrun.mesh.certificates import Credentials
 
 # A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
 # sample.

@@ -24,8 +24,8 @@ class IoThread:
     """Runs callbacks for readable and writable sockets, timers and posted functions, all in one
     named thread.
 
-    `longest_gap_s` is the longest time this thread was kept from its sockets, by a callback or by
-    code that held the GIL: silence of peers during such a gap is our own fault."""
+    `longest_gap_s` is the longest time in which this thread did not run, because of a callback or
+    of code that held the GIL: peers that seem silent during such a gap are not."""
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
         self.longest_gap_s = 0.0
@@ -40,7 +40,7 @@ class IoThread:
         self._selector.register(self._wake_in, READ, None)
         self._is_stopping = False
         self._has_ended = False
-        self.crash: BaseException | None = None  # why the thread ended, if it was not asked to
+        self.crash: BaseException | None = None  # why the thread ended, if not by `stop`
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ident = 0
 
@@ -61,17 +61,17 @@ class IoThread:
             try:
                 self._wake_out.send(b"x")
             except OSError:
-                pass  # full: the thread will wake anyway; closed: nobody is left to wake
+                pass  # full: the thread will wake anyway; closed: it has ended
 
     def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
         """Runs `function` once after `delay_s`; only on this thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function))
 
-    def watch(
+    def register(
         self, sock: socket.socket | int, events: int, callback: Callable[[int], None]
     ) -> None:
-        """Calls `callback(ready)` whenever one of `events` (READ, WRITE) holds; 0 stops; only on
-        this thread."""
+        """Calls `callback(ready)` whenever one of `events` (READ, WRITE) holds; 0 unregisters; only
+        on this thread."""
         if self._has_ended:
             return
         known = self._selector.get_map()
@@ -107,7 +107,7 @@ class IoThread:
             self._wake_out.close()
 
     def _run_leftovers(self) -> None:
-        """What was posted too late still runs, so that whoever waits for it learns of the end."""
+        """Runs what was posted too late, so that a caller who waits for it sees the end."""
         while self._posted:
             try:
                 self._posted.popleft()()
@@ -115,7 +115,7 @@ class IoThread:
                 return  # another thread was faster
 
     def _turn(self) -> None:
-        """One round: wait for something to do, then do all of it."""
+        """One round of the event loop: sockets, posted functions, timers."""
         if self._posted:
             timeout: float | None = 0.0
         elif self._timers:
@@ -132,6 +132,6 @@ class IoThread:
             self._posted.popleft()()
         while self._timers and self._timers[0][0] <= time.monotonic():
             due, _, function = heapq.heappop(self._timers)
-            # A timer that is overdue tells how long this thread was kept away.
+            # An overdue timer shows how long this thread did not run.
             self.longest_gap_s = max(self.longest_gap_s, time.monotonic() - due)
             function()

@@ -3,13 +3,16 @@ counters.
 
     send(header, payload) -> queue -> pipe ~~~~ pipe -> decoder -> on_frame(frame)
 
-A `Pipe` is a non-blocking stream of bytes; the plain one is below, an encrypted one has the same
-five methods. Runs on the I/O thread only. Knows nothing of ranks, tags or who waits for what."""
+A `Pipe` is a non-blocking stream of bytes; the plain one is below, the encrypted one in `tls.py`,
+one with limited bandwidth in `shaping.py`. Runs on the I/O thread only. Knows nothing of ranks,
+tags or matching."""
 
 from __future__ import annotations
 
 import functools
+import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,6 @@ from typing import Protocol
 
 from smolrun.errors import BROKE_PROTOCOL, ProtocolError
 from smolrun.mesh.io import READ, WRITE, IoThread
-from smolrun.mesh.pauses import NotYet, Pauses
 from smolrun.wire.frame import Frame, FrameDecoder, Header, encode_header
 
 # Large buffers let the kernel move data while Python adds.
@@ -31,7 +33,7 @@ class Pipe(Protocol):
     when it is broken.
 
     After BlockingIOError, `send` is called again with buffers that begin with the same bytes (TLS
-    insists on that); after NotYet only once its time has come. `recv_into` is called until it
+    insists on that); after Throttled only once its time has come. `recv_into` is called until it
     blocks, so a pipe may hold decrypted bytes that the selector does not see."""
 
     def fileno(self) -> int:
@@ -47,12 +49,49 @@ class Pipe(Protocol):
         ...
 
     def end(self) -> None:
-        """Says that nothing more will be sent; receiving goes on."""
+        """Ends the sending direction; receiving continues."""
         ...
 
     def close(self) -> None:
         """Closes at once."""
         ...
+
+
+class Throttled(BlockingIOError):
+    """Raised by a pipe with limited bandwidth: call it again after `after_s`, whatever the selector
+    reports. If it `is_full`, it does not use the socket until then."""
+
+    def __init__(self, after_s: float, *, is_full: bool) -> None:
+        super().__init__()
+        self.after_s = after_s
+        self.is_full = is_full
+
+
+class ThrottleTimers:
+    """READ and WRITE of a throttled pipe, each paused until its time; then `resume(event)` is
+    called, on the I/O thread."""
+
+    def __init__(self, io: IoThread, resume: Callable[[int], None]) -> None:
+        self.events = 0  # READ, WRITE: those not to be registered with the selector
+        self._io = io
+        self._resume = resume
+        self._due_s = {READ: math.inf, WRITE: math.inf}
+
+    def begin(self, event: int, throttled: Throttled) -> None:
+        """Pauses READ or WRITE if the pipe is full; calls `resume` later in any case."""
+        if throttled.is_full:
+            self.events |= event
+        due_s = time.monotonic() + throttled.after_s
+        # Only the timer that is due first counts, so there is never more than one.
+        if due_s < self._due_s[event]:
+            self._due_s[event] = due_s
+            self._io.call_later(throttled.after_s, functools.partial(self._end, event, due_s))
+
+    def _end(self, event: int, due_s: float) -> None:
+        if due_s == self._due_s[event]:
+            self._due_s[event] = math.inf
+            self.events &= ~event
+            self._resume(event)
 
 
 class PlainPipe:
@@ -64,23 +103,18 @@ class PlainPipe:
         self._can_gather = hasattr(sock, "sendmsg")  # Windows has no sendmsg
 
     def fileno(self) -> int:
-        """See Pipe."""
         return self._socket.fileno()
 
     def send(self, buffers: list[memoryview]) -> int:
-        """See Pipe."""
         return self._socket.sendmsg(buffers) if self._can_gather else self._socket.send(buffers[0])
 
     def recv_into(self, buffer: memoryview) -> int:
-        """See Pipe."""
         return self._socket.recv_into(buffer)
 
     def end(self) -> None:
-        """See Pipe."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """See Pipe."""
         self._socket.close()
 
 
@@ -104,12 +138,12 @@ def tune(sock: socket.socket) -> None:
         try:
             sock.setsockopt(level, option, value)
         except OSError:
-            continue  # an option is a wish
+            continue  # options are best effort
 
 
 @functools.cache
 def _may_set_buffers() -> bool:
-    """False on a Linux that would cut the size down: left alone, it grows buffers by itself."""
+    """False on a Linux whose limits are smaller: its own buffers then grow larger than these."""
     try:
         limits = [Path(f"/proc/sys/net/core/{side}mem_max").read_text() for side in "rw"]
     except OSError:
@@ -117,12 +151,12 @@ def _may_set_buffers() -> bool:
     return all(int(limit) >= _SOCKET_BUFFER for limit in limits)
 
 
-class Connection:
-    """A pipe with a decoder at one end and a queue of frames at the other.
+class FrameConnection:
+    """A pipe with a queue of frames to send and a decoder for those that arrive.
 
     `on_frame` gets every complete frame, `on_closed(reason)` is called once when the pipe ends or
-    breaks or the peer breaks the protocol. `refill` is asked for more frames (it calls `send`) when
-    the queue has run empty, so a sender with much to say decides late what goes next."""
+    breaks or the peer breaks the protocol. `refill` is called when the queue is empty and may call
+    `send`, so a sender with many frames decides late which is next."""
 
     def __init__(
         self,
@@ -147,12 +181,12 @@ class Connection:
         self._queue: deque[tuple[list[memoryview], Callable[[], None] | None]] = deque()
         self._sequence = 0
         self._wanted = self._events = 0
-        self._pauses = Pauses(io, self._resume)
+        self._throttle = ThrottleTimers(io, self._resume)
         self._is_flushing = False
         self._is_finishing = False
         self._has_ended = False
         self._listen(READ)
-        # What came with the handshake's last bytes may be in the pipe already.
+        # Frames may have come with the last bytes of the handshake, and be in the pipe already.
         io.post(lambda: self._ready(READ))
 
     @property
@@ -180,14 +214,14 @@ class Connection:
             self.flush()
 
     def flush(self) -> None:
-        """Sends what the kernel takes now; asks to be called again when it takes more."""
-        if self._is_flushing or not self.is_open or self._pauses.events & WRITE:
-            return  # on_sent or refill called send: the loop below goes on with it
+        """Sends what the kernel takes now, and registers for WRITE if more is queued."""
+        if self._is_flushing or not self.is_open or self._throttle.events & WRITE:
+            return  # on_sent or refill called send: the loop below continues with it
         self._is_flushing = True
         try:
             self._flush()
-        except NotYet as pause:
-            self._pauses.begin(WRITE, pause)
+        except Throttled as throttled:
+            self._throttle.begin(WRITE, throttled)
             self._listen(READ | WRITE)
         except BlockingIOError:
             self._listen(READ | WRITE)
@@ -204,7 +238,7 @@ class Connection:
             if not self._queue or budget <= 0:
                 self._listen(READ | WRITE if self._queue else READ)
                 if self._is_finishing and not self._queue and not self._has_ended:
-                    self._pipe.end()  # or BlockingIOError: then it is asked again
+                    self._pipe.end()  # or BlockingIOError: then it is called again
                     self._has_ended = True
                 return
             buffers, on_sent = self._queue[0]
@@ -229,8 +263,8 @@ class Connection:
     def _read(self) -> None:
         try:
             self._read_frames()
-        except NotYet as pause:
-            self._pauses.begin(READ, pause)
+        except Throttled as throttled:
+            self._throttle.begin(READ, throttled)
             self._listen(self._wanted)
         except BlockingIOError:
             return  # all that was there has been read
@@ -243,7 +277,7 @@ class Connection:
             self._io.post(lambda: self._ready(READ))
 
     def _read_frames(self) -> None:
-        """Reads until the pipe is empty (BlockingIOError), it ends, or others must get a turn."""
+        """Reads until the pipe is empty (BlockingIOError), it ends, or the budget is used up."""
         budget = _TURN_BYTES
         while budget > 0 and self.is_open:
             count = self._pipe.recv_into(self._decoder.buffer())
@@ -257,7 +291,7 @@ class Connection:
                 self._on_frame(frame)
 
     def finish(self) -> None:
-        """Ends the sending side once the queue is empty; the other end then ends its own."""
+        """Ends the sending direction once the queue is empty; the other end then ends its own."""
         if not self._is_finishing:
             self._is_finishing = True
             self.flush()
@@ -282,7 +316,7 @@ class Connection:
 
     def _listen(self, events: int) -> None:
         self._wanted = events
-        events &= ~self._pauses.events
+        events &= ~self._throttle.events
         if events != self._events:
             self._events = events
-            self._io.watch(self._fd, events, self._ready)
+            self._io.register(self._fd, events, self._ready)

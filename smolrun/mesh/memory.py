@@ -1,14 +1,14 @@
 """The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread
 matches sends and receives.
 
-For tests and lessons, without sockets, ports or processes. Unlike TcpMesh it has no eager sends: a
-send is done when its receive was posted; and a rank that closes its mesh is not missed by others,
-unless the world is elastic. Then it is a star, as a run with a server is: rank 0 is linked with
-everybody, and everybody with rank 0 alone.
+For tests and docs, without sockets, ports or processes. Unlike TcpMesh it has no eager sends: a
+send is done when its receive was posted; and a rank that closes its mesh is not lost to the others,
+unless the world is elastic. Then it is a star, as a run with a parameter server is: rank 0 has a
+link with every rank, the others with rank 0 only.
 
-    world = MemoryWorld(3, elastic=True, here={0, 1})
+    world = MemoryWorld(3, elastic=True, present={0, 1})
     world.leave(1, "it was killed")      work with rank 1 fails, nothing else
-    mesh = world.join(2)                 also for a rank that comes back
+    mesh = world.join(2)                 also for a rank that rejoins
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Key = tuple[int, int, Tag]  # from, to, tag
 
 
 class MemoryWorld:
-    """The ether between the ranks of one process: `meshes[rank]` is that rank's mesh."""
+    """The ranks of one process: `meshes[rank]` is that rank's mesh."""
 
     def __init__(
         self,
@@ -33,54 +33,54 @@ class MemoryWorld:
         *,
         timeout_s: float = 30.0,
         elastic: bool = False,
-        here: Iterable[int] | None = None,
+        present: Iterable[int] | None = None,
     ) -> None:
-        """`here`, if elastic, are the ranks that are there from the beginning."""
+        """`present`, if elastic: the ranks that are there from the start; default all."""
         self.io = IoThread("mesh-memory", self._failed)
         self.is_elastic = elastic
-        self.here = frozenset(range(world_size) if here is None else here)
+        self.present = frozenset(range(world_size) if present is None else present)
         self.meshes = [MemoryMesh(self, rank, world_size, timeout_s) for rank in range(world_size)]
         self._sends: dict[_Key, tuple[Payload, Callable[[], None]]] = {}
         self._receives: dict[_Key, tuple[Payload, Callable[[], None], Combine | None]] = {}
-        self._open = set(self.here)
+        self._open = set(self.present)
         self.io.start()
 
     def linked(self, rank: int) -> frozenset[int]:
-        """Whom a rank can talk to, in an elastic world."""
-        if rank not in self.here:
+        """The peers of a rank, in an elastic world."""
+        if rank not in self.present:
             return frozenset()
-        return (self.here if rank == 0 else self.here & {0}) - {rank}
+        return (self.present if rank == 0 else self.present & {0}) - {rank}
 
     def join(self, rank: int) -> MemoryMesh:
-        """A rank comes, or comes back; its new mesh."""
+        """A rank joins or rejoins; returns its new mesh."""
         old = self.meshes[rank]
         mesh = self.meshes[rank] = MemoryMesh(self, rank, old.world_size, old.timeout_s)
         self._open.add(rank)
 
-        def spread() -> None:
-            self.here |= {rank}
+        def apply() -> None:
+            self.present |= {rank}
             for other in sorted(self.linked(rank)):
-                self.meshes[other].announce(rank, True, "joined")
+                self.meshes[other].membership_changed(rank, True, "joined")
 
-        self.io.post(spread)
+        self.io.post(apply)
         return mesh
 
     def leave(self, rank: int, reason: str = "left") -> None:
-        """A rank goes, as if it had closed its mesh or, with another reason, had died."""
+        """A rank is gone: it closed its mesh or, with another reason, died."""
 
         leaving = self.meshes[rank]
 
-        def spread() -> None:
+        def apply() -> None:
             linked = self.linked(rank)
-            self.here -= {rank}
+            self.present -= {rank}
             leaving.has_left = True
             for other in sorted(linked):
                 for mesh, gone in ((self.meshes[other], rank), (leaving, other)):
                     self._forget(mesh.rank, gone)
                     mesh.fail_work_with(PeerLost(gone, mesh.generation, reason))
-                self.meshes[other].announce(rank, False, reason)
+                self.meshes[other].membership_changed(rank, False, reason)
 
-        self.io.post(spread)
+        self.io.post(apply)
 
     def _forget(self, one: int, other: int) -> None:
         for waiting in (self._sends, self._receives):
@@ -90,29 +90,29 @@ class MemoryWorld:
     def lose(self, rank: int, reason: str = "it was taken away") -> None:
         """Makes all other ranks lose `rank`, as if it had died; for tests."""
 
-        def spread() -> None:
+        def apply() -> None:
             for mesh in self.meshes:
                 if mesh.rank != rank:
                     mesh.fail(PeerLost(rank, mesh.generation, reason))
 
-        self.io.post(spread)
+        self.io.post(apply)
 
     def check_fingerprint(self, mesh: MemoryMesh, peer: int, tag: Tag) -> None:
-        """The peer sees which operation this is, as in the header of a frame."""
+        """Checks the operation at the peer, as the header of a frame does."""
         self.meshes[peer].fingerprints.check(mesh.rank, tag, mesh.fingerprints.of(tag))
 
-    def meet_send(self, key: _Key, payload: Payload, on_done: Callable[[], None]) -> None:
-        """A send was posted: deliver it, or remember it until its receive is posted."""
+    def match_send(self, key: _Key, payload: Payload, on_done: Callable[[], None]) -> None:
+        """A send was posted: delivers it, or keeps it until its receive is posted."""
         receive = self._receives.pop(key, None)
         if receive is None:
             self._sends[key] = (payload, on_done)
         else:
             self._deliver(payload, on_done, *receive)
 
-    def meet_recv(
+    def match_recv(
         self, key: _Key, payload: Payload, on_done: Callable[[], None], combine: Combine | None
     ) -> None:
-        """A receive was posted: take what was sent, or remember it until it is."""
+        """A receive was posted: takes the matching send, or keeps it until that is posted."""
         send = self._sends.pop(key, None)
         if send is None:
             self._receives[key] = (payload, on_done, combine)
@@ -141,7 +141,7 @@ class MemoryWorld:
 
     def closed(self, rank: int) -> None:
         """A rank has closed its mesh; the thread ends with the last one."""
-        if self.is_elastic and rank in self.here:
+        if self.is_elastic and rank in self.present:
             self.leave(rank)
         self._open.discard(rank)
         if not self._open:
@@ -153,7 +153,7 @@ class MemoryWorld:
 
 
 class MemoryMesh(Mesh):
-    """See Mesh. Bytes counted are payload only: there are no headers here."""
+    """One rank of a MemoryWorld. Bytes counted are payload only: there are no headers here."""
 
     def __init__(self, world: MemoryWorld, rank: int, world_size: int, timeout_s: float) -> None:
         super().__init__(rank, world_size, timeout_s=timeout_s)
@@ -165,28 +165,23 @@ class MemoryMesh(Mesh):
 
     @property
     def bytes_sent(self) -> int:
-        """See Mesh."""
         return self._sent
 
     @property
     def bytes_received(self) -> int:
-        """See Mesh."""
         return self._received
 
     def peer_progress(self, peer: int) -> int:
-        """See Mesh."""
         return self._world.meshes[peer].progress
 
     def post(self, function: Callable[[], None]) -> None:
-        """See Mesh."""
         self._world.io.post(function)
 
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
-        """See Mesh."""
         self._sent += len(payload.data)
-        self._check_here(peer)
+        self._check_present(peer)
         self._world.check_fingerprint(self, peer, tag)
-        self._world.meet_send((self.rank, peer, tag), payload, on_done)
+        self._world.match_send((self.rank, peer, tag), payload, on_done)
 
     def post_recv(
         self,
@@ -196,19 +191,17 @@ class MemoryMesh(Mesh):
         on_done: Callable[[], None],
         combine: Combine | None = None,
     ) -> None:
-        """See Mesh."""
         self._received += len(payload.data)
-        self._check_here(peer)
+        self._check_present(peer)
         self._world.check_fingerprint(self, peer, tag)
-        self._world.meet_recv((peer, self.rank, tag), payload, on_done, combine)
+        self._world.match_recv((peer, self.rank, tag), payload, on_done, combine)
 
-    def _check_here(self, peer: int) -> None:
+    def _check_present(self, peer: int) -> None:
         if peer not in self.present:
-            raise PeerLost(peer, self.generation, "it is not here")
+            raise PeerLost(peer, self.generation, "it is not connected")
 
     @property
     def present(self) -> frozenset[int]:
-        """See Mesh."""
         if not self._world.is_elastic:
             return super().present
         return frozenset() if self.has_left else self._world.linked(self.rank)
@@ -221,7 +214,7 @@ class MemoryMesh(Mesh):
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """See Mesh; ranks that run different operations all learn it, as none of them dies."""
+        """A CollectiveMismatch fails the meshes of all ranks, as no connection ends here."""
         is_new = self.failure is None
         super().fail(error)
         if is_new and isinstance(error, CollectiveMismatch):
@@ -229,7 +222,6 @@ class MemoryMesh(Mesh):
                 mesh.fail(error)
 
     def close(self) -> None:
-        """See Mesh."""
         if not self._is_closed:
             self._is_closed = True
 

@@ -4,10 +4,10 @@
     work = mesh.recv(peer, tag, into)          `into` must not be touched until the work is done
     work.wait()
 
-Sends and receives with equal tags meet in any order. Two families of methods: `send`, `recv`,
+Sends and receives with equal tags match in any order. Two families of methods: `send`, `recv`,
 `submit` are for any thread; `post_send`, `post_recv` are for code that already runs on the I/O
 thread (the hops of a collective) and call `on_done` there. Knows nothing of sockets: `tcp.py` and
-`memory.py` are the two homes."""
+`memory.py` implement it. Groups of ranks: `new_group` of `collectives/api.py`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from smolrun.mesh.streams import Fingerprints, Groups
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, payload_of
 
-# watch(rank, is_here, reason): a peer has come, or is gone and why.
-Watch = Callable[[int, bool, str], None]
-# combine(offset, chunk): take the bytes that belong at `offset`; used to add a slice as it arrives.
+# callback(rank, is_present, reason): a peer has joined, or is gone and why.
+MembershipCallback = Callable[[int, bool, str], None]
+# combine(offset, chunk): combines the bytes at `offset`; adds a slice as it arrives.
 Combine = Callable[[int, memoryview], None]
 
 
 class Work:
-    """Something posted to the mesh. `wait` returns when it is done and raises why it failed.
+    """An operation posted to the mesh, as torch.distributed's Work. `wait` returns when it is done
+    and raises why it failed.
 
-    `error` is that reason, None before the end and after a good one. `peer` is the one rank that it
-    needs; None where it may be several. `posted_s` and `done_s` are perf_counter's, for
-    timelines."""
+    `error` is that reason, None before the end and after success. `peer` is the one rank that it
+    needs; None if it may be several. `posted_s` and `done_s` are of perf_counter."""
 
     __slots__ = (
         "_error",
@@ -100,7 +100,7 @@ class Work:
             self._call_thens()
 
     def _call_thens(self) -> None:
-        # Posted, not called: whoever finishes a work may be in the middle of a peer's bytes.
+        # Posted, not called: the caller of `finish` may be in the middle of a peer's bytes.
         while self._thens:
             try:
                 callback = self._thens.pop(0)
@@ -119,20 +119,20 @@ class Mesh(ABC):
         self.world_size = world_size
         self.generation = generation
         self.timeout_s = timeout_s
-        # The training step this rank works on; heartbeats tell it to the peers.
+        # The training step this rank works on; heartbeats carry it to the peers.
         self.progress = 0
         self.failure: BaseException | None = None  # why every later operation fails
         self._pending: set[Work] = set()  # touched on the I/O thread only
-        self._watches: list[Watch] = []  # as above
+        self._membership_callbacks: list[MembershipCallback] = []  # as above
         self.groups = Groups()
         self.fingerprints = Fingerprints()  # checked on the I/O thread only
-        self._links: Counter[int] = Counter()  # by peer, how often it has come; as above
+        self._links: Counter[int] = Counter()  # by peer, how often it has joined; as above
 
     # -- for any thread ----
 
     def send(self, peer: int, tag: Tag, tensor: torch.Tensor, *, link: int | None = None) -> Work:
         """Starts sending a contiguous CPU tensor; the work is done when the tensor may change
-        again. It fails if it is for a `link` that is over."""
+        again. It fails if `link` is an earlier link with the peer (`link_with`)."""
         self._check_peer(peer)
         payload = payload_of(tensor)
 
@@ -176,7 +176,7 @@ class Mesh(ABC):
         return work
 
     def _could_not_start(self, work: Work, error: Exception) -> None:
-        """It may be half posted, and the peers already wait for the other half."""
+        """The work may be half posted, and peers wait for the other half: the mesh fails."""
         self.fail(error)
 
     def _check_peer(self, peer: int) -> None:
@@ -185,28 +185,28 @@ class Mesh(ABC):
 
     @property
     def present(self) -> frozenset[int]:
-        """The peers that this rank is linked with now; may change at any time if it is elastic."""
+        """The peers that this rank has a link with; changes at any time if the mesh is elastic."""
         return frozenset(range(self.world_size)) - {self.rank}
 
-    def watch(self, watch: Watch) -> None:
-        """Calls `watch(rank, is_here, reason)` on the I/O thread for every peer that is here, and
-        then whenever one comes or is lost; only an elastic mesh has more to tell than the first.
+    def watch(self, callback: MembershipCallback) -> None:
+        """Calls `callback(rank, is_present, reason)` on the I/O thread for every peer that is
+        present, and then whenever one joins or is lost, which happens in an elastic mesh only.
 
-        The reason of a peer that said goodbye is "left"."""
+        The reason of a peer that sent GOODBYE is "left"."""
 
         def begin() -> None:
-            self._watches.append(watch)
+            self._membership_callbacks.append(callback)
             for rank in sorted(self.present):
-                watch(rank, True, "joined")
+                callback(rank, True, "joined")
 
         self.post(begin)
 
     def waits_for(self) -> int | None:
-        """The peer whose turn it is; None where it is this rank's own, or not known."""
+        """The peer that pending work waits for; None if there is none, or it is not known."""
         return None
 
     def describe_waiting(self) -> str:
-        """Whom this rank waits for, as part of a sentence."""
+        """The peers that this rank waits for, for an error message."""
         return f"rank {self.rank} waits"
 
     @property
@@ -221,7 +221,7 @@ class Mesh(ABC):
 
     @abstractmethod
     def peer_progress(self, peer: int) -> int:
-        """The last `progress` heard from a peer."""
+        """The last `progress` received from a peer."""
 
     @abstractmethod
     def post(self, function: Callable[[], None]) -> None:
@@ -229,24 +229,24 @@ class Mesh(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Says goodbye to all peers and ends the I/O thread; pending work fails with MeshClosed.
-        Safe to call twice."""
+        """Sends GOODBYE to all peers and ends the I/O thread; pending work fails with MeshClosed.
+        Idempotent."""
 
     # -- for the I/O thread ----
 
     def begin_operation(self, tag: Tag, fingerprint: int) -> None:
-        """Before anything of an operation is posted; CollectiveMismatch if a peer is known to run
-        another one under this tag."""
+        """Called before anything of an operation is posted; CollectiveMismatch if a peer is known
+        to run another one under this tag."""
         self.fingerprints.check(self.rank, tag, fingerprint)
 
     def link_with(self, peer: int) -> int:
-        """Which link with a peer this is: a peer that comes back has another one, and begins
-        anew on it."""
+        """The number of the current link with a peer: one that rejoins has a new link, and nothing
+        of the old one is delivered."""
         return self._links[peer]
 
     def _check_link(self, peer: int, link: int | None) -> None:
         if link is not None and link != self._links[peer]:
-            raise PeerLost(peer, self.generation, "it has come back since")
+            raise PeerLost(peer, self.generation, "it has rejoined since")
 
     @abstractmethod
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
@@ -261,25 +261,25 @@ class Mesh(ABC):
         on_done: Callable[[], None],
         combine: Combine | None = None,
     ) -> None:
-        """Starts a receive into `payload.data`, or, with `combine`, hands over the bytes piece by
-        piece instead."""
+        """Starts a receive into `payload.data`, or, with `combine`, passes the bytes to it piece
+        by piece instead."""
 
     def finish(self, work: Work) -> None:
         """Marks submitted work as done."""
         self._pending.discard(work)
         work.finish()
 
-    def announce(self, rank: int, is_here: bool, reason: str) -> None:
-        """Tells those who watch that a peer has come or is gone."""
-        self._links[rank] += is_here
-        for watch in list(self._watches):
-            watch(rank, is_here, reason)
+    def membership_changed(self, rank: int, is_present: bool, reason: str) -> None:
+        """Runs the membership callbacks: a peer has joined or is gone."""
+        self._links[rank] += is_present
+        for callback in list(self._membership_callbacks):
+            callback(rank, is_present, reason)
 
     def fail_work_with(self, error: PeerLost) -> None:
         """Fails what is pending with one lost peer, and what may need all peers."""
-        concerned = {work for work in self._pending if work.peer in (None, error.rank)}
-        self._pending -= concerned
-        for work in concerned:
+        failed = {work for work in self._pending if work.peer in (None, error.rank)}
+        self._pending -= failed
+        for work in failed:
             work.finish(error)
 
     def fail(self, error: BaseException) -> None:

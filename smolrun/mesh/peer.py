@@ -1,48 +1,108 @@
-"""One other rank: three connections, what may go over each, and how it leaves or gets lost.
+"""One other rank: three connections, what may be sent over each, and how it leaves or is lost.
 
-    control   both ways: heartbeats, grants, and tensors up to EAGER_BYTES, sent at once
+    control   both ways: heartbeats, grants, and tensors up to EAGER_BYTES, sent at once (eager)
     up, down  one way each: larger tensors in slices, after the receiver has granted a buffer
 
-So nothing large arrives that nobody waits for, a heartbeat never queues behind a large tensor, and
-two streams that are used in different order on two ranks cannot block each other. Runs on the I/O
-thread only.
-"""
+So no large tensor arrives without a posted receive, a heartbeat never queues behind a large tensor,
+and two streams that are used in different order on two ranks cannot block each other. Granted
+tensors are sent round robin over streams, and in order within a stream:
+
+    stream 1:  [tensor a: slice slice slice] [tensor b: slice ...]
+    stream 2:  [tensor c: slice slice]                   on the wire:  a c a c a b b ...
+
+Runs on the I/O thread only. Source: the eager and rendezvous protocols of MPI implementations."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from smolrun.errors import CollectiveMismatch, ProtocolError
-from smolrun.mesh.inbox import Inbox, Receive, check_match
 from smolrun.mesh.io import IoThread
-from smolrun.mesh.link import Connection, Pipe
+from smolrun.mesh.link import FrameConnection, Pipe
+from smolrun.mesh.matching import PostedReceive, ReceiveMatcher, check_match
 from smolrun.mesh.mesh import Combine
 from smolrun.mesh.streams import Fingerprints
-from smolrun.mesh.transfers import Transfer, Transfers
-from smolrun.wire.frame import EAGER_BYTES, Frame, FrameKind, Header, Tag
+from smolrun.wire.frame import EAGER_BYTES, SLICE_BYTES, Frame, FrameKind, Header, Tag
 from smolrun.wire.tensor import Payload
 
 # So many large tensors may wait for their grant, or grants for their tensor.
 _MAX_WAITING = 65536
-# The end of another connection may overtake the goodbye on control by this much; one that breaks
-# is not followed by any goodbye.
+# The end of another connection may overtake the GOODBYE on control by this much; one that breaks
+# is followed by none.
 _GOODBYE_S = 5.0
+
+
+@dataclass(slots=True)
+class PendingSend:
+    """A large tensor to send; slices of the first `offset` bytes have been cut."""
+
+    tag: Tag
+    payload: Payload
+    on_done: Callable[[], None]
+    offset: int = 0
+
+
+class SendSlice(NamedTuple):
+    """Bytes [start, stop) of a send; `is_last` if nothing follows."""
+
+    send: PendingSend
+    start: int
+    stop: int
+    is_last: bool
+
+
+class SliceQueue:
+    """Granted sends to one peer: cuts the next slice, and moves nothing."""
+
+    def __init__(self, slice_bytes: int = SLICE_BYTES) -> None:
+        self._slice_bytes = slice_bytes
+        self._streams: dict[int, deque[PendingSend]] = {}
+        self._ready: deque[int] = deque()  # streams that have something to send, next one first
+
+    def __bool__(self) -> bool:
+        return bool(self._ready)
+
+    def add(self, send: PendingSend) -> None:
+        """Appends a send to those of its stream."""
+        stream = self._streams.setdefault(send.tag.stream, deque())
+        if not stream:
+            self._ready.append(send.tag.stream)
+        stream.append(send)
+
+    def next_slice(self) -> SendSlice | None:
+        """Cuts the next slice of the stream whose turn it is; None if there is nothing to send."""
+        if not self._ready:
+            return None
+        stream = self._streams[self._ready[0]]
+        send = stream[0]
+        start, size = send.offset, len(send.payload.data)
+        send.offset = min(start + self._slice_bytes, size)
+        is_last = send.offset == size
+        if is_last:
+            stream.popleft()
+        if stream:
+            self._ready.rotate(-1)
+        else:
+            del self._streams[self._ready.popleft()]
+        return SendSlice(send, start, send.offset, is_last)
 
 
 @dataclass(frozen=True)
 class PeerEvents:
-    """What a peer tells its mesh."""
+    """Callbacks of a peer, on the I/O thread."""
 
     on_lost: Callable[[int, str], None]  # this rank is gone, and why
-    on_told: Callable[[int, int], None]  # this rank says that it has lost that rank
-    on_left: Callable[[int], None] = lambda rank: None  # it said goodbye, and all it sent is read
+    on_reported: Callable[[int, int], None]  # this rank has lost that rank
+    on_left: Callable[[int], None] = lambda rank: None  # it sent GOODBYE, and all it sent is read
     # It runs another operation than this rank, or than a third one.
     on_mismatch: Callable[[CollectiveMismatch], None] = lambda error: None
 
 
 class Peer:
-    """Sends to and receives from one rank; drops and counts what is from an earlier generation."""
+    """Sends to and receives from one rank; drops and counts frames of earlier generations."""
 
     def __init__(
         self,
@@ -59,17 +119,18 @@ class Peer:
         self.silence_s = 0.0
         self.has_left = False
         self.dropped_frames = 0
-        self.inbox = Inbox()
+        self.receives = ReceiveMatcher()
         self._io = io
         self._me = me
         self._generation = generation
         self._events = events
         self._fingerprints = fingerprints
         self._grants: dict[Tag, Header] = {}
-        self._ungranted: dict[Tag, Transfer] = {}
-        self._transfers = Transfers()
-        self.open_sends = self._heard = 0  # sends without a grant, or that the kernel has not taken
-        self.control = Connection(
+        self._ungranted: dict[Tag, PendingSend] = {}
+        self._slices = SliceQueue()
+        self.open_sends = 0  # sends without a grant, or that the kernel has not taken
+        self._received_at_tick = 0
+        self.control = FrameConnection(
             io,
             pipes["control"],
             place=self._place_control,
@@ -78,7 +139,7 @@ class Peer:
         )
         # One socket per direction: the kernel lets only one side of a socket work at a time.
         sending, receiving = ("up", "down") if me > rank else ("down", "up")
-        self.outgoing = Connection(
+        self.outgoing = FrameConnection(
             io,
             pipes[sending],
             place=self._place_nothing,
@@ -86,7 +147,7 @@ class Peer:
             on_closed=self._bulk_closed,
             refill=self._refill,
         )
-        self.incoming = Connection(
+        self.incoming = FrameConnection(
             io,
             pipes[receiving],
             place=self._place_slice,
@@ -108,23 +169,23 @@ class Peer:
         if len(payload.data) <= EAGER_BYTES:
             self.control.send(self._header(FrameKind.TENSOR, tag, payload), payload.data, sent)
             return
-        transfer = Transfer(tag, payload, sent)
+        send = PendingSend(tag, payload, sent)
         grant = self._grants.pop(tag, None)
         if grant is None:
-            self._ungranted[tag] = transfer
+            self._ungranted[tag] = send
         else:
-            self._start(transfer, grant)
+            self._start(send, grant)
 
     def post_recv(
         self, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None
     ) -> None:
-        """Takes it from the mailbox, or expects it, and grants it if it is large."""
-        self.inbox.post(tag, Receive(payload, on_done, combine))
+        """Posts a receive, and grants it if it is large."""
+        self.receives.post(tag, PostedReceive(payload, on_done, combine))
         if len(payload.data) > EAGER_BYTES:
             self.control.send(self._header(FrameKind.GRANT, tag, payload)._replace(nbytes=0))
 
-    def say(self, kind: FrameKind, operation: int = 0) -> None:
-        """Sends a frame that is its own message: HEARTBEAT, LOST or GOODBYE."""
+    def send_control(self, kind: FrameKind, operation: int = 0) -> None:
+        """Sends a frame without payload: HEARTBEAT, LOST or GOODBYE."""
         if self.control.is_open:
             tag = Tag(0, operation, 0)
             self.control.send(Header(kind, tag, sender=self._me, generation=self._generation))
@@ -132,8 +193,8 @@ class Peer:
     # -- leaving ----
 
     def leave(self) -> None:
-        """Says goodbye, and that nothing follows; the peer answers by closing its ends."""
-        self.say(FrameKind.GOODBYE)
+        """Sends GOODBYE and ends the sending directions; the peer then closes its ends."""
+        self.send_control(FrameKind.GOODBYE)
         for connection in self._connections:
             connection.finish()
 
@@ -144,7 +205,7 @@ class Peer:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can come or go any more."""
+        """Whether all connections are closed."""
         return not any(connection.is_open for connection in self._connections)
 
     @property
@@ -158,10 +219,10 @@ class Peer:
         return sum(connection.bytes_received for connection in self._connections)
 
     def tick(self, elapsed_s: float) -> float:
-        """Counts `elapsed_s` as silence unless bytes came since the last tick; returns the sum."""
-        heard = self.bytes_received
-        self.silence_s = 0.0 if heard != self._heard else self.silence_s + elapsed_s
-        self._heard = heard
+        """Adds `elapsed_s` to the silence unless bytes came since the last tick; returns it."""
+        received = self.bytes_received
+        self.silence_s = 0.0 if received != self._received_at_tick else self.silence_s + elapsed_s
+        self._received_at_tick = received
         return self.silence_s
 
     def _control_closed(self, reason: str) -> None:
@@ -170,29 +231,29 @@ class Peer:
         self._check_left()
 
     def _bulk_closed(self, reason: str) -> None:
-        def judge() -> None:
+        def check() -> None:
             if not self.has_left:
                 self._events.on_lost(self.rank, reason)
 
-        # Its goodbye may still be on the way, over another connection.
-        self._io.call_later(_GOODBYE_S, judge)
+        # Its GOODBYE may still be on the way, over another connection.
+        self._io.call_later(_GOODBYE_S, check)
         self._check_left()
 
     def _check_left(self) -> None:
-        """A peer that has left owes nothing once its last byte has been read."""
+        """Reports a peer that has left once its last byte has been read."""
         if not (self.has_left and self.is_closed):
             return
-        if self.inbox.waits_for or self.open_sends:
+        if self.receives.waits_for or self.open_sends:
             self._events.on_lost(self.rank, "it left the run while work with it was pending")
         self._events.on_left(self.rank)
 
     # -- frames that arrive ----
 
     def _is_current(self, header: Header) -> bool:
-        """Whether a frame is of this generation; ProtocolError for what cannot be its own."""
+        """Whether a frame is of this generation; ProtocolError for a later one or wrong sender."""
         if header.sender != self.rank:
             raise ProtocolError(
-                f"rank {self.rank} sent a frame in the name of rank {header.sender}"
+                f"rank {self.rank} sent a frame with rank {header.sender} as its sender"
             )
         if header.generation > self._generation:
             raise ProtocolError(
@@ -206,7 +267,7 @@ class Peer:
         if not self._is_current(header):
             return memoryview(bytearray(header.nbytes))  # read and dropped; bounded by the decoder
         self._check_fingerprint(header)
-        return self.inbox.place_tensor(header)
+        return self.receives.place_tensor(header)
 
     def _control_frame(self, frame: Frame) -> None:
         header = frame.header
@@ -217,12 +278,12 @@ class Peer:
             case FrameKind.HEARTBEAT:
                 self.progress = header.tag.operation
             case FrameKind.TENSOR:
-                self.inbox.tensor_came(header, frame.payload)
+                self.receives.tensor_arrived(header, frame.payload)
             case FrameKind.GRANT:
                 self._check_fingerprint(header)
                 self._granted(header)
             case FrameKind.LOST:
-                self._events.on_told(self.rank, header.tag.operation)
+                self._events.on_reported(self.rank, header.tag.operation)
             case FrameKind.GOODBYE:
                 self.has_left = True
                 self.outgoing.finish()
@@ -236,9 +297,9 @@ class Peer:
             self._events.on_mismatch(error)
 
     def _granted(self, header: Header) -> None:
-        transfer = self._ungranted.pop(header.tag, None)
-        if transfer is not None:
-            self._start(transfer, header)
+        send = self._ungranted.pop(header.tag, None)
+        if send is not None:
+            self._start(send, header)
         elif len(self._grants) >= _MAX_WAITING or header.tag in self._grants:
             raise ProtocolError(f"grant for {header.tag} twice, or too many grants")
         else:
@@ -252,29 +313,29 @@ class Peer:
             raise ProtocolError(f"{header.kind.name} among slices")
         if not self._is_current(header):
             return memoryview(bytearray(header.nbytes))
-        return self.inbox.place_slice(header)
+        return self.receives.place_slice(header)
 
     def _slice_frame(self, frame: Frame) -> None:
         if frame.header.kind is not FrameKind.SLICE:
             raise ProtocolError(f"{frame.header.kind.name} among slices")
         if self._is_current(frame.header):
-            self.inbox.slice_came(frame.header, frame.payload)
+            self.receives.slice_arrived(frame.header, frame.payload)
         else:
             self.dropped_frames += 1
 
-    # -- large tensors on their way out ----
+    # -- sending large tensors ----
 
-    def _start(self, transfer: Transfer, grant: Header) -> None:
-        check_match(grant, transfer.payload)
-        self._transfers.add(transfer)
+    def _start(self, send: PendingSend, grant: Header) -> None:
+        check_match(grant, send.payload)
+        self._slices.add(send)
         self.outgoing.flush()
 
     def _refill(self) -> None:
-        """Queues one slice of whatever is next."""
-        piece = self._transfers.next_slice()
+        """Queues the next slice."""
+        piece = self._slices.next_slice()
         if piece is None:
             return
-        tag, payload, on_done = piece.transfer.tag, piece.transfer.payload, piece.transfer.on_done
+        tag, payload, on_done = piece.send.tag, piece.send.payload, piece.send.on_done
         header = self._header(FrameKind.SLICE, tag, payload)._replace(
             shape=(), offset=piece.start, nbytes=piece.stop - piece.start
         )

@@ -7,7 +7,7 @@ and receives.
 Above, what decides: a token bucket and a delay queue, to which time is an argument. Below, what
 moves bytes: a pipe around a pipe. All links of a host share its two buckets, as they share its
 cable; the delay is for every link its own. What may not pass yet is not lost: the pipe says when to
-ask again (NotYet), and TCP slows the other end down.
+ask again (Throttled), and TCP slows the other end down.
 
 Source: the token bucket is that of Turner, "New Directions in Communications", 1986, and of Linux's
 tbf, which tests/hosts compares it with."""
@@ -19,8 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from smolrun.mesh.link import Pipe
-from smolrun.mesh.pauses import NotYet
+from smolrun.mesh.link import Pipe, Throttled
 
 # Of a cable's bytes that many carry ours: TCP, IP and Ethernet have their headers in each packet.
 _PAYLOAD = 1448 / 1514
@@ -138,19 +137,16 @@ class ShapedPipe:
         self._has_ended = False
 
     def fileno(self) -> int:
-        """See Pipe."""
         return self._pipe.fileno()
 
     def end(self) -> None:
-        """See Pipe."""
         self._pipe.end()
 
     def close(self) -> None:
-        """See Pipe."""
         self._pipe.close()
 
     def send(self, buffers: list[memoryview]) -> int:
-        """See Pipe; NotYet where the bucket is empty."""
+        """Throttled where the bucket is empty."""
         if self._out is None:
             return self._pipe.send(buffers)
         allowed = _allowed(self._out, sum(len(buffer) for buffer in buffers), self._clock())
@@ -159,7 +155,7 @@ class ShapedPipe:
         return sent
 
     def recv_into(self, buffer: memoryview) -> int:
-        """See Pipe; NotYet where the bucket is empty, or what has come is not due."""
+        """Throttled where the bucket is empty, or what has come is not due."""
         if self._delayed is None:
             return self._receive(buffer)
         pause = self._fetch(self._delayed)
@@ -170,9 +166,9 @@ class ShapedPipe:
             return count
         if self._delayed:
             wait_s = self._delayed.wait_s(self._clock())
-            if isinstance(pause, NotYet):
-                raise NotYet(min(wait_s, pause.after_s), is_full=True)
-            raise NotYet(wait_s, is_full=self._has_ended)
+            if isinstance(pause, Throttled):
+                raise Throttled(min(wait_s, pause.after_s), is_full=True)
+            raise Throttled(wait_s, is_full=self._has_ended)
         raise pause or BlockingIOError
 
     def _receive(self, buffer: memoryview) -> int:
@@ -203,10 +199,10 @@ class ShapedPipe:
 
 
 def _allowed(bucket: TokenBucket, wanted: int, now: float) -> int:
-    """How many of the `wanted` bytes may pass now; NotYet if too few to be worth it."""
+    """How many of the `wanted` bytes may pass now; Throttled if too few to be worth it."""
     allowed = bucket.allowed(now)
     if allowed < min(wanted, _QUANTUM):
-        raise NotYet(bucket.wait_s(min(wanted, _QUANTUM)), is_full=True)
+        raise Throttled(bucket.wait_s(min(wanted, _QUANTUM)), is_full=True)
     return allowed
 
 

@@ -1,11 +1,7 @@
-"""The mesh over TCP sockets: one I/O thread, three connections to every peer, heartbeats, and one
-verdict when a peer is lost.
+"""The mesh over TCP sockets: one I/O thread, three connections to every peer, heartbeats, and the
+same PeerLost on every rank when a peer is lost. `connect.py` builds it.
 
-    endpoint = Endpoint(["10.0.0.2"])             listens; tell its addresses to the others
-    mesh = connect(endpoint, identity, roster)    blocks until every link stands, both ends proved
-
-Knows nothing of collectives.
-"""
+Knows nothing of collectives."""
 
 from __future__ import annotations
 
@@ -15,75 +11,22 @@ import time
 from collections.abc import Callable
 
 from smolrun.errors import MeshClosed, PeerLost
-from smolrun.mesh.endpoint import Endpoint
-from smolrun.mesh.guards import Guard
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Combine, Mesh
 from smolrun.mesh.peer import Peer, PeerEvents
-from smolrun.mesh.rendezvous import Rendezvous, Seat
 from smolrun.wire.frame import FrameKind, Tag
 from smolrun.wire.handshake import Identity
 from smolrun.wire.tensor import Payload
 
-__all__ = ["Endpoint", "Seat", "TcpMesh", "connect"]
-
 _log = logging.getLogger(__name__)
 
-# How long a closing mesh waits until its peers have read its last words and closed their ends.
+# How long a closing mesh waits until its peers have read its GOODBYE and closed their ends.
 _FLUSH_S = 5.0
 
 
-def connect(
-    endpoint: Endpoint,
-    identity: Identity,
-    roster: list[Seat],
-    *,
-    timeout_s: float = 300.0,
-    silence_s: float = 10.0,
-    heartbeat_s: float = 0.25,
-    start_timeout_s: float = 60.0,
-    guard: Guard | None = None,
-    wrap: Callable[[Pipe, int, str], Pipe] | None = None,
-    elastic: bool = False,
-) -> TcpMesh:
-    """Builds the mesh; blocks until it stands, raises HandshakeError or WaitTimeout naming the
-    ranks that are missing.
-
-    `timeout_s` is the deadline of a wait, `silence_s` how long a peer may send nothing at all
-    before it counts as lost. `guard` makes pipes of sockets: TLS, or plain ones if there is none.
-    `wrap(pipe, rank, channel)` may put something between frames and pipes (faults, shaping).
-    `elastic` makes an ElasticMesh; where the roster then holds this rank alone, its door is open
-    for the others from now on."""
-    times = {"timeout_s": timeout_s, "silence_s": silence_s, "heartbeat_s": heartbeat_s}
-    if elastic:
-        from smolrun.mesh.elastic import ElasticMesh  # builds on what is here
-
-        mesh: TcpMesh = ElasticMesh(identity, **times)
-        if isinstance(mesh, ElasticMesh) and [seat.rank for seat in roster] == [identity.rank]:
-            mesh.open_door(endpoint, identity, guard, wrap)
-            return mesh
-    else:
-        mesh = TcpMesh(identity, **times)
-    try:
-        rendezvous = Rendezvous(mesh.io, endpoint, identity, roster, guard)
-        pipes = rendezvous.run(start_timeout_s)
-        if wrap is not None:
-            pipes = {
-                rank: {name: wrap(pipe, rank, name) for name, pipe in two.items()}
-                for rank, two in pipes.items()
-            }
-        mesh.adopt(pipes)
-    except BaseException:
-        mesh.close()
-        raise
-    finally:
-        endpoint.close()
-    return mesh
-
-
 class TcpMesh(Mesh):
-    """See Mesh. Built by `connect`."""
+    """Built by `connect`: a closed set of peers, the first loss fails everything."""
 
     def __init__(
         self, identity: Identity, *, timeout_s: float, silence_s: float, heartbeat_s: float
@@ -100,8 +43,8 @@ class TcpMesh(Mesh):
         self.io.start()
 
     def adopt(self, pipes: dict[int, dict[str, Pipe]]) -> None:
-        """Takes over authenticated pipes, by rank and channel, and starts to talk; returns when
-        that is done."""
+        """Takes ownership of authenticated pipes, by rank and channel, and starts heartbeats;
+        blocks until that is done."""
         adopted = threading.Event()
 
         def begin() -> None:
@@ -116,10 +59,12 @@ class TcpMesh(Mesh):
             raise MeshClosed("the I/O thread does not run")
 
     def admit(self, rank: int, channels: dict[str, Pipe]) -> None:
-        """One more peer; only on the I/O thread."""
+        """Adds a peer; only on the I/O thread."""
         events = PeerEvents(
             on_lost=self._lost,
-            on_told=lambda teller, rank: self._lost(rank, f"rank {teller} lost it", teller),
+            on_reported=lambda reporter, rank: self._lost(
+                rank, f"rank {reporter} lost it", reporter
+            ),
             on_mismatch=self.fail,
         )
         self._peers[rank] = self.make_peer(rank, channels, events)
@@ -131,12 +76,10 @@ class TcpMesh(Mesh):
 
     @property
     def bytes_sent(self) -> int:
-        """See Mesh."""
         return sum(peer.bytes_sent for peer in self._peers.values())
 
     @property
     def bytes_received(self) -> int:
-        """See Mesh."""
         return sum(peer.bytes_received for peer in self._peers.values())
 
     @property
@@ -145,33 +88,29 @@ class TcpMesh(Mesh):
         return sum(peer.dropped_frames for peer in self._peers.values())
 
     def peer_progress(self, peer: int) -> int:
-        """See Mesh."""
         return self._peers[peer].progress
 
     def waits_for(self) -> int | None:
-        """See Mesh. A peer that takes nothing comes first: one that sends nothing may itself be
-        waiting for that peer."""
+        """A peer that takes nothing comes first: one that sends nothing may itself be waiting for
+        that peer."""
         sends = [rank for rank, peer in self._peers.items() if peer.open_sends]
-        receives = [rank for rank, peer in self._peers.items() if peer.inbox.waits_for]
+        receives = [rank for rank, peer in self._peers.items() if peer.receives.waits_for]
         return next(iter([*sends, *receives]), None)
 
     def describe_waiting(self) -> str:
-        """See Mesh."""
         named = []
         for rank, peer in self._peers.items():
             at = f"rank {rank} (step {peer.progress})"
             if peer.open_sends:
                 named.append(f"{at} to take what is sent to it")
-            if tags := peer.inbox.waits_for:
+            if tags := peer.receives.waits_for:
                 named.append(f"{at} for {tags[0]}")
-        return f"rank {self.rank} waits for {', '.join(named) or 'nobody'}"
+        return f"rank {self.rank} waits for {', '.join(named) or 'no peer'}"
 
     def post(self, function: Callable[[], None]) -> None:
-        """See Mesh."""
         self.io.post(function)
 
     def post_send(self, peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
-        """See Mesh."""
         self._check_present(peer, is_here=not self._peers[peer].has_left)
         self._peers[peer].post_send(tag, payload, on_done)
 
@@ -183,9 +122,10 @@ class TcpMesh(Mesh):
         on_done: Callable[[], None],
         combine: Combine | None = None,
     ) -> None:
-        """See Mesh."""
         self._check_present(
-            peer, is_here=not self._peers[peer].has_left or self._peers[peer].inbox.has_mail(tag)
+            peer,
+            is_here=not self._peers[peer].has_left
+            or self._peers[peer].receives.has_unexpected(tag),
         )
         self._peers[peer].post_recv(tag, payload, on_done, combine)
 
@@ -195,32 +135,31 @@ class TcpMesh(Mesh):
         if self.failure is not None:
             raise self.failure
 
-    def _lost(self, rank: int, reason: str, told_by: int | None = None) -> None:
-        """A peer is gone: everything pending fails, the other peers are told, and they reach the
-        same verdict."""
+    def _lost(self, rank: int, reason: str, reported_by: int | None = None) -> None:
+        """Fails everything pending with PeerLost, and reports the loss to the other peers, which
+        do the same."""
         if self.failure is not None or rank == self.rank:
             return
         _log.warning("lost rank %d: %s", rank, reason)
-        self.fail(PeerLost(rank, self.generation, reason, told_by))
+        self.fail(PeerLost(rank, self.generation, reason, reported_by))
         for other in self._peers.values():
             if other.rank != rank:
-                other.say(FrameKind.LOST, rank)
+                other.send_control(FrameKind.LOST, rank)
 
     def _io_failed(self, error: BaseException) -> None:
-        """A defect on the I/O thread: everything pending fails with it, and the peers see the
-        connections end."""
+        """A defect on the I/O thread: fails everything pending, and closes the connections."""
         self.fail(error)
         for peer in self._peers.values():
             peer.close()
 
     def _is_watched(self, peer: Peer) -> bool:
-        """Whether its silence would mean something."""
+        """Whether its silence is counted."""
         return not peer.has_left and peer.control.is_open
 
     def _tick(self) -> None:
-        """Every heartbeat: tell all peers that this rank lives, and count the silence of each.
+        """Every `heartbeat_s`: sends a heartbeat to all peers, and counts the silence of each.
 
-        Time in which this thread did not run is not counted: what a peer said meanwhile has not
+        Time in which this thread did not run is not counted: what a peer sent meanwhile has not
         been read yet."""
         if self._is_closed:
             return
@@ -233,7 +172,7 @@ class TcpMesh(Mesh):
             if (
                 peer.control.is_idle
             ):  # otherwise it has something to read already, or does not read at all
-                peer.say(FrameKind.HEARTBEAT, self.progress)
+                peer.send_control(FrameKind.HEARTBEAT, self.progress)
             if peer.tick(elapsed) > self._silence_s:
                 self._lost(
                     peer.rank, f"silent for {peer.silence_s:.1f} s: frozen, asleep or cut off"
@@ -241,16 +180,15 @@ class TcpMesh(Mesh):
         self.io.call_later(self._heartbeat_s, self._tick)
 
     def _stop_listening(self) -> None:
-        """Nobody new is wanted; only on the I/O thread."""
+        """Stops admitting ranks; only on the I/O thread."""
 
     def close(self) -> None:
-        """See Mesh."""
         if self._is_closed:
             return
         self._is_closed = True
-        # A peer that is lost answers no goodbye.
-        patience_s = _FLUSH_S if self.failure is None else _FLUSH_S / 10
-        deadline = time.monotonic() + patience_s
+        # A lost peer does not answer GOODBYE.
+        flush_s = _FLUSH_S if self.failure is None else _FLUSH_S / 10
+        deadline = time.monotonic() + flush_s
         flushed = threading.Event()
 
         def finish() -> None:
@@ -273,6 +211,4 @@ class TcpMesh(Mesh):
         flushed.wait(_FLUSH_S + 1.0)
         self.io.stop()
         if self.io.longest_gap_s > 1.0:
-            _log.warning(
-                "the I/O thread was kept from its sockets for %.1f s at most", self.io.longest_gap_s
-            )
+            _log.warning("the I/O thread did not run for up to %.1f s", self.io.longest_gap_s)

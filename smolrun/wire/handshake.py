@@ -1,5 +1,5 @@
-"""Who is there? Two ranks prove to each other that they know the run's secret before a single frame
-is read.
+"""The handshake: two ranks prove to each other that they know the run's secret, before any frame is
+read.
 
     dialer                                                   acceptor
       HELLO  version, rank, channel, nonce               ->
@@ -11,12 +11,14 @@ is read.
                                                          <-  KEPT  proof
 
 proof = HMAC-SHA256(secret, role + hash of the run's id and of all messages so far, this one
-included). The role label stops a reflected proof, the two fresh nonces stop a replayed one. A
-reason is told only to a peer that proved itself. Either rank may dial, and two ranks may have
-several conversations at once; the higher one says which it keeps, and a connection is one for
-frames only once both have said so. A message is a JSON object behind a 2-byte length, 1 KiB at
-most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)` returns what to
-send."""
+included). The role label prevents a reflected proof, the two fresh nonces a replayed one. A reason
+is sent only to a peer that has authenticated. Either rank may dial, and two ranks may have several
+handshakes at once; the higher rank is the controlling one and nominates one of them (KEEP), and a
+connection carries frames only once both have said so. A message is a JSON object behind a 2-byte
+length, 1 KiB at most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)`
+returns what to send.
+
+Source: RFC 2104 (HMAC); RFC 8445 (ICE) for the controlling side and nomination."""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ _NONCE_BYTES = 16
 
 @dataclass(frozen=True)
 class Identity:
-    """What a rank knows about itself and its run; printing it never prints the secret."""
+    """A rank and its run; its repr does not show the secret."""
 
     rank: int
     world_size: int
@@ -52,16 +54,16 @@ class Identity:
         return f"Identity(rank={self.rank}, world_size={self.world_size}, run_id={self.run_id!r})"
 
 
-class Conversation:
-    """What both sides share: reading messages, remembering what was said, proving."""
+class Handshake:
+    """What both sides share: reading messages, the transcript, proofs."""
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        self.peer: int | None = None  # the other rank, once it has proved itself
+        self.peer: int | None = None  # the other rank, once it has authenticated
         self.channel = ""
-        self.is_proven = False  # both have proved themselves, and fit together
-        self.is_done = False  # and both keep this connection: what follows are frames
-        self._has_kept = False
+        self.is_authenticated = False  # both ends, and their runs match
+        self.is_done = False  # and this connection is nominated: what follows are frames
+        self._has_nominated = False
         self._transcript = hashlib.sha256(identity.run_id.encode())
         self._memory = memoryview(bytearray(2 + _MAX_MESSAGE))
         self._need = 2
@@ -96,29 +98,29 @@ class Conversation:
             )
         proof = message.pop("proof", None)
         self._record(message)
-        if self.is_proven:
-            return self._agree(message, proof)
+        if self.is_authenticated:
+            return self._nomination(message, proof)
         return self._received(message, proof)
 
     @property
-    def decides(self) -> bool:
-        """Whether this side says which connection is kept."""
+    def is_controlling(self) -> bool:
+        """Whether this side nominates the connection: the higher rank."""
         return self.peer is not None and self.identity.rank > self.peer
 
-    def keep(self) -> bytes:
-        """The words that make this connection the one; for the side that decides, once."""
-        assert self.decides and self.is_proven and not self._has_kept
-        self._has_kept = True
-        return self._say({"type": "keep"}, prove_as="keeper")
+    def nominate(self) -> bytes:
+        """The message that selects this connection; for the controlling side, once."""
+        assert self.is_controlling and self.is_authenticated and not self._has_nominated
+        self._has_nominated = True
+        return self._message({"type": "keep"}, prove_as="keeper")
 
-    def _agree(self, message: dict[str, Any], proof: object) -> bytes:
-        """What follows the proofs: the higher rank keeps this connection, the lower one too."""
-        match message.get("type"), self.decides:
+    def _nomination(self, message: dict[str, Any], proof: object) -> bytes:
+        """Messages after the proofs: the higher rank nominates, the lower one confirms."""
+        match message.get("type"), self.is_controlling:
             case "keep", False:
                 self._check("keeper", proof)
                 self.is_done = True
-                return self._say({"type": "kept"}, prove_as="kept")
-            case "kept", True if self._has_kept:
+                return self._message({"type": "kept"}, prove_as="kept")
+            case "kept", True if self._has_nominated:
                 self._check("kept", proof)
                 self.is_done = True
                 return b""
@@ -127,7 +129,7 @@ class Conversation:
     def _received(self, message: dict[str, Any], proof: object) -> bytes:
         raise NotImplementedError
 
-    def _say(self, message: dict[str, Any], prove_as: str | None = None) -> bytes:
+    def _message(self, message: dict[str, Any], prove_as: str | None = None) -> bytes:
         self._record(message)
         proof = {"proof": self._proof(prove_as)} if prove_as else {}
         raw = json.dumps({**message, **proof}).encode()
@@ -147,7 +149,7 @@ class Conversation:
             raise HandshakeError(f"the {role} does not know this run's secret")
 
 
-class Dialer(Conversation):
+class DialerHandshake(Handshake):
     """The side that opened the connection, to `peer`, for `channel`, one of CHANNELS."""
 
     def __init__(self, identity: Identity, peer: int, channel: str) -> None:
@@ -156,10 +158,10 @@ class Dialer(Conversation):
         self.channel = channel
 
     def start(self) -> bytes:
-        """The first bytes of the conversation."""
+        """The first message."""
         nonce = secrets.token_hex(_NONCE_BYTES)
         rank = self.identity.rank
-        return self._say(
+        return self._message(
             {
                 "type": "hello",
                 "version": VERSION,
@@ -182,9 +184,9 @@ class Dialer(Conversation):
                     "generation": self.identity.generation,
                     "config_hash": self.identity.config_hash,
                 }
-                return self._say({"type": "proof", **facts}, prove_as="dialer")
+                return self._message({"type": "proof", **facts}, prove_as="dialer")
             case "welcome", int():
-                self.is_proven = True
+                self.is_authenticated = True
                 return b""
             case "refused", int():
                 raise HandshakeError(
@@ -193,16 +195,16 @@ class Dialer(Conversation):
         raise _unexpected(message)
 
 
-class Acceptor(Conversation):
-    """The side that was called: told which rank and channel this is, it believes so only with
-    proof.
+class AcceptorHandshake(Handshake):
+    """The side that accepted the connection. `claimed` is the rank in the dialer's HELLO, `peer`
+    that rank once it is proved.
 
-    `certified` is the rank that the other side's certificate names, where there is one: it can
-    claim to be no other."""
+    `certified` is the rank in the other side's certificate, if there is one: HELLO must name the
+    same."""
 
     def __init__(self, identity: Identity, certified: int | None = None) -> None:
         super().__init__(identity)
-        self.refused_because = ""  # why a peer that proved itself may not take part
+        self.refused_because = ""  # why an authenticated peer is refused
         self.certified = certified
         self.claimed: int | None = None
 
@@ -211,7 +213,7 @@ class Acceptor(Conversation):
             case "hello", None:
                 self._check_hello(message)
                 nonce = secrets.token_hex(_NONCE_BYTES)
-                return self._say(
+                return self._message(
                     {"type": "challenge", "rank": self.identity.rank, "nonce": nonce},
                     prove_as="acceptor",
                 )
@@ -219,8 +221,8 @@ class Acceptor(Conversation):
                 self._check("dialer", proof)
                 self.peer = self.claimed
                 reason = self.refused_because = self._mismatch(message)
-                self.is_proven = not reason
-                return self._say(
+                self.is_authenticated = not reason
+                return self._message(
                     {"type": "refused", "reason": reason} if reason else {"type": "welcome"}
                 )
         raise _unexpected(message)
@@ -246,7 +248,7 @@ class Acceptor(Conversation):
         self.claimed, self.channel = rank, channel
 
     def _mismatch(self, message: dict[str, Any]) -> str:
-        """Why a peer that knows the secret still must not take part; empty if it may."""
+        """Why a peer that knows the secret is refused; empty if it is not."""
         mine = {"generation": self.identity.generation, "config_hash": self.identity.config_hash}
         wrong = [
             f"your {key} is {message.get(key)!r}, mine is {mine[key]!r}"

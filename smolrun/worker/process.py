@@ -34,9 +34,9 @@ from smolrun.launch.out_of_memory import is_out_of_memory, told
 from smolrun.launch.wake import awake
 
 if TYPE_CHECKING:
-    from smolrun.mesh.guards import Guard
+    from smolrun.mesh.connect import Endpoint
     from smolrun.mesh.mesh import Mesh
-    from smolrun.mesh.tcp import Endpoint
+    from smolrun.mesh.tls import TransportSecurity
     from smolrun.wire.handshake import Identity
 
 _START_S = 60.0  # the driver sends the start message before anything else
@@ -119,7 +119,7 @@ def _run_task(
 
     torch.set_num_threads(start.threads)
     task = import_module(f"smolrun.tasks.{start.config['task']}")
-    from smolrun.mesh.tcp import Endpoint
+    from smolrun.mesh.connect import Endpoint
 
     _check_links(start, channel)
     endpoint = Endpoint(start.addresses, start.ports, host=start.host)
@@ -146,7 +146,7 @@ def _build_mesh(
     start: StartMessage, endpoint: Endpoint, channel: WorkerChannel, start_timeout_s: float
 ) -> Mesh:
     """Wait for the roster, then link up with all peers."""
-    from smolrun.mesh.tcp import Seat, connect
+    from smolrun.mesh.connect import RosterEntry, connect
     from smolrun.wire.handshake import Identity
 
     peers = channel.wait_roster(start_timeout_s)
@@ -165,14 +165,14 @@ def _build_mesh(
         endpoint,
         identity,
         [
-            Seat(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
+            RosterEntry(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
             for peer in peers
         ],
         timeout_s=float(settings["timeout_s"]),
         silence_s=_SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=start_timeout_s,
-        guard=_guard(start, identity),
+        security=_transport_security(start, identity),
         wrap=shape.wrap if shape else None,
         elastic=start.elastic,
     )
@@ -199,10 +199,10 @@ def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
         )
 
 
-def _guard(start: StartMessage, identity: Identity) -> Guard | None:
+def _transport_security(start: StartMessage, identity: Identity) -> TransportSecurity | None:
     """What encrypts the links; None if nothing does."""
     if start.security != "tls" or start.credentials is None:
         return None
-    from smolrun.mesh.guards import TlsGuard
+    from smolrun.mesh.tls import MutualTls
 
-    return TlsGuard(start.credentials, identity)
+    return MutualTls(start.credentials, identity)

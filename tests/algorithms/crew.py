@@ -20,7 +20,7 @@ class Crew:
     """Rank 0 and workers, each a thread; `gates[rank]` lets a worker begin so many tickets."""
 
     def __init__(self, world_size: int, *here: int, model: str, steps: int, **place: Any) -> None:
-        self.world = MemoryWorld(world_size, elastic=True, here={0, *here})
+        self.world = MemoryWorld(world_size, elastic=True, present={0, *here})
         self.model = model
         self.steps = steps
         self.start: nn.Module = ps.start(model, place.get("precision", "float64"))
@@ -54,13 +54,13 @@ class Crew:
         """A rank comes, or comes back."""
         self.gates.pop(rank, None)
         self.world.join(rank)
-        until(lambda: rank in self.world.here)
+        until(lambda: rank in self.world.present)
         self.begin(rank)
 
     def kill(self, rank: int) -> None:
         """A rank dies at once."""
         self.world.leave(rank, "it was killed")
-        until(lambda: rank not in self.world.here)
+        until(lambda: rank not in self.world.present)
 
     def server(self) -> ps.Seen:
         """What rank 0 has seen, once the run is over."""
@@ -75,7 +75,7 @@ class Crew:
         def before(count: int) -> None:
             gate = self.gates.get(rank)
             while gate is not None and not gate.acquire(timeout=0.05):
-                if rank not in self.world.here or rank not in self.gates:
+                if rank not in self.world.present or rank not in self.gates:
                     break
             self.tickets[rank] += 1
 

@@ -17,7 +17,7 @@ import torch
 
 from smolrun.algorithms.base import Algorithm
 from smolrun.events import to_json
-from smolrun.mesh.tcp import Endpoint, Seat, connect
+from smolrun.mesh.connect import Endpoint, RosterEntry, connect
 from smolrun.parts.step_clock import EmulatedPace
 from smolrun.wire.handshake import Identity
 from tests.algorithms import parameter_server as ps
@@ -37,9 +37,9 @@ def stop_at_end_of_input(algorithm: Algorithm) -> None:
 def main() -> None:
     rank, world_size, port = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
     signal.signal(signal.SIGTERM, leave)
-    server = Seat(0, "local", [("127.0.0.1", port)])
+    server = RosterEntry(0, "local", [("127.0.0.1", port)])
     endpoint = Endpoint(["127.0.0.1"], (port, port) if rank == 0 else None)
-    roster = [server] if rank == 0 else [server, Seat(rank, "local", endpoint.addresses)]
+    roster = [server] if rank == 0 else [server, RosterEntry(rank, "local", endpoint.addresses)]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
     mesh = connect(endpoint, identity, roster, elastic=True, silence_s=6.0, heartbeat_s=0.05)
     try:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from smolrun.events import PushApplied
-from smolrun.mesh.tcp import Endpoint
+from smolrun.mesh.connect import Endpoint
 from tests.algorithms import parameter_server as ps
 from tests.algorithms.edp_process import MODEL
 from tests.waiting import until

@@ -19,7 +19,12 @@ from smolrun.events import StepDone
 
 class Mesh:
     def __init__(
-        self, endpoint: Endpoint, identity: Any, roster: list[Any], guard: None, **settings: float
+        self,
+        endpoint: Endpoint,
+        identity: Any,
+        roster: list[Any],
+        security: None,
+        **settings: float,
     ) -> None:
         assert endpoint.host == "local"
         assert identity.secret == bytes.fromhex("5e" * 32)
@@ -65,6 +70,10 @@ def work(start: Any, mesh: Mesh, channel: Any) -> dict[str, Any]:
     return {"steps": 1}
 
 
+def roster_entry(rank: int, host: str, addresses: list[Any]) -> types.SimpleNamespace:
+    return types.SimpleNamespace(rank=rank, addresses=addresses)
+
+
 def stub(name: str, **content: Any) -> None:
     module = types.ModuleType(name)
     module.__dict__.update(content)
@@ -73,10 +82,7 @@ def stub(name: str, **content: Any) -> None:
 
 if __name__ == "__main__":
     stub("torch", set_num_threads=lambda count: print("threads", count), __version__="2.0-stub")
-    stub("smolrun.mesh.tcp", Endpoint=Endpoint, connect=Mesh, Seat=types.SimpleNamespace)
-    sys.modules["smolrun.mesh.tcp"].Seat = lambda rank, host, addresses: types.SimpleNamespace(  # type: ignore[attr-defined]
-        rank=rank, addresses=addresses
-    )
+    stub("smolrun.mesh.connect", Endpoint=Endpoint, connect=Mesh, RosterEntry=roster_entry)
     stub("smolrun.wire.handshake", Identity=types.SimpleNamespace)
     stub("smolrun.tasks.train", work=work)
     from smolrun.worker import process

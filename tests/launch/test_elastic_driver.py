@@ -17,7 +17,7 @@ from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
 from smolrun.launch.supervisor import Limits
-from smolrun.mesh.security import mint
+from smolrun.mesh.certificates import issue_credentials
 from tests.launch.deadline import is_running, pid_of
 from tests.launch.test_driver import has_steps, run_while
 from tests.launch.tiny_driver import SECRET, make_driver
@@ -65,7 +65,7 @@ def real_workers(folder: Path, ranks: int, pids: int) -> list[WorkerPlan]:
             ),
             folder / f"rank{rank}.log",
         )
-        for rank, keys in enumerate(mint("run", ranks))
+        for rank, keys in enumerate(issue_credentials("run", ranks))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Lets the ranks of a test meet: endpoints, rosters as each of them is told, guards if wanted."""
+"""Lets the ranks of a test meet: endpoints, rosters as each of them is told, TLS if wanted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from smolrun.errors import SmolrunError
+from smolrun.mesh.certificates import issue_credentials
+from smolrun.mesh.connect import connect
 from smolrun.mesh.endpoint import Endpoint
-from smolrun.mesh.guards import Guard, TlsGuard
 from smolrun.mesh.io import IoThread
-from smolrun.mesh.rendezvous import Rendezvous, Seat
-from smolrun.mesh.security import mint
-from smolrun.mesh.tcp import TcpMesh, connect
+from smolrun.mesh.rendezvous import Rendezvous, RosterEntry
+from smolrun.mesh.tcp import TcpMesh
+from smolrun.mesh.tls import MutualTls, TransportSecurity
 from smolrun.wire.handshake import Identity
 
 SECRET = secrets.token_bytes(32)
@@ -25,26 +26,26 @@ def identity(rank: int, world_size: int = 2, run_id: str = "run") -> Identity:
     return Identity(rank, world_size, run_id, "hash", 0, SECRET)
 
 
-def tls_guards(world_size: int, run_id: str = "run") -> list[Guard]:
-    minted = mint(run_id, world_size)
-    return [TlsGuard(minted[r], identity(r, world_size, run_id)) for r in range(world_size)]
+def tls_ranks(world_size: int, run_id: str = "run") -> list[TransportSecurity]:
+    minted = issue_credentials(run_id, world_size)
+    return [MutualTls(minted[r], identity(r, world_size, run_id)) for r in range(world_size)]
 
 
-def seats(endpoints: Sequence[Endpoint]) -> list[Seat]:
-    return [Seat(rank, f"host{rank}", one.addresses) for rank, one in enumerate(endpoints)]
+def roster_of(endpoints: Sequence[Endpoint]) -> list[RosterEntry]:
+    return [RosterEntry(rank, f"host{rank}", one.addresses) for rank, one in enumerate(endpoints)]
 
 
 def meet(
     endpoints: Sequence[Endpoint],
     identities: Sequence[Identity],
-    rosters: Sequence[list[Seat]] | None = None,
-    guards: Sequence[Guard | None] | None = None,
+    rosters: Sequence[list[RosterEntry]] | None = None,
+    securities: Sequence[TransportSecurity | None] | None = None,
     *,
     start_timeout_s: float = 10.0,
 ) -> list[TcpMesh | SmolrunError]:
     """Lets all ranks connect at once; returns each one's mesh, closed again, or its error."""
-    rosters = rosters or [seats(endpoints)] * len(identities)
-    guards = guards or [None] * len(identities)
+    rosters = rosters or [roster_of(endpoints)] * len(identities)
+    securities = securities or [None] * len(identities)
     results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
 
     def rank_main(rank: int) -> None:
@@ -53,7 +54,7 @@ def meet(
                 endpoints[rank],
                 identities[rank],
                 rosters[rank],
-                guard=guards[rank],
+                security=securities[rank],
                 start_timeout_s=start_timeout_s,
             )
         except SmolrunError as error:
@@ -71,12 +72,14 @@ def meet(
 
 
 @contextmanager
-def waiting_rank(guard: Guard | None = None) -> Iterator[tuple[Rendezvous, Endpoint, Endpoint]]:
+def waiting_rank(
+    security: TransportSecurity | None = None,
+) -> Iterator[tuple[Rendezvous, Endpoint, Endpoint]]:
     """Rank 0 of two at its door, and the endpoint that the missing rank 1 is to use."""
     mine, absent = Endpoint([LOOPBACK]), Endpoint([LOOPBACK])
     io = IoThread("test-io", lambda error: None)
     io.start()
-    rendezvous = Rendezvous(io, mine, identity(0), seats([mine, absent]), guard)
+    rendezvous = Rendezvous(io, mine, identity(0), roster_of([mine, absent]), security)
     outcome: list[object] = []
 
     def run() -> None:
@@ -101,9 +104,9 @@ def waiting_rank(guard: Guard | None = None) -> Iterator[tuple[Rendezvous, Endpo
         absent.close()
 
 
-def join(absent: Endpoint, mine: Endpoint, guard: Guard | None = None) -> None:
+def join(absent: Endpoint, mine: Endpoint, security: TransportSecurity | None = None) -> None:
     """Rank 1 comes to a `waiting_rank`, and goes without a farewell, which nobody would answer."""
-    mesh = connect(absent, identity(1), seats([mine, absent]), guard=guard)
+    mesh = connect(absent, identity(1), roster_of([mine, absent]), security=security)
     mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[func-returns-value]
     mesh.close()
 

@@ -15,9 +15,9 @@ import torch
 
 from smolrun.collectives.api import new_group
 from smolrun.errors import SmolrunError
-from smolrun.mesh.guards import TlsGuard
-from smolrun.mesh.tcp import Endpoint, Seat, connect
-from smolrun.wire.credentials import Credentials
+from smolrun.mesh.certificates import Credentials
+from smolrun.mesh.connect import Endpoint, RosterEntry, connect
+from smolrun.mesh.tls import MutualTls
 from smolrun.wire.handshake import Identity
 
 
@@ -36,15 +36,19 @@ def main() -> None:
     rank, world_size = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     ports = [int(port) for port in sys.argv[5].split(",")]
-    roster = [Seat(other, "local", [("127.0.0.1", port)]) for other, port in enumerate(ports)]
+    roster = [
+        RosterEntry(other, "local", [("127.0.0.1", port)]) for other, port in enumerate(ports)
+    ]
     identity = Identity(rank, world_size, "run", "hash", 0, bytes.fromhex(sys.argv[3]))
-    guard = TlsGuard(Credentials(**json.load(sys.stdin)), identity) if "tls" in sys.argv else None
+    security = (
+        MutualTls(Credentials(**json.load(sys.stdin)), identity) if "tls" in sys.argv else None
+    )
     mesh = connect(
         Endpoint(["127.0.0.1"], (ports[rank], ports[rank])),
         identity,
         roster,
         silence_s=float(sys.argv[4]),
-        guard=guard,
+        security=security,
     )
     collectives = new_group(mesh)
     tensor = torch.ones(2_000_000)

@@ -8,12 +8,12 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from smolrun.mesh.certificates import Credentials, issue_credentials
+from smolrun.mesh.connect import RosterEntry, connect
 from smolrun.mesh.endpoint import Endpoint
-from smolrun.mesh.guards import Guard, TlsGuard
 from smolrun.mesh.mesh import Mesh
-from smolrun.mesh.security import mint
-from smolrun.mesh.tcp import Seat, TcpMesh, connect
-from smolrun.wire.credentials import Credentials
+from smolrun.mesh.tcp import TcpMesh
+from smolrun.mesh.tls import MutualTls, TransportSecurity
 from smolrun.wire.frame import EAGER_BYTES, Tag
 from tests.mesh.meeting import LOOPBACK, identity
 from tests.waiting import until
@@ -34,36 +34,40 @@ class Star:
         self.news: list[News] = []
         self.guests: list[TcpMesh] = []
         self.door = Endpoint([LOOPBACK])
-        self.seat = Seat(0, "server", self.door.addresses)
-        self.server = self._connect(0, self.door, [self.seat])
+        self.entry = RosterEntry(0, "server", self.door.addresses)
+        self.server = self._connect(0, self.door, [self.entry])
         self.server.watch(lambda *news: self.news.append(news))
 
     @property
     def where(self) -> tuple[str, int]:
-        return self.seat.addresses[0]
+        return self.entry.addresses[0]
 
-    def guard(self, rank: int) -> Guard | None:
+    def security(self, rank: int) -> TransportSecurity | None:
         if self.minted is None:
             return None
-        return TlsGuard(self.minted[rank], identity(rank, self.world_size))
+        return MutualTls(self.minted[rank], identity(rank, self.world_size))
 
     def join(self, rank: int, *, start_timeout_s: float = 20.0) -> TcpMesh:
         """A rank comes, as a fresh process of that rank would."""
         mine = Endpoint([LOOPBACK])
-        own = Seat(rank, "guest", mine.addresses)
-        mesh = self._connect(rank, mine, [self.seat, own], start_timeout_s)
+        own = RosterEntry(rank, "guest", mine.addresses)
+        mesh = self._connect(rank, mine, [self.entry, own], start_timeout_s)
         self.guests.append(mesh)
         until(lambda: rank in self.server.present)
         return mesh
 
     def _connect(
-        self, rank: int, endpoint: Endpoint, roster: list[Seat], start_timeout_s: float = 20.0
+        self,
+        rank: int,
+        endpoint: Endpoint,
+        roster: list[RosterEntry],
+        start_timeout_s: float = 20.0,
     ) -> TcpMesh:
         return connect(
             endpoint,
             identity(rank, self.world_size),
             roster,
-            guard=self.guard(rank),
+            security=self.security(rank),
             heartbeat_s=0.05,
             silence_s=self.silence_s,
             timeout_s=20.0,
@@ -107,7 +111,9 @@ def fall_silent(mesh: TcpMesh) -> None:
 
 @contextmanager
 def star(world_size: int, kind: str = "tcp", *, silence_s: float = 10.0) -> Iterator[Star]:
-    made = Star(world_size, mint("run", world_size) if kind == "tls" else None, silence_s)
+    made = Star(
+        world_size, issue_credentials("run", world_size) if kind == "tls" else None, silence_s
+    )
     try:
         yield made
     finally:

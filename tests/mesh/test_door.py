@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HandshakeError
+from smolrun.mesh.certificates import issue_credentials
+from smolrun.mesh.connect import RosterEntry, connect
 from smolrun.mesh.endpoint import Endpoint
-from smolrun.mesh.security import mint
-from smolrun.mesh.tcp import Seat, connect
 from tests.mesh.meeting import LOOPBACK, identity
 from tests.mesh.star import Star, die, exchange, star
 from tests.mesh.test_intruders import by_bytes, by_tls, context
@@ -22,7 +22,7 @@ from tests.waiting import until
 
 
 def _refused(made: Star) -> int:
-    return made.server._door.refused  # type: ignore[attr-defined]
+    return made.server._listener.refused  # type: ignore[attr-defined]
 
 
 def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> None:
@@ -40,7 +40,7 @@ def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> Non
 
 
 def test_intruders_at_an_encrypted_door_are_not_heard(tmp_path: Path) -> None:
-    spare = mint("run", 3)  # the same names, another authority
+    spare = issue_credentials("run", 3)  # the same names, another authority
     with star(3, "tls") as made:
         first = made.join(1)
         assert made.minted is not None
@@ -66,7 +66,7 @@ def test_idle_connections_do_not_keep_a_rank_out_that_comes_back() -> None:
         for _ in range(200):
             stack.enter_context(socket.create_connection(made.where, timeout=10))
         exchange(made.server, made.join(1))
-        assert len(made.server._door._callers.knocks) <= 64 + 3  # type: ignore[attr-defined]
+        assert len(made.server._listener._acceptor.pending) <= 64 + 3  # type: ignore[attr-defined]
 
 
 def test_a_rank_of_another_configuration_is_refused() -> None:
@@ -74,5 +74,5 @@ def test_a_rank_of_another_configuration_is_refused() -> None:
         mine = Endpoint([LOOPBACK])
         stranger = replace(identity(1, 2), config_hash="other")
         with pytest.raises(HandshakeError, match="rank 0 refused: your config_hash"):
-            connect(mine, stranger, [made.seat, Seat(1, "x", mine.addresses)], elastic=True)
+            connect(mine, stranger, [made.entry, RosterEntry(1, "x", mine.addresses)], elastic=True)
         assert made.server.present == frozenset()

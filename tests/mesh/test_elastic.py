@@ -57,7 +57,7 @@ def test_the_loss_of_a_peer_fails_the_work_with_it_and_nothing_else(kind: str) -
         assert [news[:2] for news in made.news] == [(1, True), (2, True), (1, False)]
         exchange(made.server, two, 7)
         for post in (made.server.send, made.server.recv):
-            with pytest.raises(PeerLost, match="lost rank 1: it is not here"):
+            with pytest.raises(PeerLost, match="lost rank 1: it is not connected"):
                 post(1, Tag(2, 0, 0), torch.ones(1)).wait(20)
         assert made.server.failure is None
 
@@ -79,7 +79,7 @@ def test_a_rank_that_comes_back_begins_with_fresh_tags(kind: str) -> None:
             exchange(made.server, again, number, SMALL)
         exchange(made.server, again, 3)
         exchange(made.server, other)
-        assert made.news[3:] == [(1, True, "came back")]
+        assert made.news[3:] == [(1, True, "rejoined")]
         assert made.server.bytes_sent > sent and made.server.bytes_received > received
 
 
@@ -95,7 +95,7 @@ def test_what_was_meant_for_a_link_that_is_over_does_not_go_to_the_next(kind: st
         again = made.join(1)
         until(lambda: 1 in made.server.present)
         for post in (made.server.send, made.server.recv):
-            with pytest.raises(PeerLost, match="it has come back since"):
+            with pytest.raises(PeerLost, match="it has rejoined since"):
                 post(1, Tag(1, 1, 0), torch.ones(SMALL), link=link).wait(20)
         now = made.server.link_with(1)
         made.server.send(1, Tag(1, 1, 0), torch.full((SMALL,), 7.0), link=now)
@@ -141,7 +141,7 @@ def test_a_second_claimant_waits_until_the_first_link_is_dead() -> None:
         assert made.news == [(1, True, "joined")]
         fall_silent(first)
         exchange(made.server, made.join(1))
-        assert made.news[1:] == [(1, False, "it came back"), (1, True, "came back")]
+        assert made.news[1:] == [(1, False, "it rejoined"), (1, True, "rejoined")]
 
 
 def test_a_collective_fails_with_the_first_loss_and_the_mesh_goes_on() -> None:
@@ -168,7 +168,7 @@ def test_a_peer_that_breaks_the_protocol_is_lost_alone(kind: str) -> None:
     with star(3, kind) as made:
         bad, good = made.join(1), made.join(2)
         bad.send(0, Tag(1, 0, 0), torch.ones(3)).wait(20)
-        until(lambda: made.server._peers[1].inbox.has_mail(Tag(1, 0, 0)))
+        until(lambda: made.server._peers[1].receives.has_unexpected(Tag(1, 0, 0)))
         with pytest.raises(PeerLost, match="different operations"):
             made.server.recv(1, Tag(1, 0, 0), torch.ones(4)).wait(20)
         bad_again = made.join(1)
@@ -192,7 +192,7 @@ def test_a_peer_that_sends_to_a_group_of_others_is_lost_alone() -> None:
             bad.post_send(0, tag, payload_of(torch.ones(3)), lambda: bad.finish(work))
 
         bad.submit("claim", claim, 0).wait(20)
-        until(lambda: made.server._peers[1].inbox.has_mail(tag))
+        until(lambda: made.server._peers[1].receives.has_unexpected(tag))
         alone.barrier()
         until(lambda: made.news[-1][:2] == (1, False))
         assert "rank 0 runs barrier of group 'ranks [0]'" in made.news[-1][2]

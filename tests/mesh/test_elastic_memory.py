@@ -18,7 +18,7 @@ TAG = Tag(1, 0, 0)
 
 @contextmanager
 def world(size: int, *here: int) -> Iterator[MemoryWorld]:
-    made = MemoryWorld(size, elastic=True, here=here)
+    made = MemoryWorld(size, elastic=True, present=here)
     try:
         yield made
     finally:
@@ -53,14 +53,14 @@ def test_a_rank_leaves_and_comes_back_with_fresh_tags() -> None:
             (1, False, "it was killed"),
             (1, True, "joined"),
         ]
-        with pytest.raises(PeerLost, match="not here"):
+        with pytest.raises(PeerLost, match="not connected"):
             first.send(0, TAG, torch.ones(1)).wait(20)
 
 
 def test_a_rank_comes_late_and_its_closing_is_told() -> None:
     with world(3, 0) as made:
         server = made.meshes[0]
-        with pytest.raises(PeerLost, match="lost rank 2: it is not here"):
+        with pytest.raises(PeerLost, match="lost rank 2: it is not connected"):
             server.send(2, TAG, torch.ones(1)).wait(20)
         late = made.join(2)
         until(lambda: server.present == {2})

@@ -31,7 +31,7 @@ def two_peers(generations: tuple[int, int]) -> Iterator[tuple[IoThread, list[Pee
     lost: list[str] = []
     events = PeerEvents(
         on_lost=lambda rank, reason: lost.append(f"{rank}: {reason}"),
-        on_told=lambda teller, rank: lost.append(f"{teller} lost {rank}"),
+        on_reported=lambda teller, rank: lost.append(f"{teller} lost {rank}"),
     )
     peers: list[Peer] = []
 
@@ -65,7 +65,7 @@ def test_frames_of_an_old_generation_are_dropped_and_counted() -> None:
     came: list[str] = []
     with two_peers((0, 1)) as (io, (old, new), _):
         run_on(io, lambda: new.post_recv(tag, payload_of(small), lambda: came.append("x"), None))
-        run_on(io, lambda: old.say(FrameKind.HEARTBEAT, 7))
+        run_on(io, lambda: old.send_control(FrameKind.HEARTBEAT, 7))
         run_on(io, lambda: old.post_send(tag, payload_of(torch.ones(4)), lambda: None))
         header = old._header(FrameKind.SLICE, tag, large)._replace(shape=(), nbytes=4096)
         run_on(io, lambda: old.outgoing.send(header, large.data[:4096]))
@@ -77,7 +77,7 @@ def test_frames_of_an_old_generation_are_dropped_and_counted() -> None:
 
 def test_a_frame_from_the_future_breaks_the_link() -> None:
     with two_peers((0, 1)) as (io, (_, new), lost):
-        run_on(io, lambda: new.say(FrameKind.HEARTBEAT))
+        run_on(io, lambda: new.send_control(FrameKind.HEARTBEAT))
         until(lambda: bool(lost))
     assert "frame of generation 1 in generation 0" in lost[0]
 
@@ -85,9 +85,9 @@ def test_a_frame_from_the_future_breaks_the_link() -> None:
 def test_a_frame_in_the_name_of_another_rank_breaks_the_link() -> None:
     with two_peers((0, 0)) as (io, (zero, _), lost):
         zero._me = 5
-        run_on(io, lambda: zero.say(FrameKind.HEARTBEAT))
+        run_on(io, lambda: zero.send_control(FrameKind.HEARTBEAT))
         until(lambda: bool(lost))
-    assert "in the name of rank 5" in lost[0]
+    assert "with rank 5 as its sender" in lost[0]
 
 
 def test_a_slice_that_nobody_granted_breaks_the_link() -> None:

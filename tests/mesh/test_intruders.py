@@ -16,20 +16,18 @@ from typing import cast
 import psutil
 import pytest
 
-from smolrun.mesh.guards import TlsGuard
-from smolrun.mesh.security import mint, peer_name
+from smolrun.mesh.certificates import Credentials, issue_credentials, peer_name
 from smolrun.mesh.tcp import TcpMesh
-from smolrun.mesh.tls import TlsPipe
-from smolrun.wire.credentials import Credentials
+from smolrun.mesh.tls import MutualTls, TlsPipe
 from smolrun.wire.frame import FrameDecoder
-from smolrun.wire.handshake import Acceptor, Dialer
-from tests.mesh.meeting import identity, join, meet, tls_guards, waiting_rank
+from smolrun.wire.handshake import AcceptorHandshake, DialerHandshake
+from tests.mesh.meeting import identity, join, meet, tls_ranks, waiting_rank
 from tests.waiting import until
 
-OURS = mint("run", 3)
-SPARE = mint("run", 3)  # the same names, another authority
-OTHER_RUN = mint("yesterday", 3)
-HELLO = Dialer(identity(1), 0, "control").start()
+OURS = issue_credentials("run", 3)
+SPARE = issue_credentials("run", 3)  # the same names, another authority
+OTHER_RUN = issue_credentials("yesterday", 3)
+HELLO = DialerHandshake(identity(1), 0, "control").start()
 Folder = Path
 
 
@@ -69,9 +67,9 @@ def recorded() -> bytes:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         near = socket.create_connection(listening.getsockname())
         far, _ = listening.accept()
-    dialer = TlsGuard(OURS[1], identity(1, 3)).dialing(near, 0)
+    dialer = MutualTls(OURS[1], identity(1, 3)).client_pipe(near, 0)
     inner, outer = socket.socketpair()
-    acceptor = TlsGuard(OURS[0], identity(0, 3)).accepting(inner)
+    acceptor = MutualTls(OURS[0], identity(0, 3)).server_pipe(inner)
     far.setblocking(False)
     outer.setblocking(False)
 
@@ -117,10 +115,12 @@ INTRUDERS: dict[str, Callable[[socket.socket, Folder], None]] = {
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes the decoders were given on the called side."""
     counts: list[int] = []
-    for decoder in (Acceptor, FrameDecoder):
+    for decoder in (AcceptorHandshake, FrameDecoder):
         filled = decoder.filled
 
-        def watch(self: Acceptor, count: int, filled: Callable[..., object] = filled) -> object:
+        def watch(
+            self: AcceptorHandshake, count: int, filled: Callable[..., object] = filled
+        ) -> object:
             counts.append(count)
             return filled(self, count)
 
@@ -132,31 +132,31 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_intruder_gets_no_byte_decoded_and_honest_ranks_connect(
     who: str, decoded: list[int], tmp_path: Path
 ) -> None:
-    guards = [TlsGuard(OURS[rank], identity(rank, 3)) for rank in range(2)]
-    with waiting_rank(guards[0]) as (rendezvous, mine, absent):
+    securities = [MutualTls(OURS[rank], identity(rank, 3)) for rank in range(2)]
+    with waiting_rank(securities[0]) as (rendezvous, mine, absent):
         for _ in range(3):
             sock = socket.create_connection(mine.addresses[0], timeout=10)
             with sock, suppress(OSError):  # hung up on: as good as refused
                 INTRUDERS[who](sock, tmp_path)
         until(lambda: rendezvous.refused == 3)
         assert decoded == []
-        join(absent, mine, guards[1])
+        join(absent, mine, securities[1])
     assert decoded, "the honest rank was heard"
 
 
 def test_a_rank_that_claims_to_be_another_is_refused(decoded: list[int]) -> None:
-    guards = [TlsGuard(OURS[rank], identity(rank, 3)) for rank in range(3)]
-    with waiting_rank(guards[0]) as (rendezvous, mine, absent):
+    securities = [MutualTls(OURS[rank], identity(rank, 3)) for rank in range(3)]
+    with waiting_rank(securities[0]) as (rendezvous, mine, absent):
         with socket.create_connection(mine.addresses[0], timeout=10) as sock:
-            pipe = cast(TlsPipe, guards[2].dialing(sock, 0))
+            pipe = cast(TlsPipe, securities[2].client_pipe(sock, 0))
             until(lambda: _is_done(pipe.secure))
             pipe.send([memoryview(HELLO)])  # as rank 1
             until(lambda: rendezvous.refused == 1)
             with suppress(OSError):
                 assert pipe.recv_into(memoryview(bytearray(100))) == 0
-        assert "claims to be rank 1 with rank 2's key" not in rendezvous._called.values()
+        assert "claims to be rank 1 with rank 2's key" not in rendezvous._incoming.values()
         assert sum(decoded) == len(HELLO)
-        join(absent, mine, guards[1])
+        join(absent, mine, securities[1])
 
 
 def _is_done(act: Callable[[], None]) -> bool:
@@ -169,16 +169,16 @@ def _is_done(act: Callable[[], None]) -> bool:
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
 def test_a_thousand_idle_connections_do_not_keep_honest_ranks_out(is_secure: bool) -> None:
-    guards = tls_guards(2) if is_secure else [None, None]
-    with ExitStack() as stack, waiting_rank(guards[0]) as (rendezvous, mine, absent):
+    securities = tls_ranks(2) if is_secure else [None, None]
+    with ExitStack() as stack, waiting_rank(securities[0]) as (rendezvous, mine, absent):
         before = psutil.Process().memory_info().rss
         where = mine.addresses[0]
         for _ in range(1000):
             stack.enter_context(socket.create_connection(where, timeout=10))
         until(lambda: rendezvous.refused >= 1000 - 64)
-        assert len(rendezvous._knocks) <= 64
+        assert len(rendezvous._pending) <= 64
         assert psutil.Process().memory_info().rss - before < 64 * 1024 * 1024
-        join(absent, mine, guards[1])
+        join(absent, mine, securities[1])
 
 
 def test_two_runs_do_not_mix() -> None:
@@ -186,8 +186,8 @@ def test_two_runs_do_not_mix() -> None:
     from smolrun.mesh.endpoint import Endpoint
 
     endpoints = [Endpoint(["127.0.0.1"]) for _ in range(2)]
-    mixed = [TlsGuard(OURS[0], identity(0)), TlsGuard(SPARE[1], identity(1))]
+    mixed = [MutualTls(OURS[0], identity(0)), MutualTls(SPARE[1], identity(1))]
     identities = [identity(0), identity(1)]
-    results = meet(endpoints, identities, guards=mixed, start_timeout_s=1.0)
+    results = meet(endpoints, identities, securities=mixed, start_timeout_s=1.0)
     assert not any(isinstance(result, TcpMesh) for result in results)
     assert "certificate" in f"{results[0]} {results[1]}"

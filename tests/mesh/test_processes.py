@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smolrun.mesh.security import mint
+from smolrun.mesh.certificates import issue_credentials
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
 
@@ -51,7 +51,7 @@ def ranks(
         )
         for rank in range(world_size)
     ]
-    for process, credentials in zip(processes, mint("run", world_size), strict=True):
+    for process, credentials in zip(processes, issue_credentials("run", world_size), strict=True):
         assert process.stdin is not None
         process.stdin.write(json.dumps(dataclasses.asdict(credentials)))
         process.stdin.close()

@@ -13,9 +13,10 @@ import threading
 import pytest
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
+from smolrun.mesh.connect import connect
 from smolrun.mesh.endpoint import Endpoint
-from smolrun.mesh.rendezvous import Seat
-from smolrun.mesh.tcp import TcpMesh, connect
+from smolrun.mesh.rendezvous import RosterEntry
+from smolrun.mesh.tcp import TcpMesh
 from smolrun.wire.handshake import Identity
 from tests.mesh.meeting import (
     LOOPBACK,
@@ -23,8 +24,8 @@ from tests.mesh.meeting import (
     identity,
     join,
     meet,
-    seats,
-    tls_guards,
+    roster_of,
+    tls_ranks,
     waiting_rank,
 )
 from tests.waiting import until
@@ -74,13 +75,16 @@ def test_both_ends_are_told_at_once_that_their_configurations_differ(
 def test_a_missing_rank_is_named_with_host_and_every_address_and_how_each_went() -> None:
     endpoint = Endpoint([LOOPBACK])
     with dead_address("refuses") as first, dead_address("silent") as second:
-        roster = [Seat(0, "mini1", [first, second]), Seat(1, "mini2", endpoint.addresses)]
+        roster = [
+            RosterEntry(0, "mini1", [first, second]),
+            RosterEntry(1, "mini2", endpoint.addresses),
+        ]
         with pytest.raises(WaitTimeout) as caught:
             connect(endpoint, identity(1), roster, start_timeout_s=0.5)
     assert str(caught.value) == (
         "rank 1 on mini2 has no link to rank 0 (mini1): "
         f"dialed 127.0.0.1:{first[1]} (Connection refused), "
-        f"127.0.0.1:{second[1]} (no answer yet), it has not called, after 0.5 s: "
+        f"127.0.0.1:{second[1]} (no answer yet), it has not connected, after 0.5 s: "
         f"does a firewall keep it from them, and them from 127.0.0.1:{endpoint.addresses[0][1]}?"
     )
 
@@ -100,8 +104,8 @@ DEAD = [
 def test_a_first_address_that_is_dead_keeps_nobody_apart(kind: str, rank: int) -> None:
     endpoints = [Endpoint([LOOPBACK]), Endpoint([LOOPBACK])]
     with dead_address(kind) as dead:
-        roster = seats(endpoints)
-        roster[rank] = Seat(rank, "x", [dead, *endpoints[rank].addresses])
+        roster = roster_of(endpoints)
+        roster[rank] = RosterEntry(rank, "x", [dead, *endpoints[rank].addresses])
         results = meet(endpoints, [identity(0), identity(1)], [roster, roster])
         assert all(isinstance(result, TcpMesh) for result in results), results
 
@@ -110,13 +114,13 @@ def test_a_first_address_that_is_dead_keeps_nobody_apart(kind: str, rank: int) -
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
 def test_it_is_enough_that_one_of_two_ranks_can_call(caller: int, is_secure: bool) -> None:
     endpoints = [Endpoint([LOOPBACK]) for _ in range(2)]
-    guards = tls_guards(2) if is_secure else None
+    securities = tls_ranks(2) if is_secure else None
     with dead_address("silent") as dead:
-        blind = seats(endpoints)
-        blind[caller] = Seat(caller, "x", [dead])  # what the other one is told
+        blind = roster_of(endpoints)
+        blind[caller] = RosterEntry(caller, "x", [dead])  # what the other one is told
         rosters = [blind, blind]
-        rosters[caller] = seats(endpoints)
-        results = meet(endpoints, [identity(0), identity(1)], rosters, guards)
+        rosters[caller] = roster_of(endpoints)
+        results = meet(endpoints, [identity(0), identity(1)], rosters, securities)
     assert all(isinstance(result, TcpMesh) for result in results), results
 
 
@@ -136,7 +140,7 @@ def test_ranks_meet_over_ipv6_and_prefer_the_first_address() -> None:
         return pipe
 
     def rank_main(rank: int) -> None:
-        wrapped.append(connect(endpoints[rank], identity(rank, 3), seats(endpoints), wrap=spy))
+        wrapped.append(connect(endpoints[rank], identity(rank, 3), roster_of(endpoints), wrap=spy))
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -152,9 +156,9 @@ def test_ranks_meet_over_ipv6_and_prefer_the_first_address() -> None:
 def test_many_ranks_of_one_host_get_in(is_secure: bool) -> None:
     count = 12
     endpoints = [Endpoint([LOOPBACK]) for _ in range(count)]
-    guards = tls_guards(count) if is_secure else None
+    securities = tls_ranks(count) if is_secure else None
     identities = [identity(rank, count) for rank in range(count)]
-    results = meet(endpoints, identities, guards=guards, start_timeout_s=40.0)
+    results = meet(endpoints, identities, securities=securities, start_timeout_s=40.0)
     assert all(isinstance(result, TcpMesh) for result in results), results
 
 

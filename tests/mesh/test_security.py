@@ -9,9 +9,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from smolrun.mesh.guards import TlsGuard
-from smolrun.mesh.security import mint, peer_name
-from smolrun.wire.credentials import Credentials
+from smolrun.mesh.certificates import Credentials, issue_credentials, peer_name
+from smolrun.mesh.tls import MutualTls
 from smolrun.wire.handshake import Identity
 
 
@@ -20,7 +19,7 @@ def leaf(credentials: Credentials) -> x509.Certificate:
 
 
 def test_a_certificate_names_its_rank_and_run_and_holds_at_any_time() -> None:
-    for rank, credentials in enumerate(mint("20260101-classicdp-x", 3)):
+    for rank, credentials in enumerate(issue_credentials("20260101-classicdp-x", 3)):
         certificate = leaf(credentials)
         root = x509.load_pem_x509_certificate(credentials.ca.encode())
         certificate.verify_directly_issued_by(root)
@@ -33,14 +32,14 @@ def test_a_certificate_names_its_rank_and_run_and_holds_at_any_time() -> None:
 
 
 def test_keys_and_authorities_are_new_every_time() -> None:
-    ones = [*mint("run", 2), *mint("run", 2)]
+    ones = [*issue_credentials("run", 2), *issue_credentials("run", 2)]
     assert len({leaf(one).public_key().public_numbers() for one in ones}) == 4  # type: ignore[union-attr]
     assert len({one.passphrase for one in ones}) == 4
     assert len({one.ca for one in ones}) == 2
 
 
 def test_a_key_cannot_be_read_without_its_passphrase() -> None:
-    (credentials,) = mint("run", 1)
+    (credentials,) = issue_credentials("run", 1)
     assert "ENCRYPTED" in credentials.key
     with pytest.raises((TypeError, ValueError)):
         serialization.load_pem_private_key(credentials.key.encode(), password=None)
@@ -49,7 +48,7 @@ def test_a_key_cannot_be_read_without_its_passphrase() -> None:
 
 
 def test_printing_credentials_shows_nothing_of_them() -> None:
-    (credentials,) = mint("run", 1)
+    (credentials,) = issue_credentials("run", 1)
     assert repr(credentials) == str(credentials) == "Credentials(...)"
     assert f"{[credentials]}" == "[Credentials(...)]"
 
@@ -73,17 +72,17 @@ def test_runs_whose_names_look_alike_have_different_certificates() -> None:
 def test_no_key_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen: list[tuple[int, str]] = []
-    import smolrun.mesh.guards as guards
+    import smolrun.mesh.tls as tls
 
-    unlink = guards.os.unlink
+    unlink = tls.os.unlink
 
     def look_and_unlink(path: str) -> None:
         seen.append((Path(path).stat().st_mode & 0o777, Path(path).read_text()))
         unlink(path)
 
-    monkeypatch.setattr(guards.os, "unlink", look_and_unlink)
-    (credentials,) = mint("run", 1)
-    TlsGuard(credentials, Identity(0, 1, "run", "hash", 0, b"s"))
+    monkeypatch.setattr(tls.os, "unlink", look_and_unlink)
+    (credentials,) = issue_credentials("run", 1)
+    MutualTls(credentials, Identity(0, 1, "run", "hash", 0, b"s"))
     ((mode, text),) = seen
     assert mode == 0o600
     assert "ENCRYPTED PRIVATE KEY" in text
@@ -95,8 +94,8 @@ def test_no_key_stays_on_the_disk_when_it_cannot_be_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (one, other) = mint("run", 2)
+    (one, other) = issue_credentials("run", 2)
     wrong = Credentials(one.ca, one.certificate, one.key, other.passphrase)
     with pytest.raises(OSError):  # noqa: PT011  # OpenSSL's words differ by version
-        TlsGuard(wrong, Identity(0, 1, "run", "hash", 0, b"s"))
+        MutualTls(wrong, Identity(0, 1, "run", "hash", 0, b"s"))
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from smolrun.collectives.api import new_group
-from smolrun.mesh.link import Pipe
+from smolrun.mesh.link import Pipe, Throttled
 from smolrun.mesh.mesh import Mesh
-from smolrun.mesh.pauses import NotYet
 from smolrun.mesh.shaping import DelayQueue, Shape, ShapedPipe, TokenBucket
 from smolrun.testing import run_ranks
 
@@ -124,7 +123,7 @@ def test_a_pipe_sends_what_the_bucket_allows_and_says_when_to_come_back():
     pipe, clock = shaped(inner, rate=1e6)
     data = memoryview(bytes(100_000))
     assert pipe.send([data[:10], data[10:]]) == 40_000
-    with pytest.raises(NotYet) as pause:
+    with pytest.raises(Throttled) as pause:
         pipe.send([data[40_000:]])
     assert pause.value.is_full and pause.value.after_s == pytest.approx(16_384 / 1e6)
     clock.now += pause.value.after_s + 1e-6
@@ -135,12 +134,12 @@ def test_what_comes_is_held_back_then_given_and_the_end_comes_last():
     inner = Scripted(b"abc")
     pipe, clock = shaped(inner, delay_s=0.25)
     buffer = memoryview(bytearray(10))
-    with pytest.raises(NotYet) as pause:
+    with pytest.raises(Throttled) as pause:
         pipe.recv_into(buffer)
     assert pause.value.after_s == pytest.approx(0.25)
     assert not pause.value.is_full, "what comes meanwhile has its own delay from its own arrival"
     inner.is_over = True
-    with pytest.raises(NotYet) as pause:
+    with pytest.raises(Throttled) as pause:
         pipe.recv_into(buffer)
     assert pause.value.is_full, "a socket at its end would be readable all the time"
     clock.now += 0.25
@@ -152,7 +151,7 @@ def test_with_nothing_there_a_pipe_leaves_waiting_to_the_selector():
     pipe, _ = shaped(Scripted(), delay_s=0.25, rate=1e6)
     with pytest.raises(BlockingIOError) as pause:
         pipe.recv_into(memoryview(bytearray(10)))
-    assert not isinstance(pause.value, NotYet)
+    assert not isinstance(pause.value, Throttled)
 
 
 def shapes(mbps: float | None, latency_ms: float) -> Callable[[int], Callable[..., Pipe]]:

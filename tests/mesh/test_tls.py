@@ -13,14 +13,13 @@ from typing import cast
 import pytest
 
 from smolrun.errors import HandshakeError
-from smolrun.mesh.guards import TlsGuard
-from smolrun.mesh.security import mint
-from smolrun.mesh.tls import TlsPipe
+from smolrun.mesh.certificates import issue_credentials
+from smolrun.mesh.tls import MutualTls, TlsPipe
 from tests.mesh.meeting import identity
 from tests.waiting import until
 
-CREDENTIALS = mint("run", 2)
-GUARDS = [TlsGuard(CREDENTIALS[rank], identity(rank)) for rank in range(2)]
+CREDENTIALS = issue_credentials("run", 2)
+GUARDS = [MutualTls(CREDENTIALS[rank], identity(rank)) for rank in range(2)]
 
 
 def sockets() -> tuple[socket.socket, socket.socket]:
@@ -49,8 +48,8 @@ def shake_hands(dialer: TlsPipe, acceptor: TlsPipe) -> None:
 def pipes() -> Iterator[tuple[TlsPipe, TlsPipe]]:
     dialing, accepted = sockets()
     pair = (
-        cast(TlsPipe, GUARDS[1].dialing(dialing, 0)),
-        cast(TlsPipe, GUARDS[0].accepting(accepted)),
+        cast(TlsPipe, GUARDS[1].client_pipe(dialing, 0)),
+        cast(TlsPipe, GUARDS[0].server_pipe(accepted)),
     )
     shake_hands(*pair)
     yield pair
@@ -145,8 +144,8 @@ def test_an_end_without_a_farewell_is_an_error(pipes: tuple[TlsPipe, TlsPipe], h
 def test_a_changed_byte_is_an_error_and_nothing_of_its_record_is_read() -> None:
     dialing, accepted = sockets()
     wire, far = sockets()  # dialer -> dialing ~ accepted -> (changed) -> wire ~ far -> acceptor
-    dialer = cast(TlsPipe, GUARDS[1].dialing(dialing, 0))
-    acceptor = cast(TlsPipe, GUARDS[0].accepting(far))
+    dialer = cast(TlsPipe, GUARDS[1].client_pipe(dialing, 0))
+    acceptor = cast(TlsPipe, GUARDS[0].server_pipe(far))
     accepted.setblocking(False)
     wire.setblocking(False)
 
@@ -185,11 +184,11 @@ def test_a_changed_byte_is_an_error_and_nothing_of_its_record_is_read() -> None:
 
 
 def test_a_dialer_refuses_another_rank_at_the_address() -> None:
-    three = mint("run", 3)
-    guards = [TlsGuard(three[rank], identity(rank, 3)) for rank in range(3)]
+    three = issue_credentials("run", 3)
+    ranks = [MutualTls(three[rank], identity(rank, 3)) for rank in range(3)]
     dialing, accepted = sockets()
-    dialer = cast(TlsPipe, guards[2].dialing(dialing, 0))
-    impostor = cast(TlsPipe, guards[1].accepting(accepted))
+    dialer = cast(TlsPipe, ranks[2].client_pipe(dialing, 0))
+    impostor = cast(TlsPipe, ranks[1].server_pipe(accepted))
     with pytest.raises(HandshakeError, match="no TLS of this run: it asked for another rank"):
         shake_hands(dialer, impostor)
     for pipe in (dialer, impostor):
@@ -197,12 +196,12 @@ def test_a_dialer_refuses_another_rank_at_the_address() -> None:
 
 
 def test_a_dialer_refuses_the_certificate_of_another_rank() -> None:
-    three = mint("run", 3)
-    guards = [TlsGuard(three[rank], identity(rank, 3)) for rank in range(3)]
-    guards[1]._server.sni_callback = None  # a liar does not mind whom it is taken for
+    three = issue_credentials("run", 3)
+    ranks = [MutualTls(three[rank], identity(rank, 3)) for rank in range(3)]
+    ranks[1]._server.sni_callback = None  # a liar does not mind whom it is taken for
     dialing, accepted = sockets()
-    dialer = cast(TlsPipe, guards[2].dialing(dialing, 0))
-    impostor = cast(TlsPipe, guards[1].accepting(accepted))
+    dialer = cast(TlsPipe, ranks[2].client_pipe(dialing, 0))
+    impostor = cast(TlsPipe, ranks[1].server_pipe(accepted))
     with pytest.raises(HandshakeError, match="Hostname mismatch"):
         shake_hands(dialer, impostor)
     for pipe in (dialer, impostor):

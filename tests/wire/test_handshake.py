@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolrun.errors import HandshakeError
-from smolrun.wire.handshake import Acceptor, Conversation, Dialer, Identity
+from smolrun.wire.handshake import AcceptorHandshake, DialerHandshake, Handshake, Identity
 
 ZERO = Identity(0, 4, "run-1", "cafe", 0, b"s" * 32)
 TWO = dataclasses.replace(ZERO, rank=2)
 
 
-def say(listener: Conversation, data: bytes) -> bytes:
+def say(listener: Handshake, data: bytes) -> bytes:
     """Feeds bytes to a side in small pieces; returns all it answers."""
     answer = b""
     while data:
@@ -28,10 +28,10 @@ def say(listener: Conversation, data: bytes) -> bytes:
     return answer
 
 
-def talk(dialer: Dialer, acceptor: Acceptor) -> list[bytes]:
+def talk(dialer: DialerHandshake, acceptor: AcceptorHandshake) -> list[bytes]:
     """Lets the two talk to the end; returns every message, in order."""
     said = [dialer.start()]
-    listeners: list[Conversation] = [acceptor, dialer]
+    listeners: list[Handshake] = [acceptor, dialer]
     while said[-1]:
         said.append(say(listeners[(len(said) - 1) % 2], said[-1]))
     return said
@@ -39,9 +39,9 @@ def talk(dialer: Dialer, acceptor: Acceptor) -> list[bytes]:
 
 @pytest.mark.parametrize("channel", ["control", "up", "down"])
 def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
-    dialer, acceptor = Dialer(TWO, 0, channel), Acceptor(ZERO)
+    dialer, acceptor = DialerHandshake(TWO, 0, channel), AcceptorHandshake(ZERO)
     said = talk(dialer, acceptor)
-    assert dialer.is_proven and acceptor.is_proven
+    assert dialer.is_authenticated and acceptor.is_authenticated
     assert not dialer.is_done and not acceptor.is_done
     assert (dialer.peer, acceptor.peer, acceptor.channel) == (0, 2, channel)
     assert not any(
@@ -51,18 +51,18 @@ def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
 
 @pytest.mark.parametrize(("dials", "called"), [(TWO, ZERO), (ZERO, TWO)], ids=["up", "down"])
 def test_the_higher_rank_says_which_connection_is_kept(dials: Identity, called: Identity) -> None:
-    dialer, acceptor = Dialer(dials, called.rank, "control"), Acceptor(called)
+    dialer, acceptor = DialerHandshake(dials, called.rank, "control"), AcceptorHandshake(called)
     talk(dialer, acceptor)
     higher, lower = (dialer, acceptor) if dials is TWO else (acceptor, dialer)
-    assert higher.decides and not lower.decides
-    kept = say(lower, higher.keep())
+    assert higher.is_controlling and not lower.is_controlling
+    kept = say(lower, higher.nominate())
     assert lower.is_done and not higher.is_done
     assert say(higher, kept) == b""
     assert higher.is_done
 
 
 def test_a_word_to_keep_needs_a_proof_too() -> None:
-    dialer, acceptor = Dialer(TWO, 0, "control"), Acceptor(ZERO)
+    dialer, acceptor = DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO)
     talk(dialer, acceptor)
     forged = b'{"type": "keep", "proof": "' + b"0" * 64 + b'"}'
     with pytest.raises(HandshakeError, match="the keeper does not know"):
@@ -71,16 +71,16 @@ def test_a_word_to_keep_needs_a_proof_too() -> None:
 
 
 def test_the_lower_rank_may_not_choose() -> None:
-    dialer, acceptor = Dialer(TWO, 0, "control"), Acceptor(ZERO)
+    dialer, acceptor = DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO)
     talk(dialer, acceptor)
     with pytest.raises(HandshakeError, match="unexpected"):
-        say(dialer, acceptor._say({"type": "keep"}, prove_as="keeper"))
+        say(dialer, acceptor._message({"type": "keep"}, prove_as="keeper"))
     assert not dialer.is_done
 
 
 def test_a_rank_with_the_certificate_of_another_is_refused() -> None:
     with pytest.raises(HandshakeError, match="claims to be rank 2 with rank 3's key"):
-        talk(Dialer(TWO, 0, "control"), Acceptor(ZERO, certified=3))
+        talk(DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO, certified=3))
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_a_rank_with_the_certificate_of_another_is_refused() -> None:
 )
 def test_everybody_else_is_refused(dialer: Identity, acceptor: Identity, words: str) -> None:
     with pytest.raises(HandshakeError, match=words):
-        talk(Dialer(dialer, 0, "control"), Acceptor(acceptor))
+        talk(DialerHandshake(dialer, 0, "control"), AcceptorHandshake(acceptor))
 
 
 def test_a_dialer_that_does_not_know_the_secret_is_refused_by_the_acceptor() -> None:
     liar, acceptor = (
-        Dialer(dataclasses.replace(TWO, secret=b"t" * 32), 0, "control"),
-        Acceptor(ZERO),
+        DialerHandshake(dataclasses.replace(TWO, secret=b"t" * 32), 0, "control"),
+        AcceptorHandshake(ZERO),
     )
     liar._check = lambda role, proof: None  # type: ignore[method-assign]  # a liar does not check
     with pytest.raises(HandshakeError, match="dialer does not know"):
@@ -125,15 +125,15 @@ def test_a_dialer_that_does_not_know_the_secret_is_refused_by_the_acceptor() -> 
 
 
 def test_a_replayed_conversation_is_refused() -> None:
-    recorded = talk(Dialer(TWO, 0, "control"), Acceptor(ZERO))
-    fresh = Acceptor(ZERO)
+    recorded = talk(DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO))
+    fresh = AcceptorHandshake(ZERO)
     assert say(fresh, recorded[0]), "the hello alone is harmless"
     with pytest.raises(HandshakeError, match="dialer does not know"):
         say(fresh, recorded[2])
 
 
 def test_a_reflected_proof_is_refused() -> None:
-    acceptor, dialer = Acceptor(ZERO), Dialer(TWO, 0, "control")
+    acceptor, dialer = AcceptorHandshake(ZERO), DialerHandshake(TWO, 0, "control")
     challenge = say(acceptor, dialer.start())
     reflected = challenge.replace(b'"challenge"', b'"proof"')
     with pytest.raises(HandshakeError):
@@ -142,7 +142,7 @@ def test_a_reflected_proof_is_refused() -> None:
 
 @given(st.binary(min_size=1, max_size=300))
 def test_garbage_raises_nothing_but_handshake_errors(data: bytes) -> None:
-    for side in (Acceptor(ZERO), Dialer(TWO, 0, "up")):
+    for side in (AcceptorHandshake(ZERO), DialerHandshake(TWO, 0, "up")):
         try:
             say(side, data)
         except HandshakeError:

@@ -1,48 +1,63 @@
-"""One authority and one certificate per rank, made for one run, in memory, on the driver.
+"""One certificate authority per run and one certificate per rank, made in memory on the driver.
 
-    mint(run_id, world_size) -> Credentials of each rank, for its start message
+    issue_credentials(run_id, world_size) -> Credentials of each rank, for its start message
 
-A certificate names its rank and its run, and nothing else counts: no clock is asked (a machine
-without one starts in 1970), and the authority's key is forgotten once it has signed. What a rank
-does with them, `guards.py` knows. `cryptography` is needed here alone, so no worker imports it."""
+A certificate names its rank and its run. It is valid at any time (a machine without a clock starts
+in 1970), and the authority's key is dropped once it has signed. `tls.py` uses the credentials.
+Workers never import `cryptography`: only `issue_credentials` does."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import secrets
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-
-from smolrun.wire.credentials import Credentials
 
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-_FOREVER = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
+_ANY_TIME = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
 _LABEL_CHARS = 40  # a DNS label has 63 at most, and the hash needs its share
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """The run's authority and one rank's certificate and key, all PEM text; its repr shows nothing.
+
+    The key is encrypted with `passphrase`: ssl loads keys from files only, so it lies on a disk for
+    a moment."""
+
+    ca: str
+    certificate: str
+    key: str
+    passphrase: str
+
+    def __repr__(self) -> str:
+        return "Credentials(...)"
+
+
 def peer_name(rank: int, run_id: str) -> str:
-    """What the certificate of a rank says: a DNS name that no two ranks or runs share."""
+    """The DNS name in the certificate of a rank; unique over ranks and runs."""
     readable = re.sub(r"[^a-z0-9]+", "-", run_id.lower())[:_LABEL_CHARS].strip("-")
     digest = hashlib.sha256(run_id.encode()).hexdigest()[:16]
     return f"r{rank}.{readable}-{digest}.smolrun" if readable else f"r{rank}.{digest}.smolrun"
 
 
-def mint(run_id: str, world_size: int) -> list[Credentials]:
-    """Credentials for every rank of a run, under an authority that signs nothing else, ever."""
+def issue_credentials(run_id: str, world_size: int) -> list[Credentials]:
+    """Credentials of every rank of a run, under an authority that signs nothing else."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
     authority = ec.generate_private_key(ec.SECP256R1())
     root = _sign(f"smolrun {secrets.token_hex(8)}", authority, None, authority)
-    minted = []
+    issued = []
     for rank in range(world_size):
         key, passphrase = ec.generate_private_key(ec.SECP256R1()), secrets.token_hex(32)
         leaf = _sign(peer_name(rank, run_id), key, root, authority)
-        minted.append(Credentials(_pem(root), _pem(leaf), _locked(key, passphrase), passphrase))
-    return minted
+        issued.append(Credentials(_pem(root), _pem(leaf), _encrypted(key, passphrase), passphrase))
+    return issued
 
 
 def _sign(
@@ -63,8 +78,8 @@ def _sign(
         x509.CertificateBuilder(subject_name=subject, public_key=key.public_key())
         .issuer_name(root.subject if root is not None else subject)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(_FOREVER[0])
-        .not_valid_after(_FOREVER[1])
+        .not_valid_before(_ANY_TIME[0])
+        .not_valid_after(_ANY_TIME[1])
         .add_extension(identifier(key.public_key()), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
@@ -103,7 +118,7 @@ def _pem(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(Encoding.PEM).decode()
 
 
-def _locked(key: EllipticCurvePrivateKey, passphrase: str) -> str:
+def _encrypted(key: EllipticCurvePrivateKey, passphrase: str) -> str:
     from cryptography.hazmat.primitives import serialization
 
     return key.private_bytes(
