@@ -39,10 +39,12 @@ BROKE_PROTOCOL = "it broke the protocol"  # how the reason of such a PeerLost be
 class PeerLost(SmolrunError):
     """A peer is gone: dead, frozen, cut off, or it broke the protocol."""
 
-    def __init__(self, rank: int, generation: int, reason: str, told_by: int | None = None) -> None:
-        """`told_by`: the rank that said so, where this one did not see it itself."""
+    def __init__(
+        self, rank: int, generation: int, reason: str, reported_by: int | None = None
+    ) -> None:
+        """`reported_by`: the rank that said so, where this one did not see it itself."""
         self.rank = rank
-        self.told_by = told_by
+        self.reported_by = reported_by
         self.generation = generation
         self.reason = reason
         super().__init__(f"lost rank {rank}: {reason}")

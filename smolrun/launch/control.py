@@ -187,14 +187,14 @@ OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memor
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Why a worker failed: the error's class name, its sentence, and the rank it blames, if any.
 
-    `told_by` is the rank from which it knows that, where it did not see it itself;
+    `reported_by` is the rank from which it knows that, where it did not see it itself;
     `broke_protocol`: the blamed rank sent what it must not.
     """
 
     kind: Annotated[str, Meta(max_length=200)]
     message: Text
     peer: Count | None = None
-    told_by: Count | None = None
+    reported_by: Count | None = None
     broke_protocol: bool = False
 
 

@@ -176,7 +176,7 @@ def _weight(state: RankState, error: ErrorReport, num_votes: int) -> tuple[int |
 
 def _saw(error: ErrorReport, rank: int) -> bool:
     """Whether it lost that rank, and not only heard that another one did."""
-    return error.peer == rank and error.told_by is None
+    return error.peer == rank and error.reported_by is None
 
 
 def _what_happened(state: RankState) -> str:

@@ -90,16 +90,16 @@ class Work:
             self.done_s = time.perf_counter()
             self.is_done = True
             self._gate.release()
-            self._call_thens()
+            self._run_callbacks()
 
-    def then(self, callback: Callable[[Work], None]) -> None:
+    def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Runs `callback(work)` on the I/O thread once the work is done or has failed (see
         `error`); soon if it is over already. What it raises breaks the mesh."""
         self._thens.append(callback)
         if self.is_done:
-            self._call_thens()
+            self._run_callbacks()
 
-    def _call_thens(self) -> None:
+    def _run_callbacks(self) -> None:
         # Posted, not called: the caller of `finish` may be in the middle of a peer's bytes.
         while self._thens:
             try:
@@ -188,7 +188,7 @@ class Mesh(ABC):
         """The peers that this rank has a link with; changes at any time if the mesh is elastic."""
         return frozenset(range(self.world_size)) - {self.rank}
 
-    def watch(self, callback: MembershipCallback) -> None:
+    def on_membership_change(self, callback: MembershipCallback) -> None:
         """Calls `callback(rank, is_present, reason)` on the I/O thread for every peer that is
         present, and then whenever one joins or is lost, which happens in an elastic mesh only.
 

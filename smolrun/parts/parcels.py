@@ -66,4 +66,4 @@ def _when_all(works: list[Work], then: Then) -> None:
             then(next((one.error for one in works if one.error is not None), None))
 
     for work in works:
-        work.then(one_is_over)
+        work.add_done_callback(one_is_over)

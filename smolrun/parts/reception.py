@@ -62,7 +62,7 @@ class Reception:
         self._steps = steps
         if not self._is_open:
             self._is_open = True
-            self._mesh.watch(self._news)
+            self._mesh.on_membership_change(self._news)
 
     def next_push(
         self, timeout_s: float, unless: Callable[[], bool] = lambda: False

@@ -85,7 +85,7 @@ def run(channel: WorkerChannel) -> int:
                 report = replace(
                     report,
                     peer=error.rank,
-                    told_by=error.told_by,
+                    reported_by=error.reported_by,
                     broke_protocol=error.broke_protocol,
                 )
             elif isinstance(error, WaitTimeout):

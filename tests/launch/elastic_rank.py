@@ -32,7 +32,7 @@ class Server:
         self._mesh = mesh
         self._wanted = wanted
         self._tell = tell
-        mesh.watch(self._news)
+        mesh.on_membership_change(self._news)
 
     @property
     def is_done(self) -> bool:
@@ -54,7 +54,7 @@ class Server:
                 self._mesh.send(rank, Tag(2, number, 0), word)
                 self._expect(rank, number + 1)
 
-        self._mesh.recv(rank, Tag(1, number, 0), into).then(answer)
+        self._mesh.recv(rank, Tag(1, number, 0), into).add_done_callback(answer)
 
 
 def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

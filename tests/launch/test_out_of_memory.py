@@ -81,13 +81,13 @@ def test_a_rank_that_reported_it_is_named_with_it() -> None:
 
 
 def test_a_rank_that_linux_ended_is_named_with_it_and_others_are_not() -> None:
-    told_by = "Linux ended it because memory was full (it had 3.1 GB of 4.0 GB there)"
-    for note, expected in ((told_by, True), (None, False)):
+    reported_by = "Linux ended it because memory was full (it had 3.1 GB of 4.0 GB there)"
+    for note, expected in ((reported_by, True), (None, False)):
         supervisor = running(2)
         supervisor.handle(Exited(1, -9, note), 2.0)
         outcome = outcome_of(supervisor.handle(Exited(0, 3), 2.1))
         assert outcome.out_of_memory == expected
-        assert (told_by in outcome.reason) == expected
+        assert (reported_by in outcome.reason) == expected
 
 
 def test_a_protocol_error_stays_the_cause_of_a_rank_that_was_killed_later() -> None:

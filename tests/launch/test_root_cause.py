@@ -72,7 +72,7 @@ def test_of_two_that_miss_each_other_the_one_that_does_not_answer_us_was_cut_off
 def test_what_a_rank_was_told_is_no_second_witness() -> None:
     supervisor = running(3)
     supervisor.handle(failed(1, "PeerLost", "lost rank 2: silent", 2), 2.0)
-    told = ErrorReport("PeerLost", "lost rank 2: rank 1 lost it", 2, told_by=1)
+    told = ErrorReport("PeerLost", "lost rank 2: rank 1 lost it", 2, reported_by=1)
     supervisor.handle(WorkerFinished(0, ResultMessage(status="failed", error=told)), 2.0)
     supervisor.handle(failed(2, "PeerLost", "lost rank 0: it left the run", 0), 2.0)
     outcome = bury(supervisor, supervisor.advance(4.1) + supervisor.advance(9.2), 9.2)
@@ -82,10 +82,10 @@ def test_what_a_rank_was_told_is_no_second_witness() -> None:
     )
 
 
-def lost(rank: int, peer: int, reason: str, *, told_by: int | None = None) -> WorkerFinished:
+def lost(rank: int, peer: int, reason: str, *, reported_by: int | None = None) -> WorkerFinished:
     """What the worker of `rank` reports when its mesh has lost `peer`."""
-    error = PeerLost(peer, 0, reason, told_by)
-    report = ErrorReport("PeerLost", str(error), peer, told_by, error.broke_protocol)
+    error = PeerLost(peer, 0, reason, reported_by)
+    report = ErrorReport("PeerLost", str(error), peer, reported_by, error.broke_protocol)
     return WorkerFinished(rank, ResultMessage(status="failed", error=report))
 
 

@@ -36,7 +36,7 @@ class Star:
         self.door = Endpoint([LOOPBACK])
         self.entry = RosterEntry(0, "server", self.door.addresses)
         self.server = self._connect(0, self.door, [self.entry])
-        self.server.watch(lambda *news: self.news.append(news))
+        self.server.on_membership_change(lambda *news: self.news.append(news))
 
     @property
     def where(self) -> tuple[str, int]:

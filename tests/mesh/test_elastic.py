@@ -213,13 +213,13 @@ def test_then_is_called_once_on_the_io_thread_however_the_work_ends(kind: str) -
         tag, other = Tag(1, 0, 0), 1 - mesh.rank
         works = [mesh.recv(other, tag, torch.empty(1)), mesh.send(other, tag, torch.ones(1))]
         for work in works:
-            work.then(note)
+            work.add_done_callback(note)
             work.wait(20)
         works[0].then(note)  # it is over
         until(lambda: len(heard) == 3)
         assert {error for _, error, _ in heard} == {None}
         failing = mesh.recv(other, Tag(2, 0, 0), torch.empty(1))
-        failing.then(note)
+        failing.add_done_callback(note)
         mesh.close()
         until(lambda: len(heard) == 4)
         assert isinstance(heard[3][1], MeshClosed | PeerLost)
@@ -237,7 +237,7 @@ def test_a_then_may_post_more_work() -> None:
         def answer(work: Work) -> None:
             made.server.send(1, Tag(2, 0, 0), came + 1)
 
-        made.server.recv(1, Tag(1, 0, 0), came).then(answer)
+        made.server.recv(1, Tag(1, 0, 0), came).add_done_callback(answer)
         into = torch.zeros(4)
         work = guest.recv(0, Tag(2, 0, 0), into)
         guest.send(0, Tag(1, 0, 0), torch.full((4,), 41.0))

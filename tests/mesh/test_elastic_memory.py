@@ -31,7 +31,7 @@ def test_a_rank_leaves_and_comes_back_with_fresh_tags() -> None:
     with world(3, 0, 1, 2) as made:
         server, first, other = made.meshes
         news: list[tuple[int, bool, str]] = []
-        server.watch(lambda *one: news.append(one))
+        server.on_membership_change(lambda *one: news.append(one))
         stale = server.send(1, TAG, torch.full((4,), 99.0))
         pending = server.recv(1, TAG, torch.empty(4))
         kept = server.recv(2, TAG, torch.empty(4))
