@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from smolrun.algorithms.base import StepResult
 from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.data.base import Batch, open_split
 from smolrun.data.digits import Digits
 from smolrun.data.prepared import Prepared
-from smolrun.errors import TrainingError
+from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import Drift, EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
-from smolrun.training.evaluation import generate
-from smolrun.worker.train import train
+from smolrun.training.evaluation import Evaluation, generate
+from smolrun.training.step_metrics import StepMetrics, TerminateOnNonfinite
+from smolrun.training.trainer import Callback, Trainer, TrainOutcome
+from smolrun.worker.train import place_algorithm, train
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +196,84 @@ def test_replicas_are_made_equal_every_so_many_updates(prepared: Prepared) -> No
     for settings, steps in ((config(resync_every=5), [4, 9]), (config(), [])):
         for _, events in run(prepared, 2, settings):
             assert of(Drift, events) == [Drift(step, 0.0, []) for step in steps]
+
+
+# As checkpoints have it since the first version; `balance` only where shares are measured.
+SAVED = {
+    "time_s": 12.5,
+    "steps": 7,
+    "train_loss": 0.5,
+    "eval_loss": 0.75,
+    "evaluated_at": 5,
+    "skipped_in_a_row": 2,
+    "balance": None,
+}
+
+
+def trainer_of(mesh: Mesh, prepared: Prepared, log: list[str]) -> Trainer:
+    """A trainer of 5 steps, stopped after update 0; its last callback logs its calls."""
+
+    class Log(Callback):
+        def before_training(self) -> None:
+            log.append("before_training")
+
+        def before_step(self, step: int) -> None:
+            log.append(f"before_step {step}")
+
+        def after_update(self, result: StepResult) -> None:
+            log.append(f"after_update {result.step}")
+
+        def after_training(self, outcome: TrainOutcome) -> None:
+            log.append(f"after_training {outcome.steps} {outcome.final_eval_loss}")
+
+    algorithm = place_algorithm(config("single", staleness=1), prepared, mesh, torch.device("cpu"))
+    batch = open_split(prepared, "train", verify=False).batch(range(4))
+
+    class Loader:
+        def load(self, step: int, part: object = None) -> list[Batch]:
+            return [batch]
+
+    return Trainer(
+        algorithm,
+        Loader(),
+        steps=5,
+        callbacks=[
+            StepMetrics(algorithm, lambda event: None),
+            TerminateOnNonfinite(algorithm, lambda event: None),
+            Evaluation(algorithm, list, 0, lambda event: None),
+            Log(),
+        ],
+        should_stop=lambda: "after_update 0" in log,
+    )
+
+
+def test_the_training_state_of_a_checkpoint_keeps_its_keys(prepared: Prepared) -> None:
+    def rank_main(mesh: Mesh) -> dict[str, Any]:
+        trainer = trainer_of(mesh, prepared, [])
+        trainer.restore(SAVED)
+        return trainer.state()
+
+    (state,) = run_ranks(1, rank_main)
+    assert state.pop("time_s") >= SAVED["time_s"]
+    assert state == {key: SAVED[key] for key in SAVED if key not in ("time_s", "balance")}
+
+
+@pytest.mark.parametrize("state", [{}, SAVED | {"steps": "x"}, SAVED | {"evaluated_at": None}])
+def test_a_training_state_that_does_not_fit_is_refused(
+    prepared: Prepared, state: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match="state of training"):
+        run_ranks(1, lambda mesh: trainer_of(mesh, prepared, []).restore(state))
+
+
+def test_callbacks_are_called_in_order_and_pending_updates_are_drained_on_a_stop(
+    prepared: Prepared,
+) -> None:
+    log: list[str] = []
+    run_ranks(1, lambda mesh: trainer_of(mesh, prepared, log).fit())
+    assert log == [
+        "before_training",
+        *("before_step 0", "before_step 1", "after_update 0"),
+        *("before_step 2", "after_update 1", "before_step 3", "after_update 2"),
+        *("after_update 3", "after_training 4 None"),
+    ]
