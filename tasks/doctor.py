@@ -22,7 +22,7 @@ from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.driver.fleet import Fleet
 from smolrun.driver.outputs import plan_workers
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.doctor.verdicts import Finding
+from smolrun.launch.doctor.findings import Finding
 from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED

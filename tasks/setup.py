@@ -17,13 +17,14 @@ from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
 from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
-from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
-from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
+from smolrun.launch.delivery.versions import env_python, environment_name, own_dependencies
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.run_on_all import on_all
-from smolrun.launch.setup.blank_host import Blank
 from smolrun.launch.setup.environment_maker import Maker, planned
-from smolrun.launch.setup.setup_plan import Plan
+from smolrun.launch.setup.setup_plan import Blank, Plan
 from smolrun.launch.setup.user_key import install, make_key, public_key, read_key
+from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 

@@ -82,7 +82,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _look(cluster: Cluster, targets: dict[str, str]) -> list[Row]:
     """All hosts at once; every SSH server once, however many hosts are behind it."""
-    from smolrun.launch.ssh import scan
+    from smolrun.launch.ssh.connect import scan
 
     def look(name: str) -> list[Row]:
         try:

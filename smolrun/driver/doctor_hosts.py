@@ -13,16 +13,23 @@ from smolrun.config import RunConfig, ranks
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.driver.fleet import Fleet, host_specs
 from smolrun.errors import HostError, LoginFailed
-from smolrun.launch.delivery.environment import own_dependencies
+from smolrun.launch.delivery.versions import own_dependencies
 from smolrun.launch.doctor import findings, links, reachability
-from smolrun.launch.doctor.examination import Askable, Examined, Orders, examine, unreachable
-from smolrun.launch.doctor.reach_test import reach_test
-from smolrun.launch.doctor.this_machine import ThisMachine
-from smolrun.launch.doctor.verdicts import Finding
+from smolrun.launch.doctor.examination import (
+    Askable,
+    Examined,
+    Orders,
+    ThisMachine,
+    examine,
+    unreachable,
+)
+from smolrun.launch.doctor.findings import Finding
+from smolrun.launch.doctor.reachability import reach_test
 from smolrun.launch.run_on_all import on_all
 
 if TYPE_CHECKING:
-    from smolrun.launch.remote.machine import HostSpec, Machine
+    from smolrun.launch.remote.machine import Machine
+    from smolrun.launch.remote.probe import HostSpec
 
 _THIS_MACHINE = "local"
 
@@ -86,7 +93,7 @@ class Patients:
     def _reached(self, name: str) -> Askable:
         if name not in self.specs:
             return ThisMachine(name, Path.cwd())
-        from smolrun.launch.remote.machine import open_machine
+        from smolrun.launch.ssh.connect import open_machine
 
         cluster = self.config.cluster
         machine = open_machine(

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
     from smolrun.launch.delivery.provision import Order, Provisioned
     from smolrun.launch.delivery.shards import ShardFetcher
-    from smolrun.launch.remote.machine import HostSpec, Machine
+    from smolrun.launch.remote.machine import Machine
+    from smolrun.launch.remote.probe import HostSpec
 
 _AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
 
@@ -115,7 +116,7 @@ class Fleet:
         """Where a worker is started."""
         if plan.host not in self.machines:
             return LocalHost()
-        from smolrun.launch.remote.host import RemoteHost
+        from smolrun.launch.remote.machine import RemoteHost
 
         ready = self._ready[plan.host]
         return RemoteHost(self.machines[plan.host], ready.argv, ready.env, ready.cwd)
@@ -186,7 +187,7 @@ class Fleet:
 
     def _reach_again(self) -> None:
         """A host that did no more than end our connection is to be left clean all the same."""
-        from smolrun.launch.remote.machine import open_machine
+        from smolrun.launch.ssh.connect import open_machine
 
         for name, machine in self.machines.items():
             if machine.connection.lost is None or machine.connection.is_silent:
@@ -211,7 +212,7 @@ def open_fleet(config: RunConfig) -> Fleet:
     specs = host_specs(config)
     if not specs:
         return Fleet(config, {})
-    from smolrun.launch.remote.machine import open_machines
+    from smolrun.launch.ssh.connect import open_machines
 
     cluster = config.cluster
     missing: dict[str, SmolrunError] = {}
@@ -244,7 +245,7 @@ def host_specs(config: RunConfig) -> list[HostSpec]:
     cluster = config.cluster
     if not any(host.ssh is not None for host in cluster.hosts or []):
         return []
-    from smolrun.launch.remote.machine import HostSpec
+    from smolrun.launch.remote.probe import HostSpec
 
     return [
         HostSpec(

@@ -18,8 +18,9 @@ def who_answers(config: RunConfig) -> list[str]:
     specs = {spec.name: spec for spec in host_specs(config)}
     answers = {host.name: True for host in hosts if host.name not in specs}
     if specs:
-        from smolrun.launch.remote.machine import HostSpec, open_machine
+        from smolrun.launch.remote.probe import HostSpec
         from smolrun.launch.run_on_all import on_all
+        from smolrun.launch.ssh.connect import open_machine
 
         def ask(spec: HostSpec) -> bool:
             try:

@@ -29,9 +29,11 @@ from smolrun.driver.outputs import OUTPUTS, become_latest
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
-from smolrun.launch.remote.error_tail import last_words
-from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
+from smolrun.launch.remote.connection import last_words
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.remote.shell import command, environment_input
+from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
 from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES

@@ -80,7 +80,7 @@ class Reconnector:
 
     def _open_and_equip(self, host: str) -> None:
         from smolrun.launch.delivery.provision import provision
-        from smolrun.launch.remote.machine import open_machine
+        from smolrun.launch.ssh.connect import open_machine
 
         assert self._fleet.order is not None, "a host that is away was to be equipped"
         (spec,) = [spec for spec in host_specs(self._config) if spec.name == host]

@@ -21,7 +21,7 @@ from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDP
 from smolrun.driver.outputs import OUTPUTS
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
-from smolrun.launch.out_of_memory import gb
+from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, RunOutcome
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen

@@ -15,9 +15,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from smolrun.launch import out_of_memory
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.launch.machine_memory import machine_memory
+from smolrun.launch.machine_memory import ended_by_linux, machine_memory
 
 _READ_BYTES = 64 * 1024
 # A variable is a secret if a word of its name is one of these, in the singular or the plural:
@@ -142,7 +141,7 @@ class LocalProcess:
         was_killed = self._process.returncode == -getattr(signal, "SIGKILL", 9)
         if not was_killed or memory.kills == self._kills_before:
             return None
-        return out_of_memory.ended_by_linux(_largest_child(), memory.total)
+        return ended_by_linux(_largest_child(), memory.total)
 
     def lost(self) -> None:
         """Never: this machine is always in reach."""

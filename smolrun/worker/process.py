@@ -30,7 +30,7 @@ from smolrun.launch.control import (
     StartMessage,
     cut,
 )
-from smolrun.launch.out_of_memory import is_out_of_memory, told
+from smolrun.launch.machine_memory import is_out_of_memory, told
 from smolrun.launch.wake import awake
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.driver.reachable_hosts import who_answers
 from smolrun.errors import HostError
-from smolrun.launch.remote import machine
-from smolrun.launch.remote.machine import HostSpec
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.ssh import connect
 
 HOSTS = "[{name: me, address: 10.0.0.1}, {name: a, ssh: a}, {name: b, ssh: b}, {name: c, ssh: c}]"
 
@@ -24,5 +24,5 @@ def test_a_failure_is_no_answer_whatever_it_is(monkeypatch: pytest.MonkeyPatch) 
             raise KeyError("a reply that nobody foresaw")
         return SimpleNamespace(close=lambda: None)
 
-    monkeypatch.setattr(machine, "open_machine", opened)
+    monkeypatch.setattr(connect, "open_machine", opened)
     assert who_answers(compose([f"cluster.hosts={HOSTS}"])) == ["me", "c"]

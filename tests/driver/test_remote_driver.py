@@ -18,7 +18,8 @@ from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
 from smolrun.driver.runs import find_run, opened
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import HostSpec, Machine, meet
+from smolrun.launch.remote.machine import Machine, meet
+from smolrun.launch.remote.probe import HostSpec
 from smolrun.tasks import attach, status, stop
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder

@@ -24,10 +24,10 @@ from smolrun.launch.delivery import provision
 from smolrun.launch.driver import Driver
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.local import LocalHost
-from smolrun.launch.remote import machine
-from smolrun.launch.remote.machine import HostSpec, Machine
-from smolrun.launch.remote.probe import Facts
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.probe import Facts, HostSpec
 from smolrun.launch.remote.shell import Shell
+from smolrun.launch.ssh import connect
 from smolrun.launch.supervisor import Limits
 from smolrun.tracking.run_folder import RunFolder
 from tests.launch.connection_here import ConnectionHere
@@ -68,7 +68,7 @@ class Elsewhere:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Elsewhere(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "open_machine", made.open)
+    monkeypatch.setattr(connect, "open_machine", made.open)
     monkeypatch.setattr(provision, "provision", made.provision)
     yield made
     for connection in made.connections:

@@ -7,7 +7,9 @@ import time
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import HostSpec, Machine, open_machine
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.ssh.connect import open_machine
 from tests.hosts.host import Host
 from tests.hosts.lab import Lab
 

@@ -18,7 +18,9 @@ from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles
 from smolrun.launch.delivery.provision import Order, Ready, clear_all, provision
 from smolrun.launch.delivery.shards import Origin, ShardFetcher
-from smolrun.launch.remote.machine import HostSpec, Machine, open_machines
+from smolrun.launch.remote.machine import Machine
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.ssh.connect import open_machines
 from tests.hosts.conftest import Maker
 from tests.hosts.lab import Lab
 from tests.waiting import SOON_S, until

@@ -11,7 +11,7 @@ from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
 from smolrun.errors import HostError
-from smolrun.launch.delivery.environment import environment_name
+from smolrun.launch.delivery.versions import environment_name
 from smolrun.launch.setup import environment_maker
 from smolrun.tasks.setup import Setup
 from tests.hosts.conftest import Maker

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.remote.machine import open_machines
-from smolrun.launch.ssh import connect
+from smolrun.launch.ssh.connect import connect, open_machines
 from tests import waiting
 from tests.hosts.conftest import Maker
 from tests.hosts.host import Host, make_key

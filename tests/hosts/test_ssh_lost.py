@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from smolrun.launch.remote.machine import open_machine
+from smolrun.launch.ssh.connect import open_machine
 from tests import waiting
 from tests.hosts.conftest import Maker
 from tests.hosts.host import Host

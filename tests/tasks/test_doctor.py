@@ -19,7 +19,7 @@ from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.errors import ConfigError
 from smolrun.launch.doctor import links
 from smolrun.launch.doctor.examination import Examined
-from smolrun.launch.doctor.verdicts import Finding
+from smolrun.launch.doctor.findings import Finding
 
 HOME = """\
 # At home

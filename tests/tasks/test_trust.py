@@ -11,7 +11,7 @@ import pytest
 
 from smolrun.config.cluster import Cluster, Host
 from smolrun.errors import ConfigError
-from smolrun.launch.ssh import connect
+from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.host_keys import KnownHosts
 from smolrun.tasks import trust
 from tests.launch.ssh.server import Server, make_key, ssh_server

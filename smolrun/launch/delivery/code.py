@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code_archive import LIB, OWN, CodeArchive
-from smolrun.launch.delivery.progress import Told
-from smolrun.launch.delivery.store import ask, check_room, check_whole, forget, put
+from smolrun.launch.delivery.store import Told, ask, check_room, check_whole, forget, put
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from smolrun.data.prepared import Prepared
 from smolrun.files import atomic_write
-from smolrun.launch.delivery.progress import Told
-from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
+from smolrun.launch.delivery.store import Bundle, File, Told, deliver_bundles
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine

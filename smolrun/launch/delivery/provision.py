@@ -15,8 +15,8 @@ from smolrun.errors import HostError, HostErrors, SmolrunError
 from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive
 from smolrun.launch.delivery.files import PreparedFiles
-from smolrun.launch.delivery.progress import Progress, Told, silent
 from smolrun.launch.delivery.run_folder import CheckpointFiles, clear_run, run_on_host
+from smolrun.launch.delivery.store import Progress, Told, silent
 from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions
 from smolrun.launch.local import worker_command
 from smolrun.launch.run_on_all import on_all

@@ -17,8 +17,7 @@ from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.errors import CheckpointError
 from smolrun.launch.control import Saving
 from smolrun.launch.delivery.files import FileHashes
-from smolrun.launch.delivery.progress import Told
-from smolrun.launch.delivery.store import Bundle, File, deliver_bundles
+from smolrun.launch.delivery.store import Bundle, File, Told, deliver_bundles
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine

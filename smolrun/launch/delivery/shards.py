@@ -29,7 +29,7 @@ from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import FileEntry
 from smolrun.errors import SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
-from smolrun.launch.delivery.progress import Progress, Told, silent
+from smolrun.launch.delivery.store import Progress, Told, silent
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import HostError
-from smolrun.launch.delivery.progress import Told
 from smolrun.launch.remote.connection import OnBytes
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
+import threading
+from collections.abc import Callable
 
 _CALL_S = 60.0
 # What a small computer's card gives: so long may a host read what it has to compare.
@@ -144,3 +145,32 @@ def forget(machine: Machine, script: str, place: dict[str, Any]) -> None:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+# progress(what is being done, how much is done, how much there is), in bytes.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
+class Told:
+    """Adds up for `progress`; any thread may call, and only one at a time reaches `progress`."""
+
+    def __init__(self, what: str, progress: Progress = silent) -> None:
+        self._what = what
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done = self._total = 0
+
+    def add(self, num_bytes: int) -> None:
+        """So much more is to be copied."""
+        with self._lock:
+            self._total += num_bytes
+
+    def on_bytes(self, num_bytes: int) -> None:
+        """So much more was copied."""
+        with self._lock:
+            self._done += num_bytes
+            self._progress(self._what, self._done, self._total)

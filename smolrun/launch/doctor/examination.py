@@ -7,15 +7,19 @@ A question that fails becomes a finding: the others are asked all the same.
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 from smolrun.errors import HostError
 from smolrun.launch.doctor import findings
-from smolrun.launch.doctor.verdicts import Finding, Verdict, verdict
+from smolrun.launch.doctor.findings import Finding, Verdict, verdict
 
 _IMPORT_S = 180.0  # torch, on a Pi with a slow card
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -155,3 +159,26 @@ def _findings(facts: dict[str, Any], orders: Orders, os: str) -> list[Finding]:
 def required_names(requirements: Sequence[str]) -> list[str]:
     """The bare names of requirement lines."""
     return [match[0] for line in requirements if (match := _NAME.match(line.strip()))]
+
+
+class ThisMachine:
+    """Answers what a Machine answers, as far as questions go."""
+
+    def __init__(self, name: str, workdir: Path) -> None:
+        self.name = name
+        self.os = platform.system().lower()
+        self.python = sys.executable
+        self.home = Path.home().as_posix()
+        self.workdir = workdir.as_posix()
+
+    def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
+        """What on_host/<script>.py answers here; its own deadlines hold."""
+        try:
+            main = import_module(f"smolrun.launch.on_host.{script}").main
+            reply: dict[str, Any] = main(request)
+        except (OSError, ValueError) as error:
+            raise HostError(self.name, f"{script} failed: {error}") from error
+        return reply
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
-from smolrun.launch.doctor.firewall import opening
-from smolrun.launch.doctor.links import Faster, Host, Way, cut_off, network_of
-from smolrun.launch.doctor.verdicts import Finding
+from smolrun.errors import HostError
+from smolrun.launch.doctor.examination import Askable
+from smolrun.launch.doctor.findings import Finding
+from smolrun.launch.doctor.links import Faster, Host, Way, cut_off, network_of, to_dial
+from smolrun.launch.run_on_all import on_all
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,103 @@ def idle_networks(found: Sequence[Faster]) -> dict[str, list[Finding]]:
         )
         told.setdefault(one.to, []).append(finding)
     return told
+
+
+# For clusters that name none: one can only open ports that are known.
+USUAL_PORTS = (40000, 40100)
+
+
+def opening(
+    firewall: Mapping[str, Any],
+    os: str,
+    ports: tuple[int, int] | None,
+    *,
+    python: str,
+    source: str | None = None,
+) -> str:
+    """What to do on that host so that others reach its ports; `source` is their network."""
+    first, last = ports or USUAL_PORTS
+    lead = "" if ports else f"set `ports: {first}-{last}` in the cluster file, then there: "
+    return lead + _command(firewall.get("kind"), os, f"{first}-{last}", python, source)
+
+
+def _command(kind: str | None, os: str, ports: str, python: str, source: str | None) -> str:
+    if os == "darwin":
+        tool = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+        return f"sudo {tool} --add {python} && sudo {tool} --unblockapp {python}"
+    if os == "windows":
+        return (
+            "New-NetFirewallRule -DisplayName smolrun -Direction Inbound -Protocol TCP "
+            f"-LocalPort {ports} -Action Allow   (PowerShell, as administrator)"
+        )
+    colon = ports.replace("-", ":")
+    if kind == "ufw":
+        return f"sudo ufw allow from {source or 'any'} to any port {colon} proto tcp"
+    if kind == "firewalld":
+        return f"sudo firewall-cmd --permanent --add-port={ports}/tcp && sudo firewall-cmd --reload"
+    if kind == "iptables":
+        return f"sudo iptables -I INPUT -p tcp --dport {colon} -j ACCEPT"
+    if kind == "nftables":
+        return f"sudo nft insert rule inet filter input tcp dport {ports} accept"
+    return f"let TCP ports {ports} through whatever filters packets there, or in between"
+
+
+# Where the cluster file names no ports: any that are usually free.
+_FIRST_PORT, _LAST_PORT = 20_000, 32_000
+_PORTS = 3
+_WAIT_S = 12.0  # so much later than the first may the last be ready
+_START_S = 60.0  # a Python on a Pi, from a cold card
+
+
+def reach_test(
+    machines: Mapping[str, Askable],
+    hosts: Mapping[str, Host],
+    ports: Mapping[str, tuple[int, int] | None],
+    *,
+    wait_s: float = _WAIT_S,
+) -> dict[str, dict[str, Any]]:
+    """What each machine's reach.py tells; `{"error": ...}` for one that could not be asked.
+
+    Blocks for `wait_s` where somebody cannot be reached, less where all can.
+    """
+    if len(machines) < 2:
+        return {}
+    common = {"nonce": secrets.token_hex(16), "wait_s": wait_s}
+    listen = {name: _ports(ports.get(name)) for name in machines}
+    dials = {
+        (source, to): to_dial(hosts[source], hosts[to]) for source, to in permutations(machines, 2)
+    }
+
+    def ask(name: str) -> dict[str, Any]:
+        peers = {
+            to: {"addresses": addresses, "ports": listen[to]}
+            for (source, to), addresses in dials.items()
+            if source == name
+        }
+        expected = [
+            [source, address]
+            for (source, to), addresses in dials.items()
+            if to == name
+            for address in addresses
+        ]
+        asked = {"me": name, "listen": listen[name], "peers": peers, "expected": expected}
+        try:
+            answer = machines[name].call("reach", common | asked, wait_s + _START_S)
+        except HostError as error:
+            return {"error": error.what, "dialed": {}}
+        # Of a host's word only what it was asked counts, so that none can make addresses up.
+        dialed = {
+            to: [row for row in answer["dialed"].get(to, []) if row["address"] in addresses]
+            for (source, to), addresses in dials.items()
+            if source == name
+        }
+        return {**answer, "dialed": dialed}
+
+    return on_all({name: name for name in machines}, ask, "reach")
+
+
+def _ports(allowed: tuple[int, int] | None) -> list[int]:
+    """A few that this test may listen on; not all of them: a run may be on."""
+    first, last = allowed or (_FIRST_PORT, _LAST_PORT)
+    every = range(first, last + 1)
+    return random.sample(every, min(_PORTS, len(every)))  # nothing secret about them

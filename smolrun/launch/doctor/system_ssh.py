@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping
 
 from smolrun.errors import HostError
-from smolrun.launch.doctor.verdicts import Finding
+from smolrun.launch.doctor.findings import Finding
 from smolrun.launch.ssh.connect import scan
 from smolrun.launch.ssh.settings import parse_target
 

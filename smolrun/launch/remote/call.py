@@ -20,8 +20,7 @@ import msgspec
 
 from smolrun.errors import HostError
 from smolrun.launch.remote.answers import checked
-from smolrun.launch.remote.connection import Completed, Connection
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import Completed, Connection, last_words
 from smolrun.launch.remote.shell import Shell, command
 from smolrun.sanitize import all_in_one_line, one_line
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from smolrun.errors import HostError
+from smolrun.sanitize import one_line
 
 # Called with the number of bytes that have been copied since the last call.
 OnBytes = Callable[[int], None]
@@ -93,3 +94,14 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """End the connection and all that was started through it. Never raises."""
+
+
+_MOST_CHARS = 300
+
+
+def last_words(*outputs: bytes) -> str:
+    """The last line of the first output that has one."""
+    for output in outputs:
+        if lines := output.decode("utf-8", "replace").strip().splitlines():
+            return one_line(lines[-1]).strip()[:_MOST_CHARS]
+    return "it said nothing"

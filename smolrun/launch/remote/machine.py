@@ -6,33 +6,16 @@ Knows what a run needs of a machine, but neither what is copied there nor what i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolrun.errors import SmolrunError
+from smolrun.launch.hosts import WorkerPlan, WorkerProcess
+from smolrun.launch.local import worker_environment
 from smolrun.launch.remote.call import call
 from smolrun.launch.remote.connection import Completed, Connection, OnBytes
-from smolrun.launch.remote.probe import Facts, learn, no_python
+from smolrun.launch.remote.probe import Facts, HostSpec, learn, no_python
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.remote.worker import RemoteWorker, start_worker
-from smolrun.launch.run_on_all import on_all
-from smolrun.launch.ssh.connect import connect
-from smolrun.launch.ssh.login import AskPassword
-
-_LEAST_SHELL_S = 10.0  # a Pi with a slow card takes its time for the first command
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What the cluster file says of a host, as far as reaching it goes."""
-
-    name: str
-    ssh: str
-    python: str | None = None
-    workdir: str | None = None
-    torch: str = "auto"
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 class Machine:
@@ -116,74 +99,6 @@ class Machine:
         return f"/{path}" if self.os == "windows" and path[1:2] == ":" else path
 
 
-def open_machine(
-    spec: HostSpec,
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-    needs_python: bool = True,
-    ask_password: AskPassword | None = None,
-) -> Machine:
-    """Log in, and learn what runs must know. `timeout_s` is for the login.
-
-    `needs_python` False (task=setup): without any Python the machine is there all the same, and its
-    workdir has not been made.
-    """
-    connection = connect(
-        spec.name,
-        spec.ssh,
-        ssh_config=ssh_config,
-        timeout_s=timeout_s,
-        cluster=cluster,
-        ask_password=ask_password,
-    )
-    try:
-        shell_s = max(timeout_s, _LEAST_SHELL_S)
-        return meet(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
-    except BaseException:
-        connection.close()
-        raise
-
-
-def open_machines(
-    specs: Sequence[HostSpec],
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-    missing: dict[str, SmolrunError] | None = None,
-) -> dict[str, Machine]:
-    """All of them at once, by name. If one fails none stays open, and all failures are told; where
-    there is a dict `missing`, it is left out instead, and its failure is put there."""
-    opened: list[Machine] = []
-    given_up = False
-
-    def open_one(spec: HostSpec) -> Machine | None:
-        try:
-            machine = open_machine(
-                spec, ssh_config=ssh_config, timeout_s=timeout_s, cluster=cluster
-            )
-        except SmolrunError as error:
-            if missing is None:
-                raise
-            missing[spec.name] = error
-            return None
-        opened.append(machine)
-        if given_up:  # Ctrl-C came while this one was on its way
-            machine.close()
-        return machine
-
-    try:
-        found = on_all({spec.name: spec for spec in specs}, open_one, "open")
-        return {name: machine for name, machine in found.items() if machine is not None}
-    except BaseException:
-        given_up = True
-        for machine in opened:
-            machine.close()
-        raise
-
-
 def meet(
     spec: HostSpec,
     connection: Connection,
@@ -195,3 +110,21 @@ def meet(
     """The machine at the other end of a connection that is open."""
     facts = learn(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
     return Machine(spec, connection, facts, cluster=cluster)
+
+
+class RemoteHost:
+    """A machine that is ready for workers: `argv` starts one, in the folder `cwd` there."""
+
+    def __init__(
+        self, machine: Machine, argv: Sequence[str], env: Mapping[str, str], cwd: str
+    ) -> None:
+        """`env` is what the code needs; the host's own variables come from the cluster file."""
+        self._machine = machine
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._cwd = cwd
+
+    def start(self, plan: WorkerPlan) -> WorkerProcess:
+        """Start one worker there; HostError with a sentence if that is impossible."""
+        env = worker_environment({**self._machine.spec.env, **self._env}, plan.start.threads)
+        return self._machine.start_worker(self._argv, env, self._cwd)

@@ -6,35 +6,29 @@ Python of that machine, the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from smolrun.errors import HostError
-from smolrun.launch.remote import find_python
 from smolrun.launch.remote.call import call, get_python
-from smolrun.launch.remote.connection import Connection, TookTooLong
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import Connection, TookTooLong, last_words
 from smolrun.launch.remote.shell import PROBE, Shell, command, which_shell
 
 DEFAULT_WORKDIR = "~/.cache/smolrun"
 _ANSWER_S = 30.0  # a Pi with a slow card takes its time
 
 
-class Wishes(Protocol):
-    """What the cluster file says of it."""
+@dataclass(frozen=True)
+class HostSpec:
+    """What the cluster file says of a host, as far as reaching it goes."""
 
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    @property
-    def python(self) -> str | None:
-        """Where its Python is; None: to be found."""
-
-    @property
-    def workdir(self) -> str | None:
-        """Where code and data shall be; None: in a cache folder."""
+    name: str
+    ssh: str
+    python: str | None = None
+    workdir: str | None = None
+    torch: str = "auto"
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Facts:
 
 
 def learn(
-    wishes: Wishes,
+    spec: HostSpec,
     connection: Connection,
     *,
     cluster: str = "NAME",
@@ -65,19 +59,19 @@ def learn(
     `shell_s` is how long its login shell may take to start.
     """
     shell = _shell(connection, shell_s)
-    found = _look_around(wishes, connection, shell)
+    found = _look_around(spec, connection, shell)
     failures: list[HostError] = []
-    for python in [wishes.python] if wishes.python else found.pythons:
+    for python in [spec.python] if spec.python else found.pythons:
         try:
-            return _asked(wishes, connection, shell, python, cluster)
+            return _asked(spec, connection, shell, python, cluster)
         except (_CannotUse, TookTooLong):
             raise
         except HostError as error:
             failures.append(error)
-    if wishes.python and failures:
+    if spec.python and failures:
         raise failures[0]
     if needs_python:
-        raise no_python(wishes.name, cluster, failures)
+        raise no_python(spec.name, cluster, failures)
     return Facts(shell, found.os, found.home, found.workdir)
 
 
@@ -86,13 +80,13 @@ class _CannotUse(HostError):
 
 
 def _asked(
-    wishes: Wishes, connection: Connection, shell: Shell, python: str, cluster: str
+    spec: HostSpec, connection: Connection, shell: Shell, python: str, cluster: str
 ) -> Facts:
-    request = {"workdir": wishes.workdir or DEFAULT_WORKDIR}
+    request = {"workdir": spec.workdir or DEFAULT_WORKDIR}
     said = call(connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster)
     if said["problem"]:
         raise _CannotUse(
-            wishes.name,
+            spec.name,
             f"its folder {said['workdir']} cannot be used: {said['problem']}",
             "make room or give the folder to its user, or set `workdir:` in the cluster file",
         )
@@ -128,15 +122,15 @@ def _shell(connection: Connection, timeout_s: float) -> Shell:
     return shell
 
 
-def _look_around(wishes: Wishes, connection: Connection, shell: Shell) -> find_python.Answer:
-    workdir = wishes.workdir or DEFAULT_WORKDIR
+def _look_around(spec: HostSpec, connection: Connection, shell: Shell) -> Answer:
+    workdir = spec.workdir or DEFAULT_WORKDIR
     if shell is Shell.POSIX:
-        question = find_python.unix_question(workdir).encode()
+        question = unix_question(workdir).encode()
         done = connection.run("exec sh -s", data=question, timeout_s=_ANSWER_S)
     else:
-        line = command(shell, find_python.windows_question(workdir))
+        line = command(shell, windows_question(workdir))
         done = connection.run(line, timeout_s=_ANSWER_S)
-    found = find_python.understood(done.out.decode("utf-8", "replace"))
+    found = understood(done.out.decode("utf-8", "replace"))
     if found is None:
         words = last_words(done.err, done.out)
         raise HostError(connection.name, f"its shell does not say what is there: {words}")
@@ -151,3 +145,102 @@ def no_python(name: str, cluster: str, failures: Sequence[HostError] = ()) -> Ho
         f"has no Python 3.8 or newer in any of the usual places{tried}",
         get_python(cluster),
     )
+
+
+_MARK = "smolrun-found"
+
+# In sh's own words; a * stands for any version, and the last one is the newest.
+_UNIX = (
+    '"$workdir"/envs/*/bin/python',
+    '"$HOME"/.local/bin/python3',
+    '"$HOME"/.local/share/uv/python/cpython-3*/bin/python3',
+    "/opt/homebrew/bin/python3",
+    "/usr/local/bin/python3",
+    "/usr/bin/python3",
+    "/opt/python*/bin/python3",
+    "/usr/local/python*/bin/python3",
+    "/Library/Frameworks/Python.framework/Versions/3*/bin/python3",
+    '"$HOME"/.pyenv/versions/3*/bin/python3',
+    '"$HOME"/miniconda3/bin/python3',
+    '"$HOME"/miniforge3/bin/python3',
+    '"$HOME"/anaconda3/bin/python3',
+    "/opt/conda/bin/python3",
+    "/run/current-system/sw/bin/python3",
+    "/usr/bin/python3.?",
+    "/usr/bin/python3.??",
+)
+# Without the command line tools, Apple's python3 only opens a window that offers to install them.
+_UNIX_QUESTION = """\
+workdir={workdir}
+case $workdir in
+  "~/"*) workdir=$HOME/${{workdir#??}} ;;
+  /*) ;;
+  *) workdir=$HOME/$workdir ;;
+esac
+echo
+echo {mark} os "$(uname -s)"
+echo {mark} home "$HOME"
+echo {mark} workdir "$workdir"
+for python in {places} "$(command -v python3)"; do
+  [ -x "$python" ] || continue
+  [ "$python" = /usr/bin/python3 ] && [ "$(uname -s)" = Darwin ] &&
+    ! xcode-select -p >/dev/null 2>&1 && continue
+  echo {mark} python "$python"
+done
+"""
+# No double quotes: PowerShell's versions disagree on how those reach a program.
+_WINDOWS_QUESTION = """\
+$w = '{workdir}'; if (-not [IO.Path]::IsPathRooted($w)) {{ $w = Join-Path $HOME $w }}; \
+'{mark} os Windows'; '{mark} home ' + $HOME; '{mark} workdir ' + $w; \
+Get-Item -ErrorAction SilentlyContinue -Path ($w + '\\envs\\*\\Scripts\\python.exe'), \
+($env:LOCALAPPDATA + '\\Programs\\Python\\Python3*\\python.exe'), \
+($env:APPDATA + '\\uv\\python\\cpython-3*\\python.exe'), \
+($env:ProgramFiles + '\\Python3*\\python.exe'), 'C:\\Python3*\\python.exe' | \
+ForEach-Object {{ '{mark} python ' + $_.FullName }}; \
+if (Get-Command py -ErrorAction SilentlyContinue) \
+{{ '{mark} python ' + (py -3 -c 'import sys; print(sys.executable)') }}\
+"""
+
+
+@dataclass
+class Answer:
+    """What the shell said; paths have "/" between their parts on every system."""
+
+    os: str = ""
+    home: str = ""
+    workdir: str = ""
+    pythons: list[str] = field(default_factory=list)
+
+
+def unix_question(workdir: str) -> str:
+    """A piece of sh that says what is there, for sh's stdin."""
+    return _UNIX_QUESTION.format(mark=_MARK, workdir=shlex.quote(workdir), places=" ".join(_UNIX))
+
+
+def windows_question(workdir: str) -> list[str]:
+    """The same as a command, for cmd.exe and PowerShell. Not run."""
+    folder = workdir.removeprefix("~/").replace("'", "''").replace("/", "\\")
+    script = _WINDOWS_QUESTION.format(mark=_MARK, workdir=folder)
+    return ["powershell", "-NoProfile", "-NonInteractive", "-Command", script]
+
+
+def understood(output: str) -> Answer | None:
+    """The answer in a shell's output, noise left out; None if there is none."""
+    answer = Answer()
+    for line in output.splitlines():
+        mark, _, rest = line.strip().partition(" ")
+        what, _, value = rest.partition(" ")
+        if mark != _MARK or not value:
+            continue
+        if what == "os":
+            answer.os = value.lower()
+        elif what == "python":
+            answer.pythons.append(_slashed(answer, value))
+        elif what in ("home", "workdir"):
+            setattr(answer, what, _slashed(answer, value))
+    answer.pythons = list(dict.fromkeys(answer.pythons))
+    return answer if answer.os and answer.home else None
+
+
+def _slashed(answer: Answer, path: str) -> str:
+    return path.replace("\\", "/") if answer.os == "windows" else path

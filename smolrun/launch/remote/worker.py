@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import EXIT_ABANDONED
-from smolrun.launch.remote.connection import Connection, RemoteProcess
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import Connection, RemoteProcess, last_words
 from smolrun.launch.remote.shell import Shell, command, environment_input, posix, script
 
 _START_S = 30.0

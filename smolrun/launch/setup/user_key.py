@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import last_words
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.shell import Shell
 

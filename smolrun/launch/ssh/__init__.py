@@ -1,15 +1,10 @@
-"""Machines reached over SSH, by Fabric: the one place that knows it.
+"""Hosts over SSH, by Fabric and paramiko: the only folder that imports them.
 
-    settings.py    what ssh_config says about a host         login.py   the keys that are tried
-    connect.py     from a name to a connection, or a HostError, in time; and a look at its host key
-    failure.py     what went wrong, in one sentence          files.py   files there and back
-    connection.py  commands, and whether it is still there   process.py a command that runs
+    settings.py    what ssh_config says about a host       host_keys.py  known_hosts files
+    connect.py     a login with a deadline, or HostError; scans of host keys; a machine after both
+    login.py       the keys that are tried                 hop.py        one server on the way, and
+    connection.py  commands and a keepalive                              why it failed
+    files.py       SFTP
 
-Nothing is asked at a prompt, no key is trusted because it is new, and no wait is without an end.
+Nothing prompts, no key is trusted because it is new, and every wait has a deadline.
 """
-
-from smolrun.launch.ssh.connect import connect, scan
-from smolrun.launch.ssh.connection import SshConnection
-from smolrun.launch.ssh.hop import Found
-
-__all__ = ["Found", "SshConnection", "connect", "scan"]

@@ -9,19 +9,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import socket
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from fabric import Config, Connection
 from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
 
-from smolrun.errors import HostError, LoginFailed
-from smolrun.launch.ssh import failure
+from smolrun.errors import HostError, LoginFailed, SmolrunError
+from smolrun.launch.remote.machine import Machine, meet
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.run_on_all import on_all
 from smolrun.launch.ssh.connection import SshConnection
-from smolrun.launch.ssh.dial import dial
-from smolrun.launch.ssh.hop import Found, Hop, Wire
+from smolrun.launch.ssh.hop import (
+    Failed,
+    Found,
+    Hop,
+    Wire,
+    changed_key,
+    explain,
+    no_proxy,
+    not_found,
+    not_reached,
+    revoked_key,
+    too_late,
+    unknown_key,
+)
 from smolrun.launch.ssh.host_keys import HostKey
 from smolrun.launch.ssh.login import AskPassword, Keys
 from smolrun.launch.ssh.settings import Target, load, parse_target, proxy, settings_of
@@ -30,6 +46,7 @@ from smolrun.launch.ssh.settings import Target, load, parse_target, proxy, setti
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _MOST_JUMPS = 8
+_LEAST_SHELL_S = 10.0  # a Pi with a slow card takes its time for the first command
 # The library's own deadlines come after ours, which knows what to say.
 _LATER_S = 5.0
 _ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
@@ -74,6 +91,74 @@ def scan(
         if found[-1].state != "known":
             break
     return found
+
+
+def open_machine(
+    spec: HostSpec,
+    *,
+    ssh_config: str | None = None,
+    timeout_s: float = 15.0,
+    cluster: str = "NAME",
+    needs_python: bool = True,
+    ask_password: AskPassword | None = None,
+) -> Machine:
+    """Log in, and learn what runs must know. `timeout_s` is for the login.
+
+    `needs_python` False (task=setup): without any Python the machine is there all the same, and its
+    workdir has not been made.
+    """
+    connection = connect(
+        spec.name,
+        spec.ssh,
+        ssh_config=ssh_config,
+        timeout_s=timeout_s,
+        cluster=cluster,
+        ask_password=ask_password,
+    )
+    try:
+        shell_s = max(timeout_s, _LEAST_SHELL_S)
+        return meet(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def open_machines(
+    specs: Sequence[HostSpec],
+    *,
+    ssh_config: str | None = None,
+    timeout_s: float = 15.0,
+    cluster: str = "NAME",
+    missing: dict[str, SmolrunError] | None = None,
+) -> dict[str, Machine]:
+    """All of them at once, by name. If one fails none stays open, and all failures are told; where
+    there is a dict `missing`, it is left out instead, and its failure is put there."""
+    opened: list[Machine] = []
+    given_up = False
+
+    def open_one(spec: HostSpec) -> Machine | None:
+        try:
+            machine = open_machine(
+                spec, ssh_config=ssh_config, timeout_s=timeout_s, cluster=cluster
+            )
+        except SmolrunError as error:
+            if missing is None:
+                raise
+            missing[spec.name] = error
+            return None
+        opened.append(machine)
+        if given_up:  # Ctrl-C came while this one was on its way
+            machine.close()
+        return machine
+
+    try:
+        found = on_all({spec.name: spec for spec in specs}, open_one, "open")
+        return {name: machine for name, machine in found.items() if machine is not None}
+    except BaseException:
+        given_up = True
+        for machine in opened:
+            machine.close()
+        raise
 
 
 def _look(name: str, hops: list[Hop], timeout_s: float) -> Found:
@@ -163,11 +248,11 @@ class _Attempt:
             raise
         hop = self._current()
         if not in_time and hop.proxy_end:
-            failed = failure.no_proxy(hop, hop.proxy_end)
+            failed = no_proxy(hop, hop.proxy_end)
         elif not in_time:
-            failed = failure.too_late(hop, self._timeout_s)
+            failed = too_late(hop, self._timeout_s)
         elif self._error is not None:
-            failed = failure.explain(hop, self._error)
+            failed = explain(hop, self._error)
         else:
             return
         self._give_up()
@@ -262,8 +347,38 @@ class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has n
         known = hop.known
         before = known.keys(hop.settings.entry)
         if shown in known.revoked(hop.settings.entry):
-            raise failure.revoked_key(hop, shown)
+            raise revoked_key(hop, shown)
         if before and shown not in before:
-            raise failure.changed_key(hop, shown, before)
+            raise changed_key(hop, shown, before)
         if not before:
-            raise failure.unknown_key(hop, shown)
+            raise unknown_key(hop, shown)
+
+
+def dial(host: str, port: int, timeout_s: float) -> socket.socket:
+    """Connect; every address of the name gets its share of the time. Raises Failed."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
+        raise not_found(host, getattr(error, "strerror", None) or str(error)) from None
+    deadline = time.monotonic() + timeout_s
+    failed: Failed = not_found(host, "none")
+    for place, (family, kind, protocol, _, address) in enumerate(found):
+        dialled = socket.socket(family, kind, protocol)
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            dialled.settimeout(left / (len(found) - place))
+            dialled.connect(address)
+            # The control protocol is short lines, each waited for.
+            dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return dialled
+        except OSError as error:
+            dialled.close()
+            failed = not_reached(_named(host, str(address[0]), port), error)
+        except BaseException:
+            dialled.close()
+            raise
+    raise failed
+
+
+def _named(host: str, address: str, port: int) -> str:
+    return f"{host} port {port}" if address == host else f"{host} ({address}) port {port}"

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fabric import Connection
+from paramiko import ChannelException, SSHException
+from paramiko.ssh_exception import IncompatiblePeer
 
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import last_words
 from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
 from smolrun.launch.ssh.settings import Settings
 from smolrun.sanitize import one_line
@@ -114,3 +116,125 @@ class Found:
     key: HostKey | None = None
     before: tuple[HostKey, ...] = ()  # the keys it had, if it has another one now
     why: str = ""  # it could not be reached
+
+
+_IS_IT_ON = "is it switched on and on this network? a firewall that swallows packets looks the same"
+
+
+def not_found(host: str, why: str) -> Failed:
+    """No address belongs to that name."""
+    return Failed(
+        f"no address is found for {host} ({why.lower()})",
+        "check the name in the cluster file or HostName in your ssh_config",
+    )
+
+
+def not_reached(place: str, error: OSError) -> Failed:
+    """The last address said no."""
+    if isinstance(error, ConnectionRefusedError):
+        return Failed(
+            f"{place} refuses the connection", "does an SSH server run there, and on this port?"
+        )
+    if isinstance(error, TimeoutError):
+        return Failed(f"{place} does not answer", _IS_IT_ON)
+    return Failed(
+        f"{place} cannot be reached ({(error.strerror or str(error)).lower()})",
+        "is it switched on and on this network?",
+    )
+
+
+def unknown_key(hop: Hop, key: HostKey) -> Failed:
+    """A key that no known_hosts file has."""
+    return Failed(
+        f"the SSH key of {hop.settings.place} is not known yet ({key})",
+        f"smolrun task=trust cluster={hop.cluster} shows it and asks you",
+    )
+
+
+def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> Failed:
+    """Another key than the one that the user trusted."""
+    was = " or ".join(str(old) for old in before)
+    return Failed(
+        f"the SSH key of {hop.settings.place} has CHANGED: you trusted {was}, it now shows {key}. "
+        "Either that machine was set up anew, or another machine answers at its address and could "
+        "listen to all you send",
+        f"if you know why, smolrun task=trust cluster={hop.cluster} replaces the key",
+    )
+
+
+def revoked_key(hop: Hop, key: HostKey) -> Failed:
+    """A key that a known_hosts file marks as stolen."""
+    return Failed(
+        f"the SSH key of {hop.settings.place} ({key}) is marked @revoked in known_hosts",
+        "do not connect to it; ask whoever marked it",
+    )
+
+
+def no_proxy(hop: Hop, why: str) -> Failed:
+    """The ProxyCommand is of no use."""
+    what = f"its ProxyCommand brings us no SSH server ({why})"
+    return Failed(what, f"try it by hand: {hop.proxy_command}")
+
+
+def too_late(hop: Hop, timeout_s: float) -> Failed:
+    """The deadline passed; the stage it was in says what was waited for."""
+    place, after = hop.settings.place, f"within {timeout_s:g} s"
+    if hop.proxy_command and not hop.greeted:
+        return no_proxy(hop, f"no answer {after}")
+    if hop.stage == "reach":
+        return Failed(f"{place} does not answer {after}", _IS_IT_ON)
+    if hop.stage == "greeting" and not hop.greeted:
+        return Failed(
+            f"{place} takes the connection, but no SSH server greets us {after}",
+            "is this the port of its SSH server? if so, restart that",
+        )
+    if hop.stage == "greeting":
+        return Failed(
+            f"the SSH server of {place} does not agree on keys with us {after}",
+            "is that machine overloaded? cluster.connect_timeout_s gives it more time",
+        )
+    if hop.stage == "login":
+        return Failed(
+            f"the SSH server of {place} does not finish the login of {hop.settings.user} {after}",
+            f"try `ssh {hop.settings.user}@{hop.settings.host}` by hand; "
+            "cluster.connect_timeout_s gives it more time",
+        )
+    return Failed(f"jump host {place} does not reach the next machine {after}", _IS_IT_ON)
+
+
+def explain(hop: Hop, error: Exception) -> Failed:
+    """What the library meant."""
+    place = hop.settings.place
+    if isinstance(error, Failed):
+        return error
+    if hop.proxy_command and not hop.greeted:
+        return no_proxy(hop, hop.proxy_end or getattr(error, "strerror", None) or str(error))
+    if isinstance(error, ChannelException):  # a jump host that cannot go on
+        return Failed(f"the jump host cannot reach {place} ({error.text.lower()})", _IS_IT_ON)
+    if hop.stage == "login":
+        return _not_let_in(hop)
+    if isinstance(error, IncompatiblePeer):
+        return Failed(f"the SSH server of {place} is too old or too new for us ({error})")
+    if isinstance(error, EOFError | SSHException) and not hop.greeted:
+        return Failed(
+            f"{place} takes the connection, but no SSH server speaks there",
+            "is this the port of its SSH server, and is it not turning us away as too many?",
+        )
+    if isinstance(error, OSError) and hop.stage == "reach":
+        return not_reached(place, error)
+    return Failed(f"the SSH connection to {place} failed ({str(error) or type(error).__name__})")
+
+
+def _not_let_in(hop: Hop) -> Failed:
+    user, host = hop.settings.user, hop.settings.host
+    tried = "; tried " + ", ".join(hop.tried) if hop.tried else "; there was no key to try"
+    skipped = "; left out " + ", ".join(hop.skipped) if hop.skipped else ""
+    takes = f"; it takes {' or '.join(hop.takes)}" if hop.takes else ""
+    agent = "; the IdentityAgent of your ssh_config is not read, SSH_AUTH_SOCK is"
+    return Failed(
+        f"{hop.settings.place} does not let {user} in{tried}{skipped}{takes}"
+        + (agent if hop.settings.has_own_agent else ""),
+        f"smolrun task=setup cluster={hop.cluster} brings your key there, "
+        f"or ssh-copy-id {user}@{host}",
+        is_refused=True,
+    )

@@ -14,7 +14,7 @@ import pytest
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive, code_archive
-from smolrun.launch.delivery.progress import Told
+from smolrun.launch.delivery.store import Told
 from tests.launch.here import HereMachine
 
 DAY_S = 86_400

@@ -6,10 +6,15 @@ import io
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
-from smolrun.launch.delivery.code_archive import code_archive
+import pytest
+
+from smolrun.errors import ConfigError
+from smolrun.launch.delivery import code_archive as module
+from smolrun.launch.delivery.code_archive import code_archive, own_modules, package_files
 
 
 def test_the_same_files_give_the_same_bytes_and_any_edit_another_name(tmp_path: Path) -> None:
@@ -65,3 +70,119 @@ def test_it_runs_from_where_it_lands_and_knows_its_version(tmp_path: Path) -> No
     assert Path(worker) == there / "lib" / "smolrun" / "cli" / "worker.py"
     assert Path(place) == there / "lib"
     assert word == "mine"
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write(folder: Path, *names: str, **texts: str) -> Path:
+    """Empty files by path, and files of the folder itself by name with their text."""
+    for name, text in [
+        *((name, "") for name in names),
+        *((f"{k}.py", v) for k, v in texts.items()),
+    ]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def taken(folder: Path, *targets: str) -> list[str]:
+    return sorted(own_modules(folder, targets))
+
+
+def test_our_package_is_all_there_as_it_would_be_installed() -> None:
+    files = package_files()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = project["tool"]["setuptools"]["package-dir"]
+    for package, folder in folders.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            name = path.relative_to(ROOT / folder).as_posix()
+            assert f"{package.replace('.', '/')}/{name}" in files, path
+    assert "smolrun/conf/config.yaml" in files
+    assert not [name for name in files if "__pycache__" in name or not name.startswith("smolrun/")]
+
+
+def test_nothing_is_taken_without_a_target_of_the_folder(tmp_path: Path) -> None:
+    write(tmp_path, my_code="")
+    assert taken(tmp_path) == []
+    assert taken(tmp_path, "smolrun.models.mlp:build", "elsewhere:build") == []
+
+
+def test_what_a_module_imports_comes_with_it_wherever_it_says_so(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "by_import/part.py",
+        "my_lib/__init__.py",
+        "my_lib/deep/down.py",
+        "my_lib/other.py",
+        "tests/test_my_code.py",
+        my_code="import torch\nfrom my_net import Net\nimport my_lib.deep.down\n",
+        my_net="def late():\n    import my_late\n    __import__('by_name')\n",
+        my_late="import importlib\nimportlib.import_module('by_import.part')\n",
+        by_name="import my_code",  # a circle
+        unrelated="",
+    )
+    assert taken(tmp_path, "my_code:build") == [
+        "by_import/part.py",
+        "by_name.py",
+        "my_code.py",
+        "my_late.py",
+        "my_lib/__init__.py",
+        "my_lib/deep/down.py",
+        "my_lib/other.py",
+        "my_net.py",
+    ]
+
+
+def test_a_file_that_hides_a_library_stays_home(tmp_path: Path) -> None:
+    """The user's folder comes last on the path of a worker, so nobody would ever import it."""
+    write(tmp_path, "json.py", "numpy.py", "yaml/__init__.py", my_code="import json, numpy, yaml")
+    assert taken(tmp_path, "my_code:build") == ["my_code.py"]
+
+
+def test_a_target_that_python_finds_in_this_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "found_here.py", "pack_here/__init__.py", "spread_here/part.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["found_here:f", "pack_here:f", "spread_here.part:f"]
+    assert taken(tmp_path, *names) == [
+        "found_here.py",
+        "pack_here/__init__.py",
+        "spread_here/part.py",
+    ]
+
+
+def test_of_a_package_no_caches_hidden_folders_or_venvs_are_taken(tmp_path: Path) -> None:
+    skipped = ["env/lib/torch.py", "node_modules/x.py", ".hidden/x.py", "__pycache__/x.py"]
+    write(tmp_path / "mine", "__init__.py", "net.py", ".x.py", *skipped)
+    (tmp_path / "mine" / "env" / "pyvenv.cfg").touch()
+    (tmp_path / "mine" / "weights.bin").write_bytes(b"x" * 1000)
+    assert taken(tmp_path, "mine:build") == ["mine/__init__.py", "mine/net.py"]
+
+
+def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
+    folder = write(tmp_path / "here", "mine/__init__.py")
+    write(tmp_path / "shared", "layers.py")
+    try:
+        (folder / "mine" / "shared").symlink_to(tmp_path / "shared")
+        (folder / "mine" / "again").symlink_to(folder / "mine")
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+    assert taken(folder, "mine:build") == ["mine/__init__.py", "mine/shared/layers.py"]
+
+
+def test_code_that_cannot_be_read_is_taken_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, broken="def f(:\n", nul="\0")
+    assert taken(tmp_path, "broken:f", "nul:f") == ["broken.py", "nul.py"]
+
+
+def test_too_much_is_refused_and_the_largest_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_BYTES", 10_000)
+    write(tmp_path, my_code="import my_table", my_table="#" * 9_990)
+    assert taken(tmp_path, "my_table:f") == ["my_table.py"]
+    with pytest.raises(ConfigError, match=r"the largest file is my_table\.py"):
+        taken(tmp_path, "my_code:f")

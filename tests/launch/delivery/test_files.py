@@ -13,7 +13,7 @@ from smolrun.data.prepared import Prepared
 from smolrun.errors import HostError
 from smolrun.launch.delivery import store
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles, folder_bundle
-from smolrun.launch.delivery.progress import Told
+from smolrun.launch.delivery.store import Told
 from tests.launch.here import HereMachine
 
 DATA = b"tokens" * 1000

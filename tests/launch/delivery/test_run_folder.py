@@ -16,13 +16,13 @@ from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError, HostError
 from smolrun.launch.control import Saving
-from smolrun.launch.delivery.progress import Told
 from smolrun.launch.delivery.run_folder import (
     CheckpointFiles,
     clear_run,
     run_on_host,
     saving_on_host,
 )
+from smolrun.launch.delivery.store import Told
 from tests.launch.here import HereMachine
 
 

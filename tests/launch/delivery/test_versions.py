@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.delivery.environment import env_python, environment_name, own_dependencies
-from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions, pythons
+from smolrun.launch.delivery.versions import (
+    ask_versions,
+    check_versions,
+    env_python,
+    environment_name,
+    own_dependencies,
+    own_versions,
+    pythons,
+)
 from tests.launch.here import HereMachine
 
 DRIVER = {"python": "3.12.4", "smolrun": "0.1.0", "torch": "2.9.1+cpu", "transformers": "5.20.0"}
@@ -114,3 +121,32 @@ def test_which_pythons_may_serve(mini1: Any) -> None:
     ours = env_python(mini1.workdir, environment_name(own_dependencies()), mini1.os)
     assert pythons(mini1, "wheel") == [ours]
     assert pythons(mini1, "none") == pythons(mini1, "rsync") == [ours, mini1.python]
+
+
+def test_the_order_of_lines_and_bounds_means_nothing() -> None:
+    one = environment_name(["torch>=2.6,<2.14", "numpy >= 2"], "cpu")
+    other = environment_name(["numpy>=2", "torch<2.14,>=2.6"], "cpu")
+    assert one == other
+    assert one.startswith("cpu-")
+
+
+def test_everything_that_matters_changes_the_name() -> None:
+    names = {
+        environment_name(lines, torch)
+        for lines in (["torch>=2.6"], ["torch>=2.7"], ["torch>=2.6; sys_platform == 'linux'"])
+        for torch in ("auto", "cpu", "cuda")
+    }
+    assert len(names) == 9
+
+
+def test_our_own_dependencies_have_no_extras() -> None:
+    lines = own_dependencies()
+    assert any(line.startswith("torch") for line in lines)
+    assert not any("pytest" in line for line in lines)
+
+
+def test_each_system_has_its_interpreter() -> None:
+    assert (
+        env_python("/w", "e", "linux") == env_python("/w", "e", "darwin") == "/w/envs/e/bin/python"
+    )
+    assert env_python("C:/w", "e", "windows") == "C:/w/envs/e/Scripts/python.exe"

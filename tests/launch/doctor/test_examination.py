@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from smolrun.errors import HostError
-from smolrun.launch.doctor.examination import Orders, examine, required_names, unreachable
+from smolrun.launch.doctor.examination import (
+    Orders,
+    ThisMachine,
+    examine,
+    required_names,
+    unreachable,
+)
 
 FOLDER = {"path": "/w", "found": "/w", "free": 50e9, "is_folder": True, "is_writable": True}
 ANSWERS: dict[str, Any] = {
@@ -89,3 +99,17 @@ def test_a_host_that_does_not_answer_cannot_run():
 def test_the_names_of_requirements():
     lines = ["torch>=2.6,<2.14", "msgspec", "tokenizers >=0.21", 'x[y]>1; python_version>"3"']
     assert required_names(lines) == ["torch", "msgspec", "tokenizers", "x"]
+
+
+def test_it_answers_and_says_where_it_is(tmp_path: Path):
+    machine = ThisMachine("here", tmp_path)
+    assert machine.os == platform.system().lower()
+    told = machine.call("system", {"workdir": machine.workdir})
+    assert told["folder"]["found"] == str(tmp_path)
+    machine.close()
+
+
+def test_a_script_that_breaks_is_a_host_error(tmp_path: Path):
+    request = {"me": "here", "nonce": "no hex", "listen": [], "wait_s": 0, "peers": {}}
+    with pytest.raises(HostError, match="here: reach failed"):
+        ThisMachine("here", tmp_path).call("reach", {**request, "expected": []})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from smolrun.launch.doctor import findings
-from smolrun.launch.doctor.verdicts import Finding, verdict
+from smolrun.launch.doctor.findings import Finding, verdict
 
 SETUP = "smolrun task=setup cluster=home"
 

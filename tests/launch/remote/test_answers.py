@@ -17,14 +17,14 @@ from smolrun.driver import doctor_text
 from smolrun.errors import HostError
 from smolrun.launch.doctor.examination import Orders, examine
 from smolrun.launch.doctor.links import Host
-from smolrun.launch.doctor.reach_test import reach_test
-from smolrun.launch.remote import answers, find_python
+from smolrun.launch.doctor.reachability import reach_test
+from smolrun.launch.remote import answers, probe
 from smolrun.launch.remote.call import call
 from smolrun.launch.remote.connection import Completed
 from smolrun.launch.remote.probe import learn
 from smolrun.launch.remote.shell import Shell
 from smolrun.launch.remote.worker import start_worker
-from smolrun.launch.setup import blank_host
+from smolrun.launch.setup import setup_plan
 from smolrun.launch.setup.user_key import install
 from smolrun.tasks.status import row
 from smolrun.tracking.past_runs import look
@@ -232,13 +232,13 @@ def test_nothing_that_a_shell_says_is_a_traceback():
     """The answers that come as lines: of sh before there is a Python, and of a key's installer."""
     dice = random.Random(1)
     words = [*(str(one) for one in HOSTILE), "whole", "3.12", "²", "system", "python", "free", "os"]
-    words += ["home", "libc", "uv", "nvidia", "workdir", blank_host._MARK, find_python._MARK]
+    words += ["home", "libc", "uv", "nvidia", "workdir", setup_plan._MARK, probe._MARK]
     for _ in range(3000):
         text = " ".join(dice.choice(words)[:5000] for _ in range(dice.randrange(6)))
-        for mark in (blank_host._MARK, find_python._MARK):
+        for mark in (setup_plan._MARK, probe._MARK):
             what = dice.choice(words)
-            blank_host.understood(f"{mark} {what} {text}\n{mark} {text}")
-            find_python.understood(f"{mark} {what} {text}\n{mark} {text}")
+            setup_plan.understood(f"{mark} {what} {text}\n{mark} {text}")
+            probe.understood(f"{mark} {what} {text}\n{mark} {text}")
 
 
 class Spec:

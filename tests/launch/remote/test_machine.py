@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from smolrun.errors import HostError, HostErrors
-from smolrun.launch.remote import machine
-from smolrun.launch.remote.machine import HostSpec, Machine, meet, open_machines
-from smolrun.launch.remote.probe import Facts
+from smolrun.errors import HostError
+from smolrun.launch.remote.machine import Machine, meet
+from smolrun.launch.remote.probe import Facts, HostSpec
 from smolrun.launch.remote.shell import Shell
-from tests import waiting
 from tests.launch.connection_here import ConnectionHere
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
@@ -53,55 +50,6 @@ def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
     box = Machine(HostSpec("w", "w"), Windows(), facts)
     box.put(b"", "C:/w/file")
     assert asked == ["/C:/w/file"]
-
-
-def slow_and_dead(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], threading.Event]:
-    """Opening machines is replaced: "dead" fails at once, "slow" when the event is set."""
-    closed: list[str] = []
-    event = threading.Event()
-
-    class Opened:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def close(self) -> None:
-            closed.append(self.name)
-
-    def open_one(spec: HostSpec, **_: object) -> Opened:
-        if spec.name.startswith("dead"):
-            raise HostError(spec.name, "does not answer")
-        if spec.name == "slow":
-            event.wait(20)
-        return Opened(spec.name)
-
-    monkeypatch.setattr(machine, "open_machine", open_one)
-    return closed, event
-
-
-def test_every_host_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
-    closed, event = slow_and_dead(monkeypatch)
-    event.set()
-    names = ["a", "dead1", "slow", "dead2"]
-    with pytest.raises(HostErrors) as caught:
-        open_machines([HostSpec(name, name) for name in names])
-    assert str(caught.value) == "dead1: does not answer\ndead2: does not answer"
-    assert sorted(closed) == ["a", "slow"]
-
-
-def test_ctrl_c_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch):
-    closed, event = slow_and_dead(monkeypatch)
-
-    def interrupted(machines, act, what):
-        act(machines["a"])
-        threading.Thread(target=act, args=(machines["slow"],), name="late").start()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(machine, "on_all", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        open_machines([HostSpec("a", "a"), HostSpec("slow", "slow")])
-    assert closed == ["a"]
-    event.set()
-    waiting.until(lambda: closed == ["a", "slow"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.launch.ssh import SshConnection, connect
+from smolrun.launch.ssh.connect import connect
+from smolrun.launch.ssh.connection import SshConnection
 from tests.launch.ssh.server import Server, ssh_server
 
 

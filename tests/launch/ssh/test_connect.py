@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.errors import HostError
-from smolrun.launch.ssh import connect, scan
+from smolrun.errors import HostError, HostErrors
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.ssh import connect as module
+from smolrun.launch.ssh.connect import connect, dial, open_machines, scan
+from smolrun.launch.ssh.hop import Failed
 from tests import waiting
 from tests.launch.ssh.server import Server, make_key, ssh_server
 
@@ -217,7 +221,7 @@ def test_ctrl_c_while_connecting(server: Server):
     """In a process of its own, as Ctrl-C goes to the main thread of one."""
     with listener(lambda connection: None) as port:
         code = (
-            "from smolrun.launch.ssh import connect\n"
+            "from smolrun.launch.ssh.connect import connect\n"
             "print('begun', flush=True)\n"
             "try:\n"
             f"    file = {str(server.config)!r}\n"
@@ -239,3 +243,120 @@ def _is_connected_to(pid: int, port: int) -> bool:
     return any(
         one.raddr and one.raddr.port == port for one in psutil.Process(pid).net_connections("tcp")
     )
+
+
+def named(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    """A name with these addresses."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_, **__: found)
+
+
+def test_the_first_address_that_answers(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        named(monkeypatch, ("127.0.0.1", 1), server.getsockname())
+        dialled = dial("box", 22, 5)
+        assert dialled.getpeername() == server.getsockname()
+        assert dialled.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        dialled.close()
+
+
+def test_a_silent_address_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as server, silent() as address:
+        named(monkeypatch, address, server.getsockname())
+        dial("box", 22, 2).close()
+
+
+class silent:  # noqa: N801  # reads as a word
+    """An address that swallows all packets: its queue of connections is full."""
+
+    def __enter__(self) -> tuple[str, int]:
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.waiting = []
+        for _ in range(4):
+            one = socket.socket()
+            one.setblocking(False)
+            one.connect_ex(self.server.getsockname())
+            self.waiting.append(one)
+        address: tuple[str, int] = self.server.getsockname()
+        return address
+
+    def __exit__(self, *_: object) -> None:
+        for one in (*self.waiting, self.server):
+            one.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "box (127.0.0.1) port 22 refuses"),
+        (TimeoutError("timed out"), "box (127.0.0.1) port 22 does not answer"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"),
+         "box (127.0.0.1) port 22 cannot be reached (network is unreachable)"),
+    ],
+)  # fmt: skip
+def test_the_sentences(monkeypatch: pytest.MonkeyPatch, error: OSError, sentence: str):
+    class Socket(socket.socket):
+        def connect(self, address: object) -> None:
+            raise error
+
+    named(monkeypatch, ("127.0.0.1", 22))
+    monkeypatch.setattr(module.socket, "socket", Socket)
+    with pytest.raises(Failed) as caught:
+        dial("box", 22, 1)
+    assert caught.value.what.startswith(sentence)
+    assert caught.value.todo
+
+
+@pytest.mark.parametrize("name", ["no.such.invalid", "a" * 300, "\udcff"])
+def test_no_address_of_a_name(name: str):
+    with pytest.raises(Failed, match="no address is found for"):
+        dial(name, 22, 1)
+
+
+def slow_and_dead(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], threading.Event]:
+    """Opening machines is replaced: "dead" fails at once, "slow" when the event is set."""
+    closed: list[str] = []
+    event = threading.Event()
+
+    class Opened:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    def open_one(spec: HostSpec, **_: object) -> Opened:
+        if spec.name.startswith("dead"):
+            raise HostError(spec.name, "does not answer")
+        if spec.name == "slow":
+            event.wait(20)
+        return Opened(spec.name)
+
+    monkeypatch.setattr(module, "open_machine", open_one)
+    return closed, event
+
+
+def test_every_host_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
+    closed, event = slow_and_dead(monkeypatch)
+    event.set()
+    names = ["a", "dead1", "slow", "dead2"]
+    with pytest.raises(HostErrors) as caught:
+        open_machines([HostSpec(name, name) for name in names])
+    assert str(caught.value) == "dead1: does not answer\ndead2: does not answer"
+    assert sorted(closed) == ["a", "slow"]
+
+
+def test_ctrl_c_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch):
+    closed, event = slow_and_dead(monkeypatch)
+
+    def interrupted(machines, act, what):
+        act(machines["a"])
+        threading.Thread(target=act, args=(machines["slow"],), name="late").start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "on_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_machines([HostSpec("a", "a"), HostSpec("slow", "slow")])
+    assert closed == ["a"]
+    event.set()
+    waiting.until(lambda: closed == ["a", "slow"])

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import HostSpec, open_machine
-from smolrun.launch.ssh import SshConnection, connect
+from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.ssh.connect import connect, open_machine
+from smolrun.launch.ssh.connection import SshConnection
 from tests import waiting
 from tests.launch.ssh.server import Server, ssh_server
 

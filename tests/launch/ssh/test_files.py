@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.ssh import SshConnection, files
+from smolrun.launch.ssh import files
+from smolrun.launch.ssh.connection import SshConnection
 from tests.launch.ssh.server import ssh_server
 
 MIB = 1 << 20
@@ -133,7 +134,7 @@ def test_a_server_that_answers_with_more_than_was_asked_for_fills_no_disk(tmp_pa
 
 
 def test_a_server_without_sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from smolrun.launch.ssh import connect
+    from smolrun.launch.ssh.connect import connect
 
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with ssh_server(tmp_path, "Subsystem sftp /bin/false") as server:

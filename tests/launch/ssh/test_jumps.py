@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.launch.doctor.system_ssh import parsed
-from smolrun.launch.ssh import connect, scan
-from smolrun.launch.ssh.connect import _route
+from smolrun.launch.ssh.connect import _route, connect, scan
 from tests import waiting
 from tests.launch.ssh.server import Server
 from tests.launch.ssh.test_connect import refused, took

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.ssh import connect
+from smolrun.launch.ssh.connect import connect
 from tests.launch.ssh.server import Server, make_key
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.launch.remote.error_tail import last_words
+from smolrun.launch.remote.connection import last_words
 
 
 @pytest.mark.parametrize(
