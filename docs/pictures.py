@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smolrun.collectives.schedule import (
+    Hop,
     Schedule,
     direct_all_gather,
     dissemination_barrier,
@@ -25,7 +26,6 @@ from smolrun.collectives.schedule import (
     ring_reduce_scatter,
     tree_broadcast,
 )
-from smolrun.parts.seats import conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAF_PACKAGES = ["models", "data", "checkpoints", "config"]
@@ -146,11 +146,24 @@ def schedules() -> str:
     return "\n".join(pages)
 
 
+def syncps_schedule(rank: int, size: int) -> Schedule:
+    """What a rank sends and receives in a step of syncps, in the order in which the server sums and
+    replies. Chunk r is the gradient of rank r, 0 the weights."""
+    workers = range(1, size)
+    if rank == 0:
+        pushes = [Hop(source=worker, receive=worker, adds=True) for worker in workers]
+        return pushes + [Hop(to=worker, needs=len(pushes)) for worker in workers]
+    hops = [Hop()] * (2 * len(workers))
+    hops[rank - 1] = Hop(to=0, send=rank)
+    hops[rank - 1 + len(workers)] = Hop(source=0)
+    return hops
+
+
 BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
 DRAWN = {
     "classicdp": [ring_all_reduce(rank, 3) for rank in range(3)],
     "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
-    "syncps": [conversation(rank, 3) for rank in range(3)],
+    "syncps": [syncps_schedule(rank, 3) for rank in range(3)],
 }
 
 

@@ -294,9 +294,9 @@ class Algorithm(ABC):
             raise ConfigError(
                 f"the model's forward changes its buffer {self._changed_buffer!r}, which ranks can "
                 "share only where they make every update together, unlike with algorithm=edp or "
-                "algorithm.straggler_s: take algorithm=classicdp, algorithm=fsdp or "
-                "algorithm=syncps (algorithm.straggler_s=0), or norms without running statistics "
-                "(LayerNorm, GroupNorm)"
+                "algorithm.straggler_timeout_s: take algorithm=classicdp, algorithm=fsdp or "
+                "algorithm=syncps (algorithm.straggler_timeout_s=0), or norms without running "
+                "statistics (LayerNorm, GroupNorm)"
             )
 
     def _share_buffers(self, facts: Mapping[str, Sequence[float]]) -> None:

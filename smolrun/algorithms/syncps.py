@@ -3,24 +3,30 @@ and pull the new weights.
 
     worker 1   forward backward [push]         [pull] forward ...
     worker 2   forward backward [push]         [pull] forward ...
-    server     (forward backward)  add, step, tell
+    server     (forward backward)  sum, step, send
 
-A bucket leaves for the server as gradient as soon as backward has filled it, and comes back into
-the same memory as weights. With staleness K a worker waits at step t for the answer to its push of
-step t-K. The server adds up in rank order, itself first.
+    push    stats of the rank      gradient of bucket 0, 1, 2 ...     from rank to server
+    pull    verdict, all stats     weights in the same buckets        from server to rank
 
-With `straggler_s` the server goes on that long after the first gradient of a step. One that comes
-later is dropped, and its worker goes on with the newest weights at the server's next step, together
+A bucket is pushed as soon as backward has filled it, and the weights are pulled into the same
+memory. With staleness K a worker waits at step t for the reply to its push of step t-K. The server
+sums in rank order, its own gradient first.
+
+With `straggler_timeout_s` the server waits that long after the first gradient of a step. A later
+one is dropped, and its worker continues with the newest weights at the server's next step, together
 with all others. (With weights in the middle of a step it would be late for ever.)
 
-Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014.
-"""
+Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014; Polyak
+and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992 (the average)."""
 
 from __future__ import annotations
 
 import math
+import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,72 +34,304 @@ from torch import Tensor, nn
 
 from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
+from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import FACTS
-from smolrun.algorithms.syncps_worker import SyncPS, SyncPSWorker, numbers_of, row_of
 from smolrun.checkpoints.reader import Checkpoint
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.data.base import Batch
-from smolrun.mesh.mesh import Work
-from smolrun.parts.buckets import Bucket
-from smolrun.parts.polyak import PolyakAverage
-from smolrun.parts.seats import SERVER, Seat, Seats
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.parts.buckets import Bucket, GradientBuckets
+from smolrun.parts.parameter_server import SERVER, Channels, decode_gradient
+from smolrun.parts.quantization import Quantization
 
 _IS_FINITE, _WANTS_STOP = FACTS.index("is_finite"), FACTS.index("wants_stop")
+_VERDICT = 4  # step, gradient norm, loss scale and its age: before the stats of all ranks
+_POLL_S = 0.25  # a lost worker is noticed this late while the server waits for any of several
 
 
 def syncps(
     context: Context,
     *,
     server_trains: bool,
-    straggler_s: float,
-    polyak: float,
-    pull: str,
+    straggler_timeout_s: float,
+    ema_decay: float,
+    pull_weights: str,
     bucket_mb: float,
 ) -> Algorithm:
-    """The server on rank 0, a worker on every other."""
+    """The server on rank 0, a worker on every other rank."""
     common: dict[str, Any] = {
         "server_trains": server_trains,
-        "straggler_s": straggler_s,
-        "pulls_average": pull == "average",
+        "straggler_timeout_s": straggler_timeout_s,
+        "pulls_average": pull_weights == "average",
         "bucket_mb": bucket_mb,
     }
     if context.mesh.rank == SERVER:
-        return SyncPSServer(context, polyak=polyak, **common)
+        return SyncPSServer(context, ema_decay=ema_decay, **common)
     return SyncPSWorker(context, **common)
 
 
+class SyncPS(ClassicDP):
+    """What server and workers share: gradient buckets, and one row of stats per rank."""
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        server_trains: bool,
+        straggler_timeout_s: float,
+        pulls_average: bool,
+        bucket_mb: float,
+    ) -> None:
+        super().__init__(context, bucket_mb=bucket_mb)
+        self._server_trains = server_trains
+        self._straggler_timeout_s = straggler_timeout_s
+        self._pulls_average = pulls_average
+        self.is_lockstep = not straggler_timeout_s
+
+    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+        """By speed; 0 for a server that does not train."""
+        return speeds if self._server_trains else [0.0, *speeds[1:]]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are pushed and weights pulled, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def stats_row(self, facts: Mapping[str, float]) -> Tensor:
+        """This rank's stats of a step as they are pushed, float64; adds whether all was finite."""
+        row = {**facts, "is_finite": float(self._is_finite)}
+        return torch.tensor([row[name] for name in FACTS], dtype=torch.float64)
+
+    def reply_header(
+        self, verdict: Sequence[float] = (0,) * _VERDICT, table: Tensor | None = None
+    ) -> Tensor:
+        """What is pulled before the weights, float64: the verdict and the stats of all ranks."""
+        if table is None:
+            table = torch.zeros((self.collectives.size, len(FACTS)))
+        return torch.cat([torch.tensor(verdict, dtype=torch.float64), table.double().flatten()])
+
+
+class SyncPSWorker(SyncPS):
+    """Pushes its gradients and pulls weights; has no optimizer, knows nothing of other workers."""
+
+    can_evaluate = False
+
+    def place(self, model: nn.Module) -> None:
+        """Keeps a replica that is never stepped here."""
+        super().place(model)
+        del self.optimizer
+        self.has_checkpoint_state = self.is_lockstep  # the quantization residuals
+        self._channels = Channels(self.context.mesh, SERVER)
+        self._headers: dict[int, Tensor] = {}  # step of the push -> header of the reply
+        self._message = -1  # that is being pushed
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Pushes full buckets meanwhile."""
+        self._message = self._channels.pushes.begin_send()
+        return super().forward_backward(micro_batches)
+
+    def send(self, bucket: Bucket, slot: int) -> Work:
+        """Starts to push a full bucket."""
+        wire = self._encode(bucket.to_host(slot), bucket.index, slot)
+        return self._channels.pushes.send_part(self._message, 1 + bucket.index, wire)
+
+    def _encode(self, flat: Tensor, bucket: int, slot: int) -> Tensor:
+        quantization = self.context.quantization
+        if quantization.is_none:
+            return flat
+        if not quantization.error_feedback:
+            return quantization.quantizer().encode(flat.to(quantization.working_dtype(flat.dtype)))
+        feedback = self.sums.feedback(bucket, slot, flat.numel(), flat.dtype)
+        return feedback.encode(flat, quantization.quantizer())
+
+    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+        """Pushes the stats, which complete the push, and posts the receive of the reply."""
+        step, row = self.steps_begun, self.stats_row(facts)
+        pushed = self._channels.pushes.send_part(self._message, 0, row)
+        return PendingUpdate(
+            step, row.view(1, -1), [*self._works, pushed, self._receive_reply(step)]
+        )
+
+    def _receive_reply(self, step: int) -> Work:
+        """Into the buckets of that push, which the server answers once it has all of it."""
+        self._headers[step] = header = self.reply_header()
+        buffers = [header, *(bucket.host[self.slot(step)] for bucket in self.buckets.buckets)]
+        return self._channels.weights.receive(buffers, f"weights for the push of step {step}")
+
+    def wait_for(self, pending: PendingUpdate) -> None:
+        """Takes over the server's verdict, which is of its own step if this gradient was late."""
+        super().wait_for(pending)
+        verdict, facts = self._headers.pop(pending.step).tensor_split([_VERDICT])
+        step, self._norm, scale, good_steps = verdict.tolist()
+        self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
+        self._was_late = int(step) != pending.step
+        self.steps_begun += int(step) - pending.step
+        pending.step, pending.facts = int(step), facts.view(-1, len(FACTS))
+
+    @torch.no_grad()
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
+        """Loads the pulled weights. Quantization residuals count if the push did."""
+        is_made = math.isfinite(self._norm)
+        self.sums.settle(self.slot(pending.step), is_kept=is_made and not self._was_late)
+        pulled = self.buckets.travelled(self.slot(pending.step))
+        for parameter, values in zip(self.trained().values(), pulled, strict=True):
+            parameter.copy_(values)
+        return self._norm if is_made else None
+
+    def finish(self) -> None:
+        """Waits for the replies to pushes in flight, which a stopped run has: the server sends
+        them."""
+        for pending in self.pending_updates:
+            super().wait_for(pending)
+        super().finish()
+
+    def pieces(self) -> list[TensorSlice]:
+        """The quantization residuals; the server saves all else."""
+        return saved_residuals.pieces(self) if self.is_lockstep else []
+
+    def checkpoint_bytes(self) -> int:
+        """Of all workers together."""
+        return saved_residuals.expected_bytes(self)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Reads the weights that workers pull, and expects replies to the pushes in flight."""
+        saved.refuse_unknown(self, checkpoint)
+        averages = checkpoint.keys("average/") if self._pulls_average else ()
+        for name, tensor in saved.model_tensors(self.model):
+            key = f"average/{name}" if f"average/{name}" in averages else f"model/{name}"
+            saved.read_into(tensor, checkpoint, key)
+        saved.restore_numbers(self, checkpoint, state)
+        for pending in saved.restore_flights(self, checkpoint, state):
+            pending.works = [self._receive_reply(pending.step)]
+        saved_residuals.restore(self, checkpoint)
+
+
+class WeightAverage:
+    """Exponential moving average of parameters, by name: `decay * average + (1 - decay) * weights`
+    after every update. With decay 0 there is none. The model keeps the newest weights."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters = parameters
+        self._decay = decay
+        self.values: dict[str, Tensor] = {}
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Starts from the present weights."""
+        if self._decay:
+            self.values = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Adds the newest weights."""
+        for name, value in self.values.items():
+            value.lerp_(self._parameters[name], 1 - self._decay)
+
+    @contextmanager
+    def swapped_in(self, is_wanted: bool = True) -> Iterator[None]:
+        """The model has the average for its weights inside; nothing is copied."""
+        self._swap(is_wanted)
+        try:
+            yield
+        finally:
+            self._swap(is_wanted)
+
+    def _swap(self, is_wanted: bool) -> None:
+        for name in self.values if is_wanted else ():
+            parameter = self._parameters[name]
+            parameter.data, self.values[name] = self.values[name], parameter.data
+
+
+@dataclass
+class WorkerBuffers:
+    """The server's memory for one worker, per slot. The pull is sent from where the push arrived:
+    a worker pushes again only after it has all of the last reply.
+
+    `flat[slot]` (one tensor per bucket) and `views[slot]` (one per parameter) share memory;
+    `pushed[slot]` is `flat[slot]`, or uint8 tensors where gradients are quantized."""
+
+    rank: int
+    channels: Channels
+    stats: list[Tensor]
+    pushed: list[list[Tensor]]
+    flat: list[list[Tensor]]
+    views: list[list[Tensor]]
+    expected: dict[int, Work] = field(default_factory=dict)  # step -> receive of its push
+    unanswered: list[int] = field(default_factory=list)  # steps whose push is complete
+    num_dropped: int = 0
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh, rank: int, buckets: GradientBuckets, quantization: Quantization
+    ) -> WorkerBuffers:
+        """As large as the buckets, with as many slots."""
+        rooms = [buckets.room() for _ in range(buckets.slots)]
+        flat, pushed = [flat for flat, _ in rooms], [flat for flat, _ in rooms]
+        if not quantization.is_none:
+            size = quantization.quantizer().wire_bytes
+            pushed = [
+                [torch.empty(size(bucket.numel()), dtype=torch.uint8) for bucket in slot]
+                for slot in flat
+            ]
+        stats = [torch.empty(len(FACTS), dtype=torch.float64) for _ in rooms]
+        return cls(rank, Channels(mesh, rank), stats, pushed, flat, [views for _, views in rooms])
+
+    def receive_push(self, step: int, slot: int) -> None:
+        """Posts the receive of a push, a step ahead: a worker cannot send large tensors before."""
+        label = f"push of step {step} from rank {self.rank}"
+        buffers = [self.stats[slot], *self.pushed[slot]]
+        self.expected[step] = self.channels.pushes.receive(buffers, label)
+
+    def take_push(self, step: int) -> Work:
+        """Notes that the push of a step is to be answered; wait for the work before reading it."""
+        self.unanswered.append(step)
+        return self.expected.pop(step)
+
+    def reply(self, step: int, slot: int, header: Tensor, weights: Sequence[Tensor]) -> None:
+        """Starts to send the weights, one per parameter, to a worker that has pushed `step`."""
+        self.unanswered.remove(step)
+        for view, value in zip(self.views[slot], weights, strict=True):
+            view.copy_(value)
+        self.channels.weights.send([header, *self.flat[slot]])
+
+
 class SyncPSServer(SyncPS):
-    """Has the optimizer, and an average of the weights where one is wanted."""
+    """Owns the optimizer, and an average of the weights if there is one."""
 
     evaluates_locally = True
 
-    def __init__(self, context: Context, *, polyak: float, **common: Any) -> None:
+    def __init__(self, context: Context, *, ema_decay: float, **common: Any) -> None:
         super().__init__(context, **common)
-        self._decay = polyak
-        self._unsummed: dict[int, list[Seat]] = {}  # step -> whose gradient is here
-        self._numbers = numbers_of(self.collectives.size)  # of the last answer
-        self._nothing = Work("own gradient", self.mesh)
+        self._decay = ema_decay
+        self._unsummed: dict[int, list[WorkerBuffers]] = {}  # step -> workers whose push is here
+        self._reply = self.reply_header()  # the last one
+        self._nothing = Work("own gradient", context.mesh)
         self._nothing.finish()
 
     def place(self, model: nn.Module) -> None:
-        """The model, the optimizer, and a seat for every worker."""
+        """Keeps the model, the optimizer, and buffers for every worker."""
         super().place(model)
-        self.average = PolyakAverage(self.trained(), self._decay)
-        self.seats = Seats(self.mesh, self.buckets, len(FACTS), self.context.quantization)
+        mesh, quantization = self.context.mesh, self.context.quantization
+        self.average = WeightAverage(self.trained(), self._decay)
+        self.workers = [
+            WorkerBuffers.of(mesh, rank, self.buckets, quantization)
+            for rank in range(SERVER + 1, mesh.world_size)
+        ]
 
     # -- a step ----
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """As always, while the pushes of the others come in."""
-        for seat in self.seats.all:
-            if self.is_lockstep or not seat.expected:
-                self.seats.expect(seat, self.steps_begun)
-        with self.average.in_use(self._pulls_average):
+        """Pushes arrive meanwhile."""
+        for worker in self.workers:
+            if self.is_lockstep or not worker.expected:
+                worker.receive_push(self.steps_begun, self.slot(self.steps_begun))
+        with self.average.swapped_in(self._pulls_average):
             return super().forward_backward(micro_batches)
 
     def send(self, bucket: Bucket, slot: int) -> Work:
-        """The server's own gradient is there already, and not rounded; an earlier run on other
-        ranks may have left it something to add."""
+        """A no-op: the server's own gradient is here, and is not quantized. Residuals restored from
+        a run on other ranks are added to it."""
         own = bucket.to_host(slot)
         if self.sums.has_feedback:
             owed = self.sums.feedback(bucket.index, slot, own.numel(), own.dtype).residual
@@ -102,104 +340,136 @@ class SyncPSServer(SyncPS):
         return self._nothing
 
     def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
-        """Nothing to start: the others come by themselves."""
-        facts["is_finite"] = float(self._is_finite)
+        """Starts nothing: the receives are posted."""
         table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
-        table[:, _IS_FINITE] = 1  # also of those that are late
-        table[SERVER] = row_of(facts)
+        table[:, _IS_FINITE] = 1  # of late ranks too
+        table[SERVER] = self.stats_row(facts)
         return PendingUpdate(self.steps_begun, table, [])
 
     def wait_for(self, pending: PendingUpdate) -> None:
-        """Whoever works on this step is here, or late; who was late earlier may be here too."""
+        """Takes the pushes of this step, without late ones, and late ones of earlier steps."""
         if not self.is_lockstep:
-            self._wait_for_most(pending)
-        for seat in self.seats.all:
-            for step, coming in list(seat.expected.items()):
-                is_out = seat.rank in pending.late if step == pending.step else not coming.is_done
-                if step > pending.step or is_out:
+            self._wait_for_stragglers(pending)
+        for worker in self.workers:
+            for step, receiving in list(worker.expected.items()):
+                is_late = (
+                    worker.rank in pending.late if step == pending.step else not receiving.is_done
+                )
+                if step > pending.step or is_late:
                     continue
-                self.clock.wait(seat.came(step))
-                row = seat.numbers[self.slot(step)]
+                self.clock.wait(worker.take_push(step))
+                row = worker.stats[self.slot(step)]
                 if step == pending.step:
-                    pending.facts[seat.rank] = row
-                    self._unsummed.setdefault(step, []).append(seat)
-                else:  # its gradient was dropped, its wish to stop counts
-                    pending.facts[seat.rank, _WANTS_STOP] = row[_WANTS_STOP]
+                    pending.facts[worker.rank] = row
+                    self._unsummed.setdefault(step, []).append(worker)
+                else:  # its gradient was dropped, its request to stop counts
+                    pending.facts[worker.rank, _WANTS_STOP] = row[_WANTS_STOP]
 
-    def _wait_for_most(self, pending: PendingUpdate) -> None:
-        since = time.perf_counter() if self._server_trains else None
+    def _wait_for_stragglers(self, pending: PendingUpdate) -> None:
+        pushes = {
+            worker.rank: worker.expected[pending.step]
+            for worker in self.workers
+            if pending.step in worker.expected
+        }
+        started = time.perf_counter() if self._server_trains else None
         with self.clock.waiting():
-            late = self.seats.wait_for_most(pending.step, self._straggler_s, since=since)
-        for seat in late:
-            seat.dropped += 1
-            pending.late[seat.rank] = seat.dropped
+            late = self._late_ranks(pushes, started)
+        for worker in self.workers:
+            if worker.rank in late:
+                worker.num_dropped += 1
+                pending.late[worker.rank] = worker.num_dropped
+
+    def _late_ranks(self, pushes: Mapping[int, Work], started_s: float | None) -> list[int]:
+        """Waits until all `pushes` are here, or the timeout after the first of them (or after
+        `started_s`, by perf_counter) is over; returns the ranks that are missing."""
+        begun_s = time.perf_counter()
+        arrived: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        for push in pushes.values():
+            push.add_done_callback(arrived.put)
+        while True:
+            late = [rank for rank, push in pushes.items() if not push.is_done]
+            now_s = time.perf_counter()
+            firsts = [push.done_s for push in pushes.values() if push.is_done]
+            firsts += [] if started_s is None else [started_s]
+            left_s = min(firsts) + self._straggler_timeout_s - now_s if firsts else _POLL_S
+            if not late or left_s <= 0:
+                return late
+            if now_s - begun_s > self.context.mesh.timeout_s:
+                pushes[late[0]].wait(0)  # raises WaitTimeout, which names the rank
+            try:
+                arrived.get(timeout=min(left_s, _POLL_S))
+            except queue.Empty:
+                continue
 
     def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
-        """The sum of all that are here."""
-        self._add_up(pending)
+        """Binds the sum of all gradients that are here."""
+        self._sum_pushes(pending)
         return super().bind_gradients(pending)
 
     def pending_gradients(self, pending: PendingUpdate) -> list[Tensor]:
-        """As classicdp, once added up."""
-        self._add_up(pending)
+        """The sums of a pending that is here."""
+        self._sum_pushes(pending)
         return super().pending_gradients(pending)
 
-    def _add_up(self, pending: PendingUpdate) -> None:
-        slot = self.slot(pending.step)
-        for seat in self._unsummed.pop(pending.step, []):
-            for bucket in self.buckets.buckets:
-                self.seats.add(seat, bucket, slot)
+    def _sum_pushes(self, pending: PendingUpdate) -> None:
+        slot, quantization = self.slot(pending.step), self.context.quantization
+        for worker in self._unsummed.pop(pending.step, []):
+            for bucket, pushed in zip(self.buckets.buckets, worker.pushed[slot], strict=True):
+                if quantization.is_none:
+                    bucket.host[slot].add_(pushed)
+                else:
+                    decode_gradient(pushed, bucket.host[slot], quantization, adds=True)
 
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
-        """As always; then everybody who waits gets the verdict and the weights."""
+        """Steps, then sends the verdict and the weights to all that have pushed."""
         norm = super().update(pending, weight, learning_rate)
         if norm is not None:
             self.average.update()
         scale = self.loss_scale
         verdict = [pending.step, math.nan if norm is None else norm, scale.value, scale.good_steps]
-        self._numbers = numbers_of(self.collectives.size, verdict, pending.facts)
-        self._answer_pushes(pending.step)
+        self._reply = self.reply_header(verdict, pending.facts)
+        self._reply_to_pushes(pending.step)
         return norm
 
-    def _answer_pushes(self, until: int) -> None:
-        """To all of a step up to `until` that are here."""
+    def _reply_to_pushes(self, until: int) -> None:
+        """To all pushes of steps up to `until` that are here."""
         weights = {**self.trained(), **(self.average.values if self._pulls_average else {})}
-        for seat in self.seats.all:
-            for step in [step for step in seat.unanswered if step <= until]:
-                self.seats.answer(seat, step, self._numbers, list(weights.values()))
+        for worker in self.workers:
+            for step in [step for step in worker.unanswered if step <= until]:
+                worker.reply(step, self.slot(step), self._reply, list(weights.values()))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Nobody is left waiting for an answer."""
-        for seat in self.seats.all:
-            for step in list(seat.expected):
-                self.clock.wait(seat.came(step))
-        self._answer_pushes(self.steps_begun)
+        """Answers every push before it leaves."""
+        for worker in self.workers:
+            for step in list(worker.expected):
+                self.clock.wait(worker.take_push(step))
+        self._reply_to_pushes(self.steps_begun)
         super().finish()
 
-    # -- what it shows and saves ----
+    # -- evaluation and checkpoints ----
 
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
         """Of the average, if there is one."""
-        with self.average.in_use():
+        with self.average.swapped_in():
             return super().eval_step(micro_batches)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Of the average, if there is one."""
-        with self.average.in_use():
+        with self.average.swapped_in():
             return super().logits(tokens)
 
     def replica_tensors(self) -> dict[str, Tensor]:
-        """What the workers have too."""
+        """The weights that workers have."""
         weights = super().replica_tensors()
         if not self._pulls_average or not hasattr(self, "average"):
             return weights
-        with self.average.in_use():
+        with self.average.swapped_in():
             return {name: tensor.data for name, tensor in weights.items()}
 
     def pieces(self) -> list[TensorSlice]:
-        """Everything, and the average."""
+        """Everything, with the average."""
         for pending in self.pending_updates:
             self.wait_for(pending)
         residuals = saved_residuals.pieces(self) if self.is_lockstep else []
@@ -214,11 +484,11 @@ class SyncPSServer(SyncPS):
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """With the average, or a new one; and whoever has pushed waits for an answer."""
+        """With the average, or a new one from the weights; the pushes in flight are unanswered."""
         super().restore(checkpoint, state)
         self.average.restart()
         for key, value in self._averages().items():
             if key in checkpoint.manifest.tensors:
                 saved.read_into(value, checkpoint, key)
-        for seat in self.seats.all:
-            seat.unanswered = [pending.step for pending in self.pending_updates]
+        for worker in self.workers:
+            worker.unanswered = [pending.step for pending in self.pending_updates]

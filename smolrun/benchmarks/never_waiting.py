@@ -32,7 +32,7 @@ def compare_edp(
     chance: float,
     factor: float,
     repeats: int,
-    patience: float,
+    wait_fraction: float,
 ) -> dict[str, Any]:
     """The row of edp with a server and workers on all other ranks; collective, and once on a mesh.
 
@@ -43,8 +43,8 @@ def compare_edp(
         paced_context(mesh, pace),
         server_trains=False,
         pushes_per_batch="auto",
-        damping="inverse",
-        patience=patience,
+        staleness_lr_scale="inverse",
+        wait_fraction=wait_fraction,
         min_ranks=2,
     )
     algorithm.place(network())

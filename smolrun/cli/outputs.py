@@ -59,7 +59,7 @@ the first one (and 2), or 3 updates and more are skipped; `status` and `exit_cod
 | `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
 | `emulated` | The hosts that played other machines, a sentence each; empty: all times are real |
-| `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_s`) |
+| `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_timeout_s`) |
 | `pushes` | edp: rank -> what became of its gradients, see below; empty: no such server |
 | `restarts` | One for each time that the run was started again after a loss, see below |
 | `departures` | One for each time that a run lost a rank and went on without it, see below |
@@ -96,7 +96,7 @@ MEANINGS = {
     "time_s": "Seconds since training began",
     "loss": "Mean loss of a target token, or of a sample's label; null = not a number",
     "grad_norm": "Length of the gradient before clipping; null = the step was skipped",
-    "lr": "Learning rate of the step; with edp before damping, which each push gets by its age",
+    "lr": "Learning rate of the step; with edp before staleness_lr_scale, by the age of each push",
     "tokens": "Targets that the loss is a mean of, on all ranks together",
     "tokens_per_s": "Of this step alone; with late gradients steps come in bursts",
     "bytes_sent": "To other ranks, headers included",

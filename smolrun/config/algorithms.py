@@ -193,8 +193,7 @@ class _ParameterServer(Algorithm):
     has_server: ClassVar[bool] = True
     quantizes_gradients: ClassVar[bool] = True
     server_trains: bool = Field(
-        description="Whether the server computes samples too; with edp, workers wait for it "
-        "meanwhile"
+        description="Whether the server trains too; with edp, pushes wait while it computes"
     )
 
     @property
@@ -203,25 +202,27 @@ class _ParameterServer(Algorithm):
 
 
 class SyncPS(_ParameterServer):
-    """One rank has the optimizer: the others send it gradients, and get new weights, in step."""
+    """A synchronous parameter server: workers push gradients to rank 0 and pull new weights."""
 
     target: Literal["smolrun.algorithms.syncps:syncps"]
-    straggler_s: NotNegative = Field(
-        description="Go on so long after the first gradient of a step, without those that are "
-        "late; 0 = wait for all"
+    straggler_timeout_s: NotNegative = Field(
+        description="Seconds that the server waits after the first gradient of a step; later ones "
+        "are dropped; 0 = wait for all"
     )
-    polyak: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="Evaluate, save and export an average of the weights too, of which so much "
-        "stays with every update; 0 = none"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="Evaluate, save and export an exponential moving average of the weights, with "
+        "this decay; 0 = none"
     )
-    pull: Literal["newest", "average"] = Field(description="The weights that gradients are of")
+    pull_weights: Literal["newest", "average"] = Field(
+        description="The weights that gradients are computed with"
+    )
     bucket_mb: Positive = Field(
         description="Gradients travel in buckets of this size; smaller overlaps more"
     )
 
     @property
     def is_lockstep(self) -> bool:
-        return self.straggler_s == 0
+        return self.straggler_timeout_s == 0
 
     @property
     def can_delay_gradients(self) -> bool:
@@ -238,7 +239,7 @@ class SyncPS(_ParameterServer):
         self, *, staleness: Staleness, training: Training, data: Data, cluster: Cluster
     ) -> Iterator[str]:
         """A straggler skips steps, so nothing may need every rank at every step."""
-        if not self.straggler_s:
+        if not self.straggler_timeout_s:
             return
         speeds = {host.speed for host in cluster.hosts or []}
         for is_wrong, what, allowed in (
@@ -269,45 +270,48 @@ class SyncPS(_ParameterServer):
             ),
         ):
             if is_wrong:
-                yield problem("algorithm.straggler_s", self.straggler_s, what, allowed=allowed)
+                yield problem(
+                    "algorithm.straggler_timeout_s", self.straggler_timeout_s, what, allowed=allowed
+                )
 
     def check_average(self, *, precision: str) -> Iterator[str]:
         """An average that exists, in a type that can hold it."""
-        if self.pull == "average" and not self.polyak:
-            what = "algorithm.polyak=0.0 keeps no average"
-            allowed = "newest, or algorithm.polyak=0.99"
-            yield problem("algorithm.pull", "average", what, allowed=allowed)
-        if self.polyak and precision == "bf16_params":
+        if self.pull_weights == "average" and not self.ema_decay:
+            what = "algorithm.ema_decay=0.0 keeps no average"
+            allowed = "newest, or algorithm.ema_decay=0.99"
+            yield problem("algorithm.pull_weights", "average", what, allowed=allowed)
+        if self.ema_decay and precision == "bf16_params":
             what = "an average of small changes needs more digits than bfloat16 has"
             allowed = "0.0, or another precision"
-            yield problem("algorithm.polyak", self.polyak, what, allowed=allowed)
+            yield problem("algorithm.ema_decay", self.ema_decay, what, allowed=allowed)
 
     def sharding(self, sizes: RankSizes) -> Sharding:
         workers = sizes.world_size - 1
         if sizes.rank == 0:
-            return Sharding(links=workers, seats=workers, averages=int(self.polyak > 0))
+            return Sharding(links=workers, seats=workers, averages=int(self.ema_decay > 0))
         return Sharding(stage=1, share=0.0, links=1)
 
 
 class EDP(_ParameterServer):
-    """A server and workers that never wait for each other; ranks may join, leave and rejoin."""
+    """An asynchronous parameter server: workers never wait for each other, and may join, leave
+    and rejoin."""
 
     is_asynchronous: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.edp:edp"]
     pushes_per_batch: Auto | Count = Field(
-        description="Parts of a global batch, each an update of its own; auto = one per rank that "
-        "trains"
+        description="Work items of a global batch, each an update of its own; auto = one per rank "
+        "that trains"
     )
-    damping: Literal["none", "inverse", "inverse_sqrt"] = Field(
-        description="How much less the learning rate is for a gradient that is `age` updates late: "
-        "inverse = 1 / (1 + age), inverse_sqrt = the root of that, none = not at all"
+    staleness_lr_scale: Literal["none", "inverse", "inverse_sqrt"] = Field(
+        description="Factor on the learning rate of a gradient that is `age` updates stale: "
+        "inverse = 1 / (1 + age), inverse_sqrt = 1 / sqrt(1 + age), none = 1"
     )
-    patience: NotNegative = Field(
-        description="A worker waits for the weights with its own push in them if that takes at "
-        "most this share of its computing time; 0 = never, which makes gradients twice as late"
+    wait_fraction: NotNegative = Field(
+        description="A worker waits for weights that contain its own push for at most this "
+        "fraction of its compute time; 0 = never, which makes gradients about twice as stale"
     )
     min_ranks: Count = Field(
-        description="With fewer ranks than that, the server counted, the run ends"
+        description="The run ends with fewer ranks than this, the server included"
     )
 
     @property

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from smolrun.config.suggest import problem
+from smolrun.config.synonyms import RENAMED_KEYS
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MAY_CHANGE = (
@@ -85,10 +86,11 @@ def keep_commit(stored: Mapping[str, Any], merged: dict[str, Any]) -> None:
 
 
 def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
-    """What an older version stored, with the keys that this one has beside those.
+    """What an older version stored, under the keys of this one, and with those that it lacks.
 
     A group is completed where it is about the same thing: the same target, name or kind.
     """
+    stored = _with_new_names(stored)
     whole = dict(stored)
     for group, now in composed.items():
         before = stored.get(group, now)
@@ -98,6 +100,19 @@ def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[st
                 before = {**now, **before}
         whole[group] = before
     return whole
+
+
+def _with_new_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    found = copy.deepcopy(dict(stored))
+    for old, new in RENAMED_KEYS.items():
+        group, key = old.split(".")
+        section = found.get(group)
+        if not isinstance(section, dict) or key not in section:
+            continue
+        # A user's own class may have a key of the same name.
+        if str(section.get("target")).startswith("smolrun."):
+            section[new.split(".")[1]] = section.pop(key)
+    return found
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

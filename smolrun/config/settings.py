@@ -210,7 +210,7 @@ class StragglersBench(Section):
     )
     bounds: list[Natural] = Field(description="Staleness of classicdp")
     edp: bool = Field(description="Also algorithm=edp: a server, and workers on all other ranks")
-    patience: NotNegative = Field(description="Of these workers, see algorithm.patience")
+    wait_fraction: NotNegative = Field(description="Of these workers, see algorithm.wait_fraction")
     steps: Count = Field(description="Steps in one measurement")
     step_ms: Positive = Field(description="How long a rank computes in a step")
     chance: Share = Field(description="Share of the steps that have a slow rank")

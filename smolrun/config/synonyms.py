@@ -4,6 +4,14 @@ hints. Pure data.
 
 from __future__ import annotations
 
+# Keys of older versions, as they stand in the config.yaml of their runs; see resume.completed.
+RENAMED_KEYS = {
+    "algorithm.damping": "algorithm.staleness_lr_scale",
+    "algorithm.patience": "algorithm.wait_fraction",
+    "algorithm.polyak": "algorithm.ema_decay",
+    "algorithm.pull": "algorithm.pull_weights",
+    "algorithm.straggler_s": "algorithm.straggler_timeout_s",
+}
 KEY_ALIASES = {"training.gradient_checkpointing": "training.recompute"}
 CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
 

@@ -137,7 +137,7 @@ class Mesh(ABC):
         payload = payload_of(tensor)
 
         def start(work: Work) -> None:
-            self._check_link(peer, link)
+            self.check_link(peer, link)
             self.post_send(peer, tag, payload, lambda: self.finish(work))
 
         return self.submit(f"send to rank {peer}", start, peer)
@@ -149,7 +149,7 @@ class Mesh(ABC):
         payload = payload_of(into)
 
         def start(work: Work) -> None:
-            self._check_link(peer, link)
+            self.check_link(peer, link)
             self.post_recv(peer, tag, payload, lambda: self.finish(work))
 
         return self.submit(f"receive from rank {peer}", start, peer)
@@ -244,7 +244,7 @@ class Mesh(ABC):
         of the old one is delivered."""
         return self._links[peer]
 
-    def _check_link(self, peer: int, link: int | None) -> None:
+    def check_link(self, peer: int, link: int | None) -> None:
         if link is not None and link != self._links[peer]:
             raise PeerLost(peer, self.generation, "it has rejoined since")
 

@@ -33,11 +33,9 @@ class Stream(IntEnum):
 
     CONTROL = 0  # heartbeats, and whom a rank has lost
     LINK_SPEEDS = 7
-    SYNCPS_PUSH = 16
-    SYNCPS_PULL = 17
-    EDP_MESSAGES = 50
-    EDP_PUSHES = 51
-    EDP_WEIGHTS = 52
+    SERVER_MESSAGES = 16  # of a parameter server and its workers, as the two below
+    SERVER_PUSHES = 17
+    SERVER_WEIGHTS = 18
 
 
 def stream_of(group: str) -> int:

@@ -62,7 +62,7 @@ def _straggling(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:
     given["step_s"] = bench["step_ms"] / 1000
     yield from compare_bounds(mesh, bench["bounds"], **given)
     if bench["edp"]:
-        yield compare_edp(mesh, patience=bench["patience"], **given)
+        yield compare_edp(mesh, wait_fraction=bench["wait_fraction"], **given)
 
 
 def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.base import FORWARD, Algorithm, Context, StepResult
 from smolrun.algorithms.edp import edp
+from smolrun.algorithms.edp.server import STALENESS_LR_SCALES
 from smolrun.data.base import Batch
 from smolrun.events import Event, PushApplied
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.damping import DAMPING
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from tests.algorithms import worlds
@@ -25,8 +25,8 @@ from tests.algorithms import worlds
 KEYS: dict[str, Any] = {
     "server_trains": False,
     "pushes_per_batch": "auto",
-    "damping": "inverse",
-    "patience": 0.5,
+    "staleness_lr_scale": "inverse",
+    "wait_fraction": 0.5,
     "min_ranks": 1,
 }
 
@@ -109,12 +109,12 @@ def replay(
     pushes: Sequence[PushApplied],
     per_step: int,
     *,
-    damping: str = "inverse",
+    lr_scale: str = "inverse",
     precision: str = "float64",
     optimizer: str = "sgd",
 ) -> dict[str, torch.Tensor]:
     """One process that does what the log of arrivals says, with nothing of smolrun's but the
-    optimizer: no tickets, no server."""
+    optimizer: no work queue, no server."""
     torch.set_num_threads(1)
     context: Context = worlds.context(None, precision, optimizer, 0)  # type: ignore[arg-type]
     net = start(model, precision)
@@ -144,7 +144,7 @@ def replay(
         age = len(versions) - 1 - push.version
         for group in step_with.param_groups:
             now = (len(versions) - 1) // per_step
-            group["lr"] = context.learning_rate(now) * DAMPING[damping](age)
+            group["lr"] = context.learning_rate(now) * STALENESS_LR_SCALES[lr_scale](age)
         for p in net.parameters():
             p.grad.mul_(shrunk / weight)
         step_with.step()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from smolrun.algorithms.base import UPDATE
-from smolrun.algorithms.edp import EDPServer
+from smolrun.algorithms.edp.server import EDPServer
 from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.quantization import Quantization
@@ -85,11 +85,11 @@ def test_the_replay_can_tell_another_order() -> None:
     assert any(not torch.equal(again[name], seen.parameters[name]) for name in again)
 
 
-@pytest.mark.parametrize("damping", ["none", "inverse_sqrt"])
-def test_damping_by_name(damping: str) -> None:
-    seen = run(3, "mlp", keys={"damping": damping})[0]
+@pytest.mark.parametrize("lr_scale", ["none", "inverse_sqrt"])
+def test_staleness_lr_scale_by_name(lr_scale: str) -> None:
+    seen = run(3, "mlp", keys={"staleness_lr_scale": lr_scale})[0]
     assert max(push.age for push in seen.pushes) > 0
-    assert_is_its_log(seen, "mlp", 2, damping=damping)
+    assert_is_its_log(seen, "mlp", 2, lr_scale=lr_scale)
 
 
 def test_more_parts_than_workers() -> None:
@@ -133,13 +133,13 @@ def test_a_fast_rank_stops_at_the_bound_and_not_without_one(bound: int | None) -
 def holds(made: Crew, rank: int) -> list[int]:
     server = made.algorithms[0]
     assert isinstance(server, EDPServer)
-    return server.tickets.held_by(rank)
+    return server.work_queue.held_by(rank)
 
 
 def num_done(made: Crew) -> int:
     server = made.algorithms[0]
     assert isinstance(server, EDPServer)
-    return server.tickets.num_done
+    return server.work_queue.num_done
 
 
 def test_ranks_come_late_die_return_and_leave() -> None:
@@ -176,18 +176,18 @@ def test_a_push_that_waits_makes_room_for_a_newer_one() -> None:
         made.begin(0)
         until(lambda: 0 in made.algorithms)
         server = made.algorithms[0]
-        applied = server.reception.applied  # type: ignore[attr-defined]
+        complete = server.server.complete  # type: ignore[attr-defined]
         begun = [0]
 
-        def slowly(pushed: Any) -> None:
+        def slowly(push: Any) -> None:
             begun[0] += 1
             if begun[0] in (3, 9):  # the network is slow: meanwhile the worker has three more
                 goal = made.tickets[1] + 3
-                while made.tickets[1] < goal and server.reception.next_push(0.005) is None:  # type: ignore[attr-defined]
+                while made.tickets[1] < goal and server.server.next_push(0.005) is None:  # type: ignore[attr-defined]
                     pass
-            applied(pushed)
+            complete(push)
 
-        server.reception.applied = slowly  # type: ignore[attr-defined]
+        server.server.complete = slowly  # type: ignore[attr-defined]
         made.begin(1)
         seen = made.server()
     dropped = [event for event in seen.events if isinstance(event, PushDropped)]
@@ -221,7 +221,7 @@ def test_a_stop_reaches_all_and_goes_on_later() -> None:
         algorithm.model.load_state_dict(saved["model"])
         algorithm.optimizer.load_state_dict(saved["optimizer"])
         algorithm.steps_begun = saved["state"]["steps_begun"]
-        algorithm.tickets.restore(saved["state"]["tickets"])
+        algorithm.work_queue.restore(saved["state"]["tickets"])
 
     with crew(4, 1, 2, 3, steps=10) as made:  # with one more: steps stay cut in two
         made.begin(0, resume=resume)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from smolrun.algorithms.edp import EDPServer
+from smolrun.algorithms.edp.server import EDPServer
 from smolrun.data.base import Batch
 from smolrun.errors import CheckpointError
 from smolrun.events import PushDropped
@@ -30,7 +30,7 @@ def test_a_worker_that_dies_and_returns_while_the_server_is_busy() -> None:
         made.begin(2)
         # Three batches are done, and everybody has used up what the server gave; it does not look.
         until(lambda: made.tickets[0] == 3 and num_done(made) == 6)
-        until(lambda: made.algorithms[1].courier._under_way is not None)  # type: ignore[attr-defined]
+        until(lambda: made.algorithms[1].client._in_flight is not None)  # type: ignore[attr-defined]
         made.kill(1)
         until(lambda: 1 in made.ended)
         made.join(1)
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_never_finite_is_skipped(monkeypatch: pytest.MonkeyPa
 
 def test_a_ticket_that_takes_longer_than_anybody_waits_is_nobody_s_fault() -> None:
     """A worker measures the server's silence from when it began to wait for it."""
-    with crew(3, 1, 2, steps=8, keys={"patience": 1e6}) as made:
+    with crew(3, 1, 2, steps=8, keys={"wait_fraction": 1e6}) as made:
         made.begin(0)
         until(lambda: 0 in made.algorithms)
         made.begin(1, gate=0)
@@ -107,7 +107,7 @@ def test_a_ticket_that_takes_longer_than_anybody_waits_is_nobody_s_fault() -> No
 
         def slow(micro_batches: Any) -> Any:
             result = train_step(micro_batches)
-            worker.courier._last_heard_s = -1e9
+            worker.client._last_message_s = -1e9
             return result
 
         worker.train_step = slow

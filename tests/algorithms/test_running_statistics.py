@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms import base
 from smolrun.algorithms.base import Algorithm
-from smolrun.algorithms.edp_worker import EDP
+from smolrun.algorithms.edp.base import EDP
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.placement import plan_batches
@@ -241,5 +241,5 @@ def test_edp_refuses_them_by_name() -> None:
 
 
 def test_syncps_refuses_them_where_it_leaves_ranks_behind() -> None:
-    with pytest.raises(ConfigError, match=r"straggler_s=0"):
-        worlds.train("syncps", "running", 2, steps=2, overrides={"straggler_s": 1.0})
+    with pytest.raises(ConfigError, match=r"straggler_timeout_s=0"):
+        worlds.train("syncps", "running", 2, steps=2, overrides={"straggler_timeout_s": 1.0})

@@ -26,9 +26,9 @@ from tests.algorithms.test_equivalence import difference
 
 KEYS: dict[str, Any] = {
     "server_trains": True,
-    "straggler_s": 0.0,
-    "polyak": 0.0,
-    "pull": "newest",
+    "straggler_timeout_s": 0.0,
+    "ema_decay": 0.0,
+    "pull_weights": "newest",
     "bucket_mb": 0.25,
 }
 
@@ -128,7 +128,7 @@ def test_the_average_is_what_it_says(pull: str) -> None:
         "make_optimizer": partial(make_optimizer, name="sgd", lr=0.05),
     }
     average, losses = averaged(pull, 0.8)
-    overrides = {"polyak": 0.8, "pull": pull}
+    overrides = {"ema_decay": 0.8, "pull_weights": pull}
     traces = worlds.train("syncps", "mlp", 3, overrides=overrides, more=plain)
     found = {piece.key: piece.values.view(piece.shape) for piece in traces[0].pieces}
     for name, value in average.items():
@@ -179,20 +179,22 @@ def test_a_run_that_is_stopped_leaves_nobody_waiting(kind: str) -> None:
     assert run_ranks(3, rank_main, kind=kind) == [2, 2, 2]
 
 
-@pytest.mark.parametrize("straggler_s", [0.0, 5.0])
-def test_a_server_sees_at_once_that_a_worker_is_lost(straggler_s: float) -> None:
+@pytest.mark.parametrize("straggler_timeout_s", [0.0, 5.0])
+def test_a_server_sees_at_once_that_a_worker_is_lost(straggler_timeout_s: float) -> None:
     world = MemoryWorld(2, timeout_s=20)
     seen: list[BaseException] = []
 
     def server() -> None:
         try:
-            algorithm = build(world.meshes[0], straggler_s=straggler_s, server_trains=False)
+            algorithm = build(
+                world.meshes[0], straggler_timeout_s=straggler_timeout_s, server_trains=False
+            )
             algorithm.train_step([batch(0, 0)])
         except BaseException as error:
             seen.append(error)
 
     def worker() -> None:
-        build(world.meshes[1], straggler_s=straggler_s, server_trains=False)
+        build(world.meshes[1], straggler_timeout_s=straggler_timeout_s, server_trains=False)
         world.lose(1)
 
     threads = [threading.Thread(target=run) for run in (server, worker)]
@@ -210,12 +212,8 @@ def test_only_the_server_has_an_optimizer_and_room_for_the_others() -> None:
     def rank_main(mesh: Mesh) -> tuple[bool, int]:
         algorithm = build(mesh, staleness=1)
         algorithm.train_step([batch(mesh.rank, 0)])
-        seats = getattr(algorithm, "seats", None)
-        room = (
-            sum(flat.nbytes for seat in seats.all for slot in seat.flat for flat in slot)
-            if seats
-            else 0
-        )
+        workers = getattr(algorithm, "workers", [])
+        room = sum(flat.nbytes for worker in workers for slot in worker.flat for flat in slot)
         algorithm.drain()
         return hasattr(algorithm, "optimizer"), room
 

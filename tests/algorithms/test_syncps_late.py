@@ -53,14 +53,14 @@ def train(
 
     def rank_main(mesh: Mesh) -> Told:
         told, is_last = Told(), mesh.rank == world_size - 1
-        algorithm = build(mesh, straggler_s=PATIENCE_S)
+        algorithm = build(mesh, straggler_timeout_s=PATIENCE_S)
         algorithm.start_barrier()
         while share := algorithm.next_assignment(STEPS):
             begun[mesh.rank] = share.step
             if is_last:
                 gate(share.step, begun)
             if mesh.rank == 0 and share.step == meet_at:
-                until(lambda: all(w.is_done for w in algorithm.seats.all[-1].expected.values()))
+                until(lambda: all(w.is_done for w in algorithm.workers[-1].expected.values()))
             told.steps.append(share.step)
             algorithm.wants_stop = is_last and share.step == stop_at
             result = algorithm.train_step([batch(mesh.rank, share.step)])
@@ -124,7 +124,7 @@ def test_the_others_learn_what_they_would_without_it() -> None:
     begun = [0] * 3
 
     def rank_main(mesh: Mesh) -> tuple[list[torch.Tensor], list[StepResult], list[torch.Tensor]]:
-        algorithm = build(mesh, straggler_s=PATIENCE_S)
+        algorithm = build(mesh, straggler_timeout_s=PATIENCE_S)
         start = [parameter.detach().clone() for parameter in algorithm.model.parameters()]
         results = []
         while share := algorithm.next_assignment(STEPS):
@@ -193,7 +193,7 @@ def test_the_loop_names_who_was_late_and_saves_what_was_jumped_over() -> None:
             return [batch(self.rank, step)]
 
     def rank_main(mesh: Mesh) -> tuple[list[Event], list[int]]:
-        algorithm = build(mesh, straggler_s=PATIENCE_S)
+        algorithm = build(mesh, straggler_timeout_s=PATIENCE_S)
         events: list[Event] = []
         saved: list[int] = []
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from docs.pictures import syncps_schedule
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.streams import Stream
-from smolrun.parts.seats import conversation
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
 from smolrun.wire.frame import Tag
@@ -83,21 +83,24 @@ def test_the_picture_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     meet_send = MemoryWorld.meet_send
 
     def noted(world: MemoryWorld, key: Any, *rest: Any) -> None:
-        if key[2].stream in (Stream.SYNCPS_PUSH, Stream.SYNCPS_PULL):
+        if key[2].stream in (Stream.SERVER_PUSHES, Stream.SERVER_WEIGHTS):
             sent.append(key[:2])
         meet_send(world, key, *rest)
 
     monkeypatch.setattr(MemoryWorld, "meet_send", noted)
     worlds.train("syncps", "mlp", 3, steps=1, overrides={"bucket_mb": 0.001})
     drawn = [
-        (rank, hop.to) for rank in range(3) for hop in conversation(rank, 3) if hop.to is not None
+        (rank, hop.to)
+        for rank in range(3)
+        for hop in syncps_schedule(rank, 3)
+        if hop.to is not None
     ]
     assert Counter(sent).keys() == set(drawn)
     assert len(set(Counter(sent).values())) == 1, "as many messages up as down"
     taken = [
         (hop.source, rank)
         for rank in range(3)
-        for hop in conversation(rank, 3)
+        for hop in syncps_schedule(rank, 3)
         if hop.source is not None
     ]
     assert sorted(taken) == sorted(drawn), "whatever is sent is received"

@@ -17,7 +17,7 @@ from tests.algorithms.test_saved import STEPS, contents, run_part, same
 
 SMALL = {"bucket_mb": 0.0005}
 IDLE = {**SMALL, "server_trains": False}
-AVERAGE = {**SMALL, "polyak": 0.7, "pull": "average"}
+AVERAGE = {**SMALL, "ema_decay": 0.7, "pull_weights": "average"}
 INT8 = {"quantization": Quantization("int8", block=32)}
 
 
@@ -86,7 +86,7 @@ def test_an_average_that_is_left_out_is_seen(tmp_path: Path) -> None:
 
 
 def test_others_go_on_from_the_newest_weights_of_a_run_with_an_average(tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"overrides": {**SMALL, "polyak": 0.7}}
+    keys: dict[str, Any] = {"overrides": {**SMALL, "ema_decay": 0.7}}
     whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS)
     first, _ = run_part(tmp_path / "b", "syncps", 3, until=4, **keys)
     assert any(key.startswith("average/") for key in contents(first))

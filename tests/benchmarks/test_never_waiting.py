@@ -14,7 +14,7 @@ from smolrun.testing import run_ranks
 def measured(step_s: float, factor: float) -> list[dict[str, Any]]:
     def rank_main(mesh: Mesh) -> dict[str, Any]:
         return compare_edp(
-            mesh, steps=5, step_s=step_s, chance=2.0, factor=factor, repeats=2, patience=0.0
+            mesh, steps=5, step_s=step_s, chance=2.0, factor=factor, repeats=2, wait_fraction=0.0
         )
 
     return run_ranks(3, rank_main, kind="tcp")

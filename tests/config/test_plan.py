@@ -55,6 +55,6 @@ def test_who_writes_checkpoints():
     for overrides, count in (
         (["algorithm=classicdp", "cluster.ranks=3"], 3),
         (["algorithm=syncps", "cluster.ranks=3"], 3),
-        (["algorithm=syncps", "cluster.ranks=3", "algorithm.straggler_s=2.0"], 1),
+        (["algorithm=syncps", "cluster.ranks=3", "algorithm.straggler_timeout_s=2.0"], 1),
     ):
         assert savers(compose(overrides)) == count

@@ -9,7 +9,8 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import resolved
-from smolrun.config.resume import MAY_CHANGE, differences, keep_commit, on_top
+from smolrun.config.resume import MAY_CHANGE, completed, differences, keep_commit, on_top
+from smolrun.config.synonyms import RENAMED_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +84,21 @@ def test_all_that_may_change_exists_and_is_in_the_guide() -> None:
 def test_keys_that_are_not_there_do_no_harm() -> None:
     stored = config()
     assert on_top(stored, stored, ["experiment", "hydra.run.dir", "training.typo"]) == stored
+
+
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+def test_keys_of_older_versions_have_their_new_names(old: str) -> None:
+    group, _, key = old.partition(".")
+    new = RENAMED_KEYS[old].partition(".")[2]
+    stored = {group: {"target": "smolrun.algorithms.edp:edp", key: 7}}
+    assert completed(stored, {})[group] == {"target": "smolrun.algorithms.edp:edp", new: 7}
+    own = {group: {"target": "my_code.algorithm:build", key: 7}}
+    assert completed(own, {})[group] == own[group], "a user's own class keeps its keys"
+
+
+def test_a_run_of_an_older_version_is_resumed() -> None:
+    now = config("algorithm=syncps", "cluster.ranks=2")
+    stored = config("algorithm=syncps", "cluster.ranks=2", "algorithm.ema_decay=0.5")
+    old = {new.partition(".")[2]: old.partition(".")[2] for old, new in RENAMED_KEYS.items()}
+    older = {**stored, "algorithm": {old.get(k, k): v for k, v in stored["algorithm"].items()}}
+    assert older != stored and completed(older, now) == stored

@@ -16,7 +16,7 @@ from tests.tracking.test_time_report import train
         (["algorithm=fsdp", "algorithm.stage=2"], True),
         (["algorithm=fsdp", "algorithm.stage=3"], False),
         (["algorithm=syncps"], True),
-        (["algorithm=syncps", "algorithm.straggler_s=1"], False),
+        (["algorithm=syncps", "algorithm.straggler_timeout_s=1"], False),
     ],
     ids=["classicdp", "stage 2", "stage 3", "syncps", "syncps that leaves stragglers"],
 )
@@ -30,7 +30,7 @@ def test_staleness_is_advised_where_it_is_allowed(overrides: list[str], is_advis
     ("overrides", "is_advised"),
     [
         (["algorithm=classicdp", "cluster.ranks=2", "staleness.bound=1"], True),
-        (["algorithm=syncps", "cluster.ranks=2", "algorithm.straggler_s=1"], True),
+        (["algorithm=syncps", "cluster.ranks=2", "algorithm.straggler_timeout_s=1"], True),
         (["algorithm=classicdp", "cluster.ranks=2", "quantization=int8"], False),
         (["algorithm=single"], False),
     ],

@@ -38,7 +38,7 @@ VARIANTS = {
     "edp, K=1": (["algorithm=edp", "staleness.bound=1"], LATE),
 }
 # Where computing takes a millisecond no answer comes in time, so all gradients are 2 N - 1 late,
-# and damping would halve the way that the weights go in these steps.
+# and a staleness_lr_scale would halve the way that the weights go in these steps.
 NOT_DAMPED = ("mlp", "algorithm=edp")
 
 
@@ -60,7 +60,7 @@ def test_it_learns_as_single_does(model: str, variant: str) -> None:
     overrides, allowed = VARIANTS[variant]
     keys = LATE_MODELS[model] if allowed == LATE else []
     if (model, overrides[0]) == NOT_DAMPED:
-        overrides = [*overrides, "algorithm.damping=none"]
+        overrides = [*overrides, "algorithm.staleness_lr_scale=none"]
     expected = [eval_loss(model, seed, *keys, "algorithm=single") for seed in SEEDS]
     found = [eval_loss(model, seed, *keys, *overrides, "cluster.ranks=3") for seed in SEEDS]
     spread = (max(expected) - min(expected)) / min(expected)

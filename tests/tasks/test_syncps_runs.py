@@ -20,7 +20,7 @@ SYNCPS = ["algorithm=syncps", "algorithm.bucket_mb=0.01", "cluster.ranks=3"]
 
 @pytest.mark.timeout(120)
 def test_the_others_go_on_while_a_worker_is_frozen(tmp_path: Path) -> None:
-    with in_background(tmp_path, *SYNCPS, "algorithm.straggler_s=2.0") as run:
+    with in_background(tmp_path, *SYNCPS, "algorithm.straggler_timeout_s=2.0") as run:
         run.until_it_trains()
         frozen = process_of(2, run.path)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from smolrun.algorithms.edp.protocol import DropReason
+from smolrun.algorithms.edp.server import DROP_TEXTS
 from smolrun.events import PushApplied, PushDropped
-from smolrun.parts.push_pull import Why
-from smolrun.parts.reception import _WHY
 from smolrun.tracking.push_record import PushRecord
 
 
@@ -36,9 +36,9 @@ def test_work_lost_to_a_slow_link_is_worth_advice() -> None:
     def happen(rank: int, applied: int, replaced: int, lost: int = 0) -> None:
         for _ in range(applied):
             record.record(PushApplied(0, rank, 7, 5, 0, samples=8, grad_norm=1.0))
-        for why, count in ((Why.REPLACED, replaced), (Why.LOST, lost)):
+        for why, count in ((DropReason.REPLACED, replaced), (DropReason.LOST, lost)):
             for _ in range(count):
-                record.record(PushDropped(0, rank, 7, _WHY[why]))
+                record.record(PushDropped(0, rank, 7, DROP_TEXTS[why]))
 
     happen(1, 90, 10, lost=50)
     assert record.advice(can_quantize=True) == "", "a tenth, and what is lost with a rank"
