@@ -56,7 +56,7 @@ def layers(root: Path) -> list[list[str]]:
     """The layers of pyproject.toml that exist, from the highest down."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
-    (contract,) = (one for one in contracts if one["type"] == "layers")
+    (contract,) = (one for one in contracts if one["id"] == "layers")
     named = [re.findall(r"\w+", layer) for layer in contract["layers"]]
     there = {path.parent.name for path in root.glob("smolrun/*/__init__.py")}
     there |= {path.stem for path in root.glob("smolrun/*.py")} | {"tasks"}
