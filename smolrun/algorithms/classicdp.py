@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 def classicdp(
-    context: Context, *, bucket_mb: float, owner_computes: bool | Literal["auto"]
+    context: Context, *, bucket_mb: float, shard_optimizer: bool | Literal["auto"]
 ) -> Algorithm:
     """Replicas that all ranks step, or that their owners step; "auto": the latter where ranks are
     of different device classes and the optimizer can step slices. Collective."""
@@ -58,11 +58,11 @@ def classicdp(
 
     classes = gather_classes(new_group(context.mesh), device_class(context.device))
     is_mixed = len(set(classes)) > 1
-    if owner_computes == "auto":
-        owner_computes = is_mixed and context.is_elementwise
+    if shard_optimizer == "auto":
+        shard_optimizer = is_mixed and context.is_elementwise
     if is_mixed:
-        _log.info("device classes: %s; owner computes: %s", "; ".join(classes), owner_computes)
-    if owner_computes:
+        _log.info("device classes: %s; owner computes: %s", "; ".join(classes), shard_optimizer)
+    if shard_optimizer:
         return OptimizerShards(context, bucket_mb=bucket_mb)
     algorithm = ClassicDP(context, bucket_mb=bucket_mb)
     algorithm.replicas_may_differ = is_mixed

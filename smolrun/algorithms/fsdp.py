@@ -53,7 +53,7 @@ def fsdp(
 ) -> Algorithm:
     """The algorithm of a stage; each stage takes those keys that mean something to it."""
     if stage == 0:
-        return classicdp(context, bucket_mb=bucket_mb, owner_computes="auto")
+        return classicdp(context, bucket_mb=bucket_mb, shard_optimizer="auto")
     if stage == 1:
         return OptimizerShards(context, bucket_mb=bucket_mb)
     if stage == 2:

@@ -103,7 +103,7 @@ class ClassicDP(Algorithm):
     bucket_mb: Positive = Field(
         description="Gradients travel in buckets of this size; smaller overlaps more"
     )
-    owner_computes: Auto | bool = Field(
+    shard_optimizer: Auto | bool = Field(
         description="Every rank updates its own part of the model and sends it to the others, so "
         "that replicas are equal to the last bit; auto = where ranks differ in system, processor, "
         "torch or device, and the optimizer is not adafactor"
@@ -111,9 +111,9 @@ class ClassicDP(Algorithm):
 
     def check_optimizer(self, *, optimizer: Optimizer) -> Iterator[str]:
         """Shards end in the middle of matrices."""
-        if self.owner_computes is True and optimizer.name == "adafactor":
+        if self.shard_optimizer is True and optimizer.name == "adafactor":
             yield problem(
-                "algorithm.owner_computes",
+                "algorithm.shard_optimizer",
                 True,
                 "shards matrices, and optimizer=adafactor needs whole ones",
                 allowed="auto or false, where training.resync_every keeps replicas equal; or "
@@ -121,7 +121,7 @@ class ClassicDP(Algorithm):
             )
 
     def sharding(self, sizes: RankSizes) -> Sharding:
-        return Sharding(1, sizes.share) if self.owner_computes is True else Sharding()
+        return Sharding(1, sizes.share) if self.shard_optimizer is True else Sharding()
 
 
 class FSDP(Algorithm):

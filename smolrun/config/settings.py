@@ -69,7 +69,7 @@ class Training(Section):
     resync_every: Auto | Natural = Field(
         description="Updates after which all replicas become rank 0's, and it is told how far they "
         "were apart; 0 = never; auto = 100 where replicas may differ (unlike machines, and "
-        "algorithm.owner_computes not at work), else 0"
+        "algorithm.shard_optimizer not at work), else 0"
     )
     sample_tokens: Natural = Field(description="Tokens of text to write at the end; 0 = none")
     sample_prompt: str = Field(

@@ -48,15 +48,15 @@ def batch(rank: int, step: int) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "staleness", "owner_computes"),
+    ("world_size", "staleness", "shard_optimizer"),
     [(2, 0, False), (3, 0, False), (3, 2, False), (3, 0, True), (4, 0, False)],
 )
 def test_bytes_per_step_are_2_times_n_minus_1_over_n_of_the_gradient(
-    world_size: int, staleness: int, owner_computes: bool
+    world_size: int, staleness: int, shard_optimizer: bool
 ) -> None:
     def rank_main(mesh: Mesh) -> tuple[int, int, int]:
         given = context(mesh, staleness=staleness)
-        algorithm = classicdp(given, bucket_mb=0.25, owner_computes=owner_computes)
+        algorithm = classicdp(given, bucket_mb=0.25, shard_optimizer=shard_optimizer)
         algorithm.place(nn.Sequential(nn.Linear(16, 40_000), nn.Tanh(), nn.Linear(40_000, 8)))
 
         def train(steps: int) -> None:

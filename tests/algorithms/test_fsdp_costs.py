@@ -133,15 +133,15 @@ def test_bytes_per_parameter(stage: int, expected: int) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("late", [0, 1, 2])
-@pytest.mark.parametrize(("owner_computes", "optimizer"), [(False, 8), (True, 8 / 3)])
+@pytest.mark.parametrize(("shard_optimizer", "optimizer"), [(False, 8), (True, 8 / 3)])
 def test_bytes_per_parameter_of_classicdp(
-    owner_computes: bool, optimizer: float, late: int
+    shard_optimizer: bool, optimizer: float, late: int
 ) -> None:
     """On three ranks: parameters, staleness + 1 gradients, the optimizer."""
 
     def rank_main(mesh: Mesh) -> int:
         context = dataclasses.replace(context_of(mesh), staleness=late)
-        algorithm = classicdp(context, bucket_mb=1.0, owner_computes=owner_computes)
+        algorithm = classicdp(context, bucket_mb=1.0, shard_optimizer=shard_optimizer)
         algorithm.place(decoder(**GPT_NARROW))
         for _ in range(late + 1):
             algorithm.train_step(micro_batches(mesh.rank))
@@ -150,7 +150,7 @@ def test_bytes_per_parameter_of_classicdp(
     whole, _ = whole_bytes(GPT_NARROW)
     expected = 4 + 4 * (late + 1) + optimizer
     for after in run_ranks(3, rank_main):
-        print(f"late {late}, owner {owner_computes}: {4 * after / whole:.2f} bytes a parameter")
+        print(f"late {late}, owner {shard_optimizer}: {4 * after / whole:.2f} bytes a parameter")
         assert 4 * after / whole == pytest.approx(expected, rel=0.02)
 
 

@@ -25,7 +25,7 @@ from tests.algorithms.test_saved import STEPS, contents, run_part, same
 from tests.algorithms.worlds import Trace, train
 
 FOREIGN = 1  # the rank whose kernel rounds differently
-OWNER, OWN = {"owner_computes": True}, {"owner_computes": False}
+OWNER, OWN = {"shard_optimizer": True}, {"shard_optimizer": False}
 right_context = worlds.context
 
 
@@ -86,11 +86,11 @@ def test_auto_looks_at_the_classes_of_all_ranks(
 
 
 def test_who_computes_and_who_may_drift(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(owner_computes: Any, is_elementwise: bool = True) -> list[tuple[type, bool]]:
+    def made(shard_optimizer: Any, is_elementwise: bool = True) -> list[tuple[type, bool]]:
         def rank_main(mesh: Mesh) -> tuple[type, bool]:
             context = right_context(mesh, "float32", "sgd", 0)
             object.__setattr__(context, "is_elementwise", is_elementwise)
-            keys = {"bucket_mb": 1.0, "owner_computes": owner_computes}
+            keys = {"bucket_mb": 1.0, "shard_optimizer": shard_optimizer}
             algorithm = classicdp.classicdp(context, **keys)
             return type(algorithm), algorithm.replicas_may_differ
 
@@ -194,10 +194,10 @@ def test_a_foreign_class_is_watched_unasked() -> None:
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        (["algorithm.owner_computes=true", "optimizer=adafactor"], "looks at whole ones"),
+        (["algorithm.shard_optimizer=true", "optimizer=adafactor"], "looks at whole ones"),
         (["algorithm=fsdp", "training.resync_every=10"], "on one rank only"),
         (["algorithm=single", "cluster.ranks=1", "training.resync_every=10"], "one copy"),
-        (["algorithm.owner_computes=maybe"], "algorithm.owner_computes"),
+        (["algorithm.shard_optimizer=maybe"], "algorithm.shard_optimizer"),
     ],
 )
 def test_what_cannot_be_is_refused(keys: list[str], told: str) -> None:
@@ -210,7 +210,7 @@ def test_what_cannot_be_is_refused(keys: list[str], told: str) -> None:
     [
         ["optimizer=adafactor"],
         ["algorithm=fsdp", "algorithm.stage=2", "training.resync_every=10"],
-        ["algorithm.owner_computes=true", "training.resync_every=1"],
+        ["algorithm.shard_optimizer=true", "training.resync_every=1"],
     ],
 )
 def test_what_can_be_is_not(keys: list[str]) -> None:

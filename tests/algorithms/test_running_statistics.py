@@ -48,7 +48,7 @@ def _model(monkeypatch: pytest.MonkeyPatch) -> None:
 KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("classicdp", {}, 0),
     ("classicdp", {}, 2),
-    ("classicdp", {"owner_computes": True}, 0),
+    ("classicdp", {"shard_optimizer": True}, 0),
     ("fsdp", {"stage": 2}, 1),
     ("fsdp", {"stage": 3}, 0),
     ("syncps", {"server_trains": True}, 0),

@@ -43,7 +43,7 @@ def test_the_shipped_configuration_is_valid(shipped: dict[str, Any]):
     config = validate(shipped)
     assert isinstance(config.model, Decoder)
     assert isinstance(config.algorithm, ClassicDP)
-    assert config.algorithm.keywords() == {"bucket_mb": 4.0, "owner_computes": "auto"}
+    assert config.algorithm.keywords() == {"bucket_mb": 4.0, "shard_optimizer": "auto"}
     assert config.training.warmup_steps == 30
 
 

@@ -88,7 +88,7 @@ def test_ranks_of_one_host_add_up_and_share_libraries() -> None:
 
 def test_owners_hold_their_part_of_the_optimizer() -> None:
     optimizer = [
-        made("cluster.ranks=3", f"algorithm.owner_computes={value}") for value in ("true", "false")
+        made("cluster.ranks=3", f"algorithm.shard_optimizer={value}") for value in ("true", "false")
     ]
     held = [one.need(one.places[0], one.setting).parts["optimizer"] for one in optimizer]
     assert 3 * held[0] == pytest.approx(held[1], rel=1e-6)

@@ -43,7 +43,7 @@ def test_owners_compute_there_and_replicas_stay_equal(driver: Driver) -> None:
 @pytest.mark.soak
 def test_otherwise_they_drift_and_are_made_equal(driver: Driver) -> None:
     """The negative control, with the very same kernels."""
-    keys = ["algorithm.owner_computes=false", "training.resync_every=5"]
+    keys = ["algorithm.shard_optimizer=false", "training.resync_every=5"]
     code, out, err = driver.run(*KEYS, *SHORT, *keys)
     assert code == 0, out + err
     drifts = driver.rows("drift")

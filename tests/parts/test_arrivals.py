@@ -18,7 +18,7 @@ from tests.algorithms.worlds import Trace, train
 FORMS: list[tuple[str, dict[str, Any]]] = [
     ("fsdp", {"stage": 1, "bucket_mb": 0.001}),
     ("fsdp", {"stage": 2, "bucket_mb": 0.001}),
-    ("classicdp", {"bucket_mb": 0.001, "owner_computes": True}),
+    ("classicdp", {"bucket_mb": 0.001, "shard_optimizer": True}),
 ]
 
 

@@ -37,7 +37,7 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
             "name": "classicdp",
             "target": "smolrun.algorithms.classicdp:classicdp",
             "bucket_mb": 0.05,
-            "owner_computes": "auto",
+            "shard_optimizer": "auto",
         },
     }
     defaults = {
