@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import msgspec
 import psutil
 
 from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
@@ -39,14 +40,14 @@ from smolrun.launch.control import (
     ResultMessage,
     RosterMessage,
     RosterPeer,
-    RowsMessage,
     StartMessage,
     StopMessage,
+    TaskMessage,
     cut,
     decode_from_driver,
     encode,
+    task_message,
 )
-from smolrun.launch.stream_client import StreamClient
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,6 @@ class WorkerChannel:
         """Own both descriptors and listen at once. `end_process` is for tests, and may return."""
         self.stop_requested = threading.Event()
         self.start: StartMessage | None = None
-        self.rows = StreamClient(self._send)
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._lease_limit_s = lease_limit_s
@@ -77,6 +77,9 @@ class WorkerChannel:
         self._heard: queue.SimpleQueue[StartMessage | RosterMessage | StopMessage] = (
             queue.SimpleQueue()
         )
+        self._task_lock = threading.Lock()
+        self._handlers: dict[str, Callable[[TaskMessage], None]] = {}
+        self._unhandled: list[TaskMessage] = []
         self._lease_renewed = threading.Event()
         self._ended = threading.Event()
         threading.Thread(target=self._listen, name="smolrun-control", daemon=True).start()
@@ -132,6 +135,20 @@ class WorkerChannel:
         if getattr(event, "rank", None) is None and self.start is not None and self.start.rank != 0:
             return
         self._send(EventMessage(data=event))
+
+    def send_data(self, topic: str, data: msgspec.Struct) -> None:
+        """Send the driver a task message; may block while the driver's queue is full."""
+        self._send(task_message(topic, data))
+
+    def subscribe(self, topic: str, handler: Callable[[TaskMessage], None]) -> None:
+        """Call `handler` with each task message of the topic, those that came before first, on the
+        thread "smolrun-control": it must not block. A ProtocolError of it ends this process."""
+        with self._task_lock:
+            early = [message for message in self._unhandled if message.topic == topic]
+            self._unhandled = [message for message in self._unhandled if message.topic != topic]
+            for message in early:
+                handler(message)
+            self._handlers[topic] = handler
 
     def log(self, level: Literal["debug", "info", "warning", "error"], message: str) -> None:
         """A sentence for the user and for the rank's log."""
@@ -190,8 +207,13 @@ class WorkerChannel:
             self._heard.put(message)
         elif isinstance(message, StartMessage | RosterMessage):
             self._heard.put(message)
-        elif isinstance(message, RowsMessage):
-            self.rows.put(message)
+        elif isinstance(message, TaskMessage):
+            with self._task_lock:
+                handler = self._handlers.get(message.topic)
+                if handler is None:
+                    self._unhandled.append(message)
+            if handler is not None:
+                handler(message)
 
     def _watch_lease(self) -> None:
         """Sum up the silence in ticks of this thread, not by the clock.

@@ -9,15 +9,14 @@ processes, threads or clocks (`channel.py` is the worker's end, `worker_monitor.
       | -- roster (everybody's addresses) ----> |
       | -- lease, every 2 s ------------------> |   15 s without one: the worker ends itself
       | <---------------------- event, log ---- |
-      | <------------------------ want_rows --- |   only where the data is a stream
-      | -- rows ------------------------------> |
+      | <------------------------------ task -> |   data of the running task, either way
       | -- stop (agree on a last step) -------> |
       | <-------------------------- result ---- |
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +28,7 @@ from smolrun.mesh.certificates import Credentials
 # A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
 # sample.
 MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_TASK_BYTES = 1024 * 1024  # of the data of a worker's task message
 LEASE_EVERY_S = 2.0
 LEASE_LIMIT_S = 15.0
 
@@ -40,6 +40,7 @@ EXIT_ABANDONED = (
 )
 EXIT_ABORTED = 131  # the driver said abort, or stop twice
 
+_Data = TypeVar("_Data", bound=msgspec.Struct)
 _SHOWN_BYTES = 80  # of a bad line, in the error about it
 
 
@@ -127,17 +128,6 @@ class StopMessage(Message, frozen=True, tag="stop"):
     """Agree with the others on a last step, save, report. A second one means abort."""
 
 
-class RowsMessage(Message, frozen=True, tag="rows"):
-    """Rows `first` to `first + count - 1` of the stream, all of one size, one after the other.
-
-    They come in the order in which they were wanted; `data` travels as base64.
-    """
-
-    first: int
-    count: int
-    data: bytes
-
-
 class AbortMessage(Message, frozen=True, tag="abort"):
     """End this process now."""
 
@@ -157,15 +147,13 @@ class EventMessage(Message, frozen=True, tag="event"):
     data: AnyEvent
 
 
-class WantRowsMessage(Message, frozen=True, tag="want_rows"):
-    """This rank needs rows `first` to `stop - 1` of the stream, and then none before `next_first`.
+class TaskMessage(Message, frozen=True, tag="task"):
+    """Data of the running task, in either direction. `topic` names its receiver there: a subscriber
+    of the driver, or a handler of the worker's channel. `data` is JSON, at most MAX_TASK_BYTES from
+    a worker; the receiver decodes it with `decode_data`, strictly."""
 
-    `next_first` None: none at all. Where first == stop, it needs nothing now.
-    """
-
-    first: Count
-    stop: Count
-    next_first: Count | None
+    topic: Annotated[str, Meta(max_length=100)]
+    data: msgspec.Raw
 
 
 class LogMessage(Message, frozen=True, tag="log"):
@@ -227,9 +215,9 @@ class ResultMessage(Message, frozen=True, tag="result"):
 
 
 DriverMessage = (
-    StartMessage | RosterMessage | LeaseMessage | RowsMessage | StopMessage | AbortMessage
+    StartMessage | RosterMessage | LeaseMessage | TaskMessage | StopMessage | AbortMessage
 )
-WorkerMessage = ReadyMessage | EventMessage | WantRowsMessage | LogMessage | ResultMessage
+WorkerMessage = ReadyMessage | EventMessage | TaskMessage | LogMessage | ResultMessage
 
 _driver_decoder: msgspec.json.Decoder[DriverMessage] = msgspec.json.Decoder(DriverMessage)
 _worker_decoder: msgspec.json.Decoder[WorkerMessage] = msgspec.json.Decoder(WorkerMessage)
@@ -241,7 +229,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode_from_driver(line: bytes) -> DriverMessage:
-    """What the driver said; raises ProtocolError if it is no message of the driver."""
+    """The driver's message; ProtocolError if the line is not one."""
     try:
         return _driver_decoder.decode(line)
     except (ValueError, RecursionError) as error:
@@ -250,12 +238,28 @@ def decode_from_driver(line: bytes) -> DriverMessage:
 
 
 def decode_from_worker(line: bytes) -> WorkerMessage:
-    """What a worker said; raises ProtocolError, with the line's beginning, if it is no message."""
+    """A worker's message; ProtocolError, with the line's beginning, if the line is not one."""
     try:
-        return _worker_decoder.decode(line)
+        message = _worker_decoder.decode(line)
     except (ValueError, RecursionError) as error:
         shown = line[:_SHOWN_BYTES].decode("ascii", "backslashreplace")
         raise ProtocolError(f"sent a line that is no message ({error}): {shown!r}") from None
+    if isinstance(message, TaskMessage) and len(bytes(message.data)) > MAX_TASK_BYTES:
+        raise ProtocolError(f"sent a task message of more than {MAX_TASK_BYTES} bytes")
+    return message
+
+
+def task_message(topic: str, data: msgspec.Struct) -> TaskMessage:
+    """`data` as a message of that topic."""
+    return TaskMessage(topic=topic, data=msgspec.Raw(msgspec.json.encode(data)))
+
+
+def decode_data(message: TaskMessage, kind: type[_Data]) -> _Data:
+    """The data of a task message; ProtocolError if it is not a `kind`."""
+    try:
+        return msgspec.json.decode(message.data, type=kind)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"sent an invalid {message.topic} message ({error})") from None
 
 
 class LineSplitter:

@@ -1,8 +1,8 @@
 """Runs the supervisor against real workers: signals and the clock come in here.
 
-Everything that happens comes through one inbox; this loop is the only one that touches the
-supervisor. Every wait has a deadline, and whatever ends the loop, an error of our own included, no
-worker is left running.
+All inputs pass through one queue, and this loop alone touches the supervisor. What happens goes to
+an ordered list of subscribers. Every wait has a deadline, and no worker is left running when the
+loop ends, even by an error of the driver itself.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from smolrun.errors import ProtocolError
 from smolrun.events import Event, Note
-from smolrun.launch.control import LEASE_EVERY_S, RosterMessage, StopMessage
+from smolrun.launch.control import Message, RosterMessage, StopMessage, TaskMessage
 from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
 from smolrun.launch.root_cause import RankState
-from smolrun.launch.stream_server import RowSource, StreamServer
 from smolrun.launch.supervisor import Limits, RunPhase, Supervisor
 from smolrun.launch.supervisor_events import (
     Action,
+    DriverFailed,
     Finish,
     HostSilent,
     Input,
@@ -33,13 +34,12 @@ from smolrun.launch.supervisor_events import (
     Kill,
     Notify,
     ProtocolViolation,
-    ReaderFailed,
     Reported,
     RestartWorker,
     RunOutcome,
     SendRoster,
     SendStop,
-    WantsRows,
+    TaskMessageReceived,
 )
 from smolrun.launch.worker_monitor import WorkerMonitor
 
@@ -122,76 +122,103 @@ class InputQueue:
             return item
 
 
+class Subscriber:
+    """Receives what happens in a run. The driver calls all subscribers in the order of its list, on
+    its own thread; only `on_end` may block. `topic`: of the task messages that it gets."""
+
+    topic: str | None = None
+
+    def on_start(self, driver: Driver) -> None:
+        """The workers are about to be started."""
+
+    def on_poll(self) -> None:
+        """At least every 0.1 s, and before each event."""
+
+    def on_event(self, event: Event) -> None:
+        """A rank, or the driver itself, reported an event."""
+
+    def on_message(self, rank: int, message: TaskMessage) -> None:
+        """A rank sent a task message. A ProtocolError ends the run, with that rank as the cause."""
+
+    def on_end(self) -> None:
+        """No worker runs any more. Called once, also when the run failed."""
+
+
 class Driver:
     """One run's workers, from start to end."""
 
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        host_of: Callable[[WorkerPlan], WorkerHost],
+        place: Callable[[WorkerPlan], tuple[WorkerPlan, WorkerHost]],
+        subscribers: Sequence[Subscriber] = (),
         *,
-        listen: Callable[[Event], None],
         limits: Limits | None = None,
-        lease_every_s: float = LEASE_EVERY_S,
-        rows: RowSource | None = None,
         stop_requests: Callable[[], int] = lambda: 0,
-        meanwhile: Callable[[], None] = lambda: None,
         elastic: Elasticity | None = None,
-        plan_again: Callable[[WorkerPlan], WorkerPlan] = lambda plan: plan,
     ) -> None:
-        """`plans` are in rank order. `listen` gets the events, in this thread; it must be quick.
-        `meanwhile` is called there too, a few times a second at least.
+        """`plans` are in rank order. `place(plan)` gives the host to start a worker on, with the
+        plan as it is now; it is called again for each new process of a rank.
 
-        `rows` is what the ranks may ask for where the data is a stream. `stop_requests` tells how
-        often another process asked this run to stop, which counts as so many Ctrl-C. With `elastic`
-        the run goes on without ranks that are lost, and starts them again: `plan_again` and
-        `host_of` are then asked anew.
+        `stop_requests()` is the number of stop requests by other processes, each like one Ctrl-C.
+        With `elastic` the run continues without lost ranks, and starts them again.
         """
         self._plans = plans
-        self._listen = listen
-        self._lease_every_s = lease_every_s
+        self._place = place
+        self._subscribers = subscribers
         self._limits = limits or Limits()
         self._inputs = InputQueue()
         self._over = threading.Event()
-        self._host_of = host_of
         self._elastic = elastic
-        self._plan_again = plan_again
         self._monitors: list[WorkerMonitor] = []
         for plan in plans:
             self._monitors.append(self._monitor(plan))
         self._interrupts = InterruptCounter()
-        self._rows = rows
-        self._server: StreamServer | None = None
         self._stop_requests = stop_requests
         self._requested = 0
         self._requests_due = 0.0
-        self._meanwhile = meanwhile
+
+    @property
+    def ranks(self) -> list[int]:
+        """All ranks of the run."""
+        return [plan.rank for plan in self._plans]
 
     def run(self) -> RunOutcome:
-        """Start all workers and tell how it ended; none is left when this returns or raises."""
-        with self._interrupts.installed():
-            try:
-                self._begin()
-                return self._loop()
-            finally:
-                self._end()
+        """Run all workers to their end; none is left when this returns or raises."""
+        try:
+            with self._interrupts.installed():
+                try:
+                    self._begin()
+                    outcome = self._loop()
+                finally:
+                    self._end()
+        finally:
+            for subscriber in self._subscribers:
+                subscriber.on_end()
+        if outcome.failed_rank is None:
+            return outcome
+        return replace(outcome, log_tail=self._monitors[outcome.failed_rank].tail)
 
-    def log_tail(self, rank: int) -> list[str]:
-        """The last lines that a rank wrote to its log."""
-        return self._monitors[rank].tail
+    def send(self, rank: int, message: Message, on_sent: Callable[[], None] | None = None) -> None:
+        """Queue a message to a rank, from any thread; never blocks. `on_sent` is called from
+        another thread once the rank's pipe has taken all of it."""
+        self._monitors[rank].send(message, on_sent)
+
+    def fail(self, problem: str) -> None:
+        """End the run as failed, with no rank as the cause; from any thread."""
+        self._post(DriverFailed(problem))
 
     def _begin(self) -> None:
-        if self._rows is not None:
-            self._server = StreamServer(
-                self._rows,
-                [plan.rank for plan in self._plans],
-                send=lambda rank, message, sent: self._monitors[rank].send(message, sent),
-                fail=lambda problem: self._post(ReaderFailed(problem)),
-            )
+        for subscriber in self._subscribers:
+            subscriber.on_start(self)
         for monitor in self._monitors:
             monitor.send(monitor.plan.start)
             monitor.begin()
         threading.Thread(target=self._renew_leases, name="smolrun-leases", daemon=True).start()
+
+    def _publish(self, event: Event) -> None:
+        for subscriber in self._subscribers:
+            subscriber.on_event(event)
 
     def _loop(self) -> RunOutcome:
         states = [RankState(p.rank, p.host, str(p.log_path)) for p in self._plans]
@@ -199,9 +226,10 @@ class Driver:
         num_interrupts = 0
         while True:
             item = self._next(supervisor.deadline)
-            self._meanwhile()
+            for subscriber in self._subscribers:
+                subscriber.on_poll()
             if isinstance(item, Reported):
-                self._listen(item.event)
+                self._publish(item.event)
             if self._asked_to_stop() > num_interrupts:
                 num_interrupts += 1
                 actions = supervisor.handle(Interrupted(), time.monotonic())
@@ -226,12 +254,11 @@ class Driver:
             if self._monitors[plan.rank] is monitor:
                 self._post(item, num_bytes)
 
-        monitor = WorkerMonitor(plan, self._host_of(plan), post)
+        monitor = WorkerMonitor(*self._place(plan), post)
         return monitor
 
     def _start_again(self, rank: int) -> None:
-        plan = self._plan_again(self._plans[rank])
-        monitor = self._monitors[rank] = self._monitor(plan)
+        monitor = self._monitors[rank] = self._monitor(self._plans[rank])
         monitor.send(monitor.plan.start)
         monitor.begin()
 
@@ -255,23 +282,25 @@ class Driver:
             _POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic()))
         )
         item = self._inputs.get(wait_s)
-        return self._pass_on(item) if isinstance(item, WantsRows) else item
+        return self._route(item) if isinstance(item, TaskMessageReceived) else item
 
-    def _pass_on(self, item: WantsRows) -> Input | None:
-        """To the server; what is left for the supervisor is a wish that cannot be met."""
-        if self._server is None:
-            return ProtocolViolation(
-                item.rank, "asks for rows of a stream, but the data is no stream"
-            )
-        try:
-            self._server.want(item.rank, item.wanted)
-        except ProtocolError as error:
-            return ProtocolViolation(item.rank, str(error))
-        return None
+    def _route(self, item: TaskMessageReceived) -> Input | None:
+        """Hand a task message to its subscriber; the violation, if it must not have been sent."""
+        for subscriber in self._subscribers:
+            if subscriber.topic == item.message.topic:
+                try:
+                    subscriber.on_message(item.rank, item.message)
+                except ProtocolError as error:
+                    return ProtocolViolation(item.rank, str(error))
+                return None
+        topic = item.message.topic
+        return ProtocolViolation(
+            item.rank, f"sent a message of topic {topic!r}, which nothing reads"
+        )
 
     def _perform(self, actions: Sequence[Action]) -> RunOutcome | None:
         if any(isinstance(action, SendStop) for action in actions):
-            self._listen(Note("info", "stopping at the next agreed step; Ctrl-C again: at once"))
+            self._publish(Note("info", "stopping at the next agreed step; Ctrl-C again: at once"))
         for action in actions:
             if isinstance(action, Finish):
                 return action.outcome
@@ -286,7 +315,7 @@ class Driver:
             elif isinstance(action, RestartWorker):
                 self._start_again(action.rank)
             elif isinstance(action, Notify):
-                self._listen(Note(action.level, action.message))
+                self._publish(Note(action.level, action.message))
         return None
 
     def _post(self, item: Input, num_bytes: int = 0) -> None:
@@ -295,7 +324,7 @@ class Driver:
             pass
 
     def _renew_leases(self) -> None:
-        while not self._over.wait(self._lease_every_s):
+        while not self._over.wait(self._limits.lease_every_s):
             for monitor in self._monitors:
                 monitor.renew_lease()
 
@@ -304,8 +333,6 @@ class Driver:
         for monitor in self._monitors:
             monitor.kill()
         self._over.set()
-        if self._server is not None:
-            self._server.close()
         give_up = time.monotonic() + _LAST_JOIN_S
         for monitor in self._monitors:
             if not monitor.join(max(0.0, give_up - time.monotonic())):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from smolrun.events import Note, RankStep, StepDone
-from smolrun.launch.control import RosterPeer
+from smolrun.launch.control import LEASE_EVERY_S, RosterPeer
 from smolrun.launch.root_cause import (
     RankState,
     RootCause,
@@ -35,6 +35,7 @@ from smolrun.launch.supervisor_events import (
     EXIT_STOPPED,
     EXIT_STOPPED_NOW,
     Action,
+    DriverFailed,
     Exited,
     Finish,
     HostSilent,
@@ -43,7 +44,6 @@ from smolrun.launch.supervisor_events import (
     Kill,
     NotStarted,
     ProtocolViolation,
-    ReaderFailed,
     Reported,
     RunOutcome,
     SendRoster,
@@ -70,6 +70,7 @@ class Limits:
     settle_s: float = 0.5
     exit_s: float = 5.0
     kill_s: float = 5.0
+    lease_every_s: float = LEASE_EVERY_S
 
 
 class RunPhase(Enum):
@@ -114,7 +115,7 @@ class Supervisor:
                 or self._interrupts > 1
                 or self.phase in (RunPhase.FAILING, RunPhase.CLOSING)
             )
-        elif isinstance(item, ReaderFailed):
+        elif isinstance(item, DriverFailed):
             # A failure that came first may still be the cause of this one, and it names a rank.
             if self.phase not in (RunPhase.FAILING, RunPhase.CLOSING):
                 self._close(now, RunOutcome("failed", EXIT_FAILED, item.problem), hurry=True)

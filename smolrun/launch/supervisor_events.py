@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from smolrun.events import Event
-from smolrun.launch.control import Address, ResultMessage, RosterPeer, WantRowsMessage
+from smolrun.launch.control import Address, ResultMessage, RosterPeer, TaskMessage
 
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 2, 3, 130, 131
 
@@ -29,11 +29,12 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class WantsRows:
-    """A worker asks for rows of the stream; for the desk, the supervisor has no use for it."""
+class TaskMessageReceived:
+    """A worker sent data of the running task. The driver routes it by topic; the supervisor never
+    sees it."""
 
     rank: int
-    wanted: WantRowsMessage
+    message: TaskMessage
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class NotStarted:
 
 
 @dataclass(frozen=True)
-class ReaderFailed:
-    """The driver itself cannot read the stream any more; no rank is to blame."""
+class DriverFailed:
+    """Something in the driver itself failed; no rank is to blame."""
 
     problem: str
 
@@ -96,13 +97,13 @@ class Interrupted:
 Input = (
     WorkerReady
     | Reported
-    | WantsRows
+    | TaskMessageReceived
     | WorkerFinished
     | Exited
     | HostSilent
     | ProtocolViolation
     | NotStarted
-    | ReaderFailed
+    | DriverFailed
     | Interrupted
 )
 
@@ -146,7 +147,8 @@ class Kill:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How the run ended. `reason` is one line, empty if all is well; `steps` were done.
+    """How the run ended. `reason` is one line, empty if it is done; `steps` were done. `log_tail`
+    are the last lines of the failed rank's log.
 
     `departures` has a row for each time that an elastic run lost a rank and went on.
 
@@ -164,6 +166,7 @@ class RunOutcome:
     versions: dict[str, str] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
     departures: list[dict[str, Any]] = field(default_factory=list)
+    log_tail: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

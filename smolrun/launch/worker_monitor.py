@@ -29,7 +29,7 @@ from smolrun.launch.control import (
     ReadyMessage,
     StartMessage,
     Summary,
-    WantRowsMessage,
+    TaskMessage,
     WorkerMessage,
     decode_from_worker,
     encode,
@@ -41,7 +41,7 @@ from smolrun.launch.supervisor_events import (
     NotStarted,
     ProtocolViolation,
     Reported,
-    WantsRows,
+    TaskMessageReceived,
     WorkerFinished,
     WorkerReady,
 )
@@ -228,8 +228,8 @@ def _checked(message: WorkerMessage, start: StartMessage) -> Input:
         return Reported(rank, message.data)
     if isinstance(message, LogMessage):
         return Reported(rank, Note(level=message.level, message=message.message, rank=rank))
-    if isinstance(message, WantRowsMessage):
-        return WantsRows(rank, message)
+    if isinstance(message, TaskMessage):
+        return TaskMessageReceived(rank, message)
     if isinstance(message, ReadyMessage):
         if message.rank != rank:
             raise ProtocolError(f"says that it is rank {message.rank}")

@@ -16,7 +16,7 @@ from smolrun.events import Event
 from smolrun.launch.control import Address, ReadyMessage, encode
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.launch.stream_server import RowSource
+from smolrun.launch.streams import RowSource
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from tests.launch.tiny_driver import plans

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from smolrun.events import Event, Note, RankStep
-from smolrun.launch import stream_server
+from smolrun.launch import streams
 from smolrun.launch.control import Address, LogMessage, ReadyMessage, ResultMessage, encode
 from smolrun.launch.driver import InputQueue
 from smolrun.launch.supervisor_events import HostSilent, Input, ProtocolViolation, Reported
@@ -253,5 +253,5 @@ def test_a_rank_that_asks_for_rows_and_reads_none_gets_a_few(tmp_path: Path) -> 
         yield b"end\n"
 
     run(tmp_path, {1: ScriptedWorker(lines(), reads=False)}, rows=reader)
-    most = (stream_server._MOST_BYTES + stream_server._MOST_UNSENT_BYTES) // reader.row_bytes
+    most = (streams._MOST_BYTES + streams._MOST_UNSENT_BYTES) // reader.row_bytes
     assert 0 < reader.row <= most + 1

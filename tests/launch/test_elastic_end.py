@@ -7,10 +7,10 @@ import pytest
 from smolrun.launch.control import ErrorReport, ResultMessage
 from smolrun.launch.supervisor import RunPhase
 from smolrun.launch.supervisor_events import (
+    DriverFailed,
     Exited,
     Interrupted,
     Kill,
-    ReaderFailed,
     SendStop,
     WorkerFinished,
 )
@@ -95,7 +95,7 @@ def test_ctrl_c_before_anything_was_done() -> None:
 
 def test_a_reader_that_fails_ends_the_run() -> None:
     supervisor = running(2)
-    outcome = bury(supervisor, supervisor.handle(ReaderFailed("the disk is gone"), 2.0), 2.1)
+    outcome = bury(supervisor, supervisor.handle(DriverFailed("the disk is gone"), 2.0), 2.1)
     assert (outcome.status, outcome.failed_rank) == ("failed", None)
 
 

@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from smolrun.errors import DataError, ProtocolError
-from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
+from smolrun.launch.control import Message, StreamRequest, StreamRows
 from smolrun.launch.stream_client import StreamClient
 
 
-def rows(first: int, count: int) -> RowsMessage:
-    return RowsMessage(first=first, count=count, data=bytes(range(first, first + count)))
+def rows(first: int, count: int) -> StreamRows:
+    return StreamRows(first=first, count=count, data=bytes(range(first, first + count)))
 
 
 def test_requests_go_out_and_rows_are_taken_in_their_order() -> None:
@@ -21,8 +21,8 @@ def test_requests_go_out_and_rows_are_taken_in_their_order() -> None:
     inbox.request(0, 4, 10)
     inbox.request(10, 12, None)
     assert sent == [
-        WantRowsMessage(first=0, stop=4, next_first=10),
-        WantRowsMessage(first=10, stop=12, next_first=None),
+        StreamRequest(first=0, stop=4, next_first=10),
+        StreamRequest(first=10, stop=12, next_first=None),
     ]
     for message in (rows(0, 3), rows(3, 1), rows(10, 2)):
         inbox.put(message)
@@ -34,7 +34,7 @@ def test_a_share_of_nothing_is_told_and_not_waited_for() -> None:
     sent: list[Message] = []
     inbox = StreamClient(sent.append)
     inbox.request(5, 5, 9)
-    assert sent == [WantRowsMessage(first=5, stop=5, next_first=9)]
+    assert sent == [StreamRequest(first=5, stop=5, next_first=9)]
     assert inbox.take(5, 5, 0.0) == b""
 
 
@@ -65,12 +65,12 @@ def test_a_wait_has_a_deadline_and_names_the_reader() -> None:
     [
         rows(1, 2),
         rows(0, 5),
-        RowsMessage(first=0, count=0, data=b""),
-        RowsMessage(first=0, count=2, data=b"abc"),
-        RowsMessage(first=0, count=-1, data=b"a"),
+        StreamRows(first=0, count=0, data=b""),
+        StreamRows(first=0, count=2, data=b"abc"),
+        StreamRows(first=0, count=-1, data=b"a"),
     ],
 )
-def test_rows_that_were_not_asked_for_are_refused(message: RowsMessage) -> None:
+def test_rows_that_were_not_asked_for_are_refused(message: StreamRows) -> None:
     inbox = StreamClient(lambda message: None)
     with pytest.raises(ProtocolError, match="did not ask for"):
         inbox.put(message)

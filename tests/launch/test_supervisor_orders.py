@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from smolrun.launch.control import ErrorReport, ResultMessage
 from smolrun.launch.supervisor_events import (
     Action,
+    DriverFailed,
     Exited,
     Finish,
     Input,
@@ -17,7 +18,6 @@ from smolrun.launch.supervisor_events import (
     Kill,
     NotStarted,
     ProtocolViolation,
-    ReaderFailed,
     RunOutcome,
     WorkerFinished,
     WorkerReady,
@@ -38,7 +38,7 @@ def inputs(count: int) -> st.SearchStrategy[Input]:
         st.builds(Exited, rank, st.sampled_from([0, 3, 75, 131, -9, -11])),
         st.builds(ProtocolViolation, rank, st.just("garbage")),
         st.builds(NotStarted, rank, st.just("no python")),
-        st.just(ReaderFailed("the network is gone")),
+        st.just(DriverFailed("the network is gone")),
         st.just(Interrupted()),
     )
 

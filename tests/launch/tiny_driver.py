@@ -19,7 +19,7 @@ from smolrun.launch.driver import Driver
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
-from smolrun.launch.stream_server import RowSource
+from smolrun.launch.streams import RowSource
 from smolrun.launch.supervisor import Limits
 
 WORKER = [sys.executable, str(Path(__file__).with_name("tiny_worker.py"))]

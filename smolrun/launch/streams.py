@@ -18,9 +18,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from smolrun.errors import ProtocolError, SmolrunError
-from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
+import msgspec
 
+from smolrun.errors import DataError, ProtocolError, SmolrunError
+from smolrun.events import Count
+from smolrun.launch.control import TaskMessage, decode_data, task_message
+from smolrun.launch.driver import Driver, Subscriber
+
+TOPIC = "stream"
 # Of one line, before base64: any line renews the lease, and on a slow link (1 Mbit/s: 3 s) the next
 # one must not be long in coming.
 _CHUNK_BYTES = 256 * 1024
@@ -32,6 +37,34 @@ _MOST_OPEN = 1024  # requests of one rank; an honest one has a few steps' worth
 _LAST_JOIN_S = 2.0
 
 log = logging.getLogger(__name__)
+
+
+class StreamRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """This rank needs rows `first` to `stop - 1` of the stream, and then none before `next_first`.
+
+    `next_first` None: none at all. Where first == stop, it needs nothing now.
+    """
+
+    first: Count
+    stop: Count
+    next_first: Count | None
+
+
+class StreamRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows `first` to `first + count - 1` of the stream, all of one size, concatenated; in the
+    order of the requests. `data` is base64 in JSON."""
+
+    first: int
+    count: int
+    data: bytes
+
+
+class Channel(Protocol):
+    """The part of a worker's channel that a client needs."""
+
+    def send_data(self, topic: str, data: msgspec.Struct) -> None: ...
+
+    def subscribe(self, topic: str, handler: Callable[[TaskMessage], None]) -> None: ...
 
 
 class RowSource(Protocol):
@@ -86,7 +119,7 @@ class StreamBuffer:
         )
         return is_asked_for and len(self._rows) < self._most_kept
 
-    def want(self, rank: int, wanted: WantRowsMessage) -> None:
+    def want(self, rank: int, wanted: StreamRequest) -> None:
         """A rank's request; raises ProtocolError if it breaks its own promises."""
         cursor = self._cursors.get(rank)
         if cursor is None or cursor.frontier is None:
@@ -108,7 +141,7 @@ class StreamBuffer:
         """The next row was read."""
         self._rows.append(row)
 
-    def due(self) -> list[tuple[int, RowsMessage]]:
+    def due(self) -> list[tuple[int, StreamRows]]:
         """What can be sent now, rank and message; each is on its way until `sent`."""
         messages = []
         for rank, cursor in self._cursors.items():
@@ -121,11 +154,11 @@ class StreamBuffer:
         self._forget()
         return messages
 
-    def sent(self, rank: int, message: RowsMessage) -> None:
+    def sent(self, rank: int, message: StreamRows) -> None:
         """A message is with its rank."""
         self._cursors[rank].unsent -= len(message.data)
 
-    def _next_for(self, cursor: _Cursor) -> RowsMessage | None:
+    def _next_for(self, cursor: _Cursor) -> StreamRows | None:
         """A whole request, or a chunk of a long one; None if that is not there yet."""
         if not cursor.open:
             return None
@@ -139,7 +172,7 @@ class StreamBuffer:
             cursor.open.popleft()
         else:
             cursor.open[0] = asked[count:]
-        return RowsMessage(first=asked.start, count=count, data=data)
+        return StreamRows(first=asked.start, count=count, data=data)
 
     def _forget(self) -> None:
         """Drop rows that nobody needs any more."""
@@ -149,39 +182,39 @@ class StreamBuffer:
             self._lowest += 1
 
 
-class StreamServer:
-    """Reads in a thread of its own; `send` and `fail` are called from there and must not block."""
+class StreamServer(Subscriber):
+    """Reads in the thread "smolrun-rows" and sends each rank the rows that it requested."""
 
-    def __init__(
-        self,
-        reader: RowSource,
-        ranks: Iterable[int],
-        *,
-        send: Callable[[int, Message, Callable[[], None]], None],
-        fail: Callable[[str], None],
-    ) -> None:
-        """Nothing is read before the first `want`. `send` calls its last argument, from any thread,
-        once the rank has the message. `fail` gets the sentence, and is the last."""
+    topic = TOPIC
+
+    def __init__(self, reader: RowSource) -> None:
+        """Nothing is read before the first request."""
         self._reader = reader
-        self._send, self._fail = send, fail
-        self._buffer = StreamBuffer(ranks, first=reader.row, row_bytes=reader.row_bytes)
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="smolrun-rows", daemon=True)
+
+    def on_start(self, driver: Driver) -> None:
+        """Begin to serve the ranks of this driver."""
+        reader = self._reader
+        self._driver = driver
+        self._buffer = StreamBuffer(driver.ranks, first=reader.row, row_bytes=reader.row_bytes)
         self._thread.start()
 
-    def want(self, rank: int, wanted: WantRowsMessage) -> None:
-        """A rank's request; never waits for the reader. ProtocolError if it is none to be met."""
+    def on_message(self, rank: int, message: TaskMessage) -> None:
+        """A rank's request; never waits for the reader. ProtocolError if it cannot be met."""
+        wanted = decode_data(message, StreamRequest)
         with self._changed:
             self._buffer.want(rank, wanted)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Read no more. A read that hangs is left behind, in a thread that ends with the driver."""
+    def on_end(self) -> None:
+        """Read no more. A read that hangs is abandoned; its thread ends with the driver."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(_LAST_JOIN_S)
+        if self._thread.ident is not None:
+            self._thread.join(_LAST_JOIN_S)
 
     def _run(self) -> None:
         try:
@@ -190,11 +223,11 @@ class StreamServer:
                 with self._changed:
                     self._buffer.add(row)
         except SmolrunError as error:
-            self._fail(f"the driver cannot read the stream any more: {error}")
+            self._driver.fail(f"the driver cannot read the stream any more: {error}")
         except Exception as error:  # a library's, or the user's own reader's
             log.exception("the reader of the stream failed")
             what = f"{type(error).__name__}: {error}"
-            self._fail(f"the driver cannot read the stream any more: {what}")
+            self._driver.fail(f"the driver cannot read the stream any more: {what}")
 
     def _hand_out(self) -> bool:
         """Send what is due, then wait until a row is wanted; False: never again."""
@@ -209,9 +242,71 @@ class StreamServer:
             if not due:
                 return True
             for rank, message in due:
-                self._send(rank, message, functools.partial(self._sent, rank, message))
+                sent = functools.partial(self._sent, rank, message)
+                self._driver.send(rank, task_message(TOPIC, message), sent)
 
-    def _sent(self, rank: int, message: RowsMessage) -> None:
+    def _sent(self, rank: int, message: StreamRows) -> None:
         with self._changed:
             self._buffer.sent(rank, message)
             self._changed.notify_all()
+
+
+class StreamClient:
+    """One rank's end of the stream: ranges of rows, requested ahead of need by `request` and
+    returned by `take` in the same order. The channel's thread fills it, the training loop empties
+    it; it holds no more than was requested."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._changed = threading.Condition()
+        self._asked: deque[range] = deque()  # and not yet there; the first one perhaps in part
+        self._there: deque[StreamRows] = deque()
+        channel.subscribe(TOPIC, lambda message: self._put(decode_data(message, StreamRows)))
+
+    def request(self, first: int, stop: int, next_first: int | None) -> None:
+        """Ask for rows `first` to `stop - 1`; the next request begins at `next_first` or later,
+        or never comes (None)."""
+        if first < stop:
+            with self._changed:
+                self._asked.append(range(first, stop))
+        self._channel.send_data(TOPIC, StreamRequest(first, stop, next_first))
+
+    def take(self, first: int, stop: int, timeout_s: float) -> bytes:
+        """The rows of the oldest request that was not taken yet, waited for; it must be this one.
+
+        Raises DataError when they are not there in time.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_there() >= stop - first, timeout_s)
+            num_there = min(self._num_there(), stop - first)
+            if num_there < stop - first:
+                raise DataError(
+                    f"waited {timeout_s:g} s for rows {first} to {stop - 1} of the stream, of "
+                    f"which the reader on the driver has sent {num_there}: the data, or the way "
+                    "to it, is slower than the training; try again or raise mesh.timeout_s"
+                )
+            parts = []
+            while first < stop:
+                message = self._there.popleft()
+                assert message.first == first, "rows are taken in the order of the requests"
+                parts.append(message.data)
+                first += message.count
+            return b"".join(parts)
+
+    def _put(self, message: StreamRows) -> None:
+        """Keep rows that came; ProtocolError if they are not the next ones requested."""
+        with self._changed:
+            asked = self._asked.popleft() if self._asked else range(0)
+            is_next = message.first == asked.start and 0 < message.count <= len(asked)
+            if not is_next or len(message.data) % message.count:
+                raise ProtocolError(
+                    f"the driver sent rows {message.first} to {message.first + message.count - 1} "
+                    "of the stream, which this rank did not ask for"
+                )
+            if message.count < len(asked):
+                self._asked.appendleft(asked[message.count :])
+            self._there.append(message)
+            self._changed.notify_all()
+
+    def _num_there(self) -> int:
+        return sum(message.count for message in self._there)

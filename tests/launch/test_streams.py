@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import DataError, ProtocolError
-from smolrun.launch import stream_server
-from smolrun.launch.control import Message, RowsMessage, WantRowsMessage
-from smolrun.launch.stream_server import StreamBuffer, StreamServer
+from smolrun.launch import streams
+from smolrun.launch.control import Message, StreamRequest, StreamRows
+from smolrun.launch.streams import StreamBuffer, StreamServer
 from tests.launch.deadline import until
 
 
@@ -22,15 +22,15 @@ def row(number: int) -> bytes:
     return number.to_bytes(4, "little")
 
 
-def numbers(message: RowsMessage) -> list[int]:
+def numbers(message: StreamRows) -> list[int]:
     size = len(message.data) // message.count
     parts = [message.data[at : at + size] for at in range(0, len(message.data), size)]
     assert len(parts) == message.count
     return [int.from_bytes(part, "little") for part in parts]
 
 
-def want(first: int, stop: int, next_first: int | None) -> WantRowsMessage:
-    return WantRowsMessage(first=first, stop=stop, next_first=next_first)
+def want(first: int, stop: int, next_first: int | None) -> StreamRequest:
+    return StreamRequest(first=first, stop=stop, next_first=next_first)
 
 
 def read(buffer: StreamBuffer, count: int = 1000) -> int:
@@ -96,8 +96,8 @@ def test_rows_that_nobody_needs_are_read_over(buffer: StreamBuffer) -> None:
 
 
 def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_server, "_MOST_BYTES", 40)
-    monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 8)
+    monkeypatch.setattr(streams, "_MOST_BYTES", 40)
+    monkeypatch.setattr(streams, "_CHUNK_BYTES", 8)
     read_so_far[0] = 0
     buffer = StreamBuffer([0, 1], first=0, row_bytes=4)
     for step in range(50):  # rank 0 is far ahead; rank 1 has not begun
@@ -119,7 +119,7 @@ def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.Mo
 
 
 def test_long_requests_travel_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 10)
+    monkeypatch.setattr(streams, "_CHUNK_BYTES", 10)
     read_so_far[0] = 0
     buffer = StreamBuffer([0], first=0, row_bytes=4)
     buffer.want(0, want(0, 5, None))
@@ -130,8 +130,8 @@ def test_long_requests_travel_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_row_longer_than_a_chunk_travels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 2)
-    monkeypatch.setattr(stream_server, "_MOST_BYTES", 2)
+    monkeypatch.setattr(streams, "_CHUNK_BYTES", 2)
+    monkeypatch.setattr(streams, "_MOST_BYTES", 2)
     read_so_far[0] = 0
     buffer = StreamBuffer([0], first=0, row_bytes=4)
     buffer.want(0, want(0, 2, None))
@@ -143,8 +143,8 @@ def test_a_row_longer_than_a_chunk_travels_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream_server, "_MOST_UNSENT_BYTES", 16)
-    monkeypatch.setattr(stream_server, "_CHUNK_BYTES", 8)
+    monkeypatch.setattr(streams, "_MOST_UNSENT_BYTES", 16)
+    monkeypatch.setattr(streams, "_CHUNK_BYTES", 8)
     read_so_far[0] = 0
     buffer = StreamBuffer([0, 1], first=0, row_bytes=4)
     buffer.want(0, want(0, 100, None))
@@ -170,7 +170,7 @@ def test_a_rank_that_does_not_read_gets_no_more_until_it_does(
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(
-    buffer: StreamBuffer, rank: int, wanted: WantRowsMessage, reason: str
+    buffer: StreamBuffer, rank: int, wanted: StreamRequest, reason: str
 ) -> None:
     buffer.want(0, want(0, 2, 4))
     buffer.want(1, want(2, 4, None))
@@ -218,7 +218,7 @@ class Ends:
 
     def got(self) -> tuple[int, list[int]]:
         rank, message = self.sent.get(timeout=20)
-        assert isinstance(message, RowsMessage)
+        assert isinstance(message, StreamRows)
         return rank, numbers(message)
 
 
@@ -260,7 +260,7 @@ def test_a_reader_that_fails_midway_is_told_once(error: Exception, sentence: str
 
 
 def test_a_reader_that_hangs_does_not_keep_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_server, "_LAST_JOIN_S", 0.05)
+    monkeypatch.setattr(streams, "_LAST_JOIN_S", 0.05)
     reader = Reader(hold_at=0)
     ends = Ends(reader)
     ends.server.want(0, want(0, 2, 6))
