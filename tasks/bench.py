@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.box
 from rich.markup import escape
@@ -21,13 +20,13 @@ from smolrun.driver.outputs import (
     become_latest,
     make_folder,
     nothing_started,
-    plan_workers,
     prepare_data,
 )
 from smolrun.driver.preflight import check_before_start
+from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event
-from smolrun.launch.driver import Driver
+from smolrun.launch.driver import Subscriber
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import EXIT_DONE, RunOutcome
 from smolrun.sanitize import echo, one_line
@@ -55,28 +54,36 @@ def drive(config: RunConfig) -> int:
         _smaller(config, size)
     prepared = prepare_data(config, lambda *_: None) if needs_data else None
     check_before_start(config)
-    rows: list[dict[str, Any]] = []
     with nothing_started():
         folder = make_folder(config, f"bench-{bench.name}")
         out = (folder.path / "bench.jsonl").open("w", encoding="utf-8")
     become_latest(folder, print)
     with out as file:
-
-        def listen(event: Event) -> None:
-            if isinstance(event, BenchRow):
-                rows.append(event.row)
-                file.write(json.dumps(event.row) + "\n")
-                file.flush()
-                echo(one_line(_line(event.row)))
-
+        rows = _RowFile(file)
         for size in bench.world_sizes:
-            outcome = _measure(_smaller(config, size), folder, prepared, listen)
+            outcome = _measure(_smaller(config, size), folder, prepared, rows)
             if outcome.exit_code != EXIT_DONE:
                 echo(f"smolrun: {outcome.reason}", error=True)
                 return outcome.exit_code
-    Screen().print(_table(rows))
+    Screen().print(_table(rows.rows))
     echo(f"the rows: {folder.path / 'bench.jsonl'}")
     return EXIT_DONE
+
+
+class _RowFile(Subscriber):
+    """Writes the measured rows to bench.jsonl and the terminal."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file = file
+
+    def on_event(self, event: Event) -> None:
+        """Add a row."""
+        if isinstance(event, BenchRow):
+            self.rows.append(event.row)
+            self._file.write(json.dumps(event.row) + "\n")
+            self._file.flush()
+            echo(one_line(_line(event.row)))
 
 
 def _smaller(config: RunConfig, size: int) -> RunConfig:
@@ -106,21 +113,16 @@ def _measure(
     config: RunConfig,
     folder: RunFolder,
     prepared: Prepared | None,
-    listen: Callable[[Event], None],
+    rows: _RowFile,
 ) -> RunOutcome:
     """One world size, from connecting to its last row."""
     fleet = open_fleet(config)
+    limits = Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s)
     try:
-        fleet.equip(folder.run_id, prepared, None, progress=lambda *_: None, say=print)
-        driver = Driver(
-            plan_workers(config, folder, fleet),
-            fleet.host_of,
-            listen=listen,
-            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=config.mesh.timeout_s),
+        return run_on_ranks(
+            config, folder, fleet, [rows], limits=limits, say=print, prepared=prepared
         )
-        return driver.run()
     finally:
-        fleet.clear(folder.run_id)
         fleet.close()
 
 

@@ -17,13 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig
+from smolrun.config import RunConfig, ranks
 from smolrun.driver.doctor_hosts import Patients, with_hosts
 from smolrun.driver.fleet import Fleet
-from smolrun.driver.outputs import plan_workers
+from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.doctor.findings import Finding
-from smolrun.launch.driver import Driver
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
@@ -85,34 +84,21 @@ def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
     fleet = Fleet(
         config, {name: patients.machines[name] for name in names if name in patients.machines}
     )
+    limits = Limits(start_s=config.cluster.start_timeout_s, finish_s=_LINKS_S)
     with tempfile.TemporaryDirectory(prefix="smolrun-doctor-") as place:
         folder = RunFolder.create(Path(place), "doctor", now=datetime.now())
         try:
-            fleet.equip(folder.run_id, None, None, progress=lambda *_: None, say=_to_stderr)
-            plans = plan_workers(config, folder, fleet)
+            outcome = run_on_ranks(config, folder, fleet, limits=limits, say=_to_stderr)
         except (HostError, HostErrors) as error:
             _blame(patients, error)
-            fleet.clear(folder.run_id)
             return []
-        driver = Driver(
-            plans,
-            fleet.host_of,
-            listen=lambda event: None,
-            limits=Limits(start_s=config.cluster.start_timeout_s, finish_s=_LINKS_S),
-        )
-        try:
-            outcome = driver.run()
-        finally:
-            for line in fleet.clear(folder.run_id):
-                _to_stderr(f"warning: {line}")
     if outcome.exit_code != EXIT_DONE:
-        tail = driver.log_tail(outcome.failed_rank) if outcome.failed_rank is not None else []
         host = outcome.failed_host or names[0]
         what = f"no mesh of {', '.join(names)}: {outcome.reason}"
-        todo = f"its log ends with: {tail[-1]}" if tail else None
+        todo = f"its log ends with: {outcome.log_tail[-1]}" if outcome.log_tail else None
         patients.examined[host].findings.append(Finding("blocks", what, todo))
         return []
-    host_of = {plan.rank: plan.host for plan in plans}
+    host_of = {rank.rank: rank.host for rank in ranks(config)}
     rows = [row for summary in outcome.summaries.values() for row in summary.get("links", ())]
     return [_named(row, host_of) for row in rows]
 

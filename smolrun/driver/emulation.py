@@ -1,63 +1,19 @@
-"""Hosts that play slower machines: how fast their ranks compute, how fast their links are, and what
-the user is told about it.
+"""Hosts that emulate slower machines: what the user is told about it.
 
     hosts:
       - {name: pi1, emulate: {compute: 0.25, bandwidth_mbps: 100, latency_ms: 4}}
 
-Only wiring: the pace is in parts/step_clock.py, the links in mesh/shaping.py.
+The pace is in parts/step_clock.py, the links in mesh/shaping.py; workers use both.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
-from smolrun.events import Note
-from smolrun.parts.placement import ranked_hosts
-from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace, Pace
-
-if TYPE_CHECKING:
-    from smolrun.mesh.shaping import Shape
-
-# From here on the figures of a run are not those of the machines that it plays.
-_LATE = 0.05
-
-
-def pace_of(config: Mapping[str, Any], rank: int) -> Pace:
-    """How fast a rank of the resolved configuration computes."""
-    emulate = _emulate(config, rank)
-    return EmulatedPace(emulate["compute"]) if emulate and emulate["compute"] < 1 else FULL_SPEED
-
-
-def shape_of(config: Mapping[str, Any], rank: int) -> Shape | None:
-    """How fast the links of a rank are; None: as they are."""
-    emulate = _emulate(config, rank)
-    if not emulate or (emulate["bandwidth_mbps"] is None and not emulate["latency_ms"]):
-        return None
-    from smolrun.mesh.shaping import Shape
-
-    return Shape(emulate["bandwidth_mbps"], emulate["latency_ms"])
-
-
-def _emulate(config: Mapping[str, Any], rank: int) -> Mapping[str, Any] | None:
-    hosts = ranked_hosts(config.get("cluster"))
-    found: Mapping[str, Any] | None = hosts[rank]["emulate"] if hosts else None
-    return found
-
-
-def late(pace: Pace, rank: int) -> Note | None:
-    """A warning where a rank could not keep its pace."""
-    if pace.late < _LATE:
-        return None
-    return Note(
-        "warning",
-        f"emulation: computing took {pace.late:.0%} longer than it would on the machine that this "
-        "rank plays, because something else had its core; its times are too long by that",
-        rank,
-    )
 
 
 def emulated(config: RunConfig) -> list[str]:

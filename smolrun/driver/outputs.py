@@ -1,10 +1,9 @@
-"""What every task that runs on ranks needs: the run's folder, and a worker for each rank."""
+"""The folder outputs/: where every run writes, and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,23 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from smolrun.config import (
-    RankPlan,
-    RunConfig,
-    config_hash,
-    has_dedicated_server,
-    ranks,
-    redacted,
-    world_size,
-)
+from smolrun.config import RunConfig, has_dedicated_server, ranks, redacted
 from smolrun.data.cache import cache_folder
 from smolrun.data.prepared import Prepared
-from smolrun.driver.fleet import Fleet, is_elsewhere
 from smolrun.driver.prepare import prepare_model, tokenizer_for, with_model
 from smolrun.errors import ConfigError, DataError
-from smolrun.launch.control import Saving, Security, StartMessage
-from smolrun.launch.hosts import WorkerPlan
-from smolrun.mesh.certificates import issue_credentials
 from smolrun.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -118,59 +105,3 @@ def server_note(config: RunConfig) -> list[str]:
         return []
     where = ranks(config)[0].host
     return [f"rank 0 on {where} is the parameter server (algorithm.server_trains=false)"]
-
-
-def plan_workers(
-    config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
-) -> list[WorkerPlan]:
-    """One worker per rank. Secret and keys are made here and go nowhere but into their stdin."""
-    plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
-    size, security = world_size(config), _security(config)
-    keys = issue_credentials(folder.run_id, size) if security == "tls" else [None] * size
-    plans = []
-    for rank in ranks(config):
-        start = StartMessage(
-            rank=rank.rank,
-            world_size=size,
-            host=rank.host,
-            run_id=folder.run_id,
-            config=plain,
-            config_hash=digest,
-            secret=secret,
-            ports=rank.ports,
-            security=security,
-            credentials=keys[rank.rank],
-            device=rank.device,
-            elastic=config.algorithm.min_ranks_left is not None,
-            **_on_host(rank, fleet, saving),
-        )
-        plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
-    return plans
-
-
-def plan_again(
-    plan: WorkerPlan, config: RunConfig, fleet: Fleet, saving: Saving | None
-) -> WorkerPlan:
-    """The same rank, secret and keys; what depends on its host as it is now."""
-    (rank,) = [rank for rank in ranks(config) if rank.rank == plan.rank]
-    start = msgspec.structs.replace(plan.start, **_on_host(rank, fleet, saving))
-    return WorkerPlan(start, plan.log_path)
-
-
-def _on_host(rank: RankPlan, fleet: Fleet, saving: Saving | None) -> dict[str, Any]:
-    """What a worker is told of the host it runs on."""
-    prepared = fleet.prepared(rank.host)
-    return {
-        "addresses": fleet.addresses(rank),
-        "threads": fleet.threads(rank),
-        "prepared": prepared.to_json() if prepared is not None else None,
-        "saving": fleet.saving(rank.host, saving),
-    }
-
-
-def _security(config: RunConfig) -> Security:
-    """auto: what stays on this machine needs no encryption, what leaves it does."""
-    chosen = config.mesh.security
-    if chosen == "auto":
-        return "tls" if is_elsewhere(config) else "loopback_plain"
-    return chosen

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -50,7 +50,6 @@ class Lost:
     folder: RunFolder
     done: int
     has_begun: bool
-    log_tail: Callable[[int], Sequence[str]] = field(default=lambda rank: ())
 
 
 class Run(Protocol):
@@ -235,7 +234,7 @@ class Restarts:
         steps = f"{row['lost_steps']} step{'' if row['lost_steps'] == 1 else 's'}"
         without = [host for host in _hosts(self._config) if host not in move.hosts]
         hosts = ", ".join(move.hosts) + (f" (without {', '.join(without)})" if without else "")
-        for line in lost.log_tail(outcome.failed_rank) if outcome.failed_rank is not None else ():
+        for line in outcome.log_tail:
             self._say(f"  | {line}")
         self._say(
             f"{outcome.reason}; restart {len(self.rows)} of {policy.max}: after step {row['step']} "

@@ -3,7 +3,6 @@ makes the run's folder ready for that."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
@@ -117,35 +116,33 @@ def check_data(earlier: Earlier, sha256: str) -> None:
 
 
 def take_up(
-    earlier: Earlier, config: RunConfig, say: Callable[[str], None]
-) -> list[Callable[[], None]]:
-    """Makes the run's folder what it was when the checkpoint was made; returns what undoes that,
-    for a run that then cannot begin. OSError passes.
+    earlier: Earlier, config: RunConfig, say: Callable[[str], None], undo: ExitStack
+) -> None:
+    """Restore the run's folder to the state of the checkpoint; `undo` gets what reverts that, for a
+    run that then cannot begin. OSError passes.
 
-    Newer checkpoints, which somebody chose not to go on from, are set aside, not deleted.
+    Checkpoints newer than the one resumed from are renamed, not deleted.
     """
     folder = earlier.folder
-    undo: list[Callable[[], None]] = []
     old = folder.path / "config.yaml"
-    undo.append(functools.partial(folder.write_config, old.read_text(encoding="utf-8")))
+    undo.callback(folder.write_config, old.read_text(encoding="utf-8"))
     folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
     before = folder.metrics.with_name(".metrics.jsonl.before")
     if folder.metrics.exists():
         shutil.copyfile(folder.metrics, before)
-        undo.append(functools.partial(os.replace, before, folder.metrics))
+        undo.callback(os.replace, before, folder.metrics)
     forget_from(folder.metrics, earlier.updates)
     remove_leftovers(folder.checkpoints)
     for step, path in checkpoints_in(folder.checkpoints):
         if step > earlier.updates:
             aside = _free_name(path)
             path.rename(aside)
-            undo.append(functools.partial(os.replace, aside, path))
+            undo.callback(os.replace, aside, path)
             say(f"a newer checkpoint is set aside as {aside.name}")
     if earlier.checkpoint is None:
         say("beginning again: there is no checkpoint that can be used")
     else:
         say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
-    return undo
 
 
 def forget_undo(earlier: Earlier) -> None:

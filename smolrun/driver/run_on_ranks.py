@@ -1,50 +1,154 @@
-"""Hosts that went away during an elastic run, or were never there: reached again as soon as they
-answer, in a thread each, so that nobody waits for them.
+"""One start of a run's ranks: the hosts get what they need, one worker per rank runs the task, and
+the hosts are cleaned again. Used by every task that runs on ranks.
 
-When a rank is to be started again, is asked whether its host is there; what to try and how often is
-decided in launch/elastic.py.
+    fleet = open_fleet(config)
+    outcome = run_on_ranks(config, folder, fleet, [subscriber, ...], ...)
+    fleet.close()
 """
 
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig
-from smolrun.driver.fleet import Fleet, host_specs
-from smolrun.driver.outputs import plan_again
+import msgspec
+
+from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
+from smolrun.driver.fleet import Fleet, host_specs, is_elsewhere
 from smolrun.errors import HostError, SmolrunError
-from smolrun.launch.control import Saving
+from smolrun.launch.control import Saving, Security, StartMessage
+from smolrun.launch.driver import Driver, Subscriber
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerHost, WorkerPlan, WorkerProcess
+from smolrun.launch.supervisor import Limits
+from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.mesh.certificates import issue_credentials
+from smolrun.tracking.run_folder import RunFolder
 
-_AGAIN = "it is tried again"
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Prepared, Progress
 
 
-class Reconnector:
-    """What the driver of a run asks about its hosts; where it is not elastic, nothing special."""
+def run_on_ranks(
+    config: RunConfig,
+    folder: RunFolder,
+    fleet: Fleet,
+    subscribers: Sequence[Subscriber] = (),
+    *,
+    limits: Limits,
+    say: Callable[[str], None],
+    progress: Progress = lambda *_: None,
+    prepared: Prepared | None = None,
+    checkpoint: Path | None = None,
+    saving: Saving | None = None,
+) -> RunOutcome:
+    """Run the configured task on all ranks of `fleet`, until the last one has ended. HostError or
+    HostErrors: a host cannot be equipped, no rank was started.
+
+    `subscribers` get what happens, in this order, on this thread. `prepared` data and a
+    `checkpoint` to resume from are delivered to the hosts; `saving` says where ranks save.
+    """
+    try:
+        fleet.equip(folder.run_id, prepared, checkpoint, progress=progress, say=say)
+        reconnector = Reconnector(config, fleet, saving, say)
+        driver = Driver(
+            plan_workers(config, folder, fleet, saving),
+            reconnector.place,
+            [reconnector, *subscribers],
+            limits=limits,
+            stop_requests=folder.stop_requests,
+            elastic=reconnector.elasticity,
+        )
+        return driver.run()
+    finally:
+        for line in fleet.clear(folder.run_id):
+            say(f"warning: {line}")
+
+
+def plan_workers(
+    config: RunConfig, folder: RunFolder, fleet: Fleet, saving: Saving | None = None
+) -> list[WorkerPlan]:
+    """One worker per rank. Secret and TLS keys are made here and sent over stdin only."""
+    plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
+    size, security = world_size(config), _security(config)
+    keys = issue_credentials(folder.run_id, size) if security == "tls" else [None] * size
+    plans = []
+    for rank in ranks(config):
+        start = StartMessage(
+            rank=rank.rank,
+            world_size=size,
+            host=rank.host,
+            run_id=folder.run_id,
+            config=plain,
+            config_hash=digest,
+            secret=secret,
+            ports=rank.ports,
+            security=security,
+            credentials=keys[rank.rank],
+            device=rank.device,
+            elastic=_min_ranks(config) is not None,
+            **_on_host(rank, fleet, saving),
+        )
+        plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
+    return plans
+
+
+def _min_ranks(config: RunConfig) -> int | None:
+    """The ranks that an elastic run needs at least; None: all. Only training is elastic."""
+    return config.algorithm.min_ranks_left if config.task == "train" else None
+
+
+def _on_host(rank: RankPlan, fleet: Fleet, saving: Saving | None) -> dict[str, Any]:
+    """The fields of a start message that depend on the host as it is now."""
+    prepared = fleet.prepared(rank.host)
+    return {
+        "addresses": fleet.addresses(rank),
+        "threads": fleet.threads(rank),
+        "prepared": prepared.to_json() if prepared is not None else None,
+        "saving": fleet.saving(rank.host, saving),
+    }
+
+
+def _security(config: RunConfig) -> Security:
+    """auto: what stays on this machine needs no encryption, what leaves it does."""
+    chosen = config.mesh.security
+    if chosen == "auto":
+        return "tls" if is_elsewhere(config) else "loopback_plain"
+    return chosen
+
+
+class Reconnector(Subscriber):
+    """Places workers on the hosts of the fleet. In an elastic run it reconnects to hosts that are
+    away, each in a thread of its own, as soon as a rank is to be started there."""
 
     def __init__(
         self, config: RunConfig, fleet: Fleet, saving: Saving | None, say: Callable[[str], None]
     ) -> None:
-        """`say` is called by `tell` only."""
-        least = config.algorithm.min_ranks_left
+        """`say` is called by `on_poll` only."""
+        least = _min_ranks(config)
         self.elasticity = None if least is None else Elasticity(min_ranks=least)
         self._config = config
         self._fleet = fleet
         self._saving = saving
         self._say = say
-        self._told: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
         self._news: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
         self._threads: dict[str, threading.Thread] = {}
         for name, error in fleet.missing.items():
             self._news.put((name, str(error), "the run begins without it"))
 
-    def host_of(self, plan: WorkerPlan) -> WorkerHost:
-        """Where a worker is started; one that is away is being reached from now on."""
-        if self.elasticity is None or self._fleet.is_there(plan.host):
-            return self._fleet.host_of(plan)
+    def place(self, plan: WorkerPlan) -> tuple[WorkerPlan, WorkerHost]:
+        """The host of a worker, and its plan as that host is now."""
+        if self.elasticity is None:
+            return plan, self._fleet.host_of(plan)
+        if self._fleet.is_there(plan.host):
+            (rank,) = [rank for rank in ranks(self._config) if rank.rank == plan.rank]
+            start = msgspec.structs.replace(plan.start, **_on_host(rank, self._fleet, self._saving))
+            return WorkerPlan(start, plan.log_path), self._fleet.host_of(plan)
         thread = self._threads.get(plan.host)
         if thread is None or not thread.is_alive():
             thread = self._threads[plan.host] = threading.Thread(
@@ -54,29 +158,23 @@ class Reconnector:
                 daemon=True,
             )
             thread.start()
-        return _Away()
+        return plan, _UnreachableHost()
 
-    def plan_again(self, plan: WorkerPlan) -> WorkerPlan:
-        """What a rank is told that is started again; a host that is away says nothing new."""
-        if not self._fleet.is_there(plan.host):
-            return plan
-        return plan_again(plan, self._config, self._fleet, self._saving)
-
-    def tell(self) -> None:
-        """Why hosts could not be reached, each reason once."""
+    def on_poll(self) -> None:
+        """Report why hosts could not be reached, each reason once."""
         while not self._news.empty():
             name, error, what = self._news.get()
-            if self._told.get(name) != error:
-                self._told[name] = error
+            if self._reported.get(name) != error:
+                self._reported[name] = error
                 self._say(f"warning: {error}; {what}")
 
     def _reach(self, host: str) -> None:
         try:
             self._open_and_equip(host)
         except SmolrunError as error:
-            self._news.put((host, str(error), _AGAIN))
+            self._news.put((host, str(error), "it is tried again"))
         except Exception as error:  # a library's; the host is asked again all the same
-            self._news.put((host, f"{host}: {type(error).__name__}: {error}", _AGAIN))
+            self._news.put((host, f"{host}: {type(error).__name__}: {error}", "it is tried again"))
 
     def _open_and_equip(self, host: str) -> None:
         from smolrun.launch.delivery.provision import provision
@@ -99,9 +197,9 @@ class Reconnector:
         self._fleet.take_in(host, machine, ready)
 
 
-class _Away:
-    """A host that is not there yet."""
+class _UnreachableHost:
+    """A host without a connection."""
 
     def start(self, plan: WorkerPlan) -> WorkerProcess:
-        """Not now."""
+        """HostError."""
         raise HostError(plan.host, "it does not answer yet")

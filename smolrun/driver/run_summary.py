@@ -4,11 +4,9 @@ have helped."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.driver.emulation import emulated
 from smolrun.driver.outputs import OUTPUTS
@@ -22,15 +20,6 @@ from smolrun.tracking.formatting import rate
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_report import TimeTeller
-
-
-def unsaved(outcome: RunOutcome, committer: CheckpointCommitter) -> RunOutcome:
-    """A run whose last checkpoint could not be written has failed, however well it trained."""
-    if committer.failure is None or outcome.status == "failed":
-        return outcome
-    return dataclasses.replace(
-        outcome, status="failed", exit_code=EXIT_FAILED, reason=committer.failure
-    )
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
@@ -68,14 +57,8 @@ class Ending:
         self._host_versions = host_versions
         self._restarts = restarts
 
-    def tell(
-        self,
-        outcome: RunOutcome,
-        wall_s: float,
-        console: Console,
-        log_tail: Callable[[int], list[str]],
-    ) -> None:
-        """The summary, and the last lines; `log_tail(rank)` are those of a rank's log."""
+    def tell(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
+        """Write summary.json, and print the last lines."""
         self._write_summary(outcome, wall_s)
         record, say = self._record, console.say
         figures = [record.progress(wall_s)]
@@ -109,7 +92,7 @@ class Ending:
             say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
         if outcome.status == "failed":
             with contextlib.suppress(OSError):  # nobody reads it
-                self._complain(outcome, log_tail)
+                self._complain(outcome)
 
     def _resume_name(self) -> str:
         """How a person names this run: by its name alone where it lies in the usual place."""
@@ -145,11 +128,10 @@ class Ending:
             where = self._folder.path
             echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
 
-    def _complain(self, outcome: RunOutcome, log_tail: Callable[[int], list[str]]) -> None:
+    def _complain(self, outcome: RunOutcome) -> None:
         """Why the run failed, and the last lines of the log of the rank that broke it."""
         echo(indented(f"smolrun: {outcome.reason}"), error=True)
-        failed = outcome.failed_rank
-        for line in log_tail(failed) if failed is not None else []:
+        for line in outcome.log_tail:
             echo(f"  | {one_line(line)}", error=True)
         if self._record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"

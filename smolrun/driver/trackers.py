@@ -1,18 +1,70 @@
-"""Who reads the events of a training run, beside metrics.jsonl and the console."""
+"""The trackers of a training run: metrics.jsonl, console, summary, and what `tracker=` adds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
+from smolrun.driver.resume import Earlier
+from smolrun.events import Event, ShardFailed, ShardSaved
+from smolrun.launch.driver import Subscriber
 from smolrun.tracking.choose import make_trackers
+from smolrun.tracking.console import Console
+from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.time_report import TimeTeller
 from smolrun.tracking.timeline import TimelineFile
-from smolrun.tracking.tracker import Tracker
+from smolrun.tracking.tracker import Fanout, Tracker
 from smolrun.tracking.verdict import Setup
 
 _HOUSE_KEYS = {"kind", "timeline_steps"}
+
+
+class RunTrackers(Subscriber):
+    """Hands events to all trackers of a run; the summary is made of `record` and `times`."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, console: Console, earlier: Earlier | None
+    ) -> None:
+        """Opens metrics.jsonl; OSError if that is impossible."""
+        self.record = RunRecord()
+        if earlier is not None:
+            self.record = RunRecord(
+                earlier_s=earlier.time_s,
+                steps=earlier.updates,
+                train_loss=earlier.train_loss,
+                eval_loss=earlier.eval_loss,
+                checkpoint=earlier.checkpoint.name if earlier.checkpoint else None,
+            )
+        self.times = time_teller(config, console.say)
+        self._config = config
+        self._folder = folder
+        self._say = console.say
+        self._trackers: list[Tracker] = [
+            JsonLines(folder.metrics),
+            console,
+            self.record,
+            self.times,
+        ]
+
+    def open(self) -> None:
+        """Open the other trackers; the run's folder must have its config.yaml by now."""
+        more = more_readers(self._config, self._folder, self._say)
+        self._fanout = Fanout([*self._trackers, *more], warn=self._say)
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to all trackers; never raises."""
+        self._fanout.record(event)
+
+    def on_event(self, event: Event) -> None:
+        """As `emit`, but for the reports that only become a checkpoint together."""
+        if not isinstance(event, ShardSaved | ShardFailed):
+            self.emit(event)
+
+    def close(self) -> None:
+        """Close all trackers; never raises."""
+        self._fanout.close()
 
 
 def more_readers(config: RunConfig, folder: RunFolder, say: Callable[[str], None]) -> list[Tracker]:

@@ -295,7 +295,7 @@ class Driver:
                 return None
         topic = item.message.topic
         return ProtocolViolation(
-            item.rank, f"sent a message of topic {topic!r}, which nothing reads"
+            item.rank, f"sent a message of topic {topic!r}, which this task does not have"
         )
 
     def _perform(self, actions: Sequence[Action]) -> RunOutcome | None:

@@ -12,13 +12,13 @@ import platform
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from smolrun.driver.emulation import shape_of
 from smolrun.errors import PeerLost, SmolrunError, StopRequested, WaitTimeout
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
@@ -36,6 +36,7 @@ from smolrun.launch.wake import awake
 if TYPE_CHECKING:
     from smolrun.mesh.connect import Endpoint
     from smolrun.mesh.mesh import Mesh
+    from smolrun.mesh.shaping import Shape
     from smolrun.mesh.tls import TransportSecurity
     from smolrun.wire.handshake import Identity
 
@@ -176,6 +177,19 @@ def _build_mesh(
         wrap=shape.wrap if shape else None,
         elastic=start.elastic,
     )
+
+
+def shape_of(config: Mapping[str, Any], rank: int) -> Shape | None:
+    """The emulated bandwidth and latency of a rank's links; None: unchanged."""
+    if not config["cluster"].get("hosts"):
+        return None
+    from smolrun.mesh.shaping import Shape
+    from smolrun.parts.placement import ranked_hosts
+
+    emulate = ranked_hosts(config["cluster"])[rank]["emulate"]
+    if not emulate or (emulate["bandwidth_mbps"] is None and not emulate["latency_ms"]):
+        return None
+    return Shape(emulate["bandwidth_mbps"], emulate["latency_ms"])
 
 
 def _check_links(start: StartMessage, channel: WorkerChannel) -> None:

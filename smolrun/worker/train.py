@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -19,19 +19,19 @@ from smolrun.algorithms.base import Algorithm, Context
 from smolrun.data.base import Batch, Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
 from smolrun.driver.batch_shares import share_work
-from smolrun.driver.emulation import late, pace_of
 from smolrun.driver.outputs import load_target
 from smolrun.driver.saving import RankCheckpoints
 from smolrun.driver.stream_source import stream_loader
 from smolrun.errors import ConfigError
-from smolrun.events import Event, RunStarted
+from smolrun.events import Event, Note, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import memory_shares
+from smolrun.parts.placement import memory_shares, ranked_hosts
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
+from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace, Pace
 from smolrun.training.evaluation import Evaluation, TextSampling
 from smolrun.training.load_balancer import LoadBalancer
 from smolrun.training.loader import (
@@ -46,6 +46,8 @@ from smolrun.training.replica_sync import ReplicaCheck, ReplicaSync
 from smolrun.training.step_metrics import StepMetrics, TerminateOnNonfinite, peak_memory
 from smolrun.training.timeline import TimelineRecorder
 from smolrun.training.trainer import Callback, Trainer
+
+_LATE = 0.05  # from here on the times of an emulated rank are not those of the emulated machine
 
 
 def train(
@@ -266,3 +268,22 @@ def seed_everything(device: torch.device, *words: int) -> None:
         torch.cuda.manual_seed_all(third)
     elif device.type == "mps":
         torch.mps.manual_seed(third)
+
+
+def pace_of(config: Mapping[str, Any], rank: int) -> Pace:
+    """How fast a rank of the resolved configuration computes: emulated, or at full speed."""
+    hosts = ranked_hosts(config.get("cluster"))
+    emulate = hosts[rank]["emulate"] if hosts else None
+    return EmulatedPace(emulate["compute"]) if emulate and emulate["compute"] < 1 else FULL_SPEED
+
+
+def late(pace: Pace, rank: int) -> Note | None:
+    """A warning where a rank could not keep its pace."""
+    if pace.late < _LATE:
+        return None
+    return Note(
+        "warning",
+        f"emulation: computing took {pace.late:.0%} longer than it would on the machine that this "
+        "rank plays, because something else had its core; its times are too long by that",
+        rank,
+    )

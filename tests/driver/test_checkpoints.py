@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
-from smolrun.checkpoints.committer import CheckpointCommitter
-from smolrun.driver.checkpoints import Fetched
-from smolrun.events import Event, ShardFailed, ShardSaved
-from smolrun.launch.delivery.shards import ShardFetcher
+from smolrun.cli.compose import compose
+from smolrun.driver.checkpoints import RunCheckpoints
+from smolrun.driver.fleet import Fleet
+from smolrun.events import Event, Note, ShardFailed, ShardSaved
+from smolrun.launch.control import Saving
+from smolrun.launch.driver import Driver
+from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.tracking.run_folder import RunFolder
 
 
 class Slow:
@@ -26,26 +31,36 @@ class Slow:
         self.waits.append(timeout_s)
         if timeout_s > 0:
             raise KeyboardInterrupt
-        return [ShardFailed(10, 1, "not fetched in time")]
+        return [ShardFailed(10, 0, "not fetched in time")]
 
 
-class Kept:
-    """What the committer hears."""
+class Elsewhere:
+    """A fleet with another host."""
 
-    def __init__(self) -> None:
-        self.heard: list[Event] = []
+    def __init__(self, fetcher: Slow) -> None:
+        self._fetcher = fetcher
 
-    def record(self, event: Event) -> bool:
-        self.heard.append(event)
-        return True
+    def fetcher(self, checkpoints: Path, saving: Saving | None) -> Slow:
+        assert saving is not None
+        return self._fetcher
 
 
-def test_ctrl_c_ends_the_wait_for_the_last_checkpoint() -> None:
-    slow, kept = Slow(), Kept()
-    said: list[str] = []
-    fetched = Fetched(cast(ShardFetcher, slow), cast(CheckpointCommitter, kept))
-    assert fetched.take(ShardSaved(10, 1, {}, {}, 0.0, 0.1))
-    fetched.finish(said.append)
+def test_ctrl_c_ends_the_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
+    slow, said, events = Slow(), list[str](), list[Event]()
+    checkpoints = RunCheckpoints(
+        compose(["checkpoint.every=10", "cluster.ranks=1"]),
+        RunFolder(tmp_path),
+        cast(Fleet, Elsewhere(slow)),
+        earlier=None,
+        driver_state=lambda updates: {},
+        emit=events.append,
+        say=said.append,
+    )
+    checkpoints.on_start(cast(Driver, None))
+    checkpoints.on_event(ShardSaved(10, 0, {}, {}, 0.0, 0.1))
+    checkpoints.on_end()
     assert len(slow.waits) == 2 and slow.waits[1] == 0
-    assert kept.heard == [ShardFailed(10, 1, "not fetched in time")]
-    assert said[0].startswith("fetching") and said[1].startswith("not waiting")
+    assert said[0].startswith("fetching the last") and said[1].startswith("fetching stopped")
+    (note,) = events
+    assert isinstance(note, Note) and "rank 0: not fetched in time" in note.message
+    assert checkpoints.checked(RunOutcome("done", 0)).status == "failed"

@@ -8,10 +8,12 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, ranks, resolved
-from smolrun.driver.emulation import emulated, late, pace_of, shape_of, tell_emulated
+from smolrun.driver.emulation import emulated, tell_emulated
 from smolrun.errors import ConfigError
 from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace
 from smolrun.tasks.bench import drive
+from smolrun.worker.process import shape_of
+from smolrun.worker.train import late, pace_of
 
 MIXES = ["pi3", "macmini3_tb", "mac_pi_laptop", "wifi4"]
 

@@ -21,7 +21,9 @@ from tests.tracking.test_past_runs import a_run
 from tests.waiting import SOON_S
 
 HOSTS = "[{name: a, ranks: 2, address: 127.0.0.2}, {name: b}, {name: c, address: 127.0.0.3}]"
-LOST = RunOutcome("failed", EXIT_FAILED, "rank 2 on b died", 2, "b", is_lost=True, steps=7)
+LOST = RunOutcome(
+    "failed", EXIT_FAILED, "rank 2 on b died", 2, "b", is_lost=True, steps=7, log_tail=["the log"]
+)
 DONE = RunOutcome("done", EXIT_DONE, steps=9)
 
 
@@ -61,7 +63,7 @@ class Pretended:
         return end
 
     def lost(self, outcome: RunOutcome) -> Lost:
-        return Lost(outcome, self.folder, 0, self._begun, lambda rank: [f"rank {rank}'s log"])
+        return Lost(outcome, self.folder, 0, self._begun)
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_it_goes_on_with_those_that_answer_and_says_so_in_one_line(folder: RunFo
     assert run.go() == DONE
     assert run.hosts == [["a", "c"]]
     assert run.said[0] == "rank 2 on b died; b has 0.3 s to come back"
-    assert run.said[1] == "  | rank 2's log"
+    assert run.said[1] == "  | the log"
     assert run.said[2] == (
         "rank 2 on b died; restart 1 of 2: after step 7 it goes on from the beginning, 7 steps of "
         "work lost, on a, c (without b)"

@@ -16,8 +16,7 @@ from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
 from smolrun.driver import fleet
 from smolrun.driver.fleet import open_fleet
-from smolrun.driver.outputs import plan_workers
-from smolrun.driver.run_on_ranks import Reconnector
+from smolrun.driver.run_on_ranks import Reconnector, plan_workers
 from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, Note, RankStep
 from smolrun.launch.delivery import provision
@@ -32,7 +31,7 @@ from smolrun.launch.supervisor import Limits
 from smolrun.tracking.run_folder import RunFolder
 from tests.launch.connection_here import ConnectionHere
 from tests.launch.test_driver import has_steps, run_while
-from tests.launch.tiny_driver import WORKER
+from tests.launch.tiny_driver import WORKER, Listener
 from tests.waiting import until
 
 STOP = "the test is over"
@@ -103,20 +102,13 @@ def driver(
         opened.equip("run", None, None, progress=lambda *_: None, say=lambda line: None)
         run = RunFolder.create(tmp_path / "outputs", "run", now=datetime.now())
         comings = Reconnector(config(), opened, None, lambda line: events.append(Note("x", line)))
-
-        def listen(event: Event) -> None:
-            comings.tell()
-            events.append(event)
-
         return Driver(
             plan_workers(config(), run, opened),
-            comings.host_of,
-            listen=listen,
-            limits=Limits(start_s=20.0),
-            lease_every_s=0.2,
+            comings.place,
+            [comings, Listener(events)],
+            limits=Limits(start_s=20.0, lease_every_s=0.2),
             stop_requests=lambda: int(STOP in notes(events)),
             elastic=Elasticity(min_ranks=2, ask_s=0.1, first_pause_s=0.1, farewell_s=2.0),
-            plan_again=comings.plan_again,
         )
 
     return make

@@ -23,7 +23,7 @@ def told(folder: Path, outcome: RunOutcome, record: RunRecord, *overrides: str) 
     stream = io.StringIO()
     ending = Ending(config, RunFolder(folder), record, time_teller(config, print), {})
     console = Console(steps=1, world_size=2, stream=stream)
-    ending.tell(outcome, 12.0, console, lambda rank: [])
+    ending.tell(outcome, 12.0, console)
     return stream.getvalue()
 
 

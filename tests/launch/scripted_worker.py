@@ -16,10 +16,10 @@ from smolrun.events import Event
 from smolrun.launch.control import Address, ReadyMessage, encode
 from smolrun.launch.driver import Driver
 from smolrun.launch.hosts import WorkerPlan
-from smolrun.launch.streams import RowSource
+from smolrun.launch.streams import RowSource, StreamServer
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
-from tests.launch.tiny_driver import plans
+from tests.launch.tiny_driver import Listener, plans
 
 
 class ScriptedWorker:
@@ -101,8 +101,7 @@ def run(
     heard = events if events is not None else []
     return Driver(
         plans(folder, {}, ranks=ranks, steps=3),
-        lambda _: host,
-        listen=heard.append,
+        lambda plan: (plan, host),
+        [*([StreamServer(rows)] if rows is not None else []), Listener(heard)],
         limits=Limits(grace_s=0.05, exit_s=0.05, settle_s=0.01, kill_s=1.0),
-        rows=rows,
     ).run()

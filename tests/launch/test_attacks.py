@@ -117,7 +117,11 @@ def violation(rank: int, line: bytes, folder: Path) -> str:
         # What is no event.
         (1, ready(0), "says that it is rank 0"),
         (1, b'{"type":"ready","rank":1,"addresses":[],"pid":1,"versions":{}}\n', "length >= 1"),
-        (1, b'{"type":"want_rows","first":-1,"stop":1,"next_first":null}\n', "Expected `int` >= 0"),
+        (1, b'{"type":"task","topic":"%s","data":{}}\n' % (b"x" * 101), "length <= 100"),
+        (1, b'{"type":"task","topic":"stream"}\n', "missing required field `data`"),
+        (1, b'{"type":"task","topic":"stream","data":[}\n', "is no message"),
+        (1, b'{"type":"task","topic":"a","data":"%s"}\n' % (b"x" * (1 << 20)), "1048576 bytes"),
+        (1, b'{"type":"task","topic":"a","data":{},"rank":0}\n', "unknown field `rank`"),
         (1, b'{"type":"result","status":"done","summary":{"peak_memory_bytes":"x"}}\n', "Expected"),
         (1, b'{"type":"log","level":"info","message":"%s"}\n' % (b"x" * 70_000), "length <= 65536"),
     ],
@@ -240,7 +244,8 @@ def test_a_rank_that_asks_for_rows_and_reads_none_gets_a_few(tmp_path: Path) -> 
             return bytes(self.row_bytes)
 
     reader = Reader()
-    greedy = b'{"type":"want_rows","first":0,"stop":1000000000000,"next_first":null}\n'
+    asked = b'{"first":0,"stop":1000000000000,"next_first":null}'
+    greedy = b'{"type":"task","topic":"stream","data":%s}\n' % asked
 
     def lines() -> Iterator[bytes]:
         yield ready(1)

@@ -146,10 +146,9 @@ def test_a_worker_that_never_becomes_ready_is_named(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_early_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
-    driver = make_driver(tmp_path, {"1": "exit_early"})
-    outcome = driver.run()
+    outcome = make_driver(tmp_path, {"1": "exit_early"}).run()
     assert "rank 1 on local died with exit code 7 while it started" in outcome.reason
-    assert driver.log_tail(1) == ["no such thing as a GPU"]
+    assert outcome.log_tail == ["no such thing as a GPU"]
 
 
 def test_a_worker_that_cannot_be_started_is_told(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from smolrun.launch.supervisor import Limits
 from smolrun.mesh.certificates import issue_credentials
 from tests.launch.deadline import is_running, pid_of
 from tests.launch.test_driver import has_steps, run_while
-from tests.launch.tiny_driver import SECRET, make_driver
+from tests.launch.tiny_driver import SECRET, Listener, make_driver
 from tests.waiting import until
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -76,8 +76,8 @@ def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(tmp_path
     host = LocalHost([sys.executable, "-c", ELASTIC_RANK])
     driver = Driver(
         real_workers(tmp_path, ranks=3, pids=3),
-        lambda _: host,
-        listen=events.append,
+        lambda plan: (plan, host),
+        [Listener(events)],
         limits=Limits(start_s=60.0),
         elastic=SOON,
     )

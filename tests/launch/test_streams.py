@@ -5,16 +5,24 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import DataError, ProtocolError
 from smolrun.launch import streams
-from smolrun.launch.control import Message, StreamRequest, StreamRows
-from smolrun.launch.streams import StreamBuffer, StreamServer
+from smolrun.launch.control import TaskMessage, decode_data, task_message
+from smolrun.launch.driver import Driver
+from smolrun.launch.streams import (
+    StreamBuffer,
+    StreamClient,
+    StreamRequest,
+    StreamRows,
+    StreamServer,
+)
 from tests.launch.deadline import until
 
 
@@ -204,36 +212,43 @@ class Reader:
         return row(self.row - 1)
 
 
-class Ends:
-    """What a server sends and says."""
+class FakeDriver:
+    """A server, and what it sends and reports."""
 
     def __init__(self, reader: Any, ranks: int = 2) -> None:
-        self.sent: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
+        self.ranks = list(range(ranks))
+        self.sent: queue.SimpleQueue[tuple[int, TaskMessage]] = queue.SimpleQueue()
         self.failed: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.server = StreamServer(reader, range(ranks), send=self._send, fail=self.failed.put)
+        self.server = StreamServer(reader)
+        self.server.on_start(cast(Driver, self))
 
-    def _send(self, rank: int, message: Message, sent: Callable[[], None]) -> None:
+    def send(self, rank: int, message: TaskMessage, on_sent: Callable[[], None]) -> None:
         self.sent.put((rank, message))
-        sent()
+        on_sent()
+
+    def fail(self, problem: str) -> None:
+        self.failed.put(problem)
+
+    def want(self, rank: int, wanted: StreamRequest) -> None:
+        self.server.on_message(rank, task_message("stream", wanted))
 
     def got(self) -> tuple[int, list[int]]:
         rank, message = self.sent.get(timeout=20)
-        assert isinstance(message, StreamRows)
-        return rank, numbers(message)
+        return rank, numbers(decode_data(message, StreamRows))
 
 
 def test_a_slow_reader_does_not_hold_up_what_was_read_before() -> None:
     reader = Reader(hold_at=4)
-    ends = Ends(reader)
-    ends.server.want(0, want(0, 2, 6))
-    ends.server.want(1, want(4, 6, 10))
-    assert ends.got() == (0, [0, 1])
+    driver = FakeDriver(reader)
+    driver.want(0, want(0, 2, 6))
+    driver.want(1, want(4, 6, 10))
+    assert driver.got() == (0, [0, 1])
     until(lambda: reader.row == 4)
-    ends.server.want(0, want(6, 7, None))  # does not wait for the reader
+    driver.want(0, want(6, 7, None))  # does not wait for the reader
     reader.go_on.set()
-    assert ends.got() == (1, [4, 5])
-    assert ends.got() == (0, [6])
-    ends.server.close()
+    assert driver.got() == (1, [4, 5])
+    assert driver.got() == (0, [6])
+    driver.server.on_end()
     assert "smolrun-rows" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -247,27 +262,45 @@ def test_a_slow_reader_does_not_hold_up_what_was_read_before() -> None:
 def test_a_reader_that_fails_midway_is_told_once(error: Exception, sentence: str) -> None:
     reader = Reader(hold_at=3, error=error)
     reader.go_on.set()
-    ends = Ends(reader)
-    ends.server.want(0, want(0, 2, 6))
-    ends.server.want(1, want(2, 4, 6))
-    assert ends.got() == (0, [0, 1])
-    problem = ends.failed.get(timeout=20)
+    driver = FakeDriver(reader)
+    driver.want(0, want(0, 2, 6))
+    driver.want(1, want(2, 4, 6))
+    assert driver.got() == (0, [0, 1])
+    problem = driver.failed.get(timeout=20)
     assert problem == f"the driver cannot read the stream any more: {sentence}"
-    ends.server.want(0, want(6, 7, 8))
-    ends.server.close()
-    assert ends.failed.empty()
-    assert ends.sent.empty()
+    driver.want(0, want(6, 7, 8))
+    driver.server.on_end()
+    assert driver.failed.empty()
+    assert driver.sent.empty()
 
 
 def test_a_reader_that_hangs_does_not_keep_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "_LAST_JOIN_S", 0.05)
     reader = Reader(hold_at=0)
-    ends = Ends(reader)
-    ends.server.want(0, want(0, 2, 6))
-    ends.server.close()
+    driver = FakeDriver(reader)
+    driver.want(0, want(0, 2, 6))
+    driver.server.on_end()
     reader.go_on.set()
     until(lambda: "smolrun-rows" not in [thread.name for thread in threading.enumerate()])
-    assert ends.sent.empty()
+    assert driver.sent.empty()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"first":-1,"stop":1,"next_first":null}',
+        b'{"first":0,"stop":"1","next_first":null}',
+        b'{"first":0,"stop":1}',
+        b'{"first":0,"stop":1,"next_first":2,"more":3}',
+        b"[]",
+        b"[" * 100_000 + b"]" * 100_000,
+    ],
+)
+def test_a_request_that_is_not_one_is_a_violation(data: bytes) -> None:
+    driver = FakeDriver(Reader())
+    with pytest.raises(ProtocolError, match="sent an invalid stream message"):
+        driver.server.on_message(0, TaskMessage("stream", msgspec.Raw(data)))
+    driver.server.on_end()
 
 
 @settings(max_examples=150, deadline=None)
@@ -306,3 +339,94 @@ def test_whatever_the_order_every_rank_gets_its_rows_and_memory_is_bounded(
             step * total + firsts[rank] + offset for step in range(steps) for offset in range(size)
         ]
     assert buffer.num_kept == 0
+
+
+# -- the worker's end ----
+
+
+class FakeChannel:
+    """Keeps what the client sends; `receive` is a message of the driver."""
+
+    def __init__(self) -> None:
+        self.sent: list[msgspec.Struct] = []
+
+    def send_data(self, topic: str, data: msgspec.Struct) -> None:
+        assert topic == "stream"
+        self.sent.append(data)
+
+    def subscribe(self, topic: str, handler: Callable[[TaskMessage], None]) -> None:
+        self._handler = handler
+
+    def receive(self, rows: StreamRows) -> None:
+        self._handler(task_message("stream", rows))
+
+
+def rows(first: int, count: int) -> StreamRows:
+    return StreamRows(first=first, count=count, data=bytes(range(first, first + count)))
+
+
+def test_requests_go_out_and_rows_are_taken_in_their_order() -> None:
+    channel = FakeChannel()
+    client = StreamClient(channel)
+    client.request(0, 4, 10)
+    client.request(10, 12, None)
+    assert channel.sent == [
+        StreamRequest(first=0, stop=4, next_first=10),
+        StreamRequest(first=10, stop=12, next_first=None),
+    ]
+    for message in (rows(0, 3), rows(3, 1), rows(10, 2)):
+        channel.receive(message)
+    assert client.take(0, 4, 1.0) == bytes([0, 1, 2, 3])
+    assert client.take(10, 12, 1.0) == bytes([10, 11])
+
+
+def test_a_share_of_nothing_is_told_and_not_waited_for() -> None:
+    channel = FakeChannel()
+    client = StreamClient(channel)
+    client.request(5, 5, 9)
+    assert channel.sent == [StreamRequest(first=5, stop=5, next_first=9)]
+    assert client.take(5, 5, 0.0) == b""
+
+
+def test_a_wait_ends_when_the_rows_come() -> None:
+    channel = FakeChannel()
+    client = StreamClient(channel)
+    client.request(0, 2, None)
+    taken: list[bytes] = []
+    thread = threading.Thread(target=lambda: taken.append(client.take(0, 2, 10.0)))
+    thread.start()
+    channel.receive(rows(0, 1))
+    channel.receive(rows(1, 1))
+    thread.join(20)
+    assert taken == [b"\0\1"]
+
+
+def test_a_wait_has_a_deadline_and_names_the_reader() -> None:
+    channel = FakeChannel()
+    client = StreamClient(channel)
+    client.request(8, 12, None)
+    channel.receive(rows(8, 3))
+    with pytest.raises(
+        DataError, match=r"waited 0\.05 s for rows 8 to 11 .* has sent 3: .*timeout"
+    ):
+        client.take(8, 12, 0.05)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        rows(1, 2),
+        rows(0, 5),
+        StreamRows(first=0, count=0, data=b""),
+        StreamRows(first=0, count=2, data=b"abc"),
+        StreamRows(first=0, count=-1, data=b"a"),
+    ],
+)
+def test_rows_that_were_not_asked_for_are_refused(message: StreamRows) -> None:
+    channel = FakeChannel()
+    client = StreamClient(channel)
+    with pytest.raises(ProtocolError, match="did not ask for"):
+        channel.receive(message)
+    client.request(0, 4, None)
+    with pytest.raises(ProtocolError, match="did not ask for"):
+        channel.receive(message)

@@ -15,11 +15,11 @@ from typing import Any
 
 from smolrun.events import Event, Note
 from smolrun.launch.control import StartMessage
-from smolrun.launch.driver import Driver
+from smolrun.launch.driver import Driver, Subscriber
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
-from smolrun.launch.streams import RowSource
+from smolrun.launch.streams import RowSource, StreamServer
 from smolrun.launch.supervisor import Limits
 
 WORKER = [sys.executable, str(Path(__file__).with_name("tiny_worker.py"))]
@@ -48,6 +48,16 @@ def plans(folder: Path, behave: dict[str, str], *, ranks: int, steps: int) -> li
     ]
 
 
+class Listener(Subscriber):
+    """Appends events to a list."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+
+    def on_event(self, event: Event) -> None:
+        self._events.append(event)
+
+
 def make_driver(
     folder: Path,
     behave: dict[str, str] | None = None,
@@ -65,18 +75,17 @@ def make_driver(
     host = LocalHost(command or WORKER)
     heard = events if events is not None else []
 
-    def listen(event: Event) -> None:
-        heard.append(event)
-        if not isinstance(event, Note):
-            (folder / "heard").touch()
+    class Touch(Listener):
+        def on_event(self, event: Event) -> None:
+            super().on_event(event)
+            if not isinstance(event, Note):
+                (folder / "heard").touch()
 
     return Driver(
         plans(folder, behave or {}, ranks=ranks, steps=steps),
-        lambda _: host,
-        listen=listen,
-        limits=Limits(**limits),
-        lease_every_s=lease_every_s,
-        rows=rows,
+        lambda plan: (plan, host),
+        [*([StreamServer(rows)] if rows is not None else []), Touch(heard)],
+        limits=Limits(lease_every_s=lease_every_s, **limits),
         stop_requests=stop_requests,
         elastic=elastic,
     )

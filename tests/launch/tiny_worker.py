@@ -17,6 +17,7 @@ from smolrun.errors import SmolrunError
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import LEASE_LIMIT_S, Address, ErrorReport, StartMessage
+from smolrun.launch.streams import StreamClient
 
 
 def main() -> int:
@@ -97,6 +98,7 @@ def run_steps(start: StartMessage, channel: WorkerChannel, steps: int) -> bool:
 
 def read_stream(start: StartMessage, channel: WorkerChannel, steps: int, timeout_s: float) -> int:
     """Two rows of every step, asked for two steps ahead; the result tells their first bytes."""
+    rows = StreamClient(channel)
     firsts = [2 * (step * start.world_size + start.rank) for step in range(steps)]
     share = [range(first, first + 2) for first in firsts]
     seen: list[int] = []
@@ -104,9 +106,9 @@ def read_stream(start: StartMessage, channel: WorkerChannel, steps: int, timeout
         for step in range(-2, steps):
             if step + 2 < steps:
                 next_first = share[step + 3].start if step + 3 < steps else None
-                channel.rows.request(share[step + 2].start, share[step + 2].stop, next_first)
+                rows.request(share[step + 2].start, share[step + 2].stop, next_first)
             if step >= 0:
-                data = channel.rows.take(share[step].start, share[step].stop, timeout_s)
+                data = rows.take(share[step].start, share[step].stop, timeout_s)
                 seen += [int.from_bytes(part, "little") for part in (data[:4], data[-4:])]
                 channel.emit(RankStep(step, start.rank, 0.01, 0.0, None, 0, 0))
     except SmolrunError as error:
