@@ -17,7 +17,6 @@ from smolrun.errors import SmolrunError
 from smolrun.events import RankStep, StepDone
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import LEASE_LIMIT_S, Address, ErrorReport, StartMessage
-from smolrun.launch.streams import StreamClient
 
 
 def main() -> int:
@@ -98,6 +97,8 @@ def run_steps(start: StartMessage, channel: WorkerChannel, steps: int) -> bool:
 
 def read_stream(start: StartMessage, channel: WorkerChannel, steps: int, timeout_s: float) -> int:
     """Two rows of every step, asked for two steps ahead; the result tells their first bytes."""
+    from smolrun.launch.streams import StreamClient  # only here: a worker starts in 0.1 s
+
     rows = StreamClient(channel)
     firsts = [2 * (step * start.world_size + start.rank) for step in range(steps)]
     share = [range(first, first + 2) for first in firsts]
