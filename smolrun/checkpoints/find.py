@@ -15,8 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from smolrun.checkpoints.bounds import ITEM_BYTES
-from smolrun.checkpoints.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
+from smolrun.checkpoints.manifest import ITEM_BYTES, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
 from smolrun.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"

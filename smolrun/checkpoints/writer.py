@@ -1,22 +1,31 @@
 """Writing one rank's part of a checkpoint: safetensors files, durable and hashed.
 
-A rank writes and reports; the driver merges the reports and commits. So no rank needs to know when
-all are done. Knows no manifest.
+    training   step | step | copy | step | step | copy | ...
+    saver                         [ write, hash, report ]      at most one at a time
+
+A rank writes and reports; the driver merges the reports and commits (committer.py). Training pauses
+only while tensors are copied and while an earlier write is not done. One thread, "smolrun-saver". A
+write that fails is reported; the run continues and the next save tries again. Knows no manifest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
+from smolrun.events import ShardFailed, ShardSaved, StateOf
 
 # Hashed and written in turns, so that the bytes are still in the processor's cache.
 _CHUNK_BYTES = 4 << 20
@@ -149,3 +158,65 @@ def _safetensors(pieces: list[TensorSlice]) -> Iterator[bytes | memoryview]:
 def _chunks(data: memoryview) -> Iterator[memoryview]:
     for start in range(0, len(data), _CHUNK_BYTES):
         yield data[start : start + _CHUNK_BYTES]
+
+
+class Saver:
+    """Saves for one rank. `emit` is called from the saver's thread."""
+
+    def __init__(
+        self,
+        folder: Path,
+        token: str,
+        rank: int,
+        emit: Callable[[ShardSaved | ShardFailed], None],
+    ) -> None:
+        """`folder` is the run's folder of checkpoints; `token` is the same on all ranks."""
+        self._folder = folder
+        self._token = token
+        self._rank = rank
+        self._emit = emit
+        self._writing: threading.Thread | None = None
+
+    def save(
+        self, updates: int, pieces: Iterable[TensorSlice], state: Mapping[StateOf, dict[str, Any]]
+    ) -> None:
+        """Copies the pieces and starts to write them; waits for an earlier write."""
+        started = time.perf_counter()
+        self.finish()
+        copies = [
+            dataclasses.replace(piece, values=piece.values.detach().to("cpu", copy=True))
+            for piece in pieces
+        ]
+        waited_s = time.perf_counter() - started
+        self._writing = threading.Thread(
+            target=self._write,
+            args=(updates, copies, state, waited_s),
+            name="smolrun-saver",
+            daemon=True,
+        )
+        self._writing.start()
+
+    def finish(self) -> None:
+        """Waits for the write that is going on. A disk ends it, well or not; a deadline would not
+        help it."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _write(
+        self,
+        updates: int,
+        pieces: list[TensorSlice],
+        state: Mapping[StateOf, dict[str, Any]],
+        waited_s: float,
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            part = part_folder(self._folder, updates, self._token)
+            report = write_shard(part, self._rank, pieces)
+        except Exception as error:  # whatever it is, training goes on
+            reason = error.strerror if isinstance(error, OSError) else None
+            self._emit(ShardFailed(updates, self._rank, f"{reason or error} ({self._folder})"))
+            return
+        write_s = time.perf_counter() - started
+        self._emit(ShardSaved(updates, self._rank, report, state, waited_s, write_s))

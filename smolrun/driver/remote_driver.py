@@ -37,9 +37,8 @@ from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
 from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
-from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder
+from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder, sign
 from smolrun.tracking.run_view import Request, View, decode
-from smolrun.tracking.signature import sign
 
 _ANSWER_S = 30.0
 _MAX_LOG_BYTES = 1 << 30

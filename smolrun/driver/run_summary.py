@@ -19,7 +19,7 @@ from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import rate
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
-from smolrun.tracking.time_report import TimeTeller
+from smolrun.tracking.verdict import TimeTeller
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:

@@ -14,7 +14,7 @@ from typing import Any
 from smolrun.algorithms.base import Algorithm
 from smolrun.checkpoints.find import checkpoints_in
 from smolrun.checkpoints.reader import Checkpoint
-from smolrun.checkpoints.saver import Saver
+from smolrun.checkpoints.writer import Saver
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving

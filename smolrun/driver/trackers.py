@@ -8,15 +8,13 @@ from smolrun.config import RunConfig, ranks, world_size
 from smolrun.driver.resume import Earlier
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.driver import Subscriber
-from smolrun.tracking.choose import make_trackers
 from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
-from smolrun.tracking.time_report import TimeTeller
 from smolrun.tracking.timeline import TimelineFile
-from smolrun.tracking.tracker import Fanout, Tracker
-from smolrun.tracking.verdict import Setup
+from smolrun.tracking.tracker import Fanout, Tracker, make_trackers
+from smolrun.tracking.verdict import Setup, TimeTeller
 
 _HOUSE_KEYS = {"kind", "timeline_steps"}
 

@@ -20,8 +20,7 @@ from smolrun.errors import ConfigError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.models import decoder
 from smolrun.models.base import ModelSpec
-from smolrun.models.huggingface_config import config_of, family_of
-from smolrun.models.huggingface_names import place_of, to_huggingface
+from smolrun.models.huggingface_names import config_of, family_of, place_of, to_huggingface
 from smolrun.models.shape import DecoderShape
 
 MODEL = "model/"  # what checkpoints put in front of a parameter's name

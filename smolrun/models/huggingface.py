@@ -1,7 +1,8 @@
 """model=hf: any causal language model of transformers, from a folder or from the hub.
 
-The driver fetches it once (`prepare`); every rank builds it from the folder, without any network
-(`build`). Knows torch only where it builds, so that the driver stays light.
+The driver fetches it once (`prepare`), into the hub's own cache: the hub token never leaves the
+driver. Every rank builds it from the folder, without any network (`build`). Imports torch only in
+`build`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from smolrun.errors import ConfigError
-from smolrun.models import hub
 from smolrun.models.base import ModelSpec
-from smolrun.models.huggingface_folder import Fetched, check_fit, fetched, read_config
+from smolrun.models.huggingface_folder import (
+    Fetched,
+    check_fit,
+    fetched,
+    no_safetensors,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from smolrun.models.huggingface_network import HuggingFaceNetwork
 
 Progress = Callable[[str, int, int], None]
 Attention = Literal["auto", "eager", "sdpa"]
+# What a model is, without its weights: no code, no pictures, no copies in other formats.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_NEVER = ("*/*",)  # files in folders are copies in other formats
 
 
 def prepare(
@@ -43,7 +53,7 @@ def prepare(
     if not folder.is_dir():
         if _is_path(name):
             raise ConfigError(f"model.name={name}: there is no such folder {folder.absolute()}")
-        folder = hub.download(name, revision, needs_weights=pretrained, progress=progress)
+        folder = download(name, revision, needs_weights=pretrained, progress=progress)
     return fetched(folder, name, needs_weights=pretrained)
 
 
@@ -54,7 +64,7 @@ def pinned_revision(name: str, revision: str | None) -> str | None:
     """
     if Path(os.path.expanduser(name)).is_dir() or _is_path(name) or is_commit(revision):
         return revision
-    return hub.commit_of(name, revision) or revision
+    return commit_of(name, revision) or revision
 
 
 def is_commit(revision: str | None) -> bool:
@@ -86,3 +96,124 @@ def build(
 def _is_path(name: str) -> bool:
     """Whether a name can only be a folder: the hub's are NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def download(name: str, revision: str | None, *, needs_weights: bool, progress: Progress) -> Path:
+    """The folder of the model `name`; what is there already is not fetched again.
+
+    Without the hub, what an earlier run fetched is used. Raises ConfigError with what to do.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [*_SMALL_FILES, *(["*.safetensors"] if needs_weights else [])]
+    try:
+        files = [
+            str(item.rfilename)
+            for item in HfApi().model_info(name, revision=revision).siblings or []
+        ]
+    except HFValidationError:
+        raise ConfigError(f"model.name={name}: neither a folder nor a name of the hub") from None
+    except Exception as error:  # no network, no such model, no right to it, a hub that is down
+        return _fetched_before(name, revision, patterns, error)
+    if needs_weights and not any(file.endswith(".safetensors") for file in files):
+        raise ConfigError(no_safetensors(name, files))
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(_NEVER),
+            tqdm_class=_bar(f"fetching {name}", progress),
+        )
+    except Exception as error:
+        raise ConfigError(_sentence(name, error)) from error
+    return Path(folder)
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, a tag or the newest state of a hub model is now.
+
+    Without the hub, the one that an earlier run fetched. None where neither is known: `download`
+    then says why.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with suppress(Exception):  # no network, no such model, no right to it, a hub that is down
+        return HfApi().model_info(name, revision=revision).sha
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["config.json"], local_files_only=True
+        )
+    except Exception:
+        return None
+    return Path(folder).name  # the hub's cache: .../snapshots/<commit>
+
+
+def _fetched_before(name: str, revision: str | None, patterns: list[str], error: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        raise ConfigError(_sentence(name, error)) from error
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_NEVER),
+                local_files_only=True,
+            )
+        )
+    except Exception:  # nothing there: what the hub said first is the reason
+        raise ConfigError(_sentence(name, error)) from error
+
+
+def _sentence(name: str, error: Exception) -> str:
+    """What went wrong at the hub, and what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        what = "its owner asks you to agree first; do so on its page, then `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        what = "the hub has no such model.revision"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = (
+            "there is no such folder, and the hub has no such model "
+            "(a private one needs `hf auth login`)"
+        )
+    else:
+        reason = str(error).strip().splitlines()
+        what = (
+            "there is no such folder, and the hub cannot be reached "
+            f"({type(error).__name__}: {reason[0][:120] if reason else ''}); "
+            "a folder that holds the model works without it"
+        )
+    return f"model.name={name}: {what}"
+
+
+def _bar(what: str, progress: Progress) -> type[Any]:
+    """A tqdm class for the hub's client that tells `progress` of bytes and draws nothing."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # it has no annotations
+
+    class Told(tqdm):  # type: ignore[misc]
+        """Bytes are told; the bar that counts files is silent."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._done, self._total = int(kwargs.get("initial") or 0), kwargs.get("total") or 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._done += int(n or 0)
+            if self._counts_bytes:
+                progress(what, self._done, max(self._done, int(self.total or self._total)))
+            return None
+
+    return Told

@@ -12,11 +12,17 @@ outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     checkpoints/    step-00000100 ...
     tokenizer/      what turns text into tokens, if there is text
     logs/           what each rank printed
+
+config.yaml and remote.json are signed: an HMAC-SHA256 with a key of this account on this machine,
+outside of `outputs/`. A run folder can be copied, unpacked from an archive, or written by others;
+the key stays here, so a folder from elsewhere is distinguished from our own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import os
 import platform
 import re
@@ -29,12 +35,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
+import platformdirs
 
 from smolrun.checkpoints.folder import is_link
 from smolrun.errors import CheckpointError, SmolrunError
 from smolrun.files import MAX_JSON_BYTES, MAX_YAML_BYTES, atomic_write, read_bytes
 from smolrun.sanitize import one_line
-from smolrun.tracking.signature import is_signed, sign
 
 LATEST = "latest"
 _SIGNATURE = re.compile(rb"^# signature: ([0-9a-f]{64})\n?\Z", re.MULTILINE)  # the last line
@@ -49,6 +55,7 @@ TOKENIZER_FILES = (
 # A process's number is given again after its end; the time of its birth, give or take, is not.
 _SAME_PROCESS_S = 2.0
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[A-Za-z0-9._-]{1,200}", re.ASCII)  # as `run_id` makes them
+_KEY_BYTES = 32  # of the key that signs files
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -349,3 +356,48 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         return msgspec.json.decode(read_bytes(path, max_bytes), type=dict[str, Any])
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def sign(data: bytes) -> str:
+    """The signature of `data` as hex digits; SmolrunError if there can be no key."""
+    return hmac.new(_signing_key(), data, hashlib.sha256).hexdigest()
+
+
+def is_signed(data: bytes, signature: str) -> bool:
+    """Whether `sign` of this account on this machine returned `signature` for `data`."""
+    return hmac.compare_digest(sign(data).encode(), signature.encode())
+
+
+def _signing_key() -> bytes:
+    path = platformdirs.user_config_path("smolrun") / "run_folders.key"
+    try:
+        if not path.exists():
+            _create_signing_key(path)
+        key = path.read_bytes()
+    except OSError as error:
+        what = f"{path}, the key that signs run folders, cannot be read or made: {error.strerror}"
+        raise SmolrunError(what) from None
+    if len(key) != _KEY_BYTES:
+        what = f"{path}, the key that signs run folders, does not have {_KEY_BYTES} bytes"
+        raise SmolrunError(f"{what}: delete it")
+    return key
+
+
+def _create_signing_key(path: Path) -> None:
+    """A new key, readable by this account only, complete or absent. One that another process
+    created meanwhile stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(fresh, path)  # unlike a rename it never replaces a file
+        except FileExistsError:
+            pass
+        except (OSError, NotImplementedError):  # a file system without hard links
+            os.rename(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from smolrun.events import Event
+from smolrun.tracking.tensorboard import TensorBoard
+from smolrun.tracking.wandb_run import WandbRun
 
 
 class Tracker(Protocol):
@@ -47,3 +50,29 @@ class Fanout:
 
 def _broken(tracker: Tracker, error: Exception) -> str:
     return f"the tracker {type(tracker).__name__} broke ({type(error).__name__}: {error})"
+
+
+def make_trackers(
+    kind: str,
+    keys: Mapping[str, Any],
+    folder: Path,
+    *,
+    world_size: int,
+    warn: Callable[[str], None],
+    note: Callable[[str], None],
+) -> list[Tracker]:
+    """What `tracker=kind` adds to metrics.jsonl, for the run folder `folder`, in which config.yaml
+    and metrics.jsonl must be by now.
+
+    ConfigError where a package is missing; whatever else fails is told by `warn`, and the run goes
+    on without it.
+    """
+    try:
+        if kind == "tensorboard":
+            return [TensorBoard(folder / "tensorboard")]
+        if kind == "wandb":
+            run = WandbRun(folder, world_size=world_size, warn=warn, note=note, **keys)
+            return [run]
+    except OSError as error:
+        warn(f"tracker={kind} cannot start ({error}); the run goes on without it")
+    return []

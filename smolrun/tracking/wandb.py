@@ -30,7 +30,7 @@ import psutil
 
 from smolrun.files import read_yaml
 from smolrun.tracking.figures import Rows
-from smolrun.tracking.wandb_status import Start, Status, read_status, write_status
+from smolrun.tracking.wandb_run import Start, Status, read_status, write_status
 
 _SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
 _SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")

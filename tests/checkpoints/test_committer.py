@@ -12,8 +12,8 @@ import torch
 from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.checkpoints.find import checkpoints_in, read_manifest
 from smolrun.checkpoints.folder import part_folder
-from smolrun.checkpoints.saver import Saver
 from smolrun.checkpoints.tensor_slice import TensorSlice
+from smolrun.checkpoints.writer import Saver
 from smolrun.events import CheckpointSaved, EvalDone, Event, Note, ShardFailed, ShardSaved
 
 

@@ -15,7 +15,7 @@ from smolrun.driver.prepare import (
     with_pinned_model,
 )
 from smolrun.errors import ConfigError
-from smolrun.models import hub
+from smolrun.models import huggingface
 from tests.models.model_folders import save_model
 
 DATA = Prepared(
@@ -85,7 +85,7 @@ def test_a_model_of_the_hub_is_pinned_and_a_folder_is_not(
         asked.append((name, revision))
         return "a" * 40
 
-    monkeypatch.setattr(hub, "commit_of", commit_of)
+    monkeypatch.setattr(huggingface, "commit_of", commit_of)
 
     def revision(*overrides: str) -> str | None:
         config = with_pinned_model(compose(["model=hf", *overrides]))

@@ -6,7 +6,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.driver.trackers import time_teller
-from tests.tracking.test_time_report import train
+from tests.tracking.test_verdict import train
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from smolrun.checkpoints.writer import write_shard
 from smolrun.data.tokenizer import bytes_tokenizer, train_bpe
 from smolrun.errors import ConfigError
 from smolrun.models import export
-from smolrun.models.huggingface_config import config_of, family_of
-from smolrun.models.huggingface_names import decoder_keys_from_hf
+from smolrun.models.huggingface_names import config_of, decoder_keys_from_hf, family_of
 from tests.models.model_folders import FAMILIES, save_model
 from tests.models.test_huggingface import make
 from tests.models.test_rope_scaling import LLAMA_32

@@ -116,7 +116,7 @@ def test_bad_folders_are_refused(folder: Path, spoil: Callable[[Path], None], me
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder", "a/b/c"])
 def test_a_path_is_never_asked_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface.hub, "download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(huggingface, "download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ConfigError, match="there is no such folder"):
         prepare(name)
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from smolrun.checkpoints.bounds import is_file_of
 from smolrun.checkpoints.folder import part_folder
-from smolrun.checkpoints.manifest import FileEntry
+from smolrun.checkpoints.manifest import FileEntry, is_file_of
 from smolrun.errors import SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.delivery.store import Progress, Told, silent
