@@ -7,6 +7,7 @@ from __future__ import annotations
 # Keys of older versions, as they stand in the config.yaml of their runs; see resume.completed.
 RENAMED_KEYS = {
     "algorithm.damping": "algorithm.staleness_lr_scale",
+    "algorithm.owner_computes": "algorithm.shard_optimizer",
     "algorithm.patience": "algorithm.wait_fraction",
     "algorithm.polyak": "algorithm.ema_decay",
     "algorithm.pull": "algorithm.pull_weights",
