@@ -39,10 +39,10 @@ class Work:
     needs; None if it may be several. `posted_s` and `done_s` are of perf_counter."""
 
     __slots__ = (
+        "_done_callbacks",
         "_error",
         "_gate",
         "_mesh",
-        "_thens",
         "_timeout_s",
         "done_s",
         "is_done",
@@ -59,7 +59,7 @@ class Work:
         self._error: BaseException | None = None
         self._mesh = mesh
         self._timeout_s = mesh.timeout_s
-        self._thens: list[Callable[[Work], None]] = []
+        self._done_callbacks: list[Callable[[Work], None]] = []
         self._gate = threading.Lock()
         self._gate.acquire()
 
@@ -95,15 +95,15 @@ class Work:
     def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Runs `callback(work)` on the I/O thread once the work is done or has failed (see
         `error`); soon if it is over already. What it raises breaks the mesh."""
-        self._thens.append(callback)
+        self._done_callbacks.append(callback)
         if self.is_done:
             self._run_callbacks()
 
     def _run_callbacks(self) -> None:
         # Posted, not called: the caller of `finish` may be in the middle of a peer's bytes.
-        while self._thens:
+        while self._done_callbacks:
             try:
-                callback = self._thens.pop(0)
+                callback = self._done_callbacks.pop(0)
             except IndexError:
                 return  # the other thread was faster
             self._mesh.post(functools.partial(callback, self))
