@@ -128,7 +128,7 @@ def _measure(
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """Measure on this rank; rank 0's clock counts."""
-    from smolrun.benchmarks.gloo import join_gloo, leave_gloo
+    from smolrun.benchmarks.collectives import join_gloo, leave_gloo
     from smolrun.collectives.api import new_group
     from smolrun.worker.bench import rows
 

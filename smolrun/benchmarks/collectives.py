@@ -1,21 +1,33 @@
-"""all_reduce of ours beside gloo's, size by size. The same loop also tells where direct exchange
-should give way to the ring."""
+"""all_reduce of ours beside gloo's, size by size, and beside one plain TCP stream over the link.
+
+The first also shows where direct exchange should give way to the ring. For the second: a ring moves
+2(N-1)/N times the tensor's bytes over every link, in one direction; the plain stream moves as many
+from rank 0 to rank 1. So a ratio of 1 means that the link is full. Gloo joins through our mesh, so
+that no port is fixed."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # where torch's own type stubs have it
 
 from smolrun.benchmarks.compare import compare
 from smolrun.collectives.api import Collectives
+from smolrun.errors import ProtocolError
 
 # One measurement moves about this much, so that small sizes are repeated often enough for the
 # clock.
 _BYTES_PER_MEASUREMENT = 100_000_000
 _MOST_CALLS = 200
+_ADDRESS_CHARS = 64
+_PIECE_BYTES = 256 * 1024  # of the plain stream, at once
 
 
 def compare_all_reduce(
@@ -41,3 +53,145 @@ def compare_all_reduce(
             bytes=size,
             security=security,
         )
+
+
+def compare_link(
+    collectives: Collectives,
+    sizes: Sequence[int],
+    *,
+    addresses: Sequence[str],
+    repeats: int,
+    security: str,
+    timeout_s: float,
+) -> Iterator[dict[str, Any]]:
+    """One row per size (bytes of a float32 tensor); collective. `addresses` are this rank's own.
+    Rank 0's clock counts. `of_stream` is the share of the plain stream's rate that was reached."""
+    stream = _join(collectives, addresses[0], timeout_s)
+    try:
+        for size in sizes:
+            ours = torch.zeros(size // 4)
+            moved = int(size * 2 * (collectives.size - 1) / collectives.size)
+            result = compare(
+                lambda ours=ours: collectives.all_reduce(ours),  # type: ignore[misc]
+                lambda moved=moved: _move(stream, collectives.index, moved),  # type: ignore[misc]
+                repeats=repeats,
+                calls=1,
+                meet=collectives.barrier,
+            )
+            yield {
+                **result.row(
+                    "link",
+                    "all_reduce",
+                    "one TCP stream",
+                    world_size=collectives.size,
+                    bytes=size,
+                    security=security,
+                ),
+                "of_stream": 1 / result.ratio,
+                "stream_bytes_per_s": moved / result.peer_s,
+            }
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def _join(collectives: Collectives, address: str, timeout_s: float) -> RawStream | None:
+    """The stream from rank 0 to rank 1; the other ranks have none."""
+    where = torch.zeros(_ADDRESS_CHARS + 1, dtype=torch.int64)  # an address as text, and a port
+    listener = None
+    if collectives.index == 1:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, 0), family=family)
+        listener.settimeout(timeout_s)
+        where[: len(address)] = torch.tensor(list(address.encode()))
+        where[-1] = listener.getsockname()[1]
+    collectives.broadcast(where, 1)
+    if listener is not None:
+        with listener:  # one connection only
+            return RawStream(listener.accept()[0], timeout_s)
+    if collectives.index == 0:
+        there = bytes(int(code) for code in where[:-1] if code).decode()
+        return RawStream.dial(there, int(where[-1]), timeout_s)
+    return None
+
+
+def _move(stream: RawStream | None, index: int, size: int) -> None:
+    if stream is None:
+        return
+    if index == 0:
+        stream.send(size)
+    else:
+        stream.receive(size)
+
+
+class RawStream:
+    """One plain TCP stream between two ranks, without frames, threads or encryption: what a link
+    is measured against. The bytes have no meaning; `send` blocks until all have arrived."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+        sock.settimeout(timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = sock
+        self._memory = memoryview(bytearray(_PIECE_BYTES))
+
+    @classmethod
+    def dial(cls, address: str, port: int, timeout_s: float) -> RawStream:
+        """Connects to the other rank; OSError if it cannot."""
+        return cls(socket.create_connection((address, port), timeout_s), timeout_s)
+
+    def send(self, size: int) -> None:
+        """Sends `size` bytes and blocks until the receiver has confirmed them."""
+        while size > 0:
+            self._socket.sendall(self._memory[: min(size, _PIECE_BYTES)])
+            size -= _PIECE_BYTES
+        if not self._socket.recv(1):
+            raise ProtocolError("the other end of the raw stream left")
+
+    def receive(self, size: int) -> None:
+        """Receives `size` bytes and confirms them."""
+        while size > 0:
+            count = self._socket.recv_into(self._memory, min(size, _PIECE_BYTES))
+            if count == 0:
+                raise ProtocolError("the other end of the raw stream left")
+            size -= count
+        self._socket.sendall(b"k")
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+
+def join_gloo(collectives: Collectives, address: str, timeout_s: float) -> None:
+    """Starts torch.distributed with gloo on this rank; collective. `address` is this rank's own, as
+    the other ranks reach it."""
+    rank, world_size = collectives.index, collectives.size
+    _stay_on_interface_of(address)
+    first = torch.zeros(_ADDRESS_CHARS, dtype=torch.int64)
+    first[: len(address)] = torch.tensor(list(address.encode()))
+    collectives.broadcast(first)
+    address = bytes(int(code) for code in first if code).decode()  # rank 0's from here on
+    timeout = timedelta(seconds=timeout_s)
+    port = torch.zeros(1, dtype=torch.int64)
+    store = None
+    if rank == 0:
+        store = TCPStore(
+            address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        port[0] = store.port
+    collectives.broadcast(port)
+    if store is None:
+        store = TCPStore(address, int(port), world_size, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _stay_on_interface_of(address: str) -> None:
+    """Gloo uses the address of the host's name, which may be that of a slower network."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(item.address.partition("%")[0] == address for item in found):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
+
+
+def leave_gloo() -> None:
+    """Ends torch.distributed on this rank."""
+    dist.destroy_process_group()

@@ -17,8 +17,7 @@ import torch
 from smolrun.algorithms.base import Algorithm
 from smolrun.algorithms.edp import edp
 from smolrun.benchmarks.compare import summed
-from smolrun.benchmarks.paced import SetPace, paced_context
-from smolrun.benchmarks.stragglers import facts, network
+from smolrun.benchmarks.stragglers import ScriptedPace, facts, network, paced_context
 from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
@@ -38,7 +37,7 @@ def compare_edp(
 
     `ratio` is a worker's time beside its computing, 1 where it never waits for anything. Every
     ticket is slow with the chance that a rank has in a step of `compare_bounds`."""
-    pace = SetPace()
+    pace = ScriptedPace()
     algorithm = edp(
         paced_context(mesh, pace),
         server_trains=False,
@@ -75,7 +74,7 @@ def compare_edp(
 
 def _work(
     algorithm: Algorithm,
-    pace: SetPace,
+    pace: ScriptedPace,
     steps: int,
     dice: random.Random,
     slow: float,

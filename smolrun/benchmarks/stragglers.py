@@ -1,12 +1,21 @@
-"""Ranks that are slow now and then: what staleness K wins, beside what it could win at best.
+"""Ranks with emulated compute: slow now and then (staleness K), or of unequal speed (shares in
+proportion). More ranks than cores, and machines that are not there; steps, collectives and sockets
+are real.
 
     K = 0    every step lasts as long as its slowest rank
-    K = 3    a rank that was slow catches up while the others go on, three steps ahead at most
+    K = 3    a rank that was slow catches up while the others continue, three steps ahead at most
 
-The best is what an event simulation of the very same trace gives, with a network that takes no
-time. The trace says how long every rank computes in every step; real ranks follow it by waiting, so
-a small network stands for any, and four ranks fit on two cores. Only the waiting is played: steps,
-collectives and sockets are real."""
+The best possible time is that of an event simulation of the same trace, with a network that takes
+no time. The trace says how long every rank computes in every step; ranks follow it by sleeping, so
+a small network stands for any, and four ranks fit on two cores.
+
+    speeds 4:2:1:1       equal shares                  in proportion
+    rank 0               [ 8 ]                         [     16     ]
+    rank 1               [   8   ]                     [     8      ]
+    rank 2               [       8       ]             [     4      ]
+    rank 3               [       8       ]             [     4      ]
+
+A sample takes `sample_s` at speed 1, most of which is sleeping. All sides are paced alike."""
 
 from __future__ import annotations
 
@@ -17,14 +26,51 @@ from typing import Any
 
 import torch
 
+from smolrun.algorithms.base import Context
 from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.benchmarks.compare import summed
-from smolrun.benchmarks.paced import SetPace, paced_context
+from smolrun.benchmarks.compare import compare, summed
+from smolrun.benchmarks.step import PeerStep
 from smolrun.collectives.api import new_group
 from smolrun.data.base import Batch
 from smolrun.mesh.mesh import Mesh
+from smolrun.parts.placement import shares
+from smolrun.parts.precision import PRECISIONS
+from smolrun.parts.step_clock import EmulatedPace
 
 Trace = list[list[float]]  # seconds of computing, by step and rank
+
+
+class ScriptedPace(EmulatedPace):
+    """The computing of the next step takes `next_s`, the update before it included. No gradient is
+    sent before it has ended, so no communication overlaps it."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.next_s = 0.0
+        self._spent_s = 0.0  # on updates since the last gradient
+
+    def wanted(self) -> float:
+        return max(0.0, self.next_s - self._spent_s)
+
+    def end(self, waited_s: float) -> None:
+        super().end(waited_s)
+        is_update = self.next_s == 0.0
+        self._spent_s = self._spent_s + self.took(waited_s) if is_update else 0.0
+        self.next_s = 0.0
+
+
+def paced_context(mesh: Mesh, pace: ScriptedPace, *, staleness: int = 0) -> Context:
+    """A Context with plain SGD in float32 on the CPU, at that pace."""
+    torch.set_num_threads(1)
+    return Context(
+        mesh=mesh,
+        device=torch.device("cpu"),
+        precision=PRECISIONS["float32"],
+        make_optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=1e-3),
+        learning_rate=lambda update: 1e-3,
+        staleness=staleness,
+        pace=pace,
+    )
 
 
 def straggling(
@@ -102,13 +148,13 @@ def facts(mesh: Mesh, steps: int) -> dict[str, Any]:
 
 
 def network() -> torch.nn.Module:
-    """Small, as its computing is played."""
+    """Small, as its computing is emulated."""
     return torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
 
 
 def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     """Seconds of clock and of processor per step."""
-    pace = SetPace()
+    pace = ScriptedPace()
     context = paced_context(mesh, pace, staleness=bound)
     algorithm = ClassicDP(context, bucket_mb=1.0)
     algorithm.place(network())
@@ -121,3 +167,74 @@ def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     algorithm.drain()
     steps = len(trace)
     return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+
+
+def compare_shares(
+    mesh: Mesh,
+    speeds: Sequence[float],
+    *,
+    global_batch_size: int,
+    sample_s: float,
+    steps: int,
+    warm_up: int,
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    """Three rows; collective, gloo must have been joined."""
+    pace = ScriptedPace()
+    algorithm, peer = ClassicDP(paced_context(mesh, pace), bucket_mb=1.0), _ddp(pace)
+    algorithm.place(_wide_network())
+    proportional = shares(global_batch_size, speeds)[mesh.rank]
+    equal = shares(global_batch_size, [1.0] * len(speeds))[mesh.rank]
+
+    def ours(count: int) -> None:
+        pace.next_s = count * sample_s / speeds[mesh.rank]
+        algorithm.train_step([_batch(count)])
+
+    def theirs(count: int) -> None:
+        pace.next_s = count * sample_s / speeds[mesh.rank]
+        pace.begin(0.0)
+        peer(_batch(count), 1e-3)
+
+    facts = {
+        "world_size": mesh.world_size,
+        "parameters": sum(parameter.numel() for parameter in algorithm.model.parameters()),
+        "speeds": list(speeds),
+        "paced": True,
+    }
+    taken = []
+    for name, other in (
+        ("smolrun, equal shares", lambda: ours(equal)),
+        ("ddp-gloo, equal shares", lambda: theirs(equal)),
+    ):
+        result = compare(
+            lambda: ours(proportional),
+            other,
+            repeats=repeats,
+            calls=steps,
+            meet=algorithm.collectives.barrier,
+            warm_up=warm_up,
+        )
+        taken.append((result.ours_s, result.ours_cpu_s))
+        yield result.row("unequal", "train_step", name, **facts)
+    ideal_s = global_batch_size * sample_s / sum(speeds)
+    ideal = [(ideal_s, cpu_s) for _, cpu_s in taken]
+    yield summed(taken, ideal).row("unequal", "train_step", "sum of speeds", **facts)
+
+
+def _ddp(pace: ScriptedPace) -> PeerStep:
+    model = _wide_network()
+    # As with ours, no gradient leaves before computing is over.
+    model.register_forward_hook(lambda *_: pace.rest(0.0))
+    return PeerStep(
+        "ddp", model, lambda named: torch.optim.SGD([p for _, p in named], lr=1e-3), 0.0
+    )
+
+
+def _wide_network() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(256, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 256)
+    )
+
+
+def _batch(count: int) -> Batch:
+    return Batch(torch.ones(count, 256), torch.zeros(count, dtype=torch.int64))

@@ -203,7 +203,7 @@ def test_a_peer_that_sends_to_a_group_of_others_is_lost_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp"])
-def test_then_is_called_once_on_the_io_thread_however_the_work_ends(kind: str) -> None:
+def test_a_done_callback_runs_once_on_the_io_thread_however_the_work_ends(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         heard: list[tuple[str, BaseException | None, str]] = []
 
@@ -215,7 +215,7 @@ def test_then_is_called_once_on_the_io_thread_however_the_work_ends(kind: str) -
         for work in works:
             work.add_done_callback(note)
             work.wait(20)
-        works[0].then(note)  # it is over
+        works[0].add_done_callback(note)  # it is over
         until(lambda: len(heard) == 3)
         assert {error for _, error, _ in heard} == {None}
         failing = mesh.recv(other, Tag(2, 0, 0), torch.empty(1))
