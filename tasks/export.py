@@ -21,7 +21,7 @@ from smolrun.data.cache import cache_folder
 from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
-from smolrun.models.trained import Trained, find
+from smolrun.models.trained import TrainedModel, find
 from smolrun.tracking.console import Console
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ def drive(config: RunConfig) -> int:
     return EXIT_DONE
 
 
-def _found(console: Console, run: str) -> Trained:
+def _found(console: Console, run: str) -> TrainedModel:
     try:
         return find(OUTPUTS, console.say, run=run)
     except SmolrunError as error:
         raise ConfigError(f"model.run = {run}: {error}") from error
 
 
-def _default(trained: Trained) -> Path:
+def _default(trained: TrainedModel) -> Path:
     return trained.run_folder / f"huggingface-{trained.checkpoint.name}"
 
 
@@ -84,13 +84,13 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _write(trained: Trained, folder: Path, dtype: str, progress: Progress) -> None:
-    from smolrun.checkpoints.reader import Checkpoint  # torch: seconds
+def _write(trained: TrainedModel, folder: Path, dtype: str, progress: Progress) -> None:
+    from smolrun.checkpoints.reader import CheckpointReader  # torch: seconds
     from smolrun.models import export
 
     module = str(trained.section["target"]).partition(":")[0]
     tokenizer = trained.run_folder / "tokenizer"
-    with Checkpoint(trained.checkpoint) as checkpoint:
+    with CheckpointReader(trained.checkpoint) as checkpoint:
         if module == _DECODER:
             written = export.write_decoder(checkpoint, trained.keys, folder, dtype, progress)
         elif module in _NETWORKS:
@@ -108,7 +108,7 @@ def _write(trained: Trained, folder: Path, dtype: str, progress: Progress) -> No
     (folder / "README.md").write_text(_card(trained), encoding="utf-8")
 
 
-def _source(trained: Trained, module: str, progress: Progress) -> Path:
+def _source(trained: TrainedModel, module: str, progress: Progress) -> Path:
     """Where the config.json of a model of transformers lies: the run keeps it, or it is fetched."""
     kept = trained.run_folder / "model"
     if (kept / "config.json").is_file():
@@ -119,7 +119,7 @@ def _source(trained: Trained, module: str, progress: Progress) -> Path:
     return Path(prepare(cache, progress, trained.section["name"], **keys).folder)
 
 
-def _no_class(trained: Trained, module: str) -> str:
+def _no_class(trained: TrainedModel, module: str) -> str:
     name = trained.section.get("name")
     if module == "smolrun.models.mlp":
         return (
@@ -133,11 +133,11 @@ def _no_class(trained: Trained, module: str) -> str:
     )
 
 
-def _said(trained: Trained) -> str:
+def _said(trained: TrainedModel) -> str:
     return f"{trained.section.get('name')} of {trained.run_folder.name}, {trained.checkpoint.name}"
 
 
-def _card(trained: Trained) -> str:
+def _card(trained: TrainedModel) -> str:
     """README.md: what was trained, on what, how, and how to load it."""
     config, summary = trained.config, _summary(trained.run_folder)
     training = config.get("training") or {}

@@ -29,7 +29,6 @@ from torch.func import functional_call
 from smolrun.algorithms import saved
 from smolrun.algorithms.contract import (
     FACTS,
-    IGNORED,
     BatchAssignment,
     Context,
     EvalSums,
@@ -38,10 +37,10 @@ from smolrun.algorithms.contract import (
     check_answer,
     loss_sum,
 )
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import new_group
-from smolrun.data.base import Batch
+from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
@@ -136,7 +135,7 @@ class Algorithm(ABC):
             if len(batch.inputs):
                 logits, targets = self._answer(batch)
                 sums[0] += loss_sum(logits, targets).item()
-                sums[1] += int((targets != IGNORED).sum())
+                sums[1] += int((targets != IGNORE_INDEX).sum())
                 if is_classes:
                     sums[2] += int((logits.argmax(-1) == targets).sum())
         self.model.train()
@@ -174,7 +173,7 @@ class Algorithm(ABC):
         """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
         return saved.state(self)
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint` was made; CheckpointError for one of another model."""
         saved.restore(self, checkpoint, state)
 
@@ -190,7 +189,7 @@ class Algorithm(ABC):
                 loss = loss_sum(*self._answer(batch))
                 (loss * self.loss_scale.value).backward()
                 losses.append(loss.detach())
-                weight += int((batch.targets != IGNORED).sum())
+                weight += int((batch.targets != IGNORE_INDEX).sum())
         return {"loss_sum": sum(loss.item() for loss in losses), "weight": weight}
 
     def before_last_backward(self) -> None:

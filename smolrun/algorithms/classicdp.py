@@ -36,10 +36,10 @@ import torch
 
 from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import new_group
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.device_class import device_class, gather_classes
@@ -163,7 +163,7 @@ class ClassicDP(Algorithm):
         """About how large a checkpoint will be, all ranks together."""
         return super().checkpoint_bytes() + saved_residuals.expected_bytes(self)
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint` was made."""
         super().restore(checkpoint, state)
         saved_residuals.restore(self, checkpoint)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from smolrun.data.base import Batch
+from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.errors import ConfigError, DataError
 from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
@@ -20,8 +20,6 @@ from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.precision import Precision
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 from smolrun.parts.step_clock import FULL_SPEED, Pace
-
-IGNORED = -100  # targets with this value carry no loss and no weight
 
 # Sums over the samples of one rank and step, exchanged between all ranks as float64.
 FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples", "changed_buffer")
@@ -130,7 +128,7 @@ def never_empty(batch: Batch) -> Batch:
     if len(batch.inputs):
         return batch
     inputs = batch.inputs.new_zeros((1, *batch.inputs.shape[1:]))
-    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORED))
+    return Batch(inputs, batch.targets.new_full((1, *batch.targets.shape[1:]), IGNORE_INDEX))
 
 
 def check_answer(output: Any, batch: Batch, num_outputs: int | None) -> None:
@@ -165,7 +163,7 @@ def _check_range(targets: torch.Tensor, width: int, num_outputs: int | None) -> 
             f"the model has {width} outputs for each target, the data has {most} {what}: take "
             "spec.num_outputs, which build(spec) is given"
         )
-    learnt = targets[targets != IGNORED]
+    learnt = targets[targets != IGNORE_INDEX]
     if learnt.numel() and not (int(learnt.min()) >= 0 and int(learnt.max()) < most):
         raise DataError(
             f"the targets are within {int(learnt.min())} .. {int(learnt.max())}, but the data says "
@@ -179,7 +177,7 @@ _LOGITS = (
 )
 _TARGETS = (
     "smolrun trains classes and next tokens, so a target is an integer 0 .. num_outputs - 1 "
-    f"({IGNORED}: not learnt)"
+    f"({IGNORE_INDEX}: not learnt)"
 )
 
 
@@ -198,4 +196,4 @@ def _kind(output: Any) -> str:
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum of the losses of all targets that carry one."""
     flat = logits.flatten(0, -2)
-    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

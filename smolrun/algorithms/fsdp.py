@@ -34,9 +34,9 @@ from smolrun.algorithms import saved_residuals, saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP, classicdp
 from smolrun.algorithms.contract import never_empty
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.arrivals import Arrivals
@@ -169,7 +169,7 @@ class OptimizerShards(ClassicDP):
         """About how large a checkpoint will be, all ranks together."""
         return saved_shards.expected_bytes(self) + saved_residuals.expected_bytes(self)
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint` was made, by whichever algorithm that keeps whole states."""
         saved_shards.restore(self, checkpoint, state)
         saved_residuals.restore(self, checkpoint)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smolrun.algorithms.contract import FACTS, PendingUpdate
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 from smolrun.parts.optimizer_state import expected_bytes as optimizer_bytes
@@ -81,7 +81,7 @@ def state(algorithm: Algorithm) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+def restore(algorithm: Algorithm, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
     """Puts everything back; CheckpointError names what is missing, unknown or of another shape."""
     for name, tensor in model_tensors(algorithm.model):
         read_into(tensor, checkpoint, f"model/{name}")
@@ -98,14 +98,16 @@ def restore(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, An
             read_into(tensor, checkpoint, key)
 
 
-def refuse_unknown(algorithm: Algorithm, checkpoint: Checkpoint) -> None:
+def refuse_unknown(algorithm: Algorithm, checkpoint: CheckpointReader) -> None:
     """CheckpointError for a tensor that the model does not have."""
     known = {f"model/{name}" for name, _ in model_tensors(algorithm.model)}
     if unknown := [key for key in checkpoint.keys("model/") if key not in known]:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has {unknown[0]}")
 
 
-def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+def restore_numbers(
+    algorithm: Algorithm, checkpoint: CheckpointReader, state: Mapping[str, Any]
+) -> None:
     """Puts back what is not in tensors."""
     algorithm.loss_scale.value = state["loss_scale"]["value"]
     algorithm.loss_scale.good_steps = state["loss_scale"]["good_steps"]
@@ -120,7 +122,7 @@ def restore_numbers(algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping
 
 
 def restore_flights(
-    algorithm: Algorithm, checkpoint: Checkpoint, state: Mapping[str, Any]
+    algorithm: Algorithm, checkpoint: CheckpointReader, state: Mapping[str, Any]
 ) -> Iterator[PendingUpdate]:
     """The updates one by one, with their facts; whoever asks fills in their gradients."""
     for number, step in enumerate(state["in_flight"]):
@@ -156,7 +158,7 @@ def _facts(saved: torch.Tensor, size: int) -> torch.Tensor:
     return table
 
 
-def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, key: str) -> None:
+def read_into(tensor: torch.Tensor, checkpoint: CheckpointReader, key: str) -> None:
     """Fills a whole tensor; CheckpointError where the checkpoint has no such one."""
     if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")

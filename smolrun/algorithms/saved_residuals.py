@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from smolrun.algorithms.contract import FACTS
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.schedule import even_ranges
 from smolrun.errors import CheckpointError
@@ -59,7 +59,7 @@ def expected_bytes(algorithm: ClassicDP) -> int:
 
 
 @torch.no_grad()
-def restore(algorithm: ClassicDP, checkpoint: Checkpoint) -> None:
+def restore(algorithm: ClassicDP, checkpoint: CheckpointReader) -> None:
     """Gives every rank its own again, or its part of the sum; zeros where nothing was saved."""
     size, index = algorithm.collectives.size, algorithm.collectives.index
     slots = algorithm.context.staleness + 1

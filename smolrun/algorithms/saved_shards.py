@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smolrun.algorithms import saved
 from smolrun.algorithms.contract import PendingUpdate
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 from smolrun.parts.flat_shards import Slice
@@ -67,7 +67,9 @@ def expected_bytes(algorithm: OptimizerShards) -> int:
 
 
 @torch.no_grad()
-def restore(algorithm: OptimizerShards, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+def restore(
+    algorithm: OptimizerShards, checkpoint: CheckpointReader, state: Mapping[str, Any]
+) -> None:
     """Puts everything back; CheckpointError names what is missing, unknown or of another shape."""
     _restore_model(algorithm, checkpoint)
     saved.refuse_unknown(algorithm, checkpoint)
@@ -79,7 +81,7 @@ def restore(algorithm: OptimizerShards, checkpoint: Checkpoint, state: Mapping[s
             gradient.copy_(late.view_as(gradient))
 
 
-def _restore_model(algorithm: OptimizerShards, checkpoint: Checkpoint) -> None:
+def _restore_model(algorithm: OptimizerShards, checkpoint: CheckpointReader) -> None:
     """Replicas are read whole; who holds slices reads those, and looks at the shapes of all."""
     slices = {part.name: part for part in _slices(algorithm)}
     cut = _cut(algorithm)
@@ -93,7 +95,7 @@ def _restore_model(algorithm: OptimizerShards, checkpoint: Checkpoint) -> None:
             _check(checkpoint, key, tuple(tensor.shape))
 
 
-def _restore_optimizer(algorithm: OptimizerShards, checkpoint: Checkpoint) -> None:
+def _restore_optimizer(algorithm: OptimizerShards, checkpoint: CheckpointReader) -> None:
     slices, cut = {part.name: part for part in _slices(algorithm)}, _cut(algorithm)
     state: dict[str, Tensor] = {}
     for key in checkpoint.keys("optimizer/"):
@@ -109,7 +111,7 @@ def _restore_optimizer(algorithm: OptimizerShards, checkpoint: Checkpoint) -> No
     load_optimizer_state(algorithm.optimizer, algorithm.stepped, state)
 
 
-def _read(checkpoint: Checkpoint, key: str, part: Slice) -> Tensor:
+def _read(checkpoint: CheckpointReader, key: str, part: Slice) -> Tensor:
     """The range of a slice, as the slice is shaped."""
     _check(checkpoint, key, part.shape)
     value = checkpoint.read(key, part.start, part.stop).view_as(part.values)
@@ -121,7 +123,7 @@ def _read(checkpoint: Checkpoint, key: str, part: Slice) -> Tensor:
     return value
 
 
-def _check(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> None:
+def _check(checkpoint: CheckpointReader, key: str, shape: tuple[int, ...]) -> None:
     if key not in checkpoint.manifest.tensors:
         raise CheckpointError(f"{checkpoint.folder} is of another model: it has no {key}")
     if (found := checkpoint.shape(key)) != shape:

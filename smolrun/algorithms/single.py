@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from smolrun.algorithms.base import Algorithm, PendingUpdate
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 
 
 class Single(Algorithm):

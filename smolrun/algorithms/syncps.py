@@ -36,9 +36,9 @@ from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.algorithms.contract import FACTS
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.parameter_server import SERVER, Channels, decode_gradient
@@ -193,7 +193,7 @@ class SyncPSWorker(SyncPS):
         return saved_residuals.expected_bytes(self)
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Reads the weights that workers pull, and expects replies to the pushes in flight."""
         saved.refuse_unknown(self, checkpoint)
         averages = checkpoint.keys("average/") if self._pulls_average else ()
@@ -483,7 +483,7 @@ class SyncPSServer(SyncPS):
         return super().checkpoint_bytes() + sum(v.nbytes for v in self._averages().values())
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """With the average, or a new one from the weights; the pushes in flight are unanswered."""
         super().restore(checkpoint, state)
         self.average.restart()

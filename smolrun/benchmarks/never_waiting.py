@@ -19,7 +19,7 @@ from smolrun.algorithms.edp import edp
 from smolrun.benchmarks.compare import summed
 from smolrun.benchmarks.stragglers import ScriptedPace, facts, network, paced_context
 from smolrun.collectives.api import new_group
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 
 

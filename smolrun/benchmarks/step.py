@@ -21,9 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from smolrun.algorithms.base import Algorithm, StepResult
-from smolrun.algorithms.contract import IGNORED
 from smolrun.benchmarks.compare import compare
-from smolrun.data.base import Batch
+from smolrun.data.splits import IGNORE_INDEX, Batch
 
 _HOOKS = {"ddp-fp16": fp16_compress_hook, "ddp-bf16": bf16_compress_hook}
 
@@ -49,7 +48,7 @@ class PeerStep:
     def __call__(self, batch: Batch, learning_rate: float) -> None:
         """Forward, backward, clip, update; keeps this rank's loss."""
         logits = self.model(batch.inputs).flatten(0, -2)
-        loss = cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
+        loss = cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX)
         self._optimizer.zero_grad()
         loss.backward()
         if self._grad_clip:

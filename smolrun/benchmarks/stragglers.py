@@ -31,7 +31,7 @@ from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.benchmarks.compare import compare, summed
 from smolrun.benchmarks.step import PeerStep
 from smolrun.collectives.api import new_group
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import shares
 from smolrun.parts.precision import PRECISIONS

@@ -45,7 +45,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class PieceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SliceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Elements [start, stop) of a flattened tensor: in which file, under which name there."""
 
     file: str
@@ -59,7 +59,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: str
     shape: list[int]
-    pieces: list[PieceEntry]
+    pieces: list[SliceEntry]
 
     @property
     def num_elements(self) -> int:

@@ -18,7 +18,7 @@ from smolrun.checkpoints.tensor_slice import DTYPE_OF_NAME
 from smolrun.errors import CheckpointError
 
 
-class Checkpoint:
+class CheckpointReader:
     """An opened checkpoint. Sizes and tables of contents are checked here; the hashes were by
     whoever found it (`newest_valid`, `locate`, `verify`).
 

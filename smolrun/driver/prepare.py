@@ -17,10 +17,10 @@ from smolrun.errors import ConfigError
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
-    from smolrun.models.huggingface_folder import Fetched
+    from smolrun.models.huggingface_folder import ModelFolder
 
 
-def prepare_model(config: RunConfig, progress: Progress) -> Fetched | None:
+def prepare_model(config: RunConfig, progress: Progress) -> ModelFolder | None:
     """The model of the config, ready on this machine; None for one that needs no fetching."""
     if isinstance(config.model, CustomTarget):
         return None
@@ -29,7 +29,7 @@ def prepare_model(config: RunConfig, progress: Progress) -> Fetched | None:
     if prepare is None:
         return None
     cache = cache_folder("models")
-    found: Fetched = prepare(cache, progress, config.model.name, **config.model.keywords())
+    found: ModelFolder = prepare(cache, progress, config.model.name, **config.model.keywords())
     return found
 
 
@@ -45,7 +45,7 @@ def with_pinned_model(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": pinned})
 
 
-def tokenizer_for(config: RunConfig, model: Fetched | None) -> str | None:
+def tokenizer_for(config: RunConfig, model: ModelFolder | None) -> str | None:
     """What `data.tokenizer=auto` means beside this model; other values stay as they are.
 
     None where the data has no tokenizer. ConfigError where weights that were trained on one
@@ -66,7 +66,7 @@ def tokenizer_for(config: RunConfig, model: Fetched | None) -> str | None:
     return model.tokenizer_folder
 
 
-def with_model(config: RunConfig, prepared: Prepared, model: Fetched | None) -> Prepared:
+def with_model(config: RunConfig, prepared: Prepared, model: ModelFolder | None) -> Prepared:
     """The prepared data, with the model's folder for the ranks; ConfigError where they differ."""
     if model is None:
         return prepared

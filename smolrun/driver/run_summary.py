@@ -15,11 +15,11 @@ from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.sanitize import echo, indented, one_line
+from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import rate
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
-from smolrun.tracking.verdict import TimeTeller
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
@@ -46,7 +46,7 @@ class Ending:
         config: RunConfig,
         folder: RunFolder,
         record: RunRecord,
-        times: TimeTeller,
+        times: TimeReport,
         host_versions: Mapping[str, Mapping[str, str | None]],
         restarts: Sequence[Mapping[str, Any]] = (),
     ) -> None:

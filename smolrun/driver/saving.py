@@ -13,7 +13,7 @@ from typing import Any
 
 from smolrun.algorithms.base import Algorithm
 from smolrun.checkpoints.find import checkpoints_in
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.writer import Saver
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
@@ -105,7 +105,7 @@ class RankCheckpoints(Periodic):
         """Goes on from the checkpoint, if there is one to go on from; on all ranks alike."""
         if self._saving.resume is None:
             return
-        with Checkpoint(Path(self._saving.resume)) as checkpoint:
+        with CheckpointReader(Path(self._saving.resume)) as checkpoint:
             state = checkpoint.manifest.state
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])

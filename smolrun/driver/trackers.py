@@ -8,13 +8,13 @@ from smolrun.config import RunConfig, ranks, world_size
 from smolrun.driver.resume import Earlier
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.driver import Subscriber
+from smolrun.tracking.bottleneck import RunSetup, TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.timeline import TimelineFile
-from smolrun.tracking.tracker import Fanout, Tracker, make_trackers
-from smolrun.tracking.verdict import Setup, TimeTeller
+from smolrun.tracking.trackers import Fanout, Tracker, make_trackers
 
 _HOUSE_KEYS = {"kind", "timeline_steps"}
 
@@ -35,7 +35,7 @@ class RunTrackers(Subscriber):
                 eval_loss=earlier.eval_loss,
                 checkpoint=earlier.checkpoint.name if earlier.checkpoint else None,
             )
-        self.times = time_teller(config, console.say)
+        self.times = time_report(config, console.say)
         self._config = config
         self._folder = folder
         self._say = console.say
@@ -79,7 +79,7 @@ def more_readers(config: RunConfig, folder: RunFolder, say: Callable[[str], None
     return [TimelineFile(folder.path / "timeline.json", hosts), *chosen]
 
 
-def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
+def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
     """Who says where the time goes; it only advises what this run could set."""
     bound = config.staleness.bound
     algorithm = config.algorithm
@@ -89,7 +89,7 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
     # Where speeds are measured there is nothing to set.
     can_set_speed = bool(places) and all(host.speed != "auto" for host in hosts)
     size = world_size(config)
-    setup = Setup(
+    setup = RunSetup(
         hosts=[rank.host for rank in ranks(config)],
         speed_keys=[f"cluster.hosts.{index}.speed" for index, _ in places]
         if can_set_speed
@@ -101,7 +101,7 @@ def time_teller(config: RunConfig, say: Callable[[str], None]) -> TimeTeller:
         can_use_bf16=config.precision == "float32",
         is_lockstep=not algorithm.is_asynchronous,
     )
-    return TimeTeller(setup, say)
+    return TimeReport(setup, say)
 
 
 def can_quantize(config: RunConfig) -> bool:

@@ -22,7 +22,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionInputs:
     """What all layers share in one forward: where tokens stand and what each may look at.
 
     `mask` is True where a token may look, broadcast to [B, H, T, S]; None means plain causal.
@@ -51,23 +51,23 @@ class Attention(nn.Module):
         self.query_norm = _head_norm(shape)
         self.key_norm = _head_norm(shape)
 
-    def forward(self, hidden_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, shared: AttentionInputs) -> Tensor:
         query_BHTK = self.query_norm(self._split(self.query(hidden_BTD), self.num_heads))
         key_BGSK = self.key_norm(self._split(self.key(hidden_BTD), self.num_kv_heads))
         value_BGSK = self._split(self.value(hidden_BTD), self.num_kv_heads)
-        if sight.rotation is not None:
-            query_BHTK = rotate(query_BHTK, sight.rotation)
-            key_BGSK = rotate(key_BGSK, sight.rotation)
-        if sight.step is not None:
-            key_BGSK, value_BGSK = sight.step.append(self.layer, key_BGSK, value_BGSK)
+        if shared.rotation is not None:
+            query_BHTK = rotate(query_BHTK, shared.rotation)
+            key_BGSK = rotate(key_BGSK, shared.rotation)
+        if shared.step is not None:
+            key_BGSK, value_BGSK = shared.step.append(self.layer, key_BGSK, value_BGSK)
         # Autocast leaves norms in float32 and the value in half; attention wants all three alike.
         dtype = value_BGSK.dtype
         mixed_BHTK = F.scaled_dot_product_attention(
             query_BHTK.to(dtype),
             self._repeat(key_BGSK.to(dtype)),
             self._repeat(value_BGSK),
-            attn_mask=sight.mask,
-            is_causal=sight.mask is None,
+            attn_mask=shared.mask,
+            is_causal=shared.mask is None,
         )
         output_BTD: Tensor = self.output(mixed_BHTK.transpose(1, 2).flatten(2))
         return output_BTD
@@ -105,12 +105,12 @@ def rotation_of(
     pairs_R = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     frequencies_R = 1.0 / theta ** (pairs_R / head_width)
     if scaling is not None:
-        frequencies_R = _stretched(frequencies_R, scaling)
+        frequencies_R = _scaled(frequencies_R, scaling)
     angles_TR = positions.float()[..., None] * frequencies_R
     return angles_TR.cos(), angles_TR.sin()
 
 
-def _stretched(frequencies_R: Tensor, scaling: RopeScaling) -> Tensor:
+def _scaled(frequencies_R: Tensor, scaling: RopeScaling) -> Tensor:
     """Source: arXiv:2407.21783 (Llama 3), after arXiv:2306.15595."""
     turns_R = scaling.original_max_position_embeddings * frequencies_R / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -12,7 +12,7 @@ Kind = Literal["tokens", "features"]
 
 
 class ModelSpec(Protocol):
-    """What the data asks of the model; `smolrun.data.base.Prepared` fits.
+    """What the data asks of the model; `smolrun.data.splits.Prepared` fits.
 
     num_outputs is the vocabulary size, or the number of classes. num_inputs is the number of
     features of one sample (None for tokens); sequence_length counts tokens (None for features).

@@ -3,8 +3,8 @@
     tokens -> token_embedding [+ position_embedding] -> blocks[0] .. blocks[n - 1] -> norm -> head
               has_embedding                             first_layer .. last_layer     has_head
 
-Any stretch of it can be built alone, so that layers can be spread over hosts; a parameter has the
-same name in every stretch. With tied embeddings the stretch that has the head also holds
+Any stage of it can be built alone, so that layers can be spread over hosts; a parameter has the
+same name in every stage. With tied embeddings the stage that has the head also holds
 `token_embedding.weight`: then the first and the last host own one parameter together and must add
 up its gradients. The decoder knows nothing of hosts: whoever cuts it moves hidden_BTD onwards.
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smolrun.errors import ConfigError
-from smolrun.models.attention import Attention, Sight, rotation_of
+from smolrun.models.attention import Attention, AttentionInputs, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
 from smolrun.models.kv_cache import KVCache, may_look
 from smolrun.models.shape import (
@@ -74,8 +74,8 @@ class Block(nn.Module):
         self.feed_forward_norm = norm_of(shape)
         self.feed_forward = FeedForward(shape)
 
-    def forward(self, hidden_BTD: Tensor, sight: Sight) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), sight)
+    def forward(self, hidden_BTD: Tensor, shared: AttentionInputs) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), shared)
         output_BTD: Tensor = hidden_BTD + self.feed_forward(self.feed_forward_norm(hidden_BTD))
         return output_BTD
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Token ids [B, T] to logits [B, T, V].
 
-        A stretch without embedding takes hidden [B, T, D]; one without head returns it. With a
+        A stage without embedding takes hidden [B, T, D]; one without head returns it. With a
         cache the inputs continue its sequences, and `counts[row]` tells how many of a row's T
         inputs are real, the rest being padding on the right (None: all are real). Raises
         ValueError for a sequence longer than max_sequence_length or than the cache.
@@ -134,7 +134,9 @@ class Decoder(nn.Module):
             step = cache.plan(inputs.shape[1], counts, window)
             positions, mask = step.positions_BT, step.mask_B1TS
         hidden_BTD = self._embed(inputs, positions) if self.has_embedding else inputs
-        hidden_BTD = self._run_blocks(hidden_BTD, Sight(self._rotation(positions), mask, step))
+        hidden_BTD = self._run_blocks(
+            hidden_BTD, AttentionInputs(self._rotation(positions), mask, step)
+        )
         if step is not None:
             step.finish()
         if not self.has_head:
@@ -169,16 +171,16 @@ class Decoder(nn.Module):
             hidden_BTD = hidden_BTD + self.position_embedding(positions)
         return hidden_BTD
 
-    def _run_blocks(self, hidden_BTD: Tensor, sight: Sight) -> Tensor:
-        recompute = self.recompute and torch.is_grad_enabled() and sight.step is None
+    def _run_blocks(self, hidden_BTD: Tensor, shared: AttentionInputs) -> Tensor:
+        recompute = self.recompute and torch.is_grad_enabled() and shared.step is None
         for block in self.blocks.values():
             if recompute:
                 # Nothing in a block is random, so there is no random state to keep for later.
                 hidden_BTD = checkpoint(
-                    block, hidden_BTD, sight, use_reentrant=False, preserve_rng_state=False
+                    block, hidden_BTD, shared, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden_BTD = block(hidden_BTD, sight)
+                hidden_BTD = block(hidden_BTD, shared)
         return hidden_BTD
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -238,7 +240,7 @@ def build(
     rope_scaling: Mapping[str, float] | None,
     norm_eps: float,
 ) -> Decoder:
-    """The decoder for `spec`, or the stretch of it that the parameters before the star ask for.
+    """The decoder for `spec`, or the stage of it that the parameters before the star ask for.
 
     The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
     """

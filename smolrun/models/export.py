@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.errors import ConfigError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.models import decoder
 from smolrun.models.base import ModelSpec
-from smolrun.models.huggingface_names import config_of, family_of, place_of, to_huggingface
+from smolrun.models.huggingface_conversion import config_of, family_of, location_of, to_huggingface
 from smolrun.models.shape import DecoderShape
 
 MODEL = "model/"  # what checkpoints put in front of a parameter's name
@@ -55,7 +55,11 @@ def shape_of(keys: Mapping[str, Any], vocab_size: int) -> DecoderShape:
 
 
 def write_decoder(
-    checkpoint: Checkpoint, keys: Mapping[str, Any], folder: Path, dtype: str, progress: Progress
+    checkpoint: CheckpointReader,
+    keys: Mapping[str, Any],
+    folder: Path,
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Our own decoder as the family of transformers that it is; returns its config.json."""
     names = [key.removeprefix(MODEL) for key in checkpoint.keys(MODEL)]
@@ -64,7 +68,7 @@ def write_decoder(
     family = family_of(shape)
     ours: dict[str, list[str]] = {}
     for name in names:
-        ours.setdefault(place_of(name, family).name, []).append(name)
+        ours.setdefault(location_of(name, family).name, []).append(name)
 
     def reader(parts: list[str]) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -82,7 +86,7 @@ def write_decoder(
 
 
 def write_network(
-    checkpoint: Checkpoint, source: Path, folder: Path, dtype: str, progress: Progress
+    checkpoint: CheckpointReader, source: Path, folder: Path, dtype: str, progress: Progress
 ) -> dict[str, Any]:
     """A model of transformers, with the config.json it was built from; returns that."""
     keys = [key for key in checkpoint.keys(MODEL) if key.startswith(MODEL + NETWORK)]
@@ -102,7 +106,7 @@ def write_network(
     return config
 
 
-def _trained(checkpoint: Checkpoint, key: str) -> Tensor:
+def _trained(checkpoint: CheckpointReader, key: str) -> Tensor:
     """The average, where there is one: it is what the run has evaluated."""
     average = AVERAGE + key.removeprefix(MODEL)
     return checkpoint.read(average if average in checkpoint.manifest.tensors else key)

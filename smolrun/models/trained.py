@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A run's folder, one of its checkpoints, and the resolved configuration it was trained by."""
 
     run_folder: Path
@@ -39,7 +39,7 @@ class Trained:
         return {key: value for key, value in self.section.items() if key not in ("name", "target")}
 
 
-def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> Trained:
+def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> TrainedModel:
     """The model that `run` means: latest, a run below `outputs`, or a checkpoint folder.
 
     Damaged checkpoints are passed over, each told by `warn`. Raises CheckpointError where there is
@@ -54,4 +54,4 @@ def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> Trained:
     section = config.get("model") if isinstance(config, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("target"), str):
         raise CheckpointError(f"{path} does not say which model was trained")
-    return Trained(run_folder, checkpoint, config)
+    return TrainedModel(run_folder, checkpoint, config)

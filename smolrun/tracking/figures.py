@@ -43,7 +43,7 @@ def _numbers(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, floa
             yield f"{prefix}/{key}", value if isinstance(value, float) else int(value)
 
 
-class Rows:
+class StepRows:
     """Gathers the events of a step into one row. A row is complete when every rank has told of a
     later step, because each rank tells its own story in order."""
 

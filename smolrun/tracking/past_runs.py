@@ -150,7 +150,7 @@ def _steps(folder: RunFolder) -> int | None:
     return steps if isinstance(steps, int) and 0 < steps <= _MOST_STEPS else None
 
 
-class _Step(TypedDict):
+class _StepLine(TypedDict):
     """A line of metrics.jsonl about a step, as far as it is read here."""
 
     event: Literal["step"]
@@ -160,7 +160,7 @@ class _Step(TypedDict):
     time_s: NotRequired[Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None]
 
 
-def _last_steps(metrics: Path) -> list[_Step]:
+def _last_steps(metrics: Path) -> list[_StepLine]:
     """The last events of kind "step", oldest first."""
     for size in _TAIL_BYTES:
         if steps := list(_steps_in(_tail(metrics, size))):
@@ -180,14 +180,14 @@ def _tail(path: Path, size: int) -> bytes:
     return data if length <= size else data.partition(b"\n")[2]
 
 
-def _steps_in(data: bytes) -> Iterator[_Step]:
+def _steps_in(data: bytes) -> Iterator[_StepLine]:
     for line in data.splitlines():
         # Cut short, of another kind, or no line of ours.
         with contextlib.suppress(ValueError, RecursionError):
-            yield msgspec.json.decode(line, type=_Step)
+            yield msgspec.json.decode(line, type=_StepLine)
 
 
-def _mean_step_s(events: list[_Step]) -> float | None:
+def _mean_step_s(events: list[_StepLine]) -> float | None:
     """Seconds for one of the last steps."""
     ends: list[tuple[int, float]] = [
         (event["step"], time_s) for event in events if (time_s := event.get("time_s"))
@@ -200,7 +200,7 @@ def _mean_step_s(events: list[_Step]) -> float | None:
     return (ended - began) / float(last - first) if last > first else None
 
 
-def _rate(events: list[_Step]) -> float | None:
+def _rate(events: list[_StepLine]) -> float | None:
     """Tokens per second over the last steps: with late gradients single steps come in bursts."""
     step_s = _mean_step_s(events)
     tokens = [number for event in events if (number := event.get("tokens")) is not None]

@@ -59,7 +59,7 @@ _KEY_BYTES = 32  # of the key that signs files
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-class Driver(TypedDict, total=False):
+class DriverRecord(TypedDict, total=False):
     """What driver.json holds. `process_created` and `started_at` are times of the driver's host."""
 
     pid: int
@@ -187,11 +187,11 @@ class RunFolder:
             self._stop.unlink(missing_ok=True)
         atomic_write(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
-    def driver(self) -> Driver:
+    def driver(self) -> DriverRecord:
         """What `write_driver` kept last; empty if there is nothing that can be read."""
         try:
             content = read_bytes(self.path / "driver.json", _MAX_BYTES)
-            return msgspec.json.decode(content, type=Driver)
+            return msgspec.json.decode(content, type=DriverRecord)
         except (OSError, ValueError, RecursionError):
             return {}
 

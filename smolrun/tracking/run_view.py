@@ -16,7 +16,7 @@ import msgspec
 
 from smolrun.files import open_regular
 from smolrun.tracking.past_runs import State, look, state_of
-from smolrun.tracking.run_folder import Driver, RunFolder
+from smolrun.tracking.run_folder import DriverRecord, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
 _HISTORY_BYTES = 16 << 10
@@ -27,7 +27,7 @@ _Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 
-class Place(msgspec.Struct, frozen=True):
+class FilePosition(msgspec.Struct, frozen=True):
     """How far a file was read. `file` tells it from another one that took its name since."""
 
     file: int
@@ -38,7 +38,7 @@ class Chunk(msgspec.Struct, frozen=True):
     """Whole lines, and where the next ones will begin. Without a `place` there is no file."""
 
     lines: list[str] = []
-    place: Place | None = None
+    place: FilePosition | None = None
     is_fresh: bool = False  # the lines are no sequel: they are the last ones of a file
 
 
@@ -52,8 +52,8 @@ class Request(msgspec.Struct, frozen=True):
     stop: bool = False
     figures: bool = False
     reads: bool = False
-    metrics: Place | None = None
-    log: Place | None = None
+    metrics: FilePosition | None = None
+    log: FilePosition | None = None
 
 
 class Figures(TypedDict, total=False):
@@ -75,7 +75,7 @@ class View(msgspec.Struct, frozen=True):
     """
 
     state: State
-    driver: Driver = {}
+    driver: DriverRecord = {}
     summary: dict[str, Any] = {}
     asked: int = 0
     figures: Figures = {}
@@ -108,7 +108,7 @@ def answer(request: Request) -> View:
     )
 
 
-def read_on(path: Path, place: Place | None) -> Chunk:
+def read_on(path: Path, place: FilePosition | None) -> Chunk:
     """The lines of a file from a place on, as many as one look may bring."""
     try:
         with open_regular(path) as file:
@@ -125,7 +125,7 @@ def read_on(path: Path, place: Place | None) -> Chunk:
     skipped = data.find(b"\n", 0, end) + 1 if is_fresh and begin > 0 else 0
     text = data[skipped:end].decode("utf-8", "replace").removesuffix("\n")
     lines = text.split("\n") if text else []
-    return Chunk(lines, Place(found.st_ino, begin + end), is_fresh)
+    return Chunk(lines, FilePosition(found.st_ino, begin + end), is_fresh)
 
 
 def _figures(folder: RunFolder) -> Figures:

@@ -29,7 +29,7 @@ import msgspec
 import psutil
 
 from smolrun.files import read_yaml
-from smolrun.tracking.figures import Rows
+from smolrun.tracking.figures import StepRows
 from smolrun.tracking.wandb_run import Start, Status, read_status, write_status
 
 _SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
@@ -73,7 +73,7 @@ class Recorder:
         first_step = status.last_step + 1
         if status.state == "online":
             first_step = int(self._run.starting_step)  # what the server has is what counts
-        self._rows = Rows(start.world_size, first_step=first_step)
+        self._rows = StepRows(start.world_size, first_step=first_step)
 
     def follow(self, pokes: BinaryIO) -> None:
         """Log what is new whenever poked, until there are no pokes any more."""

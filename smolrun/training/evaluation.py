@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from smolrun.algorithms.base import Algorithm
-from smolrun.data.base import Batch, Prepared, open_split
+from smolrun.data.splits import Batch, Prepared, open_split
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.events import EvalDone, Event, TextSample
 from smolrun.training.trainer import Callback, Periodic, TrainOutcome

@@ -15,8 +15,8 @@ import numpy
 import torch
 
 from smolrun.algorithms.contract import BatchPart
-from smolrun.data.base import Batch, Split
 from smolrun.data.order import SampleOrder
+from smolrun.data.splits import Batch, Split
 from smolrun.errors import DataError
 from smolrun.parts.placement import BatchPlan
 

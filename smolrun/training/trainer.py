@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.algorithms.contract import BatchPart
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.errors import CheckpointError
 
 

@@ -12,9 +12,9 @@ from smolrun.benchmarks.never_waiting import compare_edp
 from smolrun.benchmarks.step import PeerStep, compare_step
 from smolrun.benchmarks.stragglers import compare_bounds, compare_shares
 from smolrun.collectives.api import Collectives
-from smolrun.data.base import open_split
 from smolrun.data.order import SampleOrder
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import open_split
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches

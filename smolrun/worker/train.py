@@ -16,8 +16,8 @@ import numpy
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context
-from smolrun.data.base import Batch, Prepared, Split, open_split
 from smolrun.data.order import SampleOrder
+from smolrun.data.splits import Batch, Prepared, Split, open_split
 from smolrun.driver.batch_shares import share_work
 from smolrun.driver.outputs import load_target
 from smolrun.driver.saving import RankCheckpoints

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from smolrun.algorithms.base import FORWARD, Algorithm, Context, StepResult
 from smolrun.algorithms.edp import edp
 from smolrun.algorithms.edp.server import STALENESS_LR_SCALES
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.events import Event, PushApplied
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from smolrun.algorithms.contract import IGNORED, check_answer
-from smolrun.data.base import Batch
+from smolrun.algorithms.contract import check_answer
+from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.errors import ConfigError, DataError
 from tests.algorithms import worlds
 
 LOGITS = torch.zeros(4, 10, requires_grad=True)
-FEATURES = Batch(torch.zeros(4, 7), torch.tensor([0, 1, 9, IGNORED]))
+FEATURES = Batch(torch.zeros(4, 7), torch.tensor([0, 1, 9, IGNORE_INDEX]))
 TOKENS = Batch(torch.zeros(4, 6, dtype=torch.int64), torch.full((4, 6), 9))
 
 

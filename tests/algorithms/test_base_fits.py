@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.algorithms.single import Single
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS
 from smolrun.testing import run_ranks

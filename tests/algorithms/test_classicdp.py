@@ -14,7 +14,7 @@ from torch import nn
 
 from smolrun.algorithms.base import Context, StepResult
 from smolrun.algorithms.classicdp import ClassicDP, classicdp
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from smolrun.algorithms.edp.server import EDPServer
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.errors import CheckpointError
 from smolrun.events import PushDropped
 from smolrun.testing import run_ranks

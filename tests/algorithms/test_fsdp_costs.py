@@ -16,7 +16,7 @@ from torch import nn
 from smolrun.algorithms.base import Algorithm, Context
 from smolrun.algorithms.classicdp import classicdp
 from smolrun.algorithms.fsdp import fsdp
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_shell, first_value
 from smolrun.parts.flat_shards import ShardedBucket

@@ -18,7 +18,7 @@ import yaml
 from smolrun.algorithms.base import Algorithm, Context
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.writer import write_shard
 from smolrun.driver.outputs import load_target
 from smolrun.errors import CheckpointError
@@ -35,7 +35,7 @@ Hurt = Callable[[Algorithm], None]
 
 
 def restore(runner: Algorithm, resume: Path) -> None:
-    with Checkpoint(resume) as checkpoint:
+    with CheckpointReader(resume) as checkpoint:
         state = checkpoint.manifest.state
         runner.restore(checkpoint, state["algorithm"])
 
@@ -99,7 +99,7 @@ def placed(section: dict[str, Any], context: Context, start: torch.nn.Module) ->
 
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(checkpoint) as opened:
+    with CheckpointReader(checkpoint) as opened:
         return {key: opened.read(key) for key in opened.keys("")}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from smolrun.algorithms.base import Algorithm, Context, StepResult
 from smolrun.algorithms.contract import FACTS
 from smolrun.algorithms.syncps import syncps
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.errors import PeerLost
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.base import StepResult
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.events import Event, GradientDropped
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.replicas import parameter_hash

@@ -19,7 +19,7 @@ from torch import nn
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.cli.compose import compose
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh

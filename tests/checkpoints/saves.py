@@ -10,7 +10,7 @@ import torch
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import Manifest, hash_of, merge
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 
@@ -44,7 +44,7 @@ def save(checkpoints: Path, step: int, tag: int | None = None, token: str = "t")
 
 def tag_of(folder: Path) -> int:
     """Which save a checkpoint came from; fails if it is a mix of several."""
-    with Checkpoint(folder) as checkpoint:
+    with CheckpointReader(folder) as checkpoint:
         tags = {int(checkpoint.manifest.state["tag"])}
         for key in checkpoint.keys():  # noqa: SIM118  (a method of ours, not of a dict)
             tags |= {int(value) for value in checkpoint.read(key).view(-1).tolist()}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from smolrun.checkpoints.find import newest_valid, verify
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.errors import CheckpointError
 from tests.checkpoints.saves import save, sealed
 
@@ -107,7 +107,7 @@ def test_a_lying_file_is_refused_in_little_memory(tmp_path: Path, attack: str):
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=FILE):
-            Checkpoint(bad)  # which reads no hashes
+            CheckpointReader(bad)  # which reads no hashes
         with pytest.raises(CheckpointError, match=FILE):
             verify(bad)
         assert newest_valid(tmp_path, lambda text: None) == good

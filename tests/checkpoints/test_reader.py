@@ -9,7 +9,7 @@ import torch
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError
@@ -44,7 +44,7 @@ def saved_by(folder: Path, world_size: int, seed: int) -> Path:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_whoever_wrote_it_reads_the_same(tmp_path: Path, world_size: int):
     dice = random.Random(world_size)
-    with Checkpoint(saved_by(tmp_path, world_size, seed=world_size)) as checkpoint:
+    with CheckpointReader(saved_by(tmp_path, world_size, seed=world_size)) as checkpoint:
         assert checkpoint.keys() == sorted(TENSORS)
         assert checkpoint.keys("model/") == sorted(set(TENSORS) - {"mask"})
         for key, tensor in TENSORS.items():
@@ -60,7 +60,7 @@ def test_whoever_wrote_it_reads_the_same(tmp_path: Path, world_size: int):
 
 def test_what_is_read_is_the_readers_own(tmp_path: Path):
     folder = save(tmp_path, 1)
-    with Checkpoint(folder) as checkpoint:
+    with CheckpointReader(folder) as checkpoint:
         checkpoint.read("model/weight").zero_()
         assert (checkpoint.read("model/weight") == 1).all()
         kept = checkpoint.read("model/weight")
@@ -71,13 +71,13 @@ def test_what_is_read_is_the_readers_own(tmp_path: Path):
 
 @pytest.mark.parametrize("ends", [(-1, 3), (3, 2), (0, 16), (16, 16)])
 def test_ranges_outside_the_tensor_are_told(tmp_path: Path, ends: tuple[int, int]):
-    checkpoint = Checkpoint(save(tmp_path, 1))
+    checkpoint = CheckpointReader(save(tmp_path, 1))
     with pytest.raises(CheckpointError, match="has 15 elements, not the range"):
         checkpoint.read("model/weight", *ends)
 
 
 def test_a_key_that_is_not_there_is_told(tmp_path: Path):
-    checkpoint = Checkpoint(save(tmp_path, 1))
+    checkpoint = CheckpointReader(save(tmp_path, 1))
     for ask in (checkpoint.read, checkpoint.shape, checkpoint.dtype):
         with pytest.raises(CheckpointError, match="has no 'model/wieght'"):
             ask("model/wieght")
@@ -85,14 +85,14 @@ def test_a_key_that_is_not_there_is_told(tmp_path: Path):
 
 def test_a_file_that_is_gone_is_told_when_it_is_read(tmp_path: Path):
     folder = save(tmp_path, 1)
-    checkpoint = Checkpoint(folder)
+    checkpoint = CheckpointReader(folder)
     (folder / "rank1-0.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rank1-0\.safetensors cannot be read"):
         checkpoint.read("model/weight")
 
 
 def test_closing_lets_go_and_reading_opens_again(tmp_path: Path):
-    checkpoint = Checkpoint(save(tmp_path, 1))
+    checkpoint = CheckpointReader(save(tmp_path, 1))
     checkpoint.read("model/weight")
     checkpoint.close()
     assert (checkpoint.read("model/weight") == 1).all()

@@ -11,9 +11,9 @@ import platformdirs
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.data.base import Prepared, open_split
 from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.python_stdlib import PythonStdlib
+from smolrun.data.splits import Prepared, open_split
 from smolrun.data.text import TextFiles
 from smolrun.driver.outputs import prepare_data
 from smolrun.errors import DataError

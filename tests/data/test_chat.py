@@ -10,9 +10,9 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from smolrun.data.base import IGNORE_INDEX, open_split
 from smolrun.data.chat import Chat
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import IGNORE_INDEX, open_split
 from smolrun.data.tokenizer import TextTokenizer, load_tokenizer
 from smolrun.errors import DataError
 from tests.data.foreign import CHATML, foreign_folder

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 
-from smolrun.data.base import Prepared, open_split
 from smolrun.data.digits import Digits, draw
+from smolrun.data.splits import Prepared, open_split
 from smolrun.errors import DataError
 
 

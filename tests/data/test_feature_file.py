@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smolrun.data.base import open_split
 from smolrun.data.feature_file import Rows, prepare_features
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import open_split
 from smolrun.errors import DataError
 
 INPUTS = numpy.ones((3, 2), dtype="float32")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smolrun.data.base import open_split
+from smolrun.data.splits import open_split
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "data.md").read_text()

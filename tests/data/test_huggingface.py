@@ -14,9 +14,9 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from smolrun.data.base import IGNORE_INDEX, open_split
 from smolrun.data.huggingface import HuggingFaceData
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import IGNORE_INDEX, open_split
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import DataError
 

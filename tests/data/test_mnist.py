@@ -13,10 +13,10 @@ import numpy
 import pytest
 
 from smolrun.data import mnist
-from smolrun.data.base import open_split
 from smolrun.data.fetch import fetched
 from smolrun.data.mnist import DEBIAN_FOLDER, FashionMnist, Mnist, find_idx_files, read_idx
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import open_split
 from smolrun.errors import DataError
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolrun.data.base import FeatureSplit
 from smolrun.data.order import SampleOrder
+from smolrun.data.splits import FeatureSplit
 from smolrun.parts.placement import plan_batches
 from smolrun.training.loader import BatchLoader, sequential_batches
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from smolrun.data.base import open_split
 from smolrun.data.fetch import fetched
 from smolrun.data.prepared import Prepared
 from smolrun.data.shakespeare import PACKAGE, Shakespeare, texts_of_archive
+from smolrun.data.splits import open_split
 from smolrun.errors import DataError
 
 FILES = {

@@ -12,9 +12,9 @@ import numpy
 import pytest
 
 from smolrun.data import stream
-from smolrun.data.base import open_split
 from smolrun.data.hub_dataset import DatasetDocuments
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import open_split
 from smolrun.data.stream import (
     Bookmark,
     Bookmarks,

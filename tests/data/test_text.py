@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolrun.data.base import Prepared, open_split
 from smolrun.data.documents import read_documents, split_documents
 from smolrun.data.python_stdlib import PythonStdlib, source_files
+from smolrun.data.splits import Prepared, open_split
 from smolrun.data.text import TextFiles
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import DataError

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from smolrun.data.base import open_split
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import open_split
 from smolrun.data.text import TextFiles
 from smolrun.data.tokenizer import (
     END_TOKEN,

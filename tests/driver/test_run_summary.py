@@ -9,7 +9,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.driver.run_summary import Ending
-from smolrun.driver.trackers import time_teller
+from smolrun.driver.trackers import time_report
 from smolrun.events import PushApplied, PushDropped, StepDone
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.tracking.console import Console
@@ -21,7 +21,7 @@ def told(folder: Path, outcome: RunOutcome, record: RunRecord, *overrides: str) 
     """What stdout gets."""
     config = compose([*overrides, "cluster.ranks=2"])
     stream = io.StringIO()
-    ending = Ending(config, RunFolder(folder), record, time_teller(config, print), {})
+    ending = Ending(config, RunFolder(folder), record, time_report(config, print), {})
     console = Console(steps=1, world_size=2, stream=stream)
     ending.tell(outcome, 12.0, console)
     return stream.getvalue()

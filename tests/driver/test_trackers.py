@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.trackers import time_teller
-from tests.tracking.test_verdict import train
+from smolrun.driver.trackers import time_report
+from tests.tracking.test_bottleneck import train
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tests.tracking.test_verdict import train
     ids=["classicdp", "stage 2", "stage 3", "syncps", "syncps that leaves stragglers"],
 )
 def test_staleness_is_advised_where_it_is_allowed(overrides: list[str], is_advised: bool) -> None:
-    teller = time_teller(compose([*overrides, "cluster.ranks=2"]), lambda said: None)
+    teller = time_report(compose([*overrides, "cluster.ranks=2"]), lambda said: None)
     train(teller, range(5), 2.0, 1.0)  # half of the time is the network's
     assert ("staleness.bound" in teller.line) is is_advised
 
@@ -39,6 +39,6 @@ def test_staleness_is_advised_where_it_is_allowed(overrides: list[str], is_advis
 def test_quantization_is_advised_where_gradients_travel_whole(
     overrides: list[str], is_advised: bool
 ) -> None:
-    teller = time_teller(compose(overrides), lambda said: None)
+    teller = time_report(compose(overrides), lambda said: None)
     train(teller, range(5), 2.0, 1.0)
     assert ("quantization=int8" in teller.line) is is_advised

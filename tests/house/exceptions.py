@@ -17,7 +17,6 @@ FILES: dict[str, str] = {
     "smolrun/launch/remote/host.py": "to be merged into its user",
     "smolrun/launch/ssh/dial.py": "to be merged into its user",
     "smolrun/parts/device_class.py": "to be merged into its user",
-    "smolrun/tracking/choose.py": "to be merged into its user",
     "smolrun/wire/credentials.py": "to be merged into its user",
 }
 
@@ -29,19 +28,12 @@ FUNCTIONS: dict[str, str] = {
 CLASSES: dict[str, str] = dict.fromkeys(
     (
         "Hop",
-        "Conversation",
-        "Rows",
-        "Fetched",
-        "Place",
         "Told",
         "Interface",
         "Way",
         "Door",
-        "Verdict",
-        "Driver",
         "Connection",
         "Slice",
-        "Setup",
     ),
     "one of the two is to be renamed",
 )

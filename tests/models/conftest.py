@@ -12,7 +12,7 @@ from tests.models.tiny import MakeDecoder, make_tiny_decoder
 
 @pytest.fixture
 def make_decoder() -> MakeDecoder:
-    """Builds a float32 decoder on the CPU: make(stretch=(), seed=0, **keys)."""
+    """Builds a float32 decoder on the CPU: make(stage=(), seed=0, **keys)."""
     return make_tiny_decoder
 
 

@@ -1,4 +1,4 @@
-"""The decoder: causality, windows, stretches of layers, recomputation, bad keys."""
+"""The decoder: causality, windows, stages of layers, recomputation, bad keys."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def test_stretches_of_layers_are_the_whole_model_cut(
 ) -> None:
     whole = make_decoder(seed=5, **keys)
     borders = [0, *cuts, 4]
-    stretches = [
+    stages = [
         make_decoder((first, stop - 1, first == 0, stop == 4), seed=5, **keys)
         for first, stop in pairwise(borders)
     ]
     parameters = whole.state_dict()
     seen: set[str] = set()
-    for stretch in stretches:
-        for name, value in stretch.state_dict().items():
+    for stage in stages:
+        for name, value in stage.state_dict().items():
             assert torch.equal(value, parameters[name]), name
             seen.add(name)
     assert seen == set(parameters)
     hidden = tokens(2, 9)
-    for stretch in stretches:
-        hidden = stretch(hidden)
+    for stage in stages:
+        hidden = stage(hidden)
     assert torch.equal(hidden, whole(tokens(2, 9)))
 
 

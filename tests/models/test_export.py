@@ -14,13 +14,13 @@ from torch import nn
 
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.data.tokenizer import bytes_tokenizer, train_bpe
 from smolrun.errors import ConfigError
 from smolrun.models import export
-from smolrun.models.huggingface_names import config_of, decoder_keys_from_hf, family_of
+from smolrun.models.huggingface_conversion import config_of, decoder_keys_from_hf, family_of
 from tests.models.model_folders import FAMILIES, save_model
 from tests.models.test_huggingface import make
 from tests.models.test_rope_scaling import LLAMA_32
@@ -69,7 +69,7 @@ def save(folder: Path, model: nn.Module) -> Path:
 def export_decoder(tmp_path: Path, model: nn.Module, keys: Any, dtype: str = "as_is") -> Path:
     out = tmp_path / "out"
     out.mkdir()
-    with Checkpoint(save(tmp_path, model)) as checkpoint:
+    with CheckpointReader(save(tmp_path, model)) as checkpoint:
         export.write_decoder(checkpoint, keys, out, dtype, lambda *_: None)
     export.check_loads(out)
     return out
@@ -102,7 +102,7 @@ def test_a_model_of_transformers_comes_back_as_it_is(tmp_path: Path, family: str
             parameter.mul_(1.5)
     out = tmp_path / "out"
     out.mkdir()
-    with Checkpoint(save(tmp_path, model)) as checkpoint:
+    with CheckpointReader(save(tmp_path, model)) as checkpoint:
         export.write_network(checkpoint, source, out, "as_is", lambda *_: None)
     export.check_loads(out)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -40,7 +40,7 @@ def test_stretches_with_their_own_caches_equal_the_whole(make_decoder: MakeDecod
         make_decoder((0, 1, True, False), seed=2),
         make_decoder((2, 3, False, True), seed=2),
     )
-    caches = [stretch.new_cache(1, 12) for stretch in (first, last)]
+    caches = [stage.new_cache(1, 12) for stage in (first, last)]
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     with torch.no_grad():
         for start, stop in ((0, 3), (3, 4), (4, 6)):  # a prompt in chunks of 3, 1 and 2 tokens

@@ -13,13 +13,13 @@ import pytest
 
 from smolrun.errors import ConfigError
 from smolrun.models import huggingface
-from smolrun.models.huggingface_folder import Fetched
+from smolrun.models.huggingface_folder import ModelFolder
 from tests.models.model_folders import change_config, save_model
 
 KEYS: dict[str, Any] = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
 
 
-def prepare(name: object, **keys: Any) -> Fetched:
+def prepare(name: object, **keys: Any) -> ModelFolder:
     return huggingface.prepare(Path(), lambda *_: None, str(name), **{**KEYS, **keys})
 
 

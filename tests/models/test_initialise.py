@@ -50,9 +50,9 @@ def test_values_do_not_depend_on_the_layer_range(
         lambda: build(Spec(), **TINY), seed, dtype=torch.float32, device="cpu"
     ).state_dict()
     with torch.device("meta"):
-        stretch = build(Spec(), first, last, ends, ends, **TINY)
+        stage = build(Spec(), first, last, ends, ends, **TINY)
     for name, value in (
-        initialise(stretch, seed, dtype=torch.float32, device="cpu").state_dict().items()
+        initialise(stage, seed, dtype=torch.float32, device="cpu").state_dict().items()
     ):
         assert torch.equal(value, whole[name]), name
 

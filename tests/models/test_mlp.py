@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolrun.data.base import open_split
 from smolrun.data.digits import Digits
 from smolrun.data.order import SampleOrder
+from smolrun.data.splits import open_split
 from smolrun.errors import ConfigError
 from smolrun.models.initialise import build_model
 from smolrun.models.mlp import MLP, build

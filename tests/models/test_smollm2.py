@@ -13,13 +13,13 @@ import torch
 
 from smolrun.errors import ConfigError
 from smolrun.models import smollm2
-from smolrun.models.huggingface_folder import Fetched
+from smolrun.models.huggingface_folder import ModelFolder
 from tests.models.model_folders import save_model
 
 KEYS: dict[str, Any] = {"pretrained": True, "attention": "auto", "dropout": 0.0}
 
 
-def prepare(cache: Path, progress: Any = lambda *_: None) -> Fetched:
+def prepare(cache: Path, progress: Any = lambda *_: None) -> ModelFolder:
     return smollm2.prepare(cache, progress, "smollm2_135m", **KEYS)
 
 

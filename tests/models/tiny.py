@@ -61,10 +61,10 @@ class Spec:
 MakeDecoder = Callable[..., Decoder]
 
 
-def make_tiny_decoder(stretch: tuple[Any, ...] = (), seed: int = 0, **keys: Any) -> Decoder:
-    """A float32 decoder on the CPU; `stretch` is what `build` takes before its star."""
+def make_tiny_decoder(stage: tuple[Any, ...] = (), seed: int = 0, **keys: Any) -> Decoder:
+    """A float32 decoder on the CPU; `stage` is what `build` takes before its star."""
     model = build_model(
-        lambda: build(Spec(), *stretch, **{**TINY, **keys}), seed, dtype=torch.float32, device="cpu"
+        lambda: build(Spec(), *stage, **{**TINY, **keys}), seed, dtype=torch.float32, device="cpu"
     )
     assert isinstance(model, Decoder)
     return model

@@ -14,7 +14,7 @@ import pytest
 from smolrun.driver.runs import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import attach
-from smolrun.tracking.run_view import Chunk, Place, Request, View
+from smolrun.tracking.run_view import Chunk, FilePosition, Request, View
 from tests.cli.command import smolrun
 from tests.tasks.background import in_background
 from tests.tasks.test_whole_runs import finish, start
@@ -115,12 +115,16 @@ def show(tmp_path: Path, answers: list[View | HostError], monkeypatch: pytest.Mo
 
 def test_what_is_told_twice_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = {"steps": 100, "has_log": True}
-    log = Chunk([f"line {number}" for number in range(30)], Place(1, 100), is_fresh=True)
+    log = Chunk([f"line {number}" for number in range(30)], FilePosition(1, 100), is_fresh=True)
     metrics = Chunk([step(9).strip(), '{"event": "eval", "step": 9, "loss": 1.0, "tokens": 5}'])
     views: list[View | HostError] = [
         View("running", driver, log=log, metrics=metrics),
-        View("running", driver, log=Chunk(["after step 10: evaluation loss 1.0"], Place(1, 200))),
-        View("done", driver, log=Chunk(["done: 100 steps"], Place(1, 220))),
+        View(
+            "running",
+            driver,
+            log=Chunk(["after step 10: evaluation loss 1.0"], FilePosition(1, 200)),
+        ),
+        View("done", driver, log=Chunk(["done: 100 steps"], FilePosition(1, 220))),
         View("done", driver),
     ]
     shown = show(tmp_path, views, monkeypatch)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.cli.compose import compose
 from smolrun.cli.run import drive
 from smolrun.config import resolved
@@ -156,7 +156,7 @@ def test_a_model_of_transformers_trains_on_two_ranks_and_comes_back(
     assert export("export.out=out") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained("out")
     (checkpoint,) = Path("outputs/latest/checkpoints").iterdir()
-    with Checkpoint(checkpoint) as saved:
+    with CheckpointReader(checkpoint) as saved:
         for name, value in model.named_parameters():
             assert torch.equal(value, saved.read(f"model/network.{name}")), name
     before = transformers.AutoModelForCausalLM.from_pretrained(source)

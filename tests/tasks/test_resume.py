@@ -18,7 +18,7 @@ import torch
 
 from smolrun.checkpoints.find import newest_valid
 from smolrun.checkpoints.manifest import MANIFEST_FILE
-from smolrun.checkpoints.reader import Checkpoint
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.driver.resume import Earlier, check_data
 from smolrun.errors import ConfigError
 from smolrun.tracking.run_folder import RunFolder
@@ -47,7 +47,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of outputs/latest, times excepted."""
     newest = newest_valid(folder / "outputs" / "latest" / "checkpoints", pytest.fail)
     assert newest is not None
-    with Checkpoint(newest) as checkpoint:
+    with CheckpointReader(newest) as checkpoint:
         assert checkpoint.manifest.step == 24
         return {key: checkpoint.read(key) for key in checkpoint.keys("") if "facts" not in key}
 

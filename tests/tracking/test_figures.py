@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from smolrun.events import EvalDone, Norms, Note, RankStep, StepDone, TextSample, to_json
-from smolrun.tracking.figures import Rows, figures
+from smolrun.tracking.figures import StepRows, figures
 
 
 def step(number: int, loss: float | None = 2.0) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_an_event_of_a_kind_that_is_not_known_yet_tells_its_numbers():
 
 
 def test_a_row_is_complete_when_every_rank_is_past_it():
-    rows = Rows(2)
+    rows = StepRows(2)
     assert rows.add(rank_step(0, 0)) == []
     assert rows.add(step(0)) == []
     assert rows.add(rank_step(1, 0)) == [], "rank 1 has not told yet"
@@ -65,7 +65,7 @@ def test_a_row_is_complete_when_every_rank_is_past_it():
 
 
 def test_steps_that_are_known_already_are_not_told_again():
-    rows = Rows(1, first_step=5)
+    rows = StepRows(1, first_step=5)
     for number in range(3, 8):
         rows.add(rank_step(number, 0))
     assert [number for number, _ in rows.rest()] == [7], "5 and 6 have been given back already"
@@ -74,6 +74,6 @@ def test_steps_that_are_known_already_are_not_told_again():
 
 
 def test_a_rank_that_tells_of_no_steps_does_not_hold_the_others_back():
-    rows = Rows(2)
+    rows = StepRows(2)
     given = [number for step in range(200) for number, _ in rows.add(rank_step(step, 0))]
     assert given == list(range(200 - 64))

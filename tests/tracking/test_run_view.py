@@ -13,7 +13,7 @@ import pytest
 
 from smolrun.tracking import run_view
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.run_view import Place, Request, View, answer, decode, read_on
+from smolrun.tracking.run_view import FilePosition, Request, View, answer, decode, read_on
 from tests.tracking.test_past_runs import a_run, change_driver, write_steps
 
 
@@ -49,7 +49,7 @@ def test_one_look_brings_only_so_much(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run_view, "_MOST_BYTES", 16)
     file = tmp_path / "metrics.jsonl"
     file.write_text("first\nsecond\nthird\n" + "x" * 40 + "\n")
-    place = Place(file.stat().st_ino, 0)
+    place = FilePosition(file.stat().st_ino, 0)
     told = []
     while lines := (chunk := read_on(file, place)).lines:
         told += lines

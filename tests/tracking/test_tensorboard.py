@@ -11,7 +11,7 @@ import pytest
 from smolrun.errors import ConfigError
 from smolrun.events import EvalDone, RankStep, StepDone, TextSample
 from smolrun.tracking.tensorboard import TensorBoard
-from smolrun.tracking.tracker import make_trackers
+from smolrun.tracking.trackers import make_trackers
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
@@ -61,7 +61,7 @@ def test_neither_torch_nor_wandb_is_loaded_for_it(tmp_path: Path):
     script = f"""
 import sys
 from pathlib import Path
-from smolrun.tracking.tracker import make_trackers
+from smolrun.tracking.trackers import make_trackers
 make_trackers("tensorboard", {{}}, Path({str(tmp_path)!r}), world_size=1, warn=print, note=print)
 heavy = {{"torch", "wandb", "tensorflow", "transformers"}} & set(sys.modules)
 assert not heavy, heavy

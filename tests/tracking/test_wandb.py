@@ -25,7 +25,7 @@ from smolrun.driver.resume import Earlier, take_up
 from smolrun.events import EvalDone, Event, Norms, RankStep, StepDone, TextSample
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.tracker import Fanout
+from smolrun.tracking.trackers import Fanout
 from smolrun.tracking.wandb import last_step_in, last_step_written
 from smolrun.tracking.wandb_run import Status, WandbRun, read_status, write_status
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb

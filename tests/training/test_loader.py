@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
-from smolrun.data.base import Batch, FeatureSplit, TokenSplit
 from smolrun.data.order import SampleOrder
+from smolrun.data.splits import Batch, FeatureSplit, TokenSplit
 from smolrun.errors import DataError
 from smolrun.parts.placement import BatchPlan, Plans, plan_batches
 from smolrun.training.loader import (

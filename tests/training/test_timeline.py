@@ -12,7 +12,7 @@ import torch
 
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.events import Event, Timeline
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS

@@ -11,9 +11,9 @@ import torch
 
 from smolrun.algorithms.base import StepResult
 from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.data.base import Batch, open_split
 from smolrun.data.digits import Digits
 from smolrun.data.prepared import Prepared
+from smolrun.data.splits import Batch, open_split
 from smolrun.errors import CheckpointError, TrainingError
 from smolrun.events import Drift, EvalDone, Event, RankStep, ReplicaHash, StepDone
 from smolrun.mesh.mesh import Mesh

@@ -12,7 +12,7 @@ import torch
 
 from smolrun.algorithms.base import FORWARD, Algorithm
 from smolrun.cli.compose import compose
-from smolrun.data.base import Prepared
+from smolrun.data.splits import Prepared
 from smolrun.errors import ConfigError
 from smolrun.testing import run_ranks
 from smolrun.worker.train import place_algorithm, seed_everything

@@ -19,7 +19,7 @@ from smolrun.algorithms.contract import StepResult
 from smolrun.algorithms.edp.protocol import BatchTotals, PushHeader
 from smolrun.algorithms.edp.work_queue import WorkItem
 from smolrun.collectives.api import new_group
-from smolrun.data.base import Batch
+from smolrun.data.splits import Batch
 from smolrun.events import Event
 from smolrun.parts.buckets import pack
 

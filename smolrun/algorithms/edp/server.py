@@ -29,8 +29,8 @@ from smolrun.algorithms.edp.protocol import (
     WorkMessage,
 )
 from smolrun.algorithms.edp.work_queue import WorkItem, WorkQueue
-from smolrun.checkpoints.reader import Checkpoint
-from smolrun.data.base import Batch
+from smolrun.checkpoints.reader import CheckpointReader
+from smolrun.data.splits import Batch
 from smolrun.errors import CheckpointError, WaitTimeout
 from smolrun.events import REPLACED, Event, Membership, PushApplied, PushDropped
 from smolrun.mesh.mesh import Mesh, Work
@@ -445,7 +445,7 @@ class EDPServer(EDP):
         """With the open work items; those that are held will be computed again."""
         return {**super().state(), "tickets": self.work_queue.state()}
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Of any algorithm: without work items, those of all steps begun are done."""
         if state["in_flight"]:
             raise CheckpointError(

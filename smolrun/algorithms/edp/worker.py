@@ -34,8 +34,8 @@ from smolrun.algorithms.edp.protocol import (
     WorkMessage,
 )
 from smolrun.algorithms.edp.work_queue import WorkItem
-from smolrun.checkpoints.reader import Checkpoint
-from smolrun.data.base import Batch
+from smolrun.checkpoints.reader import CheckpointReader
+from smolrun.data.splits import Batch
 from smolrun.errors import WaitTimeout
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.parameter_server import SERVER, Channels
@@ -305,7 +305,7 @@ class EDPWorker(EDP):
         """0: the server saves everything."""
         return 0
 
-    def restore(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """A no-op: everything comes from the server."""
 
     def next_assignment(self, steps: int) -> BatchAssignment | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smolrun.events import EvalDone, Event
-from smolrun.tracking.tracker import Fanout
+from smolrun.tracking.trackers import Fanout
 
 
 class Listener:

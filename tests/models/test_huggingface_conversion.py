@@ -9,10 +9,10 @@ import torch
 
 from smolrun.errors import ConfigError
 from smolrun.models.decoder import Decoder, build
-from smolrun.models.huggingface_names import (
+from smolrun.models.huggingface_conversion import (
     decoder_keys_from_hf,
     from_huggingface,
-    place_of,
+    location_of,
     to_huggingface,
 )
 from smolrun.models.initialise import build_model
@@ -166,6 +166,6 @@ def test_models_that_our_decoder_cannot_be_are_refused(
 
 def test_unknown_parameters_and_families_are_refused() -> None:
     with pytest.raises(ConfigError, match="no place for the parameter"):
-        place_of("blocks.0.attention.query_norm.weight", "gpt2")
+        location_of("blocks.0.attention.query_norm.weight", "gpt2")
     with pytest.raises(ConfigError, match="unknown model family"):
-        place_of("norm.weight", "bert")
+        location_of("norm.weight", "bert")

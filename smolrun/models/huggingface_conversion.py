@@ -24,7 +24,7 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """A parameter's place: the tensor's name, which of its equal parts, whether transposed."""
 
     name: str
@@ -65,7 +65,7 @@ _LLAMA_INSIDE = {
 }
 
 
-def place_of(name: str, family: str) -> Place:
+def location_of(name: str, family: str) -> TensorLocation:
     """Where our parameter `name` lies in a checkpoint of `family`.
 
     Raises ConfigError if the family has no such part, or is unknown.
@@ -79,13 +79,15 @@ def place_of(name: str, family: str) -> Place:
             inside, part = _GPT2_INSIDE[module]
             parts = 3 if inside == "attn.c_attn" else 1
             is_transposed = leaf == "weight" and not inside.startswith("ln_")
-            return Place(f"transformer.h.{layer}.{inside}.{leaf}", part, parts, is_transposed)
+            return TensorLocation(
+                f"transformer.h.{layer}.{inside}.{leaf}", part, parts, is_transposed
+            )
         if family == "gpt2":
-            return Place(f"{_GPT2_OUTSIDE[module]}.{leaf}")
+            return TensorLocation(f"{_GPT2_OUTSIDE[module]}.{leaf}")
         if family in FAMILIES and layer:
-            return Place(f"model.layers.{layer}.{_LLAMA_INSIDE[module]}.{leaf}")
+            return TensorLocation(f"model.layers.{layer}.{_LLAMA_INSIDE[module]}.{leaf}")
         if family in FAMILIES:
-            return Place(f"{_LLAMA_OUTSIDE[module]}.{leaf}")
+            return TensorLocation(f"{_LLAMA_OUTSIDE[module]}.{leaf}")
     except KeyError:
         raise ConfigError(f"a {family} checkpoint has no place for the parameter {name}") from None
     raise ConfigError(f"unknown model family {family!r}: must be one of {', '.join(FAMILIES)}")
@@ -94,14 +96,14 @@ def place_of(name: str, family: str) -> Place:
 def from_huggingface(
     tensors: Mapping[str, Tensor], names: Iterable[str], family: str
 ) -> dict[str, Tensor]:
-    """Our parameters `names` from a checkpoint; a stretch of layers asks for its own names only.
+    """Our parameters `names` from a checkpoint; a stage of layers asks for its own names only.
 
     GPT-2 checkpoints come with and without the prefix "transformer."; both are read. Raises
     ConfigError naming a tensor that is missing.
     """
     found = {}
     for name in names:
-        place = place_of(name, family)
+        place = location_of(name, family)
         source = place.name if place.name in tensors else place.name.removeprefix("transformer.")
         if source not in tensors:
             raise ConfigError(f"the {family} checkpoint lacks {place.name}, which {name} needs")
@@ -114,7 +116,7 @@ def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, T
     """A checkpoint's tensors from all our parameters, without tied heads, as its own files are."""
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, tensor in parameters.items():
-        place = place_of(name, family)
+        place = location_of(name, family)
         pieces.setdefault(place.name, {})[place.part] = tensor.T if place.is_transposed else tensor
     return {
         name: torch.cat([parts[i] for i in range(len(parts))], dim=-1).contiguous()

@@ -31,7 +31,7 @@ _EVERY_S = 60.0  # between two reports
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunSetup:
     """What the run is, as far as advice depends on it. Per rank: its host, and the key that sets
     its share of the work, None where there is none to set."""
 
@@ -42,11 +42,13 @@ class Setup:
     staleness: int | None = None  # None: this algorithm has none to set
     can_quantize: bool = False  # gradients travel as they are, and need not
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
-    is_lockstep: bool = True  # else nobody waits for the slowest, and there is nothing to judge
+    is_lockstep: bool = (
+        True  # else nobody waits for the slowest, and there is nothing to find_bottleneck
+    )
 
 
 @dataclass
-class Sums:
+class TimeSums:
     """Seconds, summed over steps; those of one rank by its number."""
 
     world_size: int
@@ -82,8 +84,8 @@ class TimeShares:
     up, and `recent` since `take_recent`."""
 
     def __init__(self, world_size: int) -> None:
-        self.run = Sums(world_size)
-        self.recent = Sums(world_size)
+        self.run = TimeSums(world_size)
+        self.recent = TimeSums(world_size)
         self._world_size = world_size
         self._told: dict[int, dict[int, RankStep]] = {}
         self._durations_s: dict[int, float] = {}
@@ -104,9 +106,9 @@ class TimeShares:
             if len(open_) > _MOST_OPEN_STEPS:
                 open_.pop(min(open_))
 
-    def take_recent(self) -> Sums:
+    def take_recent(self) -> TimeSums:
         """The sums since the last call."""
-        recent, self.recent = self.recent, Sums(self._world_size)
+        recent, self.recent = self.recent, TimeSums(self._world_size)
         return recent
 
     def close(self) -> None:
@@ -121,8 +123,8 @@ class TimeShares:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Shares of the time, which add up to 1, and what stands out. Make it by `judge`."""
+class Bottleneck:
+    """Shares of the time, which add up to 1, and what stands out. Make it by `find_bottleneck`."""
 
     computing: float
     waiting: float  # for ranks that computed longer
@@ -152,7 +154,7 @@ class Verdict:
         }
 
 
-def judge(sums: Sums, setup: Setup) -> Verdict | None:
+def find_bottleneck(sums: TimeSums, setup: RunSetup) -> Bottleneck | None:
     """What the sums say; None as long as they say nothing."""
     if not sums.steps or sums.total_s <= 0 or not setup.is_lockstep:
         return None
@@ -161,7 +163,7 @@ def judge(sums: Sums, setup: Setup) -> Verdict | None:
     network = sums.network_s / sums.total_s
     slow_rank, slow_factor = _slow(sums)
     throttled = tuple(r for r, n in sorted(sums.throttled.items()) if n > _THROTTLED * sums.steps)
-    found = Verdict(
+    found = Bottleneck(
         computing=computing,
         waiting=waiting,
         network=network,
@@ -178,7 +180,7 @@ def judge(sums: Sums, setup: Setup) -> Verdict | None:
     return _with_words(found, setup)
 
 
-def _slow(sums: Sums) -> tuple[int | None, float]:
+def _slow(sums: TimeSums) -> tuple[int | None, float]:
     """The rank that most of the waiting was for, and how many times as long it computes."""
     waited = sum(sums.waited_for_s.values())
     if sums.world_size < 2 or waited <= 0:
@@ -191,28 +193,28 @@ def _slow(sums: Sums) -> tuple[int | None, float]:
     return (rank, factor) if is_slow else (None, 1.0)
 
 
-def _with_words(found: Verdict, setup: Setup) -> Verdict:
+def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
     parts = [(found.computing, "computing"), (found.waiting, _waiting(found, setup))]
     parts += [(found.network, _network(found)), (found.other, "other (data, evaluation, saving)")]
     shares = [f"{share:.0%}".replace("%", " %") + f" {what}" for share, what in parts]
     said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
     advice = _advice(found, setup)
     line = "; ".join([", ".join(said), *([advice] if advice else [])])
-    return Verdict(**{**found.__dict__, "advice": advice, "line": line})
+    return Bottleneck(**{**found.__dict__, "advice": advice, "line": line})
 
 
-def _waiting(found: Verdict, setup: Setup) -> str:
+def _waiting(found: Bottleneck, setup: RunSetup) -> str:
     if found.slow_rank is None:
         return "waiting for slower ranks, in turn"
     who = _named(found.slow_rank, setup)
     return f"waiting for {who} (computes {found.slow_factor:.1f}x as long)"
 
 
-def _network(found: Verdict) -> str:
+def _network(found: Bottleneck) -> str:
     return f"network ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
 
 
-def _advice(found: Verdict, setup: Setup) -> str:
+def _advice(found: Bottleneck, setup: RunSetup) -> str:
     """What to try against the largest loss; only keys that this version and run can set."""
     if found.throttled:
         names = ", ".join(_named(rank, setup) for rank in found.throttled)
@@ -234,7 +236,7 @@ def _advice(found: Verdict, setup: Setup) -> str:
     return ""
 
 
-def _advice_for_slow(found: Verdict, rank: int, setup: Setup) -> str:
+def _advice_for_slow(found: Bottleneck, rank: int, setup: RunSetup) -> str:
     key = setup.speed_keys[rank]
     if key is not None:
         return f"try {key}={setup.speeds[rank] / found.slow_factor:.2g}"
@@ -245,7 +247,7 @@ def _advice_for_slow(found: Verdict, rank: int, setup: Setup) -> str:
     return ""
 
 
-def _named(rank: int, setup: Setup) -> str:
+def _named(rank: int, setup: RunSetup) -> str:
     host = setup.hosts[rank]
     return f"rank {rank} on {host}" if len(set(setup.hosts)) > 1 else f"rank {rank}"
 
@@ -258,10 +260,10 @@ def _add(sums: dict[int, Any], rank: int, value: float) -> None:
     sums[rank] = sums.get(rank, 0) + value
 
 
-class TimeTeller:
+class TimeReport:
     """A tracker that hands a sentence to `say` every minute of training."""
 
-    def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
+    def __init__(self, setup: RunSetup, say: Callable[[str], None]) -> None:
         """`setup.can_use_bf16` counts only where the device turns out to be an accelerator."""
         self._setup = setup
         self._say = say
@@ -279,16 +281,16 @@ class TimeTeller:
                 self._due_s = event.time_s + _EVERY_S
             elif event.time_s >= self._due_s:
                 self._due_s = event.time_s + _EVERY_S
-                if (recent := judge(self._shares.take_recent(), self._setup)) is not None:
+                if (recent := find_bottleneck(self._shares.take_recent(), self._setup)) is not None:
                     self._say(f"where the time goes: {recent.line}")
 
     def close(self) -> None:
         """Nothing is held back."""
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> Bottleneck | None:
         """On the whole run; None as long as there is nothing to say."""
-        return judge(self._shares.run, self._setup)
+        return find_bottleneck(self._shares.run, self._setup)
 
     @property
     def line(self) -> str:

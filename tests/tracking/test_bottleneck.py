@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 
 from smolrun.events import EvalDone, RankStep, RunStarted, StepDone
-from smolrun.tracking.verdict import Setup, TimeShares, TimeTeller, Verdict, judge
+from smolrun.tracking.bottleneck import (
+    Bottleneck,
+    RunSetup,
+    TimeReport,
+    TimeShares,
+    find_bottleneck,
+)
 
 PLAIN: dict[str, Any] = {"global_batch_size": 32, "staleness": 0}
 
 
-def setup(hosts: list[str], *, key: str | None = None, **more: Any) -> Setup:
+def setup(hosts: list[str], *, key: str | None = None, **more: Any) -> RunSetup:
     keys = [key.format(index) if key else None for index in range(len(hosts))]
-    return Setup(hosts, keys, [1.0] * len(hosts), **{**PLAIN, **more})
+    return RunSetup(hosts, keys, [1.0] * len(hosts), **{**PLAIN, **more})
 
 
 def rank_step(step: int, rank: int, compute_s: float, wait_s: float, **more: Any) -> RankStep:
@@ -39,9 +45,9 @@ def sums(
 
 
 def verdict(
-    ranks: list[tuple[float, float]], where: Setup, *, step_s: float, **more: Any
-) -> Verdict:
-    found = judge(sums(ranks, step_s=step_s, **more).run, where)
+    ranks: list[tuple[float, float]], where: RunSetup, *, step_s: float, **more: Any
+) -> Bottleneck:
+    found = find_bottleneck(sums(ranks, step_s=step_s, **more).run, where)
     assert found is not None
     total = found.computing + found.waiting + found.network + found.other
     assert total == pytest.approx(1.0)
@@ -112,7 +118,7 @@ def test_a_rank_that_its_machine_slows_down_is_told_whatever_else_there_is() -> 
         shares.record(rank_step(step, 0, 1.0, 1.0))
         shares.record(rank_step(step, 1, 2.0, 0.0, **hot))
         shares.record(step_done(step, step * 2.0))
-    found = judge(shares.run, where)
+    found = find_bottleneck(shares.run, where)
     assert found is not None
     assert found.throttled == (1,)
     assert found.advice.startswith("rank 1 on pi5: slowed down by the machine itself at 85 °C")
@@ -125,7 +131,7 @@ def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
         shares.record(rank_step(step, slow, 2.0, 0.0))
         shares.record(rank_step(step, 1 - slow, 1.0, 1.0))
         shares.record(step_done(step, step * 2.0))
-    found = judge(shares.run, setup(["a", "b"]))
+    found = find_bottleneck(shares.run, setup(["a", "b"]))
     assert found is not None
     assert found.slow_rank is None
     assert found.line == (
@@ -154,10 +160,10 @@ def test_the_first_step_warms_up_and_does_not_count() -> None:
     shares = TimeShares(1)
     shares.record(rank_step(0, 0, 100.0, 0.0))
     shares.record(step_done(0, 100.0))
-    assert judge(shares.run, setup(["local"])) is None
+    assert find_bottleneck(shares.run, setup(["local"])) is None
     shares.record(rank_step(1, 0, 1.0, 1.0))
     shares.record(step_done(1, 102.0))
-    found = judge(shares.run, setup(["local"]))
+    found = find_bottleneck(shares.run, setup(["local"]))
     assert found is not None
     assert found.computing == pytest.approx(0.5)
 
@@ -201,12 +207,12 @@ def test_the_summary_gets_plain_figures() -> None:
     }
 
 
-def teller(said: list[str]) -> TimeTeller:
-    setup = Setup(["a", "b"], [None, None], [1.0, 1.0], 8, staleness=0, can_use_bf16=True)
-    return TimeTeller(setup, said.append)
+def teller(said: list[str]) -> TimeReport:
+    setup = RunSetup(["a", "b"], [None, None], [1.0, 1.0], 8, staleness=0, can_use_bf16=True)
+    return TimeReport(setup, said.append)
 
 
-def train(reader: TimeTeller, steps: range, step_s: float, wait_s: float) -> None:
+def train(reader: TimeReport, steps: range, step_s: float, wait_s: float) -> None:
     for step in steps:
         for rank in (0, 1):
             reader.record(RankStep(step, rank, step_s - wait_s, wait_s, None, 0, 0))
