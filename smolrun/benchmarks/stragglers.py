@@ -9,6 +9,12 @@ The best possible time is that of an event simulation of the same trace, with a 
 no time. The trace says how long every rank computes in every step; ranks follow it by sleeping, so
 a small network stands for any, and four ranks fit on two cores.
 
+Under algorithm=edp workers never wait for each other: a worker counts its time from its first work
+item to the end of its last one, since at the very end there is no work left for all.
+
+    worker   [ compute ][ compute, slow now and then       ][ compute ]     no gap: efficiency 1
+    worker   [ compute ]...[ compute ]...[ compute ]                        gaps: less
+
     speeds 4:2:1:1       equal shares                  in proportion
     rank 0               [ 8 ]                         [     16     ]
     rank 1               [   8   ]                     [     8      ]
@@ -26,8 +32,9 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import Context
+from smolrun.algorithms.base import Algorithm, Context
 from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.algorithms.edp import edp
 from smolrun.benchmarks.compare import compare, summed
 from smolrun.benchmarks.step import PeerStep
 from smolrun.collectives.api import new_group
@@ -129,16 +136,16 @@ def compare_bounds(
                 "stragglers",
                 f"staleness {bound}",
                 "event simulation",
-                **facts(mesh, steps),
+                **_row_facts(mesh, steps),
             ),
             "efficiency": step_s / result.ours_s,
             "best_efficiency": step_s / result.peer_s,
         }
 
 
-def facts(mesh: Mesh, steps: int) -> dict[str, Any]:
-    """What was measured, for a row."""
-    parameters = sum(p.numel() for p in network().parameters())
+def _row_facts(mesh: Mesh, steps: int) -> dict[str, Any]:
+    """The fields that describe the setup, for a row."""
+    parameters = sum(p.numel() for p in _network().parameters())
     return {
         "world_size": mesh.world_size,
         "parameters": parameters,
@@ -147,7 +154,7 @@ def facts(mesh: Mesh, steps: int) -> dict[str, Any]:
     }
 
 
-def network() -> torch.nn.Module:
+def _network() -> torch.nn.Module:
     """Small, as its computing is emulated."""
     return torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
 
@@ -157,7 +164,7 @@ def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     pace = ScriptedPace()
     context = paced_context(mesh, pace, staleness=bound)
     algorithm = ClassicDP(context, bucket_mb=1.0)
-    algorithm.place(network())
+    algorithm.place(_network())
     batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
     algorithm.collectives.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -167,6 +174,79 @@ def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     algorithm.drain()
     steps = len(trace)
     return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+
+
+def compare_edp(
+    mesh: Mesh,
+    *,
+    steps: int,
+    step_s: float,
+    chance: float,
+    factor: float,
+    repeats: int,
+    wait_fraction: float,
+) -> dict[str, Any]:
+    """The row of edp with a server and workers on all other ranks; collective, and once on a mesh.
+
+    `ratio` is a worker's time beside its computing, 1 where it never waits. Every work
+    item is slow with the chance that a rank has in a step of `compare_bounds`."""
+    pace = ScriptedPace()
+    algorithm = edp(
+        paced_context(mesh, pace),
+        server_trains=False,
+        pushes_per_batch="auto",
+        staleness_lr_scale="inverse",
+        wait_fraction=wait_fraction,
+        min_ranks=2,
+    )
+    algorithm.place(_network())
+    new_group(mesh).barrier()
+    took = torch.zeros(mesh.world_size, 2, repeats, dtype=torch.float64)
+    cpu = time.process_time()
+    if mesh.rank == 0:
+        while algorithm.next_assignment(steps * repeats) is not None:
+            algorithm.train_step([])
+    else:
+        dice = random.Random(mesh.rank)  # noqa: S311  (a trace, no secret)
+        slow = chance / (mesh.world_size - 1)
+        spans = _work(algorithm, pace, steps * repeats, dice, slow, step_s, factor)
+        for index, part in enumerate(torch.tensor(spans).tensor_split(repeats)):
+            took[mesh.rank, :, index] = part.mean(0)
+    cpu = (time.process_time() - cpu) / (steps * repeats)
+    new_group(mesh).all_reduce(took)
+    walls, computing = took[1:].mean(0).tolist()
+    result = summed([(wall, cpu) for wall in walls], [(compute, 1.0) for compute in computing])
+    row = result.row(
+        "stragglers",
+        f"edp, {mesh.world_size - 1} workers",
+        "never waiting",
+        **_row_facts(mesh, steps),
+    )
+    return {**row, "efficiency": 1 / result.ratio, "best_efficiency": 1.0}
+
+
+def _work(
+    algorithm: Algorithm,
+    pace: ScriptedPace,
+    steps: int,
+    dice: random.Random,
+    slow: float,
+    step_s: float,
+    factor: float,
+) -> list[tuple[float, float]]:
+    """Seconds from the end of a work item to the end of the next, and of them computing."""
+    batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
+    spans: list[tuple[float, float]] = []
+    last = None
+    while algorithm.next_assignment(steps) is not None:
+        last = time.perf_counter() if last is None else last
+        pace.next_s = step_s * (factor if dice.random() < slow else 1.0)
+        computing = pace.next_s
+        algorithm.train_step([batch])
+        now = time.perf_counter()
+        spans.append((now - last, computing))
+        last = now
+    return spans
 
 
 def compare_shares(

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from smolrun.benchmarks.collectives import compare_all_reduce, compare_link
-from smolrun.benchmarks.never_waiting import compare_edp
 from smolrun.benchmarks.step import PeerStep, compare_step
-from smolrun.benchmarks.stragglers import compare_bounds, compare_shares
+from smolrun.benchmarks.stragglers import compare_bounds, compare_edp, compare_shares
 from smolrun.collectives.api import Collectives
 from smolrun.data.order import SampleOrder
 from smolrun.data.prepared import Prepared
