@@ -85,21 +85,21 @@ class MeshClosed(SmolrunError):
 class HostError(SmolrunError):
     """A machine of the cluster cannot do its part: which one, why, and what to do about it."""
 
-    def __init__(self, host: str, what: str, todo: str | None = None) -> None:
+    def __init__(self, host: str, what: str, hint: str | None = None) -> None:
         self.host = host
         self.what = what
-        self.todo = todo
-        super().__init__(f"{host}: {what}" + (f"; {todo}" if todo else ""))
+        self.hint = hint
+        super().__init__(f"{host}: {what}" + (f"; {hint}" if hint else ""))
 
 
 class LoginFailed(HostError):
     """No SSH connection to a machine; `is_refused`: it is there, but takes none of our keys."""
 
     def __init__(
-        self, host: str, what: str, todo: str | None = None, *, is_refused: bool = False
+        self, host: str, what: str, hint: str | None = None, *, is_refused: bool = False
     ) -> None:
         self.is_refused = is_refused
-        super().__init__(host, what, todo)
+        super().__init__(host, what, hint)
 
 
 class HostErrors(SmolrunError):

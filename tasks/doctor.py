@@ -1,7 +1,7 @@
 """task=doctor: looks at every host and every link, and says what works and what mends the rest.
 
-    hosts    each is asked what it is and has            launch/doctor/examination.py, on_host/
-    ways     who reaches whom, without a mesh            launch/doctor/reach_test.py
+    hosts    each is asked what it is and has            launch/doctor/host_report.py, on_host/
+    routes     who reaches whom, without a mesh            launch/doctor/probe_reachability.py
     links    round trip and bandwidth, over the mesh     `work`, on one rank per host
 
 write=true writes what it found into the cluster file, format=json prints all of it. Starts nothing
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, ranks
-from smolrun.driver.doctor_hosts import Patients, with_hosts
+from smolrun.driver.doctor_hosts import HostReports, with_hosts
 from smolrun.driver.fleet import Fleet
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.errors import HostError, HostErrors
@@ -40,49 +40,49 @@ _LINKS_S = 300.0  # of a mesh with a link of 1 Mbit/s in it
 def drive(config: RunConfig) -> int:
     """Looks and tells; exit code 0 if every host is of use, 3 if one cannot run, 130 if stopped."""
     say = _to_stderr
-    patients = Patients.of(config)
+    reports = HostReports.of(config)
     try:
-        say(f"looking at {counted(len(patients.names), 'host')}...")
-        patients.examine()
-        if len(patients.reachable) > 1:
+        say(f"looking at {counted(len(reports.names), 'host')}...")
+        reports.probe_host()
+        if len(reports.reachable) > 1:
             say("who reaches whom...")
-            patients.test_ways()
-        if names := patients.fit_for_mesh():
+            reports.probe_routes()
+        if names := reports.fit_for_mesh():
             say("starting a worker on each, and measuring the links...")
-            patients.links = _measured(patients, names)
-        return _tell(patients)
+            reports.links = _measured(reports, names)
+        return _tell(reports)
     except KeyboardInterrupt:
         say("stopped")
         return EXIT_STOPPED
     finally:
-        patients.close()
+        reports.close()
 
 
-def _tell(patients: Patients) -> int:
+def _tell(reports: HostReports) -> int:
     from smolrun.driver.doctor_text import document, report  # rich
 
-    config = patients.config
-    fails = any(one.verdict.state == "cannot run" for one in patients.examined.values())
+    config = reports.config
+    fails = any(one.status.state == "cannot run" for one in reports.by_host.values())
     exit_code = EXIT_FAILED if fails else EXIT_DONE
     if config.format == "json":
-        echo(json.dumps(document(patients, exit_code), indent=2, default=str))
+        echo(json.dumps(document(reports, exit_code), indent=2, default=str))
     else:
-        report(patients)
+        report(reports)
     if config.write:
         from smolrun.driver.doctor_write import write
 
-        write(patients, _to_stderr if config.format == "json" else print)
+        write(reports, _to_stderr if config.format == "json" else print)
     return exit_code
 
 
-def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
+def _measured(reports: HostReports, names: Sequence[str]) -> list[dict[str, Any]]:
     """What ranks on these hosts measured: {from, to, rtt_s, bytes_per_s}, hosts by name.
 
     A host that spoils it is named in its findings.
     """
-    config = with_hosts(patients.config, names)
+    config = with_hosts(reports.config, names)
     fleet = Fleet(
-        config, {name: patients.machines[name] for name in names if name in patients.machines}
+        config, {name: reports.machines[name] for name in names if name in reports.machines}
     )
     limits = Limits(start_s=config.cluster.start_timeout_s, finish_s=_LINKS_S)
     with tempfile.TemporaryDirectory(prefix="smolrun-doctor-") as place:
@@ -90,13 +90,13 @@ def _measured(patients: Patients, names: Sequence[str]) -> list[dict[str, Any]]:
         try:
             outcome = run_on_ranks(config, folder, fleet, limits=limits, say=_to_stderr)
         except (HostError, HostErrors) as error:
-            _blame(patients, error)
+            _blame(reports, error)
             return []
     if outcome.exit_code != EXIT_DONE:
         host = outcome.failed_host or names[0]
         what = f"no mesh of {', '.join(names)}: {outcome.reason}"
-        todo = f"its log ends with: {outcome.log_tail[-1]}" if outcome.log_tail else None
-        patients.examined[host].findings.append(Finding("blocks", what, todo))
+        hint = f"its log ends with: {outcome.log_tail[-1]}" if outcome.log_tail else None
+        reports.by_host[host].findings.append(Finding("error", what, hint))
         return []
     host_of = {rank.rank: rank.host for rank in ranks(config)}
     rows = [row for summary in outcome.summaries.values() for row in summary.get("links", ())]
@@ -107,10 +107,10 @@ def _named(row: Mapping[str, Any], host_of: Mapping[int, str]) -> dict[str, Any]
     return {**row, "from": host_of[row["from"]], "to": host_of[row["to"]]}
 
 
-def _blame(patients: Patients, error: HostError | HostErrors) -> None:
+def _blame(reports: HostReports, error: HostError | HostErrors) -> None:
     for one in error.errors if isinstance(error, HostErrors) else [error]:
-        if isinstance(one, HostError) and one.host in patients.examined:
-            patients.examined[one.host].findings.append(Finding("blocks", one.what, one.todo))
+        if isinstance(one, HostError) and one.host in reports.by_host:
+            reports.by_host[one.host].findings.append(Finding("error", one.what, one.hint))
         else:
             _to_stderr(f"smolrun: {one}")
 

@@ -20,9 +20,9 @@ from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, Smol
 from smolrun.launch.delivery.versions import env_python, environment_name, own_dependencies
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
-from smolrun.launch.run_on_all import on_all
-from smolrun.launch.setup.environment_maker import Maker, planned
-from smolrun.launch.setup.setup_plan import Blank, Plan
+from smolrun.launch.run_on_all import run_on_all
+from smolrun.launch.setup.environment_maker import EnvironmentMaker, plan_environment
+from smolrun.launch.setup.setup_plan import BlankHost, Plan
 from smolrun.launch.setup.user_key import install, make_key, public_key, read_key
 from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -122,8 +122,8 @@ class Setup:
         key, target = public_key(self._identities(name)), self._specs[name].ssh
         if self._ask is None:
             file = key or "~/.ssh/id_ed25519.pub"
-            todo = f"nobody is here to type a password; by hand: ssh-copy-id -i {file} {target}"
-            raise HostError(name, getattr(error, "what", str(error)), todo)
+            hint = f"nobody is here to type a password; by hand: ssh-copy-id -i {file} {target}"
+            raise HostError(name, getattr(error, "what", str(error)), hint)
         if key is None:
             answer = input("you have no SSH key; make ~/.ssh/id_ed25519 now? [y/N] ")
             if answer.strip().lower() not in ("y", "yes"):
@@ -148,8 +148,8 @@ class Setup:
 
     # -- environments ----
 
-    def _plan(self) -> dict[str, tuple[Blank, Plan | None]]:
-        found: dict[str, tuple[Blank, Plan | None]] = {}
+    def _plan(self) -> dict[str, tuple[BlankHost, Plan | None]]:
+        found: dict[str, tuple[BlankHost, Plan | None]] = {}
 
         def look(name: str) -> None:
             machine, spec = self._machines[name], self._specs[name]
@@ -158,7 +158,7 @@ class Setup:
                 return
             label = environment_name(self._requirements, spec.torch)
             python = env_python(machine.workdir, label, machine.os)
-            found[name] = planned(
+            found[name] = plan_environment(
                 machine,
                 python.rpartition("/bin/")[0],
                 torch=spec.torch,
@@ -178,11 +178,11 @@ class Setup:
             raise HostError(machine.name, f"python: {python} {why}", "correct it, or leave it out")
         missing = [name for name in names if told["versions"].get(name) is None]
         if missing:
-            todo = f"there: {python} -m pip install {' '.join(missing)}"
-            raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", todo)
+            hint = f"there: {python} -m pip install {' '.join(missing)}"
+            raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", hint)
         echo(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
 
-    def _tell(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
+    def _tell(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
         for name, (_, plan) in plans.items():
             if plan is None:
                 echo(f"{name}: nothing to do")
@@ -191,12 +191,12 @@ class Setup:
             for number, line in enumerate(plan.lines(), start=1):
                 echo(f"  {number}. {line}")
 
-    def _make(self, plans: dict[str, tuple[Blank, Plan | None]]) -> None:
+    def _make(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
         def make(name: str) -> None:
             found, plan = plans[name]
             if plan is not None:
                 log = OUTPUTS / "setup" / f"{name}.log"
-                Maker(self._machines[name], found, plan, log, _say).make()
+                EnvironmentMaker(self._machines[name], found, plan, log, _say).make()
                 echo(f"{name}: ready")
 
         self._each([name for name in plans if name not in self._failed], make, "setup")
@@ -210,7 +210,7 @@ class Setup:
             except (HostError, HostErrors) as error:
                 self._failed[name] = error
 
-        on_all({name: name for name in names}, guarded, what)
+        run_on_all({name: name for name in names}, guarded, what)
 
 
 def _say(line: str) -> None:

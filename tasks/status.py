@@ -46,7 +46,7 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
     if not remote:
         return list(runs)
     from smolrun.driver.runs import opened
-    from smolrun.launch.run_on_all import on_all
+    from smolrun.launch.run_on_all import run_on_all
     from smolrun.tracking.run_view import Request
 
     def ask(run: PastRun) -> PastRun:
@@ -57,7 +57,7 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
             return dataclasses.replace(run, state="unreachable")
         return dataclasses.replace(run, state=view.state, **view.figures)
 
-    found = on_all(remote, ask, "status")
+    found = run_on_all(remote, ask, "status")
     return [found.get(run.folder.run_id, run) for run in runs]
 
 

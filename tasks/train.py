@@ -36,7 +36,7 @@ from smolrun.launch.driver import Subscriber
 from smolrun.launch.streams import StreamClient, StreamServer
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
-from smolrun.launch.wake import awake
+from smolrun.launch.wake import keep_awake
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import counted
 from smolrun.tracking.run_folder import RunFolder
@@ -66,7 +66,7 @@ def drive(config: RunConfig) -> int:
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
         if is_elsewhere(config):  # their leases come from here
-            closing.enter_context(awake())
+            closing.enter_context(keep_awake())
         restarts = Restarts(config, console.say, lambda: who_answers(config))
         run, outcome = train_on(
             _Run(config, console, closing),

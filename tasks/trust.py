@@ -15,7 +15,7 @@ from pathlib import Path
 from smolrun.config import RunConfig
 from smolrun.config.cluster import Cluster
 from smolrun.errors import ConfigError, HostError
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh import host_keys
 from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -109,7 +109,7 @@ def _look(cluster: Cluster, targets: dict[str, str]) -> list[Row]:
             for one in found
         ]
 
-    rows = [row for rows in on_all({name: name for name in targets}, look, "trust").values()
+    rows = [row for rows in run_on_all({name: name for name in targets}, look, "trust").values()
             for row in rows]  # fmt: skip
     return list(dict.fromkeys(rows))
 
@@ -190,13 +190,13 @@ def _write(row: Row, write: Callable[[Row], None]) -> bool:
 
 def _add(row: Row) -> None:
     assert row.key is not None, "only rows with a key are asked about"
-    host_keys.add(row.files[0], row.entry, row.key)
+    host_keys.add_entry(row.files[0], row.entry, row.key)
 
 
 def _replace(row: Row) -> None:
     known = KnownHosts(row.files)
     old = [line for key in row.before for line in known.where(row.entry, key)]
-    host_keys.forget(old, row.entry)
+    host_keys.remove_entries(old, row.entry)
     _add(row)
 
 

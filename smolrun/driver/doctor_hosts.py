@@ -15,17 +15,17 @@ from smolrun.driver.fleet import Fleet, host_specs
 from smolrun.errors import HostError, LoginFailed
 from smolrun.launch.delivery.versions import own_dependencies
 from smolrun.launch.doctor import findings, links, reachability
-from smolrun.launch.doctor.examination import (
-    Askable,
-    Examined,
-    Orders,
-    ThisMachine,
-    examine,
+from smolrun.launch.doctor.findings import Finding
+from smolrun.launch.doctor.host_report import (
+    HostReport,
+    HostRequirements,
+    LocalMachine,
+    ScriptRunner,
+    probe_host,
     unreachable,
 )
-from smolrun.launch.doctor.findings import Finding
-from smolrun.launch.doctor.reachability import reach_test
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.doctor.reachability import probe_reachability
+from smolrun.launch.run_on_all import run_on_all
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
@@ -35,22 +35,22 @@ _THIS_MACHINE = "local"
 
 
 @dataclass
-class Patients:
-    """All hosts of a cluster. `askable` are those that answered; `machines` those over SSH."""
+class HostReports:
+    """All hosts of a cluster. `runners` are those that answered; `machines` those over SSH."""
 
     config: RunConfig
     hosts: dict[str, HostConfig]
     specs: dict[str, HostSpec]
     machines: dict[str, Machine] = field(default_factory=dict)
-    askable: dict[str, Askable] = field(default_factory=dict)
-    examined: dict[str, Examined] = field(default_factory=dict)
-    places: dict[str, links.Host] = field(default_factory=dict)
-    ways: list[links.Way] = field(default_factory=list)
+    runners: dict[str, ScriptRunner] = field(default_factory=dict)
+    by_host: dict[str, HostReport] = field(default_factory=dict)
+    places: dict[str, links.HostAddresses] = field(default_factory=dict)
+    routes: list[links.Route] = field(default_factory=list)
     reach: dict[str, dict[str, Any]] = field(default_factory=dict)
     links: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: RunConfig) -> Patients:
+    def of(cls, config: RunConfig) -> HostReports:
         """Those of a cluster; this machine alone where it lists none."""
         hosts = {
             host.name: host for host in config.cluster.hosts or [HostConfig(name=_THIS_MACHINE)]
@@ -65,19 +65,19 @@ class Patients:
     @property
     def reachable(self) -> list[str]:
         """Those that answered."""
-        return [name for name in self.names if self.examined[name].is_reachable]
+        return [name for name in self.names if self.by_host[name].is_reachable]
 
-    def examine(self) -> None:
+    def probe_host(self) -> None:
         """Asks all at the same time."""
-        found = on_all({name: name for name in self.names}, self._examine, "doctor")
-        self.examined = {name: found[name] for name in self.names}
+        found = run_on_all({name: name for name in self.names}, self._probe_host, "doctor")
+        self.by_host = {name: found[name] for name in self.names}
         torches = {
             name: one.facts.get("environment", {}).get("packages", {}).get("torch")
-            for name, one in self.examined.items()
+            for name, one in self.by_host.items()
         }
         self._add(findings.of_versions(torches))
 
-    def _examine(self, name: str) -> Examined:
+    def _probe_host(self, name: str) -> HostReport:
         try:
             machine = self._reached(name)
         except HostError as error:
@@ -87,12 +87,12 @@ class Patients:
             if more is not None:
                 found.findings.append(more)
             return found
-        self.askable[name] = machine
-        return examine(machine, self._orders(name))
+        self.runners[name] = machine
+        return probe_host(machine, self._orders(name))
 
-    def _reached(self, name: str) -> Askable:
+    def _reached(self, name: str) -> ScriptRunner:
         if name not in self.specs:
-            return ThisMachine(name, Path.cwd())
+            return LocalMachine(name, Path.cwd())
         from smolrun.launch.ssh.connect import open_machine
 
         cluster = self.config.cluster
@@ -113,16 +113,16 @@ class Patients:
             error, spec.ssh, ssh_config=cluster.ssh_config, timeout_s=cluster.connect_timeout_s
         )
 
-    def _orders(self, name: str) -> Orders:
+    def _orders(self, name: str) -> HostRequirements:
         host, cluster = self.hosts[name], self.config.cluster
         machine = self.machines.get(name)
         if machine is None:
-            pythons, is_given = [self.askable[name].python], True
+            pythons, is_given = [self.runners[name].python], True
         else:
             from smolrun.launch.delivery.versions import pythons as of
 
             pythons, is_given = of(machine, cluster.deploy), machine.spec.python is not None
-        return Orders(
+        return HostRequirements(
             pythons=pythons,
             requirements=own_dependencies(),
             is_given=is_given,
@@ -134,45 +134,49 @@ class Patients:
             measure=self.config.write,
         )
 
-    def test_ways(self) -> None:
+    def probe_routes(self) -> None:
         """Who reaches whom, and over which of their networks."""
         plans = {plan.host: plan for plan in ranks(with_hosts(self.config, self.reachable))}
         fleet = Fleet(self.config, self.machines)
         for name in self.reachable:
-            facts = self.examined[name].facts
+            facts = self.by_host[name].facts
             told = facts.get("network", {}).get("interfaces", [])
             try:
                 addresses = fleet.addresses(plans[name])
             except HostError as error:
-                self._add({name: [Finding("blocks", error.what, error.todo)]})
+                self._add({name: [Finding("error", error.what, error.hint)]})
                 addresses = []
             interfaces = tuple(links.Interface.from_json(one) for one in told)
-            self.places[name] = links.Host(name, tuple(addresses), interfaces)
-        asked = {name: self.askable[name] for name in self.reachable}
+            self.places[name] = links.HostAddresses(name, tuple(addresses), interfaces)
+        asked = {name: self.runners[name] for name in self.reachable}
         ports = {name: plans[name].ports for name in asked}
-        self.reach = reach_test(asked, self.places, ports)
-        self.ways = links.ways(self.places, self.reach)
-        doors = {name: self._door(name, ports[name]) for name in asked}
-        self._add(reachability.blocked(self.places, self.ways, doors))
-        self._add(reachability.idle_networks(links.faster(self.places, self.ways, self.reach)))
+        self.reach = probe_reachability(asked, self.places, ports)
+        self.routes = links.routes(self.places, self.reach)
+        firewalls = {name: self._firewall(name, ports[name]) for name in asked}
+        self._add(reachability.unreachable_findings(self.places, self.routes, firewalls))
+        self._add(
+            reachability.network_findings(
+                links.faster_networks(self.places, self.routes, self.reach)
+            )
+        )
 
-    def _door(self, name: str, ports: tuple[int, int] | None) -> reachability.Door:
-        facts, machine = self.examined[name].facts, self.askable[name]
+    def _firewall(self, name: str, ports: tuple[int, int] | None) -> reachability.HostFirewall:
+        facts, machine = self.by_host[name].facts, self.runners[name]
         python = facts.get("environment", {}).get("executable") or "PYTHON"
-        return reachability.Door(facts.get("firewall", {}), machine.os, python, ports)
+        return reachability.HostFirewall(facts.get("firewall", {}), machine.os, python, ports)
 
     def _add(self, more: dict[str, list[Finding]]) -> None:
         for name, found in more.items():
-            self.examined[name].findings += found
+            self.by_host[name].findings += found
 
     def fit_for_mesh(self) -> list[str]:
         """The hosts that a mesh can be made of."""
-        fit = [n for n in self.names if self.examined[n].verdict.state != "cannot run"]
+        fit = [n for n in self.names if self.by_host[n].status.state != "cannot run"]
         return fit if len(fit) > 1 or self.config.cluster.hosts is None else []
 
     def close(self) -> None:
         """Ends all connections."""
-        for machine in self.askable.values():
+        for machine in self.runners.values():
             with contextlib.suppress(Exception):
                 machine.close()
 

@@ -13,8 +13,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from smolrun.driver.doctor_hosts import Patients
-from smolrun.launch.doctor.examination import Examined
+from smolrun.driver.doctor_hosts import HostReports
+from smolrun.launch.doctor.host_report import HostReport
 from smolrun.launch.doctor.links import Interface
 from smolrun.sanitize import one_line
 from smolrun.tracking.console import Screen
@@ -26,25 +26,25 @@ _PLAIN: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_
 _WIDTH = 100  # where nobody says how wide it is, as in a pipe
 
 
-def report(patients: Patients) -> None:
+def report(reports: HostReports) -> None:
     """Prints it all."""
     console = Screen(highlight=False)
     if not console.is_terminal:
         console = Screen(highlight=False, width=_WIDTH)
-    console.print(_hosts(patients))
-    if patients.links:
-        console.print(_links(patients))
-    for name, one in patients.examined.items():
-        verdict = one.verdict
-        colour = _COLOURS[verdict.state]
-        console.print(f"[bold]{_shown(name)}[/]: [{colour}]{_shown(verdict.sentence)}[/]")
+    console.print(_hosts(reports))
+    if reports.links:
+        console.print(_links(reports))
+    for name, one in reports.by_host.items():
+        status = one.status
+        colour = _COLOURS[status.state]
+        console.print(f"[bold]{_shown(name)}[/]: [{colour}]{_shown(status.sentence)}[/]")
         for line in details(one):
             console.print(f"  {_shown(line)}", soft_wrap=True)
-        for finding in verdict.findings:
-            mark = {"blocks": "x", "limits": "!", "note": "."}[finding.weight]
+        for finding in status.findings:
+            mark = {"error": "x", "warning": "!", "info": "."}[finding.severity]
             console.print(f"  {mark} {_shown(finding.what)}", soft_wrap=True)
-            if finding.todo:
-                console.print(f"      -> {_shown(finding.todo)}", soft_wrap=True)
+            if finding.hint:
+                console.print(f"      -> {_shown(finding.hint)}", soft_wrap=True)
 
 
 def _shown(text: str) -> str:
@@ -52,21 +52,21 @@ def _shown(text: str) -> str:
     return escape(one_line(text))
 
 
-def _hosts(patients: Patients) -> Table:
-    table = Table(title=f"cluster={patients.config.cluster.name}", **_PLAIN)
+def _hosts(reports: HostReports) -> Table:
+    table = Table(title=f"cluster={reports.config.cluster.name}", **_PLAIN)
     for name in ("host", "system", "cores", "memory free", "disk free", "Python", "torch"):
         table.add_column(name, overflow="fold")
-    for name in ("device", "verdict"):
+    for name in ("device", "status"):
         table.add_column(name, overflow="fold")
-    for name, one in patients.examined.items():
-        state = one.verdict.state
+    for name, one in reports.by_host.items():
+        state = one.status.state
         cells = [_shown(cell) for cell in row(one)]
         table.add_row(_shown(name), *cells, f"[{_COLOURS[state]}]{state}[/]")
     return table
 
 
-def row(one: Examined) -> list[str]:
-    """A host's cells between its name and its verdict."""
+def row(one: HostReport) -> list[str]:
+    """A host's cells between its name and its status."""
     system, environment = one.facts.get("system"), one.facts.get("environment", {})
     if system is None:
         return [_UNKNOWN] * 7
@@ -95,7 +95,7 @@ def device(environment: Mapping[str, Any]) -> str:
     return "cuda" if environment["cuda"] else "mps" if environment["mps"] else "cpu"
 
 
-def details(one: Examined) -> list[str]:
+def details(one: HostReport) -> list[str]:
     """What has no place in the table."""
     facts = one.facts
     lines = []
@@ -117,12 +117,12 @@ def details(one: Examined) -> list[str]:
     return lines
 
 
-def _links(patients: Patients) -> Table:
-    security = "through the mesh, with its encryption" if patients.machines else "on this machine"
+def _links(reports: HostReports) -> Table:
+    security = "through the mesh, with its encryption" if reports.machines else "on this machine"
     table = Table(title=f"links, measured {security}", **_PLAIN)
     for name in ("from", "to", "round trip", "bandwidth", "over"):
         table.add_column(name, overflow="fold", justify="left")
-    for one in link_rows(patients):
+    for one in link_rows(reports):
         table.add_row(
             _shown(one["from"]),
             _shown(one["to"]),
@@ -133,39 +133,41 @@ def _links(patients: Patients) -> Table:
     return table
 
 
-def link_rows(patients: Patients) -> list[dict[str, Any]]:
-    """What was measured, with the interface of the sender on the way that it has."""
-    ways = {(way.source, way.to): way for way in patients.ways}
+def link_rows(reports: HostReports) -> list[dict[str, Any]]:
+    """What was measured, with the interface of the sender on the route that it has."""
+    routes = {(route.source, route.to): route for route in reports.routes}
     rows = []
-    for one in patients.links:
+    for one in reports.links:
         # A link is dialled in one direction and used in both.
-        way = ways.get((one["from"], one["to"]))
-        back = ways.get((one["to"], one["from"]))
-        place = patients.places.get(one["from"])
-        local = way.local if way is not None and way.is_open else back.address if back else None
+        route = routes.get((one["from"], one["to"]))
+        back = routes.get((one["to"], one["from"]))
+        place = reports.places.get(one["from"])
+        local = (
+            route.local if route is not None and route.is_open else back.address if back else None
+        )
         interface = place.interface(local) if place is not None else None
         rows.append({**one, "over": str(interface) if interface is not None else None})
     return rows
 
 
-def document(patients: Patients, exit_code: int) -> dict[str, Any]:
+def document(reports: HostReports, exit_code: int) -> dict[str, Any]:
     """Everything, as plain values."""
     hosts = [
         {
             "name": name,
-            "ssh": patients.hosts[name].ssh,
-            "addresses": list(patients.places[name].addresses) if name in patients.places else [],
-            "verdict": one.verdict.to_json(),
+            "ssh": reports.hosts[name].ssh,
+            "addresses": list(reports.places[name].addresses) if name in reports.places else [],
+            "status": one.status.to_json(),
             **one.facts,
         }
-        for name, one in patients.examined.items()
+        for name, one in reports.by_host.items()
     ]
     return {
-        "cluster": patients.config.cluster.name,
+        "cluster": reports.config.cluster.name,
         "driver": {"python": platform.python_version(), "smolrun": version("smolrun")},
         "hosts": hosts,
-        "ways": [asdict(way) for way in patients.ways],
-        "links": link_rows(patients),
+        "routes": [asdict(route) for route in reports.routes],
+        "links": link_rows(reports),
         "exit_code": exit_code,
     }
 

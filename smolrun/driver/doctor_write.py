@@ -13,11 +13,11 @@ from typing import Any
 
 from smolrun.config.cluster import Host as HostConfig
 from smolrun.driver.cluster_file import changed, host_names
-from smolrun.driver.doctor_hosts import Patients
+from smolrun.driver.doctor_hosts import HostReports
 from smolrun.driver.doctor_text import device
 from smolrun.errors import ConfigError
 from smolrun.files import atomic_write
-from smolrun.launch.doctor.examination import Examined
+from smolrun.launch.doctor.host_report import HostReport
 from smolrun.launch.doctor.links import best_addresses
 
 _FOLDER = Path("conf") / "cluster"
@@ -25,14 +25,14 @@ _GB = 1e9
 _NOISE = 0.1
 
 
-def write(patients: Patients, say: Callable[[str], None]) -> None:
+def write(reports: HostReports, say: Callable[[str], None]) -> None:
     """Changes the cluster file and shows what changed; ConfigError where there is none."""
-    if patients.config.cluster.hosts is None:
+    if reports.config.cluster.hosts is None:
         say("write=true: this cluster lists no hosts, there is nothing to write")
         return
-    name = patients.config.cluster.name
-    file, text = find(name, patients.names)
-    new = changed(text, news(patients))
+    name = reports.config.cluster.name
+    file, text = find(name, reports.names)
+    new = changed(text, news(reports))
     if new == text:
         say(f"{file}: nothing to change")
         return
@@ -59,20 +59,20 @@ def find(name: str, hosts: list[str]) -> tuple[Path, str]:
     )
 
 
-def news(patients: Patients) -> dict[str, dict[str, Any]]:
+def news(reports: HostReports) -> dict[str, dict[str, Any]]:
     """Host -> key -> value, for what the file does not say or says wrongly."""
-    speeds = _speeds(patients)
+    speeds = _speeds(reports)
     found = {}
-    for name, one in patients.examined.items():
+    for name, one in reports.by_host.items():
         if one.is_reachable:
-            best = best_addresses(patients.places, name, patients.reach) if patients.reach else []
-            keys = _of_host(patients.hosts[name], one, speeds.get(name), best)
+            best = best_addresses(reports.places, name, reports.reach) if reports.reach else []
+            keys = _of_host(reports.hosts[name], one, speeds.get(name), best)
             found[name] = {key: value for key, value in keys.items() if value is not None}
     return {name: keys for name, keys in found.items() if keys}
 
 
 def _of_host(
-    host: HostConfig, one: Examined, speed: float | None, best: list[str]
+    host: HostConfig, one: HostReport, speed: float | None, best: list[str]
 ) -> dict[str, Any]:
     system, environment = one.facts["system"], one.facts.get("environment", {})
     total = system["memory_total"]
@@ -112,16 +112,16 @@ def _differ(measured: float, written: float) -> bool:
     return abs(measured - written) > _NOISE * written
 
 
-def _speeds(patients: Patients) -> dict[str, float]:
+def _speeds(reports: HostReports) -> dict[str, float]:
     """Of each rank, relative to the fastest, by products and memory together (their geometric
     mean). Empty where some host could not be measured: shares need all of them."""
     scores = {}
-    for name, one in patients.examined.items():
+    for name, one in reports.by_host.items():
         score = one.facts.get("environment", {}).get("score")
         if score is None:
             return {}
         whole = (score["flops"] * score["memory_bytes_per_s"]) ** 0.5
-        scores[name] = whole / patients.hosts[name].ranks
+        scores[name] = whole / reports.hosts[name].ranks
     fastest = max(scores.values(), default=1.0)
     return {name: round(score / fastest, 2) for name, score in scores.items()}
 

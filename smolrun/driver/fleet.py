@@ -31,7 +31,7 @@ from smolrun.mesh.addresses import resolve
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
-    from smolrun.launch.delivery.provision import Order, Provisioned
+    from smolrun.launch.delivery.provision import ProvisionedHost, ProvisionRequest
     from smolrun.launch.delivery.shards import ShardFetcher
     from smolrun.launch.remote.machine import Machine
     from smolrun.launch.remote.probe import HostSpec
@@ -54,12 +54,12 @@ class Fleet:
     ) -> None:
         self.machines = dict(machines)
         self.missing = dict(missing or {})
-        self.order: Order | None = None  # what is brought to every host
+        self.order: ProvisionRequest | None = None  # what is brought to every host
         self._config = config
         self._prepared: Prepared | None = None
         self._resume: str | None = None
         self._is_closed = False
-        self._ready: dict[str, Provisioned] = {}
+        self._ready: dict[str, ProvisionedHost] = {}
 
     def equip(
         self,
@@ -77,12 +77,12 @@ class Fleet:
             return
         from smolrun.launch.delivery.code_archive import code_archive
         from smolrun.launch.delivery.files import FileHashes, PreparedFiles
-        from smolrun.launch.delivery.provision import Order, provision
+        from smolrun.launch.delivery.provision import ProvisionRequest, provision
         from smolrun.launch.delivery.run_folder import CheckpointFiles
 
         hashes = FileHashes(platformdirs.user_cache_path("smolrun") / "hashes.json")
         weights = getattr(self._config.model, "pretrained", True)
-        order = self.order = Order(
+        order = self.order = ProvisionRequest(
             run_id,
             self._config.cluster.name,
             self._config.cluster.deploy,
@@ -104,7 +104,7 @@ class Fleet:
             return host not in self.missing
         return machine.connection.lost is None and not machine.connection.is_silent
 
-    def take_in(self, host: str, machine: Machine, ready: Provisioned) -> None:
+    def take_in(self, host: str, machine: Machine, ready: ProvisionedHost) -> None:
         """A host that was away is there again, and has what its ranks need."""
         self._ready[host] = ready
         self.machines[host] = machine
@@ -163,10 +163,12 @@ class Fleet:
         """Who brings here what ranks elsewhere save; None if there are none, or nothing is."""
         if saving is None or not self._ready:
             return None
-        from smolrun.launch.delivery.shards import Origin, ShardFetcher
+        from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
 
         origins = {
-            rank.rank: Origin(self.machines[rank.host], f"{self._ready[rank.host].run}/checkpoints")
+            rank.rank: ShardOrigin(
+                self.machines[rank.host], f"{self._ready[rank.host].run}/checkpoints"
+            )
             for rank in ranks(self._config)
             if rank.host in self._ready
         }

@@ -19,7 +19,7 @@ def who_answers(config: RunConfig) -> list[str]:
     answers = {host.name: True for host in hosts if host.name not in specs}
     if specs:
         from smolrun.launch.remote.probe import HostSpec
-        from smolrun.launch.run_on_all import on_all
+        from smolrun.launch.run_on_all import run_on_all
         from smolrun.launch.ssh.connect import open_machine
 
         def ask(spec: HostSpec) -> bool:
@@ -35,5 +35,5 @@ def who_answers(config: RunConfig) -> list[str]:
             machine.close()
             return True
 
-        answers |= on_all(specs, ask, "ask")
+        answers |= run_on_all(specs, ask, "ask")
     return [host.name for host in hosts if answers.get(host.name)]

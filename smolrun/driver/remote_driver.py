@@ -28,8 +28,13 @@ from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import OUTPUTS, become_latest
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
-from smolrun.launch.delivery.provision import Order, Provisioned, clear_all, provision
-from smolrun.launch.remote.connection import last_words
+from smolrun.launch.delivery.provision import (
+    ProvisionedHost,
+    ProvisionRequest,
+    clear_all,
+    provision,
+)
+from smolrun.launch.remote.connection import error_tail
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.remote.shell import command, environment_input
@@ -88,10 +93,10 @@ def _opened(spec: HostSpec, ssh_config: str | None, timeout_s: float) -> Iterato
         machine.close()
 
 
-def _ready(config: RunConfig, machine: Machine, code_of: str) -> Provisioned:
+def _ready(config: RunConfig, machine: Machine, code_of: str) -> ProvisionedHost:
     """Our code and the libraries are there, and stay there until `code_of` is cleared; HostError if
     that cannot be."""
-    order = Order(
+    order = ProvisionRequest(
         code_of,
         config.cluster.name,
         config.cluster.deploy,
@@ -129,7 +134,7 @@ def _address(machine: Machine) -> str:
 
 
 def _start(
-    machine: Machine, ready: Provisioned, config: Mapping[str, Any], say: Callable[[str], None]
+    machine: Machine, ready: ProvisionedHost, config: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[int, str | None]:
     """As `detach.start`, on the machine."""
     # One folder for each state of the code: its outputs, and the user's modules beside them. With
@@ -165,7 +170,7 @@ def _start(
 
 
 def _keep(
-    config: RunConfig, spec: HostSpec, ready: Provisioned, folder: str, code_of: str
+    config: RunConfig, spec: HostSpec, ready: ProvisionedHost, folder: str, code_of: str
 ) -> RunFolder:
     """A folder here under the run's name, which says where it really is."""
     name = (PureWindowsPath(folder) if "\\" in folder else PurePosixPath(folder)).name
@@ -252,7 +257,7 @@ class Question:
             )
             view = decode(done.out.decode("utf-8", "replace"))
             if view is None:
-                reason = last_words(done.err) if done.err.strip() else f"exit code {done.code}"
+                reason = error_tail(done.err) if done.err.strip() else f"exit code {done.code}"
                 what = f"it cannot say how {self._folder.run_id} is: {reason}"
                 raise HostError(remote.host.name, what)
             if view.has_ended:

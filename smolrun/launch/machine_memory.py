@@ -113,7 +113,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _TEXTS)
 
 
-def told(error: BaseException) -> str:
+def describe_out_of_memory(error: BaseException) -> str:
     """What the error says of it, and how much memory is used and there."""
     figures = [f"{gb(psutil.Process().memory_info().rss)} used by this rank"]
     memory = machine_memory()

@@ -21,7 +21,7 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
-def on_all(machines: Mapping[str, T], act: Callable[[T], R], what: str) -> dict[str, R]:
+def run_on_all(machines: Mapping[str, T], act: Callable[[T], R], what: str) -> dict[str, R]:
     """`act` on each, by name; returns what each gave, in the same order, once all have ended.
 
     One failure is raised as it is, several as HostErrors. `act` must end in its own time: after a

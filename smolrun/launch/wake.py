@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def awake(platform: str = sys.platform) -> Iterator[None]:
+def keep_awake(platform: str = sys.platform) -> Iterator[None]:
     """This machine does not fall asleep inside the `with`. Never raises; the log says what holds
     it awake, or that nothing does."""
     with contextlib.ExitStack() as stack:

@@ -30,8 +30,8 @@ from smolrun.launch.control import (
     StartMessage,
     cut,
 )
-from smolrun.launch.machine_memory import is_out_of_memory, told
-from smolrun.launch.wake import awake
+from smolrun.launch.machine_memory import describe_out_of_memory, is_out_of_memory
+from smolrun.launch.wake import keep_awake
 
 if TYPE_CHECKING:
     from smolrun.mesh.connect import Endpoint
@@ -60,7 +60,7 @@ def main() -> int:
     )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
-    with awake():
+    with keep_awake():
         code = run(channel)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def run(channel: WorkerChannel) -> int:
 
 def _report(error: BaseException) -> ErrorReport:
     if is_out_of_memory(error):
-        return ErrorReport(OUT_OF_MEMORY, cut(told(error)))
+        return ErrorReport(OUT_OF_MEMORY, cut(describe_out_of_memory(error)))
     return ErrorReport(type(error).__name__[:200], cut(str(error)))
 
 

@@ -18,7 +18,7 @@ from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
 from smolrun.driver.runs import find_run, opened
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import Machine, meet
+from smolrun.launch.remote.machine import Machine, probe_machine
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.tasks import attach, status, stop
 from smolrun.tracking.past_runs import look
@@ -43,7 +43,7 @@ class Box:
         if not self.is_there:
             raise HostError(spec.name, "nobody answers", "is it on?")
         self.connections.append(ConnectionHere(name=spec.name))
-        return meet(spec, self.connections[-1])
+        return probe_machine(spec, self.connections[-1])
 
 
 @pytest.fixture

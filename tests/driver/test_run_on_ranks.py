@@ -58,7 +58,7 @@ class Elsewhere:
     def provision(self, machines: dict[str, Machine], order: Any, progress: Any = None) -> Any:
         self.equipped += machines
         folder = str(self._folder)
-        ready = provision.Provisioned(WORKER, {}, folder, folder, {})
+        ready = provision.ProvisionedHost(WORKER, {}, folder, folder, {})
         hosts = dict.fromkeys(machines, ready)
         return SimpleNamespace(hosts=hosts, warnings=[], notes=[])
 

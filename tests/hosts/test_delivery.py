@@ -16,8 +16,8 @@ from smolrun.errors import HostError
 from smolrun.events import ShardFailed, ShardSaved
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles
-from smolrun.launch.delivery.provision import Order, Ready, clear_all, provision
-from smolrun.launch.delivery.shards import Origin, ShardFetcher
+from smolrun.launch.delivery.provision import ProvisionRequest, Ready, clear_all, provision
+from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.ssh.connect import open_machines
@@ -44,10 +44,12 @@ def machines(lab3: Lab) -> Iterator[dict[str, Machine]]:
         machine.close()
 
 
-def order(folder: Path, text: str = "x = 1\n", prepared: Prepared | None = None) -> Order:
+def order(
+    folder: Path, text: str = "x = 1\n", prepared: Prepared | None = None
+) -> ProvisionRequest:
     (folder / "my_code.py").write_text(text)
     files = PreparedFiles(prepared, FileHashes()) if prepared else None
-    return Order("run-1", "lab", "wheel", code_archive(folder, ["my_code:build"]), files)
+    return ProvisionRequest("run-1", "lab", "wheel", code_archive(folder, ["my_code:build"]), files)
 
 
 def some_data(folder: Path, megabytes: int) -> Prepared:
@@ -57,7 +59,7 @@ def some_data(folder: Path, megabytes: int) -> Prepared:
     return Prepared("features", str(path), digest, 10, 4, None, None, 5, 5, "noise")
 
 
-def timed(machines: dict[str, Machine], asked: Order) -> tuple[Ready, float, int]:
+def timed(machines: dict[str, Machine], asked: ProvisionRequest) -> tuple[Ready, float, int]:
     """What is ready, seconds, and bytes to all hosts together."""
     sent = 0
 
@@ -169,7 +171,7 @@ def test_shards_come_to_the_driver_and_a_lost_host_is_named(
         save(machine, ready[name].run, k) for k, (name, machine) in enumerate(machines.items())
     ]
     origins = {
-        rank: Origin(machine, f"{ready[name].run}/checkpoints")
+        rank: ShardOrigin(machine, f"{ready[name].run}/checkpoints")
         for rank, (name, machine) in enumerate(machines.items())
     }
     fetcher = ShardFetcher(origins, tmp_path / "checkpoints", "t")

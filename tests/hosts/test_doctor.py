@@ -26,13 +26,13 @@ def ask(driver: Driver, *overrides: str) -> tuple[int, dict[str, Any], str]:
 
 
 def verdicts(told: dict[str, Any]) -> dict[str, str]:
-    return {host["name"]: host["verdict"]["state"] for host in told["hosts"]}
+    return {host["name"]: host["status"]["state"] for host in told["hosts"]}
 
 
 def findings(told: dict[str, Any], name: str) -> str:
     """All sentences and commands about one host."""
     (host,) = [host for host in told["hosts"] if host["name"] == name]
-    return "\n".join(f"{one['what']} -> {one['todo']}" for one in host["verdict"]["findings"])
+    return "\n".join(f"{one['what']} -> {one['hint']}" for one in host["status"]["findings"])
 
 
 def close_door(host: Host, *sources: str) -> None:
@@ -40,7 +40,7 @@ def close_door(host: Host, *sources: str) -> None:
     who = f"ip saddr {{ {', '.join(sources)} }} " if sources else ""
     rule = f"{who}tcp dport 1024-65535 tcp flags & (syn | ack) == syn drop"
     chain = f"chain input {{ type filter hook input priority 0; {rule}; }};"
-    host.run("nft", f"table inet door {{ {chain} }};")
+    host.run("nft", f"table inet firewall {{ {chain} }};")
 
 
 def test_healthy_hosts_are_fine(lab3: Lab, tmp_path: Path):
@@ -59,7 +59,7 @@ def test_healthy_hosts_are_fine(lab3: Lab, tmp_path: Path):
     # A cable of 1 Gbit/s; its bucket lets a burst through, encryption takes its share.
     assert all(1e6 < one["bytes_per_s"] < 400e6 for one in links.values())
     assert all("Ethernet" in one["over"] for one in links.values())
-    # What an earlier test left may still be on its way out.
+    # What an earlier test left may still be on its route out.
     assert_clean(lab3.hosts)
     assert not (tmp_path / "outputs").exists()
 

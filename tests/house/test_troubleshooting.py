@@ -54,7 +54,9 @@ def told_of_hosts() -> Iterator[str]:
     for node in (node for tree in TREES for node in ast.walk(tree)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", "")
-            place = {"HostError": 1, "TookTooLong": 1, "_CannotUse": 1, "Failed": 0}.get(name, 99)
+            place = {"HostError": 1, "CommandTimeout": 1, "_CannotUse": 1, "Failed": 0}.get(
+                name, 99
+            )
             text = template(node.args[place]) if len(node.args) > place else None
             if text is not None:
                 yield text

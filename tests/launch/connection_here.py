@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import IO
 
-from smolrun.launch.remote.connection import Completed, OnBytes, TookTooLong
+from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes
 from tests import waiting
 
 
@@ -33,7 +33,7 @@ class ConnectionHere:
         try:
             done = subprocess.run(argv, input=data, capture_output=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise TookTooLong(self.name, f"did not end within {timeout_s:g} s") from None
+            raise CommandTimeout(self.name, f"did not end within {timeout_s:g} s") from None
         return Completed(done.returncode, done.stdout, done.stderr)
 
     def start(self, command: str) -> ProcessHere:

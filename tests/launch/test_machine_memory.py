@@ -17,7 +17,13 @@ import pytest
 import torch
 
 from smolrun.launch.control import OUT_OF_MEMORY
-from smolrun.launch.machine_memory import gb, is_out_of_memory, machine_memory, own_groups, told
+from smolrun.launch.machine_memory import (
+    describe_out_of_memory,
+    gb,
+    is_out_of_memory,
+    machine_memory,
+    own_groups,
+)
 from smolrun.launch.root_cause import RankState, pick_cause
 from smolrun.launch.supervisor_events import Exited
 from tests.launch.driver_process import TINY_DRIVER
@@ -119,13 +125,15 @@ def test_other_errors_are_not() -> None:
 
 
 def test_the_sentence_says_how_much_was_asked_for_and_how_much_there_is() -> None:
-    sentence = told(real_errors()[0])
+    sentence = describe_out_of_memory(real_errors()[0])
     assert sentence.startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate ")
     assert f"of {gb(machine_memory().total)} free on its host)" in sentence
     assert "used by this rank" in sentence
-    assert told(CUDA).startswith("CUDA out of memory. Tried to allocate 20.00 GiB (")
-    assert "Tried to allocate 256.00 MB on private pool (" in told(MPS)
-    assert told(MemoryError()).startswith("MemoryError (")
+    assert describe_out_of_memory(CUDA).startswith(
+        "CUDA out of memory. Tried to allocate 20.00 GiB ("
+    )
+    assert "Tried to allocate 256.00 MB on private pool (" in describe_out_of_memory(MPS)
+    assert describe_out_of_memory(MemoryError()).startswith("MemoryError (")
 
 
 def test_a_rank_that_reported_it_is_named_with_it() -> None:

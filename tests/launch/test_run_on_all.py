@@ -7,7 +7,7 @@ import time
 import pytest
 
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.run_on_all import run_on_all
 from tests.waiting import SOON_S
 
 
@@ -18,12 +18,12 @@ def test_all_work_at_the_same_time_and_answer_in_order() -> None:
         meeting.wait(timeout=20)  # breaks if they come one after the other
         return number * 10
 
-    assert list(on_all({"c": 3, "a": 1, "b": 2}, act, "test").items()) == [
+    assert list(run_on_all({"c": 3, "a": 1, "b": 2}, act, "test").items()) == [
         ("c", 30),
         ("a", 10),
         ("b", 20),
     ]
-    assert on_all({}, act, "test") == {}
+    assert run_on_all({}, act, "test") == {}
 
 
 def test_every_machine_that_failed_is_named() -> None:
@@ -35,15 +35,15 @@ def test_every_machine_that_failed_is_named() -> None:
         raise HostError(name, "has no disk", "buy one")
 
     with pytest.raises(HostErrors) as failed:
-        on_all({"bad": "bad", "good": "good", "odd": "odd"}, act, "test")
+        run_on_all({"bad": "bad", "good": "good", "odd": "odd"}, act, "test")
     assert str(failed.value) == "bad: has no disk; buy one\nodd: ValueError: never seen"
     with pytest.raises(HostError) as one:
-        on_all({"bad": "bad", "good": "good"}, act, "test")
+        run_on_all({"bad": "bad", "good": "good"}, act, "test")
     assert one.value.host == "bad"
 
 
 def test_threads_are_named_after_machine_and_work() -> None:
-    named = on_all({"mini2": None}, lambda _: threading.current_thread().name, "code")
+    named = run_on_all({"mini2": None}, lambda _: threading.current_thread().name, "code")
     assert named == {"mini2": "smolrun-mini2-code"}
 
 
@@ -56,6 +56,6 @@ def test_ctrl_c_does_not_wait_for_a_machine_that_hangs() -> None:
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        on_all({"mini1": "mini1"}, act, "test")
+        run_on_all({"mini1": "mini1"}, act, "test")
     assert time.monotonic() - began < SOON_S
     release.set()

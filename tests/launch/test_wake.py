@@ -63,7 +63,7 @@ INHIBIT = 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"'
 
 def test_linux_holds_a_lock_that_ends_with_the_block(tools: Path):
     make_tool(tools, "systemd-inhibit", INHIBIT)
-    with wake.awake("linux"):
+    with wake.keep_awake("linux"):
         pid, *argv = said(tools)
         assert argv[0] == "--what=idle:sleep"
         assert "--mode=block" in argv
@@ -73,7 +73,7 @@ def test_linux_holds_a_lock_that_ends_with_the_block(tools: Path):
 
 def test_macos_watches_our_process(tools: Path):
     make_tool(tools, "caffeinate", "exec sleep 60")
-    with wake.awake("darwin"):
+    with wake.keep_awake("darwin"):
         pid, *argv = said(tools)
         assert argv == ["-i", "-w", str(os.getpid())]
     assert is_gone(int(pid))
@@ -82,8 +82,8 @@ def test_macos_watches_our_process(tools: Path):
 def test_the_lock_ends_with_a_process_that_is_killed(tools: Path, monkeypatch: pytest.MonkeyPatch):
     make_tool(tools, "systemd-inhibit", INHIBIT)
     code = (
-        "import signal\nfrom smolrun.launch.wake import awake\n"
-        "with awake('linux'):\n    signal.pause()\n"
+        "import signal\nfrom smolrun.launch.wake import keep_awake\n"
+        "with keep_awake('linux'):\n    signal.pause()\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -99,7 +99,7 @@ def test_the_lock_ends_with_a_process_that_is_killed(tools: Path, monkeypatch: p
 def test_a_machine_without_the_tool_is_left_alone(
     tools: Path, platform: str, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level(logging.INFO), wake.awake(platform):
+    with caplog.at_level(logging.INFO), wake.keep_awake(platform):
         pass
     assert "this machine may fall asleep" in caplog.text
     assert "is not there" in caplog.text
@@ -107,19 +107,19 @@ def test_a_machine_without_the_tool_is_left_alone(
 
 def test_a_tool_that_is_not_allowed_is_told(tools: Path, caplog: pytest.LogCaptureFixture):
     make_tool(tools, "systemd-inhibit", "exit 1")
-    with caplog.at_level(logging.INFO), wake.awake("linux"):
+    with caplog.at_level(logging.INFO), wake.keep_awake("linux"):
         until(lambda: "systemd-inhibit ended with 1" in caplog.text)
 
 
 def test_what_holds_it_awake_is_told(tools: Path, caplog: pytest.LogCaptureFixture):
     make_tool(tools, "systemd-inhibit", INHIBIT)
-    with caplog.at_level(logging.INFO), wake.awake("linux"):
+    with caplog.at_level(logging.INFO), wake.keep_awake("linux"):
         until(lambda: "kept awake by systemd-inhibit" in caplog.text)
 
 
 def test_an_error_of_the_block_is_not_swallowed(tools: Path):
     make_tool(tools, "systemd-inhibit", INHIBIT)
-    with pytest.raises(KeyError), wake.awake("linux"):
+    with pytest.raises(KeyError), wake.keep_awake("linux"):
         pid = int(said(tools)[0])
         raise KeyError("of the run")
     assert is_gone(pid)
@@ -136,6 +136,6 @@ def test_windows_asks_from_one_thread_and_takes_it_back(monkeypatch: pytest.Monk
 
     kernel = SimpleNamespace(SetThreadExecutionState=set_state)
     monkeypatch.setattr(wake, "_windows_kernel", lambda: kernel)
-    with wake.awake("win32"):
+    with wake.keep_awake("win32"):
         until(lambda: len(asked) == 1)
     assert asked == [(0x80000001, "smolrun-awake"), (0x80000000, "smolrun-awake")]

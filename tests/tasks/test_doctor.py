@@ -15,11 +15,11 @@ from rich.console import Console
 
 from smolrun.cli.compose import compose
 from smolrun.driver import doctor_text, doctor_write
-from smolrun.driver.doctor_hosts import Patients, with_hosts
+from smolrun.driver.doctor_hosts import HostReports, with_hosts
 from smolrun.errors import ConfigError
 from smolrun.launch.doctor import links
-from smolrun.launch.doctor.examination import Examined
 from smolrun.launch.doctor.findings import Finding
+from smolrun.launch.doctor.host_report import HostReport
 
 HOME = """\
 # At home
@@ -52,22 +52,22 @@ def facts(os: str, memory: float, flops: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Patients:
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostReports:
     """Two hosts that were looked at; the first has a Thunderbolt cable."""
     file = tmp_path / "conf" / "cluster" / "home.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(HOME)
     monkeypatch.chdir(tmp_path)
-    made = Patients.of(compose(["cluster=home", "task=doctor"]))
-    made.examined = {
-        "mini1": Examined("mini1", facts("darwin", 17.1e9, 4e12), []),
-        "pi5": Examined("pi5", facts("linux", 8.2e9, 1e11), [Finding("limits", "hot", "a fan")]),
+    made = HostReports.of(compose(["cluster=home", "task=doctor"]))
+    made.by_host = {
+        "mini1": HostReport("mini1", facts("darwin", 17.1e9, 4e12), []),
+        "pi5": HostReport("pi5", facts("linux", 8.2e9, 1e11), [Finding("warning", "hot", "a fan")]),
     }
     cable = links.Interface("bridge0", "thunderbolt", None, ("10.10.0.1/24",))
     lan = links.Interface("en0", "ethernet", 1000.0, ("192.168.1.1/24",))
     made.places = {
-        "mini1": links.Host("mini1", ("192.168.1.1",), (lan, cable)),
-        "pi5": links.Host("pi5", ("192.168.1.5",), ()),
+        "mini1": links.HostAddresses("mini1", ("192.168.1.1",), (lan, cable)),
+        "pi5": links.HostAddresses("pi5", ("192.168.1.5",), ()),
     }
     rows = [
         {"address": address, "error": None, "local": ""} for address in ("192.168.1.1", "10.10.0.1")
@@ -78,15 +78,15 @@ def patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Patients:
         },
         "pi5": {"dialed": {"mini1": rows}},
     }
-    made.ways = links.ways(made.places, made.reach)
+    made.routes = links.routes(made.places, made.reach)
     made.links = [{"from": "mini1", "to": "pi5", "rtt_s": 0.0004, "bytes_per_s": 117e6}]
     return made
 
 
 def test_the_report_has_a_table_that_fits_and_a_command_for_each_finding(
-    patients: Patients, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reports: HostReports, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    doctor_text.report(patients)
+    doctor_text.report(reports)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100
     assert "Debian 12 arm64" in said
@@ -95,23 +95,23 @@ def test_the_report_has_a_table_that_fits_and_a_command_for_each_finding(
     assert "0.40 ms" in said and "936.0 Mbit/s" in said and "Ethernet (en0, 1,000 Mbit/s)" in said
 
 
-def test_the_table_fits_80_columns_too(patients: Patients):
+def test_the_table_fits_80_columns_too(reports: HostReports):
     out = io.StringIO()
-    Console(file=out, width=80).print(doctor_text._hosts(patients))
+    Console(file=out, width=80).print(doctor_text._hosts(reports))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "mini1" in out.getvalue() and "usable" in out.getvalue()
 
 
-def test_the_document_is_plain_json(patients: Patients):
-    told = json.loads(json.dumps(doctor_text.document(patients, 0)))
+def test_the_document_is_plain_json(reports: HostReports):
+    told = json.loads(json.dumps(doctor_text.document(reports, 0)))
     assert [host["name"] for host in told["hosts"]] == ["mini1", "pi5"]
-    assert told["hosts"][1]["verdict"]["findings"][0]["todo"] == "a fan"
+    assert told["hosts"][1]["status"]["findings"][0]["hint"] == "a fan"
     assert told["links"][0]["over"] == "Ethernet (en0, 1,000 Mbit/s)"
 
 
-def test_what_is_missing_is_written_and_what_you_wrote_stays(patients: Patients):
+def test_what_is_missing_is_written_and_what_you_wrote_stays(reports: HostReports):
     said: list[str] = []
-    doctor_write.write(patients, said.append)
+    doctor_write.write(reports, said.append)
     file = Path("conf/cluster/home.yaml")
     mini, pi = yaml.safe_load(file.read_text())["hosts"]
     assert mini == {
@@ -134,33 +134,33 @@ def test_what_is_missing_is_written_and_what_you_wrote_stays(patients: Patients)
     assert "# kitchen" in file.read_text() and "# of its 8" in file.read_text()
     assert Path("conf/cluster/home.yaml.bak").read_text() == HOME
     assert any(line.startswith("+  - {name: mini1") for line in said)
-    again = Patients.of(compose(["cluster=home", "task=doctor"]))
-    again.examined, again.places, again.reach = patients.examined, patients.places, patients.reach
+    again = HostReports.of(compose(["cluster=home", "task=doctor"]))
+    again.by_host, again.places, again.reach = reports.by_host, reports.places, reports.reach
     doctor_write.write(again, said.append)
     assert "nothing to change" in said[-1]
 
 
-def speeds(patients: Patients) -> dict[str, float]:
+def speeds(reports: HostReports) -> dict[str, float]:
     return {
-        name: keys["speed"] for name, keys in doctor_write.news(patients).items() if "speed" in keys
+        name: keys["speed"] for name, keys in doctor_write.news(reports).items() if "speed" in keys
     }
 
 
-def test_a_speed_is_written_where_all_were_measured_and_nobody_knows_better(patients: Patients):
-    assert speeds(patients) == {"pi5": 0.03}
-    patients.hosts["mini1"] = patients.hosts["mini1"].model_copy(update={"ranks": 2})
-    assert speeds(patients) == {"pi5": 0.05}, "half of the fastest host is a rank's"
-    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": 0.048})
-    assert speeds(patients) == {}, "two trials differ by as much"
-    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": "auto"})
-    assert speeds(patients) == {}
-    patients.hosts["pi5"] = patients.hosts["pi5"].model_copy(update={"speed": 1.0})
-    del patients.examined["mini1"].facts["environment"]["score"]
-    assert speeds(patients) == {}, "a speed is relative to all others"
+def test_a_speed_is_written_where_all_were_measured_and_nobody_knows_better(reports: HostReports):
+    assert speeds(reports) == {"pi5": 0.03}
+    reports.hosts["mini1"] = reports.hosts["mini1"].model_copy(update={"ranks": 2})
+    assert speeds(reports) == {"pi5": 0.05}, "half of the fastest host is a rank's"
+    reports.hosts["pi5"] = reports.hosts["pi5"].model_copy(update={"speed": 0.048})
+    assert speeds(reports) == {}, "two trials differ by as much"
+    reports.hosts["pi5"] = reports.hosts["pi5"].model_copy(update={"speed": "auto"})
+    assert speeds(reports) == {}
+    reports.hosts["pi5"] = reports.hosts["pi5"].model_copy(update={"speed": 1.0})
+    del reports.by_host["mini1"].facts["environment"]["score"]
+    assert speeds(reports) == {}, "a speed is relative to all others"
 
 
 def test_what_hosts_say_is_text_and_nothing_else(
-    patients: Patients, capsys: pytest.CaptureFixture[str]
+    reports: HostReports, capsys: pytest.CaptureFixture[str]
 ):
     """No escape sequence, no markup of rich, no line of its own."""
     evil = "[red]x[/]\x1b[2J\x9b2J\r\n\u202emini1: fine[link=https://evil]here[/link]"
@@ -169,8 +169,8 @@ def test_what_hosts_say_is_text_and_nothing_else(
     one["system"] |= {"gpus": [{"name": evil}]}
     one["environment"] |= {"python": evil, "packages": {"torch": evil}}
     one["network"]["interfaces"][0] |= {"name": evil, "addresses": [evil]}
-    patients.examined["pi5"] = Examined("pi5", one, [Finding("limits", evil, evil)])
-    doctor_text.report(patients)
+    reports.by_host["pi5"] = HostReport("pi5", one, [Finding("warning", evil, evil)])
+    doctor_text.report(reports)
     shown = capsys.readouterr().out
     assert "[red]x[/]" in shown
     assert "[link=https://evil]" in shown.replace("\n", "")
@@ -178,12 +178,12 @@ def test_what_hosts_say_is_text_and_nothing_else(
     assert sum(line.startswith("mini1: ") for line in shown.split("\n")) == 1
 
 
-def test_a_cluster_without_a_file_and_one_without_hosts(patients: Patients):
+def test_a_cluster_without_a_file_and_one_without_hosts(reports: HostReports):
     Path("conf/cluster/home.yaml").unlink()
     with pytest.raises(ConfigError, match="does not list the hosts"):
-        doctor_write.write(patients, print)
+        doctor_write.write(reports, print)
     said: list[str] = []
-    doctor_write.write(Patients.of(compose(["task=doctor"])), said.append)
+    doctor_write.write(HostReports.of(compose(["task=doctor"])), said.append)
     assert "lists no hosts" in said[0]
 
 
@@ -194,12 +194,12 @@ def test_a_shipped_file_is_copied_beside_your_work(tmp_path: Path, monkeypatch: 
     assert text.startswith("# Three Mac minis")
 
 
-def test_links_are_measured_by_one_rank_a_host(patients: Patients):
-    config = with_hosts(patients.config, ["pi5"])
+def test_links_are_measured_by_one_rank_a_host(reports: HostReports):
+    config = with_hosts(reports.config, ["pi5"])
     assert [(host.name, host.ranks) for host in config.cluster.hosts or []] == [("pi5", 1)]
-    assert patients.fit_for_mesh() == ["mini1", "pi5"]
-    patients.examined["pi5"].findings.append(Finding("blocks", "no disk"))
-    assert patients.fit_for_mesh() == []  # one host has no link
+    assert reports.fit_for_mesh() == ["mini1", "pi5"]
+    reports.by_host["pi5"].findings.append(Finding("error", "no disk"))
+    assert reports.fit_for_mesh() == []  # one host has no link
 
 
 @pytest.mark.timeout(120)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code_archive import LIB, OWN, CodeArchive
-from smolrun.launch.delivery.store import Told, ask, check_room, check_whole, forget, put
+from smolrun.launch.delivery.store import (
+    TransferProgress,
+    ask,
+    check_room,
+    check_whole,
+    forget,
+    put,
+)
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
@@ -38,11 +45,11 @@ def deliver_code(
     deploy: Deploy,
     *,
     run: str | None = None,
-    told: Told | None = None,
+    told: TransferProgress | None = None,
 ) -> HostCode:
     """Have the code on the host, and say where. `run` is the run's folder there, if it has one:
     it keeps the code from being pruned. HostError says what is in the way."""
-    told = told or Told("code to hosts")
+    told = told or TransferProgress("code to hosts")
     if deploy == "none":
         return HostCode("", machine.home)
     folder = (
@@ -53,7 +60,9 @@ def deliver_code(
     return HostCode(f"{folder}/{LIB}", f"{folder}/{OWN}")
 
 
-def _by_hash(machine: Machine, archive: CodeArchive, run: str | None, told: Told) -> str:
+def _by_hash(
+    machine: Machine, archive: CodeArchive, run: str | None, told: TransferProgress
+) -> str:
     key, root = archive.digest[:16], f"{machine.workdir}/code"
     wanted = {"root": root, "wanted": {key: archive.listing}}
     answer = ask(machine, "store", {"do": "look", **wanted, "thorough": True, "run": run})
@@ -69,7 +78,7 @@ def _by_hash(machine: Machine, archive: CodeArchive, run: str | None, told: Told
     return f"{root}/{key}"
 
 
-def _tree(machine: Machine, archive: CodeArchive, told: Told) -> str:
+def _tree(machine: Machine, archive: CodeArchive, told: TransferProgress) -> str:
     root = f"{machine.workdir}/tree"
     wanted = {"root": root, "listing": archive.listing}
     answer = ask(machine, "tree", {"do": "look", **wanted})
@@ -89,7 +98,7 @@ def _tree(machine: Machine, archive: CodeArchive, told: Told) -> str:
     return root
 
 
-def _send(machine: Machine, data: bytes, incoming: str, free: int, told: Told) -> None:
+def _send(machine: Machine, data: bytes, incoming: str, free: int, told: TransferProgress) -> None:
     check_room(machine, machine.workdir, len(data), free)
     told.add(len(data))
     put(machine, data, f"{incoming}/{_ZIP}", len(data), told.on_bytes)

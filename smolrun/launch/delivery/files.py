@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from smolrun.data.prepared import Prepared
 from smolrun.files import atomic_write
-from smolrun.launch.delivery.store import Bundle, File, Told, deliver_bundles
+from smolrun.launch.delivery.store import Bundle, File, TransferProgress, deliver_bundles
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
@@ -101,7 +101,7 @@ class PreparedFiles:
             if folder is not None
         }
 
-    def deliver(self, machine: Machine, told: Told, run: str | None = None) -> Prepared:
+    def deliver(self, machine: Machine, told: TransferProgress, run: str | None = None) -> Prepared:
         """Have them on the host; the same prepared data with the host's paths.
 
         `run` is the run's folder there, which keeps them from being pruned.

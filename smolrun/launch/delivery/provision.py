@@ -16,17 +16,17 @@ from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive
 from smolrun.launch.delivery.files import PreparedFiles
 from smolrun.launch.delivery.run_folder import CheckpointFiles, clear_run, run_on_host
-from smolrun.launch.delivery.store import Progress, Told, silent
+from smolrun.launch.delivery.store import Progress, TransferProgress, silent
 from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions
 from smolrun.launch.local import worker_command
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.run_on_all import run_on_all
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
 
 
 @dataclass(frozen=True)
-class Provisioned:
+class ProvisionedHost:
     """A host that is ready: how a worker is started there, and where it finds what it needs.
 
     `env` is only what the code needs; `run` is the run's folder there.
@@ -42,7 +42,7 @@ class Provisioned:
 
 
 @dataclass(frozen=True)
-class Order:
+class ProvisionRequest:
     """What to bring: the same for every host."""
 
     run_id: str
@@ -54,15 +54,17 @@ class Order:
 
 
 @dataclass
-class Ready:
+class ProvisionedHosts:
     """All hosts by name; `warnings` and `notes` are sentences about their versions."""
 
-    hosts: dict[str, Provisioned]
+    hosts: dict[str, ProvisionedHost]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def provision(machines: Mapping[str, Machine], order: Order, progress: Progress = silent) -> Ready:
+def provision(
+    machines: Mapping[str, Machine], order: ProvisionRequest, progress: Progress = silent
+) -> ProvisionedHosts:
     """Have on all machines what the order says; blocks until they are ready.
 
     HostError, or HostErrors with all of them, if some cannot be; then nothing of the run stays
@@ -76,9 +78,11 @@ def provision(machines: Mapping[str, Machine], order: Order, progress: Progress 
         raise
 
 
-def _provision(machines: Mapping[str, Machine], order: Order, progress: Progress) -> Ready:
-    told = Told("sending code", progress)
-    codes = on_all(machines, lambda machine: _code(machine, order, told), "code")
+def _provision(
+    machines: Mapping[str, Machine], order: ProvisionRequest, progress: Progress
+) -> ProvisionedHosts:
+    told = TransferProgress("sending code", progress)
+    codes = run_on_all(machines, lambda machine: _code(machine, order, told), "code")
     driver = own_versions()
     checked = check_versions(
         driver, {name: found[2] for name, found in codes.items()}, cluster=order.cluster
@@ -86,12 +90,12 @@ def _provision(machines: Mapping[str, Machine], order: Order, progress: Progress
     if checked.errors:
         errors = [HostError(name, *what_todo) for name, what_todo in checked.errors.items()]
         raise errors[0] if len(errors) == 1 else HostErrors(errors)
-    told = Told("sending data", progress)
-    files = on_all(machines, lambda machine: _files(machine, order, told), "files")
+    told = TransferProgress("sending data", progress)
+    files = run_on_all(machines, lambda machine: _files(machine, order, told), "files")
     hosts = {}
     for name, (code, python, versions) in codes.items():
         prepared, resume = files[name]
-        hosts[name] = Provisioned(
+        hosts[name] = ProvisionedHost(
             argv=[python, *worker_command()[1:]],
             env=_environment(machines[name], code),
             cwd=code.own,
@@ -100,7 +104,7 @@ def _provision(machines: Mapping[str, Machine], order: Order, progress: Progress
             prepared=prepared,
             resume=resume,
         )
-    return Ready(hosts, checked.warnings, checked.notes)
+    return ProvisionedHosts(hosts, checked.warnings, checked.notes)
 
 
 def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
@@ -115,18 +119,20 @@ def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
         place = f"{run_on_host(machine, run_id)} on {machine.name}"
         return None if done else f"{place} could not be removed; it can be deleted"
 
-    return [problem for problem in on_all(machines, clear, "clear").values() if problem]
+    return [problem for problem in run_on_all(machines, clear, "clear").values() if problem]
 
 
 def _code(
-    machine: Machine, order: Order, told: Told
+    machine: Machine, order: ProvisionRequest, told: TransferProgress
 ) -> tuple[HostCode, str, dict[str, str | None]]:
     run = run_on_host(machine, order.run_id)
     code = deliver_code(machine, order.archive, order.deploy, run=run, told=told)
     return code, *ask_versions(machine, order.deploy, code.lib, cluster=order.cluster)
 
 
-def _files(machine: Machine, order: Order, told: Told) -> tuple[Prepared | None, str | None]:
+def _files(
+    machine: Machine, order: ProvisionRequest, told: TransferProgress
+) -> tuple[Prepared | None, str | None]:
     run = run_on_host(machine, order.run_id)
     prepared = order.prepared.deliver(machine, told, run) if order.prepared else None
     resume = order.checkpoint.deliver(machine, told, run) if order.checkpoint else None

@@ -17,7 +17,7 @@ from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.errors import CheckpointError
 from smolrun.launch.control import Saving
 from smolrun.launch.delivery.files import FileHashes
-from smolrun.launch.delivery.store import Bundle, File, Told, deliver_bundles
+from smolrun.launch.delivery.store import Bundle, File, TransferProgress, deliver_bundles
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
@@ -56,7 +56,7 @@ class CheckpointFiles:
         files[MANIFEST_FILE] = FileHashes().file(folder / MANIFEST_FILE)
         self._bundle = Bundle(folder.name, files)
 
-    def deliver(self, machine: Machine, told: Told, run: str) -> str:
+    def deliver(self, machine: Machine, told: TransferProgress, run: str) -> str:
         """Have it in the run's folder `run` on the host, whole; returns where it lies there."""
         root = f"{run}/resume"
         deliver_bundles(machine, root, [self._bundle], told)

@@ -1,6 +1,6 @@
 """Fetches what ranks on other machines saved, so that a checkpoint lies whole on the driver.
 
-    rank --- ShardSaved --> take() --> lane of its host --> [ get, compare, sync, delete there ]
+    rank --- ShardSaved --> take() --> queue of its host --> [ get, compare, sync, delete there ]
                                                                         |
     committer <-- ShardSaved | ShardFailed -- arrived() / finish() <-------+
 
@@ -28,7 +28,7 @@ from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import FileEntry, is_file_of
 from smolrun.errors import SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
-from smolrun.launch.delivery.store import Progress, Told, silent
+from smolrun.launch.delivery.store import Progress, TransferProgress, silent
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
@@ -39,7 +39,7 @@ _ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during 
 
 
 @dataclass(frozen=True)
-class Origin:
+class ShardOrigin:
     """Where a rank writes: its machine, and the run's folder of checkpoints there."""
 
     machine: Machine
@@ -52,14 +52,14 @@ class _Job:
 
     event: ShardSaved
     files: dict[str, FileEntry]
-    origin: Origin
+    origin: ShardOrigin
 
     def failed(self, reason: str) -> ShardFailed:
         return ShardFailed(self.event.updates, self.event.rank, reason)
 
 
 @dataclass
-class _Lane:
+class _FetchQueue:
     """One host: `waiting` is fetched in order, the first being on its way; `refused` only goes."""
 
     name: str
@@ -72,7 +72,7 @@ class ShardFetcher:
 
     def __init__(
         self,
-        origins: Mapping[int, Origin],
+        origins: Mapping[int, ShardOrigin],
         checkpoints: Path,
         token: str,
         *,
@@ -86,15 +86,15 @@ class ShardFetcher:
         self._token = token
         self._progress = progress
         self._finishing = False
-        self._told = Told("", silent)
+        self._told = TransferProgress("", silent)
         self._changed = threading.Condition()
         names = dict.fromkeys(origin.machine.name for origin in origins.values())
-        self._lanes = {name: _Lane(name) for name in names}
+        self._queues = {name: _FetchQueue(name) for name in names}
         self._arrived: deque[Event] = deque()
         self._closing = False
-        for lane in self._lanes.values():
+        for queue in self._queues.values():
             threading.Thread(
-                target=self._serve, args=(lane,), name=f"smolrun-{lane.name}-fetch", daemon=True
+                target=self._serve, args=(queue,), name=f"smolrun-{queue.name}-fetch", daemon=True
             ).start()
 
     def take(self, event: Event) -> bool:
@@ -102,29 +102,29 @@ class ShardFetcher:
         if not isinstance(event, ShardSaved | ShardFailed) or event.rank not in self._origins:
             return False
         origin = self._origins[event.rank]
-        lane = self._lanes[origin.machine.name]
+        queue = self._queues[origin.machine.name]
         if isinstance(event, ShardFailed):  # a path of it alone does not tell whose disk is full
-            reason = f"{lane.name}: {event.reason}"
+            reason = f"{queue.name}: {event.reason}"
             with self._changed:
                 self._arrived.append(ShardFailed(event.updates, event.rank, reason))
             return True
         with self._changed:
             try:
-                job = _Job(event, _files(event, lane.name), origin)
+                job = _Job(event, _files(event, queue.name), origin)
             except SmolrunError as error:
                 self._arrived.append(ShardFailed(event.updates, event.rank, str(error)))
                 return True
-            if self._closing or len(lane.waiting) >= _MOST_WAITING:
+            if self._closing or len(queue.waiting) >= _MOST_WAITING:
                 reason = "checkpoints come faster than they can be fetched; raise checkpoint.every"
                 reason = "the run is over" if self._closing else reason
-                self._arrived.append(job.failed(f"{lane.name}: {reason}"))
-                if len(lane.refused) < _MOST_WAITING:  # the rest goes with the run's folder
-                    lane.refused.append(job)
+                self._arrived.append(job.failed(f"{queue.name}: {reason}"))
+                if len(queue.refused) < _MOST_WAITING:  # the rest goes with the run's folder
+                    queue.refused.append(job)
                 return True
             if not self._num_open():
-                self._told = Told("fetching checkpoints", self._tell)
+                self._told = TransferProgress("fetching checkpoints", self._tell)
             self._told.add(sum(file.bytes for file in job.files.values()))
-            lane.waiting.append(job)
+            queue.waiting.append(job)
             self._changed.notify_all()
         return True
 
@@ -146,10 +146,10 @@ class ShardFetcher:
             while self._num_open() and time.monotonic() < give_up:
                 self._changed.wait(_ROUND_S)
             self._closing = True
-            for lane in self._lanes.values():
-                for job in lane.waiting:
-                    self._arrived.append(job.failed(f"{lane.name}: not fetched in time"))
-                lane.waiting.clear()
+            for queue in self._queues.values():
+                for job in queue.waiting:
+                    self._arrived.append(job.failed(f"{queue.name}: not fetched in time"))
+                queue.waiting.clear()
             self._changed.notify_all()
         return self.arrived()
 
@@ -158,31 +158,31 @@ class ShardFetcher:
             self._progress(what, done, total)
 
     def _num_open(self) -> int:
-        return sum(len(lane.waiting) for lane in self._lanes.values())
+        return sum(len(queue.waiting) for queue in self._queues.values())
 
-    def _serve(self, lane: _Lane) -> None:
-        while (job := self._next(lane)) is not None:
+    def _serve(self, queue: _FetchQueue) -> None:
+        while (job := self._next(queue)) is not None:
             told: Event = job.event
             try:
-                self._fetch(job, lane.name)
+                self._fetch(job, queue.name)
             except SmolrunError as error:
                 told = job.failed(str(error))
             except Exception as error:  # whatever it is: for a word that never comes a save waits
-                told = job.failed(f"{lane.name}: {type(error).__name__}: {error}")
+                told = job.failed(f"{queue.name}: {type(error).__name__}: {error}")
             with self._changed:
                 # `finish` may have given up on it, and told so.
-                if lane.waiting and lane.waiting[0] is job:
-                    lane.waiting.popleft()
+                if queue.waiting and queue.waiting[0] is job:
+                    queue.waiting.popleft()
                     self._arrived.append(told)
-                lane.refused.append(job)
+                queue.refused.append(job)
                 self._changed.notify_all()
-            self._remove_there(lane)
+            self._remove_there(queue)
 
-    def _next(self, lane: _Lane) -> _Job | None:
-        """The oldest job of a host, which stays in its lane while it is served."""
+    def _next(self, queue: _FetchQueue) -> _Job | None:
+        """The oldest job of a host, which stays in its queue while it is served."""
         with self._changed:
-            self._changed.wait_for(lambda: lane.waiting or self._closing)
-            return lane.waiting[0] if lane.waiting else None
+            self._changed.wait_for(lambda: queue.waiting or self._closing)
+            return queue.waiting[0] if queue.waiting else None
 
     def _fetch(self, job: _Job, host: str) -> None:
         part = part_folder(self._checkpoints, job.event.updates, self._token)
@@ -196,11 +196,11 @@ class ShardFetcher:
             job.origin.machine.get(source, part / name, self._told.on_bytes, most_bytes=file.bytes)
             _check(part / name, file, host)
 
-    def _remove_there(self, lane: _Lane) -> None:
+    def _remove_there(self, queue: _FetchQueue) -> None:
         """Fetched or not: the host needs the room. What cannot go now goes with the run."""
         with self._changed:
-            jobs = list(lane.refused)
-            lane.refused.clear()
+            jobs = list(queue.refused)
+            queue.refused.clear()
         for job in jobs:
             part = part_folder(Path(), job.event.updates, self._token).name
             folder = f"{job.origin.checkpoints}/{part}"

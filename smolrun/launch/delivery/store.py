@@ -54,7 +54,7 @@ class Bundle:
 
 
 def deliver_bundles(
-    machine: Machine, root: str, bundles: list[Bundle], told: Told, **keys: Any
+    machine: Machine, root: str, bundles: list[Bundle], told: TransferProgress, **keys: Any
 ) -> None:
     """Have these bundles at `root`/<key> on the host, whole; `keys` go to the host's `look` and
     `finish` (run, keep, younger_s). HostError says what is in the way."""
@@ -155,7 +155,7 @@ def silent(what: str, done: int, total: int) -> None:
     """Nobody wants to know."""
 
 
-class Told:
+class TransferProgress:
     """Adds up for `progress`; any thread may call, and only one at a time reaches `progress`."""
 
     def __init__(self, what: str, progress: Progress = silent) -> None:

@@ -31,7 +31,7 @@ Versions = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
-class Checked:
+class VersionReport:
     """What is wrong (host -> what, what to do), what may matter, and what is only a note."""
 
     errors: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -82,10 +82,12 @@ def ask_versions(
     return answer["python"], {name: found.get(name) for name in ("python", *LIBRARIES)}
 
 
-def check_versions(driver: Versions, hosts: Mapping[str, Versions], *, cluster: str) -> Checked:
+def check_versions(
+    driver: Versions, hosts: Mapping[str, Versions], *, cluster: str
+) -> VersionReport:
     """Compares every host with the driver. A smolrun that differs, a Python that is too old and a
     library that is missing are errors; another minor version of a library is a warning."""
-    checked = Checked()
+    checked = VersionReport()
     for host, found in hosts.items():
         if error := _error(driver, found, cluster):
             checked.errors[host] = error

@@ -33,21 +33,21 @@ def of_system(system: Facts, memory_gb: float | None) -> Iterator[Finding]:
     """Word size, memory and disk. `memory_gb` is what the cluster file gives to a run."""
     if system["bits"] == 32:
         yield Finding(
-            "blocks",
+            "error",
             f"a 32-bit system ({system['arch']}), for which there is no torch",
             "write a 64-bit system to its disk, as Raspberry Pi OS (64-bit)",
         )
     folder = system["folder"]
     if not folder["is_folder"] or not folder["is_writable"]:
         yield Finding(
-            "blocks",
+            "error",
             f"{folder['found']} cannot be written to, so no workdir {folder['path']}",
             "set `workdir:` of that host to a folder of your user",
         )
     free = folder["free"]
     if free is not None and free < _GOOD_DISK:
         yield Finding(
-            "blocks" if free < _NEEDED_DISK else "limits",
+            "error" if free < _NEEDED_DISK else "warning",
             f"only {free / _GB:.1f} GB free on the disk of {folder['found']}",
             "free some, or set `workdir:` of that host to another disk",
         )
@@ -57,13 +57,13 @@ def of_system(system: Facts, memory_gb: float | None) -> Iterator[Finding]:
 def _of_memory(total: int | None, free: int | None, memory_gb: float | None) -> Iterator[Finding]:
     if total is not None and memory_gb is not None and memory_gb * _GB > total * 1.1:
         yield Finding(
-            "limits",
+            "warning",
             f"the cluster file gives a run {memory_gb:g} GB, it has {total / _GB:.1f} GB",
             f"write memory_gb: {int(total / _GB)}",
         )
     if free is not None and free < _GOOD_MEMORY:
         yield Finding(
-            "limits", f"only {free / _GB:.1f} GB of memory free", "close what else runs there"
+            "warning", f"only {free / _GB:.1f} GB of memory free", "close what else runs there"
         )
 
 
@@ -80,29 +80,29 @@ def of_environment(
     `is_given`: the cluster file names this Python, so what is missing there is the user's to add.
     """
     if "error" in found:
-        todo = "set `python:` in the cluster file to one that is there" if is_given else setup
+        hint = "set `python:` in the cluster file to one that is there" if is_given else setup
         if found.get("is_missing") and not is_given:
-            yield Finding("blocks", "there is no environment for smolrun there yet", todo)
+            yield Finding("error", "there is no environment for smolrun there yet", hint)
         else:
-            yield Finding("blocks", found["error"], todo)
+            yield Finding("error", found["error"], hint)
         return
     python = tuple(int(part) for part in found["python"].split(".")[:2])
     if python < (3, 11):
         yield Finding(
-            "blocks", f"{found['executable']} is Python {found['python']}, not 3.11", setup
+            "error", f"{found['executable']} is Python {found['python']}, not 3.11", setup
         )
         return
     missing = [name for name in needed if found["packages"].get(name) is None]
     install = f"{found['executable']} -m pip install {' '.join(missing)}"
     if missing:
         what = f"its Python lacks {', '.join(missing)}"
-        yield Finding("blocks", what, install if is_given else setup)
+        yield Finding("error", what, install if is_given else setup)
     elif "torch_error" in found:
-        yield Finding("blocks", f"its torch cannot be imported ({found['torch_error']})", setup)
+        yield Finding("error", f"its torch cannot be imported ({found['torch_error']})", setup)
     has = found["packages"].get("smolrun")
     if smolrun is not None and has != smolrun:
         yield Finding(
-            "blocks",
+            "error",
             f"it has smolrun {has}, this machine {smolrun}" if has else "smolrun is not installed",
             f"{found['executable']} -m pip install smolrun=={smolrun}, or cluster.deploy=wheel",
         )
@@ -120,17 +120,17 @@ def of_device(found: Facts, gpus: Sequence[Facts], device: str, setup: str) -> I
             if found["cuda_build"] is None
             else f"torch {build} was built for CUDA {found['cuda_build']}, so the driver may be old"
         )
-        todo = f"set `torch: cuda` for that host, then {setup}"
+        hint = f"set `torch: cuda` for that host, then {setup}"
         if found["cuda_build"] is not None:
-            todo = "install a newer NVIDIA driver; `nvidia-smi` shows the CUDA it allows"
-        weight = "blocks" if device == "cuda" else "limits"
+            hint = "install a newer NVIDIA driver; `nvidia-smi` shows the CUDA it allows"
+        severity = "error" if device == "cuda" else "warning"
         what = f"GPU seen ({nvidia[0]}), but this torch cannot use it: {reason}"
         if device != "cpu":
-            yield Finding(weight, what, todo)  # type: ignore[arg-type]  # one of two of them
+            yield Finding(severity, what, hint)  # type: ignore[arg-type]  # one of two of them
     elif device == "cuda" and not found["cuda"]:
-        yield Finding("blocks", "device: cuda, but it has no NVIDIA GPU", "set `device: auto`")
+        yield Finding("error", "device: cuda, but it has no NVIDIA GPU", "set `device: auto`")
     if device == "mps" and not found["mps"]:
-        yield Finding("blocks", "device: mps, but its torch has none", "set `device: auto`")
+        yield Finding("error", "device: mps, but its torch has none", "set `device: auto`")
 
 
 def of_clock(offset_s: float, uncertain_s: float, os: str) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def of_clock(offset_s: float, uncertain_s: float, os: str) -> Iterator[Finding]:
     }
     where = "ahead of" if offset_s > 0 else "behind"
     yield Finding(
-        "limits",
+        "warning",
         f"its clock is {abs(offset_s):,.0f} s {where} this machine's; logs will not line up",
         commands.get(os),
     )
@@ -152,13 +152,13 @@ def of_clock(offset_s: float, uncertain_s: float, os: str) -> Iterator[Finding]:
 
 def of_sleep(sleep: Facts, os: str) -> Iterator[Finding]:
     """Whether it falls asleep by itself. A run holds a wake lock where the system has one."""
-    cause, todo = _sleeps(sleep, os)
+    cause, hint = _sleeps(sleep, os)
     if cause is None:
         return
     if sleep.get("can_inhibit"):
-        yield Finding("note", f"{cause}; a run keeps it awake", todo)
+        yield Finding("info", f"{cause}; a run keeps it awake", hint)
     else:
-        yield Finding("limits", f"{cause}, also in the middle of a run", todo)
+        yield Finding("warning", f"{cause}, also in the middle of a run", hint)
 
 
 def _sleeps(sleep: Facts, os: str) -> tuple[str | None, str | None]:
@@ -191,22 +191,22 @@ def of_throttle(throttle: Facts) -> Iterator[Finding]:
     """Whether it makes itself slower than it is."""
     bits = throttle.get("pi_bits") or 0
     for bit, what in _PI_BITS.items():
-        todo = _PI_POWER if bit == 0x1 else _PI_COOL
+        hint = _PI_POWER if bit == 0x1 else _PI_COOL
         if bits & bit:
-            yield Finding("limits", what, todo)
+            yield Finding("warning", what, hint)
         elif bits & bit << 16:
-            yield Finding("note", f"since it was switched on: {what}", todo)
+            yield Finding("info", f"since it was switched on: {what}", hint)
     cap = throttle.get("frequency_cap")
     if cap is not None and cap < 0.95:
-        yield Finding("limits", f"its clock frequency is capped at {cap:.0%}", _PI_COOL)
+        yield Finding("warning", f"its clock frequency is capped at {cap:.0%}", _PI_COOL)
     percent = throttle.get("speed_limit_percent")
     if percent is not None and percent < 100:
-        yield Finding("limits", f"macOS slows it to {percent} % because it is hot", "cool it")
+        yield Finding("warning", f"macOS slows it to {percent} % because it is hot", "cool it")
     if (heat := throttle.get("temperature_c")) is not None and heat >= _HOT_C:
-        yield Finding("limits", f"it is {heat:.0f} degrees Celsius hot", _PI_COOL)
+        yield Finding("warning", f"it is {heat:.0f} degrees Celsius hot", _PI_COOL)
     if throttle.get("governor") == "powersave" and cap is not None:
         yield Finding(
-            "note", "its CPU governor is powersave", "sudo cpupower frequency-set -g schedutil"
+            "info", "its CPU governor is powersave", "sudo cpupower frequency-set -g schedutil"
         )
 
 
@@ -218,28 +218,28 @@ def of_versions(torches: Mapping[str, str | None]) -> dict[str, list[Finding]]:
     counts = list(minors.values())
     usual = max(counts, key=counts.count)
     return {
-        host: [Finding("limits", f"torch {minor} here, {usual} on others; results may differ")]
+        host: [Finding("warning", f"torch {minor} here, {usual} on others; results may differ")]
         for host, minor in minors.items()
         if minor != usual
     }
 
 
-Weight = Literal["blocks", "limits", "note"]
+Severity = Literal["error", "warning", "info"]
 State = Literal["fine", "usable", "cannot run"]
 
-_ORDER: dict[Weight, int] = {"blocks": 0, "limits": 1, "note": 2}
+_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 
 
 @dataclass(frozen=True)
 class Finding:
     """`blocks`: no run can use the host. `limits`: it can, worse than it could. `note`: to know.
 
-    `todo` is what mends it, a command where there is one.
+    `hint` is what mends it, a command where there is one.
     """
 
-    weight: Weight
+    severity: Severity
     what: str
-    todo: str | None = None
+    hint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -247,7 +247,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HostStatus:
     """What a host is good for, and why, the gravest first."""
 
     state: State
@@ -258,10 +258,10 @@ class Verdict:
         """fine | usable, but ... | cannot run: ..."""
         if self.state == "fine":
             return "fine"
-        weight: Weight = "blocks" if self.state == "cannot run" else "limits"
-        reasons = [one.what for one in self.findings if one.weight == weight]
+        severity: Severity = "error" if self.state == "cannot run" else "warning"
+        reasons = [one.what for one in self.findings if one.severity == severity]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        lead = "cannot run: " if weight == "blocks" else "usable, but "
+        lead = "cannot run: " if severity == "error" else "usable, but "
         return f"{lead}{reasons[0]}{more}"
 
     def to_json(self) -> dict[str, Any]:
@@ -273,14 +273,14 @@ class Verdict:
         }
 
 
-def verdict(findings: Iterable[Finding]) -> Verdict:
+def status(findings: Iterable[Finding]) -> HostStatus:
     """What these findings make of a host; equal ones count once."""
-    sorted_ = sorted(dict.fromkeys(findings), key=lambda one: _ORDER[one.weight])
-    return Verdict(_state(sorted_), tuple(sorted_))
+    sorted_ = sorted(dict.fromkeys(findings), key=lambda one: _ORDER[one.severity])
+    return HostStatus(_state(sorted_), tuple(sorted_))
 
 
 def _state(findings: Sequence[Finding]) -> State:
-    weights = {one.weight for one in findings}
-    if "blocks" in weights:
+    weights = {one.severity for one in findings}
+    if "error" in weights:
         return "cannot run"
-    return "usable" if "limits" in weights else "fine"
+    return "usable" if "warning" in weights else "fine"

@@ -1,7 +1,7 @@
-"""Which host reaches which, over which interfaces, and whether a faster way lies idle. Pure.
+"""Which host reaches which, over which interfaces, and whether a faster route lies idle. Pure.
 
 `on_host/network.py` tells the interfaces, `on_host/reach.py` who reached whom. A mesh needs one
-direction of each pair: the one that is blocked is told, and only a pair that is blocked both ways
+direction of each pair: the one that is blocked is told, and only a pair that is blocked both routes
 keeps a run from starting.
 """
 
@@ -54,7 +54,7 @@ class Interface:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostAddresses:
     """What is known of one host: where the cluster file says it is, and what it has."""
 
     name: str
@@ -71,7 +71,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Way:
+class Route:
     """One direction: the address at which `to` was reached, or why it was not."""
 
     source: str
@@ -87,7 +87,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Faster:
+class FasterNetwork:
     """Two hosts that could use a faster network than they do; `address` is of `to` on that."""
 
     source: str
@@ -98,13 +98,13 @@ class Faster:
     answered: bool
 
 
-def to_dial(source: Host, to: Host) -> list[str]:
+def to_dial(source: HostAddresses, to: HostAddresses) -> list[str]:
     """Where to look for a host: as configured, then on every network that both are on."""
     found = [*to.addresses, *(address for _, address in _shared(source, to))]
     return list(dict.fromkeys(found))[:_MOST_ADDRESSES]
 
 
-def _shared(source: Host, to: Host) -> Iterator[tuple[Interface, str]]:
+def _shared(source: HostAddresses, to: HostAddresses) -> Iterator[tuple[Interface, str]]:
     """Interfaces of `source` and addresses of `to` on one network, the fastest first."""
     pairs = [
         (min(mine.speed, other.speed), mine, text.partition("/")[0])
@@ -127,35 +127,37 @@ def _on_one_network(mine: Interface, address: str) -> bool:
     return any(one.network == other.network and one.ip != other.ip for one in networks)
 
 
-def ways(hosts: Mapping[str, Host], reach: Mapping[str, Mapping[str, Any]]) -> list[Way]:
+def routes(
+    hosts: Mapping[str, HostAddresses], reach: Mapping[str, Mapping[str, Any]]
+) -> list[Route]:
     """Every direction between hosts that could be asked, pair by pair."""
     found = []
     for first, second in combinations(hosts, 2):
         for source, to in ((first, second), (second, first)):
             rows = reach.get(source, {}).get("dialed", {}).get(to)
             if rows is not None:
-                found.append(_way(source, to, hosts[to].addresses, rows))
+                found.append(_route(source, to, hosts[to].addresses, rows))
     return found
 
 
-def _way(source: str, to: str, configured: Sequence[str], rows: Sequence[Any]) -> Way:
+def _route(source: str, to: str, configured: Sequence[str], rows: Sequence[Any]) -> Route:
     rows = [row for row in rows if row["address"] in configured]
     good = next((row for row in rows if row["error"] is None), None)
     errors = tuple((row["address"], row["error"]) for row in rows if row["error"] is not None)
     if good is None:
-        return Way(source, to, None, None, errors)
-    return Way(source, to, good["address"], good.get("local"), errors)
+        return Route(source, to, None, None, errors)
+    return Route(source, to, good["address"], good.get("local"), errors)
 
 
-def cut_off(found: Sequence[Way]) -> list[str]:
+def unreachable_hosts(found: Sequence[Route]) -> list[str]:
     """The fewest hosts without which every pair is linked in one direction at least.
 
     Hosts that are equally bad are all named: nobody can tell which one it is.
     """
     state: dict[frozenset[str], bool] = {}
-    for way in found:
-        pair = frozenset((way.source, way.to))
-        state[pair] = state.get(pair, False) or way.is_open
+    for route in found:
+        pair = frozenset((route.source, route.to))
+        state[pair] = state.get(pair, False) or route.is_open
     broken = [pair for pair, is_open in state.items() if not is_open]
     blamed: list[str] = []
     while broken:
@@ -168,29 +170,31 @@ def cut_off(found: Sequence[Way]) -> list[str]:
     return blamed
 
 
-def faster(
-    hosts: Mapping[str, Host], found: Sequence[Way], reach: Mapping[str, Mapping[str, Any]]
-) -> list[Faster]:
+def faster_networks(
+    hosts: Mapping[str, HostAddresses],
+    found: Sequence[Route],
+    reach: Mapping[str, Mapping[str, Any]],
+) -> list[FasterNetwork]:
     """For each direction that is open, a much faster network that both hosts are on."""
     told = []
-    for way in found:
-        source, to = hosts[way.source], hosts[way.to]
-        mine, theirs = source.interface(way.local), to.interface(way.address)
+    for route in found:
+        source, to = hosts[route.source], hosts[route.to]
+        mine, theirs = source.interface(route.local), to.interface(route.address)
         if mine is None or theirs is None:
             continue
         used = min((mine, theirs), key=lambda one: one.speed)
         for better, address in _shared(source, to):
             speed = min(better.speed, (to.interface(address) or better).speed)
             if speed >= used.speed * _MUCH_FASTER and better.kind != "loopback":
-                rows = reach[way.source]["dialed"][way.to]
+                rows = reach[route.source]["dialed"][route.to]
                 answered = any(r["address"] == address and r["error"] is None for r in rows)
-                told.append(Faster(way.source, way.to, address, used, better, answered))
+                told.append(FasterNetwork(route.source, route.to, address, used, better, answered))
                 break
     return told
 
 
 def best_addresses(
-    hosts: Mapping[str, Host], name: str, reach: Mapping[str, Mapping[str, Any]]
+    hosts: Mapping[str, HostAddresses], name: str, reach: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """The addresses of a host at which all others reached it, the fastest network first.
 
@@ -214,7 +218,7 @@ def best_addresses(
     return sorted(order, key=lambda address: -speed(address))
 
 
-def network_of(host: Host, address: str | None) -> str | None:
+def network_of(host: HostAddresses, address: str | None) -> str | None:
     """The network of an address of that host, as firewalls write it."""
     interface, wanted = host.interface(address), _plain(address or "")
     for text in interface.addresses if interface is not None else ():

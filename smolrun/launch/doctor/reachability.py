@@ -10,14 +10,21 @@ from itertools import permutations
 from typing import Any
 
 from smolrun.errors import HostError
-from smolrun.launch.doctor.examination import Askable
 from smolrun.launch.doctor.findings import Finding
-from smolrun.launch.doctor.links import Faster, Host, Way, cut_off, network_of, to_dial
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.doctor.host_report import ScriptRunner
+from smolrun.launch.doctor.links import (
+    FasterNetwork,
+    HostAddresses,
+    Route,
+    network_of,
+    to_dial,
+    unreachable_hosts,
+)
+from smolrun.launch.run_on_all import run_on_all
 
 
 @dataclass(frozen=True)
-class Door:
+class HostFirewall:
     """What guards a host: its firewall, as found, and what a rule for it must name."""
 
     firewall: Mapping[str, Any]
@@ -25,58 +32,60 @@ class Door:
     python: str
     ports: tuple[int, int] | None
 
-    def opening(self, source: str | None) -> str:
+    def allow_command(self, source: str | None) -> str:
         """The command that opens it for a network."""
-        return opening(self.firewall, self.os, self.ports, python=self.python, source=source)
+        return allow_command(self.firewall, self.os, self.ports, python=self.python, source=source)
 
 
-def blocked(
-    hosts: Mapping[str, Host], found: Sequence[Way], doors: Mapping[str, Door]
+def unreachable_findings(
+    hosts: Mapping[str, HostAddresses],
+    found: Sequence[Route],
+    firewalls: Mapping[str, HostFirewall],
 ) -> dict[str, list[Finding]]:
     """Findings for the hosts that others cannot reach."""
-    cut = cut_off(found)
+    cut = unreachable_hosts(found)
     told: dict[str, list[Finding]] = {}
-    open_ = {(way.source, way.to) for way in found if way.is_open}
-    for way in (one for one in found if not one.is_open):
-        works_back = (way.to, way.source) in open_
-        if not works_back and way.to not in cut and way.source in cut:
+    open_ = {(route.source, route.to) for route in found if route.is_open}
+    for route in (one for one in found if not one.is_open):
+        works_back = (route.to, route.source) in open_
+        if not works_back and route.to not in cut and route.source in cut:
             continue  # told of the other one
         rest = "; the other direction works" if works_back else ""
-        told.setdefault(way.to, []).append(
+        told.setdefault(route.to, []).append(
             Finding(
-                "limits" if works_back else "blocks",
-                f"{way.source} cannot reach {way.to} ({_why(way)}){rest}",
-                _mend(hosts[way.to], way, doors[way.to]),
+                "warning" if works_back else "error",
+                f"{route.source} cannot reach {route.to} ({_why(route)}){rest}",
+                _mend(hosts[route.to], route, firewalls[route.to]),
             )
         )
     return told
 
 
-def _why(way: Way) -> str:
-    return "; ".join(f"{address}: {error}" for address, error in way.errors) or "no address"
+def _why(route: Route) -> str:
+    return "; ".join(f"{address}: {error}" for address, error in route.errors) or "no address"
 
 
-def _mend(to: Host, way: Way, door: Door) -> str:
-    errors = {error for _, error in way.errors}
+def _mend(to: HostAddresses, route: Route, firewall: HostFirewall) -> str:
+    errors = {error for _, error in route.errors}
     if "refused" in errors:
         return "does another machine answer at that address? check `address:` of that host"
-    known = any(to.interface(address) is not None for address, _ in way.errors)
+    known = any(to.interface(address) is not None for address, _ in route.errors)
     if not known:
         own = [text.partition("/")[0] for one in to.interfaces for text in one.addresses]
         listed = ", ".join(address for address in own if not address.startswith(("127.", "::1")))
         return f"it has no such address; set `address:` to one of its own: {listed}"
-    network = next((network_of(to, address) for address, _ in way.errors), None)
-    return f"on {to.name}: {door.opening(network)}"
+    network = next((network_of(to, address) for address, _ in route.errors), None)
+    return f"on {to.name}: {firewall.allow_command(network)}"
 
 
-def idle_networks(found: Sequence[Faster]) -> dict[str, list[Finding]]:
+def network_findings(found: Sequence[FasterNetwork]) -> dict[str, list[Finding]]:
     """Findings for hosts that are on a faster network than the one that is used."""
     told: dict[str, list[Finding]] = {}
     for one in found:
         other = f"{one.to}: `address: {one.address}`"
         silent = "" if one.answered else ", but it does not answer there"
         finding = Finding(
-            "limits",
+            "warning",
             f"{one.source} reaches {one.to} over {one.used}; both are on {one.better}{silent}",
             f"in the cluster file, {other}"
             if one.answered
@@ -90,7 +99,7 @@ def idle_networks(found: Sequence[Faster]) -> dict[str, list[Finding]]:
 USUAL_PORTS = (40000, 40100)
 
 
-def opening(
+def allow_command(
     firewall: Mapping[str, Any],
     os: str,
     ports: tuple[int, int] | None,
@@ -132,9 +141,9 @@ _WAIT_S = 12.0  # so much later than the first may the last be ready
 _START_S = 60.0  # a Python on a Pi, from a cold card
 
 
-def reach_test(
-    machines: Mapping[str, Askable],
-    hosts: Mapping[str, Host],
+def probe_reachability(
+    machines: Mapping[str, ScriptRunner],
+    hosts: Mapping[str, HostAddresses],
     ports: Mapping[str, tuple[int, int] | None],
     *,
     wait_s: float = _WAIT_S,
@@ -176,7 +185,7 @@ def reach_test(
         }
         return {**answer, "dialed": dialed}
 
-    return on_all({name: name for name in machines}, ask, "reach")
+    return run_on_all({name: name for name in machines}, ask, "reach")
 
 
 def _ports(allowed: tuple[int, int] | None) -> list[int]:

@@ -59,16 +59,16 @@ def differences(
     for name, mine in ours.items():
         theirs = (said.get(name) or [mine])[0]
         if theirs.lower() != mine.lower():
-            todo = f"write {name} as {theirs} in `ssh:` of the cluster file"
-            found.append((f"{name} is {theirs} for ssh and {mine} for us", todo))
+            hint = f"write {name} as {theirs} in `ssh:` of the cluster file"
+            found.append((f"{name} is {theirs} for ssh and {mine} for us", hint))
     if shares:
         path = said.get("controlpath", ["?"])[0]
         what = f"ssh goes through a connection that is open already (ControlPath {path})"
         found.append((what, "`ssh -O exit HOST` ends it; then see whether ssh still gets in"))
-    for name, (unused, todo) in _NOT_READ.items():
+    for name, (unused, hint) in _NOT_READ.items():
         values = [value for value in said.get(name, []) if value.lower() not in unused]
         if values:
-            found.append((f"ssh uses {name} {values[0]}, which smolrun does not read", todo))
+            found.append((f"ssh uses {name} {values[0]}, which smolrun does not read", hint))
     return found
 
 
@@ -102,9 +102,9 @@ def compared(
         pass
     reasons = differences(said, ours, shares=shares)
     if not reasons:
-        return Finding("note", "the system's ssh gets in, smolrun does not", f"ssh -v {target}")
-    what, todo = reasons[0]
-    return Finding("note", f"the system's ssh gets in, smolrun does not: {what}", todo)
+        return Finding("info", "the system's ssh gets in, smolrun does not", f"ssh -v {target}")
+    what, hint = reasons[0]
+    return Finding("info", f"the system's ssh gets in, smolrun does not: {what}", hint)
 
 
 def _run(argv: list[str]) -> str | None:

@@ -20,7 +20,7 @@ import msgspec
 
 from smolrun.errors import HostError
 from smolrun.launch.remote.answers import checked
-from smolrun.launch.remote.connection import Completed, Connection, last_words
+from smolrun.launch.remote.connection import Completed, Connection, error_tail
 from smolrun.launch.remote.shell import Shell, command
 from smolrun.sanitize import all_in_one_line, one_line
 
@@ -104,7 +104,7 @@ def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:
 
 def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str) -> HostError:
     """Why there is no answer, as far as its last words tell."""
-    last = last_words(done.err, done.out)
+    last = error_tail(done.err, done.out)
     if b"Unknown option: -I" in done.err:  # Python 2 knows no -I
         return _too_old(host, python, "2", cluster)
     if done.code == 127 or "not found" in last or "No such file" in last:

@@ -27,7 +27,7 @@ class Completed:
     err: bytes
 
 
-class TookTooLong(HostError):
+class CommandTimeout(HostError):
     """A command did not end within its deadline."""
 
 
@@ -76,7 +76,7 @@ class Connection(Protocol):
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin.
 
-        TookTooLong when the deadline comes first.
+        CommandTimeout when the deadline comes first.
         """
 
     def start(self, command: str) -> RemoteProcess:
@@ -99,7 +99,7 @@ class Connection(Protocol):
 _MOST_CHARS = 300
 
 
-def last_words(*outputs: bytes) -> str:
+def error_tail(*outputs: bytes) -> str:
     """The last line of the first output that has one."""
     for output in outputs:
         if lines := output.decode("utf-8", "replace").strip().splitlines():

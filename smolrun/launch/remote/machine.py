@@ -13,7 +13,7 @@ from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.local import worker_environment
 from smolrun.launch.remote.call import call
 from smolrun.launch.remote.connection import Completed, Connection, OnBytes
-from smolrun.launch.remote.probe import Facts, HostSpec, learn, no_python
+from smolrun.launch.remote.probe import HostFacts, HostSpec, no_python, probe_facts
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.remote.worker import RemoteWorker, start_worker
 
@@ -26,7 +26,7 @@ class Machine:
     """
 
     def __init__(
-        self, spec: HostSpec, connection: Connection, facts: Facts, *, cluster: str = "NAME"
+        self, spec: HostSpec, connection: Connection, facts: HostFacts, *, cluster: str = "NAME"
     ) -> None:
         self.spec = spec
         self.name = spec.name
@@ -99,7 +99,7 @@ class Machine:
         return f"/{path}" if self.os == "windows" and path[1:2] == ":" else path
 
 
-def meet(
+def probe_machine(
     spec: HostSpec,
     connection: Connection,
     *,
@@ -108,7 +108,9 @@ def meet(
     shell_s: float = 30.0,
 ) -> Machine:
     """The machine at the other end of a connection that is open."""
-    facts = learn(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
+    facts = probe_facts(
+        spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s
+    )
     return Machine(spec, connection, facts, cluster=cluster)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from smolrun.errors import HostError
 from smolrun.launch.remote.call import call, get_python
-from smolrun.launch.remote.connection import Connection, TookTooLong, last_words
+from smolrun.launch.remote.connection import CommandTimeout, Connection, error_tail
 from smolrun.launch.remote.shell import PROBE, Shell, command, which_shell
 
 DEFAULT_WORKDIR = "~/.cache/smolrun"
@@ -32,7 +32,7 @@ class HostSpec:
 
 
 @dataclass(frozen=True)
-class Facts:
+class HostFacts:
     """What is known of a machine. Paths are absolute, with "/" between their parts."""
 
     shell: Shell
@@ -46,14 +46,14 @@ class Facts:
     cores: int = 1
 
 
-def learn(
+def probe_facts(
     spec: HostSpec,
     connection: Connection,
     *,
     cluster: str = "NAME",
     needs_python: bool = True,
     shell_s: float = _ANSWER_S,
-) -> Facts:
+) -> HostFacts:
     """Ask; HostError if it is of no use. Its workdir is there afterwards, if it has a Python.
 
     `shell_s` is how long its login shell may take to start.
@@ -64,7 +64,7 @@ def learn(
     for python in [spec.python] if spec.python else found.pythons:
         try:
             return _asked(spec, connection, shell, python, cluster)
-        except (_CannotUse, TookTooLong):
+        except (_CannotUse, CommandTimeout):
             raise
         except HostError as error:
             failures.append(error)
@@ -72,7 +72,7 @@ def learn(
         raise failures[0]
     if needs_python:
         raise no_python(spec.name, cluster, failures)
-    return Facts(shell, found.os, found.home, found.workdir)
+    return HostFacts(shell, found.os, found.home, found.workdir)
 
 
 class _CannotUse(HostError):
@@ -81,7 +81,7 @@ class _CannotUse(HostError):
 
 def _asked(
     spec: HostSpec, connection: Connection, shell: Shell, python: str, cluster: str
-) -> Facts:
+) -> HostFacts:
     request = {"workdir": spec.workdir or DEFAULT_WORKDIR}
     said = call(connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster)
     if said["problem"]:
@@ -90,7 +90,7 @@ def _asked(
             f"its folder {said['workdir']} cannot be used: {said['problem']}",
             "make room or give the folder to its user, or set `workdir:` in the cluster file",
         )
-    return Facts(
+    return HostFacts(
         shell,
         said["os"],
         said["home"],
@@ -106,8 +106,8 @@ def _asked(
 def _shell(connection: Connection, timeout_s: float) -> Shell:
     try:
         done = connection.run(PROBE, timeout_s=timeout_s)
-    except TookTooLong:
-        raise TookTooLong(
+    except CommandTimeout:
+        raise CommandTimeout(
             connection.name,
             f"lets us in, but its login shell runs no command within {timeout_s:g} s",
             "what do its start-up files (.bashrc, .zshenv) wait for?",
@@ -116,23 +116,23 @@ def _shell(connection: Connection, timeout_s: float) -> Shell:
     if shell is None:
         raise HostError(
             connection.name,
-            f"its login shell runs no commands: {last_words(done.err, done.out)}",
+            f"its login shell runs no commands: {error_tail(done.err, done.out)}",
             "smolrun needs an account with an ordinary shell",
         )
     return shell
 
 
-def _look_around(spec: HostSpec, connection: Connection, shell: Shell) -> Answer:
+def _look_around(spec: HostSpec, connection: Connection, shell: Shell) -> ShellAnswer:
     workdir = spec.workdir or DEFAULT_WORKDIR
     if shell is Shell.POSIX:
-        question = unix_question(workdir).encode()
+        question = unix_probe_script(workdir).encode()
         done = connection.run("exec sh -s", data=question, timeout_s=_ANSWER_S)
     else:
-        line = command(shell, windows_question(workdir))
+        line = command(shell, windows_probe_command(workdir))
         done = connection.run(line, timeout_s=_ANSWER_S)
-    found = understood(done.out.decode("utf-8", "replace"))
+    found = parse_answer(done.out.decode("utf-8", "replace"))
     if found is None:
-        words = last_words(done.err, done.out)
+        words = error_tail(done.err, done.out)
         raise HostError(connection.name, f"its shell does not say what is there: {words}")
     return found
 
@@ -203,7 +203,7 @@ if (Get-Command py -ErrorAction SilentlyContinue) \
 
 
 @dataclass
-class Answer:
+class ShellAnswer:
     """What the shell said; paths have "/" between their parts on every system."""
 
     os: str = ""
@@ -212,21 +212,21 @@ class Answer:
     pythons: list[str] = field(default_factory=list)
 
 
-def unix_question(workdir: str) -> str:
+def unix_probe_script(workdir: str) -> str:
     """A piece of sh that says what is there, for sh's stdin."""
     return _UNIX_QUESTION.format(mark=_MARK, workdir=shlex.quote(workdir), places=" ".join(_UNIX))
 
 
-def windows_question(workdir: str) -> list[str]:
+def windows_probe_command(workdir: str) -> list[str]:
     """The same as a command, for cmd.exe and PowerShell. Not run."""
     folder = workdir.removeprefix("~/").replace("'", "''").replace("/", "\\")
     script = _WINDOWS_QUESTION.format(mark=_MARK, workdir=folder)
     return ["powershell", "-NoProfile", "-NonInteractive", "-Command", script]
 
 
-def understood(output: str) -> Answer | None:
+def parse_answer(output: str) -> ShellAnswer | None:
     """The answer in a shell's output, noise left out; None if there is none."""
-    answer = Answer()
+    answer = ShellAnswer()
     for line in output.splitlines():
         mark, _, rest = line.strip().partition(" ")
         what, _, value = rest.partition(" ")
@@ -242,5 +242,5 @@ def understood(output: str) -> Answer | None:
     return answer if answer.os and answer.home else None
 
 
-def _slashed(answer: Answer, path: str) -> str:
+def _slashed(answer: ShellAnswer, path: str) -> str:
     return path.replace("\\", "/") if answer.os == "windows" else path

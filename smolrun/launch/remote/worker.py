@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import EXIT_ABANDONED
-from smolrun.launch.remote.connection import Connection, RemoteProcess, last_words
+from smolrun.launch.remote.connection import Connection, RemoteProcess, error_tail
 from smolrun.launch.remote.shell import Shell, command, environment_input, posix, script
 
 _START_S = 30.0
@@ -199,5 +199,5 @@ def _no_start(connection: Connection, process: RemoteProcess) -> HostError:
     process.close()
     if code is None:
         return HostError(connection.name, connection.lost or "the SSH connection was lost")
-    what = f"its login shell ended (exit code {code}) before our command: {last_words(words)}"
+    what = f"its login shell ended (exit code {code}) before our command: {error_tail(words)}"
     return HostError(connection.name, what)

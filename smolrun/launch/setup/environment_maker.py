@@ -24,7 +24,7 @@ from smolrun.launch.remote import probe
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.shell import Shell
 from smolrun.launch.setup import setup_plan
-from smolrun.launch.setup.setup_plan import CPU_WHEELS, UV_VERSION, Blank, Plan
+from smolrun.launch.setup.setup_plan import CPU_WHEELS, UV_VERSION, BlankHost, Plan
 from smolrun.sanitize import without_credentials
 
 _LOOK_S = 60.0
@@ -35,23 +35,23 @@ _TAIL = 6
 Say = Callable[[str], None]
 
 
-def look(machine: Machine, environment: str) -> Blank:
+def look(machine: Machine, environment: str) -> BlankHost:
     """What the host has; the same few questions for a blank one and for one that is ready."""
     if machine.shell is not Shell.POSIX:
-        return Blank(system="windows")
-    places = probe.unix_question(machine.workdir).encode()
+        return BlankHost(system="windows")
+    places = probe.unix_probe_script(machine.workdir).encode()
     told = machine.run(["sh", "-s"], data=places, timeout_s=_LOOK_S)
-    answer = probe.understood(told.out.decode("utf-8", "replace"))
+    answer = probe.parse_answer(told.out.decode("utf-8", "replace"))
     pythons = answer.pythons if answer is not None else []
     text = setup_plan.question(machine.workdir, environment, pythons)
     told = machine.run(["sh", "-s"], data=text.encode(), timeout_s=_LOOK_S)
-    return setup_plan.understood(told.out.decode("utf-8", "replace"))
+    return setup_plan.parse_blank_host(told.out.decode("utf-8", "replace"))
 
 
-class Maker:
+class EnvironmentMaker:
     """One host that is made ready. What the commands there say goes into the file `log`."""
 
-    def __init__(self, machine: Machine, found: Blank, plan: Plan, log: Path, say: Say) -> None:
+    def __init__(self, machine: Machine, found: BlankHost, plan: Plan, log: Path, say: Say) -> None:
         self._machine = machine
         self._found = found
         self._plan = plan
@@ -163,9 +163,9 @@ class Maker:
         self._say(f"{self._plan.host}: {what}: {time.monotonic() - began:.1f} s")
 
 
-def planned(
+def plan_environment(
     machine: Machine, environment: str, *, torch: str, requirements: Sequence[str]
-) -> tuple[Blank, Plan | None]:
+) -> tuple[BlankHost, Plan | None]:
     """What the host has, and what is to be done there."""
     found = look(machine, environment)
     plan = setup_plan.plan(
@@ -206,7 +206,7 @@ _WHEELS = {
 }
 
 
-def wheel_of(host: str, found: Blank) -> Package:
+def wheel_of(host: str, found: BlankHost) -> Package:
     """The wheel for that system; HostError where none is pinned."""
     machine = found.architecture
     if found.system == "linux" and machine == "arm64":
@@ -233,7 +233,7 @@ def wheel_of(host: str, found: Blank) -> Package:
     )
 
 
-def fetch_uv(host: str, found: Blank) -> bytes:
+def fetch_uv(host: str, found: BlankHost) -> bytes:
     """The program for that system; HostError where this machine cannot get it."""
     package = wheel_of(host, found)
     try:

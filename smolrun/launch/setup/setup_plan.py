@@ -55,7 +55,7 @@ class Plan:
 
 def plan(
     host: str,
-    found: Blank,
+    found: BlankHost,
     environment: str,
     *,
     torch: str,
@@ -82,7 +82,7 @@ def plan(
     )
 
 
-def _refuse(host: str, found: Blank, workdir: str) -> None:
+def _refuse(host: str, found: BlankHost, workdir: str) -> None:
     if found.system not in ("linux", "darwin"):
         raise HostError(
             host,
@@ -105,7 +105,7 @@ def _refuse(host: str, found: Blank, workdir: str) -> None:
         raise HostError(host, f"no folder can be made at {workdir}", "set `workdir:` of that host")
 
 
-def _build(found: Blank, torch: str) -> str:
+def _build(found: BlankHost, torch: str) -> str:
     if found.system == "darwin":
         return "default"
     if torch == "auto":
@@ -114,7 +114,7 @@ def _build(found: Blank, torch: str) -> str:
 
 
 def _check_room(
-    host: str, found: Blank, build: str, requirements: Sequence[str], workdir: str
+    host: str, found: BlankHost, build: str, requirements: Sequence[str], workdir: str
 ) -> None:
     has_torch = any(line.startswith("torch") for line in requirements)
     needed = (_CUDA_BYTES if build == "cuda" else _CPU_BYTES) if has_torch else _SMALL_BYTES
@@ -126,7 +126,7 @@ def _check_room(
         )
 
 
-def _python(found: Blank, workdir: str) -> tuple[tuple[int, ...], str, bool] | None:
+def _python(found: BlankHost, workdir: str) -> tuple[tuple[int, ...], str, bool] | None:
     """The best that is there; one of our own environments is none."""
     good = [
         one
@@ -176,7 +176,7 @@ exit 0
 
 
 @dataclass
-class Blank:
+class BlankHost:
     """`pythons` are (version, path, has venv and pip); `free` is bytes on the workdir's disk."""
 
     system: str = ""
@@ -204,9 +204,9 @@ def question(workdir: str, environment: str, pythons: Sequence[str]) -> str:
     )
 
 
-def understood(output: str) -> Blank:
+def parse_blank_host(output: str) -> BlankHost:
     """What the host said; noise of its shell is left out."""
-    found = Blank()
+    found = BlankHost()
     for line in output.splitlines():
         mark, _, rest = line.partition(" ")
         what, _, value = rest.partition(" ")
@@ -216,7 +216,7 @@ def understood(output: str) -> Blank:
     return found
 
 
-def _take(found: Blank, what: str, value: str) -> None:
+def _take(found: BlankHost, what: str, value: str) -> None:
     words = value.split()
     if what == "system":
         found.system, found.architecture = words[0].lower(), words[1]

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.connection import last_words
+from smolrun.launch.remote.connection import error_tail
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.shell import Shell
 
@@ -90,6 +90,6 @@ def install(machine: Machine, line: str) -> bool:
     done = machine.run(["sh", "-s"], data=piece, timeout_s=_RUN_S)
     words = done.out.decode("utf-8", "replace").split()
     if done.code or not {"there", "added"} & set(words):
-        said = last_words(done.err)
+        said = error_tail(done.err)
         raise HostError(machine.name, f"the key could not be installed: {said}")
     return "added" in words

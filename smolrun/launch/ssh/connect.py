@@ -20,15 +20,15 @@ from fabric import Config, Connection
 from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
 
 from smolrun.errors import HostError, LoginFailed, SmolrunError
-from smolrun.launch.remote.machine import Machine, meet
+from smolrun.launch.remote.machine import Machine, probe_machine
 from smolrun.launch.remote.probe import HostSpec
-from smolrun.launch.run_on_all import on_all
+from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh.connection import SshConnection
 from smolrun.launch.ssh.hop import (
-    Failed,
-    Found,
+    ConnectFailure,
     Hop,
-    Wire,
+    ScanResult,
+    TimedSocket,
     changed_key,
     explain,
     no_proxy,
@@ -39,8 +39,8 @@ from smolrun.launch.ssh.hop import (
     unknown_key,
 )
 from smolrun.launch.ssh.host_keys import HostKey
-from smolrun.launch.ssh.login import AskPassword, Keys
-from smolrun.launch.ssh.settings import Target, load, parse_target, proxy, settings_of
+from smolrun.launch.ssh.login import AskPassword, KeyAuthStrategy
+from smolrun.launch.ssh.settings import SshTarget, load, parse_target, proxy, settings_of
 
 # It prints tracebacks of what we tell in a sentence.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -77,13 +77,13 @@ def scan(
     ssh_config: str | None = None,
     timeout_s: float = 15.0,
     cluster: str = "NAME",
-) -> list[Found]:
+) -> list[ScanResult]:
     """Look at the host key of `target` without logging in, and at those of its jump hosts, first.
 
     To look behind a jump host one must log in to it: the list ends with the first that is not
     known, changed or not reached.
     """
-    found: list[Found] = []
+    found: list[ScanResult] = []
     for number in range(len(_route(name, target, ssh_config, cluster))):
         hops = _route(name, target, ssh_config, cluster)[: number + 1]
         label = f"{hops[-1].settings.host} (jump host)" if hops[-1].is_jump else name
@@ -117,7 +117,9 @@ def open_machine(
     )
     try:
         shell_s = max(timeout_s, _LEAST_SHELL_S)
-        return meet(spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s)
+        return probe_machine(
+            spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s
+        )
     except BaseException:
         connection.close()
         raise
@@ -152,7 +154,7 @@ def open_machines(
         return machine
 
     try:
-        found = on_all({spec.name: spec for spec in specs}, open_one, "open")
+        found = run_on_all({spec.name: spec for spec in specs}, open_one, "open")
         return {name: machine for name, machine in found.items() if machine is not None}
     except BaseException:
         given_up = True
@@ -161,7 +163,7 @@ def open_machines(
         raise
 
 
-def _look(name: str, hops: list[Hop], timeout_s: float) -> Found:
+def _look(name: str, hops: list[Hop], timeout_s: float) -> ScanResult:
     last = hops[-1]
     last.only_key = True
     why = ""
@@ -173,14 +175,14 @@ def _look(name: str, hops: list[Hop], timeout_s: float) -> Found:
         _close(hops)
     key, settings = last.shown, last.settings
     if key is None:
-        return Found(name, settings, "unreachable", why=why)
+        return ScanResult(name, settings, "unreachable", why=why)
     known = last.known
     before = tuple(known.keys(settings.entry))
     if key in known.revoked(settings.entry):
-        return Found(name, settings, "revoked", key)
+        return ScanResult(name, settings, "revoked", key)
     if key in before:
-        return Found(name, settings, "known", key)
-    return Found(name, settings, "changed" if before else "new", key, before)
+        return ScanResult(name, settings, "known", key)
+    return ScanResult(name, settings, "changed" if before else "new", key, before)
 
 
 def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[Hop]:
@@ -199,7 +201,7 @@ def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[H
 
 
 def _planned(
-    name: str, config: Config, target: Target, via: Connection | None = None, depth: int = 0
+    name: str, config: Config, target: SshTarget, via: Connection | None = None, depth: int = 0
 ) -> Connection:
     """Not opened yet. ProxyJump is read here: a,b is first a, then b, which Fabric turns round."""
     said = config.base_ssh_config.lookup(target.host)
@@ -257,7 +259,7 @@ class _Attempt:
             return
         self._give_up()
         what = f"on the way to it, {failed.what}" if hop.is_jump else failed.what
-        raise LoginFailed(self._name, what, failed.todo, is_refused=failed.is_refused)
+        raise LoginFailed(self._name, what, failed.hint, is_refused=failed.is_refused)
 
     def _wait(self) -> bool:
         """False if the deadline came first, or the end of a ProxyCommand, which paramiko misses."""
@@ -315,13 +317,15 @@ def _prepare(name: str, hop: Hop, timeout_s: float, ask: AskPassword | None) -> 
         "channel_timeout": timeout_s + _LATER_S,
         "transport_factory": partial(_transport, name, hop, timeout_s),
     }
-    fabric.config.authentication.strategy_class = partial(Keys, hop, None if hop.is_jump else ask)
+    fabric.config.authentication.strategy_class = partial(
+        KeyAuthStrategy, hop, None if hop.is_jump else ask
+    )
     fabric.client.set_missing_host_key_policy(_StrictKeys(hop))
 
 
 def _transport(name: str, hop: Hop, timeout_s: float, sock: Any, **options: Any) -> Transport:
     hop.stage = "greeting"
-    hop.wire = Wire(sock)
+    hop.wire = TimedSocket(sock)
     transport = Transport(hop.wire, **options)
     transport.name = f"smolrun-ssh-{name}"
     transport.handshake_timeout = timeout_s + _LATER_S
@@ -341,7 +345,7 @@ class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has n
         self._hop = hop
 
     def missing_host_key(self, client: SSHClient, hostname: str, key: PKey) -> None:
-        """Compare the key with the user's files; raises Failed unless it is there."""
+        """Compare the key with the user's files; raises ConnectFailure unless it is there."""
         hop, shown = self._hop, HostKey(key.get_name(), key.asbytes())
         hop.shown = shown
         known = hop.known
@@ -355,13 +359,13 @@ class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has n
 
 
 def dial(host: str, port: int, timeout_s: float) -> socket.socket:
-    """Connect; every address of the name gets its share of the time. Raises Failed."""
+    """Connect; every address of the name gets its share of the time. Raises ConnectFailure."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
         raise not_found(host, getattr(error, "strerror", None) or str(error)) from None
     deadline = time.monotonic() + timeout_s
-    failed: Failed = not_found(host, "none")
+    failed: ConnectFailure = not_found(host, "none")
     for place, (family, kind, protocol, _, address) in enumerate(found):
         dialled = socket.socket(family, kind, protocol)
         try:

@@ -15,9 +15,9 @@ from pathlib import Path
 from paramiko import Channel, ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.connection import Completed, OnBytes, TookTooLong
+from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes
 from smolrun.launch.ssh.files import SshFiles
-from smolrun.launch.ssh.hop import Hop, Wire
+from smolrun.launch.ssh.hop import Hop, TimedSocket
 from smolrun.sanitize import without_credentials
 
 # The worker's lease is as long: both sides give up at about the same time.
@@ -96,7 +96,7 @@ class SshConnection:
             alarm.cancel()
             process.close()
         if late.is_set():
-            raise TookTooLong(self.name, f"{_shown(command)} did not end within {timeout_s:g} s")
+            raise CommandTimeout(self.name, f"{_shown(command)} did not end within {timeout_s:g} s")
         if out.is_too_much or err.is_too_much:
             raise HostError(self.name, f"{_shown(command)} wrote more than 64 MiB")
         if code is None:
@@ -146,13 +146,13 @@ class SshConnection:
             target=target, args=args, name=f"smolrun-ssh-{self.name}-{what}", daemon=True
         )
 
-    def _watch(self, wire: Wire) -> None:
+    def _watch(self, wire: TimedSocket) -> None:
         """Ask after a silence; hang up after a longer one.
 
         The silence is summed in ticks of this thread: a driver that was frozen itself must not take
         its own absence for the other side's.
         """
-        before, heard = time.monotonic(), wire.heard
+        before, heard = time.monotonic(), wire.last_received
         asking: threading.Thread | None = None
         while not self._closed.wait(_TICK_S) and self._transport.is_active():
             now = time.monotonic()
@@ -160,8 +160,8 @@ class SshConnection:
             silence_s, before = self._silence_s + passed_s, now
             is_open = asking is not None and asking.is_alive()
             self._unanswered_s = self._unanswered_s + passed_s if is_open else 0.0
-            if wire.heard != heard:
-                silence_s, heard = 0.0, wire.heard
+            if wire.last_received != heard:
+                silence_s, heard = 0.0, wire.last_received
             self._silence_s = silence_s
             if silence_s >= self._silence_limit_s:
                 self.give_up()

@@ -16,35 +16,35 @@ from fabric import Connection
 from paramiko import ChannelException, SSHException
 from paramiko.ssh_exception import IncompatiblePeer
 
-from smolrun.launch.remote.connection import last_words
+from smolrun.launch.remote.connection import error_tail
 from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
-from smolrun.launch.ssh.settings import Settings
+from smolrun.launch.ssh.settings import SshSettings
 from smolrun.sanitize import one_line
 
 Stage = Literal["reach", "greeting", "login", "in"]
 
 
-class Failed(Exception):
+class ConnectFailure(Exception):
     """Why a server cannot be used, and what to do; becomes a LoginFailed with the host's name."""
 
-    def __init__(self, what: str, todo: str | None = None, *, is_refused: bool = False) -> None:
+    def __init__(self, what: str, hint: str | None = None, *, is_refused: bool = False) -> None:
         super().__init__(what)
         self.what = one_line(what).strip()  # a server's own words may be in it
-        self.todo = todo
+        self.hint = hint
         self.is_refused = is_refused
 
 
-class Wire:
+class TimedSocket:
     """The socket below a connection; knows when something was last heard on it."""
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
 
     def recv(self, size: int) -> bytes:
         """Some bytes; empty at the end."""
         data: bytes = self._socket.recv(size)
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
         return data
 
     def close(self) -> None:
@@ -61,13 +61,13 @@ class Hop:
     """One server, and how far we came with it."""
 
     fabric: Connection
-    settings: Settings
+    settings: SshSettings
     cluster: str  # its name, for the commands that we advise
     is_jump: bool = False
     only_key: bool = False  # look at its host key, and do not log in
     stage: Stage = "reach"
     shown: HostKey | None = None
-    wire: Wire | None = None
+    wire: TimedSocket | None = None
     address: str | None = None  # the IP address that was dialled, if we dialled
     agent: Any = None
     tried: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Hop:
             with contextlib.suppress(OSError, AttributeError):  # no set_blocking on Windows, 3.11
                 os.set_blocking(process.stderr.fileno(), False)
                 self.proxy_words = process.stderr.read() or b""
-        words = last_words(self.proxy_words or b"")
+        words = error_tail(self.proxy_words or b"")
         return f"it ended with exit code {process.returncode}: {words}"
 
     @property
@@ -107,11 +107,11 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScanResult:
     """What a look at a server's host key gave."""
 
     name: str  # of the host; a jump host has the name it has in ssh_config
-    settings: Settings
+    settings: SshSettings
     state: Literal["known", "new", "changed", "revoked", "unreachable"]
     key: HostKey | None = None
     before: tuple[HostKey, ...] = ()  # the keys it had, if it has another one now
@@ -121,40 +121,40 @@ class Found:
 _IS_IT_ON = "is it switched on and on this network? a firewall that swallows packets looks the same"
 
 
-def not_found(host: str, why: str) -> Failed:
+def not_found(host: str, why: str) -> ConnectFailure:
     """No address belongs to that name."""
-    return Failed(
+    return ConnectFailure(
         f"no address is found for {host} ({why.lower()})",
         "check the name in the cluster file or HostName in your ssh_config",
     )
 
 
-def not_reached(place: str, error: OSError) -> Failed:
+def not_reached(place: str, error: OSError) -> ConnectFailure:
     """The last address said no."""
     if isinstance(error, ConnectionRefusedError):
-        return Failed(
+        return ConnectFailure(
             f"{place} refuses the connection", "does an SSH server run there, and on this port?"
         )
     if isinstance(error, TimeoutError):
-        return Failed(f"{place} does not answer", _IS_IT_ON)
-    return Failed(
+        return ConnectFailure(f"{place} does not answer", _IS_IT_ON)
+    return ConnectFailure(
         f"{place} cannot be reached ({(error.strerror or str(error)).lower()})",
         "is it switched on and on this network?",
     )
 
 
-def unknown_key(hop: Hop, key: HostKey) -> Failed:
+def unknown_key(hop: Hop, key: HostKey) -> ConnectFailure:
     """A key that no known_hosts file has."""
-    return Failed(
+    return ConnectFailure(
         f"the SSH key of {hop.settings.place} is not known yet ({key})",
         f"smolrun task=trust cluster={hop.cluster} shows it and asks you",
     )
 
 
-def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> Failed:
+def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> ConnectFailure:
     """Another key than the one that the user trusted."""
     was = " or ".join(str(old) for old in before)
-    return Failed(
+    return ConnectFailure(
         f"the SSH key of {hop.settings.place} has CHANGED: you trusted {was}, it now shows {key}. "
         "Either that machine was set up anew, or another machine answers at its address and could "
         "listen to all you send",
@@ -162,76 +162,80 @@ def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> Failed:
     )
 
 
-def revoked_key(hop: Hop, key: HostKey) -> Failed:
+def revoked_key(hop: Hop, key: HostKey) -> ConnectFailure:
     """A key that a known_hosts file marks as stolen."""
-    return Failed(
+    return ConnectFailure(
         f"the SSH key of {hop.settings.place} ({key}) is marked @revoked in known_hosts",
         "do not connect to it; ask whoever marked it",
     )
 
 
-def no_proxy(hop: Hop, why: str) -> Failed:
+def no_proxy(hop: Hop, why: str) -> ConnectFailure:
     """The ProxyCommand is of no use."""
     what = f"its ProxyCommand brings us no SSH server ({why})"
-    return Failed(what, f"try it by hand: {hop.proxy_command}")
+    return ConnectFailure(what, f"try it by hand: {hop.proxy_command}")
 
 
-def too_late(hop: Hop, timeout_s: float) -> Failed:
+def too_late(hop: Hop, timeout_s: float) -> ConnectFailure:
     """The deadline passed; the stage it was in says what was waited for."""
     place, after = hop.settings.place, f"within {timeout_s:g} s"
     if hop.proxy_command and not hop.greeted:
         return no_proxy(hop, f"no answer {after}")
     if hop.stage == "reach":
-        return Failed(f"{place} does not answer {after}", _IS_IT_ON)
+        return ConnectFailure(f"{place} does not answer {after}", _IS_IT_ON)
     if hop.stage == "greeting" and not hop.greeted:
-        return Failed(
+        return ConnectFailure(
             f"{place} takes the connection, but no SSH server greets us {after}",
             "is this the port of its SSH server? if so, restart that",
         )
     if hop.stage == "greeting":
-        return Failed(
+        return ConnectFailure(
             f"the SSH server of {place} does not agree on keys with us {after}",
             "is that machine overloaded? cluster.connect_timeout_s gives it more time",
         )
     if hop.stage == "login":
-        return Failed(
+        return ConnectFailure(
             f"the SSH server of {place} does not finish the login of {hop.settings.user} {after}",
             f"try `ssh {hop.settings.user}@{hop.settings.host}` by hand; "
             "cluster.connect_timeout_s gives it more time",
         )
-    return Failed(f"jump host {place} does not reach the next machine {after}", _IS_IT_ON)
+    return ConnectFailure(f"jump host {place} does not reach the next machine {after}", _IS_IT_ON)
 
 
-def explain(hop: Hop, error: Exception) -> Failed:
+def explain(hop: Hop, error: Exception) -> ConnectFailure:
     """What the library meant."""
     place = hop.settings.place
-    if isinstance(error, Failed):
+    if isinstance(error, ConnectFailure):
         return error
     if hop.proxy_command and not hop.greeted:
         return no_proxy(hop, hop.proxy_end or getattr(error, "strerror", None) or str(error))
     if isinstance(error, ChannelException):  # a jump host that cannot go on
-        return Failed(f"the jump host cannot reach {place} ({error.text.lower()})", _IS_IT_ON)
+        return ConnectFailure(
+            f"the jump host cannot reach {place} ({error.text.lower()})", _IS_IT_ON
+        )
     if hop.stage == "login":
         return _not_let_in(hop)
     if isinstance(error, IncompatiblePeer):
-        return Failed(f"the SSH server of {place} is too old or too new for us ({error})")
+        return ConnectFailure(f"the SSH server of {place} is too old or too new for us ({error})")
     if isinstance(error, EOFError | SSHException) and not hop.greeted:
-        return Failed(
+        return ConnectFailure(
             f"{place} takes the connection, but no SSH server speaks there",
             "is this the port of its SSH server, and is it not turning us away as too many?",
         )
     if isinstance(error, OSError) and hop.stage == "reach":
         return not_reached(place, error)
-    return Failed(f"the SSH connection to {place} failed ({str(error) or type(error).__name__})")
+    return ConnectFailure(
+        f"the SSH connection to {place} failed ({str(error) or type(error).__name__})"
+    )
 
 
-def _not_let_in(hop: Hop) -> Failed:
+def _not_let_in(hop: Hop) -> ConnectFailure:
     user, host = hop.settings.user, hop.settings.host
     tried = "; tried " + ", ".join(hop.tried) if hop.tried else "; there was no key to try"
     skipped = "; left out " + ", ".join(hop.skipped) if hop.skipped else ""
     takes = f"; it takes {' or '.join(hop.takes)}" if hop.takes else ""
     agent = "; the IdentityAgent of your ssh_config is not read, SSH_AUTH_SOCK is"
-    return Failed(
+    return ConnectFailure(
         f"{hop.settings.place} does not let {user} in{tried}{skipped}{takes}"
         + (agent if hop.settings.has_own_agent else ""),
         f"smolrun task=setup cluster={hop.cluster} brings your key there, "

@@ -42,7 +42,7 @@ class HostKey:
 
 
 @dataclass(frozen=True)
-class Line:
+class KnownHostsLine:
     """One line of a known_hosts file that says something about a key."""
 
     file: Path
@@ -81,11 +81,11 @@ class KnownHosts:
         """The keys that host must never show again."""
         return [line.key for line in self._about(name, "revoked")]
 
-    def where(self, name: str, key: HostKey) -> list[Line]:
+    def where(self, name: str, key: HostKey) -> list[KnownHostsLine]:
         """The lines that give that host that key."""
         return [line for line in self._about(name, "") if line.key == key]
 
-    def _about(self, name: str, marker: str) -> list[Line]:
+    def _about(self, name: str, marker: str) -> list[KnownHostsLine]:
         return [line for line in self.lines if line.marker == marker and line.is_about(name)]
 
 
@@ -95,7 +95,7 @@ def entry_name(host: str, port: int = DEFAULT_PORT) -> str:
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 
-def read(file: Path) -> list[Line]:
+def read(file: Path) -> list[KnownHostsLine]:
     """The lines of a file that can be read; others are none of our business."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
@@ -105,14 +105,14 @@ def read(file: Path) -> list[Line]:
     return [line for line in lines if line is not None]
 
 
-def _parse(file: Path, number: int, text: str) -> Line | None:
+def _parse(file: Path, number: int, text: str) -> KnownHostsLine | None:
     words = text.split()
     marker = words.pop(0)[1:] if words and words[0].startswith("@") else ""
     if len(words) < 3 or words[0].startswith("#"):
         return None
     with contextlib.suppress(binascii.Error, ValueError):
         data = base64.b64decode(words[2], validate=True)
-        return Line(file, number, marker, words[0], HostKey(words[1], data))
+        return KnownHostsLine(file, number, marker, words[0], HostKey(words[1], data))
     return None
 
 
@@ -130,7 +130,7 @@ def _is_hash_of(pattern: str, name: str) -> bool:
         return False
 
 
-def add(file: Path, name: str, key: HostKey) -> None:
+def add_entry(file: Path, name: str, key: HostKey) -> None:
     """Write down that host's key at the end of the file; OSError where that is impossible."""
     line = f"{name} {key.kind} {base64.b64encode(key.data).decode()}\n".encode()
     if file.parent.name == ".ssh":
@@ -146,7 +146,7 @@ def add(file: Path, name: str, key: HostKey) -> None:
         os.fsync(handle.fileno())
 
 
-def forget(lines: Sequence[Line], name: str) -> None:
+def remove_entries(lines: Sequence[KnownHostsLine], name: str) -> None:
     """Take that host out of these lines, and leave all else as it is; OSError if impossible.
 
     A line that names other hosts too goes on naming them.
@@ -164,7 +164,7 @@ def forget(lines: Sequence[Line], name: str) -> None:
         atomic_write(target, b"\n".join(kept), mode=target.stat().st_mode & 0o777)
 
 
-def _without(line: Line, name: str) -> str:
+def _without(line: KnownHostsLine, name: str) -> str:
     """The names of a line but for this one; empty when it is about this host alone.
 
     A pattern that covers this host and others stays, with an exception for this host.

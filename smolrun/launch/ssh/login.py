@@ -28,7 +28,7 @@ from smolrun.launch.ssh.hop import Hop
 AskPassword = Callable[[str], str]  # "anna@mini2.local" -> the password
 
 
-class Keys(AuthStrategy):  # type: ignore[misc]  # paramiko has no types
+class KeyAuthStrategy(AuthStrategy):  # type: ignore[misc]  # paramiko has no types
     """Tries what the client files and the agent have, and writes it down at its hop."""
 
     def __init__(

@@ -34,7 +34,7 @@ _TARGET = re.compile(
 
 
 @dataclass(frozen=True)
-class Target:
+class SshTarget:
     """What stands behind `ssh:` in a cluster file."""
 
     host: str
@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SshSettings:
     """All we must know of one SSH server beyond what Fabric knows."""
 
     host: str
@@ -68,14 +68,14 @@ class Settings:
         return f"{self.host} port {self.port}"
 
 
-def parse_target(name: str, text: str) -> Target:
+def parse_target(name: str, text: str) -> SshTarget:
     """user@host:port in its parts; HostError if no machine can be meant by it."""
     match = _TARGET.fullmatch(text)
     if match is None:
-        parsed = Target("")
+        parsed = SshTarget("")
     else:
         port = int(match["port"]) if match["port"] else None
-        parsed = Target(match["v6"] or match["host"], match["user"], port)
+        parsed = SshTarget(match["v6"] or match["host"], match["user"], port)
     port_is_wrong = parsed.port is not None and not 0 < parsed.port < 65536
     # A name that begins with a dash would be an option to a ProxyCommand, or to ssh itself.
     if not parsed.host or port_is_wrong or "-" in (parsed.host[0], (parsed.user or "x")[0]):
@@ -153,12 +153,12 @@ def identities(name: str, target: str, ssh_config: str | None) -> list[Path]:
     return _identities(config.base_ssh_config.lookup(place.host).get("identityfile"))
 
 
-def settings_of(connection: Connection) -> Settings:
+def settings_of(connection: Connection) -> SshSettings:
     """What the client files say about the server of a Fabric connection."""
     said: SSHConfigDict = connection.ssh_config
     host, port = str(connection.host), int(connection.port)
     agent = said.get("identityagent", "SSH_AUTH_SOCK")
-    return Settings(
+    return SshSettings(
         host,
         port,
         str(connection.user),

@@ -14,7 +14,7 @@ import pytest
 from smolrun.errors import HostError
 from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive, code_archive
-from smolrun.launch.delivery.store import Told
+from smolrun.launch.delivery.store import TransferProgress
 from tests.launch.here import HereMachine
 
 DAY_S = 86_400
@@ -56,7 +56,9 @@ def assert_whole(code: HostCode, archive: CodeArchive) -> None:
 @pytest.mark.parametrize("deploy", ["wheel", "rsync"])
 def test_it_travels_once(mini1: HereMachine, archive: CodeArchive, deploy: Deploy) -> None:
     told: list[tuple[str, int, int]] = []
-    code = deliver(mini1, archive, deploy, told=Told("code", lambda *done: told.append(done)))
+    code = deliver(
+        mini1, archive, deploy, told=TransferProgress("code", lambda *done: told.append(done))
+    )
     assert_whole(code, archive)
     assert Path(code.own, "my_code.py").read_text() == "x = 1\n"
     (put,) = mini1.puts

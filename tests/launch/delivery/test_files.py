@@ -13,7 +13,7 @@ from smolrun.data.prepared import Prepared
 from smolrun.errors import HostError
 from smolrun.launch.delivery import store
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles, folder_bundle
-from smolrun.launch.delivery.store import Told
+from smolrun.launch.delivery.store import TransferProgress
 from tests.launch.here import HereMachine
 
 DATA = b"tokens" * 1000
@@ -51,9 +51,11 @@ def mini1(tmp_path: Path) -> HereMachine:
     return HereMachine(tmp_path / "mini1")
 
 
-def deliver(machine: Any, prepared: Prepared, told: Told | None = None, **keys: Any) -> Prepared:
+def deliver(
+    machine: Any, prepared: Prepared, told: TransferProgress | None = None, **keys: Any
+) -> Prepared:
     return PreparedFiles(prepared, FileHashes(), **keys).deliver(
-        machine, told or Told("files"), f"{machine.workdir}/runs/r1"
+        machine, told or TransferProgress("files"), f"{machine.workdir}/runs/r1"
     )
 
 
@@ -63,7 +65,9 @@ def names(folder: str | None) -> list[str]:
 
 def test_everything_a_rank_opens_lies_on_the_host(mini1: HereMachine, prepared: Prepared) -> None:
     told: list[tuple[str, int, int]] = []
-    there = deliver(mini1, prepared, Told("sending data", lambda *done: told.append(done)))
+    there = deliver(
+        mini1, prepared, TransferProgress("sending data", lambda *done: told.append(done))
+    )
     assert Path(there.path).read_bytes() == DATA
     assert prepared.sha256 in there.path
     assert names(there.tokenizer) == ["tokenizer.json"]

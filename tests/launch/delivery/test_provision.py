@@ -17,7 +17,7 @@ from smolrun.errors import HostError, HostErrors
 from smolrun.launch.delivery import provision as module
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles
-from smolrun.launch.delivery.provision import Order, clear_all, provision
+from smolrun.launch.delivery.provision import ProvisionRequest, clear_all, provision
 from tests.launch.here import HereMachine
 
 
@@ -26,10 +26,10 @@ def make_hosts(tmp_path: Path, count: int = 3) -> dict[str, Any]:
     return {name: HereMachine(tmp_path / name, name) for name in names}
 
 
-def order(tmp_path: Path, **keys: Any) -> Order:
+def order(tmp_path: Path, **keys: Any) -> ProvisionRequest:
     (tmp_path / "my_code.py").write_text("WORD = 'mine'\n")
     archive = code_archive(tmp_path, ["my_code:build"])
-    return Order("run-1", "home", keys.pop("deploy", "wheel"), archive, **keys)
+    return ProvisionRequest("run-1", "home", keys.pop("deploy", "wheel"), archive, **keys)
 
 
 def some_data(tmp_path: Path) -> Prepared:
@@ -132,14 +132,14 @@ def test_a_host_that_breaks_off_is_named_and_the_others_are_ready(tmp_path: Path
 def test_after_ctrl_c_nothing_of_the_run_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosts, on_all = make_hosts(tmp_path, 2), module.on_all
+    hosts, run_on_all = make_hosts(tmp_path, 2), module.run_on_all
 
     def interrupted(machines: Any, act: Any, what: str) -> Any:
         if what == "files":
             raise KeyboardInterrupt
-        return on_all(machines, act, what)
+        return run_on_all(machines, act, what)
 
-    monkeypatch.setattr(module, "on_all", interrupted)
+    monkeypatch.setattr(module, "run_on_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         provision(hosts, order(tmp_path))
     assert [os.listdir(f"{host.workdir}/runs") for host in hosts.values()] == [[], []]

@@ -22,7 +22,7 @@ from smolrun.launch.delivery.run_folder import (
     run_on_host,
     saving_on_host,
 )
-from smolrun.launch.delivery.store import Told
+from smolrun.launch.delivery.store import TransferProgress
 from tests.launch.here import HereMachine
 
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_a_checkpoint_verifies_on_the_host_until_the_run_ends(mini1: Any, checkpoint: Path) -> None:
     run = run_on_host(mini1, "run-1")
-    there = CheckpointFiles(checkpoint).deliver(mini1, Told("checkpoint"), run)
+    there = CheckpointFiles(checkpoint).deliver(mini1, TransferProgress("checkpoint"), run)
     assert verify(Path(there)) == verify(checkpoint)
     assert Path(there).name == checkpoint.name
     assert clear_run(mini1, "run-1")
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_damaged_on_the_driver_goes_nowhere(
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     files = CheckpointFiles(checkpoint)
     with pytest.raises(HostError, match=r"rank1-0\.safetensors arrived there with other bytes"):
-        files.deliver(mini1, Told("checkpoint"), run_on_host(mini1, "run-1"))
+        files.deliver(mini1, TransferProgress("checkpoint"), run_on_host(mini1, "run-1"))
     (checkpoint / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError):
         CheckpointFiles(checkpoint)

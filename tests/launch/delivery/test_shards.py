@@ -20,7 +20,7 @@ from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import HostError
 from smolrun.events import CheckpointSaved, Event, Note, ShardFailed, ShardSaved, StepSkipped
 from smolrun.launch.delivery import shards
-from smolrun.launch.delivery.shards import Origin, ShardFetcher
+from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
 from tests.launch.here import HereMachine
 from tests.waiting import SOON_S, until
 
@@ -39,7 +39,7 @@ class Hosts:
 
     def fetcher(self) -> ShardFetcher:
         origins: Any = {
-            rank: Origin(machine, there)  # type: ignore[arg-type]
+            rank: ShardOrigin(machine, there)  # type: ignore[arg-type]
             for rank, (machine, there) in enumerate(zip(self.machines, self.there, strict=True))
         }
         made = ShardFetcher(

@@ -33,7 +33,7 @@ def test_equal_versions_and_other_patches_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "what", "todo"),
+    ("changed", "what", "hint"),
     [
         ({"smolrun": "0.2.0"}, "it has smolrun 0.2.0, the driver 0.1.0", "cluster.deploy=wheel"),
         (
@@ -45,11 +45,11 @@ def test_equal_versions_and_other_patches_say_nothing() -> None:
         ({"torch": None, "transformers": None}, "no torch and no transformers", "task=setup"),
     ],
 )
-def test_what_cannot_work_is_an_error(changed: dict[str, str | None], what: str, todo: str) -> None:
+def test_what_cannot_work_is_an_error(changed: dict[str, str | None], what: str, hint: str) -> None:
     checked = check(**changed)
     assert list(checked.errors) == ["pi5"]
     assert what in checked.errors["pi5"][0]
-    assert todo in checked.errors["pi5"][1]
+    assert hint in checked.errors["pi5"][1]
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from smolrun.launch.doctor import links
-from smolrun.launch.doctor.examination import ThisMachine
-from smolrun.launch.doctor.links import Host
-from smolrun.launch.doctor.reachability import opening, reach_test
+from smolrun.launch.doctor.host_report import LocalMachine
+from smolrun.launch.doctor.links import HostAddresses
+from smolrun.launch.doctor.reachability import allow_command, probe_reachability
 from tests.waiting import SOON_S, until
 
 
@@ -29,14 +29,14 @@ from tests.waiting import SOON_S, until
     ],
 )
 def test_every_firewall_has_its_command(kind: str | None, os: str, words: str):
-    todo = opening({"kind": kind}, os, (40000, 40100), python="/py", source="10.0.0.0/24")
-    assert words in todo
-    assert "set `ports:" not in todo
+    hint = allow_command({"kind": kind}, os, (40000, 40100), python="/py", source="10.0.0.0/24")
+    assert words in hint
+    assert "set `ports:" not in hint
 
 
 def test_without_ports_there_is_nothing_to_open_yet():
-    todo = opening({"kind": "ufw"}, "linux", None, python="/py")
-    assert todo.startswith("set `ports: 40000-40100` in the cluster file, then there: sudo ufw")
+    hint = allow_command({"kind": "ufw"}, "linux", None, python="/py")
+    assert hint.startswith("set `ports: 40000-40100` in the cluster file, then there: sudo ufw")
 
 
 pytestmark = pytest.mark.skipif(
@@ -44,17 +44,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def here(tmp_path: Any, *names: str) -> dict[str, ThisMachine]:
-    return {name: ThisMachine(name, tmp_path) for name in names}
+def here(tmp_path: Any, *names: str) -> dict[str, LocalMachine]:
+    return {name: LocalMachine(name, tmp_path) for name in names}
 
 
 def test_all_reach_all_at_every_address_and_it_ends_at_once(tmp_path: Any):
     names = ("a", "b", "c")
     hosts = {
-        name: Host(name, (f"127.0.0.{k}", f"127.0.1.{k}"), ()) for k, name in enumerate(names, 2)
+        name: HostAddresses(name, (f"127.0.0.{k}", f"127.0.1.{k}"), ())
+        for k, name in enumerate(names, 2)
     }
     began = time.monotonic()
-    told = reach_test(here(tmp_path, *names), hosts, {}, wait_s=50.0)
+    told = probe_reachability(here(tmp_path, *names), hosts, {}, wait_s=50.0)
     assert time.monotonic() - began < SOON_S
     for source in names:
         for to in set(names) - {source}:
@@ -63,16 +64,19 @@ def test_all_reach_all_at_every_address_and_it_ends_at_once(tmp_path: Any):
                 (address, None) for address in hosts[to].addresses
             ]
         assert len(told[source]["heard"]) == 4
-    assert all(way.is_open for way in links.ways(hosts, told))
+    assert all(route.is_open for route in links.routes(hosts, told))
 
 
 def test_an_address_where_nobody_listens_is_told_within_the_deadline(tmp_path: Any):
     # 240.0.0.0/4 is reserved: nobody has it.
-    hosts = {"a": Host("a", ("127.0.0.2",), ()), "b": Host("b", ("240.0.0.1",), ())}
-    told = reach_test(here(tmp_path, "a", "b"), hosts, {}, wait_s=1.0)
+    hosts = {
+        "a": HostAddresses("a", ("127.0.0.2",), ()),
+        "b": HostAddresses("b", ("240.0.0.1",), ()),
+    }
+    told = probe_reachability(here(tmp_path, "a", "b"), hosts, {}, wait_s=1.0)
     (row,) = told["a"]["dialed"]["b"]
     assert row["error"]
-    there, back = links.ways(hosts, told)
+    there, back = links.routes(hosts, told)
     assert (there.is_open, back.is_open) == (False, True)
 
 
@@ -106,15 +110,18 @@ def test_a_stranger_is_not_answered(tmp_path: Any):
 
 
 def test_a_port_that_is_taken_is_passed_over(tmp_path: Any):
-    hosts = {name: Host(name, (f"127.0.0.{k}",), ()) for k, name in enumerate("ab", 2)}
+    hosts = {name: HostAddresses(name, (f"127.0.0.{k}",), ()) for k, name in enumerate("ab", 2)}
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         ports = {"a": (port, port), "b": None}
-        told = reach_test(here(tmp_path, "a", "b"), hosts, ports, wait_s=1.0)
+        told = probe_reachability(here(tmp_path, "a", "b"), hosts, ports, wait_s=1.0)
     assert told["a"]["port"] is None
     assert told["b"]["dialed"]["a"][0]["error"] is not None
     assert told["a"]["dialed"]["b"][0]["error"] is None
 
 
 def test_one_machine_has_nobody_to_reach(tmp_path: Any):
-    assert reach_test(here(tmp_path, "a"), {"a": Host("a", ("127.0.0.1",), ())}, {}) == {}
+    assert (
+        probe_reachability(here(tmp_path, "a"), {"a": HostAddresses("a", ("127.0.0.1",), ())}, {})
+        == {}
+    )

@@ -43,9 +43,9 @@ def test_defaults_differ_in_nothing():
     ],
 )
 def test_what_differs_is_named(old: str, new: str, words: str):
-    ((what, todo),) = differences(parsed(DEFAULTS.replace(old, new)), OURS)
+    ((what, hint),) = differences(parsed(DEFAULTS.replace(old, new)), OURS)
     assert words in what
-    assert todo
+    assert hint
 
 
 def test_a_shared_connection_is_named():

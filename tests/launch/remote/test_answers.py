@@ -15,13 +15,13 @@ import pytest
 
 from smolrun.driver import doctor_text
 from smolrun.errors import HostError
-from smolrun.launch.doctor.examination import Orders, examine
-from smolrun.launch.doctor.links import Host
-from smolrun.launch.doctor.reachability import reach_test
+from smolrun.launch.doctor.host_report import HostRequirements, probe_host
+from smolrun.launch.doctor.links import HostAddresses
+from smolrun.launch.doctor.reachability import probe_reachability
 from smolrun.launch.remote import answers, probe
 from smolrun.launch.remote.call import call
 from smolrun.launch.remote.connection import Completed
-from smolrun.launch.remote.probe import learn
+from smolrun.launch.remote.probe import probe_facts
 from smolrun.launch.remote.shell import Shell
 from smolrun.launch.remote.worker import start_worker
 from smolrun.launch.setup import setup_plan
@@ -207,23 +207,26 @@ DOCTOR = {script: honest for script, _, honest in reversed(HONEST)}
 )
 def test_doctor_makes_something_of_every_answer(script: str):
     """Findings, the row of the table and the details, whatever the host says."""
-    orders = Orders(["/p"], ["torch"], True, None, "cuda", 4.0, "smolrun task=setup", measure=True)
+    orders = HostRequirements(
+        ["/p"], ["torch"], True, None, "cuda", 4.0, "smolrun task=setup", measure=True
+    )
     for answer in [DOCTOR[script], *hostile(DOCTOR[script])]:
-        found = examine(Lying({**DOCTOR, script: answer}), orders)
+        found = probe_host(Lying({**DOCTOR, script: answer}), orders)
         assert found.name == HOST
         assert all(isinstance(cell, str) for cell in doctor_text.row(found))
         assert all(isinstance(line, str) for line in doctor_text.details(found))
-        assert found.verdict.state in ("fine", "usable", "cannot run")
+        assert found.status.state in ("fine", "usable", "cannot run")
 
 
 def test_a_host_makes_no_addresses_up():
     hosts = {
-        name: Host(name, (address,), ()) for name, address in (("a", "10.0.0.1"), ("b", "10.0.0.2"))
+        name: HostAddresses(name, (address,), ())
+        for name, address in (("a", "10.0.0.1"), ("b", "10.0.0.2"))
     }
     rows = [{"address": address, "error": None} for address in ("6.6.6.6", "10.0.0.2")]
     lying = {"reach": {"port": None, "heard": [], "dialed": {"b": rows, "c": rows}}}
     silent = {"reach": {"port": None, "heard": [], "dialed": {}}}
-    found = reach_test({"a": Lying(lying), "b": Lying(silent)}, hosts, {}, wait_s=0.0)
+    found = probe_reachability({"a": Lying(lying), "b": Lying(silent)}, hosts, {}, wait_s=0.0)
     assert found["a"]["dialed"] == {"b": [{"address": "10.0.0.2", "error": None}]}
     assert found["b"]["dialed"] == {"a": []}
 
@@ -237,8 +240,8 @@ def test_nothing_that_a_shell_says_is_a_traceback():
         text = " ".join(dice.choice(words)[:5000] for _ in range(dice.randrange(6)))
         for mark in (setup_plan._MARK, probe._MARK):
             what = dice.choice(words)
-            setup_plan.understood(f"{mark} {what} {text}\n{mark} {text}")
-            probe.understood(f"{mark} {what} {text}\n{mark} {text}")
+            setup_plan.parse_blank_host(f"{mark} {what} {text}\n{mark} {text}")
+            probe.parse_answer(f"{mark} {what} {text}\n{mark} {text}")
 
 
 class Spec:
@@ -251,7 +254,7 @@ class Spec:
 def test_a_host_that_says_nonsense_cannot_be_met(text: str):
     connection: Any = Answering(text)
     with pytest.raises(HostError) as raised:
-        learn(Spec(), connection)
+        probe_facts(Spec(), connection)
     assert raised.value.host == HOST
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smolrun.launch.remote.connection import last_words
+from smolrun.launch.remote.connection import error_tail
 
 
 @pytest.mark.parametrize(
@@ -16,8 +16,8 @@ from smolrun.launch.remote.connection import last_words
     ],
 )
 def test_last_words(outputs: list[bytes], words: str):
-    assert last_words(*outputs) == words
+    assert error_tail(*outputs) == words
 
 
 def test_nobody_paints_on_our_terminal():
-    assert last_words("\x1b[2J\x07wiped\u202e\n".encode()) == "[2J wiped"
+    assert error_tail("\x1b[2J\x07wiped\u202e\n".encode()) == "[2J wiped"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import Machine, meet
-from smolrun.launch.remote.probe import Facts, HostSpec
+from smolrun.launch.remote.machine import Machine, probe_machine
+from smolrun.launch.remote.probe import HostFacts, HostSpec
 from smolrun.launch.remote.shell import Shell
 from tests.launch.connection_here import ConnectionHere
 
@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_and_files(home: Path):
-    box = meet(HostSpec("box", "box", python=sys.executable), ConnectionHere())
+    box = probe_machine(HostSpec("box", "box", python=sys.executable), ConnectionHere())
     done = box.run(["cat"], data=b"x" * 300_000)
     assert (done.code, len(done.out)) == (0, 300_000)
     seen: list[int] = []
@@ -32,7 +32,7 @@ def test_commands_and_files(home: Path):
 
 
 def test_without_a_python_it_cannot_be_asked():
-    facts = Facts(Shell.POSIX, "linux", home="/h", workdir="/w")
+    facts = HostFacts(Shell.POSIX, "linux", home="/h", workdir="/w")
     box = Machine(HostSpec("box", "box"), ConnectionHere(), facts)
     assert (box.name, box.address) == ("box", "127.0.0.1")
     with pytest.raises(HostError, match="no Python"):
@@ -46,7 +46,7 @@ def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
         def put(self, source, path, on_bytes=None):
             asked.append(path)
 
-    facts = Facts(Shell.CMD, "windows", home="C:/Users/me", workdir="C:/w", python="C:/p.exe")
+    facts = HostFacts(Shell.CMD, "windows", home="C:/Users/me", workdir="C:/w", python="C:/p.exe")
     box = Machine(HostSpec("w", "w"), Windows(), facts)
     box.put(b"", "C:/w/file")
     assert asked == ["/C:/w/file"]
@@ -55,7 +55,7 @@ def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")
 def test_the_value_of_a_variable_is_not_in_the_command_line():
     connection = ConnectionHere()
-    box = meet(HostSpec("box", "me@box", python=sys.executable), connection)
+    box = probe_machine(HostSpec("box", "me@box", python=sys.executable), connection)
     code = "import os, sys; print(os.environ['URL'], sys.stdin.read())"
     env = {"URL": "https://me:secret@index"}
     done = box.run([sys.executable, "-c", code], env, b"and its input")

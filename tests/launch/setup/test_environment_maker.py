@@ -13,8 +13,8 @@ import pytest
 from smolrun.errors import HostError
 from smolrun.launch.remote.connection import Completed
 from smolrun.launch.setup import environment_maker
-from smolrun.launch.setup.environment_maker import Maker, fetch_uv, program_of, wheel_of
-from smolrun.launch.setup.setup_plan import CPU_WHEELS, UV_VERSION, Blank, Plan
+from smolrun.launch.setup.environment_maker import EnvironmentMaker, fetch_uv, program_of, wheel_of
+from smolrun.launch.setup.setup_plan import CPU_WHEELS, UV_VERSION, BlankHost, Plan
 
 PLAN = Plan(
     host="pi5",
@@ -55,7 +55,7 @@ class Host:
 def make(tmp_path: Path, host: Host, **changes: Any) -> list[str]:
     said: list[str] = []
     plan = Plan(**{**vars(PLAN), **changes})
-    Maker(host, Blank(), plan, tmp_path / "pi5.log", said.append).make()  # type: ignore[arg-type]
+    EnvironmentMaker(host, BlankHost(), plan, tmp_path / "pi5.log", said.append).make()  # type: ignore[arg-type]
     return said
 
 
@@ -115,7 +115,7 @@ def test_a_blank_host_gets_uv_and_a_python(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_without_uv_a_python_with_pip_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fetch(host: str, found: Blank) -> bytes:
+    def fetch(host: str, found: BlankHost) -> bytes:
         raise HostError(host, "pip cannot fetch uv for it: offline")
 
     monkeypatch.setattr(environment_maker, "fetch_uv", fetch)
@@ -130,15 +130,18 @@ def test_without_uv_a_python_with_pip_is_enough(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("found", "platform"),
     [
-        (Blank(system="linux", architecture="x86_64", libc="glibc 2.36"), "manylinux_2_17_x86_64"),
-        (Blank(system="linux", architecture="x86_64", libc="musl"), "musllinux_1_1_x86_64"),
-        (Blank(system="linux", architecture="aarch64"), "manylinux_2_17_aarch64"),
-        (Blank(system="linux", architecture="arm64", libc="musl"), "manylinux_2_17_aarch64"),
-        (Blank(system="darwin", architecture="arm64"), "macosx_11_0_arm64"),
-        (Blank(system="darwin", architecture="x86_64"), "macosx_10_12_x86_64"),
+        (
+            BlankHost(system="linux", architecture="x86_64", libc="glibc 2.36"),
+            "manylinux_2_17_x86_64",
+        ),
+        (BlankHost(system="linux", architecture="x86_64", libc="musl"), "musllinux_1_1_x86_64"),
+        (BlankHost(system="linux", architecture="aarch64"), "manylinux_2_17_aarch64"),
+        (BlankHost(system="linux", architecture="arm64", libc="musl"), "manylinux_2_17_aarch64"),
+        (BlankHost(system="darwin", architecture="arm64"), "macosx_11_0_arm64"),
+        (BlankHost(system="darwin", architecture="x86_64"), "macosx_10_12_x86_64"),
     ],
 )
-def test_every_system_has_a_pinned_wheel(found: Blank, platform: str):
+def test_every_system_has_a_pinned_wheel(found: BlankHost, platform: str):
     package = wheel_of("pi5", found)
     assert package.platform == platform and platform in package.file
     assert package.version == UV_VERSION and len(package.sha256) == 64
@@ -146,12 +149,12 @@ def test_every_system_has_a_pinned_wheel(found: Blank, platform: str):
 
 def test_a_system_without_a_pinned_wheel_is_refused():
     with pytest.raises(HostError, match="no uv is pinned") as refusal:
-        wheel_of("pi5", Blank(system="linux", architecture="riscv64"))
+        wheel_of("pi5", BlankHost(system="linux", architecture="riscv64"))
     assert refusal.value.host == "pi5"
 
 
 def test_another_wheel_of_that_name_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = Blank(system="linux", architecture="x86_64", libc="glibc 2.36")
+    found = BlankHost(system="linux", architecture="x86_64", libc="glibc 2.36")
     with zipfile.ZipFile(tmp_path / wheel_of("pi5", found).file, "w") as archive:
         info = f"uv-{UV_VERSION}.dist-info"
         archive.writestr(f"uv-{UV_VERSION}.data/scripts/uv", b"program")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.setup.setup_plan import Blank, Plan, plan, question, understood
+from smolrun.launch.setup.setup_plan import BlankHost, Plan, parse_blank_host, plan, question
 
-PI = Blank(
+PI = BlankHost(
     system="linux",
     architecture="aarch64",
     libc="glibc 2.36",
@@ -23,7 +23,7 @@ PI = Blank(
 )
 
 
-def planned(found: Blank, torch: str = "auto") -> Plan | None:
+def plan_environment(found: BlankHost, torch: str = "auto") -> Plan | None:
     return plan(
         "pi5",
         found,
@@ -35,11 +35,11 @@ def planned(found: Blank, torch: str = "auto") -> Plan | None:
 
 
 def test_a_host_that_is_ready_has_nothing_to_do_whatever_else_it_lacks():
-    assert planned(replace(PI, has_environment=True, free=0)) is None
+    assert plan_environment(replace(PI, has_environment=True, free=0)) is None
 
 
 def test_a_python_that_is_there_is_used():
-    found = planned(PI)
+    found = plan_environment(PI)
     assert found is not None
     assert (found.python, found.version, found.has_pip) == ("/usr/bin/python3", "3.11", True)
     assert found.lines() == [
@@ -51,7 +51,7 @@ def test_a_python_that_is_there_is_used():
 
 def test_without_a_fitting_python_uv_fetches_one():
     for pythons in ([], [((3, 9), "/usr/bin/python3", True)], [((3, 12), "/w/envs/old/x", True)]):
-        found = planned(replace(PI, pythons=pythons, uv="/usr/bin/uv"))
+        found = plan_environment(replace(PI, pythons=pythons, uv="/usr/bin/uv"))
         assert found is not None
         assert (found.python, found.version, found.brings_uv) == (None, "3.12", False)
         assert found.lines()[0] == "install Python 3.12 by uv, for its user alone"
@@ -60,7 +60,7 @@ def test_without_a_fitting_python_uv_fetches_one():
 def test_a_whole_python_comes_before_one_without_pip_and_312_before_others():
     names = {"a": ((3, 12), "/a", False), "b": ((3, 13), "/b", True), "c": ((3, 12), "/c", True)}
     for have, wanted in (("a", "/a"), ("ab", "/b"), ("abc", "/c")):
-        found = planned(replace(PI, pythons=[names[one] for one in have]))
+        found = plan_environment(replace(PI, pythons=[names[one] for one in have]))
         assert found is not None and found.python == wanted
 
 
@@ -74,8 +74,8 @@ def test_a_whole_python_comes_before_one_without_pip_and_312_before_others():
         (replace(PI, system="darwin"), "auto", "default"),
     ],
 )
-def test_the_build_of_torch(found: Blank, torch: str, build: str):
-    made = planned(found, torch)
+def test_the_build_of_torch(found: BlankHost, torch: str, build: str):
+    made = plan_environment(found, torch)
     assert made is not None and made.torch == build
 
 
@@ -91,9 +91,9 @@ def test_the_build_of_torch(found: Blank, torch: str, build: str):
         (replace(PI, free=5_000_000_000, has_nvidia=True), "takes 9"),
     ],
 )
-def test_hosts_that_cannot_be_made_ready(found: Blank, words: str):
+def test_hosts_that_cannot_be_made_ready(found: BlankHost, words: str):
     with pytest.raises(HostError, match="pi5: ") as refusal:
-        planned(found)
+        plan_environment(found)
     assert words in str(refusal.value)
 
 
@@ -113,7 +113,7 @@ smolrun-blank environment yes
 
 
 def test_the_answer_is_found_among_noise():
-    assert understood(SAID) == Blank(
+    assert parse_blank_host(SAID) == BlankHost(
         system="linux",
         architecture="aarch64",
         bits=64,
@@ -128,7 +128,7 @@ def test_the_answer_is_found_among_noise():
         is_writable=True,
         has_environment=True,
     )
-    assert understood("Welcome!\n") == Blank()
+    assert parse_blank_host("Welcome!\n") == BlankHost()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="asks a Unix shell")
@@ -137,7 +137,7 @@ def test_this_machine_answers(tmp_path: Path):
     text = question(str(workdir), f"{workdir}/envs/x", [sys.executable, "/nowhere/python3"])
     done = subprocess.run(["sh", "-s"], input=text, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    found = understood(done.stdout)
+    found = parse_blank_host(done.stdout)
     assert (found.bits, found.is_writable, found.has_environment) == (64, True, False)
     assert [python[:2] for python in found.pythons] == [(sys.version_info[:2], sys.executable)]
     assert found.free is not None and found.free > 0

@@ -18,7 +18,7 @@ from smolrun.errors import HostError, HostErrors
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.ssh import connect as module
 from smolrun.launch.ssh.connect import connect, dial, open_machines, scan
-from smolrun.launch.ssh.hop import Failed
+from smolrun.launch.ssh.hop import ConnectFailure
 from tests import waiting
 from tests.launch.ssh.server import Server, make_key, ssh_server
 
@@ -301,15 +301,15 @@ def test_the_sentences(monkeypatch: pytest.MonkeyPatch, error: OSError, sentence
 
     named(monkeypatch, ("127.0.0.1", 22))
     monkeypatch.setattr(module.socket, "socket", Socket)
-    with pytest.raises(Failed) as caught:
+    with pytest.raises(ConnectFailure) as caught:
         dial("box", 22, 1)
     assert caught.value.what.startswith(sentence)
-    assert caught.value.todo
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["no.such.invalid", "a" * 300, "\udcff"])
 def test_no_address_of_a_name(name: str):
-    with pytest.raises(Failed, match="no address is found for"):
+    with pytest.raises(ConnectFailure, match="no address is found for"):
         dial(name, 22, 1)
 
 
@@ -354,7 +354,7 @@ def test_ctrl_c_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch):
         threading.Thread(target=act, args=(machines["slow"],), name="late").start()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "on_all", interrupted)
+    monkeypatch.setattr(module, "run_on_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_machines([HostSpec("a", "a"), HostSpec("slow", "slow")])
     assert closed == ["a"]

@@ -95,7 +95,7 @@ def test_openssh_finds_what_we_add(file: Path):
     key = file.parent / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     kind, data = Path(f"{key}.pub").read_text().split()[:2]
-    host_keys.add(file, "[mini1]:2222", HostKey(kind, base64.b64decode(data)))
+    host_keys.add_entry(file, "[mini1]:2222", HostKey(kind, base64.b64decode(data)))
     found = subprocess.run(
         ["ssh-keygen", "-F", "[mini1]:2222", "-f", file], capture_output=True, text=True
     )
@@ -104,7 +104,7 @@ def test_openssh_finds_what_we_add(file: Path):
 
 def test_adding_to_no_file_makes_one_that_is_private(tmp_path: Path):
     file = tmp_path / ".ssh" / "known_hosts"
-    host_keys.add(file, "mini1", ONE)
+    host_keys.add_entry(file, "mini1", ONE)
     assert KnownHosts([file]).keys("mini1") == [ONE]
     if os.name == "posix":
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -113,7 +113,7 @@ def test_adding_to_no_file_makes_one_that_is_private(tmp_path: Path):
 
 def test_adding_after_a_line_without_an_end(file: Path):
     file.write_text(f"mini1 {text(ONE)}")
-    host_keys.add(file, "mini2", TWO)
+    host_keys.add_entry(file, "mini2", TWO)
     assert KnownHosts([file]).keys("mini1") == [ONE]
     assert KnownHosts([file]).keys("mini2") == [TWO]
 
@@ -121,7 +121,7 @@ def test_adding_after_a_line_without_an_end(file: Path):
 def test_many_add_at_once_and_nothing_is_lost(file: Path):
     def add(number: int) -> None:
         for turn in range(10):
-            host_keys.add(file, f"mini{number}-{turn}", ONE)
+            host_keys.add_entry(file, f"mini{number}-{turn}", ONE)
 
     threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -137,7 +137,7 @@ def test_forgetting_touches_no_other_line(file: Path):
     file.write_text(before)
     file.chmod(0o640)
     known = KnownHosts([file])
-    host_keys.forget([line for line in known.lines if line.is_about("mini1")], "mini1")
+    host_keys.remove_entries([line for line in known.lines if line.is_about("mini1")], "mini1")
     assert file.read_text() == f"# mine\nmini0 {text(ONE)}\nmini9 {text(ONE)} note\nend"
     if os.name == "posix":
         assert stat.S_IMODE(file.stat().st_mode) == 0o640
@@ -146,7 +146,7 @@ def test_forgetting_touches_no_other_line(file: Path):
 
 def test_forgetting_one_host_of_a_pattern(file: Path):
     file.write_text(f"*.local {text(ONE)}\n")
-    host_keys.forget(KnownHosts([file]).lines, "mini1.local")
+    host_keys.remove_entries(KnownHosts([file]).lines, "mini1.local")
     known = KnownHosts([file])
     assert known.keys("mini1.local") == []
     assert known.keys("mini2.local") == [ONE]
@@ -163,7 +163,7 @@ def test_forgetting_a_hashed_name(file: Path):
     file.write_text(f"{hashed}{base64.b64encode(digest).decode()} {text(ONE)}\nm2 {text(TWO)}\n")
     known = KnownHosts([file])
     assert known.keys("mini1") == [ONE]
-    host_keys.forget(known.where("mini1", ONE), "mini1")
+    host_keys.remove_entries(known.where("mini1", ONE), "mini1")
     assert file.read_text() == f"m2 {text(TWO)}\n"
 
 
@@ -172,6 +172,6 @@ def test_a_known_hosts_that_is_a_link_stays_one(file: Path):
     real = file.with_name("real")
     real.write_text(f"mini1 {text(ONE)}\n")
     file.symlink_to(real)
-    host_keys.forget(KnownHosts([file]).lines, "mini1")
+    host_keys.remove_entries(KnownHosts([file]).lines, "mini1")
     assert file.is_symlink()
     assert real.read_text() == ""

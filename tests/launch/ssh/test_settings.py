@@ -6,24 +6,24 @@ import pytest
 from fabric import Connection
 
 from smolrun.errors import HostError
-from smolrun.launch.ssh.settings import Settings, Target, load, parse_target, settings_of
+from smolrun.launch.ssh.settings import SshSettings, SshTarget, load, parse_target, settings_of
 
 
 @pytest.mark.parametrize(
     ("text", "target"),
     [
-        ("mini1", Target("mini1")),
-        ("anna@mini1.local", Target("mini1.local", "anna")),
-        ("anna@mini1:2222", Target("mini1", "anna", 2222)),
-        ("192.168.1.7", Target("192.168.1.7")),
-        ("fd00::2:22", Target("fd00::2:22")),
-        ("fe80::1%eth0", Target("fe80::1%eth0")),
-        ("anna@fd00::2", Target("fd00::2", "anna")),
-        ("anna@[fd00::2]:2222", Target("fd00::2", "anna", 2222)),
-        ("[fd00::2]", Target("fd00::2")),
+        ("mini1", SshTarget("mini1")),
+        ("anna@mini1.local", SshTarget("mini1.local", "anna")),
+        ("anna@mini1:2222", SshTarget("mini1", "anna", 2222)),
+        ("192.168.1.7", SshTarget("192.168.1.7")),
+        ("fd00::2:22", SshTarget("fd00::2:22")),
+        ("fe80::1%eth0", SshTarget("fe80::1%eth0")),
+        ("anna@fd00::2", SshTarget("fd00::2", "anna")),
+        ("anna@[fd00::2]:2222", SshTarget("fd00::2", "anna", 2222)),
+        ("[fd00::2]", SshTarget("fd00::2")),
     ],
 )
-def test_targets(text: str, target: Target):
+def test_targets(text: str, target: SshTarget):
     assert parse_target("box", text) == target
 
 
@@ -42,7 +42,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a client file of these lines says of a host."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def settings(*lines: str, host: str = "box") -> Settings:
+    def settings(*lines: str, host: str = "box") -> SshSettings:
         file = tmp_path / "ssh config"
         file.write_text("\n".join(lines))
         return settings_of(Connection(host, config=load("box", str(file))))

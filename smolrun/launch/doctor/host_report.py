@@ -1,6 +1,6 @@
 """Asks one host all that `task=doctor` wants to know, and says what it means for a run.
 
-    examine(machine, orders) -> Examined      facts as the host told them, findings as we see them
+    probe_host(machine, orders) -> HostReport      facts of the host, and findings
 
 A question that fails becomes a finding: the others are asked all the same.
 """
@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 from smolrun.errors import HostError
 from smolrun.launch.doctor import findings
-from smolrun.launch.doctor.findings import Finding, Verdict, verdict
+from smolrun.launch.doctor.findings import Finding, HostStatus, status
 
 _IMPORT_S = 180.0  # torch, on a Pi with a slow card
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
-class Askable(Protocol):
+class ScriptRunner(Protocol):
     """A machine that answers the scripts of on_host/."""
 
     name: str
@@ -41,7 +41,7 @@ class Askable(Protocol):
 
 
 @dataclass(frozen=True)
-class Orders:
+class HostRequirements:
     """What a run would use on one host.
 
     `is_given`: the user named the Python. `smolrun`: the version it must have, None if we bring it.
@@ -61,7 +61,7 @@ class Orders:
 
 
 @dataclass
-class Examined:
+class HostReport:
     """One host: `facts` by question, `findings` so far. `ssh` compares with the system's own."""
 
     name: str
@@ -69,9 +69,9 @@ class Examined:
     findings: list[Finding] = field(default_factory=list)
 
     @property
-    def verdict(self) -> Verdict:
+    def status(self) -> HostStatus:
         """What all findings together make of it."""
-        return verdict(self.findings)
+        return status(self.findings)
 
     @property
     def is_reachable(self) -> bool:
@@ -79,25 +79,25 @@ class Examined:
         return "system" in self.facts
 
 
-def unreachable(error: HostError) -> Examined:
+def unreachable(error: HostError) -> HostReport:
     """A host that could not be reached."""
-    return Examined(error.host, {}, [Finding("blocks", error.what, error.todo)])
+    return HostReport(error.host, {}, [Finding("error", error.what, error.hint)])
 
 
-def examine(machine: Askable, orders: Orders) -> Examined:
+def probe_host(machine: ScriptRunner, orders: HostRequirements) -> HostReport:
     """All there is to know of one host; blocks for some seconds, while its torch is imported."""
-    found = Examined(machine.name)
+    found = HostReport(machine.name)
     for what, request in _questions(machine, orders):
         began = time.time(), time.monotonic()
         timeout_s = _IMPORT_S + 30.0 if what == "environment" else 60.0
         try:
             answer = machine.call(what, request, timeout_s)
         except HostError as error:
-            found.findings.append(Finding("blocks", error.what, error.todo))
+            found.findings.append(Finding("error", error.what, error.hint))
             continue
         if what == "clock":
             answer = _offset(answer, *began)
-            # The shorter the way, the surer the answer.
+            # The shorter the route, the surer the answer.
             if found.facts.get(what, answer)["uncertain_s"] < answer["uncertain_s"]:
                 continue
         found.facts[what] = answer
@@ -105,7 +105,7 @@ def examine(machine: Askable, orders: Orders) -> Examined:
     return found
 
 
-def _questions(machine: Askable, orders: Orders) -> list[tuple[str, dict[str, Any]]]:
+def _questions(machine: ScriptRunner, orders: HostRequirements) -> list[tuple[str, dict[str, Any]]]:
     environment = {
         "pythons": list(orders.pythons),
         "packages": ["smolrun", *required_names(orders.requirements)],
@@ -133,7 +133,7 @@ def _offset(answer: dict[str, Any], began_at: float, began: float) -> dict[str, 
     return {"offset_s": answer["time_s"] - (began_at + half), "uncertain_s": half}
 
 
-def _findings(facts: dict[str, Any], orders: Orders, os: str) -> list[Finding]:
+def _findings(facts: dict[str, Any], orders: HostRequirements, os: str) -> list[Finding]:
     found: list[Finding] = []
     if "system" in facts:
         found += findings.of_system(facts["system"], orders.memory_gb)
@@ -161,7 +161,7 @@ def required_names(requirements: Sequence[str]) -> list[str]:
     return [match[0] for line in requirements if (match := _NAME.match(line.strip()))]
 
 
-class ThisMachine:
+class LocalMachine:
     """Answers what a Machine answers, as far as questions go."""
 
     def __init__(self, name: str, workdir: Path) -> None:

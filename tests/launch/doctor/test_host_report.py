@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.doctor.examination import (
-    Orders,
-    ThisMachine,
-    examine,
+from smolrun.launch.doctor.host_report import (
+    HostRequirements,
+    LocalMachine,
+    probe_host,
     required_names,
     unreachable,
 )
@@ -43,7 +43,7 @@ ANSWERS: dict[str, Any] = {
 }
 
 
-class Host:
+class HostAddresses:
     """Answers from a table; `broken` questions fail, its clock is `ahead_s`."""
 
     name, os, workdir, python = "mini1", "darwin", "/w", "/py"
@@ -66,34 +66,34 @@ class Host:
         pass
 
 
-def orders(**changes: Any) -> Orders:
+def orders(**changes: Any) -> HostRequirements:
     given: dict[str, Any] = {"pythons": ["/py"], "requirements": ["torch>=2.6,<2.14"]}
     given |= {"is_given": True, "smolrun": None, "device": "auto", "memory_gb": None}
-    return Orders(**{**given, "setup": "smolrun task=setup cluster=home", **changes})
+    return HostRequirements(**{**given, "setup": "smolrun task=setup cluster=home", **changes})
 
 
 def test_all_is_asked_and_judged():
-    host = Host(ahead_s=100.0)
-    found = examine(host, orders())
+    host = HostAddresses(ahead_s=100.0)
+    found = probe_host(host, orders())
     assert [what for what, _ in host.asked].count("clock") == 2
     assert set(found.facts) == set(ANSWERS)
     assert abs(found.facts["clock"]["offset_s"] - 100.0) <= found.facts["clock"]["uncertain_s"] + 1
-    assert found.verdict.state == "usable"
+    assert found.status.state == "usable"
     text = " ".join(one.what for one in found.findings)
     assert "100 s ahead" in text and "sleeps after 1 min" in text
 
 
 def test_one_question_that_fails_keeps_no_other_from_being_asked():
-    found = examine(Host("system", "environment"), orders())
+    found = probe_host(HostAddresses("system", "environment"), orders())
     assert set(found.facts) == set(ANSWERS) - {"system", "environment"}
     assert not found.is_reachable
-    assert found.verdict.sentence == "cannot run: system broke (and 1 more)"
+    assert found.status.sentence == "cannot run: system broke (and 1 more)"
 
 
 def test_a_host_that_does_not_answer_cannot_run():
     found = unreachable(HostError("pi5", "does not answer", "is it on?"))
-    assert (found.name, found.verdict.sentence) == ("pi5", "cannot run: does not answer")
-    assert found.verdict.findings[0].todo == "is it on?"
+    assert (found.name, found.status.sentence) == ("pi5", "cannot run: does not answer")
+    assert found.status.findings[0].hint == "is it on?"
 
 
 def test_the_names_of_requirements():
@@ -102,7 +102,7 @@ def test_the_names_of_requirements():
 
 
 def test_it_answers_and_says_where_it_is(tmp_path: Path):
-    machine = ThisMachine("here", tmp_path)
+    machine = LocalMachine("here", tmp_path)
     assert machine.os == platform.system().lower()
     told = machine.call("system", {"workdir": machine.workdir})
     assert told["folder"]["found"] == str(tmp_path)
@@ -112,4 +112,4 @@ def test_it_answers_and_says_where_it_is(tmp_path: Path):
 def test_a_script_that_breaks_is_a_host_error(tmp_path: Path):
     request = {"me": "here", "nonce": "no hex", "listen": [], "wait_s": 0, "peers": {}}
     with pytest.raises(HostError, match="here: reach failed"):
-        ThisMachine("here", tmp_path).call("reach", {**request, "expected": []})
+        LocalMachine("here", tmp_path).call("reach", {**request, "expected": []})
