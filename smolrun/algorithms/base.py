@@ -1,15 +1,18 @@
-"""What every algorithm is: one template, a few verbs, and it overrides only those that make it
+"""What every algorithm is: a few verbs around one step, of which it overrides those that make it
 itself.
 
     train_step(micro_batches)
         forward_backward    this rank's gradient of the sum of losses over its samples
-        synchronize         start to bring the gradients of all ranks together
-        update              when that is done: divide by the sum of weights, clip, step
+        synchronize         starts to combine the gradients of all ranks; never blocks
+        update              when that is done: divide by the number of targets, clip, step
 
-With staleness K an update uses the gradient of K steps ago: the step starts its own synchronization
+With staleness K an update uses the gradient of K steps ago: a step starts its own synchronization
 and finishes the one that was started K steps earlier, so the network has K steps of compute to hide
-behind. The weight of a sample is the number of its targets: sums of gradients and sums of weights
-are reduced, and divided once.
+behind. Sums of gradients and numbers of targets are reduced, and divided once, so all samples weigh
+the same whichever rank has them.
+
+Ranks exchange their statistics, agree to stop, and share buffers at the steps for which
+`is_sync_step` holds, by default at every one; between two of these the base calls no collective.
 
 Knows nothing of where data comes from, of files, or of configs.
 """
@@ -19,21 +22,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from smolrun.algorithms import saved
 from smolrun.algorithms.contract import (
-    FACTS,
+    STEP_STATS,
     BatchAssignment,
     Context,
     EvalSums,
     PendingUpdate,
     StepResult,
+    StepStats,
     check_answer,
     loss_sum,
 )
@@ -41,10 +45,22 @@ from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
-from smolrun.errors import ConfigError
+from smolrun.errors import CheckpointError, ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
-from smolrun.parts.replicas import Contents, contents, copy_from, persistent_buffers
+from smolrun.parts.optimizer_state import (
+    expected_bytes,
+    init_optimizer_state,
+    optimizer_state,
+)
+from smolrun.parts.placement import DataCoordinates
+from smolrun.parts.replicas import (
+    Contents,
+    contents,
+    copy_from,
+    model_tensors,
+    persistent_buffers,
+)
 from smolrun.parts.step_clock import StepClock
 
 # What random numbers are drawn for: the first word of their seed. What a forward draws follows from
@@ -54,29 +70,31 @@ FORWARD, UPDATE = 0, 1
 
 _COMPARED_STEPS = 3  # at first, in which the bytes of buffers are compared
 
-__all__ = ["Algorithm", "Context", "EvalSums", "PendingUpdate", "BatchAssignment", "StepResult"]
+__all__ = ["Algorithm", "BatchAssignment", "Context", "EvalSums", "PendingUpdate", "StepResult"]
 
 
 class Algorithm(ABC):
     """One way to distribute training. `place` first, then `train_step` again and again, then
-    `drain`."""
+    `drain`. One thread calls it."""
 
-    # Whether every rank holds the model; otherwise `place` is content with a shell of it.
-    needs_full_model = True
-    # Whether this rank takes part in evaluations and checkpoints; whether all ranks begin every
-    # step together; whether this rank evaluates by itself.
-    can_evaluate = has_checkpoint_state = is_lockstep = True
-    evaluates_locally = False
+    needs_full_model = True  # otherwise `place` gets a model whose parameters only have shapes
+    can_evaluate = True  # whether this rank takes part in evaluations
+    evaluates_locally = False  # whether this rank evaluates without the others
+    has_checkpoint_state = True  # whether this rank writes a part of a checkpoint
+    is_lockstep = True  # whether all ranks begin every step together
     replicas_may_differ = False  # in last bits: unlike machines, each updating its own replica
+    step_stats: tuple[str, ...] = STEP_STATS  # what `synchronize` reports of every step
+    # The index within the group of the rank whose `forward` returns logits; None: all ranks' do.
+    logits_index: int | None = None
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collectives = new_group(context.mesh)
-        # Set by this rank's trainer; all ranks learn of it with the next step.
+        self.clock = StepClock(context.pace)
+        # Set by this rank's trainer; all ranks know after the next step at which they meet.
         self.wants_stop = False
         self.steps_begun = 0
-        self.pending_updates: deque[PendingUpdate] = deque()
-        self.clock = StepClock(context.pace)
+        self.pending_updates: deque[PendingUpdate] = deque()  # oldest first
         self._norms: dict[str, dict[str, float]] | None = None
         self._changed_buffer = ""  # by a forward of this rank
         self._steps_compared = 0
@@ -84,7 +102,7 @@ class Algorithm(ABC):
 
     # -- what a trainer calls ----
 
-    def place(self, model: torch.nn.Module) -> None:
+    def place(self, model: nn.Module) -> None:
         """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
         self.model = model
         self.stepped = list(model.named_parameters())
@@ -92,52 +110,58 @@ class Algorithm(ABC):
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     def start_barrier(self) -> None:
-        """Waits until all ranks are ready to train; called once, after `place` and `restore`."""
+        """Blocks until all ranks are ready to train; called once, after `place` and `restore`."""
         self.collectives.barrier()
 
-    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
-        """How much of a global batch each rank gets, relative to the others."""
-        return speeds
+    def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
+        """Which part of every global batch this rank reads, where `speeds` are those of the
+        ranks. By default every rank its own, in proportion to its speed."""
+        return DataCoordinates(self.context.mesh.rank, speeds)
+
+    def is_sync_step(self, step: int) -> bool:
+        """Whether ranks meet at this step: they exchange statistics, agree to stop, share buffers.
+        The same on all ranks."""
+        return True
 
     def next_assignment(self, steps: int) -> BatchAssignment | None:
-        """What to train on next, where there are so many `steps`; None: nothing more."""
+        """What to train on next, in a run of so many `steps`; None: nothing more."""
         return BatchAssignment(self.steps_begun) if self.steps_begun < steps else None
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
-        """One step; returns the update it finished, None while the first K are in flight."""
+        """One step; returns the update it finished, None for the first K steps."""
         self.context.mesh.progress = self.steps_begun
         with self.clock.compute():
-            facts = self.watched_forward_backward(micro_batches)
-        facts["samples"] = sum(len(batch.inputs) for batch in micro_batches)
-        facts["changed_buffer"] = float(bool(self._changed_buffer))
-        facts["compute_s"] = self.clock.compute_s
-        facts["wants_stop"] = float(self.wants_stop)
+            stats = self.watched_forward_backward(micro_batches)
+        stats["samples"] = sum(len(batch.inputs) for batch in micro_batches)
+        stats["changed_buffer"] = float(bool(self._changed_buffer))
+        stats["compute_s"] = self.clock.compute_s
+        stats["wants_stop"] = float(self.wants_stop)
         with self.clock.span("synchronize"):
-            self.pending_updates.append(self.synchronize(facts))
+            self.pending_updates.append(self.synchronize(stats))
         self.steps_begun += 1
         return self._update_oldest() if len(self.pending_updates) > self.context.staleness else None
 
     def drain(self) -> list[StepResult]:
-        """Finishes the updates that are still in flight."""
+        """Finishes the pending updates."""
         return [self._update_oldest() for _ in range(len(self.pending_updates))]
 
     def finish(self) -> None:
-        """The last call: nobody leaves while another still needs it."""
+        """The last call: blocks until no rank needs another one any more."""
         self.collectives.barrier()
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
-        """Sums over the samples of all ranks that evaluate; changes nothing."""
+        """Sums over the samples of all ranks that evaluate; changes nothing. Collective."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
         for batch in micro_batches:
-            if len(batch.inputs):
-                logits, targets = self._answer(batch)
-                sums[0] += loss_sum(logits, targets).item()
-                sums[1] += int((targets != IGNORE_INDEX).sum())
+            logits = self.forward(batch) if len(batch.inputs) else None
+            if logits is not None:
+                sums[0] += loss_sum(logits, batch.targets).item()
+                sums[1] += int((batch.targets != IGNORE_INDEX).sum())
                 if is_classes:
-                    sums[2] += int((logits.argmax(-1) == targets).sum())
+                    sums[2] += int((logits.argmax(-1).cpu() == batch.targets.cpu()).sum())
         self.model.train()
         if not self.evaluates_locally:
             self.collectives.all_reduce(sums)
@@ -146,92 +170,88 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """The model's output for a batch, on every rank; collective."""
+        """The model's output for a batch of token ids, in float32 on the CPU, on every rank;
+        collective."""
         self.model.eval()
-        with self.context.precision.context(self.context.device):
-            output: Tensor = self.model(self._to_device(tokens))
+        found = self.forward(Batch(tokens, torch.full_like(tokens, IGNORE_INDEX)))
         self.model.train()
-        return output.float().cpu()
+        output = torch.empty(0) if found is None else found.float().cpu().contiguous()
+        if self.logits_index is None:
+            return output
+        width = torch.tensor(output.shape[-1])
+        self.collectives.broadcast(width, self.logits_index)
+        output = output if found is not None else torch.empty((*tokens.shape, int(width)))
+        self.collectives.broadcast(output, self.logits_index)
+        return output
 
     def replica_tensors(self) -> dict[str, Tensor]:
         """What must be equal on all ranks after every update, by name, for the replica check; empty
         where nothing is replicated."""
         return {}
 
-    def pieces(self) -> list[TensorSlice]:
-        """What this rank writes into a checkpoint; all ranks' pieces together are the whole. The
-        tensors are the living ones: copy them before the next step."""
-        for pending in self.pending_updates:
-            self.wait_for(pending)
-        return saved.dealt(saved.tensors(self), self.collectives.size, self.collectives.index)
-
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint will be, all ranks together."""
-        return saved.expected_bytes(self)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
-        return saved.state(self)
-
-    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
-        """Goes on where `checkpoint` was made; CheckpointError for one of another model."""
-        saved.restore(self, checkpoint, state)
-
     # -- what an algorithm overrides ----
 
+    def forward(self, batch: Batch) -> Tensor | None:
+        """The logits of a batch on this rank's device, in float32 at least; None on a rank that
+        does not hold the last stage of the model."""
+        return self.checked_logits(self.model, batch)
+
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Adds the gradient of the sum of losses to every `parameter.grad`; returns facts."""
-        losses, weight = [], 0
+        """Adds the gradient of the sum of losses to every `parameter.grad`; returns `loss_sum` and
+        `num_targets`, and what else `step_stats` names."""
+        losses, num_targets = [], 0
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
-            if len(batch.inputs):
-                loss = loss_sum(*self._answer(batch))
+            logits = self.forward(batch) if len(batch.inputs) else None
+            if logits is not None:
+                loss = loss_sum(logits, batch.targets)
                 (loss * self.loss_scale.value).backward()
                 losses.append(loss.detach())
-                weight += int((batch.targets != IGNORE_INDEX).sum())
-        return {"loss_sum": sum(loss.item() for loss in losses), "weight": weight}
+                num_targets += int((batch.targets != IGNORE_INDEX).sum())
+        return {"loss_sum": sum(loss.item() for loss in losses), "num_targets": num_targets}
 
     def before_last_backward(self) -> None:
-        """Called before the last micro-batch: gradients complete from now on may leave."""
+        """Called before the last micro-batch: gradients complete from now on may be sent."""
 
     @abstractmethod
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
-        """Starts to bring this step's gradients and facts of all ranks together; never waits."""
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
+        """Starts to combine this step's gradients of all ranks, and their `stats` by `share_stats`;
+        never blocks. Adds `is_finite` to the stats."""
 
     def wait_for(self, pending: PendingUpdate) -> None:
-        """Waits until all that belongs to the pending is here; the second time it is a no-op."""
+        """Blocks until all works of a pending update are done; then it does nothing."""
         for work in pending.works:
             self.clock.wait(work)
 
     @abstractmethod
     def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
-        """Puts the summed gradients of a finished pending into `parameter.grad`; returns the
-        distinct tensors that hold them."""
+        """Puts the summed gradients of an update whose works are done into `parameter.grad`;
+        returns the distinct tensors that hold them."""
 
     def pending_gradients(self, pending: PendingUpdate) -> list[Tensor]:
-        """The summed gradients of a pending whose works are done, one per parameter that is
-        trained, in the model's order; for checkpoints, which read them and write into them.
-
-        Whoever allows staleness must have it."""
+        """The summed gradients of an update whose works are done, one per trained parameter in the
+        model's order: memory that a checkpoint is written from and read into. An algorithm that
+        allows staleness must have it."""
         raise NotImplementedError(f"{type(self).__name__} cannot save gradients in flight")
 
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Divides the sums by `weight`, clips, steps; returns the norm of the mean gradient, None
-        if the update was skipped. All ranks see the same norm, so all take the same decision."""
+        if the update was skipped. Where ranks share gradients all see the same norm, so all take
+        the same decision."""
         gradients = self.bind_gradients(pending)
         norm = math.sqrt(self.norm_squared(gradients)) / weight if weight else math.nan
         self._norms = None
         if not math.isfinite(norm):
             return None
         clip = self.context.grad_clip
-        shrunk = clip / norm if 0 < clip < norm else 1.0
+        clip_coef = clip / norm if 0 < clip < norm else 1.0
         for gradient in gradients:
-            gradient.mul_(shrunk / weight)
+            gradient.mul_(clip_coef / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(pending.step, self.stepped, shrunk)
+        measured = self.context.norms.begin(pending.step, self.stepped, clip_coef)
         self.optimizer.step()
         self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
@@ -244,13 +264,125 @@ class Algorithm(ABC):
         """Norms by layer; where ranks step parts of the model, an override joins them."""
         return norms
 
+    # -- what a checkpoint holds ----
+
+    def owned(self) -> Iterator[TensorSlice]:
+        """What this rank holds of a checkpoint, in memory that the next step changes:
+
+        model/<name>                 parameters and buffers
+        optimizer/<state>/<name>     the optimizer's state of each parameter
+        in_flight/<n>/<name>         summed gradients that no update has used yet, oldest first
+        in_flight/<n>/facts          and the statistics that came with them
+
+        Keys are names, never ranks or positions, so that another number of ranks can resume."""
+        for pending in self.pending_updates:
+            self.wait_for(pending)
+        yield from chain(self.model_slices(), self.optimizer_slices(), self.pending_slices())
+        for number, pending in enumerate(self.pending_updates):
+            yield TensorSlice.whole(f"in_flight/{number}/facts", pending.stats.table)
+
+    def model_slices(self) -> Iterator[TensorSlice]:
+        """This rank's part of every parameter and buffer. Of those of which it has none too, as
+        slices without elements: a checkpoint is checked against them."""
+        for name, tensor in model_tensors(self.model):
+            yield TensorSlice.whole(f"model/{name}", tensor)
+
+    def optimizer_slices(self) -> Iterator[TensorSlice]:
+        """This rank's part of the optimizer's state; none before the first update."""
+        for path, tensor in optimizer_state(self.optimizer, self.stepped).items():
+            yield TensorSlice.whole(f"optimizer/{path}", tensor)
+
+    def pending_slices(self) -> Iterator[TensorSlice]:
+        """This rank's part of the gradients of pending updates."""
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        for number, pending in enumerate(self.pending_updates):
+            for name, gradient in zip(names, self.pending_gradients(pending), strict=True):
+                yield TensorSlice.whole(f"in_flight/{number}/{name}", gradient)
+
+    def init_optimizer_state(self, checkpoint: CheckpointReader) -> None:
+        """Makes room for the optimizer's state that `checkpoint` has for this rank."""
+        dtypes = checkpoint.dtypes("optimizer/")
+        init_optimizer_state(self.optimizer, self.stepped, dtypes)
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters in the shape and dtype in which they are saved; perhaps without values."""
+        yield from self.model.parameters()
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be, all ranks together."""
+        parameters = list(self.whole_parameters())
+        buffers = persistent_buffers(self.model).values()
+        held = sum(tensor.nbytes for tensor in chain(parameters, buffers))
+        late = self.context.staleness * sum(p.nbytes for p in parameters if p.requires_grad)
+        return held + late + expected_bytes(self.optimizer, parameters)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
+        scale = self.loss_scale
+        return {
+            "steps_begun": self.steps_begun,
+            "in_flight": [pending.step for pending in self.pending_updates],
+            "step_stats": list(self.step_stats),
+            "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+            "buffers_change": self.buffers_change,
+        }
+
+    @torch.no_grad()
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
+        """Resumes where `checkpoint` was made, by any algorithm on any number of ranks;
+        CheckpointError for one of another model or optimizer."""
+        checkpoint.load(self.model_slices(), all_of="model/")
+        self.restore_progress(checkpoint, state)
+        self.init_optimizer_state(checkpoint)
+        checkpoint.load(chain(self.optimizer_slices(), self.pending_slices()))
+
+    def restore_progress(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
+        """Restores numbers, and pending updates as far as their gradients can be loaded."""
+        self.loss_scale.value = state["loss_scale"]["value"]
+        self.loss_scale.good_steps = state["loss_scale"]["good_steps"]
+        self.steps_begun = state["steps_begun"]
+        self.buffers_change = state.get("buffers_change", False)  # older checkpoints: not known
+        # Fewer is right too: a run that came to its end has applied them all.
+        if len(state["in_flight"]) > self.context.staleness:
+            raise CheckpointError(
+                f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, more than "
+                f"staleness.bound = {self.context.staleness}; resume with the bound that it had"
+            )
+        ranks = self.collectives.ranks
+        for number, step in enumerate(state["in_flight"]):
+            table = checkpoint.read(f"in_flight/{number}/facts")
+            names = state.get("step_stats", STEP_STATS[: table.shape[1]])
+            saved = StepStats(names, range(len(table)), table)
+            update = PendingUpdate(step, saved.resumed(self.step_stats, ranks), [])
+            self.pending_updates.append(update)
+
     # -- shared by all ----
 
-    def share_facts(self, facts: dict[str, float]) -> tuple[Tensor, Work]:
-        """Starts to tell all ranks this rank's facts."""
-        table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
-        row = torch.tensor([facts[name] for name in FACTS], dtype=torch.float64)
-        return table, self.collectives.all_gather(table, row, async_op=True)
+    def share_stats(self, stats: Mapping[str, float]) -> tuple[StepStats, list[Work]]:
+        """Starts to gather the statistics of all ranks, where they meet at this step; complete when
+        the works are done. Else this rank's own."""
+        own = {name: float(stats[name]) for name in self.step_stats}
+        if not self.is_sync_step(self.steps_begun):
+            return StepStats.of_rank(self.context.mesh.rank, own), []
+        table = torch.zeros((self.collectives.size, len(own)), dtype=torch.float64)
+        row = torch.tensor(list(own.values()), dtype=torch.float64)
+        work = self.collectives.all_gather(table, row, async_op=True)
+        return StepStats(self.step_stats, self.collectives.ranks, table), [work]
+
+    def checked_logits(self, model: Callable[[Tensor], Any], batch: Batch) -> Tensor:
+        """What a model, or its last stage, returns for a batch, in float32 at least. ConfigError or
+        DataError where it does not fit the targets."""
+        self.context.reseed(FORWARD, batch.position)
+        with self.context.precision.context(self.context.device):
+            logits = model(self.to_device(batch.inputs))
+        check_answer(logits, batch, self.context.num_outputs)
+        found: Tensor = logits if logits.dtype == torch.float64 else logits.float()
+        return found
+
+    def to_device(self, inputs: Tensor) -> Tensor:
+        """Inputs where the model is; numbers (not token ids) in the model's own dtype."""
+        dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
+        return inputs.to(device=self.context.device, dtype=dtype)
 
     def watched_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """`forward_backward`; and it notes whether one has ever changed a buffer that is saved
@@ -262,9 +394,9 @@ class Algorithm(ABC):
         self._steps_compared += 1
         buffers = persistent_buffers(self.model)
         before = contents(buffers, by_bytes=by_bytes)
-        facts = self._timed_forward_backward(micro_batches)
+        stats = self._timed_forward_backward(micro_batches)
         self._note_changes(before, contents(persistent_buffers(self.model), by_bytes=by_bytes))
-        return facts
+        return stats
 
     def _timed_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         with self.clock.span("forward_backward"):
@@ -276,7 +408,7 @@ class Algorithm(ABC):
         before = persistent_buffers(self.model)
         # functional_call leaves the changed ones here.
         copies = {name: buffer.detach().clone() for name, buffer in before.items()}
-        self._answer(batch, lambda inputs: functional_call(self.model, copies, (inputs,)))
+        self.checked_logits(lambda inputs: functional_call(self.model, copies, (inputs,)), batch)
         after = {**persistent_buffers(self.model), **copies}
         self._note_changes(contents(before, by_bytes=True), contents(after, by_bytes=True))
 
@@ -298,60 +430,46 @@ class Algorithm(ABC):
                 "statistics (LayerNorm, GroupNorm)"
             )
 
-    def _share_buffers(self, facts: Mapping[str, Sequence[float]]) -> None:
+    def _share_buffers(self, stats: StepStats) -> None:
         """Where forward changes buffers, all ranks take those of the first rank that has trained,
         after every update: as DDP does before every forward. So an evaluation is that of the model
         that is saved, and nothing depends on when a run evaluates or saves. A mean would."""
-        self.buffers_change |= any(facts["changed_buffer"])
+        self.buffers_change |= any(stats.column("changed_buffer"))
         if self.collectives.size > 1 and self.buffers_change and self.is_lockstep:
-            first = next((rank for rank, count in enumerate(facts["samples"]) if count), 0)
+            samples = stats.column("samples")
+            first = next((index for index, count in enumerate(samples) if count), 0)
             buffers = list(persistent_buffers(self.model).values())
             copy_from(self.collectives, first, buffers, wait=self.clock.wait)
-
-    def _to_device(self, inputs: Tensor) -> Tensor:
-        """Inputs where the model is; numbers (not token ids) in the model's own format."""
-        dtype = self.context.precision.parameters if inputs.is_floating_point() else inputs.dtype
-        return inputs.to(device=self.context.device, dtype=dtype)
-
-    def _answer(
-        self, batch: Batch, forward: Callable[[Tensor], Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits, in float32 at least, and targets, both on the device."""
-        device = self.context.device
-        self.context.reseed(FORWARD, batch.position)
-        with self.context.precision.context(device):
-            logits = (forward or self.model)(self._to_device(batch.inputs))
-        check_answer(logits, batch, self.context.num_outputs)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits, batch.targets.to(device)
 
     def _update_oldest(self) -> StepResult:
         pending = self.pending_updates.popleft()
         self.wait_for(pending)
-        facts = {name: pending.facts[:, column].tolist() for column, name in enumerate(FACTS)}
-        ranks, weight = self.collectives.ranks, sum(facts["weight"])
+        stats, weight = pending.stats, pending.stats.total("num_targets")
         learning_rate = self.context.learning_rate(pending.step)
         self.context.reseed(UPDATE, pending.step)
         with self.clock.compute(), self.clock.span("update"):
             grad_norm = self.update(pending, weight, learning_rate)
         self.loss_scale.update(was_finite=grad_norm is not None)
-        self._share_buffers(facts)
-        slowest = max(range(len(facts["compute_s"])), key=facts["compute_s"].__getitem__)
+        is_shared = self.is_sync_step(pending.step)
+        if is_shared:
+            self._share_buffers(stats)
+        computed_s = stats.column("compute_s")
+        slowest = stats.ranks[max(range(len(computed_s)), key=computed_s.__getitem__)]
         compute_s, wait_s = self.clock.take()
-        has_waited = slowest != self.collectives.index and wait_s > 0.05 * compute_s
-        culprits = [rank for rank, ok in zip(ranks, facts["is_finite"], strict=True) if not ok]
+        has_waited = slowest != self.context.mesh.rank and wait_s > 0.05 * compute_s
+        are_finite = zip(stats.ranks, stats.column("is_finite"), strict=True)
         return StepResult(
             step=pending.step,
-            loss=sum(facts["loss_sum"]) / weight if weight else math.nan,
+            loss=stats.total("loss_sum") / weight if weight else math.nan,
             weight=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compute_s=compute_s,
             wait_s=wait_s,
-            waited_for=ranks[slowest] if has_waited else None,
-            culprits=tuple(culprits),
-            wants_stop=any(facts["wants_stop"]),
+            waited_for=slowest if has_waited else None,
+            culprits=tuple(rank for rank, is_finite in are_finite if not is_finite),
+            wants_stop=is_shared and any(stats.column("wants_stop")),
             norms=self._norms,
-            facts=facts,
+            stats=stats,
             late=pending.late,
         )

@@ -1,7 +1,5 @@
-"""What the house gives every algorithm, and what comes back from a step.
-
-Plain records: how they are made and used is in base.py.
-"""
+"""The records of the algorithm contract: what an algorithm is given, what it trains on, and what a
+step returns. How they are used is in base.py."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from smolrun.data.splits import IGNORE_INDEX, Batch
@@ -21,16 +20,20 @@ from smolrun.parts.precision import Precision
 from smolrun.parts.quantization import AS_THEY_ARE, Quantization
 from smolrun.parts.step_clock import FULL_SPEED, Pace
 
-# Sums over the samples of one rank and step, exchanged between all ranks as float64.
-FACTS = ("loss_sum", "weight", "is_finite", "compute_s", "wants_stop", "samples", "changed_buffer")
+# What every rank reports of a step, as float64 (also the columns of a table in old checkpoints, in
+# this order). An algorithm may report more: see Algorithm.step_stats.
+STEP_STATS = (
+    *("loss_sum", "num_targets", "is_finite"),
+    *("compute_s", "wants_stop", "samples", "changed_buffer"),
+)
 
 
-FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], torch.Tensor]
+FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], Tensor]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the house gives every algorithm."""
+    """What every algorithm is given."""
 
     mesh: Mesh
     device: torch.device
@@ -72,6 +75,55 @@ class BatchAssignment:
     part: BatchPart | None = None
 
 
+class StepStats:
+    """Named numbers of a step, in float64: `table[i, j]` is what `ranks[i]` reports as `names[j]`;
+    complete when the works of the step are done. Of all ranks of the algorithm, or, at a step at
+    which ranks do not meet, of this rank alone."""
+
+    def __init__(self, names: Sequence[str], ranks: Sequence[int], table: Tensor) -> None:
+        self.names = tuple(names)
+        self.ranks = list(ranks)
+        self.table = table
+
+    @classmethod
+    def of_rank(cls, rank: int, values: Mapping[str, float]) -> StepStats:
+        """Of one rank."""
+        row = torch.tensor([list(values.values())], dtype=torch.float64)
+        return cls(tuple(values), [rank], row)
+
+    def column(self, name: str) -> list[float]:
+        """Of every rank in `ranks`; empty where nobody reports it."""
+        if name not in self.names:
+            return []
+        found: list[float] = self.table[:, self.names.index(name)].tolist()
+        return found
+
+    def of(self, rank: int, name: str) -> float | None:
+        """What one rank reports; None where it does not."""
+        return dict(zip(self.ranks, self.column(name), strict=False)).get(rank)
+
+    def total(self, name: str) -> float:
+        """The sum over ranks."""
+        return sum(self.column(name))
+
+    def resumed(self, names: Sequence[str], ranks: Sequence[int]) -> StepStats:
+        """The same step for other ranks, which resume it from a checkpoint: sums stay sums, no rank
+        was slow or asked to stop; samples are known of as many ranks as there were."""
+        table = torch.zeros((len(ranks), len(names)), dtype=torch.float64)
+        for column, name in enumerate(names):
+            found = torch.tensor(self.column(name), dtype=torch.float64)
+            if name == "is_finite":
+                table[:, column] = found.min()
+            elif name == "changed_buffer" and len(found):  # the oldest checkpoints do not have it
+                table[:, column] = found.max()
+            elif name == "samples":
+                both = min(len(found), len(ranks))
+                table[:both, column] = found[:both]
+            elif name not in ("compute_s", "wants_stop"):
+                table[0, column] = found.sum()
+        return StepStats(names, ranks, table)
+
+
 @dataclass(frozen=True)
 class EvalSums:
     """Over the samples of all ranks. `correct` counts right answers, for classes only."""
@@ -83,8 +135,8 @@ class EvalSums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update of the whole run. `grad_norm` is None when the update was skipped because it was
-    not finite."""
+    """One update. `loss` and `weight` (number of targets) are of all ranks in `stats`; `grad_norm`
+    is None when the update was skipped because it was not finite."""
 
     step: int
     loss: float
@@ -95,32 +147,32 @@ class StepResult:
     wait_s: float
     waited_for: int | None  # the rank with the longest compute, if this rank waited for it
     culprits: tuple[int, ...]  # ranks whose own gradient was not finite
-    wants_stop: bool  # some rank was asked to stop
+    wants_stop: bool  # some rank was asked to stop, and all ranks know
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
-    facts: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of every rank, see FACTS
+    stats: StepStats
     # rank whose gradient was not waited for -> how many that makes
     late: Mapping[int, int] = field(default_factory=dict)
-    events: tuple[Event, ...] = ()  # more to be told of it
+    events: tuple[Event, ...] = ()  # to emit with it
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """Of every rank, in this step."""
-        return tuple(int(count) for count in self.facts.get("samples", ()))
+        """Of every rank in `stats`, in this step."""
+        return tuple(int(count) for count in self.stats.column("samples"))
 
     @property
     def computed_s(self) -> tuple[float, ...]:
-        """How long every rank computed for them, the update not counted."""
-        return tuple(self.facts.get("compute_s", ()))
+        """Seconds that every rank in `stats` computed, the update not counted."""
+        return tuple(self.stats.column("compute_s"))
 
 
 @dataclass
 class PendingUpdate:
-    """A step whose gradient is on its way."""
+    """A step whose gradient is being synchronized."""
 
     step: int
-    facts: torch.Tensor  # (ranks, facts) float64, complete when all works are done
+    stats: StepStats
     works: list[Work]
-    late: dict[int, int] = field(default_factory=dict)  # see StepResult
+    late: dict[int, int] = field(default_factory=dict)  # as in StepResult
 
 
 def never_empty(batch: Batch) -> Batch:
@@ -137,7 +189,7 @@ def check_answer(output: Any, batch: Batch, num_outputs: int | None) -> None:
     targets = batch.targets
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise DataError(f"the targets are {_name(targets.dtype)}; {_TARGETS}")
-    if not isinstance(output, torch.Tensor):
+    if not isinstance(output, Tensor):
         raise ConfigError(f"the model's forward returned {_kind(output)}; {_LOGITS}")
     if not output.is_floating_point():
         raise ConfigError(f"the model's forward returned {_name(output.dtype)} numbers; {_LOGITS}")
@@ -154,7 +206,7 @@ def check_answer(output: Any, batch: Batch, num_outputs: int | None) -> None:
     _check_range(targets, output.shape[-1], num_outputs)
 
 
-def _check_range(targets: torch.Tensor, width: int, num_outputs: int | None) -> None:
+def _check_range(targets: Tensor, width: int, num_outputs: int | None) -> None:
     """A vocabulary may be padded, so a model of tokens may have more outputs; of classes not."""
     is_classes, most = targets.ndim == 1, width if num_outputs is None else num_outputs
     if width < most or (is_classes and width != most):
@@ -193,7 +245,7 @@ def _kind(output: Any) -> str:
     return f"a {name} of {len(output)}" if isinstance(output, list | tuple) else f"a {name}"
 
 
-def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the losses of all targets that carry one."""
-    flat = logits.flatten(0, -2)
-    return cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross entropies of all targets that carry a loss, on the logits' device."""
+    flat, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
+    return cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")

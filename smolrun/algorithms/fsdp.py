@@ -24,25 +24,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from smolrun.algorithms import saved_residuals, saved_shards
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
-from smolrun.algorithms.classicdp import ClassicDP, classicdp
+from smolrun.algorithms.classicdp import classicdp
 from smolrun.algorithms.contract import never_empty
-from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.checkpoints.tensor_slice import TensorSlice
+from smolrun.algorithms.optimizer_shards import OptimizerShards
 from smolrun.data.splits import Batch
 from smolrun.errors import ConfigError
-from smolrun.mesh.mesh import Work
-from smolrun.parts.arrivals import Arrivals
-from smolrun.parts.buckets import Bucket, pack
+from smolrun.parts.buckets import pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
-from smolrun.parts.norms import joined
 from smolrun.parts.reduce_scatter_buckets import ReduceScatterBuckets
 from smolrun.parts.replicas import make_equal, persistent_buffers
 from smolrun.parts.unshard_on_access import Layer, UnshardOnAccess, layers_of, used_in_products
@@ -60,119 +54,6 @@ def fsdp(
         return GradientShards(context, bucket_mb=bucket_mb, max_live_buckets=max_live_buckets)
     keys = {"max_live_buckets": max_live_buckets, "prefetch": prefetch}
     return ParameterShards(context, bucket_mb=bucket_mb, **keys)
-
-
-class OptimizerShards(ClassicDP):
-    """Stage 1: as classicdp, but a rank sums and steps its own slices only."""
-
-    def __init__(self, context: Context, *, bucket_mb: float) -> None:
-        super().__init__(context, bucket_mb=bucket_mb)
-        self._weights = context.shard_weights or (1.0,) * self.collectives.size
-        self._arrivals = Arrivals(self.clock.wait)
-
-    def place(self, model: nn.Module) -> None:
-        """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
-        self.model = model
-        make_equal(self.collectives, [*model.parameters(), *model.buffers()])
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.shards = cut(
-            model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
-        )
-        self._replica = [bucket.move_in() for bucket in self.shards]
-        self._arrivals.watch(model, self.shards)
-        self.step_slices()
-        self.catch_gradients()
-
-    def step_slices(self) -> None:
-        """Makes the optimizer for this rank's slices of what is trained."""
-        self.trained_shards = [bucket for bucket in self.shards if bucket.is_trained]
-        slices = [part for bucket in self.trained_shards for part in bucket.slices]
-        self.stepped = [(part.name, part.values) for part in slices]
-        # torch's optimizers need a parameter; a rank may own none, of a very small head.
-        nothing = torch.empty(
-            0, dtype=self.context.precision.parameters, device=self.context.device
-        )
-        self.optimizer = self.context.make_optimizer(self.stepped or [("", nn.Parameter(nothing))])
-        self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
-
-    def send(self, bucket: Bucket, slot: int) -> Work:
-        """Half of an all_reduce: every rank gets its own part of the sum."""
-        sizes = self.shards[bucket.index].sizes
-        return self.sums.reduce_scatter(bucket.to_host(slot), sizes, bucket.index, slot)
-
-    def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
-        """This rank's parts of the sums."""
-        pairs = zip(self.trained_shards, self.summed(pending), strict=True)
-        return [bucket.bind(own.to(bucket.device)) for bucket, own in pairs]
-
-    def summed(self, pending: PendingUpdate) -> list[Tensor]:
-        """This rank's part of every bucket's sum, once the works of the pending are done; to be
-        read, or written by who goes on from a checkpoint."""
-        slot = self.slot(pending.step)
-        pairs = zip(self.shards, self.buckets.buckets, strict=True)
-        return [shard.own(bucket.host[slot]) for shard, bucket in pairs]
-
-    @torch.no_grad()
-    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
-        """As always, on this rank's slices; then everybody gets the slices of all."""
-        self._arrivals.land()  # what is being sent must not change
-        norm = super().update(pending, weight, learning_rate)
-        if norm is not None:
-            self.spread()
-        return norm
-
-    def spread(self) -> None:
-        """Every rank gets the slices that the others have stepped, while it goes on; first those
-        that forward needs first."""
-        for bucket, flat in reversed(list(zip(self.shards, self._replica, strict=True))):
-            self._arrivals.add(bucket, bucket.gather(self.collectives, flat))
-
-    def replica_tensors(self) -> dict[str, Tensor]:
-        """The whole model, all of it there."""
-        self._arrivals.land()
-        return super().replica_tensors()
-
-    def finish(self) -> None:
-        """As always, when nothing is on its way any more."""
-        self._arrivals.land()
-        super().finish()
-
-    def norm_squared(self, gradients: list[Tensor]) -> float:
-        """Every element has one owner, so the squares of all ranks add up."""
-        own = torch.tensor([super().norm_squared(gradients)], dtype=torch.float64)
-        return self.all_ranks(own).item()
-
-    def all_ranks(self, own: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
-        return own
-
-    def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """A layer's norm from its parts on all ranks."""
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return joined(norms, names, self.all_ranks)
-
-    def pieces(self) -> list[TensorSlice]:
-        """This rank's slices of everything, under the names that a whole model would have."""
-        for pending in self.pending_updates:
-            for work in pending.works:
-                self.clock.wait(work)
-        return saved_shards.pieces(self) + saved_residuals.pieces(self)
-
-    def gradient_layout(self) -> list[list[tuple[str, torch.Size]]]:
-        """As the parameters lie in the buckets of shards."""
-        return [
-            list(zip(bucket.names, bucket.shapes, strict=True)) for bucket in self.trained_shards
-        ]
-
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint will be, all ranks together."""
-        return saved_shards.expected_bytes(self) + saved_residuals.expected_bytes(self)
-
-    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
-        """Goes on where `checkpoint` was made, by whichever algorithm that keeps whole states."""
-        saved_shards.restore(self, checkpoint, state)
-        saved_residuals.restore(self, checkpoint)
 
 
 class GradientShards(OptimizerShards):
@@ -197,13 +78,13 @@ class GradientShards(OptimizerShards):
         """Micro-batch after micro-batch; the buckets of each leave while backward goes on."""
         self.gradients.scale = self.loss_scale.value
         self.gradients.begin(self.slot(self.steps_begun))
-        facts = {"loss_sum": 0.0, "weight": 0.0}
+        stats = {"loss_sum": 0.0, "num_targets": 0.0}
         for batch in micro_batches:
             self.gradients.begin_backward()
-            told = self.one_micro_batch(batch)
+            added = self.one_micro_batch(batch)
             self.gradients.end_backward()
-            facts = {name: facts[name] + told[name] for name in facts}
-        return facts
+            stats = {name: stats[name] + added[name] for name in stats}
+        return stats
 
     def one_micro_batch(self, batch: Batch) -> dict[str, float]:
         """Forward and backward; nothing for a rank without samples."""
@@ -212,11 +93,11 @@ class GradientShards(OptimizerShards):
     def before_last_backward(self) -> None:
         """Buckets leave in every backward."""
 
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """As stage 1."""
         self._works = self.gradients.works(self.slot(self.steps_begun))
         self._is_finite = self.gradients.is_finite
-        return super().synchronize(facts)
+        return super().synchronize(stats)
 
     def summed(self, pending: PendingUpdate) -> list[Tensor]:
         """What has come back of all micro-batches."""
@@ -283,12 +164,12 @@ class ParameterShards(GradientShards):
         """As stage 2; afterwards no layer is whole, and samples that do not count have changed no
         buffer."""
         self._before_empty: dict[str, Tensor] = {}
-        facts = super().forward_backward(micro_batches)
+        stats = super().forward_backward(micro_batches)
         self.whole.free()
         for name, buffer in persistent_buffers(self.model).items():
             if name in self._before_empty:  # through .data: no change for torch's count of them
                 buffer.data.copy_(self._before_empty[name])
-        return facts
+        return stats
 
     def one_micro_batch(self, batch: Batch) -> dict[str, float]:
         """A rank without samples runs the model too, as it must take part in the gathering."""
@@ -298,8 +179,8 @@ class ParameterShards(GradientShards):
         with self.whole.one_pass():
             return super().one_micro_batch(never_empty(batch))
 
-    def spread(self) -> None:
-        """Nothing to do: who needs the new values gathers them."""
+    def gather_slices(self) -> None:
+        """Nothing: a layer is gathered when it is used."""
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:

@@ -30,18 +30,17 @@ class Single(Algorithm):
         self.optimizer.zero_grad(set_to_none=True)
         return super().forward_backward(micro_batches)
 
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Nothing to bring together: takes the gradients away until it is their turn."""
         gradients = []
         for parameter in self._trained():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(gradient.div_(self.loss_scale.value))
         self._delayed.append(gradients)
-        facts["is_finite"] = float(
+        stats["is_finite"] = float(
             all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         )
-        table, work = self.share_facts(facts)
-        return PendingUpdate(self.steps_begun, table, [work])
+        return PendingUpdate(self.steps_begun, *self.share_stats(stats))
 
     def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """The oldest gradients come back."""

@@ -26,25 +26,25 @@ import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smolrun.algorithms import saved, saved_residuals
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
-from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.algorithms.contract import FACTS
+from smolrun.algorithms.bucketed import Bucketed
+from smolrun.algorithms.contract import STEP_STATS, StepStats
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.parameter_server import SERVER, Channels, decode_gradient
+from smolrun.parts.placement import DataCoordinates
 from smolrun.parts.quantization import Quantization
 
-_IS_FINITE, _WANTS_STOP = FACTS.index("is_finite"), FACTS.index("wants_stop")
+_IS_FINITE, _WANTS_STOP = STEP_STATS.index("is_finite"), STEP_STATS.index("wants_stop")
 _VERDICT = 4  # step, gradient norm, loss scale and its age: before the stats of all ranks
 _POLL_S = 0.25  # a lost worker is noticed this late while the server waits for any of several
 
@@ -70,7 +70,7 @@ def syncps(
     return SyncPSWorker(context, **common)
 
 
-class SyncPS(ClassicDP):
+class SyncPS(Bucketed):
     """What server and workers share: gradient buckets, and one row of stats per rank."""
 
     def __init__(
@@ -88,25 +88,31 @@ class SyncPS(ClassicDP):
         self._pulls_average = pulls_average
         self.is_lockstep = not straggler_timeout_s
 
-    def batch_weights(self, speeds: Sequence[float]) -> Sequence[float]:
+    def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
         """By speed; 0 for a server that does not train."""
-        return speeds if self._server_trains else [0.0, *speeds[1:]]
+        weights = speeds if self._server_trains else [0.0, *speeds[1:]]
+        return DataCoordinates(self.context.mesh.rank, weights)
+
+    def residual_slices(self) -> Iterator[TensorSlice]:
+        """None where late gradients are dropped: ranks do not save together there."""
+        if self.is_lockstep:
+            yield from super().residual_slices()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients are pushed and weights pulled, in the model's order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def stats_row(self, facts: Mapping[str, float]) -> Tensor:
+    def stats_row(self, stats: Mapping[str, float]) -> Tensor:
         """This rank's stats of a step as they are pushed, float64; adds whether all was finite."""
-        row = {**facts, "is_finite": float(self._is_finite)}
-        return torch.tensor([row[name] for name in FACTS], dtype=torch.float64)
+        row = {**stats, "is_finite": float(self._is_finite)}
+        return torch.tensor([row[name] for name in STEP_STATS], dtype=torch.float64)
 
     def reply_header(
         self, verdict: Sequence[float] = (0,) * _VERDICT, table: Tensor | None = None
     ) -> Tensor:
         """What is pulled before the weights, float64: the verdict and the stats of all ranks."""
         if table is None:
-            table = torch.zeros((self.collectives.size, len(FACTS)))
+            table = torch.zeros((self.collectives.size, len(STEP_STATS)))
         return torch.cat([torch.tensor(verdict, dtype=torch.float64), table.double().flatten()])
 
 
@@ -143,13 +149,12 @@ class SyncPSWorker(SyncPS):
         feedback = self.sums.feedback(bucket, slot, flat.numel(), flat.dtype)
         return feedback.encode(flat, quantization.quantizer())
 
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Pushes the stats, which complete the push, and posts the receive of the reply."""
-        step, row = self.steps_begun, self.stats_row(facts)
+        step, row = self.steps_begun, self.stats_row(stats)
         pushed = self._channels.pushes.send_part(self._message, 0, row)
-        return PendingUpdate(
-            step, row.view(1, -1), [*self._works, pushed, self._receive_reply(step)]
-        )
+        own = StepStats(STEP_STATS, [self.context.mesh.rank], row.view(1, -1))
+        return PendingUpdate(step, own, [*self._works, pushed, self._receive_reply(step)])
 
     def _receive_reply(self, step: int) -> Work:
         """Into the buckets of that push, which the server answers once it has all of it."""
@@ -160,12 +165,14 @@ class SyncPSWorker(SyncPS):
     def wait_for(self, pending: PendingUpdate) -> None:
         """Takes over the server's verdict, which is of its own step if this gradient was late."""
         super().wait_for(pending)
-        verdict, facts = self._headers.pop(pending.step).tensor_split([_VERDICT])
+        verdict, table = self._headers.pop(pending.step).tensor_split([_VERDICT])
         step, self._norm, scale, good_steps = verdict.tolist()
         self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
         self._was_late = int(step) != pending.step
         self.steps_begun += int(step) - pending.step
-        pending.step, pending.facts = int(step), facts.view(-1, len(FACTS))
+        pending.step = int(step)
+        table = table.view(-1, len(STEP_STATS))
+        pending.stats = StepStats(STEP_STATS, self.collectives.ranks, table)
 
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
@@ -184,26 +191,25 @@ class SyncPSWorker(SyncPS):
             super().wait_for(pending)
         super().finish()
 
-    def pieces(self) -> list[TensorSlice]:
+    def owned(self) -> Iterator[TensorSlice]:
         """The quantization residuals; the server saves all else."""
-        return saved_residuals.pieces(self) if self.is_lockstep else []
+        return self.residual_slices()
 
     def checkpoint_bytes(self) -> int:
         """Of all workers together."""
-        return saved_residuals.expected_bytes(self)
+        return self.residual_bytes()
 
     @torch.no_grad()
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Reads the weights that workers pull, and expects replies to the pushes in flight."""
-        saved.refuse_unknown(self, checkpoint)
-        averages = checkpoint.keys("average/") if self._pulls_average else ()
-        for name, tensor in saved.model_tensors(self.model):
-            key = f"average/{name}" if f"average/{name}" in averages else f"model/{name}"
-            saved.read_into(tensor, checkpoint, key)
-        saved.restore_numbers(self, checkpoint, state)
-        for pending in saved.restore_flights(self, checkpoint, state):
+        checkpoint.load(self.model_slices(), all_of="model/")
+        averages = checkpoint.keys("average/") if self._pulls_average else []
+        values = {f"average/{name}": p for name, p in self.trained().items()}
+        checkpoint.load(TensorSlice.whole(key, values[key]) for key in averages)
+        self.restore_progress(checkpoint, state)
+        for pending in self.pending_updates:
             pending.works = [self._receive_reply(pending.step)]
-        saved_residuals.restore(self, checkpoint)
+        self.restore_residuals(checkpoint)
 
 
 class WeightAverage:
@@ -274,7 +280,7 @@ class WorkerBuffers:
                 [torch.empty(size(bucket.numel()), dtype=torch.uint8) for bucket in slot]
                 for slot in flat
             ]
-        stats = [torch.empty(len(FACTS), dtype=torch.float64) for _ in rooms]
+        stats = [torch.empty(len(STEP_STATS), dtype=torch.float64) for _ in rooms]
         return cls(rank, Channels(mesh, rank), stats, pushed, flat, [views for _, views in rooms])
 
     def receive_push(self, step: int, slot: int) -> None:
@@ -339,12 +345,13 @@ class SyncPSServer(SyncPS):
             owed.zero_()
         return self._nothing
 
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Starts nothing: the receives are posted."""
-        table = torch.zeros((self.collectives.size, len(FACTS)), dtype=torch.float64)
+        table = torch.zeros((self.collectives.size, len(STEP_STATS)), dtype=torch.float64)
         table[:, _IS_FINITE] = 1  # of late ranks too
-        table[SERVER] = self.stats_row(facts)
-        return PendingUpdate(self.steps_begun, table, [])
+        table[SERVER] = self.stats_row(stats)
+        shared = StepStats(STEP_STATS, self.collectives.ranks, table)
+        return PendingUpdate(self.steps_begun, shared, [])
 
     def wait_for(self, pending: PendingUpdate) -> None:
         """Takes the pushes of this step, without late ones, and late ones of earlier steps."""
@@ -360,10 +367,10 @@ class SyncPSServer(SyncPS):
                 self.clock.wait(worker.take_push(step))
                 row = worker.stats[self.slot(step)]
                 if step == pending.step:
-                    pending.facts[worker.rank] = row
+                    pending.stats.table[worker.rank] = row
                     self._unsummed.setdefault(step, []).append(worker)
                 else:  # its gradient was dropped, its request to stop counts
-                    pending.facts[worker.rank, _WANTS_STOP] = row[_WANTS_STOP]
+                    pending.stats.table[worker.rank, _WANTS_STOP] = row[_WANTS_STOP]
 
     def _wait_for_stragglers(self, pending: PendingUpdate) -> None:
         pushes = {
@@ -428,7 +435,7 @@ class SyncPSServer(SyncPS):
             self.average.update()
         scale = self.loss_scale
         verdict = [pending.step, math.nan if norm is None else norm, scale.value, scale.good_steps]
-        self._reply = self.reply_header(verdict, pending.facts)
+        self._reply = self.reply_header(verdict, pending.stats.table)
         self._reply_to_pushes(pending.step)
         return norm
 
@@ -468,12 +475,12 @@ class SyncPSServer(SyncPS):
         with self.average.swapped_in():
             return {name: tensor.data for name, tensor in weights.items()}
 
-    def pieces(self) -> list[TensorSlice]:
-        """Everything, with the average."""
-        for pending in self.pending_updates:
-            self.wait_for(pending)
-        residuals = saved_residuals.pieces(self) if self.is_lockstep else []
-        return saved.dealt(saved.tensors(self) | self._averages(), 1, 0) + residuals
+    def owned(self) -> Iterator[TensorSlice]:
+        """Everything, with the average; workers write nothing of it."""
+        for part in super().owned():
+            yield replace(part, writer="this")
+        for key, value in self._averages().items():
+            yield TensorSlice.whole(key, value, "this")
 
     def _averages(self) -> dict[str, Tensor]:
         return {f"average/{name}": value for name, value in self.average.values.items()}
@@ -487,8 +494,7 @@ class SyncPSServer(SyncPS):
         """With the average, or a new one from the weights; the pushes in flight are unanswered."""
         super().restore(checkpoint, state)
         self.average.restart()
-        for key, value in self._averages().items():
-            if key in checkpoint.manifest.tensors:
-                saved.read_into(value, checkpoint, key)
+        averages, saved = self._averages().items(), checkpoint.keys("average/")
+        checkpoint.load(TensorSlice.whole(key, value) for key, value in averages if key in saved)
         for worker in self.workers:
             worker.unanswered = [pending.step for pending in self.pending_updates]

@@ -5,6 +5,7 @@ Files are mapped, so only what is asked for is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from smolrun.checkpoints.find import check_files, read_manifest
 from smolrun.checkpoints.manifest import TensorEntry
-from smolrun.checkpoints.tensor_slice import DTYPE_OF_NAME
+from smolrun.checkpoints.tensor_slice import DTYPE_OF_NAME, TensorSlice
 from smolrun.errors import CheckpointError
 
 
@@ -58,6 +59,30 @@ class CheckpointReader:
                 values = self._values(piece.file, piece.name, low - piece.start, high - piece.start)
                 flat[low - first : high - first].copy_(values)
         return flat.view(entry.shape) if start is None and stop is None else flat
+
+    def dtypes(self, prefix: str) -> dict[str, torch.dtype]:
+        """Of all tensors whose key starts with `prefix`, by the rest of the key."""
+        return {key.removeprefix(prefix): self.dtype(key) for key in self.keys(prefix)}
+
+    def load(self, slices: Iterable[TensorSlice], all_of: str | None = None) -> None:
+        """Fills the memory of `slices`; CheckpointError where a key is missing, or of another shape
+        or dtype. With `all_of`, also where the checkpoint has a key with this prefix that none of
+        them has."""
+        known = set()
+        for part in slices:
+            known.add(part.key)
+            if part.key not in self.manifest.tensors:
+                raise CheckpointError(f"{self.folder} is of another model: it has no {part.key}")
+            shape, dtype = self.shape(part.key), self.dtype(part.key)
+            if (shape, dtype) != (part.shape, part.values.dtype):
+                raise CheckpointError(
+                    f"{self.folder} is of another model: {part.key} is {shape} of {dtype}, not "
+                    f"{part.shape} of {part.values.dtype}"
+                )
+            values = self.read(part.key, part.start, part.stop)
+            part.values.copy_(values.view_as(part.values))
+        if all_of and (unknown := [key for key in self.keys(all_of) if key not in known]):
+            raise CheckpointError(f"{self.folder} is of another model: it has {unknown[0]}")
 
     def _values(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
         path = self.folder / file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -43,6 +44,15 @@ class TensorSlice:
     shape: tuple[int, ...]
     start: int
     values: torch.Tensor
+    # Who writes these elements: this rank, another one, or any of the ranks, which all have them.
+    writer: Literal["this", "other", "any"] = "this"
+
+    @classmethod
+    def whole(
+        cls, key: str, values: torch.Tensor, writer: Literal["this", "other", "any"] = "any"
+    ) -> TensorSlice:
+        """All elements of a tensor."""
+        return cls(key, tuple(values.shape), 0, values.detach(), writer)
 
     def __post_init__(self) -> None:
         if not self.key:

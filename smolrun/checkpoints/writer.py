@@ -60,6 +60,21 @@ def write_shard(
     return {"rank": rank, "files": shard.files, "tensors": shard.tensors}
 
 
+def partition_keys(slices: Iterable[TensorSlice], size: int, index: int) -> list[TensorSlice]:
+    """What rank `index` of `size` writes of the `slices` that it holds: those that nobody else has,
+    and a part of the keys that all have, which are given out by size, the largest first, each to
+    the rank with the fewest bytes."""
+    held = list(slices)
+    replicated = {part.key: part.num_bytes for part in held if part.writer == "any"}
+    loads, own = [0] * size, set()
+    for key in sorted(replicated, key=lambda key: (-replicated[key], key)):
+        owner = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owner] += replicated[key]
+        if owner == index:
+            own.add(key)
+    return [part for part in held if part.writer == "this" or part.key in own]
+
+
 def _cut(pieces: Iterable[TensorSlice], max_bytes: int) -> Iterator[TensorSlice]:
     """The pieces, those too large for a file as several; views, nothing is copied."""
     for piece in pieces:

@@ -12,6 +12,7 @@ from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.events import Event
 from smolrun.parts.placement import (
     BatchPlan,
+    DataCoordinates,
     Plans,
     plan_batches,
     rank_speeds,
@@ -52,12 +53,11 @@ def share_work(
     config: Mapping[str, Any],
     prepared: Prepared,
     speeds: Sequence[float | str],
-    weights_of: Callable[[Sequence[float]], Sequence[float]],
-    rank: int,
+    coordinates_of: Callable[[Sequence[float]], DataCoordinates],
     emit: Callable[[Event], None],
 ) -> tuple[PlanSource, LoadBalancer | None]:
-    """This rank's plan, and what changes it where a speed is "auto". `weights_of` gives 0 for ranks
-    that never get samples.
+    """This rank's plan, and what changes it where a speed is "auto". `coordinates_of` says
+    which part of a batch the rank reads.
 
     Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
     speeds and given numbers have no unit in common: then the numbers are where it begins.
@@ -65,12 +65,13 @@ def share_work(
     training = config["training"]
     size = training["global_batch_size"]
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
-    weights = weights_of(_numbers(speeds))
+    coordinates = coordinates_of(_numbers(speeds))
+    weights, index = coordinates.weights, coordinates.index
     if "auto" not in speeds:
-        return plan_batches(size, weights, rank, micro), None
+        return plan_batches(size, weights, index, micro), None
     counts = shares(size, weights)
-    plans = Plans(lambda now: plan_batches(size, now, rank, micro), counts)
-    idle = [index for index, weight in enumerate(weights) if not weight]
+    plans = Plans(lambda now: plan_batches(size, now, index, micro), counts)
+    idle = [number for number, weight in enumerate(weights) if not weight]
     ahead = 0 if prepared.stream is None else prefetched_steps(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
     return plans, LoadBalancer(

@@ -14,7 +14,7 @@ from typing import Any
 from smolrun.algorithms.base import Algorithm
 from smolrun.checkpoints.find import checkpoints_in
 from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.checkpoints.writer import Saver
+from smolrun.checkpoints.writer import Saver, partition_keys
 from smolrun.errors import CheckpointError
 from smolrun.events import Event
 from smolrun.launch.control import Saving
@@ -93,13 +93,14 @@ class RankCheckpoints(Periodic):
         """Starts to save the state after so many updates; on all ranks alike."""
         if not self._algorithm.has_checkpoint_state:
             return
-        pieces = self._algorithm.pieces()
+        group = self._algorithm.collectives
+        slices = partition_keys(self._algorithm.owned(), group.size, group.index)
         state = {
             "training": self._trainer.state(),
             "algorithm": self._algorithm.state(),
             "data": {"sha256": self._data_sha256},
         }
-        self._saver.save(updates, pieces, {"run": state} if self._rank == 0 else {})
+        self._saver.save(updates, slices, {"run": state} if self._rank == 0 else {})
 
     def _restore(self) -> None:
         """Goes on from the checkpoint, if there is one to go on from; on all ranks alike."""

@@ -58,36 +58,29 @@ def optimizer_state(
     return state
 
 
-def load_optimizer_state(
+def init_optimizer_state(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    """Gives a new optimizer the memory that `optimizer_state` told of; it goes on bit by bit.
-
-    Reads each key once and copies, so that `state` may be a view of a file. CheckpointError, with
-    nothing changed, for keys that are missing, foreign, or of another shape.
-    """
-    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    """Gives a new optimizer the state that it has after an update, of zeros: memory to load a
+    checkpoint into. `dtypes` are those of the checkpoint, by "<state name>/<parameter name>"; none
+    at all is a checkpoint from before the first update. CheckpointError, with nothing changed, for
+    names that are missing or foreign."""
     wanted = {
         f"{key}/{name}": (key, parameter, shape)
-        for name, parameter in trained
+        for name, parameter in named_parameters
+        if parameter.requires_grad
         for key, shape in shapes_of(optimizer, parameter).items()
     }
-    _check_names(set(wanted), set(state))
-    loaded: dict[Tensor, dict[str, Tensor]] = {}
-    for path in state:
+    _check_names(set(wanted), set(dtypes))
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for path, dtype in dtypes.items():
         key, parameter, shape = wanted[path]
-        value = state[path]
-        if tuple(value.shape) != shape:
-            raise CheckpointError(
-                f"the optimizer's {path} has shape {tuple(value.shape)} in the checkpoint, but "
-                f"{shape} in this run; resume with the model and optimizer that were saved"
-            )
         device = _device_of(optimizer, parameter, key)
-        loaded.setdefault(parameter, {})[key] = value.detach().to(device, copy=True)
+        state.setdefault(parameter, {})[key] = torch.zeros(shape, dtype=dtype, device=device)
     optimizer.state.clear()
-    optimizer.state.update(loaded)
+    optimizer.state.update(state)
 
 
 def _check_names(wanted: set[str], found: set[str]) -> None:

@@ -44,6 +44,15 @@ def memory_shares(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...
 
 
 @dataclass(frozen=True)
+class DataCoordinates:
+    """Which samples a rank reads: index i gets a part of every global batch in proportion to
+    `weights[i]`, and this rank has `index`. Ranks of one pipeline have the same index."""
+
+    index: int
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """How one rank walks its part of every global batch.
 

@@ -4,7 +4,7 @@ first step or whenever they may have drifted apart; and buffers that forward cha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,12 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
+
+
+def model_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers by name, each tensor once."""
+    yield from model.named_parameters()
+    yield from persistent_buffers(model).items()
 
 
 class Contents(NamedTuple):

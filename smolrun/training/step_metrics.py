@@ -34,7 +34,6 @@ class StepMetrics(Callback):
     where they were taken, `GradientDropped` and the algorithm's own."""
 
     def __init__(self, algorithm: Algorithm, emit: Callable[[Event], None]) -> None:
-        self._collectives = algorithm.collectives
         self._mesh = algorithm.context.mesh
         self._emit = emit
         self._system = SystemMetrics()
@@ -66,12 +65,13 @@ class StepMetrics(Callback):
         self._bytes = (sent, received)
         for event in result.events:
             self._emit(event)
+        samples = result.stats.of(self._mesh.rank, "samples")
         self._emit(
             RankStep(
                 result.step,
                 self._mesh.rank,
                 waited_for=result.waited_for,
-                samples=result.samples[self._collectives.index] if result.samples else None,
+                samples=None if samples is None else int(samples),
                 **figures,
                 **self._system.read(),
             )

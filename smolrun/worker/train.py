@@ -68,7 +68,7 @@ def train(
     seed_everything(torch.device(device), config["seed"])
     eval_split = open_split(prepared, "eval", verify=True)
     algorithm = place_algorithm(config, prepared, mesh, torch.device(device))
-    plan, balancer = share_work(config, prepared, speeds, algorithm.batch_weights, mesh.rank, emit)
+    plan, balancer = share_work(config, prepared, speeds, algorithm.data_coordinates, emit)
     steps = training["steps"]
     eval_batches = functools.partial(_eval_batches, algorithm, eval_split, plan, training)
     sha256 = prepared.sha256

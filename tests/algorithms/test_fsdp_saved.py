@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smolrun.algorithms.base import Algorithm
-from smolrun.algorithms.fsdp import OptimizerShards
+from smolrun.algorithms.optimizer_shards import OptimizerShards
 from smolrun.errors import CheckpointError
 from tests.algorithms import worlds
 from tests.algorithms.test_saved import STEPS, contents, run_part, same

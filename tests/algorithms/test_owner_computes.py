@@ -13,7 +13,7 @@ import torch
 
 from smolrun.algorithms import classicdp
 from smolrun.algorithms.classicdp import ClassicDP
-from smolrun.algorithms.fsdp import OptimizerShards
+from smolrun.algorithms.optimizer_shards import OptimizerShards
 from smolrun.cli.compose import compose
 from smolrun.errors import ConfigError
 from smolrun.events import Drift, Event

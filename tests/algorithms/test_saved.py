@@ -77,7 +77,7 @@ def run_part(
             share = worlds.share(batch, plan, runner.steps_begun)
             updates += runner.train_step(share) is not None
         replica = runner.replica_tensors().values() or runner.model.parameters()
-        report = write_shard(part, mesh.rank, runner.pieces())
+        report = write_shard(part, mesh.rank, worlds.to_write(runner))
         return report, runner.state(), parameter_hash(replica)
 
     told = run_ranks(world_size, rank_main)

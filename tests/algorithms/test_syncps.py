@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context, StepResult
-from smolrun.algorithms.contract import FACTS
+from smolrun.algorithms.contract import STEP_STATS
 from smolrun.algorithms.syncps import syncps
 from smolrun.data.splits import Batch
 from smolrun.errors import PeerLost
@@ -172,7 +172,7 @@ def test_a_run_that_is_stopped_leaves_nobody_waiting(kind: str) -> None:
         algorithm = build(mesh, staleness=2)
         for step in range(5):
             algorithm.train_step([batch(mesh.rank, step)])
-        algorithm.pieces()
+        worlds.to_write(algorithm)
         algorithm.finish()
         return len(algorithm.pending_updates)
 
@@ -230,4 +230,4 @@ def test_facts_of_all_ranks_reach_all_ranks() -> None:
 
     told = run_ranks(3, rank_main)
     assert told[0] == told[1] == told[2]
-    assert told[0][2] == (4, 4, 4) and len(FACTS) >= 6
+    assert told[0][2] == (4, 4, 4) and len(STEP_STATS) >= 6

@@ -18,6 +18,7 @@ from torch import nn
 
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, StepResult
 from smolrun.checkpoints.tensor_slice import TensorSlice
+from smolrun.checkpoints.writer import partition_keys
 from smolrun.cli.compose import compose
 from smolrun.data.splits import Batch
 from smolrun.driver.outputs import load_target
@@ -156,8 +157,8 @@ def train(
         made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
         runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
         runner.place(copy.deepcopy(start))
-        weights = runner.batch_weights(speeds or [1.0] * world_size)
-        plan = plan_batches(GLOBAL_BATCH, weights, mesh.rank, micro_batch_size)
+        place = runner.data_coordinates(speeds or [1.0] * world_size)
+        plan = plan_batches(GLOBAL_BATCH, place.weights, place.index, micro_batch_size)
         return run(runner, model, plan, steps)
 
     traces = run_ranks(world_size, rank_main, kind=kind)
@@ -181,9 +182,7 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
             note(result)
     for result in runner.drain():
         note(result)
-    trace.pieces = [
-        dataclasses.replace(piece, values=piece.values.clone()) for piece in runner.pieces()
-    ]
+    trace.pieces = [dataclasses.replace(s, values=s.values.clone()) for s in to_write(runner)]
     own = sample(model, 999)
     part = slice(plan.first, plan.first + sum(plan.sizes))
     if runner.evaluates_locally:
@@ -194,6 +193,11 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
         trace.logits = runner.logits(own.inputs)
     runner.finish()
     return trace
+
+
+def to_write(runner: Algorithm) -> list[TensorSlice]:
+    """What this rank writes into a checkpoint."""
+    return partition_keys(runner.owned(), runner.collectives.size, runner.collectives.index)
 
 
 @functools.cache

@@ -96,3 +96,31 @@ def test_closing_lets_go_and_reading_opens_again(tmp_path: Path):
     checkpoint.read("model/weight")
     checkpoint.close()
     assert (checkpoint.read("model/weight") == 1).all()
+
+
+def test_load_fills_slices_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    written = [
+        TensorSlice("model/a", (2, 3), 0, torch.arange(6.0).view(2, 3)),
+        TensorSlice("model/b", (), 0, torch.tensor(7, dtype=torch.int64)),
+    ]
+    part = part_folder(tmp_path, 1, "t")
+    reports = [write_shard(part, 0, written)]
+    manifest = merge(reports, step=1, run_id="r", config_hash="c", world_size=1, state={})
+    with CheckpointReader(commit(part, manifest)) as checkpoint:
+        middle, scalar = torch.zeros(1, 3), torch.zeros((), dtype=torch.int64)
+        mine = [
+            TensorSlice("model/a", (2, 3), 2, middle),
+            TensorSlice.whole("model/b", scalar),
+            TensorSlice("model/b", (), 0, torch.empty(0, dtype=torch.int64), "other"),
+        ]
+        checkpoint.load(mine, all_of="model/")
+        assert middle.tolist() == [[2.0, 3.0, 4.0]] and scalar == 7
+        with pytest.raises(CheckpointError, match="another model: it has model/b"):
+            checkpoint.load(mine[:1], all_of="model/")
+        for wrong in (
+            TensorSlice.whole("model/c", middle),
+            TensorSlice.whole("model/a", middle),
+            TensorSlice("model/a", (2, 3), 0, middle.double()),
+        ):
+            with pytest.raises(CheckpointError, match=f"another model: .*{wrong.key}"):
+                checkpoint.load([wrong])

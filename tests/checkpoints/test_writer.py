@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from smolrun.checkpoints.tensor_slice import NAME_OF_DTYPE, TensorSlice
-from smolrun.checkpoints.writer import write_shard
+from smolrun.checkpoints.writer import partition_keys, write_shard
 from smolrun.errors import CheckpointError
 
 
@@ -189,3 +189,17 @@ def test_a_disk_that_became_read_only_is_an_oserror(small_disk: Path):
     with pytest.raises(OSError) as caught:  # noqa: PT011
         write_shard(small_disk / "part", 0, three_files())
     assert caught.value.errno == errno.EROFS
+
+
+def test_ranks_partition_what_all_of_them_hold() -> None:
+    """Every replicated key is written once, by the rank with the fewest bytes so far."""
+    shared = [TensorSlice.whole(f"model/{n}", torch.zeros(n)) for n in (5, 4, 3, 2, 1)]
+    told = []
+    for index in range(2):
+        own = TensorSlice(f"own/{index}", (9,), 0, torch.zeros(9))
+        other = TensorSlice.whole("model/9", torch.zeros(9), "other")
+        told.append({s.key for s in partition_keys([*shared, own, other], 2, index)})
+    assert told == [
+        {"model/5", "model/2", "model/1", "own/0"},
+        {"model/4", "model/3", "own/1"},
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.driver.batch_shares import largest_plan, share_work
-from smolrun.parts.placement import BatchPlan, rank_speeds
+from smolrun.parts.placement import BatchPlan, DataCoordinates, rank_speeds
 from tests.tasks.test_whole_runs import SMALL, finish, rows, start, summary
 
 CONFIG = {"training": {"global_batch_size": 12, "micro_batch_size": "auto", "steps": 9}}
@@ -24,6 +25,10 @@ hosts:
 """
 
 
+def coordinates(speeds: Sequence[float]) -> DataCoordinates:
+    return DataCoordinates(0, speeds)
+
+
 def prepared(stream: dict[str, Any] | None = None) -> Prepared:
     found = object.__new__(Prepared)
     object.__setattr__(found, "stream", stream)
@@ -31,7 +36,7 @@ def prepared(stream: dict[str, Any] | None = None) -> Prepared:
 
 
 def test_numbers_are_used_as_they_are() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], list, 0, print)
+    plan, balance = share_work(CONFIG, prepared(), [3.0, 1.0, 0.0], coordinates, print)
     assert balance is None and isinstance(plan, BatchPlan) and plan.sizes == (9,)
 
 
@@ -52,9 +57,9 @@ def test_a_server_that_does_not_train_has_no_share(overrides: list[str], largest
 
 
 def test_one_auto_has_all_ranks_measured_and_a_stream_changes_later() -> None:
-    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], list, 0, print)
+    plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], coordinates, print)
     assert balance is not None and plan.at(0).sizes == (6,)
-    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], list, 0, print)
+    _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], coordinates, print)
     assert late is not None and (balance._prefetched_steps, late._prefetched_steps) == (0, 5)
 
 

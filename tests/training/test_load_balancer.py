@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from smolrun.algorithms.contract import StepResult
+from smolrun.algorithms.contract import StepResult, StepStats
 from smolrun.errors import CheckpointError
 from smolrun.events import Event, Note
 from smolrun.parts.placement import Plans, plan_batches
@@ -125,7 +126,10 @@ def test_a_step_that_was_in_flight_in_a_checkpoint_has_no_times() -> None:
     assert policy.counts == (4, 0)
 
 
-RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None)
+STATS = StepStats(
+    ("samples", "compute_s"), (0, 1), torch.tensor([[16.0, 1.6], [16.0, 6.4]]).double()
+)
+RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None, STATS)
 
 
 def made(
@@ -143,9 +147,8 @@ def made(
 
 def train(balancer: LoadBalancer, steps: int) -> None:
     for step in range(steps):
-        facts = {"samples": (16.0, 16.0), "compute_s": (1.6, 6.4)}
         balancer.before_step(step)
-        balancer.after_update(dataclasses.replace(RESULT, step=step, facts=facts))
+        balancer.after_update(dataclasses.replace(RESULT, step=step))
 
 
 @pytest.mark.parametrize("ahead", [0, 3])

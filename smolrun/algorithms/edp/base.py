@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
-from smolrun.algorithms.contract import StepResult
+from smolrun.algorithms.contract import StepResult, StepStats
 from smolrun.algorithms.edp.protocol import BatchTotals, PushHeader
 from smolrun.algorithms.edp.work_queue import WorkItem
 from smolrun.collectives.api import new_group
@@ -109,7 +109,7 @@ class EDP(Algorithm):
             item.number,
             version,
             stats["loss_sum"],
-            stats["weight"],
+            stats["num_targets"],
             num_samples,
             float(self.wants_stop),
         )
@@ -130,7 +130,7 @@ class EDP(Algorithm):
             culprits=tuple(sorted(totals.nonfinite_ranks)),
             wants_stop=totals.wants_stop,
             norms=self._norms,
-            facts={"samples": [num_samples]},
+            stats=StepStats.of_rank(self.context.mesh.rank, {"samples": num_samples}),
             events=tuple(events),
         )
 
@@ -138,6 +138,6 @@ class EDP(Algorithm):
         """They are always in `parameter.grad`."""
         return self.gradients
 
-    def synchronize(self, facts: dict[str, float]) -> PendingUpdate:
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """NotImplementedError: gradients are never reduced together."""
         raise NotImplementedError("a push is applied when it arrives")

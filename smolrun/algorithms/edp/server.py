@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 from smolrun.algorithms.base import UPDATE, Context, PendingUpdate
-from smolrun.algorithms.contract import IDLE, BatchAssignment, BatchPart, EvalSums, StepResult
+from smolrun.algorithms.contract import (
+    IDLE,
+    BatchAssignment,
+    BatchPart,
+    EvalSums,
+    StepResult,
+    StepStats,
+)
 from smolrun.algorithms.edp.base import EDP, FlatModel, Flats
 from smolrun.algorithms.edp.protocol import (
     BatchTotals,
@@ -407,7 +414,7 @@ class EDPServer(EDP):
             # The rate is scaled, not the gradient: Adam divides by the gradient's own norm, so a
             # smaller gradient would step as far.
             rate = self.context.learning_rate(self.steps_begun) * self._lr_scale(age)
-            pending = PendingUpdate(self.steps_begun, torch.empty(0), [])
+            pending = PendingUpdate(self.steps_begun, StepStats.of_rank(rank, {}), [])
             self.context.reseed(UPDATE, self.work_queue.num_done)
             norm = self.update(pending, header.num_targets, rate)
         if rank == SERVER:

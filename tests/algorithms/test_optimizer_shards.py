@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from smolrun.algorithms.optimizer_shards import PendingAllGathers
 from smolrun.collectives.api import Collectives
-from smolrun.parts.arrivals import Arrivals
 from smolrun.parts.flat_shards import Gathering, ShardedBucket
 from tests.algorithms import worlds
 from tests.algorithms.worlds import Trace, train
@@ -75,7 +75,7 @@ def test_who_does_not_wait_sees_old_values(
     algorithm: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control."""
-    monkeypatch.setattr(Arrivals, "_use", lambda self, parameter: None)
+    monkeypatch.setattr(PendingAllGathers, "_use", lambda self, parameter: None)
     monkeypatch.setattr(worlds, "parameter_hash", lambda tensors: "")
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     reference = train("single", "language_model", 1, steps=4)[0]
@@ -87,13 +87,13 @@ def test_forward_begins_while_the_last_layers_are_on_their_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    right = Arrivals._use
+    right = PendingAllGathers._use
 
-    def use(self: Arrivals, parameter: Any) -> None:
+    def use(self: PendingAllGathers, parameter: Any) -> None:
         right(self, parameter)
         seen.append(len(self._arriving))
 
-    monkeypatch.setattr(Arrivals, "_use", use)
+    monkeypatch.setattr(PendingAllGathers, "_use", use)
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     train("fsdp", "mlp", 2, steps=2, overrides={"stage": 1, "bucket_mb": 0.0001})
     assert max(seen) >= 2, "after the first layer was waited for, others were still on their way"

@@ -7,8 +7,8 @@ import platform
 import pytest
 import torch
 
+from smolrun.algorithms.classicdp import device_class, gather_classes
 from smolrun.collectives.api import new_group
-from smolrun.parts.device_class import device_class, gather_classes
 from smolrun.testing import run_ranks
 
 
