@@ -2,7 +2,7 @@
 what its verbs must be able to say. GPipe, 1F1B and experts equal `single` in float64, DiLoCo equals
 its own simulation in one process. They are sketches: no overlap, no buckets.
 
-See docs/decisions/022-the-contract-of-split-models.md.
+See docs/decisions/021-a-contract-for-split-models-and-local-steps.md.
 
 Source: Huang et al., "GPipe", 2019; Narayanan et al., "PipeDream", 2019 (1F1B); Lepikhin et al.,
 "GShard", 2020 (experts by all_to_all); Douillard et al., "DiLoCo", 2023."""
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,15 +53,14 @@ class Sketch(Algorithm):
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
 
-class DataParallel(Sketch):
-    """Replicas; one all_reduce per parameter after backward."""
-
-    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
-        pending = super().synchronize(stats)
-        for parameter in self.model.parameters():
-            assert parameter.grad is not None
-            pending.works.append(self.collectives.all_reduce(parameter.grad, async_op=True))
-        return pending
+def documented() -> type[Algorithm]:
+    """The example of docs/own_code.md, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "own_code.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*class DataParallel[^`]*)```", text)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    found: type[Algorithm] = names["DataParallel"]
+    return found
 
 
 # -- pipelines ----
@@ -414,7 +415,7 @@ def close(trace: Any, reference: Any) -> bool:
 @pytest.mark.parametrize(
     ("cls", "world_size", "model"),
     [
-        (DataParallel, 3, dense),
+        (documented(), 3, dense),
         (Pipeline, 2, dense),
         (Pipeline, 3, dense),
         (OneForwardOneBackward, 2, dense),

@@ -91,7 +91,7 @@ def test_forward_begins_while_the_last_layers_are_on_their_way(
 
     def use(self: PendingAllGathers, parameter: Any) -> None:
         right(self, parameter)
-        seen.append(len(self._arriving))
+        seen.append(len(self._pending))
 
     monkeypatch.setattr(PendingAllGathers, "_use", use)
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})

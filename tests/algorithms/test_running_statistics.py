@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms import base
-from smolrun.algorithms.base import Algorithm
 from smolrun.algorithms.edp.base import EDP
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.placement import plan_batches
 from smolrun.parts.replicas import contents
+from smolrun.parts.step_clock import StepClock
 from smolrun.testing import run_ranks
 from tests.algorithms import parameter_server as ps
 from tests.algorithms import worlds
@@ -181,13 +181,13 @@ def test_a_buffer_that_changes_late_is_seen_without_its_bytes(
 
 def test_waiting_for_buffers_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    wait = Algorithm.wait
+    wait = StepClock.wait
 
-    def recorded(self: Algorithm, work: Work) -> None:
+    def recorded(self: StepClock, work: Work) -> None:
         counted.append(work.label)
         wait(self, work)
 
-    monkeypatch.setattr(Algorithm, "wait", recorded)
+    monkeypatch.setattr(StepClock, "wait", recorded)
     worlds.train("classicdp", "running", 2, steps=2)
     assert len([label for label in counted if "broadcast" in label]) == 2 * 2
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from smolrun.algorithms.base import Algorithm, Context
+from smolrun.algorithms.contract import STEP_STATS, StepStats
 from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.reader import CheckpointReader
@@ -233,6 +234,40 @@ def test_whatever_is_left_out_is_seen(tmp_path: Path, hurt: Hurt, shift: int) ->
         tmp_path / "b", "single", 1, until=STEPS, resume=first, hurt=hurt, shift=shift, **keys
     )
     assert not same(whole, second)
+
+
+@pytest.mark.parametrize("algorithm", ["classicdp", "syncps"])
+def test_a_checkpoint_without_names_of_statistics_resumes(
+    tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions wrote it."""
+
+    def restore_old(runner: Algorithm, resume: Path) -> None:
+        with CheckpointReader(resume) as checkpoint:
+            state = dict(checkpoint.manifest.state["algorithm"])
+            del state["step_stats"]
+            runner.restore(checkpoint, state)
+
+    monkeypatch.setattr("tests.algorithms.test_saved.restore", restore_old)
+    whole, _ = run_part(tmp_path / "a", algorithm, 2, until=STEPS, staleness=2)
+    first, _ = run_part(tmp_path / "b", algorithm, 2, until=4, staleness=2)
+    second, _ = run_part(tmp_path / "b", algorithm, 2, until=STEPS, resume=first, staleness=2)
+    assert same(whole, second)
+
+
+@pytest.mark.parametrize("columns", [6, 7])
+def test_statistics_of_a_step_in_flight_resume_on_other_ranks(columns: int) -> None:
+    """The oldest checkpoints have no column for changed buffers."""
+    table = torch.tensor([[2.0, 3, 1, 0.5, 1, 8, 0], [4.0, 5, 0, 0.7, 0, 6, 1]]).double()
+    saved = StepStats(STEP_STATS[:columns], range(2), table[:, :columns])
+    for ranks in (range(1), range(3)):
+        found = saved.resumed((*STEP_STATS, "new"), ranks)
+        assert (found.total("loss_sum"), found.total("num_targets")) == (6.0, 8.0)
+        assert not any(found.column("is_finite"))
+        assert not any(found.column("compute_s") + found.column("wants_stop"))
+        assert found.column("samples") == [8.0, 6.0, 0.0][: len(ranks)]
+        assert found.column("changed_buffer") == [float(columns == 7)] * len(ranks)
+        assert found.total("new") == 0
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
