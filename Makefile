@@ -27,8 +27,8 @@ test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of
 check: $(READY)  ## format, lint, types, imports: what every change must pass
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) tests/house/as_installed.py mypy -p smolrun --cache-dir $(CURDIR)/.mypy_cache
-	$(PYTHON) tests/house/as_installed.py lint-imports --no-logo
+	$(PYTHON) tests/project/as_installed.py mypy -p smolrun --cache-dir $(CURDIR)/.mypy_cache
+	$(PYTHON) tests/project/as_installed.py lint-imports --no-logo
 
 bench: $(READY)  ## measure smolrun beside other libraries (ARGS="bench=step" for another bench)
 	$(VENV)/bin/smolrun task=bench $(ARGS)

@@ -13,7 +13,7 @@ from smolrun.config import ranks
 from smolrun.errors import ConfigError
 from smolrun.tasks import init
 from tests.cli.command import WATCHED
-from tests.house import rules
+from tests.project import rules
 
 FILE = Path("conf") / "cluster" / "home.yaml"
 

@@ -13,7 +13,7 @@ import yaml
 from smolrun.cli import choices
 from smolrun.cli.compose import compose
 from smolrun.config.describe import NOT_BUILT
-from tests.house import rules
+from tests.project import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import exceptions, rules
-from tests.house.as_installed import lay_out
+from tests.project import exceptions, rules
+from tests.project.as_installed import lay_out
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("smolrun", "tasks", "conf", "tests", "docs")
