@@ -31,7 +31,7 @@ SERVER = 0  # rank of the server
 _Post = Callable[[int, Tag, Payload, Callable[[], None]], None]
 
 
-class Channel:
+class TensorChannel:
     """Messages to and from one peer on one stream; one thread sends, one thread receives.
 
     `link` binds the channel to one connection of an elastic mesh: its works fail with PeerLost once
@@ -91,9 +91,9 @@ class Channels:
     """The three channels between a worker and the server; both ends have them."""
 
     def __init__(self, mesh: Mesh, peer: int, link: int | None = None) -> None:
-        self.messages = Channel(mesh, peer, Stream.SERVER_MESSAGES, link)
-        self.pushes = Channel(mesh, peer, Stream.SERVER_PUSHES, link)
-        self.weights = Channel(mesh, peer, Stream.SERVER_WEIGHTS, link)
+        self.messages = TensorChannel(mesh, peer, Stream.SERVER_MESSAGES, link)
+        self.pushes = TensorChannel(mesh, peer, Stream.SERVER_PUSHES, link)
+        self.weights = TensorChannel(mesh, peer, Stream.SERVER_WEIGHTS, link)
 
 
 def decode_gradient(

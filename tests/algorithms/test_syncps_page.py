@@ -80,14 +80,14 @@ def test_the_page_is_right(model: str, world_size: int, monkeypatch: pytest.Monk
 def test_the_picture_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message of one step, by sender and receiver; two buckets, and numbers before them."""
     sent: list[tuple[int, int]] = []
-    meet_send = MemoryWorld.meet_send
+    match_send = MemoryWorld.match_send
 
     def noted(world: MemoryWorld, key: Any, *rest: Any) -> None:
         if key[2].stream in (Stream.SERVER_PUSHES, Stream.SERVER_WEIGHTS):
             sent.append(key[:2])
-        meet_send(world, key, *rest)
+        match_send(world, key, *rest)
 
-    monkeypatch.setattr(MemoryWorld, "meet_send", noted)
+    monkeypatch.setattr(MemoryWorld, "match_send", noted)
     worlds.train("syncps", "mlp", 3, steps=1, overrides={"bucket_mb": 0.001})
     drawn = [
         (rank, hop.to)
