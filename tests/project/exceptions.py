@@ -39,4 +39,4 @@ CLASSES: dict[str, str] = dict.fromkeys(
 )
 
 # Names of files that are an example or another project's.
-PATHS = {"my_code.py", "build_meta.py"}
+PATHS = {"my_code.py", "build_meta.py", "tasks/ping.py"}

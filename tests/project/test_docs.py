@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config.cluster import Host
+from smolrun.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -115,6 +117,15 @@ def test_the_makefile_has_the_commands_of_the_readme() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in set(re.findall(r"`?make ([a-z]+)", README.read_text(encoding="utf-8"))):
         assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
+
+
+def test_the_example_of_a_task_runs_on_ranks() -> None:
+    page = (DOCS / "extending.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    task: dict[str, Any] = {}
+    exec(code, task)
+    summaries = run_ranks(2, lambda mesh: task["work"](None, mesh, None, repeats=2))
+    assert all(summary["barrier_s"] > 0 for summary in summaries)
 
 
 def test_diagrams_and_tables_are_up_to_date(tmp_path: Path) -> None:
