@@ -173,9 +173,9 @@ def _sentence(change: ShareChange, first: int, hosts: Sequence[str]) -> str:
     slow = min(ranks, key=change.rates.__getitem__)
     factor = change.rates[fast] / change.rates[slow]
     return (
-        f"shares from step {first + 1} on: {_counts(change.after)} samples, before "
-        f"{_counts(change.before)}: {named(fast)} computes {factor:.1f}x as many a second as "
-        f"{named(slow)}; a step should compute {change.gain:.0%} shorter"
+        f"batch shares from step {first + 1}: {_counts(change.after)} samples, before "
+        f"{_counts(change.before)}; {named(fast)} computes {factor:.1f}x as many samples/s as "
+        f"{named(slow)}; expected compute time of a step {-change.gain:.0%}"
     )
 
 

@@ -92,7 +92,7 @@ def test_a_slow_host_gets_less_and_a_run_that_goes_on_keeps_the_shares(tmp_path:
     assert first[0] == [8, 8] and all(sum(counts) == 16 for counts in first.values())
     assert first[11][1] < 8, "five times slower, for half of the work"
     (told, *_) = [note["message"] for note in rows(tmp_path, "note") if "shares" in note["message"]]
-    assert told.startswith("shares from step 11 on: ") and "rank 1 (slow)" in told
+    assert told.startswith("batch shares from step 11: ") and "rank 1 (slow)" in told
     assert f"info: {told}" in out
     assert len(summary(tmp_path)["emulated"]) == 2
 

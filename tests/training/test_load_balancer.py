@@ -158,8 +158,8 @@ def test_a_change_holds_from_one_step_on_and_is_noted_with_its_reason(ahead: int
     (note,) = events
     assert isinstance(note, Note)
     assert note.message == (
-        f"shares from step {WINDOW + ahead + 1} on: 26+6 samples, before 16+16: rank 0 (mac) "
-        "computes 4.0x as many a second as rank 1 (pi); a step should compute 59% shorter"
+        f"batch shares from step {WINDOW + ahead + 1}: 26+6 samples, before 16+16; rank 0 (mac) "
+        "computes 4.0x as many samples/s as rank 1 (pi); expected compute time of a step -59%"
     )
     first = WINDOW + ahead
     sizes = [sum(plans.at(step).sizes) for step in range(first - 1, first + 2)]
