@@ -10,7 +10,7 @@ more than half a step. fp16 brings the largest to 2^15 by a power of two first, 
 many samples cannot overflow. What is not finite stays so (in int8: its whole block), thus whoever
 decodes takes the same decision as who encoded. The bytes depend on nothing but the numbers.
 
-`Feedback` keeps what rounding took away and adds it to the next tensor: nothing is lost, only late.
+`Feedback` adds what rounding took away to the next tensor: nothing is lost, only late.
 Knows nothing of ranks.
 
 Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016 (blockwise scales in
