@@ -56,8 +56,8 @@ from smolrun.parts.optimizer_state import (
 from smolrun.parts.placement import DataCoordinates
 from smolrun.parts.replicas import (
     Contents,
+    broadcast_from,
     contents,
-    copy_from,
     model_tensors,
     persistent_buffers,
 )
@@ -105,8 +105,8 @@ class Algorithm(ABC):
     def place(self, model: nn.Module) -> None:
         """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
         self.model = model
-        self.stepped = list(model.named_parameters())
-        self.optimizer = self.context.make_optimizer(self.stepped)
+        self.optimized_params = list(model.named_parameters())
+        self.optimizer = self.context.make_optimizer(self.optimized_params)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     def start_barrier(self) -> None:
@@ -251,7 +251,7 @@ class Algorithm(ABC):
             gradient.mul_(clip_coef / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(pending.step, self.stepped, clip_coef)
+        measured = self.context.norms.begin(pending.step, self.optimized_params, clip_coef)
         self.optimizer.step()
         self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
@@ -289,7 +289,7 @@ class Algorithm(ABC):
 
     def optimizer_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the optimizer's state; none before the first update."""
-        for path, tensor in optimizer_state(self.optimizer, self.stepped).items():
+        for path, tensor in optimizer_state(self.optimizer, self.optimized_params).items():
             yield TensorSlice.whole(f"optimizer/{path}", tensor)
 
     def pending_slices(self) -> Iterator[TensorSlice]:
@@ -302,7 +302,7 @@ class Algorithm(ABC):
     def init_optimizer_state(self, checkpoint: CheckpointReader) -> None:
         """Makes room for the optimizer's state that `checkpoint` has for this rank."""
         dtypes = checkpoint.dtypes("optimizer/")
-        init_optimizer_state(self.optimizer, self.stepped, dtypes)
+        init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters in the shape and dtype in which they are saved; perhaps without values."""
@@ -439,7 +439,7 @@ class Algorithm(ABC):
             samples = stats.column("samples")
             first = next((index for index, count in enumerate(samples) if count), 0)
             buffers = list(persistent_buffers(self.model).values())
-            copy_from(self.collectives, first, buffers, wait=self.clock.wait)
+            broadcast_from(self.collectives, first, buffers, wait=self.clock.wait)
 
     def _update_oldest(self) -> StepResult:
         pending = self.pending_updates.popleft()
@@ -461,13 +461,13 @@ class Algorithm(ABC):
         return StepResult(
             step=pending.step,
             loss=stats.total("loss_sum") / weight if weight else math.nan,
-            weight=int(weight),
+            num_targets=int(weight),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compute_s=compute_s,
             wait_s=wait_s,
             waited_for=slowest if has_waited else None,
-            culprits=tuple(rank for rank, is_finite in are_finite if not is_finite),
+            nonfinite_ranks=tuple(rank for rank, is_finite in are_finite if not is_finite),
             wants_stop=is_shared and any(stats.column("wants_stop")),
             norms=self._norms,
             stats=stats,

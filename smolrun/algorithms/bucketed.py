@@ -36,23 +36,23 @@ from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, GradientBuckets
 from smolrun.parts.gradient_reducer import GradientReducer
-from smolrun.parts.replicas import make_equal, model_tensors
+from smolrun.parts.replicas import model_tensors, sync_replicas
 
 
-class Bucketed(Algorithm):
+class BucketedAlgorithm(Algorithm):
     """Replicas whose gradients are in buckets; a subclass says how a full one is sent."""
 
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context)
         self._bucket_bytes = int(bucket_mb * 1024 * 1024)
-        self.sums = GradientReducer(self.collectives, context.quantization)
+        self.reducer = GradientReducer(self.collectives, context.quantization)
         self._works: list[Work] = []
         self._is_finite = True
 
     def place(self, model: nn.Module) -> None:
         """Keeps a replica; makes sure that all start from the same bytes. Collective."""
         super().place(model)
-        make_equal(self.collectives, [*model.parameters(), *model.buffers()])
+        sync_replicas(self.collectives, [*model.parameters(), *model.buffers()])
         self.catch_gradients()
 
     def catch_gradients(self) -> None:
@@ -116,12 +116,12 @@ class Bucketed(Algorithm):
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """What rounding took away counts only if the update is made."""
         norm = super().update(pending, weight, learning_rate)
-        self.sums.settle(self.slot(pending.step), is_kept=norm is not None)
+        self.reducer.settle(self.slot(pending.step), is_kept=norm is not None)
         return norm
 
     def pending_gradients(self, pending: PendingUpdate) -> list[Tensor]:
         """Views of the host memory from which `bind_gradients` takes them."""
-        return self.buckets.travelled(self.slot(pending.step))
+        return self.buckets.host_gradients(self.slot(pending.step))
 
     # -- what a checkpoint holds ----
 
@@ -155,7 +155,7 @@ class Bucketed(Algorithm):
 
     def residual_bytes(self) -> int:
         """Of all ranks together."""
-        if not self.sums.has_feedback:
+        if not self.reducer.has_feedback:
             return 0
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         slots = self.context.staleness + 1
@@ -196,13 +196,13 @@ class Bucketed(Algorithm):
 
     def _residuals(self, slot: int, is_kept: bool) -> Iterator[tuple[str, torch.Size, Tensor]]:
         """Every trained parameter's part of a slot, flat; views of the residuals themselves."""
-        if not self.sums.has_feedback:
+        if not self.reducer.has_feedback:
             return
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         for number, bucket in enumerate(self.gradient_layout()):
             numels = [math.prod(shape) for _, shape in bucket]
             dtype = self.context.precision.parameters
-            feedback = self.sums.feedback(number, slot, sum(numels), dtype)
+            feedback = self.reducer.feedback(number, slot, sum(numels), dtype)
             parts = feedback.after(is_kept).split(numels)
             for (name, shape), part in zip(bucket, parts, strict=True):
                 if name in trained:

@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context
-from smolrun.algorithms.bucketed import Bucketed
+from smolrun.algorithms.bucketed import BucketedAlgorithm
 from smolrun.algorithms.optimizer_shards import OptimizerShards
 from smolrun.collectives.api import Collectives, new_group
 from smolrun.mesh.mesh import Work
@@ -63,12 +63,12 @@ def classicdp(
     return algorithm
 
 
-class ClassicDP(Bucketed):
+class ClassicDP(BucketedAlgorithm):
     """Every bucket is summed over all ranks, in a ring."""
 
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Starts the all_reduce of a full bucket."""
-        return self.sums.all_reduce(bucket.to_host(slot), bucket.index, slot)
+        return self.reducer.all_reduce(bucket.to_host(slot), bucket.index, slot)
 
 
 def device_class(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from smolrun.events import Event
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.norms import NO_NORMS, LayerNorms
 from smolrun.parts.precision import Precision
-from smolrun.parts.quantization import AS_THEY_ARE, Quantization
+from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.parts.step_clock import FULL_SPEED, Pace
 
 # What every rank reports of a step, as float64 (also the columns of a table in old checkpoints, in
@@ -42,7 +42,7 @@ class Context:
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
     staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
-    quantization: Quantization = AS_THEY_ARE  # in which form gradients travel
+    quantization: Quantization = NO_QUANTIZATION  # in which form gradients travel
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     num_outputs: int | None = None  # classes, or tokens of the vocabulary; None: not known
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
@@ -129,7 +129,7 @@ class EvalSums:
     """Over the samples of all ranks. `correct` counts right answers, for classes only."""
 
     loss: float
-    weight: int
+    num_targets: int
     correct: int | None
 
 
@@ -140,13 +140,13 @@ class StepResult:
 
     step: int
     loss: float
-    weight: int
+    num_targets: int
     grad_norm: float | None
     learning_rate: float
     compute_s: float
     wait_s: float
     waited_for: int | None  # the rank with the longest compute, if this rank waited for it
-    culprits: tuple[int, ...]  # ranks whose own gradient was not finite
+    nonfinite_ranks: tuple[int, ...]  # ranks whose own gradient was not finite
     wants_stop: bool  # some rank was asked to stop, and all ranks know
     norms: dict[str, dict[str, float]] | None  # what -> layer -> norm, on the steps that take them
     stats: StepStats

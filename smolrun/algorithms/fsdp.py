@@ -38,8 +38,8 @@ from smolrun.errors import ConfigError
 from smolrun.parts.buckets import pack
 from smolrun.parts.flat_shards import ShardedBucket, cut
 from smolrun.parts.reduce_scatter_buckets import ReduceScatterBuckets
-from smolrun.parts.replicas import make_equal, persistent_buffers
-from smolrun.parts.unshard_on_access import Layer, UnshardOnAccess, layers_of, used_in_products
+from smolrun.parts.replicas import persistent_buffers, sync_replicas
+from smolrun.parts.unshard_on_access import ParamGroup, UnshardOnAccess, layers_of, used_in_products
 
 
 def fsdp(
@@ -68,7 +68,7 @@ class GradientShards(OptimizerShards):
         self.gradients = ReduceScatterBuckets(
             self.trained_shards,
             self.collectives,
-            self.sums,
+            self.reducer,
             slots=self.context.staleness + 1,
             max_live=self._max_live,
             wait=self.clock.wait,
@@ -123,7 +123,7 @@ class ParameterShards(GradientShards):
     def place(self, model: nn.Module) -> None:
         """Keeps this rank's slices, one bucket after the other, and lets go of the rest."""
         self.model = model
-        make_equal(self.collectives, list(model.buffers()))
+        sync_replicas(self.collectives, list(model.buffers()))
         products, half = used_in_products(model), self.context.precision.autocast
         master, self.shards = self.context.precision.parameters, []
         layers = []
@@ -141,14 +141,14 @@ class ParameterShards(GradientShards):
                 packed = pack(used, self._bucket_bytes)
                 buckets = cut(model, packed, self._weights, self.collectives.index, master)
                 for bucket in buckets:
-                    bucket.take_own(functools.partial(self.context.first_value, model))
+                    bucket.load_shard(functools.partial(self.context.first_value, model))
                 parts += [(bucket, dtype) for bucket in buckets]
             self.shards += [bucket for bucket, _ in parts]
-            layers.append(Layer(parts))
+            layers.append(ParamGroup(parts))
         self.shards.reverse()  # about the order of gradients
         self.step_slices()
         self.catch_gradients()
-        self.whole = UnshardOnAccess(
+        self.parameters = UnshardOnAccess(
             model,
             layers,
             self.collectives,
@@ -165,7 +165,7 @@ class ParameterShards(GradientShards):
         buffer."""
         self._before_empty: dict[str, Tensor] = {}
         stats = super().forward_backward(micro_batches)
-        self.whole.free()
+        self.parameters.reshard()
         for name, buffer in persistent_buffers(self.model).items():
             if name in self._before_empty:  # through .data: no change for torch's count of them
                 buffer.data.copy_(self._before_empty[name])
@@ -176,7 +176,7 @@ class ParameterShards(GradientShards):
         if not len(batch.inputs) and not self._before_empty:  # a rank's empty ones come last
             buffers = persistent_buffers(self.model).items()
             self._before_empty = {name: buffer.detach().clone() for name, buffer in buffers}
-        with self.whole.one_pass():
+        with self.parameters.forward_backward_pass():
             return super().one_micro_batch(never_empty(batch))
 
     def gather_slices(self) -> None:
@@ -185,15 +185,15 @@ class ParameterShards(GradientShards):
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
         """As always; every rank runs every micro-batch."""
-        with self.whole.one_pass():
+        with self.parameters.forward_backward_pass():
             sums = super().eval_step([never_empty(batch) for batch in micro_batches])
-        self.whole.free()
+        self.parameters.reshard()
         return sums
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """As always."""
-        with self.whole.one_pass():
+        with self.parameters.forward_backward_pass():
             output = super().logits(tokens)
-        self.whole.free()
+        self.parameters.reshard()
         return output

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Context, PendingUpdate
-from smolrun.algorithms.bucketed import Bucketed
+from smolrun.algorithms.bucketed import BucketedAlgorithm
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, pack
-from smolrun.parts.flat_shards import Gathering, ShardedBucket, Slice, cut
-from smolrun.parts.norms import joined
+from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket, Slice, cut
+from smolrun.parts.norms import combine_norms
 from smolrun.parts.optimizer_state import init_optimizer_state
-from smolrun.parts.replicas import make_equal, model_tensors
+from smolrun.parts.replicas import model_tensors, sync_replicas
 from smolrun.parts.unshard_on_access import watch
 
 
@@ -40,14 +40,14 @@ class PendingAllGathers:
     def __init__(self, wait: Callable[[Work], None]) -> None:
         self._wait = wait
         self._bucket_of: dict[nn.Parameter, ShardedBucket] = {}
-        self._pending: dict[ShardedBucket, Gathering] = {}
+        self._pending: dict[ShardedBucket, PendingAllGather] = {}
 
     def watch(self, model: nn.Module, buckets: Sequence[ShardedBucket]) -> None:
         """From now on reading a parameter of `model` waits for it."""
         self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
         watch(model, self._use)
 
-    def add(self, bucket: ShardedBucket, gathering: Gathering) -> None:
+    def add(self, bucket: ShardedBucket, gathering: PendingAllGather) -> None:
         """A gather that has been started."""
         self._pending[bucket] = gathering
 
@@ -64,10 +64,10 @@ class PendingAllGathers:
     def _finish(self, bucket: ShardedBucket) -> None:
         gathering = self._pending.pop(bucket)
         self._wait(gathering.work)
-        gathering.land()
+        gathering.copy_to_device()
 
 
-class OptimizerShards(Bucketed):
+class OptimizerShards(BucketedAlgorithm):
     """Replicas of which a rank sums and steps its own slices only."""
 
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
@@ -78,12 +78,12 @@ class OptimizerShards(Bucketed):
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
         self.model = model
-        make_equal(self.collectives, [*model.parameters(), *model.buffers()])
+        sync_replicas(self.collectives, [*model.parameters(), *model.buffers()])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shards = cut(
             model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
         )
-        self._replica = [bucket.move_in() for bucket in self.shards]
+        self._replica = [bucket.flatten_parameters() for bucket in self.shards]
         self._gathers.watch(model, self.shards)
         self.step_slices()
         self.catch_gradients()
@@ -92,12 +92,14 @@ class OptimizerShards(Bucketed):
         """Makes the optimizer for this rank's slices of what is trained."""
         self.trained_shards = [bucket for bucket in self.shards if bucket.is_trained]
         slices = [part for bucket in self.trained_shards for part in bucket.slices]
-        self.stepped = [(part.name, part.values) for part in slices]
+        self.optimized_params = [(part.name, part.values) for part in slices]
         # torch's optimizers need a parameter; a rank may own none, of a very small head.
         nothing = torch.empty(
             0, dtype=self.context.precision.parameters, device=self.context.device
         )
-        self.optimizer = self.context.make_optimizer(self.stepped or [("", nn.Parameter(nothing))])
+        self.optimizer = self.context.make_optimizer(
+            self.optimized_params or [("", nn.Parameter(nothing))]
+        )
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     # -- a step ----
@@ -105,7 +107,7 @@ class OptimizerShards(Bucketed):
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Half of an all_reduce: every rank gets its own part of the sum."""
         sizes = self.shards[bucket.index].sizes
-        return self.sums.reduce_scatter(bucket.to_host(slot), sizes, bucket.index, slot)
+        return self.reducer.reduce_scatter(bucket.to_host(slot), sizes, bucket.index, slot)
 
     def bind_gradients(self, pending: PendingUpdate) -> list[Tensor]:
         """This rank's parts of the sums."""
@@ -156,7 +158,7 @@ class OptimizerShards(Bucketed):
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """A layer's norm from its parts on all ranks."""
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return joined(norms, names, self.all_ranks)
+        return combine_norms(norms, names, self.all_ranks)
 
     # -- what a checkpoint holds: the keys that a whole model would have, in slices ----
 
@@ -217,7 +219,7 @@ class OptimizerShards(Bucketed):
                 )
             if name in own:
                 dtypes[path] = dtype
-        init_optimizer_state(self.optimizer, self.stepped, dtypes)
+        init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """In the dtype of the shards; parameters may be there in half precision just now."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Algorithm, Context, EvalSums, PendingUpdate
-from smolrun.algorithms.bucketed import Bucketed
+from smolrun.algorithms.bucketed import BucketedAlgorithm
 from smolrun.algorithms.contract import STEP_STATS, StepStats
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
@@ -70,7 +70,7 @@ def syncps(
     return SyncPSWorker(context, **common)
 
 
-class SyncPS(Bucketed):
+class SyncPS(BucketedAlgorithm):
     """What server and workers share: gradient buckets, and one row of stats per rank."""
 
     def __init__(
@@ -146,7 +146,7 @@ class SyncPSWorker(SyncPS):
             return flat
         if not quantization.error_feedback:
             return quantization.quantizer().encode(flat.to(quantization.working_dtype(flat.dtype)))
-        feedback = self.sums.feedback(bucket, slot, flat.numel(), flat.dtype)
+        feedback = self.reducer.feedback(bucket, slot, flat.numel(), flat.dtype)
         return feedback.encode(flat, quantization.quantizer())
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
@@ -178,8 +178,8 @@ class SyncPSWorker(SyncPS):
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Loads the pulled weights. Quantization residuals count if the push did."""
         is_made = math.isfinite(self._norm)
-        self.sums.settle(self.slot(pending.step), is_kept=is_made and not self._was_late)
-        pulled = self.buckets.travelled(self.slot(pending.step))
+        self.reducer.settle(self.slot(pending.step), is_kept=is_made and not self._was_late)
+        pulled = self.buckets.host_gradients(self.slot(pending.step))
         for parameter, values in zip(self.trained().values(), pulled, strict=True):
             parameter.copy_(values)
         return self._norm if is_made else None
@@ -339,8 +339,8 @@ class SyncPSServer(SyncPS):
         """A no-op: the server's own gradient is here, and is not quantized. Residuals restored from
         a run on other ranks are added to it."""
         own = bucket.to_host(slot)
-        if self.sums.has_feedback:
-            owed = self.sums.feedback(bucket.index, slot, own.numel(), own.dtype).residual
+        if self.reducer.has_feedback:
+            owed = self.reducer.feedback(bucket.index, slot, own.numel(), own.dtype).residual
             own.add_(owed)
             owed.zero_()
         return self._nothing

@@ -12,8 +12,8 @@ from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.events import Event
 from smolrun.parts.placement import (
     BatchPlan,
+    BatchPlans,
     DataCoordinates,
-    Plans,
     plan_batches,
     rank_speeds,
     ranked_hosts,
@@ -70,7 +70,7 @@ def share_work(
     if "auto" not in speeds:
         return plan_batches(size, weights, index, micro), None
     counts = shares(size, weights)
-    plans = Plans(lambda now: plan_batches(size, now, index, micro), counts)
+    plans = BatchPlans(lambda now: plan_batches(size, now, index, micro), counts)
     idle = [number for number, weight in enumerate(weights) if not weight]
     ahead = 0 if prepared.stream is None else prefetched_steps(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]

@@ -27,7 +27,7 @@ from itertools import combinations
 from smolrun.config.sharding import NOT_CUT, Sharding
 from smolrun.estimate.trace import Trace
 from smolrun.parts.optimizer_state import state_shapes
-from smolrun.parts.quantization import AS_THEY_ARE, Quantization
+from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.training.stochastic_rounding import PIECE
 
 # glibc keeps blocks of many sizes apart: over runs of gpt_tiny and gpt_small the process held a
@@ -66,7 +66,7 @@ class Rank:
     copies_for_norms: bool = False
     saves: bool = False
     sharding: Sharding = NOT_CUT
-    quantization: Quantization = AS_THEY_ARE
+    quantization: Quantization = NO_QUANTIZATION
 
     @property
     def residuals(self) -> int:

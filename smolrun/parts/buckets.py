@@ -109,7 +109,7 @@ class GradientBuckets:
             for parameter, view in zip(bucket.parameters, bucket.views[slot], strict=True):
                 parameter.grad = view
 
-    def travelled(self, slot: int) -> list[torch.Tensor]:
+    def host_gradients(self, slot: int) -> list[torch.Tensor]:
         """Every gradient of a slot as it lies in host memory, in the order the parameters came."""
         views = [
             view for bucket in self.buckets for view in _views(bucket.host[slot], bucket.parameters)

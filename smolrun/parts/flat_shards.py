@@ -74,7 +74,7 @@ class ShardedBucket:
         """This rank's part of a flat tensor."""
         return flat[self.start : self.stop]
 
-    def move_in(self) -> Tensor:
+    def flatten_parameters(self) -> Tensor:
         """Moves whole parameters into one flat tensor, which it returns; the shard is a part of it
         from then on."""
         flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
@@ -84,7 +84,7 @@ class ShardedBucket:
         self.keep(self.own(flat))
         return flat
 
-    def take_own(self, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
+    def load_shard(self, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
         """Copies this rank's part of every parameter, one parameter after the other."""
         shard = torch.empty(self.stop - self.start, dtype=self.dtype, device=self.device)
         self.keep(shard)
@@ -116,7 +116,7 @@ class ShardedBucket:
 
     def gather(
         self, collectives: Collectives, flat: Tensor, fingerprint: int | None = None
-    ) -> Gathering:
+    ) -> PendingAllGather:
         """Starts to fill a flat tensor with the shards of all ranks, in the tensor's format."""
         host = flat
         if flat.device.type != "cpu":
@@ -126,18 +126,18 @@ class ShardedBucket:
         if own.data_ptr() != self.shard.data_ptr():
             own.copy_(self.shard)
         work = collectives.all_gather(host, own, self.sizes, fingerprint=fingerprint, async_op=True)
-        return Gathering(work, host, flat)
+        return PendingAllGather(work, host, flat)
 
 
 @dataclass(frozen=True)
-class Gathering:
+class PendingAllGather:
     """A flat tensor on its way."""
 
     work: Work
     host: Tensor
     flat: Tensor
 
-    def land(self) -> None:
+    def copy_to_device(self) -> None:
         """Puts it where it is used; after the work is done."""
         if self.host is not self.flat:
             self.flat.copy_(self.host)

@@ -13,7 +13,7 @@ from torch import Tensor
 from smolrun.collectives.api import Collectives
 from smolrun.collectives.schedule import ranges_of
 from smolrun.mesh.mesh import Work
-from smolrun.parts.quantization import Feedback, Quantization
+from smolrun.parts.quantization import ErrorFeedback, Quantization
 from smolrun.parts.quantized_all_reduce import QuantizedAllReduce
 
 
@@ -28,7 +28,7 @@ class GradientReducer:
             else QuantizedAllReduce(collectives, quantization.quantizer())
         )
         self.has_feedback = not quantization.is_none and quantization.error_feedback
-        self._feedback: dict[tuple[int, int], Feedback] = {}
+        self._feedback: dict[tuple[int, int], ErrorFeedback] = {}
 
     def all_reduce(self, flat: Tensor, bucket: int, slot: int) -> Work:
         """Starts to sum a whole tensor, the same bytes on all ranks."""
@@ -50,15 +50,17 @@ class GradientReducer:
             if of_slot == slot:
                 feedback.settle(is_kept)
 
-    def feedback(self, bucket: int, slot: int, numel: int, dtype: torch.dtype) -> Feedback:
+    def feedback(self, bucket: int, slot: int, numel: int, dtype: torch.dtype) -> ErrorFeedback:
         """What a bucket of `numel` gradients in `dtype` has lost in a slot; zeros at first."""
         key = (bucket, slot)
         if key not in self._feedback:
             is_double = dtype == torch.float64
-            self._feedback[key] = Feedback(numel, torch.float64 if is_double else torch.float32)
+            self._feedback[key] = ErrorFeedback(
+                numel, torch.float64 if is_double else torch.float32
+            )
         return self._feedback[key]
 
-    def _of(self, flat: Tensor, bucket: int, slot: int) -> Feedback | None:
+    def _of(self, flat: Tensor, bucket: int, slot: int) -> ErrorFeedback | None:
         if not self.has_feedback:
             return None
         return self.feedback(bucket, slot, flat.numel(), flat.dtype)

@@ -39,18 +39,18 @@ class LayerNorms:
     every: int
 
     def begin(
-        self, update: int, named: Iterable[tuple[str, torch.Tensor]], shrunk: float = 1.0
+        self, update: int, named: Iterable[tuple[str, torch.Tensor]], clip_coef: float = 1.0
     ) -> Measurement | None:
         """Takes the gradients' norms just before an update; None where this one is not measured.
 
-        Clipping has made the gradients `shrunk` times as long as they were: that is undone.
+        Clipping has made the gradients `clip_coef` times as long as they were: that is undone.
         Frozen parameters have none. With kind "all" it keeps a copy of the parameters until the
         update is done.
         """
         if self.kind == "none" or update % self.every:
             return None
         trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
-        return Measurement(trained, shrunk, also_parameters=self.kind == "all")
+        return Measurement(trained, clip_coef, also_parameters=self.kind == "all")
 
 
 NO_NORMS = LayerNorms("none", 1)
@@ -60,11 +60,11 @@ class Measurement:
     """The norms of one update, begun before it and finished after it."""
 
     def __init__(
-        self, named: list[tuple[str, torch.Tensor]], shrunk: float, *, also_parameters: bool
+        self, named: list[tuple[str, torch.Tensor]], clip_coef: float, *, also_parameters: bool
     ) -> None:
         self._named = named
         clipped = by_layer((name, p.grad) for name, p in named if p.grad is not None)
-        self._norms = {"gradients": {layer: norm / shrunk for layer, norm in clipped.items()}}
+        self._norms = {"gradients": {layer: norm / clip_coef for layer, norm in clipped.items()}}
         self._before = [p.detach().clone() for _, p in named] if also_parameters else None
 
     def finish(self) -> dict[str, dict[str, float]]:
@@ -90,7 +90,7 @@ def by_layer(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
     return {layer: square**0.5 for layer, square in squares.items()}
 
 
-def joined(
+def combine_norms(
     norms: dict[str, dict[str, float]],
     names: Iterable[str],
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],

@@ -65,7 +65,7 @@ class BatchPlan:
     micro_batch_size: int | None = None  # the most samples at once; None: as many as there are
 
     def at(self, step: int) -> BatchPlan:
-        """The same for every step; see Plans for shares that change."""
+        """The same for every step; see BatchPlans for shares that change."""
         return self
 
     def part(self, index: int, count: int) -> BatchPlan:
@@ -103,7 +103,7 @@ def plan_batches(
     return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size, micro_batch_size)
 
 
-class Plans:
+class BatchPlans:
     """One rank's plan of every step, where the shares may change; on all ranks alike."""
 
     def __init__(

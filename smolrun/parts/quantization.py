@@ -10,7 +10,7 @@ more than half a step. fp16 brings the largest to 2^15 by a power of two first, 
 many samples cannot overflow. What is not finite stays so (in int8: its whole block), thus whoever
 decodes takes the same decision as who encoded. The bytes depend on nothing but the numbers.
 
-`Feedback` adds what rounding took away to the next tensor: nothing is lost, only late.
+`ErrorFeedback` adds what rounding took away to the next tensor: nothing is lost, only late.
 Knows nothing of ranks.
 
 Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016 (blockwise scales in
@@ -79,7 +79,7 @@ class Quantization:
         ]
 
 
-AS_THEY_ARE = Quantization()
+NO_QUANTIZATION = Quantization()
 
 
 class AsIs(Quantizer):
@@ -212,7 +212,7 @@ class Int8(Quantizer):
             yield slice(whole, numel), slice(whole // self.block, None), (1, numel - whole)
 
 
-class Feedback:
+class ErrorFeedback:
     """What rounding has taken from one flat tensor, to be added to the next one.
 
     A step may send several times; `settle` says at its end whether the step counted. If not, the

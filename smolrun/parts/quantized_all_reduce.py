@@ -33,7 +33,7 @@ from smolrun.collectives.schedule import (
 from smolrun.collectives.scheduled_collectives import ScheduledCollectives
 from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Work
-from smolrun.parts.quantization import Feedback, Quantizer
+from smolrun.parts.quantization import ErrorFeedback, Quantizer
 
 # Numbers of a tensor that are one chain: a few milliseconds of computing, so that heartbeats come
 # through, and part of a large tensor travels while the next is encoded.
@@ -55,7 +55,7 @@ class QuantizedAllReduce:
         self._index, self._size = collectives.index, collectives.size
         self._part = part
 
-    def all_reduce(self, flat: Tensor, feedback: Feedback | None = None) -> Work:
+    def all_reduce(self, flat: Tensor, feedback: ErrorFeedback | None = None) -> Work:
         """Sums the tensors of all ranks in place."""
         sizes = [stop - start for start, stop in even_ranges(flat.numel(), self._size)]
         parts = self._parts(flat, sizes, feedback)
@@ -63,14 +63,16 @@ class QuantizedAllReduce:
         return self._collectives.run_chains("quantized all_reduce", chains, 2)
 
     def reduce_scatter(
-        self, flat: Tensor, sizes: Sequence[int], feedback: Feedback | None = None
+        self, flat: Tensor, sizes: Sequence[int], feedback: ErrorFeedback | None = None
     ) -> Work:
         """Rank i gets the sum of `sizes[i]` numbers in place, where they lie; the rest of the
         tensor is used up."""
         chains = [self._reduce_own(part) for part in self._parts(flat, sizes, feedback)]
         return self._collectives.run_chains("quantized reduce_scatter", chains, 1)
 
-    def _parts(self, flat: Tensor, sizes: Sequence[int], feedback: Feedback | None) -> list[_Part]:
+    def _parts(
+        self, flat: Tensor, sizes: Sequence[int], feedback: ErrorFeedback | None
+    ) -> list[_Part]:
         """Every rank's range is cut into equally many pieces: one piece of each is a part."""
         residual, lost = feedback.take() if feedback else (None, None)
         count = max(1, -(-flat.numel() // self._part))

@@ -79,7 +79,7 @@ def contents(tensors: Mapping[str, torch.Tensor], *, by_bytes: bool) -> dict[str
     }
 
 
-def copy_from(
+def broadcast_from(
     collectives: Collectives,
     root: int,
     tensors: list[torch.Tensor],
@@ -97,7 +97,7 @@ def copy_from(
         tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
-def make_equal(collectives: Collectives, tensors: list[torch.Tensor]) -> list[float]:
+def sync_replicas(collectives: Collectives, tensors: list[torch.Tensor]) -> list[float]:
     """Copies rank 0's tensors to all where any hash differs; collective.
 
     Returns how far each rank's numbers were from rank 0's at most; empty where nothing differed.

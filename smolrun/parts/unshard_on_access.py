@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from smolrun.collectives.api import Collectives
 from smolrun.mesh.mesh import Work
-from smolrun.parts.flat_shards import Gathering, ShardedBucket
+from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket
 from smolrun.parts.norms import layer_of
 
 _HINT = (
@@ -34,55 +34,55 @@ _HINT = (
 )
 
 
-class Layer:
+class ParamGroup:
     """Buckets that are whole together, each in the format that it is used in."""
 
     def __init__(self, buckets: Sequence[tuple[ShardedBucket, torch.dtype]]) -> None:
         self.buckets = list(buckets)
         self._fingerprints: list[int] = []
-        self.arriving: list[Gathering] = []
-        self.whole: list[Tensor] = []
+        self.pending: list[PendingAllGather] = []
+        self.unsharded: list[Tensor] = []
         # Seen where there is nothing: right in shape, no memory, and loudly wrong.
         self._absent = [
             torch.full((), torch.nan, dtype=dtype, device=bucket.device)
             for bucket, dtype in buckets
         ]
-        self.free()
+        self.reshard()
 
     @property
-    def is_coming(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether it is whole, or on its way."""
-        return bool(self.arriving or self.whole)
+        return bool(self.pending or self.unsharded)
 
     def identify(self, collectives: Collectives, hint: str) -> None:
-        """Before the first `fetch`, on all ranks: buckets of equal shape must not be confused."""
+        """Before the first `unshard`, on all ranks: buckets of equal shape must not be confused."""
         for number, (bucket, _) in enumerate(self.buckets):
             layers = ", ".join(dict.fromkeys(layer_of(name) for name in bucket.names))
             part = f", bucket {number}" if len(self.buckets) > 1 else ""
             what = f"all_gather of layer {layers}{part}"
             self._fingerprints.append(collectives.fingerprint(what, hint))
 
-    def fetch(self, collectives: Collectives) -> None:
+    def unshard(self, collectives: Collectives) -> None:
         """Starts to gather it."""
         for (bucket, dtype), fingerprint in zip(self.buckets, self._fingerprints, strict=True):
             flat = torch.empty(bucket.size, dtype=dtype, device=bucket.device)
-            self.arriving.append(bucket.gather(collectives, flat, fingerprint))
+            self.pending.append(bucket.gather(collectives, flat, fingerprint))
 
-    def land(self, wait: Callable[[Work], None]) -> None:
+    def wait_for_unshard(self, wait: Callable[[Work], None]) -> None:
         """Waits until it is whole, and puts its parameters in place."""
-        for (bucket, _), gathering in zip(self.buckets, self.arriving, strict=True):
+        for (bucket, _), gathering in zip(self.buckets, self.pending, strict=True):
             wait(gathering.work)
-            gathering.land()
-            self.whole.append(gathering.flat)
+            gathering.copy_to_device()
+            self.unsharded.append(gathering.flat)
             for parameter, view in zip(
                 bucket.parameters, bucket.views(gathering.flat), strict=True
             ):
                 parameter.data = view
-        self.arriving = []
+        self.pending = []
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         """Lets go of it, also of what is still on its way."""
-        self.arriving, self.whole = [], []
+        self.pending, self.unsharded = [], []
         for (bucket, _), absent in zip(self.buckets, self._absent, strict=True):
             for parameter, shape in zip(bucket.parameters, bucket.shapes, strict=True):
                 parameter.data = absent.expand(shape)
@@ -92,13 +92,13 @@ class _Order:
     """The layers that one kind of pass used, one after the other."""
 
     def __init__(self) -> None:
-        self.known: list[Layer] = []
-        self.now: list[Layer] = []
+        self.known: list[ParamGroup] = []
+        self.now: list[ParamGroup] = []
 
     def begin(self) -> None:
         self.known, self.now = self.now, []
 
-    def after(self, layer: Layer, count: int) -> list[Layer]:
+    def after(self, layer: ParamGroup, count: int) -> list[ParamGroup]:
         """Notes that a layer is used; the next ones, if this goes as it went before."""
         place = len(self.now)
         self.now.append(layer)
@@ -110,7 +110,7 @@ class _Order:
 class _Part(NamedTuple):
     """What backward keeps instead of a weight."""
 
-    layer: Layer
+    layer: ParamGroup
     number: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -123,7 +123,7 @@ class UnshardOnAccess:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Layer],
+        layers: Sequence[ParamGroup],
         collectives: Collectives,
         *,
         prefetch: int,
@@ -138,14 +138,16 @@ class UnshardOnAccess:
         self._wait = wait
         self._orders = {True: _Order(), False: _Order()}
         self._order: _Order | None = None  # None: nobody may look at values now
-        self._current: Layer | None = None
-        self._memory: dict[int, tuple[Layer, int]] = {}  # address of a whole bucket -> what it is
+        self._current: ParamGroup | None = None
+        self._memory: dict[
+            int, tuple[ParamGroup, int]
+        ] = {}  # address of a whole bucket -> what it is
         for layer in layers:
             layer.identify(collectives, _HINT)
         watch(model, self._use)
 
     @contextmanager
-    def one_pass(self) -> Iterator[None]:
+    def forward_backward_pass(self) -> Iterator[None]:
         """Within, a model may run, forward or forward and backward; the values do not change."""
         self._order = self._orders[torch.is_grad_enabled()]
         self._order.begin()
@@ -155,35 +157,35 @@ class UnshardOnAccess:
         finally:
             self._order = None
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         """Lets go of all layers: the values change now, or nobody needs them for a while."""
         self._current = None
         self._memory.clear()
         for layer in self._layers:
-            if layer.is_coming:
-                layer.free()
+            if layer.is_requested:
+                layer.reshard()
 
     def _use(self, parameter: nn.Parameter) -> None:
         layer = self._layer_of.get(parameter)
         if layer is not None and layer is not self._current and self._order is not None:
             self._enter(layer, self._order)
 
-    def _enter(self, layer: Layer, order: _Order) -> None:
+    def _enter(self, layer: ParamGroup, order: _Order) -> None:
         """Makes a layer whole, fetches those to come, and frees all others."""
         self._current = layer
         wanted = [layer, *order.after(layer, self._prefetch)]
         for other in self._layers:
-            if other.is_coming and other not in wanted:
-                other.free()
+            if other.is_requested and other not in wanted:
+                other.reshard()
         for other in wanted:
-            if not other.is_coming:
-                other.fetch(self._collectives)
-        if layer.arriving:
-            layer.land(self._wait)
+            if not other.is_requested:
+                other.unshard(self._collectives)
+        if layer.pending:
+            layer.wait_for_unshard(self._wait)
         self._memory = {
             flat.untyped_storage().data_ptr(): (some, number)
             for some in wanted
-            for number, flat in enumerate(some.whole)
+            for number, flat in enumerate(some.unsharded)
         }
 
     def _pack(self, tensor: Tensor) -> Tensor | _Part:
@@ -198,7 +200,7 @@ class UnshardOnAccess:
         if kept.layer is not self._current:
             assert self._order is not None, "backward belongs into the pass"
             self._enter(kept.layer, self._order)
-        whole = kept.layer.whole[kept.number]
+        whole = kept.layer.unsharded[kept.number]
         return whole.as_strided(kept.size, kept.stride, kept.offset)
 
 

@@ -41,7 +41,7 @@ class Evaluation(Periodic):
         total, weight, correct, has_classes = 0.0, 0, 0, True
         for micro_batches in self._batches():
             sums = self._algorithm.eval_step(micro_batches)
-            total, weight = total + sums.loss, weight + sums.weight
+            total, weight = total + sums.loss, weight + sums.num_targets
             correct += sums.correct or 0
             has_classes = has_classes and sums.correct is not None
         self._loss = total / weight if weight else float("nan")

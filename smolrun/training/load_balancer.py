@@ -27,7 +27,7 @@ from typing import Any
 from smolrun.algorithms.base import StepResult
 from smolrun.errors import CheckpointError
 from smolrun.events import Event, Note
-from smolrun.parts.placement import Plans, shares
+from smolrun.parts.placement import BatchPlans, shares
 from smolrun.training.trainer import Callback
 
 # Steps from one decision to the next. The median of ten ignores four disturbed ones.
@@ -111,7 +111,7 @@ class LoadBalancer(Callback):
     def __init__(
         self,
         policy: BalancePolicy,
-        plans: Plans,
+        plans: BatchPlans,
         *,
         steps: int,
         emit: Callable[[Event], None],

@@ -22,7 +22,7 @@ from smolrun.parts.placement import BatchPlan
 
 
 class PlanSource(Protocol):
-    """A `BatchPlan`, or `Plans` where shares change during a run."""
+    """A `BatchPlan`, or `BatchPlans` where shares change during a run."""
 
     def at(self, step: int) -> BatchPlan:
         """The plan of one step."""

@@ -15,7 +15,7 @@ from typing import Literal
 from smolrun.algorithms.base import Algorithm, StepResult
 from smolrun.errors import TrainingError
 from smolrun.events import Drift, Event, ReplicaHash
-from smolrun.parts.replicas import first_difference, gather_hashes, make_equal, parameter_hash
+from smolrun.parts.replicas import first_difference, gather_hashes, parameter_hash, sync_replicas
 from smolrun.training.trainer import Callback, Periodic
 
 _AUTO_EVERY = 100  # updates; one broadcast of the model is then 1 % of what classicdp sends anyway
@@ -37,7 +37,7 @@ class ReplicaSync(Periodic):
     def run(self, step: int, due: int) -> None:
         """Collective."""
         collectives = self._algorithm.collectives
-        differences = make_equal(collectives, list(self._algorithm.replica_tensors().values()))
+        differences = sync_replicas(collectives, list(self._algorithm.replica_tensors().values()))
         apart = {
             rank: difference
             for rank, difference in zip(collectives.ranks, differences, strict=False)

@@ -83,8 +83,8 @@ class StepMetrics(Callback):
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 lr=result.learning_rate,
-                tokens=result.weight,
-                tokens_per_s=result.weight / interval_s if interval_s > 0 else 0.0,
+                tokens=result.num_targets,
+                tokens_per_s=result.num_targets / interval_s if interval_s > 0 else 0.0,
                 **figures,
             )
         )
@@ -118,9 +118,9 @@ class TerminateOnNonfinite(Callback):
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        self._emit(StepSkipped(result.step, list(result.culprits)))
+        self._emit(StepSkipped(result.step, list(result.nonfinite_ranks)))
         if self._skipped_in_a_row >= _MAX_SKIPPED:
-            ranks = ", ".join(str(rank) for rank in result.culprits) or "none alone"
+            ranks = ", ".join(str(rank) for rank in result.nonfinite_ranks) or "none alone"
             raise TrainingError(
                 f"{_MAX_SKIPPED} steps in a row had a gradient that is not a number, "
                 f"last of rank {ranks} at step {result.step}; "

@@ -138,8 +138,8 @@ def test_a_nan_in_one_rank_is_skipped_by_all_and_named(precision: str) -> None:
         return good, bad, before == parameter_hash(algorithm.replica_tensors().values())
 
     for good, bad, is_unchanged in run_ranks(3, rank_main):
-        assert good is not None and good.grad_norm is not None and good.culprits == ()
-        assert bad is not None and bad.grad_norm is None and bad.culprits == (1,)
+        assert good is not None and good.grad_norm is not None and good.nonfinite_ranks == ()
+        assert bad is not None and bad.grad_norm is None and bad.nonfinite_ranks == (1,)
         assert is_unchanged
 
 

@@ -437,7 +437,7 @@ def test_a_pipeline_evaluates_and_answers_on_every_rank(cls: type[Pipeline]) -> 
     def look(algorithm: Algorithm, result: Any) -> Any:
         sums = algorithm.eval_step([global_batch(99)])
         logits = algorithm.logits(global_batch(99).inputs)
-        return [sums.loss, sums.weight, *logits.double().flatten().tolist()]
+        return [sums.loss, sums.num_targets, *logits.double().flatten().tolist()]
 
     (reference,) = run(Single, 1, micro=BATCH, look=look)
     for trace in run(cls, 3, micro=2, look=look):

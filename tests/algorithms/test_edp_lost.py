@@ -78,7 +78,7 @@ def test_a_gradient_that_is_not_finite_is_tried_again(monkeypatch: pytest.Monkey
     dropped = [event for event in seen[0].events if isinstance(event, PushDropped)]
     assert [(event.ticket, event.reason) for event in dropped] == [(4, "it was not finite")]
     skipped = [result for one in seen[1:] for result in one.results if result.grad_norm is None]
-    assert [result.culprits for result in skipped] == [(dropped[0].rank,)]
+    assert [result.nonfinite_ranks for result in skipped] == [(dropped[0].rank,)]
     assert sorted(push.ticket for push in seen[0].pushes) == list(range(20))
     assert all(push.grad_norm is not None for push in seen[0].pushes)
 
@@ -91,8 +91,8 @@ def test_a_gradient_that_is_never_finite_is_skipped(monkeypatch: pytest.MonkeyPa
     assert (bad.ticket, bad.samples) == (4, 0)
     dropped = [event for event in seen.events if isinstance(event, PushDropped)]
     assert Counter(event.reason for event in dropped) == {"it was not finite": 3}
-    (where,) = [result for result in seen.results if result.culprits]
-    assert where.step == bad.step and where.culprits == (bad.rank,)
+    (where,) = [result for result in seen.results if result.nonfinite_ranks]
+    assert where.step == bad.step and where.nonfinite_ranks == (bad.rank,)
 
 
 def test_a_ticket_that_takes_longer_than_anybody_waits_is_nobody_s_fault() -> None:

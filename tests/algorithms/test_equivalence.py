@@ -47,7 +47,7 @@ def test_equals_single_on_the_same_global_batches(
     for trace in traces:
         assert difference(trace, reference) <= 1e-12
         assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
-        assert [r.weight for r in trace.results] == [r.weight for r in reference.results]
+        assert [r.num_targets for r in trace.results] == [r.num_targets for r in reference.results]
         assert [r.grad_norm for r in trace.results] == pytest.approx(
             [r.grad_norm for r in reference.results], abs=1e-12
         )
@@ -56,8 +56,8 @@ def test_equals_single_on_the_same_global_batches(
     assert traces[0].eval is not None, "a rank may leave it to rank 0"
     for found in evaluations:
         assert found.loss == pytest.approx(reference.eval.loss, abs=1e-10)
-        assert (found.weight, found.correct) == (
-            reference.eval.weight,
+        assert (found.num_targets, found.correct) == (
+            reference.eval.num_targets,
             reference.eval.correct,
         )
 

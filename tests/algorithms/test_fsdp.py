@@ -47,7 +47,7 @@ def assert_equal(traces: list[Trace], reference: Trace, most: float = 1e-12) -> 
         )
         assert trace.eval is not None and reference.eval is not None
         assert trace.eval.loss == pytest.approx(reference.eval.loss, abs=10 * most)
-        assert trace.eval.weight == reference.eval.weight
+        assert trace.eval.num_targets == reference.eval.num_targets
         assert trace.eval.correct == reference.eval.correct
         if reference.logits is not None and trace.logits is not None:
             assert torch.allclose(trace.logits, reference.logits, rtol=0, atol=1e-5)
@@ -224,7 +224,7 @@ def test_a_nan_in_one_rank_is_skipped_by_all_and_named(
     for trace in traces:
         skipped = [r.step for r in trace.results if r.grad_norm is None]
         assert skipped == [4]
-        assert trace.results[4].culprits == (2,)
+        assert trace.results[4].nonfinite_ranks == (2,)
         assert len(trace.hashes) < 2 or stage == 3 or trace.hashes[3] == trace.hashes[4]
     assert all(torch.isfinite(tensor).all() for tensor in traces[0].parameters.values())
 

@@ -169,7 +169,7 @@ def test_stage_3_never_holds_the_model_not_even_to_begin() -> None:
     def rank_main(mesh: Mesh) -> int:
         return held(made(mesh, GPT_NARROW))
 
-    right = ShardedBucket.take_own
+    right = ShardedBucket.load_shard
 
     def counted(self: ShardedBucket, value_of: Any) -> None:
         def noted(name: str, parameter: nn.Parameter) -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_stage_3_never_holds_the_model_not_even_to_begin() -> None:
         right(self, noted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardedBucket, "take_own", counted)
+        patch.setattr(ShardedBucket, "load_shard", counted)
         after = run_ranks(RANKS, rank_main)
     assert max(largest) < whole / 4
     assert max(after) < 2.2 * whole / RANKS  # parameters and their gradients

@@ -138,7 +138,7 @@ def test_frozen_parameters_are_cut_and_have_no_gradients(monkeypatch: pytest.Mon
 
     def run(runner: ParameterShards, *more: object) -> worlds.Trace:
         trace = whole(runner, *more)  # type: ignore[arg-type]
-        trained = sum(p.numel() for _, p in runner.stepped)
+        trained = sum(p.numel() for _, p in runner.optimized_params)
         both = sum(bucket.shard.numel() for bucket in runner.shards)
         held.append((both, trained, sum(total.numel() for total in runner.gradients.sums[0])))
         return trace

@@ -105,7 +105,7 @@ def forget_late_gradients(runner: Algorithm) -> None:
 
 def take_a_neighbours_slice(runner: Algorithm) -> None:
     assert isinstance(runner, OptimizerShards)
-    for _, parameter in runner.stepped[:1]:
+    for _, parameter in runner.optimized_params[:1]:
         parameter.data.copy_(parameter.data.flip(-1))
 
 

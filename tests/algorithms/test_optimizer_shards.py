@@ -11,7 +11,7 @@ import torch
 
 from smolrun.algorithms.optimizer_shards import PendingAllGathers
 from smolrun.collectives.api import Collectives
-from smolrun.parts.flat_shards import Gathering, ShardedBucket
+from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket
 from tests.algorithms import worlds
 from tests.algorithms.worlds import Trace, train
 
@@ -39,10 +39,12 @@ class Slow:
 def slow_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ShardedBucket.gather
 
-    def gather(self: ShardedBucket, collectives: Collectives, flat: torch.Tensor) -> Gathering:
+    def gather(
+        self: ShardedBucket, collectives: Collectives, flat: torch.Tensor
+    ) -> PendingAllGather:
         scratch = flat.clone()
         gathering = right(self, collectives, scratch)
-        return Gathering(Slow(gathering.work, scratch, flat), flat, flat)  # type: ignore[arg-type]
+        return PendingAllGather(Slow(gathering.work, scratch, flat), flat, flat)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ShardedBucket, "gather", gather)
 

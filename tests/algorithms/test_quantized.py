@@ -142,7 +142,7 @@ def test_a_nan_in_one_rank_is_skipped_by_all(
     monkeypatch.setattr(worlds, "sample", bad)
     for trace in train(algorithm, "mlp", 3, more=INT8, **keys(stage)):
         assert [r.step for r in trace.results if r.grad_norm is None] == [4]
-        assert trace.results[4].culprits == (2,)
+        assert trace.results[4].nonfinite_ranks == (2,)
         assert all(torch.isfinite(tensor).all() for tensor in trace.parameters.values())
 
 
@@ -159,7 +159,7 @@ def test_a_skipped_step_does_not_touch_residuals(staleness: int) -> None:
         slot = algorithm.slot(2)
 
         def residuals() -> list[torch.Tensor]:
-            kept = [f for (_, of), f in sorted(algorithm.sums._feedback.items()) if of == slot]
+            kept = [f for (_, of), f in sorted(algorithm.reducer._feedback.items()) if of == slot]
             return [feedback.residual.clone() for feedback in kept]
 
         for step in range(2 + staleness):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smolrun.algorithms.base import Algorithm
-from smolrun.algorithms.bucketed import Bucketed
+from smolrun.algorithms.bucketed import BucketedAlgorithm
 from smolrun.parts.quantization import Quantization
 from tests.algorithms.test_saved import STEPS, contents, run_part, same
 
@@ -51,8 +51,8 @@ def test_the_same_ranks_go_on_to_the_byte(
 
 
 def forget_residuals(algorithm: Algorithm) -> None:
-    assert isinstance(algorithm, Bucketed)
-    for feedback in algorithm.sums._feedback.values():
+    assert isinstance(algorithm, BucketedAlgorithm)
+    for feedback in algorithm.reducer._feedback.values():
         feedback.residual.zero_()
 
 

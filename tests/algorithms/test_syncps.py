@@ -159,7 +159,7 @@ def test_a_nan_in_one_rank_is_skipped_by_all_and_named(precision: str, bad: int)
 
     told = run_ranks(3, rank_main)
     for result, is_unchanged, _ in told:
-        assert result is not None and result.grad_norm is None and result.culprits == (bad,)
+        assert result is not None and result.grad_norm is None and result.nonfinite_ranks == (bad,)
         assert is_unchanged
     assert len({scale for *_, scale in told}) == 1
 
@@ -226,7 +226,7 @@ def test_facts_of_all_ranks_reach_all_ranks() -> None:
         algorithm = build(mesh)
         result = algorithm.train_step([batch(mesh.rank, 0)])
         assert result is not None
-        return result.loss, result.weight, result.samples, result.computed_s, result.grad_norm
+        return result.loss, result.num_targets, result.samples, result.computed_s, result.grad_norm
 
     told = run_ranks(3, rank_main)
     assert told[0] == told[1] == told[2]

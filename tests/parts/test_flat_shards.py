@@ -38,7 +38,7 @@ def test_every_element_is_owned_once(shapes: list[tuple[int, ...]], weights: lis
     owned = dict.fromkeys(whole, 0)
     for index in range(len(weights)):
         bucket = ShardedBucket(parameters, weights, index)
-        bucket.take_own(lambda name, parameter: parameter.detach())
+        bucket.load_shard(lambda name, parameter: parameter.detach())
         for part in bucket.slices:
             assert part.values.ndim == min(2, max(1, len(part.shape)))
             assert (
@@ -59,7 +59,7 @@ def test_a_replica_moves_in_without_changing(
     parameters = named(shapes)
     before = [p.detach().clone() for _, p in parameters]
     bucket = ShardedBucket(parameters, weights, 0)
-    flat = bucket.move_in()
+    flat = bucket.flatten_parameters()
     assert all(torch.equal(p, old) for (_, p), old in zip(parameters, before, strict=True))
     flat.zero_()
     assert all(not p.any() for _, p in parameters)
@@ -87,7 +87,7 @@ def test_no_more_buckets_are_alive_than_allowed(max_live: int) -> None:
             for name, p in reversed(list(model.named_parameters()))
         ]
         for bucket in buckets:
-            bucket.move_in()
+            bucket.flatten_parameters()
         collectives = new_group(mesh)
         passing = ReduceScatterBuckets(
             buckets,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smolrun.parts.quantization import Feedback, Int8, Quantization, Quantizer
+from smolrun.parts.quantization import ErrorFeedback, Int8, Quantization, Quantizer
 
 KINDS = ["none", "int8", "fp16", "bf16"]
 SIZES = [0, 1, 7, 255, 256, 257, 1000, 32 * 1024, 33_003]
@@ -152,7 +152,7 @@ def test_any_size_and_block(size: int, block: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_feedback_loses_nothing(kind: str) -> None:
-    quantizer, feedback = make(kind), Feedback(300, torch.float64)
+    quantizer, feedback = make(kind), ErrorFeedback(300, torch.float64)
     sent, given_up, true = (torch.zeros(300, dtype=torch.float64) for _ in range(3))
     for step in range(50):
         flat = numbers(300, torch.float64, seed=step % 3)
@@ -167,7 +167,7 @@ def test_feedback_loses_nothing(kind: str) -> None:
 
 
 def test_a_step_that_does_not_count_leaves_the_residual_as_it_was() -> None:
-    quantizer, feedback = make("int8"), Feedback(300)
+    quantizer, feedback = make("int8"), ErrorFeedback(300)
     feedback.encode(numbers(300), quantizer)
     feedback.settle(is_kept=True)
     before = feedback.residual.clone()
@@ -187,7 +187,7 @@ def test_a_step_that_does_not_count_leaves_the_residual_as_it_was() -> None:
 
 def test_a_step_may_send_several_times() -> None:
     """Micro-batch after micro-batch: what the first lost is in the second."""
-    quantizer, feedback = make("int8"), Feedback(300, torch.float64)
+    quantizer, feedback = make("int8"), ErrorFeedback(300, torch.float64)
     total = torch.zeros(300, dtype=torch.float64)
     parts = [numbers(300, torch.float64, seed=seed) for seed in range(4)]
     for part in parts:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.quantization import Feedback, Quantization, Quantizer
+from smolrun.parts.quantization import ErrorFeedback, Quantization, Quantizer
 from smolrun.parts.quantized_all_reduce import QuantizedAllReduce
 from smolrun.testing import run_ranks
 
@@ -60,7 +60,7 @@ def test_all_reduce_is_the_simulation_to_the_byte(kind: str, world_size: int) ->
 
     def rank_main(mesh: Mesh) -> tuple[list[Tensor], Tensor]:
         sums = QuantizedAllReduce(new_group(mesh), quantizer)
-        feedback, results = Feedback(size), []
+        feedback, results = ErrorFeedback(size), []
         for step in range(steps):
             flat = gradient(mesh.rank, step, size)
             sums.all_reduce(flat, feedback).wait()
@@ -87,7 +87,7 @@ def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int) -> N
     quantizer = Quantization(kind, block=64).quantizer()
 
     def rank_main(mesh: Mesh) -> tuple[Tensor, Tensor]:
-        sums, feedback = QuantizedAllReduce(new_group(mesh), quantizer), Feedback(sum(sizes))
+        sums, feedback = QuantizedAllReduce(new_group(mesh), quantizer), ErrorFeedback(sum(sizes))
         start = sum(sizes[: mesh.rank])
         for step in range(3):  # several in one step: each finds what the last has left
             flat = gradient(mesh.rank, step, sum(sizes))
@@ -117,7 +117,7 @@ def test_large_tensors_go_in_parts_and_lose_nothing(kind: str) -> None:
 
     def rank_main(mesh: Mesh) -> tuple[Tensor, Tensor]:
         sums = QuantizedAllReduce(new_group(mesh), Quantization("int8").quantizer(), part=9_000)
-        feedback = [Feedback(size, torch.float64) for _ in range(2)]
+        feedback = [ErrorFeedback(size, torch.float64) for _ in range(2)]
         total = torch.zeros(size, dtype=torch.float64)
         for step in range(steps):  # two at one time, as buckets are
             flats = [gradient(mesh.rank, 2 * step + i, size, torch.float64) for i in range(2)]
@@ -192,7 +192,7 @@ def test_hardly_anything(size: int, world_size: int) -> None:
     def rank_main(mesh: Mesh) -> Tensor:
         flat = torch.ones(size)
         sums = QuantizedAllReduce(new_group(mesh), Quantization("int8").quantizer())
-        sums.all_reduce(flat, Feedback(size)).wait()
+        sums.all_reduce(flat, ErrorFeedback(size)).wait()
         return flat
 
     for flat in run_ranks(world_size, rank_main):

@@ -10,12 +10,12 @@ import torch
 from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.replicas import (
+    broadcast_from,
     contents,
-    copy_from,
     first_difference,
     gather_hashes,
-    make_equal,
     parameter_hash,
+    sync_replicas,
 )
 from smolrun.testing import run_ranks
 
@@ -31,8 +31,8 @@ def test_replicas_that_differ_become_rank_0s() -> None:
     def rank_main(mesh: Mesh) -> tuple[list[float], list[float], list[str], float]:
         collectives = new_group(mesh)
         tensors = [torch.ones(3, 2), torch.full((2,), float(mesh.rank))]
-        changed = make_equal(collectives, tensors)
-        again = make_equal(collectives, tensors)
+        changed = sync_replicas(collectives, tensors)
+        again = sync_replicas(collectives, tensors)
         return (
             changed,
             again,
@@ -55,7 +55,7 @@ def test_the_largest_difference_is_found_wherever_it_is() -> None:
             mine[-1], whole[2] = 0.5, -7
         if mesh.rank == 2:
             mine[3] = math.nan
-        return make_equal(new_group(mesh), [mine, whole, torch.zeros(0)])
+        return sync_replicas(new_group(mesh), [mine, whole, torch.zeros(0)])
 
     for found in run_ranks(3, rank_main):
         assert found[:2] == [0, 7]
@@ -90,7 +90,7 @@ def test_one_ranks_tensors_are_copied_to_all_whatever_their_types() -> None:
 
     def rank_main(mesh: Mesh) -> list[torch.Tensor]:
         own = [value.clone() if mesh.rank == 1 else torch.zeros_like(value) for value in values]
-        copy_from(new_group(mesh), 1, own, wait=Work.wait)
+        broadcast_from(new_group(mesh), 1, own, wait=Work.wait)
         return own
 
     for copied in run_ranks(3, rank_main):

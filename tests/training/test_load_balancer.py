@@ -14,7 +14,7 @@ import torch
 from smolrun.algorithms.contract import StepResult, StepStats
 from smolrun.errors import CheckpointError
 from smolrun.events import Event, Note
-from smolrun.parts.placement import Plans, plan_batches
+from smolrun.parts.placement import BatchPlans, plan_batches
 from smolrun.training.load_balancer import WINDOW, WORTH, BalancePolicy, LoadBalancer, ShareChange
 
 
@@ -134,10 +134,10 @@ RESULT = StepResult(0, 1.0, 32, 1.0, 0.1, 1.0, 0.0, None, (), False, None, STATS
 
 def made(
     ahead: int = 0, batch: int = 32, of: int = 1000
-) -> tuple[LoadBalancer, Plans, list[Event]]:
+) -> tuple[LoadBalancer, BatchPlans, list[Event]]:
     """A balancer of two ranks in a run of so many steps, the plans of rank 1, and the events."""
     counts, events = [batch // 2, batch // 2], list[Event]()
-    plans = Plans(lambda weights: plan_batches(batch, weights, 1), counts)
+    plans = BatchPlans(lambda weights: plan_batches(batch, weights, 1), counts)
     policy, hosts = BalancePolicy(counts), ["mac", "pi"]
     balancer = LoadBalancer(
         policy, plans, steps=of, emit=events.append, prefetched_steps=ahead, hosts=hosts

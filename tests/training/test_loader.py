@@ -10,7 +10,7 @@ import torch
 from smolrun.data.order import SampleOrder
 from smolrun.data.splits import Batch, FeatureSplit, TokenSplit
 from smolrun.errors import DataError
-from smolrun.parts.placement import BatchPlan, Plans, plan_batches
+from smolrun.parts.placement import BatchPlan, BatchPlans, plan_batches
 from smolrun.training.loader import (
     BatchLoader,
     StreamLoader,
@@ -96,7 +96,7 @@ class Rows:
 
 
 def stream(
-    rows: Rows, plan: BatchPlan | Plans, *, steps: int = 6, prefetch_steps: int = 2
+    rows: Rows, plan: BatchPlan | BatchPlans, *, steps: int = 6, prefetch_steps: int = 2
 ) -> StreamLoader:
     return StreamLoader(
         rows,
@@ -177,7 +177,7 @@ def test_changing_shares_keep_every_requested_row(prefetch_steps: int) -> None:
     changes = {3: [7.0, 0.0, 1.0], 9: [1.0, 6.0, 1.0]}
     steps, got = 20, [[] for _ in range(20)]
     for rank in range(3):
-        plans = Plans(lambda weights, rank=rank: plan_batches(BATCH, weights, rank), [1.0] * 3)
+        plans = BatchPlans(lambda weights, rank=rank: plan_batches(BATCH, weights, rank), [1.0] * 3)
         rows = Rows()
         one = stream(rows, plans, steps=steps, prefetch_steps=prefetch_steps)
         for step in range(steps):

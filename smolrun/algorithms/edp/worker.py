@@ -39,7 +39,7 @@ from smolrun.data.splits import Batch
 from smolrun.errors import WaitTimeout
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.parameter_server import SERVER, Channels
-from smolrun.parts.quantization import Feedback, Quantization
+from smolrun.parts.quantization import ErrorFeedback, Quantization
 
 
 class WaitBudget:
@@ -108,7 +108,7 @@ class ParameterServerClient:
         self._quantizer = quantization.quantizer()
         self._dtypes = [quantization.working_dtype(dtype) for dtype in flat_model.dtypes]
         self._feedbacks = [
-            Feedback(size, dtype)
+            ErrorFeedback(size, dtype)
             for size, dtype in zip(flat_model.sizes, self._dtypes, strict=True)
             if quantization.error_feedback and not quantization.is_none
         ]
