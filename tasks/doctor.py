@@ -1,7 +1,7 @@
 """task=doctor: looks at every host and every link, and says what works and what mends the rest.
 
     hosts    each is asked what it is and has            launch/doctor/host_report.py, on_host/
-    routes     who reaches whom, without a mesh            launch/doctor/probe_reachability.py
+    routes     who reaches whom, without a mesh            launch/doctor/reachability.py
     links    round trip and bandwidth, over the mesh     `work`, on one rank per host
 
 write=true writes what it found into the cluster file, format=json prints all of it. Starts nothing

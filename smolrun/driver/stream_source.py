@@ -1,7 +1,7 @@
 """A run whose data is a stream: the driver's reader, and what each rank is fed with.
 
 Only wiring; the reader is in data/stream.py, the way to the ranks in
-launch/streams.py and stream_client.py.
+launch/streams.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Processes and control
     supervisor_events.py, root_cause.py, supervisor.py, elastic.py, restart.py
                    what can happen, which rank is the cause, what to do (pure)
     driver.py      runs the supervisor against real workers
-    stream_server.py, stream_client.py   rows of streamed data over the control protocol
+    streams.py     rows of streamed data over the control protocol
 
 Folders, of which each imports only those below it (import-linter: "launch")
     doctor/        task=doctor: probes hosts and links, and what the answers mean

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has no sentence that the code does not say, and all about hosts."""
+"""docs/troubleshooting.md has all error messages about hosts, and only messages of the code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-GAP = "\0"  # a name or a number in a sentence of the code
+GAP = "\0"  # a name or a number in a message of the code
 
-# What nobody can do anything about, or can see.
-EXCUSED = {
-    f"{GAP}: {GAP}": "an error that nobody foresaw, as Python calls it",
-    f"{GAP} failed: {GAP}": "the same, of a question to this very machine",
+# Messages without a remedy, or that no user sees.
+EXCEPTIONS = {
+    f"{GAP}: {GAP}": "an unexpected exception, with its class",
+    f"{GAP} failed: {GAP}": "the same, of a probe of this machine",
     "it was given no address to listen on": "every rank has one",
-    f"{GAP}-{GAP} is no range of ports": "the configuration refuses it before",
+    f"{GAP}-{GAP} is no range of ports": "the configuration is refused before",
     f"{GAP} has no program in it": "a broken wheel of uv; pip would refuse it",
-    f"{GAP} wrote more than 64 MiB": "a command of ours that says very much",
-    "the SSH connection was closed": "by ourselves",
-    f"reported an invalid run folder {GAP}": "a host that answers with nonsense",
+    f"{GAP} wrote more than 64 MiB": "a command of ours with too much output",
+    "the SSH connection was closed": "by smolrun itself",
+    f"reported an invalid run folder {GAP}": "an invalid answer of a host",
 }
 
 
@@ -46,11 +46,11 @@ def trees() -> list[ast.Module]:
 
 
 TREES = trees()
-SENTENCES = {text for tree in TREES for node in ast.walk(tree) if (text := template(node))}
+MESSAGES = {text for tree in TREES for node in ast.walk(tree) if (text := template(node))}
 
 
-def told_of_hosts() -> Iterator[str]:
-    """What HostError and Failed are given as `what`, where it is written out there."""
+def host_messages() -> Iterator[str]:
+    """The literal messages of HostError, Failed and the like."""
     for node in (node for tree in TREES for node in ast.walk(tree)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", "")
@@ -66,33 +66,33 @@ def headings() -> list[str]:
     return re.findall(r"^### `(.+)`$", PAGE, flags=re.MULTILINE)
 
 
-def says(sentence: str, heading: str) -> bool:
-    """Whether a sentence of the code may look like the heading, from its beginning on."""
+def matches(message: str, heading: str) -> bool:
+    """Whether a message of the code begins like the heading; `...` stands for anything."""
     pattern = ".*".join(re.escape(piece) for piece in heading.split("..."))
-    return re.match(pattern, sentence, flags=re.DOTALL) is not None
+    return re.match(pattern, message, flags=re.DOTALL) is not None
 
 
-def test_every_heading_is_a_sentence() -> None:
+def test_every_heading_is_a_message() -> None:
     assert len(headings()) >= 60
     assert len(headings()) == len(re.findall("^### ", PAGE, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("heading", headings())
-def test_the_code_says_every_heading(heading: str) -> None:
-    assert any(says(sentence, heading) for sentence in SENTENCES)
+def test_the_code_has_every_heading(heading: str) -> None:
+    assert any(matches(message, heading) for message in MESSAGES)
 
 
-@pytest.mark.parametrize("sentence", sorted(set(told_of_hosts())), ids=repr)
-def test_every_sentence_about_a_host_is_there(sentence: str) -> None:
-    is_there = any(says(sentence, heading) for heading in headings())
-    assert is_there != (sentence in EXCUSED), "in the page, or excused, and not both"
+@pytest.mark.parametrize("message", sorted(set(host_messages())), ids=repr)
+def test_every_message_about_a_host_is_in_the_page(message: str) -> None:
+    is_there = any(matches(message, heading) for heading in headings())
+    assert is_there != (message in EXCEPTIONS), "in the page or an exception, not both"
 
 
-def test_no_excuse_is_out_of_date() -> None:
-    assert set(EXCUSED) <= SENTENCES
+def test_no_exception_is_out_of_date() -> None:
+    assert set(EXCEPTIONS) <= MESSAGES
 
 
-def test_a_sentence_that_nobody_says_is_seen() -> None:
-    assert says(f"no address is found for {GAP} ({GAP})", "no address is found for ... (...)")
-    assert not says(f"no address is known for {GAP}", "no address is found for ... (...)")
-    assert not any(says(sentence, "the moon is too far for ...") for sentence in SENTENCES)
+def test_a_message_that_is_not_in_the_code_is_found() -> None:
+    assert matches(f"no address is found for {GAP} ({GAP})", "no address is found for ... (...)")
+    assert not matches(f"no address is known for {GAP}", "no address is found for ... (...)")
+    assert not any(matches(message, "the moon is too far for ...") for message in MESSAGES)

@@ -1,8 +1,7 @@
 """Brings to hosts what a run needs there, and back what it wrote: code, data, models, checkpoints.
 
     driver                                              host, below its workdir
-    code_tree.py     which files are code
-    code_archive.py  one archive of them, and its hash
+    code_archive.py  which files are code; one archive of them, and its hash
     code.py          ------------------------------->   code/<sha16>/, or tree/
     versions.py      do the libraries there fit?        envs/<name>/
     files.py         data and models, by content ---->  files/<sha256>/

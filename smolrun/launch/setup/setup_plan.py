@@ -137,7 +137,7 @@ def _python(found: BlankHost, workdir: str) -> tuple[tuple[int, ...], str, bool]
     return min(good, key=lambda one: (not one[2], one[0] != _LIKED, one[0]), default=None)
 
 
-UV_VERSION = "0.13.9"  # the copy that task=setup brings; its hashes are in uv_program.py
+UV_VERSION = "0.13.9"  # the copy that task=setup brings; its hashes are in environment_maker.py
 _MARK = "smolrun-blank"
 _UV = (
     '"$HOME"/.local/bin/uv',
