@@ -24,7 +24,7 @@ _OUT_OF_REACH_S = 60.0  # so long a machine may not answer, before that is the e
 
 def drive(config: RunConfig) -> int:
     """Follow the run to its end; returns the exit code that its own command has."""
-    with opened(find_run(config.run)) as run:
+    with opened(find_run("attach.run", config.attach.run)) as run:
         view = run.ask(Request("", reads=True))
         if view.has_ended:
             echo("\n".join(ending_lines.lines(run.folder, view)))
@@ -62,7 +62,7 @@ class Show:
         except KeyboardInterrupt:
             self._console.close()
             name = self._run.folder.run_id
-            echo(f"{name} goes on; to stop it: smolrun task=stop run={name}")
+            echo(f"{name} goes on; to stop it: smolrun task=stop stop.run={name}")
             return EXIT_DONE
         finally:
             self._console.close()

@@ -4,8 +4,8 @@
     routes     who reaches whom, without a mesh            launch/doctor/reachability.py
     links    round trip and bandwidth, over the mesh     `work`, on one rank per host
 
-write=true writes what it found into the cluster file, format=json prints all of it. Starts nothing
-that outlives it.
+doctor.write=true writes what it found into the cluster file, doctor.format=json prints all of it.
+No process that it starts outlives it.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _tell(reports: HostReports) -> int:
     config = reports.config
     fails = any(one.status.state == "cannot run" for one in reports.by_host.values())
     exit_code = EXIT_FAILED if fails else EXIT_DONE
-    if config.format == "json":
+    if config.doctor.format == "json":
         echo(json.dumps(document(reports, exit_code), indent=2, default=str))
     else:
         report(reports)
-    if config.write:
+    if config.doctor.write:
         from smolrun.driver.doctor_write import write
 
-        write(reports, _to_stderr if config.format == "json" else print)
+        write(reports, _to_stderr if config.doctor.format == "json" else print)
     return exit_code
 
 

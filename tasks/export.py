@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig
-from smolrun.config.models import Trained as TrainedConfig
+from smolrun.config.models import TrainedConfig
 from smolrun.data.cache import cache_folder
 from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, SmolrunError

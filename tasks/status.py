@@ -26,9 +26,9 @@ _UNKNOWN = "-"
 
 
 def drive(config: RunConfig) -> int:
-    """Prints the table, or with format=json a list of all that is known; exit code 0."""
+    """Prints the table, or with status.format=json a list of all that is known; exit code 0."""
     folders = run_folders(OUTPUTS)
-    if config.format == "json":
+    if config.status.format == "json":
         echo(json.dumps([_plain(run) for run in _with_remote([look(one) for one in folders])]))
         return EXIT_DONE
     if not folders:

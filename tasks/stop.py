@@ -24,7 +24,7 @@ _OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 def drive(config: RunConfig) -> int:
     """Reconnector 0 once the run has ended, however it did."""
-    with opened(find_run(config.run)) as run:
+    with opened(find_run("stop.run", config.stop.run)) as run:
         view = run.ask(Request(""))
         if not view.has_ended:
             try:
@@ -40,7 +40,7 @@ def drive(config: RunConfig) -> int:
         if not view.has_ended:
             name = run.folder.run_id
             echo(f"smolrun: {name} has not stopped yet; to stop it at once: "
-                  f"smolrun task=stop run={name}", error=True)  # fmt: skip
+                  f"smolrun task=stop stop.run={name}", error=True)  # fmt: skip
             return EXIT_FAILED
         echo("\n".join(ending_lines.lines(run.folder, view)))
         return EXIT_DONE

@@ -1,7 +1,7 @@
 """task=trust: shows the SSH key of every host, and remembers those that you say are right.
 
 Nothing is logged in to, but for jump hosts, behind which one cannot look otherwise. A new key is
-added to your known_hosts file after a yes (or by write=true, unseen); one that has changed is
+added to your known_hosts file after a yes (or by trust.yes=true, unseen); one that has changed is
 replaced after a yes and never otherwise.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolrun.config import RunConfig
-from smolrun.config.cluster import Cluster
+from smolrun.config.cluster import ClusterConfig
 from smolrun.errors import ConfigError, HostError
 from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh import host_keys
@@ -58,7 +58,7 @@ def drive(config: RunConfig) -> int:
         while True:
             rows = _look(cluster, targets)
             echo(table(rows))
-            if not _decide(rows, cluster.name, trust_new=config.write) or not _has_jump(rows):
+            if not _decide(rows, cluster.name, trust_new=config.trust.yes) or not _has_jump(rows):
                 break
             echo()
     except (EOFError, KeyboardInterrupt):
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _look(cluster: Cluster, targets: dict[str, str]) -> list[Row]:
+def _look(cluster: ClusterConfig, targets: dict[str, str]) -> list[Row]:
     """All hosts at once; every SSH server once, however many hosts are behind it."""
     from smolrun.launch.ssh.connect import scan
 
@@ -134,7 +134,7 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
     if not is_asking and not (trust_new and written):
         echo(
             "nobody is here to be asked, so nothing was trusted: run this in a terminal, or "
-            f"smolrun task=trust cluster={cluster} write=true to trust all new keys unseen; "
+            f"smolrun task=trust cluster={cluster} trust.yes=true to trust all new keys unseen; "
             "a key that has changed is only replaced in a terminal"
         )
     return written

@@ -80,7 +80,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def show_attached(folder: RunFolder) -> None:
-    attach.drive(compose(["task=attach", "run=latest"]))
+    attach.drive(compose(["task=attach", "attach.run=latest"]))
 
 
 def show_followed(folder: RunFolder) -> None:

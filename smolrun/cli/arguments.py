@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from smolrun.config.synonyms import CHOICE_ALIASES, KEY_ALIASES
+from smolrun.config.synonyms import CHOICE_ALIASES, KEY_ALIASES, TASK_KEY_ALIASES
 from smolrun.errors import ConfigError
 
 COMPLETING = ("--shell-completion", "-sc")
@@ -93,8 +93,6 @@ def read(argv: Sequence[str]) -> Arguments:
                 found.config_dir = Path(value).resolve()
             else:
                 problems.append(f"{flag} {value}: there is no such folder")
-        elif word == "--json":  # as other programs call it
-            found.overrides.append("format=json")
         elif word.startswith("-"):
             problems += [] if word in IGNORED else [_unknown(flag, word)]
         else:
@@ -114,13 +112,28 @@ def _unknown(flag: str, word: str) -> str:
     return f"{word}: no such flag; settings are written key=value, without dashes{hint}"
 
 
-def own_words(word: str) -> str:
-    """`algorithm=ddp` as `algorithm=classicdp`: keys and choices that have a second name."""
-    key, equals, value = word.partition("=")
-    name = key.lstrip("+")
-    if same := CHOICE_ALIASES.get(name):
-        value = ",".join(same.get(choice, choice) for choice in value.split(","))
-    return f"{key.removesuffix(name)}{KEY_ALIASES.get(name, name)}{equals}{value}"
+def without_aliases(argv: Sequence[str]) -> list[str]:
+    """`algorithm=ddp` as `algorithm=classicdp`, `task=stop run=x` as `task=stop stop.run=x`,
+    `--json` as `status.format=json`. ConfigError for a task without JSON output.
+    """
+    tasks = [word.partition("=")[2] for word in argv if word.startswith("task=")]
+    task = tasks[-1] if tasks else "train"
+    keys = {**KEY_ALIASES, **TASK_KEY_ALIASES.get(task, {})}
+    words = []
+    for word in argv:
+        if word == "--json" and "format" not in keys:
+            others = [
+                f"task={name}" for name, short in TASK_KEY_ALIASES.items() if "format" in short
+            ]
+            raise ConfigError(
+                f"--json: task={task} has no JSON output; allowed: {', '.join(others)}"
+            )
+        key, equals, value = ("format=json" if word == "--json" else word).partition("=")
+        name = key.lstrip("+")
+        if same := CHOICE_ALIASES.get(name):
+            value = ",".join(same.get(choice, choice) for choice in value.split(","))
+        words.append(f"{key.removesuffix(name)}{keys.get(name, name)}{equals}{value}")
+    return words
 
 
 def at_home(word: str) -> str:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from smolrun.cli import choices, combinations, compose, outputs
+from smolrun.cli import choices, compose, outputs
 from smolrun.cli.arguments import Arguments
-from smolrun.config import RunConfig
-from smolrun.config.base import CustomTarget
+from smolrun.config import RunConfig, validate
+from smolrun.config.base import CustomTargetConfig
 from smolrun.config.describe import NOT_BUILT, choices_of, keys_of, sections_of
+from smolrun.errors import ConfigError
 
 HEAD = """\
 # Configuration
@@ -45,38 +47,57 @@ what they give together, as composed, unchecked, and runs nothing.
 """
 
 
+COMBINATIONS = """\
+# What goes together
+
+<!-- Made by `make docs` from the checks in smolrun/config/ and from conf/. Change those, not this file. -->
+
+`staleness.bound` and `quantization` for every algorithm. What is refused is refused for the reason
+below, before anything starts. `int8`, `fp16` and `bf16` are alike in this.
+"""  # noqa: E501  (a comment of the page)
+
+STALENESS = {"on time": "staleness.bound=0", "K steps late": "staleness.bound=2"}
+QUANTIZATION = {"as they are": "quantization=none", "in fewer bits": "quantization=int8"}
+COLUMNS = {
+    (when, how): [staleness, quantization]
+    for (when, staleness), (how, quantization) in product(STALENESS.items(), QUANTIZATION.items())
+}
+
+
 def text() -> str:
     """The whole page."""
     shipped = [choices.shipped_folder()]
     groups = choices.groups(shipped)
     with compose.composing(Arguments()):
         base = compose.plain(compose.composed(Arguments()))
-        lines = [HEAD, *_top_keys(base)]
+        lines = [HEAD, *_top_keys(base, groups)]
         for group, default in choices.defaults(shipped).items():
             names = sorted(groups[group], key=lambda name: (name != default, name))
             lines += ["", f"## {group}", "", *_choices(group, groups[group], default)]
             if group == "cluster":
                 lines += _cluster()
-            elif group in RunConfig.model_fields and group not in _plain_keys():
+            elif _is_section(group):
                 lines += _keys(group, {name: _composed(group, name) for name in names})
     return "\n".join(lines) + "\n"
 
 
-def _plain_keys() -> list[str]:
-    """Top-level keys that are one value."""
-    fields = RunConfig.model_fields.items()
-    return [name for name, field in fields if not sections_of(field)]
+def _is_section(group: str) -> bool:
+    field = RunConfig.model_fields.get(group)
+    return field is not None and bool(sections_of(field))
 
 
 def _composed(group: str, choice: str) -> Any:
     return compose.plain(compose.composed(Arguments([f"{group}={choice}"])))[group]
 
 
-def _top_keys(base: Mapping[str, Any]) -> Iterator[str]:
-    rows = [key for key in keys_of(RunConfig) if key.path in _plain_keys()]
+def _top_keys(base: Mapping[str, Any], groups: Collection[str]) -> Iterator[str]:
+    """Keys without a folder of choices: of the run, and of single tasks."""
     yield from _table(("key", "default", "allowed", "meaning"))
-    for key in rows:
-        yield _row(f"`{key.path}`", _shown(base[key.path]), key.allowed, key.meaning)
+    for key in keys_of(RunConfig):
+        group, _, name = key.path.partition(".")
+        if not name or group not in groups:
+            value = base[group][name] if name else base[group]
+            yield _row(f"`{key.path}`", _shown(value), key.allowed, key.meaning)
 
 
 def _choices(group: str, names: Mapping[str, str], default: str) -> Iterator[str]:
@@ -117,7 +138,7 @@ def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _is_of(section: type[BaseModel], value: Mapping[str, Any]) -> bool:
-    if issubclass(section, CustomTarget):
+    if issubclass(section, CustomTargetConfig):
         return False
     tags = [tag for tag in ("target", "name", "kind") if tag in section.model_fields]
     tag = next((tag for tag in tags if choices_of(section.model_fields[tag])), None)
@@ -146,8 +167,57 @@ def _shown(value: Any) -> str:
     return f"`{value if is_word else json.dumps(value)}`"
 
 
+def combination_rows() -> list[list[str]]:
+    """The choices of each row: every algorithm, with every stage where it has some."""
+    found = []
+    with compose.composing(Arguments()):
+        for name in sorted(choices.groups([choices.shipped_folder()])["algorithm"]):
+            chosen = f"algorithm={name}"
+            has_stages = "stage" in compose.values(Arguments([chosen]))["algorithm"]
+            stages = [f"algorithm.stage={stage}" for stage in range(4)] if has_stages else []
+            found += [[chosen, stage] for stage in stages] or [[chosen]]
+    return found
+
+
+def _refusals() -> dict[tuple[str, tuple[str, str]], str]:
+    """Why each combination is refused, by row and column; empty where it works."""
+    found = {}
+    all_rows = combination_rows()
+    with compose.composing(Arguments()):
+        for row, (column, keys) in product(all_rows, COLUMNS.items()):
+            single = ["cluster.ranks=1"] if row == ["algorithm=single"] else []
+            data = compose.values(Arguments([*row, *keys, *single]))
+            try:
+                validate(data)
+                found[" ".join(row), column] = ""
+            except ConfigError as error:
+                found[" ".join(row), column] = str(error)
+    return found
+
+
+def combinations() -> str:
+    """docs/combinations.md: algorithm by staleness and quantization; why a combination is refused.
+
+    Each cell is a configuration that was composed and checked.
+    """
+    return "\n".join([COMBINATIONS, *_refusal_table(_refusals())]) + "\n"
+
+
+def _refusal_table(found: dict[tuple[str, tuple[str, str]], str]) -> Iterator[str]:
+    reasons = list(dict.fromkeys(why for why in found.values() if why))
+    yield "| gradients | " + " | ".join(f"{when}, {how}" for when, how in COLUMNS) + " |"
+    yield "|" + " --- |" * (len(COLUMNS) + 1)
+    for row in dict.fromkeys(row for row, _ in found):
+        cells = [found[row, column] for column in COLUMNS]
+        shown = [f"refused ({reasons.index(why) + 1})" if why else "works" for why in cells]
+        yield f"| `{row}` | " + " | ".join(shown) + " |"
+    yield ""
+    for number, why in enumerate(reasons, start=1):
+        yield f"{number}. {why}"
+
+
 if __name__ == "__main__":
     page = Path(sys.argv[1])
     page.write_text(text(), encoding="utf-8")
     page.with_name("outputs.md").write_text(outputs.text(), encoding="utf-8")
-    page.with_name("combinations.md").write_text(combinations.text(), encoding="utf-8")
+    page.with_name("combinations.md").write_text(combinations(), encoding="utf-8")

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from smolrun.cli import choices, compose, mistakes, sweep
-from smolrun.cli.arguments import Arguments, at_home, is_showing, own_words, read, refuse
+from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse, without_aliases
 from smolrun.cli.resume import resumed
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
@@ -30,8 +30,8 @@ def run(argv: Sequence[str]) -> int:
         sys.path.append(
             os.getcwd()
         )  # the user's own code beside them; last, so that it hides no library
-    argv = [own_words(at_home(word)) for word in argv]
     try:
+        argv = without_aliases([at_home(word) for word in argv])
         refuse(argv)
         if is_showing(argv):
             return _show(argv)

@@ -15,21 +15,21 @@ from pydantic import Field
 from smolrun.config.base import (
     Auto,
     Count,
-    CustomTarget,
+    CustomTargetConfig,
     NotNegative,
     Positive,
-    Target,
+    TargetConfig,
     chosen_by_target,
 )
-from smolrun.config.cluster import Cluster
-from smolrun.config.data import Data
+from smolrun.config.cluster import ClusterConfig
+from smolrun.config.data import DataConfig
 from smolrun.config.optimizers import Optimizer
-from smolrun.config.settings import Staleness, Training
+from smolrun.config.settings import StalenessConfig, TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
 from smolrun.config.suggest import problem
 
 
-class Algorithm(Target):
+class AlgorithmConfig(TargetConfig):
     """The facts of an algorithm. The defaults are those of a synchronous data-parallel one, and of
     the user's own.
 
@@ -75,7 +75,7 @@ class Algorithm(Target):
         """Equal parts that a global batch is cut into; None: shares in proportion to speed."""
         return None
 
-    def with_stage(self, stage: int) -> Algorithm | None:
+    def with_stage(self, stage: int) -> AlgorithmConfig | None:
         """The same algorithm with another sharding stage; None where it has no stages."""
         return None
 
@@ -84,7 +84,7 @@ class Algorithm(Target):
         return Sharding()
 
 
-class Single(Algorithm):
+class SingleConfig(AlgorithmConfig):
     """One rank that holds everything: the reference that all others must equal."""
 
     max_ranks: ClassVar[int | None] = 1
@@ -95,7 +95,7 @@ class Single(Algorithm):
         return "algorithm=single has one copy of the model"
 
 
-class ClassicDP(Algorithm):
+class ClassicDPConfig(AlgorithmConfig):
     """A replica on every rank; a ring all_reduce averages gradients while backward still runs."""
 
     quantizes_gradients: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class ClassicDP(Algorithm):
         return Sharding(1, sizes.share) if self.shard_optimizer is True else Sharding()
 
 
-class FSDP(Algorithm):
+class FSDPConfig(AlgorithmConfig):
     """As classicdp, but optimizer, gradients and parameters are sharded across the ranks."""
 
     quantizes_gradients: ClassVar[bool] = True
@@ -152,7 +152,7 @@ class FSDP(Algorithm):
     def why_no_replicas(self) -> str:
         return "fsdp stage 3 has every parameter on one rank only" if self.stage == 3 else ""
 
-    def check_staleness(self, *, staleness: Staleness) -> Iterator[str]:
+    def check_staleness(self, *, staleness: StalenessConfig) -> Iterator[str]:
         """Weights that are gathered for each use have no older version for an older gradient."""
         if self.stage == 3 and staleness.bound not in ("auto", 0):
             yield problem(
@@ -173,7 +173,7 @@ class FSDP(Algorithm):
                 allowed="adamw, lion, sgd, or algorithm.stage=0",
             )
 
-    def with_stage(self, stage: int) -> Algorithm | None:
+    def with_stage(self, stage: int) -> AlgorithmConfig | None:
         return self.model_copy(update={"stage": stage})
 
     def sharding(self, sizes: RankSizes) -> Sharding:
@@ -187,7 +187,7 @@ class FSDP(Algorithm):
         )
 
 
-class _ParameterServer(Algorithm):
+class _ParameterServerConfig(AlgorithmConfig):
     """Keys and facts of algorithms where rank 0 holds the parameters and the optimizer."""
 
     has_server: ClassVar[bool] = True
@@ -201,7 +201,7 @@ class _ParameterServer(Algorithm):
         return not self.server_trains
 
 
-class SyncPS(_ParameterServer):
+class SyncPSConfig(_ParameterServerConfig):
     """A synchronous parameter server: workers push gradients to rank 0 and pull new weights."""
 
     target: Literal["smolrun.algorithms.syncps:syncps"]
@@ -236,7 +236,12 @@ class SyncPS(_ParameterServer):
             yield problem("algorithm.server_trains", False, what, allowed=allowed)
 
     def check_stragglers(
-        self, *, staleness: Staleness, training: Training, data: Data, cluster: Cluster
+        self,
+        *,
+        staleness: StalenessConfig,
+        training: TrainingConfig,
+        data: DataConfig,
+        cluster: ClusterConfig,
     ) -> Iterator[str]:
         """A straggler skips steps, so nothing may need every rank at every step."""
         if not self.straggler_timeout_s:
@@ -292,7 +297,7 @@ class SyncPS(_ParameterServer):
         return Sharding(stage=1, share=0.0, links=1)
 
 
-class EDP(_ParameterServer):
+class EDPConfig(_ParameterServerConfig):
     """An asynchronous parameter server: workers never wait for each other, and may join, leave
     and rejoin."""
 
@@ -328,12 +333,12 @@ class EDP(_ParameterServer):
     def batch_parts(self, workers: int) -> int | None:
         return workers if self.pushes_per_batch == "auto" else self.pushes_per_batch
 
-    def check_replicas(self, *, training: Training) -> Iterator[str]:
+    def check_replicas(self, *, training: TrainingConfig) -> Iterator[str]:
         """Replicas of different versions cannot be compared."""
         if training.check_replicas:
             yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
 
-    def check_work_items(self, *, training: Training, data: Data) -> Iterator[str]:
+    def check_work_items(self, *, training: TrainingConfig, data: DataConfig) -> Iterator[str]:
         """Which rank computes the next part of the data is decided while the run goes on."""
         pushes = self.pushes_per_batch
         if data.is_stream:
@@ -344,7 +349,7 @@ class EDP(_ParameterServer):
             what = "parts without samples"
             yield problem("algorithm.pushes_per_batch", pushes, what, allowed=allowed)
 
-    def check_min_ranks(self, *, cluster: Cluster, world_size: int) -> Iterator[str]:
+    def check_min_ranks(self, *, cluster: ClusterConfig, world_size: int) -> Iterator[str]:
         """More ranks than the run has cannot be required; the shipped 2 is allowed for one rank."""
         most = max(world_size, 2)
         if self.min_ranks > most:
@@ -361,13 +366,15 @@ class EDP(_ParameterServer):
         return Sharding(stage=1, share=0.0, links=1, seats=3)
 
 
-class CustomAlgorithm(CustomTarget, Algorithm, extra="allow"):
+class CustomAlgorithmConfig(CustomTargetConfig, AlgorithmConfig, extra="allow"):
     """The user's own algorithm."""
 
     has_server: ClassVar[bool] = True  # it may have one
 
 
 if TYPE_CHECKING:
-    AnyAlgorithm = Algorithm
+    AnyAlgorithm = AlgorithmConfig
 else:
-    AnyAlgorithm = chosen_by_target(CustomAlgorithm, Single, ClassicDP, FSDP, SyncPS, EDP)
+    AnyAlgorithm = chosen_by_target(
+        CustomAlgorithmConfig, SingleConfig, ClassicDPConfig, FSDPConfig, SyncPSConfig, EDPConfig
+    )

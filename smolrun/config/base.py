@@ -59,7 +59,7 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Target(Section):
+class TargetConfig(Section):
     """A group whose keys become the keyword arguments of a shipped class or function, or of one of
     the user's.
     """
@@ -90,7 +90,7 @@ def _is_module(module: str) -> bool:
         return False
 
 
-class CustomTarget(Target):
+class CustomTargetConfig(TargetConfig):
     """The user's own class or function: its keys are passed to it unchanged and unchecked.
 
     A group's class of it says `extra="allow"` again, as pydantic takes that from the last base.
@@ -102,7 +102,7 @@ class CustomTarget(Target):
     )
 
 
-def chosen_by_target(custom: type[CustomTarget], *shipped: type[Target]) -> Any:
+def chosen_by_target(custom: type[CustomTargetConfig], *shipped: type[TargetConfig]) -> Any:
     """The union of these classes: `target` chooses one of the shipped, every other value is the
     user's own code.
     """
@@ -110,7 +110,7 @@ def chosen_by_target(custom: type[CustomTarget], *shipped: type[Target]) -> Any:
     _SHIPPED_MODULES.update(target.partition(":")[0] for target in known)
 
     def choose(value: Any) -> str:
-        if isinstance(value, Target):
+        if isinstance(value, TargetConfig):
             return type(value).__name__
         target = value.get("target") if isinstance(value, dict) else None
         return known.get(target, custom.__name__) if isinstance(target, str) else custom.__name__

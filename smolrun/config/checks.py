@@ -11,20 +11,26 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config.algorithms import Algorithm
-from smolrun.config.base import CustomTarget
-from smolrun.config.cluster import Cluster
+from smolrun.config.algorithms import AlgorithmConfig
+from smolrun.config.base import CustomTargetConfig
+from smolrun.config.cluster import ClusterConfig
 from smolrun.config.cluster_checks import CLUSTER_CHECKS
-from smolrun.config.data import Data
-from smolrun.config.models import Decoder, HuggingFace, Mlp, Model, Trained
-from smolrun.config.optimizers import SGD, Optimizer
+from smolrun.config.data import DataConfig
+from smolrun.config.models import (
+    DecoderConfig,
+    HuggingFaceConfig,
+    MlpConfig,
+    ModelConfig,
+    TrainedConfig,
+)
+from smolrun.config.optimizers import Optimizer, SGDConfig
 from smolrun.config.plan import cluster_size
-from smolrun.config.settings import Quantization, Staleness, Training
+from smolrun.config.settings import QuantizationConfig, StalenessConfig, TrainingConfig
 from smolrun.config.suggest import absent, closest, problem
 
 
 def ranks_fit_algorithm(
-    *, cluster: Cluster, algorithm: Algorithm, world_size: int
+    *, cluster: ClusterConfig, algorithm: AlgorithmConfig, world_size: int
 ) -> Iterator[str]:
     """The reference runs alone."""
     if algorithm.max_ranks is not None and world_size > algorithm.max_ranks:
@@ -35,7 +41,9 @@ def ranks_fit_algorithm(
         yield problem(key, world_size, what, allowed=f"{alone}, or algorithm=classicdp")
 
 
-def ranks_fit_batch(*, algorithm: Algorithm, training: Training, world_size: int) -> Iterator[str]:
+def ranks_fit_batch(
+    *, algorithm: AlgorithmConfig, training: TrainingConfig, world_size: int
+) -> Iterator[str]:
     """Every rank that trains needs at least one sample of each step."""
     size, batch = world_size - algorithm.has_dedicated_server, training.global_batch_size
     if size > batch:
@@ -47,7 +55,7 @@ def ranks_fit_batch(*, algorithm: Algorithm, training: Training, world_size: int
         )
 
 
-def batch_is_sound(*, training: Training) -> Iterator[str]:
+def batch_is_sound(*, training: TrainingConfig) -> Iterator[str]:
     """Sizes and steps of the loop agree with each other."""
     micro, batch = training.micro_batch_size, training.global_batch_size
     if micro != "auto" and micro > batch:
@@ -66,7 +74,7 @@ def batch_is_sound(*, training: Training) -> Iterator[str]:
         )
 
 
-def staleness_fits_steps(*, staleness: Staleness, training: Training) -> Iterator[str]:
+def staleness_fits_steps(*, staleness: StalenessConfig, training: TrainingConfig) -> Iterator[str]:
     """The first updates of a delayed run are skipped; some must remain."""
     if staleness.bound != "auto" and staleness.bound >= training.steps:
         allowed = f"less than training.steps, which is {training.steps}"
@@ -74,7 +82,7 @@ def staleness_fits_steps(*, staleness: Staleness, training: Training) -> Iterato
 
 
 def quantization_fits_algorithm(
-    *, quantization: Quantization, algorithm: Algorithm
+    *, quantization: QuantizationConfig, algorithm: AlgorithmConfig
 ) -> Iterator[str]:
     """One rank sends no gradients."""
     if algorithm.max_ranks == 1 and quantization.kind != "none":
@@ -86,14 +94,14 @@ def quantization_fits_algorithm(
         )
 
 
-def there_are_replicas(*, training: Training, algorithm: Algorithm) -> Iterator[str]:
+def there_are_replicas(*, training: TrainingConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
     """A resync makes replicas equal, so there have to be some."""
     if training.resync_every not in ("auto", 0) and algorithm.why_no_replicas:
         why = algorithm.why_no_replicas
         yield problem("training.resync_every", training.resync_every, why, allowed="auto or 0")
 
 
-def server_is_a_host(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]:
+def server_is_a_host(*, cluster: ClusterConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
     """`cluster.server` is one of the hosts, and the algorithm has a server."""
     if cluster.server is None:
         return
@@ -109,7 +117,7 @@ def server_is_a_host(*, cluster: Cluster, algorithm: Algorithm) -> Iterator[str]
         yield problem("cluster.server", cluster.server, what, allowed=allowed, meant=meant)
 
 
-def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
+def model_fits_data(*, model: ModelConfig, data: DataConfig) -> Iterator[str]:
     """A model reads what the data gives, and sequences are not longer than it can read."""
     if model.consumes and data.produces and model.consumes != data.produces:
         fitting = "data=python_stdlib or data=text" if model.consumes == "tokens" else "data=digits"
@@ -118,7 +126,7 @@ def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
         yield problem("model", model.name, what, allowed=f"{fitting}, or {other}")
     length = getattr(data, "sequence_length", None)
     if (
-        isinstance(model, Decoder)
+        isinstance(model, DecoderConfig)
         and isinstance(length, int)
         and length > model.max_sequence_length
     ):
@@ -131,11 +139,11 @@ def model_fits_data(*, model: Model, data: Data) -> Iterator[str]:
         )
 
 
-def model_is_named(*, model: Model) -> Iterator[str]:
+def model_is_named(*, model: ModelConfig) -> Iterator[str]:
     """Names of models are for model=hf only, and there they must be given."""
-    if isinstance(model, HuggingFace) and model.name == "hf":
+    if isinstance(model, HuggingFaceConfig) and model.name == "hf":
         yield absent("model.name", "say which model: model.name=NAME of the hub, or a FOLDER")
-    if isinstance(model, Decoder | Mlp) and "/" in model.name:
+    if isinstance(model, DecoderConfig | MlpConfig) and "/" in model.name:
         yield problem(
             "model.name",
             model.name,
@@ -144,9 +152,9 @@ def model_is_named(*, model: Model) -> Iterator[str]:
         )
 
 
-def model_fits_task(*, task: str, model: Model) -> Iterator[str]:
+def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
     """An earlier run's model is there to be exported; to train on, it is exported first."""
-    if isinstance(model, Trained) and task != "export":
+    if isinstance(model, TrainedConfig) and task != "export":
         yield problem(
             "model",
             model.name,
@@ -154,21 +162,14 @@ def model_fits_task(*, task: str, model: Model) -> Iterator[str]:
             allowed="checkpoint.resume=RUN to go on with a run; or export it, and train on with "
             "model=hf model.name=FOLDER",
         )
-    if task == "export" and not isinstance(model, Trained):
+    if task == "export" and not isinstance(model, TrainedConfig):
         what = "task=export takes its model from a run"
         yield problem("model", model.name, what, allowed="no model=..., but model.run=latest|RUN")
 
 
-def format_fits_task(*, task: str, format: str) -> Iterator[str]:
-    """--json is for tasks whose answer is a table."""
-    if format == "json" and task not in ("doctor", "status"):
-        what = f"task={task} does not answer in JSON"
-        yield problem("format", format, what, allowed="text, or task=doctor, task=status")
-
-
-def heads_fit_width(*, model: Model) -> Iterator[str]:
+def heads_fit_width(*, model: ModelConfig) -> Iterator[str]:
     """The widths of attention divide evenly."""
-    if not isinstance(model, Decoder):
+    if not isinstance(model, DecoderConfig):
         return
     if model.head_width is None and model.width % model.heads:
         yield problem(
@@ -192,25 +193,27 @@ def heads_fit_width(*, model: Model) -> Iterator[str]:
         )
 
 
-def blocks_can_be_recomputed(*, model: Model, training: Training) -> Iterator[str]:
+def blocks_can_be_recomputed(*, model: ModelConfig, training: TrainingConfig) -> Iterator[str]:
     """Only a model of blocks can compute them twice."""
-    if training.recompute and isinstance(model, Mlp):
+    if training.recompute and isinstance(model, MlpConfig):
         what = f"model={model.name} has no blocks to compute twice"
         yield problem("training.recompute", True, what, allowed="false")
 
 
 def momentum_fits(*, optimizer: Optimizer) -> Iterator[str]:
     """Nesterov looks ahead along the momentum, so there has to be some."""
-    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+    if isinstance(optimizer, SGDConfig) and optimizer.nesterov and optimizer.momentum == 0:
         yield problem(
             "optimizer.nesterov", True, "needs momentum", allowed="false, or optimizer.momentum > 0"
         )
 
 
-def own_code_is_there(*, model: Model, data: Data, algorithm: Algorithm) -> Iterator[str]:
+def own_code_is_there(
+    *, model: ModelConfig, data: DataConfig, algorithm: AlgorithmConfig
+) -> Iterator[str]:
     """Your own module is found without importing it: beside you, or installed."""
     for group, target in (("model", model), ("data", data), ("algorithm", algorithm)):
-        if isinstance(target, CustomTarget):
+        if isinstance(target, CustomTargetConfig):
             package = target.target.split(":")[0].split(".")[0]
             if importlib.util.find_spec(package) is None:
                 allowed = "a module in the folder you are in, or an installed one"
@@ -234,7 +237,6 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     model_fits_data,
     model_is_named,
     model_fits_task,
-    format_fits_task,
     heads_fit_width,
     blocks_can_be_recomputed,
     momentum_fits,

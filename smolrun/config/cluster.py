@@ -23,7 +23,7 @@ from smolrun.config.base import (
 TWO_PORTS: JsonDict = {"allowed": "two ports such as 40000-40100, or null"}
 
 
-class Emulate(Section):
+class EmulateConfig(Section):
     """A machine slower than the one it runs on."""
 
     compute: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -35,7 +35,7 @@ class Emulate(Section):
     latency_ms: NotNegative = Field(default=0.0, description="Extra time on the way, one direction")
 
 
-class Restart(Section):
+class RestartConfig(Section):
     """What to do when a host is lost in the middle of a run."""
 
     max: Count = Field(default=3, description="How many times the run may be started again")
@@ -47,7 +47,7 @@ class Restart(Section):
     )
 
 
-class Host(Section):
+class HostConfig(Section):
     """One machine. Keys left out follow the cluster's own keys of the same name."""
 
     name: Name = Field(description="What the logs and tables call it")
@@ -89,12 +89,12 @@ class Host(Section):
         json_schema_extra=TWO_PORTS,
         description="Ports to listen on, as 40000-40100; null = any free one",
     )
-    emulate: Emulate | None = Field(
+    emulate: EmulateConfig | None = Field(
         default=None, description="Pretend to be a slower machine with slower links"
     )
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     """Group `cluster`: where the ranks of a run live."""
 
     name: Name = Field(
@@ -105,7 +105,7 @@ class Cluster(Section):
         default="auto",
         description="Ranks on this machine when no hosts are listed; auto = 2, for single 1",
     )
-    hosts: list[Host] | None = Field(
+    hosts: list[HostConfig] | None = Field(
         default=None, min_length=1, description="The machines; null = this one alone"
     )
     server: Name | None = Field(
@@ -127,7 +127,7 @@ class Cluster(Section):
         description="How our code and yours reach the hosts: wheel = by hash, beside what "
         "task=setup installed; rsync = changed files of one tree; none = they have it",
     )
-    restart: Restart | None = Field(
+    restart: RestartConfig | None = Field(
         default=None, description="Start again after a lost host; null = end the run"
     )
     ports: Ports | None = Field(

@@ -9,16 +9,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from smolrun.config.cluster import Cluster
+from smolrun.config.cluster import ClusterConfig
 from smolrun.config.plan import addresses
-from smolrun.config.settings import Mesh
+from smolrun.config.settings import MeshConfig
 from smolrun.config.suggest import problem
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _HIGHEST_PORT = 65535
 
 
-def hosts_are_distinct(*, cluster: Cluster) -> Iterator[str]:
+def hosts_are_distinct(*, cluster: ClusterConfig) -> Iterator[str]:
     """Two hosts of one name could not be told apart in logs, and one machine is one host."""
     hosts = cluster.hosts or []
     for name, count in Counter(host.name for host in hosts).items():
@@ -46,7 +46,7 @@ def hosts_are_distinct(*, cluster: Cluster) -> Iterator[str]:
         yield problem("cluster.ranks", cluster.ranks, what, allowed="auto, and `ranks` per host")
 
 
-def hosts_can_meet(*, cluster: Cluster) -> Iterator[str]:
+def hosts_can_meet(*, cluster: ClusterConfig) -> Iterator[str]:
     """Beside machines elsewhere, this one needs an address that they can reach."""
     hosts = cluster.hosts or []
     if not any(host.ssh is not None for host in hosts):
@@ -61,7 +61,7 @@ def hosts_can_meet(*, cluster: Cluster) -> Iterator[str]:
             )
 
 
-def ssh_is_a_target(*, cluster: Cluster) -> Iterator[str]:
+def ssh_is_a_target(*, cluster: ClusterConfig) -> Iterator[str]:
     """What begins with a dash would be read as an option by programs that are given it."""
     for index, host in enumerate(cluster.hosts or []):
         for key, value in (("name", host.name), ("ssh", host.ssh or "")):
@@ -74,7 +74,7 @@ def ssh_is_a_target(*, cluster: Cluster) -> Iterator[str]:
                 )
 
 
-def keys_mean_something(*, cluster: Cluster) -> Iterator[str]:
+def keys_mean_something(*, cluster: ClusterConfig) -> Iterator[str]:
     """Ranks of this machine run in the Python and the folder that the driver is in."""
     for index, host in enumerate(cluster.hosts or []):
         for key, value in (("python", host.python), ("workdir", host.workdir), ("env", host.env)):
@@ -84,7 +84,7 @@ def keys_mean_something(*, cluster: Cluster) -> Iterator[str]:
                 yield problem(f"cluster.hosts[{index}].{key}", value, what, allowed=allowed)
 
 
-def env_is_sound(*, cluster: Cluster) -> Iterator[str]:
+def env_is_sound(*, cluster: ClusterConfig) -> Iterator[str]:
     """Names that every shell can set, and values of one line."""
     for index, host in enumerate(cluster.hosts or []):
         for name, value in host.env.items():
@@ -97,7 +97,7 @@ def env_is_sound(*, cluster: Cluster) -> Iterator[str]:
                 )
 
 
-def ports_suffice(*, cluster: Cluster) -> Iterator[str]:
+def ports_suffice(*, cluster: ClusterConfig) -> Iterator[str]:
     """Every rank of a host listens on a port of its own."""
     ranges = [("cluster.ports", cluster.ports, 1)]
     for index, host in enumerate(cluster.hosts or []):
@@ -112,7 +112,7 @@ def ports_suffice(*, cluster: Cluster) -> Iterator[str]:
             yield problem(where, ports, "cannot be listened on", allowed=allowed)
 
 
-def named_hosts_exist(*, cluster: Cluster, driver: str | None) -> Iterator[str]:
+def named_hosts_exist(*, cluster: ClusterConfig, driver: str | None) -> Iterator[str]:
     """`driver` is one of the hosts, and it is another machine."""
     reached = [host.name for host in cluster.hosts or [] if host.ssh is not None]
     if driver is not None and driver not in reached:
@@ -120,7 +120,7 @@ def named_hosts_exist(*, cluster: Cluster, driver: str | None) -> Iterator[str]:
         yield problem("driver", driver, f"no host of cluster={cluster.name}", allowed=allowed)
 
 
-def restart_can_be(*, cluster: Cluster, world_size: int) -> Iterator[str]:
+def restart_can_be(*, cluster: ClusterConfig, world_size: int) -> Iterator[str]:
     """Fewer hosts than there are can be enough, more cannot."""
     count = len(cluster.hosts or [None])
     if cluster.restart is not None and cluster.restart.min_hosts > count:
@@ -132,7 +132,7 @@ def restart_can_be(*, cluster: Cluster, world_size: int) -> Iterator[str]:
         )
 
 
-def links_are_safe(*, cluster: Cluster, mesh: Mesh) -> Iterator[str]:
+def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]:
     """What is only authenticated stays on one machine, unless somebody says so plainly."""
     others = [host.name for host in cluster.hosts or [] if host.ssh is not None]
     if mesh.security == "loopback_plain" and others:
@@ -142,7 +142,7 @@ def links_are_safe(*, cluster: Cluster, mesh: Mesh) -> Iterator[str]:
         )
 
 
-def emulation_can_be(*, cluster: Cluster) -> Iterator[str]:
+def emulation_can_be(*, cluster: ClusterConfig) -> Iterator[str]:
     """A slower machine is played by one thread of one rank, whose processor time is known."""
     for index, host in enumerate(cluster.hosts or []):
         where = f"cluster.hosts[{index}]"

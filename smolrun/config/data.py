@@ -8,20 +8,20 @@ from pydantic import Field
 
 from smolrun.config.base import (
     Count,
-    CustomTarget,
+    CustomTargetConfig,
     Kind,
     Name,
     Natural,
     NotNegative,
     Positive,
-    Target,
+    TargetConfig,
     chosen_by_target,
 )
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Data(Target):
+class DataConfig(TargetConfig):
     """What the checks ask of a data set. The defaults are those of the user's own."""
 
     produces: ClassVar[Kind | None] = None  # None: not known before it is loaded
@@ -32,7 +32,7 @@ class Data(Target):
         return False
 
 
-class _Text(Data):
+class _TextConfig(DataConfig):
     """Keys of every data set made of text."""
 
     produces: ClassVar[Kind | None] = "tokens"
@@ -51,13 +51,13 @@ class _Text(Data):
     )
 
 
-class PythonStdlib(_Text):
+class PythonStdlibConfig(_TextConfig):
     """The source code of Python's own standard library: text that every machine already has."""
 
     target: Literal["smolrun.data.python_stdlib:PythonStdlib"]
 
 
-class TextFiles(_Text):
+class TextFilesConfig(_TextConfig):
     """Your own text files."""
 
     target: Literal["smolrun.data.text:TextFiles"]
@@ -70,7 +70,7 @@ class TextFiles(_Text):
     glob: Name = Field(description="Which files of a folder, such as **/*.txt")
 
 
-class Shakespeare(_Text):
+class ShakespeareConfig(_TextConfig):
     """Shakespeare's complete works."""
 
     target: Literal["smolrun.data.shakespeare:Shakespeare"]
@@ -80,7 +80,7 @@ class Shakespeare(_Text):
     )
 
 
-class HuggingFaceData(_Text):
+class HuggingFaceDataConfig(_TextConfig):
     """Any dataset of Hugging Face's library: text, or pictures with classes."""
 
     produces: ClassVar[Kind | None] = None
@@ -125,7 +125,7 @@ class HuggingFaceData(_Text):
         return self.streaming
 
 
-class Chat(_Text):
+class ChatConfig(_TextConfig):
     """Conversations, of which only the assistant's answers are learnt."""
 
     target: Literal["smolrun.data.chat:Chat"]
@@ -146,7 +146,7 @@ class Chat(_Text):
     )
 
 
-class FashionMnist(Data):
+class FashionMnistConfig(DataConfig):
     """70,000 little pictures of clothes in ten classes, for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -156,7 +156,7 @@ class FashionMnist(Data):
     )
 
 
-class Mnist(Data):
+class MnistConfig(DataConfig):
     """Handwritten digits, for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -170,7 +170,7 @@ class Mnist(Data):
     )
 
 
-class Digits(Data):
+class DigitsConfig(DataConfig):
     """Little drawn digits with noise, made on the spot: ten classes for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
@@ -181,21 +181,21 @@ class Digits(Data):
     seed: Natural = Field(description="Another seed makes other pictures")
 
 
-class CustomData(CustomTarget, Data, extra="allow"):
+class CustomDataConfig(CustomTargetConfig, DataConfig, extra="allow"):
     """The user's own data set."""
 
 
 if TYPE_CHECKING:
-    AnyData = Data
+    AnyData = DataConfig
 else:
     AnyData = chosen_by_target(
-        CustomData,
-        PythonStdlib,
-        TextFiles,
-        Shakespeare,
-        HuggingFaceData,
-        Chat,
-        FashionMnist,
-        Mnist,
-        Digits,
+        CustomDataConfig,
+        PythonStdlibConfig,
+        TextFilesConfig,
+        ShakespeareConfig,
+        HuggingFaceDataConfig,
+        ChatConfig,
+        FashionMnistConfig,
+        MnistConfig,
+        DigitsConfig,
     )

@@ -8,24 +8,24 @@ from pydantic import Field, model_validator
 
 from smolrun.config.base import (
     Count,
-    CustomTarget,
+    CustomTargetConfig,
     Kind,
     Name,
     Positive,
     Section,
     Share,
-    Target,
+    TargetConfig,
     chosen_by_target,
 )
 
 
-class Model(Target):
+class ModelConfig(TargetConfig):
     """What the checks ask of a model. The defaults are those of the user's own."""
 
     consumes: ClassVar[Kind | None] = None  # None: not known before it is loaded
 
 
-class RopeScaling(Section):
+class RopeScalingConfig(Section):
     """How rotary angles are stretched to texts longer than a model was first trained on."""
 
     factor: Positive = Field(description="Slow angles turn so many times slower")
@@ -34,13 +34,13 @@ class RopeScaling(Section):
     original_max_position_embeddings: Count = Field(description="The original length, in tokens")
 
     @model_validator(mode="after")
-    def _low_is_below_high(self) -> RopeScaling:
+    def _low_is_below_high(self) -> RopeScalingConfig:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be above low_freq_factor")
         return self
 
 
-class Decoder(Model):
+class DecoderConfig(ModelConfig):
     """A GPT-like decoder: the models `gpt_*`."""
 
     consumes: ClassVar[Kind | None] = "tokens"
@@ -74,13 +74,13 @@ class Decoder(Model):
     qk_norm: bool = Field(description="Normalise queries and keys per head")
     sliding_window: Count | None = Field(description="Tokens each one may look back at; null = all")
     rope_theta: Positive = Field(description="Base of the rotary angles")
-    rope_scaling: RopeScaling | None = Field(
+    rope_scaling: RopeScalingConfig | None = Field(
         description="How Llama 3.1 and later stretch them to longer texts; null = not at all"
     )
     norm_eps: Positive = Field(description="Keeps the normalisation away from a division by zero")
 
 
-class Mlp(Model):
+class MlpConfig(ModelConfig):
     """A plain multi-layer perceptron for feature vectors."""
 
     consumes: ClassVar[Kind | None] = "features"
@@ -89,7 +89,7 @@ class Mlp(Model):
     activation: Literal["relu", "gelu"] = Field(description="Between the layers")
 
 
-class _Network(Model):
+class _NetworkConfig(ModelConfig):
     """Keys of every model whose code is transformers' own."""
 
     consumes: ClassVar[Kind | None] = "tokens"
@@ -104,7 +104,7 @@ class _Network(Model):
     )
 
 
-class HuggingFace(_Network):
+class HuggingFaceConfig(_NetworkConfig):
     """Any causal language model of transformers; `model.name` is a folder or a name of the hub."""
 
     name: Name = Field(
@@ -117,24 +117,26 @@ class HuggingFace(_Network):
     )
 
 
-class SmolLM2(_Network):
+class SmolLM2Config(_NetworkConfig):
     """SmolLM2-135M-Instruct, fetched from the package index."""
 
     target: Literal["smolrun.models.smollm2:build"]
 
 
-class Trained(Model):
+class TrainedConfig(ModelConfig):
     """The model of an earlier run."""
 
     target: Literal["smolrun.models.trained:find"]
     run: Name = Field(description="latest, a run folder or its name, or a checkpoint folder")
 
 
-class CustomModel(CustomTarget, Model, extra="allow"):
+class CustomModelConfig(CustomTargetConfig, ModelConfig, extra="allow"):
     """The user's own model."""
 
 
 if TYPE_CHECKING:
-    AnyModel = Model
+    AnyModel = ModelConfig
 else:
-    AnyModel = chosen_by_target(CustomModel, Decoder, Mlp, HuggingFace, SmolLM2, Trained)
+    AnyModel = chosen_by_target(
+        CustomModelConfig, DecoderConfig, MlpConfig, HuggingFaceConfig, SmolLM2Config, TrainedConfig
+    )

@@ -9,7 +9,7 @@ from pydantic import Field
 from smolrun.config.base import NotNegative, Positive, Section, Share
 
 
-class AdamW(Section):
+class AdamWConfig(Section):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"]
@@ -21,7 +21,7 @@ class AdamW(Section):
     weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
 
 
-class SGD(Section):
+class SGDConfig(Section):
     """Stochastic gradient descent."""
 
     name: Literal["sgd"]
@@ -31,7 +31,7 @@ class SGD(Section):
     nesterov: bool = Field(description="Look ahead along the momentum; needs momentum above 0")
 
 
-class Lion(Section):
+class LionConfig(Section):
     """Steps of one size, by the sign of a running mean."""
 
     name: Literal["lion"]
@@ -42,7 +42,7 @@ class Lion(Section):
     weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
 
 
-class Adafactor(Section):
+class AdafactorConfig(Section):
     """Adam with almost no memory: rows and columns of a matrix share what is remembered."""
 
     name: Literal["adafactor"]
@@ -61,4 +61,6 @@ class Adafactor(Section):
     weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
 
 
-Optimizer = Annotated[AdamW | Adafactor | Lion | SGD, Field(discriminator="name")]
+Optimizer = Annotated[
+    AdamWConfig | AdafactorConfig | LionConfig | SGDConfig, Field(discriminator="name")
+]

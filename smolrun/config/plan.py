@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from smolrun.config.algorithms import Algorithm
+from smolrun.config.algorithms import AlgorithmConfig
 from smolrun.config.base import Device
-from smolrun.config.cluster import Cluster, Host
+from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.config.run import RunConfig
 
 THIS_MACHINE = "local"
@@ -31,7 +31,7 @@ class RankPlan:
     ports: tuple[int, int] | None = None
 
 
-def cluster_size(cluster: Cluster, algorithm: Algorithm) -> int:
+def cluster_size(cluster: ClusterConfig, algorithm: AlgorithmConfig) -> int:
     """Ranks that this cluster starts for this algorithm."""
     if cluster.hosts is not None:
         return sum(host.ranks for host in cluster.hosts)
@@ -58,7 +58,7 @@ def has_dedicated_server(config: RunConfig) -> bool:
 def ranks(config: RunConfig) -> list[RankPlan]:
     """One plan per rank, in rank order: host after host, as the cluster lists them."""
     cluster = config.cluster
-    hosts = cluster.hosts or [Host(name=THIS_MACHINE, ranks=world_size(config))]
+    hosts = cluster.hosts or [HostConfig(name=THIS_MACHINE, ranks=world_size(config))]
     places = [(host, local_rank) for host in hosts for local_rank in range(host.ranks)]
     return [
         RankPlan(
@@ -76,12 +76,12 @@ def ranks(config: RunConfig) -> list[RankPlan]:
     ]
 
 
-def _device(cluster: Cluster, host: Host) -> Device:
+def _device(cluster: ClusterConfig, host: HostConfig) -> Device:
     device = cluster.device if host.device == "auto" else host.device
     return "cpu" if device == "auto" and host.emulate is not None else device
 
 
-def addresses(host: Host) -> list[str]:
+def addresses(host: HostConfig) -> list[str]:
     """Where the other hosts can reach it, best first: as configured, else as SSH reaches it."""
     if isinstance(host.address, str):
         return [host.address]

@@ -22,18 +22,20 @@ from smolrun.config.synonyms import RENAMED_KEYS
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MAY_CHANGE = (
     "algorithm",
+    "attach",
     "bench",
     "checkpoint",
     "cluster",
     "data.prefetch_steps",
     "detach",
+    "doctor",
     "driver",
-    "format",
     "mesh",
     "quantization",
-    "run",
     "run_name",
     "serving",
+    "status",
+    "stop",
     "sweep",
     "task",
     "tracker",
@@ -42,14 +44,14 @@ MAY_CHANGE = (
     "training.eval_batches",
     "training.eval_every",
     "training.micro_batch_size",
-    "training.norms",
-    "training.norms_every",
+    "training.log_norms",
+    "training.log_norms_every",
     "training.recompute",
     "training.resync_every",
     "training.sample_prompt",
     "training.sample_tokens",
     "training.steps",
-    "write",
+    "trust",
 )
 """Keys, and groups of keys, that a resumed run may have otherwise than before."""
 
@@ -85,12 +87,29 @@ def keep_commit(stored: Mapping[str, Any], merged: dict[str, Any]) -> None:
             now["revision"] = before["revision"]
 
 
+def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version stored, by the names that its keys have now."""
+    renamed = copy.deepcopy(dict(stored))
+    for old, new in RENAMED_KEYS.items():
+        group, _, key = old.rpartition(".")
+        section = renamed.get(group) if group else renamed
+        if not isinstance(section, dict) or key not in section:
+            continue
+        # A user's own class may have a key of the same name.
+        if not str(section.get("target", "smolrun.")).startswith("smolrun."):
+            continue
+        value = section.pop(key)
+        if new is not None:
+            section.setdefault(new.rpartition(".")[2], value)
+    return renamed
+
+
 def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
     """What an older version stored, under the keys of this one, and with those that it lacks.
 
     A group is completed where it is about the same thing: the same target, name or kind.
     """
-    stored = _with_new_names(stored)
+    stored = with_current_keys(stored)
     whole = dict(stored)
     for group, now in composed.items():
         before = stored.get(group, now)
@@ -100,19 +119,6 @@ def completed(stored: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[st
                 before = {**now, **before}
         whole[group] = before
     return whole
-
-
-def _with_new_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    found = copy.deepcopy(dict(stored))
-    for old, new in RENAMED_KEYS.items():
-        group, key = old.split(".")
-        section = found.get(group)
-        if not isinstance(section, dict) or key not in section:
-            continue
-        # A user's own class may have a key of the same name.
-        if str(section.get("target")).startswith("smolrun."):
-            section[new.split(".")[1]] = section.pop(key)
-    return found
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -10,22 +10,26 @@ from pydantic import Field
 
 from smolrun.config.algorithms import AnyAlgorithm
 from smolrun.config.base import Name, Section
-from smolrun.config.cluster import Cluster
+from smolrun.config.cluster import ClusterConfig
 from smolrun.config.data import AnyData
 from smolrun.config.models import AnyModel
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
-    Checkpoint,
-    Export,
-    Mesh,
-    Quantization,
-    Serving,
-    Staleness,
-    Sweep,
-    Training,
+    CheckpointConfig,
+    ChosenRunConfig,
+    DoctorConfig,
+    ExportConfig,
+    MeshConfig,
+    QuantizationConfig,
+    ServingConfig,
+    StalenessConfig,
+    StatusConfig,
+    SweepConfig,
+    Tracker,
+    TrainingConfig,
+    TrustConfig,
 )
-from smolrun.config.trackers import Tracker
 from smolrun.sanitize import without_credentials_in
 
 
@@ -62,32 +66,29 @@ class RunConfig(Section):
         description="Host of the cluster that drives the run, so that this machine may leave; null "
         "= this machine"
     )
-    run: Name = Field(
-        description="Which run task=attach, stop and status are about; latest = the newest"
-    )
-    write: bool = Field(
-        description="task=doctor writes what it found into the cluster file; task=trust trusts "
-        "new keys without asking"
-    )
-    format: Literal["text", "json"] = Field(description="How task=doctor and status answer")
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"
     )
-    cluster: Cluster
+    cluster: ClusterConfig
     algorithm: AnyAlgorithm
     model: AnyModel
     data: AnyData
-    staleness: Staleness
-    quantization: Quantization
+    staleness: StalenessConfig
+    quantization: QuantizationConfig
     optimizer: Optimizer
-    training: Training
-    checkpoint: Checkpoint
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
     tracker: Tracker
-    mesh: Mesh
-    serving: Serving
+    mesh: MeshConfig
+    serving: ServingConfig
     bench: Bench
-    export: Export
-    sweep: Sweep
+    export: ExportConfig
+    attach: ChosenRunConfig
+    doctor: DoctorConfig
+    status: StatusConfig
+    stop: ChosenRunConfig
+    trust: TrustConfig
+    sweep: SweepConfig
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
 
 
-class Staleness(Section):
+class StalenessConfig(Section):
     """Group `staleness`: how old a gradient may be when it is used."""
 
     bound: Auto | Natural = Field(
@@ -21,7 +21,7 @@ class Staleness(Section):
     )
 
 
-class Quantization(Section):
+class QuantizationConfig(Section):
     """Group `quantization`: in which form gradients travel."""
 
     kind: Literal["none", "int8", "fp16", "bf16"] = Field(
@@ -36,7 +36,7 @@ class Quantization(Section):
     )
 
 
-class Training(Section):
+class TrainingConfig(Section):
     """Group `training`: the loop."""
 
     steps: Count = Field(description="Optimizer steps of the run")
@@ -80,11 +80,11 @@ class Training(Section):
         "also gradient_checkpointing"
     )
     dry_run: bool = Field(description="Only tell what the run would need")
-    norms: Literal["none", "gradients", "all"] = Field(
+    log_norms: Literal["none", "gradients", "all"] = Field(
         description="Norms layer by layer: of gradients, or also of parameters and updates (these "
         "need a copy of the model while they are taken)"
     )
-    norms_every: Count = Field(description="Updates from one such measurement to the next")
+    log_norms_every: Count = Field(description="Updates from one such measurement to the next")
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +96,7 @@ class Training(Section):
         return {**data, "warmup_steps": min(100, max(0, tenth))}
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """Group `checkpoint`: saving and going on later."""
 
     every: Natural = Field(
@@ -117,7 +117,44 @@ class Checkpoint(Section):
     )
 
 
-class Mesh(Section):
+_TIMELINE = Field(description="Steps that timeline.json shows, from the sixth on; 0 = no timeline")
+
+
+class JsonLinesConfig(Section):
+    """Only the file metrics.jsonl of the run's folder, which every tracker writes too."""
+
+    kind: Literal["jsonl"] = Field(description="jsonl = nothing but metrics.jsonl")
+    timeline_steps: Natural = _TIMELINE
+
+
+class TensorBoardConfig(Section):
+    """Also TensorBoard's event files, in the folder `tensorboard` of the run's folder."""
+
+    kind: Literal["tensorboard"] = Field(description="tensorboard = TensorBoard's files too")
+    timeline_steps: Natural = _TIMELINE
+
+
+class WandbConfig(Section):
+    """Also one W&B run, in the folder `wandb` of the run's folder and online if logged in."""
+
+    kind: Literal["wandb"] = Field(description="wandb = a W&B run too")
+    mode: Literal["auto", "online", "offline"] = Field(
+        description="auto = online if a key is found (wandb login), else offline"
+    )
+    project: Name = Field(description="W&B's project")
+    entity: Name | None = Field(description="W&B's user or team; null = your default one")
+    group: Name | None = Field(description="Runs of one group stand together; null = none")
+    tags: list[Name] = Field(description="Words to find the run by")
+    timeout_s: Positive = Field(
+        description="Longest wait for W&B's server: at the start (nobody waits), and at the end"
+    )
+    timeline_steps: Natural = _TIMELINE
+
+
+Tracker = Annotated[JsonLinesConfig | TensorBoardConfig | WandbConfig, Field(discriminator="kind")]
+
+
+class MeshConfig(Section):
     """Group `mesh`: the connections between ranks."""
 
     kind: Literal["tcp"] = Field(description="tcp = our own mesh of sockets")
@@ -137,14 +174,14 @@ class Mesh(Section):
     )
 
 
-class Serving(Section):
+class ServingConfig(Section):
     """Group `serving`: how an inference server works (a task that is not built yet)."""
 
     mode: Literal["local"] = Field(description="local = the whole model on one rank")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(description="Port of the HTTP server")
 
 
-class CollectivesBench(Section):
+class CollectivesBenchConfig(Section):
     """Our collectives beside gloo's, in turn."""
 
     name: Literal["collectives"]
@@ -155,7 +192,7 @@ class CollectivesBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
-class LinkBench(Section):
+class LinkBenchConfig(Section):
     """An all_reduce beside one plain TCP stream over the same link, in turn."""
 
     name: Literal["link"]
@@ -166,7 +203,7 @@ class LinkBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
-class StepBench(Section):
+class StepBenchConfig(Section):
     """A whole training step beside torch's own on gloo, in turn."""
 
     name: Literal["step"]
@@ -184,7 +221,7 @@ class StepBench(Section):
     repeats: Count = Field(description="Measurements of each; the median counts")
 
 
-class UnequalBench(Section):
+class UnequalBenchConfig(Section):
     """A step of ranks that are not equally fast: shares in proportion, beside equal ones."""
 
     name: Literal["unequal"]
@@ -201,7 +238,7 @@ class UnequalBench(Section):
         return [len(self.speeds)]
 
 
-class StragglersBench(Section):
+class StragglersBenchConfig(Section):
     """Steps with a slow rank now and then, beside an event simulation of the same trace."""
 
     name: Literal["stragglers"]
@@ -219,12 +256,16 @@ class StragglersBench(Section):
 
 
 Bench = Annotated[
-    CollectivesBench | LinkBench | StepBench | UnequalBench | StragglersBench,
+    CollectivesBenchConfig
+    | LinkBenchConfig
+    | StepBenchConfig
+    | UnequalBenchConfig
+    | StragglersBenchConfig,
     Field(discriminator="name"),
 ]
 
 
-class Export(Section):
+class ExportConfig(Section):
     """Group `export`: how a trained model is written for other tools."""
 
     out: Name | None = Field(
@@ -235,5 +276,32 @@ class Export(Section):
     )
 
 
-class Sweep(Section):
+class DoctorConfig(Section):
+    """Keys of `task=doctor`."""
+
+    write: bool = Field(
+        description="Write what was found into the cluster file: os, device, memory, speed, address"
+    )
+    format: Literal["text", "json"] = Field(description="Of its output; --json is the same")
+
+
+class StatusConfig(Section):
+    """Keys of `task=status`."""
+
+    format: Literal["text", "json"] = Field(description="Of its output; --json is the same")
+
+
+class TrustConfig(Section):
+    """Keys of `task=trust`."""
+
+    yes: bool = Field(description="Trust all new SSH host keys without a prompt, for scripts")
+
+
+class ChosenRunConfig(Section):
+    """Keys of `task=attach` and of `task=stop`."""
+
+    run: Name = Field(description="latest (the newest), or a run folder or its name")
+
+
+class SweepConfig(Section):
     """Keys about `smolrun -m`; none yet."""

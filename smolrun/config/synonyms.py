@@ -1,20 +1,37 @@
-"""Words of other programs for keys and choices of ours: two work as they are typed, the rest are
-hints. Pure data.
+"""Other names of keys and choices. Pure data.
+
+Aliases work as they are typed. Names of earlier versions are renamed in stored configurations.
+Words of other programs are hints in error messages.
 """
 
 from __future__ import annotations
 
-# Keys of older versions, as they stand in the config.yaml of their runs; see resume.completed.
-RENAMED_KEYS = {
+KEY_ALIASES = {"training.gradient_checkpointing": "training.recompute"}
+CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
+TASK_KEY_ALIASES = {
+    "attach": {"run": "attach.run"},
+    "doctor": {"write": "doctor.write", "format": "doctor.format"},
+    "status": {"format": "status.format"},
+    "stop": {"run": "stop.run"},
+    "trust": {"write": "trust.yes"},
+}
+"""Task -> short name of a key -> the key."""
+
+RENAMED_KEYS: dict[str, str | None] = {
     "algorithm.damping": "algorithm.staleness_lr_scale",
     "algorithm.owner_computes": "algorithm.shard_optimizer",
     "algorithm.patience": "algorithm.wait_fraction",
     "algorithm.polyak": "algorithm.ema_decay",
     "algorithm.pull": "algorithm.pull_weights",
     "algorithm.straggler_s": "algorithm.straggler_timeout_s",
+    "training.norms": "training.log_norms",
+    "training.norms_every": "training.log_norms_every",
+    # Keys of tasks that make no run folder: a resumed run does not need the stored value.
+    "format": None,
+    "run": None,
+    "write": None,
 }
-KEY_ALIASES = {"training.gradient_checkpointing": "training.recompute"}
-CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
+"""Key of an earlier version, as in the config.yaml of its runs -> its name now; None: dropped."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     # choices
@@ -35,7 +52,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "hogwild": ("edp",),
     "adam": ("adamw",),
     "weights_and_biases": ("wandb",),
-    # keys; one with a choice in front is a key of that choice only
+    # keys; one after a choice is a key of that choice only
     "batch_size": ("training.global_batch_size", "training.micro_batch_size"),
     "train_batch_size": ("training.global_batch_size",),
     "per_device_train_batch_size": ("training.micro_batch_size",),
@@ -56,6 +73,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "block_size": ("data.sequence_length",),
     "max_seq_length": ("data.sequence_length",),
     "context_length": ("data.sequence_length",),
+    "norms": ("training.log_norms",),
+    "log_gradients": ("training.log_norms",),
     "world_size": ("cluster.ranks",),
     "nproc_per_node": ("cluster.ranks",),
     "num_processes": ("cluster.ranks",),

@@ -56,8 +56,8 @@ def how_to_go_on(run_id: str) -> list[str]:
     """What the user can do with a run that goes on without a terminal."""
     return [
         f"{run_id} runs in the background",
-        f"to see it:  smolrun task=attach run={run_id}",
-        f"to stop it: smolrun task=stop run={run_id}",
+        f"to see it:  smolrun task=attach attach.run={run_id}",
+        f"to stop it: smolrun task=stop stop.run={run_id}",
     ]
 
 

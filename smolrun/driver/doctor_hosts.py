@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, ranks
-from smolrun.config.cluster import Host as HostConfig
+from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.driver.fleet import Fleet, host_specs
 from smolrun.errors import HostError, LoginFailed
 from smolrun.launch.delivery.versions import own_dependencies
@@ -131,7 +131,7 @@ class HostReports:
             memory_gb=host.memory_gb,
             setup=f"smolrun task=setup cluster={cluster.name}",
             env=dict(host.env) if machine else {},
-            measure=self.config.write,
+            measure=self.config.doctor.write,
         )
 
     def probe_routes(self) -> None:

@@ -1,4 +1,4 @@
-"""write=true of task=doctor: what was found goes into the cluster file, which stays the user's own.
+"""doctor.write=true: what was found goes into the cluster file, which stays the user's own.
 
 Only what is missing or wrong is written. The file before is kept beside it as NAME.yaml.bak.
 """
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from smolrun.config.cluster import Host as HostConfig
+from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.driver.cluster_file import changed, host_names
 from smolrun.driver.doctor_hosts import HostReports
 from smolrun.driver.doctor_text import device
@@ -28,7 +28,7 @@ _NOISE = 0.1
 def write(reports: HostReports, say: Callable[[str], None]) -> None:
     """Changes the cluster file and shows what changed; ConfigError where there is none."""
     if reports.config.cluster.hosts is None:
-        say("write=true: this cluster lists no hosts, there is nothing to write")
+        say("doctor.write=true: this cluster lists no hosts, there is nothing to write")
         return
     name = reports.config.cluster.name
     file, text = find(name, reports.names)
@@ -54,8 +54,8 @@ def find(name: str, hosts: list[str]) -> tuple[Path, str]:
             if host_names(text) == hosts:
                 return own, text
     raise ConfigError(
-        f"write=true: {own} does not list the hosts of this run ({', '.join(hosts)}); run it in "
-        "the folder that has it"
+        f"doctor.write=true: {own} does not list the hosts of this run ({', '.join(hosts)}); run "
+        "it in the folder that has it"
     )
 
 

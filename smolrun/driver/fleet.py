@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, ranks
-from smolrun.config.base import CustomTarget
-from smolrun.config.cluster import Host as HostConfig
+from smolrun.config.base import CustomTargetConfig
+from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.config.suggest import problem
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
@@ -297,7 +297,7 @@ def _host(config: RunConfig, name: str) -> HostConfig:
 def own_targets(config: RunConfig) -> list[str]:
     """What the configuration names of the user's own code."""
     groups = (config.model, config.data, config.algorithm)
-    return [group.target for group in groups if isinstance(group, CustomTarget)]
+    return [group.target for group in groups if isinstance(group, CustomTargetConfig)]
 
 
 def _own_cores() -> int:

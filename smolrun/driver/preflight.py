@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.config.base import CustomTarget
-from smolrun.config.cluster import Host
+from smolrun.config.base import CustomTargetConfig
+from smolrun.config.cluster import HostConfig
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.driver.fleet import secrets_in_env
@@ -42,7 +42,7 @@ def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
     there is. Of own code no such sum is known: it gets no warning.
     """
     needed, here = _generous_bytes(config, prepared), machine_memory().available
-    hosts = config.cluster.hosts or [Host(name=THIS_MACHINE, ranks=world_size(config))]
+    hosts = config.cluster.hosts or [HostConfig(name=THIS_MACHINE, ranks=world_size(config))]
     for host in hosts:
         known = host.memory_gb * 2**30 if host.memory_gb else None
         room = known or (here if host.ssh is None else None)
@@ -99,7 +99,7 @@ def check_model_fits(config: RunConfig, kind: str) -> None:
 def _own_code(config: RunConfig) -> Iterator[str]:
     groups = {"model": config.model, "data": config.data, "algorithm": config.algorithm}
     for group, section in groups.items():
-        if isinstance(section, CustomTarget):
+        if isinstance(section, CustomTargetConfig):
             try:
                 make = load_target(section.target)
             except ConfigError as error:

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
-from smolrun.config.base import CustomTarget
-from smolrun.config.models import HuggingFace
+from smolrun.config.base import CustomTargetConfig
+from smolrun.config.models import HuggingFaceConfig
 from smolrun.data.cache import cache_folder
 from smolrun.errors import ConfigError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def prepare_model(config: RunConfig, progress: Progress) -> ModelFolder | None:
     """The model of the config, ready on this machine; None for one that needs no fetching."""
-    if isinstance(config.model, CustomTarget):
+    if isinstance(config.model, CustomTargetConfig):
         return None
     module = import_module(config.model.target.partition(":")[0])
     prepare = getattr(module, "prepare", None)
@@ -36,7 +36,7 @@ def prepare_model(config: RunConfig, progress: Progress) -> ModelFolder | None:
 def with_pinned_model(config: RunConfig) -> RunConfig:
     """The configuration with the commit of its hub model in `model.revision`, before it is kept."""
     model = config.model
-    if not isinstance(model, HuggingFace):
+    if not isinstance(model, HuggingFaceConfig):
         return config
     from smolrun.models.huggingface import pinned_revision
 

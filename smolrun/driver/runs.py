@@ -34,8 +34,10 @@ class OpenRun:
     driver_host: str | None = None  # null: this machine
 
 
-def find_run(wanted: str) -> RunFolder:
-    """The run named `wanted` below outputs/, or a path; ConfigError with those there are."""
+def find_run(key: str, wanted: str) -> RunFolder:
+    """The run named `wanted`, the value of `key`, below outputs/, or a path; ConfigError with those
+    that exist.
+    """
     try:
         path = run_folder(wanted, OUTPUTS) if wanted == LATEST else _named(wanted)
     except CheckpointError:
@@ -49,7 +51,7 @@ def find_run(wanted: str) -> RunFolder:
     )
     what = f"no such run below {OUTPUTS.absolute()}"
     raise ConfigError(
-        problem("run", wanted, what, allowed=allowed, meant=closest(wanted, names) or None)
+        problem(key, wanted, what, allowed=allowed, meant=closest(wanted, names) or None)
     )
 
 

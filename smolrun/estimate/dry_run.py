@@ -117,7 +117,7 @@ class Estimate:
             is_on_device=place.device != "cpu",
             is_staged=place.device != "cpu" and world_size(self.config) > 1,
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
-            copies_for_norms=self.config.training.norms == "all",
+            copies_for_norms=self.config.training.log_norms == "all",
             saves=self.config.checkpoint.every > 0,
             sharding=algorithm.sharding(sizes),
             quantization=Quantization(**self.config.quantization.model_dump()),

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from smolrun.config import RunConfig, has_dedicated_server, world_size
-from smolrun.config.algorithms import FSDP
+from smolrun.config.algorithms import FSDPConfig
 from smolrun.driver.outputs import OUTPUTS
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
 from smolrun.launch.machine_memory import gb
@@ -403,5 +403,5 @@ def _at_stage(config: RunConfig, stage: int) -> RunConfig:
     """The same run with algorithm=fsdp algorithm.stage=..., unchecked."""
     file = files("smolrun.conf") / "algorithm" / "fsdp.yaml"
     section = yaml.safe_load(file.read_text(encoding="utf-8"))
-    algorithm = FSDP(**{**section, "stage": stage})
+    algorithm = FSDPConfig(**{**section, "stage": stage})
     return config.model_copy(update={"algorithm": algorithm})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolrun.config import RunConfig
-from smolrun.config.base import CustomTarget
+from smolrun.config.base import CustomTargetConfig
 from smolrun.driver.outputs import prepare_data
 from smolrun.driver.prepare import prepare_model, tokenizer_for
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
@@ -32,7 +32,7 @@ def spec_of(config: RunConfig) -> Spec:
     ConfigError where the model or its tokenizer cannot be had.
     """
     data = config.data
-    if isinstance(data, CustomTarget):
+    if isinstance(data, CustomTargetConfig):
         own = prepare_data(config, lambda *_: None)
         return Spec(own.num_outputs, own.num_inputs, own.sequence_length)
     if data.produces == "features":

@@ -209,7 +209,7 @@ def place_algorithm(
         grad_clip=training["grad_clip"],
         num_outputs=prepared.num_outputs,
         expected_weight=training["global_batch_size"] * (prepared.sequence_length or 1),
-        norms=LayerNorms(training["norms"], training["norms_every"]),
+        norms=LayerNorms(training["log_norms"], training["log_norms_every"]),
         is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),

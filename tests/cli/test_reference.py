@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from smolrun.cli import combinations, outputs, reference
+from smolrun.cli import outputs, reference
 from smolrun.events import EVENTS
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -26,10 +26,10 @@ def test_the_page_about_outputs_is_fresh_and_has_every_key():
 
 
 def test_the_page_about_combinations_is_fresh_and_has_every_algorithm():
-    text = combinations.text()
+    text = reference.combinations()
     page = FILE.with_name("combinations.md")
     assert page.read_text(encoding="utf-8") == text, "run `make docs`"
-    rows = [" ".join(row) for row in combinations.rows()]
+    rows = [" ".join(row) for row in reference.combination_rows()]
     assert [row for row in rows if f"\n| `{row}` | " not in text] == []
     assert {"algorithm=single", "algorithm=classicdp", "algorithm=fsdp algorithm.stage=3"} <= {
         *rows

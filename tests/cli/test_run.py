@@ -13,6 +13,7 @@ import platformdirs
 import pytest
 
 from smolrun import cli
+from smolrun.cli.arguments import without_aliases
 from smolrun.config import RunConfig, redacted
 from smolrun.errors import ConfigError, DataError, PeerLost
 from smolrun.tracking.run_folder import RunFolder
@@ -273,4 +274,22 @@ def test_json_is_refused_by_name_where_there_is_none(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--json") == 2
-    assert "format = json: task=train does not answer in JSON" in capsys.readouterr().err
+    assert "--json: task=train has no JSON output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["task=stop", "run=x"], ["task=stop", "stop.run=x"]),
+        (["run=x", "task=attach"], ["attach.run=x", "task=attach"]),
+        (
+            ["task=doctor", "write=true", "--json"],
+            ["task=doctor", "doctor.write=true", "doctor.format=json"],
+        ),
+        (["task=status", "+format=json"], ["task=status", "+status.format=json"]),
+        (["task=trust", "write=true"], ["task=trust", "trust.yes=true"]),
+        (["run=x"], ["run=x"]),
+    ],
+)
+def test_keys_of_a_task_have_short_names(typed: list[str], words: list[str]) -> None:
+    assert without_aliases(typed) == words

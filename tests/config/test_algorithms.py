@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
+import pytest
+from pydantic import Field, create_model
+
+from smolrun import config
 from smolrun.cli.compose import compose
-from smolrun.config import has_dedicated_server, savers
+from smolrun.config import (
+    has_dedicated_server,
+    problems,
+    ranks,
+    resolved,
+    savers,
+    validate,
+    world_size,
+)
+from smolrun.config.algorithms import AlgorithmConfig, CustomAlgorithmConfig
+from smolrun.config.base import Count, chosen_by_target
+from smolrun.config.settings import TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
+from smolrun.config.suggest import problem
+from smolrun.driver.batch_shares import largest_plan
+from smolrun.driver.trackers import can_quantize
 from smolrun.errors import ConfigError
+from smolrun.estimate.dry_run import estimate
 
 
 @pytest.mark.parametrize(
@@ -162,3 +182,70 @@ def test_the_server_of_edp_alone_saves() -> None:
 )
 def test_edp_may_need_all_ranks(overrides: list[str]) -> None:
     compose(["algorithm=edp", *overrides])
+
+
+class GossipConfig(AlgorithmConfig):
+    """All that smolrun/config/algorithms.py has to say of a new algorithm."""
+
+    max_ranks: ClassVar[int | None] = 3
+    is_asynchronous: ClassVar[bool] = True
+    quantizes_gradients: ClassVar[bool] = True
+    target: Literal["smolrun.algorithms.gossip:Gossip"]
+    neighbours: Count = Field(description="Ranks to average with")
+
+    @property
+    def why_no_replicas(self) -> str:
+        return "neighbours differ"
+
+    def batch_parts(self, workers: int) -> int | None:
+        return 2 * workers
+
+    def check_neighbours(self, *, training: TrainingConfig, world_size: int) -> Iterator[str]:
+        if self.neighbours >= world_size:
+            yield problem("algorithm.neighbours", self.neighbours, "too many")
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        return Sharding(links=self.neighbours)
+
+
+@pytest.fixture
+def gossip(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A configuration of that algorithm, which no other module knows."""
+    shipped = resolved(compose(["model=mlp", "cluster.ranks=2"]))
+    algorithms = chosen_by_target(CustomAlgorithmConfig, GossipConfig)
+    extended = create_model("Extended", __base__=config.RunConfig, algorithm=(algorithms, ...))
+    for module in (config, problems):
+        monkeypatch.setattr(module, "RunConfig", extended)
+    section = {"name": "gossip", "target": "smolrun.algorithms.gossip:Gossip", "neighbours": 1}
+    return {**shipped, "algorithm": section}
+
+
+def test_a_class_is_all_that_a_new_algorithm_needs(gossip: dict[str, Any]) -> None:
+    made = validate(gossip)
+    assert isinstance(made.algorithm, GossipConfig)
+    assert made.algorithm.keywords() == {"neighbours": 1}
+    assert (world_size(made), len(ranks(made)), savers(made)) == (2, 2, 1)
+    assert largest_plan(made).sizes == (8,)  # a fourth of the batch
+    assert can_quantize(made)
+    dry_run = estimate(made)
+    assert dry_run.rank(dry_run.places[0]).sharding == Sharding(links=1)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "line"),
+    [
+        ("algorithm", "neighbours", 2, "algorithm.neighbours = 2: too many"),
+        ("algorithm", "neighbours", 0, "algorithm.neighbours = 0: too small"),
+        ("algorithm", "neighbors", 1, "did you mean algorithm.neighbours?"),
+        ("cluster", "ranks", 4, "algorithm=gossip"),
+        ("cluster", "server", "pi", "algorithm=gossip has no server"),
+        ("training", "resync_every", 5, "neighbours differ"),
+    ],
+)
+def test_its_rules_hold(
+    gossip: dict[str, Any], group: str, key: str, value: Any, line: str
+) -> None:
+    gossip[group][key] = value
+    with pytest.raises(ConfigError) as error:
+        validate(gossip)
+    assert [found for found in error.value.problems if line in found] == error.value.problems

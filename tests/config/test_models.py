@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.config.models import HuggingFace, SmolLM2, Trained
+from smolrun.config.models import HuggingFaceConfig, SmolLM2Config, TrainedConfig
 from smolrun.errors import ConfigError
 
 ROPE = "{factor: 8.0, low_freq_factor: %s, high_freq_factor: 4.0, %s: 8192}"
@@ -14,14 +14,14 @@ ORIGINAL = "original_max_position_embeddings"
 
 def test_the_models_of_others_are_chosen_by_name() -> None:
     model = compose(["model=hf", "model.name=owner/model"]).model
-    assert isinstance(model, HuggingFace)
+    assert isinstance(model, HuggingFaceConfig)
     assert model.keywords().keys() == {"pretrained", "revision", "attention", "dropout"}
-    assert isinstance(compose(["model=smollm2_135m"]).model, SmolLM2)
+    assert isinstance(compose(["model=smollm2_135m"]).model, SmolLM2Config)
 
 
 def test_exporting_brings_the_model_of_a_run_along() -> None:
     config = compose(["task=export", "model.run=a-run"])
-    assert isinstance(config.model, Trained)
+    assert isinstance(config.model, TrainedConfig)
     assert config.model.run == "a-run"
 
 

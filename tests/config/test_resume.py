@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.config import resolved
-from smolrun.config.resume import MAY_CHANGE, completed, differences, keep_commit, on_top
+from smolrun.config import resolved, validate
+from smolrun.config.resume import (
+    MAY_CHANGE,
+    completed,
+    differences,
+    keep_commit,
+    on_top,
+    with_current_keys,
+)
 from smolrun.config.synonyms import RENAMED_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,17 +96,39 @@ def test_keys_that_are_not_there_do_no_harm() -> None:
 
 @pytest.mark.parametrize("old", RENAMED_KEYS)
 def test_keys_of_older_versions_have_their_new_names(old: str) -> None:
-    group, _, key = old.partition(".")
-    new = RENAMED_KEYS[old].partition(".")[2]
-    stored = {group: {"target": "smolrun.algorithms.edp:edp", key: 7}}
-    assert completed(stored, {})[group] == {"target": "smolrun.algorithms.edp:edp", new: 7}
-    own = {group: {"target": "my_code.algorithm:build", key: 7}}
-    assert completed(own, {})[group] == own[group], "a user's own class keeps its keys"
+    group, _, key = old.rpartition(".")
+    new = RENAMED_KEYS[old]
+    target = {"target": "smolrun.algorithms.edp:edp"}
+    section = {**target, key: 7}
+    now = with_current_keys({group: section} if group else section)
+    assert (now[group] if group else now) == (
+        target if new is None else {**target, new.rpartition(".")[2]: 7}
+    )
+    assert section[key] == 7, "the stored one is left as it was"
+
+
+def test_the_keys_of_a_user_are_kept() -> None:
+    own = {"algorithm": {"target": "my_code.algorithm:build", "patience": 7}}
+    assert with_current_keys(own) == own
 
 
 def test_a_run_of_an_older_version_is_resumed() -> None:
+    keys = ["algorithm=syncps", "cluster.ranks=2", "training.log_norms=all"]
     now = config("algorithm=syncps", "cluster.ranks=2")
-    stored = config("algorithm=syncps", "cluster.ranks=2", "algorithm.ema_decay=0.5")
-    old = {new.partition(".")[2]: old.partition(".")[2] for old, new in RENAMED_KEYS.items()}
-    older = {**stored, "algorithm": {old.get(k, k): v for k, v in stored["algorithm"].items()}}
-    assert older != stored and completed(older, now) == stored
+    stored = config(*keys, "algorithm.ema_decay=0.5", "training.log_norms_every=3")
+    older = copy.deepcopy(stored) | {"run": "latest", "write": False, "format": "text"}
+    for task in ("attach", "doctor", "status", "stop", "trust"):
+        del older[task]
+    for old, new in RENAMED_KEYS.items():
+        group, _, key = old.partition(".")
+        name = (new or "").rpartition(".")[2]
+        if key and name in older[group]:
+            older[group][key] = older[group].pop(name)
+    assert {"norms", "norms_every"} <= older["training"].keys()
+    assert completed(older, now) == stored
+    assert validate(completed(older, now)) == validate(stored)
+
+
+def test_a_new_name_wins_over_an_old_one() -> None:
+    stored = {"training": {"norms": "none", "log_norms": "all"}}
+    assert with_current_keys(stored) == {"training": {"log_norms": "all"}}

@@ -10,9 +10,9 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, config_hash, resolved, validate
-from smolrun.config.algorithms import ClassicDP
-from smolrun.config.base import CustomTarget
-from smolrun.config.models import Decoder
+from smolrun.config.algorithms import ClassicDPConfig
+from smolrun.config.base import CustomTargetConfig
+from smolrun.config.models import DecoderConfig
 from smolrun.errors import ConfigError
 
 
@@ -41,8 +41,8 @@ def problems(shipped: dict[str, Any], **changes: Any) -> list[str]:
 
 def test_the_shipped_configuration_is_valid(shipped: dict[str, Any]):
     config = validate(shipped)
-    assert isinstance(config.model, Decoder)
-    assert isinstance(config.algorithm, ClassicDP)
+    assert isinstance(config.model, DecoderConfig)
+    assert isinstance(config.algorithm, ClassicDPConfig)
     assert config.algorithm.keywords() == {"bucket_mb": 4.0, "shard_optimizer": "auto"}
     assert config.training.warmup_steps == 30
 
@@ -227,7 +227,7 @@ def test_a_target_names_a_module_and_something_in_it(shipped: dict[str, Any], ta
 def test_your_own_target_keeps_its_keys(shipped: dict[str, Any]):
     own = {"name": "mine", "target": "json.decoder:JSONDecoder", "strict": True, "sizes": [1, 2]}
     config = validate(changed(shipped, model=own))
-    assert isinstance(config.model, CustomTarget)
+    assert isinstance(config.model, CustomTargetConfig)
     assert config.model.keywords() == {"strict": True, "sizes": [1, 2]}
     assert resolved(config)["model"] == own
 

@@ -21,8 +21,8 @@ posix = pytest.mark.skipif(not hasattr(os, "setsid"), reason="Windows has no ses
 @pytest.mark.timeout(120)
 def test_it_runs_in_a_session_of_its_own_and_ends_by_sigterm(tmp_path: Path) -> None:
     with in_background(tmp_path) as run:
-        assert f"smolrun task=attach run={run.run_id}" in run.out
-        assert f"smolrun task=stop run={run.run_id}" in run.out
+        assert f"smolrun task=attach attach.run={run.run_id}" in run.out
+        assert f"smolrun task=stop stop.run={run.run_id}" in run.out
         workers = run.until_it_trains()
         assert len(workers) == 2
         if hasattr(os, "getsid"):

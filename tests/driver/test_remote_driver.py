@@ -65,7 +65,7 @@ def configured(box: Box, *overrides: str) -> RunConfig:
 
 
 def asked(task: str, run: str = "latest") -> RunConfig:
-    return compose([f"task={task}", f"run={run}"])
+    return compose([f"task={task}", f"attach.run={run}", f"stop.run={run}"])
 
 
 def end(folder: RunFolder) -> None:
@@ -92,9 +92,9 @@ def test_it_is_started_seen_and_stopped_from_here(
 ) -> None:
     assert remote_driver.drive(configured(box)) == 0
     told = capsys.readouterr()
-    folder = find_run("latest")
+    folder = find_run("stop.run", "latest")
     try:
-        assert f"smolrun task=attach run={folder.run_id}" in told.out
+        assert f"smolrun task=attach attach.run={folder.run_id}" in told.out
         assert "box: preparing: " in told.err
         there = Path((folder.remote() or {})["folder"])
         assert there.is_relative_to(box.workdir / "driver")
@@ -125,7 +125,7 @@ def test_attach_shows_it_and_a_lost_machine_is_told(
     box: Box, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert remote_driver.drive(configured(box, "training.steps=30", "checkpoint.every=0")) == 0
-    folder = find_run("latest")
+    folder = find_run("stop.run", "latest")
     try:
         capsys.readouterr()
         box.is_there = False

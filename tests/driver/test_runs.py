@@ -23,27 +23,27 @@ def test_by_name_by_path_and_the_newest(tmp_path: Path) -> None:
     older = a_run(tmp_path / "outputs", "20260131-142501-x-aaaa")
     newer = a_run(tmp_path / "outputs", "20260131-142502-x-bbbb")
     newer.become_latest()
-    assert find_run("latest").path == Path("outputs") / newer.run_id
-    assert find_run(older.run_id).path == Path("outputs") / older.run_id
-    assert find_run(str(older.path)).path == Path("outputs") / older.run_id
+    assert find_run("stop.run", "latest").path == Path("outputs") / newer.run_id
+    assert find_run("stop.run", older.run_id).path == Path("outputs") / older.run_id
+    assert find_run("stop.run", str(older.path)).path == Path("outputs") / older.run_id
     elsewhere = a_run(tmp_path / "other", "20260131-142503-x-cccc")
-    assert find_run(str(elsewhere.path)).path == elsewhere.path
+    assert find_run("stop.run", str(elsewhere.path)).path == elsewhere.path
 
 
 def test_what_is_no_run_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none, `smolrun` makes one"):
-        find_run("latest")
+        find_run("stop.run", "latest")
     a_run(tmp_path / "outputs", "20260131-142501-x-aaaa")
     (tmp_path / "outputs" / "empty").mkdir()
     for wanted in ("empty", "latest", "20260131-142501-x-aaab"):
         with pytest.raises(ConfigError, match="latest, or 20260131-142501-x-aaaa"):
-            find_run(wanted)
+            find_run("stop.run", wanted)
 
 
 def test_a_run_of_this_machine_is_asked_here(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "outputs")
     folder.write_driver(steps=7)
-    with opened(find_run(folder.run_id)) as run:
+    with opened(find_run("stop.run", folder.run_id)) as run:
         assert run.driver_host is None
         assert run.ask(Request("", figures=True)).figures["steps"] == 7
 

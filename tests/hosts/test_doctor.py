@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.hosts, pytest.mark.timeout(150)]
 
 def ask(driver: Driver, *overrides: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, document and what was said beside it."""
-    code, out, err = driver.run("task=doctor", "format=json", *overrides, timeout_s=140.0)
+    code, out, err = driver.run("task=doctor", "doctor.format=json", *overrides, timeout_s=140.0)
     return code, json.loads(out), err
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.config.cluster import Host
+from smolrun.config.cluster import HostConfig
 from smolrun.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_commands_and_cluster_files_are_found() -> None:
 
 def test_every_key_of_a_host_has_its_line() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (DOCS / "cluster.md").read_text(), flags=re.MULTILINE)
-    assert sorted(key for key in table if key not in DEPLOY) == sorted(Host.model_fields)
+    assert sorted(key for key in table if key not in DEPLOY) == sorted(HostConfig.model_fields)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -44,7 +44,7 @@ def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
         showing.send_signal(signal.SIGINT)
         code, out, err = finish(showing)
         assert (code, err) == (0, "")
-        assert f"{run.run_id} goes on; to stop it: smolrun task=stop run={run.run_id}" in out
+        assert f"{run.run_id} goes on; to stop it: smolrun task=stop stop.run={run.run_id}" in out
         before = run.steps()
         showing, _ = follow(tmp_path, f"run={run.run_id}")
         run.driver.terminate()
@@ -154,7 +154,7 @@ def test_lines_that_make_no_sense_are_named(
 
 def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
     ended = smolrun(tmp_path, "task=attach", "run=nothing")
-    assert ended.code == 2 and "run = nothing: no such run" in ended.error
+    assert ended.code == 2 and "attach.run = nothing: no such run" in ended.error
 
 
 def test_a_run_whose_number_went_to_another_process_has_died(tmp_path: Path) -> None:

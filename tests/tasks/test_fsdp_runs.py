@@ -9,7 +9,7 @@ import pytest
 
 from tests.tasks.test_whole_runs import SMALL, finish, rows, start, summary
 
-KEYS = [*SMALL, "training.sample_tokens=5", "training.eval_batches=2", "training.norms=all"]
+KEYS = [*SMALL, "training.sample_tokens=5", "training.eval_batches=2", "training.log_norms=all"]
 
 
 def losses(folder: Path, *runs: list[str]) -> list[float]:

@@ -60,7 +60,7 @@ def test_json_has_all_runs_and_raw_numbers(
     monkeypatch.chdir(tmp_path)
     for number in range(23):
         a_run(tmp_path / "outputs", f"20260131-1425{number:02}-x-aaaa")
-    assert status.drive(compose(["task=status", "format=json"])) == 0
+    assert status.drive(compose(["task=status", "status.format=json"])) == 0
     runs = json.loads(capsys.readouterr().out)
     assert len(runs) == 23
     assert runs[0]["run"] == "20260131-142522-x-aaaa"

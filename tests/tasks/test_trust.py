@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from smolrun.config.cluster import Cluster, Host
+from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.errors import ConfigError
 from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.host_keys import KnownHosts
@@ -46,12 +46,14 @@ def answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     """The task with these answers; `hosts` are names to targets."""
 
     def run(*answers: str, hosts: dict[str, str] | None = None, write: bool = False) -> int:
-        entries = [Host(name=name, ssh=ssh) for name, ssh in (hosts or {"mini1": "box"}).items()]
-        cluster = Cluster(
+        entries = [
+            HostConfig(name=name, ssh=ssh) for name, ssh in (hosts or {"mini1": "box"}).items()
+        ]
+        cluster = ClusterConfig(
             name="home", hosts=entries, ssh_config=str(server.config), connect_timeout_s=3
         )
         monkeypatch.setattr("sys.stdin", Terminal("".join(f"{one}\n" for one in answers)))
-        return trust.drive(SimpleNamespace(cluster=cluster, write=write))  # type: ignore[arg-type]
+        return trust.drive(SimpleNamespace(cluster=cluster, trust=SimpleNamespace(yes=write)))  # type: ignore[arg-type]
 
     return run
 
@@ -162,7 +164,7 @@ def test_a_file_that_cannot_be_written(server: Server, answer, capsys):
 
 def test_a_cluster_of_this_machine_alone(answer):
     with pytest.raises(ConfigError, match="no host of cluster=local has an `ssh:`"):
-        trust.drive(SimpleNamespace(cluster=Cluster(name="local")))  # type: ignore[arg-type]
+        trust.drive(SimpleNamespace(cluster=ClusterConfig(name="local")))  # type: ignore[arg-type]
 
 
 def command(server: Server, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -182,9 +184,9 @@ def test_without_a_terminal_nothing_is_trusted(server: Server, tmp_path: Path):
     done = command(server, tmp_path)
     assert done.returncode == 3, done.stderr
     assert "nobody is here to be asked, so nothing was trusted" in done.stdout
-    assert "task=trust cluster=home write=true" in done.stdout
+    assert "task=trust cluster=home trust.yes=true" in done.stdout
     assert not server.known_hosts.exists()
-    done = command(server, tmp_path, "write=true")
+    done = command(server, tmp_path, "trust.yes=true")
     assert done.returncode == 0, done.stderr
     assert KnownHosts([server.known_hosts]).keys(server.entry)
     assert done.stderr == ""

@@ -54,8 +54,8 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
         "sample_tokens": 0,
         "sample_prompt": "",
         "recompute": False,
-        "norms": "none",
-        "norms_every": 10,
+        "log_norms": "none",
+        "log_norms_every": 10,
         "resync_every": "auto",
     }
     return {
