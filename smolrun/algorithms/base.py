@@ -404,7 +404,7 @@ class Algorithm(ABC):
 
     def try_out(self, batch: Batch) -> None:
         """Runs the model once, as in training, and changes nothing. Raises what the first batch
-        would raise: for a rank whose workers are started again and again when they fail."""
+        would raise: for a server whose workers are restarted when they fail."""
         before = persistent_buffers(self.model)
         # functional_call leaves the changed ones here.
         copies = {name: buffer.detach().clone() for name, buffer in before.items()}

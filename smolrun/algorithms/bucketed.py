@@ -98,7 +98,7 @@ class BucketedAlgorithm(Algorithm):
 
     @abstractmethod
     def send(self, bucket: Bucket, slot: int) -> Work:
-        """Starts to bring a full bucket to those who sum it."""
+        """Starts to send a full bucket to where it is summed."""
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """The buckets have been sent already; the statistics follow them."""

@@ -41,30 +41,30 @@ class Context:
     make_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of update 0, 1, 2, ...
     staleness: int = 0
-    staleness_bound: int | None = None  # None: nobody asked for any, take the algorithm's own
-    quantization: Quantization = NO_QUANTIZATION  # in which form gradients travel
+    staleness_bound: int | None = None  # None: the algorithm's own default
+    quantization: Quantization = NO_QUANTIZATION  # how gradients are encoded when they are sent
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no clipping
     num_outputs: int | None = None  # classes, or tokens of the vocabulary; None: not known
     expected_weight: int = 1  # targets in a global batch, a hint for the first loss scale
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
     is_elementwise: bool = True  # the optimizer needs no whole matrices, so they may be cut
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
-    # (model, name, parameter): where `place` gets a shell, whose parameters only have shapes
+    # (model, name, parameter): the value of a parameter that `place` got on the meta device
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()
-    pace: Pace = FULL_SPEED  # a rank may play a slower machine
+    pace: Pace = FULL_SPEED  # a rank may emulate a slower machine
     # seeds every random generator of this process from the run's seed and these numbers
     reseed: Callable[..., None] = lambda *words: None
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """One of `count` equal parts of a global batch, for whoever takes it."""
+    """One of `count` equal parts of a global batch."""
 
     index: int
     count: int
 
 
-IDLE = BatchPart(0, 0)  # for a rank that only serves others
+IDLE = BatchPart(0, 0)  # for a server that does not train
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class StepStats:
         return cls(tuple(values), [rank], row)
 
     def column(self, name: str) -> list[float]:
-        """Of every rank in `ranks`; empty where nobody reports it."""
+        """Of every rank in `ranks`; empty if `name` is not reported."""
         if name not in self.names:
             return []
         found: list[float] = self.table[:, self.names.index(name)].tolist()

@@ -1,9 +1,9 @@
 """Data parallelism that does not hold everything N times: each stage is the one before it, and one
-thing more that is cut among the ranks (ZeRO's stages).
+thing more that is sharded among the ranks (ZeRO's stages).
 
     bytes per parameter, float32 and adamw   parameters  gradients  optimizer    N = 4
     stage 0   replicas, as classicdp              4          4          8          16
-    stage 1   the optimizer is cut                4          4          8/N        10
+    stage 1   optimizer sharded                   4          4          8/N        10
     stage 2   gradients too                       4          4/N        8/N         7
     stage 3   parameters too                      4/N        4/N        8/N         4
 
@@ -12,9 +12,9 @@ thing more that is cut among the ranks (ZeRO's stages).
     rank 0  [ gather 0 ][ gather 1 ] ... forward, backward ... [ reduce_scatter ]  step    stage 3
 
 Parameters lie flat in buckets, and every bucket is cut among the ranks, unevenly where ranks have
-unequal memory. A rank sums, clips and steps its own slices; what it does not own it gets from the
-others. Stages 0 to 2 may be late by K steps as classicdp; stage 3 may not, as it gathers weights
-anew in every step and a late gradient would belong to others.
+unequal memory. A rank sums, clips and steps its own slices and gathers the others'. Stages 0 to 2
+allow staleness K as classicdp does; stage 3 does not, as it gathers weights in every step and a
+stale gradient would belong to earlier ones.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 2020; Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023.
@@ -45,7 +45,7 @@ from smolrun.parts.unshard_on_access import ParamGroup, UnshardOnAccess, layers_
 def fsdp(
     context: Context, *, stage: int, bucket_mb: float, max_live_buckets: int, prefetch: int
 ) -> Algorithm:
-    """The algorithm of a stage; each stage takes those keys that mean something to it."""
+    """The algorithm of a stage, with those keys that apply to it."""
     if stage == 0:
         return classicdp(context, bucket_mb=bucket_mb, shard_optimizer="auto")
     if stage == 1:
@@ -75,7 +75,7 @@ class GradientShards(OptimizerShards):
         )
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Micro-batch after micro-batch; the buckets of each leave while backward goes on."""
+        """One micro-batch after the other; the buckets of each are reduced during its backward."""
         self.gradients.scale = self.loss_scale.value
         self.gradients.begin(self.slot(self.steps_begun))
         stats = {"loss_sum": 0.0, "num_targets": 0.0}
@@ -91,21 +91,21 @@ class GradientShards(OptimizerShards):
         return Algorithm.forward_backward(self, [batch])
 
     def before_last_backward(self) -> None:
-        """Buckets leave in every backward."""
+        """Nothing: buckets are reduced in every backward."""
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
-        """As stage 1."""
+        """With the works of the buckets that are still being reduced."""
         self._works = self.gradients.works(self.slot(self.steps_begun))
         self._is_finite = self.gradients.is_finite
         return super().synchronize(stats)
 
     def summed(self, pending: PendingUpdate) -> list[Tensor]:
-        """What has come back of all micro-batches."""
+        """Over all micro-batches."""
         return self.gradients.finish(self.slot(pending.step))
 
 
 class ParameterShards(GradientShards):
-    """Stage 3: a rank holds its slices; a layer is whole only while somebody uses it."""
+    """Stage 3: a rank holds its slices; a layer is unsharded only while it is used."""
 
     needs_full_model = False
 
@@ -121,7 +121,7 @@ class ParameterShards(GradientShards):
             )
 
     def place(self, model: nn.Module) -> None:
-        """Keeps this rank's slices, one bucket after the other, and lets go of the rest."""
+        """Keeps this rank's slices, one bucket after the other."""
         self.model = model
         sync_replicas(self.collectives, list(model.buffers()))
         products, half = used_in_products(model), self.context.precision.autocast
@@ -157,12 +157,11 @@ class ParameterShards(GradientShards):
         )
 
     def replica_tensors(self) -> dict[str, Tensor]:
-        """Buffers; of parameters nothing is there twice."""
+        """Buffers; no parameter is replicated."""
         return persistent_buffers(self.model)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """As stage 2; afterwards no layer is whole, and samples that do not count have changed no
-        buffer."""
+        """As stage 2; reshards afterwards. Samples that carry no loss have changed no buffer."""
         self._before_empty: dict[str, Tensor] = {}
         stats = super().forward_backward(micro_batches)
         self.parameters.reshard()
@@ -172,7 +171,7 @@ class ParameterShards(GradientShards):
         return stats
 
     def one_micro_batch(self, batch: Batch) -> dict[str, float]:
-        """A rank without samples runs the model too, as it must take part in the gathering."""
+        """A rank without samples runs the model too, as it must take part in the all_gathers."""
         if not len(batch.inputs) and not self._before_empty:  # a rank's empty ones come last
             buffers = persistent_buffers(self.model).items()
             self._before_empty = {name: buffer.detach().clone() for name, buffer in buffers}
@@ -184,7 +183,7 @@ class ParameterShards(GradientShards):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:
-        """As always; every rank runs every micro-batch."""
+        """Every rank runs every micro-batch, as it takes part in the all_gathers."""
         with self.parameters.forward_backward_pass():
             sums = super().eval_step([never_empty(batch) for batch in micro_batches])
         self.parameters.reshard()
@@ -192,7 +191,7 @@ class ParameterShards(GradientShards):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """As always."""
+        """On every rank."""
         with self.parameters.forward_backward_pass():
             output = super().logits(tokens)
         self.parameters.reshard()

@@ -34,8 +34,8 @@ from smolrun.parts.unshard_on_access import watch
 
 
 class PendingAllGathers:
-    """Buckets whose parameters are being gathered. One is waited for, by `wait`, when anybody reads
-    one of its parameters from the model, so nobody sees an old value."""
+    """Buckets whose parameters are being gathered. One is waited for, by `wait`, when one of its
+    parameters is read from the model, so an old value is never seen."""
 
     def __init__(self, wait: Callable[[Work], None]) -> None:
         self._wait = wait

@@ -1,4 +1,4 @@
-"""One process, no network: the yardstick that every other algorithm is measured against.
+"""One process, no network: the baseline that every other algorithm is compared with.
 
 With staleness K it simulates the delay: the gradient of step t is kept and applied at step t + K.
 So a delayed distributed run can be checked against a program that a reader can hold in mind.
@@ -26,12 +26,12 @@ class Single(Algorithm):
         self._delayed: deque[list[torch.Tensor]] = deque()
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """As always, from no gradient."""
+        """Starts from zero gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         return super().forward_backward(micro_batches)
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
-        """Nothing to bring together: takes the gradients away until it is their turn."""
+        """Nothing to combine: keeps the gradients until their update."""
         gradients = []
         for parameter in self._trained():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -43,7 +43,7 @@ class Single(Algorithm):
         return PendingUpdate(self.steps_begun, *self.share_stats(stats))
 
     def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
-        """The oldest gradients come back."""
+        """The oldest gradients."""
         gradients = self._delayed.popleft()
         for parameter, gradient in zip(self._trained(), gradients, strict=True):
             parameter.grad = gradient

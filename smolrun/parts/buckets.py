@@ -6,8 +6,8 @@ bucket, nothing is copied.
     slot 1   [ the same again ]           one slot per step in flight: staleness + 1
 
 A bucket is launched when the last of its gradients is there, so the network works while backward
-goes on. Buckets are launched in one fixed order on all ranks, also those that never fill because a
-parameter got no gradient. Knows nothing of what launching means."""
+continues. Buckets are launched in one fixed order on all ranks, also those that never fill because
+a parameter got no gradient. Knows nothing of what launching means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 @dataclass
 class Bucket:
-    """Several gradients in one flat tensor, once per slot. `host[slot]` is what travels: the same
+    """Several gradients in one flat tensor, once per slot. `host[slot]` is what is sent: the same
     memory on a CPU."""
 
     index: int
@@ -40,13 +40,13 @@ class Bucket:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def to_host(self, slot: int) -> torch.Tensor:
-        """The gradients in host memory, ready to travel."""
+        """The gradients in host memory, ready to be sent."""
         if self.host[slot] is not self.flat[slot]:
             self.host[slot].copy_(self.flat[slot])
         return self.host[slot]
 
     def from_host(self, slot: int) -> torch.Tensor:
-        """The gradients as they came back, on the device."""
+        """The reduced gradients, on the device."""
         if self.host[slot] is not self.flat[slot]:
             self.flat[slot].copy_(self.host[slot])
         return self.flat[slot]
@@ -94,8 +94,7 @@ class GradientBuckets:
         self.bind(slot)
 
     def arm(self) -> None:
-        """Says that the next backward is the last of this step: full buckets are launched from now
-        on."""
+        """The next backward is the last of this step: full buckets are launched from now on."""
         self._is_armed = True
 
     def finish(self) -> None:
@@ -110,15 +109,15 @@ class GradientBuckets:
                 parameter.grad = view
 
     def host_gradients(self, slot: int) -> list[torch.Tensor]:
-        """Every gradient of a slot as it lies in host memory, in the order the parameters came."""
+        """Views of every gradient of a slot in host memory, in the order of the parameters."""
         views = [
             view for bucket in self.buckets for view in _views(bucket.host[slot], bucket.parameters)
         ]
         return views[::-1]  # buckets are packed from the last parameter to the first
 
     def room(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Host memory for one more slot: what would travel, one tensor per bucket, and views of it,
-        one per parameter, in the order the parameters came."""
+        """Host memory for one more slot: one flat tensor per bucket, and views of it, one per
+        parameter, in the order of the parameters."""
         flat = [torch.empty(b.size, dtype=b.parameters[0].dtype) for b in self.buckets]
         pairs = zip(flat, self.buckets, strict=True)
         return flat, [view for f, b in pairs for view in _views(f, b.parameters)][::-1]

@@ -5,7 +5,7 @@
     slices    rank 1 owns the end of head.weight, all of norm.weight, a beginning of the third
 
 A rank steps its own slices only; a slice of a matrix is a matrix of one row, so that an optimizer
-still knows it from a vector. Knows nothing of who gathers a bucket, nor when.
+still tells it from a vector. Knows nothing of when a bucket is gathered.
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ class ShardedBucket:
 
 @dataclass(frozen=True)
 class PendingAllGather:
-    """A flat tensor on its way."""
+    """A flat tensor that is being gathered."""
 
     work: Work
     host: Tensor
     flat: Tensor
 
     def copy_to_device(self) -> None:
-        """Puts it where it is used; after the work is done."""
+        """Copies it to the device; after the work is done."""
         if self.host is not self.flat:
             self.flat.copy_(self.host)
 

@@ -1,9 +1,9 @@
-"""How an algorithm sums gradients over the ranks: as they are, or in fewer bits with what rounding
-took away kept for the next time.
+"""Sums gradients over the ranks: as they are, or quantized with error feedback.
 
 A bucket's residual belongs to a bucket and to a slot, as the bucket's memory does: with staleness K
-there are K + 1 of each, and a step finds what the last step in the same slot has left, whose fate
-is known. It is settled after the update, so a step that was skipped leaves no trace."""
+there are K + 1 of each, and a step adds the residual of the last step in the same slot, whose
+update is known to be made or skipped. It is settled after the update, so a skipped step changes no
+residual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets how much: pure arithmetic over shares. Knows nothing of tensors or ranks' addresses."""
+"""Shares of batches, memory and samples: pure arithmetic. Knows nothing of tensors or addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` whole things split in proportion to `weights`, by largest remainder; they add up
+    """`total` integers split in proportion to `weights`, by largest remainder; they add up
     exactly.
 
     Equal remainders go to the lower index, so every rank computes the same split.
@@ -65,19 +65,19 @@ class BatchPlan:
     micro_batch_size: int | None = None  # the most samples at once; None: as many as there are
 
     def at(self, step: int) -> BatchPlan:
-        """The same for every step; see BatchPlans for shares that change."""
+        """This plan, which holds for every step."""
         return self
 
     def part(self, index: int, count: int) -> BatchPlan:
-        """The plan of one of `count` equal parts of every global batch, whoever takes it; of
-        none, nothing."""
+        """The plan of one of `count` equal parts of every global batch; no samples where `count`
+        is 0."""
         if not count:
             return BatchPlan(0, (), self.global_batch_size, self.micro_batch_size)
         return plan_batches(self.global_batch_size, [1.0] * count, index, self.micro_batch_size)
 
     def alone(self, count: int) -> BatchPlan:
-        """The plan of whoever takes whole batches, for which others would be `count` ranks: no
-        more samples at once than a rank of these."""
+        """The plan of a rank that takes whole batches: with no more samples at once than one of
+        `count` ranks would have."""
         most = self.micro_batch_size or -(-self.global_batch_size // count)
         return plan_batches(self.global_batch_size, [1.0], 0, most)
 

@@ -7,7 +7,7 @@ vanishing.
     fp16       float32 weights, matrix products in float16, loss scaled
     bf16_params  weights, gradients and the optimizer's memory in bfloat16 too: half the memory.
                  Updates are computed in float32 and rounded by chance (StochasticRounding); the
-                 loss is float32 as always
+                 loss is float32
 
 Source: Micikevicius et al., "Mixed precision training", 2018.
 """

@@ -1,4 +1,4 @@
-"""Gradients in fewer bits: a flat tensor becomes one flat uint8 tensor that travels, and back.
+"""Gradients in fewer bits: a flat tensor is encoded as one flat uint8 tensor, and decoded.
 
     int8    [ a scale per block, float32 | one byte per number ]      1 + 4/block bytes per number
     fp16    [ one scale                  | float16             ]      2
@@ -7,8 +7,8 @@
 
 A block of int8 is cut into 127 equal steps each way of its largest number, so no number is off by
 more than half a step. fp16 brings the largest to 2^15 by a power of two first, so that a sum over
-many samples cannot overflow. What is not finite stays so (in int8: its whole block), thus whoever
-decodes takes the same decision as who encoded. The bytes depend on nothing but the numbers.
+many samples cannot overflow. What is not finite stays so (in int8: its whole block), so the
+rank that decodes decides as the one that encoded. The bytes depend on nothing but the numbers.
 
 `ErrorFeedback` adds what rounding took away to the next tensor: nothing is lost, only late.
 Knows nothing of ranks.
@@ -38,13 +38,13 @@ class Quantizer(ABC):
 
     @abstractmethod
     def wire_bytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes that so many numbers travel in; 0 for none."""
+        """Bytes of so many numbers when encoded; 0 for none."""
 
     @abstractmethod
     def encode(
         self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
     ) -> Tensor:
-        """The uint8 tensor that travels, in `wire` if given; what rounding took away goes into
+        """The encoded uint8 tensor, in `wire` if given; what rounding took away goes into
         `lost`, which may be `flat` itself."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Quantization:
 
     @property
     def is_none(self) -> bool:
-        """Whether numbers travel as they are."""
+        """Whether numbers are sent as they are."""
         return self.kind == "none"
 
     def working_dtype(self, dtype: torch.dtype) -> torch.dtype:

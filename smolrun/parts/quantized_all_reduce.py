@@ -1,4 +1,4 @@
-"""Sums over all ranks of tensors that travel in fewer bits, rounded twice whatever their number.
+"""Sums over all ranks of quantized tensors: rounded twice, whatever the number of ranks.
 
     rank 0   [ a0 | b0 ]   all to all   a0 + Q(a1) = a    all gather   [ Q(a) | Q(b) ]
     rank 1   [ a1 | b1 ]  ------------> Q(b0) + b1 = b   ------------> [ Q(a) | Q(b) ]
@@ -36,12 +36,12 @@ from smolrun.mesh.mesh import Work
 from smolrun.parts.quantization import ErrorFeedback, Quantizer
 
 # Numbers of a tensor that are one chain: a few milliseconds of computing, so that heartbeats come
-# through, and part of a large tensor travels while the next is encoded.
+# through, and part of a large tensor is sent while the next is encoded.
 _PART = 1 << 20
 
 
 class QuantizedAllReduce:
-    """As `collectives`, but what travels is what `quantizer` makes of it. Always asynchronous; the
+    """As `collectives`, but tensors are sent as `quantizer` encodes them. Always asynchronous; the
     tensors are flat and must not be touched until the work is done."""
 
     def __init__(self, collectives: Collectives, quantizer: Quantizer, part: int = _PART) -> None:
@@ -72,7 +72,7 @@ class QuantizedAllReduce:
 
     def _parts(
         self, flat: Tensor, sizes: Sequence[int], feedback: ErrorFeedback | None
-    ) -> list[_Part]:
+    ) -> list[_Segment]:
         """Every rank's range is cut into equally many pieces: one piece of each is a part."""
         residual, lost = feedback.take() if feedback else (None, None)
         count = max(1, -(-flat.numel() // self._part))
@@ -80,14 +80,14 @@ class QuantizedAllReduce:
             [(start + low, start + high) for low, high in even_ranges(stop - start, count)]
             for start, stop in ranges_of(sizes)
         ]
-        return [_Part(flat, ranges, residual, lost) for ranges in zip(*pieces, strict=True)]
+        return [_Segment(flat, ranges, residual, lost) for ranges in zip(*pieces, strict=True)]
 
-    def _reduce_own(self, part: _Part) -> Generator[Phase, None, None]:
+    def _reduce_own(self, part: _Segment) -> Generator[Phase, None, None]:
         total = yield from self._reduce(part)
         part.numbers[self._index].copy_(total)
         part.give_back()
 
-    def _reduce_and_gather(self, part: _Part) -> Generator[Phase, None, None]:
+    def _reduce_and_gather(self, part: _Segment) -> Generator[Phase, None, None]:
         total = yield from self._reduce(part)
         if self._size == 1:
             part.numbers[0].copy_(total)
@@ -102,7 +102,7 @@ class QuantizedAllReduce:
             self._quantizer.decode(wires[slice(*place)], numbers)
         part.give_back()
 
-    def _reduce(self, part: _Part) -> Generator[Phase, None, Tensor]:
+    def _reduce(self, part: _Segment) -> Generator[Phase, None, Tensor]:
         """This rank's piece of the sum; nothing of it is rounded that was here before."""
         part.take()
         me, numbers = self._index, part.numbers
@@ -131,7 +131,7 @@ class QuantizedAllReduce:
         return self._quantizer.wire_bytes(numbers.numel(), numbers.dtype)
 
 
-class _Part:
+class _Segment:
     """A piece of every rank's range: `numbers[rank]` in float32 at least, `lost[rank]` is where the
     rounding of it is kept."""
 

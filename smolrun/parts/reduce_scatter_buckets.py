@@ -1,15 +1,16 @@
-"""Gradients that are only passing through: a bucket is there from its first gradient until its sum
-over all ranks has come back, and of that this rank keeps its own part only.
+"""Buckets of gradients that exist from their first gradient until they are reduced: each rank keeps
+its own part of the sum only.
 
     backward   [ bucket 0 fills ][ bucket 1 fills ][ bucket 2 ...
     network                      [ reduce 0       ][ reduce 1
     memory     [ 0              ][ 0, 1           ][ 1, 2             at most max_live buckets
 
-Backward waits where more would be alive. Buckets leave in one order on all ranks: at first that of
-their numbers, and then the order in which rank 0's buckets were full, told to all once.
+Backward waits where more would be alive. Buckets are reduced in one order on all ranks: that of
+their numbers in the first backward, then the order in which rank 0's buckets were full in it, which
+is broadcast once.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-2020 (gradients that are reduced and let go during backward); Li et al., "PyTorch Distributed",
+2020 (gradients that are reduced and freed during backward); Li et al., "PyTorch Distributed",
 2020 (buckets in the order of the first backward)."""
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from smolrun.parts.gradient_reducer import GradientReducer
 
 @dataclass(frozen=True)
 class _Leaving:
-    """A full bucket on its way round the ranks."""
+    """A full bucket that is being reduced."""
 
     number: int
     slot: int
@@ -38,8 +39,9 @@ class _Leaving:
 
 
 class ReduceScatterBuckets:
-    """Catches the gradients of `buckets` as backward makes them, sends them off, and adds up what
-    comes back in `sums[slot]`, one flat tensor per bucket, for each of `slots` steps in flight."""
+    """Takes the gradients of `buckets` from backward, reduces them, and adds this rank's parts to
+    `sums[slot]`, one flat tensor per bucket, for each of `slots` pending updates. `wait` blocks
+    until a work is done."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class ReduceScatterBuckets:
     ) -> None:
         self.sums = [[torch.zeros_like(b.shard) for b in buckets] for _ in range(slots)]
         self.is_finite = True  # of this rank's own gradients, since `begin`
-        self.scale = 1.0  # gradients come so many times too large
+        self.scale = 1.0  # the loss scale by which gradients are divided
         self._buckets = buckets
         self._collectives = collectives
         self._reducing = sums
@@ -72,18 +74,18 @@ class ReduceScatterBuckets:
                 parameter.register_post_accumulate_grad_hook(self._catch(number, place))
 
     def begin(self, slot: int) -> None:
-        """Starts a step; its sums begin at zero."""
+        """Starts a step: zeroes its sums."""
         self._slot, self.is_finite = slot, True
         for total in self.sums[slot]:
             total.zero_()
 
     def begin_backward(self) -> None:
-        """Before each backward of the step."""
+        """Call before each backward of the step."""
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
         self._launched, self._were_full = 0, []
 
     def end_backward(self) -> None:
-        """After each: what was not filled leaves too, as zeros where there is nothing."""
+        """Call after each: reduces what was not filled, with zeros for missing gradients."""
         self._missing = [0] * len(self._buckets)
         self._launch_full()
         if not self._is_ordered:
@@ -96,7 +98,7 @@ class ReduceScatterBuckets:
         return self.sums[slot]
 
     def works(self, slot: int) -> list[Work]:
-        """Of all buckets of a step that are on their way."""
+        """Of all buckets of a step that are being reduced."""
         return [leaving.work for leaving in self._leaving if leaving.slot == slot]
 
     def _catch(self, number: int, place: int) -> Callable[[Tensor], None]:
@@ -131,7 +133,7 @@ class ReduceScatterBuckets:
             flat, _ = self._filling.pop(number)
             if self.scale != 1.0:
                 flat.div_(self.scale)
-            # One number tells whether any is not finite; it only names the culprit.
+            # The sum of all tells whether any is not finite; it only names the rank.
             self.is_finite = self.is_finite and math.isfinite(flat.sum().item())
             host = flat.cpu()
             work = self._reducing.reduce_scatter(host, bucket.sizes, number, self._slot)
@@ -144,8 +146,8 @@ class ReduceScatterBuckets:
         self._leaving.remove(leaving)
 
     def _agree_on_order(self) -> None:
-        """Collective, once: from now on buckets leave as rank 0's became full. A rank without
-        samples has seen nothing; where rank 0 has none either, the numbers stay the order."""
+        """Collective, once: from now on buckets are reduced in the order in which rank 0's became
+        full. Where rank 0 had no samples, the order of their numbers stays."""
         never = [number for number in self._order if number not in self._were_full]
         order = torch.tensor([*self._were_full, *never])
         self._wait(self._collectives.broadcast(order, async_op=True))

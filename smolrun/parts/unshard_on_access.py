@@ -1,16 +1,16 @@
-"""A model whose parameters are whole only while they are used.
+"""A model whose parameters are sharded among the ranks, except while they are used.
 
-    forward    gather layer 0 | compute 0, gather 1 | free 0, compute 1, gather 2 | ...
-    backward   ...    compute 2, gather 1 | free 2, compute 1, gather 0 | free 1, compute 0
+    forward    unshard 0 | compute 0, unshard 1 | reshard 0, compute 1, unshard 2 | ...
+    backward   ...    compute 2, unshard 1 | reshard 2, compute 1, unshard 0 | reshard 1, compute 0
 
-A layer is gathered when somebody looks at one of its parameters, whoever that is: the layer itself,
-a head that shares the embedding's weight, or backward. Backward would keep every weight alive; what
-it is given to keep is a note which part of which bucket it needs, and it gets that part gathered
-anew. So nothing depends on when a layer is freed but memory and traffic. The order in which layers
-were used is remembered, and the next time the layers to come are fetched ahead in that order.
+A group of parameters is unsharded when one of them is read: by its own layer, by a head that shares
+the embedding's weight, or by backward. Autograd would keep every weight alive until backward; it is
+given a description of the part that it needs instead, and unshards it again. So only memory and
+traffic depend on when a group is resharded. The order of use is recorded, and in the next pass the
+groups that follow are unsharded ahead in that order.
 
-All ranks must use layers in the same order, so each must run the model equally often. A gather
-carries the layer's fingerprint, so ranks that use different ones get CollectiveMismatch.
+All ranks must use the groups in the same order, so each must run the model equally often. An
+all_gather carries the group's fingerprint; ranks that use different ones get CollectiveMismatch.
 
 Source: Rajbhandari et al., "ZeRO", 2020 (stage 3); Zhao et al., "PyTorch FSDP", 2023 (prefetch)."""
 
@@ -35,14 +35,14 @@ _HINT = (
 
 
 class ParamGroup:
-    """Buckets that are whole together, each in the format that it is used in."""
+    """Buckets that are unsharded together, each in the dtype that it is used in."""
 
     def __init__(self, buckets: Sequence[tuple[ShardedBucket, torch.dtype]]) -> None:
         self.buckets = list(buckets)
         self._fingerprints: list[int] = []
         self.pending: list[PendingAllGather] = []
         self.unsharded: list[Tensor] = []
-        # Seen where there is nothing: right in shape, no memory, and loudly wrong.
+        # The value of resharded parameters: the right shape, no memory, and NaN in every result.
         self._absent = [
             torch.full((), torch.nan, dtype=dtype, device=bucket.device)
             for bucket, dtype in buckets
@@ -51,7 +51,7 @@ class ParamGroup:
 
     @property
     def is_requested(self) -> bool:
-        """Whether it is whole, or on its way."""
+        """Whether it is unsharded, or will be."""
         return bool(self.pending or self.unsharded)
 
     def identify(self, collectives: Collectives, hint: str) -> None:
@@ -63,13 +63,13 @@ class ParamGroup:
             self._fingerprints.append(collectives.fingerprint(what, hint))
 
     def unshard(self, collectives: Collectives) -> None:
-        """Starts to gather it."""
+        """Starts its all_gathers."""
         for (bucket, dtype), fingerprint in zip(self.buckets, self._fingerprints, strict=True):
             flat = torch.empty(bucket.size, dtype=dtype, device=bucket.device)
             self.pending.append(bucket.gather(collectives, flat, fingerprint))
 
     def wait_for_unshard(self, wait: Callable[[Work], None]) -> None:
-        """Waits until it is whole, and puts its parameters in place."""
+        """Blocks until they are done; parameters become views of the gathered tensors."""
         for (bucket, _), gathering in zip(self.buckets, self.pending, strict=True):
             wait(gathering.work)
             gathering.copy_to_device()
@@ -81,15 +81,15 @@ class ParamGroup:
         self.pending = []
 
     def reshard(self) -> None:
-        """Lets go of it, also of what is still on its way."""
+        """Frees the gathered tensors, also those that are still being gathered."""
         self.pending, self.unsharded = [], []
         for (bucket, _), absent in zip(self.buckets, self._absent, strict=True):
             for parameter, shape in zip(bucket.parameters, bucket.shapes, strict=True):
                 parameter.data = absent.expand(shape)
 
 
-class _Order:
-    """The layers that one kind of pass used, one after the other."""
+class _UseOrder:
+    """The groups that one kind of pass used, in order."""
 
     def __init__(self) -> None:
         self.known: list[ParamGroup] = []
@@ -99,7 +99,7 @@ class _Order:
         self.known, self.now = self.now, []
 
     def after(self, layer: ParamGroup, count: int) -> list[ParamGroup]:
-        """Notes that a layer is used; the next ones, if this goes as it went before."""
+        """Records that a group is used; returns the next ones, if the order is as before."""
         place = len(self.now)
         self.now.append(layer)
         if place >= len(self.known) or self.known[place] is not layer:
@@ -107,8 +107,8 @@ class _Order:
         return self.known[place + 1 : place + 1 + count]
 
 
-class _Part(NamedTuple):
-    """What backward keeps instead of a weight."""
+class _SavedView(NamedTuple):
+    """What autograd keeps instead of a weight."""
 
     layer: ParamGroup
     number: int
@@ -118,7 +118,7 @@ class _Part(NamedTuple):
 
 
 class UnshardOnAccess:
-    """Watches every parameter of `model` that lies in one of `layers`."""
+    """Unshards a group of parameters of `model` when one of them is read within a pass."""
 
     def __init__(
         self,
@@ -136,19 +136,17 @@ class UnshardOnAccess:
         self._collectives = collectives
         self._prefetch = prefetch
         self._wait = wait
-        self._orders = {True: _Order(), False: _Order()}
-        self._order: _Order | None = None  # None: nobody may look at values now
+        self._orders = {True: _UseOrder(), False: _UseOrder()}
+        self._order: _UseOrder | None = None  # None: not within a pass
         self._current: ParamGroup | None = None
-        self._memory: dict[
-            int, tuple[ParamGroup, int]
-        ] = {}  # address of a whole bucket -> what it is
+        self._memory: dict[int, tuple[ParamGroup, int]] = {}  # by address of the gathered tensor
         for layer in layers:
             layer.identify(collectives, _HINT)
         watch(model, self._use)
 
     @contextmanager
     def forward_backward_pass(self) -> Iterator[None]:
-        """Within, a model may run, forward or forward and backward; the values do not change."""
+        """Within, the model may run, forward or forward and backward; values do not change."""
         self._order = self._orders[torch.is_grad_enabled()]
         self._order.begin()
         try:
@@ -158,7 +156,7 @@ class UnshardOnAccess:
             self._order = None
 
     def reshard(self) -> None:
-        """Lets go of all layers: the values change now, or nobody needs them for a while."""
+        """Reshards all groups: their values are about to change, or are not needed soon."""
         self._current = None
         self._memory.clear()
         for layer in self._layers:
@@ -170,8 +168,8 @@ class UnshardOnAccess:
         if layer is not None and layer is not self._current and self._order is not None:
             self._enter(layer, self._order)
 
-    def _enter(self, layer: ParamGroup, order: _Order) -> None:
-        """Makes a layer whole, fetches those to come, and frees all others."""
+    def _enter(self, layer: ParamGroup, order: _UseOrder) -> None:
+        """Unshards a group and starts those that follow; reshards all others."""
         self._current = layer
         wanted = [layer, *order.after(layer, self._prefetch)]
         for other in self._layers:
@@ -188,24 +186,24 @@ class UnshardOnAccess:
             for number, flat in enumerate(some.unsharded)
         }
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Part:
+    def _pack(self, tensor: Tensor) -> Tensor | _SavedView:
         found = self._memory.get(tensor.untyped_storage().data_ptr())
         if found is None:
             return tensor
-        return _Part(*found, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _SavedView(*found, tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    def _unpack(self, kept: Tensor | _Part) -> Tensor:
+    def _unpack(self, kept: Tensor | _SavedView) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         if kept.layer is not self._current:
-            assert self._order is not None, "backward belongs into the pass"
+            assert self._order is not None, "backward runs within the pass"
             self._enter(kept.layer, self._order)
         whole = kept.layer.unsharded[kept.number]
         return whole.as_strided(kept.size, kept.stride, kept.offset)
 
 
 def watch(model: nn.Module, use: Callable[[nn.Parameter], None]) -> None:
-    """From now on `use` is told of every parameter that somebody looks at, before he sees it."""
+    """From now on `use` is called with every parameter of `model` before it is read."""
 
     def use_all(module: nn.Module, _: Any) -> None:
         for parameter in module._parameters.values():
@@ -215,12 +213,12 @@ def watch(model: nn.Module, use: Callable[[nn.Parameter], None]) -> None:
     for module in model.modules():
         if module._parameters:
             module._parameters = _Watched(module._parameters, use)
-            # Some modules (LSTM) remember their parameters and never look here again.
+            # Some modules (LSTM) keep references to their parameters and never read them here.
             module.register_forward_pre_hook(use_all)
 
 
 class _Watched(dict[str, Any]):
-    """A module's own parameters by name; looking one up tells so. Walking over all does not."""
+    """A module's own parameters by name; looking one up calls `use`, iterating does not."""
 
     def __init__(self, parameters: Any, use: Callable[[nn.Parameter], None]) -> None:
         super().__init__(parameters)

@@ -4,6 +4,7 @@ bad gradient."""
 from __future__ import annotations
 
 import math
+import platform
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from smolrun.algorithms.base import Context, StepResult
-from smolrun.algorithms.classicdp import ClassicDP, classicdp
+from smolrun.algorithms.classicdp import ClassicDP, classicdp, device_class, gather_classes
+from smolrun.collectives.api import new_group
 from smolrun.data.splits import Batch
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.precision import PRECISIONS
@@ -182,3 +184,28 @@ def test_the_slowest_rank_is_named_by_those_who_waited(monkeypatch: pytest.Monke
         return result.waited_for
 
     assert run_ranks(3, rank_main) == [1, None, 1]
+
+
+def test_whatever_rounds_differently_is_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    found = [device_class(cpu), device_class(torch.device("mps"))]
+    assert torch.__version__ in found[0]
+    for owner, name, value in (
+        (platform, "system", lambda: "Darwin"),
+        (platform, "machine", lambda: "arm64"),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+        (torch, "__version__", "2.99"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            found.append(device_class(cpu))
+    assert len(set(found)) == len(found) == 6
+
+
+def test_every_rank_learns_the_classes_of_all() -> None:
+    def rank_main(mesh: object) -> list[str]:
+        collectives = new_group(mesh)  # type: ignore[arg-type]
+        return gather_classes(collectives, f"{'x' * 300 if collectives.index == 1 else 'Linux a'}")
+
+    for found in run_ranks(3, rank_main):
+        assert found == ["Linux a", "x" * 160, "Linux a"]

@@ -16,7 +16,6 @@ FILES: dict[str, str] = {
     "smolrun/launch/remote/error_tail.py": "to be merged into its user",
     "smolrun/launch/remote/host.py": "to be merged into its user",
     "smolrun/launch/ssh/dial.py": "to be merged into its user",
-    "smolrun/parts/device_class.py": "to be merged into its user",
     "smolrun/wire/credentials.py": "to be merged into its user",
 }
 
