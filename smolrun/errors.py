@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class SmolrunError(Exception):
-    """Base of all errors a user may see as one sentence instead of a traceback."""
+    """Base of all errors that are shown as one sentence instead of a traceback."""
 
 
 class ConfigError(SmolrunError):
-    """The configuration cannot run; carries every problem, so that one look mends all."""
+    """The configuration is invalid; carries all problems at once."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
@@ -18,31 +18,31 @@ class ConfigError(SmolrunError):
 
 
 class DataError(SmolrunError):
-    """The data cannot be used: missing, empty, unreadable, or not what the configuration says."""
+    """The data cannot be used: missing, empty, unreadable, or not as configured."""
 
 
 class CheckpointError(SmolrunError):
-    """A checkpoint is damaged, foreign, or not there: which one, and what is wrong with it."""
+    """A checkpoint is damaged, of another format, or missing."""
 
 
 class ProtocolError(SmolrunError):
-    """Bytes from outside broke the rules of the wire; their connection must be closed."""
+    """Received bytes violate the wire protocol; their connection must be closed."""
 
 
 class HandshakeError(ProtocolError):
-    """The other side of a new connection is not who it must be, or speaks another version."""
+    """The peer of a new connection failed authentication, or has another protocol version."""
 
 
 BROKE_PROTOCOL = "it broke the protocol"  # how the reason of such a PeerLost begins
 
 
 class PeerLost(SmolrunError):
-    """A peer is gone: dead, frozen, cut off, or it broke the protocol."""
+    """A peer is lost: it died, hangs, is unreachable, or violated the protocol."""
 
     def __init__(
         self, rank: int, generation: int, reason: str, reported_by: int | None = None
     ) -> None:
-        """`reported_by`: the rank that said so, where this one did not see it itself."""
+        """`reported_by`: the rank that reported it, where this one did not detect it itself."""
         self.rank = rank
         self.reported_by = reported_by
         self.generation = generation
@@ -51,7 +51,7 @@ class PeerLost(SmolrunError):
 
     @property
     def broke_protocol(self) -> bool:
-        """Whether the peer sent what it must not, and did not just end or fall silent."""
+        """Whether the peer sent invalid data, and did not just end or stop responding."""
         return self.reason.startswith(BROKE_PROTOCOL)
 
 
@@ -59,7 +59,7 @@ class CollectiveMismatch(SmolrunError):
     """Two ranks run different operations where all must run the same one."""
 
     def __init__(self, ranks: tuple[int, int], operations: tuple[str, str], hint: str = "") -> None:
-        """`operations` are what the two ranks run; `hint` says what to do about it."""
+        """`operations` are what the two ranks run; `hint`: what to do."""
         self.ranks = ranks
         self.operations = operations
         self.hint = hint
@@ -71,7 +71,7 @@ class CollectiveMismatch(SmolrunError):
 class WaitTimeout(SmolrunError):
     """A wait passed its deadline although every peer is still alive.
 
-    `rank` is the peer that did not do its part, where it was one."""
+    `rank` is the peer that was waited for, if it was one."""
 
     def __init__(self, message: str, rank: int | None = None) -> None:
         self.rank = rank
@@ -83,7 +83,7 @@ class MeshClosed(SmolrunError):
 
 
 class HostError(SmolrunError):
-    """A machine of the cluster cannot do its part: which one, why, and what to do about it."""
+    """A machine of the cluster cannot be used: which one, why, and what to do."""
 
     def __init__(self, host: str, what: str, hint: str | None = None) -> None:
         self.host = host
@@ -93,7 +93,7 @@ class HostError(SmolrunError):
 
 
 class LoginFailed(HostError):
-    """No SSH connection to a machine; `is_refused`: it is there, but takes none of our keys."""
+    """No SSH connection to a machine; `is_refused`: it answers, but accepts none of our keys."""
 
     def __init__(
         self, host: str, what: str, hint: str | None = None, *, is_refused: bool = False
@@ -103,7 +103,7 @@ class LoginFailed(HostError):
 
 
 class HostErrors(SmolrunError):
-    """Several machines of the cluster cannot do their part; all are named, a line each."""
+    """Several machines of the cluster cannot be used; one line each."""
 
     def __init__(self, errors: Sequence[SmolrunError]) -> None:
         self.errors = list(errors)
@@ -111,7 +111,7 @@ class HostErrors(SmolrunError):
 
 
 class TrainingError(SmolrunError):
-    """Training cannot go on, for example because the loss is no longer a number."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class StopRequested(SmolrunError):

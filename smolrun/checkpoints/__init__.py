@@ -1,5 +1,5 @@
 """Checkpoints on a disk: files of tensors, and a manifest that makes them one whole.
 
-Knows nothing of algorithms, ranks' meshes or configuration: whoever saves says which range of which
-named tensor it holds, whoever loads asks for ranges by name.
+Knows nothing of algorithms, meshes or configuration: a writer gives ranges of named tensors, a
+reader reads ranges by name.
 """

@@ -1,4 +1,4 @@
-"""Makes whole checkpoints of what the ranks report, and keeps as many as were asked for.
+"""Commits checkpoints from the reports of the ranks, and prunes old ones.
 
 It runs on the driver, which alone knows when all ranks have written: only then a manifest makes
 their files a checkpoint. Knows no torch.
@@ -25,14 +25,14 @@ _MOST_OPEN = 8
 
 @dataclass
 class _Attempt:
-    """What was heard about one checkpoint."""
+    """The reports about one checkpoint."""
 
     shards: list[ShardSaved] = field(default_factory=list)
     failures: list[ShardFailed] = field(default_factory=list)
 
 
 class CheckpointCommitter:
-    """Listens to the ranks. `failure` tells why the latest attempt came to nothing, if it did."""
+    """A subscriber of the ranks' events. `failure`: why the latest checkpoint failed, if it did."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class CheckpointCommitter:
         self._eval_losses: dict[int, float] = _known_losses(path)
 
     def record(self, event: Event) -> bool:
-        """Takes note; True if the event was for nobody else."""
+        """Handle an event; True if it is consumed here."""
         if isinstance(event, EvalDone) and event.loss is not None:
             self._eval_losses[event.step + 1] = event.loss
             if len(self._eval_losses) > _MOST_LOSSES:
@@ -88,7 +88,7 @@ class CheckpointCommitter:
         return True
 
     def close(self) -> None:
-        """Takes away what unfinished saves left behind."""
+        """Remove the files of unfinished saves."""
         for updates in self._attempts:
             folder.abandon(folder.part_folder(self._path, updates, self._token))
 
@@ -126,7 +126,7 @@ class CheckpointCommitter:
         self._prune()
 
     def _state(self, updates: int, shards: list[ShardSaved]) -> dict[str, Any]:
-        """What rank 0 says about the run, and the driver's own."""
+        """The state of rank 0 about the run, and the driver's own."""
         return {
             **{k: v for shard in shards for k, v in shard.state.get("run", {}).items()},
             "driver": self._driver_state(updates),
@@ -137,7 +137,7 @@ class CheckpointCommitter:
         folder.abandon(part)
         self.failure = f"the checkpoint after {updates} steps could not be written: {why}"
         kept = f"the last one is {self.newest.name}" if self.newest else "there is none yet"
-        self._emit(Note("warning", f"{self.failure}; training goes on, {kept}"))
+        self._emit(Note("warning", f"{self.failure}; training continues, {kept}"))
 
     def _prune(self) -> None:
         best = self._best() if self._keep_best else None
@@ -161,13 +161,13 @@ class CheckpointCommitter:
 
 
 def _known_losses(path: Path) -> dict[int, float]:
-    """Evaluation losses of the checkpoints of an earlier part of the run."""
+    """Evaluation losses in the checkpoints of an earlier part of the run, by step."""
     losses = {}
     for _, found in checkpoints_in(path):
         try:
             manifest = read_manifest(found)
         except CheckpointError:
-            continue  # it is named when somebody wants to load it
+            continue  # reported when it is loaded
         loss = manifest.state.get("eval_loss")
         if isinstance(loss, float):
             losses[manifest.step] = loss

@@ -1,4 +1,4 @@
-"""Finding checkpoints and telling good ones from damaged ones, before anything is loaded.
+"""Finding checkpoints, and verifying them before anything is loaded.
 
 Knows no torch. A checkpoint exists only if its manifest verifies.
 """
@@ -33,7 +33,7 @@ class _HeaderLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def checkpoints_in(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what looks like a checkpoint, newest step first. Empty if there is none."""
+    """(step, folder) of all checkpoint folders, newest step first."""
     found = []
     for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
         match = STEP_FOLDER.fullmatch(path.name)
@@ -46,13 +46,13 @@ def checkpoints_in(checkpoints: Path) -> list[tuple[int, Path]]:
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose manifest, sizes and hashes are right, or None.
 
-    Damaged ones are passed over, each told by `warn` with the reason.
+    Damaged ones are skipped, each reported by `warn` with the reason.
     """
     for _, folder in checkpoints_in(checkpoints):
         try:
             verify(folder)
         except CheckpointError as error:
-            warn(f"{error}; this checkpoint is passed over")
+            warn(f"{error}; this checkpoint is skipped")
         else:
             return folder
     return None
@@ -78,13 +78,13 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The checked manifest of a folder; says nothing yet about its files."""
+    """The checked manifest of a folder; its files are not read."""
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is not a folder")
     size = _size(path)
     if size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path}: {size:,} bytes are too many for a manifest")
+        raise CheckpointError(f"{path}: {size:,} bytes are more than a manifest may have")
     try:
         return Manifest.from_bytes(path.read_bytes(), str(path))
     except OSError as error:
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
-    """Compares the files with the manifest: sizes, headers, and the hashes if asked."""
+    """Compare the files with the manifest: sizes, headers, and with `hashes` every byte."""
     contents: dict[str, dict[str, tuple[str, int]]] = {name: {} for name in manifest.files}
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
@@ -113,23 +113,23 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
 
 
 def _size(path: Path) -> int:
-    """Of a plain file; a link, a folder or a device in its place could lead anywhere."""
+    """The size of a regular file; links, folders and devices are refused."""
     try:
         found = os.lstat(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is no plain file, so it is not followed")
+        raise CheckpointError(f"{path} is not a regular file, so it is not followed")
     return found.st_size
 
 
 def _check_header(
     read: Callable[[int], bytes], path: Path, size: int, wanted: dict[str, tuple[str, int]]
 ) -> None:
-    """A file's own table of contents must be what the manifest says, and fill the file exactly."""
+    """A file's own header must match the manifest and fill the file exactly."""
     length = int.from_bytes(read(8), "little")
-    # Our writer needs at most twelve characters for one of a name (JSON's escapes), and less than
-    # 256 for the rest of a line. A longer header would only fill the memory.
+    # Our writer needs at most 12 characters for one of a name (JSON's escapes), and less than 256
+    # for the rest of a line. The limit bounds the memory for a damaged header.
     most = 4096 + sum(12 * len(name) + 256 for name in wanted)
     if length > min(most, size - 8):
         raise CheckpointError(f"{path}: its header of {length:,} bytes is too long for its tensors")
@@ -138,7 +138,7 @@ def _check_header(
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: its header cannot be read") from None
     if header.keys() != wanted.keys():
-        raise CheckpointError(f"{path}: it holds other tensors than the manifest says")
+        raise CheckpointError(f"{path}: it holds other tensors than the manifest lists")
     offset = 0
     for name, line in sorted(header.items(), key=lambda item: item[1].data_offsets):
         dtype, count = wanted[name]
@@ -156,7 +156,7 @@ def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path,
     TEXT is "latest" (the newest run below `outputs`), a run (its id below `outputs`, or a path), or
     a checkpoint folder. Of a run, the newest valid checkpoint is taken. A checkpoint folder that
     lies in no run's `checkpoints` folder gives its parent as the run folder. Raises CheckpointError
-    that says what was looked for and what there is.
+    that names what was searched and which runs exist.
     """
     folder = _named(text, outputs)
     if _is_checkpoint(folder):
@@ -171,7 +171,7 @@ def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path,
 
 
 def run_folder(text: str, outputs: Path) -> Path:
-    """The run folder that `locate` would give; looks at no checkpoint."""
+    """The run folder that `locate` would return; reads no checkpoint."""
     folder = _named(text, outputs)
     if _is_checkpoint(folder):
         folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent

@@ -70,7 +70,9 @@ def commit(part: Path, manifest: Manifest) -> Path:
             )
     content = manifest.to_bytes()
     if len(content) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{len(content):,} bytes are too many for a manifest: not committed")
+        raise CheckpointError(
+            f"{len(content):,} bytes are more than a manifest may have: not committed"
+        )
     with open(part / MANIFEST_FILE, "wb") as file:
         file.write(content)
         file.flush()
@@ -101,7 +103,7 @@ def prune(
 
     Damaged ones do not count as kept; they go when they are older than what is kept. The newest
     one that is kept has its hashes checked first, which reads it, so this may take seconds: the
-    newest valid checkpoint is never removed. `good`, just written, needs no such look. Returns the
+    newest valid checkpoint is never removed. `good`, just written, is not checked. Returns the
     folders that are gone. CheckpointError if `checkpoints` is a link.
     """
     refuse_link(checkpoints)
@@ -123,8 +125,8 @@ def prune(
 
 
 def leftovers(checkpoints: Path) -> list[Path]:
-    """What dead saves left behind, as long as nobody is saving; it can be deleted. CheckpointError
-    if `checkpoints` is a link."""
+    """Folders of interrupted saves, which can be deleted while no save runs. CheckpointError if
+    `checkpoints` is a link."""
     refuse_link(checkpoints)
     found = []
     for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
@@ -137,7 +139,7 @@ def leftovers(checkpoints: Path) -> list[Path]:
 
 
 def remove_leftovers(checkpoints: Path) -> list[Path]:
-    """Removes what dead saves left behind; only for a run that is not saving. Returns the folders.
+    """Remove the folders of interrupted saves, while no save runs. Returns them.
 
     A checkpoint that was being replaced goes back to its place if the new one never came.
     CheckpointError if `checkpoints` is a link.
@@ -160,7 +162,7 @@ def _replacing(old: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """A checkpoint: first under a leftover's name, so that half a folder never looks like one."""
+    """Remove a checkpoint: renamed first, so that a partial folder never counts as one."""
     if not folder.exists():
         return
     doomed = folder.with_name(f"{folder.name.removesuffix(OLD)}.part-removed-{os.getpid()}")

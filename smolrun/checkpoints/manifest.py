@@ -1,8 +1,7 @@
-"""What a checkpoint holds: the manifest, which lists every file, tensor and range, and is written
-last.
+"""The manifest of a checkpoint: lists every file, tensor and range, and is written last.
 
-Everything that is read from a disk or told by a worker is checked here before anybody trusts it:
-plain file names, known dtypes, ranges that tile each tensor exactly and fit into their files.
+Everything that comes from a disk or a worker is checked here before it is used: plain file names,
+known dtypes, ranges that tile each tensor exactly and fit into their files.
 Knows no torch, so that the driver can commit and verify checkpoints without loading it.
 """
 
@@ -23,7 +22,7 @@ from smolrun.errors import CheckpointError
 MANIFEST_FILE = "manifest.json"
 FORMAT = "smolrun-checkpoint"
 VERSION = 1
-# A thousand times what a model of 100 tensors on 2 ranks needs; more is no manifest of ours.
+# A thousand times what a model of 100 tensors on 2 ranks needs.
 MAX_MANIFEST_BYTES = 64 << 20
 # Bytes of one element, by safetensors' names.
 ITEM_BYTES = {
@@ -55,7 +54,7 @@ class SliceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor: its dtype in safetensors' words, its global shape, its pieces by start."""
+    """One tensor: its dtype as safetensors names it, its global shape, its slices by start."""
 
     dtype: str
     shape: list[int]
@@ -67,7 +66,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one rank says it wrote."""
+    """The report of one rank: what it wrote."""
 
     rank: int
     files: dict[str, FileEntry]
@@ -102,7 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
         """What `to_bytes` made, checked; CheckpointError names `where` and what is wrong."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{where}: {len(data):,} bytes are too many for a manifest")
+            raise CheckpointError(f"{where}: {len(data):,} bytes are more than a manifest may have")
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -158,7 +157,7 @@ def merge(
         report = read_report(given)
         where = f"the report of rank {report.rank}"
         if report.rank in ranks or not 0 <= report.rank < world_size:
-            raise CheckpointError(f"{where} came twice, or there is no such rank")
+            raise CheckpointError(f"{where} came twice, or is of a rank that does not exist")
         ranks.add(report.rank)
         files.update(report.files)
         for key, tensor in report.tensors.items():
@@ -178,8 +177,8 @@ def merge(
 
 
 def read_report(given: Mapping[str, Any]) -> Report:
-    """What a rank says that it wrote; CheckpointError if it is damaged, or names a file that is
-    not that rank's own."""
+    """The decoded report of a rank; CheckpointError if it is damaged, or names a file of another
+    rank."""
     try:
         report = msgspec.convert(dict(given), Report)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
@@ -213,7 +212,7 @@ def check_files(files: Mapping[str, FileEntry], where: str) -> None:
     """Raises CheckpointError naming `where` and the first file that cannot be true."""
     for name, file in files.items():
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{where}: {name[:100]!r} is no name of a checkpoint's file")
+            raise CheckpointError(f"{where}: {name[:100]!r} is not the name of a checkpoint file")
         if file.bytes < 0 or not _SHA256.fullmatch(file.sha256):
             raise CheckpointError(f"{where}: {name} has an impossible size or hash")
 

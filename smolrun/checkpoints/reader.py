@@ -1,6 +1,6 @@
-"""Reading a checkpoint: any range of any tensor, whoever wrote it, however it was cut.
+"""Reading a checkpoint: any range of any tensor, independent of how it was sharded.
 
-Files are mapped, so only what is asked for is read.
+Files are memory-mapped, so only the requested ranges are read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from smolrun.errors import CheckpointError
 
 
 class CheckpointReader:
-    """An opened checkpoint. Sizes and tables of contents are checked here; the hashes were by
-    whoever found it (`newest_valid`, `locate`, `verify`).
+    """An open checkpoint. Sizes and headers are checked here; `newest_valid`, `locate` and `verify`
+    check the hashes.
 
     Close it, or use it in a `with`, before its folder is moved: Windows does not move open files.
     """
@@ -33,7 +33,7 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Of all tensors whose key starts with `prefix`, sorted."""
+        """The keys of all tensors that start with `prefix`, sorted."""
         return sorted(key for key in self.manifest.tensors if key.startswith(prefix))
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class CheckpointReader:
         return entry
 
     def close(self) -> None:
-        """Lets go of the files; reading opens them again."""
+        """Close the files; reading opens them again."""
         self._files.clear()  # a file is closed with its last reference
 
     def __enter__(self) -> Self:

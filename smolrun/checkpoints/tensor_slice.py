@@ -1,4 +1,4 @@
-"""A piece: what one rank holds of one tensor, as a range of the flattened whole."""
+"""TensorSlice: what one rank holds of one tensor, as a range of the flattened tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TensorSlice:
     """Elements [start, stop) of the tensor `key`, whose global shape is `shape`.
 
     `values` may be flat or shaped, on any device; nothing is copied here. A rank that holds no
-    element of a tensor may give a piece of no values, or none.
+    element of a tensor may give an empty slice, or none.
     """
 
     key: str
@@ -56,7 +56,7 @@ class TensorSlice:
 
     def __post_init__(self) -> None:
         if not self.key:
-            raise CheckpointError("a piece of a checkpoint needs a key")
+            raise CheckpointError("a slice of a checkpoint needs a key")
         if self.values.dtype not in NAME_OF_DTYPE:
             raise CheckpointError(f"{self.key}: {self.values.dtype} cannot be saved")
         whole = math.prod(self.shape)
@@ -68,12 +68,12 @@ class TensorSlice:
 
     @property
     def stop(self) -> int:
-        """One past the last element this piece holds."""
+        """One past the last element of this slice."""
         return self.start + self.values.numel()
 
     @property
     def dtype_name(self) -> str:
-        """As safetensors calls it: F32, BF16..."""
+        """As safetensors names it: F32, BF16, ..."""
         return NAME_OF_DTYPE[self.values.dtype]
 
     @property

@@ -34,11 +34,11 @@ _CHUNK_BYTES = 4 << 20
 def write_shard(
     folder: Path, rank: int, pieces: Iterable[TensorSlice], max_file_bytes: int = 1 << 30
 ) -> dict[str, Any]:
-    """Writes a rank's pieces into files of at most `max_file_bytes` below `folder`, and says what
-    is where, in JSON, for `merge`.
+    """Write a rank's slices into files of at most `max_file_bytes` below `folder`; returns the
+    report for `merge`, JSON.
 
-    The folder is made if needed. Blocks until everything is on the disk. `pieces` is walked once,
-    and no more than one file's tensors are held, so it may make them as it goes. If writing fails
+    The folder is made if needed. Blocks until everything is on the disk. `pieces` is iterated once,
+    and no more than one file's tensors are held, so it may be a generator. If writing fails
     (disk full, read-only: OSError), the files of this call are removed first.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def partition_keys(slices: Iterable[TensorSlice], size: int, index: int) -> list
 
 
 def _cut(pieces: Iterable[TensorSlice], max_bytes: int) -> Iterator[TensorSlice]:
-    """The pieces, those too large for a file as several; views, nothing is copied."""
+    """The slices, those too large for a file split; views, nothing is copied."""
     for piece in pieces:
         most = max(1, max_bytes // piece.values.element_size())
         if piece.values.numel() <= most:
@@ -99,15 +99,15 @@ class _Shard:
         self.tensors: dict[str, dict[str, Any]] = {}
 
     def write(self, batch: list[TensorSlice]) -> None:
-        """One more file. Pieces of no elements are told, not written."""
+        """Write one file. Empty slices are reported, not written."""
         name = f"rank{self._rank}-{len(self.files)}.safetensors"
         for piece in batch:
-            self._tell(name, piece)
+            self._report(name, piece)
         filled = [piece for piece in batch if piece.num_bytes]
         if not filled:
             return
         path = self._folder / name
-        # "x": a file that is there already was written by somebody else.
+        # "x": never replaces a file of another writer.
         with open(path, "xb") as file:
             self._begun.append(path)
             digest = hashlib.sha256()
@@ -119,19 +119,20 @@ class _Shard:
             size = file.tell()
         self.files[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
-    def _tell(self, file: str, piece: TensorSlice) -> None:
+    def _report(self, file: str, piece: TensorSlice) -> None:
         new = {"dtype": piece.dtype_name, "shape": list(piece.shape), "pieces": []}
-        told = self.tensors.setdefault(piece.key, new)
-        if (told["dtype"], told["shape"]) != (new["dtype"], new["shape"]):
-            raise CheckpointError(f"{piece.key}: two pieces disagree about its dtype or shape")
-        if any(other["start"] == piece.start for other in told["pieces"]):
+        entry = self.tensors.setdefault(piece.key, new)
+        if (entry["dtype"], entry["shape"]) != (new["dtype"], new["shape"]):
+            raise CheckpointError(f"{piece.key}: two slices differ in dtype or shape")
+        if any(other["start"] == piece.start for other in entry["pieces"]):
             raise CheckpointError(f"{piece.key}: element {piece.start} was given twice")
         if piece.num_bytes:
-            entry = {"file": file, "name": _name(piece), "start": piece.start, "stop": piece.stop}
-            told["pieces"].append(entry)
+            entry["pieces"].append(
+                {"file": file, "name": _name(piece), "start": piece.start, "stop": piece.stop}
+            )
 
     def remove(self) -> None:
-        """Everything this call wrote, as far as the disk lets us."""
+        """Remove everything this call wrote, ignoring errors."""
         for path in self._begun:
             try:
                 path.unlink(missing_ok=True)
@@ -176,7 +177,7 @@ def _chunks(data: memoryview) -> Iterator[memoryview]:
 
 
 class Saver:
-    """Saves for one rank. `emit` is called from the saver's thread."""
+    """Saves the slices of one rank in the background. `emit` is called from the saver's thread."""
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ class Saver:
     def save(
         self, updates: int, pieces: Iterable[TensorSlice], state: Mapping[StateOf, dict[str, Any]]
     ) -> None:
-        """Copies the pieces and starts to write them; waits for an earlier write."""
+        """Copy the slices and start to write them; blocks for an earlier write and the copies."""
         started = time.perf_counter()
         self.finish()
         copies = [
@@ -212,8 +213,7 @@ class Saver:
         self._writing.start()
 
     def finish(self) -> None:
-        """Waits for the write that is going on. A disk ends it, well or not; a deadline would not
-        help it."""
+        """Block until the current write has ended. No deadline: it ends when the disk does."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -229,7 +229,7 @@ class Saver:
         try:
             part = part_folder(self._folder, updates, self._token)
             report = write_shard(part, self._rank, pieces)
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # no error of a save ends training
             reason = error.strerror if isinstance(error, OSError) else None
             self._emit(ShardFailed(updates, self._rank, f"{reason or error} ({self._folder})"))
             return

@@ -214,7 +214,7 @@ def read_conversations(
 def messages_of(record: Any, where: str) -> Messages:
     """The messages of one record; raises DataError naming what is wrong with it."""
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: is no object; {_FORM}")
+        raise DataError(f"{where}: is not an object; {_FORM}")
     if record.get("messages") is not None:
         messages = record["messages"]
     elif record.get("prompt") is not None and record.get("completion") is not None:
@@ -225,7 +225,7 @@ def messages_of(record: Any, where: str) -> Messages:
     else:
         raise DataError(f"{where}: has {', '.join(map(str, record)) or 'no keys'}; {_FORM}")
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: its messages are no list with something in it")
+        raise DataError(f"{where}: its messages are not a list, or an empty one")
     return [_message(message, f"{where}, message {at + 1}") for at, message in enumerate(messages)]
 
 
@@ -236,11 +236,11 @@ def _side(value: Any, role: str) -> list[Any]:
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise DataError(f'{where}: is no {{"role": ..., "content": ...}}')
+        raise DataError(f'{where}: is not {{"role": ..., "content": ...}}')
     kept = {}
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            raise DataError(f"{where}: its {key} is no text")
+            raise DataError(f"{where}: its {key} is not text")
         # JSON can say half a character (\ud800), which no tokenizer takes.
         kept[key] = message[key].encode(errors="replace").decode()
     if not kept["role"].strip():

@@ -108,7 +108,7 @@ class ChatTemplate:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"{conversation.where}, message {at + 1} ({messages[at]['role']}): the chat "
-                f"template cannot write it: {reason}; mend the message or say data.template=plain"
+                f"template cannot write it: {reason}; correct it or set data.template=plain"
             ) from None
         return texts
 

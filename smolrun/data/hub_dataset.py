@@ -184,11 +184,11 @@ def text_column(features: Mapping[str, Any], wanted: Wanted) -> str:
             return texts[0]
         how_many = "no column of text" if not texts else f"{len(texts)} columns of text"
         raise DataError(
-            f"the dataset has {how_many}: say data.text_column=NAME; {_there(features)}"
+            f"the dataset has {how_many}: set data.text_column=NAME; {_there(features)}"
         )
     _check_there(features, "text_column", name)
     if name not in texts:
-        raise DataError(f"data.text_column={name}: is no text; {_there(features)}")
+        raise DataError(f"data.text_column={name}: is not text; {_there(features)}")
     return name
 
 

@@ -122,7 +122,7 @@ class HuggingFaceData:
     def _prepare_stream(self, progress: Progress) -> Prepared:
         if not self.packing:
             raise DataError(
-                "data.packing=false: a stream is packed; say data.packing=true, or "
+                "data.packing=false: a stream is packed; set data.packing=true, or "
                 "data.streaming=false"
             )
         return prepare_stream(
@@ -255,7 +255,7 @@ def stream_documents(
         features = dataset.features or dataset._resolve_features().features or {}
         if has_pictures(features, wanted):
             raise DataError(
-                f"data.path={path}: data.streaming=true reads text; say data.text_column=NAME, or "
+                f"data.path={path}: data.streaming=true reads text; set data.text_column=NAME, or "
                 "data.streaming=false for pictures"
             )
         return text_column(features, wanted)

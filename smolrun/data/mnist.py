@@ -57,7 +57,7 @@ class FashionMnist:
             raise DataError(
                 f"Fashion-MNIST is not on this machine (looked in {folder}); on Debian and Ubuntu "
                 "`sudo apt-get install dataset-fashion-mnist` brings it, elsewhere put its four "
-                "idx files into a folder and say data.path=FOLDER"
+                "idx files into a folder and set data.path=FOLDER"
             )
         return _from_idx(self.cache_dir, "fashion_mnist", folder, progress)
 

@@ -251,7 +251,7 @@ def _fetch(name: str, progress: Progress) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"data.tokenizer={name}: there is no such folder, and the hub does not give it "
-            f"({reason}); say bpe, bytes, or a folder with {FILE_NAME}"
+            f"({reason}); use bpe, bytes, or a folder with {FILE_NAME}"
         ) from None
     progress(f"fetching the tokenizer {name}", 1, 1)
     return Path(folder)

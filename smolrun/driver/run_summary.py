@@ -17,7 +17,7 @@ from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
-from smolrun.tracking.formatting import rate
+from smolrun.tracking.formatting import accuracy, rate
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 
@@ -67,7 +67,7 @@ class Ending:
         if record.eval_loss is not None:
             figures.append(f"evaluation loss {record.eval_loss:.4f}")
         if record.eval_accuracy is not None:
-            figures.append(f"{record.eval_accuracy:.1%} right")
+            figures.append(accuracy(record.eval_accuracy))
         if record.tokens_per_s is not None:
             figures.append(f"{rate(record.tokens_per_s)} {console.unit}/s")
         reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""

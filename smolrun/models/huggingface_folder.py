@@ -58,11 +58,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is no model folder: it has no {CONFIG_FILE}") from None
+        raise ConfigError(f"{folder} is not a model folder: it has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} is no JSON object")
+        raise ConfigError(f"{path} is not a JSON object")
     return config
 
 
@@ -118,7 +118,7 @@ def _problems(folder: Path, name: str, needs_weights: bool) -> Iterator[str]:
     config = read_config(folder)
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        yield f"{folder / CONFIG_FILE} has no model_type: it is no model of transformers"
+        yield f"{folder / CONFIG_FILE} has no model_type: it is not a model of transformers"
         return
     if "auto_map" in config and not _is_known(kind):
         yield (
@@ -199,7 +199,7 @@ def _header(path: Path) -> bytes:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ConfigError(f"{path} is damaged: it is no safetensors file")
+            raise ConfigError(f"{path} is damaged: it is not a safetensors file")
         if length > _MAX_HEADER_BYTES:
             raise ConfigError(
                 f"{path}: its table of contents has {length:,} bytes, the limit is "

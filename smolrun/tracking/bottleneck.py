@@ -1,13 +1,13 @@
-"""Where the time of a run went, in one line: computing, waiting for whom, the network; what to try.
+"""Where the time of a run goes: computing, waiting for which rank, network; and what to set.
 
     rank 0   [ compute 1.0 s ][ wait 1.8 s          ]
     rank 1   [ compute 2.3 s             ][ wait 0.5 ]
                               |<-- 1.3 -->|<-- 0.5 ->|
                             waits for rank 1   network
 
-The rule, step by step: no rank could go on before the slowest one had computed, so of a rank's wait
-as much as it computed less is waiting for that rank, and the rest is the network. Shares are means
-over all ranks. What is neither computing nor waiting (evaluation, data, saving) is other.
+Per step: no rank can continue before the slowest one has computed, so as much of a rank's wait as
+it computed less is waiting for that rank, and the rest is network. Shares are means over all ranks.
+What is neither computing nor waiting (evaluation, data, saving) is other.
 
 Pure: events in, figures and a sentence out.
 """
@@ -21,8 +21,8 @@ from typing import Any
 
 from smolrun.events import Event, RankStep, RunStarted, StepDone
 
-_MOST_OPEN_STEPS = 256  # a rank that tells nothing must not fill the memory
-# From here on something is worth a word of advice: a tenth of the time can be felt.
+_MOST_OPEN_STEPS = 256  # bounds the memory where a rank sends nothing
+# Share of the time from which on there is advice.
 _WORTH = 0.1
 _SLOW = 1.1  # as the console's: less is noise
 _MOSTLY = 2 / 3  # of all waiting for slower ranks: that one is the slow one, not just unlucky
@@ -32,8 +32,8 @@ _EVERY_S = 60.0  # between two reports
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What the run is, as far as advice depends on it. Per rank: its host, and the key that sets
-    its share of the work, None where there is none to set."""
+    """The configuration that advice depends on. Per rank: its host, and the key that sets its share
+    of the work, None where there is none."""
 
     hosts: Sequence[str]
     speed_keys: Sequence[str | None]
@@ -42,9 +42,7 @@ class RunSetup:
     staleness: int | None = None  # None: this algorithm has none to set
     can_quantize: bool = False  # gradients travel as they are, and need not
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
-    is_lockstep: bool = (
-        True  # else nobody waits for the slowest, and there is nothing to find_bottleneck
-    )
+    is_lockstep: bool = True  # else no rank waits for the slowest one
 
 
 @dataclass
@@ -62,47 +60,47 @@ class TimeSums:
     hottest_c: dict[int, float] = field(default_factory=dict)
 
     def add(self, ranks: dict[int, RankStep], duration_s: float) -> None:
-        """Add one step, told by all ranks."""
+        """Add one step, as all ranks reported it."""
         slowest = max(ranks, key=lambda rank: ranks[rank].compute_s)
         self.steps += 1
-        for rank, told in ranks.items():
-            behind_s = min(told.wait_s, ranks[slowest].compute_s - told.compute_s)
+        for rank, row in ranks.items():
+            behind_s = min(row.wait_s, ranks[slowest].compute_s - row.compute_s)
             _add(self.waited_for_s, slowest, behind_s)
-            _add(self.compute_s, rank, told.compute_s)
-            # What a rank alone passes in the code for several is no network: there is none.
-            self.network_s += told.wait_s - behind_s if self.world_size > 1 else 0.0
-            self.total_s += max(duration_s, told.compute_s + told.wait_s)
-            self.bytes_sent += told.bytes_sent
-            _add(self.throttled, rank, 1 if told.throttled else 0)
-            if told.temperature_c is not None:
-                hottest = self.hottest_c.get(rank, told.temperature_c)
-                self.hottest_c[rank] = max(told.temperature_c, hottest)
+            _add(self.compute_s, rank, row.compute_s)
+            # A rank alone has no network: what it spends in collectives is not counted.
+            self.network_s += row.wait_s - behind_s if self.world_size > 1 else 0.0
+            self.total_s += max(duration_s, row.compute_s + row.wait_s)
+            self.bytes_sent += row.bytes_sent
+            _add(self.throttled, rank, 1 if row.throttled else 0)
+            if row.temperature_c is not None:
+                hottest = self.hottest_c.get(rank, row.temperature_c)
+                self.hottest_c[rank] = max(row.temperature_c, hottest)
 
 
 class TimeShares:
-    """A tracker that sums up where the time goes: `run` over all steps but the first, which warms
-    up, and `recent` since `take_recent`."""
+    """A tracker that sums up times: `run` over all steps but the first, which warms up, and
+    `recent` since `take_recent`."""
 
     def __init__(self, world_size: int) -> None:
         self.run = TimeSums(world_size)
         self.recent = TimeSums(world_size)
         self._world_size = world_size
-        self._told: dict[int, dict[int, RankStep]] = {}
+        self._rows: dict[int, dict[int, RankStep]] = {}
         self._durations_s: dict[int, float] = {}
         self._last_time_s: float | None = None
 
     def record(self, event: Event) -> None:
-        """Take a step into account once everybody has told about it."""
+        """Add a step once all ranks have reported it."""
         if isinstance(event, StepDone):
             if self._last_time_s is not None:
                 self._durations_s[event.step] = event.time_s - self._last_time_s
             self._last_time_s = event.time_s
         elif isinstance(event, RankStep):
-            self._told.setdefault(event.step, {})[event.rank] = event
+            self._rows.setdefault(event.step, {})[event.rank] = event
         else:
             return
         self._close(event.step)
-        for open_ in (self._told, self._durations_s):
+        for open_ in (self._rows, self._durations_s):
             if len(open_) > _MOST_OPEN_STEPS:
                 open_.pop(min(open_))
 
@@ -112,13 +110,13 @@ class TimeShares:
         return recent
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def _close(self, step: int) -> None:
-        ranks = self._told.get(step, {})
+        ranks = self._rows.get(step, {})
         if step in self._durations_s and len(ranks) == self._world_size:
             duration_s = self._durations_s.pop(step)
-            self.run.add(self._told.pop(step), duration_s)
+            self.run.add(self._rows.pop(step), duration_s)
             self.recent.add(ranks, duration_s)
 
 
@@ -131,7 +129,7 @@ class Bottleneck:
     network: float
     other: float
     slow_rank: int | None  # the one that most of the waiting was for
-    slow_factor: float  # it computes so many times as long as the others do
+    slow_factor: float  # its compute time over the mean of the others
     throttled: tuple[int, ...]  # ranks that their machines slowed down
     hottest_c: float | None  # of those
     bytes_per_step: float  # sent by a rank
@@ -155,7 +153,7 @@ class Bottleneck:
 
 
 def find_bottleneck(sums: TimeSums, setup: RunSetup) -> Bottleneck | None:
-    """What the sums say; None as long as they say nothing."""
+    """The shares of the sums; None before the second step, and for algorithms without lockstep."""
     if not sums.steps or sums.total_s <= 0 or not setup.is_lockstep:
         return None
     computing = sum(sums.compute_s.values()) / sums.total_s
@@ -181,7 +179,7 @@ def find_bottleneck(sums: TimeSums, setup: RunSetup) -> Bottleneck | None:
 
 
 def _slow(sums: TimeSums) -> tuple[int | None, float]:
-    """The rank that most of the waiting was for, and how many times as long it computes."""
+    """The rank that most of the waiting was for, and its compute time over that of the others."""
     waited = sum(sums.waited_for_s.values())
     if sums.world_size < 2 or waited <= 0:
         return None, 1.0
@@ -205,9 +203,9 @@ def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
 
 def _waiting(found: Bottleneck, setup: RunSetup) -> str:
     if found.slow_rank is None:
-        return "waiting for slower ranks, in turn"
+        return "waiting, no single straggler"
     who = _named(found.slow_rank, setup)
-    return f"waiting for {who} (computes {found.slow_factor:.1f}x as long)"
+    return f"waiting for {who} ({found.slow_factor:.1f}x slower)"
 
 
 def _network(found: Bottleneck) -> str:
@@ -215,11 +213,11 @@ def _network(found: Bottleneck) -> str:
 
 
 def _advice(found: Bottleneck, setup: RunSetup) -> str:
-    """What to try against the largest loss; only keys that this version and run can set."""
+    """What to set against the largest share; only keys that this run can set."""
     if found.throttled:
         names = ", ".join(_named(rank, setup) for rank in found.throttled)
         heat = "" if found.hottest_c is None else f" at {found.hottest_c:.0f} °C"
-        return f"{names}: slowed down by the machine itself{heat}; cool it, or check its power"
+        return f"{names}: throttled by the machine itself{heat}; cool it, or check its power"
     if found.waiting >= max(_WORTH, found.network) and found.slow_rank is not None:
         return _advice_for_slow(found, found.slow_rank, setup)
     if found.network >= _WORTH:
@@ -230,7 +228,7 @@ def _advice(found: Bottleneck, setup: RunSetup) -> str:
             return "try staleness.bound=1, which hides the network behind the next step"
         return f"try training.global_batch_size={2 * setup.global_batch_size}"
     if found.waiting >= _WORTH and setup.staleness == 0:
-        return "try staleness.bound=1, which evens out ranks that are slow in turn"
+        return "try staleness.bound=1, which evens out jitter between ranks"
     if found.computing >= 0.9 and setup.can_use_bf16:
         return "try precision=bf16"
     return ""
@@ -261,7 +259,7 @@ def _add(sums: dict[int, Any], rank: int, value: float) -> None:
 
 
 class TimeReport:
-    """A tracker that hands a sentence to `say` every minute of training."""
+    """A tracker that passes a sentence to `say` every minute of training."""
 
     def __init__(self, setup: RunSetup, say: Callable[[str], None]) -> None:
         """`setup.can_use_bf16` counts only where the device turns out to be an accelerator."""
@@ -271,7 +269,7 @@ class TimeReport:
         self._due_s: float | None = None
 
     def record(self, event: Event) -> None:
-        """Sum up; speak once a minute."""
+        """Sum up; report once a minute."""
         self._shares.record(event)
         if isinstance(event, RunStarted):
             can = self._setup.can_use_bf16 and event.device != "cpu"
@@ -285,18 +283,18 @@ class TimeReport:
                     self._say(f"where the time goes: {recent.line}")
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     @property
-    def verdict(self) -> Bottleneck | None:
-        """On the whole run; None as long as there is nothing to say."""
+    def bottleneck(self) -> Bottleneck | None:
+        """Of the whole run; None before its second step."""
         return find_bottleneck(self._shares.run, self._setup)
 
     @property
     def line(self) -> str:
         """The last sentence of a run; empty if there is none."""
-        return f"where the time went: {self.verdict.line}" if self.verdict else ""
+        return f"where the time went: {self.bottleneck.line}" if self.bottleneck else ""
 
     def summary(self) -> dict[str, Any] | None:
         """For summary.json."""
-        return self.verdict.as_json() if self.verdict else None
+        return self.bottleneck.as_json() if self.bottleneck else None

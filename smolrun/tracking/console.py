@@ -1,7 +1,7 @@
-"""What a person sees of a run: a bar in a terminal, a line now and then anywhere else.
+"""Console output of a run: a progress bar in a terminal, periodic lines anywhere else.
 
-Nothing it does can fail: once its stream is gone it keeps silent. It starts no thread; the bar
-moves when events come.
+Never raises: once writing to its stream fails, it writes nothing more. Starts no thread; the bar is
+redrawn when events arrive.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from smolrun.events import (
     StepSkipped,
 )
 from smolrun.sanitize import indented, one_line
-from smolrun.tracking.formatting import clock, counted, named, number, rate
+from smolrun.tracking.formatting import accuracy, clock, counted, named, number, rate
 
-_REFRESH_S = 0.1  # a bar that moves ten times a second looks alive, and costs nothing
+_REFRESH_S = 0.1  # ten times a second looks alive, and costs nothing
 _LEAST_BAR, _MOST_BAR = 6, 40  # columns
 _LINE_EVERY_S = 5.0  # where there is no bar
 _RATE_OVER_S = 1.0  # tokens/s are a mean: with late gradients the steps come in bursts
@@ -40,7 +40,7 @@ _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mea
 
 
 class Screen(rich.console.Console):
-    """What tables are printed on."""
+    """rich's console for tables."""
 
     def on_broken_pipe(self) -> None:
         """Raises BrokenPipeError: rich would end the process here, also a run piped into `head`."""
@@ -48,7 +48,7 @@ class Screen(rich.console.Console):
 
 
 class Console:
-    """A tracker that talks to the user. Colours are rich's business, which honours NO_COLOR."""
+    """A tracker that prints. Colours are rich's, which honours NO_COLOR."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Console:
         names_slowest: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        """`steps` is what a whole run has, of `batch_size` samples each. `names_slowest`: whether
-        the others wait for it."""
+        """`steps` of the whole run, of `batch_size` samples each. `names_slowest`: the slowest rank
+        is shown, as the others wait for it."""
         self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
@@ -83,31 +83,31 @@ class Console:
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a bar that moves; elsewhere there are lines."""
+        """Whether a progress bar is drawn; else lines are printed."""
         return self._is_live
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Show how far the data is: `done` of `total`."""
+        """Show the progress of data preparation: `done` of `total`."""
         self._quietly(lambda: self._prepare(one_line(what), done, total))
 
     def go_on(self, earlier_s: float, world_size: int | None = None) -> None:
-        """The run had trained so long before, perhaps on so many ranks fewer or more; rates are
-        about what comes now."""
+        """Start rates anew for a resumed run that has trained for `earlier_s`, on `world_size`
+        ranks now."""
         self._world_size = world_size or self._world_size
         self._rate_from_s = self._line_due_s = earlier_s
         self._tokens, self._rate = 0, 0.0
         self._compute_s.clear()
 
     def record(self, event: Event) -> None:
-        """Show what happened, if a person wants to know."""
+        """Print the event, if it is one of those shown."""
         self._quietly(lambda: self._show(event))
 
     def say(self, text: str) -> None:
-        """Write a line, above the bar if there is one; further lines of the text are indented."""
+        """Print a line, above the bar if there is one; further lines of the text are indented."""
         self._quietly(lambda: self._print(text))
 
     def close(self) -> None:
-        """Take the bar away, and leave its last state."""
+        """Stop the bar and leave its last state on the screen."""
         self._quietly(self._end_bar)
 
     def _quietly(self, act: Callable[[], None]) -> None:
@@ -115,7 +115,7 @@ class Console:
             return
         try:
             act()
-        except Exception:  # a closed terminal, a full disk, an encoding: none is worth a run
+        except Exception:  # a closed terminal, a full disk, an encoding: none ends a run
             self._is_broken = True
             self._bar = None
             _let_go(self._stream)
@@ -147,7 +147,7 @@ class Console:
             before = self._compute_s.get(event.rank, event.compute_s)
             self._compute_s[event.rank] = 0.8 * before + 0.2 * event.compute_s
         elif isinstance(event, EvalDone):
-            share = f", {event.accuracy:.1%} right" if event.accuracy is not None else ""
+            share = f", {accuracy(event.accuracy)}" if event.accuracy is not None else ""
             self._print(f"after step {event.step + 1}: evaluation loss {number(event.loss)}{share}")
         elif isinstance(event, RunStarted):
             self._show_start(event)
@@ -165,43 +165,38 @@ class Console:
             self._print(f"{event.level}: {event.message}{whose}")
 
     def _show_membership(self, event: Membership) -> None:
-        told = f"step {event.step + 1}: rank {event.rank}"
+        where = f"step {event.step + 1}: rank {event.rank}"
         if event.is_here:
-            self._print(f"{told} trains with us")
+            self._print(f"{where} joined")
         else:
-            parts = counted(event.tickets, "ticket")
-            self._print(f"{told} is gone ({event.reason}); others take its {parts}")
+            items = counted(event.tickets, "work item")
+            self._print(f"{where} left ({event.reason}); its {items} go to other ranks")
 
     def _show_dropped(self, event: GradientDropped) -> None:
-        """Rarer and rarer: a rank that is too slow is late in every step."""
+        """At powers of two only: a rank that is too slow is late in every step."""
         if event.so_far & (event.so_far - 1) == 0:  # 1, 2, 4, 8, ...
             so_far = f", {event.so_far} so far" if event.so_far > 1 else ""
             self._print(
-                f"step {event.step + 1} goes on without rank {event.rank}: its gradient is late "
+                f"step {event.step + 1} continues without rank {event.rank}: its gradient is late "
                 f"and will be dropped{so_far}"
             )
 
     def _show_start(self, event: RunStarted) -> None:
-        self._print(
-            f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
-            f"({event.device}): {counted(event.steps, 'step')}{self._from(event)}; "
-            f"{event.eval_size:,} more for evaluation"
-        )
-
-    def _from(self, event: RunStarted) -> str:
-        """What a step is made of, and how much there is to choose from."""
         sample = "sequence" if self.unit == "tokens" else "sample"
         batch = f" of {counted(self._batch_size, sample)}" if self._batch_size else ""
-        if not event.train_size:
-            return f"{batch}, from a stream"
-        return f"{batch}, from {event.train_size:,}" + ("" if batch else f" {sample}s")
+        train = f"{event.train_size:,}" if event.train_size else "a stream"
+        self._print(
+            f"training {event.parameters:,} parameters on {counted(self._world_size, 'rank')} "
+            f"({event.device}): {counted(event.steps, 'step')}{batch}; "
+            f"train {train} / eval {counted(event.eval_size, 'sample')}"
+        )
 
     def _show_drift(self, event: Drift) -> None:
         if event.ranks:
             far = f"up to {event.difference:.2g}" if event.difference else "more than any number"
             self._print(
-                f"after step {event.step + 1}: {named(event.ranks)} had drifted from rank 0 by "
-                f"{far}; equal again"
+                f"after step {event.step + 1}: {named(event.ranks)} drifted from rank 0 by "
+                f"{far}; synchronized"
             )
 
     def _show_step(self, event: StepDone) -> None:
@@ -227,7 +222,7 @@ class Console:
             self._rate_from_s, self._tokens = event.time_s, 0
 
     def _figures(self, event: StepDone) -> list[str]:
-        """What is to be said of a step, the most important first."""
+        """The parts of a step's line, the most important first."""
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
         parts = [
             f"loss {number(event.loss)}",
@@ -260,7 +255,7 @@ class Console:
             self._bar.refresh()
 
     def _fit(self, figures: list[str], what: str, total: int) -> str:
-        """The figures that the terminal's width has room for, beside a bar that takes the rest."""
+        """The figures that fit into the terminal's width, beside a bar that takes the rest."""
         room = self._rich.width - len(f"{what} {total}/{total}") - 2  # a space around the bar
         while figures and len("  ".join(figures)) > room - _LEAST_BAR:
             figures = figures[:-1]
@@ -275,12 +270,12 @@ class Console:
 
 
 def is_step_line(line: str) -> bool:
-    """Whether a console that has no bar wrote this line for a step."""
+    """Whether a line is one that a console without a bar prints for a step."""
     return re.match(r"step \d+/\d+  ", line) is not None
 
 
 def _let_go(stream: TextIO) -> None:
-    """Send the rest nowhere: a broken stdout would spoil the exit code when Python flushes it."""
+    """Redirect to the null device: flushing a broken stdout would change Python's exit code."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -288,7 +283,7 @@ def _let_go(stream: TextIO) -> None:
 
 
 def slowest(compute_s: dict[int, float]) -> int | None:
-    """The rank that computes clearly longer than the mean of the others, if there is one."""
+    """The rank that computes more than 10 % longer than the mean of the others; None if none."""
     if len(compute_s) < 2:
         return None
     rank = max(compute_s, key=lambda rank: compute_s[rank])

@@ -6,7 +6,7 @@
     {"event": "norms", "gradients": {"head": 0.2}}     norm/gradients/head
     {"event": "saved", "step": 7, "bytes": 12}         saved/bytes: so does any other with a step
 
-Knows nothing of who draws the charts.
+Knows nothing of the trackers that draw the charts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _PREFIXES = {"step": "train", "norms": "norm"}
-# What says where a number belongs, and what rank 0 tells once more in its own rank_step.
+# Keys that are no numbers of a chart, and those that rank 0 sends again in its rank_step.
 _NOT_FIGURES = frozenset(["event", "step", "rank"])
 _OF_RANK_0 = frozenset(["bytes_sent", "bytes_received", "compute_s", "wait_s"])
-# A rank that tells of no steps (a server) must not hold the others' rows back for ever.
+# Bounds the rows that wait for a rank which reports no steps (a server).
 _MOST_OPEN_ROWS = 64
 
 
@@ -44,18 +44,17 @@ def _numbers(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 
 class StepRows:
-    """Gathers the events of a step into one row. A row is complete when every rank has told of a
-    later step, because each rank tells its own story in order."""
+    """Gathers the events of a step into one row. A row is complete when every rank has reported a
+    later step, because the events of one rank arrive in order."""
 
     def __init__(self, world_size: int, *, first_step: int = 0) -> None:
-        """Steps before `first_step` are known already and are left out: a resumed run repeats
-        some."""
+        """Steps before `first_step` are left out: a resumed run repeats some that are known."""
         self._open: dict[int, dict[str, float]] = {}
         self._reached = dict.fromkeys(range(world_size), -1)
         self._next = first_step
 
     def add(self, row: Mapping[str, Any]) -> list[tuple[int, dict[str, float]]]:
-        """Takes an event in its JSON form; gives back the rows that are complete now."""
+        """Add an event in its JSON form; returns the rows that are complete now."""
         step = row.get("step")
         if not isinstance(step, int) or step < self._next:
             return []
@@ -69,7 +68,7 @@ class StepRows:
         return self._take(complete)
 
     def rest(self) -> list[tuple[int, dict[str, float]]]:
-        """The rows that are left when nothing more will come."""
+        """The remaining rows, at the end of the events."""
         return self._take(sorted(self._open))
 
     def _take(self, steps: list[int]) -> list[tuple[int, dict[str, float]]]:

@@ -1,4 +1,4 @@
-"""Numbers, ranks and times as people write them."""
+"""Numbers, ranks and times as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def rate(per_second: float) -> str:
-    """`12,345`, or `1.8` where whole numbers would hide it."""
+    """`12,345`, or `1.8` below 10."""
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
@@ -29,7 +29,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its largest unit, for people who compare: 0.35 s, 40 s, 3 min, 1.5 h, 36 h, 4 d."""
+    """A time in its largest unit: 0.35 s, 40 s, 3 min, 1.5 h, 36 h, 4 d."""
     for unit, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= (1 if unit != "d" else 2) * length_s:
             return f"{_short(seconds / length_s)} {unit}"
@@ -37,10 +37,15 @@ def duration(seconds: float) -> str:
 
 
 def _short(number: float) -> str:
-    """One decimal below ten, unless it is a zero."""
+    """One decimal below ten, without a trailing zero."""
     return f"{number:.0f}" if number >= 9.95 else f"{number:.1f}".removesuffix(".0")
 
 
 def number(value: float | None) -> str:
-    """A loss, which may be none."""
+    """A loss with four decimals; None is not a number."""
     return "not a number" if value is None else f"{value:.4f}"
+
+
+def accuracy(share: float) -> str:
+    """`accuracy 93.1 %`."""
+    return f"accuracy {share * 100:.1f} %"

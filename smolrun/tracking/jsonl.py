@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every event of a run, one JSON object a line; all other views come second."""
+"""`metrics.jsonl`: every event of a run, one JSON object a line; the source of all other views."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_METRICS_BYTES = 8 << 30
 
 
 class JsonLines:
-    """Appends events to a file. A line is in the system's hands as soon as it is recorded."""
+    """Appends events to a file, unbuffered: a line is written when it is recorded."""
 
     def __init__(self, path: Path) -> None:
         """Open `path` for appending; OSError if that is impossible."""
@@ -58,9 +58,9 @@ def line(event: Event) -> bytes:
 
 
 def forget_from(path: Path, step: int) -> None:
-    """Takes away all lines about `step` and later ones, for a run that does these steps again.
+    """Remove all lines of `step` and later ones, for a run that repeats these steps.
 
-    A last line that was cut short goes too. The file is whole at every moment.
+    A truncated last line is removed too. The file is replaced atomically.
     """
     if not path.exists():
         return

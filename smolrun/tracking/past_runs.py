@@ -1,6 +1,6 @@
-"""What the runs below `outputs/` left behind, read back: which there are, and how each one does.
+"""The runs below `outputs/`: which there are, and the state of each.
 
-Reads only the ends of long files, and believes none of them: a damaged file is an unknown figure.
+Reads only the ends of long files, and trusts none: the figures of a damaged file are unknown.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _QUIET_S = 3600.0  # a run of another host that wrote nothing for so long is no 
 
 @dataclass(frozen=True)
 class PastRun:
-    """One run at a glance; None is unknown.
+    """One run; None is unknown.
 
-    `elsewhere`: another host began it and may still drive it. `remote`: we had another host drive
-    it, which alone knows more; `unreachable` if it cannot be asked. `died`: nobody drives it and
-    nobody told how it ended. `step` counts the steps that are done, `left_s` is for running ones.
+    `elsewhere`: started by another host, which may still drive it. `remote`: detached to another
+    host, whose files are the current ones; `unreachable` if that host does not answer. `died`: no
+    living driver and no summary. `step` counts completed steps, `left_s` is for running ones.
     """
 
     folder: RunFolder
@@ -50,7 +50,7 @@ class PastRun:
 
     @property
     def may_be_running(self) -> bool:
-        """Nobody may take its files away."""
+        """Whether its files must not be deleted."""
         return self.state in ("running", "elsewhere", "remote", "unreachable")
 
 
@@ -70,7 +70,7 @@ def run_folders(outputs: Path) -> list[RunFolder]:
 
 
 def look(folder: RunFolder) -> PastRun:
-    """What one run did and does."""
+    """The state and figures of one run."""
     state = state_of(folder)
     events = _last_steps(folder.metrics)
     last = events[-1] if events else None
@@ -104,7 +104,7 @@ def bytes_below(path: Path) -> int:
 def state_of(folder: RunFolder) -> State:
     """Whether a run is running, and how it ended if it is not."""
     is_alive = folder.driver_lives()
-    status = folder.summary().get("status")  # read last: it is a driver's last word
+    status = folder.summary().get("status")  # read last: a driver writes it last
     if status in ("done", "stopped", "failed"):
         return status  # type: ignore[no-any-return]
     if is_alive:

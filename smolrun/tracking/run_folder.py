@@ -3,15 +3,15 @@
 outputs/latest -> 20260131-142501-classicdp-gpt_tiny-3fa9
 outputs/20260131-142501-classicdp-gpt_tiny-3fa9/
     config.yaml     the configuration, resolved
-    driver.json     who drives it, or did
-    driver.log      what a driver without a terminal said
-    remote.json     where its driver is, if that is another machine: the files are there
-    stop            what somebody asked of its driver
+    driver.json     the process that drives it, or did
+    driver.log      output of a driver without a terminal
+    remote.json     the machine of its driver, if that is another one: the files are there
+    stop            stop requests to its driver
     metrics.jsonl   every event
-    summary.json    how it ended
+    summary.json    written at its end
     checkpoints/    step-00000100 ...
-    tokenizer/      what turns text into tokens, if there is text
-    logs/           what each rank printed
+    tokenizer/      tokenizer files, where the data is text
+    logs/           output of each rank
 
 config.yaml and remote.json are signed: an HMAC-SHA256 with a key of this account on this machine,
 outside of `outputs/`. A run folder can be copied, unpacked from an archive, or written by others;
@@ -52,7 +52,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-# A process's number is given again after its end; the time of its birth, give or take, is not.
+# Process ids are reused; the creation time, with this tolerance, is not.
 _SAME_PROCESS_S = 2.0
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[A-Za-z0-9._-]{1,200}", re.ASCII)  # as `run_id` makes them
 _KEY_BYTES = 32  # of the key that signs files
@@ -60,7 +60,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class DriverRecord(TypedDict, total=False):
-    """What driver.json holds. `process_created` and `started_at` are times of the driver's host."""
+    """driver.json. `process_created` and `started_at` are times of the driver's host."""
 
     pid: int
     host: str
@@ -72,7 +72,7 @@ class DriverRecord(TypedDict, total=False):
 
 
 class _Signed(msgspec.Struct):
-    """What remote.json holds."""
+    """remote.json."""
 
     remote: msgspec.Raw
     signature: str
@@ -80,7 +80,7 @@ class _Signed(msgspec.Struct):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run leaves everything. `path` is relative if `outputs` was."""
+    """The files of one run. `path` is relative if `outputs` was."""
 
     path: Path
 
@@ -97,7 +97,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """The name of the run, fit to be shown: an archive may bring any name."""
+        """The name of the run, safe to print: an archive may bring any name."""
         return one_line(self.path.name)
 
     @property
@@ -117,11 +117,11 @@ class RunFolder:
 
     @property
     def driver_log(self) -> Path:
-        """What the driver said, if it runs without a terminal."""
+        """The output of a driver without a terminal."""
         return self.path / "driver.log"
 
     def log(self, rank: int, host: str) -> Path:
-        """What this rank printed."""
+        """The output of this rank."""
         return self.logs / f"rank{rank}-{_for_names(host)}.log"
 
     @property
@@ -130,11 +130,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def write_config(self, text: str) -> None:
-        """Keep the resolved configuration, as yaml, signed if this account can have a key."""
+        """Write the resolved configuration, yaml, signed if this account can have a key."""
         content = _SIGNATURE.sub(b"", text.encode())
         if not content.endswith(b"\n"):  # the signature needs a line of its own
             content += b"\n"
-        with contextlib.suppress(SmolrunError):  # such a run has to be trusted when it is resumed
+        with contextlib.suppress(SmolrunError):  # unsigned: resuming it needs the user's trust
             content += f"# signature: {sign(_IN_CONFIG + content)}\n".encode()
         atomic_write(self.config, content)
 
@@ -150,29 +150,29 @@ class RunFolder:
         return is_signed(_IN_CONFIG + _SIGNATURE.sub(b"", content), signature)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Keep how the run ended; what is not finite becomes null."""
+        """Write summary.json; numbers that are not finite become null."""
         encoded = msgspec.json.format(msgspec.json.encode(dict(summary)), indent=2)
         atomic_write(self.path / "summary.json", encoded + b"\n")
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Keep a copy of the tokenizer in a folder, so that the run's is whole by itself."""
+        """Copy the tokenizer in a folder, so that the run's folder is complete."""
         (self.path / "tokenizer").mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
             if name == TOKENIZER_FILES[0] or (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, self.path / "tokenizer" / name)
 
     def keep_model_config(self, model: Path) -> None:
-        """Keep what says how a model of Hugging Face is built, so that the run can be exported."""
+        """Copy the configuration of a Hugging Face model, so that the run can be exported."""
         (self.path / "model").mkdir(exist_ok=True)
         for name in ("config.json", "generation_config.json"):
             if (model / name).is_file():
                 shutil.copyfile(model / name, self.path / "model" / name)
 
     def write_driver(self, steps: int, *, unit: str = "tokens", has_log: bool = False) -> None:
-        """Keep who drives the run, so that `task=status` can tell a running run from a dead one.
+        """Write driver.json, by which `task=status` distinguishes a running run from a dead one.
 
-        `unit` is what its rates count, `has_log` whether what it says goes to `driver_log`. What
-        was asked of an earlier driver is forgotten.
+        `unit` is what its rates count, `has_log`: its output goes to `driver_log`. Stop requests
+        to an earlier driver are removed.
         """
         me, before = _this_process(), self.driver()
         driver = {
@@ -182,13 +182,13 @@ class RunFolder:
             "unit": unit,
             "has_log": has_log,
         }
-        # This driver may begin its run again, after a loss: a stop asked for meanwhile holds.
+        # This driver may restart its run after a loss: stop requests made meanwhile stay.
         if self.summary() or any(before.get(key) != value for key, value in me.items()):
             self._stop.unlink(missing_ok=True)
         atomic_write(self.path / "driver.json", msgspec.json.encode(driver) + b"\n")
 
     def driver(self) -> DriverRecord:
-        """What `write_driver` kept last; empty if there is nothing that can be read."""
+        """driver.json; empty if it is missing or damaged."""
         try:
             content = read_bytes(self.path / "driver.json", _MAX_BYTES)
             return msgspec.json.decode(content, type=DriverRecord)
@@ -196,17 +196,17 @@ class RunFolder:
             return {}
 
     def write_remote(self, remote: Mapping[str, Any]) -> None:
-        """Keep on which machine the run is driven, and where its folder is there.
+        """Write remote.json: the machine that drives the run, and its folder there.
 
-        Signed, because it says how to connect and what to run there. SmolrunError without a key.
+        Signed, because it holds how to connect and what to run there. SmolrunError without a key.
         """
         content = msgspec.json.encode(dict(remote))
         signed = _Signed(msgspec.Raw(content), sign(content))
         atomic_write(self.path / "remote.json", msgspec.json.encode(signed) + b"\n")
 
     def remote(self) -> dict[str, Any] | None:
-        """What `write_remote` kept; None if it was not this account on this machine. SmolrunError
-        if the account has no key."""
+        """remote.json; None if it was not signed by this account on this machine. SmolrunError if
+        the account has no key."""
         try:
             file = read_bytes(self.path / "remote.json", _MAX_BYTES)
             found = msgspec.json.decode(file, type=_Signed)
@@ -219,12 +219,12 @@ class RunFolder:
 
     @property
     def is_driven_elsewhere(self) -> bool:
-        """Whether `write_remote` was called for this run, on whatever machine."""
+        """Whether `write_remote` was called for this run, on any machine."""
         return (self.path / "remote.json").is_file()
 
     def ask_to_stop(self) -> int:
-        """Ask the driver to stop: at an agreed step, and when asked again, at once. Returns how
-        often it has been asked; OSError if that cannot be written, or the file is a link."""
+        """Request a stop of the driver: at an agreed step, and by a second request at once. Returns
+        the number of requests; OSError if that cannot be written, or the file is a link."""
         # Without O_NOFOLLOW (Windows) a link needs the rights of an administrator to be made.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         flags |= getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would block
@@ -233,7 +233,7 @@ class RunFolder:
         return self.stop_requests()
 
     def stop_requests(self) -> int:
-        """How often the driver was asked to stop since it began."""
+        """The number of stop requests since the driver started."""
         try:
             return self._stop.stat().st_size // len(b"stop\n")
         except OSError:
@@ -241,11 +241,11 @@ class RunFolder:
 
     @property
     def _stop(self) -> Path:
-        """A file instead of a signal: it works on every system, and over SSH."""
+        """A file instead of a signal works on every system, and over SSH."""
         return self.path / "stop"
 
     def summary(self) -> dict[str, Any]:
-        """How the run ended; empty if it has not, or has gone on since."""
+        """summary.json; empty if the run has not ended, or has been resumed since."""
         try:
             ended_at = (self.path / "summary.json").stat().st_mtime_ns
             if ended_at < (self.path / "driver.json").stat().st_mtime_ns:
@@ -255,7 +255,7 @@ class RunFolder:
         return _read_json(self.path / "summary.json", MAX_SUMMARY_BYTES)
 
     def refuse_links_outside(self) -> None:
-        """CheckpointError for a link that leads out of the folder: writing and deleting must not
+        """CheckpointError for a link to the outside of the folder: writing and deleting must not
         follow it."""
         real = self.path.resolve()
         for place, folders, files in os.walk(self.path):
@@ -263,14 +263,14 @@ class RunFolder:
                 if is_link(path) and not path.resolve().is_relative_to(real):
                     raise CheckpointError(
                         f"{path} is a link to {os.path.realpath(path)}: outside of the run's own "
-                        "folder; delete it, or put what it leads to in its place"
+                        "folder; delete it, or replace it by its target"
                     )
             if Path(place) == self.path / "wandb":
                 # W&B links its logs to its cache, in folders that are not written to again.
                 folders.clear()
 
     def claim(self) -> bool:
-        """Makes the run this process's alone; False if another living one has it."""
+        """Lock the run for this process; False if another living process has it."""
         lock = self.path / "driver.lock"
         mine = msgspec.json.encode(_this_process())
         for _ in range(2):
@@ -285,17 +285,17 @@ class RunFolder:
         return False
 
     def release(self) -> None:
-        """Ends the claim."""
+        """Release the lock."""
         (self.path / "driver.lock").unlink(missing_ok=True)
 
     def driver_lives(self) -> bool:
-        """Whether the run is running: not ended, and its driver a living process of this host."""
+        """Whether the run has not ended and its driver is a living process of this host."""
         return _is_alive(self.driver()) and not self.summary()
 
     def become_latest(self) -> None:
-        """Let `outputs/latest` point here: a link, or a text file where links are not possible.
+        """Point `outputs/latest` here: a link, or a text file where links are not possible.
 
-        What is neither of these, and so not ours, stays; OSError says so."""
+        OSError if something else is there, which stays."""
         latest = self.path.parent / LATEST
         if latest.exists() and not latest.is_symlink() and not _is_pointer(latest):
             raise OSError(f"{latest} is in the way")
@@ -310,7 +310,7 @@ class RunFolder:
 
 
 def run_id(title: str, *, now: datetime, suffix: str) -> str:
-    """The name of a run: it sorts by time, says what it is, and is a plain file name everywhere."""
+    """The name of a run: sorts by time, contains the title, is a valid file name on all systems."""
     return f"{now:%Y%m%d-%H%M%S}-{_for_names(title)}-{suffix}"
 
 
@@ -319,7 +319,7 @@ def _for_names(text: str) -> str:
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether a file holds nothing but the name of a run beside it."""
+    """Whether a file holds only the name of a run beside it."""
     try:
         name = path.read_text(encoding="utf-8").strip() if path.stat().st_size < 300 else ""
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is left of a run when it is over: a few figures, and its summary.json."""
+"""The final figures of a run, and its summary.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LAST = 10  # steps
 _FACTOR = 2.0
 _SKIPPED = 3  # a float16 run skips one now and then, to find its loss scale
 
-# From here on it is worth a word of advice how much of what a rank finished was for nothing.
+# Share of a rank's gradients that were replaced by newer ones, from which on advice is given.
 _MANY = 0.1
 _MOST_REASONS = 16  # there are three; a server that has been taken over may make up any number
 
@@ -44,13 +44,14 @@ class _Worker:
 
 
 class PushRecord:
-    """Sums over the pushes of a run."""
+    """What each worker of a parameter server contributed: gradients applied, their ages (staleness
+    in updates), gradients dropped."""
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
 
     def record(self, event: PushApplied | PushDropped) -> None:
-        """One more gradient came, or did not."""
+        """Count one gradient, applied or dropped."""
         worker = self._workers.setdefault(event.rank, _Worker())
         if isinstance(event, PushDropped):
             is_known = event.reason in worker.dropped or len(worker.dropped) < _MOST_REASONS
@@ -79,16 +80,16 @@ class PushRecord:
     @property
     def line(self) -> str:
         """One line about all ranks; empty if there was no push."""
-        told = []
+        parts = []
         for rank, row in self.summary().items():
             dropped = sum(row["dropped"].values())
-            age = "" if row["mean_age"] is None else f", {row['mean_age']:.1f} updates late"
+            age = "" if row["mean_age"] is None else f", mean staleness {row['mean_age']:.1f}"
             gone = f", {counted(dropped, 'gradient')} dropped" if dropped else ""
-            told.append(f"rank {rank} {row['share']:.0%} of the samples{age}{gone}")
-        return "; ".join(told)
+            parts.append(f"rank {rank} {row['share']:.0%} of the samples{age}{gone}")
+        return "; ".join(parts)
 
     def advice(self, *, can_quantize: bool) -> str:
-        """What to try against gradients that were computed for nothing; empty if few were."""
+        """What to set against dropped gradients; empty if few were dropped."""
         slow = [
             rank
             for rank, worker in sorted(self._workers.items())
@@ -104,7 +105,7 @@ class PushRecord:
 
 
 class RunRecord:
-    """A tracker that remembers the last figures."""
+    """A tracker that keeps the last figures of a run."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class RunRecord:
         eval_loss: float | None = None,
         checkpoint: str | None = None,
     ) -> None:
-        """The figures are those of a run that goes on: `earlier_s` it has been trained before."""
+        """The figures are those of a resumed run, which was trained for `earlier_s` before."""
         self._earlier_s, self._earlier_steps = earlier_s, steps
         self.steps = steps
         self.tokens = 0
@@ -135,9 +136,8 @@ class RunRecord:
 
     @property
     def divergence(self) -> str:
-        """Why what was trained is of no use, as a sentence: the loss is not a number in the end, or
-        updates are skipped in the end, or the loss has more than doubled. Empty if none of it is
-        so."""
+        """Why the run has diverged, as a sentence: at its end the loss is not finite, or updates
+        are skipped, or the loss has more than doubled. Empty if it has not."""
         if self._not_finite_since is not None:
             return f"the loss is not a number since step {self._not_finite_since}"
         if self._skipped >= _SKIPPED:
@@ -145,7 +145,8 @@ class RunRecord:
             return f"there is no update since step {since}, as the gradient is not finite"
         if self._first_loss is None:
             return ""
-        # The median, as one step's samples may be hard; and below 1 twice as much is not far.
+        # The median, as one step may have hard samples; below a loss of 1, doubling is no
+        # divergence.
         last = statistics.median(self._last_losses)
         if last <= _FACTOR * max(self._first_loss, 1.0):
             return ""
@@ -157,22 +158,22 @@ class RunRecord:
         return self.tokens / self.time_s if self.time_s > 0 else None
 
     def progress(self, wall_s: float) -> str:
-        """How many steps were made and how long that took, beside the `wall_s` of everything."""
+        """How many steps were made and how long they took, beside the `wall_s` of the whole run."""
         made = self.steps - self._earlier_steps
-        told = counted(made, "step")
+        steps = counted(made, "step")
         if made and self._earlier_steps:
             first = self._earlier_steps + 1
-            told += f" ({first})" if made == 1 else f" ({first} to {self.steps})"
+            steps += f" ({first})" if made == 1 else f" ({first} to {self.steps})"
         if self.time_s <= 0:
-            return f"{told} in {clock(wall_s)}"
-        # Whole seconds would make nonsense of the speed of a short run.
+            return f"{steps} in {clock(wall_s)}"
+        # Whole seconds would falsify the speed of a short run.
         took = f"{self.time_s:.1f} s" if self.time_s < _SHORT_S else clock(self.time_s)
-        return f"{told} in {took} ({clock(wall_s)} from start to end)"
+        return f"{steps} in {took} ({clock(wall_s)} from start to end)"
 
     @property
     def missed(self) -> str:
-        """Ranks that the others went on without, and how often; empty if there was none. A dropped
-        gradient counts once, but its rank may have missed many steps until it came."""
+        """Ranks without which steps were made, and how many; empty if there are none. A dropped
+        gradient counts once, but its rank may have missed many steps until it arrived."""
         made = self.steps - self._earlier_steps
         return "; ".join(
             f"rank {rank} missed {made - self._took_part[rank]:,} of {counted(made, 'step')}"
@@ -181,7 +182,7 @@ class RunRecord:
         )
 
     def record(self, event: Event) -> None:
-        """Remember what the end of the run will need."""
+        """Keep the figures that the summary needs."""
         if isinstance(event, StepDone):
             self.steps = event.step + 1  # steps are numbered from 0
             self.tokens += event.tokens
@@ -189,7 +190,7 @@ class RunRecord:
             self.train_loss = event.loss
             self._look_at(event)
         elif isinstance(event, RankStep):
-            # Who comes late learns of the step that the others are at, and has no samples in it.
+            # A late rank is moved to the step of the others, and has no samples in it.
             self._took_part[event.rank] += event.samples != 0
         elif isinstance(event, EvalDone):
             self.eval_loss, self.eval_accuracy = event.loss, event.accuracy
@@ -215,7 +216,7 @@ class RunRecord:
             self._not_finite_since = self.steps  # counted from 1, as people do
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def summary(
         self,
@@ -237,7 +238,7 @@ class RunRecord:
         host_versions: Mapping[str, Mapping[str, str | None]] | None = None,
         emulated: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The content of summary.json, whose keys other programs read: they stay."""
+        """The content of summary.json. Its keys are a contract: other programs read them."""
         return {
             "status": status,
             "exit_code": exit_code,

@@ -1,8 +1,8 @@
-"""One look at a run's folder: how the run is, and what was written there since the last look.
+"""One request about a run's folder: the state of the run, and what was written since the last one.
 
 The folder may lie on another machine: `python -m smolrun.tracking.run_view` answers one request, a
-line of JSON on stdin, by one line on stdout. So a run that is driven here and one that is driven
-there are shown and stopped by the same few words. It starts nothing and keeps nothing open.
+line of JSON on stdin, by one line on stdout. So runs driven here and elsewhere are shown and
+stopped alike. Starts no process and keeps no file open.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smolrun.tracking.run_folder import DriverRecord, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
 _HISTORY_BYTES = 16 << 10
-_MOST_BYTES = 256 << 10  # at one look
+_MOST_BYTES = 256 << 10  # of a file in one response
 
 
 _Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
@@ -28,24 +28,24 @@ _Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 
 class FilePosition(msgspec.Struct, frozen=True):
-    """How far a file was read. `file` tells it from another one that took its name since."""
+    """How far a file was read. `file` (inode) distinguishes it from a later one of that name."""
 
     file: int
     offset: int
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Whole lines, and where the next ones will begin. Without a `place` there is no file."""
+    """Complete lines, and the position of the next ones. Without a `place` there is no file."""
 
     lines: list[str] = []
     place: FilePosition | None = None
-    is_fresh: bool = False  # the lines are no sequel: they are the last ones of a file
+    is_fresh: bool = False  # not a continuation: the last lines of a file
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What somebody wants to know of the run in `folder`; `stop` asks its driver to stop.
+    """A request about the run in `folder`; `stop` asks its driver to stop.
 
-    A file is read on from its place, or, without one, from its last few lines on.
+    A file is read from the position given, or, without one, from its last few lines.
     """
 
     folder: str
@@ -57,7 +57,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Figures(TypedDict, total=False):
-    """Those of a `PastRun`."""
+    """As of `PastRun`."""
 
     step: _Whole | None
     steps: _Whole | None
@@ -69,9 +69,9 @@ class Figures(TypedDict, total=False):
 
 
 class View(msgspec.Struct, frozen=True):
-    """The answer. What the files say was written before `state` was true, or after.
+    """The response. The files were read at other moments than `state`.
 
-    `asked` counts how often the driver was asked to stop; `figures` are those of a `PastRun`.
+    `asked` counts the stop requests; `figures` are those of a `PastRun`.
     """
 
     state: State
@@ -84,12 +84,12 @@ class View(msgspec.Struct, frozen=True):
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the run has ended."""
         return self.state not in ("running", "elsewhere", "remote")
 
 
 def answer(request: Request) -> View:
-    """Look at the run; OSError if it cannot be asked to stop."""
+    """Answer one request; OSError if the stop request cannot be written."""
     folder = RunFolder(Path(request.folder))
     if request.stop:
         folder.ask_to_stop()
@@ -109,7 +109,7 @@ def answer(request: Request) -> View:
 
 
 def read_on(path: Path, place: FilePosition | None) -> Chunk:
-    """The lines of a file from a place on, as many as one look may bring."""
+    """The lines of a file from a position, at most _MOST_BYTES of them."""
     try:
         with open_regular(path) as file:
             found = os.fstat(file.fileno())
@@ -135,7 +135,7 @@ def _figures(folder: RunFolder) -> Figures:
 
 
 def decode(output: str) -> View | None:
-    """The answer in what the command printed; None if there is none."""
+    """The response in the output of the command; None if there is none."""
     lines = [line for line in output.split("\n") if line.startswith(ANSWER)]
     try:
         return msgspec.json.decode(lines[-1].removeprefix(ANSWER), type=View) if lines else None

@@ -16,7 +16,7 @@ _FLUSH_EVERY_S = 2.0
 
 
 class TensorBoard:
-    """A tracker that writes one event file. A resumed run writes another one beside it."""
+    """A tracker that writes one event file; a resumed run writes another one beside it."""
 
     def __init__(self, folder: Path) -> None:
         """ConfigError without the package; OSError if the file cannot be made."""
@@ -36,7 +36,7 @@ class TensorBoard:
         self._add(file_version="brain.Event:2")
 
     def record(self, event: Event) -> None:
-        """Write what the event has to say in numbers."""
+        """Write the numbers of the event, if it has a step."""
         row = to_json(event)
         step = row.get("step")
         numbers = figures(row)
@@ -53,7 +53,7 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
+        """Flush and close the file."""
         self._writer.close()
 
     def _add(self, **fields: object) -> None:

@@ -22,41 +22,42 @@ _MOST_ROWS = 100  # of a lane; what overlaps more than that shares the last one
 
 
 class TimelineFile:
-    """A tracker that writes the file as soon as all ranks have told, or at the end with those that
-    have."""
+    """A tracker that writes the file once all ranks have sent their spans, or at the end with
+    those that have."""
 
     def __init__(self, path: Path, hosts: Sequence[str]) -> None:
-        """`hosts` has the name of each rank's host."""
+        """`hosts`: the name of each rank's host."""
         self._path = path
         self._hosts = list(hosts)
-        self._told: dict[int, Timeline] = {}
+        self._timelines: dict[int, Timeline] = {}
         self._is_written = False
 
     def record(self, event: Event) -> None:
-        """Keep a rank's part; OSError if the file cannot be written."""
+        """Keep a rank's spans; OSError if the file cannot be written."""
         if isinstance(event, Timeline):
-            self._told[event.rank] = event
-            if len(self._told) == len(self._hosts):
+            self._timelines[event.rank] = event
+            if len(self._timelines) == len(self._hosts):
                 self._write()
 
     def close(self) -> None:
-        """Write what there is; OSError as above."""
-        if self._told and not self._is_written:
+        """Write the spans that have arrived; OSError if that fails."""
+        if self._timelines and not self._is_written:
             self._write()
 
     def _write(self) -> None:
         self._is_written = True
-        rows = [row for rank in sorted(self._told) for row in self._rows(self._told[rank])]
+        timelines = [self._timelines[rank] for rank in sorted(self._timelines)]
+        rows = [row for timeline in timelines for row in self._rows(timeline)]
         trace = {"displayTimeUnit": "ms", "traceEvents": rows}
         atomic_write(self._path, msgspec.json.encode(trace) + b"\n")
 
-    def _rows(self, told: Timeline) -> Iterator[dict[str, Any]]:
-        rank = told.rank
+    def _rows(self, timeline: Timeline) -> Iterator[dict[str, Any]]:
+        rank = timeline.rank
         yield _name("process", rank, 0, f"rank {rank} ({self._hosts[rank]})")
         yield {**_name("process", rank, 0, ""), "name": "process_sort_index",
                "args": {"sort_index": rank}}  # fmt: skip
         named = set()
-        for row, lane, (name, _, step, start_s, duration_s) in _rowed(told.spans):
+        for row, lane, (name, _, step, start_s, duration_s) in _rowed(timeline.spans):
             if row not in named:
                 named.add(row)
                 yield _name("thread", rank, row, lane)
@@ -72,8 +73,8 @@ def _name(kind: str, rank: int, row: int, name: str) -> dict[str, Any]:
 
 
 def _rowed(spans: Sequence[Span]) -> Iterator[tuple[int, str, Span]]:
-    """Each span with its row: those of one lane that overlap go to rows below each other, because
-    a row of this format can hold only what is nested."""
+    """Each span with its row. Spans of one lane that overlap get rows of their own, because a row
+    of this format can hold only nested spans."""
     for index, lane in enumerate(_LANES):
         ends: list[float] = []  # of the rows of this lane
         for span in sorted((span for span in spans if span[1] == lane), key=lambda span: span[3]):

@@ -1,4 +1,4 @@
-"""What a reader of events is, and how several of them read one run without hurting it."""
+"""Trackers: readers of the events of a run, and a fan-out that isolates their failures."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from smolrun.tracking.wandb_run import WandbRun
 
 
 class Tracker(Protocol):
-    """A reader of events. It is called from one thread, in the order in which things happened."""
+    """A reader of events, called from one thread, in the order of the events."""
 
     def record(self, event: Event) -> None:
-        """Take note of one event; should not block for long, because the driver waits."""
+        """Handle one event; must not block for long, because the driver waits."""
 
     def close(self) -> None:
-        """Nothing more will come: write out what is still held back."""
+        """The end of the events: write what is buffered."""
 
 
 class Fanout:
-    """Hands every event to all trackers; one that raises is switched off, with one warning."""
+    """Passes every event to all trackers; one that raises is disabled, with one warning."""
 
     def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None]) -> None:
         """`warn` gets one sentence per tracker that breaks; it must not raise."""
@@ -30,13 +30,13 @@ class Fanout:
         self._warn = warn
 
     def record(self, event: Event) -> None:
-        """Hand the event to all that still work; never raises."""
+        """Pass the event to all trackers that are enabled; never raises."""
         for tracker in list(self._trackers):
             try:
                 tracker.record(event)
-            except Exception as error:  # a tracker is a guest: whatever it does, the run goes on
+            except Exception as error:  # no error of a tracker ends the run
                 self._trackers.remove(tracker)
-                self._warn(f"{_broken(tracker, error)}; it is switched off, the run goes on")
+                self._warn(f"{_broken(tracker, error)}; it is disabled, the run continues")
 
     def close(self) -> None:
         """Close all that still work; never raises."""
@@ -61,11 +61,11 @@ def make_trackers(
     warn: Callable[[str], None],
     note: Callable[[str], None],
 ) -> list[Tracker]:
-    """What `tracker=kind` adds to metrics.jsonl, for the run folder `folder`, in which config.yaml
-    and metrics.jsonl must be by now.
+    """The trackers of `tracker=kind` beside metrics.jsonl, for the run folder `folder`, which must
+    hold config.yaml and metrics.jsonl.
 
-    ConfigError where a package is missing; whatever else fails is told by `warn`, and the run goes
-    on without it.
+    ConfigError where a package is missing; any other failure is reported by `warn`, and the run
+    continues without the tracker.
     """
     try:
         if kind == "tensorboard":
@@ -74,5 +74,5 @@ def make_trackers(
             run = WandbRun(folder, world_size=world_size, warn=warn, note=note, **keys)
             return [run]
     except OSError as error:
-        warn(f"tracker={kind} cannot start ({error}); the run goes on without it")
+        warn(f"tracker={kind} cannot start ({error}); the run continues without it")
     return []

@@ -1,13 +1,13 @@
 """W&B's half of `tracker=wandb`, in a process of its own: `python -m smolrun.tracking.wandb`.
 
-It reads metrics.jsonl as it grows, and nothing of the run waits for it: a server that is down, slow
-or broken costs the run nothing. It speaks through one file, `wandb/status.json` of the run folder.
+It reads metrics.jsonl as it grows, and the run never waits for it: a server that is down, slow or
+broken costs the run nothing. Its output is one file, `wandb/status.json` of the run folder.
 
-    stdin, first line   what to do, as JSON (`Start`)
-    stdin, other lines  empty: there may be something new to read
-    stdin, its end      nothing more will come
+    stdin, first line   `Start`, as JSON
+    stdin, other lines  empty: metrics.jsonl may have grown
+    stdin, EOF          metrics.jsonl is complete
 
-The key is W&B's business: environment, netrc or `wandb login`, found here, told to nobody.
+The key is W&B's own: environment, netrc or `wandb login`, read here, passed to no one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _READ_BACK_BYTES_PER_S = 200_000  # W&B's tool reads 3 to 5 MB/s on two shared c
 
 
 def main() -> int:
-    """Follow one run to its end; exit code 0 if W&B has it, or the disk has it for W&B."""
+    """Follow one run to its end; exit code 0 if W&B has it, online or as an offline run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     with contextlib.suppress(OSError, AttributeError):
         os.nice(5)  # the ranks of this machine come first
@@ -52,7 +52,7 @@ def main() -> int:
     write_status(folder, status)
     try:
         Recorder(start, status, unread).follow(sys.stdin.buffer)
-    except Exception as error:  # whatever W&B does, it is told in one line, and the run goes on
+    except Exception as error:  # any error of W&B becomes one warning, and the run continues
         status.state = "failed"
         status.warning = f"W&B broke ({type(error).__name__}: {_one_line(error)})"
     write_status(folder, status)
@@ -72,22 +72,22 @@ class Recorder:
         self._run = self._open()
         first_step = status.last_step + 1
         if status.state == "online":
-            first_step = int(self._run.starting_step)  # what the server has is what counts
+            first_step = int(self._run.starting_step)  # the server decides
         self._rows = StepRows(start.world_size, first_step=first_step)
 
-    def follow(self, pokes: BinaryIO) -> None:
-        """Log what is new whenever poked, until there are no pokes any more."""
+    def follow(self, wakeups: BinaryIO) -> None:
+        """Log new events at every line of `wakeups`, until its EOF."""
         write_status(self._folder, self._status)
         with (self._folder / "metrics.jsonl").open("rb") as metrics:
-            lines = Lines(metrics)
-            for _ in pokes:
+            lines = EventReader(metrics)
+            for _ in wakeups:
                 self._log(lines)
             self._log(lines)
         for step, row in self._rows.rest():
             self._write(step, row)
         self._finish()
 
-    def _log(self, lines: Lines) -> None:
+    def _log(self, lines: EventReader) -> None:
         for event in lines:
             if event.get("event") == "sample":
                 self._run.summary["sample"] = event.get("text")
@@ -152,7 +152,7 @@ class Recorder:
         return run
 
     def _settings(self) -> dict[str, Any]:
-        """Quiet, bounded, and nothing about this process: the ranks' figures are in the events."""
+        """Quiet, bounded, no statistics of this process: those of the ranks are in the events."""
         return {
             "silent": True,
             "program": "smolrun",
@@ -175,7 +175,7 @@ class Recorder:
         return f"W&B offline: {why}; to upload it later: {self._sync()}"
 
     def _sync(self) -> str:
-        """The command; a run that went on offline lies in several parts, which belong together."""
+        """The command; an offline run that was resumed has several parts."""
         path = Path(self._status.path or self._folder / "wandb")
         parts = [part for part in path.parent.glob("offline-run-*") if part.is_dir()]
         return f"wandb sync {path.parent / 'offline-run-*' if len(parts) > 1 else path}"
@@ -186,8 +186,8 @@ def last_step_of(folder: Path, timeout_s: float) -> tuple[int, str]:
     may have later ones, else "". A resumed run must not log a step again, because W&B keeps all
     rows of an offline run.
 
-    A process that ended by itself has written it down. One that outlived its driver is waited for,
-    and of one that was killed W&B's own files know."""
+    A process that ended by itself has written it to status.json. One that outlived its driver is
+    waited for; for one that was killed W&B's own files are read."""
     before = read_status(folder)
     deadline = time.monotonic() + timeout_s
     while before is not None and _lives(before.pid) and time.monotonic() < deadline:
@@ -245,7 +245,7 @@ def last_step_written(command: list[str], limit_s: float, folder: Path) -> tuple
 
 
 def _kill(pid: int) -> None:
-    """End a process and its children: `wandb` starts a program that would go on without it."""
+    """Kill a process and its children: `wandb` starts a program that would survive it."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         process.suspend()  # it starts no more of them
@@ -262,13 +262,13 @@ class _History(msgspec.Struct):
 
 
 class _HistoryRow(msgspec.Struct):
-    """A line of `wandb leet inspect --json`, as far as it is needed."""
+    """A line of `wandb leet inspect --json`: the fields that are read."""
 
     history: _History
 
 
-class Lines:
-    """The events of a file that grows; a line counts when it is whole."""
+class EventReader:
+    """Iterates over the events of a growing file; only complete lines count."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -317,7 +317,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _mode(wanted: str, forced: str, base_url: str) -> tuple[str, str]:
-    """online or offline, and why it is not what was asked for. `forced` is the environment's."""
+    """online or offline, and why it is not `wanted`. `forced` is the environment's WANDB_MODE."""
     if wanted == "offline" or (wanted == "auto" and forced in ("offline", "disabled", "dryrun")):
         return "offline", ""
     if has_key(base_url):
@@ -326,7 +326,7 @@ def _mode(wanted: str, forced: str, base_url: str) -> tuple[str, str]:
 
 
 def has_key(base_url: str) -> bool:
-    """Whether W&B would find a key, without asking anybody."""
+    """Whether W&B would find a key without a prompt."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):

@@ -1,8 +1,8 @@
-"""The driver's half of `tracker=wandb`: starts W&B's process, pokes it, and gives it a bounded time
-to end.
+"""The driver's half of `tracker=wandb`: starts W&B's process, wakes it up, and waits a bounded time
+for its end.
 
-No event passes through here: W&B's process (`wandb.py`) reads metrics.jsonl itself. So nothing that
-W&B or its server does can slow the run; only `close` waits, and not for long.
+No event passes through here: W&B's process (`wandb.py`) reads metrics.jsonl itself. So W&B and its
+server cannot slow the run; only `close` waits, for a bounded time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import msgspec
 from smolrun.events import Event
 from smolrun.files import atomic_write
 
-_POKE_EVERY_S = 0.5
+_WAKE_EVERY_S = 0.5
 _GRACE_S = 3.0  # beside the server's own timeouts: to import W&B, and to end
 _FILE = Path("wandb") / "status.json"
-_SILENT_S = 2.0  # an end that takes longer is told
+_SILENT_S = 2.0  # an end that takes longer is reported
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +50,12 @@ class Status(msgspec.Struct, kw_only=True):
     url: str | None = None
     path: str | None = None  # W&B's own folder, which `wandb sync` uploads
     last_step: int = -1  # right once `has_ended`
-    has_ended: bool = False  # the last process came to its end, and said so itself
+    has_ended: bool = False  # the last process ended by itself
     pid: int = 0  # of that process
 
 
 def read_status(folder: Path) -> Status | None:
-    """What the file in a run folder says; None if there is none that makes sense."""
+    """status.json of a run folder; None if it is missing or damaged."""
     try:
         return msgspec.json.decode((folder / _FILE).read_bytes(), type=Status)
     except (OSError, ValueError):
@@ -71,8 +71,8 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 class WandbRun:
-    """A tracker that keeps one W&B run for the run of `folder`. `warn` and `note` get a sentence
-    each when there is something to say."""
+    """A tracker that writes one W&B run for the run of `folder`. `warn` and `note` are called with
+    messages for the user."""
 
     def __init__(
         self,
@@ -93,14 +93,14 @@ class WandbRun:
         self._timeout_s = timeout_s
         self._warn = warn
         self._note = note
-        self._poked_at = 0.0
+        self._woken_at = 0.0
         self._began_at = time.monotonic()
-        self._told = ""
+        self._reported = ""
         start = Start(
             folder=str(self._folder), world_size=world_size, mode=mode, project=project,
             entity=entity, group=group, tags=tags, timeout_s=timeout_s,
         )  # fmt: skip
-        self._forget_last_time()
+        self._clear_status()
         with (self._folder / "logs" / "wandb.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "smolrun.tracking.wandb"],
@@ -112,7 +112,7 @@ class WandbRun:
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         self._write(msgspec.json.encode(start) + b"\n")
-        # Should it ever stop reading for hours, the pipe is full and a poke is not needed.
+        # If it does not read for hours the pipe is full, and a wakeup is not needed.
         with contextlib.suppress(OSError, AttributeError, ValueError):
             os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
 
@@ -122,15 +122,15 @@ class WandbRun:
         return self._process.pid
 
     def record(self, event: Event) -> None:
-        """Say that there is something new, at most twice a second."""
+        """Wake the process up, at most twice a second."""
         now = time.monotonic()
-        if now - self._poked_at >= _POKE_EVERY_S:
-            self._poked_at = now
+        if now - self._woken_at >= _WAKE_EVERY_S:
+            self._woken_at = now
             self._write(b"\n")
-            self._tell()
+            self._report()
 
     def close(self) -> None:
-        """Wait until W&B has everything: at most `timeout_s`, and what the start still needs."""
+        """Wait until W&B has everything: at most `timeout_s`, and what is left of the start's."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         # A server that does not answer costs its timeout once at the start and once at the end.
@@ -140,28 +140,29 @@ class WandbRun:
             self._note(f"waiting for W&B, at most {limit_s:.0f} s")
             if not self._has_ended(limit_s - _SILENT_S):
                 self._kill()
-        status = self._tell()
+        status = self._report()
         if status is None or status.state not in ("done", "failed"):
             where = status.path if status is not None and status.path else self._folder / "wandb"
             late = f"W&B did not finish in time; to upload it later: wandb sync {where}"
             self._warn(self._short(late))
-        elif status.state == "done" and (said := status.note or status.url) and not status.warning:
-            self._note(self._short(said) if status.note else f"W&B: {said}")
+        elif status.state == "done" and (text := status.note or status.url) and not status.warning:
+            self._note(self._short(text) if status.note else f"W&B: {text}")
 
     def _write(self, data: bytes) -> None:
-        # A broken pipe: the process is gone, and its status says why. A full one: it is poked.
+        # A broken pipe: the process has ended, and its status holds the reason. A full one: it
+        # wakes up.
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(data)  # type: ignore[union-attr]
 
-    def _tell(self) -> Status | None:
+    def _report(self) -> Status | None:
         status = read_status(self._folder)
-        if status is not None and status.warning and status.warning != self._told:
-            self._told = status.warning
+        if status is not None and status.warning and status.warning != self._reported:
+            self._reported = status.warning
             self._warn(self._short(status.warning))
         return status
 
     def _short(self, text: str) -> str:
-        """Paths as the user knows them."""
+        """With the run folder as the user wrote it."""
         return text.replace(str(self._folder), str(self._shown))
 
     def _has_ended(self, within_s: float) -> bool:
@@ -178,8 +179,8 @@ class WandbRun:
             self._process.kill()
         self._process.wait()
 
-    def _forget_last_time(self) -> None:
-        """A resumed run finds the words of the run before it; only its last step still counts."""
+    def _clear_status(self) -> None:
+        """Clear the messages that an earlier part of the run left; its last step stays."""
         if (before := read_status(self._folder)) is not None:
             before.state, before.warning, before.note = "starting", "", ""
             write_status(self._folder, before)

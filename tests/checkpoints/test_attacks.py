@@ -129,7 +129,7 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path):
     os.truncate(folder / "manifest.json", 1 << 40)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="too many for a manifest"):
+        with pytest.raises(CheckpointError, match="more than a manifest may have"):
             verify(folder)
         assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
     finally:
@@ -142,5 +142,5 @@ def test_a_name_that_leads_out_is_never_opened(tmp_path: Path):
     for name in ("../../secret", "/etc/shadow", "rank0-0.safetensors/../../secret"):
         changed = json.loads(manifest.replace(FILE, name))
         (folder / "manifest.json").write_bytes(sealed(changed))
-        with pytest.raises(CheckpointError, match="is no name of a checkpoint's file"):
+        with pytest.raises(CheckpointError, match="is not the name of a checkpoint file"):
             verify(folder)

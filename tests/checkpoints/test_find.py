@@ -42,11 +42,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: (folder / FILE).unlink(), "No such file"),
     "flipped": (flip, "rank1-0.* is damaged"),
     "of another run": (foreign, "is damaged"),
-    "a link": (linked, "is no plain file"),
-    "a pipe": (piped, "is no plain file"),
+    "a link": (linked, "is not a regular file"),
+    "a pipe": (piped, "is not a regular file"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot"),
     "half a manifest": (lambda folder: os.truncate(folder / "manifest.json", 99), "no JSON"),
-    "a linked manifest": (linked_manifest, "manifest.json is no plain file"),
+    "a linked manifest": (linked_manifest, "manifest.json is not a regular file"),
 }
 
 

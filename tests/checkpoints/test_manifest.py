@@ -60,7 +60,7 @@ def rename_file(content: Any, new: str) -> None:
 )
 def test_no_file_name_leads_elsewhere(content: Any, name: str):
     rename_file(content, name)
-    with pytest.raises(CheckpointError, match="is no name of a checkpoint's file"):
+    with pytest.raises(CheckpointError, match="is not the name of a checkpoint file"):
         read(content)
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_manifest_is_told(data: bytes):
 
 
 def test_an_endless_manifest_is_not_parsed():
-    with pytest.raises(CheckpointError, match="too many"):
+    with pytest.raises(CheckpointError, match="more than a manifest"):
         Manifest.from_bytes(b" " * (MAX_MANIFEST_BYTES + 1), "M")
 
 

@@ -101,13 +101,13 @@ def test_no_more_than_one_files_tensors_are_held(tmp_path: Path):
     ("pieces", "problem"),
     [
         ([whole("a", torch.ones(3)), whole("a", torch.ones(3))], "given twice"),
-        ([whole("a", torch.ones(3)), TensorSlice("a", (4,), 3, torch.ones(1))], "disagree"),
+        ([whole("a", torch.ones(3)), TensorSlice("a", (4,), 3, torch.ones(1))], "differ in dtype"),
         (
             [
                 TensorSlice("a", (4,), 0, torch.ones(2)),
                 TensorSlice("a", (4,), 2, torch.ones(2).half()),
             ],
-            "disag",
+            "differ",
         ),
     ],
 )

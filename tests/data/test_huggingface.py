@@ -138,7 +138,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     for keys, message in (
         ({}, r"has 2 columns of text: say data\.text_column=NAME"),
         ({"text_column": "text"}, r"data\.text_column=text: there is no such column"),
-        ({"text_column": "n"}, r"data\.text_column=n: is no text"),
+        ({"text_column": "n"}, r"data\.text_column=n: is not text"),
         ({"image_column": "title"}, r"data\.label_column=NAME is needed \(found none\)"),
         ({"image_column": "title", "label_column": "n"}, r"image_column=title: holds no pictures"),
     ):

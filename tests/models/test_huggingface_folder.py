@@ -94,8 +94,8 @@ def half(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_config, "is no model folder: it has no config.json"),
-        (foreign_config, "is no JSON object"),
+        (no_config, "is not a model folder: it has no config.json"),
+        (foreign_config, "is not a JSON object"),
         (no_json, r"config\.json cannot be read"),
         (no_type, "has no model_type"),
         (remote_code, "model_type='strange' needs Python code that comes with the weights"),
@@ -104,7 +104,7 @@ def half(folder: Path) -> None:
         (no_weights, r"has no weights .*model\.pretrained=false"),
         (pickled, r"in pytorch_model\.bin only, .*save_pretrained"),
         (truncated, r"is damaged: it has \d+ bytes, expected \d+"),
-        (foreign, "it is no safetensors file"),
+        (foreign, "it is not a safetensors file"),
         (half, r"is not whole: model-00002-of-00002\.safetensors is missing"),
     ],
 )

@@ -53,7 +53,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     docs = f"data.path={folder / 'docs'}"
     code, out, err = train(folder, *STREAM, docs, "checkpoint.every=7", "checkpoint.keep=9")
     assert code == 0, err
-    assert "sequences, from a stream" in out
+    assert "sequences; train a stream / eval" in out
     return folder
 
 

@@ -62,7 +62,7 @@ def test_a_slow_rank_is_named_and_given_its_share() -> None:
     assert found.network == pytest.approx(1.0 / 5.6)
     assert (found.slow_rank, found.slow_factor) == (1, pytest.approx(2.3))
     assert found.line == (
-        "59 % computing, 23 % waiting for rank 1 on pi5 (computes 2.3x as long), "
+        "59 % computing, 23 % waiting for rank 1 on pi5 (2.3x slower), "
         "18 % network (0.0 MB a step, 0.0 MB/s); try cluster.hosts[1].speed=0.43"
     )
 
@@ -121,7 +121,7 @@ def test_a_rank_that_its_machine_slows_down_is_told_whatever_else_there_is() -> 
     found = find_bottleneck(shares.run, where)
     assert found is not None
     assert found.throttled == (1,)
-    assert found.advice.startswith("rank 1 on pi5: slowed down by the machine itself at 85 °C")
+    assert found.advice.startswith("rank 1 on pi5: throttled by the machine itself at 85 °C")
 
 
 def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
@@ -135,8 +135,8 @@ def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
     assert found is not None
     assert found.slow_rank is None
     assert found.line == (
-        "75 % computing, 25 % waiting for slower ranks, in turn; "
-        "try staleness.bound=1, which evens out ranks that are slow in turn"
+        "75 % computing, 25 % waiting, no single straggler; "
+        "try staleness.bound=1, which evens out jitter between ranks"
     )
 
 
@@ -188,7 +188,7 @@ def test_a_silent_rank_does_not_fill_the_memory() -> None:
     for step in range(5000):
         shares.record(rank_step(step, 0, 1.0, 0.0))
         shares.record(step_done(step, step * 1.0))
-    assert len(shares._told) <= 256
+    assert len(shares._rows) <= 256
     assert len(shares._durations_s) <= 256
 
 

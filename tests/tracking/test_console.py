@@ -79,17 +79,17 @@ def test_speed_is_a_mean_since_the_last_line() -> None:
 
 def test_one_is_singular() -> None:
     (line,) = lines_of(RunStarted(1, 1, 2, 3, "cpu"), world_size=1, batch_size=1)
-    assert "on 1 rank (cpu): 1 step of 1 sequence, " in line
+    assert "on 1 rank (cpu): 1 step of 1 sequence; " in line
     assert [named([1]), named([0, 1, 2])] == ["rank 1", "ranks 0, 1 and 2"]
 
 
 def test_what_a_run_uses_is_not_taken_for_what_there_is() -> None:
     (line,) = lines_of(RunStarted(9, 40, 8_000, 1_000, "cpu"), unit="samples")
-    assert line.endswith("40 steps of 32 samples, from 8,000; 1,000 more for evaluation")
+    assert line.endswith("40 steps of 32 samples; train 8,000 / eval 1,000 samples")
     (line,) = lines_of(RunStarted(9, 40, 0, 1_000, "cpu"))
-    assert line.endswith("40 steps of 32 sequences, from a stream; 1,000 more for evaluation")
+    assert line.endswith("40 steps of 32 sequences; train a stream / eval 1,000 samples")
     (line,) = lines_of(RunStarted(9, 40, 8_000, 1_000, "cpu"), batch_size=None)
-    assert line.endswith("40 steps, from 8,000 sequences; 1,000 more for evaluation")
+    assert line.endswith("40 steps; train 8,000 / eval 1,000 samples")
 
 
 def test_events_as_sentences() -> None:
@@ -101,13 +101,13 @@ def test_events_as_sentences() -> None:
         Note("warning", "[red] is no markup :smile:", rank=1),
         Note("debug", "not for people"),
     ) == [
-        "training 1,115,264 parameters on 2 ranks (cpu): 20 steps of 32 sequences, from 27,886; "
-        "1,516 more for evaluation",
+        "training 1,115,264 parameters on 2 ranks (cpu): 20 steps of 32 sequences; "
+        "train 27,886 / eval 1,516 samples",
         "after step 10: evaluation loss 1.5000",
         "step 5 is skipped: no finite gradient on ranks 0 and 1",
-        "step 12 goes on without rank 2: its gradient is late and will be dropped",
-        "step 13 goes on without rank 2: its gradient is late and will be dropped, 2 so far",
-        "step 15 goes on without rank 2: its gradient is late and will be dropped, 4 so far",
+        "step 12 continues without rank 2: its gradient is late and will be dropped",
+        "step 13 continues without rank 2: its gradient is late and will be dropped, 2 so far",
+        "step 15 continues without rank 2: its gradient is late and will be dropped, 4 so far",
         "warning: [red] is no markup :smile: (rank 1)",
     ]
 

@@ -169,8 +169,8 @@ def test_shares_ages_and_what_was_dropped() -> None:
     }
     assert record.summary()["2"]["dropped"] == {"its rank is gone": 2, "it was not finite": 1}
     assert record.line == (
-        "rank 1 67% of the samples, 1.5 updates late; "
-        "rank 2 33% of the samples, 1.0 updates late, 3 gradients dropped"
+        "rank 1 67% of the samples, mean staleness 1.5; "
+        "rank 2 33% of the samples, mean staleness 1.0, 3 gradients dropped"
     )
 
 

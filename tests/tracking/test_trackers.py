@@ -51,7 +51,7 @@ def test_a_tracker_that_raises_is_switched_off_with_one_warning() -> None:
     assert len(sound.events) == 5
     assert warnings == [
         "the tracker Broken broke (OSError: no space left on device); "
-        "it is switched off, the run goes on"
+        "it is disabled, the run continues"
     ]
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
     if resumed == "later":
         run._process.wait(30)
     earlier = Earlier(folder, folder.path, 5, 0.0, None, None, None, {})
-    take_up(earlier, compose([]), lambda text: None)
+    take_up(earlier, compose([]), lambda text: None, ExitStack())
     folder.write_config(f"training: {{steps: {STEPS}}}")
     train(folder, range(5, STEPS), mode="offline")
     parts = [history(file.parent) for file in wandb_files(folder)]

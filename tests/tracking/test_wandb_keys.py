@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.tracking.wandb import Lines, has_key, run_id, without_secrets
+from smolrun.tracking.wandb import EventReader, has_key, run_id, without_secrets
 from tests.tracking.fake_wandb import KEY
 
 
@@ -53,7 +53,7 @@ def test_lines_that_are_not_whole_yet_wait_and_broken_ones_are_passed_over(tmp_p
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "step"}\n{"event": "ev')
     with path.open("rb") as file:
-        lines = Lines(file)
+        lines = EventReader(file)
         assert list(lines) == [{"event": "step"}]
         with path.open("ab") as more:
             more.write(b'al"}\nbroken\n[1]\n{"event": "note"}\n')

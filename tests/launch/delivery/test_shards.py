@@ -271,5 +271,5 @@ def test_a_failed_fetch_leaves_the_last_checkpoint_and_the_run(hosts: Hosts) -> 
         committer.record(event)
     (note,) = events
     assert isinstance(note, Note)
-    assert "rank 1: mini2: connection lost; training goes on" in note.message
+    assert "rank 1: mini2: connection lost; training continues" in note.message
     assert os.listdir(hosts.here) == []
