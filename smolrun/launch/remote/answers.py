@@ -121,7 +121,7 @@ class System(TypedDict):
     folder: Folder
 
 
-class Interface(TypedDict):
+class InterfaceAnswer(TypedDict):
     name: Text
     kind: Text
     speed_mbps: Amount | None
@@ -129,7 +129,7 @@ class Interface(TypedDict):
 
 
 class Network(TypedDict):
-    interfaces: Annotated[list[Interface], Meta(max_length=4096)]
+    interfaces: Annotated[list[InterfaceAnswer], Meta(max_length=4096)]
 
 
 class Sleep(TypedDict, total=False):

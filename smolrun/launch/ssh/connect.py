@@ -26,8 +26,8 @@ from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh.connection import SshConnection
 from smolrun.launch.ssh.hop import (
     ConnectFailure,
-    Hop,
     ScanResult,
+    SshHop,
     TimedSocket,
     changed_key,
     explain,
@@ -163,7 +163,7 @@ def open_machines(
         raise
 
 
-def _look(name: str, hops: list[Hop], timeout_s: float) -> ScanResult:
+def _look(name: str, hops: list[SshHop], timeout_s: float) -> ScanResult:
     last = hops[-1]
     last.only_key = True
     why = ""
@@ -185,14 +185,16 @@ def _look(name: str, hops: list[Hop], timeout_s: float) -> ScanResult:
     return ScanResult(name, settings, "changed" if before else "new", key, before)
 
 
-def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[Hop]:
+def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[SshHop]:
     """The servers from here to the host, in the order in which they are met."""
     try:
         connection = _planned(name, load(name, ssh_config), parse_target(name, text))
         route = [connection]
         while isinstance(route[0].gateway, Connection):
             route.insert(0, route[0].gateway)
-        hops = [Hop(one, settings_of(one), cluster, is_jump=one is not connection) for one in route]
+        hops = [
+            SshHop(one, settings_of(one), cluster, is_jump=one is not connection) for one in route
+        ]
     except HostError:
         raise
     except Exception as error:  # whatever the file says
@@ -226,7 +228,7 @@ class _Attempt:
     """One try to get through all hops, in a thread that can be left behind."""
 
     def __init__(
-        self, name: str, hops: list[Hop], timeout_s: float, ask: AskPassword | None
+        self, name: str, hops: list[SshHop], timeout_s: float, ask: AskPassword | None
     ) -> None:
         self._name = name
         self._hops = hops
@@ -289,7 +291,7 @@ class _Attempt:
             if self._given_up:
                 _close(self._hops)
 
-    def _current(self) -> Hop:
+    def _current(self) -> SshHop:
         """The hop that was being worked on."""
         return next((hop for hop in self._hops if hop.stage != "in"), self._hops[-1])
 
@@ -299,7 +301,7 @@ class _Attempt:
             _close(self._hops)
 
 
-def _close(hops: list[Hop]) -> None:
+def _close(hops: list[SshHop]) -> None:
     for hop in reversed(hops):
         # Also one that is only half open: a client that Fabric calls unconnected has a socket.
         for thing in (hop.fabric.client, hop.agent, hop.fabric.connect_kwargs.get("sock")):
@@ -307,7 +309,7 @@ def _close(hops: list[Hop]) -> None:
                 thing.close()
 
 
-def _prepare(name: str, hop: Hop, timeout_s: float, ask: AskPassword | None) -> None:
+def _prepare(name: str, hop: SshHop, timeout_s: float, ask: AskPassword | None) -> None:
     """Make a planned connection a strict one."""
     fabric = hop.fabric
     fabric.connect_timeout = math.ceil(timeout_s + _LATER_S)
@@ -323,7 +325,7 @@ def _prepare(name: str, hop: Hop, timeout_s: float, ask: AskPassword | None) -> 
     fabric.client.set_missing_host_key_policy(_StrictKeys(hop))
 
 
-def _transport(name: str, hop: Hop, timeout_s: float, sock: Any, **options: Any) -> Transport:
+def _transport(name: str, hop: SshHop, timeout_s: float, sock: Any, **options: Any) -> Transport:
     hop.stage = "greeting"
     hop.wire = TimedSocket(sock)
     transport = Transport(hop.wire, **options)
@@ -341,7 +343,7 @@ def _transport(name: str, hop: Hop, timeout_s: float, sock: Any, **options: Any)
 class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has no types
     """Lets in who is known. The client itself is given no known keys, so all come through here."""
 
-    def __init__(self, hop: Hop) -> None:
+    def __init__(self, hop: SshHop) -> None:
         self._hop = hop
 
     def missing_host_key(self, client: SSHClient, hostname: str, key: PKey) -> None:

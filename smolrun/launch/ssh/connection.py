@@ -17,7 +17,7 @@ from paramiko import Channel, ChannelException, SSHException, Transport
 from smolrun.errors import HostError
 from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes
 from smolrun.launch.ssh.files import SshFiles
-from smolrun.launch.ssh.hop import Hop, TimedSocket
+from smolrun.launch.ssh.hop import SshHop, TimedSocket
 from smolrun.sanitize import without_credentials
 
 # The worker's lease is as long: both sides give up at about the same time.
@@ -32,7 +32,7 @@ _MOST_OUTPUT_BYTES = 64 * 1024 * 1024
 class SshConnection:
     """Connection by Fabric. Several threads may use it at once."""
 
-    def __init__(self, name: str, hops: list[Hop]) -> None:
+    def __init__(self, name: str, hops: list[SshHop]) -> None:
         self.name = name
         self.settings = hops[-1].settings
         self._hops = hops

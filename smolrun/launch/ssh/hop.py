@@ -57,7 +57,7 @@ class TimedSocket:
 
 
 @dataclass
-class Hop:
+class SshHop:
     """One server, and how far we came with it."""
 
     fabric: Connection
@@ -143,7 +143,7 @@ def not_reached(place: str, error: OSError) -> ConnectFailure:
     )
 
 
-def unknown_key(hop: Hop, key: HostKey) -> ConnectFailure:
+def unknown_key(hop: SshHop, key: HostKey) -> ConnectFailure:
     """A key that no known_hosts file has."""
     return ConnectFailure(
         f"the SSH key of {hop.settings.place} is not known yet ({key})",
@@ -151,7 +151,7 @@ def unknown_key(hop: Hop, key: HostKey) -> ConnectFailure:
     )
 
 
-def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> ConnectFailure:
+def changed_key(hop: SshHop, key: HostKey, before: list[HostKey]) -> ConnectFailure:
     """Another key than the one that the user trusted."""
     was = " or ".join(str(old) for old in before)
     return ConnectFailure(
@@ -162,7 +162,7 @@ def changed_key(hop: Hop, key: HostKey, before: list[HostKey]) -> ConnectFailure
     )
 
 
-def revoked_key(hop: Hop, key: HostKey) -> ConnectFailure:
+def revoked_key(hop: SshHop, key: HostKey) -> ConnectFailure:
     """A key that a known_hosts file marks as stolen."""
     return ConnectFailure(
         f"the SSH key of {hop.settings.place} ({key}) is marked @revoked in known_hosts",
@@ -170,13 +170,13 @@ def revoked_key(hop: Hop, key: HostKey) -> ConnectFailure:
     )
 
 
-def no_proxy(hop: Hop, why: str) -> ConnectFailure:
+def no_proxy(hop: SshHop, why: str) -> ConnectFailure:
     """The ProxyCommand is of no use."""
     what = f"its ProxyCommand brings us no SSH server ({why})"
     return ConnectFailure(what, f"try it by hand: {hop.proxy_command}")
 
 
-def too_late(hop: Hop, timeout_s: float) -> ConnectFailure:
+def too_late(hop: SshHop, timeout_s: float) -> ConnectFailure:
     """The deadline passed; the stage it was in says what was waited for."""
     place, after = hop.settings.place, f"within {timeout_s:g} s"
     if hop.proxy_command and not hop.greeted:
@@ -202,7 +202,7 @@ def too_late(hop: Hop, timeout_s: float) -> ConnectFailure:
     return ConnectFailure(f"jump host {place} does not reach the next machine {after}", _IS_IT_ON)
 
 
-def explain(hop: Hop, error: Exception) -> ConnectFailure:
+def explain(hop: SshHop, error: Exception) -> ConnectFailure:
     """What the library meant."""
     place = hop.settings.place
     if isinstance(error, ConnectFailure):
@@ -229,7 +229,7 @@ def explain(hop: Hop, error: Exception) -> ConnectFailure:
     )
 
 
-def _not_let_in(hop: Hop) -> ConnectFailure:
+def _not_let_in(hop: SshHop) -> ConnectFailure:
     user, host = hop.settings.user, hop.settings.host
     tried = "; tried " + ", ".join(hop.tried) if hop.tried else "; there was no key to try"
     skipped = "; left out " + ", ".join(hop.skipped) if hop.skipped else ""

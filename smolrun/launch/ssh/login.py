@@ -23,7 +23,7 @@ from paramiko.auth_strategy import (
     SourceResult,
 )
 
-from smolrun.launch.ssh.hop import Hop
+from smolrun.launch.ssh.hop import SshHop
 
 AskPassword = Callable[[str], str]  # "anna@mini2.local" -> the password
 
@@ -32,7 +32,7 @@ class KeyAuthStrategy(AuthStrategy):  # type: ignore[misc]  # paramiko has no ty
     """Tries what the client files and the agent have, and writes it down at its hop."""
 
     def __init__(
-        self, hop: Hop, ask_password: AskPassword | None, *, username: str, **_: Any
+        self, hop: SshHop, ask_password: AskPassword | None, *, username: str, **_: Any
     ) -> None:
         super().__init__(ssh_config=None)
         self._hop = hop
