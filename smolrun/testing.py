@@ -1,5 +1,5 @@
-"""Tools to try distributed code without a cluster: ranks as threads or as processes, and links that
-fail on demand.
+"""Test tools for distributed code without a cluster: ranks as threads or as processes, and links
+that fail on demand.
 
 run_ranks(3, lambda mesh: new_group(mesh).all_reduce(torch.ones(4)))    threads, memory
 run_ranks(3, fn, kind="tcp")                                             threads, real sockets
@@ -41,8 +41,8 @@ def run_ranks(
     order.
 
     `kind` is "memory", "tcp" or "tls". The first exception of any rank is raised, after all have
-    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as a run with
-    a server has it, where rank 0 knows nobody in the beginning, and the others only rank 0."""
+    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as in a
+    run with a parameter server, rank 0 starts alone, the others have a link with rank 0 only."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
     build = _builder(kind, world_size, timeout_s, silence_s, wrap, elastic=elastic)
@@ -110,7 +110,7 @@ def _tcp_meshes(
         RosterEntry(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)
     ]
     secret = secrets.token_bytes(32)
-    minted = issue_credentials("test", world_size) if is_secure else []
+    credentials = issue_credentials("test", world_size) if is_secure else []
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
@@ -121,7 +121,7 @@ def _tcp_meshes(
             [seat for seat in roster if not elastic or seat.rank == rank or seat.rank == 0],
             timeout_s=timeout_s,
             silence_s=silence_s,
-            security=MutualTls(minted[rank], identity) if is_secure else None,
+            security=MutualTls(credentials[rank], identity) if is_secure else None,
             wrap=wrapper,
             heartbeat_s=0.05,
             elastic=elastic,
@@ -149,11 +149,10 @@ class FaultyPipe:
         self._sent = 0
 
     def fileno(self) -> int:
-        """See Pipe."""
         return self._pipe.fileno()
 
     def send(self, buffers: list[memoryview]) -> int:
-        """See Pipe; counts, and misbehaves when the count is reached."""
+        """Counts bytes, and applies the fault when the count is reached."""
         if self._cut_after is not None and self._sent >= self._cut_after:
             raise ConnectionResetError("cut by FaultyPipe")
         if self._silent_after is not None and self._sent >= self._silent_after:
@@ -163,13 +162,10 @@ class FaultyPipe:
         return sent
 
     def recv_into(self, buffer: memoryview) -> int:
-        """See Pipe."""
         return self._pipe.recv_into(buffer if self._piece is None else buffer[: self._piece])
 
     def end(self) -> None:
-        """See Pipe."""
         self._pipe.end()
 
     def close(self) -> None:
-        """See Pipe."""
         self._pipe.close()

@@ -1,5 +1,5 @@
-"""Two ways to do one thing, measured in turn: A B, B A, A B, ... so that a machine that drifts
-harms neither."""
+"""Two implementations of one thing, measured in turn: A B, B A, A B, ... so that a drift of the
+machine affects both alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Comparison:
     repeats: int
 
     def row(self, bench: str, op: str, peer: str, **facts: Any) -> dict[str, Any]:
-        """The result as one flat JSON object; `facts` say what was measured."""
+        """The result as one flat JSON object; `facts` describe the setup."""
         return {
             "bench": bench,
             "op": op,

@@ -24,7 +24,7 @@ from smolrun.wire.frame import Tag
 
 _TURNS = 20
 _SMALLEST, _LARGEST = 64 * 1024, 8 * 1024 * 1024
-_BULK_S = 0.5  # about as long may the large one take, also on a slow link
+_BULK_S = 0.5  # target time of the large message, also on a slow link
 
 
 def measure_links(collectives: Collectives) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def measure_links(collectives: Collectives) -> list[dict[str, Any]]:
     rows = []
     for number, (source, to) in enumerate(permutations(range(mesh.world_size), 2)):
         if mesh.rank == source:
-            rows.append({"from": source, "to": to, **_ask(mesh, to, number)})
+            rows.append({"from": source, "to": to, **_measure(mesh, to, number)})
         elif mesh.rank == to:
             _answer(mesh, source, number)
         collectives.barrier()
@@ -47,7 +47,7 @@ def _tag(number: int, turn: int) -> Tag:
     return Tag(Stream.LINK_SPEEDS, number, turn)
 
 
-def _ask(mesh: Mesh, peer: int, number: int) -> dict[str, float]:
+def _measure(mesh: Mesh, peer: int, number: int) -> dict[str, float]:
     small = torch.zeros(1, dtype=torch.int64)
     turns = [_turn(mesh, peer, number, turn, small) for turn in range(_TURNS)]
     rtt_s = statistics.median(turns)
@@ -77,7 +77,7 @@ def _answer(mesh: Mesh, peer: int, number: int) -> None:
     for turn in (_TURNS, _TURNS + 2, _TURNS + 4):
         size = torch.empty(1, dtype=torch.int64)
         _reply(mesh, peer, number, turn, size)
-        # Our own rule made this number, but it came from a peer.
+        # The peer computed it by the same rule, but it is input from a peer.
         room = min(max(int(size), 1), _LARGEST)
         _reply(mesh, peer, number, turn + 1, torch.empty(room, dtype=torch.uint8))
 

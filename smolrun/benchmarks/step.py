@@ -28,8 +28,8 @@ _HOOKS = {"ddp-fp16": fp16_compress_hook, "ddp-bf16": bf16_compress_hook}
 
 
 class PeerStep:
-    """A step as people write it with torch alone. `kind` is ddp, ddp-fp16 or ddp-bf16 (gradients
-    travel in so many bits, by torch's own hooks), or fsdp2."""
+    """A training step with torch alone. `kind` is ddp, ddp-fp16 or ddp-bf16 (gradients are sent in
+    so many bits, by torch's own hooks), or fsdp2."""
 
     def __init__(
         self,
@@ -40,7 +40,9 @@ class PeerStep:
     ) -> None:
         self.name = f"{kind}-gloo"
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model = _cut(model) if kind == "fsdp2" else _replicated(model, _HOOKS.get(kind))
+        self.model = (
+            _fully_sharded(model) if kind == "fsdp2" else _replicated(model, _HOOKS.get(kind))
+        )
         self._optimizer = make_optimizer(self.model.named_parameters())
         self._grad_clip = grad_clip
         self.loss = 0.0
@@ -66,8 +68,8 @@ def _replicated(model: torch.nn.Module, hook: Callable[..., Any] | None) -> torc
     return replicated
 
 
-def _cut(model: torch.nn.Module) -> torch.nn.Module:
-    """As its documentation shows it: every block is a group of its own, the rest is one more."""
+def _fully_sharded(model: torch.nn.Module) -> torch.nn.Module:
+    """FSDP2 as in its documentation: every block is a group, the rest is one more."""
     for block in getattr(model, "blocks", torch.nn.ModuleDict()).values():
         fully_shard(block)
     fully_shard(model)
@@ -75,8 +77,8 @@ def _cut(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @dataclass
-class _Side:
-    """Takes the steps of one side, and notes what this host sends in each."""
+class _MeasuredStep:
+    """Runs the steps of one side, and records the bytes that this host sends in each."""
 
     step: Callable[[int], None]
     count: int = 0
@@ -90,7 +92,7 @@ class _Side:
 
 
 def _cable_bytes() -> int:
-    """What this host has sent so far over anything but its loopback."""
+    """Bytes that this host has sent so far over all interfaces but loopback."""
     found = psutil.net_io_counters(pernic=True)
     return sum(count.bytes_sent for name, count in found.items() if not name.startswith("lo"))
 
@@ -106,10 +108,10 @@ def compare_step(
 ) -> dict[str, Any]:
     """One row; collective. `batch(step)` gives this rank's samples, the same for both sides.
 
-    `wait_s` is what rank 0 waited for the network in a step, `bytes_sent` what it sent: of the
-    time that these bytes need on the link, all that is not waited for is hidden behind compute.
-    `cable_bytes` are what rank 0's host sent in a step of either side, whoever did, packet headers
-    included; they say something where ranks are on hosts of their own.
+    `wait_s` is the time that rank 0 waited for the network in a step, `bytes_sent` what it sent: of
+    the time that these bytes need on the link, all that is not waited for overlaps compute.
+    `cable_bytes`: all bytes that rank 0's host sent in a step of either side, packet headers
+    included; meaningful where every rank has a host of its own.
     """
     mesh, sent_before = algorithm.context.mesh, algorithm.context.mesh.bytes_sent
     results: list[StepResult] = []
@@ -118,11 +120,11 @@ def compare_step(
         if result := algorithm.train_step([batch(step)]):
             results.append(result)
         if step < warm_up or (step - warm_up + 1) % steps == 0:
-            # At the end of a measurement: what is still on its way counts too.
+            # At the end of a measurement: pending communication counts too.
             algorithm.replica_tensors()
 
-    ours = _Side(our_step)
-    theirs = _Side(lambda step: peer(batch(step), algorithm.context.learning_rate(step)))
+    ours = _MeasuredStep(our_step)
+    theirs = _MeasuredStep(lambda step: peer(batch(step), algorithm.context.learning_rate(step)))
     meet = algorithm.collectives.barrier
     result = compare(ours, theirs, repeats=repeats, calls=steps, meet=meet, warm_up=warm_up)
     return result.row(

@@ -8,7 +8,7 @@ An operation of several schedules with computing in between is a chain, a genera
 schedule to run next and is resumed when that has run:
 
     def all_reduce_in_fewer_bits():
-        ...encode what the others shall sum...
+        ...encode the parts that other ranks sum...
         yield Phase(all to all)
         ...sum, encode the sum...
         yield Phase(all gather)
@@ -41,12 +41,12 @@ TORCH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     "min": torch.minimum,
 }
 OPS = tuple(_NUMPY_OPS)
-# Enough for one to compute while others travel.
+# Enough for one to compute while others are sent.
 _MOST_AT_ONCE = 4
 
 
 class Chunks:
-    """A flat tensor seen as numbered ranges of elements."""
+    """A flat tensor as numbered ranges of elements."""
 
     def __init__(self, tensor: torch.Tensor, ranges: Sequence[Range]) -> None:
         self.ranges = ranges
@@ -56,7 +56,7 @@ class Chunks:
         self._itemsize = tensor.itemsize
 
     def is_empty(self, index: int) -> bool:
-        """Whether a chunk has no elements; such a chunk never travels."""
+        """Whether a chunk has no elements; such a chunk is never sent."""
         start, stop = self.ranges[index]
         return start == stop
 
@@ -70,7 +70,7 @@ class Chunks:
         )
 
     def combiner(self, index: int, op: str) -> Combine:
-        """A function that folds bytes which belong at a byte offset of the chunk into it."""
+        """A function that combines bytes at a byte offset of the chunk with it."""
         start, stop = self.ranges[index]
         return combiner(self._tensor[start:stop], op)
 
@@ -100,7 +100,7 @@ def combiner(tensor: torch.Tensor, op: str) -> Combine:
 
 
 class ScheduleRun:
-    """One schedule on its way. `on_done` is called once, on the I/O thread, after the last hop."""
+    """One running schedule. `on_done` is called once, on the I/O thread, after the last hop."""
 
     def __init__(
         self,
@@ -143,20 +143,20 @@ class ScheduleRun:
                 self._ranks[hop.source],
                 self._tag._replace(hop=number),
                 self._incoming.payload(hop.receive),
-                lambda index=index: self._came(index),  # type: ignore[misc]
+                lambda index=index: self._received_hop(index),  # type: ignore[misc]
                 combine,
             )
         self._advance()
         self._close_one()
 
-    def _came(self, index: int) -> None:
+    def _received_hop(self, index: int) -> None:
         if self._mesh.failure is not None:
-            return  # this run has failed with the mesh; what still comes in changes nothing
+            return  # it has failed with the mesh; what still arrives changes nothing
         self._has_received[index] = True
         try:
             self._advance()
         except SmolrunError as error:
-            self._mesh.fail(error)  # not an error of the peer whose bytes are being read just now
+            self._mesh.fail(error)  # not an error of the peer whose bytes are being read
             return
         self._close_one()
 
@@ -202,13 +202,13 @@ class Chains:
         self._mesh = mesh
         self._ranks = ranks
         # Touched on the I/O thread only.
-        self._waiting: deque[tuple[Chain, Tag, _Open]] = deque()
+        self._waiting: deque[tuple[Chain, Tag, _OpenChains]] = deque()
         self._running = 0
 
     def submit(
         self, name: str, chains: Sequence[Chain], first: Tag, phases: int, fingerprint: int
     ) -> Work:
-        """Queues one or more chains of at most `phases` phases; the work is done when all ended.
+        """Queues chains of at most `phases` phases each; the work is done when all have ended.
 
         Each phase is an operation of its own, counted from `first`."""
 
@@ -216,7 +216,7 @@ class Chains:
             for operation in range(phases * len(chains)):
                 tag = first._replace(operation=first.operation + operation)
                 self._mesh.begin_operation(tag, fingerprint)
-            rest = _Open(work, len(chains))
+            rest = _OpenChains(work, len(chains))
             for number, chain in enumerate(chains):
                 tag = first._replace(operation=first.operation + number * phases)
                 self._waiting.append((chain, tag, rest))
@@ -225,20 +225,20 @@ class Chains:
         return self._mesh.submit(f"{name} {first.operation}", start)
 
     def _start_next(self) -> None:
-        """Starts one that waits, if it may; the next one after others had their turn."""
+        """Starts the next chain if few are running; the one after that in a later turn."""
         if self._waiting and self._running < _MOST_AT_ONCE and self._mesh.failure is None:
             self._running += 1
-            self._go_on(*self._waiting.popleft())
+            self._resume(*self._waiting.popleft())
             self._mesh.post(self._start_next)
 
-    def _go_on(self, chain: Chain, tag: Tag, rest: _Open) -> None:
+    def _resume(self, chain: Chain, tag: Tag, rest: _OpenChains) -> None:
         if self._mesh.failure is not None:
             return  # the work has failed with the mesh
         try:
             phase = next(chain, None)
             if phase is not None:
                 following = tag._replace(operation=tag.operation + 1)
-                done = functools.partial(self._go_on, chain, following, rest)
+                done = functools.partial(self._resume, chain, following, rest)
                 ScheduleRun(self._mesh, self._ranks, tag, *phase, done).start()
                 return
         except Exception as error:
@@ -251,8 +251,8 @@ class Chains:
         self._mesh.post(self._start_next)  # posted: many short ones must not become a deep stack
 
 
-class _Open:
-    """How many chains of a work have not ended."""
+class _OpenChains:
+    """A work and how many of its chains have not ended."""
 
     def __init__(self, work: Work, count: int) -> None:
         self.work = work

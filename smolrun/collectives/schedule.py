@@ -38,7 +38,7 @@ Range = tuple[int, int]  # elements [start, stop)
 
 
 class Hop(NamedTuple):
-    """One turn of one rank: send a chunk, receive a chunk, or both. None means: not in this hop."""
+    """One step of one rank: send a chunk, receive a chunk, or both. None: not in this hop."""
 
     to: int | None = None
     send: int = 0  # chunk to send
@@ -117,9 +117,9 @@ def direct_all_gather(index: int, size: int) -> Schedule:
 
 
 def direct_all_to_all(index: int, size: int) -> Schedule:
-    """Send chunk i of what I have to rank i, receive chunk i of what I get from rank i.
+    """Send chunk i of the input to rank i, receive chunk i of the output from rank i.
 
-    Rank order is rotated, so that not everybody sends to rank 0 first.
+    Rank order is rotated, so that not all send to rank 0 first.
     """
     return [
         Hop(
@@ -134,9 +134,9 @@ def direct_all_to_all(index: int, size: int) -> Schedule:
 
 def tree_broadcast(index: int, size: int, root: int) -> Schedule:
     """Chunk 0 travels from `root` to all in a binomial tree."""
-    place = (index - root) % size  # my place when the root is counted as 0
+    place = (index - root) % size  # the index counted from the root
     hops: Schedule = []
-    # My lowest set bit says which round I am reached in; the root is reached before all rounds.
+    # The lowest set bit is the round of this rank's receive; the root has it before all rounds.
     reached = place & -place if place else 1 << (size - 1).bit_length()
     if place:
         hops.append(Hop(source=(place - reached + root) % size))
@@ -163,8 +163,8 @@ def star_scatter(index: int, size: int, root: int) -> Schedule:
 
 
 def dissemination_barrier(index: int, size: int) -> Schedule:
-    """In round k every rank tells the rank 2^k further; after log2(N) rounds each has heard of all,
-    directly or not."""
+    """In round k every rank signals the rank 2^k further; after log2(N) rounds each has, directly
+    or not, a signal of all."""
     return [
         Hop(to=(index + (1 << hop)) % size, source=(index - (1 << hop)) % size, needs=hop)
         for hop in range((size - 1).bit_length())
@@ -172,7 +172,7 @@ def dissemination_barrier(index: int, size: int) -> Schedule:
 
 
 def elements_sent(schedule: Schedule, ranges: Sequence[Range]) -> int:
-    """How many elements a rank sends: the cost of a schedule, read off the schedule itself."""
+    """How many elements a rank sends: the cost of a schedule, computed from the schedule itself."""
     return sum(ranges[hop.send][1] - ranges[hop.send][0] for hop in schedule if hop.to is not None)
 
 
@@ -184,11 +184,11 @@ def simulate(
     """Runs the schedules of all ranks on plain numbers, `chunks[rank][chunk]`; for tests and
     pictures.
 
-    Raises RuntimeError when no rank can go on, that is, when a real run would hang.
+    Raises RuntimeError when no rank can continue, that is, when a real run would hang.
     """
     next_send = [0] * len(schedules)
     received = [0] * len(schedules)
-    on_the_way: dict[tuple[int, int, int], float] = {}  # (from, to, hop) -> value
+    in_flight: dict[tuple[int, int, int], float] = {}  # (from, to, hop) -> value
     is_moving = True
     while is_moving:
         is_moving = False
@@ -199,7 +199,7 @@ def simulate(
             ):
                 hop = schedule[next_send[rank]]
                 if hop.to is not None:
-                    on_the_way[rank, hop.to, next_send[rank]] = chunks[rank][hop.send]
+                    in_flight[rank, hop.to, next_send[rank]] = chunks[rank][hop.send]
                 next_send[rank] += 1
                 is_moving = True
             while received[rank] < len(schedule):
@@ -210,9 +210,9 @@ def simulate(
                         rank,
                         partner_hop(schedules[hop.source], rank, schedule, received[rank]),
                     )
-                    if key not in on_the_way:
+                    if key not in in_flight:
                         break
-                    value = on_the_way.pop(key)
+                    value = in_flight.pop(key)
                     chunks[rank][hop.receive] = (
                         combine(chunks[rank][hop.receive], value) if hop.adds else value
                     )
@@ -220,10 +220,10 @@ def simulate(
                 is_moving = True
     if (
         any(done < len(schedule) for done, schedule in zip(received, schedules, strict=True))
-        or on_the_way
+        or in_flight
     ):
         raise RuntimeError(
-            "the schedules do not fit together: somebody waits forever or is never heard"
+            "the schedules do not match: a receive has no send, or a send no receive"
         )
     return chunks
 

@@ -1,7 +1,7 @@
-"""Names and numbers of machines: what a name stands for, what this host's own addresses are, and
+"""Host names and IP addresses: resolving a name, this host's own addresses, and
 what must be added to a link-local one.
 
-Names are resolved once, on the driver; everything else here works on addresses as numbers."""
+Names are resolved once, on the driver; everything else here works on numeric addresses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def resolve(host: str, names: Sequence[str]) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether what is sent there never leaves the machine."""
+    """Whether it is a loopback address."""
     try:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
@@ -53,7 +53,7 @@ def own_addresses() -> list[str]:
 
 
 def reachable_as(address: str, *, own: bool = False) -> list[str]:
-    """What to give to the system for this address: itself, unless it is link-local.
+    """The addresses to pass to the system for this one: itself, unless it is link-local.
 
     A link-local address means nothing without an interface, and the interface of the host that
     named it means nothing here: each of ours that could lead there is tried, or, for one of our
@@ -69,7 +69,7 @@ def reachable_as(address: str, *, own: bool = False) -> list[str]:
 
 
 def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
-    """Family and address as a socket wants them; OSError if it is not an address as numbers."""
+    """Family and address as a socket wants them; OSError if the address is not numeric."""
     flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
     family, _, _, _, where = found[0]
@@ -77,7 +77,7 @@ def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, Socke
 
 
 def shown(address: str, port: int) -> str:
-    """As people write it: 10.0.0.1:4000, [fe80::1]:4000."""
+    """Address and port as text: 10.0.0.1:4000, [fe80::1]:4000."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 

@@ -1,6 +1,5 @@
-"""Where a rank listens while the mesh is being built: one socket for each address it was given.
-
-It never listens on an address nobody asked for, and on none once the mesh stands."""
+"""The listening sockets of a rank while the mesh is built: one for each address it was given, and
+none once the mesh is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _IN_USE = {errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)}
 
 
 class Endpoint:
-    """Listening sockets; `addresses` tells where they really are, best first."""
+    """Listening sockets; `addresses` are theirs, with the actual ports, best first."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class Endpoint:
             raise problems[0] if problems else nowhere
         for problem in problems:
             listening = ", ".join(shown(*one) for one in self.addresses)
-            _log.warning("%s; going on with %s", problem, listening)
+            _log.warning("%s; using %s", problem, listening)
 
     def close(self) -> None:
         """Stops listening."""
@@ -71,7 +70,7 @@ def _listen(address: str, ports: tuple[int, int] | None, host: str) -> socket.so
 
 
 def _problem(error: OSError, address: str, ports: tuple[int, int] | None, host: str) -> HostError:
-    """Why it cannot listen, with what to do."""
+    """The HostError for a failed listen."""
     if error.errno in _IN_USE and ports is not None:
         return HostError(
             host,

@@ -128,7 +128,7 @@ class IoThread:
                 self._wake_in.recv(4096)
             else:
                 key.data(events)
-        for _ in range(len(self._posted)):  # what these post themselves waits for the next round
+        for _ in range(len(self._posted)):  # what these post runs in the next round
             self._posted.popleft()()
         while self._timers and self._timers[0][0] <= time.monotonic():
             due, _, function = heapq.heappop(self._timers)

@@ -1,4 +1,4 @@
-"""The mesh inside one process: every rank is a thread of the caller's, one shared I/O thread
+"""The mesh inside one process: every rank is a thread of the caller, one shared I/O thread
 matches sends and receives.
 
 For tests and docs, without sockets, ports or processes. Unlike TcpMesh it has no eager sends: a

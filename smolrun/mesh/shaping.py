@@ -1,13 +1,13 @@
-"""Links slower than they are: a machine that plays another one shapes what its own I/O thread sends
-and receives.
+"""Emulated links: a host that emulates a slower network shapes what its own I/O thread sends and
+receives.
 
     send   frames -> [ bucket of the host, out ] -> socket
     recv   frames <- [ delay ] <- [ bucket of the host, in ] <- socket
 
-Above, what decides: a token bucket and a delay queue, to which time is an argument. Below, what
-moves bytes: a pipe around a pipe. All links of a host share its two buckets, as they share its
-cable; the delay is for every link its own. What may not pass yet is not lost: the pipe says when to
-ask again (Throttled), and TCP slows the other end down.
+TokenBucket and DelayQueue decide, with time as an argument; ShapedPipe, a pipe around a pipe, moves
+the bytes. All links of a host share its two buckets, as they share its cable; each link has its own
+delay. Bytes beyond the limit are not lost: the pipe raises Throttled with the time to call again,
+and TCP slows the other end down.
 
 Source: the token bucket is that of Turner, "New Directions in Communications", 1986, and of Linux's
 tbf, which tests/hosts compares it with."""
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from smolrun.mesh.link import Pipe, Throttled
 
-# Of a cable's bytes that many carry ours: TCP, IP and Ethernet have their headers in each packet.
+# Share of payload in the bytes of a cable: each packet has TCP, IP and Ethernet headers.
 _PAYLOAD = 1448 / 1514
 # Fewer bytes are not worth a turn of the I/O thread.
 _QUANTUM = 16 * 1024
@@ -51,11 +51,11 @@ class TokenBucket:
         return max(0, int(self._tokens))
 
     def take(self, count: int) -> None:
-        """So many have passed."""
+        """Records that `count` bytes have passed."""
         self._tokens -= count
 
     def wait_s(self, count: int) -> float:
-        """How long after the last `allowed` so many may pass; at most a burst is asked for."""
+        """Seconds from the last `allowed` until `count` bytes (at most a burst) may pass."""
         return max(0.0, (min(count, self.burst) - self._tokens) / self.bytes_per_s)
 
 
@@ -70,7 +70,7 @@ class DelayQueue:
         return bool(self._parts)
 
     def put(self, data: bytes, now: float) -> None:
-        """Takes bytes in."""
+        """Appends bytes."""
         self._parts.append((now + self._delay_s, memoryview(data)))
 
     def take_into(self, buffer: memoryview, now: float) -> int:
@@ -86,13 +86,13 @@ class DelayQueue:
         return count
 
     def wait_s(self, now: float) -> float:
-        """How long until the first bytes are due; there are some."""
+        """Seconds until the first bytes are due; must not be empty."""
         return max(0.0, self._parts[0][0] - now)
 
 
 class Shape:
-    """One host's links: both directions have `bandwidth_mbps` (None: as they are), and what comes
-    in does so `latency_ms` later."""
+    """The links of one host: `bandwidth_mbps` in each direction (None: not limited), and
+    `latency_ms` of delay for incoming bytes."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Shape:
         self._clock = clock
 
     def wrap(self, pipe: Pipe, rank: int, channel: str) -> Pipe:
-        """The pipe to a rank, shaped; as `connect` wants it."""
+        """The shaped pipe; the `wrap` argument of `connect`."""
         return ShapedPipe(pipe, *self._buckets, self._latency_s, self._clock)
 
 
@@ -117,7 +117,7 @@ def _bucket(bandwidth_mbps: float | None) -> TokenBucket | None:
 
 
 class ShapedPipe:
-    """A pipe that passes on what the buckets allow, and holds back what comes in."""
+    """A pipe limited by the buckets in both directions, with delayed input."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class ShapedPipe:
         raise pause or BlockingIOError
 
     def _receive(self, buffer: memoryview) -> int:
-        """As much as the bucket allows."""
+        """Reads as much as the bucket allows."""
         if self._into is None:
             return self._pipe.recv_into(buffer)
         allowed = _allowed(self._into, len(buffer), self._clock())
@@ -181,7 +181,7 @@ class ShapedPipe:
         return count
 
     def _fetch(self, delayed: DelayQueue) -> BlockingIOError | None:
-        """All that has come goes into the delay; returns why there is no more."""
+        """Moves all that has arrived into the delay queue; returns why there is no more."""
         budget = _TURN_BYTES
         while budget > 0 and not self._has_ended:
             try:

@@ -1,4 +1,4 @@
-"""Streams of operations: which stream is whose, how its operations are counted, and a check that
+"""Streams of operations: who uses which stream, how its operations are counted, and a check that
 all ranks run the same ones.
 
     Tag(stream, operation, hop)      stream 49987 = the group "world", operation 423 = its 424th
@@ -23,15 +23,15 @@ from smolrun.errors import CollectiveMismatch, SmolrunError
 from smolrun.wire.frame import Tag
 
 DEFAULT_GROUP = "world"  # all ranks of the mesh
-# Operations that are remembered: far more than are under way at one time, a few MB.
+# Operations that are remembered: far more than are pending at one time, a few MB.
 _REMEMBERED = 1 << 14
 _FIRST_OF_GROUPS, _NUM_STREAMS = 256, 1 << 16
 
 
 class Stream(IntEnum):
-    """Streams that are used point to point; groups have all the others, see `stream_of`."""
+    """Streams that are used point to point; groups have all the others (`stream_of`)."""
 
-    CONTROL = 0  # heartbeats, and whom a rank has lost
+    CONTROL = 0  # heartbeats, and lost ranks
     LINK_SPEEDS = 7
     SERVER_MESSAGES = 16  # of a parameter server and its workers, as the two below
     SERVER_PUSHES = 17
@@ -79,10 +79,10 @@ class Groups:
 
 
 class Fingerprints:
-    """What each operation of each stream is, by the first rank that is known to run it."""
+    """The fingerprint of each operation of each stream, of the first rank known to run it."""
 
     def __init__(self) -> None:
-        self._texts: dict[int, tuple[str, str]] = {}  # fingerprint -> what it is, and the hint
+        self._texts: dict[int, tuple[str, str]] = {}  # fingerprint -> its operation, and the hint
         # (stream, operation) -> rank, fingerprint; oldest first.
         self._running: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()
 
@@ -94,8 +94,8 @@ class Fingerprints:
         return fingerprint
 
     def check(self, rank: int, tag: Tag, fingerprint: int) -> None:
-        """Notes which operation `rank` runs under a tag; CollectiveMismatch if another rank runs
-        another one. 0 says nothing."""
+        """Records which operation `rank` runs under a tag; CollectiveMismatch if another rank
+        runs another one. A fingerprint of 0 is not checked."""
         if not fingerprint:
             return
         key = (tag.stream, tag.operation)

@@ -7,7 +7,7 @@ little-endian.
 `FrameDecoder` is sans-IO and copies nothing: it offers the memory that must be filled next, and for
 a payload that is the memory chosen by `place`, in general the tensor itself. So every number a peer
 sends is checked before a byte of its payload is read, and nothing is ever allocated by a peer's
-number alone. Knows nothing of sockets or of who waits for what."""
+number alone. Knows nothing of sockets or of matching."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class FrameKind(IntEnum):
     """What a frame is for. HEARTBEAT, TENSOR, GRANT, LOST and GOODBYE use the control connection,
     SLICE the bulk one."""
 
-    HEARTBEAT = 1  # I am alive; `operation` is my progress (the training step)
-    TENSOR = 2  # a whole small tensor, sent without asking
-    GRANT = 3  # I posted a buffer of this dtype and shape for this tag: send it
+    HEARTBEAT = 1  # `operation` is the sender's progress (the training step)
+    TENSOR = 2  # a whole small tensor, sent without a grant (eager)
+    GRANT = 3  # the sender posted a buffer of this dtype and shape for this tag
     SLICE = 4  # bytes [offset, offset + nbytes) of a granted tensor
-    LOST = 5  # I have lost the rank in `operation`
-    GOODBYE = 6  # I leave on purpose, expect the end of the connection
+    LOST = 5  # the sender has lost the rank in `operation`
+    GOODBYE = 6  # the sender closes its mesh; the end of the connection follows
 
 
 _KINDS = frozenset(int(kind) for kind in FrameKind)
 
 
 class Tag(NamedTuple):
-    """What a tensor belongs to. Both sides count operations of a stream in the same order, so tags
-    meet without talk."""
+    """Identifies a tensor. Both sides count the operations of a stream in the same order, so tags
+    match without communication."""
 
     stream: int  # 16 bits: one independent sequence of operations
     operation: int  # 32 bits: which operation of that stream
@@ -73,7 +73,7 @@ class Header(NamedTuple):
     sender: int = 0
     generation: int = 0
     sequence: int = 0
-    fingerprint: int = 0  # 32 bits: what the operation of the tag is; 0: not said
+    fingerprint: int = 0  # 32 bits: what the operation of the tag is; 0: unknown
 
 
 class Frame(NamedTuple):
@@ -98,13 +98,13 @@ def encode_header(header: Header) -> bytes:
 
 
 class FrameDecoder:
-    """Turns filled memory into frames: `buffer()` says where the next bytes go, `filled(n)` that n
-    of them arrived.
+    """Turns filled memory into frames: `buffer()` is the memory to fill next, `filled(n)` is called
+    when n bytes have arrived in it.
 
     `place(header) -> memoryview` is called before a payload is read, after every check that needs
     no knowledge of what is expected, and must return exactly `header.nbytes` of writable memory; it
     raises ProtocolError to refuse the frame. A slice comes out in pieces of `PIECE_BYTES` at most,
-    each like a frame of its own, so that it can be added up while the rest is still on its way. A
+    each like a frame of its own, so that it can be added up while the rest still arrives. A
     decoder that raised must not be used again.
     """
 
@@ -127,7 +127,7 @@ class FrameDecoder:
         return self._target[self._done :]
 
     def filled(self, count: int) -> Frame | None:
-        """Takes note of `count` new bytes in `buffer()`; returns a frame when one is complete."""
+        """`count` new bytes are in `buffer()`; returns a frame when one is complete."""
         self._done += count
         if self._done < len(self._target):
             return None
@@ -135,7 +135,7 @@ class FrameDecoder:
             return self._finish(self._header)
         ndim = self._head[5]
         if len(self._target) == HEADER_BYTES and 0 < ndim <= MAX_DIMENSIONS:
-            self._target = self._head[: HEADER_BYTES + 8 * ndim]  # read on: the shape
+            self._target = self._head[: HEADER_BYTES + 8 * ndim]  # the shape follows
             return None
         header = self._parse()
         if header.nbytes == 0:
@@ -147,7 +147,7 @@ class FrameDecoder:
         return None
 
     def _begin_payload(self, header: Header) -> None:
-        """Asks for the memory of a payload, or of the next piece of a slice."""
+        """Gets the memory for a payload, or for the next piece of a slice."""
         self._rest = None
         if header.kind is FrameKind.SLICE and header.nbytes > PIECE_BYTES:
             left = header.nbytes - PIECE_BYTES

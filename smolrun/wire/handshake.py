@@ -74,7 +74,7 @@ class Handshake:
         return self._memory[self._have : self._need]
 
     def filled(self, count: int) -> bytes:
-        """Takes note of `count` new bytes; returns what must be sent now, maybe nothing. Raises
+        """`count` new bytes are in `buffer()`; returns what must be sent now, maybe nothing. Raises
         HandshakeError."""
         self._have += count
         if self._have < self._need:
