@@ -1,4 +1,4 @@
-"""What a network that takes no time allows: known cases, and what more staleness improves."""
+"""The event simulation with known cases, and the row of edp on real sockets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measured(step_s: float, factor: float) -> list[dict[str, Any]]:
     return run_ranks(3, rank_main, kind="tcp")
 
 
-def test_all_ranks_tell_the_same_and_time_is_at_least_what_was_played() -> None:
+def test_all_ranks_have_the_same_row_and_time_is_at_least_the_emulated_one() -> None:
     rows = measured(0.02, 1.0)
     row = rows[0]
     assert {one["ratio"] for one in rows} == {row["ratio"]}
@@ -52,6 +52,6 @@ def test_all_ranks_tell_the_same_and_time_is_at_least_what_was_played() -> None:
     assert row["ratio"] >= 1.0 and row["efficiency"] == pytest.approx(1 / row["ratio"])
 
 
-def test_slow_tickets_count_as_computing() -> None:
-    """With a chance of 2 in steps of two workers every ticket is slow."""
+def test_slow_work_items_count_as_computing() -> None:
+    """With a chance of 2 in steps of two workers every work item is slow."""
     assert measured(0.01, 3.0)[0]["peer_s"] == pytest.approx(0.03)

@@ -32,7 +32,7 @@ def gather_twice(collectives: Collectives, number: int, events: list[str]) -> Ch
 
 @pytest.mark.parametrize("kind", ["memory", "tcp"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_they_begin_in_order_and_few_are_under_way(world_size: int, kind: str) -> None:
+def test_chains_start_in_order_and_few_run_at_one_time(world_size: int, kind: str) -> None:
     count = 400  # more than a deep stack would bear, if one called the next
 
     def rank_main(mesh: Mesh) -> list[str]:
@@ -56,7 +56,7 @@ def test_they_begin_in_order_and_few_are_under_way(world_size: int, kind: str) -
         assert most <= 4
 
 
-def test_one_that_breaks_fails_the_work() -> None:
+def test_a_chain_that_raises_fails_the_work() -> None:
     def broken() -> Iterator[Phase]:
         raise ValueError("what it was told makes no sense")
         yield

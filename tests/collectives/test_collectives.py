@@ -160,7 +160,7 @@ def test_a_group_of_some_ranks_works_beside_the_others() -> None:
 
 @KINDS
 @pytest.mark.parametrize("size", [7, 100_000])
-def test_groups_that_share_ranks_work_at_one_time(kind: str, size: int) -> None:
+def test_groups_that_share_ranks_run_at_one_time(kind: str, size: int) -> None:
     def rank_main(mesh: Mesh) -> list[float]:
         groups = [new_group(mesh)]
         groups += [new_group(mesh, [0, 1]) for _ in "x" if mesh.rank < 2]
@@ -343,7 +343,9 @@ def test_small_and_large_tensors_that_are_half_read_at_once_do_not_mix() -> None
 
 @KINDS
 @pytest.mark.parametrize("sizes", [(10, 11), (100_000, 100_001)])
-def test_ranks_that_run_different_operations_are_told_so(kind: str, sizes: tuple[int, int]) -> None:
+def test_ranks_that_run_different_operations_get_an_error(
+    kind: str, sizes: tuple[int, int]
+) -> None:
     def rank_main(mesh: Mesh) -> str:
         with pytest.raises(SmolrunError) as caught:
             new_group(mesh).all_reduce(torch.ones(sizes[mesh.rank]))

@@ -1,4 +1,4 @@
-"""Lets the ranks of a test meet: endpoints, rosters as each of them is told, TLS if wanted."""
+"""Connects the ranks of a test: endpoints, a roster for each of them, TLS if wanted."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def identity(rank: int, world_size: int = 2, run_id: str = "run") -> Identity:
 
 
 def tls_ranks(world_size: int, run_id: str = "run") -> list[TransportSecurity]:
-    minted = issue_credentials(run_id, world_size)
-    return [MutualTls(minted[r], identity(r, world_size, run_id)) for r in range(world_size)]
+    credentials = issue_credentials(run_id, world_size)
+    return [MutualTls(credentials[r], identity(r, world_size, run_id)) for r in range(world_size)]
 
 
 def roster_of(endpoints: Sequence[Endpoint]) -> list[RosterEntry]:
@@ -43,7 +43,7 @@ def meet(
     *,
     start_timeout_s: float = 10.0,
 ) -> list[TcpMesh | SmolrunError]:
-    """Lets all ranks connect at once; returns each one's mesh, closed again, or its error."""
+    """Connects all ranks at once; returns for each its mesh, closed again, or its error."""
     rosters = rosters or [roster_of(endpoints)] * len(identities)
     securities = securities or [None] * len(identities)
     results: list[TcpMesh | SmolrunError] = [SmolrunError("never ended")] * len(identities)
@@ -75,7 +75,7 @@ def meet(
 def waiting_rank(
     security: TransportSecurity | None = None,
 ) -> Iterator[tuple[Rendezvous, Endpoint, Endpoint]]:
-    """Rank 0 of two at its door, and the endpoint that the missing rank 1 is to use."""
+    """Rank 0 of two in its rendezvous, and the endpoint of the missing rank 1."""
     mine, absent = Endpoint([LOOPBACK]), Endpoint([LOOPBACK])
     io = IoThread("test-io", lambda error: None)
     io.start()
@@ -105,7 +105,7 @@ def waiting_rank(
 
 
 def join(absent: Endpoint, mine: Endpoint, security: TransportSecurity | None = None) -> None:
-    """Rank 1 comes to a `waiting_rank`, and goes without a farewell, which nobody would answer."""
+    """Rank 1 joins a `waiting_rank`, and closes without GOODBYE, which nobody would answer."""
     mesh = connect(absent, identity(1), roster_of([mine, absent]), security=security)
     mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[func-returns-value]
     mesh.close()
@@ -113,7 +113,7 @@ def join(absent: Endpoint, mine: Endpoint, security: TransportSecurity | None = 
 
 @contextmanager
 def dead_address(kind: str) -> Iterator[tuple[str, int]]:
-    """An address that leads nowhere: it refuses, says nothing, or swallows every packet."""
+    """An address without a rank: it refuses, never answers, or drops every packet."""
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=0))
         where = listening.getsockname()

@@ -1,4 +1,4 @@
-"""An elastic mesh for tests: rank 0 waits at its door, the others come, go and come back."""
+"""An elastic mesh for tests: rank 0 listens, the others join, leave and rejoin."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ News = tuple[int, bool, str]
 
 
 class Star:
-    """Rank 0 of `world_size`, and whoever was told to `join`."""
+    """Rank 0 of `world_size`, and the ranks that have joined."""
 
     def __init__(
-        self, world_size: int, minted: list[Credentials] | None, silence_s: float = 10.0
+        self, world_size: int, credentials: list[Credentials] | None, silence_s: float = 10.0
     ) -> None:
         self.world_size = world_size
-        self.minted = minted
+        self.credentials = credentials
         self.silence_s = silence_s
         self.news: list[News] = []
         self.guests: list[TcpMesh] = []
-        self.door = Endpoint([LOOPBACK])
-        self.entry = RosterEntry(0, "server", self.door.addresses)
-        self.server = self._connect(0, self.door, [self.entry])
+        self.endpoint = Endpoint([LOOPBACK])
+        self.entry = RosterEntry(0, "server", self.endpoint.addresses)
+        self.server = self._connect(0, self.endpoint, [self.entry])
         self.server.on_membership_change(lambda *news: self.news.append(news))
 
     @property
@@ -43,12 +43,12 @@ class Star:
         return self.entry.addresses[0]
 
     def security(self, rank: int) -> TransportSecurity | None:
-        if self.minted is None:
+        if self.credentials is None:
             return None
-        return MutualTls(self.minted[rank], identity(rank, self.world_size))
+        return MutualTls(self.credentials[rank], identity(rank, self.world_size))
 
     def join(self, rank: int, *, start_timeout_s: float = 20.0) -> TcpMesh:
-        """A rank comes, as a fresh process of that rank would."""
+        """A rank joins, as a new process of that rank."""
         mine = Endpoint([LOOPBACK])
         own = RosterEntry(rank, "guest", mine.addresses)
         mesh = self._connect(rank, mine, [self.entry, own], start_timeout_s)
@@ -82,7 +82,7 @@ class Star:
 
 
 def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> None:
-    """One tensor there and one back, with tags that say nothing of the past."""
+    """One tensor in each direction."""
     tag = Tag(1, number, 0)
     there, back = torch.zeros(size), torch.zeros(size)
     works = [
@@ -97,12 +97,12 @@ def exchange(server: Mesh, guest: Mesh, number: int = 0, size: int = LARGE) -> N
 
 
 def die(mesh: Mesh) -> None:
-    """Ends all connections without a word, as the kernel does for a killed process."""
+    """Closes all connections without GOODBYE, as the kernel does for a killed process."""
     mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[attr-defined,func-returns-value]
 
 
 def fall_silent(mesh: TcpMesh) -> None:
-    """Neither says nor reads anything any more, while its connections stay: a frozen process."""
+    """Neither sends nor reads any more, while its connections stay open: a frozen process."""
     for peer in mesh._peers.values():
         for connection in peer._connections:
             mesh.post(lambda connection=connection: connection._listen(0))  # type: ignore[misc]
@@ -119,4 +119,4 @@ def star(world_size: int, kind: str = "tcp", *, silence_s: float = 10.0) -> Iter
     finally:
         made.close()
         with suppress(OSError), socket.create_connection(made.where, timeout=5):
-            raise AssertionError("the door is still open")
+            raise AssertionError("the listener is still open")

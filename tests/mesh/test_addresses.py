@@ -1,4 +1,4 @@
-"""Names, numbers, and what a link-local address needs."""
+"""Names, numeric addresses, and the scope of link-local ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_name_stands_for_all_its_addresses() -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-host.invalid", "x" * 70, "a..b"])
-def test_an_unknown_name_is_told_with_its_host(name: str) -> None:
+def test_an_unknown_name_is_an_error_with_its_host(name: str) -> None:
     with pytest.raises(HostError, match=r"^mini2: its address .* cannot be resolved"):
         resolve("mini2", [name])
 
@@ -28,7 +28,7 @@ def test_an_unknown_name_is_told_with_its_host(name: str) -> None:
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("10.0.0.1", False),
      ("::", False), ("localhost", False), ("fe80::1%lo", False)],
 )  # fmt: skip
-def test_what_stays_on_the_machine(address: str, expected: bool) -> None:
+def test_loopback_addresses(address: str, expected: bool) -> None:
     assert is_loopback(address) == expected
 
 
@@ -47,6 +47,6 @@ def test_this_machine_has_a_loopback() -> None:
     assert "127.0.0.1" in own_addresses()
 
 
-def test_addresses_are_shown_as_people_write_them() -> None:
+def test_addresses_as_text() -> None:
     assert shown("10.0.0.1", 4000) == "10.0.0.1:4000"
     assert shown("fe80::1%eth0", 4000) == "[fe80::1%eth0]:4000"

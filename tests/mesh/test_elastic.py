@@ -1,4 +1,4 @@
-"""A mesh that goes on when a peer is lost, and its open door: real sockets, plain and encrypted."""
+"""A mesh that continues when a peer is lost, and its listener: real sockets, plain and TLS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOCKETS = pytest.mark.parametrize("kind", ["tcp", "tls"])
 
 
 @SOCKETS
-def test_ranks_come_late_one_by_one(kind: str) -> None:
+def test_ranks_join_late_one_by_one(kind: str) -> None:
     with star(4, kind) as made:
         assert made.server.present == frozenset()
         for rank in (2, 1, 3):
@@ -63,7 +63,7 @@ def test_the_loss_of_a_peer_fails_the_work_with_it_and_nothing_else(kind: str) -
 
 
 @SOCKETS
-def test_a_rank_that_comes_back_begins_with_fresh_tags(kind: str) -> None:
+def test_a_rank_that_rejoins_starts_with_fresh_tags(kind: str) -> None:
     with star(3, kind) as made:
         first, other = made.join(1), made.join(2)
         for number in range(3):
@@ -84,7 +84,7 @@ def test_a_rank_that_comes_back_begins_with_fresh_tags(kind: str) -> None:
 
 
 @SOCKETS
-def test_what_was_meant_for_a_link_that_is_over_does_not_go_to_the_next(kind: str) -> None:
+def test_work_for_an_earlier_link_is_not_sent_over_the_next(kind: str) -> None:
     with star(2, kind) as made:
         first = made.join(1)
         until(lambda: 1 in made.server.present)
@@ -105,7 +105,7 @@ def test_what_was_meant_for_a_link_that_is_over_does_not_go_to_the_next(kind: st
 
 
 @SOCKETS
-def test_a_goodbye_is_told_as_leaving_and_what_was_sent_before_can_be_taken(kind: str) -> None:
+def test_goodbye_is_reported_as_left_and_earlier_tensors_can_be_received(kind: str) -> None:
     with star(2, kind) as made:
         guest = made.join(1)
         guest.send(0, Tag(1, 0, 0), torch.ones(4)).wait(20)
@@ -119,7 +119,7 @@ def test_a_goodbye_is_told_as_leaving_and_what_was_sent_before_can_be_taken(kind
         exchange(made.server, made.join(1))
 
 
-def test_a_silent_peer_is_lost_and_may_come_back_while_another_is_served() -> None:
+def test_a_silent_peer_is_lost_and_may_rejoin_while_another_is_served() -> None:
     with star(3, silence_s=2.0) as made:
         frozen, other = made.join(1), made.join(2)
         work = made.server.recv(1, Tag(1, 0, 0), torch.empty(4))
@@ -130,7 +130,7 @@ def test_a_silent_peer_is_lost_and_may_come_back_while_another_is_served() -> No
         exchange(made.server, made.join(1))
 
 
-def test_a_second_claimant_waits_until_the_first_link_is_dead() -> None:
+def test_a_second_link_of_a_rank_waits_until_the_first_is_dead() -> None:
     """Of a rank that is heard of, nobody takes the place; of one cut off without a word, its next
     process does, long before the silence limit."""
     with star(2) as made:
@@ -144,7 +144,7 @@ def test_a_second_claimant_waits_until_the_first_link_is_dead() -> None:
         assert made.news[1:] == [(1, False, "it rejoined"), (1, True, "rejoined")]
 
 
-def test_a_collective_fails_with_the_first_loss_and_the_mesh_goes_on() -> None:
+def test_a_collective_fails_with_the_first_loss_and_the_mesh_continues() -> None:
     with star(2) as made:
         guest = made.join(1)
         work = new_group(made.server, [0, 1]).all_reduce(torch.ones(400_000), async_op=True)
@@ -228,7 +228,7 @@ def test_a_done_callback_runs_once_on_the_io_thread_however_the_work_ends(kind: 
     run_ranks(2, rank_main, kind=kind)
 
 
-def test_a_then_may_post_more_work() -> None:
+def test_a_done_callback_may_post_more_work() -> None:
     """What a server does: answer a push as soon as it has come."""
     with star(2) as made:
         guest = made.join(1)
@@ -245,7 +245,7 @@ def test_a_then_may_post_more_work() -> None:
         assert bool((into == 42).all())
 
 
-def test_nothing_is_left_when_ranks_have_come_and_gone() -> None:
+def test_no_resources_are_left_when_ranks_have_joined_and_left() -> None:
     this = psutil.Process()
 
     def held() -> int:

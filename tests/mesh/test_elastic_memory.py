@@ -1,4 +1,4 @@
-"""The elastic world of one process: the same verbs as over sockets."""
+"""The elastic world of one process: the same interface as over sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def world(size: int, *here: int) -> Iterator[MemoryWorld]:
         until(lambda: not made.io._thread.is_alive())
 
 
-def test_a_rank_leaves_and_comes_back_with_fresh_tags() -> None:
+def test_a_rank_leaves_and_rejoins_with_fresh_tags() -> None:
     with world(3, 0, 1, 2) as made:
         server, first, other = made.meshes
         news: list[tuple[int, bool, str]] = []
@@ -57,7 +57,7 @@ def test_a_rank_leaves_and_comes_back_with_fresh_tags() -> None:
             first.send(0, TAG, torch.ones(1)).wait(20)
 
 
-def test_a_rank_comes_late_and_its_closing_is_told() -> None:
+def test_a_rank_joins_late_and_its_closing_is_reported() -> None:
     with world(3, 0) as made:
         server = made.meshes[0]
         with pytest.raises(PeerLost, match="lost rank 2: it is not connected"):

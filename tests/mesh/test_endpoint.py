@@ -1,4 +1,4 @@
-"""Where a rank listens: on what it was given, on a port of the range, or a sentence why not."""
+"""A rank listens on its given addresses, on a port of the range, or raises HostError."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def two_ports() -> Iterator[tuple[int, int]]:
     pytest.fail("no two free ports in a row")
 
 
-def test_it_takes_the_first_free_port_of_a_range(two_ports: tuple[int, int]) -> None:
+def test_the_first_free_port_of_a_range_is_used(two_ports: tuple[int, int]) -> None:
     one, other = Endpoint([LOOPBACK], two_ports), Endpoint([LOOPBACK], two_ports)
     assert one.addresses == [(LOOPBACK, two_ports[0])]
     assert other.addresses == [(LOOPBACK, two_ports[1])]
@@ -38,7 +38,7 @@ def test_it_takes_the_first_free_port_of_a_range(two_ports: tuple[int, int]) -> 
     other.close()
 
 
-def test_a_full_range_is_told_with_host_range_and_what_to_do(two_ports: tuple[int, int]) -> None:
+def test_a_full_range_is_an_error_with_host_range_and_hint(two_ports: tuple[int, int]) -> None:
     taken = [Endpoint([LOOPBACK], two_ports) for _ in range(2)]
     with pytest.raises(HostError) as caught:
         Endpoint([LOOPBACK], two_ports, host="mini2")
@@ -60,7 +60,7 @@ def test_a_port_is_free_again_at_once(two_ports: tuple[int, int]) -> None:
         endpoint.close()
 
 
-def test_an_address_of_another_machine_is_told_with_our_own() -> None:
+def test_an_address_of_another_machine_is_an_error_with_our_own() -> None:
     with pytest.raises(HostError, match=r"^mini2: 192\.0\.2\.77 is not one of its own") as caught:
         Endpoint([NOT_OURS], host="mini2")
     assert all(address in str(caught.value) for address in own_addresses())
@@ -75,12 +75,12 @@ def test_one_address_is_enough(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("address", ["localhost", "", "10.0.0.300", "mini1.local"])
-def test_a_name_is_no_address(address: str) -> None:
+def test_a_name_is_not_an_address(address: str) -> None:
     with pytest.raises(HostError, match="is not an IP address as numbers"):
         Endpoint([address])
 
 
-def test_nothing_is_not_everything() -> None:
+def test_no_address_does_not_mean_all_addresses() -> None:
     with pytest.raises(HostError, match="given no address to listen on"):
         Endpoint([])
 

@@ -1,4 +1,4 @@
-"""Frames of an earlier membership are dropped and counted; others of no right break the link."""
+"""Frames of an earlier generation are dropped and counted; invalid frames break the link."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_frames_of_an_old_generation_are_dropped_and_counted() -> None:
     assert new.progress == 0
 
 
-def test_a_frame_from_the_future_breaks_the_link() -> None:
+def test_a_frame_of_a_later_generation_breaks_the_link() -> None:
     with two_peers((0, 1)) as (io, (_, new), lost):
         run_on(io, lambda: new.send_control(FrameKind.HEARTBEAT))
         until(lambda: bool(lost))
     assert "frame of generation 1 in generation 0" in lost[0]
 
 
-def test_a_frame_in_the_name_of_another_rank_breaks_the_link() -> None:
+def test_a_frame_with_another_sender_breaks_the_link() -> None:
     with two_peers((0, 0)) as (io, (zero, _), lost):
         zero._me = 5
         run_on(io, lambda: zero.send_control(FrameKind.HEARTBEAT))
@@ -90,7 +90,7 @@ def test_a_frame_in_the_name_of_another_rank_breaks_the_link() -> None:
     assert "with rank 5 as its sender" in lost[0]
 
 
-def test_a_slice_that_nobody_granted_breaks_the_link() -> None:
+def test_a_slice_that_was_not_granted_breaks_the_link() -> None:
     with two_peers((0, 0)) as (io, (zero, _), lost):
         big, tag = payload_of(torch.ones(100_000)), Tag(1, 0, 0)
         header = zero._header(FrameKind.SLICE, tag, big)._replace(shape=(), nbytes=4096)

@@ -1,4 +1,4 @@
-"""Who comes to a rank that speaks TLS: nobody but the ranks of its run, whatever they bring along.
+"""A rank with TLS accepts the ranks of its run only, whatever credentials others have.
 
 "0 bytes decoded" is meant literally: the decoders of the handshake and of frames are watched.
 """
@@ -168,7 +168,7 @@ def _is_done(act: Callable[[], None]) -> bool:
 
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
-def test_a_thousand_idle_connections_do_not_keep_honest_ranks_out(is_secure: bool) -> None:
+def test_a_thousand_idle_connections_do_not_block_honest_ranks(is_secure: bool) -> None:
     securities = tls_ranks(2) if is_secure else [None, None]
     with ExitStack() as stack, waiting_rank(securities[0]) as (rendezvous, mine, absent):
         before = psutil.Process().memory_info().rss

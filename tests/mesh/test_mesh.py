@@ -22,7 +22,7 @@ SMALL, LARGE = EAGER_BYTES // 4, EAGER_BYTES  # float32 elements
 
 
 @KINDS
-def test_sends_and_receives_meet_by_tag_in_any_order(kind: str) -> None:
+def test_sends_and_receives_match_by_tag_in_any_order(kind: str) -> None:
     tags = [Tag(7, operation, hop) for operation in range(3) for hop in range(4)]
 
     def rank_main(mesh: Mesh) -> None:
@@ -46,7 +46,7 @@ def test_sends_and_receives_meet_by_tag_in_any_order(kind: str) -> None:
 
 
 @KINDS
-def test_shapes_and_dtypes_travel(kind: str) -> None:
+def test_shapes_and_dtypes_are_preserved(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         for number, dtype in enumerate(
             [torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool]
@@ -64,7 +64,7 @@ def test_shapes_and_dtypes_travel(kind: str) -> None:
 
 
 @KINDS
-def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
+def test_a_wait_has_a_deadline_and_names_the_peer(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank == 0:
             with pytest.raises(WaitTimeout, match=r"receive from rank 1: not done after 0\.2 s"):
@@ -78,9 +78,7 @@ def test_a_wait_has_a_deadline_that_names_whom_it_waits_for(kind: str) -> None:
 
 @SOCKETS
 @pytest.mark.parametrize("size", [SMALL // 4, LARGE * 4])
-def test_the_rank_that_takes_and_sends_nothing_is_named_by_all_that_wait(
-    kind: str, size: int
-) -> None:
+def test_a_rank_that_does_not_take_part_is_named_by_all_that_wait(kind: str, size: int) -> None:
     is_over, second = threading.Event(), threading.Event()
 
     def rank_main(mesh: Mesh) -> int | None:
@@ -102,7 +100,7 @@ def test_the_rank_that_takes_and_sends_nothing_is_named_by_all_that_wait(
 
 
 @SOCKETS
-def test_a_peer_that_breaks_the_protocol_is_lost_for_that(kind: str) -> None:
+def test_a_peer_that_breaks_the_protocol_is_lost(kind: str) -> None:
     def rank_main(mesh: Mesh) -> bool:
         if mesh.rank == 1:
             mesh.post(lambda: mesh._peers[0].send_control(FrameKind.SLICE))  # type: ignore[attr-defined]
@@ -126,7 +124,7 @@ def test_closing_fails_what_is_pending(kind: str) -> None:
 
 
 @SOCKETS
-def test_nothing_large_is_sent_before_it_is_wanted(kind: str) -> None:
+def test_no_large_tensor_is_sent_before_its_receive_is_posted(kind: str) -> None:
     def rank_main(mesh: Mesh) -> int:
         if mesh.rank == 0:
             work = mesh.send(1, Tag(1, 0, 0), torch.ones(LARGE * 16))
@@ -144,7 +142,7 @@ def test_nothing_large_is_sent_before_it_is_wanted(kind: str) -> None:
 
 
 @SOCKETS
-def test_small_tensors_that_nobody_wants_are_bounded(kind: str) -> None:
+def test_unexpected_small_tensors_are_bounded(kind: str) -> None:
     def rank_main(mesh: Mesh) -> str:
         if mesh.rank == 1:
             with pytest.raises(SmolrunError) as caught:
@@ -161,7 +159,7 @@ def test_small_tensors_that_nobody_wants_are_bounded(kind: str) -> None:
 
 
 @SOCKETS
-def test_what_was_sent_can_be_taken_after_the_sender_has_left(kind: str) -> None:
+def test_a_tensor_can_be_received_after_its_sender_has_left(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank == 0:
             mesh.send(1, Tag(1, 0, 0), torch.ones(4)).wait()
@@ -176,7 +174,7 @@ def test_what_was_sent_can_be_taken_after_the_sender_has_left(kind: str) -> None
     run_ranks(2, rank_main, kind=kind)
 
 
-def test_progress_is_told_with_the_heartbeats() -> None:
+def test_heartbeats_carry_the_progress() -> None:
     def rank_main(mesh: Mesh) -> int:
         mesh.progress = 10 + mesh.rank
         until(lambda: mesh.peer_progress(1 - mesh.rank) > 0)
@@ -252,7 +250,7 @@ def test_a_large_send_to_a_peer_that_leaves_fails(kind: str) -> None:
 
 
 @pytest.mark.parametrize("is_posted_first", [True, False])
-def test_an_empty_tensor_where_another_is_expected_is_told(is_posted_first: bool) -> None:
+def test_an_empty_tensor_where_another_is_expected_is_an_error(is_posted_first: bool) -> None:
     def rank_main(mesh: Mesh) -> str:
         ready, tag = Tag(2, 0, 0), Tag(1, 0, 0)
         if mesh.rank == 0:
@@ -315,7 +313,7 @@ def test_tensors_of_any_size_arrive_in_pieces_of_any_size(
 @pytest.mark.parametrize(
     ("channel", "fault"), [("down", {"cut_after": 3_000_000}), ("control", {"silent_after": 1500})]
 )
-def test_a_cut_and_a_silence_are_seen(kind: str, channel: str, fault: dict[str, int]) -> None:
+def test_a_cut_and_a_silence_are_detected(kind: str, channel: str, fault: dict[str, int]) -> None:
     def wrap(pipe: Pipe, _: int, name: str) -> Pipe:
         return FaultyPipe(pipe, **fault) if name == channel else pipe  # type: ignore[arg-type]
 

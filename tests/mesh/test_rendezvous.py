@@ -1,4 +1,4 @@
-"""Who gets in while a mesh is being built: every rank of the run, and nobody else."""
+"""Building a mesh: every rank of the run is connected, and no other process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(
     return meet(endpoints, identities, start_timeout_s=start_timeout_s)
 
 
-def test_ranks_that_fit_together_build_a_mesh() -> None:
+def test_ranks_of_one_run_build_a_mesh() -> None:
     assert all(
         isinstance(result, TcpMesh) for result in build([identity(rank, 4) for rank in range(4)])
     )
@@ -62,7 +62,7 @@ def test_a_rank_of_another_run_is_refused(changes: dict[str, object], words: str
     [{"config_hash": "other"}, {"generation": 7}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_both_ends_are_told_at_once_that_their_configurations_differ(
+def test_different_configurations_are_an_error_at_both_ends_at_once(
     changes: dict[str, object],
 ) -> None:
     (key,) = changes
@@ -72,7 +72,7 @@ def test_both_ends_are_told_at_once_that_their_configurations_differ(
         assert f"{key} is" in str(result)
 
 
-def test_a_missing_rank_is_named_with_host_and_every_address_and_how_each_went() -> None:
+def test_a_missing_rank_is_named_with_host_and_the_outcome_of_every_address() -> None:
     endpoint = Endpoint([LOOPBACK])
     with dead_address("refuses") as first, dead_address("silent") as second:
         roster = [
@@ -101,7 +101,7 @@ DEAD = [
 
 @pytest.mark.parametrize("kind", DEAD)
 @pytest.mark.parametrize("rank", [0, 1], ids=["lower", "higher"])
-def test_a_first_address_that_is_dead_keeps_nobody_apart(kind: str, rank: int) -> None:
+def test_a_dead_first_address_does_not_prevent_the_link(kind: str, rank: int) -> None:
     endpoints = [Endpoint([LOOPBACK]), Endpoint([LOOPBACK])]
     with dead_address(kind) as dead:
         roster = roster_of(endpoints)
@@ -112,7 +112,7 @@ def test_a_first_address_that_is_dead_keeps_nobody_apart(kind: str, rank: int) -
 
 @pytest.mark.parametrize("caller", [0, 1], ids=["lower", "higher"])
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
-def test_it_is_enough_that_one_of_two_ranks_can_call(caller: int, is_secure: bool) -> None:
+def test_it_is_enough_that_one_of_two_ranks_can_dial(caller: int, is_secure: bool) -> None:
     endpoints = [Endpoint([LOOPBACK]) for _ in range(2)]
     securities = tls_ranks(2) if is_secure else None
     with dead_address("silent") as dead:
@@ -124,7 +124,7 @@ def test_it_is_enough_that_one_of_two_ranks_can_call(caller: int, is_secure: boo
     assert all(isinstance(result, TcpMesh) for result in results), results
 
 
-def test_ranks_meet_over_ipv6_and_prefer_the_first_address() -> None:
+def test_ranks_connect_over_ipv6_and_prefer_the_first_address() -> None:
     try:
         endpoints = [Endpoint(["::1", LOOPBACK]) for _ in range(3)]
     except SmolrunError:
@@ -153,7 +153,7 @@ def test_ranks_meet_over_ipv6_and_prefer_the_first_address() -> None:
 
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
-def test_many_ranks_of_one_host_get_in(is_secure: bool) -> None:
+def test_many_ranks_of_one_host_connect(is_secure: bool) -> None:
     count = 12
     endpoints = [Endpoint([LOOPBACK]) for _ in range(count)]
     securities = tls_ranks(count) if is_secure else None
@@ -203,7 +203,7 @@ def _framed(message: dict[str, object]) -> bytes:
 STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof", "surrogate"]
 
 
-def test_a_thousand_strangers_get_nothing_while_honest_ranks_connect() -> None:
+def test_a_thousand_unauthenticated_connections_get_nothing_while_honest_ranks_connect() -> None:
     bytes_got = 0
     with waiting_rank() as (rendezvous, mine, absent):
         for index in range(1000):

@@ -1,4 +1,4 @@
-"""Shaped links: what a bucket and a delay decide, and what that does to real sockets."""
+"""Shaped links: token bucket and delay queue by themselves, and over real sockets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_bucket_never_gives_more_than_rate_and_burst_and_wastes_nothing_when_a
     assert taken == pytest.approx(300 + 9_990, abs=2)
 
 
-def test_a_bucket_says_when_and_keeps_its_word():
+def test_a_bucket_allows_the_bytes_after_its_wait_time():
     bucket = TokenBucket(1000.0, 300)
     bucket.take(bucket.allowed(0.0))
     wait_s = bucket.wait_s(100)
@@ -118,7 +118,7 @@ def shaped(
     return ShapedPipe(pipe, buckets[0], buckets[1], delay_s, clock), clock
 
 
-def test_a_pipe_sends_what_the_bucket_allows_and_says_when_to_come_back():
+def test_a_pipe_sends_what_the_bucket_allows_and_raises_throttled():
     inner = Scripted()
     pipe, clock = shaped(inner, rate=1e6)
     data = memoryview(bytes(100_000))
@@ -130,7 +130,7 @@ def test_a_pipe_sends_what_the_bucket_allows_and_says_when_to_come_back():
     assert pipe.send([data[40_000:]]) in (16_384, 16_385)
 
 
-def test_what_comes_is_held_back_then_given_and_the_end_comes_last():
+def test_input_is_delayed_and_the_end_comes_last():
     inner = Scripted(b"abc")
     pipe, clock = shaped(inner, delay_s=0.25)
     buffer = memoryview(bytearray(10))
@@ -147,7 +147,7 @@ def test_what_comes_is_held_back_then_given_and_the_end_comes_last():
     assert pipe.recv_into(buffer) == 0
 
 
-def test_with_nothing_there_a_pipe_leaves_waiting_to_the_selector():
+def test_without_input_a_pipe_waits_for_the_selector():
     pipe, _ = shaped(Scripted(), delay_s=0.25, rate=1e6)
     with pytest.raises(BlockingIOError) as pause:
         pipe.recv_into(memoryview(bytearray(10)))
@@ -180,7 +180,7 @@ def seconds(size: int, world_size: int, mbps: float | None, latency_ms: float, k
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["tcp", "tls"])
 @pytest.mark.parametrize("latency_ms", [0.0, 4.0])
-def test_an_all_reduce_takes_as_long_as_the_link_says(kind: str, latency_ms: float):
+def test_an_all_reduce_takes_as_long_as_the_bandwidth_allows(kind: str, latency_ms: float):
     size, world_size = 1_500_000, 3
     moved = size * 2 * (world_size - 1) / world_size
     ideal_s = moved / (100e6 / 8 * 1448 / 1514)  # 0.17 s
@@ -190,14 +190,14 @@ def test_an_all_reduce_takes_as_long_as_the_link_says(kind: str, latency_ms: flo
 
 
 @pytest.mark.parametrize("kind", ["tcp", "tls"])
-def test_no_link_is_faster_than_it_says(kind: str):
+def test_no_link_exceeds_its_bandwidth(kind: str):
     size, world_size = 300_000, 3
     moved = size * 2 * (world_size - 1) / world_size
     ideal_s = (moved - 60_000) / (100e6 / 8)  # a burst of 60 kB goes free
     assert seconds(size, world_size, 100, 0.0, kind) > ideal_s
 
 
-def test_latency_is_paid_on_the_way_of_every_message():
+def test_latency_applies_to_every_message():
     def rank_main(mesh: Mesh) -> float:
         collectives = new_group(mesh)
         collectives.barrier()

@@ -10,7 +10,7 @@ from smolrun.mesh.streams import _REMEMBERED, Fingerprints, Groups, Stream, stre
 from smolrun.wire.frame import Tag
 
 
-def test_streams_of_groups_follow_from_the_name_and_never_meet_the_table() -> None:
+def test_streams_of_groups_follow_from_the_name_and_are_not_in_the_table() -> None:
     assert stream_of("world") == 49_987  # on every machine, in every version: it is in the wire
     found = {stream_of(f"group {number}") for number in range(5000)}
     assert min(found) > max(Stream)
@@ -39,7 +39,7 @@ def test_two_names_with_one_stream_are_refused() -> None:
         groups.open(name)
 
 
-def test_ranks_are_compared_whoever_comes_first() -> None:
+def test_ranks_are_compared_in_any_order() -> None:
     prints, tag = Fingerprints(), Tag(300, 5, 0)
     left = prints.register("left", [0, 1, 2], "take stage 2")
     right = prints.register("right", [0, 1, 2])

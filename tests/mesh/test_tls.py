@@ -1,4 +1,4 @@
-"""The encrypted pipe by itself: every byte arrives in order, and only what was said ends it."""
+"""TlsPipe: every byte arrives in order, and only close_notify ends the stream."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def test_every_byte_arrives_although_the_kernel_takes_no_more(
         assert got == data
 
 
-def test_both_know_who_is_there(pipes: tuple[TlsPipe, TlsPipe]) -> None:
+def test_the_server_side_has_the_rank_of_the_certificate(pipes: tuple[TlsPipe, TlsPipe]) -> None:
     assert pipes[1].rank == 1
 
 
-def test_after_the_end_of_one_side_the_other_may_still_speak(
+def test_after_the_end_of_one_direction_the_other_still_works(
     pipes: tuple[TlsPipe, TlsPipe],
 ) -> None:
     dialer, acceptor = pipes
@@ -114,7 +114,7 @@ def test_after_the_end_of_one_side_the_other_may_still_speak(
     assert late == b""
 
 
-def test_an_end_waits_until_the_kernel_takes_the_farewell(pipes: tuple[TlsPipe, TlsPipe]) -> None:
+def test_end_blocks_until_the_kernel_takes_close_notify(pipes: tuple[TlsPipe, TlsPipe]) -> None:
     dialer, acceptor = pipes
     got, sent = bytearray(), 0
     with pytest.raises(BlockingIOError):
@@ -128,7 +128,7 @@ def test_an_end_waits_until_the_kernel_takes_the_farewell(pipes: tuple[TlsPipe, 
 
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
-def test_an_end_without_a_farewell_is_an_error(pipes: tuple[TlsPipe, TlsPipe], how: str) -> None:
+def test_an_end_without_close_notify_is_an_error(pipes: tuple[TlsPipe, TlsPipe], how: str) -> None:
     dialer, acceptor = pipes
     dialer.send([memoryview(b"half a mess")])
     until(lambda: bool(select.select([acceptor], [], [], 0)[0]))
@@ -198,7 +198,7 @@ def test_a_dialer_refuses_another_rank_at_the_address() -> None:
 def test_a_dialer_refuses_the_certificate_of_another_rank() -> None:
     three = issue_credentials("run", 3)
     ranks = [MutualTls(three[rank], identity(rank, 3)) for rank in range(3)]
-    ranks[1]._server.sni_callback = None  # a liar does not mind whom it is taken for
+    ranks[1]._server.sni_callback = None  # the impostor answers for any name
     dialing, accepted = sockets()
     dialer = cast(TlsPipe, ranks[2].client_pipe(dialing, 0))
     impostor = cast(TlsPipe, ranks[1].server_pipe(accepted))
@@ -208,7 +208,7 @@ def test_a_dialer_refuses_the_certificate_of_another_rank() -> None:
         pipe.close()
 
 
-def test_small_pieces_travel_as_one_record(pipes: tuple[TlsPipe, TlsPipe]) -> None:
+def test_small_buffers_are_sent_as_one_record(pipes: tuple[TlsPipe, TlsPipe]) -> None:
     dialer, acceptor = pipes
     assert dialer.send([memoryview(os.urandom(48)), memoryview(os.urandom(400))]) == 448
     until(lambda: bool(select.select([acceptor], [], [], 0)[0]))

@@ -62,7 +62,7 @@ def test_frames_survive_any_cutting(headers: list[Header], pieces: list[int]) ->
     assert all(bytes(frame.payload) == bytes(range(frame.header.nbytes)) for frame in frames)
 
 
-def test_payload_lands_in_the_memory_that_was_given() -> None:
+def test_the_payload_is_read_into_the_given_memory() -> None:
     home = bytearray(24)
     decoder = FrameDecoder(lambda header: memoryview(home))
     data = encode([TENSOR])

@@ -38,7 +38,7 @@ def talk(dialer: DialerHandshake, acceptor: AcceptorHandshake) -> list[bytes]:
 
 
 @pytest.mark.parametrize("channel", ["control", "up", "down"])
-def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
+def test_two_ranks_of_a_run_authenticate_each_other(channel: str) -> None:
     dialer, acceptor = DialerHandshake(TWO, 0, channel), AcceptorHandshake(ZERO)
     said = talk(dialer, acceptor)
     assert dialer.is_authenticated and acceptor.is_authenticated
@@ -50,7 +50,7 @@ def test_two_ranks_of_a_run_let_each_other_in(channel: str) -> None:
 
 
 @pytest.mark.parametrize(("dials", "called"), [(TWO, ZERO), (ZERO, TWO)], ids=["up", "down"])
-def test_the_higher_rank_says_which_connection_is_kept(dials: Identity, called: Identity) -> None:
+def test_the_higher_rank_nominates(dials: Identity, called: Identity) -> None:
     dialer, acceptor = DialerHandshake(dials, called.rank, "control"), AcceptorHandshake(called)
     talk(dialer, acceptor)
     higher, lower = (dialer, acceptor) if dials is TWO else (acceptor, dialer)
@@ -61,7 +61,7 @@ def test_the_higher_rank_says_which_connection_is_kept(dials: Identity, called: 
     assert higher.is_done
 
 
-def test_a_word_to_keep_needs_a_proof_too() -> None:
+def test_a_nomination_needs_a_proof() -> None:
     dialer, acceptor = DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO)
     talk(dialer, acceptor)
     forged = b'{"type": "keep", "proof": "' + b"0" * 64 + b'"}'
@@ -70,7 +70,7 @@ def test_a_word_to_keep_needs_a_proof_too() -> None:
     assert not acceptor.is_done
 
 
-def test_the_lower_rank_may_not_choose() -> None:
+def test_the_lower_rank_may_not_nominate() -> None:
     dialer, acceptor = DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO)
     talk(dialer, acceptor)
     with pytest.raises(HandshakeError, match="unexpected"):
@@ -108,7 +108,7 @@ def test_a_rank_with_the_certificate_of_another_is_refused() -> None:
         ),
     ],
 )
-def test_everybody_else_is_refused(dialer: Identity, acceptor: Identity, words: str) -> None:
+def test_all_others_are_refused(dialer: Identity, acceptor: Identity, words: str) -> None:
     with pytest.raises(HandshakeError, match=words):
         talk(DialerHandshake(dialer, 0, "control"), AcceptorHandshake(acceptor))
 
@@ -124,7 +124,7 @@ def test_a_dialer_that_does_not_know_the_secret_is_refused_by_the_acceptor() -> 
     assert acceptor.peer is None
 
 
-def test_a_replayed_conversation_is_refused() -> None:
+def test_a_replayed_handshake_is_refused() -> None:
     recorded = talk(DialerHandshake(TWO, 0, "control"), AcceptorHandshake(ZERO))
     fresh = AcceptorHandshake(ZERO)
     assert say(fresh, recorded[0]), "the hello alone is harmless"

@@ -1,4 +1,4 @@
-"""Views of tensors as bytes: no copy, every dtype that travels, nothing else."""
+"""Views of tensors as bytes: no copy, every supported dtype, no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_dtype_shares_its_storage(code: int) -> None:
     assert payload_of(tensor).shape == (3, 2)
 
 
-def test_what_does_not_travel_is_refused() -> None:
+def test_unsupported_tensors_are_refused() -> None:
     with pytest.raises(ProtocolError, match="complex64 does not travel"):
         payload_of(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ProtocolError, match="contiguous"):

@@ -1,16 +1,12 @@
-"""Which slice is next, and what is kept: decided without a socket."""
+"""The order of slices, without a socket."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolrun.errors import ProtocolError
-from smolrun.mesh import matching
-from smolrun.mesh.matching import UnexpectedTensors
 from smolrun.mesh.peer import PendingSend, SliceQueue
-from smolrun.wire.frame import FrameKind, Header, Tag
+from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload
 
 
@@ -43,18 +39,3 @@ def test_every_byte_leaves_once_and_in_order(sizes: list[tuple[int, int]]) -> No
         assert piece.is_last == (piece.stop == size)
         sent[operation] = piece.stop
     assert sent == {operation: size for operation, (_, size) in enumerate(sizes)}
-
-
-def test_a_mailbox_keeps_each_tag_once_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "MAX_UNEXPECTED_BYTES", 100)
-    box = UnexpectedTensors()
-    header = Header(FrameKind.TENSOR, Tag(1, 0, 0), 7, (60,), 60, 0, 60)
-    box.put(header, box.allocate(header))
-    with pytest.raises(ProtocolError, match="two tensors"):
-        box.allocate(header)
-    other = header._replace(tag=Tag(1, 1, 0))
-    with pytest.raises(ProtocolError, match="60 bytes in 1 tensors have no receive"):
-        box.allocate(other)
-    assert header.tag in box
-    assert len(box.take(header.tag)[1]) == 60
-    assert len(box.allocate(other)) == 60, "taking makes room"

@@ -1,4 +1,4 @@
-"""What is minted for a run: names nobody shares, keys nobody can read, no clock asked."""
+"""The credentials of a run: unique names, encrypted keys, valid at any time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who comes to a door that stays open: nobody but the ranks of its run, at any time."""
+"""The listener of an elastic mesh admits the ranks of its run, and no other process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _refused(made: Star) -> int:
     return made.server._listener.refused  # type: ignore[attr-defined]
 
 
-def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> None:
+def test_unauthenticated_connections_get_nothing_and_honest_ranks_join() -> None:
     with star(3) as made:
         exchange(made.server, made.join(1))
         for index in range(140):
@@ -39,11 +39,11 @@ def test_strangers_at_an_open_door_get_nothing_and_honest_ranks_come_in() -> Non
         exchange(made.server, made.join(2))
 
 
-def test_intruders_at_an_encrypted_door_are_not_heard(tmp_path: Path) -> None:
+def test_intruders_at_a_tls_listener_are_refused(tmp_path: Path) -> None:
     spare = issue_credentials("run", 3)  # the same names, another authority
     with star(3, "tls") as made:
         first = made.join(1)
-        assert made.minted is not None
+        assert made.credentials is not None
         intruders = [
             lambda sock: by_tls(sock, context(tmp_path, spare[1])),
             lambda sock: by_tls(sock, context(tmp_path, None)),
@@ -59,7 +59,7 @@ def test_intruders_at_an_encrypted_door_are_not_heard(tmp_path: Path) -> None:
         exchange(made.server, made.join(2))
 
 
-def test_idle_connections_do_not_keep_a_rank_out_that_comes_back() -> None:
+def test_idle_connections_do_not_block_a_rank_that_rejoins() -> None:
     with star(2) as made, ExitStack() as stack:
         die(made.join(1))
         until(lambda: 1 not in made.server.present)
