@@ -1,4 +1,4 @@
-"""task=doctor: looks at every host and every link, and says what works and what mends the rest.
+"""task=doctor: probes every host and every link, and reports what works and how to fix the rest.
 
     hosts    each is asked what it is and has            launch/doctor/host_report.py, on_host/
     routes     who reaches whom, without a mesh            launch/doctor/reachability.py
@@ -38,19 +38,19 @@ _LINKS_S = 300.0  # of a mesh with a link of 1 Mbit/s in it
 
 
 def drive(config: RunConfig) -> int:
-    """Looks and tells; exit code 0 if every host is of use, 3 if one cannot run, 130 if stopped."""
+    """Exit code 0 if every host can run, 3 if one cannot, 130 if stopped."""
     say = _to_stderr
     reports = HostReports.of(config)
     try:
-        say(f"looking at {counted(len(reports.names), 'host')}...")
+        say(f"probing {counted(len(reports.names), 'host')}...")
         reports.probe_host()
         if len(reports.reachable) > 1:
-            say("who reaches whom...")
+            say("testing which host reaches which...")
             reports.probe_routes()
         if names := reports.fit_for_mesh():
             say("starting a worker on each, and measuring the links...")
             reports.links = _measured(reports, names)
-        return _tell(reports)
+        return _report(reports)
     except KeyboardInterrupt:
         say("stopped")
         return EXIT_STOPPED
@@ -58,7 +58,7 @@ def drive(config: RunConfig) -> int:
         reports.close()
 
 
-def _tell(reports: HostReports) -> int:
+def _report(reports: HostReports) -> int:
     from smolrun.driver.doctor_text import document, report  # rich
 
     config = reports.config
@@ -78,7 +78,7 @@ def _tell(reports: HostReports) -> int:
 def _measured(reports: HostReports, names: Sequence[str]) -> list[dict[str, Any]]:
     """What ranks on these hosts measured: {from, to, rtt_s, bytes_per_s}, hosts by name.
 
-    A host that spoils it is named in its findings.
+    A host that prevents it gets a finding.
     """
     config = with_hosts(reports.config, names)
     fleet = Fleet(
@@ -90,7 +90,7 @@ def _measured(reports: HostReports, names: Sequence[str]) -> list[dict[str, Any]
         try:
             outcome = run_on_ranks(config, folder, fleet, limits=limits, say=_to_stderr)
         except (HostError, HostErrors) as error:
-            _blame(reports, error)
+            _add_errors(reports, error)
             return []
     if outcome.exit_code != EXIT_DONE:
         host = outcome.failed_host or names[0]
@@ -107,7 +107,7 @@ def _named(row: Mapping[str, Any], host_of: Mapping[int, str]) -> dict[str, Any]
     return {**row, "from": host_of[row["from"]], "to": host_of[row["to"]]}
 
 
-def _blame(reports: HostReports, error: HostError | HostErrors) -> None:
+def _add_errors(reports: HostReports, error: HostError | HostErrors) -> None:
     for one in error.errors if isinstance(error, HostErrors) else [error]:
         if isinstance(one, HostError) and one.host in reports.by_host:
             reports.by_host[one.host].findings.append(Finding("error", one.what, one.hint))

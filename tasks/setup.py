@@ -1,6 +1,6 @@
 """task=setup: makes the hosts of a cluster ready: your SSH key, Python, and what a run needs.
 
-All that will be done on a host is said before it is done. Nothing needs root there; what changes is
+The steps of each host are printed before they run. Nothing needs root there; what changes is
 ~/.ssh/authorized_keys, the workdir, and the folders where uv and pip keep Pythons and downloads. A
 second run finds that there is nothing to do.
 """
@@ -44,7 +44,7 @@ def drive(config: RunConfig) -> int:
     try:
         return Setup(config, specs).run()
     except (EOFError, KeyboardInterrupt):
-        echo("\nstopped; what is complete is kept, and the same command goes on")
+        echo("\nstopped; what is complete is kept, and the same command continues")
         return EXIT_STOPPED
 
 
@@ -59,8 +59,8 @@ class Setup:
         requirements: Sequence[str] | None = None,
         ask_password: AskPassword | None = None,
     ) -> None:
-        """`requirements` are ours unless a test has smaller ones. `ask_password` None: where there
-        is nobody to ask."""
+        """`requirements` are ours unless a test has smaller ones. `ask_password` None: no
+        terminal to prompt in."""
         self._config = config
         self._specs = {spec.name: spec for spec in specs}
         self._requirements = list(own_dependencies() if requirements is None else requirements)
@@ -75,7 +75,7 @@ class Setup:
         try:
             self._connect()
             plans = self._plan()
-            self._tell(plans)
+            self._print_plans(plans)
             self._make(plans)
         finally:
             for machine in self._machines.values():
@@ -103,8 +103,8 @@ class Setup:
                 self._bring_key(name, error)
                 self._open(name)
             except (HostError, OSError) as more:
-                told = more if isinstance(more, HostError) else HostError(name, str(more))
-                self._failed[name] = told
+                failure = more if isinstance(more, HostError) else HostError(name, str(more))
+                self._failed[name] = failure
 
     def _open(self, name: str, ask: AskPassword | None = None) -> None:
         cluster = self._config.cluster
@@ -122,7 +122,7 @@ class Setup:
         key, target = public_key(self._identities(name)), self._specs[name].ssh
         if self._ask is None:
             file = key or "~/.ssh/id_ed25519.pub"
-            hint = f"nobody is here to type a password; by hand: ssh-copy-id -i {file} {target}"
+            hint = f"no terminal to prompt for a password; by hand: ssh-copy-id -i {file} {target}"
             raise HostError(name, getattr(error, "what", str(error)), hint)
         if key is None:
             answer = input("you have no SSH key; make ~/.ssh/id_ed25519 now? [y/N] ")
@@ -169,20 +169,20 @@ class Setup:
         return {name: found[name] for name in self._specs if name in found}
 
     def _check_given(self, machine: Machine, python: str) -> None:
-        """The user chose this Python: nothing is installed, what it lacks is told."""
+        """The user chose this Python: nothing is installed, what it lacks is reported."""
         names = [match[0] for line in self._requirements if (match := _NAME.match(line))]
         request = {"pythons": [python], "path": "", "libraries": names, "timeout_s": _CHECK_S}
-        told = machine.call("versions", request, _CHECK_S + 30.0)
-        if told.get("python") is None or "problem" in told:
-            why = told.get("problem", "is not there")
+        found = machine.call("versions", request, _CHECK_S + 30.0)
+        if found.get("python") is None or "problem" in found:
+            why = found.get("problem", "is not there")
             raise HostError(machine.name, f"python: {python} {why}", "correct it, or leave it out")
-        missing = [name for name in names if told["versions"].get(name) is None]
+        missing = [name for name in names if found["versions"].get(name) is None]
         if missing:
             hint = f"there: {python} -m pip install {' '.join(missing)}"
             raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", hint)
         echo(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
 
-    def _tell(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
+    def _print_plans(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
         for name, (_, plan) in plans.items():
             if plan is None:
                 echo(f"{name}: nothing to do")

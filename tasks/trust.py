@@ -1,4 +1,4 @@
-"""task=trust: shows the SSH key of every host, and remembers those that you say are right.
+"""task=trust: shows the SSH host key of every host, and adds those that you confirm to known_hosts.
 
 Nothing is logged in to, but for jump hosts, behind which one cannot look otherwise. A new key is
 added to your known_hosts file after a yes (or by trust.yes=true, unseen); one that has changed is
@@ -133,7 +133,7 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
                 written |= _write(row, _replace)
     if not is_asking and not (trust_new and written):
         echo(
-            "nobody is here to be asked, so nothing was trusted: run this in a terminal, or "
+            "not a terminal, cannot prompt, so nothing was trusted: run this in a terminal, or "
             f"smolrun task=trust cluster={cluster} trust.yes=true to trust all new keys unseen; "
             "a key that has changed is only replaced in a terminal"
         )

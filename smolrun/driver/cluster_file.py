@@ -1,7 +1,7 @@
 """Changes keys of single hosts in the text of a cluster file; all else stays as it is. Pure.
 
-The file is the user's: its comments, order and style are kept, only values change. Where they
-stand is told by the yaml reader itself, so any way to write a list of hosts is understood.
+The file is the user's: its comments, order and style are kept, only values change. Their
+places are those of the YAML parser, so any way to write a list of hosts works.
 
     - {name: mini1, ssh: mini1.local}     ->   - {name: mini1, ssh: mini1.local, os: darwin}
 """

@@ -1,4 +1,4 @@
-"""The hosts that task=doctor looks at: how each is reached, what it is asked, what came of it."""
+"""The hosts of task=doctor: how each is reached, what a run needs there, and its report."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class HostReports:
             machine = self._reached(name)
         except HostError as error:
             found = unreachable(error)
-            # Only of a login is it of interest that the system's own ssh does better.
+            # A comparison with the system's own ssh only says something about a failed login.
             more = self._compared(name, error) if isinstance(error, LoginFailed) else None
             if more is not None:
                 found.findings.append(more)
@@ -140,13 +140,13 @@ class HostReports:
         fleet = Fleet(self.config, self.machines)
         for name in self.reachable:
             facts = self.by_host[name].facts
-            told = facts.get("network", {}).get("interfaces", [])
+            rows = facts.get("network", {}).get("interfaces", [])
             try:
                 addresses = fleet.addresses(plans[name])
             except HostError as error:
                 self._add({name: [Finding("error", error.what, error.hint)]})
                 addresses = []
-            interfaces = tuple(links.Interface.from_json(one) for one in told)
+            interfaces = tuple(links.Interface.from_json(one) for one in rows)
             self.places[name] = links.HostAddresses(name, tuple(addresses), interfaces)
         asked = {name: self.runners[name] for name in self.reachable}
         ports = {name: plans[name].ports for name in asked}

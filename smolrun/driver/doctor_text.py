@@ -23,7 +23,7 @@ _GB = 1e9
 _UNKNOWN = "-"
 _COLOURS = {"fine": "green", "usable": "yellow", "cannot run": "red"}
 _PLAIN: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
-_WIDTH = 100  # where nobody says how wide it is, as in a pipe
+_WIDTH = 100  # for a pipe, which has no width
 
 
 def report(reports: HostReports) -> None:
@@ -110,9 +110,9 @@ def details(one: HostReport) -> list[str]:
             f"{score['device']}: {score['flops'] / 1e9:,.0f} GFLOP/s, "
             f"memory {score['memory_bytes_per_s'] / _GB:,.0f} GB/s"
         )
-    for told in facts.get("network", {}).get("interfaces", []):
-        if told["kind"] != "loopback":
-            interface = Interface.from_json(told)
+    for one_interface in facts.get("network", {}).get("interfaces", []):
+        if one_interface["kind"] != "loopback":
+            interface = Interface.from_json(one_interface)
             lines.append(f"{interface}: {', '.join(interface.addresses)}")
     return lines
 

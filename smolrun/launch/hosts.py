@@ -1,7 +1,7 @@
-"""What the launcher asks of a host: start one worker, and give back its three pipes.
+"""The interface of a host: start one worker, and return its three pipes.
 
 `local.py` does it by subprocess; a host reached over SSH does the same from the other end of a
-connection. Nothing here knows which. Every method may block; the monitor calls each from a thread
+connection. Every method may block; the monitor calls each from a thread
 of its own.
 """
 
@@ -45,7 +45,7 @@ class WorkerProcess(Protocol):
         """All of `data` into its stdin; blocks while it does not read. OSError when it is gone."""
 
     def close_input(self) -> None:
-        """End its stdin, which means to it: the driver is gone."""
+        """End its stdin, which ends the worker."""
 
     def wait(self) -> int:
         """Its exit code once it has ended; -n for signal n where the host can tell."""
@@ -54,10 +54,10 @@ class WorkerProcess(Protocol):
         """After `wait`: a sentence if the system ended it because memory was full."""
 
     def lost(self) -> str | None:
-        """After `wait`: a sentence if nobody can know how it ended, as its host is out of reach."""
+        """After `wait`: a sentence if its exit code is unknown, as its host is unreachable."""
 
     def is_silent(self) -> bool:
-        """Whether its host has left a question unanswered for seconds."""
+        """Whether a keepalive of its host has been unanswered for seconds."""
 
     def kill(self) -> None:
         """End it and all it started, at once, even if frozen. Never raises; may come twice."""

@@ -1,8 +1,9 @@
-"""How much memory this machine has for us, and whether Linux has ended processes for lack of it.
+"""How much memory this machine has for a run, OOM kills by Linux, and out-of-memory errors.
 
 A container or a service manager may give a process less than the machine has: Linux keeps such
 limits, and counts of its kills, in control groups. Reads files of /proc and /sys where they are,
-and knows nothing of workers.
+and knows no torch: errors are recognised by names and texts, so that nothing has to be
+imported when there is no memory left.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _FILES = (
 @dataclass(frozen=True)
 class MachineMemory:
     """In bytes. `kills` only ever grows: processes that Linux ended because memory was full, on
-    this machine and in our control group; 0 where nobody counts."""
+    this machine and in our control group; 0 where it is not counted."""
 
     total: int
     available: int
@@ -114,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_out_of_memory(error: BaseException) -> str:
-    """What the error says of it, and how much memory is used and there."""
+    """The error's own sentence, and how much memory is used and free."""
     figures = [f"{gb(psutil.Process().memory_info().rss)} used by this rank"]
     memory = machine_memory()
     figures.append(f"{gb(memory.available)} of {gb(memory.total)} free on its host")
@@ -123,18 +124,18 @@ def describe_out_of_memory(error: BaseException) -> str:
 
 
 def ended_by_linux(used: int | None, total: int) -> str:
-    """What happened to a process that Linux killed."""
+    """The sentence about a process that the OOM killer ended."""
     had = f"it had {gb(used)} " if used else ""
     return f"Linux ended it because memory was full ({had}of {gb(total)} there)"
 
 
 def gb(size: float) -> str:
-    """As people say it: 15.6 GB."""
+    """As text, in powers of 1024: 15.6 GB."""
     return f"{size / _GB:.1f} GB" if size >= 0.95 * _GB else f"{size / 2**20:.0f} MB"
 
 
 def _words(error: BaseException) -> str:
-    """The sentence that says it, and the next one, which tells how much was asked for."""
+    """The sentence that says it, and the next one, which says how much was requested."""
     sentences = re.split(r"(?<=\.)\s+", str(error).strip()) if str(error).strip() else []
     says = [any(text in sentence.lower() for text in _TEXTS) for sentence in sentences]
     first = says.index(True) if any(says) else 0

@@ -1,6 +1,6 @@
-"""Does the same on several machines at once, and tells of all that failed, not only the first.
+"""Runs one function on several machines in parallel, and reports all failures, not only the first.
 
-One thread for each ("smolrun-mini2-code"): a slow or dead machine keeps no other waiting.
+One thread each ("smolrun-mini2-code"): a slow or dead machine does not delay the others.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def run_on_all(machines: Mapping[str, T], act: Callable[[T], R], what: str) -> d
     for name in machines:
         answer = found[name]
         if isinstance(answer, Exception):
-            failures.append(answer if isinstance(answer, SmolrunError) else _told(name, answer))
+            failures.append(
+                answer if isinstance(answer, SmolrunError) else _unexpected(name, answer)
+            )
         else:
             results[name] = answer
     if failures:
@@ -59,7 +61,7 @@ def run_on_all(machines: Mapping[str, T], act: Callable[[T], R], what: str) -> d
     return results
 
 
-def _told(name: str, error: Exception) -> HostError:
-    """An error that nobody foresaw, with the machine it came from."""
+def _unexpected(name: str, error: Exception) -> HostError:
+    """An unexpected error, with the machine it came from."""
     log.error("%s failed", name, exc_info=error)
     return HostError(name, f"{type(error).__name__}: {error}")

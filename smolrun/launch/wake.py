@@ -1,10 +1,10 @@
-"""Keeps a machine awake while this process lives: a run must not end because nobody types.
+"""Keeps a machine awake while this process lives: a run must not end because there is no input.
 
 macOS     caffeinate -i -w PID                 watches us, and ends when we do
 Linux     systemd-inhibit ... cat              `cat` reads a pipe of ours, which ends when we do
 Windows   SetThreadExecutionState              holds as long as the thread that asked for it
 
-A machine without any of these, or where they are not allowed, is none the worse: nothing is raised.
+A machine without any of these, or where they are not allowed, may fall asleep: nothing is raised.
 Closing a laptop's lid makes most of them sleep all the same.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 _ALIVE_S = 0.3  # a command that is not allowed to do it says so at once
 _END_S = 2.0
 
-# winbase.h; until told otherwise, the system is wanted.
+# winbase.h: the request holds until it is changed.
 _ES_CONTINUOUS, _ES_SYSTEM_REQUIRED = 0x80000000, 0x00000001
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def keep_awake(platform: str = sys.platform) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             if platform == "win32":
-                stack.enter_context(_wanted_by_a_thread())
+                stack.enter_context(_held_by_a_thread())
             else:
                 stack.enter_context(_held_by(command(platform)))
         except Exception as error:  # whatever it is, the run matters more
@@ -109,8 +109,8 @@ def _windows_kernel() -> Any:
 
 
 @contextlib.contextmanager
-def _wanted_by_a_thread() -> Iterator[None]:
-    """The wish is the thread's, so one thread makes it and lives as long as it shall hold."""
+def _held_by_a_thread() -> Iterator[None]:
+    """Windows ties the request to a thread, so one thread makes it and lives until the end."""
     over = threading.Event()
 
     def hold() -> None:

@@ -100,7 +100,7 @@ def test_a_host_that_is_away_stops_nothing(
     assert answer("y", hosts={"gone": "127.0.0.1:1", "bad": "-x", "mini1": "box"}) == 3
     out = capsys.readouterr().out
     assert "unreachable: 127.0.0.1 port 1 refuses the connection" in out
-    assert "unreachable: '-x' is no SSH address" in out
+    assert "unreachable: '-x' is not an SSH address" in out
     assert KnownHosts([server.known_hosts]).keys(server.entry)
 
 
@@ -183,7 +183,7 @@ def command(server: Server, folder: Path, *words: str) -> subprocess.CompletedPr
 def test_without_a_terminal_nothing_is_trusted(server: Server, tmp_path: Path):
     done = command(server, tmp_path)
     assert done.returncode == 3, done.stderr
-    assert "nobody is here to be asked, so nothing was trusted" in done.stdout
+    assert "not a terminal, cannot prompt, so nothing was trusted" in done.stdout
     assert "task=trust cluster=home trust.yes=true" in done.stdout
     assert not server.known_hosts.exists()
     done = command(server, tmp_path, "trust.yes=true")

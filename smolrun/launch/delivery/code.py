@@ -45,23 +45,23 @@ def deliver_code(
     deploy: Deploy,
     *,
     run: str | None = None,
-    told: TransferProgress | None = None,
+    transfer: TransferProgress | None = None,
 ) -> HostCode:
     """Have the code on the host, and say where. `run` is the run's folder there, if it has one:
     it keeps the code from being pruned. HostError says what is in the way."""
-    told = told or TransferProgress("code to hosts")
+    transfer = transfer or TransferProgress("code to hosts")
     if deploy == "none":
         return HostCode("", machine.home)
     folder = (
-        _tree(machine, archive, told)
+        _tree(machine, archive, transfer)
         if deploy == "rsync"
-        else _by_hash(machine, archive, run, told)
+        else _by_hash(machine, archive, run, transfer)
     )
     return HostCode(f"{folder}/{LIB}", f"{folder}/{OWN}")
 
 
 def _by_hash(
-    machine: Machine, archive: CodeArchive, run: str | None, told: TransferProgress
+    machine: Machine, archive: CodeArchive, run: str | None, transfer: TransferProgress
 ) -> str:
     key, root = archive.digest[:16], f"{machine.workdir}/code"
     wanted = {"root": root, "wanted": {key: archive.listing}}
@@ -69,7 +69,7 @@ def _by_hash(
     if answer["missing"]:
         place = {**wanted, "incoming": answer["incoming"]}
         try:
-            _send(machine, archive.pack(), place["incoming"], answer["free"], told)
+            _send(machine, archive.pack(), place["incoming"], answer["free"], transfer)
             finish = {"archive": _ZIP, "keep": _KEPT, "younger_s": _YOUNGER_S}
             check_whole(machine, ask(machine, "store", {"do": "finish", **place, **finish}))
         except BaseException:
@@ -78,7 +78,7 @@ def _by_hash(
     return f"{root}/{key}"
 
 
-def _tree(machine: Machine, archive: CodeArchive, told: TransferProgress) -> str:
+def _tree(machine: Machine, archive: CodeArchive, transfer: TransferProgress) -> str:
     root = f"{machine.workdir}/tree"
     wanted = {"root": root, "listing": archive.listing}
     answer = ask(machine, "tree", {"do": "look", **wanted})
@@ -89,7 +89,7 @@ def _tree(machine: Machine, archive: CodeArchive, told: TransferProgress) -> str
         try:
             if answer["changed"]:
                 data = archive.pack(answer["changed"])
-                _send(machine, data, place["incoming"], answer["free"], told)
+                _send(machine, data, place["incoming"], answer["free"], transfer)
             finish = {"archive": _ZIP, "changed": answer["changed"]}
             check_whole(machine, ask(machine, "tree", {"do": "finish", **place, **finish}))
         except BaseException:
@@ -98,7 +98,9 @@ def _tree(machine: Machine, archive: CodeArchive, told: TransferProgress) -> str
     return root
 
 
-def _send(machine: Machine, data: bytes, incoming: str, free: int, told: TransferProgress) -> None:
+def _send(
+    machine: Machine, data: bytes, incoming: str, free: int, transfer: TransferProgress
+) -> None:
     check_room(machine, machine.workdir, len(data), free)
-    told.add(len(data))
-    put(machine, data, f"{incoming}/{_ZIP}", len(data), told.on_bytes)
+    transfer.add(len(data))
+    put(machine, data, f"{incoming}/{_ZIP}", len(data), transfer.on_bytes)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # What no run used for so long goes when something new comes.
 _YOUNGER_S = 30 * 86_400.0
-# What a model or a tokenizer is made of; a folder of somebody's may hold anything else too.
+# What a model or a tokenizer is made of; a user's folder may hold other files too.
 _SMALL = (".json", ".jinja", ".txt", ".model")
 _WEIGHTS = ".safetensors"
 _MOST_KNOWN = 2000
@@ -101,7 +101,9 @@ class PreparedFiles:
             if folder is not None
         }
 
-    def deliver(self, machine: Machine, told: TransferProgress, run: str | None = None) -> Prepared:
+    def deliver(
+        self, machine: Machine, transfer: TransferProgress, run: str | None = None
+    ) -> Prepared:
         """Have them on the host; the same prepared data with the host's paths.
 
         `run` is the run's folder there, which keeps them from being pruned.
@@ -109,7 +111,7 @@ class PreparedFiles:
         root = f"{machine.workdir}/files"
         bundles = {bundle.key: bundle for bundle in (self._data, *self._folders.values())}
         deliver_bundles(
-            machine, root, [*bundles.values()], told, run=run, keep=0, younger_s=_YOUNGER_S
+            machine, root, [*bundles.values()], transfer, run=run, keep=0, younger_s=_YOUNGER_S
         )
         places = {folder: f"{root}/{bundle.key}" for folder, bundle in self._folders.items()}
         return dataclasses.replace(

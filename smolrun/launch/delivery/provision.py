@@ -81,8 +81,8 @@ def provision(
 def _provision(
     machines: Mapping[str, Machine], order: ProvisionRequest, progress: Progress
 ) -> ProvisionedHosts:
-    told = TransferProgress("sending code", progress)
-    codes = run_on_all(machines, lambda machine: _code(machine, order, told), "code")
+    transfer = TransferProgress("sending code", progress)
+    codes = run_on_all(machines, lambda machine: _code(machine, order, transfer), "code")
     driver = own_versions()
     checked = check_versions(
         driver, {name: found[2] for name, found in codes.items()}, cluster=order.cluster
@@ -90,8 +90,8 @@ def _provision(
     if checked.errors:
         errors = [HostError(name, *what_todo) for name, what_todo in checked.errors.items()]
         raise errors[0] if len(errors) == 1 else HostErrors(errors)
-    told = TransferProgress("sending data", progress)
-    files = run_on_all(machines, lambda machine: _files(machine, order, told), "files")
+    transfer = TransferProgress("sending data", progress)
+    files = run_on_all(machines, lambda machine: _files(machine, order, transfer), "files")
     hosts = {}
     for name, (code, python, versions) in codes.items():
         prepared, resume = files[name]
@@ -123,19 +123,19 @@ def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
 
 
 def _code(
-    machine: Machine, order: ProvisionRequest, told: TransferProgress
+    machine: Machine, order: ProvisionRequest, transfer: TransferProgress
 ) -> tuple[HostCode, str, dict[str, str | None]]:
     run = run_on_host(machine, order.run_id)
-    code = deliver_code(machine, order.archive, order.deploy, run=run, told=told)
+    code = deliver_code(machine, order.archive, order.deploy, run=run, transfer=transfer)
     return code, *ask_versions(machine, order.deploy, code.lib, cluster=order.cluster)
 
 
 def _files(
-    machine: Machine, order: ProvisionRequest, told: TransferProgress
+    machine: Machine, order: ProvisionRequest, transfer: TransferProgress
 ) -> tuple[Prepared | None, str | None]:
     run = run_on_host(machine, order.run_id)
-    prepared = order.prepared.deliver(machine, told, run) if order.prepared else None
-    resume = order.checkpoint.deliver(machine, told, run) if order.checkpoint else None
+    prepared = order.prepared.deliver(machine, transfer, run) if order.prepared else None
+    resume = order.checkpoint.deliver(machine, transfer, run) if order.checkpoint else None
     return prepared, resume
 
 

@@ -1,4 +1,4 @@
-"""What a run has on a host for as long as it lives: the checkpoint it goes on from, its own saves.
+"""The run's folder on a host, until its end: the checkpoint it resumes from, and what it saves.
 
 runs/<run_id>/resume/<key>/     a checkpoint, brought there
 runs/<run_id>/checkpoints/      what the ranks write, until shards.py has fetched it
@@ -34,7 +34,7 @@ def run_on_host(machine: Machine, run_id: str) -> str:
 
 
 def saving_on_host(saving: Saving, folder: str, resume: str | None) -> Saving:
-    """What the ranks of a host are told: they write below the run's `folder` there.
+    """`saving` for the ranks of a host: they write below the run's `folder` there.
 
     Older checkpoints live on the driver: a host needs room for the save that is being written and
     the one that is being fetched.
@@ -56,10 +56,10 @@ class CheckpointFiles:
         files[MANIFEST_FILE] = FileHashes().file(folder / MANIFEST_FILE)
         self._bundle = Bundle(folder.name, files)
 
-    def deliver(self, machine: Machine, told: TransferProgress, run: str) -> str:
+    def deliver(self, machine: Machine, transfer: TransferProgress, run: str) -> str:
         """Have it in the run's folder `run` on the host, whole; returns where it lies there."""
         root = f"{run}/resume"
-        deliver_bundles(machine, root, [self._bundle], told)
+        deliver_bundles(machine, root, [self._bundle], transfer)
         return f"{root}/{self._bundle.key}"
 
 

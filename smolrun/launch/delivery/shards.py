@@ -79,7 +79,7 @@ class ShardFetcher:
         progress: Progress = silent,
     ) -> None:
         """`origins` by rank, without those of this machine; `checkpoints` is the run's folder
-        here, `token` that of this start. `progress` is only told while `finish` waits, from other
+        here, `token` that of this start. `progress` is only called while `finish` waits, from other
         threads, one at a time."""
         self._origins = origins
         self._checkpoints = checkpoints
@@ -129,7 +129,7 @@ class ShardFetcher:
         return True
 
     def arrived(self) -> list[Event]:
-        """What can be told on now, each once; never blocks."""
+        """The events whose files have arrived, each once; never blocks."""
         with self._changed:
             events = list(self._arrived)
             self._arrived.clear()
@@ -138,7 +138,7 @@ class ShardFetcher:
     def finish(self, timeout_s: float) -> list[Event]:
         """Waits for what is under way, and returns the rest of the events; nothing is taken after.
 
-        What is not there in time is given up, and told as ShardFailed. May be called again.
+        What has not arrived in time becomes a ShardFailed. May be called again.
         """
         self._finishing = True
         give_up = time.monotonic() + timeout_s
@@ -162,18 +162,18 @@ class ShardFetcher:
 
     def _serve(self, queue: _FetchQueue) -> None:
         while (job := self._next(queue)) is not None:
-            told: Event = job.event
+            event: Event = job.event
             try:
                 self._fetch(job, queue.name)
             except SmolrunError as error:
-                told = job.failed(str(error))
-            except Exception as error:  # whatever it is: for a word that never comes a save waits
-                told = job.failed(f"{queue.name}: {type(error).__name__}: {error}")
+                event = job.failed(str(error))
+            except Exception as error:  # whatever it is: a save waits for this event
+                event = job.failed(f"{queue.name}: {type(error).__name__}: {error}")
             with self._changed:
-                # `finish` may have given up on it, and told so.
+                # `finish` may have timed out and reported it as failed.
                 if queue.waiting and queue.waiting[0] is job:
                     queue.waiting.popleft()
-                    self._arrived.append(told)
+                    self._arrived.append(event)
                 queue.refused.append(job)
                 self._changed.notify_all()
             self._remove_there(queue)

@@ -6,7 +6,8 @@ before a bundle gets its place (`on_host/store.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,6 @@ from smolrun.launch.remote.connection import OnBytes
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
-import threading
-from collections.abc import Callable
 
 _CALL_S = 60.0
 # What a small computer's card gives: so long may a host read what it has to compare.
@@ -54,7 +53,7 @@ class Bundle:
 
 
 def deliver_bundles(
-    machine: Machine, root: str, bundles: list[Bundle], told: TransferProgress, **keys: Any
+    machine: Machine, root: str, bundles: list[Bundle], transfer: TransferProgress, **keys: Any
 ) -> None:
     """Have these bundles at `root`/<key> on the host, whole; `keys` go to the host's `look` and
     `finish` (run, keep, younger_s). HostError says what is in the way."""
@@ -65,14 +64,14 @@ def deliver_bundles(
     if not missing:
         return
     size = sum(bundle.size for bundle in missing)
-    told.add(size)
+    transfer.add(size)
     place = {"root": root, "incoming": answer["incoming"]}
     try:
         check_room(machine, root, size, answer["free"])
         for bundle in missing:
             for name, file in bundle.files.items():
                 path = f"{answer['incoming']}/{bundle.key}/{name}"
-                put(machine, file.source, path, size, told.on_bytes)
+                put(machine, file.source, path, size, transfer.on_bytes)
         wanted = {bundle.key: bundle.listing for bundle in missing}
         finish = {"do": "finish", **place, "wanted": wanted, **keys}
         check_whole(machine, ask(machine, "store", finish, num_bytes=size))
@@ -114,7 +113,7 @@ def put(
     needed: int,
     on_bytes: OnBytes | None = None,
 ) -> None:
-    """Copy a file; a disk that fills up meanwhile is told as such."""
+    """Copy a file; a disk that fills up meanwhile is reported as such."""
     try:
         machine.put(source, path, on_bytes)
     except HostError:
@@ -136,7 +135,7 @@ def check_whole(machine: Machine, answer: dict[str, Any]) -> None:
 
 
 def forget(machine: Machine, script: str, place: dict[str, Any]) -> None:
-    """Take away what was on its way, if the host can still hear; else it does so after a day."""
+    """Remove what was being copied, if the host is reachable; else it does so after a day."""
     try:
         machine.call(script, {"do": "drop", **place}, timeout_s=10.0)
     except Exception:  # what went wrong first is what counts
@@ -152,7 +151,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Nobody wants to know."""
+    """Ignores progress."""
 
 
 class TransferProgress:

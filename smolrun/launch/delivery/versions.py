@@ -6,9 +6,11 @@ equal; torch and transformers may differ, but then replicas may differ by roundi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,6 @@ from smolrun.launch.delivery.code import Deploy
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
-import hashlib
-import re
-from collections.abc import Iterable
-from importlib.metadata import requires
 
 LIBRARIES = ("smolrun", "torch", "transformers")
 _OLDEST_PYTHON = (3, 11)

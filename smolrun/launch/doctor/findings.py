@@ -1,7 +1,6 @@
 """What the facts of one host mean for a run, as findings. Pure: the facts come from `on_host/`.
 
-system.py, environment.py, clock.py and power.py there say what the host says; here is what is
-right, what is not, and which command mends it.
+A finding is one sentence with a severity and a hint, a command where there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _GB = 1e9
 _NEEDED_DISK = 1 * _GB  # a delivery and a small run
 _GOOD_DISK = 5 * _GB  # an environment with the CPU build of torch takes two
 _GOOD_MEMORY = 1.5 * _GB  # torch alone takes a third of it
-_CLOCK_S = 30.0  # logs of hosts that are further apart tell no story
+_CLOCK_S = 30.0  # beyond this, the logs of hosts cannot be compared
 _HOT_C = 85.0
 # Raspberry Pi's firmware: what is so now; 16 bits higher, what has been so since boot.
 _PI_BITS = {
@@ -151,7 +150,7 @@ def of_clock(offset_s: float, uncertain_s: float, os: str) -> Iterator[Finding]:
 
 
 def of_sleep(sleep: Facts, os: str) -> Iterator[Finding]:
-    """Whether it falls asleep by itself. A run holds a wake lock where the system has one."""
+    """Whether it suspends when idle. A run holds a wake lock where the system has one."""
     cause, hint = _sleeps(sleep, os)
     if cause is None:
         return
@@ -188,7 +187,7 @@ def _sleeps(sleep: Facts, os: str) -> tuple[str | None, str | None]:
 
 
 def of_throttle(throttle: Facts) -> Iterator[Finding]:
-    """Whether it makes itself slower than it is."""
+    """Whether it throttles itself."""
     bits = throttle.get("pi_bits") or 0
     for bit, what in _PI_BITS.items():
         hint = _PI_POWER if bit == 0x1 else _PI_COOL
@@ -232,9 +231,9 @@ _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """`blocks`: no run can use the host. `limits`: it can, worse than it could. `note`: to know.
+    """`error`: no run can use the host. `warning`: it can, with a limitation. `info`: no effect.
 
-    `hint` is what mends it, a command where there is one.
+    `hint` is what to do, a command where there is one.
     """
 
     severity: Severity
@@ -248,7 +247,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class HostStatus:
-    """What a host is good for, and why, the gravest first."""
+    """Whether runs can use a host, with its findings, errors first."""
 
     state: State
     findings: tuple[Finding, ...]
@@ -274,13 +273,13 @@ class HostStatus:
 
 
 def status(findings: Iterable[Finding]) -> HostStatus:
-    """What these findings make of a host; equal ones count once."""
+    """The status that follows from these findings; duplicates count once."""
     sorted_ = sorted(dict.fromkeys(findings), key=lambda one: _ORDER[one.severity])
     return HostStatus(_state(sorted_), tuple(sorted_))
 
 
 def _state(findings: Sequence[Finding]) -> State:
-    weights = {one.severity for one in findings}
-    if "error" in weights:
+    severities = {one.severity for one in findings}
+    if "error" in severities:
         return "cannot run"
-    return "usable" if "warning" in weights else "fine"
+    return "usable" if "warning" in severities else "fine"

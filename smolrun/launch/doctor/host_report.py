@@ -1,8 +1,8 @@
-"""Asks one host all that `task=doctor` wants to know, and says what it means for a run.
+"""Probes one host for `task=doctor`, by scripts of on_host/, and derives findings.
 
     probe_host(machine, orders) -> HostReport      facts of the host, and findings
 
-A question that fails becomes a finding: the others are asked all the same.
+A script that fails becomes a finding; the others still run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which host reaches which, over which interfaces, and whether a faster route lies idle. Pure.
 
-`on_host/network.py` tells the interfaces, `on_host/reach.py` who reached whom. A mesh needs one
-direction of each pair: the one that is blocked is told, and only a pair that is blocked both routes
-keeps a run from starting.
+`on_host/network.py` lists the interfaces, `on_host/reach.py` which host reached which. A mesh needs
+one direction of each pair: a blocked one is a warning, and only a pair that is blocked in both
+directions prevents a run.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Interface:
     addresses: tuple[str, ...]
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Interface:
-        """As `on_host/network.py` tells it."""
-        addresses = tuple(text for text in told["addresses"] if _is_address(text))
-        return cls(told["name"], told["kind"], told["speed_mbps"], addresses)
+    def from_json(cls, row: Mapping[str, Any]) -> Interface:
+        """From an interface of `on_host/network.py`."""
+        addresses = tuple(text for text in row["addresses"] if _is_address(text))
+        return cls(row["name"], row["kind"], row["speed_mbps"], addresses)
 
     @property
     def speed(self) -> float:
-        """Mbit/s: as told, or as usual for its kind."""
+        """Mbit/s: as reported, or as usual for its kind."""
         return self.speed_mbps or _USUAL_SPEED.get(self.kind, 100.0)
 
     def __str__(self) -> str:
@@ -152,7 +152,7 @@ def _route(source: str, to: str, configured: Sequence[str], rows: Sequence[Any])
 def unreachable_hosts(found: Sequence[Route]) -> list[str]:
     """The fewest hosts without which every pair is linked in one direction at least.
 
-    Hosts that are equally bad are all named: nobody can tell which one it is.
+    Hosts with equally many broken pairs are all named: the cause is ambiguous.
     """
     state: dict[frozenset[str], bool] = {}
     for route in found:
@@ -176,7 +176,7 @@ def faster_networks(
     reach: Mapping[str, Mapping[str, Any]],
 ) -> list[FasterNetwork]:
     """For each direction that is open, a much faster network that both hosts are on."""
-    told = []
+    found_faster = []
     for route in found:
         source, to = hosts[route.source], hosts[route.to]
         mine, theirs = source.interface(route.local), to.interface(route.address)
@@ -188,9 +188,11 @@ def faster_networks(
             if speed >= used.speed * _MUCH_FASTER and better.kind != "loopback":
                 rows = reach[route.source]["dialed"][route.to]
                 answered = any(r["address"] == address and r["error"] is None for r in rows)
-                told.append(FasterNetwork(route.source, route.to, address, used, better, answered))
+                found_faster.append(
+                    FasterNetwork(route.source, route.to, address, used, better, answered)
+                )
                 break
-    return told
+    return found_faster
 
 
 def best_addresses(
@@ -198,7 +200,7 @@ def best_addresses(
 ) -> list[str]:
     """The addresses of a host at which all others reached it, the fastest network first.
 
-    Empty where there is none, or nobody who could have asked.
+    Empty where there is none, or no other host was probed.
     """
     rows = [
         reply["dialed"][name]

@@ -1,4 +1,7 @@
-"""Who reaches whom, in words: findings for hosts, from what `links.py` made of the facts. Pure."""
+"""Which host reaches which, without a mesh: the test, and findings with the firewall command.
+
+`probe_reachability` runs `on_host/reach.py` on all hosts at the same time; the rest is pure.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from smolrun.launch.run_on_all import run_on_all
 
 @dataclass(frozen=True)
 class HostFirewall:
-    """What guards a host: its firewall, as found, and what a rule for it must name."""
+    """A host's firewall as found, and what a rule for it must name."""
 
     firewall: Mapping[str, Any]
     os: str
@@ -33,7 +36,7 @@ class HostFirewall:
     ports: tuple[int, int] | None
 
     def allow_command(self, source: str | None) -> str:
-        """The command that opens it for a network."""
+        """The command that opens it for a network, on that host."""
         return allow_command(self.firewall, self.os, self.ports, python=self.python, source=source)
 
 
@@ -42,23 +45,23 @@ def unreachable_findings(
     found: Sequence[Route],
     firewalls: Mapping[str, HostFirewall],
 ) -> dict[str, list[Finding]]:
-    """Findings for the hosts that others cannot reach."""
+    """Findings for the hosts that other hosts cannot reach."""
     cut = unreachable_hosts(found)
-    told: dict[str, list[Finding]] = {}
+    by_host: dict[str, list[Finding]] = {}
     open_ = {(route.source, route.to) for route in found if route.is_open}
     for route in (one for one in found if not one.is_open):
         works_back = (route.to, route.source) in open_
         if not works_back and route.to not in cut and route.source in cut:
-            continue  # told of the other one
+            continue  # reported for the other host
         rest = "; the other direction works" if works_back else ""
-        told.setdefault(route.to, []).append(
+        by_host.setdefault(route.to, []).append(
             Finding(
                 "warning" if works_back else "error",
                 f"{route.source} cannot reach {route.to} ({_why(route)}){rest}",
                 _mend(hosts[route.to], route, firewalls[route.to]),
             )
         )
-    return told
+    return by_host
 
 
 def _why(route: Route) -> str:
@@ -68,7 +71,7 @@ def _why(route: Route) -> str:
 def _mend(to: HostAddresses, route: Route, firewall: HostFirewall) -> str:
     errors = {error for _, error in route.errors}
     if "refused" in errors:
-        return "does another machine answer at that address? check `address:` of that host"
+        return "another machine may answer at that address; check `address:` of that host"
     known = any(to.interface(address) is not None for address, _ in route.errors)
     if not known:
         own = [text.partition("/")[0] for one in to.interfaces for text in one.addresses]
@@ -80,7 +83,7 @@ def _mend(to: HostAddresses, route: Route, firewall: HostFirewall) -> str:
 
 def network_findings(found: Sequence[FasterNetwork]) -> dict[str, list[Finding]]:
     """Findings for hosts that are on a faster network than the one that is used."""
-    told: dict[str, list[Finding]] = {}
+    by_host: dict[str, list[Finding]] = {}
     for one in found:
         other = f"{one.to}: `address: {one.address}`"
         silent = "" if one.answered else ", but it does not answer there"
@@ -91,8 +94,8 @@ def network_findings(found: Sequence[FasterNetwork]) -> dict[str, list[Finding]]
             if one.answered
             else "let TCP through there, then look again",
         )
-        told.setdefault(one.to, []).append(finding)
-    return told
+        by_host.setdefault(one.to, []).append(finding)
+    return by_host
 
 
 # For clusters that name none: one can only open ports that are known.
@@ -107,7 +110,7 @@ def allow_command(
     python: str,
     source: str | None = None,
 ) -> str:
-    """What to do on that host so that others reach its ports; `source` is their network."""
+    """The command, run on that host, that opens its ports; `source` is the other hosts' network."""
     first, last = ports or USUAL_PORTS
     lead = "" if ports else f"set `ports: {first}-{last}` in the cluster file, then there: "
     return lead + _command(firewall.get("kind"), os, f"{first}-{last}", python, source)
@@ -148,9 +151,9 @@ def probe_reachability(
     *,
     wait_s: float = _WAIT_S,
 ) -> dict[str, dict[str, Any]]:
-    """What each machine's reach.py tells; `{"error": ...}` for one that could not be asked.
+    """What each machine's reach.py returns; `{"error": ...}` where it could not run.
 
-    Blocks for `wait_s` where somebody cannot be reached, less where all can.
+    Blocks for `wait_s` if a host cannot be reached, less if all can.
     """
     if len(machines) < 2:
         return {}
@@ -177,7 +180,7 @@ def probe_reachability(
             answer = machines[name].call("reach", common | asked, wait_s + _START_S)
         except HostError as error:
             return {"error": error.what, "dialed": {}}
-        # Of a host's word only what it was asked counts, so that none can make addresses up.
+        # Rows of addresses that were not requested are dropped: a host cannot add any.
         dialed = {
             to: [row for row in answer["dialed"].get(to, []) if row["address"] in addresses]
             for (source, to), addresses in dials.items()

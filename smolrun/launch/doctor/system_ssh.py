@@ -1,9 +1,9 @@
-"""The system's own `ssh`, for one question: does it get in where we do not, and by which setting?
+"""The system's own `ssh`: does it log in where smolrun fails, and by which setting?
 
     ssh -o BatchMode=yes HOST true      does it get in
     ssh -G HOST                         what it reads in its files, defaults and all
 
-What `ssh -G` says is judged here, purely; running it is a few lines at the end.
+The output of `ssh -G` is compared by pure functions; running it is at the end.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def compared(
         pass
     reasons = differences(said, ours, shares=shares)
     if not reasons:
-        return Finding("info", "the system's ssh gets in, smolrun does not", f"ssh -v {target}")
+        return Finding("info", "the system's ssh logs in, smolrun does not", f"ssh -v {target}")
     what, hint = reasons[0]
-    return Finding("info", f"the system's ssh gets in, smolrun does not: {what}", hint)
+    return Finding("info", f"the system's ssh logs in, smolrun does not: {what}", hint)
 
 
 def _run(argv: list[str]) -> str | None:

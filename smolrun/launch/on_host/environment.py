@@ -62,10 +62,10 @@ print("smolrun-environment " + json.dumps(out))
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Asks the first of `pythons` that is there; `error` tells why that could not be done.
+    """Asks the first of `pythons` that is there; `error` says why that failed.
 
-    `packages`: names whose versions to tell; `torch`: import it; `device`, `measure`: how fast it
-    is there; `path`: PYTHONPATH; `env`: more variables; `timeout_s`.
+    `packages`: names whose versions are wanted; `torch`: import it; `device`, `measure`: how fast
+    it is there; `path`: PYTHONPATH; `env`: more variables; `timeout_s`.
     """
     inner = {name: request[name] for name in ("packages", "torch", "device", "measure")}
     environment = dict(os.environ, **request["env"])

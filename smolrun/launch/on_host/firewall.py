@@ -19,11 +19,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """`kind`: ufw, firewalld, nftables, iptables, macos, windows or None; `is_on` may be None."""
     kind = platform.system().lower()
     if kind == "darwin":
-        told = _run("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate") or ""
-        return {"kind": "macos", "is_on": "State = 0" not in told if told else None}
+        output = _run("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate") or ""
+        return {"kind": "macos", "is_on": "State = 0" not in output if output else None}
     if kind == "windows":
-        told = _run("netsh", "advfirewall", "show", "currentprofile", "state") or ""
-        return {"kind": "windows", "is_on": bool(re.search(r"\bON\b", told)) if told else None}
+        output = _run("netsh", "advfirewall", "show", "currentprofile", "state") or ""
+        return {"kind": "windows", "is_on": bool(re.search(r"\bON\b", output)) if output else None}
     return _linux()
 
 

@@ -1,7 +1,7 @@
-"""Runs on a host: will it fall asleep, and does it slow itself down. Changes nothing.
+"""Runs on a host: its sleep settings and throttling. Changes nothing.
 
-It tells what the system says; what that means is decided on the driver. Only the standard library,
-Python >= 3.8; what cannot be found out is left out.
+findings.py decides on the driver what the values mean. Only the standard library, Python >= 3.8;
+what cannot be found out is left out.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Runs on every host at the same time: can this host be reached by the others, and they by it?
+"""Runs on every host at the same time: which other hosts does it reach, and which reach it?
 
 Each listens on the first of its ports that is free, and dials the ports of all others, until all
-is known or time is up. Who answers proves that it belongs to this test: it knows the nonce, which
-came over SSH. Needs no mesh and nothing of smolrun; standard library, Python >= 3.8.
+is known or time is up. Both sides prove by HMAC that they belong to this test: they know the nonce,
+which came over SSH. Needs no mesh and nothing of smolrun; standard library, Python >= 3.8.
 
     request: me, nonce (hex), listen [port, ..], wait_s,
              peers {name: {"addresses": [..], "ports": [..]}}
-             expected [[peer, address it dials], ..]      when all have knocked, it is over
+             expected [[peer, address it dials], ..]      returns once all have connected
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PAUSE_S = 0.1
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """`port` it listened on (None: all were taken), `heard` whom at which address of ours, and
+    """`port` it listened on (None: all were taken), `heard`: [peer, our address] rows, and
     `dialed` every peer."""
     nonce = bytes.fromhex(request["nonce"])
     deadline = time.monotonic() + request["wait_s"]
@@ -87,7 +87,7 @@ def _answer(
     request: dict[str, Any],
     heard: list[list[str]],
 ) -> None:
-    """Answers one knock after the other until all have come, or time is up."""
+    """Accepts connections until all expected peers have connected, or time is up."""
     expected = [list(one) for one in request["expected"]]
     while time.monotonic() < deadline and len(heard) < len(expected):
         listener.settimeout(max(0.05, deadline - time.monotonic()))
@@ -98,15 +98,15 @@ def _answer(
         with sock:
             try:
                 sock.settimeout(_DIAL_S)
-                knock = _read_knock(sock, nonce)
-                if knock in expected and knock not in heard:
-                    heard.append(knock)
+                hello = _read_hello(sock, nonce)
+                if hello in expected and hello not in heard:
+                    heard.append(hello)
             except OSError:
-                continue  # a stranger, or one who left
+                continue  # not a peer of this test, or closed
 
 
-def _read_knock(sock: socket.socket, nonce: bytes) -> list[str]:
-    """Who knocks, and at which address; it is answered only if it knows the nonce."""
+def _read_hello(sock: socket.socket, nonce: bytes) -> list[str]:
+    """[peer, address it dialled]; the answer is sent only if it knows the nonce."""
     challenge, proof = _take(sock, _CHALLENGE), _take(sock, _PROOF)
     name = _take(sock, _take(sock, 1)[0])
     if not hmac.compare_digest(proof, _proof(nonce, b"dial", challenge, name)):
@@ -144,7 +144,7 @@ def _dial(
             except socket.timeout:
                 told["error"] = "timed out"
             except ConnectionRefusedError:
-                # One silent port tells more than two that refuse, being free.
+                # A timeout says more than a refusal, as the other ports are free.
                 if told["error"] != "timed out":
                     told["error"] = "refused"
             except OSError as error:

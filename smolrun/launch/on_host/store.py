@@ -108,7 +108,7 @@ def _hash(folder: str, name: str, size: int) -> str:
 
 
 def _state(folder: str, name: str) -> list[Any]:
-    """Size and time of change: what differs when somebody has written into the file."""
+    """Size and time of change: differs when the file was written to."""
     try:
         found = os.lstat(os.path.join(folder, name))
     except OSError:
@@ -134,7 +134,7 @@ def _write_mark(root: str, key: str, listing: dict[str, Any]) -> None:
 
 
 def _place(root: str, key: str, folder: str, listing: dict[str, Any]) -> None:
-    """By one rename; whoever came first with the same content keeps the place."""
+    """By one rename; the first one with the same content stays."""
     target = os.path.join(root, key)
     for _ in range(10):  # others may be doing the same
         try:
@@ -147,16 +147,16 @@ def _place(root: str, key: str, folder: str, listing: dict[str, Any]) -> None:
                 continue
             _remove(root, key)
     else:
-        raise OSError(f"{target} cannot be given its place: somebody keeps changing it")
+        raise OSError(f"{target} cannot be replaced: another process keeps changing it")
     _write_mark(root, key, listing)
 
 
 def _remove(root: str, key: str) -> None:
-    """First under another name, so that nobody finds half of it."""
+    """Renamed first, so that no reader finds half of it."""
     doomed = tempfile.mkdtemp(prefix=".incoming-", dir=root)
     try:
         os.rename(os.path.join(root, key), os.path.join(doomed, key))
-    except OSError:  # somebody else was faster, or Windows has a file of it open
+    except OSError:  # another process was faster, or Windows has a file of it open
         pass
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -95,7 +95,7 @@ def _linux_memory() -> tuple[int | None, int | None]:
 def _mac_memory() -> tuple[int | None, int | None]:
     total, pages = _run("sysctl", "-n", "hw.memsize"), _run("vm_stat") or ""
     size = re.search(r"page size of (\d+) bytes", pages)
-    # What is inactive or speculative is given up for whoever asks.
+    # What is inactive or speculative is reclaimed on demand.
     free = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)", pages, re.MULTILINE)
     available = sum(map(int, free)) * int(size.group(1)) if size and free else None
     return (int(total) if total and total.isdigit() else None, available)

@@ -1,7 +1,7 @@
 """On the host: one readable folder of code that follows the driver's (deploy=rsync).
 
 Only files that differ travel, in one archive. Code that the driver does not have is deleted, also
-what somebody else put there: the folder is smolrun's. Other files, and all outside it, stay.
+what the user put there: the folder is smolrun's. Other files, and all outside it, stay.
 """
 
 from __future__ import annotations

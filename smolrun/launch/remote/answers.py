@@ -1,7 +1,7 @@
 """What each script of `on_host/` may answer: types and ranges. Pure.
 
-A host is not trusted with more than its own part of a run. What it answers is converted by these
-types before anything else sees it; what does not fit is the host's error, not ours. Keys that are
+A host is trusted with its own part of a run only. Its answers are converted to these types before
+anything else reads them; what does not fit is a HostError of that host. Keys that are
 not named here are left out.
 """
 

@@ -1,4 +1,4 @@
-"""Asks a question of a host: runs one script of `on_host/` by the host's own Python.
+"""Remote call: runs one script of `on_host/` by the host's own Python.
 
 The script and its request travel over stdin, so that nothing has to be installed there first and
 nothing stands in the list of processes; the reply is one line of stdout behind a mark that is new
@@ -86,10 +86,12 @@ def _reply(host: str, python: str, script: str, do: str | None, text: str, clust
         plain = all_in_one_line(json.loads(text, parse_constant=_refuse))
         return checked(script, do, plain)
     except msgspec.ValidationError as error:
-        what = f"its answer to {script!r} is not as it must be: {error}"
+        what = f"its answer to {script!r} is not valid: {error}"
     except (ValueError, RecursionError):
         what = f"its answer to {script!r} cannot be read: {text[:200]!r}"
-    raise HostError(host, what, "is it the machine you mean, and is its Python a usual one?")
+    raise HostError(
+        host, what, "check that this is the right machine and that its Python is CPython"
+    )
 
 
 def _refuse(constant: str) -> None:
@@ -103,7 +105,7 @@ def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:
 
 
 def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str) -> HostError:
-    """Why there is no answer, as far as its last words tell."""
+    """Why there is no answer, by its exit code and the tail of its output."""
     last = error_tail(done.err, done.out)
     if b"Unknown option: -I" in done.err:  # Python 2 knows no -I
         return _too_old(host, python, "2", cluster)
@@ -117,7 +119,7 @@ def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str
 
 
 def get_python(cluster: str) -> str:
-    """What to do about a host without a Python that is of use."""
+    """The hint for a host without a usable Python."""
     return (
         f"smolrun task=setup cluster={cluster} installs one, or set `python:` in the cluster file"
     )

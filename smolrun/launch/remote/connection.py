@@ -1,7 +1,7 @@
-"""What the launcher asks of a connection to another machine: commands, files, and pipes.
+"""The interface of a connection to another machine: commands, files and pipes.
 
-`ssh/connection.py` is the real one; a test has one that runs everything on this machine. Nothing
-here knows what is run or copied. Every method may block, and none blocks longer than its deadline.
+`ssh/` implements it; tests implement it by subprocess. Every method may block, none longer than its
+deadline.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ class RemoteProcess(Protocol):
         """Its exit code once it has ended; None if the connection ended first."""
 
     def close(self) -> None:
-        """Give the pipes up, whatever state it is in. Never raises; may come twice."""
+        """Close the pipes in any state. Never raises; may be called twice."""
 
 
 class Connection(Protocol):
-    """A machine that can be talked to. Methods raise HostError, with a sentence and what to do."""
+    """A connection to a machine. Methods raise HostError, with a sentence and a hint."""
 
     name: str
 
     @property
     def address(self) -> str | None:
-        """Where it goes, as numbers; None if something stands between that hides it."""
+        """The IP address it is connected to; None behind a jump host or a proxy command."""
 
     @property
     def lost(self) -> str | None:
-        """Why it is gone, if it is and nobody closed it."""
+        """Why it was lost; None while it is open and after `close`."""
 
     @property
     def is_silent(self) -> bool:
-        """Whether it has left a question unanswered for seconds; also once it is lost for that."""
+        """Whether a keepalive has been unanswered for seconds; stays true once lost for that."""
 
     def give_up(self) -> None:
-        """Take it for lost now: who waits for it waits no longer. Never raises."""
+        """Close it as lost, now: all calls that wait for it return. Never raises."""
 
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin.
@@ -100,8 +100,8 @@ _MOST_CHARS = 300
 
 
 def error_tail(*outputs: bytes) -> str:
-    """The last line of the first output that has one."""
+    """The last line of the first output that has one, in at most 300 characters."""
     for output in outputs:
         if lines := output.decode("utf-8", "replace").strip().splitlines():
             return one_line(lines[-1]).strip()[:_MOST_CHARS]
-    return "it said nothing"
+    return "no output"

@@ -1,6 +1,6 @@
-"""A host of the cluster that answered: its shell, system, folders and a Python that can be asked.
+"""A probed host: runs commands, scripts of on_host/ and workers there, and copies files.
 
-Knows what a run needs of a machine, but neither what is copied there nor what is run.
+It does not know what is copied or what is run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from smolrun.launch.remote.worker import RemoteWorker, start_worker
 
 
 class Machine:
-    """A host that answered. Methods raise HostError; several threads may use it at once.
+    """A host that was probed. Methods raise HostError; several threads may use it at once.
 
-    `python` is some Python >= 3.8, or "" if it was allowed to have none; `home`, `workdir` and
-    `python` are absolute, with "/" between their parts on every system.
+    `python` is some Python >= 3.8, or "" if there is none and none was required; `home`, `workdir`
+    and `python` are absolute, with "/" between their parts on every system.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Machine:
 
     @property
     def address(self) -> str | None:
-        """Where our connection to it goes, as numbers; None if that is not the host itself."""
+        """The host's IP address as the connection has it; None behind a jump host or a proxy."""
         return self.connection.address
 
     def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def probe_machine(
     needs_python: bool = True,
     shell_s: float = 30.0,
 ) -> Machine:
-    """The machine at the other end of a connection that is open."""
+    """Probe the machine at the other end of an open connection."""
     facts = probe_facts(
         spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s
     )
@@ -127,6 +127,6 @@ class RemoteHost:
         self._cwd = cwd
 
     def start(self, plan: WorkerPlan) -> WorkerProcess:
-        """Start one worker there; HostError with a sentence if that is impossible."""
+        """Start one worker there. HostError."""
         env = worker_environment({**self._machine.spec.env, **self._env}, plan.start.threads)
         return self._machine.start_worker(self._argv, env, self._cwd)

@@ -1,7 +1,8 @@
-"""Gets to know a machine at the other end of a connection: shell, system, folders, a Python.
+"""Probes a machine over a connection: its shell, system, folders, and a Python.
 
-Three questions, each the next one's ground: which shell answers, what is there, and then, to a
-Python of that machine, the rest.
+Three steps, each by means of the one before: which shell runs commands; where a Python may be (the
+shell of a command over SSH reads no profile, so a Python on the user's PATH is not found by name:
+the places where installers put it are tried one by one); and the rest, by `on_host/host_probe.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _ANSWER_S = 30.0  # a Pi with a slow card takes its time
 
 @dataclass(frozen=True)
 class HostSpec:
-    """What the cluster file says of a host, as far as reaching it goes."""
+    """What the cluster file says about reaching a host."""
 
     name: str
     ssh: str
@@ -33,7 +34,7 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What is known of a machine. Paths are absolute, with "/" between their parts."""
+    """What the probe found. Paths are absolute, with "/" between their parts."""
 
     shell: Shell
     os: str  # linux, darwin or windows
@@ -54,12 +55,12 @@ def probe_facts(
     needs_python: bool = True,
     shell_s: float = _ANSWER_S,
 ) -> HostFacts:
-    """Ask; HostError if it is of no use. Its workdir is there afterwards, if it has a Python.
+    """Probe it; HostError if no run can use it. Creates its workdir, if it has a Python.
 
     `shell_s` is how long its login shell may take to start.
     """
     shell = _shell(connection, shell_s)
-    found = _look_around(spec, connection, shell)
+    found = _probe_shell(spec, connection, shell)
     failures: list[HostError] = []
     for python in [spec.python] if spec.python else found.pythons:
         try:
@@ -76,30 +77,32 @@ def probe_facts(
 
 
 class _CannotUse(HostError):
-    """A Python that works well says why the machine cannot be used: no other need be tried."""
+    """The workdir cannot be used, whichever Python runs: no other one is tried."""
 
 
 def _asked(
     spec: HostSpec, connection: Connection, shell: Shell, python: str, cluster: str
 ) -> HostFacts:
     request = {"workdir": spec.workdir or DEFAULT_WORKDIR}
-    said = call(connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster)
-    if said["problem"]:
+    answer = call(
+        connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster
+    )
+    if answer["problem"]:
         raise _CannotUse(
             spec.name,
-            f"its folder {said['workdir']} cannot be used: {said['problem']}",
+            f"its folder {answer['workdir']} cannot be used: {answer['problem']}",
             "make room or give the folder to its user, or set `workdir:` in the cluster file",
         )
     return HostFacts(
         shell,
-        said["os"],
-        said["home"],
-        said["workdir"],
-        said["executable"],
-        said["python"],
-        said["user"],
-        said["architecture"],
-        said["cores"],
+        answer["os"],
+        answer["home"],
+        answer["workdir"],
+        answer["executable"],
+        answer["python"],
+        answer["user"],
+        answer["architecture"],
+        answer["cores"],
     )
 
 
@@ -109,8 +112,8 @@ def _shell(connection: Connection, timeout_s: float) -> Shell:
     except CommandTimeout:
         raise CommandTimeout(
             connection.name,
-            f"lets us in, but its login shell runs no command within {timeout_s:g} s",
-            "what do its start-up files (.bashrc, .zshenv) wait for?",
+            f"accepts the login, but its login shell runs no command within {timeout_s:g} s",
+            "check what its start-up files (.bashrc, .zshenv) wait for",
         ) from None
     shell = which_shell(done.out.decode("utf-8", "replace"))
     if shell is None:
@@ -122,23 +125,23 @@ def _shell(connection: Connection, timeout_s: float) -> Shell:
     return shell
 
 
-def _look_around(spec: HostSpec, connection: Connection, shell: Shell) -> ShellAnswer:
+def _probe_shell(spec: HostSpec, connection: Connection, shell: Shell) -> ShellAnswer:
     workdir = spec.workdir or DEFAULT_WORKDIR
     if shell is Shell.POSIX:
-        question = unix_probe_script(workdir).encode()
-        done = connection.run("exec sh -s", data=question, timeout_s=_ANSWER_S)
+        script = unix_probe_script(workdir).encode()
+        done = connection.run("exec sh -s", data=script, timeout_s=_ANSWER_S)
     else:
         line = command(shell, windows_probe_command(workdir))
         done = connection.run(line, timeout_s=_ANSWER_S)
     found = parse_answer(done.out.decode("utf-8", "replace"))
     if found is None:
         words = error_tail(done.err, done.out)
-        raise HostError(connection.name, f"its shell does not say what is there: {words}")
+        raise HostError(connection.name, f"its shell did not answer the probe: {words}")
     return found
 
 
 def no_python(name: str, cluster: str, failures: Sequence[HostError] = ()) -> HostError:
-    """Nothing there can run a script of ours."""
+    """The error of a host without a Python that can run a script of on_host/."""
     tried = "; " + "; ".join(error.what for error in failures) if failures else ""
     return HostError(
         name,
@@ -204,7 +207,7 @@ if (Get-Command py -ErrorAction SilentlyContinue) \
 
 @dataclass
 class ShellAnswer:
-    """What the shell said; paths have "/" between their parts on every system."""
+    """What the shell answered; paths have "/" between their parts on every system."""
 
     os: str = ""
     home: str = ""
@@ -213,7 +216,7 @@ class ShellAnswer:
 
 
 def unix_probe_script(workdir: str) -> str:
-    """A piece of sh that says what is there, for sh's stdin."""
+    """A script for sh's stdin that lists the system, the folders and the Pythons."""
     return _UNIX_QUESTION.format(mark=_MARK, workdir=shlex.quote(workdir), places=" ".join(_UNIX))
 
 
@@ -225,7 +228,7 @@ def windows_probe_command(workdir: str) -> list[str]:
 
 
 def parse_answer(output: str) -> ShellAnswer | None:
-    """The answer in a shell's output, noise left out; None if there is none."""
+    """The answer in a shell's output, without other lines; None if there is none."""
     answer = ShellAnswer()
     for line in output.splitlines():
         mark, _, rest = line.strip().partition(" ")

@@ -37,7 +37,7 @@ class Shell(Enum):
 
 
 def which_shell(output: str) -> Shell | None:
-    """Who answered PROBE; noise of a profile before the answer does not matter. None: nobody."""
+    """The shell that answered PROBE, other lines before the answer ignored; None without one."""
     answers = _ANSWER.findall(output)
     if not answers:
         return None
@@ -137,4 +137,6 @@ def _single(text: str) -> str:
 
 def _refuse(text: str, characters: str) -> None:
     if found := set(text) & set(characters):
-        raise ValueError(f"{text!r} has {found.pop()!r} in it, which that shell cannot be told")
+        raise ValueError(
+            f"{text!r} has {found.pop()!r} in it, which cannot be quoted for that shell"
+        )

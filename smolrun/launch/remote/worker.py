@@ -4,8 +4,8 @@
               "<mark> <number>" is the first line of stdout; noise of a profile may come before it
 
 sh stays, so that an end by a signal comes back as an exit code. Closing the worker's stdin ends it;
-one that is frozen is ended by a second command that kills the group. If the connection is gone,
-nobody can reach it any more: then its lease ends it (control.py).
+one that is frozen is ended by a second command that kills the group. If the connection is lost,
+its lease ends it (control.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RemoteWorker:
         return first or self._process.read_out()
 
     def read_log(self) -> bytes:
-        """Some bytes of its stderr, after what its login shell had to say; empty at the end."""
+        """Some bytes of its stderr, after the output of its login shell; empty at the end."""
         noise, self._noise = self._noise, b""
         return noise or self._process.read_err()
 
@@ -81,15 +81,15 @@ class RemoteWorker:
         return 128 - code if code - 128 in _SIGNALS else code
 
     def lost(self) -> str | None:
-        """After `wait`: why nobody can know how it ended, if that is so."""
+        """After `wait`: why its exit code is unknown, if it is."""
         return self._lost
 
     def is_silent(self) -> bool:
-        """Whether the connection has been asked whether it is there, and nothing came back."""
+        """Whether a keepalive of the connection has been unanswered for seconds."""
         return self._connection.is_silent
 
     def out_of_memory(self) -> str | None:
-        """Not known: the system there tells nobody."""
+        """Always None: the exit status over SSH does not say it."""
         return None
 
     def kill(self) -> None:
@@ -108,7 +108,7 @@ class RemoteWorker:
         asking.start()
         give_up = time.monotonic() + _KILL_S
         while asking.is_alive() and time.monotonic() < give_up:
-            if self._connection.is_silent:  # it is cut off or asleep: nobody there hears this
+            if self._connection.is_silent:  # unreachable: the command would not arrive
                 self._connection.give_up()
                 break
             asking.join(_POLL_S)
@@ -148,7 +148,7 @@ def start_worker(
     alarm.name, alarm.daemon = f"smolrun-ssh-{connection.name}-alarm", True
     alarm.start()
     try:
-        heard = _until_mark(process, mark.encode())
+        received = _until_mark(process, mark.encode())
     finally:
         alarm.cancel()
     if late.is_set():
@@ -157,9 +157,9 @@ def start_worker(
             f"its login shell did not come to our command within {timeout_s:g} s",
             f"what does `ssh {connection.name} true` wait for? look at its shell's start-up files",
         )
-    if heard is None:
+    if received is None:
         raise _no_start(connection, process)
-    noise, group, first = heard
+    noise, group, first = received
     # What reads its input now is our own piece of sh, no longer a start-up file of the login shell.
     with contextlib.suppress(OSError):  # it has ended; its exit code says so
         process.write(environment_input(shell, env))
@@ -179,15 +179,15 @@ def _line(
 
 def _until_mark(process: RemoteProcess, mark: bytes) -> tuple[bytes, int | None, bytes] | None:
     """The noise before the mark, the process group, and what came after; None if it ended first."""
-    heard = b""
+    received = b""
     while data := process.read_out():
-        heard += data
-        before, found, after = heard.partition(mark + b" ")
+        received += data
+        before, found, after = received.partition(mark + b" ")
         number, newline, first = after.partition(b"\n")
         if found and newline:
             group = int(number) if number.strip().isdigit() and len(number) < 20 else 0
             return before.removesuffix(b"\n"), group or None, first
-        heard = heard[-_MOST_NOISE_BYTES:]  # also after a mark that no number follows
+        received = received[-_MOST_NOISE_BYTES:]  # also after a mark that no number follows
     return None
 
 

@@ -2,7 +2,7 @@
 
     envs/.NAME.part-1a2b/   made here ...           envs/NAME/   ... and renamed when complete
 
-So an environment that has its name is whole, and one that was broken off is in nobody's way.
+So an environment under its final name is whole, and an interrupted one is ignored.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ Say = Callable[[str], None]
 
 
 def look(machine: Machine, environment: str) -> BlankHost:
-    """What the host has; the same few questions for a blank one and for one that is ready."""
+    """What the host has, blank or ready."""
     if machine.shell is not Shell.POSIX:
         return BlankHost(system="windows")
     places = probe.unix_probe_script(machine.workdir).encode()
-    told = machine.run(["sh", "-s"], data=places, timeout_s=_LOOK_S)
-    answer = probe.parse_answer(told.out.decode("utf-8", "replace"))
+    done = machine.run(["sh", "-s"], data=places, timeout_s=_LOOK_S)
+    answer = probe.parse_answer(done.out.decode("utf-8", "replace"))
     pythons = answer.pythons if answer is not None else []
     text = setup_plan.question(machine.workdir, environment, pythons)
-    told = machine.run(["sh", "-s"], data=text.encode(), timeout_s=_LOOK_S)
-    return setup_plan.parse_blank_host(told.out.decode("utf-8", "replace"))
+    done = machine.run(["sh", "-s"], data=text.encode(), timeout_s=_LOOK_S)
+    return setup_plan.parse_blank_host(done.out.decode("utf-8", "replace"))
 
 
 class EnvironmentMaker:
-    """One host that is made ready. What the commands there say goes into the file `log`."""
+    """Sets one host up. The output of the commands there goes into the file `log`."""
 
     def __init__(self, machine: Machine, found: BlankHost, plan: Plan, log: Path, say: Say) -> None:
         self._machine = machine
@@ -166,7 +166,7 @@ class EnvironmentMaker:
 def plan_environment(
     machine: Machine, environment: str, *, torch: str, requirements: Sequence[str]
 ) -> tuple[BlankHost, Plan | None]:
-    """What the host has, and what is to be done there."""
+    """What the host has, and the plan for it."""
     found = look(machine, environment)
     plan = setup_plan.plan(
         machine.name,

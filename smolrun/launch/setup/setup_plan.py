@@ -1,4 +1,7 @@
-"""What it takes to make a host ready, decided before anything is done. Pure.
+"""What a host has before setup, and what setup has to do there, decided first. Pure.
+
+    blank_host_script(...) -> sh for its stdin, as it may have no Python;  parse_blank_host(output)
+    plan(host, found, ...) -> Plan | None
 
 A host that has what it needs has an empty plan; one that cannot be made ready is refused with a
 sentence that says what its user must do.
@@ -40,17 +43,17 @@ class Plan:
 
     def lines(self) -> list[str]:
         """What will be done, in the order in which it will."""
-        told = []
+        lines = []
         if self.brings_uv:
-            told.append("copy uv there (no root, only into its workdir)")
+            lines.append("copy uv there (no root, only into its workdir)")
         if self.python is None:
-            told.append(f"install Python {self.version} by uv, for its user alone")
+            lines.append(f"install Python {self.version} by uv, for its user alone")
         by = f"Python {self.version}" if self.python is None else self.python
-        told.append(f"make the environment {self.environment} by {by}")
+        lines.append(f"make the environment {self.environment} by {by}")
         build = {"cpu": " with the CPU build of torch", "cuda": " with the CUDA build of torch"}
         count = len(self.requirements)
-        told.append(f"install {count} packages and what they need{build.get(self.torch, '')}")
-        return told
+        lines.append(f"install {count} packages and what they need{build.get(self.torch, '')}")
+        return lines
 
 
 def plan(
@@ -86,7 +89,7 @@ def _refuse(host: str, found: BlankHost, workdir: str) -> None:
     if found.system not in ("linux", "darwin"):
         raise HostError(
             host,
-            f"task=setup knows Linux and macOS, this is {found.system or 'neither'}",
+            f"task=setup supports Linux and macOS, this is {found.system or 'neither'}",
             "install Python 3.12 and `pip install smolrun` there, and set `python:` to it",
         )
     if found.bits == 32 or found.architecture in ("armv6l", "armv7l", "i686", "i386"):
@@ -205,13 +208,13 @@ def question(workdir: str, environment: str, pythons: Sequence[str]) -> str:
 
 
 def parse_blank_host(output: str) -> BlankHost:
-    """What the host said; noise of its shell is left out."""
+    """What the host answered; other lines of its shell are ignored."""
     found = BlankHost()
     for line in output.splitlines():
         mark, _, rest = line.partition(" ")
         what, _, value = rest.partition(" ")
         if mark == _MARK and value.strip():
-            with contextlib.suppress(IndexError, ValueError):  # said nothing that can be used
+            with contextlib.suppress(IndexError, ValueError):  # a malformed line is ignored
                 _take(found, what, value)
     return found
 

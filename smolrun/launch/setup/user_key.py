@@ -1,4 +1,4 @@
-"""The user's own SSH key, and how a host learns it.
+"""The user's own SSH key, and its entry in a host's authorized_keys.
 
 Only the public half is ever read. The host gets a line in ~/.ssh/authorized_keys, once, with the
 rights that its SSH server insists on.
@@ -73,12 +73,12 @@ def read_key(file: Path) -> str:
     """Its one line; OSError if it is no public key, so that no private one ever leaves."""
     line = file.read_text(encoding="utf-8").strip()
     if not _LINE.fullmatch(line):
-        raise OSError(f"{file} holds no public key")
+        raise OSError(f"{file} is not a public key")
     return line
 
 
 def install(machine: Machine, line: str) -> bool:
-    """Have the key accepted there; False if it was already."""
+    """Add the key to authorized_keys there; False if it was there already."""
     if machine.shell is not Shell.POSIX:
         raise HostError(
             machine.name,

@@ -1,7 +1,7 @@
 """From the name of a host to a connection that is logged in, or to a HostError: always in time.
 
-The attempt runs in a thread of its own, because neither resolving a name nor an agent has a
-deadline; whoever waits for it gives up on time and says how far it came.
+The attempt runs in a thread of its own, as neither name resolution nor an agent has a deadline; the
+caller stops waiting at the deadline and reports the stage that was reached.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from smolrun.launch.ssh.host_keys import HostKey
 from smolrun.launch.ssh.login import AskPassword, KeyAuthStrategy
 from smolrun.launch.ssh.settings import SshTarget, load, parse_target, proxy, settings_of
 
-# It prints tracebacks of what we tell in a sentence.
+# It logs tracebacks of errors that are reported as HostError.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _MOST_JUMPS = 8
@@ -102,10 +102,10 @@ def open_machine(
     needs_python: bool = True,
     ask_password: AskPassword | None = None,
 ) -> Machine:
-    """Log in, and learn what runs must know. `timeout_s` is for the login.
+    """Log in and probe the host. `timeout_s` is for the login.
 
-    `needs_python` False (task=setup): without any Python the machine is there all the same, and its
-    workdir has not been made.
+    `needs_python` False (task=setup): a host without a Python is returned too; its workdir is not
+    created then.
     """
     connection = connect(
         spec.name,
@@ -133,8 +133,8 @@ def open_machines(
     cluster: str = "NAME",
     missing: dict[str, SmolrunError] | None = None,
 ) -> dict[str, Machine]:
-    """All of them at once, by name. If one fails none stays open, and all failures are told; where
-    there is a dict `missing`, it is left out instead, and its failure is put there."""
+    """All in parallel, by name. If one fails none stays open, and all failures are raised; with a
+    dict `missing`, a host that fails is left out and its error is put there."""
     opened: list[Machine] = []
     given_up = False
 
@@ -149,7 +149,7 @@ def open_machines(
             missing[spec.name] = error
             return None
         opened.append(machine)
-        if given_up:  # Ctrl-C came while this one was on its way
+        if given_up:  # interrupted while this one was connecting
             machine.close()
         return machine
 
@@ -225,7 +225,7 @@ def _planned(
 
 
 class _Attempt:
-    """One try to get through all hops, in a thread that can be left behind."""
+    """One attempt to connect through all hops, in a daemon thread that may outlive it."""
 
     def __init__(
         self, name: str, hops: list[SshHop], timeout_s: float, ask: AskPassword | None
@@ -284,7 +284,7 @@ class _Attempt:
                 first.address = str(dialled.getpeername()[0])
                 first.fabric.connect_kwargs["sock"] = dialled
             last.fabric.open()
-        except Exception as error:  # told by whoever waits
+        except Exception as error:  # reported by `finish`
             self._error = error
         self._done.set()
         with self._lock:
@@ -292,7 +292,7 @@ class _Attempt:
                 _close(self._hops)
 
     def _current(self) -> SshHop:
-        """The hop that was being worked on."""
+        """The hop that is being connected."""
         return next((hop for hop in self._hops if hop.stage != "in"), self._hops[-1])
 
     def _give_up(self) -> None:
@@ -331,7 +331,7 @@ def _transport(name: str, hop: SshHop, timeout_s: float, sock: Any, **options: A
     transport = Transport(hop.wire, **options)
     transport.name = f"smolrun-ssh-{name}"
     transport.handshake_timeout = timeout_s + _LATER_S
-    # A server with several keys shall show one that we know.
+    # A server with several keys should present one that is known.
     kinds = [key.kind for key in hop.known.keys(hop.settings.entry)]
     if "ssh-rsa" in kinds:
         kinds += ["rsa-sha2-512", "rsa-sha2-256"]
@@ -341,7 +341,7 @@ def _transport(name: str, hop: SshHop, timeout_s: float, sock: Any, **options: A
 
 
 class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has no types
-    """Lets in who is known. The client itself is given no known keys, so all come through here."""
+    """Accepts known keys only. The client is given no known keys, so every key is checked here."""
 
     def __init__(self, hop: SshHop) -> None:
         self._hop = hop

@@ -1,7 +1,8 @@
-"""An SSH connection that is logged in: commands, files, and whether the other side is still there.
+"""An SSH connection that is logged in: commands, their pipes, files, and a keepalive.
 
-A path that died without a word (a pulled plug, a machine asleep) is found by asking: whoever has
-not sent a byte for a while is sent a question, and given up if that stays unanswered.
+A path that ends without a FIN or RST (a pulled plug, a machine asleep) is found by the keepalive: a
+server that has not sent a byte for a while is sent a request, and the connection is closed if that
+stays unanswered. When it is lost, all outputs of commands end and `wait` returns None.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from smolrun.sanitize import without_credentials
 # The worker's lease is as long: both sides give up at about the same time.
 SILENCE_LIMIT_S = 15.0
 _ASK_AFTER_S = 1.0
-_UNANSWERED_S = 1.5  # no judgement yet, but an end of the run should not wait for it
+_UNANSWERED_S = 1.5  # not lost yet, but the end of a run should not wait for it
 _TICK_S = 0.5
 _OPEN_S = 20.0  # a new session on a machine that is alive but busy
 _MOST_OUTPUT_BYTES = 64 * 1024 * 1024
@@ -47,12 +48,12 @@ class SshConnection:
 
     @property
     def address(self) -> str | None:
-        """Where it goes, as numbers; None behind a jump host or a proxy command."""
+        """The IP address; None behind a jump host or a proxy command."""
         return self._hops[0].address if len(self._hops) == 1 else None
 
     @property
     def lost(self) -> str | None:
-        """Why the connection is gone, if it is and nobody closed it."""
+        """Why the connection was lost; None while it is open and after `close`."""
         if self._closed.is_set() or self._transport.is_active():
             return None
         if self._given_up:
@@ -61,11 +62,11 @@ class SshConnection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it has left a question unanswered for seconds; true also once it is given up."""
+        """Whether a keepalive has been unanswered for seconds; stays true once given up."""
         return self._given_up or self._unanswered_s >= _UNANSWERED_S
 
     def give_up(self) -> None:
-        """Take it for lost now, without waiting longer for an answer."""
+        """Close it as lost, now."""
         self._given_up = True
         self._hang_up()
 
@@ -147,12 +148,12 @@ class SshConnection:
         )
 
     def _watch(self, wire: TimedSocket) -> None:
-        """Ask after a silence; hang up after a longer one.
+        """Send a keepalive after a silence; close after a longer one.
 
-        The silence is summed in ticks of this thread: a driver that was frozen itself must not take
-        its own absence for the other side's.
+        The silence is summed in ticks of this thread: a driver that was suspended itself must not
+        count that time as the server's silence.
         """
-        before, heard = time.monotonic(), wire.last_received
+        before, last_received = time.monotonic(), wire.last_received
         asking: threading.Thread | None = None
         while not self._closed.wait(_TICK_S) and self._transport.is_active():
             now = time.monotonic()
@@ -160,8 +161,8 @@ class SshConnection:
             silence_s, before = self._silence_s + passed_s, now
             is_open = asking is not None and asking.is_alive()
             self._unanswered_s = self._unanswered_s + passed_s if is_open else 0.0
-            if wire.last_received != heard:
-                silence_s, heard = 0.0, wire.last_received
+            if wire.last_received != last_received:
+                silence_s, last_received = 0.0, wire.last_received
             self._silence_s = silence_s
             if silence_s >= self._silence_limit_s:
                 self.give_up()
@@ -170,8 +171,8 @@ class SshConnection:
                 asking.start()
 
     def _ask(self) -> None:
-        # The library's own keepalive asks for no answer. No server knows this question, and each
-        # must say so: RFC 4254, section 4.
+        # paramiko's own keepalive wants no reply. No server knows this request, and each must reply
+        # with a failure: RFC 4254, section 4.
         with contextlib.suppress(SSHException, OSError, EOFError):
             self._transport.global_request("keepalive@openssh.com", wait=True)
 
@@ -194,7 +195,7 @@ class _Gathered:
 
 
 def _feed(process: SshProcess, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # it ended without reading it all, which is its right
+    with contextlib.suppress(OSError):  # it ended without reading all of it
         process.write(data)
     process.close_input()
 
@@ -249,7 +250,7 @@ class SshProcess:
             return code
         if self._given_up or not self._transport.is_active():
             return None
-        # It was ended by a signal; SSH tells which, but paramiko does not hand that on.
+        # It was ended by a signal; SSH reports which, but paramiko drops it.
         return -_SIGKILL
 
     def close(self) -> None:

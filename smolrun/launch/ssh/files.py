@@ -1,7 +1,7 @@
 """Files to another machine and back, by SFTP: whole or not at all, in pieces, with progress.
 
-A file is written under a name of its own and renamed when its size is right, so that nobody ever
-finds half of it.
+A file is written under a name of its own and renamed when its size is right, so that no
+reader finds half of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One SSH server on the way to a host: the host itself, or a jump host before it.
+"""One SSH server on the route to a host: the host itself or a jump host, and why connecting failed.
 
-Holds what is learnt of it while we connect, so that whoever gives up waiting can say how far it
-came.
+A hop records the stage that connecting has reached, so that a deadline is reported with what was
+waited for. Below, each failure as one sentence with a hint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ConnectFailure(Exception):
 
 
 class TimedSocket:
-    """The socket below a connection; knows when something was last heard on it."""
+    """The socket below a connection, with the time of the last bytes received."""
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
@@ -58,7 +58,7 @@ class TimedSocket:
 
 @dataclass
 class SshHop:
-    """One server, and how far we came with it."""
+    """One server, and the stage that connecting to it has reached."""
 
     fabric: Connection
     settings: SshSettings
@@ -77,7 +77,7 @@ class SshHop:
 
     @property
     def greeted(self) -> bool:
-        """Whether an SSH server answered at all."""
+        """Whether an SSH server sent its version."""
         transport = self.fabric.client.get_transport()
         return transport is not None and bool(transport.remote_version)
 
@@ -88,7 +88,7 @@ class SshHop:
 
     @property
     def proxy_end(self) -> str | None:
-        """How that program ended, if it did, with its last words."""
+        """How that program ended, if it did, with the tail of its stderr."""
         process = getattr(self.wire, "process", None)
         if process is None or process.poll() is None:
             return None
@@ -102,13 +102,13 @@ class SshHop:
 
     @property
     def known(self) -> KnownHosts:
-        """What the user's files say of host keys, as they are now."""
+        """The user's known_hosts files, read again at each access."""
         return KnownHosts(self.settings.known_hosts)
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What a look at a server's host key gave."""
+    """The result of a scan of a server's host key."""
 
     name: str  # of the host; a jump host has the name it has in ssh_config
     settings: SshSettings
@@ -130,7 +130,7 @@ def not_found(host: str, why: str) -> ConnectFailure:
 
 
 def not_reached(place: str, error: OSError) -> ConnectFailure:
-    """The last address said no."""
+    """The last address was not reachable."""
     if isinstance(error, ConnectionRefusedError):
         return ConnectFailure(
             f"{place} refuses the connection", "does an SSH server run there, and on this port?"
@@ -163,16 +163,16 @@ def changed_key(hop: SshHop, key: HostKey, before: list[HostKey]) -> ConnectFail
 
 
 def revoked_key(hop: SshHop, key: HostKey) -> ConnectFailure:
-    """A key that a known_hosts file marks as stolen."""
+    """A key that a known_hosts file marks as @revoked."""
     return ConnectFailure(
         f"the SSH key of {hop.settings.place} ({key}) is marked @revoked in known_hosts",
-        "do not connect to it; ask whoever marked it",
+        "do not connect to it; find out why it was marked",
     )
 
 
 def no_proxy(hop: SshHop, why: str) -> ConnectFailure:
     """The ProxyCommand is of no use."""
-    what = f"its ProxyCommand brings us no SSH server ({why})"
+    what = f"its ProxyCommand reaches no SSH server ({why})"
     return ConnectFailure(what, f"try it by hand: {hop.proxy_command}")
 
 
@@ -185,13 +185,13 @@ def too_late(hop: SshHop, timeout_s: float) -> ConnectFailure:
         return ConnectFailure(f"{place} does not answer {after}", _IS_IT_ON)
     if hop.stage == "greeting" and not hop.greeted:
         return ConnectFailure(
-            f"{place} takes the connection, but no SSH server greets us {after}",
-            "is this the port of its SSH server? if so, restart that",
+            f"{place} accepts the connection, but sends no SSH version {after}",
+            "check that this is the port of its SSH server; if it is, restart it",
         )
     if hop.stage == "greeting":
         return ConnectFailure(
-            f"the SSH server of {place} does not agree on keys with us {after}",
-            "is that machine overloaded? cluster.connect_timeout_s gives it more time",
+            f"the SSH server of {place} does not finish the key exchange {after}",
+            "the machine may be overloaded; cluster.connect_timeout_s gives it more time",
         )
     if hop.stage == "login":
         return ConnectFailure(
@@ -203,7 +203,7 @@ def too_late(hop: SshHop, timeout_s: float) -> ConnectFailure:
 
 
 def explain(hop: SshHop, error: Exception) -> ConnectFailure:
-    """What the library meant."""
+    """The failure behind an exception of the library, by the stage that was reached."""
     place = hop.settings.place
     if isinstance(error, ConnectFailure):
         return error
@@ -216,11 +216,13 @@ def explain(hop: SshHop, error: Exception) -> ConnectFailure:
     if hop.stage == "login":
         return _not_let_in(hop)
     if isinstance(error, IncompatiblePeer):
-        return ConnectFailure(f"the SSH server of {place} is too old or too new for us ({error})")
+        return ConnectFailure(
+            f"the SSH server of {place} has no algorithm in common with this client ({error})"
+        )
     if isinstance(error, EOFError | SSHException) and not hop.greeted:
         return ConnectFailure(
-            f"{place} takes the connection, but no SSH server speaks there",
-            "is this the port of its SSH server, and is it not turning us away as too many?",
+            f"{place} accepts the connection, but no SSH server answers",
+            "check that this is the port of its SSH server, and its MaxStartups",
         )
     if isinstance(error, OSError) and hop.stage == "reach":
         return not_reached(place, error)
@@ -236,7 +238,7 @@ def _not_let_in(hop: SshHop) -> ConnectFailure:
     takes = f"; it takes {' or '.join(hop.takes)}" if hop.takes else ""
     agent = "; the IdentityAgent of your ssh_config is not read, SSH_AUTH_SOCK is"
     return ConnectFailure(
-        f"{hop.settings.place} does not let {user} in{tried}{skipped}{takes}"
+        f"{hop.settings.place} rejects the login of {user}{tried}{skipped}{takes}"
         + (agent if hop.settings.has_own_agent else ""),
         f"smolrun task=setup cluster={hop.cluster} brings your key there, "
         f"or ssh-copy-id {user}@{host}",

@@ -1,7 +1,7 @@
-"""OpenSSH's known_hosts files: which key a host had before, and how a new one is remembered.
+"""OpenSSH's known_hosts files: the keys of known hosts, and adding or removing entries.
 
 Reads what OpenSSH reads (hashed names, patterns, [host]:port, @revoked) and writes plain lines.
-It knows nothing of connections: `ssh/` compares a server's key with what is found here.
+No connections here: connect.py compares a server's key with these entries.
 Source: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
 """
 
@@ -96,7 +96,7 @@ def entry_name(host: str, port: int = DEFAULT_PORT) -> str:
 
 
 def read(file: Path) -> list[KnownHostsLine]:
-    """The lines of a file that can be read; others are none of our business."""
+    """The lines of a file that can be read; other lines are skipped."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -131,7 +131,7 @@ def _is_hash_of(pattern: str, name: str) -> bool:
 
 
 def add_entry(file: Path, name: str, key: HostKey) -> None:
-    """Write down that host's key at the end of the file; OSError where that is impossible."""
+    """Append that host's key to the file. OSError."""
     line = f"{name} {key.kind} {base64.b64encode(key.data).decode()}\n".encode()
     if file.parent.name == ".ssh":
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -147,9 +147,9 @@ def add_entry(file: Path, name: str, key: HostKey) -> None:
 
 
 def remove_entries(lines: Sequence[KnownHostsLine], name: str) -> None:
-    """Take that host out of these lines, and leave all else as it is; OSError if impossible.
+    """Remove that host from these lines, and leave all else as it is. OSError.
 
-    A line that names other hosts too goes on naming them.
+    A line that names other hosts too keeps them.
     """
     for file in dict.fromkeys(line.file for line in lines):
         doomed = {line.number: line for line in lines if line.file == file}

@@ -1,7 +1,7 @@
-"""The keys that are tried at an SSH server, in OpenSSH's order, and an account of it.
+"""The keys that are tried at an SSH server, in OpenSSH's order, and a record of it.
 
-Nothing is asked: a key with a passphrase counts only if the agent has it. Only `task=setup`, which
-has somebody in front of it, brings a way to ask for a password.
+No prompts: a key with a passphrase is used only from the agent. Only `task=setup`, which runs in a
+terminal, passes a function that prompts for a password.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AskPassword = Callable[[str], str]  # "anna@mini2.local" -> the password
 
 
 class KeyAuthStrategy(AuthStrategy):  # type: ignore[misc]  # paramiko has no types
-    """Tries what the client files and the agent have, and writes it down at its hop."""
+    """Tries the keys of the client files and the agent, and records them in the hop."""
 
     def __init__(
         self, hop: SshHop, ask_password: AskPassword | None, *, username: str, **_: Any
@@ -61,7 +61,7 @@ class KeyAuthStrategy(AuthStrategy):  # type: ignore[misc]  # paramiko has no ty
                 self._hop.takes = list(getattr(refused, "allowed_types", self._hop.takes))
             result.append(SourceResult(source, error))
             if not transport.is_active():
-                break  # the server has had enough of us
+                break  # the server closed the connection (MaxAuthTries)
         raise SSHException("no key was accepted")
 
     def get_sources(self) -> Iterator[AuthSource]:

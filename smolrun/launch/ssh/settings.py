@@ -1,7 +1,7 @@
 """What the user's OpenSSH client files say about a host.
 
-Fabric reads these files too, but neither follows `Include` nor looks at known_hosts; this does, and
-gives the rest to Fabric. Nothing here opens a connection.
+Fabric reads these files too, but neither follows `Include` nor reads known_hosts; this does, and
+passes the rest to Fabric. Opens no connection.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SshTarget:
 
 @dataclass(frozen=True)
 class SshSettings:
-    """All we must know of one SSH server beyond what Fabric knows."""
+    """The settings of one SSH server, beyond those that Fabric reads."""
 
     host: str
     port: int
@@ -79,7 +79,7 @@ def parse_target(name: str, text: str) -> SshTarget:
     port_is_wrong = parsed.port is not None and not 0 < parsed.port < 65536
     # A name that begins with a dash would be an option to a ProxyCommand, or to ssh itself.
     if not parsed.host or port_is_wrong or "-" in (parsed.host[0], (parsed.user or "x")[0]):
-        raise HostError(name, f"{text!r} is no SSH address", "write user@address, or an alias")
+        raise HostError(name, f"{text!r} is not an SSH address", "write user@address, or an alias")
     return parsed
 
 
@@ -98,7 +98,7 @@ def load(name: str, path: str | None) -> Config:
         raise HostError(name, f"cannot read the ssh_config {error.filename}: {error.strerror}",
                         "set cluster.ssh_config to a file that can be read") from None  # fmt: skip
     except Exception as error:
-        raise HostError(name, f"the ssh_config cannot be understood: {error}") from None
+        raise HostError(name, f"the ssh_config is not valid: {error}") from None
     # lazy: no ~/.fabric.py and no FABRIC_ variables have a say in what smolrun does.
     return Config(ssh_config=parsed, lazy=True)
 

@@ -57,7 +57,7 @@ def assert_whole(code: HostCode, archive: CodeArchive) -> None:
 def test_it_travels_once(mini1: HereMachine, archive: CodeArchive, deploy: Deploy) -> None:
     told: list[tuple[str, int, int]] = []
     code = deliver(
-        mini1, archive, deploy, told=TransferProgress("code", lambda *done: told.append(done))
+        mini1, archive, deploy, transfer=TransferProgress("code", lambda *done: told.append(done))
     )
     assert_whole(code, archive)
     assert Path(code.own, "my_code.py").read_text() == "x = 1\n"

@@ -65,7 +65,7 @@ def test_ssh_is_asked_without_prompts_and_without_learning_keys(
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    error = HostError("mini2", "does not let anna in")
+    error = HostError("mini2", "rejects the login of anna")
     found = compared(error, "anna@127.0.0.1:1", ssh_config=None, timeout_s=1.0)
     assert found is not None and "identityagent /agent" in found.what
     first, *_ = (tmp_path / "asked").read_text().splitlines()

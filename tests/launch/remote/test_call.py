@@ -89,8 +89,8 @@ def test_a_python_that_knows_none_of_our_flags(script, tmp_path: Path):
     ("source", "sentence"),
     [
         ("def main(request):\n    raise OSError('disk on fire')\n", "disk on fire"),
-        ("def main(request):\n    raise SystemExit(9)\n", "exit code 9: it said nothing"),
-        ("def main(request):\n    return [1]\n", "is not as it must be"),
+        ("def main(request):\n    raise SystemExit(9)\n", "exit code 9: no output"),
+        ("def main(request):\n    return [1]\n", "is not valid"),
         ("def main(request):\n    return {1, 2}\n", "not JSON serializable"),
     ],
 )

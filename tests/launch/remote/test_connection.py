@@ -8,7 +8,7 @@ from smolrun.launch.remote.connection import error_tail
 @pytest.mark.parametrize(
     ("outputs", "words"),
     [
-        ([b""], "it said nothing"),
+        ([b""], "no output"),
         ([b" \n", b"out\n"], "out"),
         ([b"a\nlast \n", b"out"], "last"),
         ([b"\xff!\n"], "\ufffd!"),

@@ -177,7 +177,7 @@ def test_a_name_that_nobody_has(server: Server):
 def test_a_banner_that_never_comes(server: Server):
     with listener(lambda connection: None) as port:
         sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
-    assert "takes the connection, but no SSH server greets us within 1 s" in sentence
+    assert "accepts the connection, but sends no SSH version within 1 s" in sentence
     assert 0.9 < seconds < waiting.SOON_S
 
 
@@ -197,7 +197,7 @@ def test_a_server_that_hangs_up(server: Server):
 def test_a_server_that_falls_silent_after_its_banner(server: Server):
     with listener(lambda connection: connection.sendall(b"SSH-2.0-Slow\r\n")) as port:
         sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=1))
-    assert "does not agree on keys with us within 1 s" in sentence
+    assert "does not finish the key exchange within 1 s" in sentence
     assert seconds < waiting.SOON_S
 
 

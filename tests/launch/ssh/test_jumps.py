@@ -97,7 +97,7 @@ def test_through_a_proxy_command(server: Server, tmp_path: Path):
 def test_a_proxy_command_that_fails(server: Server):
     server.configure("ProxyCommand /no/such/program %h")
     sentence = refused(server)
-    assert "its ProxyCommand brings us no SSH server (No such file or directory)" in sentence
+    assert "its ProxyCommand reaches no SSH server (No such file or directory)" in sentence
     assert sentence.endswith("try it by hand: /no/such/program 127.0.0.1")
     (server.folder / "fails.sh").write_text("echo no way >&2; exit 7")
     server.configure(f"ProxyCommand sh {server.folder}/fails.sh")

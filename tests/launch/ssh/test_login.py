@@ -160,4 +160,4 @@ def test_a_password_only_where_somebody_can_be_asked(server: Server, home: Path)
 def test_a_user_who_is_not_there(server: Server, home: Path):
     make_key(home / ".ssh" / "id_ed25519")
     config(server, "User nobody-here")
-    assert "does not let nobody-here in" in refused(server)
+    assert "rejects the login of nobody-here" in refused(server)

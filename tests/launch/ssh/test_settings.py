@@ -33,7 +33,7 @@ def test_targets(text: str, target: SshTarget):
      "a\nb", "a@b c:22", "fd00::2 x"],
 )  # fmt: skip
 def test_what_is_no_target(text: str):
-    with pytest.raises(HostError, match="is no SSH address"):
+    with pytest.raises(HostError, match="is not an SSH address"):
         parse_target("box", text)
 
 
