@@ -1,8 +1,8 @@
 """task=doctor: probes every host and every link, and reports what works and how to fix the rest.
 
-    hosts    each is asked what it is and has            launch/doctor/host_report.py, on_host/
-    routes     who reaches whom, without a mesh            launch/doctor/reachability.py
-    links    round trip and bandwidth, over the mesh     `work`, on one rank per host
+    hosts    what each is and has                       launch/doctor/host_report.py, on_host/
+    routes   which host reaches which, without a mesh   launch/doctor/reachability.py
+    links    round trip and bandwidth, over the mesh    `work`, on one rank per host
 
 doctor.write=true writes what it found into the cluster file, doctor.format=json prints all of it.
 No process that it starts outlives it.

@@ -146,7 +146,7 @@ class HostReports:
             except HostError as error:
                 self._add({name: [Finding("error", error.what, error.hint)]})
                 addresses = []
-            interfaces = tuple(links.Interface.from_json(one) for one in rows)
+            interfaces = tuple(links.NetworkInterface.from_json(one) for one in rows)
             self.places[name] = links.HostAddresses(name, tuple(addresses), interfaces)
         asked = {name: self.runners[name] for name in self.reachable}
         ports = {name: plans[name].ports for name in asked}

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from smolrun.driver.doctor_hosts import HostReports
 from smolrun.launch.doctor.host_report import HostReport
-from smolrun.launch.doctor.links import Interface
+from smolrun.launch.doctor.links import NetworkInterface
 from smolrun.sanitize import one_line
 from smolrun.tracking.console import Screen
 
@@ -112,7 +112,7 @@ def details(one: HostReport) -> list[str]:
         )
     for one_interface in facts.get("network", {}).get("interfaces", []):
         if one_interface["kind"] != "loopback":
-            interface = Interface.from_json(one_interface)
+            interface = NetworkInterface.from_json(one_interface)
             lines.append(f"{interface}: {', '.join(interface.addresses)}")
     return lines
 

@@ -63,8 +63,8 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostReports:
         "mini1": HostReport("mini1", facts("darwin", 17.1e9, 4e12), []),
         "pi5": HostReport("pi5", facts("linux", 8.2e9, 1e11), [Finding("warning", "hot", "a fan")]),
     }
-    cable = links.Interface("bridge0", "thunderbolt", None, ("10.10.0.1/24",))
-    lan = links.Interface("en0", "ethernet", 1000.0, ("192.168.1.1/24",))
+    cable = links.NetworkInterface("bridge0", "thunderbolt", None, ("10.10.0.1/24",))
+    lan = links.NetworkInterface("en0", "ethernet", 1000.0, ("192.168.1.1/24",))
     made.places = {
         "mini1": links.HostAddresses("mini1", ("192.168.1.1",), (lan, cable)),
         "pi5": links.HostAddresses("pi5", ("192.168.1.5",), ()),

@@ -28,7 +28,7 @@ _MOST_ADDRESSES = 6
 
 
 @dataclass(frozen=True)
-class Interface:
+class NetworkInterface:
     """A network interface of a host. `addresses` are written 10.0.0.1/24."""
 
     name: str
@@ -37,7 +37,7 @@ class Interface:
     addresses: tuple[str, ...]
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Interface:
+    def from_json(cls, row: Mapping[str, Any]) -> NetworkInterface:
         """From an interface of `on_host/network.py`."""
         addresses = tuple(text for text in row["addresses"] if _is_address(text))
         return cls(row["name"], row["kind"], row["speed_mbps"], addresses)
@@ -59,9 +59,9 @@ class HostAddresses:
 
     name: str
     addresses: tuple[str, ...]
-    interfaces: tuple[Interface, ...]
+    interfaces: tuple[NetworkInterface, ...]
 
-    def interface(self, address: str | None) -> Interface | None:
+    def interface(self, address: str | None) -> NetworkInterface | None:
         """The interface that has this address."""
         wanted = _plain(address or "")
         for one in self.interfaces:
@@ -93,8 +93,8 @@ class FasterNetwork:
     source: str
     to: str
     address: str
-    used: Interface
-    better: Interface
+    used: NetworkInterface
+    better: NetworkInterface
     answered: bool
 
 
@@ -104,7 +104,7 @@ def to_dial(source: HostAddresses, to: HostAddresses) -> list[str]:
     return list(dict.fromkeys(found))[:_MOST_ADDRESSES]
 
 
-def _shared(source: HostAddresses, to: HostAddresses) -> Iterator[tuple[Interface, str]]:
+def _shared(source: HostAddresses, to: HostAddresses) -> Iterator[tuple[NetworkInterface, str]]:
     """Interfaces of `source` and addresses of `to` on one network, the fastest first."""
     pairs = [
         (min(mine.speed, other.speed), mine, text.partition("/")[0])
@@ -118,7 +118,7 @@ def _shared(source: HostAddresses, to: HostAddresses) -> Iterator[tuple[Interfac
         yield mine, address
 
 
-def _on_one_network(mine: Interface, address: str) -> bool:
+def _on_one_network(mine: NetworkInterface, address: str) -> bool:
     other = ipaddress.ip_interface(address)
     # An IPv6 address of one cable says nothing without the name of the cable.
     if other.version == 6 and other.is_link_local:

@@ -67,7 +67,7 @@ def test_it_runs_from_where_it_lands_and_knows_its_version(tmp_path: Path) -> No
         check=True,
     )
     worker, place, word = done.stdout.split()
-    assert Path(worker) == there / "lib" / "smolrun" / "cli" / "worker.py"
+    assert Path(worker) == there / "lib" / "smolrun" / "worker" / "process.py"
     assert Path(place) == there / "lib"
     assert word == "mine"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smolrun.launch.doctor import links
-from smolrun.launch.doctor.links import HostAddresses, Interface, Route
+from smolrun.launch.doctor.links import HostAddresses, NetworkInterface, Route
 from smolrun.launch.doctor.reachability import HostFirewall, network_findings, unreachable_findings
 
 UFW = {"kind": "ufw", "is_on": True}
@@ -13,9 +13,9 @@ UFW = {"kind": "ufw", "is_on": True}
 
 def host(name: str, k: int, *, addresses: tuple[str, ...] = (), bolt: bool = True) -> HostAddresses:
     """A machine with Wi-Fi, and a Thunderbolt cable."""
-    wifi = Interface("en1", "wifi", None, (f"192.168.1.{k}/24", f"fe80::{k}/64"))
-    cable = Interface("bridge0", "thunderbolt", None, (f"10.10.0.{k}/24",))
-    docker = Interface("docker0", "virtual", 10_000.0, ("172.17.0.1/16",))
+    wifi = NetworkInterface("en1", "wifi", None, (f"192.168.1.{k}/24", f"fe80::{k}/64"))
+    cable = NetworkInterface("bridge0", "thunderbolt", None, (f"10.10.0.{k}/24",))
+    docker = NetworkInterface("docker0", "virtual", 10_000.0, ("172.17.0.1/16",))
     own = (wifi, docker, *([cable] if bolt else []))
     return HostAddresses(name, addresses or (f"192.168.1.{k}",), own)
 
@@ -140,5 +140,8 @@ def test_the_fastest_address_at_which_all_answered_is_the_best():
 
 def test_an_interface_says_what_it_is():
     told = {"name": "eth0", "kind": "ethernet", "speed_mbps": 2500, "addresses": []}
-    assert str(Interface.from_json(told)) == "Ethernet (eth0, 2,500 Mbit/s)"
-    assert Interface("x", "thunderbolt", None, ()).speed > Interface("y", "wifi", None, ()).speed
+    assert str(NetworkInterface.from_json(told)) == "Ethernet (eth0, 2,500 Mbit/s)"
+    assert (
+        NetworkInterface("x", "thunderbolt", None, ()).speed
+        > NetworkInterface("y", "wifi", None, ()).speed
+    )

@@ -77,7 +77,7 @@ def test_only_a_public_key_is_ever_read(tmp_path: Path):
     assert read_key(file) == LINE
     for text in ("-----BEGIN OPENSSH PRIVATE KEY-----\nx\n", "", f"{LINE}\n{LINE}\n"):
         file.write_text(text)
-        with pytest.raises(OSError, match="no public key"):
+        with pytest.raises(OSError, match="not a public key"):
             read_key(file)
 
 
