@@ -85,11 +85,11 @@ class RankStep(Event, frozen=True, tag="rank_step"):
 
 
 class PushApplied(Event, frozen=True, tag="push"):
-    """A parameter server has applied one gradient, in this order.
+    """A parameter server has applied one gradient; these events are in order of the updates.
 
-    The gradient of `ticket`'s samples (part `ticket` mod m of step `ticket` / m, with m pushes a
-    step) was computed by `rank` with the weights of `version`; `age` updates have come since.
-    `grad_norm` is None if it was not finite, and changed nothing."""
+    The gradient of work item `ticket` (part `ticket` mod m of step `ticket` / m, with m pushes a
+    step) was computed by `rank` with the weights of `version`, `age` updates ago. `grad_norm` is
+    None if it was not finite, and was not applied."""
 
     sender = "rank 0"
 
@@ -107,7 +107,7 @@ REPLACED = "a newer one took its place"
 
 
 class PushDropped(Event, frozen=True, tag="push_dropped"):
-    """A gradient will not come, or not from this rank: its ticket goes to somebody else."""
+    """A gradient of work item `ticket` is not applied; the item goes to another rank."""
 
     sender = "rank 0"
 
@@ -118,7 +118,8 @@ class PushDropped(Event, frozen=True, tag="push_dropped"):
 
 
 class Membership(Event, frozen=True, tag="membership"):
-    """A rank has joined an elastic run, or is gone; the `tickets` that it had go to others."""
+    """A rank has joined or left an elastic run; the `tickets` work items that it held go to
+    others."""
 
     sender = "rank 0"
 

@@ -17,7 +17,7 @@ from tests.waiting import until
 
 
 class Crew:
-    """Rank 0 and workers, each a thread; `gates[rank]` lets a worker begin so many tickets."""
+    """Rank 0 and workers, each a thread; `gates[rank]` lets a worker begin so many work items."""
 
     def __init__(self, world_size: int, *here: int, model: str, steps: int, **place: Any) -> None:
         self.world = MemoryWorld(world_size, elastic=True, present={0, *here})
@@ -27,7 +27,7 @@ class Crew:
         self.algorithms: dict[int, Algorithm] = {}
         self.seen: dict[int, ps.Seen] = {}
         self.ended: dict[int, BaseException] = {}
-        self.tickets: dict[int, int] = dict.fromkeys(range(world_size), 0)  # begun
+        self.begun: dict[int, int] = dict.fromkeys(range(world_size), 0)  # rank -> items
         self.gates: dict[int, threading.Semaphore] = {}
         self._place = place
         self._threads: list[threading.Thread] = []
@@ -39,7 +39,7 @@ class Crew:
         gate: int | None = None,
         resume: Callable[[Algorithm], None] | None = None,
     ) -> None:
-        """A rank that is here starts to train; with a gate only so many tickets for now."""
+        """A rank that is here starts to train; with a gate only so many items for now."""
         if gate is not None:
             self.gates[rank] = threading.Semaphore(gate)
         algorithm = ps.place(self.world.meshes[rank], self.start, **self._place)
@@ -77,7 +77,7 @@ class Crew:
             while gate is not None and not gate.acquire(timeout=0.05):
                 if rank not in self.world.present or rank not in self.gates:
                     break
-            self.tickets[rank] += 1
+            self.begun[rank] += 1
 
         try:
             self.seen[rank] = ps.fit(algorithm, self.model, self.steps, before=before)

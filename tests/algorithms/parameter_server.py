@@ -82,7 +82,7 @@ def fit(
     before: Callable[[int], None] = lambda count: None,
     tell: Callable[[StepResult], None] = lambda result: None,
 ) -> Seen:
-    """The trainer's loop, to its end. `before(n)` is called before the n-th ticket, `tell` gets
+    """The trainer's loop, to its end. `before(n)` is called before the n-th work item, `tell` gets
     every result."""
     torch.set_num_threads(1)  # of this thread; with more, products are rounded otherwise
     seen = Seen([], {})

@@ -62,7 +62,7 @@ def test_a_replay_of_the_log_gives_the_same_bytes(
     assert_is_its_log(seen[0], model, per_step, **how)
 
 
-def test_random_draws_belong_to_the_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_draws_depend_on_the_work_item_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(worlds.MODELS, "noisy", worlds.Noisy)
     seen = run(3, "noisy", more={"reseed": worlds.reseed})[0]
     assert_is_its_log(seen, "noisy", 2)
@@ -109,7 +109,7 @@ def test_alone_it_is_single() -> None:
 
 @pytest.mark.parametrize("bound", [0, 1, 2, None])
 def test_a_fast_rank_stops_at_the_bound_and_not_without_one(bound: int | None) -> None:
-    """No ticket of step s is trained with weights that lack an update of a step before s - K, so no
+    """No item of step s is trained with weights that lack an update of a step before s - K, so no
     gradient is older than (2K + 1) m - 1 updates."""
     with crew(3, 1, 2, steps=8, more={"staleness_bound": bound}) as made:
         made.begin(0)
@@ -119,14 +119,14 @@ def test_a_fast_rank_stops_at_the_bound_and_not_without_one(bound: int | None) -
         made.begin(2)
         room = 16 if bound is None else 2 * (bound + 1)
         until(lambda: num_done(made) == room - len(holds(made, 1)) - len(holds(made, 2)))
-        until(lambda: bound is None or made.tickets[2] == num_done(made))
+        until(lambda: bound is None or made.begun[2] == num_done(made))
         made.gates.pop(1)
         pushes = made.server().pushes
     assert sorted(push.ticket for push in pushes) == list(range(16))
     done_at = {push.ticket: n for n, push in enumerate(pushes)}
     for push in pushes if bound is not None else []:
         before = max(0, push.ticket // 2 - (bound or 0)) * 2
-        assert all(done_at[ticket] < push.version for ticket in range(before))
+        assert all(done_at[item] < push.version for item in range(before))
         assert push.age <= (2 * (bound or 0) + 1) * 2 - 1
 
 
@@ -148,7 +148,7 @@ def test_ranks_come_late_die_return_and_leave() -> None:
         made.begin(1, gate=6)
         until(lambda: num_done(made) >= 4)
         made.join(2)  # late
-        until(lambda: made.tickets[2] >= 5)
+        until(lambda: made.begun[2] >= 5)
         made.gates[2] = made.gates[1]  # both stop where they are
         until(lambda: len(holds(made, 1)) > 0)
         made.kill(1)
@@ -170,8 +170,8 @@ def test_ranks_come_late_die_return_and_leave() -> None:
     assert_is_its_log(seen, "mlp", 3)
 
 
-def test_a_push_that_waits_makes_room_for_a_newer_one() -> None:
-    """Nothing is lost: the ticket goes back, and is done by somebody."""
+def test_a_newer_push_replaces_a_waiting_one() -> None:
+    """Nothing is lost: the item is returned and computed again."""
     with crew(2, 1, steps=30) as made:
         made.begin(0)
         until(lambda: 0 in made.algorithms)
@@ -182,8 +182,8 @@ def test_a_push_that_waits_makes_room_for_a_newer_one() -> None:
         def slowly(push: Any) -> None:
             begun[0] += 1
             if begun[0] in (3, 9):  # the network is slow: meanwhile the worker has three more
-                goal = made.tickets[1] + 3
-                while made.tickets[1] < goal and server.server.next_push(0.005) is None:  # type: ignore[attr-defined]
+                goal = made.begun[1] + 3
+                while made.begun[1] < goal and server.server.next_push(0.005) is None:  # type: ignore[attr-defined]
                     pass
             complete(push)
 
@@ -215,7 +215,7 @@ def test_a_stop_reaches_all_and_goes_on_later() -> None:
             "state": server.state(),
         }
         assert all(made.algorithms[rank].steps_begun < 10 for rank in (0, 1, 2))
-    assert saved["state"]["tickets"]["open"], "tickets that were in somebody's hands"
+    assert saved["state"]["tickets"]["open"], "items that were held"
 
     def resume(algorithm: Any) -> None:
         algorithm.model.load_state_dict(saved["model"])

@@ -29,7 +29,7 @@ def test_a_worker_that_dies_and_returns_while_the_server_is_busy() -> None:
         made.begin(1)
         made.begin(2)
         # Three batches are done, and everybody has used up what the server gave; it does not look.
-        until(lambda: made.tickets[0] == 3 and num_done(made) == 6)
+        until(lambda: made.begun[0] == 3 and num_done(made) == 6)
         until(lambda: made.algorithms[1].client._in_flight is not None)  # type: ignore[attr-defined]
         made.kill(1)
         until(lambda: 1 in made.ended)
@@ -42,7 +42,7 @@ def test_a_worker_that_dies_and_returns_while_the_server_is_busy() -> None:
 
 def test_a_server_that_trains_takes_back_what_the_last_worker_had() -> None:
     with crew(2, 1, steps=100, keys={"server_trains": True}) as made:
-        made.begin(1, gate=0)  # it takes tickets and does nothing with them
+        made.begin(1, gate=0)  # it takes items and does not compute them
         made.begin(0, gate=0)
 
         def has_some() -> bool:
@@ -59,7 +59,7 @@ def test_a_server_that_trains_takes_back_what_the_last_worker_had() -> None:
 
 
 def hurt(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    """Makes the samples of ticket 4 of 20 infinite, so many times."""
+    """Makes the samples of item 4 of 20 infinite, so many times."""
     real, left = ps.samples, [times]
 
     def samples(model: str, step: int, index: int, count: int) -> Batch:
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_never_finite_is_skipped(monkeypatch: pytest.MonkeyPa
     assert where.step == bad.step and where.nonfinite_ranks == (bad.rank,)
 
 
-def test_a_ticket_that_takes_longer_than_anybody_waits_is_nobody_s_fault() -> None:
+def test_an_item_that_takes_longer_than_the_timeout_fails_no_rank() -> None:
     """A worker measures the server's silence from when it began to wait for it."""
     with crew(3, 1, 2, steps=8, keys={"wait_fraction": 1e6}) as made:
         made.begin(0)

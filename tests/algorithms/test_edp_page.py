@@ -42,8 +42,8 @@ def test_the_page_is_right(model: str) -> None:
         4, lambda mesh: ps.fit(ps.place(mesh, net, more=plain), model, 10), elastic=True
     )[0]
 
-    def samples(ticket: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = ps.samples(model, ticket // 3, ticket % 3, 3)
+    def samples(item: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = ps.samples(model, item // 3, item % 3, 3)
         return batch.inputs.double() if model == "mlp" else batch.inputs, batch.targets
 
     arrivals = [(push.rank, push.ticket, push.version) for push in seen.pushes]
