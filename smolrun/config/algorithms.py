@@ -293,7 +293,7 @@ class SyncPSConfig(_ParameterServerConfig):
     def sharding(self, sizes: RankSizes) -> Sharding:
         workers = sizes.world_size - 1
         if sizes.rank == 0:
-            return Sharding(links=workers, seats=workers, averages=int(self.ema_decay > 0))
+            return Sharding(links=workers, push_buffers=workers, averages=int(self.ema_decay > 0))
         return Sharding(stage=1, share=0.0, links=1)
 
 
@@ -361,9 +361,9 @@ class EDPConfig(_ParameterServerConfig):
     def sharding(self, sizes: RankSizes) -> Sharding:
         workers = sizes.world_size - 1
         if sizes.rank == 0:  # for each worker: a push, and a copy of the weights
-            return Sharding(links=workers, seats=2 * workers)
+            return Sharding(links=workers, push_buffers=2 * workers)
         # Two pushes, and the weights that arrive.
-        return Sharding(stage=1, share=0.0, links=1, seats=3)
+        return Sharding(stage=1, share=0.0, links=1, push_buffers=3)
 
 
 class CustomAlgorithmConfig(CustomTargetConfig, AlgorithmConfig, extra="allow"):

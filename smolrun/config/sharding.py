@@ -32,7 +32,7 @@ class Sharding:
     live_buckets: int = 0
     layers: int = 0  # numbers in all layers that are whole at one time
     links: int = 0  # ranks that whole gradients and weights go to and come from: server or workers
-    seats: int = 0  # of a server: ranks whose gradients it has room for
+    push_buffers: int = 0  # of a parameter server or its workers: gradients or weights in flight
     averages: int = 0  # of the weights
 
     def of(self, stage: int) -> float:

@@ -251,7 +251,7 @@ def _network(made: Estimate) -> str:
     if not sent:
         return "nothing, there is one rank"
     line = f"each rank sends and receives {_size(sent)} per step"
-    if made.rank(made.places[0]).sharding.seats:
+    if made.rank(made.places[0]).sharding.push_buffers:
         line = f"the server sends and receives {_size(sent)} per step, others {_size(made.wire(1))}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"

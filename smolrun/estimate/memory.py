@@ -160,7 +160,7 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
         "late gradients": int(gradients * (rank.slots - 1) * cut.of(2)),
         "residuals": 2 * rank.residuals * max(4, size),
         "passing": cut.passing(size, _used_bytes(setting)),
-        "pushes": gradients * rank.slots * cut.seats,
+        "pushes": gradients * rank.slots * cut.push_buffers,
         "average": gradients * cut.averages,
         "staging": gradients * rank.slots if rank.is_staged and cut.stage < 2 else 0,
         "optimizer": int(optimizer_bytes(rank, setting) * cut.of(1)),
@@ -179,7 +179,7 @@ def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
     in_wires = rank.quantization.quantizer().wire_bytes
     gradient = size if rank.quantization.is_none else in_wires(_MANY) / _MANY
     if links := rank.sharding.links:  # a server sends weights, a worker gradients
-        return int(links * rank.trained * (size if rank.sharding.seats else gradient))
+        return int(links * rank.trained * (size if rank.sharding.push_buffers else gradient))
     cut = rank.sharding
     moved = rank.trained * cut.moved(size, used, gradient, micro_batches)
     moved += rank.frozen * cut.gathered(used, micro_batches)

@@ -99,7 +99,9 @@ def test_the_ring_moves_twice_all_but_one_share() -> None:
 
 
 def test_a_server_has_room_for_all_workers_and_a_worker_has_no_optimizer() -> None:
-    server = replace(RANK, slots=2, saves=True, sharding=Sharding(links=3, seats=3, averages=1))
+    server = replace(
+        RANK, slots=2, saves=True, sharding=Sharding(links=3, push_buffers=3, averages=1)
+    )
     worker = replace(server, sharding=Sharding(stage=1, share=0.0, links=1))
     parts, others = need(server, SETTING, None).parts, need(worker, SETTING, None).parts
     assert parts["pushes"] == 2 * 3 * 4 * TRAINED and others["pushes"] == 0
