@@ -67,10 +67,7 @@ def prepare_tokens(
 
     entry = cached(cache_dir, name, key, make)
     facts = entry.facts
-    if packing:
-        sizes = [_num_windows(entry, part, sequence_length) for part in ("train", "eval")]
-    else:
-        sizes = [facts["train_rows"], facts["eval_rows"]]
+    train_size, eval_size = _sizes(entry, sequence_length, packing)
     return Prepared(
         kind="tokens",
         path=str(entry.data_path),
@@ -79,11 +76,19 @@ def prepare_tokens(
         num_inputs=None,
         sequence_length=sequence_length,
         tokenizer=str(entry.folder),
-        train_size=sizes[0],
-        eval_size=sizes[1],
+        train_size=train_size,
+        eval_size=eval_size,
         description=describe(name, documents, encoder.name, facts),
         masked=not packing,
     )
+
+
+def _sizes(entry: Entry, sequence_length: int, packing: bool) -> list[int]:
+    """Samples in train and in eval."""
+    parts = ("train", "eval")
+    if packing:
+        return [_num_windows(entry, part, sequence_length) for part in parts]
+    return [entry.facts[f"{part}_rows"] for part in parts]
 
 
 def _windows(

@@ -120,8 +120,7 @@ class Peer:
         self.has_left = False
         self.dropped_frames = 0
         self.receives = ReceiveMatcher()
-        self._io = io
-        self._me = me
+        self._io, self._me = io, me
         self._generation = generation
         self._events = events
         self._fingerprints = fingerprints

@@ -47,13 +47,10 @@ def long_functions(files: Iterable[Path], exceptions: Mapping[str, str]) -> list
 
 
 def same_class_names(files: Iterable[Path], exceptions: Mapping[str, str]) -> list[str]:
-    """Names that public classes of two files share. A section of the configuration may have the
-    name of what it configures."""
+    """Names that public classes of two files share."""
     places = defaultdict(set)
     for file, node in _nodes(files):
-        if "config" in file.parts or not isinstance(node, ast.ClassDef):
-            continue
-        if not node.name.startswith("_"):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             places[node.name].add(file.as_posix())
     found = {name: f"is in {', '.join(sorted(p))}" for name, p in places.items() if len(p) > 1}
     return _without(found, exceptions)
