@@ -66,19 +66,18 @@ def prepare_tokens(
         return {**facts, "vocab_size": made.vocab_size}
 
     entry = cached(cache_dir, name, key, make)
-    facts = entry.facts
     train_size, eval_size = _sizes(entry, sequence_length, packing)
     return Prepared(
         kind="tokens",
         path=str(entry.data_path),
         sha256=entry.sha256,
-        num_outputs=facts["vocab_size"],
+        num_outputs=entry.facts["vocab_size"],
         num_inputs=None,
         sequence_length=sequence_length,
         tokenizer=str(entry.folder),
         train_size=train_size,
         eval_size=eval_size,
-        description=describe(name, documents, encoder.name, facts),
+        description=describe(name, documents, encoder.name, entry.facts),
         masked=not packing,
     )
 
