@@ -7,7 +7,7 @@ Every rank of a group must call the same operations of it in the same order, as 
 torch.distributed. A rank that receives anything of another operation, or of the same one with
 another `op` or `root`, raises CollectiveMismatch; ranks that all wait for each other's first
 message, WaitTimeout. Tensors of other shapes are a ProtocolError; those of equal dtype and shape
-are told apart only where a caller passes `fingerprint=`.
+are distinguished only where a caller passes `fingerprint=`.
 
 Knows nothing of schedules or sockets: callers depend on `Collectives` only, so that another
 implementation (a torch.distributed process group) can stand behind `new_group`."""
@@ -26,8 +26,8 @@ from smolrun.mesh.mesh import Mesh, Work
 class Collectives(Protocol):
     """Operations among `ranks` of a mesh. All ranks end with the same bytes.
 
-    With `async_op` a call returns at once and its Work says when the tensors may be touched again;
-    without, it blocks until then. Ranks given as `root` are counted within the group."""
+    With `async_op` a call returns at once, and the tensors must not be touched until its Work is
+    done; without, it blocks until then. Ranks given as `root` are counted within the group."""
 
     mesh: Mesh
     ranks: list[int]  # of the mesh, in group order

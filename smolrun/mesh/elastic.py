@@ -139,7 +139,7 @@ class ElasticMesh(TcpMesh):
             self._lose(self._peers[rank], reason)
 
     def _is_watched(self, peer: Peer) -> bool:
-        return not peer.is_closed  # one that said goodbye must close its connections too
+        return not peer.is_closed  # after GOODBYE a peer must close its connections too
 
     # -- posting ----
 

@@ -75,9 +75,9 @@ class MemoryWorld:
             self.present -= {rank}
             leaving.has_left = True
             for other in sorted(linked):
-                for mesh, gone in ((self.meshes[other], rank), (leaving, other)):
-                    self._forget(mesh.rank, gone)
-                    mesh.fail_work_with(PeerLost(gone, mesh.generation, reason))
+                for mesh, lost in ((self.meshes[other], rank), (leaving, other)):
+                    self._forget(mesh.rank, lost)
+                    mesh.fail_work_with(PeerLost(lost, mesh.generation, reason))
                 self.meshes[other].membership_changed(rank, False, reason)
 
         self.io.post(apply)

@@ -4,7 +4,7 @@ all ranks run the same ones.
     Tag(stream, operation, hop)      stream 49987 = the group "world", operation 423 = its 424th
 
 Streams below 256 are point to point and stand in one table; every group of collectives has the one
-that its name says, so all ranks find the same without communication. A tag does not say what an
+of its name, so all ranks find the same without communication. A tag does not say what an
 operation is: frames carry a fingerprint of it (a CRC-32 of its name and of the group's ranks), and
 a rank compares each with its own operation of that number, whether or not it waits for that frame.
 
@@ -87,8 +87,8 @@ class Fingerprints:
         self._running: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()
 
     def register(self, what: str, ranks: Sequence[int], hint: str = "") -> int:
-        """The fingerprint of an operation among `ranks`, never 0; `hint` says what to do where
-        other ranks run another one."""
+        """The fingerprint of an operation among `ranks`, never 0; `hint` is the advice of
+        the error where other ranks run another one."""
         fingerprint = zlib.crc32(f"{what} among {list(ranks)}".encode()) or 1
         self._texts[fingerprint] = (what, hint)
         return fingerprint

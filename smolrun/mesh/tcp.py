@@ -84,15 +84,15 @@ class TcpMesh(Mesh):
 
     @property
     def dropped_frames(self) -> int:
-        """Frames of an earlier generation that came and were dropped."""
+        """Frames of an earlier generation that were dropped."""
         return sum(peer.dropped_frames for peer in self._peers.values())
 
     def peer_progress(self, peer: int) -> int:
         return self._peers[peer].progress
 
     def waits_for(self) -> int | None:
-        """A peer that takes nothing comes first: one that sends nothing may itself be waiting for
-        that peer."""
+        """A peer that takes nothing is returned first: one that sends nothing may itself be waiting
+        for that peer."""
         sends = [rank for rank, peer in self._peers.items() if peer.open_sends]
         receives = [rank for rank, peer in self._peers.items() if peer.receives.waits_for]
         return next(iter([*sends, *receives]), None)

@@ -63,7 +63,7 @@ class TlsPipe:
 
     @staticmethod
     def new_scratch() -> memoryview:
-        """Memory for what comes off a socket; pipes of one thread may share it."""
+        """Memory that sockets are read into; pipes of one thread may share it."""
         return memoryview(bytearray(_CHUNK_BYTES))
 
     def fileno(self) -> int:

@@ -14,7 +14,7 @@ proof = HMAC-SHA256(secret, role + hash of the run's id and of all messages so f
 included). The role label prevents a reflected proof, the two fresh nonces a replayed one. A reason
 is sent only to a peer that has authenticated. Either rank may dial, and two ranks may have several
 handshakes at once; the higher rank is the controlling one and nominates one of them (KEEP), and a
-connection carries frames only once both have said so. A message is a JSON object behind a 2-byte
+connection carries frames only after KEPT. A message is a JSON object behind a 2-byte
 length, 1 KiB at most. Sans-IO like FrameDecoder: `buffer()` is the memory to fill, `filled(n)`
 returns what to send.
 
