@@ -5,13 +5,13 @@ Answers may come from a pipe as well. Ends without a trace where they end early.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from smolrun.config import RunConfig
+from smolrun.driver.cluster_file import written
 from smolrun.errors import ConfigError
 from smolrun.files import atomic_write
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
@@ -24,11 +24,6 @@ FILE = Path("conf") / "cluster" / "home.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:%\]-]{0,252}", re.ASCII)
 _SSH = re.compile(rf"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?{_ADDRESS.pattern}", re.ASCII)
-# Words that YAML reads as they stand; any other gets quotes.
-_PLAIN = re.compile(
-    r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[a-z][a-z0-9._@-]*", re.IGNORECASE | re.ASCII
-)
-
 _KEYS = {
     "name": "what logs and tables call the machine",
     "ssh": "how this machine reaches it: user@address, or a Host of your ~/.ssh/config",
@@ -77,15 +72,10 @@ def text(hosts: list[dict[str, Any]], ranks: int | None) -> str:
     lines = ["# The machines at home", "name: home", "hosts:"]
     lines += [f"  # {key + ':':<11}{_KEYS[key]}" for key in used]
     for host in hosts:
-        pairs = ", ".join(f"{key}: {_value(host[key])}" for key in _KEYS if key in host)
+        pairs = ", ".join(f"{key}: {written(host[key])}" for key in _KEYS if key in host)
         lines.append(f"  - {{{pairs}}}")
     lines.append("# More keys of a machine (device, python, torch...): docs/configuration.md")
     return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    is_plain = isinstance(value, int | float) or _PLAIN.fullmatch(value)
-    return str(value) if is_plain else json.dumps(value)
 
 
 def _hosts() -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def ask(driver: Driver, *overrides: str) -> tuple[int, dict[str, Any], str]:
     return code, json.loads(out), err
 
 
-def verdicts(told: dict[str, Any]) -> dict[str, str]:
+def statuses(told: dict[str, Any]) -> dict[str, str]:
     return {host["name"]: host["status"]["state"] for host in told["hosts"]}
 
 
@@ -48,7 +48,7 @@ def test_healthy_hosts_are_fine(lab3: Lab, tmp_path: Path):
     code, told, err = ask(driver)
     assert code == told["exit_code"] == 0, err
     fine = {"lab1": "fine", "lab2": "fine", "lab3": "fine"}
-    assert verdicts(told) == fine, [findings(told, name) for name in fine]
+    assert statuses(told) == fine, [findings(told, name) for name in fine]
     for host in told["hosts"]:
         assert host["system"]["user"] == "root"
         assert host["environment"]["packages"]["torch"]
@@ -72,7 +72,7 @@ def test_a_blocked_direction_a_wrong_clock_and_a_noisy_shell(make_lab: Maker, tm
     (first.home / ".bashrc").write_text("echo 'Welcome!'; echo '{\"time_s\": 0}'; echo oops >&2\n")
     driver = Driver(lab, tmp_path)
     code, told, err = ask(driver)
-    assert verdicts(told) == {"lab1": "fine", "lab2": "usable", "lab3": "usable"}, err
+    assert statuses(told) == {"lab1": "fine", "lab2": "usable", "lab3": "usable"}, err
     assert code == 0
     blocked = findings(told, "lab2")
     assert "lab1 cannot reach lab2" in blocked
@@ -94,7 +94,7 @@ def test_a_host_that_nobody_reaches_keeps_no_other_from_being_measured(
         close_door(other, second.address)
     code, told, _ = ask(Driver(lab, tmp_path))
     assert code == told["exit_code"] == 3
-    assert verdicts(told) == {"lab1": "fine", "lab2": "cannot run", "lab3": "fine"}
+    assert statuses(told) == {"lab1": "fine", "lab2": "cannot run", "lab3": "fine"}
     assert "lab3 cannot reach lab2" in findings(told, "lab2")
     assert {(one["from"], one["to"]) for one in told["links"]} == {
         ("lab1", "lab3"),
