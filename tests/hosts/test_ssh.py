@@ -106,7 +106,7 @@ def test_a_banner_that_never_comes(make_lab: Maker):
     host.stop_sshd()
     host.start_sshd(silent=True)
     sentence, seconds = refused(the_lab, host)
-    assert "no SSH server greets us" in sentence
+    assert "sends no SSH version" in sentence
     assert seconds < waiting.SOON_S
 
 

@@ -217,7 +217,7 @@ def explain(hop: SshHop, error: Exception) -> ConnectFailure:
         return _not_let_in(hop)
     if isinstance(error, IncompatiblePeer):
         return ConnectFailure(
-            f"the SSH server of {place} has no algorithm in common with this client ({error})"
+            f"the SSH server of {place} is not compatible with this client ({error})"
         )
     if isinstance(error, EOFError | SSHException) and not hop.greeted:
         return ConnectFailure(

@@ -190,7 +190,7 @@ def test_a_server_that_speaks_something_else(server: Server):
 def test_a_server_that_hangs_up(server: Server):
     with listener(lambda connection: connection.close()) as port:
         sentence, seconds = took(lambda: refused(server, f"127.0.0.1:{port}", timeout_s=50))
-    assert "no SSH server speaks there" in sentence
+    assert "no SSH server answers" in sentence
     assert seconds < waiting.SOON_S
 
 
@@ -203,7 +203,7 @@ def test_a_server_that_falls_silent_after_its_banner(server: Server):
 
 def test_a_server_from_another_age(server: Server):
     with listener(lambda connection: connection.sendall(b"SSH-1.5-Old\r\n")) as port:
-        assert "too old or too new" in refused(server, f"127.0.0.1:{port}")
+        assert "is not compatible" in refused(server, f"127.0.0.1:{port}")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
@@ -213,7 +213,7 @@ def test_a_frozen_server(server: Server):
         sentence, seconds = took(lambda: refused(server, timeout_s=1))
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
-    assert "no SSH server greets us within 1 s" in sentence
+    assert "sends no SSH version within 1 s" in sentence
     assert seconds < waiting.SOON_S
 
 
