@@ -1,7 +1,7 @@
 """Prepared data kept between runs: one folder per (inputs, settings), complete or not there at all.
 
 An entry is made in a folder of its own and renamed into place, so two runs that prepare the same
-data at once both end with a whole entry, whoever comes first.
+data at once both end with a complete entry, in either order.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Chat:
     def _write(
         self, folder: Path, ordered: Sequence[Conversation], encoder: Encoder, progress: Progress
     ) -> dict[str, Any]:
-        """Fills a new cache entry; returns what there is to tell of it."""
+        """Fill a new cache entry; returns its facts."""
         if len(ordered) < 2:
             raise DataError(f"data.path={self.path}: one conversation is too few, some are kept")
         border = min(len(ordered) - 1, max(1, round(len(ordered) * (1 - self.eval_fraction))))
@@ -241,7 +241,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise DataError(f"{where}: its {key} is not text")
-        # JSON can say half a character (\ud800), which no tokenizer takes.
+        # JSON can encode half a character (\ud800), which no tokenizer takes.
         kept[key] = message[key].encode(errors="replace").decode()
     if not kept["role"].strip():
         raise DataError(f"{where}: its role is empty")

@@ -1,8 +1,8 @@
 """Conversations written out by a chat template, with a loss mask over the answers in them.
 
-A template is asked for the whole conversation and, for every answer, for the text before it (as
-when a model is asked) and the text up to its end. Where these are beginnings of the whole, the
-tokens between are the answer:
+A template renders the whole conversation and, for every answer, the text before it (with the
+generation prompt) and the text up to its end. Where these are prefixes of the whole, the tokens
+between them are the answer:
 
     whole     <user> Hi <end> <assistant> Hello! <end> \\n <user> ...
     before    <user> Hi <end> <assistant>
@@ -114,8 +114,8 @@ class ChatTemplate:
 
 
 def choose_template(folder: Path, template: str, tokenizer: TextTokenizer) -> None:
-    """Writes the template that `data.template` asks for into a tokenizer's folder, so that whoever
-    reads the folder later, here or elsewhere, writes conversations alike.
+    """Write the template that `data.template` names into a tokenizer's folder, so that every later
+    reader of the folder renders conversations alike.
 
     Raises DataError for a file that cannot be read.
     """

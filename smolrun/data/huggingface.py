@@ -1,4 +1,7 @@
-"""Any dataset that the library `datasets` can read: of the hub, of a folder, of a file."""
+"""Any dataset that the library `datasets` can read: of the hub, of a folder, of a file.
+
+Shape suffixes: N images, P numbers of one image (rows, columns, colours).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from smolrun.data.feature_file import Rows, prepare_features
 from smolrun.data.hub_dataset import (
     DatasetDocuments,
     Wanted,
-    has_pictures,
+    has_images,
     image_columns,
     is_label,
     open_dataset,
@@ -35,9 +38,9 @@ _READ_AT_ONCE = 500  # rows
 
 
 class HuggingFaceData:
-    """Text or pictures of a dataset; conf/data/hf.yaml explains the keys."""
+    """Text or images of a dataset; conf/data/hf.yaml explains the keys."""
 
-    produces: ClassVar[Kind | None] = None  # only the dataset itself tells
+    produces: ClassVar[Kind | None] = None  # known once the dataset is opened
 
     def __init__(
         self,
@@ -88,13 +91,13 @@ class HuggingFaceData:
         self.most_bytes = None if max_mb is None else int(max_mb * 1e6)
 
     def prepare(self, progress: Progress) -> Prepared:
-        """Opens the dataset, reads and keeps what is to be learnt; raises DataError if it can't."""
+        """Open the dataset, read its samples and cache them; raises DataError if that fails."""
         if self.streaming:
             return self._prepare_stream(progress)
         train = self._open(self.split, progress)
         held_out = self._open(self.eval_split, progress) if self.eval_split else None
-        if has_pictures(train.features, self.wanted):
-            return self._prepare_pictures(train, held_out, progress)
+        if has_images(train.features, self.wanted):
+            return self._prepare_images(train, held_out, progress)
         documents = self._read_documents(train, held_out, progress)
         return prepare_tokens(
             self.cache_dir,
@@ -168,11 +171,11 @@ class HuggingFaceData:
             parts[0], hasher.hexdigest(), held_out=parts[1] if len(parts) > 1 else None
         )
 
-    def _prepare_pictures(
+    def _prepare_images(
         self, train: Dataset, held_out: Dataset | None, progress: Progress
     ) -> Prepared:
         sets = [
-            Pictures(
+            Images(
                 dataset,
                 *image_columns(dataset.features, self.wanted),
                 mode=self.image_mode,
@@ -251,12 +254,12 @@ def stream_documents(
         )
 
     def pick(dataset: Any) -> str:
-        # Where only the data itself tells the columns, the library looks at the first few rows.
+        # Without declared features, the library infers the columns from the first few rows.
         features = dataset.features or dataset._resolve_features().features or {}
-        if has_pictures(features, wanted):
+        if has_images(features, wanted):
             raise DataError(
                 f"data.path={path}: data.streaming=true reads text; set data.text_column=NAME, or "
-                "data.streaming=false for pictures"
+                "data.streaming=false for images"
             )
         return text_column(features, wanted)
 
@@ -264,11 +267,11 @@ def stream_documents(
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """A stream is opened anew for each pass, which is nothing to tell of."""
+    """A stream is opened for each pass, which is not reported."""
 
 
-class Pictures:
-    """The pictures of one split. Raises DataError where `pillow` is missing."""
+class Images:
+    """The images of one split, as rows of bytes. Raises DataError where `pillow` is missing."""
 
     def __init__(
         self,
@@ -295,66 +298,64 @@ class Pictures:
         return len(self._dataset)
 
     def sha256(self, progress: Progress) -> str:
-        """Of all pictures and classes, whatever files they came in."""
+        """The hash of all images and classes, independent of the files they came in."""
         hasher = hashlib.sha256()
         for done, row in enumerate(self._dataset):
             if done % 1000 == 0:
-                progress("looking at pictures", done, len(self))
+                progress("hashing images", done, len(self))
             hasher.update(hashlib.sha256(_bytes(row[self._image], done)).digest())
             hasher.update(f"{row[self._label]};".encode())
-        progress("looking at pictures", len(self), len(self))
+        progress("hashing images", len(self), len(self))
         return hasher.hexdigest()
 
     def classes(self) -> dict[Any, int]:
         """What the column of classes holds -> 0, 1, ...; a class with a name keeps its number."""
         found = set(self._dataset.unique(self._label))
         if None in found or (-1 in found and self.is_named):
-            raise DataError(f"some pictures have no class in the column {self._label}")
+            raise DataError(f"some images have no class in the column {self._label}")
         if all(isinstance(value, int) and value >= 0 for value in found):
             return {value: value for value in found}
         return {value: number for number, value in enumerate(sorted(found))}
 
     def read(self, classes: dict[Any, int], progress: Progress) -> Rows:
-        """The pictures in an order that mixes classes, always the same one."""
+        """The images in a fixed order that mixes classes."""
         order = SampleOrder(max(1, len(self)), 0)
         rows: list[numpy.ndarray] = []
         targets: list[int] = []
         total = 0
         for position in range(len(self)):
             if position % 200 == 0:
-                progress("reading pictures", position, len(self))
+                progress("reading images", position, len(self))
             index = order.index(position)
             row = self._dataset[index]
             if row[self._label] not in classes:
-                raise DataError(
-                    f"the class {row[self._label]!r} of picture {index} is not in train"
-                )
+                raise DataError(f"the class {row[self._label]!r} of image {index} is not in train")
             values = self._decode(row[self._image], index)
             total += values.size
             if self._most_bytes is not None and total > self._most_bytes:
                 break
             if rows and values.size != rows[0].size:
                 raise DataError(
-                    f"picture {index} is larger or smaller than picture {order.index(0)}; say "
+                    f"image {index} is larger or smaller than image {order.index(0)}; set "
                     "data.image_size=28 (or another size for all)"
                 )
             rows.append(values)
             targets.append(classes[row[self._label]])
-        progress("reading pictures", len(self), len(self))
+        progress("reading images", len(self), len(self))
         if not rows:
-            raise DataError("there is no picture, or not one within data.max_mb")
+            raise DataError("there is no image, or none within data.max_mb")
         return Rows(numpy.stack(rows), numpy.asarray(targets))
 
     def _decode(self, value: Any, index: int) -> numpy.ndarray:
         try:
             from PIL import Image
         except ImportError:
-            raise DataError("pictures need the package pillow: pip install pillow") from None
+            raise DataError("images need the package pillow: pip install pillow") from None
         try:
             with Image.open(io.BytesIO(_bytes(value, index))) as opened:
                 image = opened.convert(self._mode)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"picture {index} cannot be read: {error}") from None
+            raise DataError(f"image {index} cannot be read: {error}") from None
         if self._size is not None and image.size != (self._size, self._size):
             image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
         return numpy.asarray(image, dtype=numpy.uint8).reshape(-1)
@@ -362,10 +363,10 @@ class Pictures:
 
 def _bytes(value: Any, index: int) -> bytes:
     if value is None:
-        raise DataError(f"picture {index} is missing")
+        raise DataError(f"image {index} is missing")
     if value["bytes"] is not None:
         return bytes(value["bytes"])
     try:
         return Path(value["path"]).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read picture {index}, {value['path']}: {error.strerror}") from None
+        raise DataError(f"cannot read image {index}, {value['path']}: {error.strerror}") from None

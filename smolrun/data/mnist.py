@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: pictures of 28 x 28 bytes in ten classes, from files you have.
+"""MNIST and Fashion-MNIST: images of 28 x 28 bytes in ten classes, from local files.
 
     train-images-idx3-ubyte  train-labels-idx1-ubyte  t10k-images-...  t10k-labels-...   (or .gz)
 
@@ -42,7 +42,7 @@ _LARGEST = 50_000_000  # bytes of one digit's JSON; the largest has 3.5 million
 
 
 class FashionMnist:
-    """70,000 pictures of clothes; conf/data/fashion_mnist.yaml explains the keys."""
+    """70,000 images of clothes; conf/data/fashion_mnist.yaml explains the keys."""
 
     produces: ClassVar[Kind] = "features"
 
@@ -98,9 +98,9 @@ def _from_idx(cache_dir: Path, name: str, folder: Path, progress: Progress) -> P
     def read() -> tuple[Rows, Rows]:
         arrays = []
         for done, (path, dims) in enumerate(zip(paths, (3, 1, 3, 1), strict=True)):
-            progress("reading pictures", done, len(paths))
+            progress("reading images", done, len(paths))
             arrays.append(read_idx(path, dims))
-        progress("reading pictures", len(paths), len(paths))
+        progress("reading images", len(paths), len(paths))
         pictures, labels = arrays[0::2], arrays[1::2]
         train, held_out = (
             Rows(inputs.reshape(len(inputs), -1), targets)
@@ -177,11 +177,11 @@ def _split(texts: list[bytes], eval_fraction: float, progress: Progress) -> tupl
 
 
 def _parse(text: bytes, digit: int) -> numpy.ndarray:
-    """Pictures [N, P] of bytes out of {"data": [numbers of 0..1, picture after picture]}."""
+    """Images [N, P] uint8 from {"data": [numbers of 0..1, image after image]}."""
     try:
         values = numpy.asarray(json.loads(text)["data"], dtype=numpy.float64)
         if values.ndim != 1 or len(values) % _PIXELS or not len(values):
-            raise ValueError(f"{values.shape} numbers are no pictures of {_PIXELS}")
+            raise ValueError(f"{values.shape} numbers are no images of {_PIXELS}")
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError("some numbers are not within 0 and 1")
     except (ValueError, KeyError, TypeError) as error:
@@ -190,7 +190,7 @@ def _parse(text: bytes, digit: int) -> numpy.ndarray:
 
 
 _BYTES = 0x08
-_LARGEST_IDX = 1 << 31  # bytes: more is no picture set that fits this in-memory way
+_LARGEST_IDX = 1 << 31  # bytes: the limit of an array that is read into memory
 
 
 def read_idx(path: Path, dims: int) -> numpy.ndarray:
@@ -218,12 +218,12 @@ def _read_array(file: BinaryIO, path: Path, dims: int) -> numpy.ndarray:
         )
     shape = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4))
     if len(header) < 4 + 4 * dims or not 0 < math.prod(shape) <= _LARGEST_IDX:
-        raise DataError(f"{path} is damaged: it says it holds {' x '.join(map(str, shape))} bytes")
+        raise DataError(f"{path} is damaged: it declares {' x '.join(map(str, shape))} bytes")
     data = file.read(math.prod(shape) + 1)
     if len(data) != math.prod(shape):
         held = f"{len(data):,}" if len(data) < math.prod(shape) else "more"
         raise DataError(
-            f"{path} is damaged: it says {' x '.join(map(str, shape))} bytes but holds {held}; "
+            f"{path} is damaged: it declares {' x '.join(map(str, shape))} bytes but holds {held}; "
             "get the file again"
         )
     return numpy.frombuffer(data, numpy.uint8).reshape(shape)

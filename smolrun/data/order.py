@@ -5,7 +5,7 @@ every machine.
     sample     2 0 3 1 | 1 3 0 2 | 3 ...
 
 A position's sample follows from (size, seed, position) alone, so the order cannot depend on the
-world size, a resumed run goes on at its position, and no list of the whole data is ever made. It
+world size, a resumed run continues at its position, and no list of the whole data is ever made. It
 uses whole numbers only, no library's random generator, so hosts with different numpy or torch
 versions agree.
 Source: format-preserving encryption, a Feistel network with cycle walking (Black and Rogaway 2002).

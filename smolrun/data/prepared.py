@@ -1,4 +1,4 @@
-"""What the driver hands to every rank once the data is ready: where it lies, its hash, and what a
+"""What the driver sends to every rank once the data is ready: its path, its hash, and what a
 model must fit.
 
 Knows no torch, so that the driver can prepare data without loading it.
@@ -27,7 +27,7 @@ class Prepared:
     kind "tokens": num_outputs is the vocabulary size, sequence_length the tokens of one sample,
     `tokenizer` a folder with tokenizer.json (None: not text). kind "features": num_outputs is the
     number of classes, num_inputs the number of features. train_size and eval_size count samples.
-    `masked`: each token has a mark that says whether it is to be learnt (chat). `stream`: how the
+    `masked`: each token has a loss mask (chat). `stream`: how the
     train part, which is then no file and has no size (0), is read and fetched.
     """
 

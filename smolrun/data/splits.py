@@ -1,6 +1,6 @@
-"""What a rank reads: one split (train or eval) of prepared data, in batches.
+"""One split (train or eval) of prepared data, read in batches.
 
-Knows nothing of ranks: which samples a rank asks for is decided above (see order.py).
+Knows nothing of ranks: the caller decides which samples a rank reads (order.py gives the order).
 Shape suffixes: B batch, T tokens, F features.
 """
 
@@ -27,7 +27,7 @@ IGNORE_INDEX = -100  # a target without a loss, as torch.nn.functional.cross_ent
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and what the model should answer.
+    """Inputs and targets of some samples.
 
     Tokens: int64 [B, T] both, targets are the inputs' next tokens, IGNORE_INDEX where there is
     no loss. Features: float32 [B, F] and int64 [B]. `position` counts samples from the
@@ -49,7 +49,7 @@ class Split(ABC):
     def _gather(self, indices: numpy.ndarray) -> Batch: ...
 
     def batch(self, indices: Sequence[int], position: int = 0) -> Batch:
-        """The samples asked for, in that order; no indices give a batch of none.
+        """The samples `indices`, in that order; no indices give a batch of size 0.
 
         Raises IndexError for an index that is not within 0 .. len - 1.
         """

@@ -54,7 +54,7 @@ class DocumentSource(Protocol):
     """Documents in an order that is the same in every pass and on every day."""
 
     def documents(self, start: int, place: Mapping[str, Any] | None) -> Iterator[str]:
-        """One pass from document `start` on; `place` is what `place()` said there, or None.
+        """One pass from document `start` on; `place` is what `place()` returned there, or None.
 
         Raises DataError, in a sentence, when it cannot be read.
         """
@@ -94,7 +94,8 @@ class StreamReader:
         row: int = 0,
         bookmark: Mapping[str, Any] | None = None,
     ) -> None:
-        """Nothing is read yet. `bookmark` is what `bookmark_for(row)` of an earlier reader said.
+        """Nothing is read yet. `bookmark` is what `bookmark_for(row)` of an earlier reader
+        returned.
 
         Without one the stream is read again from its beginning, up to `row`. Raises DataError for a
         bookmark of another stream, and for one that lies behind `row`.
@@ -105,7 +106,7 @@ class StreamReader:
         if begin.row > row:
             raise DataError(
                 f"the bookmark of the stream is at row {begin.row}, behind row {row}, where this "
-                "run goes on: it belongs to a later checkpoint"
+                "run continues: it belongs to a later checkpoint"
             )
         self.row = row
         self.row_bytes = (packing.sequence_length + 1) * _TOKEN.itemsize
@@ -209,7 +210,7 @@ class StreamReader:
         while self._texts and room > 0:
             texts.append(self._texts.pop())
             room -= len(texts[-1])
-        # A document without a word is no document, and needs no end.
+        # A document without tokens is skipped, without an end token.
         rows = [ids for ids in self._packing.encode_batch(texts) if ids]
         self._is_barren = self._is_barren and not rows
         return [numpy.asarray([*ids, self._packing.end_id], _TOKEN) for ids in rows]
@@ -232,7 +233,7 @@ class Bookmark:
     place: dict[str, Any] | None = None
 
     def to_json(self, identity: str) -> dict[str, Any]:
-        """A JSON object; `identity` says of which stream, read in which way."""
+        """A JSON object; `identity` is the hash of the stream and of how it is read."""
         return {
             "stream": identity,
             "document": self.document,
@@ -411,14 +412,14 @@ def _first_texts(source: DocumentSource, start: int, progress: Progress) -> list
     def enough() -> Iterator[str]:
         done = 0
         for text in source.documents(start, None):
-            progress("reading text to learn from", done, BPE_TRAINING_CHARACTERS)
+            progress("reading text for the tokenizer", done, BPE_TRAINING_CHARACTERS)
             yield text
             done += len(text)
             if done >= BPE_TRAINING_CHARACTERS:
                 return
 
     texts = list(enough())
-    progress("reading text to learn from", 1, 1)
+    progress("reading text for the tokenizer", 1, 1)
     return texts
 
 

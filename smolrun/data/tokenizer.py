@@ -1,7 +1,7 @@
 """Text to token ids and back. Our own kinds know all bytes, so every text comes back exactly.
 
-    bytes    256 tokens, one per byte value; nothing to learn
-    bpe      256 bytes, an end token, and merges learnt from the text itself in seconds
+    bytes    256 tokens, one per byte value; not trained
+    bpe      256 bytes, an end token, and merges trained on the text itself in seconds
     a model's own, from its Hugging Face folder or from the hub: only files are read, no code runs
 
 All are kept as the `tokenizer.json` that Hugging Face tools read too.
@@ -28,7 +28,7 @@ from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_bytes, read_json
 
-# Said out loud, because tokenizers warns on every fork of a process that left it to chance.
+# Set, because tokenizers warns on every fork of a process where it is not.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 FILE_NAME = "tokenizer.json"
@@ -37,13 +37,13 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 END_TOKEN = "<|endoftext|>"
 _MAX_GROWTH = 1000  # usual replacements are one character long
 NO_NAME = "\0"  # the end token of the bytes tokenizer, as text
-# Everything that says how text becomes tokens; weights and code are never among them.
+# The files of a tokenizer; weights and code are never among them.
 FILES = (
     *(FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
 )
-# Merges learnt from this much text are as good as those from more, and it takes two seconds.
+# Merges trained on this much text are as good as those from more, and it takes two seconds.
 BPE_TRAINING_CHARACTERS = 4_000_000
 
 
@@ -66,7 +66,8 @@ class TextTokenizer:
                 f"none of its tokens is {end_token!r}, the end of a text; name the one that is, as "
                 "eos_token in tokenizer_config.json beside it"
             )
-        # The bytes tokenizer has no room for an end token: byte 0, hardly ever in a text, does it.
+        # The bytes tokenizer has no id for an end token: byte 0 is used, which texts almost never
+        # have.
         self.end_id: int = 0 if end_id is None else end_id
         self.end_token: str = NO_NAME if end_id is None else end_token
 
@@ -139,7 +140,7 @@ def _check_growth(tokenizer: Tokenizer) -> None:
 
 
 def _end_token(folder: Path) -> str | None:
-    """What the folder calls its end-of-sequence token, or None where it says nothing of it."""
+    """The eos_token of the folder, or None."""
     for name in _SETTINGS:
         if (folder / name).is_file():
             token = read_json(folder / name).get("eos_token")
@@ -156,7 +157,7 @@ def bytes_tokenizer() -> TextTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """A tokenizer of `vocab_size` ids learnt from the texts; fewer if they have less to merge."""
+    """A tokenizer of `vocab_size` ids trained on the texts; fewer if they have less to merge."""
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -259,8 +260,8 @@ def _fetch(name: str, progress: Progress) -> Path:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer that is yet to be made. `key` is what its ids depend on, beside the text;
-    `make(folder, texts)` writes it into the folder, learnt from the texts if it has to learn."""
+    """A tokenizer that is not made yet. `key` is what its ids depend on, beside the text;
+    `make(folder, texts)` writes it into the folder, trained on the texts if it is bpe."""
 
     name: str
     key: dict[str, Any]
@@ -278,14 +279,14 @@ def encoder_for(tokenizer: str, vocab_size: int, progress: Progress) -> Encoder:
                 f"data.vocab_size={vocab_size}: bpe needs at least 257 (256 bytes and an end token)"
             )
 
-        def learn(folder: Path, texts: Sequence[str]) -> TextTokenizer:
-            progress("learning the tokenizer", 0, 1)
+        def train(folder: Path, texts: Sequence[str]) -> TextTokenizer:
+            progress("training the tokenizer", 0, 1)
             made = train_bpe(_first_characters(texts, BPE_TRAINING_CHARACTERS), vocab_size)
-            progress("learning the tokenizer", 1, 1)
+            progress("training the tokenizer", 1, 1)
             made.save(folder)
             return made
 
-        return Encoder("bpe", {"tokenizer": "bpe", "vocab_size": vocab_size}, learn)
+        return Encoder("bpe", {"tokenizer": "bpe", "vocab_size": vocab_size}, train)
     if tokenizer == "bytes":
         return Encoder("bytes", {"tokenizer": "bytes"}, _bytes)
     return _foreign(tokenizer, progress)

@@ -1,6 +1,6 @@
 """Causal self-attention: grouped key/value heads, rotary positions, qk-norm, sliding window.
 
-Shape suffixes: B batch, T tokens, S tokens looked at (= T without a cache), D width, H heads,
+Shape suffixes: B batch, T tokens, S keys (= T without a cache), D width, H heads,
 G key/value heads, K head width, R = K / 2 rotated pairs.
 Source: arXiv:1706.03762 (attention), 2104.09864 (rotary positions), 2305.13245 (grouped heads),
 2302.05442 (qk-norm).
@@ -23,10 +23,10 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers share in one forward: where tokens stand and what each may look at.
+    """The inputs that all attention layers share in one forward: rotation, mask, cache.
 
-    `mask` is True where a token may look, broadcast to [B, H, T, S]; None means plain causal.
-    `rotation` is None for learned positions, `step` is None without a cache.
+    `mask` is True where a query attends to a key, broadcast to [B, H, T, S]; None means plain
+    causal. `rotation` is None for learned positions, `step` is None without a cache.
     """
 
     rotation: Rotation | None
@@ -35,7 +35,7 @@ class AttentionInputs:
 
 
 class Attention(nn.Module):
-    """Each token gathers values from itself and the tokens before it."""
+    """Multi-head attention of each token to itself and earlier tokens."""
 
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ class Attention(nn.Module):
         return heads.transpose(1, 2)
 
     def _repeat(self, hidden_BGSK: Tensor) -> Tensor:
-        """[B, G, S, K] -> [B, H, S, K]: by hand, as not every device knows `enable_gqa`."""
+        """[B, G, S, K] -> [B, H, S, K]: explicit, as not every device supports `enable_gqa`."""
         copies = self.num_heads // self.num_kv_heads
         return hidden_BGSK if copies == 1 else hidden_BGSK.repeat_interleave(copies, dim=1)
 
 
 class HeadNorm(nn.RMSNorm):
-    """Norm of each head, in the weight's precision even where autocast hands it half of that."""
+    """Norm of each head, in the weight's precision, also under autocast."""
 
     def forward(self, heads: Tensor) -> Tensor:
         return super().forward(heads.to(self.weight.dtype))

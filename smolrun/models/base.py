@@ -1,4 +1,4 @@
-"""What the house tells a model when it builds it, and what a model tells about its first values.
+"""What a model is built from, and how its parameters are initialised.
 
 A model is plain torch: it knows nothing of ranks, meshes or configuration objects.
 """
@@ -12,7 +12,7 @@ Kind = Literal["tokens", "features"]
 
 
 class ModelSpec(Protocol):
-    """What the data asks of the model; `smolrun.data.splits.Prepared` fits.
+    """What the data requires of the model; `smolrun.data.prepared.Prepared` fits.
 
     num_outputs is the vocabulary size, or the number of classes. num_inputs is the number of
     features of one sample (None for tokens); sequence_length counts tokens (None for features).

@@ -3,12 +3,12 @@
     tokens -> token_embedding [+ position_embedding] -> blocks[0] .. blocks[n - 1] -> norm -> head
               has_embedding                             first_layer .. last_layer     has_head
 
-Any stage of it can be built alone, so that layers can be spread over hosts; a parameter has the
-same name in every stage. With tied embeddings the stage that has the head also holds
-`token_embedding.weight`: then the first and the last host own one parameter together and must add
-up its gradients. The decoder knows nothing of hosts: whoever cuts it moves hidden_BTD onwards.
+Any stage of it can be built alone, as in pipeline parallelism; a parameter has the same name in
+every stage. With tied embeddings the stage with the head also holds `token_embedding.weight`: then
+the first and the last stage share a parameter, whose gradients must be summed. The decoder knows
+nothing of ranks: the caller sends hidden_BTD from stage to stage.
 
-Shape suffixes: B batch, T tokens, S tokens looked at, D width, F feed-forward width, V vocabulary.
+Shape suffixes: B batch, T tokens, S keys, D width, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def norm_of(shape: DecoderShape) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Each token thinks for itself: width -> ffn_width -> width.
+    """Feed-forward of each token: width -> ffn_width -> width.
 
     Source: arXiv:2002.05202 (SwiGLU), 1606.08415 (GELU).
     """
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         """Token ids [B, T] to logits [B, T, V].
 
         A stage without embedding takes hidden [B, T, D]; one without head returns it. With a
-        cache the inputs continue its sequences, and `counts[row]` tells how many of a row's T
+        cache the inputs continue its sequences, and `counts[row]` is how many of a row's T
         inputs are real, the rest being padding on the right (None: all are real). Raises
         ValueError for a sequence longer than max_sequence_length or than the cache.
         """

@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class _AnyData:
-    """A spec that fits every decoder: the checkpoint says how large its vocabulary is."""
+    """A spec that fits every decoder: the vocabulary size comes from the checkpoint."""
 
     num_outputs = 1
     num_inputs = None
@@ -107,7 +107,7 @@ def write_network(
 
 
 def _trained(checkpoint: CheckpointReader, key: str) -> Tensor:
-    """The average, where there is one: it is what the run has evaluated."""
+    """The averaged parameter (EMA), where there is one: the run evaluated it."""
     average = AVERAGE + key.removeprefix(MODEL)
     return checkpoint.read(average if average in checkpoint.manifest.tensors else key)
 
@@ -157,7 +157,7 @@ def write_tensors(
 
 
 def _name_files(folder: Path, files: list[list[str]], total: int) -> None:
-    """Their final names, which say how many there are."""
+    """Rename the files to their final names, which contain their number."""
     if len(files) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return
@@ -183,9 +183,9 @@ def write_tokenizer(source: Path, folder: Path) -> int | None:
     content = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     ids = {item["content"]: int(item["id"]) for item in content.get("added_tokens", [])}
     end_id = ids.get(END_TOKEN)
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     end = {"eos_token": END_TOKEN} if end_id is not None else {}
-    write_json(folder / "tokenizer_config.json", told | end)
+    write_json(folder / "tokenizer_config.json", settings | end)
     return end_id
 
 
@@ -210,12 +210,12 @@ def check_loads(folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     wanted = {name: list(value.shape) for name, value in model.named_parameters()}
     wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
-    strange = sorted(set(found) - set(model.state_dict()))
-    if wrong or strange:
-        name = (wrong or strange)[0]
+    unknown = sorted(set(found) - set(model.state_dict()))
+    if wrong or unknown:
+        name = (wrong or unknown)[0]
         raise ConfigError(
             f"{type(model).__name__} does not fit the checkpoint: {name} "
-            f"({len(wrong)} tensors missing or of another shape, {len(strange)} unknown)"
+            f"({len(wrong)} tensors missing or of another shape, {len(unknown)} unknown)"
         )
 
 

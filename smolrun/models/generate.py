@@ -1,7 +1,7 @@
-"""Writes text token by token, with a key/value cache so that each token is computed once.
+"""Generation token by token, with a key/value cache so that each token is computed once.
 
-Knows token ids only; whoever calls it turns them into text. It is for one whole model in one
-process: serving has its own scheduler, and algorithms that cut a model have `logits`.
+Knows token ids only. For one whole model in one process: serving has its own scheduler, and
+algorithms that shard a model have `logits`.
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
@@ -24,7 +24,7 @@ def generate(
     top_k: int,
     seed: int,
 ) -> list[int]:
-    """The token ids that follow the prompt (without the prompt): see `generate_batch`."""
+    """The token ids after the prompt, for one prompt; arguments as of `generate_batch`."""
     return generate_batch(
         model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )[0]

@@ -60,7 +60,7 @@ def prepare(
 def pinned_revision(name: str, revision: str | None) -> str | None:
     """`revision` as a commit of the hub, so that a resumed run gets the same files.
 
-    As it was for a folder, for a commit, and where the hub does not say.
+    Unchanged for a folder, for a commit, and where the hub does not answer.
     """
     if Path(os.path.expanduser(name)).is_dir() or _is_path(name) or is_commit(revision):
         return revision
@@ -166,7 +166,7 @@ def _fetched_before(name: str, revision: str | None, patterns: list[str], error:
                 local_files_only=True,
             )
         )
-    except Exception:  # nothing there: what the hub said first is the reason
+    except Exception:  # nothing there: the hub's first answer is the reason
         raise ConfigError(_sentence(name, error)) from error
 
 
@@ -198,11 +198,11 @@ def _sentence(name: str, error: Exception) -> str:
 
 
 def _bar(what: str, progress: Progress) -> type[Any]:
-    """A tqdm class for the hub's client that tells `progress` of bytes and draws nothing."""
+    """A tqdm class for the hub's client that passes bytes to `progress` and draws nothing."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # it has no annotations
 
-    class Told(tqdm):  # type: ignore[misc]
-        """Bytes are told; the bar that counts files is silent."""
+    class _ProgressBar(tqdm):  # type: ignore[misc]
+        """Reports bytes; the bar that counts files reports nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
@@ -216,4 +216,4 @@ def _bar(what: str, progress: Progress) -> type[Any]:
                 progress(what, self._done, max(self._done, int(self.total or self._total)))
             return None
 
-    return Told
+    return _ProgressBar

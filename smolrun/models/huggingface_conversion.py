@@ -1,4 +1,4 @@
-"""Where each parameter of our decoder lies in a Hugging Face checkpoint, and the other way round.
+"""Conversion between our decoder and Hugging Face checkpoints: parameter names and config.json.
 
     ours         blocks.3.attention.key.weight
     gpt2         h.3.attn.c_attn.weight, the second third, transposed (Conv1D; q, k, v in one)

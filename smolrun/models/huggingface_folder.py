@@ -1,7 +1,6 @@
-"""A Hugging Face model folder, looked at before anything is loaded: is it whole, safe, and does it
-fit the data?
+"""A Hugging Face model folder, checked before anything is loaded: complete, safe, fitting the data.
 
-Knows no torch and no transformers, so that the driver can tell every problem at once.
+Knows no torch and no transformers, so that the driver reports every problem at once.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class ModelFolder:
     """A model that is ready on this machine.
 
     `tokenizer_folder` is where its tokenizer lies (None: it brings none that can be read). `sha256`
-    tells models apart: of config.json and the names, sizes and tables of contents of the weights.
+    identifies the model: of config.json and the names, sizes and headers of the weights.
     """
 
     folder: str
@@ -72,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Token ids the model knows, padding included; None where config.json does not say."""
+    """Token ids the model knows, padding included; None where config.json has no such key."""
     return _number(config, "vocab_size")
 
 
@@ -145,7 +144,7 @@ def _looks_causal(config: Mapping[str, Any]) -> bool:
 
 
 def _is_known(kind: str) -> bool:
-    """Seconds, because it imports transformers; so only asked where the files leave a doubt."""
+    """Imports transformers (seconds), so it is called only where the files do not decide."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -1,4 +1,4 @@
-"""transformers' own model as an ordinary module of the house: token ids in, logits out.
+"""transformers' own model as a torch module: token ids in, logits out.
 
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
@@ -68,7 +68,7 @@ class HuggingFaceNetwork(nn.Module):
 
 
 def load(folder: Path, *, pretrained: bool, attention: str, dropout: float) -> HuggingFaceNetwork:
-    """The model in a folder; random values come from torch's generator, as its seed says.
+    """The model in a folder; random values come from torch's default generator.
 
     Reads that folder and nothing else, runs no code of it. Raises ConfigError where transformers
     cannot build it, or where weights are missing or of another shape.
@@ -99,15 +99,15 @@ def load(folder: Path, *, pretrained: bool, attention: str, dropout: float) -> H
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise ConfigError(f"transformers cannot build the model in {folder}: {error}") from error
-    network, told = loaded
-    _refuse_gaps(folder, told)
+    network, info = loaded
+    _refuse_gaps(folder, info)
     return HuggingFaceNetwork(network)
 
 
-def _refuse_gaps(folder: Path, told: dict[str, Any]) -> None:
+def _refuse_gaps(folder: Path, info: dict[str, Any]) -> None:
     """transformers fills what a checkpoint lacks with random numbers, and only warns."""
-    missing = sorted(told["missing_keys"])
-    mismatched = sorted(str(item[0]) for item in told["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(item[0]) for item in info["mismatched_keys"])
     if missing or mismatched:
         what = "lack" if missing else "have another shape for"
         first = (missing or mismatched)[0]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """Room for `capacity` tokens of each of `batch_size` sequences, for the layers given.
+    """Keys and values of up to `capacity` tokens of each of `batch_size` sequences, for the layers
+    given.
 
     `lengths[row]` is how many tokens a row holds; set it to 0 to use the row for a new sequence.
     """
@@ -37,7 +38,7 @@ class KVCache:
         self.capacity = capacity
         self.lengths = [0] * batch_size
         self.device = device
-        # One slot more than the capacity: padding tokens write there, and nobody looks at it.
+        # One slot more than the capacity: padding tokens write there, and it is masked.
         shape = (batch_size, capacity + 1, kv_heads, head_width)
         self.keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self.values = {layer: torch.zeros_like(keys) for layer, keys in self.keys.items()}
@@ -70,7 +71,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class CacheStep:
-    """One call's new tokens: where they go and what they may look at, the same for every layer."""
+    """One call's new tokens: their slots and their mask, the same for every layer."""
 
     cache: KVCache
     counts: list[int]
@@ -79,7 +80,7 @@ class CacheStep:
     mask_B1TS: Tensor
 
     def append(self, layer: int, key_BGTK: Tensor, value_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values; returns all to look at, [B, G, S, K] each."""
+        """Stores a layer's new keys and values; returns all cached ones, [B, G, S, K] each."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows_B1 = torch.arange(len(self.counts), device=keys.device)[:, None]
         keys[rows_B1, self.slots_BT] = key_BGTK.transpose(1, 2).to(keys.dtype)
@@ -94,6 +95,6 @@ class CacheStep:
 
 
 def may_look(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """True where a query may look at a key: not ahead, at most `window` back, itself included."""
+    """True where a query attends to a key: not ahead, at most `window` back, itself included."""
     mask = key_positions <= query_positions
     return mask if window is None else mask & (key_positions > query_positions - window)

@@ -137,7 +137,7 @@ def _dequantize(gguf: Path, folder: Path, progress: Progress) -> None:
 
 
 def _clean(path: Path, keys: tuple[str, ...]) -> None:
-    """Takes out what only tells how the file was made."""
+    """Remove keys about how the file was made."""
     content = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in content.items() if key not in keys}
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ class TrainedModel:
 def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> TrainedModel:
     """The model that `run` means: latest, a run below `outputs`, or a checkpoint folder.
 
-    Damaged checkpoints are passed over, each told by `warn`. Raises CheckpointError where there is
+    Damaged checkpoints are skipped, each reported by `warn`. Raises CheckpointError where there is
     no whole one, or where the run's configuration cannot be read.
     """
     run_folder, checkpoint = locate(run, outputs, warn)

@@ -209,7 +209,7 @@ def test_datasets_of_conversations_are_read(tmp_path: Path, chats: Path) -> None
         ('{"text": "hello"}', "line 3: has text; expected"),
         ("{}", "line 3: has no keys; expected"),
         ('{"messages": []}', "line 3: its messages are not a list, or an empty one"),
-        ('{"messages": "hello"}', "line 3: its messages are no list"),
+        ('{"messages": "hello"}', "line 3: its messages are not a list"),
         ('{"messages": ["hello"]}', "line 3, message 1: is no"),
         ('{"messages": [{"role": "user"}]}', "line 3, message 1: its content is not text"),
         ('{"messages": [{"role": "", "content": ""}]}', "line 3, message 1: its role is empty"),

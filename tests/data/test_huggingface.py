@@ -136,11 +136,11 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     assert set(texts_in(prepared, "train")) < {*TEXTS, ""}
     there = r"its columns: n \(int64\), title \(string\), body \(string\)"
     for keys, message in (
-        ({}, r"has 2 columns of text: say data\.text_column=NAME"),
+        ({}, r"has 2 columns of text: set data\.text_column=NAME"),
         ({"text_column": "text"}, r"data\.text_column=text: there is no such column"),
         ({"text_column": "n"}, r"data\.text_column=n: is not text"),
         ({"image_column": "title"}, r"data\.label_column=NAME is needed \(found none\)"),
-        ({"image_column": "title", "label_column": "n"}, r"image_column=title: holds no pictures"),
+        ({"image_column": "title", "label_column": "n"}, r"image_column=title: holds no images"),
     ):
         with pytest.raises(DataError, match=f"{message}.*; {there}"):
             prepare(tmp_path, tmp_path / "saved", **keys)
@@ -283,7 +283,7 @@ def test_pictures_are_made_grey_and_of_one_size(tmp_path: Path, animals: Path) -
 
 def test_a_picture_that_is_none_is_named(tmp_path: Path, animals: Path) -> None:
     (animals / "cat" / "3.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="picture 3 cannot be read"):
+    with pytest.raises(DataError, match="image 3 cannot be read"):
         prepare(tmp_path, animals)
 
 

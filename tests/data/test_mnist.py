@@ -81,7 +81,7 @@ def test_plain_and_packed_files_give_the_same(folder: Path) -> None:
         ("train-images-idx3-ubyte.gz", b"PK\3\4 a zip", "begins with 50 4b 03 04, expected 00 00"),
         ("train-images-idx3-ubyte.gz", idx(numpy.arange(12)), "not an idx file of bytes in 3"),
         ("train-labels-idx1-ubyte", b"\0\0\x0d\1" + bytes(8), "not an idx file of bytes"),
-        ("train-images-idx3-ubyte.gz", idx(pictures(12))[:9], "is damaged: it says it holds"),
+        ("train-images-idx3-ubyte.gz", idx(pictures(12))[:9], "is damaged: it declares"),
         ("train-images-idx3-ubyte.gz", idx(pictures(12))[:-1], "12 x 4 x 4 bytes but holds 191"),
         ("train-images-idx3-ubyte.gz", idx(pictures(12)) + b"!", "but holds more"),
         (
@@ -90,11 +90,11 @@ def test_plain_and_packed_files_give_the_same(folder: Path) -> None:
             "is damaged",
         ),
         ("train-images-idx3-ubyte.gz", b"\x1f\x8b garbage", "is damaged|cannot read"),
-        ("train-images-idx3-ubyte.gz", b"\0\0\x08\3" + b"\xff" * 12, "is damaged: it says it"),
-        ("train-images-idx3-ubyte.gz", b"\0\0\x08\3" + bytes(12), "is damaged: it says it holds 0"),
-        ("train-labels-idx1-ubyte", idx(numpy.arange(11)), "12 train pictures but 11 labels"),
+        ("train-images-idx3-ubyte.gz", b"\0\0\x08\3" + b"\xff" * 12, "is damaged: it declares"),
+        ("train-images-idx3-ubyte.gz", b"\0\0\x08\3" + bytes(12), "is damaged: it declares 0"),
+        ("train-labels-idx1-ubyte", idx(numpy.arange(11)), "12 train samples but 11 labels"),
         ("t10k-labels-idx1-ubyte", idx(numpy.full(6, 9)), "eval has the class 9, train none above"),
-        ("t10k-images-idx3-ubyte.gz", idx(numpy.ones((6, 2, 2))), "train pictures have 16 numbers"),
+        ("t10k-images-idx3-ubyte.gz", idx(numpy.ones((6, 2, 2))), "train samples have 16 features"),
     ],
 )
 def test_damaged_files_are_told(folder: Path, name: str, data: bytes, message: str) -> None:
@@ -179,8 +179,8 @@ def test_mnist_reads_idx_files_too(folder: Path) -> None:
     ("data", "message"),
     [
         (b"{", "3.json of the package mnist is damaged"),
-        (b'{"data": [1, 2]}', "are no pictures"),
-        (b'{"data": []}', "are no pictures"),
+        (b'{"data": [1, 2]}', "are no images"),
+        (b'{"data": []}', "are no images"),
         (b'{"data": "x"}', "damaged"),
         (b"[]", "damaged"),
         (json.dumps({"data": [2.0] * 784}).encode(), "not within 0 and 1"),
