@@ -20,9 +20,9 @@ from smolrun.driver.outputs import (
     become_latest,
     make_folder,
     nothing_started,
-    prepare_data,
 )
 from smolrun.driver.preflight import check_before_start
+from smolrun.driver.prepare import prepare_data
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.errors import ConfigError
 from smolrun.events import BenchRow, Event

@@ -18,14 +18,13 @@ import platformdirs
 
 from smolrun.checkpoints.folder import is_link, leftovers
 from smolrun.config import RunConfig
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tasks.status import size
 from smolrun.tracking.formatting import duration
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
-from smolrun.tracking.run_folder import LATEST
+from smolrun.tracking.run_folder import LATEST, OUTPUTS
 
 _DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
 _CACHES = ("data", "models")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.config.models import TrainedConfig
 from smolrun.data.cache import cache_folder
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.models.trained import TrainedModel, find
 from smolrun.tracking.console import Console
+from smolrun.tracking.run_folder import OUTPUTS
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Progress

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
 from smolrun.launch.delivery.versions import env_python, environment_name, own_dependencies
 from smolrun.launch.remote.machine import Machine
@@ -27,6 +26,7 @@ from smolrun.launch.setup.user_key import install, make_key, public_key, read_ke
 from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
+from smolrun.tracking.run_folder import OUTPUTS
 
 _CHECK_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

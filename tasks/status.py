@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from smolrun.config import RunConfig
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo
 from smolrun.tracking.formatting import clock, duration
 from smolrun.tracking.past_runs import PastRun, look, run_folders
+from smolrun.tracking.run_folder import OUTPUTS
 
 MOST_RUNS = 20
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "left", "age", "checkpoints")

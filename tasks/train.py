@@ -18,11 +18,10 @@ from smolrun.driver.outputs import (
     become_latest,
     make_folder,
     nothing_started,
-    prepare_data,
     server_note,
 )
 from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
-from smolrun.driver.prepare import with_pinned_model
+from smolrun.driver.prepare import prepare_data, spec_of, with_pinned_model
 from smolrun.driver.reachable_hosts import who_answers
 from smolrun.driver.restart import Lost, Restarts, train_on
 from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
@@ -53,9 +52,11 @@ def drive(config: RunConfig) -> int:
     began = time.monotonic()
     check_before_start(config)
     if config.training.dry_run:
-        from smolrun.estimate.dry_run_text import report  # loads torch
+        from smolrun.estimate.dry_run import estimate  # loads torch
+        from smolrun.estimate.dry_run_text import report
 
-        return report(config)
+        spec = spec_of(config)
+        return report(estimate(config, spec, notes=spec.notes))
     config = with_pinned_model(config)
     console = Console(
         steps=config.training.steps,

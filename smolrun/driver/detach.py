@@ -26,11 +26,11 @@ from typing import Any
 import msgspec
 
 from smolrun.config import RunConfig, resolved
-from smolrun.driver.outputs import OUTPUTS, nothing_started
+from smolrun.driver.outputs import nothing_started
 from smolrun.driver.prepare import with_pinned_model
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--driver"]
 _LOG = "SMOLRUN_DRIVER_LOG"  # for the driver alone: the file that its output goes to at first

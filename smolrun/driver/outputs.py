@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from smolrun.config import RunConfig, has_dedicated_server, ranks, redacted
-from smolrun.data.cache import cache_folder
-from smolrun.data.prepared import Prepared
-from smolrun.driver.prepare import prepare_model, tokenizer_for, with_model
-from smolrun.errors import ConfigError, DataError
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.errors import ConfigError
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Progress
-
-OUTPUTS = Path("outputs")  # below the folder you are in; every run writes here and only here
-
-
-def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
-    """Make the data, and a model that has to be fetched, ready on this machine, or find it so."""
-    model = prepare_model(config, progress)
-    keys = config.data.keywords()
-    if (tokenizer := tokenizer_for(config, model)) is not None:
-        keys["tokenizer"] = tokenizer
-    cache = cache_folder("data")
-    prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
-    if not isinstance(prepared, Prepared):
-        raise DataError(
-            f"{config.data.target}: prepare() returned a {type(prepared).__name__}; it must return "
-            "a smolrun.data.prepared.Prepared, which prepare_features and prepare_tokens give"
-        )
-    return with_model(config, prepared, model)
-
-
-def load_target(path: str) -> Any:
-    """What `module:name` names; ConfigError with the reason where it cannot be had."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (Exception, SystemExit) as error:  # an import runs the user's code: it may raise all
-        reason = f"{type(error).__name__}: {error}{_place(error)}"
-        raise ConfigError(f"{path}: cannot be loaded ({reason})") from error
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code an import broke: ` at file:line`, or nothing if not in a file."""
-    if isinstance(error, SyntaxError):  # its own message names the line, not the folder
-        return f" at {error.filename}:{error.lineno}"
-    steps = traceback.extract_tb(error.__traceback__)[1:]  # without our own call
-    mine = [step for step in steps if _is_users(step.filename)]
-    return f" at {mine[-1].filename}:{mine[-1].lineno}" if mine else ""
-
-
-def _is_users(file: str) -> bool:
-    """Whether a file is one, and neither Python's nor that of an installed package."""
-    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
-    return not file.startswith(("<", *(f"{folder}{os.sep}" for folder in installed)))
+    pass
 
 
 @contextlib.contextmanager

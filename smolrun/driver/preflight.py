@@ -15,10 +15,10 @@ from smolrun.config.cluster import HostConfig
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.config.suggest import absent, closest, problem
 from smolrun.driver.fleet import secrets_in_env
-from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.files import read_json
 from smolrun.launch.machine_memory import machine_memory
+from smolrun.targets import load_target
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
@@ -53,7 +53,8 @@ def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
     from smolrun.estimate import dry_run, dry_run_text
 
     try:
-        fits, text = dry_run_text.memory_verdict(dry_run.estimate(config, prepared))
+        made = dry_run.estimate(config, prepared, measure_process=False)
+        fits, text = dry_run_text.memory_verdict(made)
     except SmolrunError:
         raise
     except Exception as error:  # building a model can fail in any way; the ranks say how it does

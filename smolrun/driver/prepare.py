@@ -1,23 +1,43 @@
-"""A model that has to be fetched: the driver does it, once, before anything starts.
+"""Data and model, ready on the driver before anything starts: prepared, fetched, or found so.
 
-Also decides whose tokenizer the data uses, and looks whether model and data fit each other.
+Also decides whose tokenizer the data uses, and checks that model and data fit each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.models import HuggingFaceConfig
 from smolrun.data.cache import cache_folder
-from smolrun.errors import ConfigError
+from smolrun.data.prepared import Prepared
+from smolrun.errors import ConfigError, DataError
+from smolrun.files import MAX_TOKENIZER_BYTES, read_json
+from smolrun.targets import load_target
 
 if TYPE_CHECKING:
-    from smolrun.data.prepared import Prepared, Progress
+    from smolrun.data.prepared import Progress
     from smolrun.models.huggingface_folder import ModelFolder
+
+
+_PIXELS = 28 * 28  # all image data sets here have this many, and ten classes
+_BYTES = 256
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The sizes that a model is built for, as in `Prepared`. `notes` says what was assumed."""
+
+    num_outputs: int
+    num_inputs: int | None
+    sequence_length: int | None
+    model_folder: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def prepare_model(config: RunConfig, progress: Progress) -> ModelFolder | None:
@@ -70,9 +90,66 @@ def with_model(config: RunConfig, prepared: Prepared, model: ModelFolder | None)
     """The prepared data, with the model's folder for the ranks; ConfigError where they differ."""
     if model is None:
         return prepared
-    from pathlib import Path
-
     from smolrun.models.huggingface_folder import check_fit, read_config
 
     check_fit(read_config(Path(model.folder)), config.model.name, prepared)
     return dataclasses.replace(prepared, model_folder=model.folder)
+
+
+def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
+    """Make the data, and a model that has to be fetched, ready on this machine, or find it so."""
+    model = prepare_model(config, progress)
+    keys = config.data.keywords()
+    if (tokenizer := tokenizer_for(config, model)) is not None:
+        keys["tokenizer"] = tokenizer
+    cache = cache_folder("data")
+    prepared = load_target(config.data.target)(cache, **keys).prepare(progress)
+    if not isinstance(prepared, Prepared):
+        raise DataError(
+            f"{config.data.target}: prepare() returned a {type(prepared).__name__}; it must return "
+            "a smolrun.data.prepared.Prepared, which prepare_features and prepare_tokens give"
+        )
+    return with_model(config, prepared, model)
+
+
+def spec_of(config: RunConfig) -> DataSpec:
+    """The sizes that the data gives a model, without preparing it. User code is the
+    exception: only its prepared data has them.
+
+    ConfigError where the model or its tokenizer cannot be had.
+    """
+    data = config.data
+    if isinstance(data, CustomTargetConfig):
+        own = prepare_data(config, lambda *_: None)
+        return DataSpec(own.num_outputs, own.num_inputs, own.sequence_length)
+    if data.produces == "features":
+        return DataSpec(10, _PIXELS, None)
+    model = config.model
+    if hasattr(model, "pretrained"):  # its shape is enough: do not fetch weights for that
+        model = model.model_copy(update={"pretrained": False})
+    fetched = prepare_model(config.model_copy(update={"model": model}), lambda *_: None)
+    vocabulary, notes = _vocabulary(config, tokenizer_for(config, fetched))
+    return DataSpec(
+        num_outputs=vocabulary,
+        num_inputs=None,
+        sequence_length=getattr(data, "sequence_length", None) or 1,
+        model_folder=fetched.folder if fetched else None,
+        notes=notes,
+    )
+
+
+def _vocabulary(config: RunConfig, tokenizer: str | None) -> tuple[int, tuple[str, ...]]:
+    wanted = int(getattr(config.data, "vocab_size", None) or 0)
+    if tokenizer in ("bpe", None):
+        return wanted or _BYTES, ()
+    if tokenizer == "bytes":
+        return _BYTES, ()
+    try:
+        known = read_json(Path(tokenizer) / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        ids = [token["id"] for token in known.get("added_tokens") or []]
+        ids += known["model"]["vocab"].values()
+        return max(ids) + 1, ()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        assumed = wanted or 32_000
+        note = f"the vocabulary of data.tokenizer={tokenizer} is not known here: {assumed} assumed"
+        return assumed, (note,)

@@ -25,7 +25,7 @@ import msgspec
 from smolrun.config import RunConfig, redacted, resolved
 from smolrun.driver.detach import FOLDER, how_to_go_on
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
-from smolrun.driver.outputs import OUTPUTS, become_latest
+from smolrun.driver.outputs import become_latest
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import (
@@ -42,7 +42,7 @@ from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
 from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
-from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, RUN_ID, RunFolder, sign
+from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, OUTPUTS, RUN_ID, RunFolder, sign
 from smolrun.tracking.run_view import Request, View, decode
 
 _ANSWER_S = 30.0

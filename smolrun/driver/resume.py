@@ -21,11 +21,10 @@ from smolrun.checkpoints.folder import remove_leftovers
 from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
 from smolrun.tracking.jsonl import forget_from
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
 SET_ASIDE = ".set-aside"
 

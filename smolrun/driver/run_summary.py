@@ -4,31 +4,43 @@ have helped."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.driver.emulation import emulated
-from smolrun.driver.outputs import OUTPUTS
+from smolrun.driver.prepare import spec_of
 from smolrun.driver.trackers import can_quantize
 from smolrun.errors import HostError, HostErrors
 from smolrun.launch.control import EXIT_FAILED
+from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import accuracy, rate
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_record import RunRecord
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
-    """What would save most memory, where that was the end of the run."""
+    """The outcome; of a run that ran out of memory with the settings that save most."""
     if not outcome.out_of_memory:
         return outcome
-    from smolrun.estimate.dry_run_text import with_remedies  # loads torch
+    try:
+        from smolrun.estimate.dry_run import estimate  # loads torch
 
-    return with_remedies(config, outcome)
+        made = estimate(config, spec_of(config))
+        now = made.total(made.places[0], made.setting)
+        best = " or ".join(
+            f"{remedy.keys[0]} (saves about {gb(now - remedy.total)})"
+            for remedy in made.best_switches()
+        )
+    except Exception as error:  # a run that has failed must still say why
+        best = f"a smaller training.micro_batch_size (no estimate: {error})"
+    best = best or "fewer ranks on that host, or a smaller model"
+    return dataclasses.replace(outcome, reason=f"{outcome.reason}; try {best}")
 
 
 def not_equipped(error: HostError | HostErrors) -> RunOutcome:

@@ -12,11 +12,10 @@ import msgspec
 from smolrun.checkpoints.find import LATEST, run_folder
 from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import closest, problem
-from smolrun.driver.outputs import OUTPUTS
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
 from smolrun.tracking.past_runs import run_folders
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_view import Request, View, answer
 
 _HERE_EVERY_S, _THERE_EVERY_S = 0.5, 2.0

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig
 from smolrun.data.cache import cache_folder
-from smolrun.driver.outputs import load_target
+from smolrun.targets import load_target
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared, Progress
     from smolrun.data.stream import StreamReader
     from smolrun.driver.resume import Earlier
-    from smolrun.training.loader import PlanSource, RowClient, StreamLoader
 
 
 def open_reader(
@@ -60,20 +59,3 @@ def reader_state(config: RunConfig, reader: StreamReader | None, updates: int) -
     if reader is None:
         return {}
     return {"stream": reader.bookmark_for(updates * config.training.global_batch_size)}
-
-
-def stream_loader(
-    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowClient
-) -> StreamLoader:
-    """One rank's samples of the stream; `config` is the resolved one."""
-    from smolrun.training.loader import StreamLoader
-
-    assert prepared.stream is not None, "only streams are fed like this"
-    return StreamLoader(
-        rows,
-        plan,
-        sequence_length=prepared.sequence_length or 1,
-        steps=config["training"]["steps"],
-        prefetch_steps=prepared.stream["prefetch_steps"],
-        timeout_s=float(config["mesh"]["timeout_s"]),
-    )

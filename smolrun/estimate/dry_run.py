@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,8 @@ import psutil
 import torch
 from torch import nn
 
-from smolrun.config import RunConfig, ranks, resolved, validate, world_size
+from smolrun.config import RunConfig, has_dedicated_server, ranks, resolved, validate, world_size
 from smolrun.config.sharding import RankSizes
-from smolrun.data.prepared import Prepared
-from smolrun.driver.batch_shares import largest_plan
-from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from smolrun.estimate.memory import (
     Need,
@@ -38,22 +35,32 @@ from smolrun.estimate.memory import (
     sent_bytes,
     smallest_change,
 )
-from smolrun.estimate.model_spec import Spec, spec_of
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.launch.machine_memory import machine_memory
+from smolrun.models.base import ModelSpec
 from smolrun.models.initialise import check_trainable
-from smolrun.parts.placement import memory_shares
+from smolrun.parts.placement import (
+    BatchPlan,
+    known_speeds,
+    memory_shares,
+    plan_batches,
+    rank_speeds,
+)
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.unshard_on_access import layers_of
 from smolrun.sanitize import echo
+from smolrun.targets import keywords, load_target
 
 GB = 2**30
 # Measured runs needed up to so much more than was promised (tests/tasks/test_dry_run_measured.py).
 MARGIN = 1.15
 # Of a process with torch 2.13 on Linux, where a process of our own could not be started to look.
 _USUAL_PROCESS = 300 * 2**20
-_PROBE = "from smolrun.estimate.dry_run import print_process; print_process()"
+_PROBE = (  # a rank's process imports smolrun.worker.train
+    "import smolrun.worker.train; "
+    "from smolrun.estimate.dry_run import print_process; print_process()"
+)
 _PROBE_S = 60.0
 
 
@@ -82,7 +89,7 @@ class Estimate:
     """All that is known of a run before it starts."""
 
     config: RunConfig
-    spec: Spec
+    spec: ModelSpec
     places: list[Place]
     process: Process
     shapes: tuple[tuple[int, ...], ...]
@@ -233,14 +240,36 @@ class Estimate:
         return sent_bytes(self.rank(self.places[0], local_rank), self.setting, self.micro_batches)
 
 
-def estimate(config: RunConfig, prepared: Prepared | None = None) -> Estimate:
-    """What the run would need. ConfigError where the model cannot be what the keys say.
+def largest_plan(config: RunConfig) -> BatchPlan:
+    """The plan of the rank with the largest share, as the run begins."""
+    micro = config.training.micro_batch_size
+    weights = known_speeds(rank_speeds(config.cluster.model_dump(), world_size(config)))
+    has_server = has_dedicated_server(config)
+    parts = config.algorithm.batch_parts(world_size(config) - has_server)
+    if parts is not None:
+        weights = [1.0] * parts
+    elif has_server:
+        weights[0] = 0.0
+    return plan_batches(
+        config.training.global_batch_size,
+        weights,
+        weights.index(max(weights)),
+        None if micro == "auto" else micro,
+    )
 
-    With prepared data it is quicker: its sizes are known, and no empty process is measured.
-    """
-    probe = _start_probe() if prepared is None else None
+
+def estimate(
+    config: RunConfig,
+    spec: ModelSpec,
+    *,
+    notes: Sequence[str] = (),
+    measure_process: bool = True,
+) -> Estimate:
+    """What the run would need, for data with the sizes `spec`. ConfigError where the model cannot
+    be what the keys say. `notes` are assumptions about `spec`. `measure_process` starts
+    a process like an empty rank's, which takes seconds."""
+    probe = _start_probe() if measure_process else None
     try:
-        spec = _spec_of(prepared) if prepared is not None else spec_of(config)
         shapes, frozen, can_recompute, largest_layer, reason = _sizes(config, spec)
         plan = largest_plan(config)
         setting = Setting(
@@ -258,7 +287,7 @@ def estimate(config: RunConfig, prepared: Prepared | None = None) -> Estimate:
             can_recompute,
             largest_layer,
             cannot_trace=reason,
-            notes=list(spec.notes),
+            notes=list(notes),
         )
         made.trace(setting)
     finally:
@@ -268,19 +297,13 @@ def estimate(config: RunConfig, prepared: Prepared | None = None) -> Estimate:
     return made
 
 
-def _spec_of(prepared: Prepared) -> Spec:
-    length, folder = prepared.sequence_length, prepared.model_folder
-    return Spec(prepared.num_outputs, prepared.num_inputs, length, folder)
-
-
-def _maker(config: RunConfig, spec: Spec) -> Callable[[], nn.Module]:
+def _maker(config: RunConfig, spec: ModelSpec) -> Callable[[], nn.Module]:
     section = resolved(config)["model"]
-    keys = {key: value for key, value in section.items() if key not in ("name", "target")}
-    return functools.partial(load_target(section["target"]), spec, **keys)
+    return functools.partial(load_target(section["target"]), spec, **keywords(section))
 
 
 def _sizes(
-    config: RunConfig, spec: Spec
+    config: RunConfig, spec: ModelSpec
 ) -> tuple[tuple[tuple[int, ...], ...], int, bool, int, str]:
     """Shapes of trained parameters, numbers in all else, whether blocks can be recomputed, numbers
     in the largest layer, and why the model cannot be run without values where that is so."""
@@ -333,9 +356,7 @@ def _free(device: str, here: int) -> int:
 
 
 def print_process() -> None:
-    """For the probe: load what a rank loads, use torch a little, tell how much memory that took."""
-    import smolrun.worker.train  # noqa: F401  (all that a rank imports)
-
+    """For the probe: use torch a little, and print the memory of this process as JSON."""
     layer = nn.Linear(256, 256)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     for _ in range(2):

@@ -19,13 +19,13 @@ import yaml
 
 from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDPConfig
-from smolrun.driver.outputs import OUTPUTS
-from smolrun.estimate.dry_run import MARGIN, Estimate, Place, estimate
+from smolrun.estimate.dry_run import MARGIN, Estimate, Place
 from smolrun.launch.machine_memory import gb
-from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, RunOutcome
+from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import counted, duration
+from smolrun.tracking.run_folder import OUTPUTS
 
 _MATRIX = 512  # large enough for a core to be as fast as it gets
 _BLOCK = 8 * 2**20  # numbers; larger than caches
@@ -37,13 +37,12 @@ _CLEARLY_LESS = 0.8
 _SHOWN_WIDTH = 100
 
 
-def report(config: RunConfig) -> int:
+def report(made: Estimate) -> int:
     """Print what the run would need; the exit code is that of a bad configuration where it does not
     fit."""
     console = Screen(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _SHOWN_WIDTH
-    made = estimate(config)
     console.print(one_line(_title(made)), soft_wrap=True)
     console.print(_table(made, is_plain=not console.is_terminal))
     fits, last_line = verdict(made)
@@ -133,24 +132,6 @@ def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
 
 def _fits(made: Estimate | None) -> bool:
     return made is not None and made.lacking(made.setting) <= 0
-
-
-def with_remedies(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
-    """The outcome of a run that ran out of memory, with what would save most."""
-    if not outcome.out_of_memory:
-        return outcome
-    try:
-        made = estimate(config)
-        now = made.total(made.places[0], made.setting)
-        best = " or ".join(
-            f"{remedy.keys[0]} (saves about {gb(now - remedy.total)})"
-            for remedy in made.best_switches()
-        )
-    except Exception as error:  # a run that has failed must still say why
-        best = f"a smaller training.micro_batch_size (no estimate: {error})"
-    if not best:
-        best = "fewer ranks on that host, or a smaller model"
-    return replace(outcome, reason=f"{outcome.reason}; try {best}")
 
 
 def _title(made: Estimate) -> str:

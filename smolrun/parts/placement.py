@@ -31,6 +31,11 @@ def ranked_hosts(cluster: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [host for host in hosts for _ in range(host["ranks"])]
 
 
+def known_speeds(speeds: Sequence[float | str]) -> list[float]:
+    """The speeds to start with: 1.0 where a rank's speed is still to be measured ("auto")."""
+    return [1.0 if speed == "auto" else float(speed) for speed in speeds]
+
+
 def rank_speeds(cluster: Mapping[str, Any] | None, world_size: int) -> list[float | str]:
     """The speed of every rank, a number or "auto", as the cluster gives it for its host."""
     return [host["speed"] for host in ranked_hosts(cluster)] or [1.0] * world_size

@@ -42,6 +42,7 @@ from smolrun.errors import CheckpointError, SmolrunError
 from smolrun.files import MAX_JSON_BYTES, MAX_YAML_BYTES, atomic_write, read_bytes
 from smolrun.sanitize import one_line
 
+OUTPUTS = Path("outputs")  # in the working directory; all that a run writes is in it
 LATEST = "latest"
 _SIGNATURE = re.compile(rb"^# signature: ([0-9a-f]{64})\n?\Z", re.MULTILINE)  # the last line
 _IN_CONFIG = b"config.yaml\n"  # the signed bytes begin with it

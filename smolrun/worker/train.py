@@ -9,43 +9,54 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context
+from smolrun.checkpoints.find import checkpoints_in
+from smolrun.checkpoints.reader import CheckpointReader
+from smolrun.checkpoints.writer import Saver, partition_keys
 from smolrun.data.order import SampleOrder
 from smolrun.data.splits import Batch, Prepared, Split, open_split
-from smolrun.driver.batch_shares import share_work
-from smolrun.driver.outputs import load_target
-from smolrun.driver.saving import RankCheckpoints
-from smolrun.driver.stream_source import stream_loader
-from smolrun.errors import ConfigError
+from smolrun.errors import CheckpointError, ConfigError
 from smolrun.events import Event, Note, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
 from smolrun.parts.norms import LayerNorms
-from smolrun.parts.placement import memory_shares, ranked_hosts
+from smolrun.parts.placement import (
+    BatchPlans,
+    DataCoordinates,
+    known_speeds,
+    memory_shares,
+    plan_batches,
+    ranked_hosts,
+    shares,
+)
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace, Pace
+from smolrun.targets import keywords, load_target
 from smolrun.training.evaluation import Evaluation, TextSampling
-from smolrun.training.load_balancer import LoadBalancer
+from smolrun.training.load_balancer import BalancePolicy, LoadBalancer
 from smolrun.training.loader import (
     BatchLoader,
     PlanSource,
     RowClient,
     StreamLoader,
+    prefetched_steps,
     sequential_batches,
 )
 from smolrun.training.optimizer import ELEMENTWISE, lr_schedule, make_optimizer
 from smolrun.training.replica_sync import ReplicaCheck, ReplicaSync
 from smolrun.training.step_metrics import StepMetrics, TerminateOnNonfinite, peak_memory
 from smolrun.training.timeline import TimelineRecorder
-from smolrun.training.trainer import Callback, Trainer
+from smolrun.training.trainer import Callback, Periodic, Trainer, TrainOutcome
 
 _LATE = 0.05  # from here on the times of an emulated rank are not those of the emulated machine
 
@@ -180,11 +191,6 @@ def pick_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def yaml_keys(section: dict[str, Any]) -> dict[str, Any]:
-    """What a target is called with: its yaml without the two keys that are for the house."""
-    return {key: value for key, value in section.items() if key not in ("name", "target")}
-
-
 def place_algorithm(
     config: dict[str, Any], prepared: Prepared, mesh: Mesh, device: torch.device
 ) -> Algorithm:
@@ -217,7 +223,7 @@ def place_algorithm(
         reseed=functools.partial(seed_everything, device, config["seed"]),
     )
     make = load_target(config["algorithm"]["target"])
-    algorithm: Algorithm = make(context, **yaml_keys(config["algorithm"]))
+    algorithm: Algorithm = make(context, **keywords(config["algorithm"]))
     is_whole = algorithm.needs_full_model
     algorithm.place(new_model(config, prepared, device, has_values=is_whole))
     return algorithm
@@ -234,7 +240,7 @@ def new_model(
     """The model of the config with its first values, the same on every rank; or without, where it
     can say later what they are."""
     section = config["model"]
-    make = functools.partial(load_target(section["target"]), prepared, **yaml_keys(section))
+    make = functools.partial(load_target(section["target"]), prepared, **keywords(section))
     dtype = PRECISIONS[config["precision"]].parameters
     build = build_model if has_values else build_shell
     model = build(make, config["seed"], dtype=dtype, device=device)
@@ -287,3 +293,149 @@ def late(pace: Pace, rank: int) -> Note | None:
         "rank plays, because something else had its core; its times are too long by that",
         rank,
     )
+
+
+def share_work(
+    config: Mapping[str, Any],
+    prepared: Prepared,
+    speeds: Sequence[float | str],
+    coordinates_of: Callable[[Sequence[float]], DataCoordinates],
+    emit: Callable[[Event], None],
+) -> tuple[PlanSource, LoadBalancer | None]:
+    """This rank's plan, and what changes it where a speed is "auto". `coordinates_of` says
+    which part of a batch the rank reads.
+
+    Numbers are used as they are. One "auto" is enough to have all ranks measured, because measured
+    speeds and given numbers have no unit in common: then the numbers are where it begins.
+    """
+    training = config["training"]
+    size = training["global_batch_size"]
+    micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
+    coordinates = coordinates_of(known_speeds(speeds))
+    weights, index = coordinates.weights, coordinates.index
+    if "auto" not in speeds:
+        return plan_batches(size, weights, index, micro), None
+    counts = shares(size, weights)
+    plans = BatchPlans(lambda now: plan_batches(size, now, index, micro), counts)
+    idle = [number for number, weight in enumerate(weights) if not weight]
+    ahead = 0 if prepared.stream is None else prefetched_steps(prepared.stream["prefetch_steps"])
+    hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
+    return plans, LoadBalancer(
+        BalancePolicy(counts, idle=idle),
+        plans,
+        steps=training["steps"],
+        emit=emit,
+        prefetched_steps=ahead,
+        hosts=hosts,
+    )
+
+
+def stream_loader(
+    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowClient
+) -> StreamLoader:
+    """One rank's samples of the stream; `config` is the resolved one."""
+    assert prepared.stream is not None, "only streams are fed like this"
+    return StreamLoader(
+        rows,
+        plan,
+        sequence_length=prepared.sequence_length or 1,
+        steps=config["training"]["steps"],
+        prefetch_steps=prepared.stream["prefetch_steps"],
+        timeout_s=float(config["mesh"]["timeout_s"]),
+    )
+
+
+class RankCheckpoints(Periodic):
+    """Saves every `saving.every` updates and at the end; restores before the first step."""
+
+    _trainer: Trainer
+
+    def __init__(
+        self,
+        saving: Saving,
+        algorithm: Algorithm,
+        emit: Callable[[Event], None],
+        steps: int,
+        data_sha256: str,
+    ) -> None:
+        super().__init__(saving.every)
+        self._steps = steps
+        self._saved_at = 0  # updates
+        self._saving = saving
+        self._algorithm = algorithm
+        self._data_sha256 = data_sha256
+        self._rank = algorithm.context.mesh.rank
+        self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Looks for room on the disk, and goes on from the checkpoint if there is one; on all ranks
+        alike. CheckpointError if the run cannot begin."""
+        self._trainer = trainer
+        if self.every:
+            self._check_space()
+        self._restore()
+        # What the driver does next to the run's folder must not come before all ranks are ready.
+        self._algorithm.start_barrier()
+
+    def finish(self) -> None:
+        """Waits until the last save is written."""
+        self._saver.finish()
+
+    def _check_space(self) -> None:
+        """CheckpointError if this host's disk has no room for what will be kept."""
+        saving, folder = self._saving, Path(self._saving.folder)
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        kept = [path for _, path in checkpoints_in(folder)][: saving.keep]
+        held = sum(file.stat().st_size for path in kept for file in path.iterdir())
+        # One more than are kept, as a new one is whole before an old one goes.
+        needed = self._algorithm.checkpoint_bytes() * (saving.keep + saving.keep_best + 1) - held
+        if needed > free:
+            raise CheckpointError(
+                f"checkpoints need {needed / 1e9:.1f} GB more in {folder}, the disk has "
+                f"{free / 1e9:.1f} GB free; `smolrun task=clean` deletes old runs, or set "
+                "checkpoint.keep=1, or checkpoint=none"
+            )
+
+    def run(self, step: int, due: int) -> None:
+        """Saves under the number `due`, which is the same on all ranks."""
+        if step + 1 < self._steps:  # the last one is saved after the final evaluation
+            self._saved_at = step + 1
+            self._save(due)
+
+    def after_training(self, outcome: TrainOutcome) -> None:
+        """Saves, unless it did after the last update."""
+        if self.every and self._saved_at != outcome.steps:
+            self._save(outcome.steps)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues the count of updates."""
+        super().restore(state)
+        self._saved_at = self._updates
+
+    def _save(self, updates: int) -> None:
+        """Starts to save the state after so many updates; on all ranks alike."""
+        if not self._algorithm.has_checkpoint_state:
+            return
+        group = self._algorithm.collectives
+        slices = partition_keys(self._algorithm.owned(), group.size, group.index)
+        state = {
+            "training": self._trainer.state(),
+            "algorithm": self._algorithm.state(),
+            "data": {"sha256": self._data_sha256},
+        }
+        self._saver.save(updates, slices, {"run": state} if self._rank == 0 else {})
+
+    def _restore(self) -> None:
+        """Goes on from the checkpoint, if there is one to go on from; on all ranks alike."""
+        if self._saving.resume is None:
+            return
+        with CheckpointReader(Path(self._saving.resume)) as checkpoint:
+            state = checkpoint.manifest.state
+            try:
+                self._algorithm.restore(checkpoint, state["algorithm"])
+                self._trainer.restore(state["training"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"the state in {checkpoint.folder} cannot be used: {error!r}"
+                ) from None

@@ -21,14 +21,13 @@ from smolrun.checkpoints.folder import commit, part_folder
 from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.writer import write_shard
-from smolrun.driver.outputs import load_target
 from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
+from smolrun.targets import keywords, load_target
 from smolrun.testing import run_ranks
-from smolrun.worker.train import yaml_keys
 from tests.algorithms import worlds
 
 STEPS = 9
@@ -94,7 +93,7 @@ def run_part(
 
 
 def placed(section: dict[str, Any], context: Context, start: torch.nn.Module) -> Algorithm:
-    runner: Algorithm = load_target(section["target"])(context, **yaml_keys(section))
+    runner: Algorithm = load_target(section["target"])(context, **keywords(section))
     runner.place(copy.deepcopy(start))
     return runner
 

@@ -21,15 +21,14 @@ from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import partition_keys
 from smolrun.cli.compose import compose
 from smolrun.data.splits import Batch
-from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
+from smolrun.targets import keywords, load_target
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
-from smolrun.worker.train import yaml_keys
 
 CONF = Path(__file__).parents[2] / "conf"
 # edp is equal to a replay of its own log and to nothing else: test_edp.py.
@@ -155,7 +154,7 @@ def train(
 
     def rank_main(mesh: Mesh) -> Trace:
         made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
-        runner: Algorithm = load_target(section["target"])(made, **yaml_keys(section))
+        runner: Algorithm = load_target(section["target"])(made, **keywords(section))
         runner.place(copy.deepcopy(start))
         place = runner.data_coordinates(speeds or [1.0] * world_size)
         plan = plan_batches(GLOBAL_BATCH, place.weights, place.index, micro_batch_size)

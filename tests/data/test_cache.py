@@ -15,7 +15,7 @@ from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.python_stdlib import PythonStdlib
 from smolrun.data.splits import Prepared, open_split
 from smolrun.data.text import TextFiles
-from smolrun.driver.outputs import prepare_data
+from smolrun.driver.prepare import prepare_data
 from smolrun.errors import DataError
 
 KEYS: dict[str, Any] = {

@@ -176,7 +176,7 @@ def test_an_odd_config_json_is_no_reason_for_a_warning_and_none_to_end(
 
 
 def test_an_estimate_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise TypeError("not a size")
 
     monkeypatch.setattr(dry_run, "estimate", fail)

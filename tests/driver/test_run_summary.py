@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.run_summary import Ending
+from smolrun.driver.run_summary import Ending, with_advice
 from smolrun.driver.trackers import time_report
+from smolrun.estimate import dry_run
 from smolrun.events import PushApplied, PushDropped, StepDone
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.tracking.console import Console
@@ -69,3 +70,33 @@ def test_a_run_that_diverged_is_done_and_says_so(tmp_path: Path) -> None:
     shown = told(tmp_path, RunOutcome("done", 0, ""), record)
     assert shown.startswith("done (diverged): 3 steps")
     assert "the run diverged: the loss was 2.3000 in the beginning" in shown
+
+
+def outcome(is_memory: bool) -> RunOutcome:
+    return RunOutcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
+
+
+def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dry_run, "_start_probe", lambda: None)
+    told = with_advice(compose(["model=gpt_small", "data.sequence_length=512"]), outcome(True))
+    start, _, advice = told.reason.partition("; try ")
+    assert start == "rank 0 on local ran out of memory"
+    first, second = advice.split(" or ")
+    assert first.startswith("training.micro_batch_size=1 (saves about ")
+    assert second.startswith("training.recompute=true (saves about ")
+
+
+def test_other_ends_get_no_advice() -> None:
+    plain = outcome(False)
+    assert with_advice(compose([]), plain) is plain
+
+
+def test_no_estimate_does_not_hide_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no torch here")
+
+    monkeypatch.setattr(dry_run, "estimate", broken)
+    reason = with_advice(compose([]), outcome(True)).reason
+    assert reason.endswith("a smaller training.micro_batch_size (no estimate: no torch here)")

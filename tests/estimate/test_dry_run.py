@@ -13,10 +13,10 @@ import pytest
 import rich.console
 
 from smolrun.cli.compose import compose
+from smolrun.driver.prepare import spec_of
 from smolrun.estimate import dry_run, dry_run_text
 from smolrun.estimate.dry_run import GB, Estimate, Process, estimate
-from smolrun.estimate.dry_run_text import memory_verdict, report, verdict, with_remedies
-from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.estimate.dry_run_text import memory_verdict, report, verdict
 from smolrun.tasks import train
 
 LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
@@ -29,7 +29,9 @@ def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(*overrides: str) -> Estimate:
-    return estimate(compose([*overrides, "training.dry_run=true"]))
+    config = compose([*overrides, "training.dry_run=true"])
+    spec = spec_of(config)
+    return estimate(config, spec, notes=spec.notes)
 
 
 def total(estimate: Estimate) -> int:
@@ -54,7 +56,7 @@ def test_it_is_reached_from_the_command_and_starts_nothing(
 def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert report(compose([*LLAMA, "training.dry_run=true"])) == 2
+    assert report(made(*LLAMA)) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("does not fit: mini1 needs ")
     assert lines[-1].count(" of 16.0 GB") == 3
@@ -120,7 +122,7 @@ def test_what_the_model_must_fit_is_known_without_the_data(
     def nothing(*_: object) -> None:
         raise AssertionError("data must not be prepared")
 
-    monkeypatch.setattr("smolrun.estimate.model_spec.prepare_data", nothing)
+    monkeypatch.setattr("smolrun.driver.prepare.prepare_data", nothing)
     assert made(*overrides).spec.num_outputs == outputs
 
 
@@ -252,33 +254,6 @@ def test_emulated_links_are_reckoned_with() -> None:
     assert "quantization=int8 (55 min), a larger training.global_batch_size in fewer steps" in text
 
 
-def outcome(is_memory: bool) -> RunOutcome:
-    return RunOutcome("failed", 3, "rank 0 on local ran out of memory", 0, "local", is_memory)
-
-
-def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies() -> None:
-    told = with_remedies(compose(["model=gpt_small", "data.sequence_length=512"]), outcome(True))
-    start, _, advice = told.reason.partition("; try ")
-    assert start == "rank 0 on local ran out of memory"
-    first, second = advice.split(" or ")
-    assert first.startswith("training.micro_batch_size=1 (saves about ")
-    assert second.startswith("training.recompute=true (saves about ")
-
-
-def test_other_ends_get_no_advice() -> None:
-    plain = outcome(False)
-    assert with_remedies(compose([]), plain) is plain
-
-
-def test_no_estimate_does_not_hide_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: object) -> None:
-        raise RuntimeError("no torch here")
-
-    monkeypatch.setattr(dry_run_text, "estimate", broken)
-    reason = with_remedies(compose([]), outcome(True)).reason
-    assert reason.endswith("a smaller training.micro_batch_size (no estimate: no torch here)")
-
-
 def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     process = dry_run._end_probe(dry_run._start_probe())
@@ -289,7 +264,7 @@ def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     server = ("cluster=macmini3", "cluster.server=mini2", "algorithm=syncps", "model=gpt_small")
-    assert report(compose([*server, "training.dry_run=true"])) == 0
+    assert report(made(*server)) == 0
     lines = capsys.readouterr().out.splitlines()
     (room,) = [line for line in lines if "room for the gradients of workers" in line]
     cells = [cell.strip() for cell in room.split("|")]
@@ -310,7 +285,7 @@ def test_a_bound_of_edp_costs_no_memory(capsys: pytest.CaptureFixture[str]) -> N
     ]
     assert needs[:2] == needs[2:]
     assert late.checkpoint() == prompt.checkpoint()
-    assert report(compose([*edp, "staleness.bound=2", "training.dry_run=true"])) == 0
+    assert report(made(*edp, "staleness.bound=2")) == 0
     shown = capsys.readouterr().out
     assert "1 micro-batch of 11 sequences of" in shown
     assert "on each rank that trains" in shown

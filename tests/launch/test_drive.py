@@ -13,9 +13,9 @@ import pytest
 import smolrun.tasks.train as train
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, config_hash, resolved
-from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
 from smolrun.launch.local import LocalHost
+from smolrun.targets import load_target
 from tests.launch.tiny_driver import WORKER
 
 Drive = Callable[..., int]

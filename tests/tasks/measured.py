@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from smolrun.cli.compose import compose
+from smolrun.driver.prepare import spec_of
 from smolrun.estimate.dry_run import estimate
 
 _LOOK_S = 0.05
@@ -31,7 +32,8 @@ class Compared:
 
 def compare(folder: Path, overrides: Sequence[str], *, limit_s: float = 400.0) -> Compared:
     """One run with these keys; AssertionError if it fails."""
-    made = estimate(compose(list(overrides)))
+    config = compose(list(overrides))
+    made = estimate(config, spec_of(config))
     promised = made.need(made.places[0], made.setting).total
     command = [sys.executable, "-m", "smolrun.cli", *overrides]
     run = subprocess.Popen(

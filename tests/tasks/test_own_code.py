@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.driver.outputs import load_target
 from smolrun.errors import ConfigError
+from smolrun.targets import load_target
 from tests.tasks.test_whole_runs import finish, rows, start, summary
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_code.md").read_text(encoding="utf-8")

@@ -10,8 +10,9 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
-from smolrun.driver.batch_shares import largest_plan, share_work
+from smolrun.estimate.dry_run import largest_plan
 from smolrun.parts.placement import BatchPlan, DataCoordinates, rank_speeds
+from smolrun.worker.train import share_work
 from tests.tasks.test_whole_runs import SMALL, finish, rows, start, summary
 
 CONFIG = {"training": {"global_batch_size": 12, "micro_batch_size": "auto", "steps": 9}}
