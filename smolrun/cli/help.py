@@ -12,13 +12,13 @@ from smolrun.cli import choices
 
 HEAD = """\
 smolrun trains and serves neural networks across the machines you already own.
-It starts one process per rank, here or over SSH, and they talk over plain TCP sockets.
+It starts one process per rank, here or over SSH; ranks communicate over plain TCP sockets.
 
 usage: smolrun [group=choice ...] [key=value ...]     one run; plain `smolrun` is a good first one
        smolrun -m group=a,b key=1,2                   a run for each combination, one after another
 
-Questions and their answers; * is the default. Each answer is a file conf/<group>/<choice>.yaml,
-and a folder ./conf of your own comes first:
+Config groups and options; * is the default. Each option is a file conf/<group>/<option>.yaml,
+and a folder ./conf of your own has priority:
 """
 
 TAIL = """
@@ -31,12 +31,12 @@ Examples:
   smolrun algorithm=single training.steps=50              the same on one rank, shorter
   smolrun model=gpt_small cluster.ranks=4 precision=bf16  a larger model on four ranks
   smolrun model=mlp                                       another model, which brings its own data
-  smolrun task=init                                       write down your machines: cluster=home
-  smolrun task=setup cluster=home                         make them ready; task=doctor looks at them
+  smolrun task=init                                       list your machines: cluster=home
+  smolrun task=setup cluster=home                         install on them; task=doctor checks them
   smolrun cluster=home detach=true                        train on them, without this terminal
   smolrun -m staleness.bound=0,1,4 seed=1,2               six runs to compare
 
-Also: --cfg job (the configuration as composed, unchecked)   --info   --version   --hydra-help
+Also: --cfg job (the composed configuration, unchecked)   --info   --version   --hydra-help
       --config-dir DIR (more choices)   --config-name NAME (instead of config.yaml)
 Tab completion: eval "$(smolrun -sc install=bash)"   (zsh and fish too; for your shell's start file)
 Exit codes: 0 done, 2 bad configuration and nothing started, 3 a host or rank failed,

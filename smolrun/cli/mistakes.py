@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in words.
+"""Explains errors of the command line.
 
 Unknown groups and choices, forgotten `=`, and Hydra's own complaints.
 """

@@ -1,4 +1,4 @@
-"""docs/outputs.md: what a run leaves behind, made from the classes of the events."""
+"""docs/outputs.md: the files of a run folder, made from the classes of the events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ takes the place of algorithm and model. `outputs/latest` points to the newest ru
 | `metrics.jsonl` | Every event of a training run, one JSON object a line, see below |
 | `summary.json` | How the run ended, see below; written last |
 | `tokenizer/tokenizer.json` | What turns text into tokens; only where the data is text |
-| `checkpoints/step-00000100/` | All it takes to go on after 100 steps; `manifest.json` comes last |
+| `checkpoints/step-00000100/` | All state after 100 steps; `manifest.json` is written last |
 | `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
 | `driver.json` | Who drives the run: process, host, begin, steps |
 | `driver.log` | What the driver said, where it has no terminal: `detach=true`, `driver=HOST` |
@@ -56,9 +56,9 @@ the first one (and 2), or 3 updates and more are skipped; `status` and `exit_cod
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
 | `host_versions` | Of each host reached over SSH, transformers too |
-| `peak_memory_bytes` | The most that each rank ever had; null where nobody knows |
+| `peak_memory_bytes` | Peak of each rank; null where unknown |
 | `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
-| `emulated` | The hosts that played other machines, a sentence each; empty: all times are real |
+| `emulated` | The emulated hosts, a sentence each; empty: all times are real |
 | `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_timeout_s`) |
 | `pushes` | edp: rank -> what became of its gradients, see below; empty: no such server |
 | `restarts` | One for each time that the run was started again after a loss, see below |
@@ -68,7 +68,7 @@ Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`
 `reason`, `resumed_from` (steps in the checkpoint; 0: the beginning), `lost_steps` (made twice) and
 `hosts` (those it went on with).
 
-Of the gradients of a rank, with `algorithm=edp`: `pushes` (those that the server has applied),
+With `algorithm=edp`, the gradients of each rank: `pushes` (applied by the server),
 `samples` and `share` of all samples, `mean_age` and `max_age` in updates, `dropped` (reason -> how
 many; their samples went to others).
 
@@ -95,7 +95,7 @@ MEANINGS = {
     "rank": "Whose event it is; null = the whole run's",
     "time_s": "Seconds since training began",
     "loss": "Mean loss of a target token, or of a sample's label; null = not a number",
-    "grad_norm": "Length of the gradient before clipping; null = the step was skipped",
+    "grad_norm": "Gradient norm before clipping; null = the step was skipped",
     "lr": "Learning rate of the step; with edp before staleness_lr_scale, by the age of each push",
     "tokens": "Targets that the loss is a mean of, on all ranks together",
     "tokens_per_s": "Of this step alone; with late gradients steps come in bursts",
@@ -126,7 +126,7 @@ MEANINGS = {
     "reason": "Why it is not applied; the work item goes to another rank",
     "membership.rank": "Who has joined, or is gone",
     "is_here": "Whether it has joined",
-    "membership.reason": "`joined`; `left` if it said goodbye; else what is known of its loss",
+    "membership.reason": "`joined`; `left` after a clean shutdown; else the reason of its loss",
     "tickets": "Number of work items that it held when it was lost",
     "so_far": "How many of this rank were, this one included, since it was started",
     "accuracy": "Share of right answers, for classes; else null",
@@ -135,7 +135,7 @@ MEANINGS = {
     "updates": "Layer -> norm of what the update changed; null = not asked for",
     "folder": "Its name below `checkpoints/`; the number in it counts updates",
     "bytes": "Size of all its files",
-    "waited_s": "How long training stood still for it, on the rank that waited longest",
+    "waited_s": "How long training paused for it, on the rank that waited longest",
     "write_s": "How long writing took, on the slowest rank, while training went on",
     "prompt": "How the text begins",
     "text": "What the model wrote",
@@ -177,12 +177,12 @@ def _type(annotation: object) -> str:
     if get_origin(annotation) is Literal:
         return "text"
     words = {
-        int: "whole number",
+        int: "integer",
         float: "number",
         str: "text",
         bool: "true or false",
         type(None): "null",
-        list[int]: "list of whole numbers",
+        list[int]: "list of integers",
         list[str]: "list of text",
     }  # fmt: skip  (a table)
     return words.get(annotation, "object")  # type: ignore[call-overload,no-any-return]

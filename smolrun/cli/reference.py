@@ -30,18 +30,19 @@ A run is configured by choices and values. A choice picks a file of a group: `mo
 `conf/model/gpt_small.yaml`. A value sets one key: `training.steps=50`. `smolrun --cfg job` shows
 what they give together, as composed, unchecked, and runs nothing.
 
-- A folder `conf/` where you stand comes first: `conf/cluster/home.yaml` is `cluster=home`, and a
-  file with the name of a shipped one replaces it.
+- A folder `conf/` in the current folder has priority: `conf/cluster/home.yaml` is `cluster=home`,
+  and a file with the name of a shipped one replaces it.
 - Your own code: `model.target=my_code.model:build` (also `data.target`, `algorithm.target`). Every
   key beside `name` and `target` becomes a keyword argument of it.
 - Several runs: `smolrun -m algorithm=single,classicdp seed=1,2` runs all four combinations.
-- What Hydra's grammar cannot read is text where nothing else can be meant: `data.path=größe.txt`.
+- What Hydra's grammar cannot parse is text where that is unambiguous: `data.path=größe.txt`.
   Values with commas, parentheses or quotes need quotes, inside those of the shell:
   `'data.path="a(b).txt"'`. `1e3` is an integer where one is asked for.
-- Two words of other programs work too: `algorithm=ddp` is `classicdp`,
-  `training.gradient_checkpointing` is `training.recompute`.
+- Aliases: `algorithm=ddp` is `classicdp`, `training.gradient_checkpointing` is
+  `training.recompute`; a task has short names of its keys: `task=stop run=NAME` is
+  `task=stop stop.run=NAME`.
 - A key without a default must be given.
-- A wrong name, key or value is told with all others in one message; then nothing is started.
+- All errors of names, keys and values are reported in one message, and nothing is started.
 
 ## Keys of the whole run
 """
@@ -52,12 +53,12 @@ COMBINATIONS = """\
 
 <!-- Made by `make docs` from the checks in smolrun/config/ and from conf/. Change those, not this file. -->
 
-`staleness.bound` and `quantization` for every algorithm. What is refused is refused for the reason
-below, before anything starts. `int8`, `fp16` and `bf16` are alike in this.
+`staleness.bound` and `quantization` for every algorithm. A combination that does not work is an error
+before anything starts, for the reason below. `int8`, `fp16` and `bf16` are alike in this.
 """  # noqa: E501  (a comment of the page)
 
-STALENESS = {"on time": "staleness.bound=0", "K steps late": "staleness.bound=2"}
-QUANTIZATION = {"as they are": "quantization=none", "in fewer bits": "quantization=int8"}
+STALENESS = {"synchronous": "staleness.bound=0", "staleness K": "staleness.bound=2"}
+QUANTIZATION = {"unquantized": "quantization=none", "quantized": "quantization=int8"}
 COLUMNS = {
     (when, how): [staleness, quantization]
     for (when, staleness), (how, quantization) in product(STALENESS.items(), QUANTIZATION.items())
@@ -205,7 +206,7 @@ def combinations() -> str:
 
 def _refusal_table(found: dict[tuple[str, tuple[str, str]], str]) -> Iterator[str]:
     reasons = list(dict.fromkeys(why for why in found.values() if why))
-    yield "| gradients | " + " | ".join(f"{when}, {how}" for when, how in COLUMNS) + " |"
+    yield "| algorithm | " + " | ".join(f"{when}, {how}" for when, how in COLUMNS) + " |"
     yield "|" + " --- |" * (len(COLUMNS) + 1)
     for row in dict.fromkeys(row for row, _ in found):
         cells = [found[row, column] for column in COLUMNS]

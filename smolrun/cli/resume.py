@@ -1,4 +1,4 @@
-"""checkpoint.resume: the configuration of the run that is to go on, with what was typed on top.
+"""checkpoint.resume: the configuration of the run being resumed, with what was typed on top.
 
 So `smolrun checkpoint.resume=latest` needs no more words: everything else is as the run had it.
 """

@@ -101,7 +101,7 @@ class ClassicDPConfig(AlgorithmConfig):
     quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.classicdp:classicdp"]
     bucket_mb: Positive = Field(
-        description="Gradients travel in buckets of this size; smaller overlaps more"
+        description="Gradients are sent in buckets of this size; smaller overlaps more"
     )
     shard_optimizer: Auto | bool = Field(
         description="Every rank updates its own part of the model and sends it to the others, so "
@@ -134,7 +134,7 @@ class FSDPConfig(AlgorithmConfig):
         "3 parameters too"
     )
     bucket_mb: Positive = Field(
-        description="Gradients travel in buckets of this size; stage 3 gathers smaller layers "
+        description="Gradients are sent in buckets of this size; stage 3 gathers smaller layers "
         "together"
     )
     max_live_buckets: Count = Field(
@@ -217,7 +217,7 @@ class SyncPSConfig(_ParameterServerConfig):
         description="The weights that gradients are computed with"
     )
     bucket_mb: Positive = Field(
-        description="Gradients travel in buckets of this size; smaller overlaps more"
+        description="Gradients are sent in buckets of this size; smaller overlaps more"
     )
 
     @property

@@ -142,7 +142,7 @@ def model_fits_data(*, model: ModelConfig, data: DataConfig) -> Iterator[str]:
 def model_is_named(*, model: ModelConfig) -> Iterator[str]:
     """Names of models are for model=hf only, and there they must be given."""
     if isinstance(model, HuggingFaceConfig) and model.name == "hf":
-        yield absent("model.name", "say which model: model.name=NAME of the hub, or a FOLDER")
+        yield absent("model.name", "set model.name=NAME of the hub, or a FOLDER")
     if isinstance(model, DecoderConfig | MlpConfig) and "/" in model.name:
         yield problem(
             "model.name",
@@ -201,7 +201,7 @@ def blocks_can_be_recomputed(*, model: ModelConfig, training: TrainingConfig) ->
 
 
 def momentum_fits(*, optimizer: Optimizer) -> Iterator[str]:
-    """Nesterov looks ahead along the momentum, so there has to be some."""
+    """Nesterov momentum needs a momentum factor."""
     if isinstance(optimizer, SGDConfig) and optimizer.nesterov and optimizer.momentum == 0:
         yield problem(
             "optimizer.nesterov", True, "needs momentum", allowed="false, or optimizer.momentum > 0"

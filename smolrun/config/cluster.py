@@ -27,32 +27,30 @@ class EmulateConfig(Section):
     """A machine slower than the one it runs on."""
 
     compute: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="Share of this machine's speed, 0.25 = four times slower"
+        default=1.0, description="Fraction of this machine's speed: 0.25 = four times slower"
     )
     bandwidth_mbps: Positive | None = Field(
         default=None, description="Speed of its links in Mbit/s; null = as it is"
     )
-    latency_ms: NotNegative = Field(default=0.0, description="Extra time on the way, one direction")
+    latency_ms: NotNegative = Field(default=0.0, description="Added one-way latency")
 
 
 class RestartConfig(Section):
-    """What to do when a host is lost in the middle of a run."""
+    """Restart after a lost host."""
 
     max: Count = Field(default=3, description="How many times the run may be started again")
     wait_s: NotNegative = Field(
         default=10.0, description="Seconds to wait for the host to come back"
     )
-    min_hosts: Count = Field(
-        default=1, description="Go on with fewer hosts, but not with fewer than these"
-    )
+    min_hosts: Count = Field(default=1, description="Smallest number of hosts to continue with")
 
 
 class HostConfig(Section):
     """One machine. Keys left out follow the cluster's own keys of the same name."""
 
-    name: Name = Field(description="What the logs and tables call it")
+    name: Name = Field(description="Its name in logs and tables")
     ssh: Name | None = Field(
-        default=None, description="Where to reach it: user@address or an alias; null = this machine"
+        default=None, description="SSH destination: user@address or an alias; null = this machine"
     )
     address: Name | Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None,
@@ -62,7 +60,7 @@ class HostConfig(Section):
     )
     ranks: Count = Field(default=1, description="Processes to start there, usually one per device")
     memory_gb: Positive | None = Field(
-        default=None, description="Memory the run may use; null = all there is"
+        default=None, description="Memory the run may use; null = all"
     )
     speed: Positive | Auto = Field(
         default=1.0,
@@ -90,7 +88,7 @@ class HostConfig(Section):
         description="Ports to listen on, as 40000-40100; null = any free one",
     )
     emulate: EmulateConfig | None = Field(
-        default=None, description="Pretend to be a slower machine with slower links"
+        default=None, description="Emulate a slower machine with slower links"
     )
 
 
@@ -117,10 +115,10 @@ class ClusterConfig(Section):
         "run on this machine",
     )
     start_timeout_s: Positive = Field(
-        default=120.0, description="Seconds every rank has to import, connect and say ready"
+        default=120.0, description="Seconds for every rank to import, connect and be ready"
     )
     connect_timeout_s: Positive = Field(
-        default=15.0, description="Seconds a host has to answer and log us in"
+        default=15.0, description="Seconds for SSH connection and login of a host"
     )
     deploy: Literal["none", "rsync", "wheel"] = Field(
         default="wheel",
@@ -140,9 +138,7 @@ class ClusterConfig(Section):
         default="auto", description="Which build of torch to install on the hosts"
     )
     workdir: Name | None = Field(default=None, description="Folder for code and data on the hosts")
-    device: Device = Field(
-        default="auto", description="Where ranks compute; a host may say otherwise"
-    )
+    device: Device = Field(default="auto", description="Where ranks compute; a key of a host wins")
     threads: Auto | Count = Field(
         default="auto", description="Torch threads per rank; auto = cores / ranks of the host"
     )

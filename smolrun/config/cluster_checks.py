@@ -143,20 +143,20 @@ def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]
 
 
 def emulation_can_be(*, cluster: ClusterConfig) -> Iterator[str]:
-    """A slower machine is played by one thread of one rank, whose processor time is known."""
+    """Emulation measures the CPU time of one thread of one rank."""
     for index, host in enumerate(cluster.hosts or []):
         where = f"cluster.hosts[{index}]"
         if host.emulate is None:
             continue
         if host.ranks != 1:
-            what = f"{host.name} plays another machine, with one rank"
+            what = f"{host.name} emulates a slower machine, with one rank"
             yield problem(f"{where}.ranks", host.ranks, what, allowed="1; more hosts for more")
         device = cluster.device if host.device == "auto" else host.device
         if device not in ("auto", "cpu"):
-            what = f"{host.name} plays another machine, which only its processor can"
+            what = f"{host.name} emulates a slower machine, which works on the CPU only"
             yield problem(f"{where}.device", device, what, allowed="cpu")
         if cluster.threads not in ("auto", 1):
-            what = f"{host.name} plays another machine, with one thread"
+            what = f"{host.name} emulates a slower machine, with one thread"
             yield problem("cluster.threads", cluster.threads, what, allowed="auto or 1")
 
 

@@ -1,4 +1,4 @@
-"""Group `data`: what to learn from."""
+"""Group `data`: what to train on."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class _TextConfig(DataConfig):
 
     produces: ClassVar[Kind | None] = "tokens"
     tokenizer: Name = Field(
-        description="auto = the model's own where it has one, else bpe; bpe is learnt from the "
-        "text, once; bytes needs no learning; or a tokenizer's folder or hub name",
+        description="auto = the model's own where it has one, else bpe; bpe is trained on the "
+        "text, once; bytes needs no training; or a tokenizer's folder or hub name",
         json_schema_extra={"allowed": "auto, bpe, bytes, or a tokenizer's folder or hub name"},
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
-        description="Tokens to learn for bpe, the 256 bytes included; not read by others"
+        description="Vocabulary size for bpe, the 256 bytes included; ignored by others"
     )
     sequence_length: Count = Field(description="Tokens in one training sample")
     eval_fraction: Part = Field(description="Share of the text kept for evaluation")
@@ -63,9 +63,7 @@ class TextFilesConfig(_TextConfig):
     target: Literal["smolrun.data.text:TextFiles"]
     path: Name | Annotated[list[Name], Field(min_length=1)] = Field(
         description="A file or folder, or a list of them",
-        json_schema_extra={
-            "absent": "say where the text is: data.path=FILE or FOLDER, or a list of them"
-        },
+        json_schema_extra={"absent": "set data.path=FILE or FOLDER, or a list of them"},
     )
     glob: Name = Field(description="Which files of a folder, such as **/*.txt")
 
@@ -81,13 +79,13 @@ class ShakespeareConfig(_TextConfig):
 
 
 class HuggingFaceDataConfig(_TextConfig):
-    """Any dataset of Hugging Face's library: text, or pictures with classes."""
+    """Any dataset of Hugging Face's library: text, or images with classes."""
 
     produces: ClassVar[Kind | None] = None
     target: Literal["smolrun.data.huggingface:HuggingFaceData"]
     path: Name = Field(
         description="A name on the hub, a folder, or a file",
-        json_schema_extra={"absent": "say which dataset: data.path=NAME, FOLDER or FILE"},
+        json_schema_extra={"absent": "set data.path=NAME, FOLDER or FILE"},
     )
     subset: Name | None = Field(description="One of its subsets; null = it has only one")
     split: Name = Field(description="What to train on")
@@ -108,13 +106,13 @@ class HuggingFaceDataConfig(_TextConfig):
         description="Column of text; null = `text`, or the only one that is text"
     )
     image_column: Name | None = Field(
-        description="Column of pictures; null = the only one, if there is one"
+        description="Column of images; null = the only one, if there is one"
     )
     label_column: Name | None = Field(description="Column of classes; null = the only one")
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        description="Pixels of each side; null = the pictures have one size already"
+        description="Pixels of each side; null = the images have one size already"
     )
-    image_mode: Literal["grey", "rgb"] = Field(description="One number a pixel, or three")
+    image_mode: Literal["grey", "rgb"] = Field(description="Channels: one or three")
     packing: bool = Field(
         description="true = samples run on over the ends of documents; false = each document "
         "begins a sample"
@@ -126,14 +124,12 @@ class HuggingFaceDataConfig(_TextConfig):
 
 
 class ChatConfig(_TextConfig):
-    """Conversations, of which only the assistant's answers are learnt."""
+    """Conversations; the loss covers the assistant's answers only."""
 
     target: Literal["smolrun.data.chat:Chat"]
     path: Name = Field(
         description="A .jsonl file, or a dataset as in data=hf",
-        json_schema_extra={
-            "absent": "say where the conversations are: data.path=FILE.jsonl, or a dataset"
-        },
+        json_schema_extra={"absent": "set data.path=FILE.jsonl, or a dataset"},
     )
     subset: Name | None = Field(description="Of a dataset; null = it has only one")
     split: Name = Field(description="Of a dataset")
@@ -147,7 +143,7 @@ class ChatConfig(_TextConfig):
 
 
 class FashionMnistConfig(DataConfig):
-    """70,000 little pictures of clothes in ten classes, for `model=mlp`."""
+    """70,000 images of clothes in ten classes, for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
     target: Literal["smolrun.data.mnist:FashionMnist"]
@@ -171,14 +167,14 @@ class MnistConfig(DataConfig):
 
 
 class DigitsConfig(DataConfig):
-    """Little drawn digits with noise, made on the spot: ten classes for `model=mlp`."""
+    """Generated images of digits with noise: ten classes for `model=mlp`."""
 
     produces: ClassVar[Kind | None] = "features"
     target: Literal["smolrun.data.digits:Digits"]
     train_size: Count = Field(description="Samples to train on")
     eval_size: Count = Field(description="Samples to evaluate on")
-    noise: NotNegative = Field(description="Standard deviation of the noise; 0 = clean pictures")
-    seed: Natural = Field(description="Another seed makes other pictures")
+    noise: NotNegative = Field(description="Standard deviation of the noise; 0 = none")
+    seed: Natural = Field(description="Seed of the images")
 
 
 class CustomDataConfig(CustomTargetConfig, DataConfig, extra="allow"):

@@ -5,6 +5,7 @@ For error messages and for docs/configuration.md.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 PLAIN = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "text",
     bool: "true or false",
@@ -80,7 +81,7 @@ def choices_of(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field allows, as a phrase: `auto or a whole number >= 1`.
+    """What a field allows, as a phrase: `auto or an integer >= 1`.
 
     The field itself may say it better.
     """
@@ -106,7 +107,7 @@ def phrase(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         members = dict.fromkeys(phrase(member, metadata) for member in arguments)
         return " or ".join(members)
     if origin is list:
-        entry = phrase(arguments[0]).removeprefix("a ").replace("number", "numbers")
+        entry = re.sub(r"^an? (number|integer)", r"\1s", phrase(arguments[0]))
         return f"a list of {_size(metadata)}{entry}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"

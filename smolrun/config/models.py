@@ -1,4 +1,4 @@
-"""Group `model`: what to train."""
+"""Group `model`: the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelConfig(TargetConfig):
 
 
 class RopeScalingConfig(Section):
-    """How rotary angles are stretched to texts longer than a model was first trained on."""
+    """RoPE scaling for sequences longer than in pretraining."""
 
     factor: Positive = Field(description="Slow angles turn so many times slower")
     low_freq_factor: Positive = Field(description="Slow: fewer turns in the original length")
@@ -46,7 +46,7 @@ class DecoderConfig(ModelConfig):
     consumes: ClassVar[Kind | None] = "tokens"
     target: Literal["smolrun.models.decoder:build"]
     vocab_size: Count | None = Field(
-        description="Tokens it can tell apart; null = as many as the data's tokenizer has"
+        description="Vocabulary size; null = that of the data's tokenizer"
     )
     layers: Count = Field(description="Blocks, each one attention and one feed-forward layer")
     width: Count = Field(description="Size of the hidden vectors")
@@ -59,25 +59,23 @@ class DecoderConfig(ModelConfig):
         description="Hidden size of the feed-forward layer; null = the usual multiple"
     )
     max_sequence_length: Count = Field(description="Longest sequence it can read, in tokens")
-    position: Literal["rope", "learned"] = Field(description="How it knows the order of tokens")
+    position: Literal["rope", "learned"] = Field(description="Position encoding")
     norm: Literal["rmsnorm", "layernorm"] = Field(
         description="Normalisation in front of each layer"
     )
     activation: Literal["swiglu", "gelu"] = Field(description="Inside the feed-forward layer")
-    tie_embeddings: bool = Field(
-        description="One matrix for reading tokens and for predicting them"
-    )
+    tie_embeddings: bool = Field(description="Input and output embeddings share one matrix")
     attention_bias: bool | Literal["qkv"] = Field(
         description="Biases in the attention projections; qkv = not in the last"
     )
     mlp_bias: bool = Field(description="Biases in the feed-forward layers")
     qk_norm: bool = Field(description="Normalise queries and keys per head")
-    sliding_window: Count | None = Field(description="Tokens each one may look back at; null = all")
+    sliding_window: Count | None = Field(description="Tokens in the attention window; null = all")
     rope_theta: Positive = Field(description="Base of the rotary angles")
     rope_scaling: RopeScalingConfig | None = Field(
-        description="How Llama 3.1 and later stretch them to longer texts; null = not at all"
+        description="RoPE scaling as in Llama 3.1; null = none"
     )
-    norm_eps: Positive = Field(description="Keeps the normalisation away from a division by zero")
+    norm_eps: Positive = Field(description="Added to the denominator of the normalisation")
 
 
 class MlpConfig(ModelConfig):
@@ -94,7 +92,7 @@ class _NetworkConfig(ModelConfig):
 
     consumes: ClassVar[Kind | None] = "tokens"
     pretrained: bool = Field(
-        description="Begin with its trained weights; false = random ones, its shape only"
+        description="Start from pretrained weights; false = random initialisation"
     )
     attention: Literal["auto", "eager", "sdpa"] = Field(
         description="How attention is computed; auto = transformers chooses"

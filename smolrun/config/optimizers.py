@@ -13,52 +13,52 @@ class AdamWConfig(Section):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"]
-    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
+    lr: Positive = Field(description="Peak learning rate, reached after the warm-up")
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
-        description="Memory of the gradient's mean and of its square"
+        description="beta1, beta2: decay rates of the first and second moments"
     )
-    eps: Positive = Field(description="Keeps the update away from a division by zero")
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
+    eps: Positive = Field(description="Added to the denominator")
+    weight_decay: NotNegative = Field(description="Decoupled weight decay")
 
 
 class SGDConfig(Section):
     """Stochastic gradient descent."""
 
     name: Literal["sgd"]
-    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
-    momentum: Share = Field(description="Memory of earlier gradients; 0 = none")
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
-    nesterov: bool = Field(description="Look ahead along the momentum; needs momentum above 0")
+    lr: Positive = Field(description="Peak learning rate, reached after the warm-up")
+    momentum: Share = Field(description="Momentum factor; 0 = none")
+    weight_decay: NotNegative = Field(description="Decoupled weight decay")
+    nesterov: bool = Field(description="Nesterov momentum; needs momentum above 0")
 
 
 class LionConfig(Section):
-    """Steps of one size, by the sign of a running mean."""
+    """Lion: the sign of an interpolated momentum."""
 
     name: Literal["lion"]
-    lr: Positive = Field(description="Highest learning rate, reached after the warm-up")
+    lr: Positive = Field(description="Peak learning rate, reached after the warm-up")
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
-        description="Share of the memory in the direction; memory of the gradient's mean"
+        description="beta1, beta2: momentum in the update direction; decay rate of the momentum"
     )
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
+    weight_decay: NotNegative = Field(description="Decoupled weight decay")
 
 
 class AdafactorConfig(Section):
-    """Adam with almost no memory: rows and columns of a matrix share what is remembered."""
+    """Adafactor: second moments factored into one value per row and column of a matrix."""
 
     name: Literal["adafactor"]
-    lr: Positive = Field(description="Largest step, relative to the size of the weights")
+    lr: Positive = Field(description="Learning rate, relative to the RMS of the weights")
     beta2_decay: Annotated[float, Field(le=0)] = Field(
-        description="How fast the memory of squared gradients grows longer: 1 - step^this",
+        description="Decay of the second moment at step t: 1 - t^this",
         json_schema_extra={"allowed": "a number <= 0"},
     )
     eps: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
-        description="Smallest gradient that counts; smallest size that a tensor is taken to have"
+        description="eps1 (of squared gradients), eps2 (lower bound of the RMS of a tensor)"
     )
     d: Annotated[float, Field(ge=1)] = Field(
-        description="Longest update (root mean square) before the step size",
+        description="Clipping threshold: RMS of the update",
         json_schema_extra={"allowed": "a number >= 1"},
     )
-    weight_decay: NotNegative = Field(description="Pull of every weight towards zero")
+    weight_decay: NotNegative = Field(description="Decoupled weight decay")
 
 
 Optimizer = Annotated[

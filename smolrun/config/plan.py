@@ -68,7 +68,7 @@ def ranks(config: RunConfig) -> list[RankPlan]:
             local_rank=local_rank,
             local_world_size=host.ranks,
             device=_device(cluster, host),
-            # The pace of a rank that plays a slower machine follows from what one thread does.
+            # Emulation measures the CPU time of one thread.
             threads=1 if host.emulate is not None else cluster.threads,
             ports=_range(host.ports or cluster.ports),
         )

@@ -29,8 +29,8 @@ from smolrun.config.suggest import absent, closest, problem, shown
 from smolrun.config.synonyms import SYNONYMS
 
 WHAT = {
-    "int_type": "not a whole number",
-    "int_from_float": "not a whole number",
+    "int_type": "not an integer",
+    "int_from_float": "not an integer",
     "float_type": "not a number",
     "finite_number": "not a finite number",
     "bool_type": "neither true nor false",

@@ -134,7 +134,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
     renamed = [group for group in groups if f"{group}.name" in found and groups[group] > 1]
     for key in dict.fromkeys(_named(path, renamed) for path in found):
         path = f"{key}.name" if key in renamed else key
-        what = "differs from the run that is to go on"
+        what = "differs from the run being resumed"
         yield problem(key, after.get(path), what, allowed=str(before.get(path)))
 
 

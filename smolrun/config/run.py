@@ -51,9 +51,10 @@ class RunConfig(Section):
         "attach",
         "stop",
         "clean",
-    ] = Field(description="What to do")
+    ] = Field(description="Task to run")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        description="Same seed, same run", json_schema_extra={"allowed": "a whole number >= 0"}
+        description="Random seed; the same seed gives the same run",
+        json_schema_extra={"allowed": "an integer >= 0"},
     )
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
         description="Part of the run folder's name; null = made from the choices",
@@ -61,10 +62,10 @@ class RunConfig(Section):
             "allowed": "letters, digits, dot, dash and underscore (100 at most), or null"
         },
     )
-    detach: bool = Field(description="Go on without this terminal; task=attach shows it again")
+    detach: bool = Field(description="Run without this terminal; task=attach shows it again")
     driver: Name | None = Field(
-        description="Host of the cluster that drives the run, so that this machine may leave; null "
-        "= this machine"
+        description="Host of the cluster that runs the driver, so that this machine may "
+        "disconnect; null = this machine"
     )
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
         description="Arithmetic of forward and backward"

@@ -14,25 +14,25 @@ from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positiv
 
 
 class StalenessConfig(Section):
-    """Group `staleness`: how old a gradient may be when it is used."""
+    """Group `staleness`: how stale a gradient may be when it is applied."""
 
     bound: Auto | Natural = Field(
-        description="Steps a gradient may be late: 0 = synchronous; auto = the algorithm's own"
+        description="Steps a gradient may be stale: 0 = synchronous; auto = the algorithm's own"
     )
 
 
 class QuantizationConfig(Section):
-    """Group `quantization`: in which form gradients travel."""
+    """Group `quantization`: in which type gradients are sent."""
 
     kind: Literal["none", "int8", "fp16", "bf16"] = Field(
-        description="none = as they are; int8 = a quarter of float32's bytes; fp16, bf16 = half"
+        description="none = unquantized; int8 = a quarter of float32's bytes; fp16, bf16 = half"
     )
     block: Annotated[int, Field(ge=8, le=65536)] = Field(
         description="int8: numbers that share one scale, which is 4 bytes"
     )
     error_feedback: bool = Field(
-        description="Add what rounding took away to the next gradient; each rank needs 8 bytes of "
-        "memory per parameter for it"
+        description="Add the quantization error to the next gradient; 8 bytes of memory per "
+        "parameter and rank"
     )
 
 
@@ -51,14 +51,14 @@ class TrainingConfig(Section):
         description="At most so many global batches per evaluation; null = all of them"
     )
     grad_clip: NotNegative = Field(
-        description="Longest gradient (norm over all parameters); 0 = no clipping"
+        description="Largest gradient norm over all parameters; 0 = no clipping"
     )
     warmup_steps: Natural = Field(
         description="Steps in which the learning rate rises; auto = a tenth of all, at most 100",
-        json_schema_extra={"allowed": "auto or a whole number >= 0"},
+        json_schema_extra={"allowed": "auto or an integer >= 0"},
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        description="What the learning rate does afterwards"
+        description="Learning rate after the warm-up"
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         description="Last learning rate / highest learning rate"
@@ -67,19 +67,19 @@ class TrainingConfig(Section):
         description="Compare a hash of all replicas after every step (slow; for tests)"
     )
     resync_every: Auto | Natural = Field(
-        description="Updates after which all replicas become rank 0's, and it is told how far they "
-        "were apart; 0 = never; auto = 100 where replicas may differ (unlike machines, and "
+        description="Updates between broadcasts of rank 0's replica, each with a report of the "
+        "drift; 0 = never; auto = 100 where replicas may differ (unlike machines, and "
         "algorithm.shard_optimizer not at work), else 0"
     )
     sample_tokens: Natural = Field(description="Tokens of text to write at the end; 0 = none")
     sample_prompt: str = Field(
-        description="How that text begins; auto = as the first evaluation sample"
+        description="Its prompt; auto = the beginning of the first evaluation sample"
     )
     recompute: bool = Field(
-        description="Compute each block twice instead of keeping its activations: less memory; "
-        "also gradient_checkpointing"
+        description="Recompute activations of each block in backward instead of storing them; "
+        "alias: gradient_checkpointing"
     )
-    dry_run: bool = Field(description="Only tell what the run would need")
+    dry_run: bool = Field(description="Only report what the run would need")
     log_norms: Literal["none", "gradients", "all"] = Field(
         description="Norms layer by layer: of gradients, or also of parameters and updates (these "
         "need a copy of the model while they are taken)"
@@ -97,7 +97,7 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Group `checkpoint`: saving and going on later."""
+    """Group `checkpoint`: saving and resuming."""
 
     every: Natural = Field(
         description="Steps between two checkpoints; a last one is made at the end; 0 = none at all"
@@ -108,8 +108,8 @@ class CheckpointConfig(Section):
         "an evaluation"
     )
     resume: Name | None = Field(
-        description="latest, a run folder or a checkpoint folder; null = start anew. The run's own "
-        "configuration counts, keys given now go on top"
+        description="latest, a run folder or a checkpoint folder; null = a new run. The run's "
+        "own configuration is used; overrides apply on top"
     )
     trust_run_folder: bool = Field(
         description="Resume a run folder that was not written by this account on this machine; it "
@@ -143,10 +143,10 @@ class WandbConfig(Section):
     )
     project: Name = Field(description="W&B's project")
     entity: Name | None = Field(description="W&B's user or team; null = your default one")
-    group: Name | None = Field(description="Runs of one group stand together; null = none")
-    tags: list[Name] = Field(description="Words to find the run by")
+    group: Name | None = Field(description="W&B's group; null = none")
+    tags: list[Name] = Field(description="W&B's tags")
     timeout_s: Positive = Field(
-        description="Longest wait for W&B's server: at the start (nobody waits), and at the end"
+        description="Longest wait for W&B's server at the start (in the background) and at the end"
     )
     timeline_steps: Natural = _TIMELINE
 
@@ -164,14 +164,12 @@ class MeshConfig(Section):
         "loopback_plain on one machine, tls between machines"
     )
     timeout_s: Positive = Field(
-        description="Longest wait for a peer that is alive before the run ends"
+        description="Longest wait for a peer that is alive, before the run fails"
     )
     liveness: Literal["normal", "fast"] = Field(
-        description="Silent peers are given up after 10 s (normal) or 4 s (fast)"
+        description="A silent peer counts as lost after 10 s (normal) or 4 s (fast)"
     )
-    heartbeat_ms: Annotated[int, Field(ge=10, le=1000)] = Field(
-        description="Time between two signs of life"
-    )
+    heartbeat_ms: Annotated[int, Field(ge=10, le=1000)] = Field(description="Heartbeat interval")
 
 
 class ServingConfig(Section):
@@ -182,7 +180,7 @@ class ServingConfig(Section):
 
 
 class CollectivesBenchConfig(Section):
-    """Our collectives beside gloo's, in turn."""
+    """Collectives: smolrun's and gloo's, alternating."""
 
     name: Literal["collectives"]
     sizes: Annotated[list[Count], Field(min_length=1)] = Field(description="Bytes of the tensors")
@@ -193,7 +191,7 @@ class CollectivesBenchConfig(Section):
 
 
 class LinkBenchConfig(Section):
-    """An all_reduce beside one plain TCP stream over the same link, in turn."""
+    """An all_reduce and one plain TCP stream over the same link, alternating."""
 
     name: Literal["link"]
     sizes: Annotated[list[Count], Field(min_length=1)] = Field(description="Bytes of the tensors")
@@ -204,13 +202,13 @@ class LinkBenchConfig(Section):
 
 
 class StepBenchConfig(Section):
-    """A whole training step beside torch's own on gloo, in turn."""
+    """A whole training step: smolrun's and torch's on gloo, alternating."""
 
     name: Literal["step"]
     peers: Annotated[list[Literal["ddp", "ddp-fp16", "ddp-bf16", "fsdp2"]], Field(min_length=1)] = (
         Field(
-            description="What to compare with, one after the other: ddp = DistributedDataParallel, "
-            "also with its hooks for fewer bits; fsdp2 = fully_shard, for algorithm=fsdp"
+            description="Baselines: ddp = DistributedDataParallel, "
+            "also with its fp16 and bf16 hooks; fsdp2 = fully_shard, for algorithm=fsdp"
         )
     )
     world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(
@@ -222,7 +220,7 @@ class StepBenchConfig(Section):
 
 
 class UnequalBenchConfig(Section):
-    """A step of ranks that are not equally fast: shares in proportion, beside equal ones."""
+    """A step on ranks of unequal speed: proportional against equal batch shares."""
 
     name: Literal["unequal"]
     speeds: Annotated[list[Positive], Field(min_length=2)] = Field(description="Of each rank")
@@ -239,7 +237,7 @@ class UnequalBenchConfig(Section):
 
 
 class StragglersBenchConfig(Section):
-    """Steps with a slow rank now and then, beside an event simulation of the same trace."""
+    """Steps with random stragglers, and an event simulation of the same trace."""
 
     name: Literal["stragglers"]
     world_sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field(

@@ -103,7 +103,7 @@ def test_an_integral_float_is_an_integer(typed: str, steps: int):
 
 def test_no_other_float_is_an_integer():
     (line,) = problems("data.path=x", "training.steps=1.5e0")
-    assert line.startswith("training.steps = 1.5: not a whole number")
+    assert line.startswith("training.steps = 1.5: not an integer")
 
 
 def test_floats_of_own_code_stay_floats():

@@ -50,7 +50,7 @@ def test_one_bad_job_stops_all_of_them(
 ):
     assert run(monkeypatch, "-m", "training.steps=5,0,7", "seed=1,2") == 2
     assert started == []
-    assert "training.steps = 0: too small; allowed: a whole number >= 1 (job 3, 4 of 6)" in (
+    assert "training.steps = 0: too small; allowed: an integer >= 1 (job 3, 4 of 6)" in (
         capsys.readouterr().err
     )
 

@@ -23,8 +23,8 @@ def test_pictures_bring_their_training_along_and_the_command_line_wins() -> None
     [
         (["data=fashion_mnist"], "reads tokens, but data=fashion_mnist gives features"),
         (["model=mlp", "data=shakespeare"], "reads features, but data=shakespeare gives tokens"),
-        (["data=hf"], "data.path: say which dataset: data.path=NAME, FOLDER or FILE"),
-        (["data=chat"], "data.path: say where the conversations are"),
+        (["data=hf"], "data.path: set data.path=NAME, FOLDER or FILE"),
+        (["data=chat"], "data.path: set data.path=FILE.jsonl"),
         (["data=hf", "data.path=x", "data.image_mode=blue"], "allowed: grey or rgb"),
         (["data=hf", "data.path=x", "data.image_size=0"], "data.image_size = 0: too small"),
         (["data=hf", "data.path=x", "data.column=y"], "data.column = y: no such key"),

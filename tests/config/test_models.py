@@ -28,7 +28,7 @@ def test_exporting_brings_the_model_of_a_run_along() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=hf"], "model.name: say which model: model.name=NAME of the hub, or a FOLDER"),
+        (["model=hf"], "model.name: set model.name=NAME of the hub, or a FOLDER"),
         (["model.name=owner/model"], "allowed: model=hf model.name=owner/model"),
         (["model=trained"], "model = trained: is for task=export"),
         (["task=export", "model=gpt_tiny"], "task=export takes its model from a run"),

@@ -72,9 +72,9 @@ def test_every_difference_is_told_by_name() -> None:
 def test_a_group_of_another_name_is_one_line() -> None:
     told = list(differences(config(), config("model=mlp", "optimizer=sgd", "optimizer.lr=1")))
     assert told == [
-        "data = digits: differs from the run that is to go on; allowed: python_stdlib",
-        "model = mlp: differs from the run that is to go on; allowed: gpt_tiny",
-        "optimizer = sgd: differs from the run that is to go on; allowed: adamw",
+        "data = digits: differs from the run being resumed; allowed: python_stdlib",
+        "model = mlp: differs from the run being resumed; allowed: gpt_tiny",
+        "optimizer = sgd: differs from the run being resumed; allowed: adamw",
     ]
     (line,) = differences(config(), config("model.name=mine"))
     assert line.startswith("model.name = mine: differs")

@@ -71,15 +71,15 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
     [
         (
             {"training__steps": 0},
-            "training.steps = 0: too small; allowed: a whole number >= 1",
+            "training.steps = 0: too small; allowed: an integer >= 1",
         ),
         (
             {"training__steps": "many"},
-            "training.steps = many: not a whole number; allowed: a whole number >= 1",
+            "training.steps = many: not an integer; allowed: an integer >= 1",
         ),
         (
             {"training__steps": True},
-            "training.steps = true: not a whole number; allowed: a whole number >= 1",
+            "training.steps = true: not an integer; allowed: an integer >= 1",
         ),
         (
             {"optimizer__lr": float("nan")},
@@ -104,11 +104,11 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
         ),
         (
             {"cluster__ranks": 0},
-            "cluster.ranks = 0: too small; allowed: auto or a whole number >= 1",
+            "cluster.ranks = 0: too small; allowed: auto or an integer >= 1",
         ),
         (
             {"cluster__ranks": "two"},
-            "cluster.ranks = two: not understood; allowed: auto or a whole number >= 1",
+            "cluster.ranks = two: not understood; allowed: auto or an integer >= 1",
         ),
         (
             {"model__position": "ropes"},
@@ -127,7 +127,7 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             "run_name = ../x: not of the right form; allowed: letters, digits, dot, dash and"
             " underscore (100 at most), or null",
         ),
-        ({"seed": -1}, "seed = -1: too small; allowed: a whole number >= 0"),
+        ({"seed": -1}, "seed = -1: too small; allowed: an integer >= 0"),
         ({"training": 5}, "training = 5: not a group of keys"),
         (
             {"mesh__security": "ssl"},
@@ -155,7 +155,7 @@ def test_a_missing_key_is_told(shipped: dict[str, Any]):
     finally:
         shipped.update(resolved(compose()))
     assert first.startswith("data: must be given")
-    assert second == "training.steps: must be given; allowed: a whole number >= 1"
+    assert second == "training.steps: must be given; allowed: an integer >= 1"
 
 
 def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dict[str, Any]):
@@ -190,7 +190,7 @@ def test_all_problems_come_at_once_and_checks_run_for_what_is_sound(shipped: dic
         (
             {"cluster__hosts": [{"name": "a", "ranks": 2, "emulate": {"compute": 0.5}}]},
             "cluster.hosts[0].ranks = 2",
-            "a plays another machine, with one rank; allowed: 1",
+            "a emulates a slower machine, with one rank; allowed: 1",
         ),
         (
             {"cluster__hosts": [{"name": "a", "device": "mps", "emulate": {"compute": 0.5}}]},

@@ -220,7 +220,7 @@ def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
     code, _, err = train(copy, "checkpoint.resume=latest", *changes)
     assert code == 2
     for what in (
-        "seed = 5: differs from the run that is to go on; allowed: 0",
+        "seed = 5: differs from the run being resumed; allowed: 0",
         "model = gpt_small: differs",
         "data.max_mb = 2: differs",
         "optimizer = sgd: differs",
