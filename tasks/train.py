@@ -22,8 +22,7 @@ from smolrun.driver.outputs import (
 )
 from smolrun.driver.preflight import check_before_start, check_model_fits, memory_warning
 from smolrun.driver.prepare import prepare_data, spec_of, with_pinned_model
-from smolrun.driver.reachable_hosts import who_answers
-from smolrun.driver.restart import Lost, Restarts, train_on
+from smolrun.driver.restart import Lost, Restarts, reachable_hosts, train_on
 from smolrun.driver.resume import Earlier, check_data, find_earlier, forget_undo, take_up
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import Ending, not_equipped, with_advice
@@ -68,7 +67,7 @@ def drive(config: RunConfig) -> int:
         closing.callback(console.close)
         if is_elsewhere(config):  # their leases come from here
             closing.enter_context(keep_awake())
-        restarts = Restarts(config, console.say, lambda: who_answers(config))
+        restarts = Restarts(config, console.say, lambda: reachable_hosts(config))
         run, outcome = train_on(
             _Run(config, console, closing),
             restarts,

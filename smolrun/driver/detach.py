@@ -42,10 +42,6 @@ _END_S = 10.0  # for a driver that is to end before its run began
 def drive(config: RunConfig) -> int:
     """Start the driver in the background; returns once it has its run folder, or has failed."""
     config = with_pinned_model(config)
-    if config.driver is not None:
-        from smolrun.driver.remote_driver import drive as drive_there
-
-        return drive_there(config)
     code, folder = start(resolved(config), lambda line: echo(line, error=True))
     if folder is not None:
         echo("\n".join(how_to_go_on(RunFolder(Path(folder)).run_id)))

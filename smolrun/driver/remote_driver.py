@@ -26,6 +26,7 @@ from smolrun.config import RunConfig, redacted, resolved
 from smolrun.driver.detach import FOLDER, how_to_go_on
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import become_latest
+from smolrun.driver.prepare import with_pinned_model
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import (
@@ -57,6 +58,7 @@ _AFTERWARDS = {
 
 def drive(config: RunConfig) -> int:
     """Start the driver on its host; returns once it has its run folder, or has failed."""
+    config = with_pinned_model(config)
     sign(b"")  # without a key the run could not be looked at from here
     spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
     with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:

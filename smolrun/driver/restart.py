@@ -19,6 +19,7 @@ import msgspec
 from smolrun.checkpoints.find import CHECKPOINTS, newest_valid, read_manifest
 from smolrun.config import RunConfig, redacted
 from smolrun.config.plan import THIS_MACHINE
+from smolrun.driver.fleet import host_specs
 from smolrun.driver.resume import Earlier, earlier_of
 from smolrun.driver.run_summary import not_equipped
 from smolrun.errors import HostError, HostErrors, SmolrunError
@@ -266,3 +267,35 @@ def _only(config: RunConfig, hosts: Sequence[str]) -> RunConfig:
         return config
     kept = [host for host in config.cluster.hosts if host.name in hosts]
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"hosts": kept})})
+
+
+def reachable_hosts(config: RunConfig) -> list[str]:
+    """Their names, in the order of the cluster; this machine always does.
+
+    Every other one is logged in to anew, all at once, within `cluster.connect_timeout_s` each.
+    """
+    hosts = config.cluster.hosts
+    if hosts is None:
+        return [THIS_MACHINE]
+    specs = {spec.name: spec for spec in host_specs(config)}
+    answers = {host.name: True for host in hosts if host.name not in specs}
+    if specs:
+        from smolrun.launch.remote.probe import HostSpec
+        from smolrun.launch.run_on_all import run_on_all
+        from smolrun.launch.ssh.connect import open_machine
+
+        def ask(spec: HostSpec) -> bool:
+            try:
+                machine = open_machine(
+                    spec,
+                    ssh_config=config.cluster.ssh_config,
+                    timeout_s=config.cluster.connect_timeout_s,
+                    cluster=config.cluster.name,
+                )
+            except Exception:  # one that fails in a way of its own must not speak for the others
+                return False
+            machine.close()
+            return True
+
+        answers |= run_on_all(specs, ask, "ask")
+    return [host.name for host in hosts if answers.get(host.name)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.reachable_hosts import who_answers
+from smolrun.driver.restart import reachable_hosts
 from smolrun.errors import HostError
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.ssh import connect
@@ -25,4 +25,4 @@ def test_a_failure_is_no_answer_whatever_it_is(monkeypatch: pytest.MonkeyPatch) 
         return SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr(connect, "open_machine", opened)
-    assert who_answers(compose([f"cluster.hosts={HOSTS}"])) == ["me", "c"]
+    assert reachable_hosts(compose([f"cluster.hosts={HOSTS}"])) == ["me", "c"]
