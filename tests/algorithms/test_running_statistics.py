@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms import base
 from smolrun.algorithms.edp.base import EDP
+from smolrun.algorithms.edp.work_queue import WorkItem
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.parts.placement import plan_batches
@@ -232,7 +233,7 @@ def test_edp_refuses_them_by_name() -> None:
             if mesh.rank == 0:
                 algorithm.try_out(batch)
             else:
-                algorithm.gradient(0, 0, [batch])
+                algorithm.compute_gradient(WorkItem(0, 0, 1), 0, [batch])
         return algorithm.model.state_dict()["mean"].item()
 
     server, worker = run_ranks(2, rank_main, elastic=True)
