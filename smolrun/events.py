@@ -324,8 +324,8 @@ def check_sender(event: Event, sender: int, world_size: int) -> None:
     say. Only ranks that exist may be named: the driver looks them up."""
     about = getattr(event, "rank", None)
     named = [about, getattr(event, "waited_for", None), *getattr(event, "ranks", ())]
-    if strange := [rank for rank in named if rank is not None and rank >= world_size]:
-        raise ProtocolError(f"sent {kind(event)!r} about rank {strange[0]}, which does not exist")
+    if unknown := [rank for rank in named if rank is not None and rank >= world_size]:
+        raise ProtocolError(f"sent {kind(event)!r} about rank {unknown[0]}, which does not exist")
     owner = about if event.sender == "owner" and about is not None else 0
     if event.sender == "driver" or sender != owner:
         who = "only the driver" if event.sender == "driver" else f"only rank {owner}"

@@ -1,4 +1,4 @@
-"""Atomic replacement of files. The bounded reads: tests/attacks/test_foreign_files.py."""
+"""Atomic replacement of files. The bounded reads: tests/attacks/test_untrusted_files.py."""
 
 from __future__ import annotations
 
