@@ -194,7 +194,7 @@ def test_a_foreign_class_is_watched_unasked() -> None:
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        (["algorithm.shard_optimizer=true", "optimizer=adafactor"], "looks at whole ones"),
+        (["algorithm.shard_optimizer=true", "optimizer=adafactor"], "needs whole ones"),
         (["algorithm=fsdp", "training.resync_every=10"], "on one rank only"),
         (["algorithm=single", "cluster.ranks=1", "training.resync_every=10"], "one copy"),
         (["algorithm.shard_optimizer=maybe"], "algorithm.shard_optimizer"),
