@@ -179,8 +179,8 @@ def test_single_is_a_textbook_loop(model: str, staleness: int) -> None:
         assert torch.allclose(parameter, trace.parameters[name], rtol=0, atol=1e-12)
 
 
-def test_the_yardstick_can_tell_a_wrong_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_can_tell_a_wrong_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A negative control: ranks that keep their own gradients instead of summing them."""
     reference = train("single", "language_model", 1)[0]
-    monkeypatch.setattr(ClassicDP, "_reduce", lambda self, bucket, slot: None)
+    monkeypatch.setattr(ClassicDP, "_on_full", lambda self, bucket, slot: None)
     assert difference(train("classicdp", "language_model", 2)[0], reference) > 1e-6
