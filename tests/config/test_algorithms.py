@@ -24,10 +24,10 @@ from smolrun.config.base import Count, chosen_by_target
 from smolrun.config.settings import TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
 from smolrun.config.suggest import problem
-from smolrun.driver.batch_shares import largest_plan
+from smolrun.driver.prepare import spec_of
 from smolrun.driver.trackers import can_quantize
 from smolrun.errors import ConfigError
-from smolrun.estimate.dry_run import estimate
+from smolrun.estimate.dry_run import estimate, largest_plan
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_class_is_all_that_a_new_algorithm_needs(gossip: dict[str, Any]) -> No
     assert (world_size(made), len(ranks(made)), savers(made)) == (2, 2, 1)
     assert largest_plan(made).sizes == (8,)  # a fourth of the batch
     assert can_quantize(made)
-    dry_run = estimate(made)
+    dry_run = estimate(made, spec_of(made), measure_process=False)
     assert dry_run.rank(dry_run.places[0]).sharding == Sharding(links=1)
 
 
