@@ -40,7 +40,7 @@ lab: $(READY)  ## hosts with SSH on this one Linux machine, as root (HOSTS=3 RAT
 	$(PYTHON) -m tests.hosts.by_hand --hosts $(HOSTS) --rate $(RATE) $(ARGS)
 
 docs: $(READY)  ## write what is made from the code: the key reference and the pictures
-	$(PYTHON) -m smolrun.cli.reference docs/configuration.md
+	$(PYTHON) docs/reference.py
 	$(PYTHON) docs/pictures.py
 
 fix: $(READY)  ## format, and mend what ruff can mend
