@@ -114,20 +114,12 @@ def _unknown(flag: str, word: str) -> str:
 
 def without_aliases(argv: Sequence[str]) -> list[str]:
     """`algorithm=ddp` as `algorithm=classicdp`, `task=stop run=x` as `task=stop stop.run=x`,
-    `--json` as `status.format=json`. ConfigError for a task without JSON output.
+    `--json` as `status.format=json`. A short name that the task lacks stays, as an unknown key.
     """
-    tasks = [word.partition("=")[2] for word in argv if word.startswith("task=")]
-    task = tasks[-1] if tasks else "train"
-    keys = {**KEY_ALIASES, **TASK_KEY_ALIASES.get(task, {})}
+    tasks = [word.partition("=")[2] for word in argv if word.lstrip("+").startswith("task=")]
+    keys = {**KEY_ALIASES, **TASK_KEY_ALIASES.get(tasks[-1] if tasks else "train", {})}
     words = []
     for word in argv:
-        if word == "--json" and "format" not in keys:
-            others = [
-                f"task={name}" for name, short in TASK_KEY_ALIASES.items() if "format" in short
-            ]
-            raise ConfigError(
-                f"--json: task={task} has no JSON output; allowed: {', '.join(others)}"
-            )
         key, equals, value = ("format=json" if word == "--json" else word).partition("=")
         name = key.lstrip("+")
         if same := CHOICE_ALIASES.get(name):

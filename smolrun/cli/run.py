@@ -50,11 +50,9 @@ def run(argv: Sequence[str]) -> int:
 
 def drive(config: RunConfig) -> int:
     """Hand the configuration to its task. Its ConfigError and DataError come before it starts."""
-    task = f"smolrun.tasks.{config.task}"
-    module = task
+    module = f"smolrun.tasks.{config.task}"
     if _goes_away(config):
-        where = "detach" if config.driver is None else "remote_driver"
-        module = f"smolrun.driver.{where}"
+        module = f"smolrun.driver.{'detach' if config.driver is None else 'remote_driver'}"
     try:
         return int(import_module(module).drive(config))
     except ConfigError as error:

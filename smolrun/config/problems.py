@@ -26,7 +26,7 @@ from smolrun.config.describe import (
 )
 from smolrun.config.run import RunConfig
 from smolrun.config.suggest import absent, closest, problem, shown
-from smolrun.config.synonyms import SYNONYMS
+from smolrun.config.synonyms import RENAMED_KEYS, SYNONYMS
 
 WHAT = {
     "int_type": "not an integer",
@@ -149,13 +149,14 @@ def _line(place: Place, errors: list[ErrorDetails], data: Mapping[str, Any]) -> 
 
 
 def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
-    section, start, name = _section(place[:-1], data), path(place[:-1]), str(place[-1])
+    section, start = _section(place[:-1], data), path(place[:-1])
+    name = (RENAMED_KEYS.get(path(place)) or str(place[-1])).rpartition(".")[2]
     while isinstance(value, Mapping) and len(value) == 1:  # say the key as it was typed
         ((part, value),) = value.items()
         place = (*place, part)
     siblings = list(section.model_fields) if section else []
     allowed = ", ".join(siblings)
-    if same := _synonyms(place, value, data):
+    if same := f"{start}.{name}" if name in siblings else _synonyms(place, value, data):
         return problem(path(place), value, "no such key", allowed=allowed, meant=same)
     if choices := _choices_with(start, name):
         line = problem(path(place), value, "no such key", allowed=allowed)

@@ -24,6 +24,7 @@ RENAMED_KEYS: dict[str, str | None] = {
     "algorithm.polyak": "algorithm.ema_decay",
     "algorithm.pull": "algorithm.pull_weights",
     "algorithm.straggler_s": "algorithm.straggler_timeout_s",
+    "bench.patience": "bench.wait_fraction",
     "training.norms": "training.log_norms",
     "training.norms_every": "training.log_norms_every",
     # Keys of tasks that make no run folder: a resumed run does not need the stored value.
@@ -90,6 +91,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "num_heads": ("model.heads",),
     "n_head": ("model.heads",),
     "num_attention_heads": ("model.heads",),
+    "run": ("task=attach attach.run", "task=stop stop.run"),
+    "write": ("task=doctor doctor.write", "task=trust trust.yes"),
+    "format": ("task=status status.format", "task=doctor doctor.format"),
     "data.path": ("data=text data.path",),
     "path": ("data=text data.path",),
 }

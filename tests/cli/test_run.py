@@ -270,11 +270,13 @@ def test_own_code_beside_the_shipped_is_own_code(
     assert run("algorithm.target=smolrun.algorithms.nothing:mine") == 2
 
 
-def test_json_is_refused_by_name_where_there_is_none(
+def test_a_task_without_json_output_is_reported_with_all_other_problems(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--json") == 2
-    assert "--json: task=train has no JSON output" in capsys.readouterr().err
+    assert run("--json", "training.steps=0") == 2
+    error = capsys.readouterr().err
+    assert "format = json: no such key" in error and "training.steps = 0" in error
+    assert "did you mean task=status status.format=json or task=doctor doctor.format=json?" in error
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_json_is_refused_by_name_where_there_is_none(
             ["task=doctor", "write=true", "--json"],
             ["task=doctor", "doctor.write=true", "doctor.format=json"],
         ),
-        (["task=status", "+format=json"], ["task=status", "+status.format=json"]),
+        (["+task=status", "+format=json"], ["+task=status", "+status.format=json"]),
         (["task=trust", "write=true"], ["task=trust", "trust.yes=true"]),
         (["run=x"], ["run=x"]),
     ],

@@ -32,6 +32,22 @@ def problem_with(shipped: dict[str, Any], typed: str) -> str:
     return line
 
 
+@pytest.mark.parametrize(("old", "new"), synonyms.RENAMED_KEYS.items())
+def test_a_key_of_an_earlier_version_is_reported_with_its_new_name(old: str, new: str | None):
+    group, _, key = old.rpartition(".")
+    choices = {"algorithm": ["syncps", "edp", "classicdp"], "bench": ["stragglers"]}
+    lines = [
+        problem_with(resolved(compose([f"{group}={choice}", "task=bench"])), old)
+        for choice in choices.get(group, [])
+    ] or [problem_with(resolved(compose()), old)]
+    if new is None:
+        assert all(f"{key}=1" in line for line in lines)
+    else:
+        assert len([line for line in lines if line.endswith(f"; did you mean {new}?")]) == 1
+        name = new.rpartition(".")[2]
+        assert all(f"{name} is a key of {group}=" in line for line in lines if "mean" not in line)
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
