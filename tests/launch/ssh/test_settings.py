@@ -140,5 +140,5 @@ def test_a_file_that_is_not_there():
 def test_a_file_that_makes_no_sense(tmp_path: Path):
     file = tmp_path / "config"
     file.write_text("Host box\nPort\n")
-    with pytest.raises(HostError, match="cannot be understood"):
+    with pytest.raises(HostError, match="ssh_config is not valid"):
         load("box", str(file))
