@@ -107,7 +107,7 @@ def violation(rank: int, line: bytes, folder: Path) -> str:
         (1, event("checkpoint", **CHECKPOINT), "only the driver may send"),
         # Checkpoints: the files of others, files elsewhere, the state of the whole run.
         (1, shard("rank0-0.safetensors"), "is not a file of rank 1"),
-        (1, shard("../../../etc/passwd"), "no name of a checkpoint's file"),
+        (1, shard("../../../etc/passwd"), "is not the name of a checkpoint file"),
         (1, shard(reporter=0), "reports what rank 0 saved"),
         (1, shard(rank=0), "only rank 0 may send"),
         (1, shard(state={"run": {}}), "state of the whole run"),
