@@ -23,7 +23,7 @@ _OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 
 def drive(config: RunConfig) -> int:
-    """Reconnector 0 once the run has ended, however it did."""
+    """Returns 0 once the run has ended, however it did."""
     with opened(find_run("stop.run", config.stop.run)) as run:
         view = run.ask(Request(""))
         if not view.has_ended:

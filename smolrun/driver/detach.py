@@ -59,7 +59,7 @@ def how_to_go_on(run_id: str) -> list[str]:
 
 def start(config: Mapping[str, Any], say: Callable[[str], None]) -> tuple[int, str | None]:
     """Start a driver of the resolved configuration; what it says before its run folder is there
-    goes to `say`. Reconnector the exit code and the run folder, None where it has failed before."""
+    goes to `say`. Returns the exit code and the run folder, None where it has failed before."""
     plain = {**config, "detach": False, "driver": None}
     log = OUTPUTS / f".driver-{secrets.token_hex(4)}.log"
     with nothing_started():

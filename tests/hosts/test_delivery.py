@@ -16,7 +16,12 @@ from smolrun.errors import HostError
 from smolrun.events import ShardFailed, ShardSaved
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.files import FileHashes, PreparedFiles
-from smolrun.launch.delivery.provision import ProvisionRequest, Ready, clear_all, provision
+from smolrun.launch.delivery.provision import (
+    ProvisionedHosts,
+    ProvisionRequest,
+    clear_all,
+    provision,
+)
 from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
@@ -59,7 +64,9 @@ def some_data(folder: Path, megabytes: int) -> Prepared:
     return Prepared("features", str(path), digest, 10, 4, None, None, 5, 5, "noise")
 
 
-def timed(machines: dict[str, Machine], asked: ProvisionRequest) -> tuple[Ready, float, int]:
+def timed(
+    machines: dict[str, Machine], asked: ProvisionRequest
+) -> tuple[ProvisionedHosts, float, int]:
     """What is ready, seconds, and bytes to all hosts together."""
     sent = 0
 

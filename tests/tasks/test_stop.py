@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -107,7 +108,7 @@ def test_it_does_not_wait_for_ever(
     folder = a_run(tmp_path / "outputs")
     folder.write_driver(steps=5)
     folder.become_latest()
-    config = type("Config", (), {"run": "latest"})()
+    config = SimpleNamespace(stop=SimpleNamespace(run="latest"))
     assert stop.drive(config) == 3
     told = capsys.readouterr()
     assert "has not stopped yet; to stop it at once" in told.err
