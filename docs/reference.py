@@ -8,8 +8,10 @@ docs/outputs.md         the files of a run folder, from the classes of the event
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
+from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -22,7 +24,7 @@ from smolrun.cli import choices, compose
 from smolrun.cli.arguments import Arguments
 from smolrun.config import RunConfig, validate
 from smolrun.config.base import CustomTargetConfig
-from smolrun.config.describe import NOT_BUILT, choices_of, keys_of, sections_of
+from smolrun.config.describe import NOT_BUILT, allowed_values, choices_of, keys_of, sections_of
 from smolrun.errors import ConfigError
 from smolrun.events import EVENTS, Event, ShardFailed, ShardSaved, kind
 
@@ -178,11 +180,12 @@ def _composed(group: str, choice: str) -> Any:
 def _top_keys(base: Mapping[str, Any], groups: Collection[str]) -> Iterator[str]:
     """Keys without a folder of choices: of the run, and of single tasks."""
     yield from _table(("key", "default", "allowed", "meaning"))
-    for key in keys_of(RunConfig):
-        group, _, name = key.path.partition(".")
+    meanings = _comments(choices.shipped_folder() / "config.yaml")
+    for path, field in keys_of(RunConfig):
+        group, _, name = path.partition(".")
         if not name or group not in groups:
             value = base[group][name] if name else base[group]
-            yield _row(f"`{key.path}`", _shown(value), key.allowed, key.meaning)
+            yield _row(f"`{path}`", _shown(value), allowed_values(field), meanings[path])
 
 
 def _choices(group: str, names: Mapping[str, str], default: str) -> Iterator[str]:
@@ -199,27 +202,51 @@ def _cluster() -> Iterator[str]:
     """A file of your own needs few keys here, so the classes have defaults; these are shown."""
     yield ""
     yield from _table(("key", "default", "allowed", "meaning"))
-    for key in keys_of(RunConfig):
-        if key.path.startswith("cluster."):
-            default = "" if key.required else _shown(_plain(key.default))
-            yield _row(f"`{key.path}`", default, key.allowed, key.meaning)
+    for path, field in keys_of(RunConfig):
+        if path.startswith("cluster."):
+            default = "" if field.is_required() else _shown(_plain(field.default))
+            yield _row(f"`{path}`", default, allowed_values(field), field.description or "")
 
 
 def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """One table per class of the group, with one column per choice that is of this class."""
+    """One table per class of the group, with one column per choice that is of this class.
+
+    The meaning of a key is the comment in the first file of the class that has one, or else in any
+    file of the group.
+    """
+    folder = choices.shipped_folder() / group
+    comments = {name: _comments(folder / f"{name}.yaml") for name in values}
     for section in sections_of(RunConfig.model_fields[group]):
         names = [name for name, value in values.items() if _is_of(section, value)]
-        keys = [key for key in keys_of(section) if key.path not in ("name", "target")]
+        keys = {path: field for path, field in keys_of(section) if path not in ("name", "target")}
+        meanings = ChainMap(*(comments[name] for name in [*names, *values]))
         if not names or not keys:
             continue
         yield from ("", _first_line(section), "")
         yield from _table(("key", *names, "allowed", "meaning"))
-        for key in keys:
-            cells = [
-                _shown(values[name][key.path]) if key.path in values[name] else "" for name in names
-            ]
-            path = f"{group}.{key.path}"
-            yield _row(f"`{path}`", *cells, key.allowed, key.meaning)
+        for path, field in keys.items():
+            cells = [_shown(values[name][path]) if path in values[name] else "" for name in names]
+            yield _row(f"`{group}.{path}`", *cells, allowed_values(field), meanings[path])
+
+
+def _comments(file: Path) -> dict[str, str]:
+    """Dotted key -> the comment beside it, and what follows below in the same column.
+
+    An entry of the defaults list is a key of the whole run.
+    """
+    found: dict[str, str] = {}
+    path: list[str] = []
+    column = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        before, _, comment = line.partition("# ")
+        if key := re.match(r'( *)(- )?"?(\w+)"?:', before):
+            path = [*path[: 0 if key[2] else len(key[1]) // 2], key[3]]
+            column = len(before)
+            if comment:
+                found[".".join(path)] = comment
+        elif comment and len(before) == column and path:
+            found[".".join(path)] += f" {comment}"
+    return found
 
 
 def _is_of(section: type[BaseModel], value: Mapping[str, Any]) -> bool:

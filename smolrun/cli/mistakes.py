@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from smolrun.cli.arguments import quoted, readable, typed_as_text
 from smolrun.cli.choices import Groups
-from smolrun.config.describe import NOT_BUILT
+from smolrun.config.describe import NOT_BUILT, allowed_values
 from smolrun.config.problems import known_keys, takes_text
 from smolrun.config.suggest import absent, closest, problem
 
@@ -102,8 +102,8 @@ def _as_text(key: str, value: str) -> str:
 
 
 def _as_list(key: str, value: str) -> str:
-    known = known_keys().get(key)
-    takes_list = known is None or "list" in known.allowed
+    field = known_keys().get(key)
+    takes_list = field is None or "list" in allowed_values(field)
     return f"; for one list type {key}=[{value}]" if takes_list else ""
 
 

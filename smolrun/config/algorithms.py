@@ -100,14 +100,8 @@ class ClassicDPConfig(AlgorithmConfig):
 
     quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.classicdp:classicdp"]
-    bucket_mb: Positive = Field(
-        description="Gradients are sent in buckets of this size; smaller overlaps more"
-    )
-    shard_optimizer: Auto | bool = Field(
-        description="Every rank updates its own part of the model and sends it to the others, so "
-        "that replicas are equal to the last bit; auto = where ranks differ in system, processor, "
-        "torch or device, and the optimizer is not adafactor"
-    )
+    bucket_mb: Positive
+    shard_optimizer: Auto | bool
 
     def check_optimizer(self, *, optimizer: Optimizer) -> Iterator[str]:
         """Shards end in the middle of matrices."""
@@ -129,20 +123,10 @@ class FSDPConfig(AlgorithmConfig):
 
     quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.fsdp:fsdp"]
-    stage: Literal[0, 1, 2, 3] = Field(
-        description="Sharded across the ranks: 0 nothing, 1 the optimizer, 2 gradients too, "
-        "3 parameters too"
-    )
-    bucket_mb: Positive = Field(
-        description="Gradients are sent in buckets of this size; stage 3 gathers smaller layers "
-        "together"
-    )
-    max_live_buckets: Count = Field(
-        description="Stages 2, 3: gradient buckets in memory at one time; more overlap more",
-    )
-    prefetch: Annotated[int, Field(ge=0)] = Field(
-        description="Stage 3: layers that are gathered before they are used"
-    )
+    stage: Literal[0, 1, 2, 3]
+    bucket_mb: Positive
+    max_live_buckets: Count
+    prefetch: Annotated[int, Field(ge=0)]
 
     @property
     def can_delay_gradients(self) -> bool:
@@ -192,9 +176,7 @@ class _ParameterServerConfig(AlgorithmConfig):
 
     has_server: ClassVar[bool] = True
     quantizes_gradients: ClassVar[bool] = True
-    server_trains: bool = Field(
-        description="Whether the server trains too; with edp, pushes wait while it computes"
-    )
+    server_trains: bool
 
     @property
     def has_dedicated_server(self) -> bool:
@@ -205,20 +187,10 @@ class SyncPSConfig(_ParameterServerConfig):
     """A synchronous parameter server: workers push gradients to rank 0 and pull new weights."""
 
     target: Literal["smolrun.algorithms.syncps:syncps"]
-    straggler_timeout_s: NotNegative = Field(
-        description="Seconds that the server waits after the first gradient of a step; later ones "
-        "are dropped; 0 = wait for all"
-    )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="Evaluate, save and export an exponential moving average of the weights, with "
-        "this decay; 0 = none"
-    )
-    pull_weights: Literal["newest", "average"] = Field(
-        description="The weights that gradients are computed with"
-    )
-    bucket_mb: Positive = Field(
-        description="Gradients are sent in buckets of this size; smaller overlaps more"
-    )
+    straggler_timeout_s: NotNegative
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    pull_weights: Literal["newest", "average"]
+    bucket_mb: Positive
 
     @property
     def is_lockstep(self) -> bool:
@@ -303,21 +275,10 @@ class EDPConfig(_ParameterServerConfig):
 
     is_asynchronous: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.edp:edp"]
-    pushes_per_batch: Auto | Count = Field(
-        description="Work items of a global batch, each an update of its own; auto = one per rank "
-        "that trains"
-    )
-    staleness_lr_scale: Literal["none", "inverse", "inverse_sqrt"] = Field(
-        description="Factor on the learning rate of a gradient that is `age` updates stale: "
-        "inverse = 1 / (1 + age), inverse_sqrt = 1 / sqrt(1 + age), none = 1"
-    )
-    wait_fraction: NotNegative = Field(
-        description="A worker waits for weights that contain its own push for at most this "
-        "fraction of its compute time; 0 = never, which makes gradients about twice as stale"
-    )
-    min_ranks: Count = Field(
-        description="The run ends with fewer ranks than this, the server included"
-    )
+    pushes_per_batch: Auto | Count
+    staleness_lr_scale: Literal["none", "inverse", "inverse_sqrt"]
+    wait_fraction: NotNegative
+    min_ranks: Count
 
     @property
     def min_ranks_left(self) -> int | None:

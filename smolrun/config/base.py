@@ -1,6 +1,8 @@
 """What the classes of the configuration share: strict types, named ranges, and groups that name
 something to build (model, data, algorithm).
 
+What a key means stands beside it in conf/; docs/configuration.md takes it from there.
+
 A class of `models.py`, `data.py` or `algorithms.py` lists exactly the keyword-only parameters of
 its target, so that a wrong key is an error before anything loads. Keys of the user's own targets
 pass through unchecked.
@@ -64,8 +66,8 @@ class TargetConfig(Section):
     the user's.
     """
 
-    name: Name = Field(description="A short name, used in tables and file names")
-    target: Name = Field(description="What to build, as module:name; your own code works too")
+    name: Name
+    target: Name
 
     def keywords(self) -> dict[str, Any]:
         """The keyword-only arguments for the target: every key but `name` and `target`."""
@@ -97,8 +99,7 @@ class CustomTargetConfig(TargetConfig):
     """
 
     target: Annotated[Name, AfterValidator(_module_and_name)] = Field(
-        description="Your code, as module:name",
-        json_schema_extra={"allowed": "module:name, of your own code"},
+        json_schema_extra={"allowed": "module:name, of your own code"}
     )
 
 

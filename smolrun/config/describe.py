@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -34,38 +33,16 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key a user may write.
-
-    `path` with dots, what it allows, what it means, the class it belongs to.
-    """
-
-    path: str
-    allowed: str
-    meaning: str
-    owner: type[BaseModel]
-    required: bool
-    default: Any
-
-
-def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every key of a class and of the classes inside it.
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that a user may write, of a class and of the classes inside it, by its dotted path.
 
     An entry of a list is written `[]`, as in `hosts[].ssh`.
     """
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         inner = list(_sections(field.annotation))
-        if not inner or field.description:
-            yield Key(
-                path,
-                allowed_values(field),
-                field.description or "",
-                model,
-                field.is_required(),
-                field.default,
-            )
+        if not inner or type(None) in get_args(field.annotation):  # a group that may be null
+            yield path, field
         for section, is_entry in inner:
             yield from keys_of(section, f"{path}[]." if is_entry else f"{path}.")
 

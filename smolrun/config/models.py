@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from smolrun.config.base import (
     Count,
@@ -28,10 +28,10 @@ class ModelConfig(TargetConfig):
 class RopeScalingConfig(Section):
     """RoPE scaling for sequences longer than in pretraining."""
 
-    factor: Positive = Field(description="Slow angles turn so many times slower")
-    low_freq_factor: Positive = Field(description="Slow: fewer turns in the original length")
-    high_freq_factor: Positive = Field(description="Fast, and kept: more turns in that length")
-    original_max_position_embeddings: Count = Field(description="The original length, in tokens")
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Count
 
     @model_validator(mode="after")
     def _low_is_below_high(self) -> RopeScalingConfig:
@@ -45,37 +45,25 @@ class DecoderConfig(ModelConfig):
 
     consumes: ClassVar[Kind | None] = "tokens"
     target: Literal["smolrun.models.decoder:build"]
-    vocab_size: Count | None = Field(
-        description="Vocabulary size; null = that of the data's tokenizer"
-    )
-    layers: Count = Field(description="Blocks, each one attention and one feed-forward layer")
-    width: Count = Field(description="Size of the hidden vectors")
-    heads: Count = Field(description="Query heads")
-    kv_heads: Count | None = Field(
-        description="Key and value heads, shared by groups of query heads; null = heads"
-    )
-    head_width: Count | None = Field(description="Size of one head; null = width / heads")
-    ffn_width: Count | None = Field(
-        description="Hidden size of the feed-forward layer; null = the usual multiple"
-    )
-    max_sequence_length: Count = Field(description="Longest sequence it can read, in tokens")
-    position: Literal["rope", "learned"] = Field(description="Position encoding")
-    norm: Literal["rmsnorm", "layernorm"] = Field(
-        description="Normalisation in front of each layer"
-    )
-    activation: Literal["swiglu", "gelu"] = Field(description="Inside the feed-forward layer")
-    tie_embeddings: bool = Field(description="Input and output embeddings share one matrix")
-    attention_bias: bool | Literal["qkv"] = Field(
-        description="Biases in the attention projections; qkv = not in the last"
-    )
-    mlp_bias: bool = Field(description="Biases in the feed-forward layers")
-    qk_norm: bool = Field(description="Normalise queries and keys per head")
-    sliding_window: Count | None = Field(description="Tokens in the attention window; null = all")
-    rope_theta: Positive = Field(description="Base of the rotary angles")
-    rope_scaling: RopeScalingConfig | None = Field(
-        description="RoPE scaling as in Llama 3.1; null = none"
-    )
-    norm_eps: Positive = Field(description="Added to the denominator of the normalisation")
+    vocab_size: Count | None
+    layers: Count
+    width: Count
+    heads: Count
+    kv_heads: Count | None
+    head_width: Count | None
+    ffn_width: Count | None
+    max_sequence_length: Count
+    position: Literal["rope", "learned"]
+    norm: Literal["rmsnorm", "layernorm"]
+    activation: Literal["swiglu", "gelu"]
+    tie_embeddings: bool
+    attention_bias: bool | Literal["qkv"]
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: Count | None
+    rope_theta: Positive
+    rope_scaling: RopeScalingConfig | None
+    norm_eps: Positive
 
 
 class MlpConfig(ModelConfig):
@@ -83,36 +71,25 @@ class MlpConfig(ModelConfig):
 
     consumes: ClassVar[Kind | None] = "features"
     target: Literal["smolrun.models.mlp:build"]
-    widths: list[Count] = Field(description="Sizes of the hidden layers, first to last")
-    activation: Literal["relu", "gelu"] = Field(description="Between the layers")
+    widths: list[Count]
+    activation: Literal["relu", "gelu"]
 
 
 class _NetworkConfig(ModelConfig):
     """Keys of every model whose code is transformers' own."""
 
     consumes: ClassVar[Kind | None] = "tokens"
-    pretrained: bool = Field(
-        description="Start from pretrained weights; false = random initialisation"
-    )
-    attention: Literal["auto", "eager", "sdpa"] = Field(
-        description="How attention is computed; auto = transformers chooses"
-    )
-    dropout: Share = Field(
-        description="Share of activations dropped while training, in place of the model's own rates"
-    )
+    pretrained: bool
+    attention: Literal["auto", "eager", "sdpa"]
+    dropout: Share
 
 
 class HuggingFaceConfig(_NetworkConfig):
     """Any causal language model of transformers; `model.name` is a folder or a name of the hub."""
 
-    name: Name = Field(
-        description="A folder, or a name of the hub such as HuggingFaceTB/SmolLM2-360M"
-    )
+    name: Name
     target: Literal["smolrun.models.huggingface:build"]
-    revision: Name | None = Field(
-        description="A branch, tag or commit of the hub; null = the newest. The run's config.yaml "
-        "has the commit, and a resumed run uses it"
-    )
+    revision: Name | None
 
 
 class SmolLM2Config(_NetworkConfig):
@@ -125,7 +102,7 @@ class TrainedConfig(ModelConfig):
     """The model of an earlier run."""
 
     target: Literal["smolrun.models.trained:find"]
-    run: Name = Field(description="latest, a run folder or its name, or a checkpoint folder")
+    run: Name
 
 
 class CustomModelConfig(CustomTargetConfig, ModelConfig, extra="allow"):

@@ -17,7 +17,6 @@ from pydantic_core import ErrorDetails
 
 from smolrun.config.describe import (
     NOT_BUILT,
-    Key,
     absent_hint,
     allowed_values,
     choices_of,
@@ -74,20 +73,19 @@ def lines(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def known_keys() -> dict[str, Key]:
+def known_keys() -> dict[str, FieldInfo]:
     """Every key of RunConfig by its dotted path; the first class wins where several have one."""
-    found: dict[str, Key] = {}
-    for key in keys_of(RunConfig):
-        found.setdefault(key.path, key)
+    found: dict[str, FieldInfo] = {}
+    for path, field in keys_of(RunConfig):
+        found.setdefault(path, field)
     return found
 
 
 def takes_text(key: str, text: str) -> bool:
     """Whether a key, `data.path`, may have this text as its value."""
-    known = known_keys().get(key)
-    if known is None:  # of the user's own code, perhaps
+    field = known_keys().get(key)
+    if field is None:  # of the user's own code, perhaps
         return key.partition(".")[0] in ("model", "data", "algorithm")
-    field = known.owner.model_fields[key.rpartition(".")[2]]
     try:
         TypeAdapter(field.rebuild_annotation()).validate_python(text, strict=True)
     except ValidationError:

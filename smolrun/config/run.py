@@ -51,25 +51,18 @@ class RunConfig(Section):
         "attach",
         "stop",
         "clean",
-    ] = Field(description="Task to run")
+    ]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        description="Random seed; the same seed gives the same run",
-        json_schema_extra={"allowed": "an integer >= 0"},
+        json_schema_extra={"allowed": "an integer >= 0"}
     )
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = Field(
-        description="Part of the run folder's name; null = made from the choices",
         json_schema_extra={
             "allowed": "letters, digits, dot, dash and underscore (100 at most), or null"
-        },
+        }
     )
-    detach: bool = Field(description="Run without this terminal; task=attach shows it again")
-    driver: Name | None = Field(
-        description="Host of the cluster that runs the driver, so that this machine may "
-        "disconnect; null = this machine"
-    )
-    precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"] = Field(
-        description="Arithmetic of forward and backward"
-    )
+    detach: bool
+    driver: Name | None
+    precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"]
     cluster: ClusterConfig
     algorithm: AnyAlgorithm
     model: AnyModel

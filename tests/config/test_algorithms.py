@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import Field, create_model
+from pydantic import create_model
 
 from smolrun import config
 from smolrun.cli.compose import compose
@@ -191,7 +191,7 @@ class GossipConfig(AlgorithmConfig):
     is_asynchronous: ClassVar[bool] = True
     quantizes_gradients: ClassVar[bool] = True
     target: Literal["smolrun.algorithms.gossip:Gossip"]
-    neighbours: Count = Field(description="Ranks to average with")
+    neighbours: Count
 
     @property
     def why_no_replicas(self) -> str:
