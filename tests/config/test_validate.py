@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.config import RunConfig, config_hash, resolved, validate
+from smolrun.config import config_hash, resolved, validate
 from smolrun.config.algorithms import ClassicDPConfig
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.models import DecoderConfig
@@ -265,14 +265,3 @@ def test_delayed_updates_of_one_rank_are_allowed():
 def test_nesterov_needs_momentum():
     with pytest.raises(ConfigError, match="needs momentum"):
         compose(["optimizer=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.0"])
-
-
-def test_every_key_says_what_it_means():
-    from smolrun.config.problems import known_keys
-
-    assert len(known_keys()) > 80
-    silent = [
-        path for path, key in known_keys().items() if not key.meaning and key.owner is not RunConfig
-    ]
-    named = {"optimizer.name", "bench.name", "model.target", "data.target", "algorithm.target"}
-    assert set(silent) <= named

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 
 from docs import reference
+from smolrun.cli.compose import TARGETS
+from smolrun.config.problems import known_keys
 from smolrun.events import EVENTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -46,3 +49,29 @@ def test_the_page_of_keys_has_every_group_and_what_is_not_built():
     assert "| `cluster.hosts[].speed` | `1.0` | a number > 0 or auto |" in text
     assert "Planned, not built yet: mp" in text
     assert "| `data.path` |  | text or a list of text |" in text
+
+
+def test_every_key_has_a_meaning():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.\[\]]+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
+    assert [key for key, meaning in rows if not meaning.strip()] == []
+    named = {"optimizer.name", "bench.name"}
+    named |= {f"{group}.{key}" for group in TARGETS for key in ("name", "target")}
+    assert known_keys().keys() - {key for key, _ in rows} == named
+
+
+def test_a_comment_belongs_to_the_key_in_front_of_it_and_goes_on_in_its_column(tmp_path: Path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "# About the file\n"
+        "defaults:\n"
+        "  - task: train  # what to do\n"
+        "  # about the list\n"
+        "a: 1   # first\n"
+        "       # second\n"
+        "b:\n"
+        "  c: 2 # inner\n"
+        "# About nothing\n"
+        "  d: 3\n"
+    )
+    assert reference._comments(file) == {"task": "what to do", "a": "first second", "b.c": "inner"}
