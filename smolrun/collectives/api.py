@@ -39,11 +39,9 @@ class Collectives(Protocol):
         """The number, 32 bits, that frames of the operation `what` of this group carry, so that
         ranks which run different ones get an error; it names those that its rank has registered
         by this method. `hint` is the error's advice."""
-        ...
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, async_op: bool = False) -> Work:
         """Combines the tensors of all ranks in place; `op` is sum, mean, max or min."""
-        ...
 
     def reduce_scatter(
         self,
@@ -57,7 +55,6 @@ class Collectives(Protocol):
         memory: its content is undefined afterwards.
 
         `sizes[i]` elements go to rank i of the group; by default they differ by at most one."""
-        ...
 
     def all_gather(
         self,
@@ -71,11 +68,9 @@ class Collectives(Protocol):
         """Concatenates the shards of all ranks in `output`, in rank order; `shard` may be this
         rank's part of `output`. `fingerprint` identifies the tensor, where ranks may mean
         different ones."""
-        ...
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0, *, async_op: bool = False) -> Work:
         """Copies the tensor of rank `root` to all."""
-        ...
 
     def gather(
         self,
@@ -87,7 +82,6 @@ class Collectives(Protocol):
     ) -> Work:
         """Rank `root` gets `output[i]` = the tensor of rank i; the others pass None. All tensors
         have one size."""
-        ...
 
     def scatter(
         self,
@@ -99,7 +93,6 @@ class Collectives(Protocol):
     ) -> Work:
         """Rank i gets `tensor[i]` of rank `root` in `output`; the others pass None. All parts have
         one size."""
-        ...
 
     def all_to_all(
         self,
@@ -112,11 +105,9 @@ class Collectives(Protocol):
     ) -> Work:
         """Sends `sizes[i]` elements of `tensor` to rank i, receives `output_sizes[i]` from it; even
         parts by default."""
-        ...
 
     def barrier(self, *, async_op: bool = False) -> Work:
         """Done when every rank of the group has called it."""
-        ...
 
 
 def new_group(

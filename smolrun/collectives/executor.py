@@ -30,7 +30,7 @@ import torch
 
 from smolrun.collectives.schedule import Range, Schedule
 from smolrun.errors import SmolrunError
-from smolrun.mesh.mesh import Combine, Mesh, Work
+from smolrun.mesh.mesh import Combine, Mesh, PostedReceive, Work
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload, as_array, as_bytes, dtype_code
 
@@ -139,13 +139,10 @@ class ScheduleRun:
             number = nth[hop.source] = nth.get(hop.source, -1) + 1
             self._open += 1
             combine = self._incoming.combiner(hop.receive, self._op) if hop.adds else None
-            self._mesh.post_recv(
-                self._ranks[hop.source],
-                self._tag._replace(hop=number),
-                self._incoming.payload(hop.receive),
-                lambda index=index: self._received_hop(index),  # type: ignore[misc]
-                combine,
-            )
+            done = functools.partial(self._received_hop, index)
+            receive = PostedReceive(self._incoming.payload(hop.receive), done, combine)
+            tag = self._tag._replace(hop=number)
+            self._mesh.post_recv(self._ranks[hop.source], tag, receive)
         self._advance()
         self._close_one()
 

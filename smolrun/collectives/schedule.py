@@ -30,8 +30,8 @@ dissemination barrier, 1988."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 Range = tuple[int, int]  # elements [start, stop)
@@ -54,18 +54,12 @@ Schedule = list[Hop]
 def even_ranges(total: int, parts: int) -> list[Range]:
     """`total` elements cut into `parts` contiguous ranges whose sizes differ by at most one."""
     size, rest = divmod(total, parts)
-    starts = [index * size + min(index, rest) for index in range(parts + 1)]
-    return list(pairwise(starts))
+    return ranges_of([size + (part < rest) for part in range(parts)])
 
 
 def ranges_of(sizes: Sequence[int]) -> list[Range]:
     """Contiguous ranges of the given sizes."""
-    ranges: list[Range] = []
-    stop = 0
-    for size in sizes:
-        ranges.append((stop, stop + size))
-        stop += size
-    return ranges
+    return list(pairwise(accumulate(sizes, initial=0)))
 
 
 def ring_reduce_scatter(index: int, size: int) -> Schedule:
@@ -174,64 +168,3 @@ def dissemination_barrier(index: int, size: int) -> Schedule:
 def elements_sent(schedule: Schedule, ranges: Sequence[Range]) -> int:
     """How many elements a rank sends: the cost of a schedule, computed from the schedule itself."""
     return sum(ranges[hop.send][1] - ranges[hop.send][0] for hop in schedule if hop.to is not None)
-
-
-def simulate(
-    schedules: Sequence[Schedule],
-    chunks: list[list[float]],
-    combine: Callable[[float, float], float],
-) -> list[list[float]]:
-    """Runs the schedules of all ranks on plain numbers, `chunks[rank][chunk]`; for tests and
-    pictures.
-
-    Raises RuntimeError when no rank can continue, that is, when a real run would hang.
-    """
-    next_send = [0] * len(schedules)
-    received = [0] * len(schedules)
-    in_flight: dict[tuple[int, int, int], float] = {}  # (from, to, hop) -> value
-    is_moving = True
-    while is_moving:
-        is_moving = False
-        for rank, schedule in enumerate(schedules):
-            while (
-                next_send[rank] < len(schedule)
-                and schedule[next_send[rank]].needs <= received[rank]
-            ):
-                hop = schedule[next_send[rank]]
-                if hop.to is not None:
-                    in_flight[rank, hop.to, next_send[rank]] = chunks[rank][hop.send]
-                next_send[rank] += 1
-                is_moving = True
-            while received[rank] < len(schedule):
-                hop = schedule[received[rank]]
-                if hop.source is not None:
-                    key = (
-                        hop.source,
-                        rank,
-                        partner_hop(schedules[hop.source], rank, schedule, received[rank]),
-                    )
-                    if key not in in_flight:
-                        break
-                    value = in_flight.pop(key)
-                    chunks[rank][hop.receive] = (
-                        combine(chunks[rank][hop.receive], value) if hop.adds else value
-                    )
-                received[rank] += 1
-                is_moving = True
-    if (
-        any(done < len(schedule) for done, schedule in zip(received, schedules, strict=True))
-        or in_flight
-    ):
-        raise RuntimeError(
-            "the schedules do not match: a receive has no send, or a send no receive"
-        )
-    return chunks
-
-
-def partner_hop(sender: Schedule, receiver_index: int, receiver: Schedule, hop_index: int) -> int:
-    """The sender's hop that feeds a receiver's hop: the n-th send to it feeds its n-th receive from
-    the sender."""
-    source = receiver[hop_index].source
-    nth = sum(1 for hop in receiver[:hop_index] if hop.source == source)
-    sends = [index for index, hop in enumerate(sender) if hop.to == receiver_index]
-    return sends[nth] if nth < len(sends) else -1

@@ -12,6 +12,7 @@ import torch
 
 from smolrun.collectives.executor import OPS, TORCH_OPS, Chain, Chains, Chunks, ScheduleRun
 from smolrun.collectives.schedule import (
+    Range,
     Schedule,
     direct_all_gather,
     direct_all_to_all,
@@ -74,37 +75,29 @@ class ScheduledCollectives:
             raise SmolrunError(f"all_reduce knows {', '.join(OPS)} and mean, not {op!r}")
         if op == "mean" and not tensor.is_floating_point():
             raise SmolrunError(f"all_reduce cannot take the mean of {tensor.dtype}")
-        if tensor.numel() * tensor.itemsize <= self._direct_bytes:
-            return self._all_reduce_direct(tensor, op, async_op)
-        chunks = Chunks(tensor, even_ranges(tensor.numel(), self.size))
-        fold = "sum" if op == "mean" else op
-        schedule = ring_all_reduce(self.index, self.size)
-        return self._run(
-            f"all_reduce {op}",
-            schedule,
-            chunks,
-            chunks,
-            async_op,
-            op=fold,
-            finish=self._mean_of(tensor, op),
-        )
+        name, fold = f"all_reduce {op}", "sum" if op == "mean" else op
 
-    def _all_reduce_direct(self, tensor: torch.Tensor, op: str, async_op: bool) -> Work:
+        def divide() -> None:
+            if op == "mean":
+                tensor.detach().div_(self.size)
+
+        if tensor.numel() * tensor.itemsize > self._direct_bytes:
+            chunks = Chunks(tensor, even_ranges(tensor.numel(), self.size))
+            schedule = ring_all_reduce(self.index, self.size)
+            return self._run(name, schedule, chunks, chunks, async_op, op=fold, finish=divide)
         scratch = torch.empty((self.size, tensor.numel()), dtype=tensor.dtype)
         outgoing = Chunks(tensor, [(0, tensor.numel())] * self.size)
         incoming = Chunks(scratch, even_ranges(scratch.numel(), self.size))
-        fold = TORCH_OPS["sum" if op == "mean" else op]
 
         def add_up() -> None:
             flat = tensor.detach().reshape(-1)
             scratch[self.index] = flat
             flat.copy_(scratch[0])
             for row in scratch[1:]:
-                fold(flat, row, out=flat)
-            self._mean_of(tensor, op)()
+                TORCH_OPS[fold](flat, row, out=flat)
+            divide()
 
         schedule = direct_all_gather(self.index, self.size)
-        name = f"all_reduce {op}"
         return self._run(name, schedule, outgoing, incoming, async_op, finish=add_up)
 
     def reduce_scatter(
@@ -116,24 +109,16 @@ class ScheduledCollectives:
         async_op: bool = False,
     ) -> Work:
         """Ring; the partial sums overwrite `tensor`."""
-        ranges = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
+        ranges = self._ranges("reduce_scatter", tensor, sizes)
         start, stop = ranges[self.index]
-        self._check_sizes(
-            "reduce_scatter", tensor.numel(), ranges[-1][1], output.numel(), stop - start
-        )
+        _check_size("reduce_scatter", output.numel(), stop - start)
         chunks = Chunks(tensor, ranges)
+        schedule = ring_reduce_scatter(self.index, self.size)
 
         def take() -> None:
             output.detach().reshape(-1).copy_(tensor.detach().reshape(-1)[start:stop])
 
-        return self._run(
-            "reduce_scatter",
-            ring_reduce_scatter(self.index, self.size),
-            chunks,
-            chunks,
-            async_op,
-            finish=take,
-        )
+        return self._run("reduce_scatter", schedule, chunks, chunks, async_op, finish=take)
 
     def all_gather(
         self,
@@ -145,9 +130,9 @@ class ScheduledCollectives:
         async_op: bool = False,
     ) -> Work:
         """Direct exchange or ring; a `shard` that is its part of `output` is not copied."""
-        ranges = even_ranges(output.numel(), self.size) if sizes is None else ranges_of(sizes)
+        ranges = self._ranges("all_gather", output, sizes)
         start, stop = ranges[self.index]
-        self._check_sizes("all_gather", output.numel(), ranges[-1][1], shard.numel(), stop - start)
+        _check_size("all_gather", shard.numel(), stop - start)
         own = output.detach().reshape(-1)[start:stop]
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard.detach().reshape(-1))
@@ -176,7 +161,7 @@ class ScheduledCollectives:
         else:
             if output is None:
                 raise SmolrunError("the root of a gather needs an output")
-            self._check_sizes("gather", output.numel(), self.size * tensor.numel())
+            _check_size("gather", output.numel(), self.size * tensor.numel())
             output.detach().view(self.size, -1)[root] = tensor.detach().reshape(-1)
             outgoing = incoming = Chunks(output, even_ranges(output.numel(), self.size))
         schedule = star_gather(self.index, self.size, root)
@@ -196,7 +181,7 @@ class ScheduledCollectives:
         else:
             if tensor is None:
                 raise SmolrunError("the root of a scatter needs a tensor")
-            self._check_sizes("scatter", tensor.numel(), self.size * output.numel())
+            _check_size("scatter", tensor.numel(), self.size * output.numel())
             output.detach().reshape(-1).copy_(tensor.detach().view(self.size, -1)[root])
             outgoing = incoming = Chunks(tensor, even_ranges(tensor.numel(), self.size))
         schedule = star_scatter(self.index, self.size, root)
@@ -212,29 +197,20 @@ class ScheduledCollectives:
         async_op: bool = False,
     ) -> Work:
         """Direct exchange."""
-        sends = even_ranges(tensor.numel(), self.size) if sizes is None else ranges_of(sizes)
-        receives = (
-            even_ranges(output.numel(), self.size)
-            if output_sizes is None
-            else ranges_of(output_sizes)
-        )
+        sends = self._ranges("all_to_all", tensor, sizes)
+        receives = self._ranges("all_to_all", output, output_sizes)
         own_from, own_to = sends[self.index], receives[self.index]
-        self._check_sizes("all_to_all", own_from[1] - own_from[0], own_to[1] - own_to[0])
-        self._check_sizes(
-            "all_to_all", tensor.numel(), sends[-1][1], output.numel(), receives[-1][1]
-        )
+        _check_size("all_to_all", own_from[1] - own_from[0], own_to[1] - own_to[0])
         output.detach().reshape(-1)[slice(*own_to)] = tensor.detach().reshape(-1)[slice(*own_from)]
         schedule = direct_all_to_all(self.index, self.size)
-        return self._run(
-            "all_to_all", schedule, Chunks(tensor, sends), Chunks(output, receives), async_op
-        )
+        outgoing, incoming = Chunks(tensor, sends), Chunks(output, receives)
+        return self._run("all_to_all", schedule, outgoing, incoming, async_op)
 
     def barrier(self, *, async_op: bool = False) -> Work:
         """Dissemination barrier: log2(N) rounds."""
         token = Chunks(torch.zeros(1, dtype=torch.uint8), [(0, 1)])
-        return self._run(
-            "barrier", dissemination_barrier(self.index, self.size), token, token, async_op
-        )
+        schedule = dissemination_barrier(self.index, self.size)
+        return self._run("barrier", schedule, token, token, async_op)
 
     def run_chains(self, name: str, chains: Sequence[Chain], phases: int) -> Work:
         """Starts operations of up to `phases` schedules each, in order; the work is done when all
@@ -274,16 +250,15 @@ class ScheduledCollectives:
             work.wait()
         return work
 
-    def _mean_of(self, tensor: torch.Tensor, op: str) -> Callable[[], None]:
-        def divide() -> None:
-            if op == "mean":
-                tensor.detach().div_(self.size)
+    def _ranges(self, name: str, tensor: torch.Tensor, sizes: Sequence[int] | None) -> list[Range]:
+        """The part of each rank in `tensor`: of the given sizes, which must add up, or even."""
+        if sizes is None:
+            return even_ranges(tensor.numel(), self.size)
+        ranges = ranges_of(sizes)
+        _check_size(name, tensor.numel(), ranges[-1][1])
+        return ranges
 
-        return divide
 
-    @staticmethod
-    def _check_sizes(name: str, *pairs: int) -> None:
-        """Numbers in pairs that must be equal: what a tensor has, what the sizes say."""
-        for have, want in zip(pairs[::2], pairs[1::2], strict=True):
-            if have != want:
-                raise SmolrunError(f"{name}: a tensor has {have} elements, its sizes say {want}")
+def _check_size(name: str, have: int, want: int) -> None:
+    if have != want:
+        raise SmolrunError(f"{name}: a tensor has {have} elements, its sizes say {want}")

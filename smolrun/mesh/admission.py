@@ -15,7 +15,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.io import READ, WRITE, IoThread
@@ -34,23 +33,12 @@ _ACCEPTS_PER_TURN = 64  # then other sockets get their turn
 _MAX_LOGGED = 20  # refused connections that get a line in the log
 
 
-class Evictable(Protocol):
-    """A connection as the pool sees it."""
-
-    @property
-    def has_received(self) -> bool:
-        """Whether anything came from the other side."""
-
-
-C = TypeVar("C", bound=Evictable)
-
-
-class UnauthenticatedPool(Generic[C]):
+class UnauthenticatedPool:
     """Connections that have not authenticated, oldest first. A new one is never refused for them:
     another is evicted instead.
 
-    Pure: it decides which. Honest ranks send as soon as they are connected and need milliseconds,
-    so the silent ones go first, then the oldest."""
+    It decides which, and closes nothing. Honest ranks send as soon as they are connected and need
+    milliseconds, so the silent ones go first, then the oldest."""
 
     def __init__(self, ranks_at: Mapping[str, int], ranks_anywhere: int = 0) -> None:
         """`ranks_at`: how many ranks may connect from an address; `ranks_anywhere`: so many more
@@ -58,12 +46,12 @@ class UnauthenticatedPool(Generic[C]):
         self._ranks_at = ranks_at
         self._ranks_anywhere = ranks_anywhere
         self._total = MAX_UNAUTHENTICATED + _PER_RANK * (sum(ranks_at.values()) + ranks_anywhere)
-        self._origins: dict[C, str] = {}
+        self._origins: dict[PendingConnection, str] = {}
 
     def __len__(self) -> int:
         return len(self._origins)
 
-    def evict_for(self, origin: str) -> C | None:
+    def evict_for(self, origin: str) -> PendingConnection | None:
         """The connection to close before another one from `origin` is added, if any; it is removed
         from the pool."""
         candidates = [one for one, where in self._origins.items() if where == origin]
@@ -77,11 +65,11 @@ class UnauthenticatedPool(Generic[C]):
         del self._origins[evicted]
         return evicted
 
-    def add(self, connection: C, origin: str) -> None:
+    def add(self, connection: PendingConnection, origin: str) -> None:
         """Adds the newest connection."""
         self._origins[connection] = origin
 
-    def discard(self, connection: C) -> None:
+    def discard(self, connection: PendingConnection) -> None:
         """Removes a connection that has ended or authenticated."""
         self._origins.pop(connection, None)
 
@@ -227,7 +215,7 @@ class Acceptor:
         endpoint: Endpoint,
         identity: Identity,
         security: TransportSecurity,
-        pool: UnauthenticatedPool[PendingConnection],
+        pool: UnauthenticatedPool,
         events: PendingEvents,
     ) -> None:
         self.refused = 0  # connections that did not authenticate

@@ -25,7 +25,7 @@ from smolrun.mesh.admission import (
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe
-from smolrun.mesh.mesh import Combine, Mesh, Work
+from smolrun.mesh.mesh import Mesh, PostedReceive, Work
 from smolrun.mesh.peer import Peer, PeerEvents
 from smolrun.mesh.tcp import TcpMesh
 from smolrun.mesh.tls import NoTransportSecurity, TransportSecurity
@@ -158,16 +158,9 @@ class ElasticMesh(TcpMesh):
         """PeerLost if the peer is not present."""
         self._peer(peer).post_send(tag, payload, on_done)
 
-    def post_recv(
-        self,
-        peer: int,
-        tag: Tag,
-        payload: Payload,
-        on_done: Callable[[], None],
-        combine: Combine | None = None,
-    ) -> None:
+    def post_recv(self, peer: int, tag: Tag, receive: PostedReceive) -> None:
         """PeerLost if the peer is not present and has not sent a tensor for this tag."""
-        self._peer(peer, tag).post_recv(tag, payload, on_done, combine)
+        self._peer(peer, tag).post_recv(tag, receive)
 
     def _peer(self, rank: int, tag: Tag | None = None) -> Peer:
         if self.failure is not None:

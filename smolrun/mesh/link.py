@@ -38,23 +38,18 @@ class Pipe(Protocol):
 
     def fileno(self) -> int:
         """The descriptor to select on."""
-        ...
 
     def send(self, buffers: list[memoryview]) -> int:
         """Sends a beginning of the buffers; returns how many bytes."""
-        ...
 
     def recv_into(self, buffer: memoryview) -> int:
         """Fills a beginning of `buffer`; returns how many bytes, 0 at the end of the stream."""
-        ...
 
     def end(self) -> None:
         """Ends the sending direction; receiving continues."""
-        ...
 
     def close(self) -> None:
         """Closes at once."""
-        ...
 
 
 class Throttled(BlockingIOError):

@@ -6,11 +6,8 @@ refuses (ProtocolError) what does not match. Knows nothing of connections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from smolrun.errors import ProtocolError
-from smolrun.mesh.mesh import Combine
+from smolrun.mesh.mesh import PostedReceive
 from smolrun.wire.frame import EAGER_BYTES, PIECE_BYTES, Header, Tag
 from smolrun.wire.tensor import Payload, dtype_of
 
@@ -51,16 +48,6 @@ class UnexpectedTensors:
         header, data = self._by_tag.pop(tag)
         self._bytes -= len(data)
         return header, data
-
-
-@dataclass(slots=True)
-class PostedReceive:
-    """A receive: the memory that bytes go to, or the function that takes them instead."""
-
-    payload: Payload
-    on_done: Callable[[], None]
-    combine: Combine | None
-    received: int = 0
 
 
 class ReceiveMatcher:

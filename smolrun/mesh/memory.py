@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 from smolrun.errors import CollectiveMismatch, MeshClosed, PeerLost, ProtocolError
 from smolrun.mesh.io import IoThread
-from smolrun.mesh.mesh import Combine, Mesh, Work
+from smolrun.mesh.mesh import Mesh, PostedReceive, Work
 from smolrun.wire.frame import Tag
 from smolrun.wire.tensor import Payload
 
@@ -41,7 +41,7 @@ class MemoryWorld:
         self.present = frozenset(range(world_size) if present is None else present)
         self.meshes = [MemoryMesh(self, rank, world_size, timeout_s) for rank in range(world_size)]
         self._sends: dict[_Key, tuple[Payload, Callable[[], None]]] = {}
-        self._receives: dict[_Key, tuple[Payload, Callable[[], None], Combine | None]] = {}
+        self._receives: dict[_Key, PostedReceive] = {}
         self._open = set(self.present)
         self.io.start()
 
@@ -107,37 +107,29 @@ class MemoryWorld:
         if receive is None:
             self._sends[key] = (payload, on_done)
         else:
-            self._deliver(payload, on_done, *receive)
+            self._deliver(payload, on_done, receive)
 
-    def match_recv(
-        self, key: _Key, payload: Payload, on_done: Callable[[], None], combine: Combine | None
-    ) -> None:
+    def match_recv(self, key: _Key, receive: PostedReceive) -> None:
         """A receive was posted: takes the matching send, or keeps it until that is posted."""
         send = self._sends.pop(key, None)
         if send is None:
-            self._receives[key] = (payload, on_done, combine)
+            self._receives[key] = receive
         else:
-            self._deliver(*send, payload, on_done, combine)
+            self._deliver(*send, receive)
 
-    def _deliver(
-        self,
-        sent: Payload,
-        on_sent: Callable[[], None],
-        wanted: Payload,
-        on_received: Callable[[], None],
-        combine: Combine | None,
-    ) -> None:
+    def _deliver(self, sent: Payload, on_sent: Callable[[], None], receive: PostedReceive) -> None:
+        wanted = receive.payload
         if (sent.dtype, sent.shape) != (wanted.dtype, wanted.shape):
             shapes = f"{list(sent.shape)} was sent where {list(wanted.shape)} is expected"
             self._failed(ProtocolError(f"{shapes}: the two ranks run different operations"))
             return
-        if combine is not None:
-            combine(0, sent.data)
+        if receive.combine is not None:
+            receive.combine(0, sent.data)
         else:
             wanted.data[:] = sent.data
         # Posted, not called: a long chain of hops must not become a deep stack.
         self.io.post(on_sent)
-        self.io.post(on_received)
+        self.io.post(receive.on_done)
 
     def closed(self, rank: int) -> None:
         """A rank has closed its mesh; the thread ends with the last one."""
@@ -183,18 +175,11 @@ class MemoryMesh(Mesh):
         self._world.check_fingerprint(self, peer, tag)
         self._world.match_send((self.rank, peer, tag), payload, on_done)
 
-    def post_recv(
-        self,
-        peer: int,
-        tag: Tag,
-        payload: Payload,
-        on_done: Callable[[], None],
-        combine: Combine | None = None,
-    ) -> None:
-        self._received += len(payload.data)
+    def post_recv(self, peer: int, tag: Tag, receive: PostedReceive) -> None:
+        self._received += len(receive.payload.data)
         self._check_present(peer)
         self._world.check_fingerprint(self, peer, tag)
-        self._world.match_recv((peer, self.rank, tag), payload, on_done, combine)
+        self._world.match_recv((peer, self.rank, tag), receive)
 
     def _check_present(self, peer: int) -> None:
         if peer not in self.present:

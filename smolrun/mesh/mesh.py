@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -31,6 +32,17 @@ MembershipCallback = Callable[[int, bool, str], None]
 Combine = Callable[[int, memoryview], None]
 
 
+@dataclass(slots=True)
+class PostedReceive:
+    """A receive: the memory that bytes go to, or, if there is one, the function that takes them
+    piece by piece instead. `on_done` runs on the I/O thread."""
+
+    payload: Payload
+    on_done: Callable[[], None]
+    combine: Combine | None = None
+    received: int = 0  # bytes so far
+
+
 class Work:
     """An operation posted to the mesh, as torch.distributed's Work. `wait` returns when it is done
     and raises why it failed.
@@ -38,35 +50,17 @@ class Work:
     `error` is that reason, None before the end and after success. `peer` is the one rank that it
     needs; None if it may be several. `posted_s` and `done_s` are of perf_counter."""
 
-    __slots__ = (
-        "_done_callbacks",
-        "_error",
-        "_gate",
-        "_mesh",
-        "_timeout_s",
-        "done_s",
-        "is_done",
-        "label",
-        "peer",
-        "posted_s",
-    )
-
     def __init__(self, label: str, mesh: Mesh, peer: int | None = None) -> None:
         self.label = label
         self.peer = peer
         self.is_done = False
         self.posted_s = self.done_s = time.perf_counter()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._mesh = mesh
         self._timeout_s = mesh.timeout_s
         self._done_callbacks: list[Callable[[Work], None]] = []
         self._gate = threading.Lock()
         self._gate.acquire()
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why it failed, if it did."""
-        return self._error
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until done; raises PeerLost, MeshClosed, ProtocolError, or WaitTimeout after the
@@ -80,13 +74,13 @@ class Work:
                     self._mesh.waits_for() if self.peer is None else self.peer,
                 )
             self._gate.release()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
     def finish(self, error: BaseException | None = None) -> None:
         """Marks the work as done; only on the I/O thread, the first call counts."""
         if not self.is_done:
-            self._error = error
+            self.error = error
             self.done_s = time.perf_counter()
             self.is_done = True
             self._gate.release()
@@ -150,7 +144,7 @@ class Mesh(ABC):
 
         def start(work: Work) -> None:
             self.check_link(peer, link)
-            self.post_recv(peer, tag, payload, lambda: self.finish(work))
+            self.post_recv(peer, tag, PostedReceive(payload, lambda: self.finish(work)))
 
         return self.submit(f"receive from rank {peer}", start, peer)
 
@@ -253,16 +247,8 @@ class Mesh(ABC):
         """Starts a send; `on_done` runs on the I/O thread when the payload may change again."""
 
     @abstractmethod
-    def post_recv(
-        self,
-        peer: int,
-        tag: Tag,
-        payload: Payload,
-        on_done: Callable[[], None],
-        combine: Combine | None = None,
-    ) -> None:
-        """Starts a receive into `payload.data`, or, with `combine`, passes the bytes to it piece
-        by piece instead."""
+    def post_recv(self, peer: int, tag: Tag, receive: PostedReceive) -> None:
+        """Starts a receive."""
 
     def finish(self, work: Work) -> None:
         """Marks submitted work as done."""

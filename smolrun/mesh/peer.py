@@ -22,8 +22,8 @@ from typing import NamedTuple
 from smolrun.errors import CollectiveMismatch, ProtocolError
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import FrameConnection, Pipe
-from smolrun.mesh.matching import PostedReceive, ReceiveMatcher, check_match
-from smolrun.mesh.mesh import Combine
+from smolrun.mesh.matching import ReceiveMatcher, check_match
+from smolrun.mesh.mesh import PostedReceive
 from smolrun.mesh.streams import Fingerprints
 from smolrun.wire.frame import EAGER_BYTES, SLICE_BYTES, Frame, FrameKind, Header, Tag
 from smolrun.wire.tensor import Payload
@@ -175,13 +175,12 @@ class Peer:
         else:
             self._start(send, grant)
 
-    def post_recv(
-        self, tag: Tag, payload: Payload, on_done: Callable[[], None], combine: Combine | None
-    ) -> None:
+    def post_recv(self, tag: Tag, receive: PostedReceive) -> None:
         """Posts a receive, and grants it if it is large."""
-        self.receives.post(tag, PostedReceive(payload, on_done, combine))
-        if len(payload.data) > EAGER_BYTES:
-            self.control.send(self._header(FrameKind.GRANT, tag, payload)._replace(nbytes=0))
+        self.receives.post(tag, receive)
+        if len(receive.payload.data) > EAGER_BYTES:
+            grant = self._header(FrameKind.GRANT, tag, receive.payload)._replace(nbytes=0)
+            self.control.send(grant)
 
     def send_control(self, kind: FrameKind, operation: int = 0) -> None:
         """Sends a frame without payload: HEARTBEAT, LOST or GOODBYE."""

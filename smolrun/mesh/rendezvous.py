@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
 from smolrun.mesh.addresses import reachable_as, shown, socket_address
@@ -29,8 +28,6 @@ from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe
 from smolrun.mesh.tls import NoTransportSecurity, TransportSecurity
 from smolrun.wire.handshake import CHANNELS, AcceptorHandshake, DialerHandshake, Identity
-
-Connection = TypeVar("Connection")  # authenticated at both ends
 
 ATTEMPT_DELAY_S = 0.25  # of an address after the better one; RFC 8305 recommends this
 LOWER_RANK_DELAY_S = 0.2  # the controlling rank dials first
@@ -60,7 +57,7 @@ class CandidateAddress:
     retry_s: float = FIRST_RETRY_S
 
 
-class PathSelection(Generic[Connection]):
+class PathSelection:
     """One peer: when to dial which of its addresses, and which connection becomes the path.
 
     controlling rank   dials the peer's best address at once, the next ones a moment later each
@@ -81,10 +78,10 @@ class PathSelection(Generic[Connection]):
             CandidateAddress(preference, address, port, begin_s + ATTEMPT_DELAY_S * index)
             for index, (preference, address, port) in enumerate(addresses)
         ]
-        self.selected: Connection | None = None
+        self.selected: PendingConnection | None = None
         self._is_controlling = is_controlling
-        self._nominated: Connection | None = None
-        self._authenticated: list[tuple[int, Connection]] = []
+        self._nominated: PendingConnection | None = None
+        self._authenticated: list[tuple[int, PendingConnection]] = []
         self._authenticated_since_s = now
 
     def due(self, now: float) -> list[CandidateAddress]:
@@ -105,19 +102,19 @@ class PathSelection(Generic[Connection]):
         if waiting and candidate.preference <= waiting[0].preference:
             waiting[0].due_s = min(waiting[0].due_s, now)
 
-    def authenticated(self, connection: Connection, preference: int, now: float) -> None:
+    def authenticated(self, connection: PendingConnection, preference: int, now: float) -> None:
         """A connection to the acceptor's address number `preference` could be the path."""
         if not self._authenticated:
             self._authenticated_since_s = now
         self._authenticated.append((preference, connection))
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: PendingConnection) -> None:
         """An authenticated connection broke."""
         self._authenticated = [one for one in self._authenticated if one[1] is not connection]
         if self._nominated is connection:
             self._nominated = None
 
-    def nominate(self, now: float) -> Connection | None:
+    def nominate(self, now: float) -> PendingConnection | None:
         """The connection to nominate, if this rank is the controlling one and it is time; once."""
         if not self._is_controlling or not self._authenticated or self._nominated is not None:
             return None
@@ -156,12 +153,10 @@ class Rendezvous:
         self._pipes: dict[int, dict[str, Pipe]] = {
             entry.rank: {} for entry in roster if entry.rank != identity.rank
         }
-        self._selections: dict[int, PathSelection[PendingConnection]] = {}
+        self._selections: dict[int, PathSelection] = {}
         self._dialed: dict[PendingConnection, tuple[int, CandidateAddress]] = {}
         origins = {(e.rank, a.partition("%")[0]) for e in roster for a, _ in e.addresses}
-        pool: UnauthenticatedPool[PendingConnection] = UnauthenticatedPool(
-            Counter(where for _, where in origins)
-        )
+        pool = UnauthenticatedPool(Counter(where for _, where in origins))
         self._events = PendingEvents(self._on_authenticated, self._on_nominated, self._on_failed)
         self._acceptor = Acceptor(io, endpoint, identity, self._security, pool, self._events)
         self._pending = self._acceptor.pending

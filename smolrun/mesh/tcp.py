@@ -13,7 +13,7 @@ from collections.abc import Callable
 from smolrun.errors import MeshClosed, PeerLost
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe
-from smolrun.mesh.mesh import Combine, Mesh
+from smolrun.mesh.mesh import Mesh, PostedReceive
 from smolrun.mesh.peer import Peer, PeerEvents
 from smolrun.wire.frame import FrameKind, Tag
 from smolrun.wire.handshake import Identity
@@ -114,20 +114,10 @@ class TcpMesh(Mesh):
         self._check_present(peer, is_here=not self._peers[peer].has_left)
         self._peers[peer].post_send(tag, payload, on_done)
 
-    def post_recv(
-        self,
-        peer: int,
-        tag: Tag,
-        payload: Payload,
-        on_done: Callable[[], None],
-        combine: Combine | None = None,
-    ) -> None:
-        self._check_present(
-            peer,
-            is_here=not self._peers[peer].has_left
-            or self._peers[peer].receives.has_unexpected(tag),
-        )
-        self._peers[peer].post_recv(tag, payload, on_done, combine)
+    def post_recv(self, peer: int, tag: Tag, receive: PostedReceive) -> None:
+        link = self._peers[peer]
+        self._check_present(peer, is_here=not link.has_left or link.receives.has_unexpected(tag))
+        link.post_recv(tag, receive)
 
     def _check_present(self, rank: int, *, is_here: bool) -> None:
         if not is_here:

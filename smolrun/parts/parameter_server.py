@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.mesh import Mesh, PostedReceive, Work
 from smolrun.mesh.streams import Stream
 from smolrun.parts.quantization import Quantization
 from smolrun.wire.frame import Tag
@@ -67,7 +67,11 @@ class TensorChannel:
         number = self._num_received
         self._num_received += 1
         label = label or f"receive from rank {self._peer}"
-        return self._submit(self._mesh.post_recv, number, tensors, label)
+
+        def post(peer: int, tag: Tag, payload: Payload, on_done: Callable[[], None]) -> None:
+            self._mesh.post_recv(peer, tag, PostedReceive(payload, on_done))
+
+        return self._submit(post, number, tensors, label)
 
     def _submit(self, post: _Post, message: int, tensors: Sequence[Tensor], label: str) -> Work:
         payloads = [payload_of(tensor) for tensor in tensors]

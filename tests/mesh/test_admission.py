@@ -13,9 +13,7 @@ class FakeConnection:
     has_received: bool = False
 
 
-def add_many(
-    pool: UnauthenticatedPool[FakeConnection], origin: str, count: int
-) -> list[FakeConnection]:
+def add_many(pool: UnauthenticatedPool, origin: str, count: int) -> list[FakeConnection]:
     """Adds `count` connections; returns the evicted ones."""
     evicted = []
     for number in range(count):
@@ -26,21 +24,21 @@ def add_many(
 
 
 def test_the_oldest_connection_of_an_origin_is_evicted_first() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({})
+    pool = UnauthenticatedPool({})
     evicted = add_many(pool, "10.0.0.9", 1000)
     assert [one.number for one in evicted] == list(range(1000 - MAX_PER_ORIGIN))
     assert len(pool) == MAX_PER_ORIGIN
 
 
 def test_one_origin_does_not_evict_another() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({})
+    pool = UnauthenticatedPool({})
     honest = FakeConnection(0)
     pool.add(honest, "10.0.0.1")
     assert honest not in add_many(pool, "10.0.0.9", 1000)
 
 
 def test_many_origins_share_the_pool_and_the_largest_one_is_evicted_from() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({})
+    pool = UnauthenticatedPool({})
     for origin in range(1000):
         evicted = add_many(pool, f"10.0.1.{origin}", 1)
         assert len(pool) <= MAX_UNAUTHENTICATED
@@ -48,19 +46,19 @@ def test_many_origins_share_the_pool_and_the_largest_one_is_evicted_from() -> No
 
 
 def test_a_connection_that_has_sent_is_evicted_last() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({})
+    pool = UnauthenticatedPool({})
     honest = FakeConnection(-1, has_received=True)
     pool.add(honest, "127.0.0.1")
     assert honest not in add_many(pool, "127.0.0.1", 1000)
 
 
 def test_all_ranks_of_one_host_fit() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({"127.0.0.1": 64})
+    pool = UnauthenticatedPool({"127.0.0.1": 64})
     assert add_many(pool, "127.0.0.1", 64 * 3) == []
 
 
 def test_a_discarded_connection_is_not_counted() -> None:
-    pool: UnauthenticatedPool[FakeConnection] = UnauthenticatedPool({})
+    pool = UnauthenticatedPool({})
     for number in range(100):
         one = FakeConnection(number)
         assert pool.evict_for("10.0.0.9") is None

@@ -13,7 +13,7 @@ import torch
 from smolrun.collectives.api import new_group
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import PlainPipe
-from smolrun.mesh.mesh import Mesh
+from smolrun.mesh.mesh import Mesh, PostedReceive
 from smolrun.mesh.peer import Peer, PeerEvents
 from smolrun.mesh.streams import Fingerprints
 from smolrun.testing import run_ranks
@@ -64,7 +64,8 @@ def test_frames_of_an_old_generation_are_dropped_and_counted() -> None:
     small, large, tag = torch.zeros(4), payload_of(torch.ones(100_000)), Tag(1, 0, 0)
     came: list[str] = []
     with two_peers((0, 1)) as (io, (old, new), _):
-        run_on(io, lambda: new.post_recv(tag, payload_of(small), lambda: came.append("x"), None))
+        receive = PostedReceive(payload_of(small), lambda: came.append("x"))
+        run_on(io, lambda: new.post_recv(tag, receive))
         run_on(io, lambda: old.send_control(FrameKind.HEARTBEAT, 7))
         run_on(io, lambda: old.post_send(tag, payload_of(torch.ones(4)), lambda: None))
         header = old._header(FrameKind.SLICE, tag, large)._replace(shape=(), nbytes=4096)

@@ -14,11 +14,11 @@ from smolrun.mesh.rendezvous import (
 ADDRESSES = [(0, "10.0.0.1", 4000), (1, "192.168.0.1", 4001), (2, "fd00::1", 4002)]
 
 
-def selection(*, is_controlling: bool = True) -> PathSelection[str]:
+def selection(*, is_controlling: bool = True) -> PathSelection:
     return PathSelection(is_controlling=is_controlling, addresses=ADDRESSES, now=100.0)
 
 
-def preferences(selecting: PathSelection[str], now: float) -> list[int]:
+def preferences(selecting: PathSelection, now: float) -> list[int]:
     return [one.preference for one in selecting.due(now)]
 
 
