@@ -97,22 +97,28 @@ def compare_link(
 
 def _join(collectives: Collectives, address: str, timeout_s: float) -> RawStream | None:
     """The stream from rank 0 to rank 1; the other ranks have none."""
-    where = torch.zeros(_ADDRESS_CHARS + 1, dtype=torch.int64)  # an address as text, and a port
-    listener = None
     if collectives.index == 1:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.create_server((address, 0), family=family)
-        listener.settimeout(timeout_s)
-        where[: len(address)] = torch.tensor(list(address.encode()))
-        where[-1] = listener.getsockname()[1]
-    collectives.broadcast(where, 1)
-    if listener is not None:
-        with listener:  # one connection only
+        with socket.create_server((address, 0), family=family) as listener:  # one connection only
+            listener.settimeout(timeout_s)
+            _share_address(collectives, 1, address, listener.getsockname()[1])
             return RawStream(listener.accept()[0], timeout_s)
+    there = _share_address(collectives, 1)
     if collectives.index == 0:
-        there = bytes(int(code) for code in where[:-1] if code).decode()
-        return RawStream.dial(there, int(where[-1]), timeout_s)
+        return RawStream(socket.create_connection(there, timeout_s), timeout_s)
     return None
+
+
+def _share_address(
+    collectives: Collectives, root: int, address: str = "", port: int = 0
+) -> tuple[str, int]:
+    """The address and port that rank `root` passes, on all ranks; collective."""
+    numbers = torch.zeros(_ADDRESS_CHARS + 1, dtype=torch.int64)
+    numbers[: len(address)] = torch.tensor(list(address.encode()), dtype=torch.int64)
+    numbers[-1] = port
+    collectives.broadcast(numbers, root)
+    *characters, port = numbers.tolist()
+    return bytes(filter(None, characters)).decode(), port
 
 
 def _move(stream: RawStream | None, index: int, size: int) -> None:
@@ -133,11 +139,6 @@ class RawStream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         self._memory = memoryview(bytearray(_PIECE_BYTES))
-
-    @classmethod
-    def dial(cls, address: str, port: int, timeout_s: float) -> RawStream:
-        """Connects to the other rank; OSError if it cannot."""
-        return cls(socket.create_connection((address, port), timeout_s), timeout_s)
 
     def send(self, size: int) -> None:
         """Sends `size` bytes and blocks until the receiver has confirmed them."""
@@ -166,21 +167,15 @@ def join_gloo(collectives: Collectives, address: str, timeout_s: float) -> None:
     the other ranks reach it."""
     rank, world_size = collectives.index, collectives.size
     _stay_on_interface_of(address)
-    first = torch.zeros(_ADDRESS_CHARS, dtype=torch.int64)
-    first[: len(address)] = torch.tensor(list(address.encode()))
-    collectives.broadcast(first)
-    address = bytes(int(code) for code in first if code).decode()  # rank 0's from here on
     timeout = timedelta(seconds=timeout_s)
-    port = torch.zeros(1, dtype=torch.int64)
-    store = None
     if rank == 0:
         store = TCPStore(
             address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
-        port[0] = store.port
-    collectives.broadcast(port)
-    if store is None:
-        store = TCPStore(address, int(port), world_size, is_master=False, timeout=timeout)
+        _share_address(collectives, 0, address, store.port)
+    else:
+        there = _share_address(collectives, 0)
+        store = TCPStore(*there, world_size, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -146,12 +146,8 @@ def compare_bounds(
 def _row_facts(mesh: Mesh, steps: int) -> dict[str, Any]:
     """The fields that describe the setup, for a row."""
     parameters = sum(p.numel() for p in _network().parameters())
-    return {
-        "world_size": mesh.world_size,
-        "parameters": parameters,
-        "steps": steps,
-        "paced": True,
-    }
+    world_size = mesh.world_size
+    return {"world_size": world_size, "parameters": parameters, "steps": steps, "paced": True}
 
 
 def _network() -> torch.nn.Module:
@@ -165,7 +161,7 @@ def _run(mesh: Mesh, trace: Trace, bound: int) -> tuple[float, float]:
     context = paced_context(mesh, pace, staleness=bound)
     algorithm = ClassicDP(context, bucket_mb=1.0)
     algorithm.place(_network())
-    batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
+    batch = _batch(2, 32)
     algorithm.collectives.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     for row in trace:
@@ -235,7 +231,7 @@ def _work(
     factor: float,
 ) -> list[tuple[float, float]]:
     """Seconds from the end of a work item to the end of the next, and of them computing."""
-    batch = Batch(torch.ones(2, 32), torch.zeros(2, dtype=torch.int64))
+    batch = _batch(2, 32)
     spans: list[tuple[float, float]] = []
     last = None
     while algorithm.next_assignment(steps) is not None:
@@ -268,12 +264,12 @@ def compare_shares(
 
     def ours(count: int) -> None:
         pace.next_s = count * sample_s / speeds[mesh.rank]
-        algorithm.train_step([_batch(count)])
+        algorithm.train_step([_batch(count, 256)])
 
     def theirs(count: int) -> None:
         pace.next_s = count * sample_s / speeds[mesh.rank]
         pace.begin(0.0)
-        peer(_batch(count), 1e-3)
+        peer(_batch(count, 256), 1e-3)
 
     facts = {
         "world_size": mesh.world_size,
@@ -316,5 +312,5 @@ def _wide_network() -> torch.nn.Module:
     )
 
 
-def _batch(count: int) -> Batch:
-    return Batch(torch.ones(count, 256), torch.zeros(count, dtype=torch.int64))
+def _batch(count: int, features: int) -> Batch:
+    return Batch(torch.ones(count, features), torch.zeros(count, dtype=torch.int64))

@@ -69,9 +69,10 @@ def test_a_wait_has_a_deadline_and_names_the_peer(kind: str) -> None:
         if mesh.rank == 0:
             with pytest.raises(WaitTimeout, match=r"receive from rank 1: not done after 0\.2 s"):
                 mesh.recv(1, Tag(1, 0, 0), torch.empty(1)).wait(0.2)
-        sent = mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
-        mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
-        sent.wait()
+        # Posted before the send: rank 1 may leave as soon as it has that.
+        received = mesh.recv(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1))
+        mesh.send(1 - mesh.rank, Tag(2, 0, 0), torch.ones(1)).wait()
+        received.wait()
 
     run_ranks(2, rank_main, kind=kind)
 
