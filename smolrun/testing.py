@@ -86,43 +86,25 @@ def _builder(
     elastic: bool,
 ) -> Callable[[int], Mesh]:
     if kind == "memory":
-        return _memory_meshes(world_size, timeout_s, elastic=elastic)
-    is_secure = kind == "tls"
-    return _tcp_meshes(world_size, timeout_s, silence_s, wrap, is_secure=is_secure, elastic=elastic)
-
-
-def _memory_meshes(world_size: int, timeout_s: float, *, elastic: bool) -> Callable[[int], Mesh]:
-    world = MemoryWorld(world_size, timeout_s=timeout_s, elastic=elastic)
-    return lambda rank: world.meshes[rank]
-
-
-def _tcp_meshes(
-    world_size: int,
-    timeout_s: float,
-    silence_s: float,
-    wrap: Callable[[int], Wrap] | None,
-    *,
-    is_secure: bool,
-    elastic: bool,
-) -> Callable[[int], Mesh]:
+        world = MemoryWorld(world_size, timeout_s=timeout_s, elastic=elastic)
+        return lambda rank: world.meshes[rank]
     endpoints = [Endpoint(["127.0.0.1"]) for _ in range(world_size)]
     roster = [
         RosterEntry(rank, "local", endpoint.addresses) for rank, endpoint in enumerate(endpoints)
     ]
     secret = secrets.token_bytes(32)
-    credentials = issue_credentials("test", world_size) if is_secure else []
+    credentials = issue_credentials("test", world_size) if kind == "tls" else []
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
-        wrapper = wrap(rank) if wrap is not None else None
         return connect(
             endpoints[rank],
             identity,
             [seat for seat in roster if not elastic or seat.rank == rank or seat.rank == 0],
             timeout_s=timeout_s,
             silence_s=silence_s,
-            security=MutualTls(credentials[rank], identity) if is_secure else None,
-            wrap=wrapper,
+            security=MutualTls(credentials[rank], identity) if credentials else None,
+            wrap=wrap(rank) if wrap is not None else None,
             heartbeat_s=0.05,
             elastic=elastic,
         )

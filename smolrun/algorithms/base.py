@@ -48,11 +48,7 @@ from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.norms import squared_norm
-from smolrun.parts.optimizer_state import (
-    expected_bytes,
-    init_optimizer_state,
-    optimizer_state,
-)
+from smolrun.parts.optimizer_state import expected_bytes, init_optimizer_state, optimizer_state
 from smolrun.parts.placement import DataCoordinates
 from smolrun.parts.replicas import (
     Contents,
@@ -290,7 +286,11 @@ class Algorithm(ABC):
     def optimizer_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the optimizer's state; none before the first update."""
         for path, tensor in optimizer_state(self.optimizer, self.optimized_params).items():
-            yield TensorSlice.whole(f"optimizer/{path}", tensor)
+            yield self.optimizer_slice(f"optimizer/{path}", path.partition("/")[2], tensor)
+
+    def optimizer_slice(self, key: str, name: str, values: Tensor) -> TensorSlice:
+        """One of them, of parameter `name`."""
+        return TensorSlice.whole(key, values)
 
     def pending_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the gradients of pending updates."""
@@ -299,10 +299,9 @@ class Algorithm(ABC):
             for name, gradient in zip(names, self.pending_gradients(pending), strict=True):
                 yield TensorSlice.whole(f"in_flight/{number}/{name}", gradient)
 
-    def init_optimizer_state(self, checkpoint: CheckpointReader) -> None:
-        """Makes room for the optimizer's state that `checkpoint` has for this rank."""
-        dtypes = checkpoint.dtypes("optimizer/")
-        init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
+    def is_on_other_rank(self, name: str) -> bool:
+        """Whether only other ranks step this parameter."""
+        return False
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters in the shape and dtype in which they are saved; perhaps without values."""
@@ -333,7 +332,12 @@ class Algorithm(ABC):
         CheckpointError for one of another model or optimizer."""
         checkpoint.load(self.model_slices(), all_of="model/")
         self.restore_progress(checkpoint, state)
-        self.init_optimizer_state(checkpoint)
+        dtypes = {
+            path: dtype
+            for path, dtype in checkpoint.dtypes("optimizer/").items()
+            if not self.is_on_other_rank(path.partition("/")[2])
+        }
+        init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
         checkpoint.load(chain(self.optimizer_slices(), self.pending_slices()))
 
     def restore_progress(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
@@ -387,20 +391,17 @@ class Algorithm(ABC):
     def watched_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """`forward_backward`; and it notes whether one has ever changed a buffer that is saved
         (running statistics). ConfigError where the ranks could not share it."""
-        if self._changed_buffer or not any(len(batch.inputs) for batch in micro_batches):
-            return self._timed_forward_backward(micro_batches)
+        is_watched = not self._changed_buffer and any(len(batch.inputs) for batch in micro_batches)
         # Not for ever: masks and frozen weights may be large.
         by_bytes = self._steps_compared < _COMPARED_STEPS
-        self._steps_compared += 1
-        buffers = persistent_buffers(self.model)
+        buffers = persistent_buffers(self.model) if is_watched else {}
         before = contents(buffers, by_bytes=by_bytes)
-        stats = self._timed_forward_backward(micro_batches)
-        self._note_changes(before, contents(persistent_buffers(self.model), by_bytes=by_bytes))
-        return stats
-
-    def _timed_forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         with self.clock.span("forward_backward"):
-            return self.forward_backward(micro_batches)
+            stats = self.forward_backward(micro_batches)
+        if is_watched:
+            self._steps_compared += 1
+            self._note_changes(before, contents(persistent_buffers(self.model), by_bytes=by_bytes))
+        return stats
 
     def try_out(self, batch: Batch) -> None:
         """Runs the model once, as in training, and changes nothing. Raises what the first batch

@@ -198,12 +198,10 @@ class BucketedAlgorithm(Algorithm):
         """Every trained parameter's part of a slot, flat; views of the residuals themselves."""
         if not self.reducer.has_feedback:
             return
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         for number, bucket in enumerate(self.gradient_layout()):
             numels = [math.prod(shape) for _, shape in bucket]
             dtype = self.context.precision.parameters
             feedback = self.reducer.feedback(number, slot, sum(numels), dtype)
             parts = feedback.after(is_kept).split(numels)
             for (name, shape), part in zip(bucket, parts, strict=True):
-                if name in trained:
-                    yield name, shape, part
+                yield name, shape, part

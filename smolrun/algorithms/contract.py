@@ -27,7 +27,6 @@ STEP_STATS = (
     *("compute_s", "wants_stop", "samples", "changed_buffer"),
 )
 
-
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], Tensor]
 
 
@@ -113,9 +112,9 @@ class StepStats:
         for column, name in enumerate(names):
             found = torch.tensor(self.column(name), dtype=torch.float64)
             if name == "is_finite":
-                table[:, column] = found.min()
-            elif name == "changed_buffer" and len(found):  # the oldest checkpoints do not have it
-                table[:, column] = found.max()
+                table[:, column] = found.all()
+            elif name == "changed_buffer":  # the oldest checkpoints do not have it: False
+                table[:, column] = found.any()
             elif name == "samples":
                 both = min(len(found), len(ranks))
                 table[:both, column] = found[:both]
@@ -135,7 +134,7 @@ class EvalSums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update. `loss` and `weight` (number of targets) are of all ranks in `stats`; `grad_norm`
+    """One update. `loss` and `num_targets` are of all ranks in `stats`; `grad_norm`
     is None when the update was skipped because it was not finite."""
 
     step: int

@@ -21,14 +21,11 @@ from torch import Tensor, nn
 
 from smolrun.algorithms.base import Context, PendingUpdate
 from smolrun.algorithms.bucketed import BucketedAlgorithm
-from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice
-from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Work
 from smolrun.parts.buckets import Bucket, pack
-from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket, Slice, cut
+from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket, cut
 from smolrun.parts.norms import combine_norms
-from smolrun.parts.optimizer_state import init_optimizer_state
 from smolrun.parts.replicas import model_tensors, sync_replicas
 from smolrun.parts.unshard_on_access import watch
 
@@ -91,8 +88,10 @@ class OptimizerShards(BucketedAlgorithm):
     def step_slices(self) -> None:
         """Makes the optimizer for this rank's slices of what is trained."""
         self.trained_shards = [bucket for bucket in self.shards if bucket.is_trained]
-        slices = [part for bucket in self.trained_shards for part in bucket.slices]
-        self.optimized_params = [(part.name, part.values) for part in slices]
+        self._trained_slices = {
+            part.name: part for bucket in self.trained_shards for part in bucket.slices
+        }
+        self.optimized_params = [(name, part.values) for name, part in self._trained_slices.items()]
         # torch's optimizers need a parameter; a rank may own none, of a very small head.
         nothing = torch.empty(
             0, dtype=self.context.precision.parameters, device=self.context.device
@@ -186,17 +185,18 @@ class OptimizerShards(BucketedAlgorithm):
                 nothing = tensor.new_empty(0, dtype=self.context.precision.parameters)
                 yield TensorSlice(key, tuple(tensor.shape), 0, nothing, "other")
 
-    def optimizer_slices(self) -> Iterator[TensorSlice]:
-        """Of this rank's slices of parameters."""
-        for part in self._trained_slices():
-            for kind, value in self.optimizer.state.get(part.values, {}).items():
-                if value is None:
-                    continue
-                key, values = f"optimizer/{kind}/{part.name}", torch.as_tensor(value).detach()
-                if values.ndim:
-                    yield TensorSlice(key, part.shape, part.start, values)
-                else:  # a counter, equal in all slices of a parameter
-                    yield TensorSlice.whole(key, values, "this" if part.start == 0 else "other")
+    def optimizer_slice(self, key: str, name: str, values: Tensor) -> TensorSlice:
+        """Of this rank's slice of a parameter."""
+        part = self._trained_slices[name]
+        if values.ndim:
+            return TensorSlice(key, part.shape, part.start, values)
+        # A counter, equal in all slices of a parameter.
+        return TensorSlice.whole(key, values, "this" if part.start == 0 else "other")
+
+    def is_on_other_rank(self, name: str) -> bool:
+        """Whether this rank has no slice of a trained parameter."""
+        trained = (bucket.names for bucket in self.trained_shards)
+        return name not in self._trained_slices and any(name in names for names in trained)
 
     def pending_slices(self) -> Iterator[TensorSlice]:
         """This rank's parts of the sums."""
@@ -206,33 +206,12 @@ class OptimizerShards(BucketedAlgorithm):
                     key = f"in_flight/{number}/{part.name}"
                     yield TensorSlice(key, part.shape, part.start, part.of(own))
 
-    def init_optimizer_state(self, checkpoint: CheckpointReader) -> None:
-        """For this rank's slices; CheckpointError for the state of an unknown parameter."""
-        own = {part.name for part in self._trained_slices()}
-        trained = {name for bucket in self.trained_shards for name in bucket.names}
-        dtypes = {}
-        for path, dtype in checkpoint.dtypes("optimizer/").items():
-            name = path.partition("/")[2]
-            if name not in trained:
-                raise CheckpointError(
-                    f"{checkpoint.folder} is of another model: it has optimizer/{path}"
-                )
-            if name in own:
-                dtypes[path] = dtype
-        init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
-
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """In the dtype of the shards; parameters may be there in half precision just now."""
-        cut_names = set()
-        for bucket in self.shards:
-            cut_names.update(bucket.names)
-            for shape in bucket.shapes:
-                whole = torch.empty(shape, dtype=bucket.dtype, device="meta")
+        bucket_of = {p: bucket for bucket in self.shards for p in bucket.parameters}
+        for parameter in self.model.parameters():
+            if bucket := bucket_of.get(parameter):
+                whole = torch.empty(parameter.shape, dtype=bucket.dtype, device="meta")
                 yield nn.Parameter(whole, bucket.is_trained)
-        for name, parameter in self.model.named_parameters():
-            if name not in cut_names:
+            else:
                 yield parameter
-
-    def _trained_slices(self) -> Iterator[Slice]:
-        for bucket in self.trained_shards:
-            yield from bucket.slices

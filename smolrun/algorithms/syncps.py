@@ -116,6 +116,15 @@ class SyncPS(BucketedAlgorithm):
         return torch.cat([torch.tensor(verdict, dtype=torch.float64), table.double().flatten()])
 
 
+def averages_in(
+    checkpoint: CheckpointReader, values: Mapping[str, Tensor]
+) -> Iterator[TensorSlice]:
+    """Those of `values`, by parameter name, whose average the checkpoint has."""
+    for name, value in values.items():
+        if (key := f"average/{name}") in checkpoint.manifest.tensors:
+            yield TensorSlice.whole(key, value)
+
+
 class SyncPSWorker(SyncPS):
     """Pushes its gradients and pulls weights; has no optimizer, knows nothing of other workers."""
 
@@ -137,17 +146,8 @@ class SyncPSWorker(SyncPS):
 
     def send(self, bucket: Bucket, slot: int) -> Work:
         """Starts to push a full bucket."""
-        wire = self._encode(bucket.to_host(slot), bucket.index, slot)
+        wire = self.reducer.encode(bucket.to_host(slot), bucket.index, slot)
         return self._channels.pushes.send_part(self._message, 1 + bucket.index, wire)
-
-    def _encode(self, flat: Tensor, bucket: int, slot: int) -> Tensor:
-        quantization = self.context.quantization
-        if quantization.is_none:
-            return flat
-        if not quantization.error_feedback:
-            return quantization.quantizer().encode(flat.to(quantization.working_dtype(flat.dtype)))
-        feedback = self.reducer.feedback(bucket, slot, flat.numel(), flat.dtype)
-        return feedback.encode(flat, quantization.quantizer())
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Pushes the stats, which complete the push, and posts the receive of the reply."""
@@ -203,9 +203,8 @@ class SyncPSWorker(SyncPS):
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Reads the weights that workers pull, and expects replies to the pushes in flight."""
         checkpoint.load(self.model_slices(), all_of="model/")
-        averages = checkpoint.keys("average/") if self._pulls_average else []
-        values = {f"average/{name}": p for name, p in self.trained().items()}
-        checkpoint.load(TensorSlice.whole(key, values[key]) for key in averages)
+        if self._pulls_average:
+            checkpoint.load(averages_in(checkpoint, dict(self.model.named_parameters())))
         self.restore_progress(checkpoint, state)
         for pending in self.pending_updates:
             pending.works = [self._receive_reply(pending.step)]
@@ -494,7 +493,6 @@ class SyncPSServer(SyncPS):
         """With the average, or a new one from the weights; the pushes in flight are unanswered."""
         super().restore(checkpoint, state)
         self.average.restart()
-        averages, saved = self._averages().items(), checkpoint.keys("average/")
-        checkpoint.load(TensorSlice.whole(key, value) for key, value in averages if key in saved)
+        checkpoint.load(averages_in(checkpoint, self.average.values))
         for worker in self.workers:
             worker.unanswered = [pending.step for pending in self.pending_updates]

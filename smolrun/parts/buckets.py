@@ -19,20 +19,15 @@ import torch
 
 @dataclass
 class Bucket:
-    """Several gradients in one flat tensor, once per slot. `host[slot]` is what is sent: the same
-    memory on a CPU."""
+    """Several gradients in one flat tensor, once per slot: `flat[slot]`, (num_elements,), of the
+    parameters' dtype and device. `views[slot]` are views of it, one per parameter; `host[slot]` is
+    what is sent: the same memory on a CPU, else host memory."""
 
     index: int
     parameters: list[torch.nn.Parameter]
-    flat: list[torch.Tensor] = field(
-        default_factory=list
-    )  # per slot: (num_elements,), the parameters' dtype and device
-    host: list[torch.Tensor] = field(
-        default_factory=list
-    )  # per slot: the same values in host memory
-    views: list[list[torch.Tensor]] = field(
-        default_factory=list
-    )  # per slot: one gradient per parameter
+    flat: list[torch.Tensor] = field(default_factory=list)
+    host: list[torch.Tensor] = field(default_factory=list)
+    views: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -111,7 +106,9 @@ class GradientBuckets:
     def host_gradients(self, slot: int) -> list[torch.Tensor]:
         """Views of every gradient of a slot in host memory, in the order of the parameters."""
         views = [
-            view for bucket in self.buckets for view in _views(bucket.host[slot], bucket.parameters)
+            view
+            for bucket in self.buckets
+            for view in views_of(bucket.host[slot], bucket.parameters)
         ]
         return views[::-1]  # buckets are packed from the last parameter to the first
 
@@ -120,7 +117,7 @@ class GradientBuckets:
         parameter, in the order of the parameters."""
         flat = [torch.empty(b.size, dtype=b.parameters[0].dtype) for b in self.buckets]
         pairs = zip(flat, self.buckets, strict=True)
-        return flat, [view for f, b in pairs for view in _views(f, b.parameters)][::-1]
+        return flat, [view for f, b in pairs for view in views_of(f, b.parameters)][::-1]
 
     def _hook(self, bucket: Bucket) -> Callable[[torch.Tensor], None]:
         def gradient_is_there(_: torch.Tensor) -> None:
@@ -169,10 +166,10 @@ def _allocate(bucket: Bucket, slots: int, stages: bool | None) -> None:
         bucket.host.append(
             torch.empty(bucket.size, dtype=first.dtype, pin_memory=pinned) if stages else flat
         )
-        bucket.views.append(_views(flat, bucket.parameters))
+        bucket.views.append(views_of(flat, bucket.parameters))
 
 
-def _views(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def views_of(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """One after the other, each in its parameter's shape."""
     parts = flat.split([parameter.numel() for parameter in parameters])
     return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

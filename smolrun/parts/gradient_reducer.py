@@ -22,11 +22,10 @@ class GradientReducer:
 
     def __init__(self, collectives: Collectives, quantization: Quantization) -> None:
         self._collectives = collectives
-        self._quantized = (
-            None
-            if quantization.is_none
-            else QuantizedAllReduce(collectives, quantization.quantizer())
-        )
+        self._quantization = quantization
+        self._quantized: QuantizedAllReduce | None = None
+        if not quantization.is_none:
+            self._quantized = QuantizedAllReduce(collectives, quantization.quantizer())
         self.has_feedback = not quantization.is_none and quantization.error_feedback
         self._feedback: dict[tuple[int, int], ErrorFeedback] = {}
 
@@ -44,6 +43,15 @@ class GradientReducer:
             return self._collectives.reduce_scatter(own, flat, sizes, async_op=True)
         return self._quantized.reduce_scatter(flat, sizes, self._of(flat, bucket, slot))
 
+    def encode(self, flat: Tensor, bucket: int, slot: int) -> Tensor:
+        """The tensor as it is sent to one rank that sums: as it is, or encoded."""
+        if self._quantized is None:
+            return flat
+        quantization, feedback = self._quantization, self._of(flat, bucket, slot)
+        if feedback is None:
+            return quantization.quantizer().encode(flat.to(quantization.working_dtype(flat.dtype)))
+        return feedback.encode(flat, quantization.quantizer())
+
     def settle(self, slot: int, is_kept: bool) -> None:
         """A step is over; its residuals count if its update was made."""
         for (_, of_slot), feedback in self._feedback.items():
@@ -54,10 +62,7 @@ class GradientReducer:
         """What a bucket of `numel` gradients in `dtype` has lost in a slot; zeros at first."""
         key = (bucket, slot)
         if key not in self._feedback:
-            is_double = dtype == torch.float64
-            self._feedback[key] = ErrorFeedback(
-                numel, torch.float64 if is_double else torch.float32
-            )
+            self._feedback[key] = ErrorFeedback(numel, self._quantization.working_dtype(dtype))
         return self._feedback[key]
 
     def _of(self, flat: Tensor, bucket: int, slot: int) -> ErrorFeedback | None:

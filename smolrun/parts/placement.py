@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 
@@ -45,7 +46,7 @@ def memory_shares(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...
     """How much memory each rank has, relative to others; empty where that is not known of all."""
     if not hosts or not all(host["memory_gb"] for host in hosts):
         return ()
-    return tuple(host["memory_gb"] / host["ranks"] for host in hosts for _ in range(host["ranks"]))
+    return tuple(host["memory_gb"] / host["ranks"] for host in ranked_hosts({"hosts": hosts}))
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,8 @@ class BatchPlan:
 
     def positions(self, step: int) -> list[range]:
         """The global sample positions of each micro-batch of a step."""
-        start = step * self.global_batch_size + self.first
-        ranges = []
-        for size in self.sizes:
-            ranges.append(range(start, start + size))
-            start += size
-        return ranges
+        first = step * self.global_batch_size + self.first
+        return [range(*ends) for ends in pairwise(accumulate(self.sizes, initial=first))]
 
 
 def plan_batches(
@@ -120,9 +117,7 @@ class BatchPlans:
 
     def at(self, step: int) -> BatchPlan:
         """The plan that holds in a step, not one long past."""
-        return self._plan(
-            next(weights for first, weights in reversed(self.shares) if first <= step)
-        )
+        return self._plan(next(shares for first, shares in self.shares[::-1] if first <= step))
 
     def change(self, now: int, first: int, weights: Sequence[float]) -> None:
         """Other shares from step `first` on; steps before `now` will not be asked for again."""

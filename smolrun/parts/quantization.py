@@ -40,12 +40,19 @@ class Quantizer(ABC):
     def wire_bytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of so many numbers when encoded; 0 for none."""
 
-    @abstractmethod
     def encode(
         self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
     ) -> Tensor:
         """The encoded uint8 tensor, in `wire` if given; what rounding took away goes into
         `lost`, which may be `flat` itself."""
+        if wire is None:
+            wire = torch.empty(self.wire_bytes(flat.numel(), flat.dtype), dtype=torch.uint8)
+        self.write(flat, wire, lost)
+        return wire
+
+    @abstractmethod
+    def write(self, flat: Tensor, wire: Tensor, lost: Tensor | None) -> None:
+        """Encodes into `wire`."""
 
     @abstractmethod
     def decode(self, wire: Tensor, into: Tensor, *, adds: bool = False) -> None:
@@ -74,9 +81,9 @@ class Quantization:
         """The format of that kind."""
         if self.kind == "int8":
             return Int8(self.block)
-        return {"none": AsIs(), "fp16": Half(torch.float16), "bf16": Half(torch.bfloat16)}[
-            self.kind
-        ]
+        if self.is_none:
+            return AsIs()
+        return Half({"fp16": torch.float16, "bf16": torch.bfloat16}[self.kind])
 
 
 NO_QUANTIZATION = Quantization()
@@ -86,24 +93,16 @@ class AsIs(Quantizer):
     """No quantization: the tensor's own bytes."""
 
     def wire_bytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
-        """See Quantizer."""
         return _aligned(numel * dtype.itemsize)
 
-    def encode(
-        self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
-    ) -> Tensor:
-        """See Quantizer."""
-        wire = _new_wire(self, flat) if wire is None else wire
+    def write(self, flat: Tensor, wire: Tensor, lost: Tensor | None) -> None:
         wire[: flat.nbytes].view(flat.dtype).copy_(flat)
         wire[flat.nbytes :].zero_()
         if lost is not None:
             lost.zero_()
-        return wire
 
     def decode(self, wire: Tensor, into: Tensor, *, adds: bool = False) -> None:
-        """See Quantizer."""
-        numbers = wire[: into.nbytes].view(into.dtype)
-        _put(numbers, into, adds)
+        _put(wire[: into.nbytes].view(into.dtype), into, adds)
 
 
 class Half(Quantizer):
@@ -114,14 +113,9 @@ class Half(Quantizer):
         self._start = _ALIGNED if dtype is torch.float16 else 0  # where the numbers begin
 
     def wire_bytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
-        """See Quantizer."""
         return _aligned(self._start + 2 * numel) if numel else 0
 
-    def encode(
-        self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
-    ) -> Tensor:
-        """See Quantizer."""
-        wire = _new_wire(self, flat) if wire is None else wire
+    def write(self, flat: Tensor, wire: Tensor, lost: Tensor | None) -> None:
         numbers, scale = self._numbers(wire, flat.numel()), 1.0
         wire[self._start + 2 * flat.numel() :].zero_()
         if self._start and len(flat):
@@ -132,10 +126,8 @@ class Half(Quantizer):
             numbers[part] = small
             if lost is not None:
                 torch.sub(flat[part], numbers[part].to(flat.dtype) * scale, out=lost[part])
-        return wire
 
     def decode(self, wire: Tensor, into: Tensor, *, adds: bool = False) -> None:
-        """See Quantizer."""
         scale = wire[: self._start].view(torch.float64).item() if self._start and len(into) else 1.0
         numbers = self._numbers(wire, into.numel())
         for part in _pieces(into.numel(), _PIECE):
@@ -154,17 +146,13 @@ class Int8(Quantizer):
         self._piece = max(1, _PIECE // block) * block
 
     def wire_bytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
-        """See Quantizer."""
         return _aligned(4 * self._blocks(numel) + numel)
 
-    def encode(
-        self, flat: Tensor, wire: Tensor | None = None, lost: Tensor | None = None
-    ) -> Tensor:
-        """See Quantizer. ValueError for numbers with fewer bits: their largest could be rounded to
+    def write(self, flat: Tensor, wire: Tensor, lost: Tensor | None) -> None:
+        """ValueError for numbers with fewer bits: their largest could be rounded to
         128 steps, which an int8 takes for -128."""
         if flat.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"int8 is made of float32 or float64, not of {flat.dtype}")
-        wire = _new_wire(self, flat) if wire is None else wire
         scales, steps = self._parts(wire, flat.numel())
         wire[4 * len(scales) + flat.numel() :].zero_()
         scratch = torch.empty(min(flat.numel(), self._piece), dtype=flat.dtype)
@@ -180,10 +168,8 @@ class Int8(Quantizer):
             steps[part].view(shape).copy_(rounded.round_())
             if lost is not None:
                 torch.sub(row, rounded.mul_(whole), out=lost[part].view(shape))
-        return wire
 
     def decode(self, wire: Tensor, into: Tensor, *, adds: bool = False) -> None:
-        """See Quantizer."""
         scales, steps = self._parts(wire, into.numel())
         scratch = torch.empty(min(into.numel(), self._piece), dtype=into.dtype)
         for part, blocks, shape in self._rows(into.numel()):
@@ -245,10 +231,6 @@ class ErrorFeedback:
     def after(self, is_kept: bool) -> Tensor:
         """What the residual will be if the step under way is settled so."""
         return self._pending if self._is_open and is_kept else self.residual
-
-
-def _new_wire(quantizer: Quantizer, flat: Tensor) -> Tensor:
-    return torch.empty(quantizer.wire_bytes(flat.numel(), flat.dtype), dtype=torch.uint8)
 
 
 def _aligned(size: int) -> int:

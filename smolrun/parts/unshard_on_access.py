@@ -251,12 +251,10 @@ def layers_of(model: nn.Module, least_bytes: int) -> list[list[nn.Parameter]]:
 
 def used_in_products(model: nn.Module) -> set[nn.Parameter]:
     """Matrices that autocast would turn into half precision; embeddings are looked up instead."""
-    owners = [m for m in model.modules() if not isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     looked_up = {
         parameter
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    own = {p for module in owners for p in module.parameters(recurse=False) if p.ndim > 1}
-    return own - looked_up
+    return {parameter for parameter in model.parameters() if parameter.ndim > 1} - looked_up

@@ -4,6 +4,7 @@ that a trained language model generates."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,43 +68,33 @@ class Evaluation(Periodic):
         self._evaluated_at = int(state["evaluated_at"])
 
 
+@dataclass(frozen=True, kw_only=True)
 class TextSampling(Callback):
     """Emits a `TextSample` of the trained model at the end of a run that was not stopped."""
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        prepared: Prepared,
-        *,
-        prompt: str,
-        num_tokens: int,
-        seed: int,
-        emit: Callable[[Event], None],
-    ) -> None:
-        """`prompt` "auto": the beginning of the first evaluation sample."""
-        self._algorithm = algorithm
-        self._prepared = prepared
-        self._prompt = prompt
-        self._num_tokens = num_tokens
-        self._seed = seed
-        self._emit = emit
+    algorithm: Algorithm
+    prepared: Prepared
+    prompt: str  # "auto": the beginning of the first evaluation sample
+    num_tokens: int
+    seed: int
+    emit: Callable[[Event], None]
 
     def after_training(self, outcome: TrainOutcome) -> None:
         """Collective where the model is split between ranks."""
         if outcome.was_stopped:
             return
-        tokenizer, prompt = load_tokenizer(self._prepared.tokenizer or ""), self._prompt
+        tokenizer, prompt = load_tokenizer(self.prepared.tokenizer or ""), self.prompt
         if prompt == "auto":
-            sample = open_split(self._prepared, "eval", verify=False).batch([0])
+            sample = open_split(self.prepared, "eval", verify=False).batch([0])
             prompt = tokenizer.decode(sample.inputs[0, :_PROMPT_TOKENS].tolist())
         token_ids = generate(
-            self._algorithm.logits,
+            self.algorithm.logits,
             tokenizer.encode(prompt) or [0],
-            self._num_tokens,
-            context_length=self._prepared.sequence_length or 1,
-            seed=self._seed,
+            self.num_tokens,
+            context_length=self.prepared.sequence_length or 1,
+            seed=self.seed,
         )
-        self._emit(TextSample(outcome.steps, prompt, tokenizer.decode(token_ids)))
+        self.emit(TextSample(outcome.steps, prompt, tokenizer.decode(token_ids)))
 
 
 @torch.no_grad()

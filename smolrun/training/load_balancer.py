@@ -105,28 +105,17 @@ def _step_s(counts: Sequence[int], rates: Sequence[float]) -> float:
     return max(count / rate for count, rate in zip(counts, rates, strict=True) if count)
 
 
+@dataclass(kw_only=True)
 class LoadBalancer(Callback):
     """Changes the plans of all ranks from the same step on, as measured, and emits a `Note`."""
 
-    def __init__(
-        self,
-        policy: BalancePolicy,
-        plans: BatchPlans,
-        *,
-        steps: int,
-        emit: Callable[[Event], None],
-        prefetched_steps: int = 0,
-        hosts: Sequence[str] = (),
-    ) -> None:
-        """`prefetched_steps` beyond the next one have been requested already: their shares stay.
-        `hosts` has the name of each rank's host."""
-        self._policy = policy
-        self._plans = plans
-        self._steps = steps
-        self._emit = emit
-        self._prefetched_steps = prefetched_steps
-        self._hosts = hosts
-        self._next_step = 0
+    policy: BalancePolicy
+    plans: BatchPlans
+    steps: int
+    emit: Callable[[Event], None]
+    prefetched_steps: int = 0  # beyond the next one, requested already: their shares stay
+    hosts: Sequence[str] = ()  # name of each rank's host
+    _next_step: int = 0
 
     def before_step(self, step: int) -> None:
         """Remembers which step has begun."""
@@ -134,18 +123,18 @@ class LoadBalancer(Callback):
 
     def after_update(self, result: StepResult) -> None:
         """Passes the update to the policy and applies its change, if there is one."""
-        change = self._policy.observe(result.samples, result.computed_s)
+        change = self.policy.observe(result.samples, result.computed_s)
         if change is None:
             return
-        first = self._next_step + self._prefetched_steps
-        self._plans.change(self._next_step, first, change.after)
+        first = self._next_step + self.prefetched_steps
+        self.plans.change(self._next_step, first, change.after)
         # Shares of steps beyond this run are for its checkpoint only.
-        if first < self._steps:
-            self._emit(Note("info", _sentence(change, first, self._hosts)))
+        if first < self.steps:
+            self.emit(Note("info", _sentence(change, first, self.hosts)))
 
     def state(self) -> dict[str, Any]:
         """Shares by step, and the rates of all ranks."""
-        return {"balance": {"shares": self._plans.shares, "rates": self._policy.rates}}
+        return {"balance": {"shares": self.plans.shares, "rates": self.policy.rates}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues with the shares of a checkpoint, unless it has none, or those of another number
@@ -158,10 +147,10 @@ class LoadBalancer(Callback):
             newest = tuple(saved[-1][1])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the saved shares of work cannot be used: {error!r}") from None
-        counts = self._policy.counts
+        counts = self.policy.counts
         if len(newest) == len(counts) and sum(newest) == sum(counts):
-            self._plans.shares = [(first, list(shares)) for first, shares in saved]
-            self._policy.counts, self._policy.rates = newest, rates
+            self.plans.shares = [(first, list(shares)) for first, shares in saved]
+            self.policy.counts, self.policy.rates = newest, rates
 
 
 def _sentence(change: ShareChange, first: int, hosts: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy
@@ -18,15 +19,9 @@ from smolrun.algorithms.contract import BatchPart
 from smolrun.data.order import SampleOrder
 from smolrun.data.splits import Batch, Split
 from smolrun.errors import DataError
-from smolrun.parts.placement import BatchPlan
+from smolrun.parts.placement import BatchPlan, BatchPlans
 
-
-class PlanSource(Protocol):
-    """A `BatchPlan`, or `BatchPlans` where shares change during a run."""
-
-    def at(self, step: int) -> BatchPlan:
-        """The plan of one step."""
-        ...
+PlanSource = BatchPlan | BatchPlans  # the latter where shares change during a run
 
 
 class BatchLoader:
@@ -80,29 +75,19 @@ def prefetched_steps(prefetch_steps: int) -> int:
     return prefetch_steps + 1
 
 
+@dataclass(kw_only=True)
 class StreamLoader:
     """This rank's micro-batches of every global batch up to step `steps`: sample i is row i of the
-    stream."""
+    stream. Rows are requested `prefetch_steps` steps ahead of the step that needs them."""
 
-    def __init__(
-        self,
-        rows: RowClient,
-        plan: PlanSource,
-        *,
-        sequence_length: int,
-        steps: int,
-        prefetch_steps: int,
-        timeout_s: float,
-    ) -> None:
-        """Requests rows `prefetch_steps` steps ahead of the step that needs them."""
-        self._rows = rows
-        self._plan = plan
-        self._sequence_length = sequence_length
-        self._steps = steps
-        self._prefetch_steps = prefetch_steps
-        self._timeout_s = timeout_s
-        self._next_step: int | None = None
-        self._next_request = 0
+    rows: RowClient
+    plan: PlanSource
+    sequence_length: int
+    steps: int
+    prefetch_steps: int
+    timeout_s: float
+    _next_step: int | None = None
+    _next_request: int = 0
 
     def load(self, step: int, part: BatchPart | None = None) -> list[Batch]:
         """The micro-batches of one step, some perhaps empty; blocks until they are there.
@@ -117,30 +102,26 @@ class StreamLoader:
         elif step != self._next_step:
             raise ValueError(f"step {step} of a stream, where step {self._next_step} comes next")
         self._next_step = step + 1
-        self._request_ahead(step + 1 + self._prefetch_steps)
+        self._request_ahead(step + 1 + self.prefetch_steps)
         wanted = self._range(step)
-        batch = token_batch(
-            self._rows.take(wanted.start, wanted.stop, self._timeout_s), self._sequence_length
-        )
-        return [
-            Batch(batch.inputs[begin:end], batch.targets[begin:end], wanted.start + begin)
-            for begin, end in (
-                (part.start - wanted.start, part.stop - wanted.start)
-                for part in self._plan.at(step).positions(step)
-            )
-        ]
+        rows = self.rows.take(wanted.start, wanted.stop, self.timeout_s)
+        batch = token_batch(rows, self.sequence_length)
+        positions = self.plan.at(step).positions(step)
+        sizes = [len(samples) for samples in positions]
+        parts = zip(batch.inputs.split(sizes), batch.targets.split(sizes), positions, strict=True)
+        return [Batch(inputs, targets, samples.start) for inputs, targets, samples in parts]
 
     def _request_ahead(self, stop_step: int) -> None:
-        while self._next_request < min(stop_step, self._steps):
+        while self._next_request < min(stop_step, self.steps):
             wanted = self._range(self._next_request)
             self._next_request += 1
-            is_last = self._next_request == self._steps
+            is_last = self._next_request == self.steps
             next_first = None if is_last else self._range(self._next_request).start
-            self._rows.request(wanted.start, wanted.stop, next_first)
+            self.rows.request(wanted.start, wanted.stop, next_first)
 
     def _range(self, step: int) -> range:
         """This rank's rows of a step: its micro-batches lie side by side."""
-        positions = self._plan.at(step).positions(step)
+        positions = self.plan.at(step).positions(step)
         return range(positions[0].start, positions[-1].stop)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from smolrun.training.stochastic_rounding import StochasticRounding
 
-NAMES = ("adamw", "adafactor", "lion", "sgd")
 # Adafactor needs whole matrices; the others update every number by itself.
 ELEMENTWISE = frozenset({"adamw", "lion", "sgd"})
 # Lion's direction is a temporary as large as its weights: it is made for so many numbers at a time.
@@ -49,29 +49,19 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     first = next(iter(names))
-    make = _maker(name, first.device.type, keys)
+    if name not in _CLASSES:
+        raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(_CLASSES)}")
+    make = partial(_CLASSES[name], **keys)
+    if name == "adamw":
+        # The fused kernel reads and writes memory once, the plain one a dozen times.
+        make = partial(make, fused=first.device.type in ("cpu", "cuda"))
+    elif name == "adafactor":
+        make = partial(make, foreach=False)  # would need a second copy of the whole model
     if first.dtype != torch.bfloat16:
         return make(groups)
     return StochasticRounding(
         groups, make, names=names, seed=seed, is_elementwise=name in ELEMENTWISE
     )
-
-
-def _maker(
-    name: str, device: str, keys: dict[str, Any]
-) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    if name == "adamw":
-        # The fused kernel reads and writes memory once, the plain one a dozen times.
-        fused = device in ("cpu", "cuda")
-        return lambda groups: torch.optim.AdamW(groups, fused=fused, **keys)
-    if name == "sgd":
-        return lambda groups: torch.optim.SGD(groups, **keys)
-    if name == "lion":
-        return lambda groups: Lion(groups, **keys)
-    if name == "adafactor":
-        # `foreach` would need a second copy of the whole model.
-        return lambda groups: torch.optim.Adafactor(groups, foreach=False, **keys)
-    raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(NAMES)}")
 
 
 class Lion(torch.optim.Optimizer):
@@ -110,6 +100,15 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
         torch._foreach_lerp_(means, gradients, 1 - beta2)
+
+
+_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+    "lion": Lion,
+    "sgd": torch.optim.SGD,
+}
+NAMES = tuple(_CLASSES)
 
 
 def _batches(weights: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from smolrun.algorithms.base import Algorithm, StepResult
@@ -48,20 +49,20 @@ class ReplicaSync(Periodic):
         self._emit(Drift(step, most, list(apart)))
 
 
+@dataclass(frozen=True)
 class ReplicaCheck(Callback):
     """Compares hashes of all replicas after every update."""
 
-    def __init__(self, algorithm: Algorithm, emit: Callable[[Event], None]) -> None:
-        self._algorithm = algorithm
-        self._emit = emit
+    algorithm: Algorithm
+    emit: Callable[[Event], None]
 
     def after_update(self, result: StepResult) -> None:
         """TrainingError if any tensor that must be equal on all ranks is not; collective."""
-        collectives, tensors = self._algorithm.collectives, self._algorithm.replica_tensors()
+        collectives, tensors = self.algorithm.collectives, self.algorithm.replica_tensors()
         if not tensors:
             return
         hashes = gather_hashes(collectives, parameter_hash(tensors.values()))
-        self._emit(ReplicaHash(result.step, hashes))
+        self.emit(ReplicaHash(result.step, hashes))
         if len(set(hashes)) > 1:
             name = first_difference(collectives, tensors)
             raise TrainingError(

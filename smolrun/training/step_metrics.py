@@ -203,14 +203,10 @@ def _number(file: Path, base: int = 10) -> int | None:
 
 
 def _temperature() -> float | None:
-    sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
-    if sensors is None:
-        return None
     try:
-        sensors_now = sensors()
+        # Linux and FreeBSD only
+        sensors: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
     except OSError:
         return None  # sensors that we may not read
-    readings = [
-        entry.current for entries in sensors_now.values() for entry in entries if entry.current
-    ]
-    return max(readings, default=None)
+    readings = [entry.current for entries in sensors.values() for entry in entries]
+    return max(filter(None, readings), default=None)

@@ -81,17 +81,7 @@ def run(channel: WorkerChannel) -> int:
             channel.result("stopped")
         except SmolrunError as error:
             _log.error("%s: %s", type(error).__name__, error)
-            report = ErrorReport(type(error).__name__[:200], cut(str(error)))
-            if isinstance(error, PeerLost):
-                report = replace(
-                    report,
-                    peer=error.rank,
-                    reported_by=error.reported_by,
-                    broke_protocol=error.broke_protocol,
-                )
-            elif isinstance(error, WaitTimeout):
-                report = replace(report, peer=error.rank)
-            channel.result("failed", error=report)
+            channel.result("failed", error=_report(error))
             return EXIT_FAILED
         # Even SystemExit, out of the user's own code, must reach the driver.
         except BaseException as error:
@@ -106,7 +96,12 @@ def run(channel: WorkerChannel) -> int:
 def _report(error: BaseException) -> ErrorReport:
     if is_out_of_memory(error):
         return ErrorReport(OUT_OF_MEMORY, cut(describe_out_of_memory(error)))
-    return ErrorReport(type(error).__name__[:200], cut(str(error)))
+    report = ErrorReport(type(error).__name__[:200], cut(str(error)))
+    if isinstance(error, PeerLost | WaitTimeout):
+        report = replace(report, peer=error.rank)
+    if isinstance(error, PeerLost):
+        return replace(report, reported_by=error.reported_by, broke_protocol=error.broke_protocol)
+    return report
 
 
 def _run_task(

@@ -1,7 +1,7 @@
 """What one rank does in task=train: build model, data, algorithm and trainer from the resolved
 config, and train.
 
-Only wiring; the driver's half is train.py.
+Only wiring; the driver's half is tasks/train.py.
 """
 
 from __future__ import annotations
@@ -84,13 +84,12 @@ def train(
     eval_batches = functools.partial(_eval_batches, algorithm, eval_split, plan, training)
     sha256 = prepared.sha256
     checkpoints = RankCheckpoints(saving, algorithm, emit, steps, sha256) if saving else None
+    callbacks = _callbacks(config, prepared, algorithm, emit, eval_batches, balancer, checkpoints)
     trainer = Trainer(
         algorithm,
         _samples(config, prepared, plan, rows),
         steps=steps,
-        callbacks=_callbacks(
-            config, prepared, algorithm, emit, eval_batches, balancer, checkpoints
-        ),
+        callbacks=callbacks,
         should_stop=should_stop,
         drain_on_stop=not (saving and saving.every),
     )
@@ -141,8 +140,8 @@ def _callbacks(
     if prepared.tokenizer and training["sample_tokens"] and algorithm.can_evaluate:
         callbacks.append(
             TextSampling(
-                algorithm,
-                prepared,
+                algorithm=algorithm,
+                prepared=prepared,
                 prompt=training["sample_prompt"],
                 num_tokens=training["sample_tokens"],
                 seed=config["seed"],
@@ -177,7 +176,14 @@ def _samples(
     """This rank's samples: of a file, in the order of the seed, or of the stream as it comes."""
     if prepared.stream is not None:
         assert rows is not None, "the driver of a stream has its rows"
-        return stream_loader(config, prepared, plan, rows)
+        return StreamLoader(
+            rows=rows,
+            plan=plan,
+            sequence_length=prepared.sequence_length or 1,
+            steps=config["training"]["steps"],
+            prefetch_steps=prepared.stream["prefetch_steps"],
+            timeout_s=float(config["mesh"]["timeout_s"]),
+        )
     split = open_split(prepared, "train", verify=False)
     return BatchLoader(split, SampleOrder(len(split), config["seed"]), plan)
 
@@ -289,8 +295,8 @@ def late(pace: Pace, rank: int) -> Note | None:
         return None
     return Note(
         "warning",
-        f"emulation: computing took {pace.late:.0%} longer than it would on the machine that this "
-        "rank plays, because something else had its core; its times are too long by that",
+        f"emulation: computing took {pace.late:.0%} longer than on the emulated machine, because "
+        "something else used this rank's core; its times are too long by that",
         rank,
     )
 
@@ -321,27 +327,12 @@ def share_work(
     ahead = 0 if prepared.stream is None else prefetched_steps(prepared.stream["prefetch_steps"])
     hosts = [host["name"] for host in ranked_hosts(config.get("cluster"))]
     return plans, LoadBalancer(
-        BalancePolicy(counts, idle=idle),
-        plans,
+        policy=BalancePolicy(counts, idle=idle),
+        plans=plans,
         steps=training["steps"],
         emit=emit,
         prefetched_steps=ahead,
         hosts=hosts,
-    )
-
-
-def stream_loader(
-    config: Mapping[str, Any], prepared: Prepared, plan: PlanSource, rows: RowClient
-) -> StreamLoader:
-    """One rank's samples of the stream; `config` is the resolved one."""
-    assert prepared.stream is not None, "only streams are fed like this"
-    return StreamLoader(
-        rows,
-        plan,
-        sequence_length=prepared.sequence_length or 1,
-        steps=config["training"]["steps"],
-        prefetch_steps=prepared.stream["prefetch_steps"],
-        timeout_s=float(config["mesh"]["timeout_s"]),
     )
 
 
@@ -435,7 +426,7 @@ class RankCheckpoints(Periodic):
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])
                 self._trainer.restore(state["training"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"the state in {checkpoint.folder} cannot be used: {error!r}"
                 ) from None

@@ -140,7 +140,12 @@ def made(
     plans = BatchPlans(lambda weights: plan_batches(batch, weights, 1), counts)
     policy, hosts = BalancePolicy(counts), ["mac", "pi"]
     balancer = LoadBalancer(
-        policy, plans, steps=of, emit=events.append, prefetched_steps=ahead, hosts=hosts
+        policy=policy,
+        plans=plans,
+        steps=of,
+        emit=events.append,
+        prefetched_steps=ahead,
+        hosts=hosts,
     )
     return balancer, plans, events
 

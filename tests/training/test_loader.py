@@ -99,8 +99,8 @@ def stream(
     rows: Rows, plan: BatchPlan | BatchPlans, *, steps: int = 6, prefetch_steps: int = 2
 ) -> StreamLoader:
     return StreamLoader(
-        rows,
-        plan,
+        rows=rows,
+        plan=plan,
         sequence_length=LENGTH,
         steps=steps,
         prefetch_steps=prefetch_steps,

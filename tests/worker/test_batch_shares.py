@@ -61,7 +61,7 @@ def test_one_auto_has_all_ranks_measured_and_a_stream_changes_later() -> None:
     plan, balance = share_work(CONFIG, prepared(), [2.0, "auto", "auto"], coordinates, print)
     assert balance is not None and plan.at(0).sizes == (6,)
     _, late = share_work(CONFIG, prepared({"prefetch_steps": 4}), [1.0, "auto"], coordinates, print)
-    assert late is not None and (balance._prefetched_steps, late._prefetched_steps) == (0, 5)
+    assert late is not None and (balance.prefetched_steps, late.prefetched_steps) == (0, 5)
 
 
 def test_every_rank_of_a_host_has_its_speed() -> None:

@@ -21,7 +21,7 @@ from smolrun.algorithms.edp.work_queue import WorkItem
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import Batch
 from smolrun.events import Event
-from smolrun.parts.buckets import pack
+from smolrun.parts.buckets import pack, views_of
 
 Flats = list[torch.Tensor]
 
@@ -35,18 +35,11 @@ class FlatModel:
         self.sizes = [sum(p.numel() for p in packed) for packed in self._packs]
         self.dtypes = [packed[0].dtype for packed in self._packs]
 
-    def zeros(self) -> Flats:
-        """Flat tensors on the parameters' devices."""
+    def zeros(self, device: str | None = None) -> Flats:
+        """Flat tensors on a device, by default on the parameters' own."""
         return [
-            torch.zeros(size, dtype=packed[0].dtype, device=packed[0].device)
+            torch.zeros(size, dtype=packed[0].dtype, device=device or packed[0].device)
             for size, packed in zip(self.sizes, self._packs, strict=True)
-        ]
-
-    def host_zeros(self) -> Flats:
-        """Flat tensors in host memory, to be sent or received into."""
-        return [
-            torch.zeros(size, dtype=dtype)
-            for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         ]
 
     def bind(self, flats: Flats) -> None:
@@ -68,10 +61,7 @@ class FlatModel:
 
     def _views(self, flats: Flats) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
         for packed, flat in zip(self._packs, flats, strict=True):
-            parts = flat.split([parameter.numel() for parameter in packed])
-            yield from zip(
-                packed, [v.view_as(p) for p, v in zip(packed, parts, strict=True)], strict=True
-            )
+            yield from zip(packed, views_of(flat, packed), strict=True)
 
 
 class EDP(Algorithm):

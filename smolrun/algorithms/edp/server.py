@@ -132,7 +132,7 @@ class WorkerHandle:
             )
             for size, dtype in zip(flat_model.sizes, flat_model.dtypes, strict=True)
         ]
-        self._snapshot = flat_model.host_zeros()
+        self._snapshot = flat_model.zeros("cpu")
 
     def start(self) -> None:
         """Posts the first receives."""

@@ -122,7 +122,7 @@ class ParameterServerClient:
         self._in_flight: _Push | None = None
         self._waiting: _Push | None = None
         self._free: list[list[torch.Tensor]] = []  # wires to reuse
-        self._weights: Flats = flat_model.host_zeros()
+        self._weights: Flats = flat_model.zeros("cpu")
         self._weights_version = torch.zeros(1, dtype=torch.int64)
         self._is_fresh = False  # `_weights` are not loaded yet
         self._received_version = -1
