@@ -365,12 +365,12 @@ class Algorithm(ABC):
     def share_stats(self, stats: Mapping[str, float]) -> tuple[StepStats, list[Work]]:
         """Starts to gather the statistics of all ranks, where they meet at this step; complete when
         the works are done. Else this rank's own."""
-        own = {name: float(stats[name]) for name in self.step_stats}
+        values = {name: stats[name] for name in self.step_stats}
+        own = StepStats.of_rank(self.context.mesh.rank, values)
         if not self.is_sync_step(self.steps_begun):
-            return StepStats.of_rank(self.context.mesh.rank, own), []
-        table = torch.zeros((self.collectives.size, len(own)), dtype=torch.float64)
-        row = torch.tensor(list(own.values()), dtype=torch.float64)
-        work = self.collectives.all_gather(table, row, async_op=True)
+            return own, []
+        table = own.table.new_zeros((self.collectives.size, len(values)))
+        work = self.collectives.all_gather(table, own.table[0], async_op=True)
         return StepStats(self.step_stats, self.collectives.ranks, table), [work]
 
     def checked_logits(self, model: Callable[[Tensor], Any], batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,47 +30,13 @@ from smolrun.parts.replicas import model_tensors, sync_replicas
 from smolrun.parts.unshard_on_access import watch
 
 
-class PendingAllGathers:
-    """Buckets whose parameters are being gathered. One is waited for, by `wait`, when one of its
-    parameters is read from the model, so an old value is never seen."""
-
-    def __init__(self, wait: Callable[[Work], None]) -> None:
-        self._wait = wait
-        self._bucket_of: dict[nn.Parameter, ShardedBucket] = {}
-        self._pending: dict[ShardedBucket, PendingAllGather] = {}
-
-    def watch(self, model: nn.Module, buckets: Sequence[ShardedBucket]) -> None:
-        """From now on reading a parameter of `model` waits for it."""
-        self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
-        watch(model, self._use)
-
-    def add(self, bucket: ShardedBucket, gathering: PendingAllGather) -> None:
-        """A gather that has been started."""
-        self._pending[bucket] = gathering
-
-    def wait_all(self) -> None:
-        """Blocks until all parameters are there."""
-        for bucket in list(self._pending):
-            self._finish(bucket)
-
-    def _use(self, parameter: nn.Parameter) -> None:
-        bucket = self._bucket_of.get(parameter)
-        if bucket in self._pending:
-            self._finish(bucket)
-
-    def _finish(self, bucket: ShardedBucket) -> None:
-        gathering = self._pending.pop(bucket)
-        self._wait(gathering.work)
-        gathering.copy_to_device()
-
-
 class OptimizerShards(BucketedAlgorithm):
     """Replicas of which a rank sums and steps its own slices only."""
 
     def __init__(self, context: Context, *, bucket_mb: float) -> None:
         super().__init__(context, bucket_mb=bucket_mb)
         self._weights = context.shard_weights or (1.0,) * self.collectives.size
-        self._gathers = PendingAllGathers(self.clock.wait)
+        self._gathers: dict[ShardedBucket, PendingAllGather] = {}  # of parameters that were stepped
 
     def place(self, model: nn.Module) -> None:
         """Keeps a replica, moved into flat buckets, and steps this rank's slices of it."""
@@ -81,7 +47,8 @@ class OptimizerShards(BucketedAlgorithm):
             model, pack(trained, self._bucket_bytes), self._weights, self.collectives.index
         )
         self._replica = [bucket.flatten_parameters() for bucket in self.shards]
-        self._gathers.watch(model, self.shards)
+        self._bucket_of = {p: bucket for bucket in self.shards for p in bucket.parameters}
+        watch(model, self._use)
         self.step_slices()
         self.catch_gradients()
 
@@ -123,7 +90,7 @@ class OptimizerShards(BucketedAlgorithm):
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Steps this rank's slices; then starts to gather those of all ranks."""
-        self._gathers.wait_all()  # what is being sent must not change
+        self.wait_for_gathers()  # what is being sent must not change
         norm = super().update(pending, weight, learning_rate)
         if norm is not None:
             self.gather_slices()
@@ -132,16 +99,32 @@ class OptimizerShards(BucketedAlgorithm):
     def gather_slices(self) -> None:
         """Starts to gather what the other ranks have stepped; first what forward needs first."""
         for bucket, flat in reversed(list(zip(self.shards, self._replica, strict=True))):
-            self._gathers.add(bucket, bucket.gather(self.collectives, flat))
+            self._gathers[bucket] = bucket.gather(self.collectives, flat)
+
+    def wait_for_gathers(self) -> None:
+        """Blocks until the replica is whole."""
+        for bucket in list(self._gathers):
+            self._finish_gather(bucket)
+
+    def _use(self, parameter: nn.Parameter) -> None:
+        """Called before `parameter` is read from the model: an old value is never seen."""
+        bucket = self._bucket_of.get(parameter)
+        if bucket in self._gathers:
+            self._finish_gather(bucket)
+
+    def _finish_gather(self, bucket: ShardedBucket) -> None:
+        gathering = self._gathers.pop(bucket)
+        self.clock.wait(gathering.work)
+        gathering.copy_to_device()
 
     def replica_tensors(self) -> dict[str, Tensor]:
         """The whole model; blocks until it is there."""
-        self._gathers.wait_all()
+        self.wait_for_gathers()
         return super().replica_tensors()
 
     def finish(self) -> None:
         """Waits for its gathers first."""
-        self._gathers.wait_all()
+        self.wait_for_gathers()
         super().finish()
 
     def norm_squared(self, gradients: list[Tensor]) -> float:

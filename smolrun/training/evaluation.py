@@ -13,8 +13,10 @@ from smolrun.algorithms.base import Algorithm
 from smolrun.data.splits import Batch, Prepared, open_split
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.events import EvalDone, Event, TextSample
+from smolrun.models.generate import pick
 from smolrun.training.trainer import Callback, Periodic, TrainOutcome
 
+_TEMPERATURE, _TOP_K = 0.8, 40
 _PROMPT_TOKENS = 8  # of an evaluation sample, where the config has no prompt
 
 
@@ -105,8 +107,6 @@ def generate(
     *,
     context_length: int,
     seed: int,
-    temperature: float = 0.8,
-    top_k: int = 40,
 ) -> list[int]:
     """Token ids that the model samples after `prompt`; collective where `logits` is, and equal on
     all ranks.
@@ -118,8 +118,5 @@ def generate(
     tokens = list(prompt)
     for _ in range(num_tokens):
         window = torch.tensor([tokens[-context_length:]])
-        last = logits(window)[0, -1]
-        values, ids = last.topk(min(top_k, len(last)))
-        choice = torch.multinomial(torch.softmax(values / temperature, 0), 1, generator=generator)
-        tokens.append(int(ids[choice]))
+        tokens.append(pick(logits(window)[0, -1], _TEMPERATURE, _TOP_K, generator))
     return tokens[len(prompt) :]

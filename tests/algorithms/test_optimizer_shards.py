@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from smolrun.algorithms.optimizer_shards import PendingAllGathers
+from smolrun.algorithms.optimizer_shards import OptimizerShards
 from smolrun.collectives.api import Collectives
 from smolrun.parts.flat_shards import PendingAllGather, ShardedBucket
 from tests.algorithms import worlds
@@ -77,7 +77,7 @@ def test_who_does_not_wait_sees_old_values(
     algorithm: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control."""
-    monkeypatch.setattr(PendingAllGathers, "_use", lambda self, parameter: None)
+    monkeypatch.setattr(OptimizerShards, "_use", lambda self, parameter: None)
     monkeypatch.setattr(worlds, "parameter_hash", lambda tensors: "")
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     reference = train("single", "language_model", 1, steps=4)[0]
@@ -89,13 +89,13 @@ def test_forward_begins_while_the_last_layers_are_on_their_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    right = PendingAllGathers._use
+    right = OptimizerShards._use
 
-    def use(self: PendingAllGathers, parameter: Any) -> None:
+    def use(self: OptimizerShards, parameter: Any) -> None:
         right(self, parameter)
-        seen.append(len(self._pending))
+        seen.append(len(self._gathers))
 
-    monkeypatch.setattr(PendingAllGathers, "_use", use)
+    monkeypatch.setattr(OptimizerShards, "_use", use)
     monkeypatch.setattr("smolrun.algorithms.fsdp.OptimizerShards.replica_tensors", lambda self: {})
     train("fsdp", "mlp", 2, steps=2, overrides={"stage": 1, "bucket_mb": 0.0001})
     assert max(seen) >= 2, "after the first layer was waited for, others were still on their way"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy
 import pytest
 import torch
 
 from smolrun.algorithms.base import FORWARD, Algorithm
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.cli.compose import compose
 from smolrun.data.splits import Prepared
-from smolrun.errors import ConfigError
+from smolrun.errors import CheckpointError, ConfigError
+from smolrun.launch.control import Saving
 from smolrun.testing import run_ranks
+from smolrun.worker import train as worker_train
 from smolrun.worker.train import place_algorithm, seed_everything
 
 CPU = torch.device("cpu")
@@ -72,3 +77,20 @@ def test_other_seeds_give_other_draws_in_every_library() -> None:
         seed_everything(CPU, *words)
         seen.append(draws())
     assert all(len(set(numbers)) == len(seen) for numbers in zip(*seen, strict=True))
+
+
+def test_a_state_that_does_not_fit_its_tensors_is_a_checkpoint_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a table of statistics with fewer columns than the state has names."""
+
+    def restore(checkpoint: CheckpointReader, state: dict[str, Any]) -> None:
+        raise IndexError("index 7 is out of bounds")
+
+    reader = SimpleNamespace(manifest=SimpleNamespace(state={"algorithm": {}}), folder="c")
+    monkeypatch.setattr(worker_train, "CheckpointReader", lambda folder: nullcontext(reader))
+    checkpoints = object.__new__(worker_train.RankCheckpoints)
+    checkpoints._saving = Saving("folder", "token", every=0, keep=1, keep_best=False, resume="c")
+    checkpoints._algorithm = cast(Algorithm, SimpleNamespace(restore=restore))
+    with pytest.raises(CheckpointError, match="cannot be used: IndexError"):
+        checkpoints._restore()

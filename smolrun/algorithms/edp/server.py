@@ -167,9 +167,10 @@ class WorkerHandle:
         work = self._channels.weights.send([number, *self._snapshot])
         work.add_done_callback(lambda _: self._events.put(WeightsSent(self)))
 
-    def weights_sent(self) -> None:
-        """The snapshot may change again."""
+    def weights_sent(self, version: int) -> None:
+        """The snapshot may change again: it is sent again, if the worker wants `version`."""
         self._is_sending = False
+        self.send_weights_if_due(version)
 
     def _receive_message(self) -> None:
         def received(work: Work) -> None:
@@ -286,8 +287,7 @@ class ParameterServer:
         elif isinstance(event, PushReceived) or not self._is_current(event.worker):
             return  # pushes after the end
         elif isinstance(event, WeightsSent):
-            event.worker.weights_sent()
-            event.worker.send_weights_if_due(self.work_queue.num_done)
+            event.worker.weights_sent(self.work_queue.num_done)
         elif event.message.kind is MessageKind.REQUEST_WORK:
             self._requests.append(event.worker)
             self.assign_work()
