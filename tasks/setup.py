@@ -8,7 +8,6 @@ second run finds that there is nothing to do.
 from __future__ import annotations
 
 import getpass
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,13 @@ from pathlib import Path
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
 from smolrun.errors import ConfigError, HostError, HostErrors, LoginFailed, SmolrunError
-from smolrun.launch.delivery.versions import env_python, environment_name, own_dependencies
+from smolrun.launch.delivery.versions import (
+    ask_environment,
+    env_python,
+    environment_name,
+    own_dependencies,
+    required_names,
+)
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.run_on_all import run_on_all
@@ -27,9 +32,6 @@ from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 from smolrun.tracking.run_folder import OUTPUTS
-
-_CHECK_S = 60.0
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 AskPassword = Callable[[str], str]
 
@@ -170,13 +172,12 @@ class Setup:
 
     def _check_given(self, machine: Machine, python: str) -> None:
         """The user chose this Python: nothing is installed, what it lacks is reported."""
-        names = [match[0] for line in self._requirements if (match := _NAME.match(line))]
-        request = {"pythons": [python], "path": "", "libraries": names, "timeout_s": _CHECK_S}
-        found = machine.call("versions", request, _CHECK_S + 30.0)
-        if found.get("python") is None or "problem" in found:
-            why = found.get("problem", "is not there")
-            raise HostError(machine.name, f"python: {python} {why}", "correct it, or leave it out")
-        missing = [name for name in names if found["versions"].get(name) is None]
+        names = required_names(self._requirements)
+        found = ask_environment(machine, [python], names)
+        if "error" in found:
+            what = f"python: {found['error']}"
+            raise HostError(machine.name, what, "correct it, or leave it out")
+        missing = [name for name in names if found["packages"].get(name) is None]
         if missing:
             hint = f"there: {python} -m pip install {' '.join(missing)}"
             raise HostError(machine.name, f"python: {python} lacks {', '.join(missing)}", hint)

@@ -118,7 +118,7 @@ def put(
         machine.put(source, path, on_bytes)
     except HostError:
         folder = path.rpartition("/")[0]
-        free = machine.call("disk", {"folder": folder}).get("free")
+        free = machine.call("store", {"do": "free", "root": folder}).get("free")
         if free is not None and free < _SPARE_BYTES:
             check_room(machine, folder, needed, free)
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from platform import python_version
@@ -60,24 +60,41 @@ def ask_versions(
     HostError where there is none, or it cannot run.
     """
     candidates = pythons(machine, deploy)
-    request = {
-        "pythons": candidates,
-        "path": lib,
-        "libraries": list(LIBRARIES),
-        "timeout_s": _ANSWER_S,
-    }
-    answer: dict[str, Any] = machine.call("versions", request, timeout_s=_ANSWER_S + 30.0)
-    if answer["python"] is None and machine.spec.python:
+    answer = ask_environment(machine, candidates, LIBRARIES, path=lib)
+    if answer.get("is_missing") and machine.spec.python:
         what = f"there is no Python {machine.spec.python}"
         raise HostError(machine.name, what, "correct python: in the cluster file")
-    if answer["python"] is None:
+    if answer.get("is_missing"):
         what = "there is no environment for smolrun there yet"
         raise HostError(machine.name, what, f"smolrun task=setup cluster={cluster}")
-    if "problem" in answer:
-        what = f"{answer['python']} does not run: {answer['problem']}"
-        raise HostError(machine.name, what, f"smolrun task=doctor cluster={cluster}")
-    found = answer["versions"]
-    return answer["python"], {name: found.get(name) for name in ("python", *LIBRARIES)}
+    if "error" in answer:
+        raise HostError(machine.name, answer["error"], f"smolrun task=doctor cluster={cluster}")
+    return answer["executable"], {"python": answer["python"], **answer["packages"]}
+
+
+def ask_environment(
+    machine: Machine, pythons: Sequence[str], packages: Sequence[str], *, path: str = ""
+) -> dict[str, Any]:
+    """The answer of on_host/environment.py: versions of `packages`, without an import of torch.
+
+    `path` comes before the installed packages.
+    """
+    request = {
+        "pythons": pythons,
+        "packages": packages,
+        "path": path,
+        "env": {},
+        "torch": False,
+        "device": "cpu",
+        "measure": False,
+        "timeout_s": _ANSWER_S,
+    }
+    return machine.call("environment", request, timeout_s=_ANSWER_S + 30.0)
+
+
+def required_names(requirements: Iterable[str]) -> list[str]:
+    """The bare names of requirement lines."""
+    return [match[1] for line in requirements if (match := _NAME.match(line.strip()))]
 
 
 def check_versions(
@@ -136,7 +153,7 @@ def _minor(number: str | None) -> list[str]:
 # The Python that task=setup installs on hosts: torch has wheels of it for every system we know.
 PYTHON = "3.12"
 _EXTRA = re.compile(r"\bextra\s*==")
-_NAME = re.compile(r"[A-Za-z0-9._-]+(?:\[[^\]]*\])?")
+_NAME = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?")
 
 
 def own_dependencies() -> list[str]:

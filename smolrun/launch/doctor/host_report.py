@@ -8,7 +8,6 @@ A script that fails becomes a finding; the others still run.
 from __future__ import annotations
 
 import platform
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smolrun.errors import HostError
+from smolrun.launch.delivery.versions import required_names
 from smolrun.launch.doctor import findings
 from smolrun.launch.doctor.findings import Finding, HostStatus, status
 
 _IMPORT_S = 180.0  # torch, on a Pi with a slow card
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class ScriptRunner(Protocol):
@@ -154,11 +153,6 @@ def _findings(facts: dict[str, Any], orders: HostRequirements, os: str) -> list[
         found += findings.of_sleep(facts["power"]["sleep"], os)
         found += findings.of_throttle(facts["power"]["throttle"])
     return found
-
-
-def required_names(requirements: Sequence[str]) -> list[str]:
-    """The bare names of requirement lines."""
-    return [match[0] for line in requirements if (match := _NAME.match(line.strip()))]
 
 
 class LocalMachine:

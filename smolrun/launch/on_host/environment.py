@@ -1,7 +1,7 @@
-"""Runs on a host: what the Python of a run has there, and whether its torch can use the GPU.
+"""Runs on a host: the versions the Python of a run has, and whether its torch can use the GPU.
 
-torch is imported by that Python, in a process of its own with a deadline: importing may take long,
-crash, or load a GPU driver. Only the standard library, Python >= 3.8.
+torch is only imported on request, by that Python, in a process of its own with a deadline:
+importing may take long, crash, or load a GPU driver. Only the standard library, Python >= 3.8.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 _INNER = r"""
 import json, platform, sys, time
 request = json.loads(sys.argv[1])
-out = {"python": platform.python_version(), "executable": sys.executable, "packages": {}}
+out = {"python": platform.python_version(), "packages": {}}
 from importlib import metadata
 for name in request["packages"]:
     try:
         out["packages"][name] = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    except Exception:  # not there, or its metadata is damaged
         out["packages"][name] = None
 def best(work, wait, seconds):
     # The shortest turn: others who use the machine just now only make turns longer.
@@ -71,7 +71,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     environment = dict(os.environ, **request["env"])
     if request["path"]:
         environment["PYTHONPATH"] = request["path"]
-    there = [python for python in request["pythons"] if os.path.exists(python)]
+    pythons = [os.path.expanduser(python) for python in request["pythons"]]
+    there = [python.replace("\\", "/") for python in pythons if os.path.isfile(python)]
     if not there:
         return {"error": "{} is not there".format(request["pythons"][0]), "is_missing": True}
     # Not the folder we are in: a file there could hide a library.
@@ -91,7 +92,6 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{there[0]} cannot be run: {error.strerror or error}"}
     for line in reversed(done.stdout.decode("utf-8", "replace").splitlines()):
         if line.startswith("smolrun-environment "):
-            found: dict[str, Any] = json.loads(line.partition(" ")[2])
-            return found
+            return {"executable": there[0], **json.loads(line.partition(" ")[2])}
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
     return {"error": f"{there[0]} ended with {done.returncode}: {said[0][:2000]}"}

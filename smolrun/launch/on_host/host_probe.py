@@ -11,6 +11,8 @@ import sys
 import tempfile
 from typing import Any
 
+from smolrun.launch.on_host.common import usable_cores, user
+
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """`workdir` is made, relative to the home; `problem` says why it cannot be used, else null."""
@@ -19,9 +21,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "os": platform.system().lower(),
         "architecture": platform.machine(),
-        "cores": _cores(),
+        "cores": usable_cores() or 1,
         "home": _slashed(home),
-        "user": _user(),
+        "user": user() or "",
         "python": platform.python_version(),
         "executable": _slashed(sys.executable),
         "workdir": _slashed(os.path.normpath(workdir)),
@@ -42,21 +44,5 @@ def _problem(workdir: str) -> str | None:
     return None
 
 
-def _cores() -> int:
-    """Those this process may use, which a container may have cut down."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _slashed(path: str) -> str:
     return path.replace(os.sep, "/")
-
-
-def _user() -> str:
-    try:
-        import getpass
-
-        return getpass.getuser()
-    except Exception:  # a number without a name, in a container
-        return str(os.getuid())

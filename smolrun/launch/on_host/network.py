@@ -13,10 +13,10 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from typing import Any
 
-_RUN_S = 15.0
+from smolrun.launch.on_host.common import powershell, read, run
+
 _NET = "/sys/class/net"
 _VPN = re.compile(r"^(tun|tap|wg|utun|ipsec|ppp|tailscale|zt|nordlynx)")
 _VIRTUAL = re.compile(r"^(docker|br-|virbr|lxc|vmnet|vEthernet|awdl|llw|anpi|ap\d|gif|stf)")
@@ -26,10 +26,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """`interfaces`: those that are up and have an address."""
     kind = platform.system().lower()
     if kind == "darwin":
-        ports = mac_ports(_run("networksetup", "-listallhardwareports") or "")
-        found = from_ifconfig(_run("ifconfig") or "", ports)
+        ports = mac_ports(run("networksetup", "-listallhardwareports") or "")
+        found = from_ifconfig(run("ifconfig") or "", ports)
     elif kind == "windows":
-        found = from_powershell(_run("powershell", "-NoProfile", "-Command", _POWERSHELL) or "")
+        found = from_powershell(powershell(_POWERSHELL))
     else:
         found = _linux()
     return {"interfaces": [one for one in found if one["addresses"]]}
@@ -47,7 +47,7 @@ def interface(
 
 def _linux() -> list[dict[str, Any]]:
     tool = shutil.which("ip") or next(filter(os.path.exists, ("/usr/sbin/ip", "/sbin/ip")), None)
-    text = _run(tool, "-o", "addr", "show", "up") if tool else None
+    text = run(tool, "-o", "addr", "show", "up") if tool else None
     addresses = from_ip(text) if text else _by_ioctl()
     return [
         interface(name, _linux_kind(name), _linux_speed(name), found)
@@ -83,7 +83,7 @@ def _by_ioctl() -> dict[str, list[str]]:
                 continue
             length = bin(int.from_bytes(mask, "big")).count("1")
             found[name] = [f"{socket.inet_ntoa(address)}/{length}"]
-    for line in _read("/proc/net/if_inet6").splitlines():
+    for line in read("/proc/net/if_inet6").splitlines():
         digits, _, length6, _, _, name = line.split()
         address6 = ipaddress.IPv6Address(bytes.fromhex(digits))
         found.setdefault(name, []).append(f"{address6}/{int(length6, 16)}")
@@ -93,13 +93,13 @@ def _by_ioctl() -> dict[str, list[str]]:
 def _linux_kind(name: str) -> str:
     folder = os.path.join(_NET, name)
     driver = os.path.basename(os.path.realpath(folder + "/device/driver"))
-    if name == "lo" or _read(folder + "/type").strip() == "772":
+    if name == "lo" or read(folder + "/type").strip() == "772":
         return "loopback"
     if os.path.isdir(folder + "/wireless") or os.path.exists(folder + "/phy80211"):
         return "wifi"
     if "thunderbolt" in driver or name.startswith("thunderbolt"):
         return "thunderbolt"
-    if _VPN.match(name) or _read(folder + "/type").strip() == "65534":
+    if _VPN.match(name) or read(folder + "/type").strip() == "65534":
         return "vpn"
     if os.path.isdir(folder + "/bridge"):
         members = [os.path.basename(path) for path in glob.glob(folder + "/brif/*")]
@@ -109,11 +109,11 @@ def _linux_kind(name: str) -> str:
 
 
 def _linux_speed(name: str) -> float | None:
-    text = _read(os.path.join(_NET, name, "speed")).strip()
+    text = read(os.path.join(_NET, name, "speed")).strip()
     if text.isdigit() and int(text) > 0:
         return float(text)
     if shutil.which("iw"):
-        rate = re.search(r"tx bitrate:\s*([\d.]+) MBit", _run("iw", "dev", name, "link") or "")
+        rate = re.search(r"tx bitrate:\s*([\d.]+) MBit", run("iw", "dev", name, "link") or "")
         return float(rate.group(1)) if rate else None
     return None
 
@@ -214,26 +214,3 @@ def _windows_kind(adapter: dict[str, Any]) -> str:
     if "hyper-v" in words or "virtual" in words or "vmware" in words:
         return "virtual"
     return "ethernet" if "802.3" in words or "ethernet" in words else "other"
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:  # a Wi-Fi interface has the file of its speed and cannot read it
-        return ""
-
-
-def _run(*argv: str) -> str | None:
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_RUN_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None

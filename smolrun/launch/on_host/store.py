@@ -9,34 +9,29 @@ A listing is {name: [bytes, sha256]}. Nothing gets its place before every hash w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 import zipfile
 from typing import Any
 
-_DAY_S = 86_400.0
-_DEAD_RUN_S = 14 * _DAY_S
-_CHUNK = 1 << 20
+from smolrun.launch.on_host.common import DAY_S, act, age_s, drop, nearest_folder, sha256, sweep
+
+_DEAD_RUN_S = 14 * DAY_S
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """`do`: look (what is missing?), finish (check and place what came) or drop (forget it)."""
-    try:
-        return {"look": look, "finish": finish, "drop": drop}[request["do"]](request)
-    except OSError as error:
-        path = str(error.filename or request["root"]).replace("\\", "/")
-        return {"os_error": error.strerror or str(error), "path": path}
+    """`do`: look (what is missing?), finish (check and place what came), drop (forget it) or free
+    (how much room the disk of `root` has)."""
+    return act(request, {"look": look, "finish": finish, "drop": drop, "free": free})
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
     """Which keys are missing or damaged, where to put them, and how much room there is."""
     root, wanted = request["root"], request["wanted"]
     os.makedirs(root, exist_ok=True)
-    _sweep(root)
+    sweep(root, ".incoming-", ".mark-")
     _note_use(request)
     thorough = request.get("thorough", False)
     missing = [key for key, listing in wanted.items() if not _is_good(root, key, listing, thorough)]
@@ -45,8 +40,12 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         incoming = tempfile.mkdtemp(prefix=".incoming-", dir=root)
         for key in missing:
             os.mkdir(os.path.join(incoming, key))
-    free = shutil.disk_usage(root).free
-    return {"missing": missing, "incoming": incoming.replace("\\", "/"), "free": free}
+    return {"missing": missing, "incoming": incoming.replace("\\", "/"), **free(request)}
+
+
+def free(request: dict[str, Any]) -> dict[str, Any]:
+    """Bytes free on the disk of `root`, or where it would be made."""
+    return {"free": shutil.disk_usage(nearest_folder(request["root"])).free}
 
 
 def finish(request: dict[str, Any]) -> dict[str, Any]:
@@ -72,12 +71,6 @@ def finish(request: dict[str, Any]) -> dict[str, Any]:
     return {"wrong": []}
 
 
-def drop(request: dict[str, Any]) -> dict[str, Any]:
-    """Forget what was on its way."""
-    shutil.rmtree(request["incoming"], ignore_errors=True)
-    return {}
-
-
 def _is_good(root: str, key: str, listing: dict[str, Any], thorough: bool = False) -> bool:
     """Whether a key is there, whole. Unless `thorough`, a file that has not changed since it was
     found good is not read again: a model has gigabytes."""
@@ -96,15 +89,7 @@ def _is_good(root: str, key: str, listing: dict[str, Any], thorough: bool = Fals
 def _hash(folder: str, name: str, size: int) -> str:
     """sha256 of a plain file of that size; empty for anything else."""
     path = os.path.join(folder, name)
-    if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) != size:
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while True:
-            data = file.read(_CHUNK)
-            if not data:
-                return digest.hexdigest()
-            digest.update(data)
+    return sha256(path) if os.path.isfile(path) and os.path.getsize(path) == size else ""
 
 
 def _state(folder: str, name: str) -> list[Any]:
@@ -166,22 +151,11 @@ def _sync(path: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sweep(root: str) -> None:
-    """What dead drivers left on its way."""
-    for name in os.listdir(root):
-        path = os.path.join(root, name)
-        if name.startswith((".incoming-", ".mark-")) and _age_s(path) > _DAY_S:
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.unlink(path)
-
-
 def _sweep_runs(runs: str) -> None:
     """What a run left whose driver died: nothing was written there for long."""
     for name in os.listdir(runs) if os.path.isdir(runs) else []:
         run = os.path.join(runs, name)
-        if min(_age_s(run), _age_s(os.path.join(run, "checkpoints"))) > _DEAD_RUN_S:
+        if min(age_s(run), age_s(os.path.join(run, "checkpoints"))) > _DEAD_RUN_S:
             shutil.rmtree(run, ignore_errors=True)
 
 
@@ -203,7 +177,7 @@ def _prune(request: dict[str, Any]) -> None:
     used = _used(os.path.join(os.path.dirname(root), "runs"), "uses-" + os.path.basename(root))
     there = [name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name))]
     keys = [name for name in there if not name.startswith(".")]
-    ages = {key: _age_s(os.path.join(root, key + ".json")) for key in keys}
+    ages = {key: age_s(os.path.join(root, key + ".json")) for key in keys}
     for key in sorted(keys, key=lambda key: ages[key])[request["keep"] :]:
         if key not in used and ages[key] > request["younger_s"]:
             _remove(root, key)
@@ -220,11 +194,3 @@ def _used(runs: str, name: str) -> set[str]:
             with open(path, encoding="utf-8") as file:
                 used.update(file.read().split())
     return used
-
-
-def _age_s(path: str) -> float:
-    """Since the last change; endless for what is not there."""
-    try:
-        return time.time() - os.stat(path).st_mtime
-    except OSError:
-        return float("inf")

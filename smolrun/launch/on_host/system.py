@@ -5,18 +5,24 @@ Only the standard library, Python >= 3.8; whatever cannot be found out is None.
 
 from __future__ import annotations
 
-import getpass
 import glob
 import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from typing import Any
 
-_RUN_S = 20.0
+from smolrun.launch.on_host.common import (
+    SLOW_S,
+    nearest_folder,
+    powershell,
+    read,
+    run,
+    usable_cores,
+    user,
+)
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +31,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     memory = {"linux": _linux_memory, "darwin": _mac_memory, "windows": _windows_memory}
     total, available = memory.get(kind, lambda: (None, None))()
     return {
-        "user": _user(),
+        "user": user(),
         "hostname": platform.node(),
         "os": kind,
         "system": _system(kind),
@@ -34,7 +40,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "model": _model(kind),
         "cpu": _cpu(kind),
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "memory_total": total,
         "memory_available": available,
         "python": {"path": sys.executable, "version": platform.python_version()},
@@ -44,46 +50,35 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # no name for this number
-        return str(os.getuid()) if hasattr(os, "getuid") else None
-
-
 def _system(kind: str) -> str:
     if kind == "darwin":
         return "macOS " + platform.mac_ver()[0]
     if kind == "windows":
         return f"Windows {platform.release()} {platform.version()}"
-    named = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read("/etc/os-release") or "", re.MULTILINE)
+    named = re.search(r'^PRETTY_NAME="?([^"\n]*)', read("/etc/os-release"), re.MULTILINE)
     return named.group(1) if named else f"{platform.system()} {platform.release()}"
 
 
 def _model(kind: str) -> str | None:
     if kind == "darwin":
-        return _run("sysctl", "-n", "hw.model")
-    text = _read("/proc/device-tree/model") or _read("/sys/class/dmi/id/product_name")
+        return run("sysctl", "-n", "hw.model")
+    text = read("/proc/device-tree/model") or read("/sys/class/dmi/id/product_name")
     return text.strip("\0\n ") if text else None
 
 
 def _cpu(kind: str) -> str | None:
     if kind == "darwin":
-        return _run("sysctl", "-n", "machdep.cpu.brand_string")
+        return run("sysctl", "-n", "machdep.cpu.brand_string")
     if kind == "windows":
         return platform.processor() or None
-    text = _read("/proc/cpuinfo") or ""
+    text = read("/proc/cpuinfo")
     # A Pi has no model name for each core, but a line about the whole board.
     found = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or None
 
 
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _linux_memory() -> tuple[int | None, int | None]:
-    text = _read("/proc/meminfo") or ""
+    text = read("/proc/meminfo")
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", text, re.MULTILINE))
     total, available = found.get("MemTotal"), found.get("MemAvailable")
     return (
@@ -93,7 +88,7 @@ def _linux_memory() -> tuple[int | None, int | None]:
 
 
 def _mac_memory() -> tuple[int | None, int | None]:
-    total, pages = _run("sysctl", "-n", "hw.memsize"), _run("vm_stat") or ""
+    total, pages = run("sysctl", "-n", "hw.memsize"), run("vm_stat") or ""
     size = re.search(r"page size of (\d+) bytes", pages)
     # What is inactive or speculative is reclaimed on demand.
     free = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)", pages, re.MULTILINE)
@@ -102,12 +97,12 @@ def _mac_memory() -> tuple[int | None, int | None]:
 
 
 def _windows_memory() -> tuple[int | None, int | None]:
-    text = _powershell(
+    text = powershell(
         "Get-CimInstance Win32_OperatingSystem"
         " | Select-Object TotalVisibleMemorySize,FreePhysicalMemory | ConvertTo-Json"
     )
     try:
-        found = json.loads(text or "")
+        found = json.loads(text)
         return found["TotalVisibleMemorySize"] * 1024, found["FreePhysicalMemory"] * 1024
     except (ValueError, KeyError, TypeError):
         return None, None
@@ -122,7 +117,7 @@ def _gpus(kind: str) -> list[dict[str, str]]:
     if named:
         return [{"vendor": "nvidia", "name": name} for name in named]
     if kind == "windows":
-        text = _powershell("(Get-CimInstance Win32_VideoController).Name") or ""
+        text = powershell("(Get-CimInstance Win32_VideoController).Name")
         return [_pc_gpu(line.strip()) for line in text.splitlines() if line.strip()]
     return _linux_gpus()
 
@@ -135,8 +130,10 @@ def _pc_gpu(name: str) -> dict[str, str]:
 def _nvidia_smi() -> list[str]:
     places = ("/usr/lib/wsl/lib/nvidia-smi", r"C:\Windows\System32\nvidia-smi.exe")
     found = shutil.which("nvidia-smi") or next(filter(os.path.exists, places), None)
-    told = _run(found, "--query-gpu=name", "--format=csv,noheader") if found else None
-    return [line.strip() for line in (told or "").splitlines() if line.strip()]
+    if found is None:
+        return []
+    names = run(found, "--query-gpu=name", "--format=csv,noheader", timeout_s=SLOW_S) or ""
+    return [line.strip() for line in names.splitlines() if line.strip()]
 
 
 def _linux_gpus() -> list[dict[str, str]]:
@@ -144,8 +141,8 @@ def _linux_gpus() -> list[dict[str, str]]:
     vendors = {"0x10de": "nvidia", "0x1002": "amd"}
     found = []
     for device in sorted(glob.glob("/sys/bus/pci/devices/*")):
-        vendor = (_read(device + "/vendor") or "").strip()
-        is_display = (_read(device + "/class") or "").startswith("0x03")
+        vendor = read(device + "/vendor").strip()
+        is_display = read(device + "/class").startswith("0x03")
         if is_display and vendor in vendors:
             found.append({"vendor": vendors[vendor], "name": "PCI " + os.path.basename(device)})
     if os.path.exists("/etc/nv_tegra_release"):
@@ -155,9 +152,7 @@ def _linux_gpus() -> list[dict[str, str]]:
 
 def _folder(path: str) -> dict[str, Any]:
     """The disk below the folder, or below the nearest one above it that is there."""
-    place = os.path.abspath(os.path.expanduser(path))
-    while not os.path.exists(place) and os.path.dirname(place) != place:
-        place = os.path.dirname(place)
+    place = nearest_folder(os.path.expanduser(path))
     try:
         free = shutil.disk_usage(place).free
     except OSError:
@@ -169,30 +164,3 @@ def _folder(path: str) -> dict[str, Any]:
         "is_folder": os.path.isdir(place),
         "is_writable": os.access(place, os.W_OK | os.X_OK),
     }
-
-
-def _read(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return None
-
-
-def _powershell(command: str) -> str | None:
-    return _run("powershell", "-NoProfile", "-NonInteractive", "-Command", command)
-
-
-def _run(*argv: str) -> str | None:
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_RUN_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None

@@ -6,34 +6,29 @@ what the user put there: the folder is smolrun's. Other files, and all outside i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
-import time
 import zipfile
 from typing import Any
 
-_DAY_S = 86_400.0
+from smolrun.launch.on_host.common import act, drop, sha256, sweep
+
 _CODE = (".py", ".yaml", "METADATA")
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """`do`: look (which files differ?), finish (unpack what came, delete the rest) or drop."""
-    try:
-        return {"look": look, "finish": finish, "drop": drop}[request["do"]](request)
-    except OSError as error:
-        path = str(error.filename or request["root"]).replace("\\", "/")
-        return {"os_error": error.strerror or str(error), "path": path}
+    return act(request, {"look": look, "finish": finish, "drop": drop})
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
     """The names that differ, and a folder next to the tree to put the archive into."""
     root, listing = request["root"], request["listing"]
     os.makedirs(root, exist_ok=True)
-    _sweep(os.path.dirname(root))
+    sweep(os.path.dirname(root), ".tree-")
     changed = [
-        name for name in sorted(listing) if _hash(os.path.join(root, name)) != listing[name][1]
+        name for name in sorted(listing) if sha256(os.path.join(root, name)) != listing[name][1]
     ]
     stray = bool(_stray(root, listing))
     incoming = (
@@ -54,7 +49,7 @@ def finish(request: dict[str, Any]) -> dict[str, Any]:
         wrong = [
             name
             for name in request["changed"]
-            if _hash(os.path.join(new, name)) != listing[name][1]
+            if sha256(os.path.join(new, name)) != listing[name][1]
         ]
         if wrong:
             return {"wrong": wrong}
@@ -68,27 +63,6 @@ def finish(request: dict[str, Any]) -> dict[str, Any]:
         return {"wrong": []}
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-
-
-def drop(request: dict[str, Any]) -> dict[str, Any]:
-    """Forget what was on its way."""
-    shutil.rmtree(request["incoming"], ignore_errors=True)
-    return {}
-
-
-def _hash(path: str) -> str:
-    if os.path.islink(path) or not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def _sweep(folder: str) -> None:
-    """What dead drivers left on its way."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name.startswith(".tree-") and time.time() - os.stat(path).st_mtime > _DAY_S:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _stray(root: str, listing: dict[str, Any]) -> list[Any]:

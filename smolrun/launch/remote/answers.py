@@ -38,7 +38,7 @@ class Clock(TypedDict):
 
 
 class Disk(TypedDict):
-    free: Size | None
+    free: Size
 
 
 class DiskError(TypedDict):
@@ -68,20 +68,6 @@ class Finished(TypedDict):
 
 class Cleared(TypedDict):
     left: bool
-
-
-class Versions(TypedDict):
-    python: Text
-    versions: dict[Text, Text | None]
-
-
-class NoVersions(TypedDict):
-    python: Text
-    problem: Text
-
-
-class NoPython(TypedDict):
-    python: None
 
 
 class Gpu(TypedDict):
@@ -205,16 +191,15 @@ class Reach(TypedDict):
 _KINDS: dict[str, tuple[Any, ...]] = {
     "host_probe": (HostProbe,),
     "clock": (Clock,),
-    "disk": (Disk,),
     "system": (System,),
     "network": (Network,),
     "power": (Power,),
     "firewall": (Firewall,),
     "environment": (NoEnvironment, WithTorch, Environment),
-    "versions": (Versions, NoVersions, NoPython),
     "reach": (Reach,),
     "store look": (DiskError, StoreLook),
     "store finish": (DiskError, Finished),
+    "store free": (DiskError, Disk),
     "store drop": (DiskError, Nothing),
     "tree look": (DiskError, TreeLook),
     "tree finish": (DiskError, Finished),

@@ -1,4 +1,4 @@
-"""Remote call: runs one script of `on_host/` by the host's own Python.
+"""Remote call: runs one script of `on_host/`, and its common.py, by the host's own Python.
 
 The script and its request travel over stdin, so that nothing has to be installed there first and
 nothing stands in the list of processes; the reply is one line of stdout behind a mark that is new
@@ -25,6 +25,7 @@ from smolrun.launch.remote.shell import Shell, command
 from smolrun.sanitize import all_in_one_line, one_line
 
 OLDEST_PYTHON = (3, 8)
+_PACKAGE = "smolrun.launch.on_host"
 
 # Python 2 must be able to read this much, to say that it is too old.
 _PROGRAM = """\
@@ -32,10 +33,13 @@ import sys
 if sys.version_info < {oldest}:
     print({mark} + " old " + sys.version.split()[0])
     sys.exit(0)
-import json
-names = {{"__name__": "smolrun_on_host"}}
-exec(compile({source}, {file}, "exec"), names)
-reply = names["main"](json.loads({request}))
+import json, types
+def load(name, source):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name.replace(".", "/") + ".py", "exec"), module.__dict__)
+    return module
+load("{package}.common", {common})
+reply = load("{package}.{script}", {source}).main(json.loads({request}))
 sys.stdout.write("\\n" + {mark} + " " + json.dumps(reply) + "\\n")
 sys.stdout.flush()
 """
@@ -59,26 +63,27 @@ def call(
     for text in done.out.decode("utf-8", "replace").splitlines():
         if text.startswith(mark):
             answer = text.removeprefix(mark).strip()
-            reply: dict[str, Any] = _reply(
-                connection.name, python, script, request.get("do"), answer, cluster
-            )
-            return reply
+            return _reply(connection.name, python, script, request.get("do"), answer, cluster)
     raise _no_reply(connection.name, python, script, done, cluster)
 
 
 def _program(script: str, request: dict[str, Any], mark: str) -> str:
-    file = resources.files("smolrun.launch.on_host").joinpath(f"{script}.py")
+    folder = resources.files(_PACKAGE)
     # ascii(), because the other side's stdin may have any encoding; double, as JSON is text there.
     return _PROGRAM.format(
         oldest=OLDEST_PYTHON,
         mark=ascii(mark),
-        source=ascii(file.read_text(encoding="utf-8")),
-        file=ascii(f"smolrun/launch/on_host/{script}.py"),
+        package=_PACKAGE,
+        script=script,
+        common=ascii(folder.joinpath("common.py").read_text(encoding="utf-8")),
+        source=ascii(folder.joinpath(f"{script}.py").read_text(encoding="utf-8")),
         request=ascii(json.dumps(request)),
     )
 
 
-def _reply(host: str, python: str, script: str, do: str | None, text: str, cluster: str) -> Any:
+def _reply(
+    host: str, python: str, script: str, do: str | None, text: str, cluster: str
+) -> dict[str, Any]:
     """The answer, as its types have it and without what a terminal would obey."""
     if text.startswith("old "):
         raise _too_old(host, python, one_line(text.removeprefix("old ")), cluster)

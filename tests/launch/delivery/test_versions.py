@@ -99,9 +99,9 @@ def test_a_python_that_is_not_there_is_named(mini1: Any) -> None:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("#!/bin/sh\necho broken >&2\nexit 1\n", "does not run: broken"),
-        ("#!/bin/sh\nexit 4\n", "does not run: ended with code 4"),
-        ("no program", "does not run: "),
+        ("#!/bin/sh\necho broken >&2\nexit 1\n", "ended with 1: broken"),
+        ("#!/bin/sh\nexit 4\n", "ended with 4: it said nothing"),
+        ("no program", "python cannot be run: "),
     ],
 )
 def test_a_python_that_does_not_run_says_why(

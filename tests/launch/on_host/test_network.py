@@ -126,5 +126,5 @@ def test_this_linux_has_a_loopback_with_and_without_iproute2(monkeypatch: pytest
         return next(one for one in network.main({})["interfaces"] if one["name"] == "lo")
 
     assert loopback()["kind"] == "loopback"
-    monkeypatch.setattr(network, "_run", lambda *argv: None)
+    monkeypatch.setattr(network, "run", lambda *argv: None)
     assert loopback()["addresses"][0] == "127.0.0.1/8"
