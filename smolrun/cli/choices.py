@@ -14,7 +14,6 @@ Groups = dict[str, dict[str, str]]
 """Group -> choice -> its description."""
 
 DEFAULT = re.compile(r"^\s*-\s*(\w+):\s*(\w+)", re.MULTILINE)
-TARGET = re.compile(r"^target: (\S+)", re.MULTILINE)
 
 
 def shipped_folder() -> Path:
@@ -49,13 +48,6 @@ def groups(folders: Iterable[Path]) -> Groups:
 def files(folder: Path) -> list[Path]:
     """The files of all choices in a folder, sorted."""
     return sorted([*folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")])
-
-
-def shipped_targets() -> set[str]:
-    """Every `target` of the choices that come with smolrun."""
-    folder = shipped_folder()
-    texts = [file.read_text(encoding="utf-8") for file in files(folder)]
-    return {target for text in texts for target in TARGET.findall(text)}
 
 
 def defaults(folders: Iterable[Path]) -> dict[str, str]:

@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 
 from smolrun.checkpoints.find import run_folder, what_exists
-from smolrun.cli import choices, compose, mistakes
+from smolrun.cli import compose, mistakes
 from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
+from smolrun.config.base import SHIPPED_TARGETS
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, SmolrunError
 from smolrun.files import read_yaml
@@ -103,7 +104,6 @@ def is_interactive() -> bool:
 
 def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
     """What a configuration names that is run or connected to; JSON has no control characters."""
-    shipped = choices.shipped_targets()
     sections = {key: value for key, value in stored.items() if isinstance(value, Mapping)}
     hosts = sections.get("cluster", {}).get("hosts")
     for number, host in enumerate(hosts if isinstance(hosts, list) else ()):
@@ -111,7 +111,7 @@ def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
             sections[f"cluster.hosts[{number}]"] = host
     for section, values in sections.items():
         for key, value in values.items():
-            is_code = key == "target" and str(value) not in shipped
+            is_code = key == "target" and str(value) not in SHIPPED_TARGETS
             is_connection = section.startswith("cluster") and key in _OF_CLUSTER
             if value and (is_code or is_connection or (section, key) == ("tracker", "entity")):
                 # The values of `env:` may be credentials.

@@ -35,7 +35,8 @@ Device = Literal["auto", "cpu", "mps", "cuda"]
 TorchBuild = Literal["auto", "cpu", "cuda"]
 Ports = Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")]
 Kind = Literal["tokens", "features"]
-_SHIPPED_MODULES: set[str] = set()
+SHIPPED_TARGETS: set[str] = set()
+"""Every `target` that comes with smolrun."""
 
 
 class Section(BaseModel):
@@ -78,7 +79,8 @@ def _module_and_name(target: str) -> str:
     module, _, name = target.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError("not of the form module:name, such as my_code.model:build")
-    is_shipped = module in _SHIPPED_MODULES  # then the name in it is wrong
+    # In a shipped module the name is wrong.
+    is_shipped = any(shipped.startswith(f"{module}:") for shipped in SHIPPED_TARGETS)
     if module.split(".")[0] == "smolrun" and (is_shipped or not _is_module(module)):
         raise ValueError("smolrun has no such target")
     return target
@@ -108,7 +110,7 @@ def chosen_by_target(custom: type[CustomTargetConfig], *shipped: type[TargetConf
     user's own code.
     """
     known = {get_args(cls.model_fields["target"].annotation)[0]: cls.__name__ for cls in shipped}
-    _SHIPPED_MODULES.update(target.partition(":")[0] for target in known)
+    SHIPPED_TARGETS.update(known)
 
     def choose(value: Any) -> str:
         if isinstance(value, TargetConfig):
