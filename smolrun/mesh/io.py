@@ -48,10 +48,6 @@ class IoThread:
         """Starts the thread."""
         self._thread.start()
 
-    def is_current(self) -> bool:
-        """Whether the caller runs on this thread."""
-        return threading.get_ident() == self._ident
-
     def post(self, function: Callable[[], None]) -> None:
         """Runs `function` on this thread soon; callable from any thread, never blocks."""
         self._posted.append(function)
@@ -87,7 +83,7 @@ class IoThread:
         """Ends the thread after the callbacks that are due; safe to call twice."""
         self._is_stopping = True
         self.post(lambda: None)
-        if self._thread.ident is not None and not self.is_current():
+        if self._thread.ident not in (None, threading.get_ident()):
             self._thread.join(timeout_s)
 
     def _run(self) -> None:

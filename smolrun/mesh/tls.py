@@ -61,11 +61,6 @@ class TlsPipe:
         self._early = bytearray()  # decrypted before it was asked for
         self._has_ended = False
 
-    @staticmethod
-    def new_scratch() -> memoryview:
-        """Memory that sockets are read into; pipes of one thread may share it."""
-        return memoryview(bytearray(_CHUNK_BYTES))
-
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -81,7 +76,8 @@ class TlsPipe:
                 self._take()
                 self.has_received = True
             except ssl.SSLError as error:
-                self._send_alert()
+                with contextlib.suppress(OSError):  # it is refused in any case
+                    self._send_all()  # TLS's alert
                 raise HandshakeError(f"no TLS of this run: {_reason(error)}") from None
         self._send_all()
         if self._rank_of is not None:
@@ -183,13 +179,6 @@ class TlsPipe:
         if data and self._socket.send(data) != len(data):
             raise ConnectionResetError("the handshake could not be sent")
 
-    def _send_alert(self) -> None:
-        """Sends TLS's alert, if the other side still reads."""
-        try:
-            self._send_all()
-        except OSError:
-            pass  # it is refused in any case
-
 
 def _reason(error: ssl.SSLError) -> str:
     """OpenSSL's reason, without its position in OpenSSL's source."""
@@ -240,8 +229,8 @@ class MutualTls:
             context.hostname_checks_common_name = False
             context.load_verify_locations(cadata=credentials.ca)
         _load_key(credentials, self._client, self._server)
-        # Shared by all pipes, as one thread drives them all.
-        self._scratch = TlsPipe.new_scratch()
+        # Sockets are read into it. Shared by all pipes, as one thread drives them all.
+        self._scratch = memoryview(bytearray(_CHUNK_BYTES))
 
     def client_pipe(self, sock: socket.socket, rank: int) -> Pipe:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -105,7 +105,7 @@ def waiting_rank(
 
 
 def join(absent: Endpoint, mine: Endpoint, security: TransportSecurity | None = None) -> None:
-    """Rank 1 joins a `waiting_rank`, and closes without GOODBYE, which nobody would answer."""
+    """Rank 1 joins a `waiting_rank`, and closes without GOODBYE, which no rank would answer."""
     mesh = connect(absent, identity(1), roster_of([mine, absent]), security=security)
     mesh.post(lambda: [peer.close() for peer in mesh._peers.values()])  # type: ignore[func-returns-value]
     mesh.close()

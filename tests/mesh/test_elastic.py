@@ -67,7 +67,7 @@ def test_a_rank_that_rejoins_starts_with_fresh_tags(kind: str) -> None:
     with star(3, kind) as made:
         first, other = made.join(1), made.join(2)
         for number in range(3):
-            # Mail that nobody takes, and a grant that nothing follows: both must be forgotten.
+            # An unexpected tensor and a grant without a tensor: both must be forgotten.
             first.send(0, Tag(1, number, 0), torch.full((SMALL,), 99.0)).wait(20)
             first.recv(0, Tag(1, number, 0), torch.empty(LARGE))
         until(lambda: len(made.server._peers[1]._grants) == 3)

@@ -17,7 +17,7 @@ from smolrun.mesh.endpoint import Endpoint
 from tests.mesh.meeting import LOOPBACK, identity
 from tests.mesh.star import Star, die, exchange, star
 from tests.mesh.test_intruders import by_bytes, by_tls, context
-from tests.mesh.test_rendezvous import STRANGERS, strangers
+from tests.mesh.test_rendezvous import FIRST_BYTES, first_bytes
 from tests.waiting import until
 
 
@@ -30,7 +30,7 @@ def test_unauthenticated_connections_get_nothing_and_honest_ranks_join() -> None
         exchange(made.server, made.join(1))
         for index in range(140):
             with socket.create_connection(made.where, timeout=10) as sock, suppress(OSError):
-                sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
+                sock.sendall(first_bytes(FIRST_BYTES[index % len(FIRST_BYTES)], index))
                 sock.shutdown(socket.SHUT_WR)
                 while got := sock.recv(4096):
                     assert b"welcome" not in got
@@ -47,7 +47,7 @@ def test_intruders_at_a_tls_listener_are_refused(tmp_path: Path) -> None:
         intruders = [
             lambda sock: by_tls(sock, context(tmp_path, spare[1])),
             lambda sock: by_tls(sock, context(tmp_path, None)),
-            lambda sock: by_bytes(sock, strangers("hello", 0)),
+            lambda sock: by_bytes(sock, first_bytes("hello", 0)),
             lambda sock: by_bytes(sock, os.urandom(500)),
         ]
         for act in intruders:
@@ -72,7 +72,9 @@ def test_idle_connections_do_not_block_a_rank_that_rejoins() -> None:
 def test_a_rank_of_another_configuration_is_refused() -> None:
     with star(2) as made:
         mine = Endpoint([LOOPBACK])
-        stranger = replace(identity(1, 2), config_hash="other")
+        other_run = replace(identity(1, 2), config_hash="other")
         with pytest.raises(HandshakeError, match="rank 0 refused: your config_hash"):
-            connect(mine, stranger, [made.entry, RosterEntry(1, "x", mine.addresses)], elastic=True)
+            connect(
+                mine, other_run, [made.entry, RosterEntry(1, "x", mine.addresses)], elastic=True
+            )
         assert made.server.present == frozenset()

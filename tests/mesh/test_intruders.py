@@ -50,7 +50,7 @@ def by_tls(sock: socket.socket, client: ssl.SSLContext, name: str | None = None)
     sni = name or peer_name(0, "run")
     with client.wrap_socket(sock, server_hostname=sni) as tls:
         tls.sendall(HELLO)
-        assert tls.recv(1) == b"", "nobody answers a stranger"
+        assert tls.recv(1) == b"", "nothing is sent to an unauthenticated peer"
 
 
 def by_bytes(sock: socket.socket, data: bytes) -> None:
@@ -182,7 +182,7 @@ def test_a_thousand_idle_connections_do_not_block_honest_ranks(is_secure: bool) 
 
 
 def test_two_runs_do_not_mix() -> None:
-    """A rank of another run at the address it was told, with the same names of ranks."""
+    """A rank of another run at a roster address, with the same names of ranks."""
     from smolrun.mesh.endpoint import Endpoint
 
     endpoints = [Endpoint(["127.0.0.1"]) for _ in range(2)]

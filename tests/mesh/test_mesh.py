@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_take_part_is_named_by_all_that_wait(kind: str, siz
     is_over, second = threading.Event(), threading.Event()
 
     def rank_main(mesh: Mesh) -> int | None:
-        if mesh.rank == 1:  # alive: its heartbeats go on
+        if mesh.rank == 1:  # alive: it still sends heartbeats
             assert is_over.wait(20)
             return None
         mesh.timeout_s = 0.5

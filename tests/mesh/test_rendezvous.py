@@ -117,7 +117,7 @@ def test_it_is_enough_that_one_of_two_ranks_can_dial(caller: int, is_secure: boo
     securities = tls_ranks(2) if is_secure else None
     with dead_address("silent") as dead:
         blind = roster_of(endpoints)
-        blind[caller] = RosterEntry(caller, "x", [dead])  # what the other one is told
+        blind[caller] = RosterEntry(caller, "x", [dead])  # the other rank's roster
         rosters = [blind, blind]
         rosters[caller] = roster_of(endpoints)
         results = meet(endpoints, [identity(0), identity(1)], rosters, securities)
@@ -172,8 +172,8 @@ def test_a_running_mesh_cannot_be_reached_at_all() -> None:
             socket.create_connection(where, timeout=5)
 
 
-def strangers(kind: str, index: int) -> bytes:
-    """What somebody without the secret may say first."""
+def first_bytes(kind: str, index: int) -> bytes:
+    """What a dialer without the secret may send first."""
     hello = {
         "type": "hello",
         "version": 1,
@@ -200,7 +200,7 @@ def _framed(message: dict[str, object]) -> bytes:
     return len(raw).to_bytes(2, "little") + raw
 
 
-STRANGERS = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof", "surrogate"]
+FIRST_BYTES = ["garbage", "http", "oversized", "hello", "wrong rank", "false proof", "surrogate"]
 
 
 def test_a_thousand_unauthenticated_connections_get_nothing_while_honest_ranks_connect() -> None:
@@ -209,14 +209,14 @@ def test_a_thousand_unauthenticated_connections_get_nothing_while_honest_ranks_c
         for index in range(1000):
             with socket.create_connection(mine.addresses[0], timeout=10) as sock:
                 try:
-                    sock.sendall(strangers(STRANGERS[index % len(STRANGERS)], index))
+                    sock.sendall(first_bytes(FIRST_BYTES[index % len(FIRST_BYTES)], index))
                     sock.shutdown(socket.SHUT_WR)
                     while got := sock.recv(4096):
                         bytes_got += len(got)
                         assert b"welcome" not in got
                 except OSError:
                     pass  # hung up on: as good as refused
-        assert not rendezvous._complete.is_set(), "nobody of these may complete the mesh"
+        assert not rendezvous._complete.is_set(), "none of these may complete the mesh"
         until(lambda: rendezvous.refused == 1000)
         join(absent, mine)
     assert bytes_got < 1000 * 200, "a challenge at most"
