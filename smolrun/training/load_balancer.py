@@ -50,20 +50,11 @@ class ShareChange:
 class BalancePolicy:
     """Decides when shares change, from what all ranks did in each step."""
 
-    def __init__(
-        self,
-        counts: Sequence[int],
-        *,
-        idle: Sequence[int] = (),
-        window: int = WINDOW,
-        worth: float = WORTH,
-    ) -> None:
+    def __init__(self, counts: Sequence[int], *, idle: Sequence[int] = ()) -> None:
         """`counts` are the samples of every rank at first; ranks in `idle` never get any."""
         self._idle = frozenset(idle)
         self.counts = tuple(counts)
         self.rates: list[float] = []  # samples a second, the latest known of every rank
-        self._window = window
-        self._worth = worth
         self._times_s: list[Sequence[float]] = []
 
     def observe(self, samples: Sequence[int], compute_s: Sequence[float]) -> ShareChange | None:
@@ -72,7 +63,7 @@ class BalancePolicy:
         if tuple(samples) != self.counts or not any(compute_s):
             return None
         self._times_s.append(compute_s)
-        if len(self._times_s) < self._window:
+        if len(self._times_s) < WINDOW:
             return None
         medians = [statistics.median(times) for times in zip(*self._times_s, strict=True)]
         self._times_s = []
@@ -93,7 +84,7 @@ class BalancePolicy:
         after = tuple(shares(sum(self.counts), rates))
         before_s, after_s = _step_s(self.counts, rates), _step_s(after, rates)
         gain = 1 - after_s / before_s
-        if gain < self._worth:
+        if gain < WORTH:
             return None
         change = ShareChange(self.counts, after, tuple(rates), gain)
         self.counts = after

@@ -28,11 +28,7 @@ class TimelineRecorder(Callback):
     too short for the warm-up shows its last ones."""
 
     def __init__(
-        self,
-        algorithm: Algorithm,
-        steps: int,
-        total_steps: int,
-        emit: Callable[[Event], None],
+        self, algorithm: Algorithm, steps: int, total_steps: int, emit: Callable[[Event], None]
     ) -> None:
         self._algorithm = algorithm
         self._left = steps

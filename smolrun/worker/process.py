@@ -79,13 +79,12 @@ def run(channel: WorkerChannel) -> int:
         except StopRequested as stop:
             _log.info("%s", stop)
             channel.result("stopped")
-        except SmolrunError as error:
-            _log.error("%s: %s", type(error).__name__, error)
-            channel.result("failed", error=_report(error))
-            return EXIT_FAILED
         # Even SystemExit, out of the user's own code, must reach the driver.
         except BaseException as error:
-            traceback.print_exc()
+            if isinstance(error, SmolrunError):
+                _log.error("%s: %s", type(error).__name__, error)
+            else:
+                traceback.print_exc()
             channel.result("failed", error=_report(error))
             return EXIT_FAILED
         else:
