@@ -43,11 +43,9 @@ class AdafactorConfig(Section):
 
     name: Literal["adafactor"]
     lr: Positive
-    beta2_decay: Annotated[float, Field(le=0)] = Field(
-        json_schema_extra={"allowed": "a number <= 0"}
-    )
+    beta2_decay: Annotated[float, Field(le=0)]
     eps: Annotated[list[Positive], Field(min_length=2, max_length=2)]
-    d: Annotated[float, Field(ge=1)] = Field(json_schema_extra={"allowed": "a number >= 1"})
+    d: Annotated[float, Field(ge=1)]
     weight_decay: NotNegative
 
 
