@@ -131,8 +131,8 @@ def test_a_silent_peer_is_lost_and_may_rejoin_while_another_is_served() -> None:
 
 
 def test_a_second_link_of_a_rank_waits_until_the_first_is_dead() -> None:
-    """Of a rank that is heard of, nobody takes the place; of one cut off without a word, its next
-    process does, long before the silence limit."""
+    """A link that is not silent is not replaced; one that was cut off without GOODBYE is, by the
+    rank's next process, long before the silence limit."""
     with star(2) as made:
         first = made.join(1)
         with pytest.raises(WaitTimeout, match="no link to rank 0"):
