@@ -52,7 +52,7 @@ class Single(Algorithm):
     def pending_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """The oldest pending has the oldest gradients."""
         (position,) = (n for n, other in enumerate(self.pending_updates) if other is pending)
-        while len(self._delayed) <= position:  # going on from a checkpoint: room to write into
+        while len(self._delayed) <= position:  # resuming: memory to load into
             self._delayed.append([torch.zeros_like(parameter) for parameter in self._trained()])
         return self._delayed[position]
 

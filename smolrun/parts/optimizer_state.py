@@ -1,4 +1,4 @@
-"""What an optimizer remembers, by the names of parameters: shapes, reading, and putting it back.
+"""The state of optimizers by the names of parameters: shapes, reading, memory to load it into.
 
 Knows the optimizers by the names of their classes only; training/optimizer.py makes them.
 """
@@ -19,7 +19,7 @@ UPDATES = "updates"  # how many times a parameter was updated; counted where upd
 def state_shapes(
     name: str, shape: Sequence[int], *, has_momentum: bool = True, is_rounded: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """What optimizer `name` remembers of a parameter of this shape, after its first update.
+    """Shapes of the state of optimizer `name` after the first update of a parameter of `shape`.
 
     `has_momentum` counts for sgd alone; `is_rounded`: the parameter is in bfloat16.
     """
@@ -45,8 +45,7 @@ def state_shapes(
 def optimizer_state(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> dict[str, Tensor]:
-    """All that the optimizer remembers, as "<state name>/<parameter name>"; empty before the first
-    update.
+    """The optimizer's state by "<state name>/<parameter name>"; empty before the first update.
 
     The tensors are the optimizer's own, not copies; numbers come as tensors without dimensions.
     """
@@ -106,7 +105,7 @@ def _some(names: list[str]) -> str:
 def expected_bytes(
     optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]
 ) -> int:
-    """Bytes of all that the optimizer will remember once it has made an update."""
+    """Bytes of the optimizer's state after its first update."""
     return sum(
         math.prod(shape) * (parameter.itemsize if shape == tuple(parameter.shape) else 4)
         for parameter in parameters
@@ -118,7 +117,7 @@ def expected_bytes(
 def shapes_of(
     optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter
 ) -> dict[str, tuple[int, ...]]:
-    """What this optimizer remembers of a parameter, as `state_shapes`."""
+    """`state_shapes` of a parameter of this optimizer."""
     inner = getattr(optimizer, "inner", None)  # of a StochasticRounding
     name = type(optimizer if inner is None else inner).__name__.lower()
     is_rounded = inner is not None

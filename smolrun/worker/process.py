@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from smolrun.wire.handshake import Identity
 
 _START_S = 60.0  # the driver sends the start message before anything else
-# `mesh.liveness`: how long a peer may say nothing at all before it counts as lost. With the time to
-# tell the driver, the run ends within 10 and 4 seconds.
+# `mesh.liveness`: seconds without any byte from a peer until it counts as lost. With the report to
+# the driver, the run ends within 10 and 4 seconds.
 _SILENCE_S = {"normal": 9.0, "fast": 3.0}
 
 _log = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Not sys.exit: all is said, and no thread that a library left behind may keep this process.
+    # Not sys.exit: a thread that a library left running would keep this process alive.
     os._exit(code)
 
 
 def run(channel: WorkerChannel) -> int:
     """Run the task that the driver asks for and report how it ended; returns the exit code."""
-    # The mesh is closed after the report: its farewell may take seconds, the driver is waiting.
+    # The mesh is closed after the report: closing may take seconds, and the driver waits for it.
     with contextlib.ExitStack() as closing:
         try:
             start = channel.wait_start(_START_S)
@@ -133,7 +133,7 @@ def _run_task(
 def _close(mesh: Mesh) -> None:
     try:
         mesh.close()
-    except Exception:  # how the task ended is what counts, and that has been told
+    except Exception:  # the task's result counts, and has been reported
         _log.exception("the mesh did not close cleanly")
 
 
@@ -187,7 +187,8 @@ def shape_of(config: Mapping[str, Any], rank: int) -> Shape | None:
 
 
 def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
-    """Whatever the driver said: nothing leaves this machine readable unless somebody asked."""
+    """SmolrunError where links would leave this machine unencrypted and the configuration does not
+    say so. Checked here too, so it does not depend on the driver."""
     from smolrun.mesh.addresses import is_loopback
 
     who = f"rank {start.rank} on {start.host}"

@@ -359,8 +359,8 @@ class RankCheckpoints(Periodic):
         self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
 
     def begin(self, trainer: Trainer) -> None:
-        """Looks for room on the disk, and goes on from the checkpoint if there is one; on all ranks
-        alike. CheckpointError if the run cannot begin."""
+        """Checks the disk's free space and resumes from the checkpoint if there is one; collective.
+        CheckpointError if the run cannot begin."""
         self._trainer = trainer
         if self.every:
             self._check_space()
@@ -418,7 +418,7 @@ class RankCheckpoints(Periodic):
         self._saver.save(updates, slices, {"run": state} if self._rank == 0 else {})
 
     def _restore(self) -> None:
-        """Goes on from the checkpoint, if there is one to go on from; on all ranks alike."""
+        """Loads the checkpoint that the run resumes from, if there is one; on all ranks alike."""
         if self._saving.resume is None:
             return
         with CheckpointReader(Path(self._saving.resume)) as checkpoint:
