@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,20 +39,19 @@ _LINKS_S = 300.0  # of a mesh with a link of 1 Mbit/s in it
 
 def drive(config: RunConfig) -> int:
     """Exit code 0 if every host can run, 3 if one cannot, 130 if stopped."""
-    say = _to_stderr
     reports = HostReports.of(config)
     try:
-        say(f"probing {counted(len(reports.names), 'host')}...")
+        _to_stderr(f"probing {counted(len(reports.names), 'host')}...")
         reports.probe_host()
         if len(reports.reachable) > 1:
-            say("testing which host reaches which...")
+            _to_stderr("testing which host reaches which...")
             reports.probe_routes()
         if names := reports.fit_for_mesh():
-            say("starting a worker on each, and measuring the links...")
+            _to_stderr("starting a worker on each, and measuring the links...")
             reports.links = _measured(reports, names)
         return _report(reports)
     except KeyboardInterrupt:
-        say("stopped")
+        _to_stderr("stopped")
         return EXIT_STOPPED
     finally:
         reports.close()
@@ -100,11 +99,7 @@ def _measured(reports: HostReports, names: Sequence[str]) -> list[dict[str, Any]
         return []
     host_of = {rank.rank: rank.host for rank in ranks(config)}
     rows = [row for summary in outcome.summaries.values() for row in summary.get("links", ())]
-    return [_named(row, host_of) for row in rows]
-
-
-def _named(row: Mapping[str, Any], host_of: Mapping[int, str]) -> dict[str, Any]:
-    return {**row, "from": host_of[row["from"]], "to": host_of[row["to"]]}
+    return [{**row, "from": host_of[row["from"]], "to": host_of[row["to"]]} for row in rows]
 
 
 def _add_errors(reports: HostReports, error: HostError | HostErrors) -> None:

@@ -25,8 +25,8 @@ from smolrun.launch.delivery.versions import (
 from smolrun.launch.remote.machine import Machine
 from smolrun.launch.remote.probe import HostSpec
 from smolrun.launch.run_on_all import run_on_all
-from smolrun.launch.setup.environment_maker import EnvironmentMaker, plan_environment
-from smolrun.launch.setup.setup_plan import BlankHost, Plan
+from smolrun.launch.setup.environment_maker import EnvironmentMaker, look
+from smolrun.launch.setup.setup_plan import BlankHost, Plan, plan
 from smolrun.launch.setup.user_key import install, make_key, public_key, read_key
 from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -153,21 +153,28 @@ class Setup:
     def _plan(self) -> dict[str, tuple[BlankHost, Plan | None]]:
         found: dict[str, tuple[BlankHost, Plan | None]] = {}
 
-        def look(name: str) -> None:
+        def plan_host(name: str) -> None:
             machine, spec = self._machines[name], self._specs[name]
             if spec.python is not None:
                 self._check_given(machine, spec.python)
                 return
             label = environment_name(self._requirements, spec.torch)
             python = env_python(machine.workdir, label, machine.os)
-            found[name] = plan_environment(
-                machine,
-                python.rpartition("/bin/")[0],
-                torch=spec.torch,
-                requirements=self._requirements,
+            environment = python.rpartition("/bin/")[0]
+            blank = look(machine, environment)
+            found[name] = (
+                blank,
+                plan(
+                    name,
+                    blank,
+                    environment,
+                    torch=spec.torch,
+                    requirements=self._requirements,
+                    workdir=machine.workdir,
+                ),
             )
 
-        self._each(list(self._machines), look, "look")
+        self._each(list(self._machines), plan_host, "look")
         return {name: found[name] for name in self._specs if name in found}
 
     def _check_given(self, machine: Machine, python: str) -> None:
@@ -184,20 +191,20 @@ class Setup:
         echo(f"{machine.name}: {python} is yours and has all that is needed; nothing to do")
 
     def _print_plans(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
-        for name, (_, plan) in plans.items():
-            if plan is None:
+        for name, (_, steps) in plans.items():
+            if steps is None:
                 echo(f"{name}: nothing to do")
                 continue
             echo(f"{name}: this will be done:")
-            for number, line in enumerate(plan.lines(), start=1):
+            for number, line in enumerate(steps.lines(), start=1):
                 echo(f"  {number}. {line}")
 
     def _make(self, plans: dict[str, tuple[BlankHost, Plan | None]]) -> None:
         def make(name: str) -> None:
-            found, plan = plans[name]
-            if plan is not None:
+            found, steps = plans[name]
+            if steps is not None:
                 log = OUTPUTS / "setup" / f"{name}.log"
-                EnvironmentMaker(self._machines[name], found, plan, log, _say).make()
+                EnvironmentMaker(self._machines[name], found, steps, log, echo).make()
                 echo(f"{name}: ready")
 
         self._each([name for name in plans if name not in self._failed], make, "setup")
@@ -212,7 +219,3 @@ class Setup:
                 self._failed[name] = error
 
         run_on_all({name: name for name in names}, guarded, what)
-
-
-def _say(line: str) -> None:
-    echo(line)

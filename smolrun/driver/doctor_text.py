@@ -54,10 +54,9 @@ def _shown(text: str) -> str:
 
 def _hosts(reports: HostReports) -> Table:
     table = Table(title=f"cluster={reports.config.cluster.name}", **_PLAIN)
-    for name in ("host", "system", "cores", "memory free", "disk free", "Python", "torch"):
-        table.add_column(name, overflow="fold")
-    for name in ("device", "status"):
-        table.add_column(name, overflow="fold")
+    titles = "host, system, cores, memory free, disk free, Python, torch, device, status"
+    for title in titles.split(", "):
+        table.add_column(title, overflow="fold")
     for name, one in reports.by_host.items():
         state = one.status.state
         cells = [_shown(cell) for cell in row(one)]

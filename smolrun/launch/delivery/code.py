@@ -17,7 +17,7 @@ from smolrun.launch.delivery.store import (
     ask,
     check_room,
     check_whole,
-    forget,
+    dropped_on_error,
     put,
 )
 
@@ -68,13 +68,10 @@ def _by_hash(
     answer = ask(machine, "store", {"do": "look", **wanted, "thorough": True, "run": run})
     if answer["missing"]:
         place = {**wanted, "incoming": answer["incoming"]}
-        try:
+        with dropped_on_error(machine, "store", place):
             _send(machine, archive.pack(), place["incoming"], answer["free"], transfer)
             finish = {"archive": _ZIP, "keep": _KEPT, "younger_s": _YOUNGER_S}
             check_whole(machine, ask(machine, "store", {"do": "finish", **place, **finish}))
-        except BaseException:
-            forget(machine, "store", place)
-            raise
     return f"{root}/{key}"
 
 
@@ -86,15 +83,12 @@ def _tree(machine: Machine, archive: CodeArchive, transfer: TransferProgress) ->
         raise HostError(machine.name, "asks for files that are not part of our code")
     if answer["incoming"]:
         place = {**wanted, "incoming": answer["incoming"]}
-        try:
+        with dropped_on_error(machine, "tree", place):
             if answer["changed"]:
                 data = archive.pack(answer["changed"])
                 _send(machine, data, place["incoming"], answer["free"], transfer)
             finish = {"archive": _ZIP, "changed": answer["changed"]}
             check_whole(machine, ask(machine, "tree", {"do": "finish", **place, **finish}))
-        except BaseException:
-            forget(machine, "tree", place)
-            raise
     return root
 
 

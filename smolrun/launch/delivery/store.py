@@ -7,7 +7,8 @@ before a bundle gets its place (`on_host/store.py`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def deliver_bundles(
     size = sum(bundle.size for bundle in missing)
     transfer.add(size)
     place = {"root": root, "incoming": answer["incoming"]}
-    try:
+    with dropped_on_error(machine, "store", place):
         check_room(machine, root, size, answer["free"])
         for bundle in missing:
             for name, file in bundle.files.items():
@@ -75,9 +76,6 @@ def deliver_bundles(
         wanted = {bundle.key: bundle.listing for bundle in missing}
         finish = {"do": "finish", **place, "wanted": wanted, **keys}
         check_whole(machine, ask(machine, "store", finish, num_bytes=size))
-    except BaseException:
-        forget(machine, "store", place)
-        raise
 
 
 def ask(
@@ -134,12 +132,15 @@ def check_whole(machine: Machine, answer: dict[str, Any]) -> None:
         )
 
 
-def forget(machine: Machine, script: str, place: dict[str, Any]) -> None:
-    """Remove what was being copied, if the host is reachable; else it does so after a day."""
+@contextmanager
+def dropped_on_error(machine: Machine, script: str, place: dict[str, Any]) -> Iterator[None]:
+    """If the block raises, delete what was copied to the host; it does so itself after a day."""
     try:
-        machine.call(script, {"do": "drop", **place}, timeout_s=10.0)
-    except Exception:  # what went wrong first is what counts
-        return
+        yield
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what counts
+            machine.call(script, {"do": "drop", **place}, timeout_s=10.0)
+        raise
 
 
 def _size(num_bytes: int) -> str:

@@ -68,7 +68,8 @@ def ask_versions(
         what = "there is no environment for smolrun there yet"
         raise HostError(machine.name, what, f"smolrun task=setup cluster={cluster}")
     if "error" in answer:
-        raise HostError(machine.name, answer["error"], f"smolrun task=doctor cluster={cluster}")
+        what = f"its Python does not run: {answer['error']}"
+        raise HostError(machine.name, what, f"smolrun task=doctor cluster={cluster}")
     return answer["executable"], {"python": answer["python"], **answer["packages"]}
 
 

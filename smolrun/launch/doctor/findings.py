@@ -226,7 +226,8 @@ def of_versions(torches: Mapping[str, str | None]) -> dict[str, list[Finding]]:
 Severity = Literal["error", "warning", "info"]
 State = Literal["fine", "usable", "cannot run"]
 
-_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+# From the worst severity on.
+_STATES: dict[Severity, State] = {"error": "cannot run", "warning": "usable", "info": "fine"}
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,6 @@ class Finding:
     severity: Severity
     what: str
     hint: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -268,18 +265,12 @@ class HostStatus:
         return {
             "state": self.state,
             "sentence": self.sentence,
-            "findings": [one.to_json() for one in self.findings],
+            "findings": [asdict(one) for one in self.findings],
         }
 
 
 def status(findings: Iterable[Finding]) -> HostStatus:
     """The status that follows from these findings; duplicates count once."""
-    sorted_ = sorted(dict.fromkeys(findings), key=lambda one: _ORDER[one.severity])
-    return HostStatus(_state(sorted_), tuple(sorted_))
-
-
-def _state(findings: Sequence[Finding]) -> State:
-    severities = {one.severity for one in findings}
-    if "error" in severities:
-        return "cannot run"
-    return "usable" if "warning" in severities else "fine"
+    sorted_ = sorted(dict.fromkeys(findings), key=lambda one: [*_STATES].index(one.severity))
+    worst = sorted_[0].severity if sorted_ else "info"
+    return HostStatus(_STATES[worst], tuple(sorted_))

@@ -142,11 +142,9 @@ def routes(
 
 def _route(source: str, to: str, configured: Sequence[str], rows: Sequence[Any]) -> Route:
     rows = [row for row in rows if row["address"] in configured]
-    good = next((row for row in rows if row["error"] is None), None)
+    good: Mapping[str, Any] = next((row for row in rows if row["error"] is None), {})
     errors = tuple((row["address"], row["error"]) for row in rows if row["error"] is not None)
-    if good is None:
-        return Route(source, to, None, None, errors)
-    return Route(source, to, good["address"], good.get("local"), errors)
+    return Route(source, to, good.get("address"), good.get("local"), errors)
 
 
 def unreachable_hosts(found: Sequence[Route]) -> list[str]:

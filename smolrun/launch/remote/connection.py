@@ -6,7 +6,9 @@ deadline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,6 +53,25 @@ class RemoteProcess(Protocol):
 
     def close(self) -> None:
         """Close the pipes in any state. Never raises; may be called twice."""
+
+
+@contextmanager
+def deadline(name: str, process: RemoteProcess, timeout_s: float) -> Iterator[threading.Event]:
+    """Close the pipes of `process` after so many seconds, unless the block ends before; the event
+    is set then. `name` is that of the host."""
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        process.close()
+
+    alarm = threading.Timer(timeout_s, give_up)
+    alarm.name, alarm.daemon = f"smolrun-ssh-{name}-alarm", True
+    alarm.start()
+    try:
+        yield late
+    finally:
+        alarm.cancel()
 
 
 class Connection(Protocol):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import EXIT_ABANDONED
-from smolrun.launch.remote.connection import Connection, RemoteProcess, error_tail
+from smolrun.launch.remote.connection import Connection, RemoteProcess, deadline, error_tail
 from smolrun.launch.remote.shell import Shell, command, environment_input, posix, script
 
 _START_S = 30.0
@@ -138,19 +138,8 @@ def start_worker(
     """Start a worker, and wait until its shell is past its own noise; raises HostError."""
     mark = f"smolrun-{secrets.token_hex(8)}"
     process = connection.start(_line(shell, argv, env, cwd, mark))
-    late = threading.Event()
-
-    def give_up() -> None:
-        late.set()
-        process.close()
-
-    alarm = threading.Timer(timeout_s, give_up)
-    alarm.name, alarm.daemon = f"smolrun-ssh-{connection.name}-alarm", True
-    alarm.start()
-    try:
+    with deadline(connection.name, process, timeout_s) as late:
         received = _until_mark(process, mark.encode())
-    finally:
-        alarm.cancel()
     if late.is_set():
         raise HostError(
             connection.name,

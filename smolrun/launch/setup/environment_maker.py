@@ -163,22 +163,6 @@ class EnvironmentMaker:
         self._say(f"{self._plan.host}: {what}: {time.monotonic() - began:.1f} s")
 
 
-def plan_environment(
-    machine: Machine, environment: str, *, torch: str, requirements: Sequence[str]
-) -> tuple[BlankHost, Plan | None]:
-    """What the host has, and the plan for it."""
-    found = look(machine, environment)
-    plan = setup_plan.plan(
-        machine.name,
-        found,
-        environment,
-        torch=torch,
-        requirements=requirements,
-        workdir=machine.workdir,
-    )
-    return found, plan
-
-
 _MOST_BYTES = 200_000_000
 # (system, architecture, libc): platform tags in the wheel's name, sha256. Only systems that
 # task=setup does not refuse; the wheel of aarch64 is static, for glibc and musl alike.

@@ -16,7 +16,7 @@ from pathlib import Path
 from paramiko import Channel, ChannelException, SSHException, Transport
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes
+from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes, deadline
 from smolrun.launch.ssh.files import SshFiles
 from smolrun.launch.ssh.hop import SshHop, TimedSocket
 from smolrun.sanitize import without_credentials
@@ -73,29 +73,18 @@ class SshConnection:
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line of the machine's own shell to its end, with `data` as its stdin."""
         process = self.start(command)
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.close()
-
-        alarm = threading.Timer(timeout_s, give_up)
-        alarm.name, alarm.daemon = f"smolrun-ssh-{self.name}-alarm", True
         out, err = _Gathered(process.read_out), _Gathered(process.read_err)
         others = [
             self._thread("err", err.read, process),
             self._thread("feed", _feed, process, data),
         ]
-        try:
-            for thread in (alarm, *others):
+        with contextlib.closing(process), deadline(self.name, process, timeout_s) as late:
+            for thread in others:
                 thread.start()
             out.read(process)
             code = process.wait()
             for thread in others:
                 thread.join(_OPEN_S)
-        finally:
-            alarm.cancel()
-            process.close()
         if late.is_set():
             raise CommandTimeout(self.name, f"{_shown(command)} did not end within {timeout_s:g} s")
         if out.is_too_much or err.is_too_much:
