@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
-from smolrun.driver import ending_lines
+from smolrun.driver import run_summary
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of
 from smolrun.errors import HostError, ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
@@ -27,8 +27,8 @@ def drive(config: RunConfig) -> int:
     with opened(find_run("attach.run", config.attach.run)) as run:
         view = run.ask(Request("", reads=True))
         if view.has_ended:
-            echo("\n".join(ending_lines.lines(run.folder, view)))
-            return ending_lines.exit_code(view)
+            echo("\n".join(run_summary.last_lines(run.folder, view)))
+            return run_summary.exit_code(view)
         echo(f"{run.folder.run_id} is running; Ctrl-C leaves it so")
         return Show(run, view).follow(view)
 
@@ -67,8 +67,8 @@ class Show:
         finally:
             self._console.close()
         if not self._has_log or view.state == "died":  # its own last words are on the screen
-            echo("\n".join(ending_lines.lines(self._run.folder, view)))
-        return ending_lines.exit_code(view)
+            echo("\n".join(run_summary.last_lines(self._run.folder, view)))
+        return run_summary.exit_code(view)
 
     def show(self, view: View) -> bool:
         """Whatever is new since the last look; False if nothing is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from smolrun.config import RunConfig
-from smolrun.driver import ending_lines
+from smolrun.driver import run_summary
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
@@ -42,7 +42,7 @@ def drive(config: RunConfig) -> int:
             echo(f"smolrun: {name} has not stopped yet; to stop it at once: "
                   f"smolrun task=stop stop.run={name}", error=True)  # fmt: skip
             return EXIT_FAILED
-        echo("\n".join(ending_lines.lines(run.folder, view)))
+        echo("\n".join(run_summary.last_lines(run.folder, view)))
         return EXIT_DONE
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smolrun.checkpoints.committer import CheckpointCommitter
 from smolrun.config import RunConfig, config_hash, savers, world_size
 from smolrun.driver.fleet import Fleet
-from smolrun.driver.resume import Earlier
+from smolrun.driver.resume import ResumePoint
 from smolrun.events import Event
 from smolrun.launch.control import EXIT_FAILED, Saving
 from smolrun.launch.driver import Driver, Subscriber
@@ -35,15 +35,14 @@ class RunCheckpoints(Subscriber):
         folder: RunFolder,
         fleet: Fleet,
         *,
-        earlier: Earlier | None,
+        resume: ResumePoint | None,
         driver_state: Callable[[int], Mapping[str, Any]],
         emit: Callable[[Event], None],
         say: Callable[[str], None],
     ) -> None:
-        """`earlier` is what a resumed run continues from; `driver_state(updates)` is what
-        the driver itself has to store, as JSON."""
+        """`driver_state(updates)` is what the driver itself has to store, as JSON."""
         token = secrets.token_hex(4)
-        resume = earlier.checkpoint if earlier else None
+        checkpoint = resume.checkpoint if resume else None
         self._folder = folder.checkpoints
         self._fleet = fleet
         self._say = say
@@ -57,20 +56,20 @@ class RunCheckpoints(Subscriber):
             config_hash=config_hash(config),
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
-            newest=resume,
+            newest=checkpoint,
             emit=emit,
             driver_state=lambda updates: dict(driver_state(updates)),
             savers=savers(config),
         )
         self.saving: Saving | None = None
-        if config.checkpoint.every or earlier is not None:
+        if config.checkpoint.every or resume is not None:
             self.saving = Saving(
                 str(self._folder.absolute()),
                 token,
                 every=config.checkpoint.every,
                 keep=config.checkpoint.keep,
                 keep_best=config.checkpoint.keep_best,
-                resume=str(resume) if resume is not None else None,
+                resume=str(checkpoint) if checkpoint is not None else None,
             )
 
     def on_start(self, driver: Driver) -> None:

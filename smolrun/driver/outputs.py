@@ -6,21 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from smolrun.config import RunConfig, has_dedicated_server, ranks, redacted
+from smolrun.config import RunConfig, redacted
 from smolrun.errors import ConfigError
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextlib.contextmanager
 def nothing_started() -> Iterator[None]:
-    """A disk that refuses before anything was started is the configuration's problem: exit 2."""
+    """An OSError before anything was started is a ConfigError: exit code 2."""
     try:
         yield
     except OSError as error:
@@ -39,7 +35,7 @@ def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> 
 def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
     """Let outputs/latest point to the run; a system that cannot do that gets a warning.
 
-    A run that lies elsewhere and goes on there changes nothing here, nor there.
+    A resumed run outside outputs/ leaves it as it is.
     """
     if folder.path.parent.resolve() != OUTPUTS.resolve():
         return
@@ -47,11 +43,3 @@ def become_latest(folder: RunFolder, say: Callable[[str], None]) -> None:
         folder.become_latest()
     except OSError as error:
         say(f"warning: {OUTPUTS}/latest still points to an older run: {error}")
-
-
-def server_note(config: RunConfig) -> list[str]:
-    """A line about rank 0 where it computes no samples."""
-    if not has_dedicated_server(config):
-        return []
-    where = ranks(config)[0].host
-    return [f"rank 0 on {where} is the parameter server (algorithm.server_trains=false)"]

@@ -1,15 +1,17 @@
-"""What is looked at on the driver before any rank starts: your own code, devices and memory."""
+"""Checks on the driver before any rank starts (own code, devices, memory, emulated hosts), and the
+lines about them."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig, ranks, world_size
+from smolrun.config import RunConfig, has_dedicated_server, ranks, world_size
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig
 from smolrun.config.plan import THIS_MACHINE
@@ -110,15 +112,15 @@ def _own_code(config: RunConfig) -> Iterator[str]:
 
 
 def misfits(group: str, target: str, make: Any, keys: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of calling `make` with one argument of the house and the keys of its yaml."""
+    """Problems of calling `make` with one positional argument and the keys of its yaml."""
     if not callable(make):
         yield problem(f"{group}.target", target, "neither a function nor a class")
         return
     try:
         signature = inspect.signature(make)
-    except ValueError:  # written in C, and silent about what it takes
+    except ValueError:  # written in C, without a signature
         return
-    # The first parameter is the house's to give.
+    # smolrun gives the first parameter.
     parameters = list(signature.parameters.values())
     takes = [item for item in parameters[1:] if item.kind in _NAMED]
     names = [item.name for item in takes]
@@ -149,7 +151,7 @@ def _devices(config: RunConfig) -> Iterator[str]:
     wanted &= {"cuda", "mps"}
     if not wanted:
         return
-    import torch  # only where it is needed to know
+    import torch  # seconds
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     usable = ["auto", "cpu", *(name for name, is_there in there.items() if is_there)]
@@ -157,3 +159,44 @@ def _devices(config: RunConfig) -> Iterator[str]:
         if not there[device]:
             what = "torch finds no such device on this machine"
             yield problem("cluster.device", device, what, allowed=" or ".join(usable))
+
+
+def start_notes(config: RunConfig) -> Iterator[str]:
+    """Lines for the start of a run: a rank that does not train, emulated hosts."""
+    if has_dedicated_server(config):
+        host = ranks(config)[0].host
+        yield f"rank 0 on {host} is the parameter server (algorithm.server_trains=false)"
+    if not (hosts := emulated(config)):
+        return
+    yield f"emulated: {'; '.join(hosts)}"
+    here = [host for host in config.cluster.hosts or [] if host.ssh is None]
+    needed = sum(host.emulate.compute if host.emulate else host.ranks for host in here)
+    cores = os.cpu_count() or 1
+    if needed > cores:
+        yield (
+            f"warning: the emulated hosts need {needed:g} cores, this machine has {cores}; a "
+            "smaller `emulate.compute` for all of them would keep their ratios right"
+        )
+
+
+def emulated(config: RunConfig) -> list[str]:
+    """A sentence for each host that emulates a slower machine (`emulate:` in the cluster file)."""
+    return [
+        f"{host.name} emulates {', '.join(_emulation(host.emulate.model_dump()))}"
+        for host in config.cluster.hosts or []
+        if host.emulate is not None
+    ]
+
+
+def refuse_emulated(config: RunConfig, why: str) -> None:
+    """ConfigError where a host of the cluster emulates a slower machine."""
+    if hosts := emulated(config):
+        raise ConfigError(f"cluster={config.cluster.name}: {why} ({'; '.join(hosts)})")
+
+
+def _emulation(emulate: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{emulate['compute']:g}x speed"
+    if emulate["bandwidth_mbps"] is not None:
+        yield f"{emulate['bandwidth_mbps']:g} Mbit/s"
+    if emulate["latency_ms"]:
+        yield f"{emulate['latency_ms']:g} ms latency"

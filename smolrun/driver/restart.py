@@ -1,7 +1,14 @@
 """cluster.restart: what the driver does between the loss of a host and the next start of its run.
 
-It asks who still answers, waits for who does not, finds the newest good checkpoint, and says what
-is lost. When to go on and with whom is decided in launch/restart.py; nothing here starts a rank.
+    a rank or host is lost
+      | all hosts answer ------------------------------------> restart on all hosts
+      | some do not: wait for them, `wait_s` at most
+      |      `min_hosts` or more answer by then -------------> restart on these
+      |      fewer ------------------------------------------> give up
+      | `max` restarts already, or no loss: give up
+
+A restart resumes from the newest valid checkpoint. `decide` is pure: the hosts that answer and the
+time are arguments.
 """
 
 from __future__ import annotations
@@ -9,158 +16,191 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import msgspec
 
 from smolrun.checkpoints.find import CHECKPOINTS, newest_valid, read_manifest
 from smolrun.config import RunConfig, redacted
+from smolrun.config.cluster import RestartConfig
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.driver.fleet import host_specs
-from smolrun.driver.resume import Earlier, earlier_of
+from smolrun.driver.resume import ResumePoint, resume_point_of
 from smolrun.driver.run_summary import not_equipped
+from smolrun.driver.training_run import AttemptResult, TrainingRun
 from smolrun.errors import HostError, HostErrors, SmolrunError
 from smolrun.launch.driver import InterruptCounter
-from smolrun.launch.restart import GiveUp, Policy, Relaunch, Wait, decide
 from smolrun.launch.supervisor_events import EXIT_STOPPED, RunOutcome
-from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.formatting import counted
 
 _ASK_EVERY_S = 1.0
 _POLL_S = 0.1
-_QUICK_S = 1.0  # what takes longer is told
-_ANSWER_S = 60.0  # beyond the time to wait: a host has its own, shorter, limits to answer
+_QUICK_S = 1.0  # a probe that takes longer is reported
+_ANSWER_S = 60.0  # beyond wait_s: a host has its own, shorter, limits to answer
+
+
+@dataclass(frozen=True)
+class Relaunch:
+    """Start again on these hosts, in the order of the cluster."""
+
+    hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Probe the hosts again: `missing` do not answer, and have until `until`."""
+
+    missing: tuple[str, ...]
+    until: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """The run is over. `reason` is empty where the end was no loss."""
+
+    reason: str = ""
+
+
+def decide(
+    policy: RestartConfig,
+    outcome: RunOutcome,
+    hosts: Sequence[str],
+    answered: Collection[str],
+    *,
+    starts: int,
+    suspects: Collection[str] = (),
+    lost_at: float,
+    now: float,
+) -> Relaunch | Wait | GiveUp:
+    """What to do after an attempt has ended.
+
+    `starts` counts the restarts so far. `suspects` answer, but were lost before they had trained:
+    they are left out as long as there are enough others.
+    """
+    if outcome.status != "failed" or not outcome.is_lost:
+        return GiveUp()
+    if starts >= policy.max:
+        times = "once" if starts == 1 else f"{starts} times"
+        return GiveUp(f"it was restarted {times} already (cluster.restart.max)")
+    there = [host for host in hosts if host in answered]
+    missing = tuple(host for host in hosts if host not in answered)
+    until = lost_at + policy.wait_s
+    if missing and now < until:
+        return Wait(missing, until)
+    trusted = [host for host in there if host not in suspects]
+    chosen = trusted if len(trusted) >= policy.min_hosts else there
+    if len(chosen) < policy.min_hosts:
+        left = (
+            "no host is"
+            if not there
+            else "one host is"
+            if len(there) == 1
+            else f"{len(there)} hosts are"
+        )
+        return GiveUp(
+            f"{', '.join(missing)} did not answer within {policy.wait_s:g} s, and {left} left "
+            f"(cluster.restart.min_hosts={policy.min_hosts})"
+        )
+    return Relaunch(tuple(chosen))
 
 
 @dataclass(frozen=True)
 class NextStart:
-    """How the run begins again: on which hosts, and from where."""
+    """The configuration of the next attempt, with the hosts that it uses, and where it resumes."""
 
     config: RunConfig
-    earlier: Earlier
-
-
-@dataclass
-class Lost:
-    """How a start of the run ended. `done` are the steps that it began with, or more;
-    `has_begun` says whether it trained at all."""
-
-    outcome: RunOutcome
-    folder: RunFolder
-    done: int
-    has_begun: bool
-
-
-class Run(Protocol):
-    """One start of the run, ready to train; none of its ranks is left when `train` returns."""
-
-    def train(self) -> RunOutcome:
-        """From the start of the ranks to their end."""
-
-    def lost(self, outcome: RunOutcome) -> Lost:
-        """What is to be known of this start when it is over."""
-
-
-_AnyRun = TypeVar("_AnyRun", bound=Run)
-
-
-def train_on(
-    run: _AnyRun, restarts: Restarts, make: Callable[[NextStart], _AnyRun]
-) -> tuple[_AnyRun, RunOutcome]:
-    """Train, and begin again as often as the configuration wants; the last start, and its end."""
-    lost = run.lost(run.train())
-    while True:
-        found = restarts.after(lost)
-        if isinstance(found, RunOutcome):
-            restarts.tell_at_the_end()
-            return run, found
-        try:
-            run = make(found)
-            restarts.keep_config(found.earlier.folder)
-        except (HostError, HostErrors) as error:  # it answered a moment ago
-            done = max(lost.done, lost.outcome.steps)
-            lost = dataclasses.replace(
-                lost, outcome=not_equipped(error), done=done, has_begun=False
-            )
-        except (SmolrunError, OSError) as error:
-            reason = f"{lost.outcome.reason}; it could not be started again: {error}"
-            return run, dataclasses.replace(lost.outcome, reason=reason)
-        except KeyboardInterrupt:
-            return run, _stopped(lost.outcome)
-        else:
-            lost = run.lost(run.train())
+    resume: ResumePoint
 
 
 class Restarts:
-    """All that is to be known about the starts of one run, by one driver."""
+    """Trains until the run is over, and restarts it after a loss. `rows` (for summary.json) has one
+    row per restart."""
 
     def __init__(
         self,
         config: RunConfig,
         say: Callable[[str], None],
-        who_answers: Callable[[], Sequence[str]],
+        reachable: Callable[[], Sequence[str]],
     ) -> None:
-        """`who_answers` gives the names of the hosts that do; it may take its time, and is called
-        from a thread of its own."""
-        self.rows: list[dict[str, Any]] = []  # for summary.json, one for each new start
+        """`reachable` returns the names of the hosts that answer; it may block, and is called in a
+        thread of its own."""
+        self.rows: list[dict[str, Any]] = []
         self._config = config
         self._say = say
-        self._who_answers = who_answers
+        self._reachable = reachable
         self._has_begun = False
         self._suspects: set[str] = set()
 
-    def after(self, lost: Lost) -> NextStart | RunOutcome:
-        """How to begin again; or how the run ended, if that was its end."""
-        restart = self._config.cluster.restart
-        self._note(lost)
-        if restart is None or not lost.outcome.is_lost or not self._has_begun:
-            return lost.outcome
-        policy = Policy(restart.max, restart.wait_s, restart.min_hosts)
-        interrupts = InterruptCounter()
-        with interrupts.installed():
-            move = self._decided(policy, lost, lambda: bool(interrupts.count) or _is_asked(lost))
-            if isinstance(move, GiveUp):
-                reason = "; ".join(filter(None, (lost.outcome.reason, move.reason)))
-                return dataclasses.replace(lost.outcome, reason=reason)
-            start = self._next_start(policy, lost, move) if isinstance(move, Relaunch) else None
-            if start is None or interrupts.count:
-                return _stopped(lost.outcome)
-            return start
-
-    def tell_at_the_end(self) -> None:
-        """What the losses have cost, for those who look only now."""
+    def train(
+        self, run: TrainingRun, make: Callable[[NextStart], TrainingRun]
+    ) -> tuple[TrainingRun, RunOutcome]:
+        """Train `run`, and after a loss what `make` returns; the last attempt, and its outcome."""
+        ended = run.train()
+        while isinstance(found := self.after(ended), NextStart):
+            try:
+                run = make(found)
+                # checkpoint.resume is to use all hosts, also those that are away now.
+                plain = msgspec.yaml.encode(redacted(self._config)).decode()
+                found.resume.folder.write_config(plain)
+            except (HostError, HostErrors) as error:  # it answered a moment ago
+                ended = dataclasses.replace(
+                    ended,
+                    outcome=not_equipped(error),
+                    done=max(ended.done, ended.outcome.steps),
+                    has_begun=False,
+                )
+            except (SmolrunError, OSError) as error:
+                reason = f"{ended.outcome.reason}; it could not be restarted: {error}"
+                return run, dataclasses.replace(ended.outcome, reason=reason)
+            except KeyboardInterrupt:
+                return run, _stopped(ended.outcome)
+            else:
+                ended = run.train()
         if self.rows:
             times = "once" if len(self.rows) == 1 else f"{len(self.rows)} times"
             lost_steps = sum(row["lost_steps"] for row in self.rows)
-            self._say(f"the run was started again {times}; {lost_steps} steps were made twice")
+            self._say(f"the run was restarted {times}; {counted(lost_steps, 'step')} repeated")
+        return run, found
 
-    def keep_config(self, folder: RunFolder) -> None:
-        """The configuration that a user goes on with names all hosts, also those that are away."""
-        folder.write_config(msgspec.yaml.encode(redacted(self._config)).decode())
-
-    def _note(self, lost: Lost) -> None:
-        """A host that was lost before it did anything is not the first one to be asked again."""
-        if lost.has_begun:
+    def after(self, ended: AttemptResult) -> NextStart | RunOutcome:
+        """The next attempt; or the outcome of the run, if it is over."""
+        restart, outcome = self._config.cluster.restart, ended.outcome
+        if ended.has_begun:
             self._has_begun = True
             self._suspects.clear()
-        elif self._has_begun and lost.outcome.failed_host is not None:
-            self._suspects.add(lost.outcome.failed_host)
+        elif self._has_begun and outcome.failed_host is not None:
+            self._suspects.add(outcome.failed_host)
+        if restart is None or not outcome.is_lost or not self._has_begun:
+            return outcome
+        interrupts = InterruptCounter()
+        with interrupts.installed():
+            move = self._decided(
+                restart, ended, lambda: bool(interrupts.count or ended.folder.stop_requests())
+            )
+            if isinstance(move, GiveUp):
+                reason = "; ".join(filter(None, (outcome.reason, move.reason)))
+                return dataclasses.replace(outcome, reason=reason)
+            start = self._next_start(restart, ended, move) if move is not None else None
+            if start is None or interrupts.count:
+                return _stopped(outcome)
+            return start
 
     def _decided(
-        self, policy: Policy, lost: Lost, is_stopped: Callable[[], bool]
+        self, policy: RestartConfig, ended: AttemptResult, is_stopped: Callable[[], bool]
     ) -> Relaunch | GiveUp | None:
-        """The decision, once it has been waited for; None if the user has stopped the run."""
+        """The decision, after waiting for hosts; None if the user has stopped the run."""
         lost_at = time.monotonic()
-        is_told = False
+        is_reported = False
         while True:
-            answered = self._answers(lost, lost_at + policy.wait_s + _ANSWER_S, is_stopped)
+            answered = self._answers(ended, lost_at + policy.wait_s + _ANSWER_S, is_stopped)
             if answered is None:
                 return None
             move = decide(
                 policy,
-                lost.outcome,
+                ended.outcome,
                 _hosts(self._config),
                 answered,
                 starts=len(self.rows),
@@ -170,11 +210,10 @@ class Restarts:
             )
             if not isinstance(move, Wait):
                 return move
-            if not is_told:
-                is_told = True
+            if not is_reported:
+                is_reported = True
                 names = " and ".join(move.missing)
-                limit = f"{names} has {policy.wait_s:g} s to come back"
-                self._say(f"{lost.outcome.reason}; {limit}")
+                self._say(f"{ended.outcome.reason}; waiting {policy.wait_s:g} s for {names}")
             ask_at = min(time.monotonic() + _ASK_EVERY_S, move.until)
             while time.monotonic() < ask_at:
                 if is_stopped():
@@ -182,69 +221,60 @@ class Restarts:
                 time.sleep(_POLL_S)
 
     def _answers(
-        self, lost: Lost, deadline: float, is_stopped: Callable[[], bool]
+        self, ended: AttemptResult, deadline: float, is_stopped: Callable[[], bool]
     ) -> Sequence[str] | None:
-        """Who answers; nobody if that cannot be said in time. None if the user stopped the run."""
+        """The hosts that answer; empty at the deadline. None if the user has stopped the run."""
         answered: list[str] = []
 
         def ask() -> None:
             with suppress(Exception):  # a host that fails in whatever way does not answer
-                answered.extend(self._who_answers())
+                answered.extend(self._reachable())
 
         asking = threading.Thread(target=ask, name="smolrun-who-answers", daemon=True)
         asking.start()
         asking.join(_QUICK_S)
-        if asking.is_alive():  # a host that is off answers only by its silence
-            self._say(f"{lost.outcome.reason}; asking the hosts who answers")
+        if asking.is_alive():  # a host that is off is only known by its timeout
+            self._say(f"{ended.outcome.reason}; probing the hosts")
         while asking.is_alive() and time.monotonic() < deadline:
             if is_stopped():
                 return None
             asking.join(_POLL_S)
         return list(answered)
 
-    def _next_start(self, policy: Policy, lost: Lost, move: Relaunch) -> NextStart:
-        """From the newest checkpoint that is whole, or from the beginning."""
-        folder, outcome = lost.folder, lost.outcome
+    def _next_start(self, policy: RestartConfig, ended: AttemptResult, move: Relaunch) -> NextStart:
+        """From the newest valid checkpoint, or from step 0; reports it in one line."""
+        folder, outcome = ended.folder, ended.outcome
         checkpoint = newest_valid(
             folder.path / CHECKPOINTS, lambda text: self._say(f"warning: {text}")
         )
-        earlier = (
-            Earlier(folder, None, 0, 0.0, None, None, None, {})
+        resume = (
+            ResumePoint(folder, None, 0, 0.0, None, None, None, {})
             if checkpoint is None
-            else earlier_of(folder, checkpoint, read_manifest(checkpoint))
+            else resume_point_of(folder, checkpoint, read_manifest(checkpoint))
         )
-        step = max(outcome.steps, lost.done)
+        step = max(outcome.steps, ended.done)
+        lost_steps = max(0, step - resume.updates)
         self.rows.append(
             {
                 "step": step,
                 "lost_host": outcome.failed_host,
                 "lost_rank": outcome.failed_rank,
                 "reason": outcome.reason,
-                "resumed_from": earlier.updates,
-                "lost_steps": max(0, step - earlier.updates),
+                "resumed_from": resume.updates,
+                "lost_steps": lost_steps,
                 "hosts": list(move.hosts),
             }
         )
-        self._tell(policy, lost, earlier, move)
-        return NextStart(_only(self._config, move.hosts), earlier)
-
-    def _tell(self, policy: Policy, lost: Lost, earlier: Earlier, move: Relaunch) -> None:
-        """The whole story in one line, and what the lost rank said last."""
-        row, outcome = self.rows[-1], lost.outcome
-        source = "the beginning" if earlier.checkpoint is None else earlier.checkpoint.name
-        steps = f"{row['lost_steps']} step{'' if row['lost_steps'] == 1 else 's'}"
-        without = [host for host in _hosts(self._config) if host not in move.hosts]
-        hosts = ", ".join(move.hosts) + (f" (without {', '.join(without)})" if without else "")
         for line in outcome.log_tail:
             self._say(f"  | {line}")
+        source = "the beginning" if checkpoint is None else checkpoint.name
+        without = [host for host in _hosts(self._config) if host not in move.hosts]
+        hosts = ", ".join(move.hosts) + (f" (without {', '.join(without)})" if without else "")
         self._say(
-            f"{outcome.reason}; restart {len(self.rows)} of {policy.max}: after step {row['step']} "
-            f"it goes on from {source}, {steps} of work lost, on {hosts}"
+            f"{outcome.reason}; restart {len(self.rows)} of {policy.max} after step {step}, from "
+            f"{source}: {counted(lost_steps, 'step')} lost, on {hosts}"
         )
-
-
-def _is_asked(lost: Lost) -> bool:
-    return lost.folder.stop_requests() > 0
+        return NextStart(_only(self._config, move.hosts), resume)
 
 
 def _stopped(outcome: RunOutcome) -> RunOutcome:
@@ -270,9 +300,10 @@ def _only(config: RunConfig, hosts: Sequence[str]) -> RunConfig:
 
 
 def reachable_hosts(config: RunConfig) -> list[str]:
-    """Their names, in the order of the cluster; this machine always does.
+    """The names of the hosts that answer, in the order of the cluster; this machine is one of them.
 
-    Every other one is logged in to anew, all at once, within `cluster.connect_timeout_s` each.
+    Opens a new SSH connection to every other host, all in parallel, within
+    `cluster.connect_timeout_s` each.
     """
     hosts = config.cluster.hosts
     if hosts is None:

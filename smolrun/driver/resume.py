@@ -30,7 +30,7 @@ SET_ASIDE = ".set-aside"
 
 
 @dataclass(frozen=True)
-class Earlier:
+class ResumePoint:
     """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training.
 
     Without a checkpoint it begins again, in its folder.
@@ -46,9 +46,9 @@ class Earlier:
     driver_state: Mapping[str, Any]
 
 
-def find_earlier(
+def find_resume_point(
     config: RunConfig, say: Callable[[str], None], closing: ExitStack
-) -> Earlier | None:
+) -> ResumePoint | None:
     """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on.
 
     The run is this driver's alone until `closing` ends.
@@ -76,7 +76,7 @@ def find_earlier(
             f"smolrun checkpoint.resume={wanted} training.steps=N"
         )
         raise ConfigError(problem("training.steps", config.training.steps, what, allowed=allowed))
-    return earlier_of(folder, checkpoint, manifest)
+    return resume_point_of(folder, checkpoint, manifest)
 
 
 def _planned_steps(folder: RunFolder) -> float:
@@ -88,11 +88,11 @@ def _planned_steps(folder: RunFolder) -> float:
         return math.inf
 
 
-def earlier_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> Earlier:
+def resume_point_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> ResumePoint:
     """What a checkpoint of the run says about it."""
     training = manifest.state.get("training") or {}
     data = manifest.state.get("data") or {}
-    return Earlier(
+    return ResumePoint(
         folder,
         checkpoint,
         manifest.step,
@@ -104,25 +104,25 @@ def earlier_of(folder: RunFolder, checkpoint: Path, manifest: Manifest) -> Earli
     )
 
 
-def check_data(earlier: Earlier, sha256: str) -> None:
+def check_data(resume: ResumePoint, sha256: str) -> None:
     """ConfigError if the data is not what the run was trained on."""
-    if earlier.data_sha256 not in (None, sha256):
+    if resume.data_sha256 not in (None, sha256):
         raise ConfigError(
-            f"the data has changed since {earlier.folder.run_id} was trained on it: its hash is "
-            f"{sha256[:12]}, it was {str(earlier.data_sha256)[:12]}; bring the old data back, or "
+            f"the data has changed since {resume.folder.run_id} was trained on it: its hash is "
+            f"{sha256[:12]}, it was {str(resume.data_sha256)[:12]}; bring the old data back, or "
             "start a new run without checkpoint.resume"
         )
 
 
-def take_up(
-    earlier: Earlier, config: RunConfig, say: Callable[[str], None], undo: ExitStack
+def restore_folder(
+    resume: ResumePoint, config: RunConfig, say: Callable[[str], None], undo: ExitStack
 ) -> None:
     """Restore the run's folder to the state of the checkpoint; `undo` gets what reverts that, for a
     run that then cannot begin. OSError passes.
 
     Checkpoints newer than the one resumed from are renamed, not deleted.
     """
-    folder = earlier.folder
+    folder = resume.folder
     old = folder.path / "config.yaml"
     undo.callback(folder.write_config, old.read_text(encoding="utf-8"))
     folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
@@ -130,23 +130,23 @@ def take_up(
     if folder.metrics.exists():
         shutil.copyfile(folder.metrics, before)
         undo.callback(os.replace, before, folder.metrics)
-    forget_from(folder.metrics, earlier.updates)
+    forget_from(folder.metrics, resume.updates)
     remove_leftovers(folder.checkpoints)
     for step, path in checkpoints_in(folder.checkpoints):
-        if step > earlier.updates:
+        if step > resume.updates:
             aside = _free_name(path)
             path.rename(aside)
             undo.callback(os.replace, aside, path)
             say(f"a newer checkpoint is set aside as {aside.name}")
-    if earlier.checkpoint is None:
+    if resume.checkpoint is None:
         say("beginning again: there is no checkpoint that can be used")
     else:
-        say(f"going on after step {earlier.updates}, from {earlier.checkpoint.name}")
+        say(f"going on after step {resume.updates}, from {resume.checkpoint.name}")
 
 
-def forget_undo(earlier: Earlier) -> None:
-    """The run has begun: what `take_up` kept for the case that it cannot is no longer needed."""
-    earlier.folder.metrics.with_name(".metrics.jsonl.before").unlink(missing_ok=True)
+def discard_backup(resume: ResumePoint) -> None:
+    """Delete the copy of metrics.jsonl that `restore_folder` made: the run has begun."""
+    resume.folder.metrics.with_name(".metrics.jsonl.before").unlink(missing_ok=True)
 
 
 def _free_name(path: Path) -> Path:

@@ -1,27 +1,29 @@
-"""What the end of a training run means, beyond what the ranks said: was all saved, and what would
-have helped."""
+"""The end of a training run: its outcome with advice, summary.json, the last lines of the terminal,
+and the same lines read back from summary.json for attach and stop."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from smolrun.config import RunConfig, config_hash, world_size
-from smolrun.driver.emulation import emulated
-from smolrun.driver.prepare import spec_of
+from smolrun.driver.preflight import emulated
 from smolrun.driver.trackers import can_quantize
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.control import EXIT_FAILED
 from smolrun.launch.machine_memory import gb
-from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunOutcome
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
-from smolrun.tracking.formatting import accuracy, rate
+from smolrun.tracking.formatting import accuracy, clock, counted, rate
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_record import RunRecord
+from smolrun.tracking.run_view import View
+
+_EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
@@ -29,6 +31,7 @@ def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
     if not outcome.out_of_memory:
         return outcome
     try:
+        from smolrun.driver.prepare import spec_of
         from smolrun.estimate.dry_run import estimate  # loads torch
 
         made = estimate(config, spec_of(config))
@@ -50,29 +53,21 @@ def not_equipped(error: HostError | HostErrors) -> RunOutcome:
     return RunOutcome("failed", EXIT_FAILED, str(error), failed_host=host, is_lost=host is not None)
 
 
-class Ending:
-    """Tells how a run ended: in its summary, and in the last lines of the terminal."""
+@dataclass(frozen=True)
+class RunSummary:
+    """The end of a run: summary.json, and the last lines of the terminal."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        record: RunRecord,
-        times: TimeReport,
-        host_versions: Mapping[str, Mapping[str, str | None]],
-        restarts: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._record = record
-        self._times = times
-        self._host_versions = host_versions
-        self._restarts = restarts
+    config: RunConfig
+    folder: RunFolder
+    record: RunRecord
+    times: TimeReport
+    host_versions: Mapping[str, Mapping[str, str | None]]
+    restarts: Sequence[Mapping[str, Any]] = ()
 
-    def tell(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
+    def report(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
         """Write summary.json, and print the last lines."""
         self._write_summary(outcome, wall_s)
-        record, say = self._record, console.say
+        record, say = self.record, console.say
         figures = [record.progress(wall_s)]
         if record.train_loss is not None:
             figures.append(f"loss {record.train_loss:.4f}")
@@ -86,19 +81,19 @@ class Ending:
         if outcome.status == "done" and record.divergence:
             reason = " (diverged)"
         say(f"{outcome.status}{reason}: {', '.join(figures)}")
-        if self._times.line:
-            say(self._times.line)
+        if self.times.line:
+            say(self.times.line)
         if record.missed:
             say(record.missed)
         if record.pushes.line:
             say(f"who trained: {record.pushes.line}")
-        if advice := record.pushes.advice(can_quantize=can_quantize(self._config)):
+        if advice := record.pushes.advice(can_quantize=can_quantize(self.config)):
             say(advice)
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:
             say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
-        say(f"everything about this run: {self._folder.path}")
+        say(f"everything about this run: {self.folder.path}")
         if outcome.status == "stopped":
             command = f"smolrun checkpoint.resume={self._resume_name()}"
             say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
@@ -108,12 +103,12 @@ class Ending:
 
     def _resume_name(self) -> str:
         """How a person names this run: by its name alone where it lies in the usual place."""
-        is_here = self._folder.path.parent.resolve() == OUTPUTS.resolve()
-        return self._folder.run_id if is_here else str(self._folder.path)
+        is_here = self.folder.path.parent.resolve() == OUTPUTS.resolve()
+        return self.folder.run_id if is_here else str(self.folder.path)
 
     def _write_summary(self, outcome: RunOutcome, wall_s: float) -> None:
-        config = self._config
-        summary = self._record.summary(
+        config = self.config
+        summary = self.record.summary(
             status=outcome.status,
             reason=outcome.reason,
             failed_rank=outcome.failed_rank,
@@ -123,21 +118,21 @@ class Ending:
             algorithm=config.algorithm.name,
             config_hash=config_hash(config),
             versions=outcome.versions,
-            host_versions=self._host_versions,
+            host_versions=self.host_versions,
             exit_code=outcome.exit_code,
-            restarts=self._restarts,
+            restarts=self.restarts,
             departures=outcome.departures,
             emulated=emulated(config),
-            time=self._times.summary(),
+            time=self.times.summary(),
             peak_memory_bytes=[
                 outcome.summaries.get(rank, {}).get("peak_memory_bytes")
                 for rank in range(world_size(config))
             ],
         )
         try:
-            self._folder.write_summary(summary)
+            self.folder.write_summary(summary)
         except OSError as error:
-            where = self._folder.path
+            where = self.folder.path
             echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
 
     def _complain(self, outcome: RunOutcome) -> None:
@@ -145,12 +140,64 @@ class Ending:
         echo(indented(f"smolrun: {outcome.reason}"), error=True)
         for line in outcome.log_tail:
             echo(f"  | {one_line(line)}", error=True)
-        if self._record.checkpoint is not None:
+        if self.record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            told = f"to go on after {self._record.checkpoint}: {command}"
-        elif every := self._config.checkpoint.every:
+            told = f"to go on after {self.record.checkpoint}: {command}"
+        elif every := self.config.checkpoint.every:
             often = "every step" if every == 1 else f"every {every:,} steps"
             told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
         else:
             told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
         echo(f"smolrun: {told}", error=True)
+
+
+def exit_code(view: View) -> int:
+    """The exit code that the run's driver had, or that fits what became of it."""
+    code = view.summary.get("exit_code")
+    return (
+        code
+        if isinstance(code, int) and 0 <= code < 256
+        else _EXIT_CODES.get(view.state, EXIT_FAILED)
+    )
+
+
+def last_lines(folder: RunFolder, view: View) -> list[str]:
+    """What is to be said about a run that has ended, or whose driver is gone."""
+    summary = view.summary
+    if view.state == "died":
+        return [one_line(_died(folder, view)), f"go on with: {resume_command(folder)}"]
+    told = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
+    told.append(f"everything about this run: {folder.path}")
+    if view.state in ("stopped", "failed"):
+        is_saved = summary.get("checkpoint") is not None
+        told.append(f"go on with: {resume_command(folder)}" if is_saved else "nothing was saved")
+    return [one_line(line) for line in told]
+
+
+def resume_command(folder: RunFolder) -> str:
+    """What goes on with the run."""
+    return f"smolrun checkpoint.resume={folder.run_id}"
+
+
+def _died(folder: RunFolder, view: View) -> str:
+    host = view.driver.get("host")
+    where = f" on {host}" if host else ""
+    return (
+        f"{folder.run_id} has no driver any more: its process{where} was killed, or the machine "
+        "went down; its ranks ended with it"
+    )
+
+
+def _reason(summary: Mapping[str, Any]) -> str:
+    return f" ({reason})" if (reason := summary.get("reason")) else ""
+
+
+def _figures(summary: Mapping[str, Any]) -> list[str]:
+    steps, wall_s = summary.get("steps"), summary.get("wall_s")
+    figures = [counted(steps, "step") if isinstance(steps, int) else "unknown steps"]
+    if isinstance(wall_s, int | float):
+        figures[0] += f", {clock(wall_s)} from start to end"
+    for key, name in (("final_train_loss", "loss"), ("final_eval_loss", "evaluation loss")):
+        if isinstance(loss := summary.get(key), int | float):
+            figures.append(f"{name} {loss:.4f}")
+    return figures

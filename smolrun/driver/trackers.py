@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, ranks, world_size
-from smolrun.driver.resume import Earlier
+from smolrun.driver.resume import ResumePoint
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.driver import Subscriber
 from smolrun.tracking.bottleneck import RunSetup, TimeReport
@@ -16,24 +16,22 @@ from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.timeline import TimelineFile
 from smolrun.tracking.trackers import Fanout, Tracker, make_trackers
 
-_HOUSE_KEYS = {"kind", "timeline_steps"}
-
 
 class RunTrackers(Subscriber):
     """Hands events to all trackers of a run; the summary is made of `record` and `times`."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, console: Console, earlier: Earlier | None
+        self, config: RunConfig, folder: RunFolder, console: Console, resume: ResumePoint | None
     ) -> None:
         """Opens metrics.jsonl; OSError if that is impossible."""
         self.record = RunRecord()
-        if earlier is not None:
+        if resume is not None:
             self.record = RunRecord(
-                earlier_s=earlier.time_s,
-                steps=earlier.updates,
-                train_loss=earlier.train_loss,
-                eval_loss=earlier.eval_loss,
-                checkpoint=earlier.checkpoint.name if earlier.checkpoint else None,
+                earlier_s=resume.time_s,
+                steps=resume.updates,
+                train_loss=resume.train_loss,
+                eval_loss=resume.eval_loss,
+                checkpoint=resume.checkpoint.name if resume.checkpoint else None,
             )
         self.times = time_report(config, console.say)
         self._config = config
@@ -48,8 +46,17 @@ class RunTrackers(Subscriber):
 
     def open(self) -> None:
         """Open the other trackers; the run's folder must have its config.yaml by now."""
-        more = more_readers(self._config, self._folder, self._say)
-        self._fanout = Fanout([*self._trackers, *more], warn=self._say)
+        config, path = self._config, self._folder.path
+        chosen = make_trackers(
+            config.tracker.kind,
+            config.tracker.model_dump(exclude={"kind", "timeline_steps"}),
+            path,
+            world_size=world_size(config),
+            warn=lambda text: self._say(f"warning: {text}"),
+            note=self._say,
+        )
+        timeline = TimelineFile(path / "timeline.json", [rank.host for rank in ranks(config)])
+        self._fanout = Fanout([*self._trackers, timeline, *chosen], warn=self._say)
 
     def emit(self, event: Event) -> None:
         """Hand an event to all trackers; never raises."""
@@ -65,22 +72,8 @@ class RunTrackers(Subscriber):
         self._fanout.close()
 
 
-def more_readers(config: RunConfig, folder: RunFolder, say: Callable[[str], None]) -> list[Tracker]:
-    """The timeline, and what `tracker=` asks for; the folder must have its config and metrics."""
-    hosts = [rank.host for rank in ranks(config)]
-    chosen = make_trackers(
-        config.tracker.kind,
-        config.tracker.model_dump(exclude=_HOUSE_KEYS),
-        folder.path,
-        world_size=world_size(config),
-        warn=lambda text: say(f"warning: {text}"),
-        note=say,
-    )
-    return [TimelineFile(folder.path / "timeline.json", hosts), *chosen]
-
-
 def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
-    """Who says where the time goes; it only advises what this run could set."""
+    """The report of where the time goes; it suggests only keys that this run could set."""
     bound = config.staleness.bound
     algorithm = config.algorithm
     can_be_late = algorithm.can_delay_gradients and world_size(config) > 1
@@ -105,6 +98,6 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
 
 
 def can_quantize(config: RunConfig) -> bool:
-    """Whether gradients travel, as they are, and could travel in fewer bits."""
+    """Whether gradients are sent unquantized, and could be quantized."""
     is_whole = config.quantization.kind == "none"
     return config.algorithm.quantizes_gradients and world_size(config) > 1 and is_whole

@@ -8,7 +8,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, ranks, resolved
-from smolrun.driver.emulation import emulated, tell_emulated
+from smolrun.driver.preflight import emulated, start_notes
 from smolrun.errors import ConfigError
 from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace
 from smolrun.tasks.bench import drive
@@ -28,7 +28,7 @@ def test_one_host_may_play_another_beside_one_that_does_not() -> None:
     assert [pace_of(plain, rank) for rank in (0, 1)] == [FULL_SPEED] * 2
     assert isinstance(pace_of(plain, 2), EmulatedPace)
     assert [shape_of(plain, rank) is not None for rank in range(3)] == [False, False, True]
-    assert emulated(config) == ["b plays a machine with 0.25 of this one's speed, 4 ms on the way"]
+    assert emulated(config) == ["b emulates 0.25x speed, 4 ms latency"]
     assert [(plan.threads, plan.device) for plan in ranks(config)][1:] == [
         ("auto", "auto"),
         (1, "cpu"),
@@ -37,16 +37,16 @@ def test_one_host_may_play_another_beside_one_that_does_not() -> None:
 
 def test_nothing_is_said_where_nothing_is_emulated() -> None:
     config = compose([])
-    assert emulated(config) == list(tell_emulated(config)) == []
+    assert emulated(config) == list(start_notes(config)) == []
     assert pace_of(resolved(config), 1) is FULL_SPEED and shape_of(resolved(config), 1) is None
 
 
 def test_more_than_this_machine_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     hosts = [f"{{name: h{k}, emulate: {{compute: 0.75}}}}" for k in range(3)]
-    (_, warning) = tell_emulated(cluster(*hosts))
+    (_, warning) = start_notes(cluster(*hosts))
     assert "need 2.25 cores, this machine has 2" in warning
-    assert len(list(tell_emulated(cluster(*hosts[:2])))) == 1
+    assert len(list(start_notes(cluster(*hosts[:2])))) == 1
 
 
 def test_a_rank_that_could_not_keep_its_pace_says_so() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from smolrun.driver.ending_lines import exit_code, lines
+from smolrun.driver.run_summary import exit_code, last_lines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import View
 
@@ -30,17 +30,17 @@ FIGURES = {"steps": 12, "wall_s": 65.0, "final_train_loss": 2.5, "final_eval_los
     ],
 )  # fmt: skip
 def test_what_is_told(state: Any, summary: dict[str, Any], expected: list[str]) -> None:
-    told = "\n".join(lines(FOLDER, View(state, summary={**FIGURES, **summary})))
+    told = "\n".join(last_lines(FOLDER, View(state, summary={**FIGURES, **summary})))
     assert all(line in told for line in expected)
     assert "everything about this run: outputs" in told
 
 
 def test_a_damaged_summary_is_told_as_far_as_it_goes() -> None:
-    assert lines(FOLDER, View("done", summary={"steps": "?"}))[0] == "done: unknown steps"
+    assert last_lines(FOLDER, View("done", summary={"steps": "?"}))[0] == "done: unknown steps"
 
 
 def test_a_driver_that_is_gone_is_told_with_what_goes_on() -> None:
-    told = lines(FOLDER, View("died", driver={"host": "mini1"}))
+    told = last_lines(FOLDER, View("died", driver={"host": "mini1"}))
     assert "has no driver any more: its process on mini1 was killed" in told[0]
     assert told[1] == f"go on with: smolrun checkpoint.resume={FOLDER.run_id}"
 

@@ -7,7 +7,7 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.config import ranks
 from smolrun.driver import fleet
-from smolrun.driver.outputs import server_note
+from smolrun.driver.preflight import start_notes
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from smolrun.driver.outputs import server_note
 )
 def test_a_dedicated_server_is_noted(overrides: list[str], is_noted: bool) -> None:
     line = "rank 0 on local is the parameter server (algorithm.server_trains=false)"
-    assert server_note(compose(overrides)) == [line] * is_noted
+    assert list(start_notes(compose(overrides))) == [line] * is_noted
 
 
 @pytest.mark.parametrize(

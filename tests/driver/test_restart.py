@@ -13,7 +13,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.driver import restart
-from smolrun.driver.restart import Lost, NextStart, Restarts, train_on
+from smolrun.driver.restart import AttemptResult, NextStart, Restarts
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunOutcome
 from smolrun.tracking.run_folder import RunFolder
@@ -48,7 +48,7 @@ class Pretended:
         self.restarts = Restarts(compose(overrides), self.said.append, who_answers)
 
     def go(self) -> RunOutcome:
-        return train_on(self, self.restarts, self._again)[1]
+        return self.restarts.train(self, self._again)[1]  # type: ignore[arg-type]
 
     def _again(self, start: NextStart) -> Pretended:
         self.starts.append(start)
@@ -57,13 +57,10 @@ class Pretended:
             raise self._ends.pop(0)  # type: ignore[misc]
         return self
 
-    def train(self) -> RunOutcome:
+    def train(self) -> AttemptResult:
         end = self._ends.pop(0)
         assert isinstance(end, RunOutcome)
-        return end
-
-    def lost(self, outcome: RunOutcome) -> Lost:
-        return Lost(outcome, self.folder, 0, self._begun)
+        return AttemptResult(end, self.folder, 0, self._begun)
 
 
 @pytest.fixture
@@ -82,13 +79,13 @@ def test_it_goes_on_with_those_that_answer_and_says_so_in_one_line(folder: RunFo
     run = Pretended(folder, [LOST, DONE], lambda: ["a", "c"])
     assert run.go() == DONE
     assert run.hosts == [["a", "c"]]
-    assert run.said[0] == "rank 2 on b died; b has 0.3 s to come back"
+    assert run.said[0] == "rank 2 on b died; waiting 0.3 s for b"
     assert run.said[1] == "  | the log"
     assert run.said[2] == (
-        "rank 2 on b died; restart 1 of 2: after step 7 it goes on from the beginning, 7 steps of "
-        "work lost, on a, c (without b)"
+        "rank 2 on b died; restart 1 of 2 after step 7, from the beginning: 7 steps lost, on a, c "
+        "(without b)"
     )
-    assert run.said[3:] == ["the run was started again once; 7 steps were made twice"]
+    assert run.said[3:] == ["the run was restarted once; 7 steps repeated"]
     assert run.restarts.rows == [
         {
             "step": 7,
@@ -100,7 +97,7 @@ def test_it_goes_on_with_those_that_answer_and_says_so_in_one_line(folder: RunFo
             "hosts": ["a", "c"],
         }
     ]
-    # Whoever goes on with the run later means all hosts restart.
+    # A later checkpoint.resume uses all hosts.
     assert "name: b" in (folder.path / "config.yaml").read_text()
 
 
@@ -109,13 +106,13 @@ def test_a_host_that_comes_back_in_time_is_used(folder: RunFolder) -> None:
     run = Pretended(folder, [LOST, DONE], lambda: next(answers), "{max: 1, wait_s: 60}")
     assert run.go() == DONE
     assert run.hosts == [["a", "b", "c"]]
-    assert run.said[0].startswith("rank 2 on b died; b and c has 60 s") or "b and c" in run.said[0]
+    assert run.said[0] == "rank 2 on b died; waiting 60 s for b and c"
 
 
 def test_a_host_that_comes_back_later_is_used_at_the_next_start(folder: RunFolder) -> None:
     answers = iter([["a", "c"]] * 200)
     run = Pretended(folder, [LOST, LOST, DONE], lambda: next(answers))
-    run.restarts._who_answers = lambda: ["a", "c"] if not run.starts else ["a", "b", "c"]
+    run.restarts._reachable = lambda: ["a", "c"] if not run.starts else ["a", "b", "c"]
     assert run.go() == DONE
     assert run.hosts == [["a", "c"], ["a", "b", "c"]]
 
@@ -147,9 +144,9 @@ def test_max_is_not_more(folder: RunFolder) -> None:
     ended = run.go()
     assert len(run.starts) == 2
     assert ended.reason == (
-        "rank 2 on b died; it was started again 2 times already (cluster.restart.max)"
+        "rank 2 on b died; it was restarted 2 times already (cluster.restart.max)"
     )
-    assert run.said[-1] == "the run was started again 2 times; 14 steps were made twice"
+    assert run.said[-1] == "the run was restarted 2 times; 14 steps repeated"
 
 
 @pytest.mark.parametrize(

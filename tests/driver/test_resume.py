@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.resume import find_earlier
+from smolrun.driver.resume import find_resume_point
 from smolrun.errors import ConfigError
 from smolrun.tracking.run_folder import RunFolder
 from tests.checkpoints.saves import save
@@ -32,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 def find() -> None:
     with ExitStack() as closing:
-        find_earlier(compose([f"checkpoint.resume={RUN_ID}"]), print, closing)
+        find_resume_point(compose([f"checkpoint.resume={RUN_ID}"]), print, closing)
 
 
 def test_a_run_with_the_links_of_wandb_can_be_resumed(run: RunFolder, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.run_summary import Ending, with_advice
+from smolrun.driver.run_summary import RunSummary, with_advice
 from smolrun.driver.trackers import time_report
 from smolrun.estimate import dry_run
 from smolrun.events import PushApplied, PushDropped, StepDone
@@ -22,9 +22,9 @@ def told(folder: Path, outcome: RunOutcome, record: RunRecord, *overrides: str) 
     """What stdout gets."""
     config = compose([*overrides, "cluster.ranks=2"])
     stream = io.StringIO()
-    ending = Ending(config, RunFolder(folder), record, time_report(config, print), {})
+    ending = RunSummary(config, RunFolder(folder), record, time_report(config, print), {})
     console = Console(steps=1, world_size=2, stream=stream)
-    ending.tell(outcome, 12.0, console)
+    ending.report(outcome, 12.0, console)
     return stream.getvalue()
 
 

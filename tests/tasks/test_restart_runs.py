@@ -55,7 +55,7 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
         assert row["resumed_from"] % 3 == 0 and row["hosts"] == ["local"]
         assert row["lost_steps"] == row["step"] - row["resumed_from"] >= 0
     assert "; restart 1 of 2: after step" in out and "; restart 2 of 2: after step" in out
-    assert "the run was started again 2 times" in out and err == ""
+    assert "the run was restarted 2 times" in out and err == ""
 
 
 @pytest.mark.timeout(120)

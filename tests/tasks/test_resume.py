@@ -19,7 +19,7 @@ import torch
 from smolrun.checkpoints.find import newest_valid
 from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.driver.resume import Earlier, check_data
+from smolrun.driver.resume import ResumePoint, check_data
 from smolrun.errors import ConfigError
 from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.test_whole_runs import SMALL, finish, is_alive, rows, start, summary
@@ -290,7 +290,7 @@ def test_a_run_belongs_to_one_driver_at_a_time(copy: Path) -> None:
 
 def test_changed_data_is_refused() -> None:
     run = RunFolder(Path("outputs/x"))
-    earlier = Earlier(run, run.checkpoints / "step-00000003", 3, 0.0, None, None, "a" * 64, {})
+    earlier = ResumePoint(run, run.checkpoints / "step-00000003", 3, 0.0, None, None, "a" * 64, {})
     check_data(earlier, "a" * 64)
     with pytest.raises(ConfigError, match="the data has changed since x was trained on it"):
         check_data(earlier, "b" * 64)

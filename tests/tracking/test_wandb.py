@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.resume import Earlier, take_up
+from smolrun.driver.resume import ResumePoint, restore_folder
 from smolrun.events import EvalDone, Event, Norms, RankStep, StepDone, TextSample
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
@@ -252,8 +252,8 @@ def test_a_killed_run_that_is_resumed_offline_has_each_step_once(
     run._process.stdin.close()  # type: ignore[union-attr]  (as the end of a driver does)
     if resumed == "later":
         run._process.wait(30)
-    earlier = Earlier(folder, folder.path, 5, 0.0, None, None, None, {})
-    take_up(earlier, compose([]), lambda text: None, ExitStack())
+    earlier = ResumePoint(folder, folder.path, 5, 0.0, None, None, None, {})
+    restore_folder(earlier, compose([]), lambda text: None, ExitStack())
     folder.write_config(f"training: {{steps: {STEPS}}}")
     train(folder, range(5, STEPS), mode="offline")
     parts = [history(file.parent) for file in wandb_files(folder)]

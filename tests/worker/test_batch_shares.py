@@ -88,7 +88,7 @@ def test_a_slow_host_gets_less_and_a_run_that_goes_on_keeps_the_shares(tmp_path:
     keys = ["cluster=two", *RUN, "training.sample_tokens=0", "checkpoint.every=12"]
     code, out, err = finish(start(tmp_path, *keys, "training.steps=12"))
     assert code == 0, out + err
-    assert "emulated: fast plays a machine with 0.5 of this one's speed; slow plays" in out
+    assert "emulated: fast emulates 0.5x speed; slow emulates" in out
     first = samples(tmp_path)
     assert first[0] == [8, 8] and all(sum(counts) == 16 for counts in first.values())
     assert first[11][1] < 8, "five times slower, for half of the work"

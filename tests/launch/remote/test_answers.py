@@ -321,7 +321,7 @@ def test_the_view_of_a_run_on_another_machine_has_its_types(tmp_path: Any):
     """task=status and attach show whatever is taken."""
     import dataclasses
 
-    from smolrun.driver import ending_lines
+    from smolrun.driver import run_summary
 
     folder = RunFolder(tmp_path / "20260131-142501-x-aaaa")
     folder.path.mkdir()
@@ -333,5 +333,5 @@ def test_the_view_of_a_run_on_another_machine_has_its_types(tmp_path: Any):
         if view is not None:
             run = dataclasses.replace(look(folder), state=view.state, **view.figures)
             assert all(isinstance(cell, str) for cell in row(run))
-            assert all(line.isprintable() for line in ending_lines.lines(folder, view))
-            assert 0 <= ending_lines.exit_code(view) < 256
+            assert all(line.isprintable() for line in run_summary.last_lines(folder, view))
+            assert 0 <= run_summary.exit_code(view) < 256

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolrun.launch.restart import GiveUp, Policy, Relaunch, Wait, decide
+from smolrun.config.cluster import RestartConfig
+from smolrun.driver.restart import GiveUp, Relaunch, Wait, decide
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, RunOutcome
 
 LOST = RunOutcome("failed", EXIT_FAILED, "rank 1 on b died", 1, "b", is_lost=True)
 HOSTS = ("a", "b", "c")
-POLICY = Policy(max=2, wait_s=10.0, min_hosts=2)
+POLICY = RestartConfig(max=2, wait_s=10.0, min_hosts=2)
 
 
 def ask(answered: str, **changes: object) -> Relaunch | Wait | GiveUp:
@@ -38,9 +39,7 @@ def test_too_few_is_the_end_with_what_is_missing() -> None:
 
 def test_max_counts_every_start() -> None:
     assert isinstance(ask("abc", starts=1), Relaunch)
-    assert ask("abc", starts=2) == GiveUp(
-        "it was started again 2 times already (cluster.restart.max)"
-    )
+    assert ask("abc", starts=2) == GiveUp("it was restarted 2 times already (cluster.restart.max)")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,12 @@ names = st.lists(st.sampled_from("abcdef"), unique=True)
 
 
 @given(
-    policy=st.builds(Policy, st.integers(1, 4), st.floats(0, 100), st.integers(1, 6)),
+    policy=st.builds(
+        RestartConfig,
+        max=st.integers(1, 4),
+        wait_s=st.floats(0, 100),
+        min_hosts=st.integers(1, 6),
+    ),
     hosts=names.filter(bool),
     answered=names,
     suspects=names,
@@ -72,7 +76,7 @@ names = st.lists(st.sampled_from("abcdef"), unique=True)
     passed_s=st.floats(0, 200),
 )
 def test_what_always_holds(
-    policy: Policy,
+    policy: RestartConfig,
     hosts: list[str],
     answered: list[str],
     suspects: list[str],
@@ -86,7 +90,7 @@ def test_what_always_holds(
     there = [host for host in hosts if host in answered]
     if isinstance(move, Relaunch):
         assert starts < policy.max
-        assert len(move.hosts) >= max(1, policy.min_hosts)
+        assert len(move.hosts) >= policy.min_hosts
         assert [host for host in there if host in move.hosts] == list(move.hosts)
         # Nobody is left out but for a reason.
         assert set(there) - set(move.hosts) <= set(suspects)
@@ -95,4 +99,4 @@ def test_what_always_holds(
         assert set(move.missing) == set(hosts) - set(there) != set()
     else:
         assert move.reason
-        assert starts >= policy.max or len(there) < max(1, policy.min_hosts)
+        assert starts >= policy.max or len(there) < policy.min_hosts
