@@ -1,6 +1,6 @@
 """task=attach: show a run that another process drives, as if it had been started here.
 
-Only reads: the run knows nothing of it, and Ctrl-C leaves it running.
+Only reads; Ctrl-C ends the command, not the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 
 _HISTORY_LINES = 10
-_OUT_OF_REACH_S = 60.0  # so long a machine may not answer, before that is the end
+_OUT_OF_REACH_S = 60.0  # HostError if the machine does not answer for longer
 
 
 def drive(config: RunConfig) -> int:
@@ -29,7 +29,7 @@ def drive(config: RunConfig) -> int:
         if view.has_ended:
             echo("\n".join(run_summary.last_lines(run.folder, view)))
             return run_summary.exit_code(view)
-        echo(f"{run.folder.run_id} is running; Ctrl-C leaves it so")
+        echo(f"{run.folder.run_id} is running; Ctrl-C detaches from it")
         return Show(run, view).follow(view)
 
 
@@ -62,11 +62,11 @@ class Show:
         except KeyboardInterrupt:
             self._console.close()
             name = self._run.folder.run_id
-            echo(f"{name} goes on; to stop it: smolrun task=stop stop.run={name}")
+            echo(f"{name} keeps running; to stop it: smolrun task=stop stop.run={name}")
             return EXIT_DONE
         finally:
             self._console.close()
-        if not self._has_log or view.state == "died":  # its own last words are on the screen
+        if not self._has_log or view.state == "died":  # its log has shown them
             echo("\n".join(run_summary.last_lines(self._run.folder, view)))
         return run_summary.exit_code(view)
 
@@ -85,11 +85,11 @@ class Show:
         events = list(_events(metrics.lines))
         if metrics.is_fresh:
             steps = [event for event in events if isinstance(event, StepDone)]
-            if len(steps) > 1:  # rates are about what comes now
+            if len(steps) > 1:  # rates are of new steps only
                 self._console.go_on(steps[-2].time_s)
                 events = [steps[-1]]
         for event in events:
-            # What the log tells need not be told twice.
+            # The log has shown all other events.
             if not self._has_log or isinstance(event, StepDone | RankStep):
                 self._console.record(event)
 
@@ -97,16 +97,16 @@ class Show:
         """The next view; HostError if the machine has been out of reach for too long."""
         request = Request("", reads=True, metrics=last.metrics.place, log=last.log.place)
         give_up = time.monotonic() + _OUT_OF_REACH_S
-        is_told = False
+        is_reported = False
         while True:
             try:
                 return self._run.ask(request)
             except HostError as error:
                 if time.monotonic() > give_up:
                     raise
-                if not is_told:
+                if not is_reported:
                     self._console.say(f"{error}; trying again for {_OUT_OF_REACH_S:.0f} s")
-                    is_told = True
+                    is_reported = True
                 time.sleep(self._run.every_s)
 
 
@@ -121,4 +121,4 @@ def _events(lines: Sequence[str]) -> Iterator[Event]:
             yield from_json(line)
         except ProtocolError:
             text = one_line(line[:80])
-            echo(f"smolrun: a line of metrics.jsonl makes no sense: {text}", error=True)
+            echo(f"smolrun: invalid line in metrics.jsonl: {text}", error=True)

@@ -1,7 +1,7 @@
 """task=stop: ask a run's driver to stop, and wait until it has.
 
-The first time, it stops at the next agreed step, saved; asked again, at once. The wish is a file in
-the run's folder that its driver looks at, so it works on every system and from every machine.
+The first time, it stops at the next agreed step, saved; asked again, at once. The request is a
+file in the run's folder that its driver polls: it works on every system and from every machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPE
 from smolrun.sanitize import echo
 from smolrun.tracking.run_view import Request, View
 
-# A run may take this long beyond what its ranks have, to write its last words and tell W&B.
+# A run may take this long beyond what its ranks have, to close its trackers.
 _BEYOND_S = 60.0
 _TELL_EVERY_S = 10.0
 _OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 
 def drive(config: RunConfig) -> int:
-    """Returns 0 once the run has ended, however it did."""
+    """Stop the run; 0 once it has ended."""
     with opened(find_run("stop.run", config.stop.run)) as run:
         view = run.ask(Request(""))
         if not view.has_ended:
@@ -33,7 +33,7 @@ def drive(config: RunConfig) -> int:
                 echo(f"smolrun: {run.folder.run_id} cannot be asked: {error}", error=True)
                 return EXIT_FAILED
             except KeyboardInterrupt:
-                echo("it was asked to stop at once; this command waits no longer")
+                echo("a stop at once is requested; this command waits no longer")
                 return EXIT_STOPPED
         elif view.state != "died":
             echo(f"{run.folder.run_id} has ended already")
@@ -50,21 +50,21 @@ def _stopped(run: OpenRun, view: View) -> View:
     """The run after its end, or, if that takes too long, as it is; KeyboardInterrupt at the second
     Ctrl-C, as the first asks the run to stop at once."""
     _tell(run, view)
-    has_hurried = False
+    is_at_once = False
     began = time.monotonic()
-    give_up, tell_at = began + _patience_s(run), began + _TELL_EVERY_S
-    heard = began
+    give_up, tell_at = began + _wait_s(run), began + _TELL_EVERY_S
+    answered_at = began
     while not view.has_ended and time.monotonic() < give_up:
         try:
             time.sleep(run.every_s)
-            view, heard = run.ask(Request("")), time.monotonic()
-        except HostError:  # it has been asked: it stops whether we see it or not
-            if time.monotonic() - heard > _OUT_OF_REACH_S:
+            view, answered_at = run.ask(Request("")), time.monotonic()
+        except HostError:  # the request has arrived: the run stops without this connection
+            if time.monotonic() - answered_at > _OUT_OF_REACH_S:
                 raise
         except KeyboardInterrupt:
-            if has_hurried:
+            if is_at_once:
                 raise
-            has_hurried = True
+            is_at_once = True
             if view.asked < 2:
                 view = run.ask(Request("", stop=True))
             _tell(run, view)
@@ -75,11 +75,11 @@ def _stopped(run: OpenRun, view: View) -> View:
 
 
 def _tell(run: OpenRun, view: View) -> None:
-    how = "at once" if view.asked > 1 else "at the next agreed step, and to save; Ctrl-C: at once"
-    echo(f"{run.folder.run_id} is asked to stop {how}")
+    how = "at once" if view.asked > 1 else "at the next agreed step, after saving; Ctrl-C: at once"
+    echo(f"{run.folder.run_id}: stop requested, {how}")
 
 
-def _patience_s(run: OpenRun) -> float:
-    """As long as the driver itself waits for its ranks, and for its own last words."""
+def _wait_s(run: OpenRun) -> float:
+    """As long as the driver itself waits for its ranks, and to close its trackers."""
     config = config_of(run.folder)
     return max(120.0, 2 * config.mesh.timeout_s if config is not None else 0.0) + _BEYOND_S

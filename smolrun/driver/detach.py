@@ -49,7 +49,7 @@ def drive(config: RunConfig) -> int:
 
 
 def how_to_go_on(run_id: str) -> list[str]:
-    """What the user can do with a run that goes on without a terminal."""
+    """The commands for a run without a terminal."""
     return [
         f"{run_id} runs in the background",
         f"to see it:  smolrun task=attach attach.run={run_id}",

@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -61,7 +60,10 @@ def drive(config: RunConfig) -> int:
     config = with_pinned_model(config)
     sign(b"")  # without a key the run could not be looked at from here
     spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
-    with _opened(spec, config.cluster.ssh_config, config.cluster.connect_timeout_s) as machine:
+    cluster = config.cluster
+    with contextlib.closing(
+        open_machine(spec, ssh_config=cluster.ssh_config, timeout_s=cluster.connect_timeout_s)
+    ) as machine:
         machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
         ready = _ready(config, machine, code_of)
         try:
@@ -71,7 +73,7 @@ def drive(config: RunConfig) -> int:
             raise
         if folder is None:
             clear_all(machines, code_of)
-            if code == EXIT_FAILED and _has_others(config):
+            if code == EXIT_FAILED and len(config.cluster.hosts or []) > 1:
                 _say(
                     f"{spec.name} drives the run, so it has to reach the other hosts over SSH by "
                     f"itself: `ssh {spec.ssh}`, and from there `ssh` to each of them, must work"
@@ -84,15 +86,6 @@ def drive(config: RunConfig) -> int:
 
 def _say(line: str) -> None:
     echo(line, error=True)
-
-
-@contextmanager
-def _opened(spec: HostSpec, ssh_config: str | None, timeout_s: float) -> Iterator[Machine]:
-    machine = open_machine(spec, ssh_config=ssh_config, timeout_s=timeout_s)
-    try:
-        yield machine
-    finally:
-        machine.close()
 
 
 def _ready(config: RunConfig, machine: Machine, code_of: str) -> ProvisionedHost:
@@ -110,10 +103,6 @@ def _ready(config: RunConfig, machine: Machine, code_of: str) -> ProvisionedHost
     return ready.hosts[machine.name]
 
 
-def _has_others(config: RunConfig) -> bool:
-    return any(host.name != config.driver for host in config.cluster.hosts or [])
-
-
 def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
     """The configuration for a driver on that host: it is "this machine", and has SSH settings of
     its own."""
@@ -122,17 +111,12 @@ def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
     cluster["ssh_config"] = None
     for host in cluster["hosts"]:
         if host["name"] == machine.name:
-            host["address"] = host["address"] or _address(machine)
+            host["address"] = host["address"] or machine.address
+            if host["address"] is None:
+                raise unknown_address(machine.name)
             # Its driver was started by that Python, with these variables.
             host.update(ssh=None, python=None, workdir=None, env={})
     return {**plain, "detach": False, "driver": None}
-
-
-def _address(machine: Machine) -> str:
-    """Where the others can reach it, if nobody said so."""
-    if machine.address is None:
-        raise unknown_address(machine.name)
-    return machine.address
 
 
 def _start(
@@ -209,10 +193,8 @@ class _Remote(msgspec.Struct):
     code_of: str
 
 
-@contextmanager
-def asking(folder: RunFolder) -> Iterator[Question]:
-    """Ask the machine that drives a run. HostError when it does not answer; the next question then
-    connects anew."""
+def remote_run(folder: RunFolder) -> RemoteRun:
+    """A run that another machine drives, to be closed; HostError if its remote.json is unusable."""
     try:
         remote = folder.remote()
     except SmolrunError as error:
@@ -225,17 +207,14 @@ def asking(folder: RunFolder) -> Iterator[Question]:
             "log in to the machine that drives the run, and look at it there",
         )
     try:
-        question = Question(folder, msgspec.convert(remote, _Remote))
+        return RemoteRun(folder, msgspec.convert(remote, _Remote))
     except msgspec.ValidationError as error:
-        raise HostError(folder.run_id, f"its remote.json makes no sense: {error}") from None
-    try:
-        yield question
-    finally:
-        question.close()
+        raise HostError(folder.run_id, f"its remote.json is invalid: {error}") from None
 
 
-class Question:
-    """Asks about one run, over a connection that is opened when it is needed."""
+class RemoteRun:
+    """Asks about one run, over an SSH connection that is opened when it is needed, and again after
+    a failure."""
 
     def __init__(self, folder: RunFolder, remote: _Remote) -> None:
         self._folder = folder
@@ -244,7 +223,8 @@ class Question:
         self.host = remote.host.name
 
     def ask(self, request: Request) -> View:
-        """How the run is; when it has ended, its small files are brought here."""
+        """The state of the run; when it has ended, its small files are copied here.
+        HostError if the host does not answer."""
         remote = self._remote
         try:
             if self._machine is None:
@@ -260,7 +240,7 @@ class Question:
             view = decode(done.out.decode("utf-8", "replace"))
             if view is None:
                 reason = error_tail(done.err) if done.err.strip() else f"exit code {done.code}"
-                what = f"it cannot say how {self._folder.run_id} is: {reason}"
+                what = f"it cannot report on {self._folder.run_id}: {reason}"
                 raise HostError(remote.host.name, what)
             if view.has_ended:
                 self._bring_back(self._machine, view)

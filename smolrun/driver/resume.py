@@ -1,5 +1,5 @@
-"""checkpoint.resume on the driver: finds the checkpoint, checks that the run can go on from it, and
-makes the run's folder ready for that."""
+"""checkpoint.resume on the driver: finds the checkpoint, checks that the run can resume from it,
+and restores the run's folder to it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SET_ASIDE = ".set-aside"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run left that is to go on. `updates` are in the checkpoint, `time_s` of training.
+    """Where a run resumes: after `updates` updates and `time_s` seconds of training.
 
-    Without a checkpoint it begins again, in its folder.
+    Without a checkpoint it starts from step 0, in the same folder.
     """
 
     folder: RunFolder
@@ -49,9 +49,9 @@ class ResumePoint:
 def find_resume_point(
     config: RunConfig, say: Callable[[str], None], closing: ExitStack
 ) -> ResumePoint | None:
-    """The checkpoint to go on from; None for a fresh run. ConfigError if the run cannot go on.
+    """Where to resume; None for a new run. ConfigError if the run cannot be resumed.
 
-    The run is this driver's alone until `closing` ends.
+    Claims the run for this driver until `closing` ends.
     """
     wanted = config.checkpoint.resume
     if wanted is None:
@@ -137,11 +137,11 @@ def restore_folder(
             aside = _free_name(path)
             path.rename(aside)
             undo.callback(os.replace, aside, path)
-            say(f"a newer checkpoint is set aside as {aside.name}")
+            say(f"a newer checkpoint is renamed to {aside.name}")
     if resume.checkpoint is None:
-        say("beginning again: there is no checkpoint that can be used")
+        say("starting over from step 0: there is no valid checkpoint")
     else:
-        say(f"going on after step {resume.updates}, from {resume.checkpoint.name}")
+        say(f"resuming after step {resume.updates}, from {resume.checkpoint.name}")
 
 
 def discard_backup(resume: ResumePoint) -> None:

@@ -86,23 +86,23 @@ class RunSummary:
         if record.missed:
             say(record.missed)
         if record.pushes.line:
-            say(f"who trained: {record.pushes.line}")
+            say(f"updates by worker: {record.pushes.line}")
         if advice := record.pushes.advice(can_quantize=can_quantize(self.config)):
             say(advice)
         if record.sample is not None:
             say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
         if record.divergence:
             say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
-        say(f"everything about this run: {self.folder.path}")
+        say(f"run folder: {self.folder.path}")
         if outcome.status == "stopped":
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            say(f"go on with: {command}" if record.checkpoint else "nothing was saved")
+            say(f"to resume: {command}" if record.checkpoint else "no checkpoint was saved")
         if outcome.status == "failed":
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # stderr is closed
                 self._complain(outcome)
 
     def _resume_name(self) -> str:
-        """How a person names this run: by its name alone where it lies in the usual place."""
+        """The value of checkpoint.resume: the run's name below outputs/, elsewhere its path."""
         is_here = self.folder.path.parent.resolve() == OUTPUTS.resolve()
         return self.folder.run_id if is_here else str(self.folder.path)
 
@@ -142,17 +142,17 @@ class RunSummary:
             echo(f"  | {one_line(line)}", error=True)
         if self.record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            told = f"to go on after {self.record.checkpoint}: {command}"
+            told = f"to resume from {self.record.checkpoint}: {command}"
         elif every := self.config.checkpoint.every:
             often = "every step" if every == 1 else f"every {every:,} steps"
-            told = f"nothing is saved yet: a checkpoint is made {often} (checkpoint.every)"
+            told = f"no checkpoint yet: one is saved {often} (checkpoint.every)"
         else:
-            told = "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"
+            told = "no checkpoints are saved: checkpoint.every=100 saves one every 100 steps"
         echo(f"smolrun: {told}", error=True)
 
 
 def exit_code(view: View) -> int:
-    """The exit code that the run's driver had, or that fits what became of it."""
+    """The exit code of the run's driver; if unknown, by the run's state."""
     code = view.summary.get("exit_code")
     return (
         code
@@ -162,20 +162,22 @@ def exit_code(view: View) -> int:
 
 
 def last_lines(folder: RunFolder, view: View) -> list[str]:
-    """What is to be said about a run that has ended, or whose driver is gone."""
+    """The last lines for a run that has ended, or whose driver has died."""
     summary = view.summary
     if view.state == "died":
-        return [one_line(_died(folder, view)), f"go on with: {resume_command(folder)}"]
+        return [one_line(_died(folder, view)), f"to resume: {resume_command(folder)}"]
     told = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
-    told.append(f"everything about this run: {folder.path}")
+    told.append(f"run folder: {folder.path}")
     if view.state in ("stopped", "failed"):
         is_saved = summary.get("checkpoint") is not None
-        told.append(f"go on with: {resume_command(folder)}" if is_saved else "nothing was saved")
+        told.append(
+            f"to resume: {resume_command(folder)}" if is_saved else "no checkpoint was saved"
+        )
     return [one_line(line) for line in told]
 
 
 def resume_command(folder: RunFolder) -> str:
-    """What goes on with the run."""
+    """The command that resumes the run."""
     return f"smolrun checkpoint.resume={folder.run_id}"
 
 
@@ -183,8 +185,8 @@ def _died(folder: RunFolder, view: View) -> str:
     host = view.driver.get("host")
     where = f" on {host}" if host else ""
     return (
-        f"{folder.run_id} has no driver any more: its process{where} was killed, or the machine "
-        "went down; its ranks ended with it"
+        f"{folder.run_id} has no driver: its process{where} was killed, or the machine went down; "
+        "its ranks ended with it"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,10 @@ def opened(folder: RunFolder) -> Iterator[OpenRun]:
     if not folder.is_driven_elsewhere or folder.driver() or folder.summary():
         yield OpenRun(folder, lambda request: _ask_here(folder, request), _HERE_EVERY_S)
         return
-    from smolrun.driver.remote_driver import asking  # loads the SSH library
+    from smolrun.driver.remote_driver import remote_run  # loads the SSH library
 
-    with asking(folder) as question:
-        yield OpenRun(folder, question.ask, _THERE_EVERY_S, question.host)
+    with closing(remote_run(folder)) as remote:
+        yield OpenRun(folder, remote.ask, _THERE_EVERY_S, remote.host)
 
 
 def _ask_here(folder: RunFolder, request: Request) -> View:

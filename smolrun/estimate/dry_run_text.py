@@ -166,7 +166,7 @@ def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
         table.add_row("ranks there", *(str(places[0].ranks) for places in kinds))
         totals = [_cell(made.total(places[0], made.setting)) for places in kinds]
         table.add_row("all of them, libraries shared", *totals)
-    table.add_row("there is room for", *(_room(places[0]) for places in kinds))
+    table.add_row("available", *(_room(places[0]) for places in kinds))
     return table
 
 
@@ -175,16 +175,16 @@ _PARTS = {
     "parameters": "parameters",
     "gradients": "gradients (buckets)",
     "late gradients": "gradients of late steps",
-    "residuals": "what rounding took away",
-    "passing": "whole buckets and layers, in passing",
-    "pushes": "room for the gradients of workers",
-    "average": "average of the weights",
+    "residuals": "quantization residuals",
+    "passing": "unsharded buckets and layers",
+    "pushes": "receive buffers of the server",
+    "average": "EMA of the weights",
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",
     "activations": "activations, logits and loss",
-    "update": "temporary, in an update",
+    "update": "temporary, in optimizer.step()",
     "checkpoint": "copy for a checkpoint",
-    "slack": "lost between blocks",
+    "slack": "allocator fragmentation",
 }
 
 
@@ -330,9 +330,7 @@ def _disk(made: Estimate) -> str:
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _remedies(made: Estimate) -> Iterator[str]:

@@ -34,7 +34,7 @@ def test_it_runs_in_a_session_of_its_own_and_ends_by_sigterm(tmp_path: Path) -> 
         run.driver.terminate()
         run.until_it_is_gone(workers)
         assert run.read("summary.json")["exit_code"] == 130
-        assert "go on with: smolrun checkpoint.resume" in run.log()
+        assert "to resume: smolrun checkpoint.resume" in run.log()
 
 
 @pytest.mark.soak
@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_may_be_detached_too(tmp_path: Path) -> None:
     assert finish(start(tmp_path, *first))[0] == 0
     with in_background(tmp_path, "checkpoint.resume=latest") as run:
         run.until_it_trains()
-        assert "going on after step 3" in run.log()
+        assert "resuming after step 3" in run.log()
         assert run.path.is_dir() and len(list((tmp_path / "outputs").glob("2*"))) == 1
 
 

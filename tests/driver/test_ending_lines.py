@@ -26,13 +26,17 @@ FIGURES = {"steps": 12, "wall_s": 65.0, "final_train_loss": 2.5, "final_eval_los
             {"reason": "stopped by the user", "checkpoint": "step-00000012"},
             ["stopped (stopped by the user): 12 steps", "checkpoint.resume=20260131-142501"],
         ),
-        ("failed", {"reason": "rank 1 died"}, ["failed (rank 1 died): 12", "nothing was saved"]),
+        (
+            "failed",
+            {"reason": "rank 1 died"},
+            ["failed (rank 1 died): 12", "no checkpoint was saved"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_told(state: Any, summary: dict[str, Any], expected: list[str]) -> None:
     told = "\n".join(last_lines(FOLDER, View(state, summary={**FIGURES, **summary})))
     assert all(line in told for line in expected)
-    assert "everything about this run: outputs" in told
+    assert "run folder: outputs" in told
 
 
 def test_a_damaged_summary_is_told_as_far_as_it_goes() -> None:
@@ -41,8 +45,8 @@ def test_a_damaged_summary_is_told_as_far_as_it_goes() -> None:
 
 def test_a_driver_that_is_gone_is_told_with_what_goes_on() -> None:
     told = last_lines(FOLDER, View("died", driver={"host": "mini1"}))
-    assert "has no driver any more: its process on mini1 was killed" in told[0]
-    assert told[1] == f"go on with: smolrun checkpoint.resume={FOLDER.run_id}"
+    assert "has no driver: its process on mini1 was killed" in told[0]
+    assert told[1] == f"to resume: smolrun checkpoint.resume={FOLDER.run_id}"
 
 
 @pytest.mark.parametrize(

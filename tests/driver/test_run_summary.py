@@ -31,10 +31,10 @@ def told(folder: Path, outcome: RunOutcome, record: RunRecord, *overrides: str) 
 @pytest.mark.parametrize(
     ("every", "checkpoint", "expected"),
     [
-        (20, None, "nothing is saved yet: a checkpoint is made every 20 steps (checkpoint.every)"),
-        (1, None, "nothing is saved yet: a checkpoint is made every step (checkpoint.every)"),
-        (0, None, "nothing is saved: checkpoint.every=100 would make a checkpoint every 100 steps"),
-        (20, "step-00000020", "to go on after step-00000020: smolrun checkpoint.resume="),
+        (20, None, "no checkpoint yet: one is saved every 20 steps (checkpoint.every)"),
+        (1, None, "no checkpoint yet: one is saved every step (checkpoint.every)"),
+        (0, None, "no checkpoints are saved: checkpoint.every=100 saves one every 100 steps"),
+        (20, "step-00000020", "to resume from step-00000020: smolrun checkpoint.resume="),
     ],
 )
 def test_a_failure_says_what_is_saved(

@@ -266,7 +266,7 @@ def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[s
     server = ("cluster=macmini3", "cluster.server=mini2", "algorithm=syncps", "model=gpt_small")
     assert report(made(*server)) == 0
     lines = capsys.readouterr().out.splitlines()
-    (room,) = [line for line in lines if "room for the gradients of workers" in line]
+    (room,) = [line for line in lines if "receive buffers of the server" in line]
     cells = [cell.strip() for cell in room.split("|")]
     assert cells[2:4] == ["0.076", "0.000"], "mini2 first, then the others"
     assert any("server sends and receives 81.8 MB per step, others 40.9 MB" in x for x in lines)

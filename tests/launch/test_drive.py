@@ -61,7 +61,7 @@ def test_a_good_run_leaves_its_folder(drive: Drive, capfd: pytest.CaptureFixture
     assert sorted({row["event"] for row in rows}) == ["rank_step", "step"]
     said = capfd.readouterr()
     assert re.search(r"done: 3 steps in [\d.]+ s \(0:00:0\d from start to end\)", said.out)
-    assert f"everything about this run: {folder}" in said.out
+    assert f"run folder: {folder}" in said.out
     assert said.err == ""
 
 
@@ -92,7 +92,7 @@ def test_a_failed_run_names_the_culprit_and_shows_its_log(
     assert summary["reason"] == reason
     assert log.read_text() == "no such thing as a GPU\n"
     said = capfd.readouterr()
-    nothing = "nothing is saved yet: a checkpoint is made every 100 steps (checkpoint.every)"
+    nothing = "no checkpoint yet: one is saved every 100 steps (checkpoint.every)"
     assert said.err == f"smolrun: {reason}\n  | no such thing as a GPU\nsmolrun: {nothing}\n"
 
 

@@ -44,13 +44,16 @@ def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
         showing.send_signal(signal.SIGINT)
         code, out, err = finish(showing)
         assert (code, err) == (0, "")
-        assert f"{run.run_id} goes on; to stop it: smolrun task=stop stop.run={run.run_id}" in out
+        assert (
+            f"{run.run_id} keeps running; to stop it: smolrun task=stop stop.run={run.run_id}"
+            in out
+        )
         before = run.steps()
         showing, _ = follow(tmp_path, f"run={run.run_id}")
         run.driver.terminate()
         code, out, err = finish(showing)
         assert (code, err) == (130, "")
-        assert "stopped (stopped by the user)" in out and "go on with: smolrun" in out
+        assert "stopped (stopped by the user)" in out and "to resume: smolrun" in out
         assert run.steps() >= before
         run.until_it_is_gone(workers)
     ended = smolrun(tmp_path, "task=attach")
@@ -68,11 +71,11 @@ def test_a_driver_that_is_killed_is_told_with_what_goes_on(tmp_path: Path) -> No
         run.driver.kill()
         code, out, _ = finish(showing)
         assert code == 3
-        assert f"{run.run_id} has no driver any more" in out
+        assert f"{run.run_id} has no driver: its process" in out
         assert f"smolrun checkpoint.resume={run.run_id}" in out
         run.until_it_is_gone(workers)
         code, out, _ = finish(start(tmp_path, "task=attach"))
-        assert code == 3 and "has no driver any more" in out
+        assert code == 3 and "has no driver: its process" in out
         assert "died" in finish(start(tmp_path, "task=status"))[1]
 
 
@@ -164,4 +167,4 @@ def test_a_run_whose_number_went_to_another_process_has_died(tmp_path: Path) -> 
     file = folder.path / "driver.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "process_created": 1.0}))
     ended = smolrun(tmp_path, "task=attach", f"run={folder.run_id}")
-    assert ended.code == 3 and "has no driver any more" in ended.out
+    assert ended.code == 3 and "has no driver: its process" in ended.out

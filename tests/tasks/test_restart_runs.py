@@ -69,7 +69,7 @@ def test_a_loss_is_followed_by_a_start_from_the_newest_checkpoint(
     kill_a_rank(run, 0)
     code, out, err = finish(run)
     assert code == 0, err
-    assert ("beginning again" in out) == (every == 0)
+    assert ("starting over" in out) == (every == 0)
     assert [row["step"] for row in rows(tmp_path, "step")] == list(range(24))
     assert (summary(tmp_path)["restarts"][0]["resumed_from"] > 0) == (every > 0)
     assert bool(newest(saved)) == (every > 0)

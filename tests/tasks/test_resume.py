@@ -186,7 +186,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(
     assert stopped["step"] == rows(tmp_path, "step")[-1]["step"]
     code, out, err = train(tmp_path, "checkpoint.resume=latest", "checkpoint.every=3")
     assert code == 0, err
-    assert f"going on after step {stopped['step'] + 1}" in out
+    assert f"resuming after step {stopped['step'] + 1}" in out
     assert_same(whole[1], state_of(tmp_path))
     check_traces(tmp_path)
 
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     code, out, err = train(copy, "checkpoint.resume=latest")
     assert code == 0, err
     assert f"{shard.name} is damaged" in out and "is skipped" in out
-    assert "going on after step 21" in out
+    assert "resuming after step 21" in out
     assert_same(whole[1], state_of(copy))
 
 

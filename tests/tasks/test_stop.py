@@ -27,8 +27,8 @@ def test_once_is_at_an_agreed_step_saved(tmp_path: Path) -> None:
         workers = run.until_it_trains()
         code, out, err = finish(start(tmp_path, "task=stop"))
         assert (code, err) == (0, "")
-        assert "is asked to stop at the next agreed step" in out
-        assert f"go on with: smolrun checkpoint.resume={run.run_id}" in out
+        assert "stop requested, at the next agreed step" in out
+        assert f"to resume: smolrun checkpoint.resume={run.run_id}" in out
         run.until_it_is_gone(workers)
         summary = run.read("summary.json")
         assert (summary["status"], summary["exit_code"]) == ("stopped", 130)
@@ -49,7 +49,7 @@ def test_twice_is_at_once(tmp_path: Path) -> None:
         until(lambda: run.path.joinpath("stop").exists(), 20)
         second = start(tmp_path, "task=stop")
         code, out, _ = finish(second)
-        assert code == 0 and "is asked to stop at once" in out
+        assert code == 0 and "stop requested, at once" in out
         assert finish(first)[0] == 0
         run.until_it_is_gone(workers)
         summary = run.read("summary.json")
@@ -119,7 +119,7 @@ def test_a_run_that_has_died_needs_no_stopping(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "outputs")
     ended = smolrun(tmp_path, "task=stop", f"run={folder.run_id}")
     assert ended.code == 0
-    assert "has no driver any more" in ended.out
+    assert "has no driver: its process" in ended.out
     assert not (folder.path / "stop").exists()
 
 

@@ -83,7 +83,7 @@ def test_a_run_goes_on_in_the_middle_of_the_stream(on_two_ranks: Path, tmp_path:
     assert bookmark["pass"] > 0
     code, out, err = train(tmp_path, "checkpoint.resume=latest")
     assert code == 0, err
-    assert "going on after step 14" in out
+    assert "resuming after step 14" in out
     assert losses(tmp_path) == losses(on_two_ranks)
     assert_same(state_of(on_two_ranks), state_of(tmp_path))
 
