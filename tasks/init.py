@@ -40,7 +40,7 @@ def drive(config: RunConfig) -> int:
             echo("nothing was changed")
             return EXIT_DONE
         hosts = _hosts()
-        ranks = None if hosts else _ranks()
+        ranks = None if hosts else _ask("processes to start on this machine (Enter = auto)", _count)
     except (EOFError, KeyboardInterrupt):
         echo("\nstopped; nothing was written")
         return EXIT_STOPPED
@@ -113,10 +113,6 @@ def _each_host() -> Iterator[dict[str, Any]]:
         yield {key: value for key, value in host.items() if value is not None}
 
 
-def _ranks() -> int | None:
-    return _ask("processes to start on this machine (Enter = auto)", _count)
-
-
 def _ask(question: str, read: Callable[[str], T]) -> T | None:
     """The answer, None for just Enter. What `read` refuses by ValueError is asked again."""
     while True:
@@ -142,8 +138,7 @@ def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[str], str]:
     return read
 
 
-def _here(answer: str) -> str:
-    return _matches(_ADDRESS, "an address such as 192.168.1.11 or mini.local")(answer)
+_here = _matches(_ADDRESS, "an address such as 192.168.1.11 or mini.local")
 
 
 def _count(answer: str) -> int:

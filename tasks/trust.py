@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from smolrun.config import RunConfig
@@ -109,9 +110,8 @@ def _look(cluster: ClusterConfig, targets: dict[str, str]) -> list[Row]:
             for one in found
         ]
 
-    rows = [row for rows in run_on_all({name: name for name in targets}, look, "trust").values()
-            for row in rows]  # fmt: skip
-    return list(dict.fromkeys(rows))
+    found = run_on_all({name: name for name in targets}, look, "trust")
+    return list(dict.fromkeys(chain.from_iterable(found.values())))
 
 
 def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
@@ -125,11 +125,14 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
     for row in open_rows:
         if _is_known(row):  # under another name, by an answer just given
             continue
-        if row.state == "new" and (trust_new or (is_asking and _says_yes(_ask_new(row), "y"))):
-            written |= _write(row, _add)
+        if row.state == "new":
+            question = f"trust the key of {row.name} from now on? [y/N] "
+            if trust_new or (is_asking and _says_yes(question, "y")):
+                written |= _write(row, _add)
         elif row.state == "changed":
             echo(_what_changed(row))
-            if is_asking and _says_yes(_ask_changed(row), "yes"):
+            question = f"put the new key of {row.name} in place of the old? type yes in full: "
+            if is_asking and _says_yes(question, "yes"):
                 written |= _write(row, _replace)
     if not is_asking and not (trust_new and written):
         echo(
@@ -147,14 +150,6 @@ def _how_to_compare(rows: Iterable[Row]) -> str:
         "compare each fingerprint with what that machine itself says, at its own keyboard, "
         f"to `ssh-keygen -lf {files}`"
     )
-
-
-def _ask_new(row: Row) -> str:
-    return f"trust the key of {row.name} from now on? [y/N] "
-
-
-def _ask_changed(row: Row) -> str:
-    return f"put the new key of {row.name} in place of the old? type yes in full: "
 
 
 def _says_yes(question: str, least: str) -> bool:
