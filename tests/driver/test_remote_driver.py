@@ -259,7 +259,7 @@ def test_each_file_that_is_brought_back_has_its_own_limit(
     spec = HostSpec("box", "me@box")
     remote = remote_driver._Remote(spec, None, 5.0, "/x", "python", {}, "driver-x")
     machine: Any = SimpleNamespace(name="box", get=get)
-    question = remote_driver.Question(RunFolder(tmp_path), remote)
+    question = remote_driver.RemoteRun(RunFolder(tmp_path), remote)
     question._bring_back(machine, View(state="done", summary={"status": "done"}))
     assert list(limits) == ["metrics.jsonl", "driver.log", "summary.json"]
     assert limits["summary.json"] < limits["driver.log"] < limits["metrics.jsonl"]
@@ -270,7 +270,7 @@ def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:
     folder.path.mkdir(parents=True)
     folder.write_config("{}")
     folder.write_remote({"folder": 5})
-    with pytest.raises(HostError, match=r"remote\.json makes no sense"):
+    with pytest.raises(HostError, match=r"remote\.json is invalid"):
         attach.drive(asked("attach", folder.run_id))
 
 
@@ -285,5 +285,5 @@ def test_a_machine_without_our_code_is_told(box: Box) -> None:
             "folder": "/nowhere", "python": "/bin/false", "env": {}, "code_of": "driver-x",
         }
     )  # fmt: skip
-    with pytest.raises(HostError, match=r"cannot say how 20260131.* is: exit code 1"):
+    with pytest.raises(HostError, match=r"cannot report on 20260131.*: exit code 1"):
         attach.drive(asked("attach", folder.run_id))
