@@ -7,6 +7,7 @@ ending it. LimitPassed says which limit was passed; the caller names the file.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -76,6 +77,12 @@ def _replace(part: Path, path: Path) -> None:
             time.sleep(_REPLACE_PAUSE_S)
         else:
             break
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex. OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:

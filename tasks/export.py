@@ -5,7 +5,6 @@ Only wiring, on the driver alone: no rank is started.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
 from smolrun.config.models import TrainedConfig
@@ -22,7 +21,7 @@ from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.models.trained import TrainedModel, find
 from smolrun.tracking.console import Console
-from smolrun.tracking.run_folder import OUTPUTS
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Progress
@@ -37,7 +36,8 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=1, world_size=1)
     try:
         trained = _found(console, config.model.run)
-        out = Path(config.export.out).expanduser() if config.export.out else _default(trained)
+        default = trained.run_folder / f"huggingface-{trained.checkpoint.name}"
+        out = Path(config.export.out).expanduser() if config.export.out else default
         _refuse_used(out)
         with _whole_or_nothing(out) as folder:
             _write(trained, folder, config.export.dtype, console.preparing)
@@ -52,10 +52,6 @@ def _found(console: Console, run: str) -> TrainedModel:
         return find(OUTPUTS, console.say, run=run)
     except SmolrunError as error:
         raise ConfigError(f"model.run = {run}: {error}") from error
-
-
-def _default(trained: TrainedModel) -> Path:
-    return trained.run_folder / f"huggingface-{trained.checkpoint.name}"
 
 
 def _refuse_used(out: Path) -> None:
@@ -98,10 +94,9 @@ def _write(trained: TrainedModel, folder: Path, dtype: str, progress: Progress) 
             export.write_network(checkpoint, source, folder, dtype, progress)
         else:
             raise ConfigError(_no_class(trained, module))
+    end_id = None
     if (tokenizer / "tokenizer.json").is_file():
         end_id = export.write_tokenizer(tokenizer, folder)
-    else:
-        end_id = None
     if module == _DECODER:
         export.write_end_token(folder, written, end_id)
     export.check_loads(folder)
@@ -139,7 +134,7 @@ def _said(trained: TrainedModel) -> str:
 
 def _card(trained: TrainedModel) -> str:
     """README.md: what was trained, on what, how, and how to load it."""
-    config, summary = trained.config, _summary(trained.run_folder)
+    config, summary = trained.config, RunFolder(trained.run_folder).summary()
     training = config.get("training") or {}
     step = int(trained.checkpoint.name.partition("-")[2].partition(".")[0] or 0)
     facts = {
@@ -163,11 +158,3 @@ def _card(trained: TrainedModel) -> str:
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n'
     )
-
-
-def _summary(run_folder: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads((run_folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

@@ -168,12 +168,9 @@ def _safetensors(pieces: list[TensorSlice]) -> Iterator[bytes | memoryview]:
     for piece in pieces:
         # One tensor at a time comes from its device.
         flat = piece.values.detach().to("cpu").reshape(-1).view(torch.uint8)
-        yield from _chunks(flat.numpy().data)
-
-
-def _chunks(data: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(data), _CHUNK_BYTES):
-        yield data[start : start + _CHUNK_BYTES]
+        data = flat.numpy().data
+        for start in range(0, len(data), _CHUNK_BYTES):
+            yield data[start : start + _CHUNK_BYTES]
 
 
 class Saver:

@@ -19,6 +19,7 @@ from typing import Any
 import platformdirs
 
 from smolrun.errors import DataError
+from smolrun.files import file_hash
 
 DATA_FILE = "data.safetensors"
 _FACTS_FILE = "facts.json"
@@ -79,7 +80,7 @@ def cached(
         made = workshop / "entry"
         made.mkdir()
         facts = dict(make(made))
-        hashes = {path.name: _hash(path) for path in sorted(made.iterdir())}
+        hashes = {path.name: file_hash(path) for path in sorted(made.iterdir())}
         kept = json.dumps({"hashes": hashes, "facts": facts}, indent=1)
         (made / _FACTS_FILE).write_text(kept)
         _publish(workshop, folder)
@@ -105,12 +106,7 @@ def _read(folder: Path) -> Entry | None:
     try:
         kept = json.loads((folder / _FACTS_FILE).read_text())
         entry = Entry(folder, kept["hashes"], kept["facts"])
-        is_whole = all(_hash(folder / name) == hash_ for name, hash_ in entry.hashes.items())
+        is_whole = all(file_hash(folder / name) == hash_ for name, hash_ in entry.hashes.items())
         return entry if is_whole and DATA_FILE in entry.hashes else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

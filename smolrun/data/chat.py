@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,34 +29,24 @@ from smolrun.errors import DataError
 _PARTS = ("train", "eval")
 
 
+@dataclass
 class Chat:
     """Conversations of a file or a dataset; conf/data/chat.yaml explains the keys."""
 
     produces: ClassVar[Kind] = "tokens"
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        path: str,
-        subset: str | None,
-        split: str,
-        eval_fraction: float,
-        template: str,
-        tokenizer: str,
-        vocab_size: int,
-        sequence_length: int,
-        packing: bool,
-        max_mb: float | None,
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.path, self.subset, self.split = path, subset, split
-        self.eval_fraction = eval_fraction
-        self.template = template
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.max_mb = max_mb
+    cache_dir: Path
+    _: KW_ONLY
+    path: str
+    subset: str | None
+    split: str
+    eval_fraction: float
+    template: str
+    tokenizer: str
+    vocab_size: int
+    sequence_length: int
+    packing: bool
+    max_mb: float | None
 
     def prepare(self, progress: Progress) -> Prepared:
         """Reads, writes out, marks and keeps the conversations; raises DataError for bad ones."""

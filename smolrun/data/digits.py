@@ -6,6 +6,7 @@ Shape suffixes: N images, P pixels of one image.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,19 +31,18 @@ _FONT = """
 _CHUNK = 1000  # images drawn at once: about 40 MB of coordinates
 
 
+@dataclass
 class Digits:
     """Ten classes of 28 x 28 images; the keys are explained in conf/data/digits.yaml."""
 
     produces: ClassVar[Kind] = "features"
 
-    def __init__(
-        self, cache_dir: Path, *, train_size: int, eval_size: int, noise: float, seed: int
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.train_size = train_size
-        self.eval_size = eval_size
-        self.noise = noise
-        self.seed = seed
+    cache_dir: Path
+    _: KW_ONLY
+    train_size: int
+    eval_size: int
+    noise: float
+    seed: int
 
     def prepare(self, progress: Progress) -> Prepared:
         """Draw the images, or take them from the cache; raises DataError for bad settings."""

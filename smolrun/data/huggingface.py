@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,58 +38,46 @@ if TYPE_CHECKING:
 _READ_AT_ONCE = 500  # rows
 
 
+@dataclass
 class HuggingFaceData:
     """Text or images of a dataset; conf/data/hf.yaml explains the keys."""
 
     produces: ClassVar[Kind | None] = None  # known once the dataset is opened
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        path: str,
-        subset: str | None,
-        split: str,
-        eval_split: str | None,
-        eval_fraction: float,
-        streaming: bool,
-        eval_documents: int,
-        block_documents: int,
-        prefetch_steps: int,
-        text_column: str | None,
-        image_column: str | None,
-        label_column: str | None,
-        image_size: int | None,
-        image_mode: Literal["grey", "rgb"],
-        tokenizer: str,
-        vocab_size: int,
-        sequence_length: int,
-        packing: bool,
-        max_mb: float | None,
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.path, self.subset, self.split, self.eval_split = path, subset, split, eval_split
-        self.eval_fraction = eval_fraction
-        self.streaming = streaming
-        self.stream_keys: dict[str, Any] = {
-            "eval_documents": eval_documents,
-            "block_documents": block_documents,
-            "prefetch_steps": prefetch_steps,
+    cache_dir: Path
+    _: KW_ONLY
+    path: str
+    subset: str | None
+    split: str
+    eval_split: str | None
+    eval_fraction: float
+    streaming: bool
+    eval_documents: int
+    block_documents: int
+    prefetch_steps: int
+    text_column: str | None
+    image_column: str | None
+    label_column: str | None
+    image_size: int | None
+    image_mode: Literal["grey", "rgb"]
+    tokenizer: str
+    vocab_size: int
+    sequence_length: int
+    packing: bool
+    max_mb: float | None
+
+    def __post_init__(self) -> None:
+        self._wanted: Wanted = {
+            "text_column": self.text_column,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
         }
-        self.wanted: Wanted = {
-            "text_column": text_column,
-            "image_column": image_column,
-            "label_column": label_column,
+        self._tokens: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
+            "sequence_length": self.sequence_length,
         }
-        self.image_size: int | None = image_size
-        self.image_mode: Literal["grey", "rgb"] = image_mode
-        self.tokens: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "vocab_size": vocab_size,
-            "sequence_length": sequence_length,
-        }
-        self.packing = packing
-        self.most_bytes = None if max_mb is None else int(max_mb * 1e6)
+        self._most_bytes = None if self.max_mb is None else int(self.max_mb * 1e6)
 
     def prepare(self, progress: Progress) -> Prepared:
         """Open the dataset, read its samples and cache them; raises DataError if that fails."""
@@ -96,7 +85,7 @@ class HuggingFaceData:
             return self._prepare_stream(progress)
         train = self._open(self.split, progress)
         held_out = self._open(self.eval_split, progress) if self.eval_split else None
-        if has_images(train.features, self.wanted):
+        if has_images(train.features, self._wanted):
             return self._prepare_images(train, held_out, progress)
         documents = self._read_documents(train, held_out, progress)
         return prepare_tokens(
@@ -106,7 +95,7 @@ class HuggingFaceData:
             progress,
             eval_fraction=self.eval_fraction,
             packing=self.packing,
-            **self.tokens,
+            **self._tokens,
         )
 
     def stream(
@@ -134,13 +123,15 @@ class HuggingFaceData:
             self._documents(self.split),
             progress,
             eval_source=self._documents(self.eval_split) if self.eval_split else None,
-            **self.stream_keys,
-            **self.tokens,
+            eval_documents=self.eval_documents,
+            block_documents=self.block_documents,
+            prefetch_steps=self.prefetch_steps,
+            **self._tokens,
         )
 
     def _documents(self, split: str) -> DatasetDocuments:
         return stream_documents(
-            self.path, self.subset, split, wanted=self.wanted, cache_dir=self.cache_dir
+            self.path, self.subset, split, wanted=self._wanted, cache_dir=self.cache_dir
         )
 
     def _open(self, split: str, progress: Progress) -> Dataset:
@@ -157,8 +148,8 @@ class HuggingFaceData:
         hasher = hashlib.sha256()
         parts: list[list[str]] = []
         for dataset in [train] if held_out is None else [train, held_out]:
-            column = text_column(dataset.features, self.wanted)
-            texts = list(texts_of(dataset, column, self.most_bytes, progress))
+            column = text_column(dataset.features, self._wanted)
+            texts = list(texts_of(dataset, column, self._most_bytes, progress))
             if not texts:
                 raise DataError(f"data.path={self.path}: there is no text in the column {column}")
             for text in texts:
@@ -177,10 +168,10 @@ class HuggingFaceData:
         sets = [
             Images(
                 dataset,
-                *image_columns(dataset.features, self.wanted),
+                *image_columns(dataset.features, self._wanted),
                 mode=self.image_mode,
                 size=self.image_size,
-                most_bytes=self.most_bytes,
+                most_bytes=self._most_bytes,
             )
             for dataset in ([train] if held_out is None else [train, held_out])
         ]
@@ -188,7 +179,7 @@ class HuggingFaceData:
             "pictures": [pictures.sha256(progress) for pictures in sets],
             "image_mode": self.image_mode,
             "image_size": self.image_size,
-            "most_bytes": self.most_bytes,
+            "most_bytes": self._most_bytes,
             "eval_fraction": self.eval_fraction,
         }
 

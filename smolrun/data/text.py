@@ -4,60 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from smolrun.data.documents import read_documents
-from smolrun.data.prepared import Kind, Prepared, Progress
-from smolrun.data.token_file import prepare_tokens
+from smolrun.data.prepared import Progress
+from smolrun.data.token_file import TextSource
 from smolrun.errors import DataError
 
 
-class TextFiles:
+@dataclass(kw_only=True)
+class TextFiles(TextSource):
     """Text files as training data; the keys are explained in conf/data/text.yaml."""
 
-    produces: ClassVar[Kind] = "tokens"
+    name = "text"
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        path: str | Sequence[str],
-        glob: str,
-        tokenizer: str,
-        vocab_size: int,
-        sequence_length: int,
-        eval_fraction: float,
-        max_mb: float | None,
-    ) -> None:
-        self.cache_dir = cache_dir
-        self.paths = [path] if isinstance(path, str) else list(path)
-        self.glob = glob
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
-        self.eval_fraction = eval_fraction
-        self.max_mb = max_mb
+    path: str | Sequence[str]
+    glob: str
 
-    def prepare(self, progress: Progress) -> Prepared:
-        """Reads, tokenises and keeps the text; raises DataError for none or too little of it."""
-        return prepare_tokens(
-            self.cache_dir,
-            "text",
-            read_documents(self._files(), self.max_mb, progress),
-            progress,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            sequence_length=self.sequence_length,
-            eval_fraction=self.eval_fraction,
-        )
-
-    def _files(self) -> dict[str, Path]:
+    def files(self, progress: Progress) -> dict[str, Path]:
         """Name -> path; names are relative to data.path, so a moved folder is the same data."""
-        if not self.paths:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        if not paths:
             raise DataError("data.path names no file and no folder")
         files: dict[str, Path] = {}
-        for number, given in enumerate(self.paths):
+        for number, given in enumerate(paths):
             path = Path(os.path.expanduser(given))
             if path.is_file():
                 files[f"{number}/{path.name}"] = path

@@ -9,17 +9,18 @@ The first token of a row and of a document is never a target: nothing before it 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 from safetensors.numpy import save_file
 
 from smolrun.data.cache import DATA_FILE, Entry, cached
-from smolrun.data.documents import Documents
-from smolrun.data.prepared import Prepared, Progress
+from smolrun.data.documents import Documents, read_documents
+from smolrun.data.prepared import Kind, Prepared, Progress
 from smolrun.data.tokenizer import TextTokenizer, encoder_for
 from smolrun.errors import DataError
 
@@ -28,6 +29,39 @@ _PIECE_CHARACTERS = 100_000
 _AT_ONCE = 256  # documents: the tokenizer then has work for all cores
 # Rows that still have room and are tried for the next document: more would hardly pack tighter.
 _OPEN_ROWS = 64
+
+
+@dataclass(kw_only=True)
+class TextSource(ABC):
+    """Text files as training data: the keys that all such data has, and one way to prepare it.
+    `name` begins the name of a cache entry."""
+
+    produces: ClassVar[Kind] = "tokens"
+    name: ClassVar[str]
+
+    cache_dir: Path = field(kw_only=False)
+    tokenizer: str
+    vocab_size: int
+    sequence_length: int
+    eval_fraction: float
+    max_mb: float | None
+
+    @abstractmethod
+    def files(self, progress: Progress) -> Mapping[str, Path | bytes]:
+        """Name -> path, or what is in the file. Raises DataError where there is none."""
+
+    def prepare(self, progress: Progress) -> Prepared:
+        """Reads, tokenises and keeps the text; raises DataError for none or too little of it."""
+        return prepare_tokens(
+            self.cache_dir,
+            self.name,
+            read_documents(self.files(progress), self.max_mb, progress),
+            progress,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            sequence_length=self.sequence_length,
+            eval_fraction=self.eval_fraction,
+        )
 
 
 def prepare_tokens(

@@ -198,7 +198,7 @@ def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
     said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
     advice = _advice(found, setup)
     line = "; ".join([", ".join(said), *([advice] if advice else [])])
-    return Bottleneck(**{**found.__dict__, "advice": advice, "line": line})
+    return dataclasses.replace(found, advice=advice, line=line)
 
 
 def _waiting(found: Bottleneck, setup: RunSetup) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from smolrun.events import Event
 from smolrun.tracking.tensorboard import TensorBoard
-from smolrun.tracking.wandb_run import WandbRun
+from smolrun.tracking.wandb import WandbRun
 
 
 class Tracker(Protocol):

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from smolrun.data import fetch
-from smolrun.data.fetch import Package, fetched, file_hash
+from smolrun.data.fetch import Package, fetched
 from smolrun.data.mnist import PACKAGE as MNIST
 from smolrun.errors import DataError
+from smolrun.files import file_hash
 
 
 class Watcher:

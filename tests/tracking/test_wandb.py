@@ -27,8 +27,14 @@ from smolrun.events import EvalDone, Event, Norms, RankStep, StepDone, TextSampl
 from smolrun.tracking.jsonl import JsonLines
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.trackers import Fanout
-from smolrun.tracking.wandb import last_step_in, last_step_written
-from smolrun.tracking.wandb_run import Status, WandbRun, read_status, write_status
+from smolrun.tracking.wandb import (
+    Status,
+    WandbRun,
+    last_step_in,
+    last_step_written,
+    read_status,
+    write_status,
+)
 from tests.tracking.fake_wandb import KEY, FakeWandb, Fault, fake_wandb
 from tests.waiting import SOON_S, until
 
