@@ -83,7 +83,7 @@ def test_ctrl_c_while_it_waits_hurries_and_a_second_one_leaves(
         tmp_path / "a", monkeypatch, [running, running, "ctrl-c", hurried, hurried, View("stopped")]
     )
     assert [request.stop for request in requests] == [True, False, False, True, False, False]
-    assert "asked to stop at once" in capsys.readouterr().out
+    assert "stop requested, at once" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         asked(tmp_path / "b", monkeypatch, [running, "ctrl-c", hurried, "ctrl-c"])
 
