@@ -104,7 +104,7 @@ def test_it_does_not_wait_for_ever(
 ) -> None:
     """A driver that lives, but reads no wishes: this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stop, "_patience_s", lambda run: 0.3)
+    monkeypatch.setattr(stop, "_wait_s", lambda run: 0.3)
     folder = a_run(tmp_path / "outputs")
     folder.write_driver(steps=5)
     folder.become_latest()
