@@ -33,7 +33,7 @@ def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
     with in_background(tmp_path) as run:
         workers = run.until_it_trains()
         showing, first = follow(tmp_path)
-        assert first == f"{run.run_id} is running; Ctrl-C leaves it so\n"
+        assert first == f"{run.run_id} is running; Ctrl-C detaches from it\n"
         assert showing.stdout is not None
         shown = ""
         while "step 1/50000" not in shown:
