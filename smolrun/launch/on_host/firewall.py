@@ -11,7 +11,7 @@ import re
 import shutil
 from typing import Any
 
-from smolrun.launch.on_host.common import read, run
+from smolrun.launch.on_host.prelude import read, run
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

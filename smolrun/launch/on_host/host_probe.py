@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-from smolrun.launch.on_host.common import usable_cores, user
+from smolrun.launch.on_host.prelude import usable_cores, user
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

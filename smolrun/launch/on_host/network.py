@@ -15,7 +15,7 @@ import re
 import shutil
 from typing import Any
 
-from smolrun.launch.on_host.common import powershell, read, run
+from smolrun.launch.on_host.prelude import powershell, read, run
 
 _NET = "/sys/class/net"
 _VPN = re.compile(r"^(tun|tap|wg|utun|ipsec|ppp|tailscale|zt|nordlynx)")

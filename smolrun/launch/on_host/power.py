@@ -13,7 +13,7 @@ import re
 import shutil
 from typing import Any
 
-from smolrun.launch.on_host.common import read, run
+from smolrun.launch.on_host.prelude import read, run
 
 _PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"
 _CPU = "/sys/devices/system/cpu"

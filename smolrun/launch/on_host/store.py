@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from typing import Any
 
-from smolrun.launch.on_host.common import DAY_S, act, age_s, drop, nearest_folder, sha256, sweep
+from smolrun.launch.on_host.prelude import DAY_S, act, age_s, drop, nearest_folder, sha256, sweep
 
 _DEAD_RUN_S = 14 * DAY_S
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 from typing import Any
 
-from smolrun.launch.on_host.common import (
+from smolrun.launch.on_host.prelude import (
     SLOW_S,
     nearest_folder,
     powershell,

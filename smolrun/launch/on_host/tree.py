@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from typing import Any
 
-from smolrun.launch.on_host.common import act, drop, sha256, sweep
+from smolrun.launch.on_host.prelude import act, drop, sha256, sweep
 
 _CODE = (".py", ".yaml", "METADATA")
 

@@ -1,4 +1,4 @@
-"""Remote call: runs one script of `on_host/`, and its common.py, by the host's own Python.
+"""Remote call: runs one script of `on_host/`, and its prelude.py, by the host's own Python.
 
 The script and its request travel over stdin, so that nothing has to be installed there first and
 nothing stands in the list of processes; the reply is one line of stdout behind a mark that is new
@@ -75,7 +75,7 @@ def _program(script: str, request: dict[str, Any], mark: str) -> str:
         mark=ascii(mark),
         package=_PACKAGE,
         script=script,
-        common=ascii(folder.joinpath("common.py").read_text(encoding="utf-8")),
+        common=ascii(folder.joinpath("prelude.py").read_text(encoding="utf-8")),
         source=ascii(folder.joinpath(f"{script}.py").read_text(encoding="utf-8")),
         request=ascii(json.dumps(request)),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from smolrun.launch.on_host import clock, common, environment, firewall, power, system
+from smolrun.launch.on_host import clock, environment, firewall, power, prelude, system
 from smolrun.launch.remote import answers
 
 FOLDER = Path(clock.__file__).parent
@@ -27,15 +27,15 @@ def test_python_38_can_read_it_and_it_needs_nothing_but_python(name: str):
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    found.discard(common.__name__)
+    found.discard(prelude.__name__)
     assert {(name or "").partition(".")[0] for name in found} <= {*sys.stdlib_module_names}
 
 
 def test_a_file_that_another_driver_renames_meanwhile_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(common.os, "listdir", lambda folder: [".mark-renamed"])
-    common.sweep(str(tmp_path), ".mark-")
+    monkeypatch.setattr(prelude.os, "listdir", lambda folder: [".mark-renamed"])
+    prelude.sweep(str(tmp_path), ".mark-")
 
 
 def test_the_clock_is_this_machines():

@@ -20,7 +20,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(source: str) -> None:
         (tmp_path / "x.py").write_text(source, encoding="utf-8")
 
-    (tmp_path / "common.py").write_text("")
+    (tmp_path / "prelude.py").write_text("")
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     return write
 
