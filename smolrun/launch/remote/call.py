@@ -38,7 +38,7 @@ def load(name, source):
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name.replace(".", "/") + ".py", "exec"), module.__dict__)
     return module
-load("{package}.common", {common})
+load("{package}.prelude", {prelude})
 reply = load("{package}.{script}", {source}).main(json.loads({request}))
 sys.stdout.write("\\n" + {mark} + " " + json.dumps(reply) + "\\n")
 sys.stdout.flush()
@@ -75,7 +75,7 @@ def _program(script: str, request: dict[str, Any], mark: str) -> str:
         mark=ascii(mark),
         package=_PACKAGE,
         script=script,
-        common=ascii(folder.joinpath("prelude.py").read_text(encoding="utf-8")),
+        prelude=ascii(folder.joinpath("prelude.py").read_text(encoding="utf-8")),
         source=ascii(folder.joinpath(f"{script}.py").read_text(encoding="utf-8")),
         request=ascii(json.dumps(request)),
     )
