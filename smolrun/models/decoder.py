@@ -14,8 +14,8 @@ Shape suffixes: B batch, T tokens, S keys, D width, F feed-forward width, V voca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,12 @@ from smolrun.errors import ConfigError
 from smolrun.models.attention import Attention, AttentionInputs, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
 from smolrun.models.kv_cache import KVCache, may_look
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import (
+    DecoderShape,
+    default_ffn_width,
+    default_head_width,
+    rope_scaling_of,
+)
 
 
 def norm_of(shape: DecoderShape) -> nn.Module:
@@ -216,15 +221,50 @@ def build(
     has_head: bool = True,
     *,
     vocab_size: int | None,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int | None,
+    head_width: int | None,
+    ffn_width: int | None,
     max_sequence_length: int,
-    **keys: Any,
+    position: Literal["rope", "learned"],
+    norm: Literal["rmsnorm", "layernorm"],
+    activation: Literal["swiglu", "gelu"],
+    tie_embeddings: bool,
+    attention_bias: bool | Literal["qkv"],
+    mlp_bias: bool,
+    qk_norm: bool,
+    sliding_window: int | None,
+    rope_theta: float,
+    rope_scaling: Mapping[str, float] | None,
+    norm_eps: float,
 ) -> Decoder:
     """The decoder for `spec`, or the stage of it that the parameters before the star ask for.
 
     The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
     """
     _check_fit(spec, max_sequence_length, vocab_size)
-    shape = DecoderShape.from_keys(max_sequence_length=max_sequence_length, **keys)
+    shape = DecoderShape(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_width=default_head_width(width, heads) if head_width is None else head_width,
+        ffn_width=default_ffn_width(width, activation) if ffn_width is None else ffn_width,
+        max_sequence_length=max_sequence_length,
+        position=position,
+        norm=norm,
+        activation=activation,
+        tie_embeddings=tie_embeddings,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        sliding_window=sliding_window,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling_of(rope_scaling),
+        norm_eps=norm_eps,
+    )
     num_outputs = vocab_size or spec.num_outputs
     return Decoder(shape, num_outputs, first_layer, last_layer, has_embedding, has_head)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from smolrun.errors import ConfigError
 
@@ -49,31 +49,6 @@ class DecoderShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     norm_eps: float
-
-    @classmethod
-    def from_keys(
-        cls,
-        *,
-        width: int,
-        heads: int,
-        kv_heads: int | None,
-        head_width: int | None,
-        ffn_width: int | None,
-        activation: Literal["swiglu", "gelu"],
-        rope_scaling: Mapping[str, float] | None,
-        **others: Any,
-    ) -> DecoderShape:
-        """Of all keys, null where there is a default; TypeError for missing and unknown ones."""
-        return cls(
-            width=width,
-            heads=heads,
-            kv_heads=heads if kv_heads is None else kv_heads,
-            head_width=default_head_width(width, heads) if head_width is None else head_width,
-            ffn_width=default_ffn_width(width, activation) if ffn_width is None else ffn_width,
-            activation=activation,
-            rope_scaling=rope_scaling_of(rope_scaling),
-            **others,
-        )
 
     def __post_init__(self) -> None:
         problems = _problems(self)
