@@ -171,7 +171,7 @@ def test_a_server_that_is_broken_leaves_an_offline_run_and_one_line(
         server.fault = fault  # type: ignore[assignment]
     # Importing W&B alone may take the usual grace on a busy machine; that an end is bounded is
     # proved below, with a process that never ends.
-    monkeypatch.setattr("smolrun.tracking.wandb_run._GRACE_S", 60.0)
+    monkeypatch.setattr("smolrun.tracking.wandb._GRACE_S", 60.0)
     told = train(folder, range(STEPS), timeout_s=0.5)
     (warning,) = told.warnings
     assert warning.startswith("W&B offline: ")
