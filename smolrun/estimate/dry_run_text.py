@@ -150,7 +150,7 @@ def _title(made: Estimate) -> str:
 def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
     """A column for every kind of host."""
     table = rich.table.Table(box=rich.box.ASCII2 if is_plain else rich.box.SIMPLE_HEAD)
-    table.add_column("memory of one rank (GB of 2^30 bytes)", min_width=12)
+    table.add_column("memory of one rank (GB of 2^30 bytes)", min_width=13)
     kinds = _kinds(made)
     needs = [made.need(places[0], made.setting) for places in kinds]
     for places in kinds:
@@ -182,9 +182,9 @@ _PARTS = {
     "staging": "copies of gradients for the network",
     "optimizer": "optimizer",
     "activations": "activations, logits and loss",
-    "update": "temporary, in optimizer.step()",
+    "update": "temporary, in a step",
     "checkpoint": "copy for a checkpoint",
-    "slack": "allocator fragmentation",
+    "slack": "fragmentation",
 }
 
 

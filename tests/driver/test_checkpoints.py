@@ -51,7 +51,7 @@ def test_ctrl_c_ends_the_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
         compose(["checkpoint.every=10", "cluster.ranks=1"]),
         RunFolder(tmp_path),
         cast(Fleet, Elsewhere(slow)),
-        earlier=None,
+        resume=None,
         driver_state=lambda updates: {},
         emit=events.append,
         say=said.append,
