@@ -107,4 +107,15 @@ def workers(host: Host) -> list[int]:
 def assert_clean(hosts: Sequence[Host]) -> None:
     """No worker, and nothing of a run, is left on any host; waits, as what ended may take a while
     to be gone."""
-    until(lambda: not any(workers(h) or list(h.workdir.glob("runs/*")) for h in hosts), SOON_S)
+    try:
+        until(lambda: not any(map(left_on, hosts)), SOON_S)
+    except AssertionError:
+        found = {host.name: left_on(host) for host in hosts}
+        raise AssertionError(f"after {SOON_S} s there is still: {found}") from None
+
+
+def left_on(host: Host) -> list[str]:
+    """The workers of a host, and the files of its runs."""
+    files = [str(path.relative_to(host.workdir)) for path in host.workdir.glob("runs/**/*")]
+    processes = [" ".join(one.command) for one in host.processes() if "--worker" in one.command]
+    return [*files, *processes]
