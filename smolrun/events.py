@@ -227,7 +227,7 @@ class StepSkipped(Event, frozen=True, tag="step_skipped"):
 
 
 class GradientDropped(Event, frozen=True, tag="gradient_dropped"):
-    """An update was made without the gradient of `rank`, which was late; the run goes on."""
+    """An update was made without the gradient of `rank`, which was late; the run continues."""
 
     sender = "rank 0"
 

@@ -140,7 +140,7 @@ def _cache(runs: list[PastRun]) -> Iterator[Item]:
 
 
 def _delete(item: Item) -> int:
-    """Deletes it; returns how many bytes are free now. Refusals are told, not raised."""
+    """Deletes it; returns how many bytes are free now. Refusals are printed, not raised."""
     if reason := item.keep():
         echo(f"{item.what} stays: {reason}")
         return 0

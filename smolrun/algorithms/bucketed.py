@@ -92,7 +92,7 @@ class BucketedAlgorithm(Algorithm):
         flat = bucket.flat[slot]
         if self.loss_scale.value != 1.0:
             flat.div_(self.loss_scale.value)
-        # One number tells whether any is not finite; it only names the rank, the sums decide.
+        # One number shows whether any is not finite; it only names the rank, the sums decide.
         self._is_finite = self._is_finite and math.isfinite(flat.sum().item())
         self._works.append(self.send(bucket, slot))
 

@@ -61,7 +61,7 @@ def write_shard(
 
 
 def partition_keys(slices: Iterable[TensorSlice], size: int, index: int) -> list[TensorSlice]:
-    """What rank `index` of `size` writes of the `slices` that it holds: those that nobody else has,
+    """What rank `index` of `size` writes of the `slices` that it holds: those only it has,
     and a part of the keys that all have, which are given out by size, the largest first, each to
     the rank with the fewest bytes."""
     held = list(slices)

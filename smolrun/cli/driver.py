@@ -1,7 +1,7 @@
-"""Drivers without a terminal; whoever starts them has composed the configuration and resolved it.
+"""Drivers without a terminal; the process that starts one has composed and resolved the config.
 
 `smolrun --driver`: be one; the configuration comes over stdin (see smolrun/driver/detach.py).
-`smolrun --start-driver`: start one here for somebody who is elsewhere (driver/remote_driver.py).
+`smolrun --start-driver`: start one here for another machine (driver/remote_driver.py).
 """
 
 from __future__ import annotations

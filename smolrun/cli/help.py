@@ -45,7 +45,7 @@ Every key is explained in docs/configuration.md."""
 
 
 def text(beside: Path | None = None) -> str:
-    """The whole help for somebody who is in the folder `beside` (default: the current one)."""
+    """The whole help, as seen from the folder `beside` (default: the current one)."""
     own = choices.own_folder(beside or Path.cwd())
     folders = [own, choices.shipped_folder()] if own else [choices.shipped_folder()]
     found, defaults = choices.groups(folders), choices.defaults(folders)

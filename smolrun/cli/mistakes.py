@@ -122,12 +122,12 @@ def _choice(group: str, choice: str, groups: Groups) -> str:
         return problem(group, choice, "not built yet", allowed=allowed)
     is_home = (group, choice) == ("cluster", "home")  # the cluster file of the first steps
     meant = None if is_home else _meant(group, choice, groups)
-    told = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
-    return f"{told}; `smolrun task=init` writes conf/cluster/home.yaml" if is_home else told
+    text = problem(group, choice, "no such choice", allowed=allowed, meant=meant)
+    return f"{text}; `smolrun task=init` writes conf/cluster/home.yaml" if is_home else text
 
 
 def _meant(group: str, choice: str, groups: Groups) -> str | None:
-    """What somebody may have meant who chose what is not there."""
+    """The existing choice that an unknown one resembles most."""
     names = groups[group]
     if choice.isdigit() and group in NUMBERS:
         return f"{NUMBERS[group]}={choice}"

@@ -1,6 +1,6 @@
 """From the command line to a checked configuration to its task.
 
-All problems are told at once, then nothing starts.
+All problems are reported at once, then nothing starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAILED = 3
 
 
 def run(argv: Sequence[str]) -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; returns the exit code."""
     if os.getcwd() not in sys.path:
         sys.path.append(
             os.getcwd()

@@ -34,7 +34,7 @@ def run_jobs(
 
 
 def start_job(arguments: list[str]) -> int:
-    """One run in a new process; returns its exit code, or 130 when this process was told to end.
+    """One run in a new process; returns its exit code, or 130 when this process was asked to end.
 
     The terminal's Ctrl-C reaches the job too, which decides how to stop, so here it only means: go
     on waiting.

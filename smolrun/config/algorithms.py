@@ -300,7 +300,7 @@ class EDPConfig(_ParameterServerConfig):
             yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
 
     def check_work_items(self, *, training: TrainingConfig, data: DataConfig) -> Iterator[str]:
-        """Which rank computes the next part of the data is decided while the run goes on."""
+        """Which rank computes the next part of the data is decided during the run."""
         pushes = self.pushes_per_batch
         if data.is_stream:
             what = "rows of a stream are requested ahead, and edp assigns samples only when needed"

@@ -159,7 +159,7 @@ def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
             "model",
             model.name,
             "is for task=export",
-            allowed="checkpoint.resume=RUN to go on with a run; or export it, and train on with "
+            allowed="checkpoint.resume=RUN to resume a run; or export it, and train on with "
             "model=hf model.name=FOLDER",
         )
     if task == "export" and not isinstance(model, TrainedConfig):

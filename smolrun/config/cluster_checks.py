@@ -19,7 +19,7 @@ _HIGHEST_PORT = 65535
 
 
 def hosts_are_distinct(*, cluster: ClusterConfig) -> Iterator[str]:
-    """Two hosts of one name could not be told apart in logs, and one machine is one host."""
+    """Two hosts of one name could not be distinguished in logs, and one machine is one host."""
     hosts = cluster.hosts or []
     for name, count in Counter(host.name for host in hosts).items():
         if count > 1:
@@ -133,7 +133,7 @@ def restart_can_be(*, cluster: ClusterConfig, world_size: int) -> Iterator[str]:
 
 
 def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]:
-    """What is only authenticated stays on one machine, unless somebody says so plainly."""
+    """An authenticated link without encryption stays on one machine, unless configured."""
     others = [host.name for host in cluster.hosts or [] if host.ssh is not None]
     if mesh.security == "loopback_plain" and others:
         what = f"{', '.join(others)} would be reached over a network without encryption"

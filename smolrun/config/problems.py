@@ -160,7 +160,7 @@ def _unknown_key(place: Place, value: Any, data: Mapping[str, Any]) -> str:
         line = problem(path(place), value, "no such key", allowed=allowed)
         return f"{line}; {name} is a key of {choices}"
     # Keys are compared without the group, which all of them begin with. Its name and target say
-    # which choice it is: nobody means them by another word.
+    # which choice it is, so they are never proposed.
     tags = () if "." in start else ("name", "target")
     near = closest(name, [key for key in siblings if key not in tags])
     if start and near:

@@ -6,7 +6,7 @@
       | <-- where its run folder is -------- |  says the rest into driver.log there
       exits 0                                trains; its workers live only as long as it does
 
-Detaching moves the driver, and nothing else: whoever ends it ends its workers. No secret travels by
+Detaching moves the driver, and nothing else: ending it ends its workers. No secret travels by
 argument or environment beyond what this process has in its own.
 """
 

@@ -82,7 +82,7 @@ def _of_host(
         keys["device"] = device(environment)
     if whole is not None and (host.memory_gb is None or host.memory_gb > whole * 1.1):
         keys["memory_gb"] = whole
-    # Whoever wrote auto wants it measured in the run, which knows better than any trial.
+    # auto is measured in the run, which is more accurate than any trial.
     if speed is not None and host.speed != "auto" and _differ(speed, host.speed):
         keys["speed"] = speed
     keys["address"] = _address(host, best)

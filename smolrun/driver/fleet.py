@@ -1,8 +1,8 @@
 """The machines of a run, ready for its workers: this one, and those reached over SSH.
 
     fleet = open_fleet(config)            all are connected at once, or all that cannot be are named
-    fleet.equip(run_id, ...)              our code, the data, the checkpoint to go on from
-    plan_workers(config, folder, fleet)   what every rank is told
+    fleet.equip(run_id, ...)              our code, the data, the checkpoint to resume from
+    plan_workers(config, folder, fleet)   the StartMessage of every rank
     Driver(plans, fleet.host_of, ...)
     fleet.clear(run_id); fleet.close()
 
@@ -152,7 +152,7 @@ class Fleet:
         return self._ready[host].prepared if host in self._ready else self._prepared
 
     def saving(self, host: str, saving: Saving | None) -> Saving | None:
-        """Where the ranks of a host write checkpoints, and find the one they go on from."""
+        """Where the ranks of a host write checkpoints, and find the one they resume from."""
         if saving is None or host not in self._ready:
             return saving
         from smolrun.launch.delivery.run_folder import saving_on_host

@@ -142,13 +142,13 @@ class RunSummary:
             echo(f"  | {one_line(line)}", error=True)
         if self.record.checkpoint is not None:
             command = f"smolrun checkpoint.resume={self._resume_name()}"
-            told = f"to resume from {self.record.checkpoint}: {command}"
+            text = f"to resume from {self.record.checkpoint}: {command}"
         elif every := self.config.checkpoint.every:
             often = "every step" if every == 1 else f"every {every:,} steps"
-            told = f"no checkpoint yet: one is saved {often} (checkpoint.every)"
+            text = f"no checkpoint yet: one is saved {often} (checkpoint.every)"
         else:
-            told = "no checkpoints are saved: checkpoint.every=100 saves one every 100 steps"
-        echo(f"smolrun: {told}", error=True)
+            text = "no checkpoints are saved: checkpoint.every=100 saves one every 100 steps"
+        echo(f"smolrun: {text}", error=True)
 
 
 def exit_code(view: View) -> int:
@@ -166,14 +166,14 @@ def last_lines(folder: RunFolder, view: View) -> list[str]:
     summary = view.summary
     if view.state == "died":
         return [one_line(_died(folder, view)), f"to resume: {resume_command(folder)}"]
-    told = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
-    told.append(f"run folder: {folder.path}")
+    lines = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
+    lines.append(f"run folder: {folder.path}")
     if view.state in ("stopped", "failed"):
         is_saved = summary.get("checkpoint") is not None
-        told.append(
+        lines.append(
             f"to resume: {resume_command(folder)}" if is_saved else "no checkpoint was saved"
         )
-    return [one_line(line) for line in told]
+    return [one_line(line) for line in lines]
 
 
 def resume_command(folder: RunFolder) -> str:

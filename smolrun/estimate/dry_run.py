@@ -74,7 +74,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Place:
-    """One host. `room` is None where nobody knows."""
+    """One host. `room` is None where it is unknown."""
 
     name: str
     ranks: int

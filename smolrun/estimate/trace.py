@@ -80,7 +80,7 @@ def trace(
     recompute: bool,
 ) -> Trace:
     """What one micro-batch of `batch_size` samples needs; `model` comes from `build_on_meta` and is
-    used up. CannotTrace with the reason where that cannot be told."""
+    used up. CannotTrace with the reason where that is unknown."""
     counter = _Counter()
     try:
         with _fake(model.to(precision.parameters)):

@@ -1,7 +1,7 @@
-"""The worker's end of the control protocol: what it says to the driver, and hears from it.
+"""The worker's end of the control protocol: messages to the driver and from it.
 
 A worker lives only as long as its driver wants it to. The end of stdin, a pipe that breaks, or too
-long a silence all mean that nobody is left to work for, and the process ends at once, so that no
+long a silence all mean that the driver is gone, and the process ends at once, so that no
 orphan ever stays on a host. Knows nothing of tasks, torch or the mesh. Two threads:
 "smolrun-control" reads stdin by plain `os.read`, because Windows has no select on pipes;
 "smolrun-lease" watches the silence.
@@ -56,7 +56,7 @@ _LAST_ACTS_S = 0.5
 
 
 class WorkerChannel:
-    """Says and hears the control protocol, from any thread; writing may block."""
+    """Sends and receives control messages, from any thread; writing may block."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class WorkerChannel:
         if self._ended.is_set():
             return
         self._ended.set()
-        # A frozen driver does not empty the log pipe, and nobody must wait for that.
+        # A frozen driver does not empty the log pipe: do not wait for it.
         _at_most(_LAST_ACTS_S, lambda: _write_log(f"smolrun worker ends: {why}\n"))
         self._end_process(code)
 
@@ -262,7 +262,7 @@ def _at_most(seconds: float, act: Callable[[], None]) -> None:
 
 
 def _write_log(text: str) -> None:
-    with contextlib.suppress(OSError):  # the driver is gone, and with it whoever would read this
+    with contextlib.suppress(OSError):  # the driver is gone, so this has no reader
         os.write(2, text.encode())
 
 

@@ -36,7 +36,7 @@ LEASE_LIMIT_S = 15.0
 EXIT_DONE = 0
 EXIT_FAILED = 3
 EXIT_ABANDONED = (
-    75  # EX_TEMPFAIL of sysexits.h: the driver is gone, and nobody is left to be told why
+    75  # EX_TEMPFAIL of sysexits.h: the driver is gone, so there is no reader for a reason
 )
 EXIT_ABORTED = 131  # the driver said abort, or stop twice
 
@@ -49,7 +49,7 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fiel
 
 
 class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a rank writes checkpoints, and which one it goes on from, as seen on its host."""
+    """Where a rank writes checkpoints, and which one it resumes from, as seen on its host."""
 
     folder: str
     token: str  # new for every start of a run: unfinished folders of two starts never mix
@@ -68,7 +68,7 @@ class StartMessage(Message, frozen=True, tag="start"):
 
     `secret` is 32 bytes in hex; `addresses` is where it listens, as numbers, best first, on one of
     `ports` (first and last) or on any. `credentials` are there exactly when `security` is tls.
-    `elastic`: the run goes on when a rank is lost; then a roster may name this rank alone, which
+    `elastic`: the run continues when a rank is lost; then a roster may name this rank alone, which
     waits at its door.
     """
 

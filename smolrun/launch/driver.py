@@ -248,7 +248,7 @@ class Driver:
         return ElasticSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
 
     def _monitor(self, plan: WorkerPlan) -> WorkerMonitor:
-        """Who looks after one process of a rank; what is left of an earlier one is not heard."""
+        """The monitor of one process of a rank; inputs of an earlier process are dropped."""
 
         def post(item: Input, num_bytes: int) -> None:
             if self._monitors[plan.rank] is monitor:

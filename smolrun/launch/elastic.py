@@ -1,14 +1,14 @@
-"""Decides what the driver does with the workers of an elastic run: it goes on without those that
-are lost, and starts them again. The supervisor's sister: the same way in and out, and as pure.
+"""Decides what the driver does with the workers of an elastic run: it continues without lost ones
+and restarts them. The same interface as Supervisor, and as pure.
 
-    rank 0 ready: it waits at its door --> RUNNING -- first Ctrl-C: stop --> STOPPING
+    rank 0 ready: its listener is open --> RUNNING -- first Ctrl-C: stop --> STOPPING
                                              |                                   |
-    worker ready: told rank 0 and itself     | rank 0 reported, or is lost, or too few are left
-    worker lost: told once, started again    v                                   |
+    worker ready: roster of rank 0 and it    | rank 0 reported, or is lost, or too few are left
+    worker lost: reported once, restarted    v                                   |
                                           CLOSING <------------------------------+
 
 Rank 0 is the server: its end is the end of the run. Which ranks train, and on what, is decided by
-the algorithm; here they only live.
+the algorithm; here only their processes count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from smolrun.launch.supervisor_events import (
 
 
 class ElasticSupervisor(Supervisor):
-    """See Supervisor. Workers are ranks 1 and up; each is started again on its own."""
+    """A Supervisor whose workers, ranks 1 and up, are each restarted on their own."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class ElasticSupervisor(Supervisor):
         return []
 
     def _part(self, now: float) -> list[Action]:
-        """The server is done: whoever works may say its last word, then it ends."""
+        """The server is done: workers may still report their result, then they end."""
         if not self._is_parting:
             self._is_parting = True
             self._start_nobody_again(now + self._policy.farewell_s)
@@ -166,7 +166,7 @@ class ElasticSupervisor(Supervisor):
 
     def _close_for(self, cause: RootCause, now: float) -> None:
         self._close(now, failed_by(cause))
-        # Nothing is saved any more, and nobody needs a farewell.
+        # Nothing is saved any more, so workers are ended without waiting for a result.
         self.deadline = now + min(self._limits.exit_s, self._limits.grace_s)
 
     def _final(self, alive: Sequence[RankState]) -> RunOutcome:
@@ -206,12 +206,12 @@ class ElasticSupervisor(Supervisor):
         away_s = worker.joins(now, self._began)
         actions: list[Action] = [SendRoster([_peer(self._states[0]), _peer(state)], to=state.rank)]
         if away_s is not None:
-            told = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
-            actions.append(Notify("info", told))
+            text = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
+            actions.append(Notify("info", text))
         return actions
 
     def _has_gone(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
-        """Its process has ended too early: told once, however often it must be tried."""
+        """Its process has ended too early: reported once, however many restarts it takes."""
         cause = self._last_cause = worker.ended(state, now)
         is_first = worker.row is None
         if worker.row is None:
@@ -222,13 +222,13 @@ class ElasticSupervisor(Supervisor):
             return []
         if worker.is_given_up:
             worker.row["given_up"] = True
-            told = f"that was {worker.quick} times in a row, so it is not started again"
-            return [Notify("warning", f"{cause.reason}; {told}; {self._count()} are at work")]
+            text = f"that was {worker.quick} times in a row, so it is not started again"
+            return [Notify("warning", f"{cause.reason}; {text}; {self._count()} are at work")]
         if not is_first:
             return []
         again = "tried again until it answers" if is_away(state) else "started again"
-        told = f"the run goes on with {self._count()}; rank {state.rank} is {again}"
-        return [Notify("warning", f"{cause.reason}; {told}")]
+        text = f"the run continues with {self._count()}; rank {state.rank} is {again}"
+        return [Notify("warning", f"{cause.reason}; {text}")]
 
     # -- how many ----
 

@@ -20,7 +20,7 @@ class Elasticity:
     joined for `quick_s`, or by an error of its own, has died quickly; after `max_quick` such deaths
     in a row it is given up. One whose host is out of reach is never given up, and asked for every
     `ask_s`. A process that the server has lost ends by itself once it notices; one that has not
-    within `wake_s`, because it stands still, is ended. `farewell_s`: from the server's result to
+    within `wake_s`, because it is suspended, is ended. `farewell_s`: from the server's result to
     the others'.
     """
 
@@ -42,7 +42,7 @@ class ElasticWorker:
     since: float  # when this process was started, or joined
     start_s: float  # how long a start may take
     policy: Elasticity
-    has_joined: bool = False  # it was told where rank 0 is
+    has_joined: bool = False  # it has the address of rank 0
     due: float | None = None  # when it is started again; None while it lives, and when it is not
     is_late: bool = False  # it was not ready in time
     unlinked: float | None = None  # since when the server has lost this process

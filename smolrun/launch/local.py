@@ -160,7 +160,7 @@ class LocalProcess:
         # A group's number is free for others only when its last process is gone: then there is
         # nothing to find.
         if self._owns_group:
-            # Nobody left; macOS says EPERM where only zombies are left.
+            # No process is left; macOS gives EPERM where only zombies are.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -2,7 +2,7 @@
 
 When one rank dies, all others fail too: they report that they lost it. So signs are weighed, not
 just timed: a rank that died without a word beats one that reported an error of its own, and that
-beats ranks that only lost somebody else. Pure.
+beats ranks that only lost another one. Pure.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def _blamed(states: Sequence[RankState], signs: Sequence[RankState]) -> RootCaus
             # Both are alive and answer the driver, and no other rank has lost either.
             what = f"and {seen[0][0].label} lost each other"
             pair.add(seen[0][0].rank)
-    told = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
-    told = told.removeprefix(f"{BROKE_PROTOCOL}: ")
-    cause = _cause(state, states, f"{what}{_when(state)} ({told})", pair)
+    reported = _one_line(error.message).removeprefix(f"lost rank {state.rank}: ")
+    reported = reported.removeprefix(f"{BROKE_PROTOCOL}: ")
+    cause = _cause(state, states, f"{what}{_when(state)} ({reported})", pair)
     return replace(cause, is_lost=not error.broke_protocol)
 
 
@@ -175,7 +175,7 @@ def _weight(state: RankState, error: ErrorReport, num_votes: int) -> tuple[int |
 
 
 def _saw(error: ErrorReport, rank: int) -> bool:
-    """Whether it lost that rank, and not only heard that another one did."""
+    """Whether it lost that rank itself, rather than learning it from another one."""
     return error.peer == rank and error.reported_by is None
 
 
@@ -240,7 +240,7 @@ def _cause(
 
 def _is_lost(state: RankState) -> bool:
     """Whether another start could go better: the rank went without a word, or never came, or it
-    only tells of others. An error of its own would come again."""
+    only reports others. An error of its own would come again."""
     if state.problem is not None:
         return state.never_started
     if state.error is not None:

@@ -175,7 +175,7 @@ class StreamBuffer:
         return StreamRows(first=asked.start, count=count, data=data)
 
     def _forget(self) -> None:
-        """Drop rows that nobody needs any more."""
+        """Drop rows that no rank needs any more."""
         lowest = [cursor.lowest for cursor in self._cursors.values() if cursor.lowest is not None]
         while self._rows and (not lowest or self._lowest < min(lowest)):
             self._rows.popleft()

@@ -10,7 +10,7 @@ nothing of processes, threads, signals or the clock, so tests push any order of 
        |                                v  |                              |
        |                            FAILING |                             |
        v                                v   v                             v
-       +------------------------------> CLOSING (kill whoever is left) -> FINISHED
+       +------------------------------> CLOSING (kill what is left) ---> FINISHED
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Limits:
 
     `finish_s`: from the first rank's result to the last one's. `stop_s`: from Ctrl-C to the last
     result (a step, and saving). `grace_s`: from the first sign of failure to its explanation by the
-    others; `settle_s` is enough once all others have named whoever is silent. `exit_s`: from a
+    others; `settle_s` is enough once all others have named the silent rank. `exit_s`: from a
     result to the exit. `kill_s`: from a kill to the exit.
     """
 
@@ -85,7 +85,7 @@ class RunPhase(Enum):
 
 
 class Supervisor:
-    """Feed it all that happens, with the time; do what it says; `advance` it at its `deadline`."""
+    """`handle` takes an input and its time, and returns actions; call `advance` at `deadline`."""
 
     def __init__(
         self, states: Sequence[RankState], *, now: float, limits: Limits | None = None
@@ -179,7 +179,7 @@ class Supervisor:
     def _starting(self, now: float) -> list[Action]:
         waited_for = [state for state in self._states if not state.addresses]
         if any(state.is_over or state.has_failed for state in self._states):
-            self._fail(now)  # nobody works yet, so there is nothing for the others to add
+            self._fail(now)  # no rank works yet, so the others have nothing to add
         elif self._interrupts:
             self._stop_before_it_began(now)
         elif not waited_for:

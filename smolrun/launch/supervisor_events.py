@@ -22,7 +22,7 @@ class WorkerReady:
 
 @dataclass(frozen=True)
 class Reported:
-    """A worker told of an event."""
+    """A worker reported an event."""
 
     rank: int
     event: Event
@@ -118,7 +118,7 @@ class SendRoster:
 
 @dataclass(frozen=True)
 class RestartWorker:
-    """Start a rank anew, whose process has ended; only where the run goes on without it."""
+    """Start a rank anew, whose process has ended; only where the run continues without it."""
 
     rank: int
 

@@ -132,7 +132,7 @@ class WorkerMonitor:
         rank = self.plan.rank
         try:
             process = self._host.start(self.plan)
-        except Exception as error:  # whatever it is: a rank that never comes must be told of
+        except Exception as error:  # of any kind: a rank that never comes must be reported
             self._post(NotStarted(rank, str(error) or type(error).__name__), 0)
             return
         with self._lock:
@@ -156,7 +156,7 @@ class WorkerMonitor:
         self._post(Exited(rank, code, process.out_of_memory(), process.lost()), 0)
 
     def _write(self, process: WorkerProcess) -> None:
-        with contextlib.suppress(OSError):  # the worker is gone: its exit tells the story
+        with contextlib.suppress(OSError):  # the worker is gone: its exit code is reported
             while (next_line := self._next_line()) is not None:
                 line, on_sent = next_line
                 process.write(line)
@@ -262,7 +262,7 @@ class _LogFile:
     """The log of a rank. When it is full it becomes `<name>.1`, in the place of an older one."""
 
     def __init__(self, path: Path) -> None:
-        """Open it, to go on in it; OSError if that is impossible."""
+        """Open it for appending; OSError if that is impossible."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("ab", buffering=0)

@@ -102,10 +102,14 @@ class Fingerprints:
         first = self._running.setdefault(key, (rank, fingerprint))
         if first[1] != fingerprint:
             sides = sorted((first, (rank, fingerprint)))
-            texts = [self._texts.get(number, ("", "")) for _, number in sides]
-            whats = [what or "an operation of another name or group" for what, _ in texts]
-            hint = texts[0][1] or texts[1][1]
-            raise CollectiveMismatch((sides[0][0], sides[1][0]), (whats[0], whats[1]), hint)
+            # A rank that has not come this far knows neither side, so that two unknown operations
+            # must still read as different ones.
+            unknown = "an operation of another name or group ({:08x})".format
+            (what, hint), (other_what, other_hint) = (
+                self._texts.get(number, (unknown(number), "")) for _, number in sides
+            )
+            ranks = sides[0][0], sides[1][0]
+            raise CollectiveMismatch(ranks, (what, other_what), hint or other_hint)
         if len(self._running) > _REMEMBERED:
             self._running.popitem(last=False)
 

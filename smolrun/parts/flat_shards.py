@@ -5,7 +5,7 @@
     slices    rank 1 owns the end of head.weight, all of norm.weight, a beginning of the third
 
 A rank steps its own slices only; a slice of a matrix is a matrix of one row, so that an optimizer
-still tells it from a vector. Knows nothing of when a bucket is gathered.
+still distinguishes it from a vector. Knows nothing of when a bucket is gathered.
 """
 
 from __future__ import annotations

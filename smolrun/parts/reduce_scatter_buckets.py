@@ -133,7 +133,7 @@ class ReduceScatterBuckets:
             flat, _ = self._filling.pop(number)
             if self.scale != 1.0:
                 flat.div_(self.scale)
-            # The sum of all tells whether any is not finite; it only names the rank.
+            # The sum of all shows whether any is not finite; it only names the rank.
             self.is_finite = self.is_finite and math.isfinite(flat.sum().item())
             host = flat.cpu()
             work = self._reducing.reduce_scatter(host, bucket.sizes, number, self._slot)

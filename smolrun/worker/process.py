@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Be one rank of a run, with the driver at stdin and stdout; ends this process."""
     channel = WorkerChannel.take_stdio()
-    # Ctrl-C is the driver's: it tells all ranks to stop at the same step.
+    # Ctrl-C is the driver's: it makes all ranks stop at the same step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
         stream=sys.stderr,

@@ -128,4 +128,4 @@ def test_gradients_in_flight_are_refused_with_what_to_do() -> None:
         return str(caught.value)
 
     (told,) = run_ranks(1, rank_main)
-    assert "go on with the algorithm that it had" in told and "step-00000003" in told
+    assert "resume with its own algorithm" in told and "step-00000003" in told

@@ -95,7 +95,7 @@ def test_a_lost_worker_is_told_once_started_again_and_joins() -> None:
     supervisor.handle(step(2, 139), 20.0)
     (line,) = told(supervisor.handle(Exited(2, -9), 30.0))
     assert line.startswith("rank 2 on host2 died from signal 9 (killed) at step 140")
-    assert line.endswith("the run goes on with 3 of 4 ranks; rank 2 is started again")
+    assert line.endswith("the run continues with 3 of 4 ranks; rank 2 is started again")
     assert supervisor.deadline == 31.0
     assert supervisor.advance(30.9) == []
     roster, tell = come_back(supervisor, 2, 31.0)

@@ -100,7 +100,7 @@ def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(tmp_path
     (row,) = outcome.departures
     assert row["rank"] == 2 and row["away_s"] > 0
     told = [line for line in notes(events) if "rank 2" in line]
-    assert "died from signal 9" in told[0] and "goes on with 2 of 3 ranks" in told[0]
+    assert "died from signal 9" in told[0] and "continues with 2 of 3 ranks" in told[0]
     assert told[1].startswith("rank 2 on local is back after ")
     assert len(told) == 2
     assert not is_running(killed[0]) and not is_running(outcome.summaries[2]["pid"])

@@ -63,6 +63,16 @@ def test_other_ranks_under_one_name_are_another_operation() -> None:
         prints.check(1, tag, unknown)
 
 
+def test_a_rank_that_knows_neither_operation_still_reports_two() -> None:
+    """It is behind the others, so that it sees both of their operations before it runs one."""
+    prints, elsewhere, tag = Fingerprints(), Fingerprints(), Tag(300, 5, 0)
+    prints.check(0, tag, elsewhere.register("all_gather", [0, 1, 2]))
+    with pytest.raises(CollectiveMismatch) as caught:
+        prints.check(2, tag, elsewhere.register("broadcast", [0, 1, 2]))
+    assert caught.value.ranks == (0, 2)
+    assert len(set(caught.value.operations)) == 2
+
+
 def test_old_operations_are_forgotten() -> None:
     prints = Fingerprints()
     one = prints.register("one", [0])

@@ -122,7 +122,7 @@ def test_who_drives_it_is_believed_only_if_this_account_wrote_it(
     use_account("me")
     assert folder.remote() is not None
     file = tmp_path / "remote.json"
-    file.write_bytes(file.read_bytes().replace(b"/usr/bin", b"/tmp/bin"))
+    file.write_bytes(file.read_bytes().replace(b"/usr/bin", b"/srv/bin"))
     assert folder.remote() is None
     file.write_text("[" * 100_000)
     assert folder.remote() is None

@@ -457,7 +457,7 @@ class EDPServer(EDP):
         if state["in_flight"]:
             raise CheckpointError(
                 f"{checkpoint.folder} has gradients that no update has used, and algorithm=edp has "
-                "no place for them; go on with the algorithm that it had: at its end there are none"
+                "no place for them; resume with its own algorithm: at the end there are none"
             )
         super().restore(checkpoint, state)
         done = self.steps_begun * self.work_queue.per_step
