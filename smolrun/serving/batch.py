@@ -1,0 +1,64 @@
+"""One pass of tokens through all stages: the plan that rides in front of the hidden states.
+
+    rows       slot 3: 1 token (decode)   slot 0: 5 tokens (a chunk of a prompt)   ...
+    token_ids  a                          b c d e f                                 flat, no padding
+
+Every stage keeps the keys and values of its own layers in numbered slots, one sequence each. The
+last stage samples, so it learns from the same plan how (`opened`) and what was seen before
+(`token_ids` of all passes). Pure data.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from smolrun.serving.messages import Sampling
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """`count` new tokens of the sequence in `slot`, which holds `start` already. `is_sampled`: the
+    last of them decides the next token; `logprobs`: those of the given tokens are wanted too."""
+
+    slot: int
+    start: int
+    count: int
+    is_sampled: bool
+    logprobs: bool = False
+
+
+class Fork(msgspec.Struct, frozen=True, array_like=True):
+    """Copy the first `length` tokens of a slot into another one, before anything else."""
+
+    source: int
+    target: int
+    length: int
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence begins in a slot. `history` are its tokens that no pass will bring, as they come
+    by a fork or are there already; penalties count them."""
+
+    slot: int
+    sampling: Sampling
+    choice: int
+    top_logprobs: int | None
+    history: list[int]
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Rows in the order of their tokens; forks and opened sequences come first."""
+
+    number: int
+    rows: list[Row]
+    token_ids: list[int]
+    forks: list[Fork] = []
+    opened: list[Opened] = []
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """The next token of a row with `is_sampled`, and its log-probabilities if asked for."""
+
+    slot: int
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None

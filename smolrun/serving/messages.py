@@ -1,0 +1,147 @@
+"""The task messages of task=serve between the driver and rank 0, topic `TOPIC`.
+
+    driver                                          rank 0
+      | <------------------------------ Ready ------- |   a token has flowed through all stages
+      | -- Submit (token ids, sampling) ------------> |
+      | <------------------------- StepOutput ------- |   new tokens of all requests, once a step
+      | -- Cancel (the client is gone) -------------> |
+
+Token ids only: text, templates and stop strings belong to the driver. Pure data.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+TOPIC = "serving"
+
+RequestId = Annotated[str, Meta(max_length=100)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a token is drawn from logits; the defaults leave the distribution as it is.
+
+    temperature 0 takes the likeliest token; top_k 0 allows every token. The noise of a token is a
+    function of (seed, choice, position), so that neither neighbours nor a replay change it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+
+
+class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submit"):
+    """A request: `choices` continuations of one prompt, each of at most `max_tokens` tokens.
+
+    A choice ends at a token of `stop_ids`, which is reported too. `top_logprobs`: None reports no
+    log-probabilities, n those of the chosen token and of the n likeliest ones. `echo_logprobs`
+    reports them for the tokens of the prompt as well.
+    """
+
+    request: RequestId
+    prompt_ids: list[TokenId]
+    max_tokens: int
+    choices: int = 1
+    sampling: Sampling = Sampling()
+    stop_ids: list[TokenId] = []
+    top_logprobs: int | None = None
+    echo_logprobs: bool = False
+
+
+class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cancel"):
+    """End a request, or one choice of it; answered by `Finished`, unless it has finished before."""
+
+    request: RequestId
+    choice: int | None = None
+
+
+ToEngine = Submit | Cancel
+
+
+class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A new token. `top` are the likeliest ids with their log-probabilities, best first."""
+
+    request: RequestId
+    choice: int
+    id: TokenId
+    logprob: float | None = None
+    top: list[tuple[TokenId, float]] | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A choice has ended, after its last token. `cached_tokens` of the prompt were not computed
+    anew. `message` is there where the reason is error."""
+
+    request: RequestId
+    choice: int
+    reason: FinishReason
+    cached_tokens: int = 0
+    message: str = ""
+
+
+class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`done` of `total` prompt tokens of a request are computed; `logprobs` of those since the last
+    report, if asked for (None for the first token of a prompt)."""
+
+    request: RequestId
+    done: int
+    total: int
+    logprobs: list[float | None] | None = None
+
+
+class StageStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stage did since the server began, in seconds and bytes."""
+
+    rank: int
+    host: str
+    first_layer: int
+    last_layer: int
+    compute_s: float
+    wait_s: float
+    weight_bytes: int
+    cache_bytes: int
+    sent_bytes: int
+
+
+class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The load of the engine now, and its totals."""
+
+    running: int
+    waiting: int
+    cache_usage: float
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    stages: list[StageStats] = []
+
+
+class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
+    """Requests are taken from now on. `cache_tokens`: of all sequences together."""
+
+    max_sequence_length: int
+    cache_tokens: int
+    max_running: int
+    stages: list[StageStats] = []
+
+
+class StepOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="step"):
+    """What one step of the engine brought; `stats` about once a second."""
+
+    tokens: list[Token] = []
+    finished: list[Finished] = []
+    prefill: list[Prefill] = []
+    stats: Stats | None = None
+
+
+FromEngine = Ready | StepOutput
