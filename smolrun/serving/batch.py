@@ -5,25 +5,29 @@
 
 Every stage keeps the keys and values of its own layers in numbered slots, one sequence each. The
 last stage samples, so it learns from the same plan how (`opened`) and what was seen before
-(`token_ids` of all passes). Pure data.
+(`token_ids` of all passes); only a BatchResult travels back. Pure data.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from smolrun.serving.messages import Sampling
+from smolrun.serving.messages import Sampling, StageStats
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
-    """`count` new tokens of the sequence in `slot`, which holds `start` already. `is_sampled`: the
-    last of them decides the next token; `logprobs`: those of the given tokens are wanted too."""
+    """`count` new tokens of the sequence in `slot`, which holds `start` already.
+
+    `is_sampled`: the last of them decides the next token. `logprobs`: of the token after each of
+    them, within the prompt, as PromptLogprobs; the one after the last is `next_id` (None: there is
+    none in the prompt)."""
 
     slot: int
     start: int
     count: int
     is_sampled: bool
     logprobs: bool = False
+    next_id: int | None = None
 
 
 class Fork(msgspec.Struct, frozen=True, array_like=True):
@@ -56,9 +60,27 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """The next token of a row with `is_sampled`, and its log-probabilities if asked for."""
+    """The next token of a row with `is_sampled`, and its log-probabilities if asked for. `error`:
+    why there is none (logits that are not finite); then the other fields mean nothing."""
 
     slot: int
     token_id: int
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
+    error: str | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of the prompt's tokens after each token of a row with `logprobs`."""
+
+    slot: int
+    values: list[float]
+
+
+class BatchResult(msgspec.Struct, frozen=True):
+    """What the last stage reports of a batch. `stages`, if they were asked for: of all stages."""
+
+    number: int
+    sampled: list[Sampled] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    stages: list[StageStats] = []

@@ -1,4 +1,4 @@
-"""The task messages of task=serve between the driver and rank 0, topic `TOPIC`.
+"""The task messages of task=serve. Between the driver and rank 0, topic `TOPIC`:
 
     driver                                          rank 0
       | <------------------------------ Ready ------- |   a token has flowed through all stages
@@ -6,21 +6,31 @@
       | <------------------------- StepOutput ------- |   new tokens of all requests, once a step
       | -- Cancel (the client is gone) -------------> |
 
+Before that between the driver and every rank, topic `LOADING`:
+
+    driver                                          rank
+      | -- Probe (the model's shape) -------------> |   measures one layer, for about a second
+      | <------------------------- Probed --------- |
+      | -- Load (layers, slots) ------------------> |
+      | <------------------ Loading ... Loaded ---- |
+
 Token ids only: text, templates and stop strings belong to the driver. Pure data.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 TOPIC = "serving"
+LOADING = "serving.loading"
 
 RequestId = Annotated[str, Meta(max_length=100)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+ServingDtype = Literal["float32", "bf16"]  # of weights, computation and the links between stages
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,3 +155,60 @@ class StepOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
 
 
 FromEngine = Ready | StepOutput
+
+
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="probe"):
+    """Measure one layer of a model. `source`: a ModelSource (source.py) as JSON; its folder is not
+    read."""
+
+    source: dict[str, Any]
+    dtype: ServingDtype
+
+
+class Probed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="probed"):
+    """Seconds that one layer, and the head, take for one token; bytes that are available."""
+
+    rank: int
+    layer_s: float
+    head_s: float
+    free_bytes: int
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
+    """Become a stage of the pipeline: all ranks get the same, and each takes its own part.
+
+    `stages`: the ranks that hold layers, in order, rank 0 first; `last_layers`: the last layer of
+    each. A rank that is not among them waits for the end of the run. `folders`: where the model is
+    on the host of each rank. Every stage keeps `slots` sequences of up to `capacity` tokens, and
+    computes at most `chunk_tokens` tokens of prompts at once.
+    """
+
+    source: dict[str, Any]
+    dtype: ServingDtype
+    stages: list[int]
+    last_layers: list[int]
+    folders: list[str]
+    slots: int
+    capacity: int
+    chunk_tokens: int = 256
+    prefix_reuse: bool = True
+
+
+class Loading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loading"):
+    """`done` of `total` tensors of this rank are in memory."""
+
+    rank: int
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loaded"):
+    """The stage of this rank stands; a rank without layers has no bytes."""
+
+    rank: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+ToRank = Probe | Load
+FromRank = Probed | Loading | Loaded
