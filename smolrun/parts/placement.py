@@ -1,7 +1,13 @@
-"""Shares of batches, memory and samples: pure arithmetic. Knows nothing of tensors or addresses."""
+"""Shares of batches, memory and samples, and cuts of layers: pure arithmetic. Knows nothing of
+tensors or addresses.
+
+Source of the cut: the linear partition problem, as PipeDream (arXiv:1806.03377) uses it.
+"""
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -123,3 +129,119 @@ class BatchPlans:
         """Other shares from step `first` on; steps before `now` will not be asked for again."""
         past = [index for index, (begun, _) in enumerate(self.shares) if begun <= now]
         self.shares = [*self.shares[past[-1] :], (first, list(weights))]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Layers cut into contiguous stages: `layers[rank]` are those of a rank, empty if it was left
+    out; `seconds[rank]` is its time for one pass, without hops."""
+
+    layers: list[range]
+    seconds: list[float]
+
+
+def cut(
+    costs: Sequence[float],
+    speeds: Sequence[float],
+    *,
+    sizes: Sequence[float] | None = None,
+    limits: Sequence[float] | None = None,
+    shared_size: float = 0.0,
+    may_leave_out: bool = False,
+) -> Stages | None:
+    """The cut of layers over ranks, in order, whose slowest stage is as fast as possible; of those
+    the one with the least sum of times. None if no cut fits.
+
+    `costs[layer]` are seconds at speed 1, with those of the embedding in the first one and of the
+    head in the last. `sizes[layer]` are bytes and `limits[rank]` what a rank can hold; a rank with
+    both ends holds `shared_size` bytes less (a tied embedding). Every rank gets a layer, unless
+    `may_leave_out`: then ranks may stay empty.
+
+    Exact, by dynamic programming over (ranks, layers): O(ranks x layers^2)."""
+    if not costs or min(costs) < 0 or not speeds or min(speeds) <= 0:
+        raise ValueError(f"costs and speeds must be positive: {list(costs)}, {list(speeds)}")
+    seconds_before = [0.0, *accumulate(costs)]
+    bytes_before = [0.0, *accumulate(sizes or [0.0] * len(costs))]
+
+    def seconds(rank: int, first: int, end: int) -> float:
+        """Of a stage; infinite where it is not allowed."""
+        if first == end:
+            return 0.0 if may_leave_out else math.inf
+        size = bytes_before[end] - bytes_before[first]
+        size -= shared_size if (first, end) == (0, len(costs)) else 0
+        fits = limits is None or size <= limits[rank]
+        return (seconds_before[end] - seconds_before[first]) / speeds[rank] if fits else math.inf
+
+    slowest = _best_ends(len(costs), len(speeds), seconds, max)
+    if slowest is None:
+        return None
+    most = max(seconds(rank, *ends) for rank, ends in enumerate(pairwise(slowest)))
+
+    def seconds_within(rank: int, first: int, end: int) -> float:
+        needed = seconds(rank, first, end)
+        return needed if needed <= most else math.inf
+
+    ends = _best_ends(len(costs), len(speeds), seconds_within, operator.add)
+    assert ends is not None, "the cut with the fastest slowest stage is within its own time"
+    stages = [range(*pair) for pair in pairwise(ends)]
+    return Stages(stages, [seconds(rank, *pair) for rank, pair in enumerate(pairwise(ends))])
+
+
+def _best_ends(
+    num_layers: int,
+    num_ranks: int,
+    seconds: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
+) -> list[int] | None:
+    """Layer 0, and the end of each rank's stage, with the least `join` of all seconds; None if it
+    is infinite."""
+    best = [0.0] + [math.inf] * num_layers  # of the ranks so far, by layers that they hold
+    chosen: list[list[int]] = []  # by rank and end: where its stage begins
+    for rank in range(num_ranks):
+        firsts = []
+        following = []
+        for end in range(num_layers + 1):
+            options = [
+                (join(best[first], seconds(rank, first, end)), first)
+                for first in range(end + 1)
+                if best[first] < math.inf
+            ]
+            value, first = min(options, default=(math.inf, 0))
+            following.append(value)
+            firsts.append(first)
+        best = following
+        chosen.append(firsts)
+    if best[num_layers] == math.inf:
+        return None
+    ends = [num_layers]
+    for firsts in reversed(chosen):
+        ends.append(firsts[ends[-1]])
+    return ends[::-1]
+
+
+def checked_layers(layers: Sequence[Sequence[int]], num_layers: int, num_ranks: int) -> list[range]:
+    """Stages that were given as [first layer, last layer], one a rank; [] leaves a rank out.
+    ValueError says what is wrong with them."""
+    if len(layers) != num_ranks:
+        raise ValueError(f"{len(layers)} stages for {num_ranks} ranks; write one for each rank")
+    stages, following = [], 0
+    for rank, stage in enumerate(layers):
+        if not stage:
+            stages.append(range(following, following))
+            continue
+        if len(stage) != 2:
+            raise ValueError(f"rank {rank}: write [first layer, last layer], not {list(stage)}")
+        first, last = stage
+        if first != following or last < first:
+            raise ValueError(
+                f"rank {rank}: layers {first} to {last} do not continue at layer {following}; "
+                "stages are in the order of ranks, without gaps"
+            )
+        following = last + 1
+        stages.append(range(first, following))
+    if following != num_layers:
+        raise ValueError(
+            f"the stages end with layer {following - 1}, but the model has layers 0 to "
+            f"{num_layers - 1}"
+        )
+    return stages
