@@ -114,5 +114,9 @@ class TrainingError(SmolrunError):
     """Training cannot continue, for example because the loss is not finite."""
 
 
+class NonFiniteLogits(SmolrunError):
+    """A model computed NaN or infinite logits, from which no token can be drawn."""
+
+
 class StopRequested(SmolrunError):
     """The user asked the run to stop before it could finish what it was doing."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from smolrun.models.decoder import Decoder
+from smolrun.models.sampling import Sampling, sample
 
 
 def generate(
@@ -43,8 +43,9 @@ def generate_batch(
     """Continues prompts of different lengths side by side.
 
     temperature 0 takes the likeliest token each time; top_k 0 allows every token. A row ends early
-    where it reaches the model's max_sequence_length. Each row draws from its own generator, so its
-    text does not depend on its neighbours. Raises ValueError for an empty or too long prompt.
+    where it reaches the model's max_sequence_length. A row's noise depends on the seed, the row's
+    number and the position, so its text does not depend on its neighbours. Raises ValueError for an
+    empty or too long prompt.
     """
     limit = model.shape.max_sequence_length
     for prompt in prompts:
@@ -55,7 +56,7 @@ def generate_batch(
     budgets = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
     cache = model.new_cache(len(prompts), capacity)
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
     new_ids: list[list[int]] = [[] for _ in prompts]
     pending = [list(prompt) for prompt in prompts]
     while any(len(ids) < budget for ids, budget in zip(new_ids, budgets, strict=True)):
@@ -67,19 +68,8 @@ def generate_batch(
             if len(ids) == budgets[row]:
                 pending[row] = []
                 continue
-            last_V = logits_BTV[row, counts[row] - 1].float().cpu()
-            ids.append(pick(last_V, temperature, top_k, generators[row]))
+            last_V = logits_BTV[row, counts[row] - 1].float().cpu().numpy()
+            position = len(prompts[row]) + len(ids)
+            ids.append(sample(last_V, sampling, position=position, choice=row).token_id)
             pending[row] = ids[-1:]
     return new_ids
-
-
-def pick(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token id drawn from float32 CPU logits [V]."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    if 0 < top_k < len(logits_V):
-        logits_V, ids = logits_V.topk(top_k)
-    else:
-        ids = torch.arange(len(logits_V))
-    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
-    return int(ids[torch.multinomial(probabilities_V, 1, generator=generator)])

@@ -13,7 +13,7 @@ from smolrun.algorithms.base import Algorithm
 from smolrun.data.splits import Batch, Prepared, open_split
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.events import EvalDone, Event, TextSample
-from smolrun.models.generate import pick
+from smolrun.models.sampling import Sampling, sample
 from smolrun.training.trainer import Callback, Periodic, TrainOutcome
 
 _TEMPERATURE, _TOP_K = 0.8, 40
@@ -114,9 +114,10 @@ def generate(
     Runs the whole context for every token, without a KV cache: so it works for every way of
     splitting a model.
     """
-    generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(temperature=_TEMPERATURE, top_k=_TOP_K, seed=seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
         window = torch.tensor([tokens[-context_length:]])
-        tokens.append(pick(logits(window)[0, -1], _TEMPERATURE, _TOP_K, generator))
+        last_V = logits(window)[0, -1].float().cpu().numpy()
+        tokens.append(sample(last_V, sampling, position=len(tokens)).token_id)
     return tokens[len(prompt) :]

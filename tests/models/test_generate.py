@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.models.decoder import Decoder
-from smolrun.models.generate import generate, generate_batch, pick
+from smolrun.models.generate import generate, generate_batch
 from tests.models.tiny import KINDS, MakeDecoder, enliven, make_tiny_decoder
 
 PROMPTS = [[1], [5, 9, 2, 44, 7, 7, 0, 12], [60, 3, 3]]
@@ -107,12 +107,3 @@ def test_a_row_does_not_depend_on_its_neighbours_and_follows_the_seed(
     together = generate_batch(model, PROMPTS, 12, temperature=1.0, top_k=8, seed=4)
     assert together[0] == alone == generate(model, PROMPTS[0], 12, temperature=1.0, top_k=8, seed=4)
     assert alone != generate(model, PROMPTS[0], 12, temperature=1.0, top_k=8, seed=5)
-
-
-def test_top_k_draws_from_the_k_likeliest() -> None:
-    logits = torch.tensor([0.0, 3.0, -1.0, 2.9, 2.8])
-    generator = torch.Generator().manual_seed(0)
-    drawn = {pick(logits, 1.0, 3, generator) for _ in range(200)}
-    assert drawn == {1, 3, 4}
-    assert {pick(logits, 1.0, 0, generator) for _ in range(2000)} == {0, 1, 2, 3, 4}
-    assert pick(logits, 0.0, 0, generator) == 1
