@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import msgspec
 
-from smolrun.serving.messages import Sampling, StageStats
+from smolrun.models.sampling import Sampling
+from smolrun.serving.messages import StageStats
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -40,13 +41,15 @@ class Fork(msgspec.Struct, frozen=True, array_like=True):
 
 class Opened(msgspec.Struct, frozen=True, array_like=True):
     """A sequence begins in a slot. `history` are its tokens that no pass will bring, as they come
-    by a fork or are there already; penalties count them."""
+    by a fork or are there already; penalties count them. Its first `prompt_tokens` tokens are the
+    prompt, the others are generated."""
 
     slot: int
     sampling: Sampling
     choice: int
     top_logprobs: int | None
     history: list[int]
+    prompt_tokens: int
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -57,6 +60,20 @@ class Batch(msgspec.Struct, frozen=True):
     token_ids: list[int]
     forks: list[Fork] = []
     opened: list[Opened] = []
+
+    def logit_tokens(self) -> list[int]:
+        """The places in `token_ids` whose logits the last stage computes: all tokens of a row with
+        `logprobs`, else the last one of a sampled row."""
+        places: list[int] = []
+        first = 0
+        for row in self.rows:
+            after = first + row.count
+            if row.logprobs:
+                places += range(first, after)
+            elif row.is_sampled:
+                places.append(after - 1)
+            first = after
+        return places
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):

@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from smolrun.models.sampling import Sampling
+
 TOPIC = "serving"
 LOADING = "serving.loading"
 
@@ -31,24 +33,6 @@ RequestId = Annotated[str, Meta(max_length=100)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 ServingDtype = Literal["float32", "bf16"]  # of weights, computation and the links between stages
-
-
-class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a token is drawn from logits; the defaults leave the distribution as it is.
-
-    temperature 0 takes the likeliest token; top_k 0 allows every token. The noise of a token is a
-    function of (seed, choice, position), so that neither neighbours nor a replay change it.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int = 0
 
 
 class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submit"):
