@@ -36,6 +36,8 @@ class Stream(IntEnum):
     SERVER_MESSAGES = 16  # of a parameter server and its workers, as the two below
     SERVER_PUSHES = 17
     SERVER_WEIGHTS = 18
+    SERVING_BATCHES = 24  # of an inference server: from stage to stage, and from the last to rank 0
+    SERVING_RESULTS = 25
 
 
 def stream_of(group: str) -> int:

@@ -142,7 +142,7 @@ FromEngine = Ready | StepOutput
 
 
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="probe"):
-    """Measure one layer of a model. `source`: a ModelSource (source.py) as JSON; its folder is not
+    """Measure one layer of a model. `source`: a ModelSource of serving as JSON; its folder is not
     read."""
 
     source: dict[str, Any]

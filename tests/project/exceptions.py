@@ -12,7 +12,11 @@ FUNCTIONS: dict[str, str] = {
     "smolrun/models/decoder.py::build": "half of it is its signature, the keys of the yaml",
 }
 
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {
+    "Batch": "of samples in training; of tokens in serving",
+    "Finished": "of a command on a host; of a request",
+    "Row": "of a table of keys; of a batch of tokens",
+}
 
 # Files of an example or of another project.
 PATHS = {"my_code.py", "build_meta.py", "tasks/ping.py"}

@@ -1,0 +1,176 @@
+"""Rank 0's loop: schedule, run, postprocess.
+
+    control thread   submit, cancel --+
+    I/O thread       results ---------+--> inbox --> this loop --> StepOutput to the driver
+                                                      |    ^
+                                                      v    |
+                                              scheduler, pipeline
+
+The loop blocks on its inbox alone, so an idle server takes no CPU. Knows token ids only, and
+nothing of the control protocol: what it has to say goes to a function that it is given.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from smolrun.errors import SmolrunError
+from smolrun.serving.batch import BatchResult
+from smolrun.serving.messages import Cancel, Ready, StageStats, Stats, StepOutput, Submit, ToEngine
+from smolrun.serving.pipeline import PipelineHead
+from smolrun.serving.scheduler import Scheduler
+
+_STATS_EVERY_S = 1.0
+_STOP = object()
+_PIPELINE_ENDED = None
+_WARM_UP = Submit(request="warm-up", prompt_ids=[0], max_tokens=2)
+
+Send = Callable[[Ready | StepOutput], None]
+
+
+class Engine:
+    """The requests of a server, from submission to their last token. `submit`, `cancel` and `stop`
+    are for any thread and do not block; `run` is the loop."""
+
+    def __init__(self, scheduler: Scheduler, send: Send, *, max_message_bytes: int) -> None:
+        """`send` may block; a message is at most `max_message_bytes` of JSON."""
+        self._scheduler = scheduler
+        self._send = send
+        self._max_message_bytes = max_message_bytes
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._stages: list[StageStats] = []
+        self._stats_sent_s = 0.0
+        self._has_news = False  # since statistics were sent
+        self._is_stopping = False
+
+    def submit(self, request: ToEngine) -> None:
+        """A request or a cancellation."""
+        self._inbox.put(request)
+
+    def on_result(self, result: BatchResult | BaseException | None) -> None:
+        """For the pipeline: what has come back."""
+        self._inbox.put(result)
+
+    def stop(self) -> None:
+        """End all requests, then the stages, then `run`."""
+        self._inbox.put(_STOP)
+
+    def run(self, pipeline: PipelineHead) -> None:
+        """Send Ready once a token has flowed through all stages, then serve until `stop`. Raises
+        PeerLost, and SmolrunError if the model computes no tokens."""
+        self._warm_up(pipeline)
+        has_started = False
+        while not self._is_stopping:
+            self._take_events(pipeline, wait=not has_started)
+            self._report()
+            has_started = self._start_batch(pipeline)
+        self._end(pipeline)
+
+    def _warm_up(self, pipeline: PipelineHead) -> None:
+        self._scheduler.submit(_WARM_UP)
+        while self._scheduler.has_requests:
+            self._start_batch(pipeline)
+            self._take_event(self._next_event(pipeline))
+        (finished,) = self._scheduler.take_output().finished
+        if finished.reason == "error":
+            raise SmolrunError(f"the model computes no tokens: {finished.message}")
+        self._scheduler.reset_totals()
+        slots = self._scheduler.slots
+        self._send(
+            Ready(slots.capacity, len(slots) * slots.capacity, len(slots), stages=self._stages)
+        )
+
+    def _start_batch(self, pipeline: PipelineHead) -> bool:
+        """Start one batch if there is one to run; on one stage it is run."""
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return False
+        pipeline.start(batch, with_stats=self._are_stats_due() or batch.number == 0)
+        self._has_news = True
+        return True
+
+    # -- events ----
+
+    def _take_events(self, pipeline: PipelineHead, *, wait: bool) -> None:
+        """Every event that is there; waits for the first one if `wait`."""
+        if wait:
+            self._take_event(self._next_event(pipeline))
+        while True:
+            try:
+                event = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._take_event(event)
+
+    def _next_event(self, pipeline: PipelineHead) -> object:
+        began = time.perf_counter()
+        event = self._inbox.get()
+        if self._scheduler.num_in_flight:
+            pipeline.waited(time.perf_counter() - began)
+        return event
+
+    def _take_event(self, event: object) -> None:
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, Submit):
+            self._scheduler.submit(event)
+        elif isinstance(event, Cancel):
+            self._scheduler.cancel(event)
+        elif isinstance(event, BatchResult):
+            self._scheduler.update(event)
+            self._stages = event.stages or self._stages
+        elif event is _STOP:
+            self._is_stopping = True
+        self._has_news = True
+
+    def _end(self, pipeline: PipelineHead) -> None:
+        """Cancel what is left, and wait until the last stage has answered that it ends."""
+        self._scheduler.cancel_all()
+        self._report()
+        pipeline.stop()
+        while (event := self._inbox.get()) is not _PIPELINE_ENDED:
+            if isinstance(event, BaseException):
+                raise event
+
+    # -- reports ----
+
+    def _report(self) -> None:
+        """Send what has happened; with statistics about once a second, and when all is done."""
+        output = self._scheduler.take_output()
+        is_idle = not self._scheduler.has_requests
+        if self._has_news and (is_idle or self._are_stats_due()):
+            stats = msgspec.structs.replace(self._scheduler.stats(), stages=self._stages)
+            output = msgspec.structs.replace(output, stats=stats)
+            self._stats_sent_s, self._has_news = time.monotonic(), False
+        for part in split_output(output, self._max_message_bytes):
+            self._send(part)
+
+    def _are_stats_due(self) -> bool:
+        return time.monotonic() - self._stats_sent_s >= _STATS_EVERY_S
+
+
+def split_output(output: StepOutput, max_bytes: int) -> Iterator[StepOutput]:
+    """Messages of at most `max_bytes` of JSON that say the same in the same order; none if there is
+    nothing to say."""
+    if output == StepOutput():
+        return
+    items: list[tuple[str, msgspec.Struct | Stats]] = [
+        *(("prefill", item) for item in output.prefill),
+        *(("tokens", item) for item in output.tokens),
+        *(("finished", item) for item in output.finished),
+    ]
+    if len(items) < 2 or len(msgspec.json.encode(output)) <= max_bytes:
+        yield output
+        return
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        lists = {
+            name: [item for kind, item in half if kind == name]
+            for name in ("prefill", "tokens", "finished")
+        }
+        yield from split_output(msgspec.convert(lists, StepOutput, from_attributes=True), max_bytes)
+    if output.stats is not None:
+        yield StepOutput(stats=output.stats)
