@@ -26,12 +26,7 @@ from smolrun.errors import ConfigError
 from smolrun.models.attention import Attention, AttentionInputs, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
 from smolrun.models.kv_cache import KVCache, may_look
-from smolrun.models.shape import (
-    DecoderShape,
-    default_ffn_width,
-    default_head_width,
-    rope_scaling_of,
-)
+from smolrun.models.shape import DecoderShape, completed_shape
 
 
 def norm_of(shape: DecoderShape) -> nn.Module:
@@ -245,13 +240,13 @@ def build(
     The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
     """
     _check_fit(spec, max_sequence_length, vocab_size)
-    shape = DecoderShape(
+    shape = completed_shape(
         layers=layers,
         width=width,
         heads=heads,
-        kv_heads=heads if kv_heads is None else kv_heads,
-        head_width=default_head_width(width, heads) if head_width is None else head_width,
-        ffn_width=default_ffn_width(width, activation) if ffn_width is None else ffn_width,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        ffn_width=ffn_width,
         max_sequence_length=max_sequence_length,
         position=position,
         norm=norm,
@@ -262,7 +257,7 @@ def build(
         qk_norm=qk_norm,
         sliding_window=sliding_window,
         rope_theta=rope_theta,
-        rope_scaling=rope_scaling_of(rope_scaling),
+        rope_scaling=rope_scaling,
         norm_eps=norm_eps,
     )
     num_outputs = vocab_size or spec.num_outputs

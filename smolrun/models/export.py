@@ -18,10 +18,8 @@ from torch import Tensor
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.errors import ConfigError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
-from smolrun.models import decoder
-from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface_conversion import config_of, family_of, location_of, to_huggingface
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import DecoderShape, completed_shape
 
 MODEL = "model/"  # what checkpoints put in front of a parameter's name
 AVERAGE = "average/"  # and in front of its average, where the run kept one
@@ -33,21 +31,10 @@ END_TOKEN = "<|endoftext|>"
 Progress = Callable[[str, int, int], None]
 
 
-class _AnyData:
-    """A spec that fits every decoder: the vocabulary size comes from the checkpoint."""
-
-    num_outputs = 1
-    num_inputs = None
-    sequence_length = 1
-    model_folder = None
-
-
-def shape_of(keys: Mapping[str, Any], vocab_size: int) -> DecoderShape:
+def shape_of(keys: Mapping[str, Any]) -> DecoderShape:
     """Our decoder's shape from the keys that a run was configured with."""
-    spec: ModelSpec = _AnyData()
     try:
-        with torch.device("meta"):
-            return decoder.build(spec, **{**keys, "vocab_size": vocab_size}).shape
+        return completed_shape(**{key: value for key, value in keys.items() if key != "vocab_size"})
     except TypeError as error:
         raise ConfigError(
             f"the run was configured for another version of smolrun's decoder ({error})"
@@ -64,7 +51,7 @@ def write_decoder(
     """Our own decoder as the family of transformers that it is; returns its config.json."""
     names = [key.removeprefix(MODEL) for key in checkpoint.keys(MODEL)]
     vocab_size = checkpoint.shape(f"{MODEL}token_embedding.weight")[0]
-    shape = shape_of(keys, vocab_size)
+    shape = shape_of(keys)
     family = family_of(shape)
     ours: dict[str, list[str]] = {}
     for name in names:
@@ -72,7 +59,7 @@ def write_decoder(
 
     def reader(parts: list[str]) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            values = {name: _trained(checkpoint, MODEL + name) for name in parts}
+            values = {name: trained_value(checkpoint, MODEL + name) for name in parts}
             (tensor,) = to_huggingface(values, family).values()
             return tensor
 
@@ -92,7 +79,7 @@ def write_network(
     keys = [key for key in checkpoint.keys(MODEL) if key.startswith(MODEL + NETWORK)]
 
     def reader(key: str) -> Callable[[], Tensor]:
-        return lambda: _trained(checkpoint, key)
+        return lambda: trained_value(checkpoint, key)
 
     tensors = {key.removeprefix(MODEL + NETWORK): reader(key) for key in keys}
     written = write_tensors(tensors, folder, dtype, progress)
@@ -106,7 +93,7 @@ def write_network(
     return config
 
 
-def _trained(checkpoint: CheckpointReader, key: str) -> Tensor:
+def trained_value(checkpoint: CheckpointReader, key: str) -> Tensor:
     """The averaged parameter (EMA), where there is one: the run evaluated it."""
     average = AVERAGE + key.removeprefix(MODEL)
     return checkpoint.read(average if average in checkpoint.manifest.tensors else key)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import ConfigError
 from smolrun.models.shape import DecoderShape, RopeScaling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -114,6 +114,8 @@ def from_huggingface(
 
 def to_huggingface(parameters: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """A checkpoint's tensors from all our parameters, without tied heads, as its own files are."""
+    import torch  # seconds: the maps alone do not need it
+
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, tensor in parameters.items():
         place = location_of(name, family)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smolrun.errors import ConfigError
 from smolrun.files import decode_json, read_json
@@ -68,6 +68,43 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files, in the order of their names."""
     return sorted(folder.glob(WEIGHTS))
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, its type as safetensors names it (F32, BF16, ...) and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model by name, from the tables of contents alone.
+
+    Of several files an index says which belong to the model: beside them may lie copies in other
+    formats. Raises ConfigError for a damaged file.
+    """
+    names = _indexed(folder) or {path.name for path in weight_files(folder)}
+    if "model.safetensors" in names:
+        names = {"model.safetensors"}
+    found = {}
+    for name in sorted(names):
+        entries = decode_json(_header(folder / name))
+        entries.pop("__metadata__", None)
+        for tensor, entry in entries.items():
+            found[tensor] = StoredTensor(folder / name, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
+def end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """The ids of tokens that end a text: of generation_config.json and of config.json."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    ids: set[int] = set()
+    for section in (generation, config):
+        value = section.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(ids)
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from smolrun.errors import ConfigError
 
@@ -79,6 +79,25 @@ def rope_scaling_of(keys: Mapping[str, float] | None) -> RopeScaling | None:
     return scaling
 
 
+def completed_shape(
+    *,
+    kv_heads: int | None,
+    head_width: int | None,
+    ffn_width: int | None,
+    rope_scaling: Mapping[str, float] | None,
+    **keys: Any,
+) -> DecoderShape:
+    """The shape that the keys of `decoder.build` mean, all but vocab_size; ConfigError as there."""
+    width, heads = keys["width"], keys["heads"]
+    return DecoderShape(
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_width=default_head_width(width, heads) if head_width is None else head_width,
+        ffn_width=default_ffn_width(width, keys["activation"]) if ffn_width is None else ffn_width,
+        rope_scaling=rope_scaling_of(rope_scaling),
+        **keys,
+    )
+
+
 def default_head_width(width: int, heads: int) -> int:
     """width / heads; raises ConfigError if that is not a whole number."""
     if heads < 1 or width % heads:
@@ -117,3 +136,50 @@ def _problems(shape: DecoderShape) -> list[str]:
     if shape.sliding_window is not None and shape.sliding_window < 1:
         problems.append(f"model.sliding_window={shape.sliding_window}: must be at least 1, or null")
     return problems
+
+
+def parameter_shapes(
+    shape: DecoderShape,
+    vocab_size: int,
+    first_layer: int,
+    last_layer: int,
+    has_embedding: bool,
+    has_head: bool,
+) -> dict[str, tuple[int, ...]]:
+    """The parameters of a stage of the decoder, without building it: names and shapes."""
+    width = shape.width
+    inner, kv_inner = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, outputs: int, inputs: int, has_bias: bool) -> None:
+        found[f"{name}.weight"] = (outputs, inputs)
+        if has_bias:
+            found[f"{name}.bias"] = (outputs,)
+
+    def norm(name: str) -> None:
+        found[f"{name}.weight"] = (width,)
+        if shape.norm == "layernorm":
+            found[f"{name}.bias"] = (width,)
+
+    if has_embedding or (has_head and shape.tie_embeddings):
+        found["token_embedding.weight"] = (vocab_size, width)
+    if has_embedding and shape.position == "learned":
+        found["position_embedding.weight"] = (shape.max_sequence_length, width)
+    for layer in range(first_layer, last_layer + 1):
+        block = f"blocks.{layer}"
+        norm(f"{block}.attention_norm")
+        for name, size in (("query", inner), ("key", kv_inner), ("value", kv_inner)):
+            linear(f"{block}.attention.{name}", size, width, shape.attention_bias is not False)
+        linear(f"{block}.attention.output", width, inner, shape.attention_bias is True)
+        if shape.qk_norm:
+            found[f"{block}.attention.query_norm.weight"] = (shape.head_width,)
+            found[f"{block}.attention.key_norm.weight"] = (shape.head_width,)
+        norm(f"{block}.feed_forward_norm")
+        for name in ("gate", "up") if shape.activation == "swiglu" else ("up",):
+            linear(f"{block}.feed_forward.{name}", shape.ffn_width, width, shape.mlp_bias)
+        linear(f"{block}.feed_forward.down", width, shape.ffn_width, shape.mlp_bias)
+    if has_head:
+        norm("norm")
+        if not shape.tie_embeddings:
+            linear("head", vocab_size, width, has_bias=False)
+    return found

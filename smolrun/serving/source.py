@@ -1,0 +1,309 @@
+"""What is served: where a model's weights are, what it is, and reading one stage's share of them.
+
+    Hugging Face folder   config.json, *.safetensors         source_of_folder
+    a run's checkpoint    model/<name>, or its average       source_of_checkpoint
+
+The driver makes a ModelSource from files' headers alone, without torch; ranks get it as JSON and
+read their own tensors, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from smolrun.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from smolrun.data.tokenizer import load_tokenizer
+from smolrun.errors import ConfigError
+from smolrun.models.huggingface_conversion import (
+    TensorLocation,
+    decoder_keys_from_hf,
+    from_huggingface,
+    location_of,
+)
+from smolrun.models.huggingface_folder import end_ids, fetched, read_config, stored_tensors
+from smolrun.models.shape import DecoderShape, completed_shape, parameter_shapes
+from smolrun.models.trained import TrainedModel
+from smolrun.serving.messages import ServingDtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from smolrun.checkpoints.reader import CheckpointReader
+
+OURS = "smolrun"  # the family whose parameters have the names of models/decoder.py
+_DECODER = "smolrun.models.decoder"
+_NETWORKS = ("smolrun.models.huggingface", "smolrun.models.smollm2")
+_MODEL, _NETWORK = "model/", "network."  # before the names in a checkpoint
+
+Progress = Callable[[int, int], None]
+
+
+class ModelSource(msgspec.Struct, frozen=True):
+    """A model that can be served.
+
+    `family` says how tensors are called in its files. `dtype` is the narrowest type that holds all
+    their values. `end_ids` are the tokens that end a text; `tokenizer_folder` is on the driver.
+    """
+
+    name: str
+    kind: Literal["huggingface", "checkpoint"]
+    folder: str
+    family: str
+    shape: DecoderShape
+    vocab_size: int
+    dtype: ServingDtype
+    end_ids: list[int]
+    tokenizer_folder: str | None
+
+    def parameter_shapes(
+        self, first_layer: int, last_layer: int, has_embedding: bool, has_head: bool
+    ) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters of a stage."""
+        ends = (has_embedding, has_head)
+        return parameter_shapes(self.shape, self.vocab_size, first_layer, last_layer, *ends)
+
+    def num_parameters(
+        self, first_layer: int, last_layer: int, has_embedding: bool, has_head: bool
+    ) -> int:
+        """Elements of the parameters of a stage; a tied embedding counts once."""
+        shapes = self.parameter_shapes(first_layer, last_layer, has_embedding, has_head)
+        return sum(map(math.prod, shapes.values()))
+
+
+def source_of_folder(folder: Path, name: str) -> ModelSource:
+    """The source of a Hugging Face folder.
+
+    Reads config.json and headers only. Raises ConfigError with every problem: files or tensors
+    that are missing or of another shape, a family that our decoder cannot be.
+    """
+    ready = fetched(folder, name, needs_weights=True)
+    config, shape = _config(folder, name)
+    stored = {key: (entry.dtype, entry.shape) for key, entry in stored_tensors(folder).items()}
+    source = ModelSource(
+        name=name,
+        kind="huggingface",
+        folder=ready.folder,
+        family=config["model_type"],
+        shape=shape,
+        vocab_size=config["vocab_size"],
+        dtype=_narrowest(dtype for dtype, _ in stored.values()),
+        end_ids=end_ids(folder, config),
+        tokenizer_folder=ready.tokenizer_folder,
+    )
+    _check_shapes(source, {key: shape for key, (_, shape) in stored.items()})
+    return source
+
+
+def source_of_checkpoint(
+    trained: TrainedModel, name: str, network_folder: Path | None = None
+) -> ModelSource:
+    """The source of a run's checkpoint, of whatever algorithm.
+
+    `network_folder` has the config.json of the model of transformers that was trained, unless the
+    run keeps it. Raises ConfigError where the run trained no model that writes text.
+    """
+    from smolrun.checkpoints.reader import CheckpointReader  # torch: seconds
+
+    module = str(trained.section["target"]).partition(":")[0]
+    tokenizer: Path | None = trained.run_folder / "tokenizer"
+    ids: list[int] = []
+    with CheckpointReader(trained.checkpoint) as checkpoint:
+        if module == _DECODER:
+            family, shape = OURS, _shape_of_run(trained)
+            vocab_size = checkpoint.shape(f"{_MODEL}token_embedding.weight")[0]
+            prefix = _MODEL
+        elif module in _NETWORKS:
+            config, shape = _config(_config_folder(trained, network_folder), name)
+            family, vocab_size = config["model_type"], config["vocab_size"]
+            ids = end_ids(_config_folder(trained, network_folder), config)
+            prefix = _MODEL + _NETWORK
+        else:
+            raise ConfigError(
+                f"model {name}: the run trained {trained.section['target']}; only models that "
+                "write text can be served: our decoder (model=gpt_tiny, ...) and model=hf"
+            )
+        keys = checkpoint.keys(prefix)
+        shapes = {key.removeprefix(prefix): checkpoint.shape(key) for key in keys}
+        dtype = _narrowest(checkpoint.manifest.tensors[key].dtype for key in keys)
+    if tokenizer is not None and not (tokenizer / TOKENIZER_FILE).is_file():
+        tokenizer = None
+    if tokenizer is not None and not ids:
+        ids = [load_tokenizer(tokenizer).end_id]
+    source = ModelSource(
+        name=name,
+        kind="checkpoint",
+        folder=str(trained.checkpoint),
+        family=family,
+        shape=shape,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        end_ids=ids,
+        tokenizer_folder=None if tokenizer is None else str(tokenizer),
+    )
+    _check_shapes(source, shapes)
+    return source
+
+
+def load_stage(
+    source: ModelSource,
+    first_layer: int,
+    last_layer: int,
+    has_embedding: bool,
+    has_head: bool,
+    dtype: torch.dtype,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """The parameters of a stage, under the names of models/decoder.py, on the CPU.
+
+    Reads the tensors of this stage alone, one after the other, so that it needs little more memory
+    than they have in `dtype`. `progress` gets the number of tensors done and of all. Raises
+    ConfigError or CheckpointError for files that are missing, damaged or of another model.
+    """
+    shapes = source.parameter_shapes(first_layer, last_layer, has_embedding, has_head)
+    tensors = _FolderTensors(source) if source.kind == "huggingface" else _RunTensors(source)
+    found: dict[str, Tensor] = {}
+    with tensors:
+        for name, shape in shapes.items():
+            progress(len(found), len(shapes))
+            if source.family == OURS:
+                tensor = tensors[name]
+            else:
+                tensor = from_huggingface(tensors, [name], source.family)[name]
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"model {source.name}: {name} has shape {list(tensor.shape)} in "
+                    f"{source.folder}, expected {list(shape)}"
+                )
+            # A copy: what safetensors gives is mapped from the file.
+            found[name] = tensor.to(dtype, copy=True)
+    progress(len(shapes), len(shapes))
+    return found
+
+
+class _FolderTensors(Mapping[str, "Tensor"]):
+    """The tensors of a Hugging Face folder, read when they are looked up."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._folder = source.folder
+        self._stored = stored_tensors(Path(source.folder))
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._stored[name].file
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            tensor: Tensor = self._open[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __enter__(self) -> _FolderTensors:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.clear()  # a file is closed with its last reference
+
+
+class _RunTensors(Mapping[str, "Tensor"]):
+    """The parameters in a checkpoint of ours, without the prefix of their keys."""
+
+    def __init__(self, source: ModelSource) -> None:
+        from smolrun.checkpoints.reader import CheckpointReader
+
+        self._reader: CheckpointReader = CheckpointReader(Path(source.folder))
+        self._prefix = _MODEL if source.family == OURS else _MODEL + _NETWORK
+        self._keys = self._reader.keys(self._prefix)
+
+    def __getitem__(self, name: str) -> Tensor:
+        from smolrun.models.export import trained_value
+
+        return trained_value(self._reader, self._prefix + name)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._reader.manifest.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self._prefix) for key in self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __enter__(self) -> _RunTensors:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._reader.close()
+
+
+def _config(folder: Path, name: str) -> tuple[dict[str, Any], DecoderShape]:
+    """config.json, and what it means for our decoder; ConfigError for what that cannot be."""
+    config = read_config(folder)
+    try:
+        keys = decoder_keys_from_hf(config)
+        shape = completed_shape(**{key: keys[key] for key in keys if key != "vocab_size"})
+    except ConfigError as error:
+        problems = [f"model {name} cannot be served: {problem}" for problem in error.problems]
+        raise ConfigError(problems) from None
+    except KeyError as error:
+        raise ConfigError(f"model {name}: its config.json lacks {error}") from None
+    return config, shape
+
+
+def _shape_of_run(trained: TrainedModel) -> DecoderShape:
+    from smolrun.models.export import shape_of
+
+    return shape_of(trained.keys)
+
+
+def _config_folder(trained: TrainedModel, network_folder: Path | None) -> Path:
+    """Where the config.json of a trained model of transformers lies."""
+    kept = trained.run_folder / "model"
+    if (kept / "config.json").is_file() or network_folder is None:
+        return kept
+    return network_folder
+
+
+def _narrowest(dtypes: Iterator[str]) -> ServingDtype:
+    """bf16 if the weights are, or else float32, which holds fp16's values too."""
+    counts = Counter(dtypes)
+    return "bf16" if counts and counts.most_common(1)[0][0] == "BF16" else "float32"
+
+
+def _check_shapes(source: ModelSource, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError naming the first tensor of the model that is missing or misshapen."""
+    problems = []
+    for name, shape in source.parameter_shapes(0, source.shape.layers - 1, True, True).items():
+        location = (
+            TensorLocation(name) if source.family == OURS else location_of(name, source.family)
+        )
+        found = stored.get(location.name, stored.get(location.name.removeprefix("transformer.")))
+        if found is None:
+            problems.append(f"{location.name} is missing")
+        elif found != _stored_shape(shape, location):
+            expected = list(_stored_shape(shape, location))
+            problems.append(f"{location.name} has shape {list(found)}, expected {expected}")
+    if problems:
+        more = f" ({len(problems)} such tensors)" if len(problems) > 1 else ""
+        raise ConfigError(f"model {source.name}: in {source.folder}, {problems[0]}{more}")
+
+
+def _stored_shape(shape: tuple[int, ...], location: TensorLocation) -> tuple[int, ...]:
+    """Of the whole tensor that our parameter is a part of."""
+    stored = shape[::-1] if location.is_transposed else shape
+    return (*stored[:-1], stored[-1] * location.parts)

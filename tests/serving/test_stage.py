@@ -1,0 +1,196 @@
+"""Stages against transformers' own text (GOALS S1, without an engine), and against themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolrun.models.sampling import Sampling
+from smolrun.serving.batch import Batch, Fork, Opened, Row
+from smolrun.serving.source import source_of_folder
+from smolrun.serving.stage import Stage
+from tests.serving.chain import Chain
+from tests.serving.references import FAMILIES, LEAST_MARGIN, Text, save_model, texts_of
+
+NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Text]]]:
+    """Of each family a folder, and eight texts of it."""
+    found = {}
+    for kind in FAMILIES:
+        folder = tmp_path_factory.mktemp(kind)
+        found[kind] = (folder, texts_of(save_model(folder, kind), 8, NUM_TOKENS))
+    return found
+
+
+def compare(text: Text, step: int, token: int) -> bool:
+    """Whether the reference had to be forced, because rounding may decide there."""
+    if token == text.tokens[step]:
+        return False
+    assert text.margins[step] < LEAST_MARGIN, (step, token, text.tokens[step], text.margins[step])
+    return True
+
+
+def forced_tokens(chain: Chain, texts: Sequence[Text], chunk: int) -> int:
+    """Generates all texts side by side, each after its own prompt."""
+    forced = 0
+    lengths, tokens = {}, {}
+    for slot, text in enumerate(texts):
+        tokens[slot] = chain.prefill(slot, text.prompt, chunk=chunk)
+        lengths[slot] = len(text.prompt)
+    for step in range(NUM_TOKENS):
+        for slot, text in enumerate(texts):
+            forced += compare(text, step, tokens[slot])
+            tokens[slot] = text.tokens[step]
+        if step + 1 < NUM_TOKENS:
+            tokens = chain.decode(lengths, tokens)
+            lengths = {slot: length + 1 for slot, length in lengths.items()}
+    return forced
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_text_equals_that_of_transformers(
+    references: dict[str, tuple[Path, list[Text]]], kind: str, num_stages: int
+) -> None:
+    folder, texts = references[kind]
+    together = forced_tokens(
+        Chain(folder, num_stages), texts, chunk=(1000, 7, 16, 1)[num_stages - 1]
+    )
+    alone = forced_tokens(Chain(folder, num_stages), texts[:1], chunk=1000)
+    assert together + alone <= 0.01 * NUM_TOKENS * (len(texts) + 1)
+
+
+def test_the_references_are_real_texts(references: dict[str, tuple[Path, list[Text]]]) -> None:
+    for _, texts in references.values():
+        assert len({token for text in texts for token in text.tokens}) > 40
+        margins = torch.tensor([text.margins for text in texts])
+        assert margins.median() > 0.2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mistral"])
+def test_a_long_prompt_and_a_decode_row_share_a_batch(
+    references: dict[str, tuple[Path, list[Text]]], kind: str
+) -> None:
+    folder, texts = references[kind]
+    chain = Chain(folder, 2)
+    first, second = texts[0], texts[3]
+    token = chain.prefill(5, first.prompt)
+    assert not compare(first, 0, token)
+    half = len(second.prompt) // 2
+    rows = [Row(5, len(first.prompt), 1, True), Row(2, 0, half, False)]
+    opened = chain.open(2, second.prompt)
+    result = chain.run(rows, [token, *second.prompt[:half]], opened=[opened])
+    assert [sampled.slot for sampled in result.sampled] == [5]
+    assert not compare(first, 1, result.sampled[0].token_id)
+    rest = second.prompt[half:]
+    rows = [Row(2, half, len(rest), True), Row(5, len(first.prompt) + 1, 1, True)]
+    result = chain.run(rows, [*rest, first.tokens[1]])
+    assert [sampled.slot for sampled in result.sampled] == [2, 5]
+    assert not compare(second, 0, result.sampled[0].token_id)
+    assert not compare(first, 2, result.sampled[1].token_id)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_a_forked_prefix_equals_a_computed_one(
+    references: dict[str, tuple[Path, list[Text]]], kind: str
+) -> None:
+    folder, texts = references[kind]
+    chain = Chain(folder, 2, slots=3)
+    text = max(texts, key=lambda text: len(text.prompt))
+    chain.prefill(0, text.prompt)
+    # Other texts in the slots before: nothing of them may remain.
+    chain.prefill(2, texts[1].prompt)
+    for length in (1, len(text.prompt) // 2, len(text.prompt) - 1):
+        rest = text.prompt[length:]
+        opened = Opened(2, Sampling(temperature=0), 0, None, text.prompt[:length], len(text.prompt))
+        row = Row(2, length, len(rest), True)
+        result = chain.run([row], rest, [Fork(0, 2, length)], [opened])
+        assert not compare(text, 0, result.sampled[0].token_id)
+        lengths, tokens = {2: len(text.prompt)}, {2: text.tokens[0]}
+        for step in range(1, 8):
+            tokens = chain.decode(lengths, tokens)
+            lengths[2] += 1
+            assert not compare(text, step, tokens[2])
+
+
+def stage_of(folder: Path, **keys: int) -> Stage:
+    return Chain(folder, **keys).stages[0]
+
+
+def test_logits_of_all_tokens_where_a_row_wants_them(
+    references: dict[str, tuple[Path, list[Text]]],
+) -> None:
+    folder, texts = references["qwen2"]
+    prompt = texts[3].prompt
+    expected = stage_of(folder).run(Batch(0, [Row(1, 0, len(prompt), True, True)], prompt), None)
+    assert expected.shape == (len(prompt), 211)
+    stage, other = stage_of(folder), texts[1].prompt
+    rows = [Row(0, 0, len(other), False), Row(1, 0, 5, False, True)]
+    first = stage.run(Batch(0, rows, [*other, *prompt[:5]]), None)
+    torch.testing.assert_close(first, expected[:5], atol=1e-5, rtol=0)
+    rows = [Row(1, 5, len(prompt) - 5, True)]
+    last = stage.run(Batch(1, rows, prompt[5:]), None)
+    torch.testing.assert_close(last, expected[-1:], atol=1e-5, rtol=0)
+    assert stage.run(Batch(2, [Row(3, 0, 1, False)], [4]), None).shape == (0, 211)
+
+
+def test_prompt_logprobs_are_those_of_the_next_tokens(
+    references: dict[str, tuple[Path, list[Text]]],
+) -> None:
+    folder, texts = references["qwen2"]
+    prompt = texts[3].prompt
+    chain = Chain(folder)
+    logits = chain.stages[0].run(Batch(0, [Row(1, 0, len(prompt), True, True)], prompt), None)
+    expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]]
+    values: list[float] = []
+    opened = [chain.open(0, prompt)]
+    for first in range(0, len(prompt), 9):
+        ids = prompt[first : first + 9]
+        following = prompt[first + 9] if first + 9 < len(prompt) else None
+        row = Row(0, first, len(ids), following is None, True, following)
+        result = chain.run([row], ids, opened=opened if first == 0 else [])
+        values += result.prompt_logprobs[0].values
+    torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=0)
+
+
+def test_the_memory_of_stages_is_that_of_their_parts(
+    references: dict[str, tuple[Path, list[Text]]],
+) -> None:
+    folder, _ = references["smollm"]
+    source = source_of_folder(folder, "smollm")
+    chain = Chain(folder, 4, slots=3, capacity=50)
+    for layer, stage in enumerate(chain.stages):
+        has_ends = (layer == 0, layer == 3)
+        assert stage.weight_bytes == 4 * source.num_parameters(layer, layer, *has_ends)
+        assert stage.bytes_per_token == 2 * 1 * 16 * 4  # keys and values of one head
+        assert stage.cache_bytes == 3 * 50 * stage.bytes_per_token
+
+
+def test_bf16_follows_float32(references: dict[str, tuple[Path, list[Text]]]) -> None:
+    folder, texts = references["qwen3"]
+    batch = Batch(0, [Row(0, 0, len(texts[3].prompt), True, True)], texts[3].prompt)
+    exact = stage_of(folder).run(batch, None)
+    stage = Chain(folder, dtype=torch.bfloat16).stages[0]
+    rough = stage.run(batch, None)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().mean() < 0.1
+    assert stage.weight_bytes * 2 == stage_of(folder).weight_bytes
+
+
+def test_rows_beyond_the_slots_are_refused(
+    references: dict[str, tuple[Path, list[Text]]],
+) -> None:
+    folder, _ = references["llama"]
+    stage = stage_of(folder, slots=2, capacity=8)
+    with pytest.raises(ValueError, match="slot 1 to token 9 is beyond the 2 slots of 8 tokens"):
+        stage.run(Batch(0, [Row(1, 4, 5, True)], [1] * 5), None)
+    with pytest.raises(ValueError, match="slot 2 to token 1"):
+        stage.run(Batch(0, [Row(2, 0, 1, True)], [1]), None)
+    with pytest.raises(ValueError, match="slots of 161 tokens pass max_sequence_length=160"):
+        stage_of(folder, capacity=161)
