@@ -80,6 +80,7 @@ class WorkerChannel:
         self._task_lock = threading.Lock()
         self._handlers: dict[str, Callable[[TaskMessage], None]] = {}
         self._unhandled: list[TaskMessage] = []
+        self._stop_callbacks: list[Callable[[], None]] = []
         self._lease_renewed = threading.Event()
         self._ended = threading.Event()
         threading.Thread(target=self._listen, name="smolrun-control", daemon=True).start()
@@ -150,6 +151,15 @@ class WorkerChannel:
                 handler(message)
             self._handlers[topic] = handler
 
+    def on_stop(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the driver asks this rank to stop, on the thread "smolrun-control":
+        it must not block. At once, and here, if it has asked already."""
+        with self._task_lock:
+            self._stop_callbacks.append(callback)
+            has_stopped = self.stop_requested.is_set()
+        if has_stopped:
+            callback()
+
     def log(self, level: Literal["debug", "info", "warning", "error"], message: str) -> None:
         """A sentence for the user and for the rank's log."""
         _log.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
@@ -203,8 +213,12 @@ class WorkerChannel:
         ):
             self._abandon("the driver asked this worker to end now", EXIT_ABORTED)
         elif isinstance(message, StopMessage):
-            self.stop_requested.set()
+            with self._task_lock:
+                self.stop_requested.set()
+                callbacks = list(self._stop_callbacks)
             self._heard.put(message)
+            for callback in callbacks:
+                callback()
         elif isinstance(message, StartMessage | RosterMessage):
             self._heard.put(message)
         elif isinstance(message, TaskMessage):

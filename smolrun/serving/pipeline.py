@@ -156,7 +156,8 @@ class MessageReceiver(Generic[_M]):
 
 
 class PipelineHead:
-    """Rank 0's end: runs the first stage and receives the results of the last one.
+    """Rank 0's end: runs the first stage, if it holds layers, and receives the results of the last
+    one.
 
     `on_result` gets every BatchResult in the order of batches, None when all stages have ended,
     or the error of a lost peer; on the I/O thread, or on the caller's if there is one stage."""
@@ -165,17 +166,19 @@ class PipelineHead:
         self,
         mesh: Mesh,
         stages: list[int],
-        runner: StageRunner,
+        runner: StageRunner | None,
         times: StageTimes,
         on_result: Callable[[BatchResult | BaseException | None], None],
     ) -> None:
-        """`stages` are the ranks that hold layers, in order, this rank first."""
-        if stages[0] != mesh.rank:
-            raise SmolrunError(f"rank {mesh.rank} schedules, so it must hold the first layers")
-        self._mesh, self._stages = mesh, stages
+        """`stages` are the ranks that hold layers, in order; this rank is the first, with a
+        `runner`, or none of them."""
+        if (runner is None) == (mesh.rank in stages) or mesh.rank in stages[1:]:
+            raise SmolrunError(f"rank {mesh.rank} schedules; it may only be the first of {stages}")
+        self._mesh = mesh
+        self._others = [rank for rank in stages if rank != mesh.rank]
         self._runner, self._times, self._on_result = runner, times, on_result
         self._number = 0
-        if len(stages) > 1:
+        if self._others:
             decoder = msgspec.msgpack.Decoder(BatchResult | None)
             MessageReceiver(
                 mesh,
@@ -188,8 +191,13 @@ class PipelineHead:
 
     def start(self, batch: Batch, *, with_stats: bool = False) -> None:
         """Run a batch on the first stage and send it on; blocks while this rank computes."""
+        stages: list[StageStats] | None = [] if with_stats else None
+        if self._runner is None:
+            self._send(StagePlan(batch, stages), None)
+            return
         output = _run(self._runner, self._times, batch, None)
-        stages = [self._times.stats(self._mesh.bytes_sent)] if with_stats else None
+        if stages is not None:
+            stages.append(self._times.stats(self._mesh.bytes_sent))
         if isinstance(output, BatchResult):
             self._on_result(msgspec.structs.replace(output, stages=stages or []))
         else:
@@ -197,7 +205,7 @@ class PipelineHead:
 
     def stop(self) -> None:
         """Let the stages end, after the batches that are under way."""
-        if len(self._stages) > 1:
+        if self._others:
             self._send(StagePlan(None), None)
         else:
             self._on_result(None)
@@ -208,7 +216,7 @@ class PipelineHead:
 
     def _send(self, plan: StagePlan, hidden_TD: Tensor | None) -> None:
         data = msgspec.msgpack.encode(plan)
-        target = self._stages[1]
+        target = self._others[0]
         send_message(self._mesh, target, Stream.SERVING_BATCHES, self._number, data, hidden_TD)
         self._number += 1
 
@@ -222,9 +230,9 @@ def run_stage(mesh: Mesh, stages: list[int], runner: StageRunner, times: StageTi
     arrived: queue.SimpleQueue[tuple[StagePlan, Tensor | None] | BaseException] = (
         queue.SimpleQueue()
     )
-    _receive_plans(mesh, stages[stages.index(mesh.rank) - 1], runner, arrived)
-    is_last = mesh.rank == stages[-1]
-    target = stages[0] if is_last else stages[stages.index(mesh.rank) + 1]
+    index, is_last = stages.index(mesh.rank), mesh.rank == stages[-1]
+    _receive_plans(mesh, stages[index - 1] if index else 0, runner, arrived, has_hidden=index > 0)
+    target = 0 if is_last else stages[index + 1]
     stream = Stream.SERVING_RESULTS if is_last else Stream.SERVING_BATCHES
     for number in itertools.count():
         began = time.perf_counter()
@@ -236,7 +244,9 @@ def run_stage(mesh: Mesh, stages: list[int], runner: StageRunner, times: StageTi
         answer: StagePlan | BatchResult | None = None if is_last else plan
         if plan.batch is not None:
             output = _run(runner, times, plan.batch, hidden_TD)
-            figures = plan.stages and [*plan.stages, times.stats(mesh.bytes_sent)]
+            figures = plan.stages
+            if figures is not None:
+                figures = [*figures, times.stats(mesh.bytes_sent)]
             if isinstance(output, BatchResult):
                 answer, hidden_TD = msgspec.structs.replace(output, stages=figures or []), None
             else:
@@ -251,6 +261,8 @@ def _receive_plans(
     source: int,
     runner: StageRunner,
     arrived: queue.SimpleQueue[tuple[StagePlan, Tensor | None] | BaseException],
+    *,
+    has_hidden: bool,
 ) -> None:
     """Receive plans and hidden states of the stage before into a queue; does not block."""
     decoder = msgspec.msgpack.Decoder(StagePlan)
@@ -262,7 +274,8 @@ def _receive_plans(
         tokens = len(plan.batch.token_ids)
         if tokens > runner.max_tokens or tokens != sum(row.count for row in plan.batch.rows):
             raise ProtocolError(f"rank {source} sent a batch of {tokens} tokens")
-        return plan, torch.empty((tokens, runner.width), dtype=runner.dtype)
+        shape = (tokens, runner.width)
+        return plan, torch.empty(shape, dtype=runner.dtype) if has_hidden else None
 
     def deliver(plan: StagePlan, hidden_TD: Tensor | None) -> bool:
         arrived.put((plan, hidden_TD))

@@ -47,13 +47,17 @@ class Scheduler:
         vocab_size: int,
         stages: int = 1,
         chunk_tokens: int = 256,
+        prefix_reuse: bool = True,
     ) -> None:
         """`slots` sequences of `capacity` tokens run at one time, in as many batches as there are
-        `stages`; a batch has at most `chunk_tokens` tokens of prompts (at least `slots`)."""
+        `stages`; a batch has at most `chunk_tokens` tokens of prompts (at least `slots`).
+        `prefix_reuse`: a request may begin with tokens that another one has computed; choices of
+        one request always share its prompt."""
         self.slots = CacheSlots(slots, capacity)
         self._vocab_size = vocab_size
         self._stages = stages
         self._chunk_tokens = max(chunk_tokens, slots)  # at least one for every prompt
+        self._prefix_reuse = prefix_reuse
         self._waiting: deque[Sequence] = deque()
         # Other choices of a request, until its first one has brought the prompt to a slot.
         self._held: dict[str, list[Sequence]] = {}
@@ -186,7 +190,7 @@ class Scheduler:
             sequence = self._waiting.popleft()
             request = sequence.request
             # Log-probabilities of a prompt need all its logits.
-            reuse = not (request.echo_logprobs and sequence.choice == 0)
+            reuse = sequence.choice > 0 or (self._prefix_reuse and not request.echo_logprobs)
             slot, cached, fork = self.slots.take(request.prompt_ids, reuse=reuse)
             sequence.slot, sequence.scheduled, sequence.cached = slot, cached, cached
             if fork is not None:
@@ -259,10 +263,10 @@ class Scheduler:
         pairs = self._in_flight.pop(result.number)
         sampled = {one.slot: one for one in result.sampled}
         logprobs = {one.slot: one.values for one in result.prompt_logprobs}
-        if sampled.keys() != {row.slot for _, row in pairs if row.is_sampled}:
-            raise ProtocolError(
-                f"the result of batch {result.number} has other rows than the batch"
-            )
+        if sampled.keys() != {row.slot for _, row in pairs if row.is_sampled} or any(
+            not 0 <= one.token_id < self._vocab_size for one in result.sampled
+        ):
+            raise ProtocolError(f"the result of batch {result.number} does not fit it")
         for sequence, row in pairs:
             if sequence.is_finished:
                 continue  # it was cancelled meanwhile

@@ -116,6 +116,17 @@ def test_everything_said_arrives_whole_from_several_threads(wires: Wires) -> Non
     ]
 
 
+def test_a_stop_is_passed_on_also_to_those_who_ask_later(wires: Wires) -> None:
+    calls: queue.SimpleQueue[str] = queue.SimpleQueue()
+    wires.channel.on_stop(lambda: calls.put("early"))
+    assert calls.empty()
+    wires.say(StopMessage())
+    assert calls.get(timeout=5.0) == "early"
+    wires.channel.on_stop(lambda: calls.put("late"))
+    assert calls.get_nowait() == "late"
+    assert calls.empty()
+
+
 def test_the_first_stop_is_a_wish_and_the_second_an_order(wires: Wires) -> None:
     wires.say(StopMessage())
     assert wires.channel.stop_requested.wait(5.0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smolrun.serving.batch import Batch, BatchResult, Opened, PromptLogprobs, Sampled
+from smolrun.serving.batch import Batch, BatchResult, Opened, PromptLogprobs, Row, Sampled
 
 VOCAB = 1000
 POISON = 13  # a prompt that ends with it makes logits that are not finite
@@ -75,7 +75,7 @@ class FakeStage:
             mixed = [_mixed(cache[:end], self._index) for end in ends]
             outputs.extend(mixed)
             if row.is_sampled:
-                result.sampled.append(self._sample(row.slot, mixed[-1], tokens[-1]))
+                result.sampled.append(self._sample(row, mixed[-1], tokens[-1]))
             if row.logprobs:
                 following = [*tokens[1:], *([] if row.next_id is None else [row.next_id])]
                 result.prompt_logprobs.append(
@@ -85,9 +85,9 @@ class FakeStage:
             return result
         return torch.tensor(outputs, dtype=self.dtype)[:, None]
 
-    def _sample(self, slot: int, value: int, last: int) -> Sampled:
-        opened = self._opened[slot]
-        if last == POISON:
+    def _sample(self, row: Row, value: int, last: int) -> Sampled:
+        slot, opened = row.slot, self._opened[row.slot]
+        if last == POISON and row.start + row.count == opened.prompt_tokens:
             return Sampled(slot, 0, error="the logits are not finite")
         token = (value + opened.choice) % VOCAB
         return Sampled(slot, token, None if opened.top_logprobs is None else -0.5)
