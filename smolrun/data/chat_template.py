@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from smolrun.data.template_limits import MAX_WORK, LimitedTemplate
@@ -61,9 +62,12 @@ class ChatTemplate:
             ) from None
         self._tokenizer = tokenizer
 
-    def write(self, messages: Messages, *, asks: bool) -> str:
+    def write(
+        self, messages: Messages, *, asks: bool, names: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """The conversation as text; `asks`: with the beginning of an answer that is to come.
 
+        `names` are switches that a template of its own may read, such as enable_thinking.
         LimitPassed for a template that does not come to an end.
         """
         return self._template.render(
@@ -72,7 +76,7 @@ class ChatTemplate:
             tools=None,
             documents=None,
             add_generation_prompt=asks,
-            **self._names,
+            **{**names, **self._names},
         )
 
     def marked(self, conversations: Sequence[Conversation]) -> Iterator[MaskedTokens]:

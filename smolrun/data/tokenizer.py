@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,6 +71,8 @@ class TextTokenizer:
         # have.
         self.end_id: int = 0 if end_id is None else end_id
         self.end_token: str = NO_NAME if end_id is None else end_token
+        self._byte_decoder: dict[str, int] | None = None  # made when it is needed
+        self._has_byte_fallback = False
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token."""
@@ -94,6 +97,37 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are no whole character become U+FFFD."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text as a model of the tokenizer's origin expects its input to begin: with a
+        start token where its post-processor adds one. Special tokens in the text stay text."""
+        with _panics():
+            start = [] if not text else self._tokenizer.encode("", add_special_tokens=True).ids
+        return [*start, *self.encode(text)]
+
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of the control tokens, such as <|im_end|>, which are no part of an answer."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8; a part of a character where it is one. Empty for
+        an id without a token."""
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self._byte_decoder is None:
+            steps = _decoder_types(self._tokenizer)
+            characters = _byte_characters() if "ByteLevel" in steps else []
+            self._byte_decoder = {c: value for value, c in enumerate(characters)}
+            self._has_byte_fallback = "ByteFallback" in steps
+        if self._byte_decoder:
+            if all(character in self._byte_decoder for character in piece):
+                return bytes(self._byte_decoder[character] for character in piece)
+            return str(piece).encode()
+        if self._has_byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json into an existing folder."""
@@ -137,6 +171,14 @@ def _check_growth(tokenizer: Tokenizer) -> None:
         replaced = [step["content"] for step in steps if step.get("type") == "Replace"]
         if math.prod(max(1, len(text)) for text in replaced) > _MAX_GROWTH:
             raise ValueError(f"its replacements make a text more than {_MAX_GROWTH} times longer")
+
+
+def _decoder_types(tokenizer: Tokenizer) -> set[str]:
+    """The steps in which it makes text of tokens; Metaspace marks spaces as sentencepiece does."""
+    if tokenizer.decoder is None:
+        return set()
+    state = json.loads(tokenizer.decoder.__getstate__())
+    return {step["type"] for step in state.get("decoders") or [state]}
 
 
 def _end_token(folder: Path) -> str | None:

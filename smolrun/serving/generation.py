@@ -1,0 +1,231 @@
+"""One request from its checks to its pieces of text, alike for every HTTP API.
+
+    Service.begin(prompt, ...) -> Generation -> async for Piece(choice, delta, finish_reason)
+
+Knows the frontend and the tokenizer; knows nothing of HTTP but the errors that it raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from smolrun.errors import DataError
+from smolrun.serving.api_errors import ApiError
+from smolrun.serving.frontend import Frontend, OutputStream, StreamFailed
+from smolrun.serving.messages import Finished, FinishReason, Prefill, Sampling, Submit
+from smolrun.serving.protocol import SamplingFields, SimpleRequest
+from smolrun.serving.text import AnswerText, Delta, Prompts
+
+T = TypeVar("T")
+
+# More characters than these cannot be few enough tokens, so they are not encoded to find out.
+_CHARACTERS_PER_TOKEN = 64
+_SAMPLING_KEYS = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+@dataclass(frozen=True)
+class ApiLimits:
+    """What one client may ask for. Times in seconds."""
+
+    default_max_tokens: int = 1024
+    request_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of one choice; `reason` with its last piece. Without a choice: the progress of
+    the prompt."""
+
+    choice: int
+    delta: Delta
+    reason: FinishReason | None = None
+    prefill: Prefill | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of a request: the prompt counts once, however many answers it has."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Service:
+    """The served model and all that requests need. `continues_text`: it has no chat template."""
+
+    model: str
+    prompts: Prompts
+    frontend: Frontend
+    stop_ids: Sequence[int]
+    defaults: Sampling = field(default_factory=Sampling)
+    limits: ApiLimits = ApiLimits()
+    owner: str = "smolrun"
+    description: dict[str, object] = field(default_factory=dict)  # for GET /config
+    created: int = field(default_factory=lambda: int(time.time()))
+    _encoder: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="smolrun-prompts")
+    )
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether it is a base model, which continues a text where others answer."""
+        return self.prompts.template is None
+
+    def close(self) -> None:
+        """End the thread that encodes prompts."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, name: str) -> None:
+        """404 for any other model."""
+        if name != self.model:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist here; this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encoded(self, num_characters: int, encode: Callable[[], T], param: str) -> T:
+        """`encode()` on the thread that owns the tokenizer; 400 for what it refuses."""
+        most = self.context * _CHARACTERS_PER_TOKEN
+        if num_characters > most:
+            raise self._too_long(f"{num_characters:,} characters", param)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._encoder, encode)
+        except DataError as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from None
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        self.frontend.check_room()
+        ready = self.frontend.ready
+        assert ready is not None
+        return min(ready.max_sequence_length, ready.cache_tokens)
+
+    def _too_long(self, what: str, param: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {what}; the context of {self.model} is {self.context} tokens, of "
+            "which the answer needs at least one; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def begin(
+        self,
+        prompt_ids: list[int],
+        request: SamplingFields | SimpleRequest,
+        *,
+        max_tokens: int | None,
+        request_id: str,
+        param: str,
+        top_logprobs: int | None = None,
+        echo_logprobs: bool = False,
+    ) -> Generation:
+        """Submit a request to the engine; 400 if its prompt is too long, raises Unavailable."""
+        room = self.context - len(prompt_ids)
+        if room < 1:
+            raise self._too_long(f"{len(prompt_ids)} tokens", param)
+        choices = getattr(request, "n", None) or 1
+        submit = Submit(
+            request=f"{request_id[:80]}-{secrets.token_hex(4)}",
+            prompt_ids=prompt_ids,
+            max_tokens=min(max_tokens or self.limits.default_max_tokens, room),
+            choices=choices,
+            sampling=self._sampling(request),
+            stop_ids=list(self.stop_ids),
+            top_logprobs=top_logprobs,
+            echo_logprobs=echo_logprobs,
+        )
+        stops = request.stops if isinstance(request, SamplingFields) else []
+        answers = [AnswerText(self.prompts.token_bytes, stops) for _ in range(choices)]
+        return Generation(self, submit, answers)
+
+    def _sampling(self, request: SamplingFields | SimpleRequest) -> Sampling:
+        given = {key: getattr(request, key, None) for key in _SAMPLING_KEYS}
+        values = {key: value for key, value in given.items() if value is not None}
+        if values.get("top_k") == -1:
+            values["top_k"] = 0
+        bias = getattr(request, "logit_bias", None) or {}
+        outside = [key for key in bias if int(key) >= self.prompts.tokenizer.vocab_size]
+        if outside:
+            message = f"logit_bias: the model has no token {outside[0]}"
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+        seed = secrets.randbits(31) if request.seed is None else request.seed
+        return msgspec.structs.replace(
+            self.defaults,
+            **values,
+            logit_bias={int(key): float(value) for key, value in bias.items()},
+            seed=seed,
+        )
+
+
+class Generation:
+    """A running request. Close it, or leave its `with` block, to cancel what still runs."""
+
+    def __init__(self, service: Service, submit: Submit, answers: list[AnswerText]) -> None:
+        self._service = service
+        self._answers = answers
+        self.submit = submit
+        self.usage = Usage(len(submit.prompt_ids))
+        self.stream: OutputStream = service.frontend.submit(submit)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.frontend.close(self.stream)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Until every choice has ended; ApiError where the engine fails or the deadline passes."""
+        deadline = asyncio.get_running_loop().time() + self._service.limits.request_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    output = await anext(self.stream)
+            except StopAsyncIteration:
+                return
+            except StreamFailed as error:
+                raise ApiError(503, str(error), code="engine_failed") from None
+            except TimeoutError:
+                seconds = self._service.limits.request_timeout_s
+                message = f"the request took longer than {seconds:g} s and was cancelled"
+                raise ApiError(504, message, code="deadline_exceeded") from None
+            if isinstance(output, Prefill):
+                yield Piece(0, Delta(), prefill=output)
+                continue
+            answer = self._answers[output.choice]
+            if answer.is_stopped():
+                continue
+            if isinstance(output, Finished):
+                yield self._finished(output, answer)
+                continue
+            self.usage.completion_tokens += 1
+            delta = answer.push(output.id, output.logprob, output.top)
+            if answer.is_stopped():
+                self._service.frontend.stop_choice(self.stream, output.choice)
+            reason: FinishReason | None = "stop" if answer.is_stopped() else None
+            if delta.text or delta.tokens or reason:
+                yield Piece(output.choice, delta, reason)
+
+    def _finished(self, output: Finished, answer: AnswerText) -> Piece:
+        self.usage.cached_tokens = max(self.usage.cached_tokens, output.cached_tokens)
+        if output.reason in ("error", "cancelled"):
+            message = output.message or f"the engine ended the request: {output.reason}"
+            raise ApiError(503, message, code="engine_failed")
+        return Piece(output.choice, answer.finish(), output.reason)

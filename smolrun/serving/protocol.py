@@ -1,0 +1,163 @@
+"""The requests of the HTTP API, checked: types and ranges as in OpenAI's API, strictly.
+
+What is not known is ignored, as clients send fields of other servers. What is known and would
+change the answer is never ignored: a wrong value is an error that names the field. The reference
+page docs/serving_api.md is made from these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_MESSAGES = 4096
+_MAX_SEED = 2**63 - 1
+
+Number = StrictFloat | StrictInt
+StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class ApiRequest(BaseModel):
+    """Unknown fields are ignored; nothing is converted."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(ApiRequest):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class ChatMessage(ApiRequest):
+    """One message of a conversation."""
+
+    role: Role = Field(description="developer is the same as system")
+    content: StrictStr | list[TextPart] | None = Field(
+        None, description="The text, or a list of parts of type text"
+    )
+    name: StrictStr | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class StreamOptions(ApiRequest):
+    """What a stream tells beside the answer."""
+
+    include_usage: StrictBool | None = Field(
+        None, description="A last chunk with the numbers of tokens"
+    )
+
+
+class SamplingFields(ApiRequest):
+    """How tokens are drawn, in every kind of request. Without a value the server's default holds,
+    `serving.sampling` of its configuration."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="0 takes the likeliest token"
+    )
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None, description="Only the likeliest tokens that together have this probability"
+    )
+    top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="Only the k likeliest tokens; 0 or -1: all"
+    )
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="Only tokens with this share of the likeliest one's probability"
+    )
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = Field(
+        None, description="Divides the logits of tokens that were there; 1: none"
+    )
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
+        None, description="Subtracted once for a token of the answer so far"
+    )
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
+        None, description="Subtracted for each time a token is in the answer so far"
+    )
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = Field(
+        None, description="Token id -> what is added to its logit"
+    )
+    seed: Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = Field(
+        None, description="The same seed and request give the same answer; 0 is a seed as well"
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The answer ends before any of these texts"
+    )
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="How many answers"
+    )
+    user: StrictStr | None = Field(None, description="Ignored")
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions"""
+
+    model: StrictStr = Field(description="The name of the served model, see GET /v1/models")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Of each answer; without: what the context has room for, up to a limit"
+    )
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="The newer name of max_tokens"
+    )
+    stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
+    stream_options: StreamOptions | None = None
+    logprobs: StrictBool | None = Field(None, description="Report log-probabilities")
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Beside each token report so many of the likeliest ones"
+    )
+    chat_template_kwargs: dict[StrictStr, Any] | None = Field(
+        None, description="Switches of the model's template, such as enable_thinking"
+    )
+    tools: list[Any] | None = Field(None, description="Refused for now, unless empty")
+    tool_choice: Any = Field(None, description="Refused for now, but none and auto")
+    functions: list[Any] | None = Field(None, description="Refused for now, unless empty")
+    response_format: dict[str, Any] | None = Field(None, description="Refused for now, but text")
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions"""
+
+    model: StrictStr = Field(description="The name of the served model, see GET /v1/models")
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = Field(
+        description="A text, its token ids, or a list of one of these"
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Default 16")
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Report log-probabilities of so many of the likeliest tokens"
+    )
+    echo: StrictBool | None = Field(None, description="Begin the answer with the prompt")
+    suffix: StrictStr | None = Field(None, description="Refused, unless empty")
+    best_of: StrictInt | None = Field(None, description="Refused, unless equal to n")
+
+
+class SimpleRequest(ApiRequest):
+    """POST /chat and POST /query, the API of the system that smolrun descends from."""
+
+    prompt: StrictStr = Field(description="What the user says")
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None

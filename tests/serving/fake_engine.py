@@ -1,0 +1,157 @@
+"""An engine that speaks smolrun/serving/messages.py without a model: scripted tokens at a rate.
+
+It runs on a thread of its own, as the driver's thread would: `slots` choices at once, the others
+wait in order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from smolrun.serving.frontend import Frontend
+from smolrun.serving.messages import (
+    Cancel,
+    Finished,
+    FromEngine,
+    Prefill,
+    Ready,
+    Stats,
+    StepOutput,
+    Submit,
+    ToEngine,
+    Token,
+)
+
+Script = Callable[[Submit, int], Sequence[int]]
+
+
+@dataclass
+class _Choice:
+    submit: Submit
+    choice: int
+    tokens: Sequence[int]
+    next: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """`script(submit, choice)` gives the tokens of an answer; one of each running choice comes
+    every `step_s`. Ends with "stop" if the script's tokens fit into max_tokens."""
+
+    script: Script
+    step_s: float = 0.0
+    slots: int = 4
+    max_sequence_length: int = 512
+    prefill_steps: int = 0
+    submitted: list[Submit] = field(default_factory=list)
+    cancelled: list[Cancel] = field(default_factory=list)
+    generated: int = 0
+
+    def __post_init__(self) -> None:
+        self.frontend = Frontend(self.send)
+        self._waiting: deque[_Choice] = deque()
+        self._running: list[_Choice] = []
+        self._changed = threading.Condition()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
+
+    def start(self) -> None:
+        """Say Ready; once the frontend has its loop."""
+        self.frontend.on_message(
+            Ready(self.max_sequence_length, self.max_sequence_length * self.slots, self.slots)
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(10)
+
+    @property
+    def load(self) -> int:
+        """Choices that run or wait."""
+        with self._changed:
+            return len(self._running) + len(self._waiting)
+
+    def send(self, message: ToEngine) -> None:
+        with self._changed:
+            if isinstance(message, Submit):
+                self.submitted.append(message)
+                self._waiting += [
+                    _Choice(message, choice, self.script(message, choice))
+                    for choice in range(message.choices)
+                ]
+            else:
+                self.cancelled.append(message)
+                self._cancel(message)
+            self._changed.notify()
+
+    def _cancel(self, cancel: Cancel) -> None:
+        def is_meant(one: _Choice) -> bool:
+            return one.submit.request == cancel.request and cancel.choice in (None, one.choice)
+
+        gone = [one for one in (*self._running, *self._waiting) if is_meant(one)]
+        self._running = [one for one in self._running if not is_meant(one)]
+        self._waiting = deque(one for one in self._waiting if not is_meant(one))
+        if gone:
+            self._post(
+                StepOutput(
+                    finished=[Finished(o.submit.request, o.choice, "cancelled") for o in gone]
+                )
+            )
+
+    def _post(self, message: FromEngine) -> None:
+        self.frontend.on_message(message)
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_over or self._running or self._waiting, timeout=None
+                )
+                if self._is_over:
+                    return
+                while self._waiting and len(self._running) < self.slots:
+                    one = self._waiting.popleft()
+                    one.next = -self.prefill_steps
+                    self._running.append(one)
+                self._post(self._step())
+            due = max(due + self.step_s, time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
+
+    def _step(self) -> StepOutput:
+        tokens, finished, prefill, left = [], [], [], []
+        for one in self._running:
+            request = one.submit.request
+            if one.next < 0:
+                one.next += 1
+                size = len(one.submit.prompt_ids)
+                prefill.append(Prefill(request, size, size))
+                left.append(one)
+                continue
+            if one.next < min(len(one.tokens), one.submit.max_tokens):
+                token = one.tokens[one.next]
+                one.next += 1
+                self.generated += 1
+                wanted = one.submit.top_logprobs
+                top = None if wanted is None else [(token, -0.5), (0, -1.5)][:wanted]
+                tokens.append(
+                    Token(request, one.choice, token, None if wanted is None else -0.5, top)
+                )
+            if one.next >= len(one.tokens):
+                finished.append(Finished(request, one.choice, "stop"))
+            elif one.next >= one.submit.max_tokens:
+                finished.append(Finished(request, one.choice, "length"))
+            else:
+                left.append(one)
+        self._running = left
+        stats = Stats(len(left), len(self._waiting), 0.0, 0, self.generated, 0)
+        return StepOutput(tokens, finished, prefill, stats)
