@@ -18,9 +18,10 @@ from typing import TypeVar
 import msgspec
 
 from smolrun.errors import DataError
+from smolrun.models.sampling import Sampling
 from smolrun.serving.api_errors import ApiError
 from smolrun.serving.frontend import Frontend, OutputStream, StreamFailed
-from smolrun.serving.messages import Finished, FinishReason, Prefill, Sampling, Submit
+from smolrun.serving.messages import Finished, FinishReason, Prefill, Submit
 from smolrun.serving.protocol import SamplingFields, SimpleRequest
 from smolrun.serving.text import AnswerText, Delta, Prompts
 
