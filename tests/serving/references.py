@@ -77,20 +77,23 @@ def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ke
 def texts_of(model: Any, count: int, num_tokens: int, seed: int = 0) -> list[Text]:
     """Greedy texts of transformers' `generate` after random prompts of different lengths."""
     generator = torch.Generator().manual_seed(seed)
+    lengths = [1 + (number * 11 + 6) % 43 for number in range(count)]
+    prompts = [torch.randint(0, 211, (length,), generator=generator) for length in lengths]
+    longest = max(lengths)  # transformers wants its padding on the left
+    padded = [torch.cat((prompt.new_zeros(longest - len(prompt)), prompt)) for prompt in prompts]
+    masks = [torch.arange(longest) >= longest - length for length in lengths]
     model.generation_config.eos_token_id = None
-    texts = []
-    for number in range(count):
-        length = 1 + (number * 11 + 6) % 43
-        prompt = torch.randint(0, 211, (1, length), generator=generator)
-        made = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best = torch.cat(made.logits).topk(2).values
-        tokens = made.sequences[0, length:].tolist()
-        texts.append(Text(prompt[0].tolist(), tokens, (best[:, 0] - best[:, 1]).tolist()))
-    return texts
+    made = model.generate(
+        torch.stack(padded),
+        attention_mask=torch.stack(masks).long(),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(made.logits, 1).topk(2).values  # [count, num_tokens, 2]
+    margins = (best[..., 0] - best[..., 1]).tolist()
+    tokens = made.sequences[:, longest:].tolist()
+    return [
+        Text(prompt.tolist(), *row) for prompt, *row in zip(prompts, tokens, margins, strict=True)
+    ]
