@@ -1,0 +1,229 @@
+"""What each rank of task=serve does: it measures a layer, loads its part of the model, and then is
+one stage of the pipeline; rank 0 runs the engine. Only wiring."""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from smolrun.errors import StopRequested
+from smolrun.launch.channel import WorkerChannel
+from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, decode_data
+from smolrun.launch.machine_memory import machine_memory
+from smolrun.mesh.mesh import Mesh
+from smolrun.serving.batch import Batch, BatchResult, Row
+from smolrun.serving.engine import Engine
+from smolrun.serving.messages import (
+    LOADING,
+    TOPIC,
+    Load,
+    Loaded,
+    Loading,
+    Probe,
+    Probed,
+    ServingDtype,
+    StageStats,
+    ToEngine,
+    ToRank,
+)
+from smolrun.serving.pipeline import PipelineHead, StageTimes, run_stage
+from smolrun.serving.sampler import Sampler
+from smolrun.serving.scheduler import Scheduler
+from smolrun.serving.source import ModelSource, load_stage
+from smolrun.serving.stage import Stage
+from smolrun.worker.train import pick_device
+
+_DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
+# Layers that stay in a processor's cache would seem faster than those of a whole model.
+_PROBE_BYTES = 128 * 1024 * 1024
+_PROBE_S = 0.7
+_PROBE_CONTEXT = 128  # tokens in the cache
+_PROGRESS_EVERY_S = 0.2
+
+
+class DecoderRunner:
+    """A stage of a decoder, and the sampler if it is the last one; a StageRunner."""
+
+    def __init__(self, stage: Stage, max_tokens: int) -> None:
+        self.width = stage.shape.width
+        self.dtype = stage.dtype
+        self.max_tokens = max_tokens
+        self._stage = stage
+        self._sampler = Sampler()
+
+    def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult:
+        """Hidden states on the CPU, or what was sampled."""
+        output = self._stage.run(batch, hidden_TD).cpu()
+        if self._stage.has_head:
+            return self._sampler.sample(batch, output.numpy())
+        return output.contiguous()
+
+
+def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
+    """From the measurement to the end of the server; returns the rank's summary. Raises PeerLost,
+    and StopRequested if the driver stops it before anything was loaded."""
+    device = torch.device(pick_device(start.device))
+    load = _wait_load(mesh, channel, device)
+    source = msgspec.convert(load.source, ModelSource)
+    source = msgspec.structs.replace(source, folder=load.folders[mesh.rank])
+    if mesh.rank not in load.stages:
+        channel.send_data(LOADING, Loaded(mesh.rank, 0, 0))
+        runner, times = None, StageTimes(_unused_stats)
+    else:
+        stage = _load(load, source, mesh.rank, channel, device)
+        runner = DecoderRunner(stage, max(load.chunk_tokens, load.slots) + load.slots)
+        times = StageTimes(_stats_of(load, stage, mesh.rank, start.host))
+    if mesh.rank == 0:
+        _run_engine(load, source, runner, times, mesh, channel)
+    elif runner is not None:
+        run_stage(mesh, load.stages, runner, times)
+    else:
+        channel.stop_requested.wait()
+    return {"was_stopped": True}
+
+
+def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device) -> Load:
+    """Answer every Probe until there is a Load; blocks."""
+    inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+
+    def take(message: TaskMessage) -> None:
+        inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union is no type
+
+    channel.subscribe(LOADING, take)
+    channel.on_stop(lambda: inbox.put(None))
+    while True:
+        message = inbox.get()
+        if message is None:
+            raise StopRequested("the driver asked this rank to stop before it began")
+        if isinstance(message, Load):
+            return message
+        channel.send_data(LOADING, _measure(message, mesh.rank, device))
+
+
+def _measure(probe: Probe, rank: int, device: torch.device) -> Probed:
+    """The time of one layer for one token, over layers of zeros that no processor's cache holds.
+
+    The head is a matrix like those of a layer, which take their time per weight."""
+    source = msgspec.convert(probe.source, ModelSource)
+    dtype = _DTYPES[probe.dtype]
+    size = source.num_parameters(0, 0, False, False)
+    free_bytes = machine_memory().available
+    layers = max(1, min(source.shape.layers, _PROBE_BYTES // (size * dtype.itemsize)))
+    shapes = source.parameter_shapes(0, layers - 1, False, False)
+    parameters = {
+        name: torch.zeros(one, dtype=dtype, device=device) for name, one in shapes.items()
+    }
+    stage = Stage(
+        source.shape,
+        source.vocab_size,
+        0,
+        layers - 1,
+        False,
+        False,
+        parameters,
+        slots=1,
+        capacity=min(_PROBE_CONTEXT, source.shape.max_sequence_length),
+        dtype=dtype,
+    )
+    hidden_TD = torch.zeros((1, source.shape.width), dtype=dtype)
+    batch = Batch(0, [Row(0, stage.capacity - 1, 1, False)], [0])
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < _PROBE_S:
+        before = time.perf_counter()
+        stage.run(batch, hidden_TD).cpu()
+        times.append(time.perf_counter() - before)
+    layer_s = sorted(times)[len(times) // 2] / layers
+    head_s = layer_s * source.vocab_size * source.shape.width / size
+    return Probed(rank, layer_s, head_s, free_bytes)
+
+
+def _load(
+    load: Load, source: ModelSource, rank: int, channel: WorkerChannel, device: torch.device
+) -> Stage:
+    """This rank's stage, with its weights."""
+    index = load.stages.index(rank)
+    first = load.last_layers[index - 1] + 1 if index else 0
+    ends = (index == 0, rank == load.stages[-1])
+    reported_s = -math.inf
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reported_s
+        now = time.monotonic()
+        if done == total or now - reported_s >= _PROGRESS_EVERY_S:
+            channel.send_data(LOADING, Loading(rank, done, total))
+            reported_s = now
+
+    dtype, last = _DTYPES[load.dtype], load.last_layers[index]
+    parameters = load_stage(source, first, last, *ends, dtype, progress)
+    for name in parameters:
+        parameters[name] = parameters[name].to(device)
+    stage = Stage(
+        source.shape,
+        source.vocab_size,
+        first,
+        last,
+        *ends,
+        parameters,
+        slots=load.slots,
+        capacity=load.capacity,
+        dtype=dtype,
+    )
+    channel.send_data(LOADING, Loaded(rank, stage.weight_bytes, stage.cache_bytes))
+    return stage
+
+
+def _run_engine(
+    load: Load,
+    source: ModelSource,
+    runner: DecoderRunner | None,
+    times: StageTimes,
+    mesh: Mesh,
+    channel: WorkerChannel,
+) -> None:
+    """Rank 0: requests from the driver, tokens to it; blocks until the driver stops the run."""
+    scheduler = Scheduler(
+        slots=load.slots,
+        capacity=load.capacity,
+        vocab_size=source.vocab_size,
+        stages=len(load.stages),
+        chunk_tokens=load.chunk_tokens,
+        prefix_reuse=load.prefix_reuse,
+    )
+    # The message around the data needs a few bytes too.
+    limit = MAX_TASK_BYTES - 1024
+    engine = Engine(
+        scheduler, lambda message: channel.send_data(TOPIC, message), max_message_bytes=limit
+    )
+
+    def take(message: TaskMessage) -> None:
+        engine.submit(decode_data(message, ToEngine))  # type: ignore[arg-type]  # a union
+
+    channel.subscribe(TOPIC, take)
+    channel.on_stop(engine.stop)
+    engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
+
+
+def _stats_of(
+    load: Load, stage: Stage, rank: int, host: str
+) -> Callable[[float, float, int], StageStats]:
+    index = load.stages.index(rank)
+    first = load.last_layers[index - 1] + 1 if index else 0
+    sizes = (stage.weight_bytes, stage.cache_bytes)
+
+    def stats(compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
+        last = load.last_layers[index]
+        return StageStats(rank, host, first, last, compute_s, wait_s, *sizes, sent_bytes)
+
+    return stats
+
+
+def _unused_stats(compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
+    raise AssertionError("a rank without layers reports no figures")

@@ -1,0 +1,115 @@
+"""Ranks of a server with real stages: they measure, load their parts, and write what transformers
+writes (S1), over 1 to 4 stages, alone and in company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from smolrun.errors import StopRequested
+from smolrun.serving.messages import Submit
+from smolrun.serving.source import source_of_folder
+from tests.serving.references import LEAST_MARGIN, Text, save_model, texts_of
+from tests.worker.serving_driver import GREEDY, ServingDriver, load_of, serve_with
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Text]]:
+    folder = tmp_path_factory.mktemp("model")
+    return folder, texts_of(save_model(folder, "qwen3"), 8, 64)
+
+
+def check(driver: ServingDriver, texts: list[Text], name: str) -> int:
+    """All texts at a time. Where the likeliest token is hardly ahead of the second, rounding may
+    decide: that token is given, and the rest compared. Returns the number of such tokens."""
+    given = dict.fromkeys(range(len(texts)), 0)  # tokens of each text that are not asked for
+    forced = 0
+    while given:
+        requests = {
+            index: Submit(
+                f"{name}-{index}-{done}",
+                texts[index].prompt + texts[index].tokens[:done],
+                len(texts[index].tokens) - done,
+                sampling=GREEDY,
+            )
+            for index, done in given.items()
+        }
+        driver.run(*requests.values())
+        following = {}
+        for index, request in requests.items():
+            text, done = texts[index], given[index]
+            found = driver.tokens[request.request, 0]
+            assert driver.finished[request.request, 0].reason == "length"
+            pairs = enumerate(zip(found, text.tokens[done:], strict=True))
+            differs = next((place for place, pair in pairs if pair[0] != pair[1]), None)
+            if differs is not None:
+                assert text.margins[done + differs] < LEAST_MARGIN, f"text {index}: {differs}"
+                forced += 1
+                following[index] = done + differs + 1
+        given = following
+    return forced
+
+
+@pytest.mark.parametrize(
+    ("stages", "kind"), [(1, "memory"), (2, "tcp"), (3, "memory"), (4, "memory")]
+)
+def test_greedy_text_is_that_of_transformers(
+    model: tuple[Path, list[Text]], stages: int, kind: str
+) -> None:
+    folder, texts = model
+    source = source_of_folder(folder, "tiny")
+    forced = []
+
+    def script(driver: ServingDriver) -> None:
+        driver.load(load_of(source, list(range(stages)), stages, chunk_tokens=16))
+        forced.append(check(driver, texts[:1], "alone"))
+        forced.append(check(driver, texts, "together"))
+
+    driver = serve_with(script, stages, kind=kind)
+    assert sum(forced) <= 0.01 * 9 * 64
+    # The first one found its prompt and text in a slot the second time.
+    assert driver.finished["together-0-0", 0].cached_tokens == len(texts[0].prompt) - 1
+    assert driver.ready is not None
+    layers = [(stage.first_layer, stage.last_layer) for stage in driver.ready.stages]
+    assert layers[0][0] == 0 and layers[-1][1] == 3 and len(layers) == stages
+    whole = sum(loaded.weight_bytes for loaded in driver.loaded.values())
+    assert max(loaded.weight_bytes for loaded in driver.loaded.values()) < whole or stages == 1
+
+
+def test_ranks_without_layers_wait_and_rank_0_may_be_one(model: tuple[Path, list[Text]]) -> None:
+    folder, texts = model
+    source = source_of_folder(folder, "tiny")
+
+    def script(driver: ServingDriver) -> None:
+        driver.load(load_of(source, [2, 1], 4))
+        check(driver, texts[:3], "some")
+
+    driver = serve_with(script, 4)
+    assert driver.loaded[0].weight_bytes == driver.loaded[3].weight_bytes == 0
+    assert driver.ready is not None
+    assert [stage.rank for stage in driver.ready.stages] == [2, 1]
+
+
+def test_every_rank_measures_before_it_loads(model: tuple[Path, list[Text]]) -> None:
+    source = source_of_folder(model[0], "tiny")
+    # Nothing of the folder is read.
+    absent = msgspec.structs.replace(source, folder="/does/not/exist")
+
+    def script(driver: ServingDriver) -> None:
+        driver.probe(absent)
+        driver.probe(absent, "bf16")
+        driver.load(load_of(source, [0, 1], 2))
+
+    driver = serve_with(script, 2)
+    for rank in range(2):
+        probed = driver.probed[rank]
+        assert probed.rank == rank
+        assert 0 < probed.layer_s < 1 and 0 < probed.head_s < 1
+        assert probed.free_bytes > 0
+
+
+def test_a_server_that_is_stopped_before_it_loads_ends() -> None:
+    with pytest.raises(StopRequested, match="before it began"):
+        serve_with(lambda driver: None, 2)
