@@ -10,7 +10,6 @@ from __future__ import annotations
 import getpass
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
@@ -22,8 +21,7 @@ from smolrun.launch.delivery.versions import (
     own_dependencies,
     required_names,
 )
-from smolrun.launch.remote.machine import Machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.setup.environment_maker import EnvironmentMaker, look
 from smolrun.launch.setup.setup_plan import BlankHost, Plan, plan
@@ -109,19 +107,15 @@ class Setup:
                 self._failed[name] = failure
 
     def _open(self, name: str, ask: AskPassword | None = None) -> None:
-        cluster = self._config.cluster
-        self._machines[name] = open_machine(
-            self._specs[name],
-            ssh_config=cluster.ssh_config,
-            timeout_s=cluster.connect_timeout_s,
-            cluster=cluster.name,
-            needs_python=False,
-            ask_password=ask,
-        )
+        spec = self._specs[name]
+        self._machines[name] = open_machine(spec, needs_python=False, ask_password=ask)
 
     def _bring_key(self, name: str, error: SmolrunError) -> None:
         """Ask for the password once, and have our key accepted from then on."""
-        key, target = public_key(self._identities(name)), self._specs[name].ssh
+        from smolrun.launch.ssh.settings import identities
+
+        spec = self._specs[name]
+        key, target = public_key(identities(spec)), spec.ssh
         if self._ask is None:
             file = key or "~/.ssh/id_ed25519.pub"
             hint = f"no terminal to prompt for a password; by hand: ssh-copy-id -i {file} {target}"
@@ -142,11 +136,6 @@ class Setup:
                 echo(f"{name}: the key is added")
         finally:
             machine.close()
-
-    def _identities(self, name: str) -> list[Path]:
-        from smolrun.launch.ssh.settings import identities
-
-        return identities(name, self._specs[name].ssh, self._config.cluster.ssh_config)
 
     # -- environments ----
 

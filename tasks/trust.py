@@ -9,69 +9,51 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
-from smolrun.config.cluster import ClusterConfig
+from smolrun.driver.fleet import host_specs
 from smolrun.errors import ConfigError, HostError
 from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh import host_keys
-from smolrun.launch.ssh.host_keys import HostKey, KnownHosts
+from smolrun.launch.ssh.host_keys import KnownHosts
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
+
+if TYPE_CHECKING:
+    from smolrun.launch.remote.machine import HostSpec
+    from smolrun.launch.ssh.hop import ScanResult
+
+    Row = ScanResult | HostError  # one SSH server: what was found, or why nothing was
 
 _STATES = {"known": "known", "new": "new", "changed": "CHANGED", "revoked": "REVOKED"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One SSH server: what was found, or why nothing was."""
-
-    name: str
-    place: str = ""
-    entry: str = ""
-    state: str = "unreachable"
-    key: HostKey | None = None
-    before: tuple[HostKey, ...] = ()
-    files: tuple[Path, ...] = ()  # the user's own known_hosts files; the first one is written to
-    why: str = ""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Host, address, type, fingerprint, state."""
-        kind = self.key.kind.removeprefix("ssh-") if self.key else "-"
-        fingerprint = self.key.fingerprint if self.key else "-"
-        state = _STATES.get(self.state, f"unreachable: {self.why}")
-        return self.name, self.place or "-", kind, fingerprint, state
-
-
 def drive(config: RunConfig) -> int:
     """Exit code 0 once every host is known, 3 if one is not, 130 where the answers end early."""
-    cluster = config.cluster
-    targets = {host.name: host.ssh for host in cluster.hosts or [] if host.ssh is not None}
-    if not targets:
-        raise ConfigError(f"no host of cluster={cluster.name} has an `ssh:`, so none has a key")
+    cluster = config.cluster.name
+    specs = host_specs(config)
+    if not specs:
+        raise ConfigError(f"no host of cluster={cluster} has an `ssh:`, so none has a key")
     rows: list[Row] = []
     try:
         # Behind a jump host that is trusted just now, there may be more to see.
         while True:
-            rows = _look(cluster, targets)
+            rows = _look(specs)
             echo(table(rows))
-            if not _decide(rows, cluster.name, trust_new=config.trust.yes) or not _has_jump(rows):
+            if not _decide(rows, cluster, trust_new=config.trust.yes) or not _has_jump(rows):
                 break
             echo()
     except (EOFError, KeyboardInterrupt):
         echo("\nstopped; what you answered before is kept")
         return EXIT_STOPPED
-    left = [row for row in rows if not _is_known(row)]
-    return EXIT_FAILED if left else EXIT_DONE
+    return EXIT_DONE if all(map(_is_known, rows)) else EXIT_FAILED
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows under their titles, each column as wide as its widest cell."""
-    cells = [("host", "address", "type", "fingerprint", "state"), *(row.cells for row in rows)]
+    cells = [("host", "address", "type", "fingerprint", "state"), *map(_cells, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(4)]
     return "\n".join(
         "  ".join(
@@ -81,42 +63,33 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _look(cluster: ClusterConfig, targets: dict[str, str]) -> list[Row]:
+def _cells(row: Row) -> tuple[str, ...]:
+    if isinstance(row, HostError):
+        return row.host, "-", "-", "-", f"unreachable: {row.what}"
+    kind = row.key.kind.removeprefix("ssh-") if row.key else "-"
+    fingerprint = row.key.fingerprint if row.key else "-"
+    state = _STATES.get(row.state, f"unreachable: {row.why}")
+    return row.name, row.settings.place, kind, fingerprint, state
+
+
+def _look(specs: Iterable[HostSpec]) -> list[Row]:
     """All hosts at once; every SSH server once, however many hosts are behind it."""
     from smolrun.launch.ssh.connect import scan
 
-    def look(name: str) -> list[Row]:
+    def look(spec: HostSpec) -> Sequence[Row]:
         try:
-            found = scan(
-                name,
-                targets[name],
-                ssh_config=cluster.ssh_config,
-                timeout_s=cluster.connect_timeout_s,
-                cluster=cluster.name,
-            )
-        except HostError as error:
-            return [Row(name, targets[name], why=error.what)]
-        return [
-            Row(
-                one.name,
-                one.settings.place,
-                one.settings.entry,
-                one.state,
-                one.key,
-                one.before,
-                tuple(one.settings.user_files),
-                one.why,
-            )
-            for one in found
-        ]
+            return scan(spec)
+        except HostError as error:  # its `ssh:` or the ssh_config is invalid
+            return [error]
 
-    found = run_on_all({name: name for name in targets}, look, "trust")
+    found = run_on_all({spec.name: spec for spec in specs}, look, "trust")
     return list(dict.fromkeys(chain.from_iterable(found.values())))
 
 
 def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
     """Ask about what is new or has changed; whether anything was written down."""
-    open_rows = [row for row in rows if row.state in ("new", "changed")]
+    scanned = [row for row in rows if not isinstance(row, HostError)]
+    open_rows = [row for row in scanned if row.state in ("new", "changed")]
     if not open_rows:
         return False
     echo(_how_to_compare(open_rows))
@@ -143,7 +116,7 @@ def _decide(rows: Sequence[Row], cluster: str, *, trust_new: bool) -> bool:
     return written
 
 
-def _how_to_compare(rows: Iterable[Row]) -> str:
+def _how_to_compare(rows: Iterable[ScanResult]) -> str:
     kinds = {row.key.kind.removeprefix("ssh-").split("-")[0] for row in rows if row.key}
     files = " or ".join(f"/etc/ssh/ssh_host_{kind}_key.pub" for kind in sorted(kinds))
     return (
@@ -156,11 +129,12 @@ def _says_yes(question: str, least: str) -> bool:
     return input(question).strip().lower() in {least, "yes"}
 
 
-def _what_changed(row: Row) -> str:
-    known = KnownHosts(row.files)
-    lines = [f"the key of {row.name} ({row.place}) has CHANGED:"]
+def _what_changed(row: ScanResult) -> str:
+    settings = row.settings
+    known = KnownHosts(settings.user_files)
+    lines = [f"the key of {row.name} ({settings.place}) has CHANGED:"]
     for key in row.before:
-        at = [f"{line.file} line {line.number + 1}" for line in known.where(row.entry, key)]
+        at = [f"{line.file} line {line.number + 1}" for line in known.where(settings.entry, key)]
         lines.append(f"  was  {key}   {', '.join(at) or 'in a file of this whole system'}")
     lines.append(f"  is   {row.key}")
     lines.append(
@@ -170,38 +144,39 @@ def _what_changed(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _write(row: Row, write: Callable[[Row], None]) -> bool:
-    if not row.files:
+def _write(row: ScanResult, write: Callable[[ScanResult], None]) -> bool:
+    files = row.settings.user_files  # the first one is written to
+    if not files:
         echo(f"{row.name}: your ssh_config says `UserKnownHostsFile none`, so no key can be kept")
         return False
     try:
         write(row)
     except OSError as error:
-        echo(f"{row.name}: cannot write {error.filename or row.files[0]}: {error.strerror}")
+        echo(f"{row.name}: cannot write {error.filename or files[0]}: {error.strerror}")
         return False
-    echo(f"{row.name}: its key is in {row.files[0]} now")
+    echo(f"{row.name}: its key is in {files[0]} now")
     return True
 
 
-def _add(row: Row) -> None:
+def _add(row: ScanResult) -> None:
     assert row.key is not None, "only rows with a key are asked about"
-    host_keys.add_entry(row.files[0], row.entry, row.key)
+    host_keys.add_entry(row.settings.user_files[0], row.settings.entry, row.key)
 
 
-def _replace(row: Row) -> None:
-    known = KnownHosts(row.files)
-    old = [line for key in row.before for line in known.where(row.entry, key)]
-    host_keys.remove_entries(old, row.entry)
+def _replace(row: ScanResult) -> None:
+    entry, known = row.settings.entry, KnownHosts(row.settings.user_files)
+    old = [line for key in row.before for line in known.where(entry, key)]
+    host_keys.remove_entries(old, entry)
     _add(row)
 
 
 def _is_known(row: Row) -> bool:
     """As the files are now."""
-    return row.key is not None and (
-        row.state == "known"
-        or (row.state != "revoked" and row.key in KnownHosts(row.files).keys(row.entry))
-    )
+    if isinstance(row, HostError) or row.key is None or row.state == "revoked":
+        return False
+    known = KnownHosts(row.settings.user_files)
+    return row.state == "known" or row.key in known.keys(row.settings.entry)
 
 
-def _has_jump(rows: Sequence[Row]) -> bool:
-    return any(row.name.endswith("(jump host)") for row in rows)
+def _has_jump(rows: Iterable[Row]) -> bool:
+    return any(not isinstance(row, HostError) and row.is_jump for row in rows)

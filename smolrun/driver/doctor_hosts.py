@@ -28,8 +28,7 @@ from smolrun.launch.doctor.reachability import probe_reachability
 from smolrun.launch.run_on_all import run_on_all
 
 if TYPE_CHECKING:
-    from smolrun.launch.remote.machine import Machine
-    from smolrun.launch.remote.probe import HostSpec
+    from smolrun.launch.remote.machine import HostSpec, Machine
 
 _THIS_MACHINE = "local"
 
@@ -83,7 +82,7 @@ class HostReports:
         except HostError as error:
             found = unreachable(error)
             # A comparison with the system's own ssh only says something about a failed login.
-            more = self._compared(name, error) if isinstance(error, LoginFailed) else None
+            more = self._compared(name) if isinstance(error, LoginFailed) else None
             if more is not None:
                 found.findings.append(more)
             return found
@@ -95,23 +94,13 @@ class HostReports:
             return LocalMachine(name, Path.cwd())
         from smolrun.launch.ssh.connect import open_machine
 
-        cluster = self.config.cluster
-        machine = open_machine(
-            self.specs[name],
-            ssh_config=cluster.ssh_config,
-            timeout_s=cluster.connect_timeout_s,
-            cluster=cluster.name,
-        )
-        self.machines[name] = machine
+        machine = self.machines[name] = open_machine(self.specs[name])
         return machine
 
-    def _compared(self, name: str, error: HostError) -> Finding | None:
+    def _compared(self, name: str) -> Finding | None:
         from smolrun.launch.doctor.system_ssh import compared
 
-        cluster, spec = self.config.cluster, self.specs[name]
-        return compared(
-            error, spec.ssh, ssh_config=cluster.ssh_config, timeout_s=cluster.connect_timeout_s
-        )
+        return compared(self.specs[name])
 
     def _orders(self, name: str) -> HostRequirements:
         host, cluster = self.hosts[name], self.config.cluster

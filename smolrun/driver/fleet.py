@@ -12,8 +12,8 @@ Only wiring. Where every rank is on this machine all of it is trivial, and nothi
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +27,14 @@ from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
 from smolrun.launch.local import LocalHost, is_secret
+from smolrun.launch.on_host.prelude import usable_cores
 from smolrun.mesh.addresses import resolve
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
     from smolrun.launch.delivery.provision import ProvisionedHost, ProvisionRequest
     from smolrun.launch.delivery.shards import ShardFetcher
-    from smolrun.launch.remote.machine import Machine
-    from smolrun.launch.remote.probe import HostSpec
+    from smolrun.launch.remote.machine import HostSpec, Machine
 
 _AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
 
@@ -145,7 +145,7 @@ class Fleet:
             return max(1, machine.cores // rank.local_world_size)
         elsewhere = {host.name for host in self._config.cluster.hosts or [] if host.ssh is not None}
         here = sum(other.host not in elsewhere for other in ranks(self._config))
-        return max(1, _own_cores() // max(1, here))
+        return max(1, (usable_cores() or 1) // max(1, here))
 
     def prepared(self, host: str) -> Prepared | None:
         """The prepared data, as it lies on a host."""
@@ -195,9 +195,7 @@ class Fleet:
             if machine.connection.lost is None or machine.connection.is_silent:
                 continue
             with contextlib.suppress(SmolrunError):
-                self.machines[name] = open_machine(
-                    machine.spec, ssh_config=self._config.cluster.ssh_config, timeout_s=_AGAIN_S
-                )
+                self.machines[name] = open_machine(replace(machine.spec, timeout_s=_AGAIN_S))
                 machine.close()  # a jump host on the way to it may still be there
 
     def close(self) -> None:
@@ -216,15 +214,9 @@ def open_fleet(config: RunConfig) -> Fleet:
         return Fleet(config, {})
     from smolrun.launch.ssh.connect import open_machines
 
-    cluster = config.cluster
     missing: dict[str, SmolrunError] = {}
-    machines = open_machines(
-        specs,
-        ssh_config=cluster.ssh_config,
-        timeout_s=cluster.connect_timeout_s,
-        cluster=cluster.name,
-        missing=missing if config.algorithm.min_ranks_left is not None else None,
-    )
+    is_elastic = config.algorithm.min_ranks_left is not None
+    machines = open_machines(specs, missing=missing if is_elastic else None)
     fleet = Fleet(config, machines, missing)
     if missing and not _is_enough(config, missing):
         fleet.close()
@@ -247,7 +239,7 @@ def host_specs(config: RunConfig) -> list[HostSpec]:
     cluster = config.cluster
     if not any(host.ssh is not None for host in cluster.hosts or []):
         return []
-    from smolrun.launch.remote.probe import HostSpec
+    from smolrun.launch.remote.machine import HostSpec
 
     return [
         HostSpec(
@@ -257,6 +249,9 @@ def host_specs(config: RunConfig) -> list[HostSpec]:
             workdir=host.workdir or cluster.workdir,
             env=dict(host.env),
             torch=cluster.torch if host.torch == "auto" else host.torch,
+            ssh_config=cluster.ssh_config,
+            timeout_s=cluster.connect_timeout_s,
+            cluster=cluster.name,
         )
         for host in cluster.hosts or []
         if host.ssh is not None
@@ -298,8 +293,3 @@ def own_targets(config: RunConfig) -> list[str]:
     """What the configuration names of the user's own code."""
     groups = (config.model, config.data, config.algorithm)
     return [group.target for group in groups if isinstance(group, CustomTargetConfig)]
-
-
-def _own_cores() -> int:
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

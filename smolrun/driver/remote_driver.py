@@ -35,8 +35,7 @@ from smolrun.launch.delivery.provision import (
     provision,
 )
 from smolrun.launch.remote.connection import error_tail
-from smolrun.launch.remote.machine import Machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
@@ -60,10 +59,7 @@ def drive(config: RunConfig) -> int:
     config = with_pinned_model(config)
     sign(b"")  # without a key the run could not be looked at from here
     spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
-    cluster = config.cluster
-    with contextlib.closing(
-        open_machine(spec, ssh_config=cluster.ssh_config, timeout_s=cluster.connect_timeout_s)
-    ) as machine:
+    with contextlib.closing(open_machine(spec)) as machine:
         machines, code_of = {spec.name: machine}, f"driver-{secrets.token_hex(4)}"
         ready = _ready(config, machine, code_of)
         try:
@@ -169,8 +165,6 @@ def _keep(
     run.write_remote(
         {
             "host": {**dataclasses.asdict(spec), "env": without_credentials_in(spec.env)},
-            "ssh_config": config.cluster.ssh_config,
-            "timeout_s": config.cluster.connect_timeout_s,
             "folder": folder,
             "python": ready.argv[0],
             "env": ready.env,
@@ -185,8 +179,6 @@ class _Remote(msgspec.Struct):
     """What remote.json holds."""
 
     host: HostSpec
-    ssh_config: str | None
-    timeout_s: float
     folder: str
     python: str
     env: dict[str, str]
@@ -228,9 +220,7 @@ class RemoteRun:
         remote = self._remote
         try:
             if self._machine is None:
-                self._machine = open_machine(
-                    remote.host, ssh_config=remote.ssh_config, timeout_s=remote.timeout_s
-                )
+                self._machine = open_machine(remote.host)
             done = self._machine.run(
                 [remote.python, "-P", "-m", "smolrun.tracking.run_view"],
                 {**remote.host.env, **remote.env},

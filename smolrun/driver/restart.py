@@ -311,18 +311,13 @@ def reachable_hosts(config: RunConfig) -> list[str]:
     specs = {spec.name: spec for spec in host_specs(config)}
     answers = {host.name: True for host in hosts if host.name not in specs}
     if specs:
-        from smolrun.launch.remote.probe import HostSpec
+        from smolrun.launch.remote.machine import HostSpec
         from smolrun.launch.run_on_all import run_on_all
         from smolrun.launch.ssh.connect import open_machine
 
         def ask(spec: HostSpec) -> bool:
             try:
-                machine = open_machine(
-                    spec,
-                    ssh_config=config.cluster.ssh_config,
-                    timeout_s=config.cluster.connect_timeout_s,
-                    cluster=config.cluster.name,
-                )
+                machine = open_machine(spec)
             except Exception:  # one that fails in a way of its own must not speak for the others
                 return False
             machine.close()

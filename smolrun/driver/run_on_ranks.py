@@ -182,13 +182,7 @@ class Reconnector(Subscriber):
 
         assert self._fleet.order is not None, "a host that is away was to be equipped"
         (spec,) = [spec for spec in host_specs(self._config) if spec.name == host]
-        cluster = self._config.cluster
-        machine = open_machine(
-            spec,
-            ssh_config=cluster.ssh_config,
-            timeout_s=cluster.connect_timeout_s,
-            cluster=cluster.name,
-        )
+        machine = open_machine(spec)
         try:
             ready = provision({host: machine}, self._fleet.order).hosts[host]
         except BaseException:

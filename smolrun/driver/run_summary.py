@@ -106,31 +106,33 @@ class RunSummary:
         is_here = self.folder.path.parent.resolve() == OUTPUTS.resolve()
         return self.folder.run_id if is_here else str(self.folder.path)
 
+    def summary(self, outcome: RunOutcome, wall_s: float) -> dict[str, Any]:
+        """The content of summary.json. Its keys are a contract: other programs read them."""
+        config, reports = self.config, outcome.summaries
+        size = world_size(config)
+        return {
+            "status": outcome.status,
+            "exit_code": outcome.exit_code,
+            "reason": outcome.reason or self.record.divergence or None,
+            "failed_rank": outcome.failed_rank,
+            "failed_host": outcome.failed_host,
+            **self.record.summary(),
+            "wall_s": round(wall_s, 3),
+            "world_size": size,
+            "algorithm": config.algorithm.name,
+            "config_hash": config_hash(config),
+            "versions": outcome.versions,
+            "host_versions": self.host_versions,
+            "peak_memory_bytes": [reports.get(r, {}).get("peak_memory_bytes") for r in range(size)],
+            "time": self.times.summary(),
+            "restarts": self.restarts,
+            "departures": outcome.departures,
+            "emulated": emulated(config),
+        }
+
     def _write_summary(self, outcome: RunOutcome, wall_s: float) -> None:
-        config = self.config
-        summary = self.record.summary(
-            status=outcome.status,
-            reason=outcome.reason,
-            failed_rank=outcome.failed_rank,
-            failed_host=outcome.failed_host,
-            wall_s=wall_s,
-            world_size=world_size(config),
-            algorithm=config.algorithm.name,
-            config_hash=config_hash(config),
-            versions=outcome.versions,
-            host_versions=self.host_versions,
-            exit_code=outcome.exit_code,
-            restarts=self.restarts,
-            departures=outcome.departures,
-            emulated=emulated(config),
-            time=self.times.summary(),
-            peak_memory_bytes=[
-                outcome.summaries.get(rank, {}).get("peak_memory_bytes")
-                for rank in range(world_size(config))
-            ],
-        )
         try:
-            self.folder.write_summary(summary)
+            self.folder.write_summary(self.summary(outcome, wall_s))
         except OSError as error:
             where = self.folder.path
             echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)

@@ -1,13 +1,12 @@
-"""The final figures of a run, and its summary.json."""
+"""The final figures of a run."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from smolrun.events import (
     REPLACED,
@@ -218,50 +217,15 @@ class RunRecord:
     def close(self) -> None:
         """Nothing is buffered."""
 
-    def summary(
-        self,
-        *,
-        status: Literal["done", "stopped", "failed"],
-        reason: str,
-        failed_rank: int | None,
-        failed_host: str | None,
-        wall_s: float,
-        world_size: int,
-        algorithm: str,
-        config_hash: str,
-        versions: Mapping[str, str],
-        time: Mapping[str, Any] | None,
-        peak_memory_bytes: Sequence[int | None],
-        exit_code: int | None = None,
-        restarts: Sequence[Mapping[str, Any]] = (),
-        departures: Sequence[Mapping[str, Any]] = (),
-        host_versions: Mapping[str, Mapping[str, str | None]] | None = None,
-        emulated: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """The content of summary.json. Its keys are a contract: other programs read them."""
+    def summary(self) -> dict[str, Any]:
+        """The part of summary.json that is made of events."""
         return {
-            "status": status,
-            "exit_code": exit_code,
-            "reason": reason or self.divergence or None,
             "diverged": bool(self.divergence),
-            "failed_rank": failed_rank,
-            "failed_host": failed_host,
             "steps": self.steps,
-            "wall_s": round(wall_s, 3),
             "final_train_loss": self.train_loss,
             "final_eval_loss": self.eval_loss,
             "final_eval_accuracy": self.eval_accuracy,
             "checkpoint": self.checkpoint,
-            "world_size": world_size,
-            "algorithm": algorithm,
-            "config_hash": config_hash,
-            "versions": dict(versions),
-            "host_versions": {host: dict(found) for host, found in (host_versions or {}).items()},
-            "peak_memory_bytes": list(peak_memory_bytes),
-            "time": dict(time) if time is not None else None,
             "gradients_dropped": {str(r): n for r, n in sorted(self.gradients_dropped.items())},
             "pushes": self.pushes.summary(),
-            "restarts": [dict(row) for row in restarts],
-            "departures": [dict(row) for row in departures],
-            "emulated": list(emulated),
         }

@@ -10,7 +10,7 @@ import pytest
 from smolrun.cli.compose import compose
 from smolrun.driver.restart import reachable_hosts
 from smolrun.errors import HostError
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh import connect
 
 HOSTS = "[{name: me, address: 10.0.0.1}, {name: a, ssh: a}, {name: b, ssh: b}, {name: c, ssh: c}]"

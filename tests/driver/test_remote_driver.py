@@ -18,8 +18,8 @@ from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
 from smolrun.driver.runs import find_run, opened
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import Machine, probe_machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
+from smolrun.launch.remote.probe import probe_machine
 from smolrun.tasks import attach, status, stop
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder
@@ -208,7 +208,7 @@ def foreign(signature: str | None, ssh_config: str) -> RunFolder:
     folder.write_config("{}")
     spec = {"name": "box", "ssh": "box", "python": None, "workdir": None, "torch": "auto"}
     remote = {
-        "host": {**spec, "env": {}}, "ssh_config": ssh_config, "timeout_s": 5, "folder": "/x",
+        "host": {**spec, "env": {}, "ssh_config": ssh_config, "timeout_s": 5}, "folder": "/x",
         "python": "/bin/sh", "env": {}, "code_of": "driver-x",
     }  # fmt: skip
     content = remote if signature is None else {"remote": remote, "signature": signature}
@@ -257,7 +257,7 @@ def test_each_file_that_is_brought_back_has_its_own_limit(
 
     monkeypatch.setattr(remote_driver, "clear_all", lambda *_: None)
     spec = HostSpec("box", "me@box")
-    remote = remote_driver._Remote(spec, None, 5.0, "/x", "python", {}, "driver-x")
+    remote = remote_driver._Remote(spec, "/x", "python", {}, "driver-x")
     machine: Any = SimpleNamespace(name="box", get=get)
     question = remote_driver.RemoteRun(RunFolder(tmp_path), remote)
     question._bring_back(machine, View(state="done", summary={"status": "done"}))
@@ -281,7 +281,7 @@ def test_a_machine_without_our_code_is_told(box: Box) -> None:
     spec = {"name": "box", "ssh": "box", "python": sys.executable, "workdir": str(box.workdir)}
     folder.write_remote(
         {
-            "host": {**spec, "torch": "auto", "env": {}}, "ssh_config": None, "timeout_s": 5,
+            "host": {**spec, "torch": "auto", "env": {}, "timeout_s": 5},
             "folder": "/nowhere", "python": "/bin/false", "env": {}, "code_of": "driver-x",
         }
     )  # fmt: skip

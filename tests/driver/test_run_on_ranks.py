@@ -23,8 +23,7 @@ from smolrun.launch.delivery import provision
 from smolrun.launch.driver import Driver
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.local import LocalHost
-from smolrun.launch.remote.machine import Machine
-from smolrun.launch.remote.probe import HostFacts, HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.shell import Shell
 from smolrun.launch.ssh import connect
 from smolrun.launch.supervisor import Limits
@@ -53,7 +52,7 @@ class Elsewhere:
         connection = ConnectionHere(name=spec.name)
         self.connections.append(connection)
         folder = str(self._folder)
-        return Machine(spec, connection, HostFacts(Shell.POSIX, "linux", folder, folder))
+        return Machine(spec, connection, Shell.POSIX, "linux", folder, folder)
 
     def provision(self, machines: dict[str, Machine], order: Any, progress: Any = None) -> Any:
         self.equipped += machines

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.compose import compose
+from smolrun.config import config_hash
 from smolrun.driver.run_summary import RunSummary, with_advice
 from smolrun.driver.trackers import time_report
 from smolrun.estimate import dry_run
@@ -50,6 +51,45 @@ def test_a_failure_says_what_is_saved(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "smolrun: rank 1 died"
     assert lines[1].startswith(f"smolrun: {expected}")
+
+
+def test_the_summary_has_exactly_the_keys_of_the_design(tmp_path: Path) -> None:
+    config = compose(["cluster.ranks=2"])
+    failed = RunOutcome(
+        "failed", 3, "rank 1 on pi5 died", 1, "pi5",
+        versions={"python": "3.11.7"}, summaries={0: {"peak_memory_bytes": 5}},
+    )  # fmt: skip
+    record, folder, times = RunRecord(), RunFolder(tmp_path), time_report(config, print)
+    restarts = [{"step": 4}]
+    summary = RunSummary(config, folder, record, times, {}, restarts).summary(failed, 12.34567)
+    assert summary == {
+        "status": "failed",
+        "exit_code": 3,
+        "reason": "rank 1 on pi5 died",
+        "failed_rank": 1,
+        "failed_host": "pi5",
+        **record.summary(),
+        "wall_s": 12.346,
+        "world_size": 2,
+        "algorithm": "classicdp",
+        "config_hash": config_hash(config),
+        "versions": {"python": "3.11.7"},
+        "host_versions": {},
+        "peak_memory_bytes": [5, None],
+        "time": None,
+        "restarts": [{"step": 4}],
+        "departures": [],
+        "emulated": [],
+    }
+
+
+def test_a_run_that_diverged_has_that_for_a_reason(tmp_path: Path) -> None:
+    config, record = compose([]), RunRecord()
+    for step in range(3):
+        record.record(StepDone(step, 1.0, float("nan"), 1.0, 1.0, 8, 8, 0, 0, 0, 0))
+    ending = RunSummary(config, RunFolder(tmp_path), record, time_report(config, print), {})
+    summary = ending.summary(RunOutcome("done", 0), 1.0)
+    assert summary["diverged"] and summary["reason"] == record.divergence
 
 
 def test_gradients_lost_to_a_slow_link_are_worth_advice_once(tmp_path: Path) -> None:

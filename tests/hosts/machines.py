@@ -7,8 +7,7 @@ import time
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import Machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.ssh.connect import open_machine
 from tests.hosts.host import Host
 from tests.hosts.lab import Lab
@@ -16,15 +15,14 @@ from tests.hosts.lab import Lab
 TIMEOUT_S = 3.0
 
 
-def spec(host: Host, **changes: object) -> HostSpec:
+def spec(the_lab: Lab, host: Host, **changes: object) -> HostSpec:
     keys: dict = {"name": host.name, "ssh": host.ssh, "python": host.python}
-    return HostSpec(**keys | {"workdir": str(host.workdir)} | changes)
+    keys |= {"workdir": str(host.workdir), "ssh_config": str(the_lab.ssh_config)}
+    return HostSpec(**keys | {"timeout_s": TIMEOUT_S} | changes)
 
 
 def opened(the_lab: Lab, host: Host, **changes: object) -> Machine:
-    return open_machine(
-        spec(host, **changes), ssh_config=str(the_lab.ssh_config), timeout_s=TIMEOUT_S
-    )
+    return open_machine(spec(the_lab, host, **changes))
 
 
 def refused(the_lab: Lab, host: Host, **changes: object) -> tuple[str, float]:

@@ -23,8 +23,7 @@ from smolrun.launch.delivery.provision import (
     provision,
 )
 from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
-from smolrun.launch.remote.machine import Machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.ssh.connect import open_machines
 from tests.hosts.conftest import Maker
 from tests.hosts.lab import Lab
@@ -35,10 +34,16 @@ pytestmark = pytest.mark.hosts
 
 def open_all(lab: Lab) -> dict[str, Machine]:
     specs = [
-        HostSpec(name=host.name, ssh=host.ssh, python=host.python, workdir=str(host.workdir))
+        HostSpec(
+            name=host.name,
+            ssh=host.ssh,
+            python=host.python,
+            workdir=str(host.workdir),
+            ssh_config=str(lab.ssh_config),
+        )
         for host in lab.hosts
     ]
-    return open_machines(specs, ssh_config=str(lab.ssh_config))
+    return open_machines(specs)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError, HostErrors
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import connect, open_machines
 from tests import waiting
 from tests.hosts.conftest import Maker
@@ -227,11 +228,7 @@ def test_a_dead_host_keeps_nobody_waiting(make_lab: Maker):
         thread.join(20)
     assert max(told["lab2"], told["lab3"]) < told["lab1"]
     with pytest.raises(HostErrors) as caught:
-        open_machines(
-            [spec(host) for host in the_lab.hosts],
-            ssh_config=str(the_lab.ssh_config),
-            timeout_s=TIMEOUT_S,
-        )
+        open_machines([spec(the_lab, host) for host in the_lab.hosts])
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["lab1", "lab2", "lab3"]
     waiting.until(lambda: not [one for one in well.processes() if not one.is_sshd])
@@ -241,7 +238,7 @@ def test_a_dead_host_keeps_nobody_waiting(make_lab: Maker):
 def test_the_fastest_way_in(lab1: Lab):
     """A connection and its first command; the figure is for people."""
     began = time.monotonic()
-    connection = connect("lab1", "lab1", ssh_config=str(lab1.ssh_config))
+    connection = connect(HostSpec("lab1", "lab1", ssh_config=str(lab1.ssh_config)))
     connected = time.monotonic() - began
     connection.run("true")
     print(f"connected in {connected:.2f} s, first command after {time.monotonic() - began:.2f} s")

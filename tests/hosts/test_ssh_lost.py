@@ -69,7 +69,7 @@ def test_a_slow_link_is_not_taken_for_a_dead_one(make_lab: Maker):
     """At 1 Mbit/s the buffers hold more than 15 s of bytes."""
     the_lab = make_lab(hosts=1, rate="1mbit")
     host = the_lab.hosts[0]
-    machine = open_machine(spec(host), ssh_config=str(the_lab.ssh_config), timeout_s=15)
+    machine = open_machine(spec(the_lab, host, timeout_s=15))
     machine.put(b"x" * 2_500_000, f"{machine.workdir}/file")
     assert machine.connection.lost is None
     machine.close()

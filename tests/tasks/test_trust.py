@@ -11,6 +11,7 @@ import pytest
 
 from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.errors import ConfigError
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.host_keys import KnownHosts
 from smolrun.tasks import trust
@@ -68,7 +69,7 @@ def test_a_yes_is_kept(server: Server, answer, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert fingerprint(server.host_key) in out
     assert "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" in out
-    connect("mini1", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("mini1", "box", ssh_config=str(server.config))).close()
     assert answer() == 0
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["state", "known"]
 
@@ -125,7 +126,7 @@ def test_a_changed_key_is_replaced_after_a_whole_yes(
     assert "known_hosts line 2" in out
     lines = server.known_hosts.read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["#", "elsewhere", server.entry]
-    connect("mini1", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("mini1", "box", ssh_config=str(server.config))).close()
 
 
 @pytest.mark.parametrize(("word", "write"), [("y", False), ("", False), ("n", True)])

@@ -14,29 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from smolrun.errors import HostError
 from smolrun.launch.delivery.versions import required_names
 from smolrun.launch.doctor import findings
 from smolrun.launch.doctor.findings import Finding, HostStatus, status
+from smolrun.launch.remote.machine import Machine
 
 _IMPORT_S = 180.0  # torch, on a Pi with a slow card
-
-
-class ScriptRunner(Protocol):
-    """A machine that answers the scripts of on_host/."""
-
-    name: str
-    os: str
-    workdir: str
-    python: str
-
-    def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
-        """What on_host/<script>.py answers there; HostError if nothing does."""
-
-    def close(self) -> None:
-        """End the connection to it, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -176,3 +162,6 @@ class LocalMachine:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+ScriptRunner = Machine | LocalMachine  # what answers the scripts of on_host/

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from smolrun.errors import HostError
 from smolrun.launch.doctor.findings import Finding
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import scan
 from smolrun.launch.ssh.settings import parse_target
 
@@ -72,22 +73,20 @@ def differences(
     return found
 
 
-def compared(
-    error: HostError, target: str, *, ssh_config: str | None, timeout_s: float
-) -> Finding | None:
+def compared(spec: HostSpec) -> Finding | None:
     """A finding if the system's ssh logs in to a host that we failed with; None if not, or if there
     is no ssh here."""
     program = shutil.which("ssh")
     if program is None:
         return None
     try:
-        place = parse_target(error.host, target)
+        place = parse_target(spec.name, spec.ssh)
     except HostError:
         return None
-    common = ["-F", os.path.expanduser(ssh_config)] if ssh_config else []
+    common = ["-F", os.path.expanduser(spec.ssh_config)] if spec.ssh_config else []
     common += ["-l", place.user] if place.user else []
     common += ["-p", str(place.port)] if place.port else []
-    ask = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_s))}"]
+    ask = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(spec.timeout_s))}"]
     # It must not learn a host key either.
     ask += ["-o", "StrictHostKeyChecking=yes"]
     if _run([program, *common, *ask, place.host, "exit 0"]) is None:
@@ -96,13 +95,13 @@ def compared(
     shares = _run([program, *common, "-O", "check", place.host]) is not None
     ours = {}
     try:
-        settings = scan(error.host, target, ssh_config=ssh_config, timeout_s=timeout_s)[-1].settings
+        settings = scan(spec)[-1].settings
         ours = {"hostname": settings.host, "port": str(settings.port), "user": settings.user}
     except (HostError, IndexError):
         pass
     reasons = differences(said, ours, shares=shares)
     if not reasons:
-        return Finding("info", "the system's ssh logs in, smolrun does not", f"ssh -v {target}")
+        return Finding("info", "the system's ssh logs in, smolrun does not", f"ssh -v {spec.ssh}")
     what, hint = reasons[0]
     return Finding("info", f"the system's ssh logs in, smolrun does not: {what}", hint)
 

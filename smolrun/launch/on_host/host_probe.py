@@ -1,4 +1,4 @@
-"""Runs on a host: which system, user and Python this is, and a working folder that can be used.
+"""Runs on a host: which system and Python this is, and a working folder that can be used.
 
 Only the standard library, Python >= 3.8.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-from smolrun.launch.on_host.prelude import usable_cores, user
+from smolrun.launch.on_host.prelude import usable_cores
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -20,11 +20,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     workdir = os.path.join(home, os.path.expanduser(request["workdir"]))
     return {
         "os": platform.system().lower(),
-        "architecture": platform.machine(),
         "cores": usable_cores() or 1,
         "home": _slashed(home),
-        "user": user() or "",
-        "python": platform.python_version(),
         "executable": _slashed(sys.executable),
         "workdir": _slashed(os.path.normpath(workdir)),
         "problem": _problem(workdir),

@@ -23,11 +23,8 @@ Names = Annotated[list[Text], Meta(max_length=100_000)]
 
 class HostProbe(TypedDict):
     os: Text
-    architecture: Text
     cores: Count
     home: AbsolutePath
-    user: Text
-    python: Version
     executable: AbsolutePath
     workdir: AbsolutePath
     problem: Text | None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -106,7 +107,7 @@ def _refuse(constant: str) -> None:
 def _too_old(host: str, python: str, version: str, cluster: str) -> HostError:
     oldest = ".".join(map(str, OLDEST_PYTHON))
     what = f"its {python} is Python {version}, which is older than {oldest}"
-    return HostError(host, what, get_python(cluster))
+    return HostError(host, what, _get_python(cluster))
 
 
 def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str) -> HostError:
@@ -115,16 +116,18 @@ def _no_reply(host: str, python: str, script: str, done: Completed, cluster: str
     if b"Unknown option: -I" in done.err:  # Python 2 knows no -I
         return _too_old(host, python, "2", cluster)
     if done.code == 127 or "not found" in last or "No such file" in last:
-        return HostError(
-            host,
-            f"there is no Python at {python} ({last})",
-            get_python(cluster),
-        )
+        return HostError(host, f"there is no Python at {python} ({last})", _get_python(cluster))
     return HostError(host, f"its {python} could not do {script!r}, exit code {done.code}: {last}")
 
 
-def get_python(cluster: str) -> str:
-    """The hint for a host without a usable Python."""
+def no_python(host: str, cluster: str, failures: Sequence[HostError] = ()) -> HostError:
+    """The error of a host without a Python that can run a script of on_host/."""
+    tried = "; " + "; ".join(error.what for error in failures) if failures else ""
+    what = f"has no Python 3.8 or newer in any of the usual places{tried}"
+    return HostError(host, what, _get_python(cluster))
+
+
+def _get_python(cluster: str) -> str:
     return (
         f"smolrun task=setup cluster={cluster} installs one, or set `python:` in the cluster file"
     )

@@ -1,23 +1,41 @@
-"""A probed host: runs commands, scripts of on_host/ and workers there, and copies files.
+"""A host and what is known of it: runs commands, scripts of on_host/ and workers there, and copies
+files.
 
-It does not know what is copied or what is run.
+It does not know what is copied or what is run. probe.py makes a `Machine`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.local import worker_environment
-from smolrun.launch.remote.call import call
+from smolrun.launch.remote.call import call, no_python
 from smolrun.launch.remote.connection import Completed, Connection, OnBytes
-from smolrun.launch.remote.probe import HostFacts, HostSpec, no_python, probe_facts
-from smolrun.launch.remote.shell import command, environment_input
+from smolrun.launch.remote.shell import Shell, command, environment_input
 from smolrun.launch.remote.worker import RemoteWorker, start_worker
 
 
+@dataclass(frozen=True)
+class HostSpec:
+    """What the cluster file says about reaching a host. `ssh_config` None: the user's usual files.
+    `timeout_s` is for the login. Hints of errors name the `cluster`."""
+
+    name: str
+    ssh: str  # user@address:port or an alias
+    python: str | None = None
+    workdir: str | None = None
+    torch: str = "auto"
+    env: Mapping[str, str] = field(default_factory=dict)
+    ssh_config: str | None = None
+    timeout_s: float = 15.0
+    cluster: str = "NAME"
+
+
+@dataclass(frozen=True, eq=False)
 class Machine:
     """A host that was probed. Methods raise HostError; several threads may use it at once.
 
@@ -25,22 +43,19 @@ class Machine:
     and `python` are absolute, with "/" between their parts on every system.
     """
 
-    def __init__(
-        self, spec: HostSpec, connection: Connection, facts: HostFacts, *, cluster: str = "NAME"
-    ) -> None:
-        self.spec = spec
-        self.name = spec.name
-        self.connection = connection
-        self.shell = facts.shell
-        self.os = facts.os
-        self.home = facts.home
-        self.workdir = facts.workdir
-        self.python = facts.python
-        self.python_version = facts.python_version
-        self.user = facts.user
-        self.architecture = facts.architecture
-        self.cores = facts.cores
-        self._cluster = cluster
+    spec: HostSpec
+    connection: Connection
+    shell: Shell
+    os: str  # linux, darwin or windows
+    home: str
+    workdir: str
+    python: str = ""
+    cores: int = 1
+
+    @property
+    def name(self) -> str:
+        """As the cluster file calls it."""
+        return self.spec.name
 
     @property
     def address(self) -> str | None:
@@ -49,8 +64,9 @@ class Machine:
 
     def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """What on_host/<script>.py answers there."""
+        cluster = self.spec.cluster
         if not self.python:
-            raise no_python(self.name, self._cluster)
+            raise no_python(self.name, cluster)
         return call(
             self.connection,
             self.python,
@@ -58,7 +74,7 @@ class Machine:
             request,
             timeout_s,
             shell=self.shell,
-            cluster=self._cluster,
+            cluster=cluster,
         )
 
     def run(
@@ -99,34 +115,17 @@ class Machine:
         return f"/{path}" if self.os == "windows" and path[1:2] == ":" else path
 
 
-def probe_machine(
-    spec: HostSpec,
-    connection: Connection,
-    *,
-    cluster: str = "NAME",
-    needs_python: bool = True,
-    shell_s: float = 30.0,
-) -> Machine:
-    """Probe the machine at the other end of an open connection."""
-    facts = probe_facts(
-        spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s
-    )
-    return Machine(spec, connection, facts, cluster=cluster)
-
-
+@dataclass(frozen=True)
 class RemoteHost:
-    """A machine that is ready for workers: `argv` starts one, in the folder `cwd` there."""
+    """A machine that is ready for workers: `argv` starts one, in the folder `cwd` there. `env` is
+    what the code needs; the host's own variables come from the cluster file."""
 
-    def __init__(
-        self, machine: Machine, argv: Sequence[str], env: Mapping[str, str], cwd: str
-    ) -> None:
-        """`env` is what the code needs; the host's own variables come from the cluster file."""
-        self._machine = machine
-        self._argv = list(argv)
-        self._env = dict(env)
-        self._cwd = cwd
+    machine: Machine
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str
 
     def start(self, plan: WorkerPlan) -> WorkerProcess:
         """Start one worker there. HostError."""
-        env = worker_environment({**self._machine.spec.env, **self._env}, plan.start.threads)
-        return self._machine.start_worker(self._argv, env, self._cwd)
+        env = worker_environment({**self.machine.spec.env, **self.env}, plan.start.threads)
+        return self.machine.start_worker(self.argv, env, self.cwd)

@@ -8,54 +8,27 @@ the places where installers put it are tried one by one); and the rest, by `on_h
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.call import call, get_python
+from smolrun.launch.remote.call import call, no_python
 from smolrun.launch.remote.connection import CommandTimeout, Connection, error_tail
+from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.shell import PROBE, Shell, command, which_shell
 
 DEFAULT_WORKDIR = "~/.cache/smolrun"
 _ANSWER_S = 30.0  # a Pi with a slow card takes its time
 
 
-@dataclass(frozen=True)
-class HostSpec:
-    """What the cluster file says about reaching a host."""
-
-    name: str
-    ssh: str
-    python: str | None = None
-    workdir: str | None = None
-    torch: str = "auto"
-    env: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class HostFacts:
-    """What the probe found. Paths are absolute, with "/" between their parts."""
-
-    shell: Shell
-    os: str  # linux, darwin or windows
-    home: str
-    workdir: str
-    python: str = ""  # some Python >= 3.8; empty: none was found
-    python_version: str = ""
-    user: str = ""
-    architecture: str = ""
-    cores: int = 1
-
-
-def probe_facts(
+def probe_machine(
     spec: HostSpec,
     connection: Connection,
     *,
-    cluster: str = "NAME",
     needs_python: bool = True,
     shell_s: float = _ANSWER_S,
-) -> HostFacts:
-    """Probe it; HostError if no run can use it. Creates its workdir, if it has a Python.
+) -> Machine:
+    """Probe the machine at the other end of an open connection; HostError if no run can use it.
+    Creates its workdir, if it has a Python.
 
     `shell_s` is how long its login shell may take to start.
     """
@@ -64,7 +37,7 @@ def probe_facts(
     failures: list[HostError] = []
     for python in [spec.python] if spec.python else found.pythons:
         try:
-            return _asked(spec, connection, shell, python, cluster)
+            return _asked(spec, connection, shell, python)
         except (_CannotUse, CommandTimeout):
             raise
         except HostError as error:
@@ -72,20 +45,18 @@ def probe_facts(
     if spec.python and failures:
         raise failures[0]
     if needs_python:
-        raise no_python(spec.name, cluster, failures)
-    return HostFacts(shell, found.os, found.home, found.workdir)
+        raise no_python(spec.name, spec.cluster, failures)
+    return Machine(spec, connection, shell, found.os, found.home, found.workdir)
 
 
 class _CannotUse(HostError):
     """The workdir cannot be used, whichever Python runs: no other one is tried."""
 
 
-def _asked(
-    spec: HostSpec, connection: Connection, shell: Shell, python: str, cluster: str
-) -> HostFacts:
+def _asked(spec: HostSpec, connection: Connection, shell: Shell, python: str) -> Machine:
     request = {"workdir": spec.workdir or DEFAULT_WORKDIR}
     answer = call(
-        connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=cluster
+        connection, python, "host_probe", request, _ANSWER_S, shell=shell, cluster=spec.cluster
     )
     if answer["problem"]:
         raise _CannotUse(
@@ -93,15 +64,14 @@ def _asked(
             f"its folder {answer['workdir']} cannot be used: {answer['problem']}",
             "make room or give the folder to its user, or set `workdir:` in the cluster file",
         )
-    return HostFacts(
+    return Machine(
+        spec,
+        connection,
         shell,
         answer["os"],
         answer["home"],
         answer["workdir"],
         answer["executable"],
-        answer["python"],
-        answer["user"],
-        answer["architecture"],
         answer["cores"],
     )
 
@@ -138,16 +108,6 @@ def _probe_shell(spec: HostSpec, connection: Connection, shell: Shell) -> ShellA
         words = error_tail(done.err, done.out)
         raise HostError(connection.name, f"its shell did not answer the probe: {words}")
     return found
-
-
-def no_python(name: str, cluster: str, failures: Sequence[HostError] = ()) -> HostError:
-    """The error of a host without a Python that can run a script of on_host/."""
-    tried = "; " + "; ".join(error.what for error in failures) if failures else ""
-    return HostError(
-        name,
-        f"has no Python 3.8 or newer in any of the usual places{tried}",
-        get_python(cluster),
-    )
 
 
 _MARK = "smolrun-found"

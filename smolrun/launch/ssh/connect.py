@@ -20,8 +20,8 @@ from fabric import Config, Connection
 from paramiko import MissingHostKeyPolicy, PKey, SSHClient, Transport
 
 from smolrun.errors import HostError, LoginFailed, SmolrunError
-from smolrun.launch.remote.machine import Machine, probe_machine
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
+from smolrun.launch.remote.probe import probe_machine
 from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh.connection import SshConnection
 from smolrun.launch.ssh.hop import (
@@ -29,14 +29,12 @@ from smolrun.launch.ssh.hop import (
     ScanResult,
     SshHop,
     TimedSocket,
-    changed_key,
     explain,
     no_proxy,
     not_found,
     not_reached,
-    revoked_key,
+    not_trusted,
     too_late,
-    unknown_key,
 )
 from smolrun.launch.ssh.host_keys import HostKey
 from smolrun.launch.ssh.login import AskPassword, KeyAuthStrategy
@@ -52,86 +50,47 @@ _LATER_S = 5.0
 _ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
 
 
-def connect(
-    name: str,
-    target: str,
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-    ask_password: AskPassword | None = None,
-) -> SshConnection:
-    """Log in to `target` (user@address:port or an alias), which messages call `name`.
-
-    `ssh_config` None means the user's usual files. `ask_password` is for task=setup alone.
-    """
-    hops = _route(name, target, ssh_config, cluster)
-    _Attempt(name, hops, timeout_s, ask_password).finish()
-    return SshConnection(name, hops)
+def connect(spec: HostSpec, *, ask_password: AskPassword | None = None) -> SshConnection:
+    """Log in to the host. `ask_password` is for task=setup alone."""
+    hops = _route(spec)
+    _Attempt(spec.name, hops, spec.timeout_s, ask_password).finish()
+    return SshConnection(spec.name, hops)
 
 
-def scan(
-    name: str,
-    target: str,
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-) -> list[ScanResult]:
-    """Look at the host key of `target` without logging in, and at those of its jump hosts, first.
+def scan(spec: HostSpec) -> list[ScanResult]:
+    """Look at the key of the host without logging in, and at those of its jump hosts, first.
 
     To look behind a jump host one must log in to it: the list ends with the first that is not
     known, changed or not reached.
     """
     found: list[ScanResult] = []
-    for number in range(len(_route(name, target, ssh_config, cluster))):
-        hops = _route(name, target, ssh_config, cluster)[: number + 1]
-        label = f"{hops[-1].settings.host} (jump host)" if hops[-1].is_jump else name
-        found.append(_look(label, hops, timeout_s))
+    for number in range(len(_route(spec))):
+        hops = _route(spec)[: number + 1]
+        found.append(_look(spec, hops))
         if found[-1].state != "known":
             break
     return found
 
 
 def open_machine(
-    spec: HostSpec,
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-    needs_python: bool = True,
-    ask_password: AskPassword | None = None,
+    spec: HostSpec, *, needs_python: bool = True, ask_password: AskPassword | None = None
 ) -> Machine:
-    """Log in and probe the host. `timeout_s` is for the login.
+    """Log in and probe the host.
 
     `needs_python` False (task=setup): a host without a Python is returned too; its workdir is not
     created then.
     """
-    connection = connect(
-        spec.name,
-        spec.ssh,
-        ssh_config=ssh_config,
-        timeout_s=timeout_s,
-        cluster=cluster,
-        ask_password=ask_password,
-    )
+    connection = connect(spec, ask_password=ask_password)
     try:
-        shell_s = max(timeout_s, _LEAST_SHELL_S)
-        return probe_machine(
-            spec, connection, cluster=cluster, needs_python=needs_python, shell_s=shell_s
-        )
+        shell_s = max(spec.timeout_s, _LEAST_SHELL_S)
+        return probe_machine(spec, connection, needs_python=needs_python, shell_s=shell_s)
     except BaseException:
         connection.close()
         raise
 
 
 def open_machines(
-    specs: Sequence[HostSpec],
-    *,
-    ssh_config: str | None = None,
-    timeout_s: float = 15.0,
-    cluster: str = "NAME",
-    missing: dict[str, SmolrunError] | None = None,
+    specs: Sequence[HostSpec], *, missing: dict[str, SmolrunError] | None = None
 ) -> dict[str, Machine]:
     """All in parallel, by name. If one fails none stays open, and all failures are raised; with a
     dict `missing`, a host that fails is left out and its error is put there."""
@@ -140,9 +99,7 @@ def open_machines(
 
     def open_one(spec: HostSpec) -> Machine | None:
         try:
-            machine = open_machine(
-                spec, ssh_config=ssh_config, timeout_s=timeout_s, cluster=cluster
-            )
+            machine = open_machine(spec)
         except SmolrunError as error:
             if missing is None:
                 raise
@@ -163,32 +120,27 @@ def open_machines(
         raise
 
 
-def _look(name: str, hops: list[SshHop], timeout_s: float) -> ScanResult:
-    last = hops[-1]
+def _look(spec: HostSpec, hops: list[SshHop]) -> ScanResult:
+    last, why = hops[-1], ""
+    name = f"{last.settings.host} (jump host)" if last.is_jump else spec.name
     last.only_key = True
-    why = ""
     try:
-        _Attempt(name, hops, timeout_s, None).finish()
+        _Attempt(name, hops, spec.timeout_s, None).finish()
     except HostError as error:
         why = error.what
     finally:
         _close(hops)
-    key, settings = last.shown, last.settings
-    if key is None:
-        return ScanResult(name, settings, "unreachable", why=why)
-    known = last.known
-    before = tuple(known.keys(settings.entry))
-    if key in known.revoked(settings.entry):
-        return ScanResult(name, settings, "revoked", key)
-    if key in before:
-        return ScanResult(name, settings, "known", key)
-    return ScanResult(name, settings, "changed" if before else "new", key, before)
+    if last.shown is None:
+        return ScanResult(name, last.settings, "unreachable", why=why, is_jump=last.is_jump)
+    state, before = last.key_state()
+    return ScanResult(name, last.settings, state, last.shown, before, is_jump=last.is_jump)
 
 
-def _route(name: str, text: str, ssh_config: str | None, cluster: str) -> list[SshHop]:
+def _route(spec: HostSpec) -> list[SshHop]:
     """The servers from here to the host, in the order in which they are met."""
+    name, cluster = spec.name, spec.cluster
     try:
-        connection = _planned(name, load(name, ssh_config), parse_target(name, text))
+        connection = _planned(name, load(name, spec.ssh_config), parse_target(name, spec.ssh))
         route = [connection]
         while isinstance(route[0].gateway, Connection):
             route.insert(0, route[0].gateway)
@@ -348,16 +300,9 @@ class _StrictKeys(MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko has n
 
     def missing_host_key(self, client: SSHClient, hostname: str, key: PKey) -> None:
         """Compare the key with the user's files; raises ConnectFailure unless it is there."""
-        hop, shown = self._hop, HostKey(key.get_name(), key.asbytes())
-        hop.shown = shown
-        known = hop.known
-        before = known.keys(hop.settings.entry)
-        if shown in known.revoked(hop.settings.entry):
-            raise revoked_key(hop, shown)
-        if before and shown not in before:
-            raise changed_key(hop, shown, before)
-        if not before:
-            raise unknown_key(hop, shown)
+        self._hop.shown = HostKey(key.get_name(), key.asbytes())
+        if self._hop.key_state()[0] != "known":
+            raise not_trusted(self._hop)
 
 
 def dial(host: str, port: int, timeout_s: float) -> socket.socket:

@@ -22,6 +22,7 @@ from smolrun.launch.ssh.settings import SshSettings
 from smolrun.sanitize import one_line
 
 Stage = Literal["reach", "greeting", "login", "in"]
+KeyState = Literal["known", "new", "changed", "revoked"]
 
 
 class ConnectFailure(Exception):
@@ -105,6 +106,17 @@ class SshHop:
         """The user's known_hosts files, read again at each access."""
         return KnownHosts(self.settings.known_hosts)
 
+    def key_state(self) -> tuple[KeyState, tuple[HostKey, ...]]:
+        """How the key that it showed stands in these files, and the keys it had, if that is
+        another one now."""
+        known, entry = self.known, self.settings.entry
+        before = tuple(known.keys(entry))
+        if self.shown in known.revoked(entry):
+            return "revoked", ()
+        if self.shown in before:
+            return "known", ()
+        return ("changed", before) if before else ("new", ())
+
 
 @dataclass(frozen=True)
 class ScanResult:
@@ -112,10 +124,11 @@ class ScanResult:
 
     name: str  # of the host; a jump host has the name it has in ssh_config
     settings: SshSettings
-    state: Literal["known", "new", "changed", "revoked", "unreachable"]
+    state: KeyState | Literal["unreachable"]
     key: HostKey | None = None
-    before: tuple[HostKey, ...] = ()  # the keys it had, if it has another one now
+    before: tuple[HostKey, ...] = ()  # as of `key_state`
     why: str = ""  # it could not be reached
+    is_jump: bool = False
 
 
 _IS_IT_ON = "is it switched on and on this network? a firewall that swallows packets looks the same"
@@ -143,30 +156,26 @@ def not_reached(place: str, error: OSError) -> ConnectFailure:
     )
 
 
-def unknown_key(hop: SshHop, key: HostKey) -> ConnectFailure:
-    """A key that no known_hosts file has."""
-    return ConnectFailure(
-        f"the SSH key of {hop.settings.place} is not known yet ({key})",
-        f"smolrun task=trust cluster={hop.cluster} shows it and asks you",
-    )
-
-
-def changed_key(hop: SshHop, key: HostKey, before: list[HostKey]) -> ConnectFailure:
-    """Another key than the one that the user trusted."""
+def not_trusted(hop: SshHop) -> ConnectFailure:
+    """A key that is not in the user's files, or is there as @revoked."""
+    place, shown = hop.settings.place, hop.shown
+    state, before = hop.key_state()
+    if state == "revoked":
+        return ConnectFailure(
+            f"the SSH key of {place} ({shown}) is marked @revoked in known_hosts",
+            "do not connect to it; find out why it was marked",
+        )
+    if state == "new":
+        return ConnectFailure(
+            f"the SSH key of {place} is not known yet ({shown})",
+            f"smolrun task=trust cluster={hop.cluster} shows it and asks you",
+        )
     was = " or ".join(str(old) for old in before)
     return ConnectFailure(
-        f"the SSH key of {hop.settings.place} has CHANGED: you trusted {was}, it now shows {key}. "
+        f"the SSH key of {place} has CHANGED: you trusted {was}, it now shows {shown}. "
         "Either that machine was set up anew, or another machine answers at its address and could "
         "listen to all you send",
         f"if you know why, smolrun task=trust cluster={hop.cluster} replaces the key",
-    )
-
-
-def revoked_key(hop: SshHop, key: HostKey) -> ConnectFailure:
-    """A key that a known_hosts file marks as @revoked."""
-    return ConnectFailure(
-        f"the SSH key of {hop.settings.place} ({key}) is marked @revoked in known_hosts",
-        "do not connect to it; find out why it was marked",
     )
 
 

@@ -10,13 +10,14 @@ import glob
 import os
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fabric import Config, Connection
 from paramiko.config import SSHConfig, SSHConfigDict
 
 from smolrun.errors import HostError
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.host_keys import entry_name
 
 _USER_FILE, _SYSTEM_FILE = "~/.ssh/config", "/etc/ssh/ssh_config"
@@ -50,9 +51,9 @@ class SshSettings:
     port: int
     user: str
     entry: str  # its name in known_hosts
-    user_files: list[Path] = field(default_factory=list)
-    global_files: list[Path] = field(default_factory=list)
-    identities: list[Path] = field(default_factory=list)
+    user_files: tuple[Path, ...] = ()
+    global_files: tuple[Path, ...] = ()
+    identities: tuple[Path, ...] = ()
     identities_only: bool = False
     has_agent: bool = True
     has_own_agent: bool = False  # an IdentityAgent, which we cannot use
@@ -147,9 +148,9 @@ def proxy(said: SSHConfigDict) -> tuple[str, str] | None:
     return None
 
 
-def identities(name: str, target: str, ssh_config: str | None) -> list[Path]:
+def identities(spec: HostSpec) -> tuple[Path, ...]:
     """The private keys that the client files name for a host, or else the usual ones."""
-    config, place = load(name, ssh_config), parse_target(name, target)
+    config, place = load(spec.name, spec.ssh_config), parse_target(spec.name, spec.ssh)
     return _identities(config.base_ssh_config.lookup(place.host).get("identityfile"))
 
 
@@ -172,15 +173,15 @@ def settings_of(connection: Connection) -> SshSettings:
     )
 
 
-def _files(words: str) -> list[Path]:
+def _files(words: str) -> tuple[Path, ...]:
     home = str(Path.home())
     paths = (Path(os.path.expanduser(word.replace("%d", home))) for word in shlex.split(words))
-    return [path for path in paths if str(path).lower() not in ("none", os.devnull)]
+    return tuple(path for path in paths if str(path).lower() not in ("none", os.devnull))
 
 
-def _identities(said: list[str] | None) -> list[Path]:
+def _identities(said: list[str] | None) -> tuple[Path, ...]:
     if said is None:
         said = [f"~/.ssh/{name}" for name in _USUAL_KEYS]
     # Windows paths must not lose their backslashes, so no shlex here.
     paths = [Path(os.path.expanduser(text.strip('"'))) for text in said]
-    return [path for path in dict.fromkeys(paths) if str(path).lower() != "none"]
+    return tuple(path for path in dict.fromkeys(paths) if str(path).lower() != "none")

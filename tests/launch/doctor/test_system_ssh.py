@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.errors import HostError
 from smolrun.launch.doctor.system_ssh import compared, differences, parsed
+from smolrun.launch.remote.machine import HostSpec
 
 DEFAULTS = """\
 host mini2.local
@@ -65,12 +65,12 @@ def test_ssh_is_asked_without_prompts_and_without_learning_keys(
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    error = HostError("mini2", "rejects the login of anna")
-    found = compared(error, "anna@127.0.0.1:1", ssh_config=None, timeout_s=1.0)
+    spec = HostSpec("mini2", "anna@127.0.0.1:1", timeout_s=1.0)
+    found = compared(spec)
     assert found is not None and "identityagent /agent" in found.what
     first, *_ = (tmp_path / "asked").read_text().splitlines()
     assert "BatchMode=yes" in first and "StrictHostKeyChecking=yes" in first
     assert first.startswith("-l anna -p 1 ") and first.endswith("127.0.0.1 exit 0")
     fake.write_text("#!/bin/sh\nexit 255\n")
-    assert compared(error, "anna@127.0.0.1:1", ssh_config=None, timeout_s=1.0) is None
-    assert compared(error, "-oProxyCommand=x", ssh_config=None, timeout_s=1.0) is None
+    assert compared(spec) is None
+    assert compared(HostSpec("mini2", "-oProxyCommand=x")) is None

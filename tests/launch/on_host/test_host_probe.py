@@ -34,9 +34,7 @@ def test_what_it_says(home: Path):
     said = main({"workdir": "w"})
     assert said["os"] == platform.system().lower()
     assert said["executable"] == sys.executable.replace(os.sep, "/")
-    assert said["python"] == platform.python_version()
     assert 1 <= said["cores"] <= (os.cpu_count() or 1)
-    assert said["user"]
 
 
 def test_a_folder_that_cannot_be(home: Path):

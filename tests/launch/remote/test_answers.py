@@ -21,7 +21,7 @@ from smolrun.launch.doctor.reachability import probe_reachability
 from smolrun.launch.remote import answers, probe
 from smolrun.launch.remote.call import call
 from smolrun.launch.remote.connection import Completed
-from smolrun.launch.remote.probe import probe_facts
+from smolrun.launch.remote.probe import probe_machine
 from smolrun.launch.remote.shell import Shell
 from smolrun.launch.remote.worker import start_worker
 from smolrun.launch.setup import setup_plan
@@ -36,8 +36,7 @@ SIZE = 10**9
 INTERFACE = {"name": "en0", "kind": "wifi", "speed_mbps": 300.0, "addresses": ["10.0.0.1/24"]}
 FOLDER = {"path": "/w", "found": "/w", "free": SIZE, "is_folder": True, "is_writable": True}
 HOST_PROBE = {
-    "os": "linux", "architecture": "arm64", "cores": 4, "home": "/h", "user": "anna",
-    "python": "3.12.1", "executable": "/p", "workdir": "/w", "problem": None,
+    "os": "linux", "cores": 4, "home": "/h", "executable": "/p", "workdir": "/w", "problem": None,
 }  # fmt: skip
 SYSTEM = {
     "user": "anna", "hostname": "box", "os": "linux", "system": "Debian", "arch": "arm64",
@@ -244,7 +243,7 @@ def test_nothing_that_a_shell_says_is_a_traceback():
 
 
 class Spec:
-    name, python, workdir = HOST, "/p", None
+    name, python, workdir, cluster = HOST, "/p", None, "home"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ class Spec:
 def test_a_host_that_says_nonsense_cannot_be_met(text: str):
     connection: Any = Answering(text)
     with pytest.raises(HostError) as raised:
-        probe_facts(Spec(), connection)
+        probe_machine(Spec(), connection)
     assert raised.value.host == HOST
 
 

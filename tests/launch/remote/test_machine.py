@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.machine import Machine, probe_machine
-from smolrun.launch.remote.probe import HostFacts, HostSpec
+from smolrun.launch.remote.machine import HostSpec, Machine
+from smolrun.launch.remote.probe import probe_machine
 from smolrun.launch.remote.shell import Shell
 from tests.launch.connection_here import ConnectionHere
 
@@ -32,8 +32,7 @@ def test_commands_and_files(home: Path):
 
 
 def test_without_a_python_it_cannot_be_asked():
-    facts = HostFacts(Shell.POSIX, "linux", home="/h", workdir="/w")
-    box = Machine(HostSpec("box", "box"), ConnectionHere(), facts)
+    box = Machine(HostSpec("box", "box"), ConnectionHere(), Shell.POSIX, "linux", "/h", "/w")
     assert (box.name, box.address) == ("box", "127.0.0.1")
     with pytest.raises(HostError, match="no Python"):
         box.call("host_probe", {})
@@ -46,8 +45,7 @@ def test_windows_paths_are_rooted_for_sftp(tmp_path: Path):
         def put(self, source, path, on_bytes=None):
             asked.append(path)
 
-    facts = HostFacts(Shell.CMD, "windows", home="C:/Users/me", workdir="C:/w", python="C:/p.exe")
-    box = Machine(HostSpec("w", "w"), Windows(), facts)
+    box = Machine(HostSpec("w", "w"), Windows(), Shell.CMD, "windows", "C:/Users/me", "C:/w")
     box.put(b"", "C:/w/file")
     assert asked == ["/C:/w/file"]
 

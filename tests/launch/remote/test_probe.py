@@ -9,11 +9,11 @@ import pytest
 
 from smolrun.errors import HostError
 from smolrun.launch.remote import probe
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.remote.probe import (
-    HostSpec,
     ShellAnswer,
     parse_answer,
-    probe_facts,
+    probe_machine,
     unix_probe_script,
     windows_probe_command,
 )
@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_learnt_of_a_host(home: Path):
     spec = HostSpec("box", "box", python=sys.executable, workdir="a/b c")
-    box = probe_facts(spec, ConnectionHere())
+    box = probe_machine(spec, ConnectionHere())
     assert (box.shell, box.os) == (Shell.POSIX, sys.platform)
     assert box.home == str(home)
     assert box.workdir == f"{home}/a/b c"
@@ -41,12 +41,14 @@ def test_what_is_learnt_of_a_host(home: Path):
 
 
 def test_the_folder_is_below_the_cache_if_nothing_is_said(home: Path):
-    assert probe_facts(HostSpec("box", "box"), ConnectionHere()).workdir == f"{home}/.cache/smolrun"
+    assert (
+        probe_machine(HostSpec("box", "box"), ConnectionHere()).workdir == f"{home}/.cache/smolrun"
+    )
 
 
 def test_a_noisy_profile_changes_nothing(home: Path):
     profile = "echo 'smolrun-found os Plan9'; echo welcome; echo oops >&2"
-    box = probe_facts(
+    box = probe_machine(
         HostSpec("box", "box", python=sys.executable), ConnectionHere(profile=profile)
     )
     assert box.os == sys.platform
@@ -60,7 +62,7 @@ def test_the_first_python_that_works(home: Path):
     good = home / ".local/bin/python3"
     good.parent.mkdir(parents=True)
     good.symlink_to(sys.executable)
-    box = probe_facts(HostSpec("box", "box"), ConnectionHere())
+    box = probe_machine(HostSpec("box", "box"), ConnectionHere())
     assert box.python == str(good)
 
 
@@ -75,39 +77,39 @@ def without_pythons(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_python_at_all(home: Path, monkeypatch: pytest.MonkeyPatch):
     without_pythons(home, monkeypatch)
     with pytest.raises(HostError, match=r"no Python 3\.8 or newer .*task=setup cluster=home"):
-        probe_facts(HostSpec("box", "box"), ConnectionHere(), cluster="home")
-    box = probe_facts(HostSpec("box", "box", workdir="w"), ConnectionHere(), needs_python=False)
+        probe_machine(HostSpec("box", "box", cluster="home"), ConnectionHere())
+    box = probe_machine(HostSpec("box", "box", workdir="w"), ConnectionHere(), needs_python=False)
     assert (box.python, box.workdir) == ("", f"{home}/w")
 
 
 def test_a_given_python_that_is_not_there(home: Path):
     with pytest.raises(HostError, match="there is no Python at /no/python"):
-        probe_facts(HostSpec("box", "box", python="/no/python"), ConnectionHere())
+        probe_machine(HostSpec("box", "box", python="/no/python"), ConnectionHere())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written(home: Path):
     (home / "w").mkdir(mode=0o500)
     with pytest.raises(HostError, match=r"w cannot be used: Permission denied; .*workdir:"):
-        probe_facts(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
+        probe_machine(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
 
 
 def test_a_folder_that_is_a_file(home: Path):
     (home / "w").write_text("")
     with pytest.raises(HostError, match=r"folder .*/w cannot be used: File exists"):
-        probe_facts(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
+        probe_machine(HostSpec("box", "box", python=sys.executable, workdir="w"), ConnectionHere())
 
 
 def test_an_account_without_a_shell(home: Path):
     connection = ConnectionHere(profile="echo This account is closed.; exit 1")
     with pytest.raises(HostError, match=r"runs no commands: This account is closed\."):
-        probe_facts(HostSpec("box", "box"), connection)
+        probe_machine(HostSpec("box", "box"), connection)
 
 
 def test_a_shell_that_hangs(home: Path):
     connection = ConnectionHere(profile="sleep 3")
     with pytest.raises(HostError, match=r"its login shell runs no command within 0\.3 s"):
-        probe_facts(HostSpec("box", "box"), connection, shell_s=0.3)
+        probe_machine(HostSpec("box", "box"), connection, shell_s=0.3)
 
 
 def test_a_python_that_hangs_is_the_last_one_tried(home: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,7 +119,7 @@ def test_a_python_that_hangs_is_the_last_one_tried(home: Path, monkeypatch: pyte
     hangs.write_text("#!/bin/sh\nexec sleep 3\n")
     hangs.chmod(0o755)
     with pytest.raises(HostError, match="did not end within 1 s"):
-        probe_facts(HostSpec("box", "box"), ConnectionHere())
+        probe_machine(HostSpec("box", "box"), ConnectionHere())
 
 
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX sh")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import connect
 from smolrun.launch.ssh.connection import SshConnection
 from tests.launch.ssh.server import Server, ssh_server
@@ -32,7 +33,7 @@ def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
 @pytest.fixture
 def box(server: Server) -> Iterator[SshConnection]:
     """A connection to it."""
-    connection = connect("box", "box", ssh_config=str(server.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
     yield connection
     connection.close()
 

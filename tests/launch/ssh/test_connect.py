@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError, HostErrors
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh import connect as module
 from smolrun.launch.ssh.connect import connect, dial, open_machines, scan
 from smolrun.launch.ssh.hop import ConnectFailure
@@ -26,8 +26,8 @@ from tests.launch.ssh.server import Server, make_key, ssh_server
 def refused(server: Server, target: str = "box", timeout_s: float = 10.0, **options) -> str:
     """The sentence with which it is not connected; no thread of the attempt stays."""
     with pytest.raises(HostError) as caught:
-        connect("box", target, ssh_config=str(server.config), timeout_s=timeout_s,
-                cluster="home", **options)  # fmt: skip
+        connect(HostSpec("box", target, ssh_config=str(server.config), timeout_s=timeout_s,
+                         cluster="home"), **options)  # fmt: skip
     waiting.until(lambda: not [name for name in thread_names() if name.startswith("smolrun-ssh")])
     return str(caught.value)
 
@@ -37,7 +37,7 @@ def thread_names() -> list[str]:
 
 
 def test_a_known_host(server: Server):
-    connection = connect("box", "box", ssh_config=str(server.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
     assert connection.run("echo hello").out == b"hello\n"
     assert connection.address == "127.0.0.1"
     assert connection.lost is None
@@ -48,7 +48,8 @@ def test_a_known_host(server: Server):
 def test_user_and_port_of_the_target_come_first(server: Server):
     server.configure("Port 1", "User nobody", host="other")
     me = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
-    connection = connect("x", f"{me}@127.0.0.1:{server.port}", ssh_config=str(server.config))
+    target = f"{me}@127.0.0.1:{server.port}"
+    connection = connect(HostSpec("x", target, ssh_config=str(server.config)))
     connection.close()
 
 
@@ -92,7 +93,7 @@ def test_one_of_several_known_keys_is_enough(server: Server, tmp_path: Path):
     other = Path(f"{make_key(tmp_path / 'other')}.pub").read_text().split()
     lines = f"{server.entry} {other[0]} {other[1]}\n" + server.known_hosts.read_text()
     server.known_hosts.write_text(lines)
-    connect("box", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("box", "box", ssh_config=str(server.config))).close()
 
 
 def test_a_revoked_key(server: Server):
@@ -104,7 +105,7 @@ def test_a_revoked_key(server: Server):
 def test_a_key_by_the_name_of_its_alias(server: Server):
     server.configure("HostKeyAlias thebox")
     server.known_hosts.write_text(server.known_hosts.read_text().replace(server.entry, "thebox"))
-    connect("box", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("box", "box", ssh_config=str(server.config))).close()
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
@@ -115,24 +116,24 @@ def test_a_server_with_several_keys_shows_the_one_we_know(
     second = make_key(tmp_path / "second", kind)
     with ssh_server(tmp_path, f"HostKey {second}") as server:
         server.know(Path(f"{second}.pub"))
-        connect("box", "box", ssh_config=str(server.config)).close()
-        (found,) = scan("box", "box", ssh_config=str(server.config))
+        connect(HostSpec("box", "box", ssh_config=str(server.config))).close()
+        (found,) = scan(HostSpec("box", "box", ssh_config=str(server.config)))
         assert found.state == "known"
 
 
 def test_a_look_at_the_key_does_not_log_in(server: Server):
     server.authorize()
-    (found,) = scan("box", "box", ssh_config=str(server.config))
+    (found,) = scan(HostSpec("box", "box", ssh_config=str(server.config)))
     assert found.state == "known"
     server.known_hosts.write_text("")
-    (found,) = scan("box", "box", ssh_config=str(server.config))
+    (found,) = scan(HostSpec("box", "box", ssh_config=str(server.config)))
     assert (found.state, found.settings.entry) == ("new", server.entry)
     assert found.key is not None
     assert found.key.fingerprint == fingerprint(server.host_key)
 
 
 def test_a_look_at_what_is_not_there(server: Server):
-    (found,) = scan("box", "127.0.0.1:1", ssh_config=str(server.config))
+    (found,) = scan(HostSpec("box", "127.0.0.1:1", ssh_config=str(server.config)))
     assert (found.state, found.key) == ("unreachable", None)
     assert "refuses the connection" in found.why
 
@@ -221,11 +222,13 @@ def test_ctrl_c_while_connecting(server: Server):
     """In a process of its own, as Ctrl-C goes to the main thread of one."""
     with listener(lambda connection: None) as port:
         code = (
+            "from smolrun.launch.remote.machine import HostSpec\n"
             "from smolrun.launch.ssh.connect import connect\n"
             "print('begun', flush=True)\n"
             "try:\n"
             f"    file = {str(server.config)!r}\n"
-            f"    connect('box', '127.0.0.1:{port}', ssh_config=file, timeout_s=50)\n"
+            f"    spec = HostSpec('box', '127.0.0.1:{port}', ssh_config=file, timeout_s=50)\n"
+            "    connect(spec)\n"
             "except KeyboardInterrupt:\n"
             "    print('stopped')\n"
         )

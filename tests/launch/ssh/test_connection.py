@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
-from smolrun.launch.remote.probe import HostSpec
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import connect, open_machine
 from smolrun.launch.ssh.connection import SshConnection
 from tests import waiting
@@ -69,7 +69,7 @@ def test_many_commands_at_once(box: SshConnection):
 
 def test_no_thread_stays_behind(server: Server):
     before = set(threading.enumerate())
-    connection = connect("box", "box", ssh_config=str(server.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
     connection.run("cat", data=b"x")
     connection.close()
     waiting.until(lambda: set(threading.enumerate()) <= before)
@@ -87,7 +87,7 @@ def test_what_runs_hears_of_the_end(box: SshConnection, tmp_path: Path):
 def test_no_more_sessions_than_the_server_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with ssh_server(tmp_path, "MaxSessions 2") as server:
-        connection = connect("box", "box", ssh_config=str(server.config))
+        connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
         running = [connection.start("cat") for _ in range(2)]
         with pytest.raises(HostError, match=r"allows no further session.*raise MaxSessions"):
             connection.start("cat")
@@ -122,7 +122,7 @@ def _session(server: Server) -> list[psutil.Process]:
 
 
 def test_the_other_side_ends_it(mine: Server):
-    connection = connect("box", "box", ssh_config=str(mine.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(mine.config)))
     process = connection.start("cat")
     for one in _session(mine):
         one.kill()
@@ -143,7 +143,7 @@ def test_silence_is_noticed(mine: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("smolrun.launch.ssh.connection.SILENCE_LIMIT_S", 1.5)
     monkeypatch.setattr("smolrun.launch.ssh.connection._ASK_AFTER_S", 0.5)
     monkeypatch.setattr("smolrun.launch.ssh.connection._UNANSWERED_S", 1.0)
-    connection = connect("box", "box", ssh_config=str(mine.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(mine.config)))
     process = connection.start("cat")
     frozen = _session(mine)
     for one in frozen:
@@ -163,16 +163,20 @@ def test_quiet_is_no_silence(mine: Server, monkeypatch: pytest.MonkeyPatch):
     """A command that says nothing for long is fine, as long as its machine answers."""
     monkeypatch.setattr("smolrun.launch.ssh.connection.SILENCE_LIMIT_S", 1.5)
     monkeypatch.setattr("smolrun.launch.ssh.connection._ASK_AFTER_S", 0.5)
-    connection = connect("box", "box", ssh_config=str(mine.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(mine.config)))
     assert connection.run("sleep 3; echo well").out == b"well\n"
     assert not connection.is_silent
     connection.close()
 
 
+def spec(server: Server, folder: Path) -> HostSpec:
+    config, workdir = str(server.config), str(folder / "w")
+    return HostSpec("box", "box", python=sys.executable, workdir=workdir, ssh_config=config)
+
+
 @pytest.mark.parametrize("end", ["kill", "close"])
 def test_a_worker_over_ssh(server: Server, tmp_path: Path, end: str):
-    spec = HostSpec("box", "box", python=sys.executable, workdir=str(tmp_path / "w"))
-    machine = open_machine(spec, ssh_config=str(server.config))
+    machine = open_machine(spec(server, tmp_path))
     file = tmp_path / "pid"
     code = (
         f"import os; open({str(file)!r}, 'w').write(str(os.getpid())); os.write(1, b'up\\n'); "
@@ -197,8 +201,7 @@ def test_nothing_given_to_a_worker_is_seen_in_its_environment_or_arguments(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CANARY_TOKEN", "canary")
-    spec = HostSpec("box", "box", python=sys.executable, workdir=str(tmp_path / "w"))
-    machine = open_machine(spec, ssh_config=str(server.config))
+    machine = open_machine(spec(server, tmp_path))
     code = "import os, sys; print(dict(os.environ), sys.argv)"
     worker = machine.start_worker([machine.python, "-c", code], {})
     worker.write(b"canary\n")

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from smolrun.errors import HostError
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh import files
 from smolrun.launch.ssh.connection import SshConnection
 from tests.launch.ssh.server import ssh_server
@@ -138,7 +139,7 @@ def test_a_server_without_sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with ssh_server(tmp_path, "Subsystem sftp /bin/false") as server:
-        connection = connect("box", "box", ssh_config=str(server.config))
+        connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
         with pytest.raises(HostError, match=r"offers no SFTP.*Subsystem sftp internal-sftp"):
             connection.put(b"x", str(tmp_path / "file"))
         connection.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.launch.doctor.system_ssh import parsed
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import _route, connect, scan
 from tests import waiting
 from tests.launch.ssh.server import Server
@@ -25,7 +26,7 @@ def two_hosts(server: Server, *lines: str) -> None:
 
 def test_through_a_jump_host(server: Server):
     two_hosts(server, "ProxyJump gate")
-    connection = connect("box", "box", ssh_config=str(server.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
     assert connection.run("echo hello").out == b"hello\n"
     assert connection.address is None
     connection.close()
@@ -39,7 +40,7 @@ def test_several_jumps_are_taken_in_their_order(server: Server):
         f"Host *\n  Port {server.port}\n  IdentityFile {server.user_key}\n"
         f"  UserKnownHostsFile {server.known_hosts}\n  GlobalKnownHostsFile none\n"
     )
-    found = scan("box", "box", ssh_config=str(server.config))
+    found = scan(HostSpec("box", "box", ssh_config=str(server.config)))
     # localhost is not in known_hosts, so nothing behind it can be looked at.
     assert [(one.name, one.state) for one in found] == [
         ("127.0.0.1 (jump host)", "known"),
@@ -63,12 +64,12 @@ def test_a_jump_host_that_cannot_go_on(server: Server):
 def test_a_wildcard_jump_does_not_jump_to_itself(server: Server):
     two_hosts(server)
     server.config.write_text("Host *\n  ProxyJump gate\n" + server.config.read_text())
-    connect("box", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("box", "box", ssh_config=str(server.config))).close()
 
 
 def test_no_jump_by_the_word_none(server: Server):
     server.configure("ProxyJump none", "ProxyCommand none")
-    connect("box", "box", ssh_config=str(server.config)).close()
+    connect(HostSpec("box", "box", ssh_config=str(server.config))).close()
 
 
 RELAY = """
@@ -88,7 +89,7 @@ os._exit(0)
 def test_through_a_proxy_command(server: Server, tmp_path: Path):
     (tmp_path / "relay.py").write_text(RELAY)
     server.configure(f"ProxyCommand {sys.executable} {tmp_path}/relay.py %p")
-    connection = connect("box", "box", ssh_config=str(server.config))
+    connection = connect(HostSpec("box", "box", ssh_config=str(server.config)))
     assert len(connection.run("cat", data=b"x" * 300_000).out) == 300_000
     assert connection.address is None
     connection.close()
@@ -136,7 +137,7 @@ def test_the_first_of_proxyjump_and_proxycommand_counts(
     """As the system's ssh has it, which is asked too where there is one."""
     file = tmp_path / "ssh_config"
     file.write_text(lines)
-    *jumps, host = _route("pi1", "pi1", str(file), "home")
+    *jumps, host = _route(HostSpec("pi1", "pi1", ssh_config=str(file)))
     # A jump host may have a ProxyJump of its own.
     way = host.proxy_command or [hop.settings.host for hop in jumps[-1:]] or None
     assert way == expected

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.errors import HostError
+from smolrun.launch.remote.machine import HostSpec
 from smolrun.launch.ssh.connect import connect
 from tests.launch.ssh.server import Server, make_key
 
@@ -25,7 +26,8 @@ def config(server: Server, *lines: str) -> str:
 
 
 def log_in(server: Server, **options) -> None:
-    connect("box", "box", ssh_config=str(server.config), **options).close()
+    spec = HostSpec("box", "box", ssh_config=str(server.config), cluster="home")
+    connect(spec, **options).close()
 
 
 def refused(server: Server, **options) -> str:
@@ -67,7 +69,7 @@ def test_the_keys_of_the_client_file_and_no_others(server: Server, home: Path):
     server.authorize(make_key(home / ".ssh" / "id_ed25519"))
     make_key(home / ".ssh" / "mine")
     config(server, "IdentityFile ~/.ssh/mine")
-    sentence = refused(server, cluster="home")
+    sentence = refused(server)
     assert "tried ~/.ssh/mine" in sentence
     assert "id_ed25519" not in sentence
     assert "task=setup cluster=home" in sentence

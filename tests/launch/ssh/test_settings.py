@@ -53,7 +53,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_what_counts_without_a_word_in_the_file(says, tmp_path: Path):
     found = says("Host other", "  Port 99")
     assert (found.host, found.port, found.entry) == ("box", 22, "box")
-    assert found.user_files == [tmp_path / ".ssh/known_hosts", tmp_path / ".ssh/known_hosts2"]
+    assert found.user_files == (tmp_path / ".ssh/known_hosts", tmp_path / ".ssh/known_hosts2")
     assert found.global_files[0] == Path("/etc/ssh/ssh_known_hosts")
     assert [path.name for path in found.identities] == ["id_ed25519", "id_ecdsa", "id_rsa"]
     assert not found.identities_only
@@ -75,9 +75,9 @@ def test_what_the_file_says(says, tmp_path: Path):
     )
     assert (found.host, found.port, found.user) == ("Box.Local", 2222, "anna")
     assert found.entry == "[box.local]:2222"
-    assert found.user_files == [tmp_path / "mine", tmp_path / "other one"]
-    assert found.global_files == []
-    assert found.identities == [tmp_path / ".ssh/a", tmp_path / ".ssh/b c"]
+    assert found.user_files == (tmp_path / "mine", tmp_path / "other one")
+    assert found.global_files == ()
+    assert found.identities == (tmp_path / ".ssh/a", tmp_path / ".ssh/b c")
     assert found.identities_only
     assert found.has_own_agent
 
@@ -88,7 +88,7 @@ def test_a_host_key_alias_is_its_name(says):
 
 @pytest.mark.parametrize("word", ["none", "/dev/null"])
 def test_no_known_hosts_at_all(says, word: str):
-    assert says("Host box", f"UserKnownHostsFile {word}").user_files == []
+    assert says("Host box", f"UserKnownHostsFile {word}").user_files == ()
 
 
 def test_no_agent(says):
