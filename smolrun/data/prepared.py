@@ -6,22 +6,32 @@ Knows no torch, so that the driver can prepare data without loading it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 from smolrun.errors import DataError
 
 Kind = Literal["tokens", "features"]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
 
 # Called as progress(what is being done, how much is done, how much there is) while data is
 # prepared.
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Prepared:
+class StreamKeys(TypedDict):
+    """From which document on a stream is read, in blocks of how many, and how many steps ahead."""
+
+    first_document: Natural
+    block_documents: Count
+    prefetch_steps: Natural
+
+
+class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Data in one safetensors file at `path`, whose sha256 every rank can check.
 
     kind "tokens": num_outputs is the vocabulary size, sequence_length the tokens of one sample,
@@ -34,61 +44,32 @@ class Prepared:
     kind: Kind
     path: str
     sha256: str
-    num_outputs: int
-    num_inputs: int | None
-    sequence_length: int | None
+    num_outputs: Count
+    num_inputs: Count | None
+    sequence_length: Count | None
     tokenizer: str | None
-    train_size: int
-    eval_size: int
+    train_size: Natural
+    eval_size: Count
     description: str
     masked: bool = False
     model_folder: str | None = None
-    stream: dict[str, int] | None = None
+    stream: StreamKeys | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object."""
-        return dataclasses.asdict(self)
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prepared:
         """What `to_json` made; raises DataError naming what is missing, unknown or wrong."""
-        allowed: dict[str, tuple[type, ...]] = {
-            "kind": (str,),
-            "path": (str,),
-            "sha256": (str,),
-            "num_outputs": (int,),
-            "num_inputs": (int, type(None)),
-            "sequence_length": (int, type(None)),
-            "tokenizer": (str, type(None)),
-            "train_size": (int,),
-            "eval_size": (int,),
-            "description": (str,),
-            "masked": (bool,),
-            "model_folder": (str, type(None)),
-            "stream": (dict, type(None)),
-        }
-        wrong = sorted(set(allowed) ^ set(data))
-        wrong += [key for key in allowed if key in data and type(data[key]) not in allowed[key]]
-        if not wrong and data["kind"] not in ("tokens", "features"):
-            wrong = ["kind"]
-        if not wrong:
-            needed = "sequence_length" if data["kind"] == "tokens" else "num_inputs"
-            sizes = ("num_outputs", "train_size", "eval_size", needed)
-            wrong = [key for key in sizes if data[key] is None or data[key] < 1]
-            if data["stream"] is not None:
-                wrong = [key for key in wrong if key != "train_size"]
-                wrong += [] if _is_stream(data["stream"]) else ["stream"]
-        if wrong:
-            names = ", ".join(wrong)
-            raise DataError(
-                f"the description of prepared data is damaged: wrong or missing {names}"
-            )
-        return cls(**data)
-
-
-def _is_stream(facts: Mapping[str, Any]) -> bool:
-    """From which document on it is read, in blocks of how many, and how many steps ahead."""
-    lowest = {"first_document": 0, "block_documents": 1, "prefetch_steps": 0}
-    return set(facts) == set(lowest) and all(
-        type(facts[key]) is int and facts[key] >= limit for key, limit in lowest.items()
-    )
+        try:
+            found = msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise DataError(f"the description of prepared data is damaged: {error}") from None
+        needed = "sequence_length" if found.kind == "tokens" else "num_inputs"
+        sizes = (needed,) if found.stream is not None else (needed, "train_size")
+        for name in sizes:
+            if not getattr(found, name):
+                raise DataError(f"the description of prepared data is damaged: no {name}")
+        return found

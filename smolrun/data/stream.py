@@ -20,14 +20,15 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import msgspec
 import numpy
 from safetensors.numpy import save_file
 
 from smolrun.data.cache import DATA_FILE, cached
 from smolrun.data.order import SampleOrder
-from smolrun.data.prepared import Prepared, Progress
+from smolrun.data.prepared import Natural, Prepared, Progress
 from smolrun.data.token_file import token_dtype
 from smolrun.data.tokenizer import (
     BPE_TRAINING_CHARACTERS,
@@ -234,37 +235,40 @@ class Bookmark:
 
     def to_json(self, identity: str) -> dict[str, Any]:
         """A JSON object; `identity` is the hash of the stream and of how it is read."""
-        return {
-            "stream": identity,
-            "document": self.document,
-            "row": self.row,
-            "pass": self.pass_,
-            "block": self.block,
-            "leftover": [int(token) for token in self.leftover],
-            "place": self.place,
-        }
+        leftover = [int(token) for token in self.leftover]
+        saved = _SavedBookmark(
+            identity, self.document, self.row, self.pass_, self.block, leftover, self.place
+        )
+        plain: dict[str, Any] = msgspec.to_builtins(saved)
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], identity: str) -> Bookmark:
         """What `to_json` made; raises DataError for anything else, and for another stream's."""
-        wrong = [name for name in ("document", "row", "pass", "block") if not _is_count(data, name)]
-        leftover, place = data.get("leftover"), data.get("place")
-        if not isinstance(leftover, list) or not all(_is_token(token) for token in leftover):
-            wrong.append("leftover")
-        if not isinstance(place, dict | None):
-            wrong.append("place")
-        if wrong:
-            raise DataError(
-                f"the bookmark of the stream is damaged: wrong or missing {', '.join(wrong)}"
-            )
-        if data.get("stream") != identity:
+        try:
+            saved = msgspec.convert(data, _SavedBookmark)
+        except msgspec.ValidationError as error:
+            raise DataError(f"the bookmark of the stream is damaged: {error}") from None
+        if saved.stream != identity:
             raise DataError(
                 "the bookmark belongs to another stream, or to one that was read in another way: "
                 "data, tokenizer, data.sequence_length, seed and the size of the blocks must be as "
                 "they were"
             )
-        counts = (data["document"], data["row"], data["pass"], data["block"])
-        return cls(*counts, tuple(leftover or ()), place)
+        counts = (saved.document, saved.row, saved.pass_, saved.block)
+        return cls(*counts, tuple(saved.leftover), saved.place)
+
+
+class _SavedBookmark(msgspec.Struct, frozen=True):
+    """A bookmark as JSON."""
+
+    stream: str
+    document: Natural
+    row: Natural
+    pass_: Natural = msgspec.field(name="pass")
+    block: Natural
+    leftover: list[Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_TOKEN)]]
+    place: dict[str, Any] | None
 
 
 class Bookmarks:
@@ -286,15 +290,6 @@ class Bookmarks:
             if bookmark.row <= row:
                 return bookmark
         raise ValueError(f"row {row} lies before the first bookmark, at row {self._kept[0].row}")
-
-
-def _is_count(data: Mapping[str, Any], name: str) -> bool:
-    value = data.get(name)
-    return type(value) is int and value >= 0
-
-
-def _is_token(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_TOKEN
 
 
 def prepare_stream(

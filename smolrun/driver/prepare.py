@@ -5,11 +5,12 @@ Also decides whose tokenizer the data uses, and checks that model and data fit e
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from smolrun.config import RunConfig
 from smolrun.config.base import CustomTargetConfig
@@ -93,7 +94,7 @@ def with_model(config: RunConfig, prepared: Prepared, model: ModelFolder | None)
     from smolrun.models.huggingface_folder import check_fit, read_config
 
     check_fit(read_config(Path(model.folder)), config.model.name, prepared)
-    return dataclasses.replace(prepared, model_folder=model.folder)
+    return msgspec.structs.replace(prepared, model_folder=model.folder)
 
 
 def prepare_data(config: RunConfig, progress: Progress) -> Prepared:

@@ -20,12 +20,9 @@ from typing import Any
 from smolrun.events import Membership
 from smolrun.launch.control import RosterPeer
 from smolrun.launch.elastic_worker import Elasticity, ElasticWorker, departure, is_away
-from smolrun.launch.root_cause import RankState, RootCause, names, pick_cause
-from smolrun.launch.supervisor import Limits, RunPhase, Supervisor, failed_by
+from smolrun.launch.root_cause import RankState, RootCause, names, not_ready, pick_cause
+from smolrun.launch.supervisor import Limits, RunPhase, Supervisor, ended, failed_by
 from smolrun.launch.supervisor_events import (
-    EXIT_DONE,
-    EXIT_STOPPED,
-    EXIT_STOPPED_NOW,
     Action,
     Input,
     Kill,
@@ -100,9 +97,7 @@ class ElasticSupervisor(Supervisor):
             self._elastic[0].has_joined = True
             return [SendRoster([_peer(server)], to=0)]
         elif self._has_passed(now):
-            limit_s = self._limits.start_s
-            reason = f"{server.label} not ready within {limit_s:g} s; log: {server.log}"
-            self._close_for(RootCause(0, server.host, reason, is_lost=True), now)
+            self._close_for(not_ready([server], self._limits.start_s), now)
         else:
             return self._tend(now)
         return []
@@ -110,8 +105,7 @@ class ElasticSupervisor(Supervisor):
     def _running(self, now: float) -> list[Action]:
         server = self._states[0]
         if self._hurry:
-            reason = "stopped at once by the user; what came after the last checkpoint is lost"
-            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason))
+            self._stop_at_once("stopped at once by the user", now)
         elif server.has_failed:
             self._fail(now)
         elif server.result is not None:
@@ -122,12 +116,7 @@ class ElasticSupervisor(Supervisor):
             self._start_nobody_again(now + self._limits.stop_s)
             return [SendStop(state.rank) for state in self._states if not state.is_over]
         elif self.phase is RunPhase.STOPPING and self._has_passed(now):
-            limit_s = self._limits.stop_s
-            reason = (
-                f"{server.label} did not stop within {limit_s:g} s; "
-                "what came after the last checkpoint is lost"
-            )
-            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+            self._stop_at_once(self._not_stopped([server]), now)
         else:
             actions = self._tend(now)
             if self.phase is RunPhase.RUNNING:
@@ -145,9 +134,7 @@ class ElasticSupervisor(Supervisor):
             return []
         result = self._states[0].result
         assert result is not None
-        was_stopped = result.status == "stopped"
-        stopped = RunOutcome("stopped", EXIT_STOPPED, "stopped by the user")
-        self._close(now, stopped if was_stopped else RunOutcome("done", EXIT_DONE))
+        self._close(now, ended(is_stopped=result.status == "stopped"))
         return []
 
     def _start_nobody_again(self, limit: float) -> None:

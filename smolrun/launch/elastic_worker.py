@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from smolrun.launch.root_cause import RankState, RootCause, pick_cause
+from smolrun.launch.root_cause import RankState, RootCause, not_ready, pick_cause
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,11 @@ class ElasticWorker:
 
     def _cause(self, state: RankState) -> RootCause:
         if self.is_late:
-            reason = f"{state.label} not ready within {self.start_s:g} s; log: {state.log}"
-        elif self.stands_still:
+            return not_ready([state], self.start_s)
+        if self.stands_still:
             reason = f"{state.label} stood still, and was ended after {self.policy.wake_s:g} s"
-        else:
-            return pick_cause([state])
-        return RootCause(state.rank, state.host, reason, is_lost=True)
+            return RootCause(state.rank, state.host, reason, is_lost=True)
+        return pick_cause([state])
 
 
 def is_away(state: RankState) -> bool:

@@ -93,6 +93,13 @@ def names(states: Sequence[RankState]) -> str:
     return ", ".join(state.label for state in states)
 
 
+def not_ready(late: Sequence[RankState], limit_s: float) -> RootCause:
+    """The cause when ranks take too long to start."""
+    state = late[0]
+    reason = f"{names(late)} not ready within {limit_s:g} s; log: {state.log}"
+    return RootCause(state.rank, state.host, reason, is_lost=True)
+
+
 def did_not_finish(late: Sequence[RankState], limit_s: float) -> RootCause:
     """The cause when some ranks were done long ago and `late` ones still are not."""
     state = late[0]

@@ -27,6 +27,7 @@ from smolrun.launch.root_cause import (
     did_not_finish,
     is_explained,
     names,
+    not_ready,
     pick_cause,
 )
 from smolrun.launch.supervisor_events import (
@@ -44,6 +45,7 @@ from smolrun.launch.supervisor_events import (
     Kill,
     NotStarted,
     ProtocolViolation,
+    RankInput,
     Reported,
     RunOutcome,
     SendRoster,
@@ -119,7 +121,7 @@ class Supervisor:
             # A failure that came first may still be the cause of this one, and it names a rank.
             if self.phase not in (RunPhase.FAILING, RunPhase.CLOSING):
                 self._close(now, RunOutcome("failed", EXIT_FAILED, item.problem), hurry=True)
-        else:
+        elif isinstance(item, RankInput):
             self._note(self._states[item.rank], item)
         return self.advance(now)
 
@@ -147,7 +149,7 @@ class Supervisor:
     def _is_due(self, now: float) -> bool:
         return self.deadline is not None and now >= self.deadline
 
-    def _note(self, state: RankState, item: Input) -> None:
+    def _note(self, state: RankState, item: RankInput) -> None:
         had_failed = state.has_failed
         if isinstance(item, WorkerReady) and state.addresses:
             # The others have been sent the first addresses; in an elastic run a new process has a
@@ -186,52 +188,39 @@ class Supervisor:
             self.phase, self.deadline = RunPhase.RUNNING, None
             return [SendRoster([RosterPeer(s.rank, s.host, s.addresses) for s in self._states])]
         elif self._is_due(now):
-            late = waited_for[0]
-            reason = (
-                f"{names(waited_for)} not ready within {self._limits.start_s:g} s; log: {late.log}"
-            )
-            cause = RootCause(late.rank, late.host, reason, is_lost=True)
+            cause = not_ready(waited_for, self._limits.start_s)
             self._close(now, failed_by(cause), hurry=True)
         return []
 
     def _running(self, now: float) -> list[Action]:
         late = [state for state in self._states if state.result is None]
         if self._hurry:
-            self._close(
-                now,
-                RunOutcome(
-                    "stopped",
-                    EXIT_STOPPED_NOW,
-                    "stopped at once by the user; what came after the last checkpoint is lost",
-                ),
-            )
+            self._stop_at_once("stopped at once by the user", now)
         elif any(state.has_failed for state in self._states):
             self.phase, self.deadline = RunPhase.FAILING, now + self._limits.grace_s
         elif not late:
-            stopped = any(
-                state.result and state.result.status == "stopped" for state in self._states
-            )
-            done = RunOutcome("done", EXIT_DONE)
-            self._close(
-                now, RunOutcome("stopped", EXIT_STOPPED, "stopped by the user") if stopped else done
-            )
+            statuses = {state.result.status for state in self._states if state.result}
+            self._close(now, ended(is_stopped="stopped" in statuses))
         elif self._interrupts and not self._has_begun:
             self._stop_before_it_began(now)  # they link up, or load a model: nothing to agree on
         elif self._interrupts and self.phase is RunPhase.RUNNING:
             self.phase, self.deadline = RunPhase.STOPPING, now + self._limits.stop_s
             return [SendStop(state.rank) for state in late]
         elif self._is_due(now) and self.phase is RunPhase.STOPPING:
-            reason = (
-                f"{names(late)} did not stop within {self._limits.stop_s:g} s; "
-                "what came after the last checkpoint is lost"
-            )
-            self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+            self._stop_at_once(self._not_stopped(late), now)
         elif self._is_due(now):
             cause = did_not_finish(late, self._limits.finish_s)
             self._close(now, failed_by(cause))
         elif len(late) < len(self._states) and self.deadline is None:
             self.deadline = now + self._limits.finish_s
         return []
+
+    def _stop_at_once(self, reason: str, now: float) -> None:
+        reason = f"{reason}; what came after the last checkpoint is lost"
+        self._close(now, RunOutcome("stopped", EXIT_STOPPED_NOW, reason), hurry=True)
+
+    def _not_stopped(self, late: Sequence[RankState]) -> str:
+        return f"{names(late)} did not stop within {self._limits.stop_s:g} s"
 
     def _stop_before_it_began(self, now: float) -> None:
         outcome = RunOutcome("stopped", EXIT_STOPPED, "stopped by the user before training began")
@@ -286,6 +275,13 @@ class Supervisor:
                 if state.result is not None
             },
         )
+
+
+def ended(*, is_stopped: bool) -> RunOutcome:
+    """A run that has come to a good end, its own or one that the user asked for."""
+    if is_stopped:
+        return RunOutcome("stopped", EXIT_STOPPED, "stopped by the user")
+    return RunOutcome("done", EXIT_DONE)
 
 
 def failed_by(cause: RootCause) -> RunOutcome:

@@ -5,141 +5,119 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from smolrun.events import Event
 from smolrun.launch.control import Address, ResultMessage, RosterPeer, TaskMessage
 
 EXIT_DONE, EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW = 0, 2, 3, 130, 131
 
 
-@dataclass(frozen=True)
-class WorkerReady:
+class Input(msgspec.Struct, frozen=True):
+    """Something that happened."""
+
+
+class RankInput(Input, frozen=True):
+    """Something that happened to one rank."""
+
+    rank: int
+
+
+class WorkerReady(RankInput, frozen=True):
     """A worker is up and listens on `addresses`, best first."""
 
-    rank: int
     addresses: list[Address]
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(RankInput, frozen=True):
     """A worker reported an event."""
 
-    rank: int
     event: Event
 
 
-@dataclass(frozen=True)
-class TaskMessageReceived:
+class TaskMessageReceived(RankInput, frozen=True):
     """A worker sent data of the running task. The driver routes it by topic; the supervisor never
     sees it."""
 
-    rank: int
     message: TaskMessage
 
 
-@dataclass(frozen=True)
-class WorkerFinished:
+class WorkerFinished(RankInput, frozen=True):
     """A worker's last word."""
 
-    rank: int
     result: ResultMessage
 
 
-@dataclass(frozen=True)
-class Exited:
+class Exited(RankInput, frozen=True):
     """A worker's process has ended; all it said came before. -n is signal n.
 
     `out_of_memory` says so if the system ended it because memory was full; `lost`, if its host is
     out of reach and the code means nothing.
     """
 
-    rank: int
     code: int
     out_of_memory: str | None = None
     lost: str | None = None
 
 
-@dataclass(frozen=True)
-class HostSilent:
+class HostSilent(RankInput, frozen=True):
     """A worker's host does not answer the driver; it may be nothing, or the end of it."""
 
-    rank: int
 
-
-@dataclass(frozen=True)
-class ProtocolViolation:
+class ProtocolViolation(RankInput, frozen=True):
     """A worker broke the control protocol; it may still be alive."""
 
-    rank: int
     problem: str
 
 
-@dataclass(frozen=True)
-class NotStarted:
+class NotStarted(RankInput, frozen=True):
     """A worker could not be started at all."""
 
-    rank: int
     problem: str
 
 
-@dataclass(frozen=True)
-class DriverFailed:
+class DriverFailed(Input, frozen=True):
     """Something in the driver itself failed; no rank is to blame."""
 
     problem: str
 
 
-@dataclass(frozen=True)
-class Interrupted:
+class Interrupted(Input, frozen=True):
     """The user pressed Ctrl-C, or the driver got SIGTERM."""
 
 
-Input = (
-    WorkerReady
-    | Reported
-    | TaskMessageReceived
-    | WorkerFinished
-    | Exited
-    | HostSilent
-    | ProtocolViolation
-    | NotStarted
-    | DriverFailed
-    | Interrupted
-)
+class Action(msgspec.Struct, frozen=True):
+    """Something to be done."""
 
 
-@dataclass(frozen=True)
-class SendRoster:
+class SendRoster(Action, frozen=True):
     """Tell every rank where the others are; or one alone, whom it is to link up with."""
 
     peers: list[RosterPeer]
     to: int | None = None
 
 
-@dataclass(frozen=True)
-class RestartWorker:
+class RestartWorker(Action, frozen=True):
     """Start a rank anew, whose process has ended; only where the run continues without it."""
 
     rank: int
 
 
-@dataclass(frozen=True)
-class Notify:
+class Notify(Action, frozen=True):
     """A sentence for the user."""
 
     level: Literal["info", "warning"]
     message: str
 
 
-@dataclass(frozen=True)
-class SendStop:
+class SendStop(Action, frozen=True):
     """Ask a rank to agree on a last step and save."""
 
     rank: int
 
 
-@dataclass(frozen=True)
-class Kill:
+class Kill(Action, frozen=True):
     """End a rank's process now."""
 
     rank: int
@@ -169,11 +147,7 @@ class RunOutcome:
     log_tail: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(Action, frozen=True):
     """The run is over; always the last action, and there is always exactly one."""
 
     outcome: RunOutcome
-
-
-Action = SendRoster | SendStop | Kill | RestartWorker | Notify | Finish

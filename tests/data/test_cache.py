@@ -208,15 +208,17 @@ def test_the_description_travels_as_json(prepared: Prepared) -> None:
         ({"sequence_length": None}, "sequence_length"),
         ({"kind": "features"}, "num_inputs"),
         ({"more": 1}, "more"),
-        ({"path": None, "sha256": 5}, "path, sha256"),
+        ({"path": None, "sha256": 5}, "path"),
+        ({"train_size": 0}, "train_size"),
+        ({"stream": {"first_document": 0, "block_documents": 0, "prefetch_steps": 0}}, "stream"),
     ],
 )
 def test_a_damaged_description_is_refused(
     prepared: Prepared, changes: dict[str, Any], wrong: str
 ) -> None:
-    with pytest.raises(DataError, match=f"wrong or missing {wrong}"):
+    with pytest.raises(DataError, match=f"damaged: .*{wrong}"):
         Prepared.from_json({**prepared.to_json(), **changes})
-    with pytest.raises(DataError, match="wrong or missing path"):
+    with pytest.raises(DataError, match=r"damaged: .*missing required field `path`"):
         Prepared.from_json(
             {key: value for key, value in prepared.to_json().items() if key != "path"}
         )

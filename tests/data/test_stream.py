@@ -165,12 +165,12 @@ def test_bookmarks_stay_few_and_the_first_one_stays() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"row": -1}, "wrong or missing row"),
-        ({"document": "7"}, "wrong or missing document"),
-        ({"block": True}, "wrong or missing block"),
-        ({"leftover": [1, 2**40]}, "wrong or missing leftover"),
-        ({"leftover": None}, "wrong or missing leftover"),
-        ({"place": [1]}, "wrong or missing place"),
+        ({"row": -1}, r"damaged: .*\$\.row"),
+        ({"document": "7"}, r"damaged: .*\$\.document"),
+        ({"block": True}, r"damaged: .*\$\.block"),
+        ({"leftover": [1, 2**40]}, r"damaged: .*\$\.leftover"),
+        ({"leftover": None}, r"damaged: .*\$\.leftover"),
+        ({"place": [1]}, r"damaged: .*\$\.place"),
         ({"stream": "another"}, "belongs to another stream"),
         ({"row": 99}, "behind row 10"),
     ],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from smolrun.cli.compose import compose
@@ -168,7 +168,7 @@ def test_an_odd_config_json_is_no_reason_for_a_warning_and_none_to_end(
     tmp_path: Path, odd: dict[str, Any]
 ) -> None:
     config = compose(["model=smollm2_135m"])
-    data = replace(prepared(64), model_folder=str(tmp_path))
+    data = msgspec.structs.replace(prepared(64), model_folder=str(tmp_path))
     for sizes, is_known in (({}, True), (odd, False)):
         model = {"num_hidden_layers": 2, "hidden_size": 64} | sizes
         (tmp_path / "config.json").write_text(json.dumps(model))

@@ -7,15 +7,16 @@ The driver fetched them, so no token is ever needed on a host.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from smolrun.data.prepared import Prepared
-from smolrun.files import atomic_write
+from smolrun.files import atomic_write, file_hash
 from smolrun.launch.delivery.store import Bundle, File, TransferProgress, deliver_bundles
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class FileHashes:
             key, state = str(path.resolve()), [found.st_size, found.st_mtime_ns]
             known = self._known.get(key, [])
             if known[:2] != state or len(known) != 3:
-                with open(path, "rb") as file:
-                    known = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+                known = [*state, file_hash(path)]
                 self._known.pop(key, None)
                 self._known[key] = known
                 self._keep()
@@ -114,7 +114,7 @@ class PreparedFiles:
             machine, root, [*bundles.values()], transfer, run=run, keep=0, younger_s=_YOUNGER_S
         )
         places = {folder: f"{root}/{bundle.key}" for folder, bundle in self._folders.items()}
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             self._prepared,
             path=f"{root}/{self._data.key}/{next(iter(self._data.files))}",
             tokenizer=places.get(self._prepared.tokenizer or ""),
