@@ -63,7 +63,7 @@ class Engine:
         """Send Ready once a token has flowed through all stages, then serve until `stop`. Raises
         PeerLost, and SmolrunError if the model computes no tokens."""
         self._warm_up(pipeline)
-        has_started = False
+        has_started = self._scheduler.has_requests
         while not self._is_stopping:
             self._take_events(pipeline, wait=not has_started)
             self._report()
@@ -71,10 +71,15 @@ class Engine:
         self._end(pipeline)
 
     def _warm_up(self, pipeline: PipelineHead) -> None:
+        early: list[object] = []  # requests that come before Ready
         self._scheduler.submit(_WARM_UP)
         while self._scheduler.has_requests:
             self._start_batch(pipeline)
-            self._take_event(self._next_event(pipeline))
+            event = self._next_event(pipeline)
+            if isinstance(event, BatchResult | BaseException):
+                self._take_event(event)
+            else:
+                early.append(event)
         (finished,) = self._scheduler.take_output().finished
         if finished.reason == "error":
             raise SmolrunError(f"the model computes no tokens: {finished.message}")
@@ -83,6 +88,8 @@ class Engine:
         self._send(
             Ready(slots.capacity, len(slots) * slots.capacity, len(slots), stages=self._stages)
         )
+        for event in early:
+            self._take_event(event)
 
     def _start_batch(self, pipeline: PipelineHead) -> bool:
         """Start one batch if there is one to run; on one stage it is run."""
@@ -131,10 +138,13 @@ class Engine:
         """Cancel what is left, and wait until the last stage has answered that it ends."""
         self._scheduler.cancel_all()
         self._report()
+        while self._scheduler.num_in_flight:
+            self._take_event(self._next_event(pipeline))
         pipeline.stop()
         while (event := self._inbox.get()) is not _PIPELINE_ENDED:
-            if isinstance(event, BaseException):
-                raise event
+            self._take_event(event)
+        self._scheduler.cancel_all()  # requests that came meanwhile
+        self._report()
 
     # -- reports ----
 

@@ -204,7 +204,8 @@ class PipelineHead:
             self._send(StagePlan(batch, stages), output)
 
     def stop(self) -> None:
-        """Let the stages end, after the batches that are under way."""
+        """Let the stages end, in order; no batch may be under way: a stage that has ended takes
+        its part of large tensors with it."""
         if self._others:
             self._send(StagePlan(None), None)
         else:

@@ -4,8 +4,9 @@ ranks, with cancellation, errors, forks and reuse."""
 from __future__ import annotations
 
 import queue
+import random
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -106,14 +107,14 @@ def serve(
             run_stage(mesh, ranks, runner, times)
         else:
             head = PipelineHead(mesh, ranks, runner, times, client.engine.on_result)
-            _run_engine(client, head, script)
+            run_engine(client, head, script)
 
     run_ranks(stages, work, kind=kind)
     assert scheduler.slots.num_free == SLOTS
     return client
 
 
-def _run_engine(client: Client, head: PipelineHead, script: Callable[[Client], None]) -> None:
+def run_engine(client: Client, head: PipelineHead, script: Callable[[Client], None]) -> None:
     """The engine on this thread and the script on another one."""
     errors: list[BaseException] = []
 
@@ -285,6 +286,34 @@ def test_cancelling_ends_a_request_at_once_and_nothing_else(stages: int) -> None
 
     client = serve(script, stages=stages)
     assert {client.finished[one.request, 0].reason for one in endless} == {"cancelled"}
+
+
+def test_a_thousand_cancellations_at_any_time_leak_nothing() -> None:
+    dice = random.Random(0)
+
+    def script(client: Client) -> None:
+        names = [f"r{index}" for index in range(1000)]
+        for name in names:
+            one = request(
+                name, dice.randint(1, 30), dice.randint(0, 25), choices=dice.randint(1, 2)
+            )
+            client.engine.submit(one)
+            for _ in range(dice.randint(0, 2)):
+                client.take()
+            for earlier in dice.sample(names[: names.index(name) + 1][-8:], 1):
+                client.engine.submit(Cancel(earlier))
+        for name in names:
+            client.engine.submit(Cancel(name))
+        last = request("last", 30, 8, choices=SLOTS)
+        client.run(last)
+        client.check(last)
+        assert client.stats is not None
+        assert (client.stats.running, client.stats.waiting, client.stats.cache_usage) == (0, 0, 0)
+
+    client = serve(script, stages=2)
+    assert len({name for name, _ in client.finished}) == 1001
+    reasons = Counter(one.reason for one in client.finished.values())
+    assert reasons["cancelled"] > 300 and reasons["length"] > 100 and not reasons["error"]
 
 
 def test_stopping_ends_every_request() -> None:
