@@ -1,63 +1,85 @@
-"""The HTTP application: routes, errors, and what every request passes before them."""
+"""The HTTP application of one served model: all routes, errors, and what guards them."""
 
 from __future__ import annotations
 
-import re
-import secrets
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
 
-from smolrun.serving import api_errors, openai_api
-from smolrun.serving.api_errors import json_response
+from smolrun.serving import api_errors, api_reference
+from smolrun.serving.access import AccessControl, AccessPolicy
+from smolrun.serving.api_errors import ERRORS, json_response
 from smolrun.serving.generation import Service
+from smolrun.serving.http_metrics import CONTENT_TYPE
+from smolrun.serving.openai_api import openai_routes
+from smolrun.serving.simple_api import simple_routes
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# The page needs its own script and style, and nothing of any other server.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+}
 
 
-def build_app(service: Service) -> ASGIApp:
-    """The application of one served model."""
-    app = FastAPI(title="smolrun", docs_url=None, redoc_url=None)
+def build_app(service: Service, policy: AccessPolicy = AccessPolicy()) -> ASGIApp:  # noqa: B008  (it is frozen)
+    """The application, for a server that `frontend` of the service is attached to."""
+    app = build_routes(service)
+    return AccessControl(app, policy)
+
+
+def build_routes(service: Service) -> FastAPI:
+    """The application without access control; its `openapi()` describes the API."""
+    app = FastAPI(
+        title="smolrun",
+        summary="An HTTP API for one model, as OpenAI's clients know it",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
     api_errors.install(app)
-    app.include_router(openai_api.router(service))
+    app.include_router(openai_routes(service))
+    app.include_router(simple_routes(service))
+    _add_server_routes(app, service)
+    _add_pages(app)
+    return app
 
-    @app.get("/healthz", tags=["server"])
+
+def _add_server_routes(app: FastAPI, service: Service) -> None:
+    frontend = service.frontend
+
+    @app.get("/healthz", tags=["server"], response_class=Response)
     async def healthz() -> Response:
         """200 as long as the server answers at all."""
         return json_response({"status": "ok"})
 
-    @app.get("/readyz", tags=["server"])
+    @app.get("/readyz", tags=["server"], response_class=Response, responses={503: ERRORS[503]})
     async def readyz() -> Response:
         """200 from the moment a token has flowed through all stages; 503 otherwise."""
-        frontend = service.frontend
         body: dict[str, Any] = {"status": frontend.state, "model": service.model}
         if frontend.state == "ready":
             return json_response(body)
-        return json_response(body | {"reason": frontend.reason}, 503, {"retry-after": "1"})
+        error = api_errors.ApiError(503, frontend.reason, code="not_ready")
+        return json_response(body | error.body, 503, {"retry-after": "1"})
 
-    return RequestIds(app)
+    @app.get("/metrics", tags=["server"], response_class=Response, responses={401: ERRORS[401]})
+    async def metrics() -> Response:
+        """Measurements in the format of Prometheus; vLLM's names are there as well."""
+        return Response(frontend.metrics_text(), media_type=CONTENT_TYPE)
 
 
-class RequestIds:
-    """Gives every request an id, that of its header x-request-id if there is one, and returns it
-    with the answer."""
+def _add_pages(app: FastAPI) -> None:
+    page = files("smolrun.serving").joinpath("page.html").read_text(encoding="utf-8")
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(api_reference.html(app.openapi()), headers=_PAGE_HEADERS)

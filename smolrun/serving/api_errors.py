@@ -6,7 +6,6 @@ no request is answered by a 500 but for a defect of this program.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import msgspec
@@ -16,9 +15,23 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from smolrun.serving.frontend import Unavailable
+from smolrun.serving.protocol import ErrorAnswer
 
-log = logging.getLogger(__name__)
-
+# For the description of the API: what any of its paths may answer.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in (
+        (400, "The request is wrong"),
+        (401, "The API key is missing or wrong"),
+        (403, "This Host or Origin is not served"),
+        (404, "There is no such model or path"),
+        (408, "The request came too slowly"),
+        (413, "The request is too large"),
+        (429, "The queue is full; see Retry-After"),
+        (503, "The server is not ready, or the engine failed; see Retry-After"),
+        (504, "The answer took too long"),
+    )
+}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _LONGEST_MESSAGE = 500  # characters
 
@@ -139,6 +152,6 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 async def _defect(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    # Starlette raises it again behind this answer, so that uvicorn writes it to the log.
     message = "internal error; the log of the server has the details"
     return await _api_error(request, ApiError(500, message, code="internal_error"))

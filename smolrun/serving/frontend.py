@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+from smolrun.serving.http_metrics import ServingMetrics
 from smolrun.serving.messages import (
     Cancel,
     Finished,
+    FinishReason,
     FromEngine,
     Prefill,
     Ready,
-    Stats,
     StepOutput,
     Submit,
     ToEngine,
@@ -92,6 +93,10 @@ class OutputStream:
         """Whether no more outputs will come."""
         return self._failure is not None or not self.open_choices
 
+    def elapsed_s(self) -> float:
+        """From the request to its last token."""
+        return (self.last_token_at or self.submitted_at) - self.submitted_at
+
     def push(self, output: Output) -> bool:
         """Add an output; False if the reader is too far behind."""
         if len(self._outputs) >= self._max_buffered and not isinstance(output, Finished):
@@ -132,7 +137,7 @@ class Frontend:
         self.state: State = "starting"
         self.reason = "the model is being loaded"
         self.ready: Ready | None = None
-        self.stats: Stats | None = None
+        self.metrics = ServingMetrics()
 
     # --- the driver's thread ---------------------------------------------------------------------
 
@@ -172,9 +177,11 @@ class Frontend:
     def check_room(self, choices: int = 1) -> None:
         """Raises Unavailable where `submit` would, before any work is done for a request."""
         if self.state != "ready" or self.ready is None:
+            self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(self.reason, 1 if self.state == "draining" else 5)
         # A single request may be larger than the queue when nothing else is there.
         if self._streams and self.in_flight + choices > self.ready.max_running + self._max_waiting:
+            self.metrics.refused.labels("queue_full").inc()
             raise Unavailable(
                 f"{self.waiting} requests are waiting, the queue is full; try again later",
                 self.retry_after_s(),
@@ -187,14 +194,24 @@ class Frontend:
         stream = OutputStream(submit, self._clock(), self._max_buffered)
         self._streams[submit.request] = stream
         self._idle.clear()
+        self.metrics.prompt_tokens.inc(len(submit.prompt_ids))
+        self.metrics.cache_queries.inc(len(submit.prompt_ids))
+        self.metrics.request_prompt.observe(len(submit.prompt_ids))
         self._send(submit)
         return stream
 
     def close(self, stream: OutputStream) -> None:
         """The client is gone, or has its whole answer: cancel what still runs."""
         request = stream.submit.request
-        if self._streams.pop(request, None) is not None and not stream.has_ended:
+        if self._streams.pop(request, None) is None:
+            return
+        if not stream.has_ended:
             self._send(Cancel(request))
+        for _ in stream.open_choices:
+            self.metrics.finished.labels("abort").inc()
+        self.metrics.cached_tokens.inc(stream.cached_tokens)
+        self.metrics.request_generated.observe(stream.generated_tokens)
+        self.metrics.request_seconds.observe(self._clock() - stream.submitted_at)
         if not self._streams:
             self._idle.set()
 
@@ -202,7 +219,7 @@ class Frontend:
         """End one choice, because a stop string was found; its later outputs are dropped."""
         if choice in stream.open_choices:
             self._send(Cancel(stream.submit.request, choice))
-            self._end_choice(stream, choice)
+            self._end_choice(stream, choice, "stop")
 
     def retry_after_s(self) -> int:
         """When a request that comes now would find room, by the rate of the last ones."""
@@ -210,6 +227,13 @@ class Frontend:
             return 1
         rate = (len(self._ends) - 1) / max(1e-3, self._clock() - self._ends[0])
         return max(1, min(_MAX_RETRY_S, math.ceil(max(1, self.waiting) / rate)))
+
+    def metrics_text(self) -> bytes:
+        """What is measured, for Prometheus."""
+        self.metrics.ready.set(self.state == "ready")
+        self.metrics.running.set(self.in_flight - self.waiting)
+        self.metrics.waiting.set(self.waiting)
+        return self.metrics.text()
 
     def drain(self) -> None:
         """Take no more requests; those that are there go on."""
@@ -243,7 +267,7 @@ class Frontend:
             if self.state != "draining":
                 self.state, self.reason = "ready", ""
         elif isinstance(message, StepOutput):
-            self.stats = message.stats or self.stats
+            self.metrics.stats = message.stats or self.metrics.stats
             outputs: list[Output] = [*message.prefill, *message.tokens, *message.finished]
             for output in outputs:
                 self._route(output)
@@ -256,18 +280,27 @@ class Frontend:
             stream.push(output)
         elif output.choice in stream.open_choices:
             if isinstance(output, Token):
-                now = self._clock()
-                stream.first_token_at = stream.first_token_at or now
-                stream.last_token_at = now
-                stream.generated_tokens += 1
+                self._count_token(stream)
             else:
                 stream.cached_tokens = max(stream.cached_tokens, output.cached_tokens)
             if not stream.push(output):
                 self._send(Cancel(output.request))
                 stream.fail("the client reads too slowly; the answer was cancelled")
             elif isinstance(output, Finished):
-                self._end_choice(stream, output.choice)
+                self._end_choice(stream, output.choice, output.reason)
 
-    def _end_choice(self, stream: OutputStream, choice: int) -> None:
+    def _count_token(self, stream: OutputStream) -> None:
+        now = self._clock()
+        if stream.first_token_at is None:
+            stream.first_token_at = now
+            self.metrics.first_token.observe(now - stream.submitted_at)
+        elif stream.last_token_at is not None and stream.submit.choices == 1:
+            self.metrics.inter_token.observe(now - stream.last_token_at)
+        stream.last_token_at = now
+        stream.generated_tokens += 1
+        self.metrics.generated_tokens.inc()
+
+    def _end_choice(self, stream: OutputStream, choice: int, reason: FinishReason) -> None:
+        self.metrics.finished.labels(reason).inc()
         stream.open_choices.discard(choice)
         self._ends.append(self._clock())

@@ -89,6 +89,15 @@ class Service:
         """End the thread that encodes prompts."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
+    def check(self, model: str, choices: int) -> None:
+        """Before any work: 404 for any other model; raises Unavailable where there is no room."""
+        self.check_model(model)
+        self.frontend.check_room(choices)
+
+    def now(self) -> int:
+        """For `created`, in seconds since 1970."""
+        return int(time.time())
+
     def check_model(self, name: str) -> None:
         """404 for any other model."""
         if name != self.model:
@@ -149,13 +158,21 @@ class Service:
             max_tokens=min(max_tokens or self.limits.default_max_tokens, room),
             choices=choices,
             sampling=self._sampling(request),
-            stop_ids=list(self.stop_ids),
+            stop_ids=self._stop_ids(request),
             top_logprobs=top_logprobs,
             echo_logprobs=echo_logprobs,
         )
         stops = request.stops if isinstance(request, SamplingFields) else []
-        answers = [AnswerText(self.prompts.token_bytes, stops) for _ in range(choices)]
+        answers = [
+            AnswerText(self.prompts.token_bytes, stops, submit.stop_ids) for _ in range(choices)
+        ]
         return Generation(self, submit, answers)
+
+    def _stop_ids(self, request: SamplingFields | SimpleRequest) -> list[int]:
+        if isinstance(request, SimpleRequest):
+            return list(self.stop_ids)
+        given = request.stop_token_ids or []
+        return sorted({*given, *([] if request.ignore_eos else self.stop_ids)})
 
     def _sampling(self, request: SamplingFields | SimpleRequest) -> Sampling:
         given = {key: getattr(request, key, None) for key in _SAMPLING_KEYS}
@@ -177,7 +194,7 @@ class Service:
 
 
 class Generation:
-    """A running request. Close it, or leave its `with` block, to cancel what still runs."""
+    """A running request, until it is closed or its `with` block ends."""
 
     def __init__(self, service: Service, submit: Submit, answers: list[AnswerText]) -> None:
         self._service = service
@@ -190,6 +207,10 @@ class Generation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what still runs."""
         self._service.frontend.close(self.stream)
 
     async def pieces(self) -> AsyncIterator[Piece]:

@@ -16,13 +16,16 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 4096
+MAX_TOKENS = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
 Number = StrictFloat | StrictInt
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+TokenCount = Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)]
+TokenNumber = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Role = Literal["system", "developer", "user", "assistant"]
 
 
 class ApiRequest(BaseModel):
@@ -42,17 +45,16 @@ class ChatMessage(ApiRequest):
     """One message of a conversation."""
 
     role: Role = Field(description="developer is the same as system")
-    content: StrictStr | list[TextPart] | None = Field(
-        None, description="The text, or a list of parts of type text"
+    content: StrictStr | list[TextPart] = Field(
+        description="The text, or a list of parts of type text"
     )
-    name: StrictStr | None = None
 
     @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content
 
 
 class StreamOptions(ApiRequest):
@@ -100,7 +102,12 @@ class SamplingFields(ApiRequest):
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, description="How many answers"
     )
-    user: StrictStr | None = Field(None, description="Ignored")
+    stop_token_ids: Annotated[list[TokenNumber], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The answer ends before any of these tokens"
+    )
+    ignore_eos: StrictBool | None = Field(
+        None, description="Do not end the answer where the model would; for measurements"
+    )
 
     @property
     def stops(self) -> list[str]:
@@ -113,10 +120,10 @@ class ChatRequest(SamplingFields):
 
     model: StrictStr = Field(description="The name of the served model, see GET /v1/models")
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    max_tokens: TokenCount | None = Field(
         None, description="Of each answer; without: what the context has room for, up to a limit"
     )
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    max_completion_tokens: TokenCount | None = Field(
         None, description="The newer name of max_tokens"
     )
     stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
@@ -131,6 +138,8 @@ class ChatRequest(SamplingFields):
     tools: list[Any] | None = Field(None, description="Refused for now, unless empty")
     tool_choice: Any = Field(None, description="Refused for now, but none and auto")
     functions: list[Any] | None = Field(None, description="Refused for now, unless empty")
+    function_call: Any = Field(None, description="Refused for now, but none and auto")
+    modalities: list[Any] | None = Field(None, description="Refused for now, but text")
     response_format: dict[str, Any] | None = Field(None, description="Refused for now, but text")
 
 
@@ -141,7 +150,7 @@ class CompletionRequest(SamplingFields):
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = Field(
         description="A text, its token ids, or a list of one of these"
     )
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Default 16")
+    max_tokens: TokenCount | None = Field(None, description="Default 16")
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
@@ -155,9 +164,27 @@ class CompletionRequest(SamplingFields):
 class SimpleRequest(ApiRequest):
     """POST /chat and POST /query, the API of the system that smolrun descends from."""
 
-    prompt: StrictStr = Field(description="What the user says")
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    text: StrictStr = Field(description="What the user says")
+    max_tokens: TokenCount | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
+    decoding_strategy: Literal["greedy", "sampling", "top_k", "top_p"] | None = Field(
+        None, description="greedy is temperature 0; the others follow from the keys above"
+    )
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The field that is wrong")
+    code: str | None = Field(description="For programs")
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,16 @@ class StopStrings:
 class AnswerText:
     """The text of one choice, token by token. `is_stopped()` once a stop string was found."""
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
-        """`token_bytes`: of every id, empty for a control token."""
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        stop: Sequence[str] = (),
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """`token_bytes`: of every id, empty for a control token. Tokens in `stop_ids` are no text,
+        as they end an answer."""
         self._token_bytes = token_bytes
+        self._stop_ids = frozenset(stop_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = StopStrings(stop)
         self._waiting: list[tuple[TokenText, int, int]] = []  # with its first character and its end
@@ -107,7 +114,7 @@ class AnswerText:
     ) -> Delta:
         """A new token; the text that is complete with it."""
         data = self._token_bytes[id] if id < len(self._token_bytes) else b""
-        if not data:
+        if not data or id in self._stop_ids:
             return Delta()
         token = TokenText(id, data, logprob, top)
         start = self._decoded
@@ -176,12 +183,11 @@ class ThinkingSplitter:
 class Prompts:
     """Makes token ids of what clients send. Used by one thread at a time."""
 
-    def __init__(self, folder: Path, stop_ids: Sequence[int] = ()) -> None:
-        """`folder` holds the tokenizer and, for a chat model, its template; the tokens `stop_ids`
-        end an answer and are no text, as control tokens. DataError."""
+    def __init__(self, folder: Path) -> None:
+        """`folder` holds the tokenizer and, for a chat model, its template. DataError."""
         self.tokenizer = load_tokenizer(folder)
         self.special_tokens = self.tokenizer.special_tokens()
-        hidden = {*self.special_tokens.values(), *stop_ids}
+        hidden = set(self.special_tokens.values())
         # Once for all: the tokenizer must not be used by two threads at the same time.
         self.token_bytes = [
             b"" if id in hidden else self.tokenizer.token_bytes(id)

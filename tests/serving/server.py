@@ -52,7 +52,7 @@ class Served:
 def served(engine: FakeEngine, folder: Path) -> Iterator[Served]:
     """A server for one test, on a free port; its tokenizer has a token for each byte."""
     bytes_tokenizer().save(folder)
-    service = Service("fake", Prompts(folder, [0]), engine.frontend, stop_ids=[0])
+    service = Service("fake", Prompts(folder), engine.frontend, stop_ids=[0])
     server = HttpServer(build_app(service), engine.frontend, host="127.0.0.1", port=0)
     url = server.start()
     engine.start()

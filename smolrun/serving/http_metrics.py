@@ -1,0 +1,111 @@
+"""Measurements of the server for Prometheus, under our names and, for boards that exist, vLLM's.
+
+One instance a server; all calls are on the event loop's thread. Times are of one monotonic clock,
+the frontend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from smolrun.serving.messages import Stats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+# Ours -> vLLM's, as its dashboards know them.
+ALIASES = {
+    "smolrun_requests_running": "vllm:num_requests_running",
+    "smolrun_requests_waiting": "vllm:num_requests_waiting",
+    "smolrun_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "smolrun_prompt_tokens": "vllm:prompt_tokens",
+    "smolrun_generated_tokens": "vllm:generation_tokens",
+    "smolrun_cache_queries": "vllm:prefix_cache_queries",
+    "smolrun_cached_tokens": "vllm:prefix_cache_hits",
+    "smolrun_requests_finished": "vllm:request_success",
+    "smolrun_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "smolrun_inter_token_seconds": "vllm:inter_token_latency_seconds",
+    "smolrun_request_seconds": "vllm:e2e_request_latency_seconds",
+    "smolrun_request_prompt_tokens": "vllm:request_prompt_tokens",
+    "smolrun_request_generated_tokens": "vllm:request_generation_tokens",
+}
+
+
+class ServingMetrics:
+    """What is counted here; what the engine counts comes with `stats`."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry(auto_describe=False)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"smolrun_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"smolrun_{name}", text, buckets=buckets, registry=registry)
+
+        self.ready = Gauge("smolrun_ready", "Whether requests are answered", registry=registry)
+        self.running = Gauge("smolrun_requests_running", "Choices that run", registry=registry)
+        self.waiting = Gauge("smolrun_requests_waiting", "Choices that wait", registry=registry)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
+        self.generated_tokens = counter("generated_tokens", "Tokens of answers")
+        self.cache_queries = counter("cache_queries", "Tokens of prompts that were looked up")
+        self.cached_tokens = counter("cached_tokens", "Tokens of prompts that were not computed")
+        self.finished = counter("requests_finished", "Choices by their end", ("finished_reason",))
+        self.refused = counter("requests_refused", "Requests that found no room", ("code",))
+        self.first_token = histogram("time_to_first_token_seconds", "Of a request", _SECONDS)
+        self.inter_token = histogram("inter_token_seconds", "Between tokens", _GAP_SECONDS)
+        self.request_seconds = histogram("request_seconds", "From its start to its end", _SECONDS)
+        self.request_prompt = histogram("request_prompt_tokens", "Of a request", _TOKENS)
+        self.request_generated = histogram("request_generated_tokens", "Of a request", _TOKENS)
+        self.stats: Stats | None = None
+
+    def text(self) -> bytes:
+        """All of it, in the format of Prometheus."""
+        exposed = CollectorRegistry(auto_describe=False)
+        exposed.register(_WithAliases(self._registry, self.stats))
+        return generate_latest(exposed)
+
+
+class _WithAliases(Collector):
+    def __init__(self, registry: CollectorRegistry, stats: Stats | None) -> None:
+        self._registry = registry
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric, and again under vLLM's name where it has one."""
+        metrics = [*self._registry.collect(), *_engine_metrics(self._stats)]
+        for metric in metrics:
+            yield metric
+            alias = ALIASES.get(metric.name)
+            if alias is not None:
+                copy = Metric(alias, metric.documentation, metric.type, metric.unit)
+                copy.samples = [
+                    sample._replace(name=sample.name.replace(metric.name, alias, 1))
+                    for sample in metric.samples
+                ]
+                yield copy
+
+
+def _engine_metrics(stats: Stats | None) -> Iterator[Metric]:
+    """Of rank 0 and of the stages, labelled by rank and host."""
+    if stats is None:
+        return
+    yield GaugeMetricFamily("smolrun_cache_usage_ratio", "Of keys and values", stats.cache_usage)
+    labels = ("rank", "host", "stage")
+    families: list[tuple[CounterMetricFamily | GaugeMetricFamily, str]] = [
+        (CounterMetricFamily("smolrun_stage_compute_seconds", "", labels=labels), "compute_s"),
+        (CounterMetricFamily("smolrun_stage_wait_seconds", "", labels=labels), "wait_s"),
+        (CounterMetricFamily("smolrun_stage_sent_bytes", "", labels=labels), "sent_bytes"),
+        (GaugeMetricFamily("smolrun_stage_weight_bytes", "", labels=labels), "weight_bytes"),
+        (GaugeMetricFamily("smolrun_stage_cache_bytes", "", labels=labels), "cache_bytes"),
+    ]
+    for family, key in families:
+        for stage in stats.stages:
+            name = f"{stage.first_layer}-{stage.last_layer}"
+            family.add_metric([str(stage.rank), stage.host, name], getattr(stage, key))
+        yield family
