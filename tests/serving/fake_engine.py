@@ -121,7 +121,7 @@ class FakeEngine:
                     return
                 while self._waiting and len(self._running) < self.slots:
                     one = self._waiting.popleft()
-                    one.next = -self.prefill_steps
+                    one.next = -max(self.prefill_steps, one.submit.echo_logprobs)
                     self._running.append(one)
                 self._post(self._step())
             due = max(due + self.step_s, time.monotonic())
@@ -133,10 +133,12 @@ class FakeEngine:
             request = one.submit.request
             if one.next < 0:
                 one.next += 1
-                size = len(one.submit.prompt_ids)
-                prefill.append(Prefill(request, size, size))
+                prefill.append(self._prefill(one))
                 left.append(one)
                 continue
+            stop_at = next(
+                (at for at, id in enumerate(one.tokens) if id in one.submit.stop_ids), None
+            )
             if one.next < min(len(one.tokens), one.submit.max_tokens):
                 token = one.tokens[one.next]
                 one.next += 1
@@ -146,7 +148,7 @@ class FakeEngine:
                 tokens.append(
                     Token(request, one.choice, token, None if wanted is None else -0.5, top)
                 )
-            if one.next >= len(one.tokens):
+            if one.next >= len(one.tokens) or (stop_at is not None and one.next > stop_at):
                 finished.append(Finished(request, one.choice, "stop"))
             elif one.next >= one.submit.max_tokens:
                 finished.append(Finished(request, one.choice, "length"))
@@ -155,3 +157,8 @@ class FakeEngine:
         self._running = left
         stats = Stats(len(left), len(self._waiting), 0.0, 0, self.generated, 0)
         return StepOutput(tokens, finished, prefill, stats)
+
+    def _prefill(self, one: _Choice) -> Prefill:
+        size = len(one.submit.prompt_ids)
+        logprobs = [None, *[-1.0] * (size - 1)] if one.submit.echo_logprobs else None
+        return Prefill(one.submit.request, size, size, logprobs)
