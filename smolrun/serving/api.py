@@ -34,7 +34,7 @@ def build_app(service: Service, policy: AccessPolicy = AccessPolicy()) -> ASGIAp
 
 def build_routes(service: Service) -> FastAPI:
     """The application without access control; its `openapi()` describes the API."""
-    app = FastAPI(
+    app = _DescribedApi(
         title="smolrun",
         summary="An HTTP API for one model, as OpenAI's clients know it",
         version="1",
@@ -48,6 +48,20 @@ def build_routes(service: Service) -> FastAPI:
     _add_server_routes(app, service)
     _add_pages(app)
     return app
+
+
+class _DescribedApi(FastAPI):
+    """Describes itself without the answer 422, which FastAPI assumes; ours is 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, as JSON."""
+        schema = super().openapi()
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
 
 
 def _add_server_routes(app: FastAPI, service: Service) -> None:
@@ -65,6 +79,7 @@ def _add_server_routes(app: FastAPI, service: Service) -> None:
         if frontend.state == "ready":
             return json_response(body)
         error = api_errors.ApiError(503, frontend.reason, code="not_ready")
+        body["reason"] = frontend.reason
         return json_response(body | error.body, 503, {"retry-after": "1"})
 
     @app.get("/metrics", tags=["server"], response_class=Response, responses={401: ERRORS[401]})

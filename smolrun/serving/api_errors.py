@@ -132,13 +132,13 @@ def _field(location: tuple[int | str, ...]) -> str | None:
     for part in location[1:]:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.replace("_", "").isalnum() and part.islower() and part not in _ALTERNATIVES:
+        elif part.replace("_", "").isalnum() and part not in _ALTERNATIVES:
             text += f".{part}" if text else part
     return text or None
 
 
 # How pydantic names the alternatives of a union, which are no fields.
-_ALTERNATIVES = {"str", "int", "float", "bool"}
+_ALTERNATIVES = {"str", "int", "float", "bool", "nullable"}
 
 
 async def _http(request: Request, error: Exception) -> Response:

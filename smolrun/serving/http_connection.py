@@ -22,6 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from smolrun.serving.api_errors import ApiError, json_response
 
+_LINGER_S = 2.0
+
 
 @dataclass(frozen=True)
 class ConnectionLimits:
@@ -52,6 +54,7 @@ class LimitedConnection(H11Protocol):
         self._opened_at = 0.0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._is_ending = False
 
     @property
     def is_idle(self) -> bool:
@@ -67,9 +70,11 @@ class LimitedConnection(H11Protocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._opened_at = self.loop.time()
         self._await_header()
-        if len(self.connections) <= self._limits.max_connections:
+        # A connection that is being closed leaves the set only later.
+        is_open = [c for c in self.connections if not c.transport.is_closing()]
+        if len(is_open) <= self._limits.max_connections:
             return
-        others = [c for c in self.connections if isinstance(c, LimitedConnection) and c is not self]
+        others = [c for c in is_open if isinstance(c, LimitedConnection) and c is not self]
         idle = [other for other in others if other.is_idle]
         if idle:
             min(idle, key=lambda other: other._opened_at).transport.close()
@@ -86,6 +91,8 @@ class LimitedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Watches the time of a header, of the first request and of later ones."""
+        if self._is_ending:
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._await_header()
@@ -120,7 +127,11 @@ class LimitedConnection(H11Protocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        # What the client still sends is read, or else the system would reset the connection, and
+        # the client might never see the answer.
+        self._is_ending = True
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
 
     def pause_writing(self) -> None:
         """The client does not take what is sent to it."""

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
@@ -19,8 +28,17 @@ MAX_MESSAGES = 4096
 MAX_TOKENS = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
+
+def _encodable(text: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no character."""
+    if not text.isascii():
+        text.encode()  # UnicodeEncodeError is a ValueError
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
 Number = StrictFloat | StrictInt
-StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenCount = Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)]
@@ -38,16 +56,14 @@ class TextPart(ApiRequest):
     """A part of a message."""
 
     type: Literal["text"]
-    text: StrictStr
+    text: Text
 
 
 class ChatMessage(ApiRequest):
     """One message of a conversation."""
 
     role: Role = Field(description="developer is the same as system")
-    content: StrictStr | list[TextPart] = Field(
-        description="The text, or a list of parts of type text"
-    )
+    content: Text | list[TextPart] = Field(description="The text, or a list of parts of type text")
 
     @property
     def text(self) -> str:
@@ -118,7 +134,7 @@ class SamplingFields(ApiRequest):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions"""
 
-    model: StrictStr = Field(description="The name of the served model, see GET /v1/models")
+    model: Text = Field(description="The name of the served model, see GET /v1/models")
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: TokenCount | None = Field(
         None, description="Of each answer; without: what the context has room for, up to a limit"
@@ -132,7 +148,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Beside each token report so many of the likeliest ones"
     )
-    chat_template_kwargs: dict[StrictStr, Any] | None = Field(
+    chat_template_kwargs: dict[Text, Any] | None = Field(
         None, description="Switches of the model's template, such as enable_thinking"
     )
     tools: list[Any] | None = Field(None, description="Refused for now, unless empty")
@@ -146,8 +162,8 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions"""
 
-    model: StrictStr = Field(description="The name of the served model, see GET /v1/models")
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = Field(
+    model: Text = Field(description="The name of the served model, see GET /v1/models")
+    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]] = Field(
         description="A text, its token ids, or a list of one of these"
     )
     max_tokens: TokenCount | None = Field(None, description="Default 16")
@@ -157,14 +173,14 @@ class CompletionRequest(SamplingFields):
         None, description="Report log-probabilities of so many of the likeliest tokens"
     )
     echo: StrictBool | None = Field(None, description="Begin the answer with the prompt")
-    suffix: StrictStr | None = Field(None, description="Refused, unless empty")
+    suffix: Text | None = Field(None, description="Refused, unless empty")
     best_of: StrictInt | None = Field(None, description="Refused, unless equal to n")
 
 
 class SimpleRequest(ApiRequest):
     """POST /chat and POST /query, the API of the system that smolrun descends from."""
 
-    text: StrictStr = Field(description="What the user says")
+    text: Text = Field(description="What the user says")
     max_tokens: TokenCount | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None

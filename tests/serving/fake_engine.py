@@ -107,6 +107,10 @@ class FakeEngine:
                 )
             )
 
+    def give_up(self, request: str, message: str) -> None:
+        """End a request with an error of the engine."""
+        self._post(StepOutput(finished=[Finished(request, 0, "error", message=message)]))
+
     def _post(self, message: FromEngine) -> None:
         self.frontend.on_message(message)
 
@@ -144,7 +148,8 @@ class FakeEngine:
                 one.next += 1
                 self.generated += 1
                 wanted = one.submit.top_logprobs
-                top = None if wanted is None else [(token, -0.5), (0, -1.5)][:wanted]
+                likely = [(token, -0.5), *((id, -1.5) for id in range(32, 64))]
+                top = None if wanted is None else likely[:wanted]
                 tokens.append(
                     Token(request, one.choice, token, None if wanted is None else -0.5, top)
                 )
