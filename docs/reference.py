@@ -49,7 +49,8 @@ what they give together, as composed, unchecked, and runs nothing.
   `'data.path="a(b).txt"'`. `1e3` is an integer where one is asked for.
 - Aliases: `algorithm=ddp` is `classicdp`, `training.gradient_checkpointing` is
   `training.recompute`; a task has short names of its keys: `task=stop run=NAME` is
-  `task=stop stop.run=NAME`.
+  `task=stop stop.run=NAME`. `model.run=RUN` alone is `model=trained model.run=RUN`.
+- `prompt=...` of task=generate and `system=...` of task=chat are text as they are typed.
 - A key without a default must be given.
 - All errors of names, keys and values are reported in one message, and nothing is started.
 
@@ -97,7 +98,8 @@ the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
 
 | key | meaning |
 | --- | --- |
-| `status` | `done`, `stopped` (by you) or `failed` |
+| `status` | `done`, `stopped` (by you) or `failed`; `serving` while a server runs |
+| `url`, `model` | Only of `task=serve`: where it listens, and the name of the model there |
 | `exit_code` | Of the command: 0 done, 3 failed, 130 stopped and saved, 131 stopped at once |
 | `reason` | Why, as a sentence; also how a run that is done has diverged; else null |
 | `diverged` | In the end the loss is no number, or its median over 10 steps is more than twice \

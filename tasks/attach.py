@@ -29,7 +29,9 @@ def drive(config: RunConfig) -> int:
         if view.has_ended:
             echo("\n".join(run_summary.last_lines(run.folder, view)))
             return run_summary.exit_code(view)
-        echo(f"{run.folder.run_id} is running; Ctrl-C detaches from it")
+        url = view.summary.get("url")
+        how = f"serving at {one_line(str(url))}" if view.state == "serving" else "running"
+        echo(f"{run.folder.run_id} is {how}; Ctrl-C detaches from it")
         return Show(run, view).follow(view)
 
 

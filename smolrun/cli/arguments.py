@@ -33,6 +33,7 @@ REFUSED = {
 HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
 PLAIN = re.compile(r"^[\w./-]+$", re.ASCII)  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
+VERBATIM = ("chat.system", "generate.prompt")  # whatever is typed is text
 # Hydra's marks of calls, mappings, quotes, escapes and interpolations.
 MARKS = re.compile(r"""[(){}'"\\$]""")
 ENTRY = re.compile(r"[^\[\],\s](?:[^\[\],]*[^\[\],\s])?")  # between the marks of a list
@@ -124,8 +125,22 @@ def without_aliases(argv: Sequence[str]) -> list[str]:
         name = key.lstrip("+")
         if same := CHOICE_ALIASES.get(name):
             value = ",".join(same.get(choice, choice) for choice in value.split(","))
-        words.append(f"{key.removesuffix(name)}{keys.get(name, name)}{equals}{value}")
-    return words
+        name, key = keys.get(name, name), key.removesuffix(name)
+        if name in VERBATIM and equals:
+            value = verbatim(value)
+        words.append(f"{key}{name}{equals}{value}")
+    return words + _implied(words)
+
+
+def _implied(words: Sequence[str]) -> list[str]:
+    """`model.run=RUN` means the model of a run: model=trained."""
+    names = {word.lstrip("+").partition("=")[0] for word in words}
+    return ["model=trained"] if "model.run" in names and "model" not in names else []
+
+
+def verbatim(text: str) -> str:
+    """A text of many words as a value: commas, quotes, brackets, `${` and line ends are its own."""
+    return quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def at_home(word: str) -> str:

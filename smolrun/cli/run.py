@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
             os.getcwd()
         )  # the user's own code beside them; last, so that it hides no library
     try:
-        argv = without_aliases([at_home(word) for word in argv])
+        argv = [at_home(word) for word in without_aliases(argv)]
         refuse(argv)
         if is_showing(argv):
             return _show(argv)
@@ -67,7 +67,7 @@ def drive(config: RunConfig) -> int:
 
 def _goes_away(config: RunConfig) -> bool:
     """Whether the driver shall be another process; a dry run is over before that."""
-    is_run = config.task == "train" and not config.training.dry_run
+    is_run = config.task in ("train", "serve") and not config.training.dry_run
     return is_run and (config.detach or config.driver is not None)
 
 

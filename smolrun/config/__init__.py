@@ -13,7 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from smolrun.config import checks, problems
-from smolrun.config.plan import RankPlan, has_dedicated_server, ranks, savers, world_size
+from smolrun.config.plan import (
+    RankPlan,
+    has_dedicated_server,
+    min_ranks_left,
+    ranks,
+    savers,
+    world_size,
+)
 from smolrun.config.run import RunConfig, config_hash, redacted, resolved
 from smolrun.errors import ConfigError
 
@@ -22,6 +29,7 @@ __all__ = [
     "RunConfig",
     "config_hash",
     "has_dedicated_server",
+    "min_ranks_left",
     "ranks",
     "redacted",
     "resolved",

@@ -17,6 +17,8 @@ from smolrun.config.cluster import ClusterConfig
 from smolrun.config.cluster_checks import CLUSTER_CHECKS
 from smolrun.config.data import DataConfig
 from smolrun.config.models import (
+    PRETRAINED_NAMES,
+    CustomModelConfig,
     DecoderConfig,
     HuggingFaceConfig,
     MlpConfig,
@@ -27,6 +29,8 @@ from smolrun.config.optimizers import Optimizer, SGDConfig
 from smolrun.config.plan import cluster_size
 from smolrun.config.settings import QuantizationConfig, StalenessConfig, TrainingConfig
 from smolrun.config.suggest import absent, closest, problem
+
+SERVING_TASKS = ("serve", "generate", "chat")
 
 
 def ranks_fit_algorithm(
@@ -153,18 +157,28 @@ def model_is_named(*, model: ModelConfig) -> Iterator[str]:
 
 
 def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
-    """An earlier run's model is there to be exported; to train on, it is exported first."""
-    if isinstance(model, TrainedConfig) and task != "export":
+    """An earlier run's model is served or exported; to train on, it is exported first."""
+    if isinstance(model, TrainedConfig) and task not in ("export", *SERVING_TASKS):
         yield problem(
             "model",
             model.name,
-            "is for task=export",
+            "is for task=serve, generate, chat and export",
             allowed="checkpoint.resume=RUN to resume a run; or export it, and train on with "
             "model=hf model.name=FOLDER",
         )
     if task == "export" and not isinstance(model, TrainedConfig):
         what = "task=export takes its model from a run"
         yield problem("model", model.name, what, allowed="no model=..., but model.run=latest|RUN")
+    if task not in SERVING_TASKS:
+        return
+    is_random = isinstance(model, DecoderConfig) and model.name not in PRETRAINED_NAMES
+    if is_random or isinstance(model, MlpConfig | CustomModelConfig):
+        yield problem(
+            "model",
+            model.name,
+            "is built anew, so it has not learned anything to serve",
+            allowed="model.run=latest|RUN of a training run, or model=hf model.name=NAME|FOLDER",
+        )
 
 
 def heads_fit_width(*, model: ModelConfig) -> Iterator[str]:

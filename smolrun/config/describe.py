@@ -21,13 +21,14 @@ PLAIN = {
     type(None): "null",
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "task": ("serve", "generate", "chat", "compare", "logs"),
+    "task": ("compare", "logs"),
     "algorithm": ("mp", "mp_pipeline", "ep", "diloco"),
     "model": ("moe",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
-    "serving": ("pipeline", "replicas"),
-    "serving.mode": ("pipeline", "replicas"),
+    "serving": ("replicas",),
+    "serving.mode": ("replicas",),
+    "serving.weights": ("int8", "int4"),
 }
 """Group or key -> choices that are planned, so that the error says so."""
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

@@ -18,6 +18,14 @@ from smolrun.config.base import (
     chosen_by_target,
 )
 
+PRETRAINED_NAMES = {
+    "llama32_1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "qwen3_4b": "Qwen/Qwen3-4B",
+    "qwen3_14b": "Qwen/Qwen3-14B",
+    "qwen3_32b": "Qwen/Qwen3-32B",
+}
+"""Shipped shape -> the name of its weights on the hub, which task=serve loads."""
+
 
 class ModelConfig(TargetConfig):
     """What the checks ask of a model. The defaults are those of the user's own."""

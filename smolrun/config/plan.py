@@ -45,6 +45,11 @@ def world_size(config: RunConfig) -> int:
     return cluster_size(config.cluster, config.algorithm)
 
 
+def min_ranks_left(config: RunConfig) -> int | None:
+    """The ranks that an elastic run needs at least; None: all. Only training is elastic."""
+    return config.algorithm.min_ranks_left if config.task == "train" else None
+
+
 def savers(config: RunConfig) -> int:
     """How many ranks write checkpoints: all that are at one step, else the server alone."""
     return world_size(config) if config.algorithm.is_lockstep else 1

@@ -16,10 +16,12 @@ from smolrun.config.models import AnyModel
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
+    ChatConfig,
     CheckpointConfig,
     ChosenRunConfig,
     DoctorConfig,
     ExportConfig,
+    GenerateConfig,
     MeshConfig,
     QuantizationConfig,
     ServingConfig,
@@ -41,6 +43,9 @@ class RunConfig(Section):
 
     task: Literal[
         "train",
+        "serve",
+        "generate",
+        "chat",
         "bench",
         "export",
         "init",
@@ -78,7 +83,9 @@ class RunConfig(Section):
     bench: Bench
     export: ExportConfig
     attach: ChosenRunConfig
+    chat: ChatConfig
     doctor: DoctorConfig
+    generate: GenerateConfig
     status: StatusConfig
     stop: ChosenRunConfig
     trust: TrustConfig

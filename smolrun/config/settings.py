@@ -112,10 +112,31 @@ class MeshConfig(Section):
 
 
 class ServingConfig(Section):
-    """Group `serving`: how an inference server works (a task that is not built yet)."""
+    """Group `serving`: the inference server, and what generates text in the terminal."""
 
-    mode: Literal["local"]
-    port: Annotated[int, Field(ge=1, le=65535)]
+    mode: Literal["auto", "local", "pipeline"]
+    hosts: Literal["auto", "all"]
+    layers: list[list[Natural]] | None = Field(
+        json_schema_extra={"allowed": "null, or [first, last] of every rank, [] for none"}
+    )
+    weights: Literal["auto", "float32", "bf16"]
+    context: Auto | Annotated[int, Field(ge=2)]
+    slots: Auto | Annotated[int, Field(ge=1, le=1024)]
+    prefill_chunk: Count
+    prefix_reuse: bool
+    max_queue: Natural
+    port: Annotated[int, Field(ge=0, le=65535)]
+    bind: Name
+    allowed_hosts: list[Name]
+    cors_origins: list[Name]
+    request_timeout_s: Positive
+    drain_s: NotNegative
+    temperature: Auto | Annotated[float, Field(ge=0, le=2)]
+    top_p: Auto | Annotated[float, Field(gt=0, le=1)]
+    max_tokens: Auto | Count
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")] | None = Field(
+        json_schema_extra={"allowed": "null, or the address of a server: http://HOST:PORT"}
+    )
 
 
 class CollectivesBenchConfig(Section):
@@ -213,6 +234,18 @@ class TrustConfig(Section):
     """Keys of `task=trust`."""
 
     yes: bool
+
+
+class ChatConfig(Section):
+    """Key of task=chat."""
+
+    system: str | None
+
+
+class GenerateConfig(Section):
+    """Key of task=generate."""
+
+    prompt: str | None
 
 
 class ChosenRunConfig(Section):

@@ -11,6 +11,8 @@ CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
 TASK_KEY_ALIASES = {
     "attach": {"run": "attach.run"},
     "doctor": {"write": "doctor.write", "format": "doctor.format"},
+    "chat": {"system": "chat.system"},
+    "generate": {"prompt": "generate.prompt"},
     "status": {"format": "status.format"},
     "stop": {"run": "stop.run"},
     "trust": {"write": "trust.yes"},

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
-from smolrun.config import RankPlan, RunConfig, ranks
+from smolrun.config import RankPlan, RunConfig, min_ranks_left, ranks
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.config.suggest import problem
@@ -215,7 +215,7 @@ def open_fleet(config: RunConfig) -> Fleet:
     from smolrun.launch.ssh.connect import open_machines
 
     missing: dict[str, SmolrunError] = {}
-    is_elastic = config.algorithm.min_ranks_left is not None
+    is_elastic = min_ranks_left(config) is not None
     machines = open_machines(specs, missing=missing if is_elastic else None)
     fleet = Fleet(config, machines, missing)
     if missing and not _is_enough(config, missing):
@@ -228,7 +228,7 @@ def open_fleet(config: RunConfig) -> Fleet:
 def _is_enough(config: RunConfig, missing: Collection[str]) -> bool:
     """Whether an elastic run can begin without these hosts."""
     there = [rank.rank for rank in ranks(config) if rank.host not in missing]
-    return 0 in there and len(there) >= (config.algorithm.min_ranks_left or 0)
+    return 0 in there and len(there) >= (min_ranks_left(config) or 0)
 
 
 def host_specs(config: RunConfig) -> list[HostSpec]:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from smolrun.config import RankPlan, RunConfig, config_hash, ranks, redacted, world_size
+from smolrun.config import (
+    RankPlan,
+    RunConfig,
+    config_hash,
+    min_ranks_left,
+    ranks,
+    redacted,
+    world_size,
+)
 from smolrun.driver.fleet import Fleet, host_specs, is_elsewhere
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import Saving, Security, StartMessage
@@ -90,16 +98,11 @@ def plan_workers(
             security=security,
             credentials=keys[rank.rank],
             device=rank.device,
-            elastic=_min_ranks(config) is not None,
+            elastic=min_ranks_left(config) is not None,
             **_on_host(rank, fleet, saving),
         )
         plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
     return plans
-
-
-def _min_ranks(config: RunConfig) -> int | None:
-    """The ranks that an elastic run needs at least; None: all. Only training is elastic."""
-    return config.algorithm.min_ranks_left if config.task == "train" else None
 
 
 def _on_host(rank: RankPlan, fleet: Fleet, saving: Saving | None) -> dict[str, Any]:
@@ -129,7 +132,7 @@ class Reconnector(Subscriber):
         self, config: RunConfig, fleet: Fleet, saving: Saving | None, say: Callable[[str], None]
     ) -> None:
         """`say` is called by `on_poll` only."""
-        least = _min_ranks(config)
+        least = min_ranks_left(config)
         self.elasticity = None if least is None else Elasticity(min_ranks=least)
         self._config = config
         self._fleet = fleet

@@ -140,6 +140,11 @@ class Subscriber:
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """A rank sent a task message. A ProtocolError ends the run, with that rank as the cause."""
 
+    def may_stop(self) -> bool:
+        """The user has asked for a stop: whether the ranks may be asked now. It is asked again at
+        every poll; a second Ctrl-C does not wait for it."""
+        return True
+
     def on_end(self) -> None:
         """No worker runs any more. Called once, also when the run failed."""
 
@@ -230,7 +235,8 @@ class Driver:
                 subscriber.on_poll()
             if isinstance(item, Reported):
                 self._publish(item.event)
-            if self._asked_to_stop() > num_interrupts:
+            asked = self._asked_to_stop()
+            if asked > num_interrupts and (self._may_stop() or asked > 1):
                 num_interrupts += 1
                 actions = supervisor.handle(Interrupted(), time.monotonic())
                 if outcome := self._perform(actions):
@@ -276,6 +282,11 @@ class Driver:
             self._requests_due = now + _REQUESTS_EVERY_S
             self._requested = self._stop_requests()
         return self._interrupts.count + self._requested
+
+    def _may_stop(self) -> bool:
+        """Every subscriber is asked, as each then begins to finish what it has."""
+        answers = [subscriber.may_stop() for subscriber in self._subscribers]
+        return all(answers)
 
     def _next(self, deadline: float | None) -> Input | None:
         wait_s = (

@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,10 +62,6 @@ def prepare(
     """
     folder = cache_dir / f"{NAME}-{_FORMAT}"
     if not (folder / "config.json").is_file():
-        if find_spec("gguf") is None:
-            raise ConfigError(
-                f"model={name} is unpacked by the package gguf: pip install 'smolrun[gguf]'"
-            )
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache_dir) as workshop:

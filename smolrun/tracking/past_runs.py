@@ -18,11 +18,12 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 import msgspec
 
 from smolrun.files import open_regular, read_yaml
-from smolrun.tracking.run_folder import LATEST, RunFolder
+from smolrun.tracking.run_folder import LATEST, SERVING, RunFolder
 
 State = Literal[
-    "running", "elsewhere", "remote", "unreachable", "done", "stopped", "failed", "died", "bench"
-]
+    "running", "serving", "elsewhere", "remote", "unreachable",
+    "done", "stopped", "failed", "died", "bench",
+]  # fmt: skip
 
 _TAIL_BYTES = (64 << 10, 1 << 20)  # the second only if the first holds no step
 _MOST_STEPS = 1 << 53  # more is a damaged file
@@ -51,7 +52,7 @@ class PastRun:
     @property
     def may_be_running(self) -> bool:
         """Whether its files must not be deleted."""
-        return self.state in ("running", "elsewhere", "remote", "unreachable")
+        return self.state in ("running", "serving", "elsewhere", "remote", "unreachable")
 
 
 def run_folders(outputs: Path) -> list[RunFolder]:
@@ -108,7 +109,7 @@ def state_of(folder: RunFolder) -> State:
     if status in ("done", "stopped", "failed"):
         return status  # type: ignore[no-any-return]
     if is_alive:
-        return "running"
+        return "serving" if status == SERVING else "running"
     driver = folder.driver()
     if driver and driver.get("host") != platform.node() and _quiet_s(folder) < _QUIET_S:
         return "elsewhere"

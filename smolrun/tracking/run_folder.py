@@ -44,6 +44,7 @@ from smolrun.sanitize import one_line
 
 OUTPUTS = Path("outputs")  # in the working directory; all that a run writes is in it
 LATEST = "latest"
+SERVING = "serving"  # the status in summary.json while a server runs; it has no other end
 _SIGNATURE = re.compile(rb"^# signature: ([0-9a-f]{64})\n?\Z", re.MULTILINE)  # the last line
 _IN_CONFIG = b"config.yaml\n"  # the signed bytes begin with it
 MAX_SUMMARY_BYTES = MAX_JSON_BYTES
@@ -291,7 +292,7 @@ class RunFolder:
 
     def driver_lives(self) -> bool:
         """Whether the run has not ended and its driver is a living process of this host."""
-        return _is_alive(self.driver()) and not self.summary()
+        return _is_alive(self.driver()) and self.summary().get("status", SERVING) == SERVING
 
     def become_latest(self) -> None:
         """Point `outputs/latest` here: a link, or a text file where links are not possible.

@@ -85,7 +85,7 @@ class View(msgspec.Struct, frozen=True):
     @property
     def has_ended(self) -> bool:
         """Whether the run has ended."""
-        return self.state not in ("running", "elsewhere", "remote")
+        return self.state not in ("running", "serving", "elsewhere", "remote")
 
 
 def answer(request: Request) -> View:

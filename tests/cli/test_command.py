@@ -43,7 +43,7 @@ def refused(folder: Path, *arguments: str) -> list[str]:
             "algorithm=ep",
             "algorithm = ep: not built yet; allowed: classicdp, edp, fsdp, single, syncps",
         ),
-        ("task=serve", "task = serve: not built yet; allowed: attach, bench, clean, doctor, "),
+        ("task=compare", "task = compare: not built yet; allowed: attach, bench, chat, clean, "),
         (
             "algorithm=gpt_tiny",
             "allowed: classicdp, edp, fsdp, single, syncps; did you mean model=gpt_tiny?",

@@ -30,7 +30,7 @@ def test_exporting_brings_the_model_of_a_run_along() -> None:
     [
         (["model=hf"], "model.name: set model.name=NAME of the hub, or a FOLDER"),
         (["model.name=owner/model"], "allowed: model=hf model.name=owner/model"),
-        (["model=trained"], "model = trained: is for task=export"),
+        (["model=trained"], "model = trained: is for task=serve, generate, chat and export"),
         (["task=export", "model=gpt_tiny"], "task=export takes its model from a run"),
         (["model=hf", "model.name=a", "model.dropout=1.0"], "model.dropout = 1.0: too large"),
         (["model=hf", "model.name=a", "data=digits", "model.attention=best"], "model.attention"),

@@ -73,16 +73,8 @@ def test_a_source_archive_of_that_name_is_never_built(tmp_path: Path, offline: P
     assert not (tmp_path / "it ran").exists()
 
 
-def test_without_the_package_that_unpacks_it_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'smolrun\[gguf\]'"):
-        prepare(tmp_path)
-
-
 def test_what_is_there_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: pytest.fail("looked further"))
+    monkeypatch.setattr(smollm2, "fetched_package", lambda *_: pytest.fail("looked further"))
     folder = save_model(tmp_path / "smollm2_135m-1")
     assert prepare(tmp_path).folder == str(folder)
 

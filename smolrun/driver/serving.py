@@ -1,0 +1,250 @@
+"""One server on the driver: HTTP, the ranks behind it, and the messages between them.
+
+    with ServingRun(config, say, progress) as run:    model found, port bound, hosts connected
+        outcome = run.serve(folder)                   blocks until stopped, or until a rank is lost
+
+Only wiring: the model's cut is in serving_start.py, requests are in serving/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from smolrun.config import RunConfig, ranks
+from smolrun.config.settings import ServingConfig
+from smolrun.config.suggest import problem
+from smolrun.driver.fleet import open_fleet
+from smolrun.driver.run_on_ranks import run_on_ranks
+from smolrun.driver.serving_model import find_model
+from smolrun.driver.serving_start import ModelLoader, ServingSpec
+from smolrun.errors import ConfigError, ProtocolError
+from smolrun.estimate.serving_plan import ServingPlan, model_bytes
+from smolrun.files import read_json
+from smolrun.launch.control import TaskMessage, decode_data, task_message
+from smolrun.launch.driver import Driver, Subscriber
+from smolrun.launch.supervisor import Limits
+from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.models.sampling import Sampling
+from smolrun.serving.frontend import Frontend
+from smolrun.serving.generation import ApiLimits, Service
+from smolrun.serving.http_server import HttpServer
+from smolrun.serving.messages import TOPIC, FromEngine, Ready, ToEngine
+from smolrun.tracking.run_folder import RunFolder
+
+Progress = Callable[[str, int, int], None]
+_STOP_S = 30.0  # for the ranks to end, once no answer runs any more
+ITEM_BYTES = {"float32": 4, "bf16": 2}
+
+
+def serving_config(config: RunConfig) -> RunConfig:
+    """The configuration with the ranks that serving needs: one where the model is not to be cut.
+
+    A machine that holds the model gains nothing from two processes, so auto has one on it."""
+    cluster, mode = config.cluster, config.serving.mode
+    update: dict[str, Any] = {}
+    if cluster.hosts is None and mode != "pipeline":
+        update = {"ranks": 1}
+    elif cluster.hosts is not None and mode == "local":
+        update = {"hosts": [cluster.hosts[0].model_copy(update={"ranks": 1})]}
+    return config.model_copy(update={"task": "serve", "cluster": cluster.model_copy(update=update)})
+
+
+class ServingRun:
+    """A server from its port to its end. `url` is where it listens."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None], progress: Progress) -> None:
+        """Find the model, bind the port, connect to the hosts. ConfigError, HostError: nothing was
+        started."""
+        self._config = config = serving_config(config)
+        self._say = say
+        self._progress = progress
+        self._closing = contextlib.ExitStack()
+        self.source = source = find_model(config, progress, say)
+        dtype = source.dtype if config.serving.weights == "auto" else config.serving.weights
+        sizes = model_bytes(source.shape, source.vocab_size, ITEM_BYTES[dtype])
+        self.spec = ServingSpec(source, sizes, dtype)
+        self.bridge = EngineBridge(config.serving.max_queue)
+        self.server = self._http_server()
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.server.stop, 0.0)
+            self._fleet = open_fleet(config)
+            closing.callback(self._fleet.close)
+            self._closing = closing.pop_all()
+
+    def _http_server(self) -> HttpServer:
+        from smolrun.serving.api import build_app
+        from smolrun.serving.text import Prompts
+
+        serving, source = self._config.serving, self.source
+        assert source.tokenizer_folder is not None, "find_model has refused that"
+        service = Service(
+            source.name,
+            Prompts(Path(source.tokenizer_folder), source.end_ids),
+            self.bridge.frontend,
+            source.end_ids,
+            defaults=sampling_defaults(serving, Path(source.folder)),
+            limits=ApiLimits(
+                default_max_tokens=1024 if serving.max_tokens == "auto" else serving.max_tokens,
+                request_timeout_s=serving.request_timeout_s,
+            ),
+        )
+        server = HttpServer(
+            build_app(service), self.bridge.frontend, host=serving.bind, port=serving.port
+        )
+        try:
+            self.url = server.start()
+        except OSError as error:
+            raise ConfigError(_port_problem(serving.bind, serving.port, error)) from error
+        return server
+
+    def __enter__(self) -> ServingRun:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._closing.close()
+
+    def serve(
+        self,
+        folder: RunFolder,
+        *,
+        on_ready: Callable[[Ready], None],
+        stop_requests: Callable[[], int] | None = None,
+    ) -> RunOutcome:
+        """Start the ranks and serve until the user stops them or one is lost. `on_ready` is called
+        on this thread once a token has flowed."""
+        config = self._config
+        self.bridge.on_ready = on_ready
+        drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
+        loader = ModelLoader(
+            config, self.spec, self._deliver, on_plan=self._show_plan, progress=self._progress
+        )
+        outcome = run_on_ranks(
+            config,
+            folder,
+            self._fleet,
+            [loader, self.bridge, drain],
+            limits=Limits(
+                start_s=config.cluster.start_timeout_s,
+                finish_s=config.mesh.timeout_s,
+                stop_s=_STOP_S,
+            ),
+            say=self._say,
+            progress=self._progress,
+        )
+        if outcome.status == "failed":
+            self.bridge.frontend.fail(f"the server ended: {outcome.reason}")
+        return outcome
+
+    def _deliver(self, plan: ServingPlan) -> list[str]:
+        return [self.source.folder] * len(plan.layers)
+
+    def _show_plan(self, plan: ServingPlan) -> None:
+        for left in plan.left_out:
+            self._say(
+                f"{left.host} left out: {left.with_it:.2g} tokens/s with it, {left.without:.2g} "
+                "without; serving.hosts=all uses it"
+            )
+        if len(plan.stages) > 1:
+            hosts = {rank.rank: rank.host for rank in ranks(self._config)}
+            parts = [
+                f"rank {rank} ({hosts[rank]}) layers {plan.layers[rank].start} to "
+                f"{plan.layers[rank].stop - 1}"
+                for rank in plan.stages
+            ]
+            self._say(f"pipeline: {', '.join(parts)}")
+
+
+class EngineBridge(Subscriber):
+    """The task messages between the HTTP server and rank 0."""
+
+    topic = TOPIC
+
+    def __init__(self, max_waiting: int) -> None:
+        self.frontend = Frontend(self._send, max_waiting=max_waiting)
+        self.on_ready: Callable[[Ready], None] = lambda _: None
+        self._driver: Driver | None = None
+
+    def on_start(self, driver: Driver) -> None:
+        """Requests can be sent from now on."""
+        self._driver = driver
+
+    def on_message(self, rank: int, message: TaskMessage) -> None:
+        """New tokens, or the news that tokens can flow."""
+        if rank != 0:
+            raise ProtocolError("sent tokens, which only rank 0 does")
+        news: FromEngine = decode_data(message, FromEngine)  # type: ignore[arg-type]  # a union is fine
+        self.frontend.on_message(news)
+        if isinstance(news, Ready):
+            self.on_ready(news)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._driver is not None:
+            self._driver.send(0, task_message(TOPIC, message))
+
+
+class Draining(Subscriber):
+    """Lets running answers end before the ranks are stopped."""
+
+    def __init__(
+        self, server: HttpServer, frontend: Frontend, drain_s: float, say: Callable[[str], None]
+    ) -> None:
+        self._server = server
+        self._frontend = frontend
+        self._drain_s = drain_s
+        self._say = say
+        self._thread: threading.Thread | None = None
+
+    def may_stop(self) -> bool:
+        """Once no answer runs any more, or the time for that is over."""
+        if self._thread is None:
+            if self._frontend.in_flight:
+                self._say(
+                    f"running answers get up to {self._drain_s:g} s to end; Ctrl-C again: at once"
+                )
+            self._thread = threading.Thread(
+                target=self._server.stop, args=(self._drain_s,), name="smolrun-drain", daemon=True
+            )
+            self._thread.start()
+        return not self._thread.is_alive()
+
+
+def sampling_defaults(serving: ServingConfig, folder: Path) -> Sampling:
+    """How tokens are drawn where a request does not say: as configured, else as the model's
+    generation_config.json says, else by temperature 0.7."""
+    own: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        own = read_json(folder / "generation_config.json")
+    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {key: own.get(key) for key in keys if own.get("do_sample")}
+    values = {key: value for key, value in given.items() if isinstance(value, float | int)}
+    values = {"temperature": 0.7} | values
+    if serving.temperature != "auto":
+        values["temperature"] = serving.temperature
+    if serving.top_p != "auto":
+        values["top_p"] = serving.top_p
+    return msgspec.convert(values, Sampling)
+
+
+def _port_problem(bind: str, port: int, error: OSError) -> str:
+    """What is wrong with an address, and which process has the port."""
+    user = f" by {name}" if (name := _listener(port)) else ""
+    what = f"cannot listen on {bind}:{port}: {error.strerror or error}{user}"
+    return problem(
+        "serving.port", port, what, allowed="a port that no process uses, or 0 for any free one"
+    )
+
+
+def _listener(port: int) -> str | None:
+    """The process that listens on a port of this machine, if the system tells."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr[1:] == (port,) and one.pid:
+                return f"{psutil.Process(one.pid).name()} (process {one.pid})"
+    return None

@@ -1,0 +1,72 @@
+"""Which model task=serve, generate and chat serve, ready on this machine: from the package index,
+the hub, a folder, or the checkpoint of an earlier run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolrun.config import RunConfig
+from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig, TrainedConfig
+from smolrun.data.cache import cache_folder
+from smolrun.driver.prepare import prepare_model
+from smolrun.errors import ConfigError, SmolrunError
+from smolrun.models.trained import TrainedModel, find
+from smolrun.serving.source import ModelSource, source_of_checkpoint, source_of_folder
+from smolrun.tracking.run_folder import OUTPUTS
+
+if TYPE_CHECKING:
+    from smolrun.data.prepared import Progress
+
+
+def find_model(config: RunConfig, progress: Progress, say: Callable[[str], None]) -> ModelSource:
+    """The configured model; ConfigError where it cannot be had, or is none that can be served."""
+    model = config.model
+    if isinstance(model, TrainedConfig):
+        source = _trained(model.run, progress, say)
+    elif isinstance(model, DecoderConfig):  # a shape whose weights are known
+        source = _on_hub(PRETRAINED_NAMES[model.name], progress)
+    else:
+        pretrained = model.model_copy(update={"pretrained": True})
+        found = prepare_model(config.model_copy(update={"model": pretrained}), progress)
+        assert found is not None, "such models are fetched"
+        source = source_of_folder(Path(found.folder), _short_name(model.name))
+    if source.tokenizer_folder is None:
+        raise ConfigError(f"model={source.name} brings no tokenizer, so it cannot be served")
+    return source
+
+
+def _short_name(name: str) -> str:
+    """A folder's own name; a name of the hub as it is."""
+    folder = Path(os.path.expanduser(name))
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def _on_hub(name: str, progress: Progress) -> ModelSource:
+    from smolrun.models.huggingface import download
+
+    return source_of_folder(download(name, None, needs_weights=True, progress=progress), name)
+
+
+def _trained(run: str, progress: Progress, say: Callable[[str], None]) -> ModelSource:
+    """The newest whole checkpoint of a run."""
+    try:
+        trained = find(OUTPUTS, say, run=run)
+    except SmolrunError as error:
+        raise ConfigError(f"model.run = {run}: {error}") from error
+    return source_of_checkpoint(trained, trained.run_folder.name, _network(trained, progress))
+
+
+def _network(trained: TrainedModel, progress: Progress) -> Path | None:
+    """The config.json of a trained model of transformers, where an older run did not keep it."""
+    module = str(trained.section["target"]).partition(":")[0]
+    is_network = module in ("smolrun.models.huggingface", "smolrun.models.smollm2")
+    if not is_network or (trained.run_folder / "model" / "config.json").is_file():
+        return None
+    keys = {**trained.keys, "pretrained": False}
+    prepare = import_module(module).prepare
+    return Path(prepare(cache_folder("models"), progress, trained.section["name"], **keys).folder)

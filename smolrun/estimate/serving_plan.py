@@ -1,0 +1,266 @@
+"""Which rank of a server holds which layers: sizes of a decoder, and the plan for the ranks there.
+
+Pure arithmetic on what the driver knows of the model and what the ranks measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from smolrun.errors import SmolrunError
+from smolrun.models.shape import DecoderShape, parameter_shapes
+from smolrun.parts.placement import checked_layers, cut
+
+HOP_S = 0.001  # a message between stages in a home network
+_MOST_SLOTS = 8
+_LEAST_CONTEXT = 256
+# Hidden states, logits and torch's own buffers beside weights and cache.
+_SPARE_BYTES = 200e6
+_WORTH = 1.1  # a host is left out if the others are faster by this factor without it
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of a decoder's parts; `shared` of embedding and head: a stage with both holds that
+    once."""
+
+    layers: int
+    layer: int
+    embedding: int
+    head: int
+    shared: int
+    cache_per_token: int  # of one layer
+    hidden: int  # of one token, between stages
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model on one rank."""
+        return self.layers * self.layer + self.embedding + self.head - self.shared
+
+
+def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelBytes:
+    """The sizes of a decoder whose numbers have `itemsize` bytes."""
+
+    def size(has_embedding: bool, has_head: bool) -> int:
+        shapes = parameter_shapes(shape, vocab_size, 0, 0, has_embedding, has_head)
+        return itemsize * sum(map(math.prod, shapes.values()))
+
+    layer = size(False, False)
+    return ModelBytes(
+        layers=shape.layers,
+        layer=layer,
+        embedding=size(True, False) - layer,
+        head=size(False, True) - layer,
+        shared=size(True, False) + size(False, True) - layer - size(True, True),
+        cache_per_token=2 * shape.kv_heads * shape.head_width * itemsize,
+        hidden=shape.width * itemsize,
+    )
+
+
+@dataclass(frozen=True)
+class ServingRank:
+    """What a rank has: seconds of a layer and of the head for one token, and bytes that are free
+    for it alone."""
+
+    host: str
+    layer_s: float
+    head_s: float
+    free_bytes: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A host without layers: tokens per second of one stream with it, and without."""
+
+    host: str
+    with_it: float
+    without: float
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """`layers[rank]`, empty for a rank that waits; every stage keeps `slots` sequences of up to
+    `capacity` tokens; `tokens_per_s` of one stream."""
+
+    layers: list[range]
+    slots: int
+    capacity: int
+    tokens_per_s: float
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[int]:
+        """The ranks that hold layers."""
+        return [rank for rank, layers in enumerate(self.layers) if layers]
+
+    def weight_bytes(self, model: ModelBytes, rank: int) -> int:
+        """Of a rank's weights."""
+        layers = self.layers[rank]
+        if not layers:
+            return 0
+        is_first, is_last = layers.start == 0, layers.stop == model.layers
+        ends = (model.embedding if is_first else 0) + (model.head if is_last else 0)
+        shared = model.shared if is_first and is_last else 0
+        return len(layers) * model.layer + ends - shared
+
+    def cache_bytes(self, model: ModelBytes, rank: int) -> int:
+        """Of the keys and values on a rank."""
+        return len(self.layers[rank]) * self.slots * self.capacity * model.cache_per_token
+
+
+class DoesNotFit(SmolrunError):
+    """The model is larger than the memory of the ranks."""
+
+
+def plan(
+    model: ModelBytes,
+    ranks: Sequence[ServingRank],
+    *,
+    mode: Literal["auto", "local", "pipeline"],
+    hosts: Literal["auto", "all"] = "auto",
+    layers: Sequence[Sequence[int]] | None = None,
+    slots: int | None = None,
+    context: int,
+    is_context_fixed: bool = False,
+) -> ServingPlan:
+    """The layers of every rank. None for `slots`: as many as fit, and a shorter context where even
+    one does not fit, unless it is fixed. DoesNotFit; ValueError for wrong `layers`."""
+    if layers is not None:
+        given = checked_layers(layers, model.layers, len(ranks))
+        if not given[0]:
+            raise ValueError("rank 0 must hold the first layer: the scheduler is there")
+    for tried_slots, capacity in _sizes(slots, context, is_context_fixed):
+        placing = _Placing(model, ranks, tried_slots, capacity)
+        if layers is not None:
+            found = placing.of(given) if placing.fits(given) else None
+        else:
+            found = placing.best(mode, hosts)
+        if found is not None:
+            return found
+    smallest = _sizes(slots, context, is_context_fixed)[-1]
+    raise DoesNotFit(_too_large(model, ranks, *smallest, mode))
+
+
+def _sizes(slots: int | None, context: int, is_fixed: bool) -> list[tuple[int, int]]:
+    """Slots and capacity to try, largest first."""
+    counts = [slots] if slots else [_MOST_SLOTS, 4, 2, 1]
+    sizes = [(count, context) for count in counts]
+    while not is_fixed and (context := context // 2) >= _LEAST_CONTEXT:
+        sizes.append((counts[-1], context))
+    return sizes
+
+
+@dataclass(frozen=True)
+class _Placing:
+    """Layers on ranks, for a cache of a certain size."""
+
+    model: ModelBytes
+    ranks: Sequence[ServingRank]
+    slots: int
+    capacity: int
+
+    def best(self, mode: str, hosts: str) -> ServingPlan | None:
+        """Local if that fits and is allowed, else over the ranks, without hosts that slow it down
+        if that is allowed."""
+        everyone = list(range(len(self.ranks)))
+        if mode != "pipeline" and (alone := self.over(everyone[:1])) is not None:
+            return alone
+        if mode == "local":
+            return None
+        if hosts == "all":
+            return self.over(everyone)
+        return self._without_slow_hosts(everyone)
+
+    def _without_slow_hosts(self, used: list[int]) -> ServingPlan | None:
+        """All ranks, less the hosts without which it is faster; those that cannot all hold a layer
+        are tried as if they might."""
+        found, left_out = self.over(used), []
+        while True:
+            rivals = []
+            for host in dict.fromkeys(self.ranks[rank].host for rank in used):
+                rest = [rank for rank in used if self.ranks[rank].host != host]
+                # One stage alone would be no pipeline; it was looked at before.
+                if len(rest) > 1 and rest[0] == 0 and (other := self.over(rest)) is not None:
+                    rivals.append((other.tokens_per_s, host, rest, other))
+            if not rivals:
+                break
+            rate, host, rest, other = max(rivals, key=lambda rival: rival[0])
+            before = found.tokens_per_s if found is not None else 0.0
+            if rate < _WORTH * before:
+                break
+            left_out.append(LeftOut(host, before, rate))
+            found, used = other, rest
+        if found is None:
+            return None
+        return ServingPlan(found.layers, found.slots, found.capacity, found.tokens_per_s, left_out)
+
+    def over(self, used: Sequence[int]) -> ServingPlan | None:
+        """The best cut over these ranks, each with a layer; None if that does not fit."""
+        model, first = self.model, self.ranks[used[0]]
+        if len(used) > model.layers:
+            used = used[: model.layers]
+        costs = [first.layer_s] * model.layers
+        costs[-1] += first.head_s
+        sizes = [float(model.layer + self._cache_bytes(1))] * model.layers
+        sizes[0] += model.embedding
+        sizes[-1] += model.head
+        stages = cut(
+            costs,
+            [first.layer_s / self.ranks[rank].layer_s for rank in used],
+            sizes=sizes,
+            limits=[self.ranks[rank].free_bytes - _SPARE_BYTES for rank in used],
+            shared_size=model.shared,
+        )
+        if stages is None:
+            return None
+        layers = [range(0)] * len(self.ranks)
+        for rank, part in zip(used, stages.layers, strict=True):
+            layers[rank] = part
+        return self.of(layers)
+
+    def of(self, layers: list[range]) -> ServingPlan:
+        """The plan of given layers."""
+        seconds = sum(
+            len(part) * rank.layer_s for part, rank in zip(layers, self.ranks, strict=True)
+        )
+        used = [rank for part, rank in zip(layers, self.ranks, strict=True) if part]
+        seconds += used[-1].head_s + (HOP_S * len(used) if len(used) > 1 else 0)
+        return ServingPlan(layers, self.slots, self.capacity, 1 / seconds)
+
+    def fits(self, layers: list[range]) -> bool:
+        """Whether given layers fit on their ranks."""
+        made = self.of(layers)
+        return all(
+            made.weight_bytes(self.model, index) + made.cache_bytes(self.model, index)
+            <= rank.free_bytes - _SPARE_BYTES
+            for index, rank in enumerate(self.ranks)
+            if layers[index]
+        )
+
+    def _cache_bytes(self, num_layers: int) -> int:
+        return num_layers * self.slots * self.capacity * self.model.cache_per_token
+
+
+def _too_large(
+    model: ModelBytes, ranks: Sequence[ServingRank], slots: int, capacity: int, mode: str
+) -> str:
+    """What is missing, as a sentence."""
+    used = ranks[:1] if mode == "local" else ranks
+    cache = model.layers * slots * capacity * model.cache_per_token
+    free = ", ".join(f"{rank.host} {_gb(rank.free_bytes)}" for rank in used)
+    needed = (
+        f"{_gb(model.weights)} of weights and {_gb(cache)} of cache ({slots} x {capacity} tokens)"
+    )
+    best = "more hosts (cluster=NAME serving=pipeline)" if len(used) == 1 else "another host"
+    return (
+        f"the model does not fit: it needs {needed}, free are {free}; "
+        f"try serving.weights=bf16, a smaller serving.context or serving.slots, {best}, "
+        "or a smaller model"
+    )
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,98 @@
+"""task=serve: a model behind OpenAI's HTTP API, on this machine or cut over several.
+
+`drive` runs on the driver, `work` on every rank once the mesh is connected."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from smolrun.config import RunConfig
+from smolrun.driver.detach import begin_driving
+from smolrun.driver.fleet import is_elsewhere
+from smolrun.driver.outputs import become_latest, make_folder, nothing_started
+from smolrun.driver.preflight import check_before_start
+from smolrun.driver.serving import ServingRun
+from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
+from smolrun.launch.wake import keep_awake
+from smolrun.sanitize import echo, indented, one_line
+from smolrun.tracking.console import Console
+from smolrun.tracking.formatting import duration
+
+if TYPE_CHECKING:
+    from smolrun.launch.channel import WorkerChannel
+    from smolrun.launch.control import StartMessage
+    from smolrun.mesh.mesh import Mesh
+    from smolrun.serving.messages import Ready
+    from smolrun.tracking.run_folder import RunFolder
+
+
+def drive(config: RunConfig) -> int:
+    """Serve as configured; returns the exit code. ConfigError, HostError: nothing was started."""
+    check_before_start(config)
+    console = Console(steps=1, world_size=1)
+    with contextlib.ExitStack() as closing:
+        closing.callback(console.close)
+        if is_elsewhere(config):  # this machine renews the leases of the workers
+            closing.enter_context(keep_awake())
+        run = closing.enter_context(ServingRun(config, console.say, console.preparing))
+        with nothing_started():
+            folder = make_folder(config, f"serve-{config.model.name}")
+            begin_driving(folder, steps=0, unit="tokens")
+        become_latest(folder, console.say)
+        served = _Served(run, folder, console)
+        outcome = run.serve(folder, on_ready=served.begin)
+        served.end(outcome)
+    return outcome.exit_code
+
+
+class _Served:
+    """What the terminal and summary.json say of a server."""
+
+    def __init__(self, run: ServingRun, folder: RunFolder, console: Console) -> None:
+        self._run = run
+        self._folder = folder
+        self._console = console
+        self._began = time.monotonic()
+
+    def begin(self, ready: Ready) -> None:
+        """Requests are answered from now on."""
+        run, say = self._run, self._console.say
+        self._console.close()
+        self._folder.write_summary({"status": "serving", **self._facts()})
+        say(f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
+            f"context {ready.max_sequence_length:,} tokens")  # fmt: skip
+        body = (
+            f'{{"model": "{run.source.name}", "messages": [{{"role": "user", "content": "Hi"}}]}}'
+        )
+        say(f"curl {run.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        say(f"to stop it: Ctrl-C, or smolrun task=stop stop.run={self._folder.run_id}")
+
+    def end(self, outcome: RunOutcome) -> None:
+        """The last lines, and how it ended for those who look at the run later."""
+        wall_s = time.monotonic() - self._began
+        how = {"status": outcome.status, "exit_code": outcome.exit_code, "wall_s": wall_s}
+        why = {
+            "reason": outcome.reason or None,
+            "failed_rank": outcome.failed_rank,
+            "failed_host": outcome.failed_host,
+        }
+        with contextlib.suppress(OSError):
+            self._folder.write_summary({**how, **why, **self._facts()})
+        if outcome.exit_code == EXIT_FAILED:
+            echo(indented(f"smolrun: {outcome.reason}"), error=True)
+            for line in outcome.log_tail:
+                echo(f"  | {one_line(line)}", error=True)
+        self._console.say(f"{outcome.status}, served for {duration(wall_s)}")
+        self._console.say(f"run folder: {self._folder.path}")
+
+    def _facts(self) -> dict[str, Any]:
+        return {"url": self._run.url, "model": self._run.source.name}
+
+
+def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
+    """Hold a stage of the model on this rank; rank 0 also schedules. Returns its summary."""
+    from smolrun.worker.serve import serve
+
+    return serve(start, mesh, channel)
