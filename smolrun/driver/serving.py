@@ -9,13 +9,15 @@ Only wiring: the model's cut is in serving_start.py, requests are in serving/.
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
+import platformdirs
 
 from smolrun.config import RunConfig, ranks
 from smolrun.config.settings import ServingConfig
@@ -31,7 +33,9 @@ from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.mesh.addresses import is_loopback
 from smolrun.models.sampling import Sampling
+from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import ApiLimits, Service
 from smolrun.serving.http_server import HttpServer
@@ -72,11 +76,13 @@ class ServingRun:
         self.spec = ServingSpec(source, sizes, dtype)
         self.bridge = EngineBridge(config.serving.max_queue)
         self.server = self._http_server()
-        with contextlib.ExitStack() as closing:
-            closing.callback(self.server.stop, 0.0)
+        self._closing.callback(self.server.stop, 0.0)
+        try:
             self._fleet = open_fleet(config)
-            closing.callback(self._fleet.close)
-            self._closing = closing.pop_all()
+        except BaseException:
+            self._closing.close()
+            raise
+        self._closing.callback(self._fleet.close)
 
     def _http_server(self) -> HttpServer:
         from smolrun.serving.api import build_app
@@ -86,7 +92,7 @@ class ServingRun:
         assert source.tokenizer_folder is not None, "find_model has refused that"
         service = Service(
             source.name,
-            Prompts(Path(source.tokenizer_folder), source.end_ids),
+            Prompts(Path(source.tokenizer_folder)),
             self.bridge.frontend,
             source.end_ids,
             defaults=sampling_defaults(serving, Path(source.folder)),
@@ -95,14 +101,28 @@ class ServingRun:
                 request_timeout_s=serving.request_timeout_s,
             ),
         )
-        server = HttpServer(
-            build_app(service), self.bridge.frontend, host=serving.bind, port=serving.port
-        )
+        self._closing.callback(service.close)
+        app = build_app(service, self._policy())
+        server = HttpServer(app, self.bridge.frontend, host=serving.bind, port=serving.port)
         try:
             self.url = server.start()
         except OSError as error:
-            raise ConfigError(_port_problem(serving.bind, serving.port, error)) from error
+            allowed = "a port that no process uses, or 0 for any free one"
+            what = error.strerror or str(error)
+            line = problem("serving.port", serving.port, what, allowed=allowed)
+            raise ConfigError(line) from error
         return server
+
+    def _policy(self) -> AccessPolicy:
+        """Without a key only this machine may ask, by its own names; with one, a foreign page that
+        gets here by another name cannot know the key."""
+        serving = self._config.serving
+        is_open = serving.bind != "localhost" and not is_loopback(serving.bind)
+        return AccessPolicy(
+            api_key=api_key(self._say) if is_open else None,
+            hosts=serving.allowed_hosts or (["*"] if is_open else []),
+            origins=serving.cors_origins,
+        )
 
     def __enter__(self) -> ServingRun:
         return self
@@ -232,19 +252,19 @@ def sampling_defaults(serving: ServingConfig, folder: Path) -> Sampling:
     return msgspec.convert(values, Sampling)
 
 
-def _port_problem(bind: str, port: int, error: OSError) -> str:
-    """What is wrong with an address, and which process has the port."""
-    user = f" by {name}" if (name := _listener(port)) else ""
-    what = f"cannot listen on {bind}:{port}: {error.strerror or error}{user}"
-    return problem(
-        "serving.port", port, what, allowed="a port that no process uses, or 0 for any free one"
-    )
-
-
-def _listener(port: int) -> str | None:
-    """The process that listens on a port of this machine, if the system tells."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for one in psutil.net_connections("tcp"):
-            if one.status == psutil.CONN_LISTEN and one.laddr[1:] == (port,) and one.pid:
-                return f"{psutil.Process(one.pid).name()} (process {one.pid})"
-    return None
+def api_key(say: Callable[[str], None]) -> str:
+    """The key that every request beyond this machine needs: made once for this account, in a file
+    that it alone can read, and shown then."""
+    path = platformdirs.user_config_path("smolrun") / "serving.key"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(key := secrets.token_urlsafe(32))
+        except FileExistsError:
+            say(f"clients need the API key in {path}")
+            return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the API key {path} cannot be read or made: {error}") from error
+    say(f"clients need this API key, shown only now and kept in {path}: {key}")
+    return key
