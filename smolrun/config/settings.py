@@ -200,12 +200,27 @@ class StragglersBenchConfig(Section):
     repeats: Count
 
 
+class ServingBenchConfig(Section):
+    """Tokens per second of stages on ranks, beside one process and transformers' generate."""
+
+    name: Literal["serving"]
+    world_sizes: WorldSizes
+    dtype: Literal["float32", "bf16"]
+    layers: Count
+    streams: Annotated[list[Count], Field(min_length=1)]
+    prompt_tokens: Count
+    new_tokens: Count
+    peers: Annotated[list[Literal["one process", "HF generate"]], Field(min_length=1)]
+    repeats: Count
+
+
 Bench = Annotated[
     CollectivesBenchConfig
     | LinkBenchConfig
     | StepBenchConfig
     | UnequalBenchConfig
-    | StragglersBenchConfig,
+    | StragglersBenchConfig
+    | ServingBenchConfig,
     Field(discriminator="name"),
 ]
 

@@ -21,8 +21,7 @@ import queue
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 import torch
@@ -33,6 +32,7 @@ from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import Stream
 from smolrun.serving.batch import Batch, BatchResult
 from smolrun.serving.messages import StageStats
+from smolrun.serving.stage_runner import StageRunner, StageTimes, run_timed
 from smolrun.wire.frame import Tag
 
 _LENGTH = struct.Struct("<I")
@@ -42,37 +42,12 @@ _INLINE_BYTES = _FRAME_BYTES - _LENGTH.size
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # far above the token ids of a batch
 
 
-class StageRunner(Protocol):
-    """The layers of this rank. `run` takes the hidden states of the stage before, None for the
-    first one, and returns hidden states [T, D] on the CPU, or what it has sampled if it is the
-    last. It runs batches in the order of their numbers."""
-
-    width: int
-    dtype: torch.dtype
-    max_tokens: int  # of one batch
-
-    def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult: ...
-
-
 class StagePlan(msgspec.Struct, frozen=True, array_like=True):
     """What travels with hidden states. No batch: the stages end, in order. `stages`: every stage
     adds its figures; None: they are not asked for."""
 
     batch: Batch | None
     stages: list[StageStats] | None = None
-
-
-@dataclass
-class StageTimes:
-    """What a stage did so far: `describe()` gives all of it, with what does not change."""
-
-    describe: Callable[[float, float, int], StageStats]
-    compute_s: float = 0.0
-    wait_s: float = 0.0
-
-    def stats(self, sent_bytes: int) -> StageStats:
-        """The figures for the driver."""
-        return self.describe(self.compute_s, self.wait_s, sent_bytes)
 
 
 def send_message(
@@ -195,7 +170,7 @@ class PipelineHead:
         if self._runner is None:
             self._send(StagePlan(batch, stages), None)
             return
-        output = _run(self._runner, self._times, batch, None)
+        output = run_timed(self._runner, self._times, batch, None)
         if stages is not None:
             stages.append(self._times.stats(self._mesh.bytes_sent))
         if isinstance(output, BatchResult):
@@ -244,7 +219,7 @@ def run_stage(mesh: Mesh, stages: list[int], runner: StageRunner, times: StageTi
         plan, hidden_TD = message
         answer: StagePlan | BatchResult | None = None if is_last else plan
         if plan.batch is not None:
-            output = _run(runner, times, plan.batch, hidden_TD)
+            output = run_timed(runner, times, plan.batch, hidden_TD)
             figures = plan.stages
             if figures is not None:
                 figures = [*figures, times.stats(mesh.bytes_sent)]
@@ -283,12 +258,3 @@ def _receive_plans(
         return plan.batch is not None
 
     MessageReceiver(mesh, source, Stream.SERVING_BATCHES, decode, deliver, arrived.put)
-
-
-def _run(
-    runner: StageRunner, times: StageTimes, batch: Batch, hidden_TD: Tensor | None
-) -> Tensor | BatchResult:
-    began = time.perf_counter()
-    output = runner.run(batch, hidden_TD)
-    times.compute_s += time.perf_counter() - began
-    return output

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from smolrun.benchmarks.collectives import compare_all_reduce, compare_link
+from smolrun.benchmarks.serving import compare_serving
 from smolrun.benchmarks.step import PeerStep, compare_step
 from smolrun.benchmarks.stragglers import compare_bounds, compare_edp, compare_shares
 from smolrun.collectives.api import Collectives
@@ -51,6 +52,9 @@ def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[
             )
         case "stragglers":
             return _straggling(mesh, bench)
+        case "serving":
+            keys = ("dtype", "layers", "streams", "prompt_tokens", "new_tokens", "repeats", "peers")
+            return compare_serving(mesh, **{key: bench[key] for key in keys})
     return ({**row, "security": security} for row in _steps(start, mesh))
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from smolrun.errors import StopRequested
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, decode_data
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.mesh.mesh import Mesh
-from smolrun.serving.batch import Batch, BatchResult, Row
+from smolrun.serving.batch import Batch, Row
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import (
     LOADING,
@@ -33,11 +32,11 @@ from smolrun.serving.messages import (
     ToEngine,
     ToRank,
 )
-from smolrun.serving.pipeline import PipelineHead, StageTimes, run_stage
-from smolrun.serving.sampler import Sampler
+from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
+from smolrun.serving.stage_runner import DecoderRunner, StageTimes
 from smolrun.worker.train import pick_device
 
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,24 +45,6 @@ _PROBE_BYTES = 128 * 1024 * 1024
 _PROBE_S = 0.7
 _PROBE_CONTEXT = 128  # tokens in the cache
 _PROGRESS_EVERY_S = 0.2
-
-
-class DecoderRunner:
-    """A stage of a decoder, and the sampler if it is the last one; a StageRunner."""
-
-    def __init__(self, stage: Stage, max_tokens: int) -> None:
-        self.width = stage.shape.width
-        self.dtype = stage.dtype
-        self.max_tokens = max_tokens
-        self._stage = stage
-        self._sampler = Sampler()
-
-    def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult:
-        """Hidden states on the CPU, or what was sampled."""
-        output = self._stage.run(batch, hidden_TD).cpu()
-        if self._stage.has_head:
-            return self._sampler.sample(batch, output.numpy())
-        return output.contiguous()
 
 
 def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import time
 from smolrun.errors import SmolrunError
 from smolrun.mesh.connect import Endpoint, RosterEntry, connect
 from smolrun.mesh.mesh import Mesh
-from smolrun.serving.pipeline import StageTimes, run_stage
+from smolrun.serving.pipeline import run_stage
+from smolrun.serving.stage_runner import StageTimes
 from smolrun.wire.handshake import Identity
 from tests.serving.fake_stage import FakeStage
 from tests.serving.test_engine import CAPACITY, SLOTS, stats_of

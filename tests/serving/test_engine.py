@@ -26,8 +26,9 @@ from smolrun.serving.messages import (
     Submit,
     Token,
 )
-from smolrun.serving.pipeline import PipelineHead, StageTimes, run_stage
+from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
+from smolrun.serving.stage_runner import StageTimes
 from smolrun.testing import run_ranks
 from tests.serving.fake_stage import POISON, VOCAB, FakeStage, expected_text
 from tests.waiting import SOON_S

@@ -19,8 +19,9 @@ from smolrun.errors import PeerLost, SmolrunError
 from smolrun.mesh.mesh import Mesh
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import Ready
-from smolrun.serving.pipeline import PipelineHead, StageTimes, run_stage
+from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
+from smolrun.serving.stage_runner import StageTimes
 from tests.mesh.test_processes import free_ports, has_established_link
 from tests.serving.fake_stage import VOCAB, FakeStage
 from tests.serving.stage_process import join

@@ -22,11 +22,11 @@ from smolrun.serving.pipeline import (
     MAX_MESSAGE_BYTES,
     PipelineHead,
     StagePlan,
-    StageTimes,
     run_stage,
     send_message,
 )
 from smolrun.serving.scheduler import Scheduler
+from smolrun.serving.stage_runner import StageTimes
 from smolrun.testing import run_ranks
 from tests.serving.fake_stage import VOCAB, FakeStage
 from tests.serving.test_engine import CAPACITY, SLOTS, Client, request, run_engine, stats_of

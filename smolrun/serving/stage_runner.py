@@ -1,0 +1,74 @@
+"""What one rank of a pipeline computes: its stage, the sampler if it is the last, and the time that
+takes.
+
+Shape suffixes: T tokens of the batch, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smolrun.serving.batch import Batch, BatchResult
+from smolrun.serving.messages import StageStats
+from smolrun.serving.sampler import Sampler
+from smolrun.serving.stage import Stage
+
+
+class StageRunner(Protocol):
+    """The layers of this rank. `run` takes the hidden states of the stage before, None for the
+    first one, and returns hidden states [T, D] on the CPU, or what it has sampled if it is the
+    last. It runs batches in the order of their numbers."""
+
+    width: int
+    dtype: torch.dtype
+    max_tokens: int  # of one batch
+
+    def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult: ...
+
+
+class DecoderRunner:
+    """A stage of a decoder, and the sampler if it is the last one; a StageRunner."""
+
+    def __init__(self, stage: Stage, max_tokens: int) -> None:
+        self.width = stage.shape.width
+        self.dtype = stage.dtype
+        self.max_tokens = max_tokens
+        self._stage = stage
+        self._sampler = Sampler()
+
+    def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult:
+        """Hidden states on the CPU, or what was sampled."""
+        output = self._stage.run(batch, hidden_TD).cpu()
+        if self._stage.has_head:
+            return self._sampler.sample(batch, output.numpy())
+        return output.contiguous()
+
+
+@dataclass
+class StageTimes:
+    """What a stage did so far: `describe(compute_s, wait_s, sent_bytes)` gives all of it, with what
+    does not change."""
+
+    describe: Callable[[float, float, int], StageStats]
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+
+    def stats(self, sent_bytes: int) -> StageStats:
+        """The figures for the driver."""
+        return self.describe(self.compute_s, self.wait_s, sent_bytes)
+
+
+def run_timed(
+    runner: StageRunner, times: StageTimes, batch: Batch, hidden_TD: Tensor | None
+) -> Tensor | BatchResult:
+    """`runner.run`, whose time counts as computing."""
+    began = time.perf_counter()
+    output = runner.run(batch, hidden_TD)
+    times.compute_s += time.perf_counter() - began
+    return output
