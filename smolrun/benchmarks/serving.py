@@ -104,7 +104,7 @@ class HuggingFacePeer:
     """transformers' `generate` on a model of the same shape, greedy, streams as one batch."""
 
     def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         config = LlamaConfig(
             vocab_size=_VOCAB,
@@ -119,7 +119,7 @@ class HuggingFacePeer:
             eos_token_id=None,
             bos_token_id=None,
         )
-        self._model = LlamaForCausalLM(config).to(dtype=dtype).eval()
+        self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     def decode(self, streams: int, prompt_tokens: int, new_tokens: int) -> None:
         """As of BenchEngine."""
