@@ -33,6 +33,13 @@ class LimitPassed(ValueError):
     """A file is larger or deeper than any that is meant to be read, or not a regular file."""
 
 
+def to_null_device(descriptor: int) -> None:
+    """Makes a descriptor one of the null device: it reads nothing, and what is written is gone."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
 def atomic_write(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Replace the content of `path` by `data`; as `atomic_writer`."""
     with atomic_writer(path, mode=mode) as file:

@@ -7,11 +7,12 @@ so that it cannot begin a line of ours.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from smolrun.files import to_null_device
 
 # user:password@, or a token alone, between a scheme and a host: RFC 3986, section 3.2.1.
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]+@")
@@ -56,9 +57,7 @@ def echo(text: object = "", *, error: bool = False) -> None:
     try:
         print(shown, file=stream, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        to_null_device(stream.fileno())
 
 
 def without_credentials(text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from smolrun.config import RunConfig
 from smolrun.driver import run_summary
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of
-from smolrun.errors import HostError, ProtocolError
+from smolrun.errors import ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo, one_line
@@ -19,7 +19,6 @@ from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 
 _HISTORY_LINES = 10
-_OUT_OF_REACH_S = 60.0  # HostError if the machine does not answer for longer
 
 
 def drive(config: RunConfig) -> int:
@@ -60,7 +59,9 @@ class Show:
                     break
                 if not view.has_ended:
                     time.sleep(self._run.every_s)
-                view = self._look(view)
+                place = view.metrics.place, view.log.place
+                request = Request("", reads=True, metrics=place[0], log=place[1])
+                view = self._run.ask_again(request, self._console.say)
         except KeyboardInterrupt:
             self._console.close()
             name = self._run.folder.run_id
@@ -94,22 +95,6 @@ class Show:
             # The log has shown all other events.
             if not self._has_log or isinstance(event, StepDone | RankStep):
                 self._console.record(event)
-
-    def _look(self, last: View) -> View:
-        """The next view; HostError if the machine has been out of reach for too long."""
-        request = Request("", reads=True, metrics=last.metrics.place, log=last.log.place)
-        give_up = time.monotonic() + _OUT_OF_REACH_S
-        is_reported = False
-        while True:
-            try:
-                return self._run.ask(request)
-            except HostError as error:
-                if time.monotonic() > give_up:
-                    raise
-                if not is_reported:
-                    self._console.say(f"{error}; trying again for {_OUT_OF_REACH_S:.0f} s")
-                    is_reported = True
-                time.sleep(self._run.every_s)
 
 
 def _recent(log: Chunk) -> Sequence[str]:

@@ -11,7 +11,6 @@ import time
 from smolrun.config import RunConfig
 from smolrun.driver import run_summary
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened
-from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 from smolrun.tracking.run_view import Request, View
@@ -19,7 +18,6 @@ from smolrun.tracking.run_view import Request, View
 # A run may take this long beyond what its ranks have, to close its trackers.
 _BEYOND_S = 60.0
 _TELL_EVERY_S = 10.0
-_OUT_OF_REACH_S = 60.0  # so long the machine that drives it may not answer
 
 
 def drive(config: RunConfig) -> int:
@@ -53,14 +51,11 @@ def _stopped(run: OpenRun, view: View) -> View:
     is_at_once = False
     began = time.monotonic()
     give_up, tell_at = began + _wait_s(run), began + _TELL_EVERY_S
-    answered_at = began
     while not view.has_ended and time.monotonic() < give_up:
         try:
             time.sleep(run.every_s)
-            view, answered_at = run.ask(Request("")), time.monotonic()
-        except HostError:  # the request has arrived: the run stops without this connection
-            if time.monotonic() - answered_at > _OUT_OF_REACH_S:
-                raise
+            # The request has arrived: the run stops without this connection.
+            view = run.ask_again(Request(""), echo)
         except KeyboardInterrupt:
             if is_at_once:
                 raise

@@ -6,7 +6,6 @@ the user, 131 stopped at once.
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 
@@ -52,8 +51,6 @@ def _reader_left() -> bool:
         # What could not be written is forgotten, so that a flush alone would succeed.
         print(flush=True)  # noqa: T201
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        import_module("smolrun.files").to_null_device(sys.stdout.fileno())
         return True
     return False

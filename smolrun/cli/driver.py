@@ -20,6 +20,7 @@ import msgspec
 from smolrun.cli.run import BAD_CONFIG, drive
 from smolrun.config import validate
 from smolrun.errors import ConfigError
+from smolrun.files import to_null_device
 from smolrun.sanitize import echo
 
 
@@ -34,7 +35,7 @@ def main() -> int:
     except (ConfigError, ValueError) as error:
         echo(f"smolrun: the configuration over stdin cannot be used: {error}", error=True)
         return BAD_CONFIG
-    _let_go_of_stdin()
+    to_null_device(sys.stdin.fileno())
     return drive(config)
 
 
@@ -75,9 +76,3 @@ class _Order(msgspec.Struct):
     config: dict[str, Any]
     folder: str
     own: str | None
-
-
-def _let_go_of_stdin() -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)

@@ -22,7 +22,6 @@ from smolrun.launch.doctor.host_report import (
     LocalMachine,
     ScriptRunner,
     probe_host,
-    unreachable,
 )
 from smolrun.launch.doctor.reachability import probe_reachability
 from smolrun.launch.run_on_all import run_on_all
@@ -80,12 +79,9 @@ class HostReports:
         try:
             machine = self._reached(name)
         except HostError as error:
-            found = unreachable(error)
             # A comparison with the system's own ssh only says something about a failed login.
             more = self._compared(name) if isinstance(error, LoginFailed) else None
-            if more is not None:
-                found.findings.append(more)
-            return found
+            return HostReport(name, {}, [Finding.of(error), *filter(None, [more])])
         self.runners[name] = machine
         return probe_host(machine, self._orders(name))
 
@@ -133,7 +129,7 @@ class HostReports:
             try:
                 addresses = fleet.addresses(plans[name])
             except HostError as error:
-                self._add({name: [Finding("error", error.what, error.hint)]})
+                self._add({name: [Finding.of(error)]})
                 addresses = []
             interfaces = tuple(links.NetworkInterface.from_json(one) for one in rows)
             self.places[name] = links.HostAddresses(name, tuple(addresses), interfaces)

@@ -23,6 +23,7 @@ from smolrun.config import RankPlan, RunConfig, min_ranks_left, ranks
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.config.suggest import problem
+from smolrun.data.prepared import Progress
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from smolrun.launch.remote.machine import HostSpec, Machine
 
 _AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
-
-# As in smolrun.data.prepared, which is not loaded for it.
-Progress = Callable[[str, int, int], None]
 
 
 class Fleet:

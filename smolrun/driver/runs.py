@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import msgspec
 from smolrun.checkpoints.find import LATEST, run_folder
 from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import closest, problem
-from smolrun.errors import CheckpointError, ConfigError
+from smolrun.errors import CheckpointError, ConfigError, HostError
 from smolrun.files import read_yaml
 from smolrun.tracking.past_runs import run_folders
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
@@ -20,6 +21,7 @@ from smolrun.tracking.run_view import Request, View, answer
 
 _HERE_EVERY_S, _THERE_EVERY_S = 0.5, 2.0
 _MOST_NAMED = 10
+OUT_OF_REACH_S = 60.0  # so long the machine that drives a run may not answer
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,22 @@ class OpenRun:
     ask: Callable[[Request], View]
     every_s: float  # how often it makes sense to look
     driver_host: str | None = None  # null: this machine
+
+    def ask_again(self, request: Request, say: Callable[[str], None]) -> View:
+        """As `ask`, but a machine that does not answer is asked for a minute, which `say` reports
+        once. HostError after that."""
+        give_up = time.monotonic() + OUT_OF_REACH_S
+        is_reported = False
+        while True:
+            try:
+                return self.ask(request)
+            except HostError as error:
+                if time.monotonic() > give_up:
+                    raise
+                if not is_reported:
+                    say(f"{error}; trying again for {OUT_OF_REACH_S:.0f} s")
+                    is_reported = True
+                time.sleep(self.every_s)
 
 
 def find_run(key: str, wanted: str) -> RunFolder:

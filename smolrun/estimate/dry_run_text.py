@@ -20,6 +20,7 @@ import yaml
 from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDPConfig
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place
+from smolrun.estimate.memory import Setting
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
 from smolrun.sanitize import indented, one_line
@@ -341,14 +342,16 @@ def _remedies(made: Estimate) -> Iterator[str]:
     if best is not None and best.keys not in [remedy.keys for remedy in remedies]:
         remedies.append(best)
     for remedy in remedies:
-        fits = made.lacking(remedy.setting) <= 0
-        total = gb(made.total(place, remedy.setting))
-        answer = "fits" if fits else "not enough"
-        yield f"  {' '.join(remedy.keys)}: {total} on {place.name}, {answer}"
+        yield _remedy(" ".join(remedy.keys), made, place, remedy.setting)
     others = [*_with_fewer_ranks(made), *_sharded(made, place)]
     yield from others
     if best is None and not any(line.endswith(", fits") for line in others):
         yield "  no combination of these keys is enough: more hosts, or a smaller model"
+
+
+def _remedy(words: str, made: Estimate, place: Place, setting: Setting) -> str:
+    answer = "fits" if made.lacking(setting) <= 0 else "not enough"
+    return f"  {words}: {gb(made.total(place, setting))} on {place.name}, {answer}"
 
 
 def _with_fewer_ranks(made: Estimate) -> Iterator[str]:
@@ -357,11 +360,10 @@ def _with_fewer_ranks(made: Estimate) -> Iterator[str]:
     if found is None:
         return
     words, other = found
-    setting, first = other.setting, other.places[0]
+    setting = other.setting
     if other.lacking(setting) > 0 and (best := other.smallest_change()) is not None:
         words, setting = f"{words} {' '.join(best.keys)}", best.setting
-    answer = "fits" if other.lacking(setting) <= 0 else "not enough"
-    yield f"  {words}: {gb(other.total(first, setting))} on {first.name}, {answer}"
+    yield _remedy(words, other, other.places[0], setting)
 
 
 def _sharded(made: Estimate, place: Place) -> Iterator[str]:
@@ -373,9 +375,7 @@ def _sharded(made: Estimate, place: Place) -> Iterator[str]:
         other = replace(made, config=_at_stage(made.config, stage))
         if made.setting.optimizer == "adafactor" or (stage == 3 and other.rank(place).slots > 1):
             continue  # the configuration would be refused
-        answer = "fits" if other.lacking(made.setting) <= 0 else "not enough"
-        total = gb(other.total(place, made.setting))
-        yield f"  algorithm=fsdp algorithm.stage={stage}: {total} on {place.name}, {answer}"
+        yield _remedy(f"algorithm=fsdp algorithm.stage={stage}", other, place, made.setting)
 
 
 def _at_stage(config: RunConfig, stage: int) -> RunConfig:

@@ -24,6 +24,7 @@ import psutil
 
 from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
 from smolrun.events import Event
+from smolrun.files import to_null_device
 from smolrun.launch.control import (
     EXIT_ABANDONED,
     EXIT_ABORTED,
@@ -96,13 +97,12 @@ class WorkerChannel:
         sys.stdout.flush()
         read_fd, write_fd = os.dup(0), os.dup(1)
         os.dup2(2, 1)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        to_null_device(0)
         for stream in (sys.stdout, sys.stderr):
             # Lines reach the log when they are printed, not when the process ends: it may end by
-            # kill -9.
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # always a TextIOWrapper here
+            # kill -9. Each by one write, also with PYTHONUNBUFFERED, where `print` would write word
+            # by word: other threads log between them.
+            stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # always a TextIOWrapper here
         return cls(read_fd, write_fd, lease_limit_s=lease_limit_s)
 
     def wait_start(self, timeout_s: float) -> StartMessage:

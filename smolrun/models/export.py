@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolrun.checkpoints.reader import CheckpointReader
+from smolrun.data.prepared import Progress
 from smolrun.errors import ConfigError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.models.huggingface_conversion import config_of, family_of, location_of, to_huggingface
@@ -27,8 +28,6 @@ NETWORK = "network."  # what model=hf puts in front of transformers' names
 MOST_FILE_BYTES = 4_000_000_000
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 END_TOKEN = "<|endoftext|>"
-
-Progress = Callable[[str, int, int], None]
 
 
 def shape_of(keys: Mapping[str, Any]) -> DecoderShape:

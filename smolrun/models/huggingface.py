@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from smolrun.data.prepared import Progress
 from smolrun.errors import ConfigError
 from smolrun.models.base import ModelSpec
 from smolrun.models.huggingface_folder import (
@@ -27,7 +27,6 @@ from smolrun.models.huggingface_folder import (
 if TYPE_CHECKING:
     from smolrun.models.huggingface_network import HuggingFaceNetwork
 
-Progress = Callable[[str, int, int], None]
 Attention = Literal["auto", "eager", "sdpa"]
 # What a model is, without its weights: no code, no pictures, no copies in other formats.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")

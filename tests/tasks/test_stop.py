@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from smolrun.driver import runs
 from smolrun.driver.runs import OpenRun
 from smolrun.errors import HostError
 from smolrun.tasks import stop
@@ -94,7 +95,7 @@ def test_a_machine_that_is_out_of_reach_for_a_moment_ends_no_waiting(
     running = View("running", asked=1)
     views: list[object] = [running, "silence", "silence", running, View("stopped")]
     assert len(asked(tmp_path / "a", monkeypatch, views)) == 5
-    monkeypatch.setattr(stop, "_OUT_OF_REACH_S", 0.0)
+    monkeypatch.setattr(runs, "OUT_OF_REACH_S", 0.0)
     with pytest.raises(HostError, match="mini1"):
         asked(tmp_path / "b", monkeypatch, [running, "silence"])
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smolrun.data.prepared import Prepared
+from smolrun.data.prepared import Prepared, Progress
 from smolrun.errors import HostError, HostErrors, SmolrunError
 from smolrun.launch.delivery.code import Deploy, HostCode, deliver_code
 from smolrun.launch.delivery.code_archive import CodeArchive
 from smolrun.launch.delivery.files import PreparedFiles
 from smolrun.launch.delivery.run_folder import CheckpointFiles, clear_run, run_on_host
-from smolrun.launch.delivery.store import Progress, TransferProgress, silent
+from smolrun.launch.delivery.store import TransferProgress, silent
 from smolrun.launch.delivery.versions import ask_versions, check_versions, own_versions
 from smolrun.launch.local import worker_command
 from smolrun.launch.run_on_all import run_on_all

@@ -26,9 +26,10 @@ import msgspec
 
 from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import FileEntry, is_file_of
+from smolrun.data.prepared import Progress
 from smolrun.errors import SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
-from smolrun.launch.delivery.store import Progress, TransferProgress, silent
+from smolrun.launch.delivery.store import TransferProgress, silent
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine

@@ -7,12 +7,13 @@ before a bundle gets its place (`on_host/store.py`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolrun.data.prepared import Progress
 from smolrun.errors import HostError
 from smolrun.launch.remote.connection import OnBytes
 
@@ -145,10 +146,6 @@ def dropped_on_error(machine: Machine, script: str, place: dict[str, Any]) -> It
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-# progress(what is being done, how much is done, how much there is), in bytes.
-Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:

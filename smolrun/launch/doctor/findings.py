@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from smolrun.errors import HostError
+
 Facts = Mapping[str, Any]
 
 _GB = 1e9
@@ -240,6 +242,11 @@ class Finding:
     severity: Severity
     what: str
     hint: str | None = None
+
+    @classmethod
+    def of(cls, error: HostError) -> Finding:
+        """The host did not do what it was asked for."""
+        return cls("error", error.what, error.hint)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,6 @@ class HostReport:
         return "system" in self.facts
 
 
-def unreachable(error: HostError) -> HostReport:
-    """A host that could not be reached."""
-    return HostReport(error.host, {}, [Finding("error", error.what, error.hint)])
-
-
 def probe_host(machine: ScriptRunner, orders: HostRequirements) -> HostReport:
     """All there is to know of one host; blocks for some seconds, while its torch is imported."""
     found = HostReport(machine.name)
@@ -78,7 +73,7 @@ def probe_host(machine: ScriptRunner, orders: HostRequirements) -> HostReport:
         try:
             answer = machine.call(what, request, timeout_s)
         except HostError as error:
-            found.findings.append(Finding("error", error.what, error.hint))
+            found.findings.append(Finding.of(error))
             continue
         if what == "clock":
             answer = _offset(answer, *began)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from smolrun.errors import HostError
+from smolrun.launch.doctor.findings import Finding
 from smolrun.launch.doctor.host_report import (
+    HostReport,
     HostRequirements,
     LocalMachine,
     probe_host,
     required_names,
-    unreachable,
 )
 
 FOLDER = {"path": "/w", "found": "/w", "free": 50e9, "is_folder": True, "is_writable": True}
@@ -91,8 +92,9 @@ def test_one_question_that_fails_keeps_no_other_from_being_asked():
 
 
 def test_a_host_that_does_not_answer_cannot_run():
-    found = unreachable(HostError("pi5", "does not answer", "is it on?"))
-    assert (found.name, found.status.sentence) == ("pi5", "cannot run: does not answer")
+    error = HostError("pi5", "does not answer", "is it on?")
+    found = HostReport("pi5", {}, [Finding.of(error)])
+    assert found.status.sentence == "cannot run: does not answer"
     assert found.status.findings[0].hint == "is it on?"
 
 

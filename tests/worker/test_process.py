@@ -204,3 +204,28 @@ def test_insecure_links_are_told_to_the_user(workers: list[Worker]) -> None:
     worker.join_the_mesh()
     result, _, _ = worker.end()
     assert result.status == "done"
+
+
+def test_lines_of_several_threads_reach_the_log_whole() -> None:
+    """Also with PYTHONUNBUFFERED, with which `print` writes each of its arguments by itself."""
+    code = (
+        "import sys, threading\n"
+        "from smolrun.launch.channel import WorkerChannel\n"
+        "WorkerChannel.take_stdio()\n"
+        "def write(stream):\n"
+        "    for number in range(2000):\n"
+        "        print('a', 'line', 'of', 'some', 'words', file=stream)\n"
+        "threads = [threading.Thread(target=write, args=(s,)) for s in (sys.stdout, sys.stderr)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert worker.stderr is not None
+    with worker:  # its input stays open until it has ended
+        assert worker.stderr.read().decode().splitlines() == ["a line of some words"] * 4000
