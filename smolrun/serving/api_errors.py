@@ -105,7 +105,7 @@ async def _unavailable(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = min(error.errors(), key=_depth)
+    first = min(error.errors(), key=_irrelevance)
     field = _field(first["loc"])
     code = None
     if first["type"] == "json_invalid":
@@ -121,9 +121,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     )
 
 
-def _depth(error: Any) -> tuple[int, int]:
-    """Of the alternatives of a union the error that is found deepest says most."""
-    return (0 if error["type"] == "json_invalid" else 1, -len(error["loc"]))
+def _irrelevance(error: Any) -> tuple[bool, bool, int]:
+    """Of the alternatives of a union, the one that was meant has no wrong type, or only deep in."""
+    return error["type"] != "json_invalid", error["type"].endswith("_type"), -len(error["loc"])
 
 
 def _field(location: tuple[int | str, ...]) -> str | None:

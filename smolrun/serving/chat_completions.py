@@ -180,15 +180,13 @@ _TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 def _checked_switches(switches: dict[str, Any]) -> dict[str, Any]:
-    """chat_template_kwargs that are plain values and replace nothing of ours."""
+    """chat_template_kwargs that replace nothing of ours."""
     for name, value in switches.items():
         is_ours = name in _TEMPLATE_NAMES or name.endswith("_token") or not name.isidentifier()
-        is_plain = value is None or isinstance(value, bool | int | float)
-        is_text = isinstance(value, str) and value.isprintable()
-        if is_ours or not (is_plain or is_text):
+        if is_ours or (isinstance(value, str) and not value.isprintable()):
             raise ApiError(
                 400,
-                f"chat_template_kwargs: {name} cannot be set, or not to this type of value",
+                f"chat_template_kwargs: {name} cannot be set, or not to this value",
                 param="chat_template_kwargs",
                 code="invalid_value",
             )

@@ -7,13 +7,14 @@ page docs/serving_api.md is made from these classes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -26,7 +27,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 4096
 MAX_TOKENS = 2**31 - 1
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**63 - 1024  # the largest of 64 bits that JavaScript's numbers hold exactly
+MAX_PROMPTS = 64
 
 
 def _encodable(text: str) -> str:
@@ -43,6 +45,13 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenCount = Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)]
 TokenNumber = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenNumber], Field(min_length=1)]
+T = TypeVar("T")
+Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
+Switch = StrictBool | StrictInt | StrictFloat | Text | None
+_NONE: dict[str, JsonValue] = {
+    "maxItems": 0
+}  # for the description; that it is refused by name is said elsewhere
 Role = Literal["system", "developer", "user", "assistant"]
 
 
@@ -148,22 +157,42 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Beside each token report so many of the likeliest ones"
     )
-    chat_template_kwargs: dict[Text, Any] | None = Field(
+    chat_template_kwargs: dict[Text, Switch] | None = Field(
         None, description="Switches of the model's template, such as enable_thinking"
     )
-    tools: list[Any] | None = Field(None, description="Refused for now, unless empty")
-    tool_choice: Any = Field(None, description="Refused for now, but none and auto")
-    functions: list[Any] | None = Field(None, description="Refused for now, unless empty")
-    function_call: Any = Field(None, description="Refused for now, but none and auto")
-    modalities: list[Any] | None = Field(None, description="Refused for now, but text")
-    response_format: dict[str, Any] | None = Field(None, description="Refused for now, but text")
+    tools: list[Any] | None = Field(
+        None, description="Refused for now, unless empty", json_schema_extra=_NONE
+    )
+    functions: list[Any] | None = Field(
+        None, description="Refused for now, unless empty", json_schema_extra=_NONE
+    )
+    tool_choice: Any = Field(
+        None,
+        description="Refused for now, but none and auto",
+        json_schema_extra={"enum": [None, "none", "auto"]},
+    )
+    function_call: Any = Field(
+        None,
+        description="Refused for now, but none and auto",
+        json_schema_extra={"enum": [None, "none", "auto"]},
+    )
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description="Refused for now, but text",
+        json_schema_extra={"properties": {"type": {"const": "text"}}},
+    )
+    modalities: list[Any] | None = Field(
+        None,
+        description="Refused for now, but text",
+        json_schema_extra={"items": {"const": "text"}},
+    )
 
 
 class CompletionRequest(SamplingFields):
     """POST /v1/completions"""
 
     model: Text = Field(description="The name of the served model, see GET /v1/models")
-    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]] = Field(
+    prompt: Text | Prompts[Text] | TokenIds | Prompts[TokenIds] = Field(
         description="A text, its token ids, or a list of one of these"
     )
     max_tokens: TokenCount | None = Field(None, description="Default 16")
@@ -173,7 +202,9 @@ class CompletionRequest(SamplingFields):
         None, description="Report log-probabilities of so many of the likeliest tokens"
     )
     echo: StrictBool | None = Field(None, description="Begin the answer with the prompt")
-    suffix: Text | None = Field(None, description="Refused, unless empty")
+    suffix: Text | None = Field(
+        None, description="Refused, unless empty", json_schema_extra={"maxLength": 0}
+    )
     best_of: StrictInt | None = Field(None, description="Refused, unless equal to n")
 
 

@@ -28,7 +28,6 @@ from smolrun.serving.responses import (
 from smolrun.serving.text import Delta, TokenText
 
 _DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
-_MAX_PROMPTS = 64
 
 
 @dataclass
@@ -83,12 +82,10 @@ class TextCompletion:
             ids = await self._service.encoded(len(text), lambda: prompts.text(text), "prompt")
         else:
             ids = prompt
-            outside = [id for id in ids if not 0 <= id < prompts.tokenizer.vocab_size]
-            if outside or not ids:
-                what = f"has no token {outside[0]}" if outside else "needs at least one token"
-                raise ApiError(
-                    400, f"prompt: the model {what}", param="prompt", code="invalid_value"
-                )
+            outside = [id for id in ids if id >= prompts.tokenizer.vocab_size]
+            if outside:
+                message = f"prompt: the model has no token {outside[0]}"
+                raise ApiError(400, message, param="prompt", code="invalid_value")
             data = b"".join(prompts.token_bytes[id] for id in ids)
             text = data.decode("utf-8", "replace")
         if self._body.echo:
@@ -240,11 +237,7 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str |
             numbers.append(item)
         else:
             prompts.append(item)
-    prompts = [numbers] if numbers else prompts
-    if not 1 <= len(prompts) <= _MAX_PROMPTS:
-        message = f"prompt: 1 to {_MAX_PROMPTS} prompts are possible, {len(prompts)} are given"
-        raise ApiError(400, message, param="prompt", code="invalid_value")
-    return prompts
+    return [numbers] if numbers else prompts
 
 
 def _check_supported(body: CompletionRequest) -> None:

@@ -61,10 +61,13 @@ class FakeEngine:
 
     def start(self) -> None:
         """Say Ready; once the frontend has its loop."""
-        self.frontend.on_message(
-            Ready(self.max_sequence_length, self.max_sequence_length * self.slots, self.slots)
-        )
+        self.say_ready()
         self._thread.start()
+
+    def say_ready(self) -> None:
+        """As at start, and after every regrouping."""
+        size = self.max_sequence_length
+        self.frontend.on_message(Ready(size, size * self.slots, self.slots))
 
     def stop(self) -> None:
         """End the thread."""

@@ -98,9 +98,9 @@ WRONG = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     ({"modalities": ["audio"]}, "modalities"),
-    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs"),
-    ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs.x"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
 ]
 
@@ -120,9 +120,9 @@ def test_a_wrong_field_of_a_chat_is_named(echo: Served, fields: dict[str, Any], 
     [
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
         ({"prompt": [999]}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [1, "a"]}, None),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),

@@ -1,0 +1,142 @@
+"""How fast and how steady: time to first token (S7), overload (S5), disconnects (S4).
+
+They measure, so they are long tests, for a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from smolrun.serving.frontend import Frontend
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.server import Served, says, served
+from tests.waiting import until
+
+pytestmark = pytest.mark.soak
+
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "H"}]}
+URL = "/v1/chat/completions"
+
+
+def first_token_ms(server: Served) -> float:
+    """From the request to its first token, for a prompt of one token and an engine that takes no
+    time, over a connection that is open."""
+    begun = time.perf_counter()
+    with server.client.stream("POST", URL, json=CHAT | {"stream": True}) as answer:
+        for line in answer.iter_lines():
+            if '"content":"x"' in line:
+                return 1000 * (time.perf_counter() - begun)
+    raise AssertionError("no token came")
+
+
+def test_http_takes_less_than_5_ms_of_the_time_to_first_token(tmp_path: Path):
+    with served(FakeEngine(says("x")), tmp_path) as server:
+        times = [first_token_ms(server) for _ in range(300)][50:]
+        print(f"median {statistics.median(times):.2f} ms, best {min(times):.2f} ms")
+        assert statistics.median(times) <= 5.0
+
+
+async def load(url: str, clients: int, seconds: float) -> dict[str, Any]:
+    """`clients` ask again and again, as fast as they are answered; refused ones wait 0.2 s."""
+    done, rejects, end = 0, list[float](), time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=None)
+
+    async def client(http: httpx.AsyncClient) -> None:
+        nonlocal done
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            answer = await http.post(URL, json=CHAT)
+            if answer.status_code == 200:
+                done += 1
+            else:
+                assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+                rejects.append(time.monotonic() - begun)
+                await asyncio.sleep(0.2)
+
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60, verify=False) as http:
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+    return {"rate": done / seconds, "rejects": sorted(rejects)}
+
+
+def test_overload_keeps_the_goodput_and_is_refused_at_once(tmp_path: Path):
+    engine = FakeEngine(says("x" * 20), step_s=0.01, slots=4)
+    engine.frontend = Frontend(engine.send, max_waiting=4)
+    with served(engine, tmp_path) as server:
+        peak = asyncio.run(load(server.url, 8, 5.0))
+        over = asyncio.run(load(server.url, 32, 5.0))
+        rejects = over["rejects"]
+        print(
+            f"peak {peak['rate']:.1f}/s, at 4x {over['rate']:.1f}/s, {len(rejects)} refused, "
+            f"median {1000 * statistics.median(rejects):.1f} ms, "
+            f"p95 {1000 * rejects[int(0.95 * len(rejects))]:.1f} ms"
+        )
+        assert over["rate"] >= 0.95 * peak["rate"]
+        assert rejects[int(0.95 * len(rejects))] <= 0.05
+        until(server.is_at_rest)
+
+
+def test_a_thousand_disconnects_leave_nothing(tmp_path: Path):
+    engine = FakeEngine(says("x" * 50), step_s=0.01, slots=8)
+    dice = random.Random(1)
+    process = psutil.Process()
+
+    async def leave(server: Served, stream: bool) -> None:
+        """Ask, and leave at any moment: before, during or after the answer."""
+        body = json.dumps(CHAT | {"stream": stream}).encode()
+        head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request[: dice.choice([5, len(request) - 3, len(request), len(request)])])
+        await writer.drain()
+        await asyncio.sleep(dice.random() * 0.3)
+        if dice.random() < 0.3:
+            writer.transport.abort()
+        writer.close()
+
+    async def crowd(server: Served) -> None:
+        for _ in range(50):
+            await asyncio.gather(*(leave(server, dice.random() < 0.5) for _ in range(20)))
+
+    with served(engine, tmp_path) as server:
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        asyncio.run(crowd(server))
+        begun = time.monotonic()
+        until(server.is_at_rest)
+        print(f"{1000 * (time.monotonic() - begun):.0f} ms after the last one left")
+        assert time.monotonic() - begun <= 0.5
+        text = server.client.get("/metrics").text
+        assert "\nsmolrun_requests_running 0.0\n" in text
+        assert "\nsmolrun_requests_waiting 0.0\n" in text
+        if before:
+            until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+        used = sum(process.cpu_times()[:2])
+        time.sleep(2.0)
+        assert sum(process.cpu_times()[:2]) - used < 0.4  # it rests
+
+
+def test_a_client_that_leaves_is_cancelled_within_a_quarter_of_a_second(tmp_path: Path):
+    times = []
+    with served(FakeEngine(says("x" * 400), step_s=0.01), tmp_path) as server:
+        for stream in [True, False] * 10:
+            body = json.dumps(CHAT | {"stream": stream}).encode()
+            head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            count = len(server.engine.submitted)
+            with server.connected() as connection:
+                connection.sendall(head.encode() + body)
+                until(lambda count=count: len(server.engine.submitted) > count)  # type: ignore[misc]
+            begun = time.monotonic()
+            until(server.is_at_rest)
+            times.append(time.monotonic() - begun)
+        print(f"slowest {1000 * max(times):.0f} ms")
+        assert max(times) <= 0.25
