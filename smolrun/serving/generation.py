@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 # More characters than these cannot be few enough tokens, so they are not encoded to find out.
 _CHARACTERS_PER_TOKEN = 64
+_ENCODED_HERE = 2000  # characters
 _SAMPLING_KEYS = (
     *("temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -76,6 +78,7 @@ class Service:
     owner: str = "smolrun"
     description: dict[str, object] = field(default_factory=dict)  # for GET /config
     created: int = field(default_factory=lambda: int(time.time()))
+    _tokenizer: threading.Lock = field(default_factory=threading.Lock)  # for one thread at a time
     _encoder: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="smolrun-prompts")
     )
@@ -109,15 +112,26 @@ class Service:
             )
 
     async def encoded(self, num_characters: int, encode: Callable[[], T], param: str) -> T:
-        """`encode()` on the thread that owns the tokenizer; 400 for what it refuses."""
+        """`encode()`, alone with the tokenizer; 400 for what it refuses or is surely too long."""
         most = self.context * _CHARACTERS_PER_TOKEN
         if num_characters > most:
             raise self._too_long(f"{num_characters:,} characters", param)
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._encoder, encode)
+            # A short prompt takes less time than a change of threads; a long one would hold all
+            # other requests.
+            if num_characters <= _ENCODED_HERE and self._tokenizer.acquire(blocking=False):
+                try:
+                    return encode()
+                finally:
+                    self._tokenizer.release()
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._encoder, self._locked, encode)
         except DataError as error:
             raise ApiError(400, str(error), param=param, code="invalid_value") from None
+
+    def _locked(self, encode: Callable[[], T]) -> T:
+        with self._tokenizer:
+            return encode()
 
     @property
     def context(self) -> int:
