@@ -112,7 +112,7 @@ class AccessControl:
         if origin is not None and not is_listed:
             is_own = origin.partition("://")[2].lower() == headers.get("host", "").lower()
             if not is_own:
-                message = "pages of this Origin may not ask; add it to serving.allowed_origins"
+                message = "pages of this Origin may not ask; add it to serving.cors_origins"
                 raise ApiError(403, message, code="origin_not_allowed")
         key = self._policy.api_key
         if key is not None and scope["path"] not in OPEN_PATHS:
