@@ -218,7 +218,9 @@ class Scheduler:
         share = -(-len(after_prompt) // self._stages)
         ready = [sequence for sequence in after_prompt if sequence.pending]
         ready.sort(key=lambda sequence: sequence.last_batch)
-        return [(sequence, 1) for sequence in ready[:share]]
+        # By slot: a stage computes the attention of neighbouring slots in one product.
+        chosen = sorted(ready[:share], key=lambda sequence: sequence.slot or 0)
+        return [(sequence, 1) for sequence in chosen]
 
     def _prefilling(self) -> Iterable[tuple[Sequence, int]]:
         """Chunks of prompts. All share the chunk's tokens, so a short prompt does not wait for the

@@ -11,6 +11,7 @@ V vocabulary, H heads, G key/value heads, K head width, S keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,64 +22,30 @@ from torch import Tensor
 from smolrun.models.attention import rotation_of
 from smolrun.models.kv_cache import may_look
 from smolrun.models.shape import DecoderShape
-from smolrun.serving.batch import Batch, Fork
-from smolrun.serving.linear import Linear
+from smolrun.serving.batch import Batch, Row
+from smolrun.serving.weights import Layer, Linear, WeightReader
 
-
-class Norm:
-    """layernorm where there is a bias, else rmsnorm; over the last axis."""
-
-    def __init__(self, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> None:
-        self.weight, self.bias, self.eps = weight_D, bias_D, eps
-
-    def __call__(self, hidden_TD: Tensor) -> Tensor:
-        size = self.weight.shape
-        if self.bias is None:
-            return F.rms_norm(hidden_TD, list(size), self.weight, self.eps)
-        return F.layer_norm(hidden_TD, size, self.weight, self.bias, self.eps)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+# Rows of one token attend together if that computes at most so many products of a query's and a
+# key's element in vain a row: another call takes as long (128 keys of SmolLM2's 9 heads of 64).
+_SPARE_PRODUCTS = 128 * 9 * 64
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The weights of one layer. `head_norm` [H + G, K]: of queries and keys, if they are normed."""
+class _Attention:
+    """One product of queries with keys low .. high - 1: of a row, or of `slots` rows of one token
+    each, whose slots follow each other.
 
-    attention_norm: Norm
-    query_key_value: Linear
-    head_norm: Tensor | None
-    attention_output: Linear
-    feed_forward_norm: Norm
-    gate_up: Linear  # only `up` where the activation is gelu
-    down: Linear
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        parts = (
-            *(self.attention_norm, self.query_key_value, self.attention_output),
-            *(self.feed_forward_norm, self.gate_up, self.down),
-        )
-        own = 0 if self.head_norm is None else self.head_norm.nbytes
-        return own + sum(part.nbytes for part in parts)
-
-
-@dataclass(frozen=True)
-class _RowAttention:
-    """One row of a batch: its tokens [first, after), its slot, and keys [low, high) it looks at.
-
-    `mask_TS` is None where every token sees all of them.
+    `first` .. `after` - 1 are its tokens in the batch. `mask` is 0 where a query attends to a key
+    and minus infinity elsewhere: [T, S] of a row, else [slots, 1, 1, S].
     """
 
     first: int
     after: int
     slot: int
+    slots: int
     low: int
     high: int
-    mask_TS: Tensor | None
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +55,7 @@ class _Step:
     positions_T: Tensor
     places_T: Tensor  # of the new tokens in the cache, over all slots
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines [T, H + 2 G, K]
-    rows: list[_RowAttention]
+    attentions: list[_Attention]
 
 
 class Stage:
@@ -121,7 +88,7 @@ class Stage:
         self.has_embedding, self.has_head = has_embedding, has_head
         self.slots, self.capacity, self.dtype = slots, capacity, dtype
         self.device = next(iter(parameters.values())).device
-        weights = _Weights(parameters, shape, dtype)
+        weights = WeightReader(parameters, shape, dtype)
         self._embedding = weights.embedding("token_embedding")
         self._position_embedding = weights.embedding("position_embedding")
         self._layers = [weights.layer(layer) for layer in range(first_layer, last_layer + 1)]
@@ -134,6 +101,7 @@ class Stage:
             dtype=dtype,
             device=self.device,
         )
+        self._written = [0] * slots  # tokens of each slot that may not be zeros
 
     @property
     def weight_bytes(self) -> int:
@@ -160,8 +128,7 @@ class Stage:
         `hidden_TD` is what the stage before returned; None for a stage with embedding. Raises
         ValueError for a row beyond the slots or their capacity.
         """
-        for fork in batch.forks:
-            self._fork(fork)
+        self._prepare_slots(batch)
         step = self._plan(batch)
         if self._embedding is not None and self.has_embedding:
             hidden_TD = self._embed(self._embedding, batch.token_ids, step.positions_T)
@@ -177,16 +144,26 @@ class Stage:
             hidden_TD = hidden_TD[torch.tensor(places, dtype=torch.long, device=self.device)]
         return self._head(self._norm(hidden_TD)).float()
 
-    def _fork(self, fork: Fork) -> None:
-        source = self._cache[:, fork.source, : fork.length]
-        self._cache[:, fork.target, : fork.length].copy_(source)
+    def _prepare_slots(self, batch: Batch) -> None:
+        """Copies forked prefixes, and clears what an earlier sequence left in an opened slot.
+
+        Rows that attend together look at keys beyond a sequence's end. They are masked, but a value
+        that is not finite would come through: 0 x NaN.
+        """
+        for fork in batch.forks:
+            source = self._cache[:, fork.source, : fork.length]
+            self._cache[:, fork.target, : fork.length].copy_(source)
+            self._written[fork.target] = max(self._written[fork.target], fork.length)
+        for opened in batch.opened:
+            kept = len(opened.history)
+            self._cache[:, opened.slot, kept : self._written[opened.slot]].zero_()
+            self._written[opened.slot] = kept
 
     def _plan(self, batch: Batch) -> _Step:
         positions: list[int] = []
         places: list[int] = []
-        rows = []
         for row in batch.rows:
-            first, end = len(positions), row.start + row.count
+            end = row.start + row.count
             if end > self.capacity or not 0 <= row.slot < self.slots:
                 raise ValueError(
                     f"batch {batch.number}: slot {row.slot} to token {end} is beyond the "
@@ -195,22 +172,53 @@ class Stage:
             positions += range(row.start, end)
             base = row.slot * self.capacity
             places += range(base + row.start, base + end)
-            window = self.shape.sliding_window
-            low = 0 if window is None else max(0, row.start - window + 1)
-            mask = self._mask(row.start, low, end) if row.count > 1 else None
-            rows.append(_RowAttention(first, len(positions), row.slot, low, end, mask))
+            self._written[row.slot] = max(self._written[row.slot], end)
         positions_T = torch.tensor(positions, device=self.device)
         return _Step(
             positions_T,
             torch.tensor(places, device=self.device),
             self._rotation_at(positions_T),
-            rows,
+            self._attentions(batch.rows),
         )
 
-    def _mask(self, start: int, low: int, end: int) -> Tensor:
-        """[T, S]: which of the keys low .. end - 1 the tokens start .. end - 1 attend to."""
-        positions = torch.arange(low, end, device=self.device)
-        return may_look(positions[start - low :, None], positions, self.shape.sliding_window)
+    def _attentions(self, rows: Sequence[Row]) -> list[_Attention]:
+        """Rows of one token are joined where their slots follow each other and little is wasted."""
+        spare = _SPARE_PRODUCTS // (self.shape.heads * self.shape.head_width)
+        groups: list[list[Row]] = []
+        for row in rows:
+            group = [*groups[-1], row] if groups else [row]
+            lengths = [row.start for row in group]
+            is_joined = (
+                len(group) > 1
+                and all(row.count == 1 for row in group[-2:])
+                and row.slot == group[-2].slot + 1
+                and len(group) * (max(lengths) - spare) <= sum(lengths)
+            )
+            if is_joined:
+                groups[-1] = group
+            else:
+                groups.append([row])
+        attentions: list[_Attention] = []
+        first = 0
+        for group in groups:
+            attentions.append(self._attention(group, first))
+            first = attentions[-1].after
+        return attentions
+
+    def _attention(self, group: Sequence[Row], first: int) -> _Attention:
+        window = self.shape.sliding_window
+        low = 0 if window is None else max(0, min(row.start for row in group) - window + 1)
+        high = max(row.start + row.count for row in group)
+        starts, count = [row.start for row in group], group[0].count
+        queries = torch.tensor(starts, device=self.device)[:, None]
+        queries = queries + torch.arange(count, device=self.device)  # positions [slots, T]
+        keys = torch.arange(low, high, device=self.device)
+        may = may_look(queries[..., None], keys, window)
+        mask = torch.zeros(may.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill_(~may, -math.inf)
+        mask = mask[0] if count > 1 else mask[:, None]
+        after = first + sum(row.count for row in group)
+        return _Attention(first, after, group[0].slot, len(group), low, high, mask)
 
     def _embed(self, embedding: Linear, token_ids: Sequence[int], positions_T: Tensor) -> Tensor:
         hidden_TD = embedding.rows(torch.tensor(token_ids, device=self.device))
@@ -235,28 +243,31 @@ class Stage:
             # Pairs (i, i + K/2): the partner of each element, whose sign is in `sin`.
             heads = torch.addcmul(heads * cos, heads.roll(head_width // 2, -1), sin)
         cache.flatten(0, 1).index_copy_(0, step.places_T, heads[:, num_heads:])
-        mixed = [self._attend_row(heads[:, :num_heads], cache, row) for row in step.rows]
+        query_THK = heads[:, :num_heads]
+        mixed = [self._mix(query_THK, cache, attention) for attention in step.attentions]
         return layer.attention_output(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
-    def _attend_row(self, query_THK: Tensor, cache: Tensor, row: _RowAttention) -> Tensor:
-        """[T of the row, H K]. Query heads are grouped by key/value head; no key is copied."""
-        num_kv_heads, head_width = self.shape.kv_heads, self.shape.head_width
-        keys_values = cache[row.slot, row.low : row.high].transpose(0, 1)  # [2 G, S, K]
-        key_GSK, value_GSK = keys_values[:num_kv_heads], keys_values[num_kv_heads:]
-        query = query_THK[row.first : row.after].unflatten(1, (num_kv_heads, -1))
-        if row.mask_TS is None:
-            # One token: the queries of a group stand where else those of several tokens do.
-            mixed = F.scaled_dot_product_attention(query, key_GSK[None], value_GSK[None])
-            return mixed.reshape(1, -1)
+    def _mix(self, query_THK: Tensor, cache: Tensor, attention: _Attention) -> Tensor:
+        """[tokens, H K] of some rows. Query heads are grouped by key/value head; no key is copied.
+
+        The float mask takes torch's faster kernel even where it hides nothing.
+        """
+        num_kv_heads = self.shape.kv_heads
+        first, after, slot = attention.first, attention.after, attention.slot
+        query = query_THK[first:after].unflatten(1, (num_kv_heads, -1))  # [T, G, H / G, K]
+        if after - first == attention.slots:
+            # One token a slot: the queries of a group stand where else those of several tokens do.
+            both = cache[slot : slot + attention.slots, attention.low : attention.high]
+            both = both.transpose(1, 2)  # [slots, 2 G, S, K]
+            key, value = both[:, :num_kv_heads], both[:, num_kv_heads:]
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention.mask)
+            return mixed.reshape(after - first, -1)
         query = query.permute(1, 2, 0, 3)  # [G, H / G, T, K]
-        size = (num_kv_heads, query.shape[1], -1, head_width)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key_GSK[:, None].expand(size),
-            value_GSK[:, None].expand(size),
-            attn_mask=row.mask_TS,
-        )
-        return mixed.permute(2, 0, 1, 3).reshape(row.after - row.first, -1)
+        both = cache[slot, attention.low : attention.high].transpose(0, 1)[:, None]
+        both = both.expand(-1, query.shape[1], -1, -1)  # [2 G, H / G, S, K]
+        key, value = both[:num_kv_heads], both[num_kv_heads:]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention.mask)
+        return mixed.permute(2, 0, 1, 3).reshape(after - first, -1)
 
     def _feed_forward(self, layer: Layer, hidden_TD: Tensor) -> Tensor:
         inner = layer.gate_up(layer.feed_forward_norm(hidden_TD))
@@ -285,58 +296,3 @@ class Stage:
         cos[:, :turned] = self._rotation[0][positions_T][:, None]
         sin[:, :turned] = self._rotation[1][positions_T][:, None]
         return cos, sin
-
-
-class _Weights:
-    """Takes the parameters of a decoder out of a dict, in the form in which a stage needs them."""
-
-    def __init__(
-        self, parameters: dict[str, Tensor], shape: DecoderShape, dtype: torch.dtype
-    ) -> None:
-        self._parameters, self._shape, self._dtype = parameters, shape, dtype
-
-    def _take(self, name: str) -> Tensor | None:
-        tensor = self._parameters.pop(name, None)
-        return None if tensor is None else tensor.detach().to(self._dtype)
-
-    def embedding(self, name: str) -> Linear | None:
-        weight = self._take(f"{name}.weight")
-        return None if weight is None else Linear(weight)
-
-    def norm(self, name: str) -> Norm:
-        weight = self._take(f"{name}.weight")
-        assert weight is not None, name
-        return Norm(weight, self._take(f"{name}.bias"), self._shape.norm_eps)
-
-    def linear(self, *names: str) -> Linear:
-        weights = [self._take(f"{name}.weight") for name in names]
-        biases = [self._take(f"{name}.bias") for name in names]
-        if len(names) == 1 and weights[0] is not None:
-            return Linear(weights[0], biases[0])
-        return Linear.joined(
-            [weight for weight in weights if weight is not None],
-            [bias for bias in biases if bias is not None],
-        )
-
-    def layer(self, layer: int) -> Layer:
-        block, shape = f"blocks.{layer}", self._shape
-        names = ("gate", "up") if shape.activation == "swiglu" else ("up",)
-        return Layer(
-            attention_norm=self.norm(f"{block}.attention_norm"),
-            query_key_value=self.linear(
-                *(f"{block}.attention.{name}" for name in ("query", "key", "value"))
-            ),
-            head_norm=self._head_norm(block),
-            attention_output=self.linear(f"{block}.attention.output"),
-            feed_forward_norm=self.norm(f"{block}.feed_forward_norm"),
-            gate_up=self.linear(*(f"{block}.feed_forward.{name}" for name in names)),
-            down=self.linear(f"{block}.feed_forward.down"),
-        )
-
-    def _head_norm(self, block: str) -> Tensor | None:
-        query = self._take(f"{block}.attention.query_norm.weight")
-        key = self._take(f"{block}.attention.key_norm.weight")
-        if query is None or key is None:
-            return None
-        shape = self._shape
-        return torch.cat((query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)))

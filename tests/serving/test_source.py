@@ -141,10 +141,13 @@ def test_a_stage_reads_its_own_tensors_only(
     source = source_of_folder(tmp_path, kind)
     read: list[str] = []
     tensors = source_module._FolderTensors
-    one = tensors.__getitem__
-    monkeypatch.setattr(
-        tensors, "__getitem__", lambda self, key: read.append(key) or one(self, key)
-    )
+    look_up = tensors.__getitem__
+
+    def noted(self: Any, name: str) -> torch.Tensor:
+        read.append(name)
+        return look_up(self, name)
+
+    monkeypatch.setattr(tensors, "__getitem__", noted)
     middle = load_stage(source, 1, 2, False, False, torch.float32)
     assert read and all(".1." in name or ".2." in name for name in read)
     assert set(middle) == set(source.parameter_shapes(1, 2, False, False))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from smolrun.models.sampling import Sampling
+from smolrun.serving import stage as stage_module
 from smolrun.serving.batch import Batch, Fork, Opened, Row
 from smolrun.serving.source import source_of_folder
 from smolrun.serving.stage import Stage
@@ -117,6 +118,40 @@ def test_a_forked_prefix_equals_a_computed_one(
             tokens = chain.decode(lengths, tokens)
             lengths[2] += 1
             assert not compare(text, step, tokens[2])
+
+
+@pytest.mark.parametrize("slots", [(0, 1, 2), (2, 0, 1), (1, 3, 4)])
+def test_rows_that_attend_together_see_nothing_of_each_other(
+    references: dict[str, tuple[Path, list[Text]]], slots: tuple[int, ...]
+) -> None:
+    folder, texts = references["smollm"]
+    texts = sorted(texts, key=lambda text: len(text.prompt))[::3]
+    chain = Chain(folder, 2)
+    # An earlier sequence left values that are not numbers; slots are cleared as they are opened.
+    for stage in chain.stages:
+        stage._cache.fill_(float("nan"))
+        stage._written = [stage.capacity] * stage.slots
+    tokens = {
+        slot: chain.prefill(slot, text.prompt) for slot, text in zip(slots, texts, strict=True)
+    }
+    lengths = {slot: len(text.prompt) for slot, text in zip(slots, texts, strict=True)}
+    assert max(lengths.values()) > min(lengths.values()) + 20
+    for step in range(8):
+        for slot, text in zip(slots, texts, strict=True):
+            assert not compare(text, step, tokens[slot])
+        tokens = chain.decode(lengths, tokens)
+        lengths = {slot: length + 1 for slot, length in lengths.items()}
+
+
+def test_rows_attend_together_where_that_saves_time(
+    references: dict[str, tuple[Path, list[Text]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(references["llama"][0])
+    monkeypatch.setattr(stage_module, "_SPARE_PRODUCTS", 4 * 16 * 10)  # ten keys of four heads
+    rows = [Row(0, 20, 1, True), Row(1, 30, 1, True), Row(2, 60, 1, True), Row(4, 60, 1, True)]
+    rows += [Row(5, 60, 2, True), Row(6, 60, 1, True), Row(7, 62, 1, True)]
+    joined = [(one.slot, one.slots, one.first, one.after) for one in stage._attentions(rows)]
+    assert joined == [(0, 2, 0, 2), (2, 1, 2, 3), (4, 1, 3, 4), (5, 1, 4, 6), (6, 2, 6, 8)]
 
 
 def stage_of(folder: Path, **keys: int) -> Stage:

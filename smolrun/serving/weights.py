@@ -1,0 +1,136 @@
+"""The weights of a stage, as it computes with them: the one place where their types live.
+
+Made from the parameters of models/decoder.py; products of one input are joined.
+Shape suffixes: O outputs, I inputs, T tokens, D width, H heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolrun.models.shape import DecoderShape
+
+
+class Linear:
+    """y = W x + b for rows x, in the dtype of W (float32 or bfloat16)."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self.weight = weight_OI
+        self.bias = bias_O
+
+    @classmethod
+    def joined(cls, weights: list[Tensor], biases: list[Tensor]) -> Linear:
+        """Several products of one input as one: outputs side by side. No biases: []."""
+        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def __call__(self, inputs_TI: Tensor) -> Tensor:
+        return F.linear(inputs_TI, self.weight, self.bias)
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, for one that is also an embedding."""
+        return F.embedding(ids_T, self.weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class Norm:
+    """layernorm where there is a bias, else rmsnorm; over the last axis."""
+
+    def __init__(self, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight_D, bias_D, eps
+
+    def __call__(self, hidden_TD: Tensor) -> Tensor:
+        size = self.weight.shape
+        if self.bias is None:
+            return F.rms_norm(hidden_TD, list(size), self.weight, self.eps)
+        return F.layer_norm(hidden_TD, size, self.weight, self.bias, self.eps)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer. `head_norm` [H + G, K]: of queries and keys, if they are normed."""
+
+    attention_norm: Norm
+    query_key_value: Linear
+    head_norm: Tensor | None
+    attention_output: Linear
+    feed_forward_norm: Norm
+    gate_up: Linear  # only `up` where the activation is gelu
+    down: Linear
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        parts = (
+            *(self.attention_norm, self.query_key_value, self.attention_output),
+            *(self.feed_forward_norm, self.gate_up, self.down),
+        )
+        own = 0 if self.head_norm is None else self.head_norm.nbytes
+        return own + sum(part.nbytes for part in parts)
+
+
+class WeightReader:
+    """Takes the parameters of a decoder out of a dict, in the form in which a stage needs them."""
+
+    def __init__(
+        self, parameters: dict[str, Tensor], shape: DecoderShape, dtype: torch.dtype
+    ) -> None:
+        self._parameters, self._shape, self._dtype = parameters, shape, dtype
+
+    def _take(self, name: str) -> Tensor | None:
+        tensor = self._parameters.pop(name, None)
+        return None if tensor is None else tensor.detach().to(self._dtype)
+
+    def embedding(self, name: str) -> Linear | None:
+        weight = self._take(f"{name}.weight")
+        return None if weight is None else Linear(weight)
+
+    def norm(self, name: str) -> Norm:
+        weight = self._take(f"{name}.weight")
+        assert weight is not None, name
+        return Norm(weight, self._take(f"{name}.bias"), self._shape.norm_eps)
+
+    def linear(self, *names: str) -> Linear:
+        weights = [self._take(f"{name}.weight") for name in names]
+        biases = [self._take(f"{name}.bias") for name in names]
+        if len(names) == 1 and weights[0] is not None:
+            return Linear(weights[0], biases[0])
+        return Linear.joined(
+            [weight for weight in weights if weight is not None],
+            [bias for bias in biases if bias is not None],
+        )
+
+    def layer(self, layer: int) -> Layer:
+        block, shape = f"blocks.{layer}", self._shape
+        names = ("gate", "up") if shape.activation == "swiglu" else ("up",)
+        return Layer(
+            attention_norm=self.norm(f"{block}.attention_norm"),
+            query_key_value=self.linear(
+                *(f"{block}.attention.{name}" for name in ("query", "key", "value"))
+            ),
+            head_norm=self._head_norm(block),
+            attention_output=self.linear(f"{block}.attention.output"),
+            feed_forward_norm=self.norm(f"{block}.feed_forward_norm"),
+            gate_up=self.linear(*(f"{block}.feed_forward.{name}" for name in names)),
+            down=self.linear(f"{block}.feed_forward.down"),
+        )
+
+    def _head_norm(self, block: str) -> Tensor | None:
+        query = self._take(f"{block}.attention.query_norm.weight")
+        key = self._take(f"{block}.attention.key_norm.weight")
+        if query is None or key is None:
+            return None
+        shape = self._shape
+        return torch.cat((query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)))
