@@ -15,7 +15,6 @@ FUNCTIONS: dict[str, str] = {
 CLASSES: dict[str, str] = {
     "Batch": "of samples in training; of tokens in serving",
     "Finished": "of a command on a host; of a request",
-    "Row": "of a table of keys; of a batch of tokens",
 }
 
 # Files of an example or of another project.
