@@ -25,6 +25,11 @@ from smolrun.serving.pipeline import PipelineHead
 from smolrun.serving.scheduler import Scheduler
 
 _STATS_EVERY_S = 1.0
+# So long a chunk of a prompt may take on this rank: running answers wait for it, and so do
+# cancellations.
+_CHUNK_S = 0.15
+_FIRST_CHUNK_TOKENS = 64
+_MEASURED_TOKENS = 32  # with fewer, a batch takes its time for other things
 _STOP = object()
 _PIPELINE_ENDED = None
 _WARM_UP = Submit(request="warm-up", prompt_ids=[0], max_tokens=2)
@@ -46,6 +51,8 @@ class Engine:
         self._stats_sent_s = 0.0
         self._has_news = False  # since statistics were sent
         self._is_stopping = False
+        scheduler.limit_chunks(_FIRST_CHUNK_TOKENS)
+        self._chunk_tokens = float(scheduler.chunk_tokens)
 
     def submit(self, request: ToEngine) -> None:
         """A request or a cancellation."""
@@ -96,9 +103,18 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is None:
             return False
+        began = time.perf_counter()
         pipeline.start(batch, with_stats=self._are_stats_due() or batch.number == 0)
+        self._limit_chunks(len(batch.token_ids), time.perf_counter() - began)
         self._has_news = True
         return True
+
+    def _limit_chunks(self, tokens: int, seconds: float) -> None:
+        """Fit the size of chunks to the time that the last one took, each time half of the way."""
+        if tokens >= _MEASURED_TOKENS:
+            fitting = tokens * _CHUNK_S / seconds
+            self._chunk_tokens += (fitting - self._chunk_tokens) / 2
+            self._scheduler.limit_chunks(int(self._chunk_tokens))
 
     # -- events ----
 

@@ -35,6 +35,9 @@ from smolrun.serving.messages import (
 )
 from smolrun.serving.sequence import Sequence, sequences_of
 
+# Fewer tokens at once leave a processor's matrix units idle.
+_LEAST_CHUNK_TOKENS = 32
+
 
 class Scheduler:
     """Sequences in, batches out; results in, tokens out (`take_output`)."""
@@ -56,7 +59,8 @@ class Scheduler:
         self.slots = CacheSlots(slots, capacity)
         self._vocab_size = vocab_size
         self._stages = stages
-        self._chunk_tokens = max(chunk_tokens, slots)  # at least one for every prompt
+        self._most_chunk_tokens = max(chunk_tokens, slots)  # at least one for every prompt
+        self._chunk_tokens = self._most_chunk_tokens
         self._prefix_reuse = prefix_reuse
         self._waiting: deque[Sequence] = deque()
         # Other choices of a request, until its first one has brought the prompt to a slot.
@@ -71,6 +75,11 @@ class Scheduler:
     def num_in_flight(self) -> int:
         """Batches whose result has not come."""
         return len(self._in_flight)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most tokens of prompts in a batch."""
+        return self._chunk_tokens
 
     @property
     def has_requests(self) -> bool:
@@ -94,6 +103,11 @@ class Scheduler:
     def reset_totals(self) -> None:
         """Forget what has been counted so far."""
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = 0
+
+    def limit_chunks(self, tokens: int) -> None:
+        """At most so many tokens of prompts from the next batch on, within what was configured."""
+        least = max(len(self.slots), _LEAST_CHUNK_TOKENS)
+        self._chunk_tokens = min(self._most_chunk_tokens, max(least, tokens))
 
     def take_output(self) -> StepOutput:
         """Everything that has happened since the last call."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 
 from smolrun.mesh.mesh import Mesh
+from smolrun.serving.batch import Batch, BatchResult, Sampled
 from smolrun.serving.engine import Engine, split_output
 from smolrun.serving.messages import (
     Cancel,
@@ -315,6 +317,43 @@ def test_a_thousand_cancellations_at_any_time_leak_nothing() -> None:
     assert len({name for name, _ in client.finished}) == 1001
     reasons = Counter(one.reason for one in client.finished.values())
     assert reasons["cancelled"] > 300 and reasons["length"] > 100 and not reasons["error"]
+
+
+def test_chunks_take_about_as_long_on_machines_of_any_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = Scheduler(slots=2, capacity=2000, vocab_size=VOCAB, chunk_tokens=256)
+    engine = Engine(scheduler, lambda message: None, max_message_bytes=10_000)
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Machine:
+        """Computes `speed` tokens per second."""
+
+        speed, taken = 200.0, 0.0
+
+        def start(self, batch: Batch, *, with_stats: bool) -> None:
+            self.taken = len(batch.token_ids) / self.speed
+            now[0] += self.taken
+            sampled = [Sampled(row.slot, 1) for row in batch.rows if row.is_sampled]
+            engine.on_result(BatchResult(batch.number, sampled))
+
+    machine = Machine()
+
+    def prefill(speed: float) -> tuple[float, int]:
+        """The time of the last whole chunk of a long prompt, and its tokens."""
+        machine.speed = speed
+        engine.submit(request(f"at {speed}", 1990, 1))
+        chunks = []
+        while not chunks or scheduler.has_requests:
+            engine._take_events(machine, wait=False)  # type: ignore[arg-type]
+            engine._start_batch(machine)  # type: ignore[arg-type]
+            chunks.append(machine.taken)
+        return chunks[-3], round(chunks[-3] * speed)
+
+    assert prefill(1000.0) == (pytest.approx(0.15, rel=0.1), pytest.approx(150, rel=0.1))
+    assert prefill(100.0) == (pytest.approx(0.32), 32)  # fewer tokens would be less efficient
+    assert prefill(1e6)[1] == 256
 
 
 def test_stopping_ends_every_request() -> None:
