@@ -26,6 +26,14 @@ PRETRAINED_NAMES = {
 }
 """Shipped shape -> the name of its weights on the hub, which task=serve loads."""
 
+PRETRAINED_PARAMETERS = {
+    "llama32_1b": 1.24e9,
+    "qwen3_4b": 4.02e9,
+    "qwen3_14b": 14.8e9,
+    "qwen3_32b": 32.8e9,
+}
+"""Of these, smallest first."""
+
 
 class ModelConfig(TargetConfig):
     """What the checks ask of a model. The defaults are those of the user's own."""

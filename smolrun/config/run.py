@@ -16,9 +16,9 @@ from smolrun.config.models import AnyModel
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import (
     Bench,
-    ChatConfig,
     CheckpointConfig,
     ChosenRunConfig,
+    ConversationConfig,
     DoctorConfig,
     ExportConfig,
     GenerateConfig,
@@ -83,7 +83,7 @@ class RunConfig(Section):
     bench: Bench
     export: ExportConfig
     attach: ChosenRunConfig
-    chat: ChatConfig
+    chat: ConversationConfig
     doctor: DoctorConfig
     generate: GenerateConfig
     status: StatusConfig

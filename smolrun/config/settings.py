@@ -251,7 +251,7 @@ class TrustConfig(Section):
     yes: bool
 
 
-class ChatConfig(Section):
+class ConversationConfig(Section):
     """Key of task=chat."""
 
     system: str | None

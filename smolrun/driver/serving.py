@@ -9,6 +9,7 @@ Only wiring: the model's cut is in serving_start.py, requests are in serving/.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import threading
@@ -22,15 +23,17 @@ import platformdirs
 from smolrun.config import RunConfig, ranks
 from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
-from smolrun.driver.fleet import open_fleet
+from smolrun.driver.fleet import is_elsewhere, open_fleet
 from smolrun.driver.run_on_ranks import run_on_ranks
-from smolrun.driver.serving_model import find_model
-from smolrun.driver.serving_start import ModelLoader, ServingSpec
+from smolrun.driver.serving_model import find_model, notes
+from smolrun.driver.serving_parts import deliver_parts, needed_parts, parts_of
+from smolrun.driver.serving_start import ModelLoader, ServingSpec, plan_for
 from smolrun.errors import ConfigError, ProtocolError
-from smolrun.estimate.serving_plan import ServingPlan, model_bytes
+from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, model_bytes
 from smolrun.files import read_json
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
+from smolrun.launch.machine_memory import machine_memory
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
@@ -40,9 +43,12 @@ from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import ApiLimits, Service
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import TOPIC, FromEngine, Ready, ToEngine
+from smolrun.serving.source import ModelSource
 from smolrun.tracking.run_folder import RunFolder
 
 Progress = Callable[[str, int, int], None]
+_PROCESS_BYTES = 300e6  # of a rank, before it has a model
+_ANY_S = 1e-3  # where every rank is equally fast
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 ITEM_BYTES = {"float32": 4, "bf16": 2}
 
@@ -74,6 +80,10 @@ class ServingRun:
         dtype = source.dtype if config.serving.weights == "auto" else config.serving.weights
         sizes = model_bytes(source.shape, source.vocab_size, ITEM_BYTES[dtype])
         self.spec = ServingSpec(source, sizes, dtype)
+        self._check_memory()
+        for line in notes(source, machine_memory().available):
+            say(line)
+        self._run_id = ""
         self.bridge = EngineBridge(config.serving.max_queue)
         self.server = self._http_server()
         self._closing.callback(self.server.stop, 0.0)
@@ -83,6 +93,21 @@ class ServingRun:
             self._closing.close()
             raise
         self._closing.callback(self._fleet.close)
+
+    def _check_memory(self) -> None:
+        """ConfigError where the model does not fit on this machine alone; other hosts are asked
+        once they run, before anything is loaded."""
+        hosts = [rank.host for rank in ranks(self._config)]
+        if is_elsewhere(self._config):
+            return
+        free = machine_memory().available / len(hosts) - _PROCESS_BYTES
+        found = [ServingRank(host, _ANY_S, _ANY_S, free) for host in hosts]
+        try:
+            plan_for(self._config, self.spec, found)
+        except DoesNotFit as error:
+            raise ConfigError(f"model={self.source.name}: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"serving.layers: {error}") from error
 
     def _http_server(self) -> HttpServer:
         from smolrun.serving.api import build_app
@@ -140,6 +165,7 @@ class ServingRun:
         """Start the ranks and serve until the user stops them or one is lost. `on_ready` is called
         on this thread once a token has flowed."""
         config = self._config
+        self._run_id = folder.run_id
         self.bridge.on_ready = on_ready
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
         loader = ModelLoader(
@@ -158,12 +184,26 @@ class ServingRun:
             say=self._say,
             progress=self._progress,
         )
+        if outcome.status == "stopped":
+            return dataclasses.replace(outcome, reason="stopped by the user")
         if outcome.status == "failed":
             self.bridge.frontend.fail(f"the server ended: {outcome.reason}")
         return outcome
 
-    def _deliver(self, plan: ServingPlan) -> list[str]:
-        return [self.source.folder] * len(plan.layers)
+    def _deliver(self, plan: ServingPlan) -> tuple[ModelSource, list[str]]:
+        """Parts for hosts elsewhere; ranks of this machine read the model where it is."""
+        machines = self._fleet.machines
+        hosts = [rank.host for rank in ranks(self._config)]
+        if not any(hosts[rank] in machines for rank in plan.stages):
+            return self.source, [self.source.folder] * len(hosts)
+        source = parts_of(self.source, self.spec.dtype, self._progress)
+        needed: dict[str, set[str]] = {name: set() for name in machines}
+        for rank in plan.stages:
+            if hosts[rank] in machines:
+                needed[hosts[rank]].update(needed_parts(source, plan.layers[rank]))
+        folders, sent = deliver_parts(source, needed, machines, self._run_id, self._progress)
+        self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
+        return source, [folders.get(host, source.folder) for host in hosts]
 
     def _show_plan(self, plan: ServingPlan) -> None:
         for left in plan.left_out:

@@ -5,22 +5,30 @@ the hub, a folder, or the checkpoint of an earlier run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig
-from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig, TrainedConfig
+from smolrun.config.models import (
+    PRETRAINED_NAMES,
+    PRETRAINED_PARAMETERS,
+    DecoderConfig,
+    TrainedConfig,
+)
 from smolrun.data.cache import cache_folder
 from smolrun.driver.prepare import prepare_model
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.models.trained import TrainedModel, find
 from smolrun.serving.source import ModelSource, source_of_checkpoint, source_of_folder
+from smolrun.serving.text import has_template
 from smolrun.tracking.run_folder import OUTPUTS
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Progress
+
+_SMALL = 1e9  # parameters; below them, what a model says is often wrong
 
 
 def find_model(config: RunConfig, progress: Progress, say: Callable[[str], None]) -> ModelSource:
@@ -38,6 +46,19 @@ def find_model(config: RunConfig, progress: Progress, say: Callable[[str], None]
     if source.tokenizer_folder is None:
         raise ConfigError(f"model={source.name} brings no tokenizer, so it cannot be served")
     return source
+
+
+def notes(source: ModelSource, free_bytes: float) -> Iterator[str]:
+    """What to expect of a model that is small, or that is no chat model."""
+    assert source.tokenizer_folder is not None, "find_model has refused that"
+    if not has_template(Path(source.tokenizer_folder)):
+        yield f"{source.name} is no chat model: it continues a text instead of answering"
+    parameters = source.num_parameters(0, source.shape.layers - 1, True, True)
+    if parameters > _SMALL:
+        return
+    line = f"{source.name} has {parameters / 1e6:.0f} million parameters: it invents facts"
+    fitting = [name for name, size in PRETRAINED_PARAMETERS.items() if 2.5 * size <= free_bytes]
+    yield f"{line}; model={fitting[-1]} would fit here and is better" if fitting else line
 
 
 def _short_name(name: str) -> str:

@@ -65,7 +65,8 @@ def plan_for(config: RunConfig, spec: ServingSpec, found: Sequence[ServingRank])
 
 class ModelLoader(Subscriber):
     """Has every rank measure, then load its part. `on_plan` gets the plan before anything loads,
-    `deliver(plan)` returns the folder of the model on the host of each rank, in a thread."""
+    `deliver(plan)` returns the source for the ranks and the folder of the model on the host of
+    each, in a thread."""
 
     topic = LOADING
 
@@ -73,7 +74,7 @@ class ModelLoader(Subscriber):
         self,
         config: RunConfig,
         spec: ServingSpec,
-        deliver: Callable[[ServingPlan], list[str]],
+        deliver: Callable[[ServingPlan], tuple[ModelSource, list[str]]],
         *,
         on_plan: Callable[[ServingPlan], None],
         progress: Progress,
@@ -88,7 +89,7 @@ class ModelLoader(Subscriber):
         self._probed: dict[int, Probed] = {}
         self._loading: dict[int, tuple[int, int]] = {}
         self._plan: ServingPlan | None = None
-        self._delivered: list[str] | Exception | None = None
+        self._delivered: tuple[ModelSource, list[str]] | Exception | None = None
         self._has_loaded = False
 
     def on_start(self, driver: Driver) -> None:
@@ -116,7 +117,7 @@ class ModelLoader(Subscriber):
         if isinstance(found, Exception):
             self._fail(found)
         elif found is not None:
-            self._load(found)
+            self._load(*found)
 
     def _decide(self) -> None:
         found = [
@@ -145,11 +146,11 @@ class ModelLoader(Subscriber):
         except Exception as error:  # of a host, a disk or a library; the driver reports it
             self._delivered = error
 
-    def _load(self, folders: list[str]) -> None:
+    def _load(self, source: ModelSource, folders: list[str]) -> None:
         assert self._plan is not None, "the parts follow the plan"
         serving = self._config.serving
         load = Load(
-            source=msgspec.to_builtins(self._spec.source),
+            source=msgspec.to_builtins(source),
             dtype=self._spec.dtype,
             stages=self._plan.stages,
             last_layers=[self._plan.layers[rank].stop - 1 for rank in self._plan.stages],

@@ -130,8 +130,6 @@ def plan(
     one does not fit, unless it is fixed. DoesNotFit; ValueError for wrong `layers`."""
     if layers is not None:
         given = checked_layers(layers, model.layers, len(ranks))
-        if not given[0]:
-            raise ValueError("rank 0 must hold the first layer: the scheduler is there")
     for tried_slots, capacity in _sizes(slots, context, is_context_fixed):
         placing = _Placing(model, ranks, tried_slots, capacity)
         if layers is not None:
@@ -166,8 +164,9 @@ class _Placing:
         """Local if that fits and is allowed, else over the ranks, without hosts that slow it down
         if that is allowed."""
         everyone = list(range(len(self.ranks)))
-        if mode != "pipeline" and (alone := self.over(everyone[:1])) is not None:
-            return alone
+        alone = [made for rank in everyone if (made := self.over([rank])) is not None]
+        if mode != "pipeline" and alone:
+            return max(alone, key=lambda made: made.tokens_per_s)
         if mode == "local":
             return None
         if hosts == "all":
@@ -183,7 +182,7 @@ class _Placing:
             for host in dict.fromkeys(self.ranks[rank].host for rank in used):
                 rest = [rank for rank in used if self.ranks[rank].host != host]
                 # One stage alone would be no pipeline; it was looked at before.
-                if len(rest) > 1 and rest[0] == 0 and (other := self.over(rest)) is not None:
+                if len(rest) > 1 and (other := self.over(rest)) is not None:
                     rivals.append((other.tokens_per_s, host, rest, other))
             if not rivals:
                 break
@@ -223,11 +222,11 @@ class _Placing:
 
     def of(self, layers: list[range]) -> ServingPlan:
         """The plan of given layers."""
-        seconds = sum(
-            len(part) * rank.layer_s for part, rank in zip(layers, self.ranks, strict=True)
-        )
-        used = [rank for part, rank in zip(layers, self.ranks, strict=True) if part]
-        seconds += used[-1].head_s + (HOP_S * len(used) if len(used) > 1 else 0)
+        used = [rank for rank, part in enumerate(layers) if part]
+        seconds = sum(len(layers[rank]) * self.ranks[rank].layer_s for rank in used)
+        seconds += self.ranks[used[-1]].head_s
+        # Rank 0 schedules: tokens come from there and go back to it.
+        seconds += 0.0 if used == [0] else HOP_S * (len(used) + (used[0] != 0))
         return ServingPlan(layers, self.slots, self.capacity, 1 / seconds)
 
     def fits(self, layers: list[range]) -> bool:

@@ -2,6 +2,7 @@
 
     Hugging Face folder   config.json, *.safetensors         source_of_folder
     a run's checkpoint    model/<name>, or its average       source_of_checkpoint
+    parts                 <sha256>/layer-3.safetensors       made of either, for hosts of a pipeline
 
 The driver makes a ModelSource from files' headers alone, without torch; ranks get it as JSON and
 read their own tensors, one at a time.
@@ -53,7 +54,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     """
 
     name: str
-    kind: Literal["huggingface", "checkpoint"]
+    kind: Literal["huggingface", "checkpoint", "parts"]
     folder: str
     family: str
     shape: DecoderShape
@@ -61,6 +62,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     dtype: ServingDtype
     end_ids: list[int]
     tokenizer_folder: str | None
+    parts: dict[str, str] = {}  # name -> sha256 of its bytes, which is the name of its folder
 
     def parameter_shapes(
         self, first_layer: int, last_layer: int, has_embedding: bool, has_head: bool
@@ -167,9 +169,8 @@ def load_stage(
     ConfigError or CheckpointError for files that are missing, damaged or of another model.
     """
     shapes = source.parameter_shapes(first_layer, last_layer, has_embedding, has_head)
-    tensors = _FolderTensors(source) if source.kind == "huggingface" else _RunTensors(source)
     found: dict[str, Tensor] = {}
-    with tensors:
+    with _TENSORS[source.kind](source) as tensors:
         for name, shape in shapes.items():
             progress(len(found), len(shapes))
             if source.family == OURS:
@@ -249,6 +250,54 @@ class _RunTensors(Mapping[str, "Tensor"]):
 
     def __exit__(self, *raised: object) -> None:
         self._reader.close()
+
+
+def part_of(name: str) -> str:
+    """The part that has a parameter of ours."""
+    if name.startswith("blocks."):
+        return f"layer-{name.split('.')[1]}.safetensors"
+    is_embedding = name.startswith(("token_embedding.", "position_embedding."))
+    return "embedding.safetensors" if is_embedding else "head.safetensors"
+
+
+class _PartTensors(Mapping[str, "Tensor"]):
+    """The parameters in parts, read when they are looked up."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        part = part_of(name)
+        path = Path(self._source.folder) / self._source.parts[part] / part
+        try:
+            if part not in self._open:
+                self._open[part] = safe_open(path, framework="pt")
+            tensor: Tensor = self._open[part].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.parts)
+
+    def __len__(self) -> int:
+        return len(self._source.parts)
+
+    def __enter__(self) -> _PartTensors:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.clear()
+
+
+_TENSORS: dict[str, type[_FolderTensors] | type[_RunTensors] | type[_PartTensors]] = {
+    "huggingface": _FolderTensors,
+    "checkpoint": _RunTensors,
+    "parts": _PartTensors,
+}
 
 
 def _config(folder: Path, name: str) -> tuple[dict[str, Any], DecoderShape]:

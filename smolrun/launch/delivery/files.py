@@ -86,6 +86,16 @@ def folder_bundle(folder: Path, hashes: FileHashes, *, weights: bool = True) -> 
     return Bundle(hashlib.sha256(text.encode()).hexdigest(), files)
 
 
+def deliver_files(
+    machine: Machine, bundles: list[Bundle], transfer: TransferProgress, run: str | None
+) -> str:
+    """Have bundles on the host, each in a folder named by its key; returns the folder of these.
+    `run` is the run's folder there, which keeps them from being pruned."""
+    root = f"{machine.workdir}/files"
+    deliver_bundles(machine, root, bundles, transfer, run=run, keep=0, younger_s=_YOUNGER_S)
+    return root
+
+
 class PreparedFiles:
     """The files of prepared data: looked at once on the driver, then brought to each host."""
 
@@ -108,11 +118,8 @@ class PreparedFiles:
 
         `run` is the run's folder there, which keeps them from being pruned.
         """
-        root = f"{machine.workdir}/files"
         bundles = {bundle.key: bundle for bundle in (self._data, *self._folders.values())}
-        deliver_bundles(
-            machine, root, [*bundles.values()], transfer, run=run, keep=0, younger_s=_YOUNGER_S
-        )
+        root = deliver_files(machine, [*bundles.values()], transfer, run)
         places = {folder: f"{root}/{bundle.key}" for folder, bundle in self._folders.items()}
         return msgspec.structs.replace(
             self._prepared,

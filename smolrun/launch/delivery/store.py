@@ -161,6 +161,11 @@ class TransferProgress:
         self._lock = threading.Lock()
         self._done = self._total = 0
 
+    @property
+    def total(self) -> int:
+        """Bytes that are to be copied, or were."""
+        return self._total
+
     def add(self, num_bytes: int) -> None:
         """So much more is to be copied."""
         with self._lock:

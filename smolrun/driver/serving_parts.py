@@ -1,0 +1,137 @@
+"""The layers of a served model as files of their own, so that a host gets only those that it holds.
+
+    driver   cache/parts/<sha256>/layer-3.safetensors     made once for a model and a type
+    host     workdir/files/<sha256>/layer-3.safetensors   sent if it is not there yet
+
+A second start sends nothing, and another cut only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import platformdirs
+
+from smolrun.data.cache import cache_folder
+from smolrun.errors import DataError
+from smolrun.files import atomic_write, file_hash
+from smolrun.launch.delivery.files import FileHashes, deliver_files, folder_bundle
+from smolrun.launch.delivery.run_folder import run_on_host
+from smolrun.launch.delivery.store import Bundle, File, TransferProgress
+from smolrun.launch.run_on_all import run_on_all
+from smolrun.serving.messages import ServingDtype
+from smolrun.serving.source import ModelSource, part_of
+
+if TYPE_CHECKING:
+    from smolrun.launch.remote.machine import Machine
+
+Progress = Callable[[str, int, int], None]
+
+
+def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> ModelSource:
+    """The same model as parts in this user's cache, in `dtype`; made if they are not there."""
+    root = cache_folder("parts")
+    listing = root / f"{_identity(source, dtype)}.json"
+    parts = _read(listing, root)
+    if parts is None:
+        try:
+            parts = _make(source, dtype, root, progress)
+            atomic_write(listing, json.dumps(parts).encode())
+        except OSError as error:
+            raise DataError(f"the layers cannot be kept in {root}: {error}") from error
+    return msgspec.structs.replace(
+        source, kind="parts", folder=str(root), family="smolrun", parts=parts, dtype=dtype
+    )
+
+
+def needed_parts(source: ModelSource, layers: range) -> list[str]:
+    """The names of the parts that a stage of these layers reads."""
+    if not layers:
+        return []
+    ends = (layers.start == 0, layers.stop == source.shape.layers)
+    shapes = source.parameter_shapes(layers.start, layers.stop - 1, *ends)
+    return list(dict.fromkeys(part_of(name) for name in shapes))
+
+
+def deliver_parts(
+    source: ModelSource,
+    needed: Mapping[str, set[str]],
+    machines: Mapping[str, Machine],
+    run_id: str,
+    progress: Progress,
+) -> tuple[dict[str, str], int]:
+    """Have the parts of each host there: the folder of every host, and the bytes that were sent.
+
+    HostError or HostErrors."""
+    root = Path(source.folder)
+    transfer = TransferProgress("sending layers to hosts", progress)
+
+    def deliver(machine: Machine) -> str:
+        bundles = []
+        for name in sorted(needed[machine.name]):
+            key = source.parts[name]
+            path = root / key / name
+            bundles.append(Bundle(key, {name: File(path, path.stat().st_size, key)}))
+        return deliver_files(machine, bundles, transfer, run_on_host(machine, run_id))
+
+    folders = run_on_all(machines, deliver, "layers")
+    return folders, transfer.total
+
+
+def _identity(source: ModelSource, dtype: ServingDtype) -> str:
+    """Equal for equal weights: of the bytes of all files."""
+    if source.kind == "checkpoint":
+        content = file_hash(Path(source.folder) / "manifest.json")
+    else:
+        hashes = FileHashes(platformdirs.user_cache_path("smolrun") / "hashes.json")
+        content = folder_bundle(Path(source.folder), hashes).key
+    return hashlib.sha256(f"{content}\n{dtype}\n1\n".encode()).hexdigest()
+
+
+def _read(listing: Path, root: Path) -> dict[str, str] | None:
+    """The parts of an earlier time, if all are still there."""
+    try:
+        parts = msgspec.json.decode(listing.read_bytes(), type=dict[str, str])
+    except (OSError, ValueError):
+        return None
+    is_whole = all((root / key / name).is_file() for name, key in parts.items())
+    return parts if is_whole else None
+
+
+def _make(
+    source: ModelSource, dtype: ServingDtype, root: Path, progress: Progress
+) -> dict[str, str]:
+    """Write every part, one in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    from smolrun.serving.source import load_stage
+
+    kind = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    last = source.shape.layers - 1
+    stages = [(layer, layer, False, False) for layer in range(last + 1)]
+    stages += [(0, 0, True, False), (last, last, False, True)]
+    parts: dict[str, str] = {}
+    for number, stage in enumerate(stages):
+        progress("cutting the model into layers", number, len(stages))
+        by_part: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_stage(source, *stage, kind).items():
+            by_part.setdefault(part_of(name), {})[name] = tensor
+        for part, tensors in by_part.items():
+            if part in parts:  # a layer beside an end, or a tied embedding
+                continue
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=root) as workshop:
+                made = Path(workshop) / part
+                save_file(tensors, made)
+                parts[part] = key = file_hash(made)
+                (root / key).mkdir(exist_ok=True)
+                os.replace(made, root / key / part)
+    progress("cutting the model into layers", len(stages), len(stages))
+    return parts
