@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smolrun.config import RunConfig
 from smolrun.driver.detach import begin_driving
 from smolrun.driver.fleet import is_elsewhere
-from smolrun.driver.outputs import become_latest, make_folder, nothing_started
+from smolrun.driver.outputs import make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start
 from smolrun.driver.serving import ServingRun
 from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
@@ -38,9 +38,9 @@ def drive(config: RunConfig) -> int:
             closing.enter_context(keep_awake())
         run = closing.enter_context(ServingRun(config, console.say, console.preparing))
         with nothing_started():
+            # outputs/latest stays with what was trained, which model.run=latest means.
             folder = make_folder(config, f"serve-{config.model.name}")
             begin_driving(folder, steps=0, unit="tokens")
-        become_latest(folder, console.say)
         served = _Served(run, folder, console)
         outcome = run.serve(folder, on_ready=served.begin)
         served.end(outcome)

@@ -54,7 +54,7 @@ def notes(source: ModelSource, free_bytes: float) -> Iterator[str]:
     if not has_template(Path(source.tokenizer_folder)):
         yield f"{source.name} is no chat model: it continues a text instead of answering"
     parameters = source.num_parameters(0, source.shape.layers - 1, True, True)
-    if parameters > _SMALL:
+    if parameters > _SMALL or source.kind == "checkpoint":
         return
     line = f"{source.name} has {parameters / 1e6:.0f} million parameters: it invents facts"
     fitting = [name for name, size in PRETRAINED_PARAMETERS.items() if 2.5 * size <= free_bytes]
