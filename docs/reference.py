@@ -3,6 +3,7 @@
 docs/configuration.md   every key and choice, from smolrun/config/ and conf/
 docs/combinations.md    algorithm by staleness and quantization: each cell is composed and checked
 docs/outputs.md         the files of a run folder, from the classes of the events
+docs/serving_api.md     the paths and fields of the HTTP API, from smolrun/serving/protocol.py
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from smolrun.config.base import CustomTargetConfig
 from smolrun.config.describe import NOT_BUILT, allowed_values, choices_of, keys_of, sections_of
 from smolrun.errors import ConfigError
 from smolrun.events import EVENTS, Event, ShardFailed, ShardSaved, kind
+from smolrun.serving import api_reference
+from smolrun.serving.api import build_routes
+from smolrun.serving.frontend import Frontend
+from smolrun.serving.generation import Service
 
 DOCS = Path(__file__).resolve().parent
 
@@ -431,9 +436,42 @@ def _type(annotation: object) -> str:
     return words.get(annotation, "object")  # type: ignore[call-overload,no-any-return]
 
 
+SERVING_API = """\
+# The HTTP API
+
+<!-- Made by `make docs` from smolrun/serving/protocol.py and docs/reference.py. Change those. -->
+
+`smolrun task=serve` answers these paths on `http://127.0.0.1:7665`. A running server has this page
+at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
+
+- Programs for OpenAI's API work with `base_url="http://127.0.0.1:7665/v1"` and any `api_key`, or
+  the server's own where it has one.
+- Streams are server-sent events and end with `data: [DONE]`. Lines that begin with a colon are
+  comments: how far a long prompt is, and that the connection is alive.
+- Every error is `{"error": {"message", "type", "param", "code"}}` with a status of 400 or more;
+  `param` names the field. In a stream that has begun it is an event, and `[DONE]` follows.
+- 429 and 503 have `Retry-After`, in seconds, from the rate of the last answers.
+- Fields that are not in these tables are ignored. A value that a table does not allow is refused.
+- `x-request-id` of a request is that of its answer; without one, the server makes it.
+- `/metrics` needs no client: `smolrun_*`, and the same under the names of vLLM (`vllm:*`).
+- What a model thinks before it answers is `reasoning_content`, beside `content`.
+- In `/v1/completions` with `echo` and `logprobs`, a token of the prompt has its own
+  log-probability only, without the likeliest ones.
+- A model without a chat template continues the text of the messages; the header
+  `x-smolrun-note` says so.
+"""
+
+
+def serving_api() -> str:
+    """docs/serving_api.md: every path of the HTTP API with its fields."""
+    nobody: Any = None  # the routes are described, not called
+    service = Service("MODEL", nobody, Frontend(lambda _: None), [])
+    return SERVING_API + api_reference.markdown(build_routes(service).openapi())
+
+
 def main(folder: Path) -> None:
     """Writes the pages into a folder."""
-    for page in (configuration, combinations, outputs):
+    for page in (configuration, combinations, outputs, serving_api):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
 
 

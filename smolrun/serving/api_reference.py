@@ -93,13 +93,21 @@ def _type(field: Schema) -> str:
         kinds = [_type(kind) for kind in field["anyOf"] if kind.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in field:
-        return ", ".join(map(str, field["enum"]))
+        return " or ".join(f'"{value}"' for value in field["enum"] if value is not None)
     if "const" in field:
-        return str(field["const"])
+        return f'"{field["const"]}"'
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
-    bounds = (
-        ("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")
-    )  # fmt: skip
-    limits = [f"{sign} {field[key]:g}" for key, sign in bounds if key in field]
+    limits = [
+        f"{sign} {field[key]:g}" for key, sign in _LIMITS if abs(field.get(key, 2**31)) < _ANY
+    ]
     return " ".join([str(field.get("type", "any")), *limits])
+
+
+_ANY = 2**31 - 1  # a limit as large as this one is none
+_LIMITS = (
+    ("minimum", ">="),
+    ("exclusiveMinimum", ">"),
+    ("maximum", "<="),
+    ("exclusiveMaximum", "<"),
+)

@@ -39,12 +39,16 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
-Number = StrictFloat | StrictInt
+Number = StrictFloat  # takes integers as well
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenCount = Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)]
 TokenNumber = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+TopP = Annotated[Number, Field(gt=0, le=1)]
+TopK = Annotated[StrictInt, Field(ge=-1, le=MAX_TOKENS)]
+Seed = Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)]
 TokenIds = Annotated[list[TokenNumber], Field(min_length=1)]
 T = TypeVar("T")
 Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -64,8 +68,8 @@ class ApiRequest(BaseModel):
 class TextPart(ApiRequest):
     """A part of a message."""
 
-    type: Literal["text"]
-    text: Text
+    type: Literal["text"] = Field(description="No other types are supported")
+    text: Text = Field(description="The text")
 
 
 class ChatMessage(ApiRequest):
@@ -94,15 +98,11 @@ class SamplingFields(ApiRequest):
     """How tokens are drawn, in every kind of request. Without a value the server's default holds,
     `serving.sampling` of its configuration."""
 
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
-        None, description="0 takes the likeliest token"
-    )
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+    temperature: Temperature | None = Field(None, description="0 takes the likeliest token")
+    top_p: TopP | None = Field(
         None, description="Only the likeliest tokens that together have this probability"
     )
-    top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = Field(
-        None, description="Only the k likeliest tokens; 0 or -1: all"
-    )
+    top_k: TopK | None = Field(None, description="Only the k likeliest tokens; 0 or -1: all")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="Only tokens with this share of the likeliest one's probability"
     )
@@ -118,7 +118,7 @@ class SamplingFields(ApiRequest):
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = Field(
         None, description="Token id -> what is added to its logit"
     )
-    seed: Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = Field(
+    seed: Seed | None = Field(
         None, description="The same seed and request give the same answer; 0 is a seed as well"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
@@ -144,7 +144,9 @@ class ChatRequest(SamplingFields):
     """POST /v1/chat/completions"""
 
     model: Text = Field(description="The name of the served model, see GET /v1/models")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="The conversation so far, the question last"
+    )
     max_tokens: TokenCount | None = Field(
         None, description="Of each answer; without: what the context has room for, up to a limit"
     )
@@ -152,7 +154,7 @@ class ChatRequest(SamplingFields):
         None, description="The newer name of max_tokens"
     )
     stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="What a stream tells besides")
     logprobs: StrictBool | None = Field(None, description="Report log-probabilities")
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Beside each token report so many of the likeliest ones"
@@ -196,8 +198,8 @@ class CompletionRequest(SamplingFields):
         description="A text, its token ids, or a list of one of these"
     )
     max_tokens: TokenCount | None = Field(None, description="Default 16")
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
+    stream: StrictBool | None = Field(None, description="Send it as server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="What a stream tells besides")
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Report log-probabilities of so many of the likeliest tokens"
     )
@@ -212,11 +214,11 @@ class SimpleRequest(ApiRequest):
     """POST /chat and POST /query, the API of the system that smolrun descends from."""
 
     text: Text = Field(description="What the user says")
-    max_tokens: TokenCount | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
+    max_tokens: TokenCount | None = Field(None, description="Of the answer")
+    temperature: Temperature | None = Field(None, description="0 takes the likeliest token")
+    top_p: TopP | None = Field(None, description="As in /v1/chat/completions")
+    top_k: TopK | None = Field(None, description="As in /v1/chat/completions")
+    seed: Seed | None = Field(None, description="The same seed and text give the same answer")
     decoding_strategy: Literal["greedy", "sampling", "top_k", "top_p"] | None = Field(
         None, description="greedy is temperature 0; the others follow from the keys above"
     )
@@ -225,8 +227,8 @@ class SimpleRequest(ApiRequest):
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
-    message: str
-    type: str
+    message: str = Field(description="What happened, and what to do")
+    type: str = Field(description="The class of the error, as in OpenAI's API")
     param: str | None = Field(description="The field that is wrong")
     code: str | None = Field(description="For programs")
 

@@ -18,10 +18,24 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def test_the_pages_are_up_to_date(tmp_path: Path):
     reference.main(tmp_path)
     pages = sorted(tmp_path.iterdir())
-    assert [page.name for page in pages] == ["combinations.md", "configuration.md", "outputs.md"]
+    assert [page.name for page in pages] == [
+        "combinations.md",
+        "configuration.md",
+        "outputs.md",
+        "serving_api.md",
+    ]
     for page in pages:
         shipped = (DOCS / page.name).read_text(encoding="utf-8")
         assert shipped == page.read_text(encoding="utf-8"), f"docs/{page.name}: run `make docs`"
+
+
+def test_the_page_of_the_http_api_has_every_field_and_its_meaning():
+    text = (DOCS / "serving_api.md").read_text(encoding="utf-8")
+    for path in ("POST /v1/chat/completions", "GET /readyz", "POST /chat"):
+        assert f"\n## {path}\n" in text
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 50 and [name for name, meaning in rows if not meaning.strip()] == []
+    assert "| `temperature` | number >= 0 <= 2 |" in text
 
 
 def test_the_page_about_outputs_has_every_key():

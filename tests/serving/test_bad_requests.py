@@ -56,6 +56,7 @@ WRONG = [
     ),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 1e308}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
     ({"temperature": "1"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"top_p": 0}, "top_p"),
