@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from smolrun.benchmarks.compare import compare
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.sampling import Sampling
 from smolrun.models.shape import DecoderShape, completed_shape, parameter_shapes
+from smolrun.parts.placement import cut
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import Ready, ServingDtype, StageStats, StepOutput, Submit
 from smolrun.serving.pipeline import PipelineHead, run_stage
@@ -154,14 +156,12 @@ def compare_serving(
     engine with the whole model on rank 0, or "HF generate"."""
     slots, capacity = max(streams), prompt_tokens + new_tokens
     shape, stages = smollm2_shape(layers), list(range(mesh.world_size))
-    ends = [layers * rank // mesh.world_size for rank in range(mesh.world_size + 1)]
-    first, last = ends[mesh.rank], ends[mesh.rank + 1] - 1
-    runner = _runner(shape, first, last, dtype, slots, capacity)
+    held = _layers_of(shape, mesh.world_size)[mesh.rank]
+    runner = _runner(shape, held[0], held[-1], dtype, slots, capacity)
     if mesh.rank:
         run_stage(mesh, stages, runner, StageTimes(_stats))
         return
-    shapes = parameter_shapes(shape, _VOCAB, 0, layers - 1, True, True)
-    parameters = sum(map(math.prod, shapes.values()))
+    parameters = _num_parameters(shape, layers, has_ends=True)
     ours = BenchEngine(mesh, stages, runner, slots, capacity)
     for name in peers:
         peer: BenchEngine | HuggingFacePeer
@@ -186,6 +186,21 @@ def compare_serving(
             yield row | {"tokens_per_s": 1 / row["ours_s"], "peer_tokens_per_s": 1 / row["peer_s"]}
         peer.close()
     ours.close()
+
+
+def _num_parameters(shape: DecoderShape, layers: int, *, has_ends: bool) -> int:
+    shapes = parameter_shapes(shape, _VOCAB, 0, layers - 1, has_ends, has_ends)
+    return sum(map(math.prod, shapes.values()))
+
+
+def _layers_of(shape: DecoderShape, world_size: int) -> list[range]:
+    """Stages of equal time on equal ranks: for one token that is the number of weights."""
+    costs = [float(_num_parameters(shape, 1, has_ends=False))] * shape.layers
+    costs[-1] += _VOCAB * shape.width
+    stages = cut(costs, [1.0] * world_size)
+    if stages is None:
+        raise ConfigError(f"bench.layers = {shape.layers}: each of {world_size} ranks needs one")
+    return stages.layers
 
 
 def _what(streams: int) -> str:
