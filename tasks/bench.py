@@ -15,11 +15,7 @@ from rich.table import Table
 
 from smolrun.config import RunConfig, world_size
 from smolrun.driver.fleet import open_fleet
-from smolrun.driver.outputs import (
-    become_latest,
-    make_folder,
-    nothing_started,
-)
+from smolrun.driver.outputs import become_latest, make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start, refuse_emulated
 from smolrun.driver.prepare import prepare_data
 from smolrun.driver.run_on_ranks import run_on_ranks

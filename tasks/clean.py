@@ -57,7 +57,7 @@ def drive(config: RunConfig) -> int:
     freed = 0
     try:
         for kind, items in lists.items():
-            for item in chosen(items, kind, _ask):
+            for item in chosen(items, kind, input):
                 freed += _delete(item)
     except (EOFError, KeyboardInterrupt):
         echo(f"\nstopped; {size(freed)} freed")
@@ -79,10 +79,6 @@ def chosen(items: list[Item], kind: str, ask: Callable[[str], str]) -> Iterator[
             if not is_all and answer not in ("y", "yes"):
                 continue
         yield item
-
-
-def _ask(question: str) -> str:
-    return input(question)
 
 
 def _show(runs: list[PastRun], lists: dict[str, list[Item]]) -> None:

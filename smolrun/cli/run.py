@@ -27,9 +27,8 @@ FAILED = 3
 def run(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     if os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # the user's own code beside them; last, so that it hides no library
+        # The user's own code beside them; last, so that it hides no library.
+        sys.path.append(os.getcwd())
     try:
         argv = [at_home(word) for word in without_aliases(argv)]
         refuse(argv)

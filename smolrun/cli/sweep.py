@@ -22,10 +22,7 @@ def run_jobs(
     """
     worst = 0
     for number, overrides in enumerate(jobs, start=1):
-        echo(
-            f"smolrun: job {number} of {len(jobs)}: {' '.join(overrides)}",
-            error=True,
-        )
+        echo(f"smolrun: job {number} of {len(jobs)}: {' '.join(overrides)}", error=True)
         code = start([*flags, *overrides])
         worst = max(worst, code if code >= 0 else FAILED)
         if code in STOPPED:

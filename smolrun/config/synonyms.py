@@ -7,7 +7,11 @@ Words of other programs are hints in error messages.
 from __future__ import annotations
 
 KEY_ALIASES = {"training.gradient_checkpointing": "training.recompute"}
-CHOICE_ALIASES = {"algorithm": {"ddp": "classicdp"}}
+CHOICE_ALIASES = {
+    "algorithm": {"ddp": "classicdp"},
+    "experiment": {"late_gradients": "stale_gradients"},  # names of earlier versions
+    "training": {"pictures": "images"},
+}
 TASK_KEY_ALIASES = {
     "attach": {"run": "attach.run"},
     "doctor": {"write": "doctor.write", "format": "doctor.format"},

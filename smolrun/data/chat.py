@@ -209,10 +209,7 @@ def messages_of(record: Any, where: str) -> Messages:
     if record.get("messages") is not None:
         messages = record["messages"]
     elif record.get("prompt") is not None and record.get("completion") is not None:
-        messages = [
-            *_side(record["prompt"], "user"),
-            *_side(record["completion"], "assistant"),
-        ]
+        messages = [*_side(record["prompt"], "user"), *_side(record["completion"], "assistant")]
     else:
         raise DataError(f"{where}: has {', '.join(map(str, record)) or 'no keys'}; {_FORM}")
     if not isinstance(messages, list) or not messages:

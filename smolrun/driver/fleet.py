@@ -127,7 +127,8 @@ class Fleet:
         if rank.host in self.missing:
             return []  # not known yet
         machine = self.machines.get(rank.host)
-        is_given = _host(self._config, rank.host).address is not None
+        hosts = self._config.cluster.hosts or []
+        is_given = any(host.name == rank.host and host.address is not None for host in hosts)
         if machine is None or is_given:
             return resolve(rank.host, rank.addresses)
         if machine.address is None:
@@ -280,11 +281,6 @@ def unknown_address(host: str) -> HostError:
 def is_elsewhere(config: RunConfig) -> bool:
     """Whether some rank is not on this machine."""
     return any(host.ssh is not None for host in config.cluster.hosts or [])
-
-
-def _host(config: RunConfig, name: str) -> HostConfig:
-    hosts = {host.name: host for host in config.cluster.hosts or []}
-    return hosts.get(name) or HostConfig(name=name)
 
 
 def own_targets(config: RunConfig) -> list[str]:

@@ -83,8 +83,7 @@ def decide(
     if outcome.status != "failed" or not outcome.is_lost:
         return GiveUp()
     if starts >= policy.max:
-        times = "once" if starts == 1 else f"{starts} times"
-        return GiveUp(f"it was restarted {times} already (cluster.restart.max)")
+        return GiveUp(f"it was restarted {counted(starts, 'time')} already (cluster.restart.max)")
     there = [host for host in hosts if host in answered]
     missing = tuple(host for host in hosts if host not in answered)
     until = lost_at + policy.wait_s
@@ -93,15 +92,9 @@ def decide(
     trusted = [host for host in there if host not in suspects]
     chosen = trusted if len(trusted) >= policy.min_hosts else there
     if len(chosen) < policy.min_hosts:
-        left = (
-            "no host is"
-            if not there
-            else "one host is"
-            if len(there) == 1
-            else f"{len(there)} hosts are"
-        )
         return GiveUp(
-            f"{', '.join(missing)} did not answer within {policy.wait_s:g} s, and {left} left "
+            f"{', '.join(missing)} did not answer within {policy.wait_s:g} s; left: "
+            f"{', '.join(there) or 'no host'} "
             f"(cluster.restart.min_hosts={policy.min_hosts})"
         )
     return Relaunch(tuple(chosen))
@@ -160,7 +153,7 @@ class Restarts:
             else:
                 ended = run.train()
         if self.rows:
-            times = "once" if len(self.rows) == 1 else f"{len(self.rows)} times"
+            times = counted(len(self.rows), "time")
             lost_steps = sum(row["lost_steps"] for row in self.rows)
             self._say(f"the run was restarted {times}; {counted(lost_steps, 'step')} repeated")
         return run, found

@@ -268,9 +268,7 @@ def _end_process(code: int) -> None:
 def _at_most(seconds: float, act: Callable[[], None]) -> None:
     """Do something that may hang, but do not wait for it longer than that."""
     thread = threading.Thread(target=act, name="smolrun-last-acts", daemon=True)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # no thread can be started any more; leaving matters more
+    with contextlib.suppress(RuntimeError):  # no thread can be started; leaving matters more
         thread.start()
         thread.join(seconds)
 

@@ -35,9 +35,8 @@ LEASE_LIMIT_S = 15.0
 # How a worker process ends. 3 is also the driver's own exit code for "a host or rank failed".
 EXIT_DONE = 0
 EXIT_FAILED = 3
-EXIT_ABANDONED = (
-    75  # EX_TEMPFAIL of sysexits.h: the driver is gone, so there is no reader for a reason
-)
+# EX_TEMPFAIL of sysexits.h: the driver is gone, so there is no reader for a reason.
+EXIT_ABANDONED = 75
 EXIT_ABORTED = 131  # the driver said abort, or stop twice
 
 _Data = TypeVar("_Data", bound=msgspec.Struct)

@@ -16,12 +16,7 @@ import logging
 from collections.abc import Callable
 
 from smolrun.errors import BROKE_PROTOCOL, CollectiveMismatch, PeerLost, ProtocolError
-from smolrun.mesh.admission import (
-    Acceptor,
-    PendingConnection,
-    PendingEvents,
-    UnauthenticatedPool,
-)
+from smolrun.mesh.admission import Acceptor, PendingConnection, PendingEvents, UnauthenticatedPool
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe

@@ -17,12 +17,7 @@ from dataclasses import dataclass
 
 from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
 from smolrun.mesh.addresses import reachable_as, shown, socket_address
-from smolrun.mesh.admission import (
-    Acceptor,
-    PendingConnection,
-    PendingEvents,
-    UnauthenticatedPool,
-)
+from smolrun.mesh.admission import Acceptor, PendingConnection, PendingEvents, UnauthenticatedPool
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.io import IoThread
 from smolrun.mesh.link import Pipe

@@ -146,7 +146,7 @@ def test_interpolations_are_resolved_once(run: Run, driven: list[RunConfig]):
 
 
 def test_an_experiment_sets_many_things(run: Run, driven: list[RunConfig]):
-    assert run("experiment=late_gradients", "cluster.ranks=2") == 0
+    assert run("experiment=late_gradients", "cluster.ranks=2") == 0  # its earlier name
     assert driven[0].staleness.bound == 2
     assert driven[0].cluster.ranks == 2
 

@@ -8,6 +8,7 @@ The output of `ssh -G` is compared by pure functions; running it is at the end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -94,11 +95,9 @@ def compared(spec: HostSpec) -> Finding | None:
     said = parsed(_run([program, *common, "-G", place.host]) or "")
     shares = _run([program, *common, "-O", "check", place.host]) is not None
     ours = {}
-    try:
+    with contextlib.suppress(HostError, IndexError):
         settings = scan(spec)[-1].settings
         ours = {"hostname": settings.host, "port": str(settings.port), "user": settings.user}
-    except (HostError, IndexError):
-        pass
     reasons = differences(said, ours, shares=shares)
     if not reasons:
         return Finding("info", "the system's ssh logs in, smolrun does not", f"ssh -v {spec.ssh}")

@@ -43,9 +43,8 @@ def _linux_sleep() -> dict[str, Any]:
     found["lid"] = settings.get("HandleLidSwitch", "suspend")
     if shutil.which("gsettings"):
         schema = "org.gnome.settings-daemon.plugins.power"
-        found["desktop"] = (run("gsettings", "get", schema, "sleep-inactive-ac-type") or "").strip(
-            "'"
-        )
+        kind = run("gsettings", "get", schema, "sleep-inactive-ac-type") or ""
+        found["desktop"] = kind.strip("'")
         seconds = run("gsettings", "get", schema, "sleep-inactive-ac-timeout") or ""
         found["desktop_s"] = int(seconds) if seconds.isdigit() else None
     found["can_inhibit"] = shutil.which("systemd-inhibit") is not None
