@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import httpx
 
 CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "H"}]}
 PATH = "/v1/chat/completions"
-_PAUSE_S = 0.2  # after a refusal
+_PAUSE_S = 0.4  # after a refusal, at most; not all clients at the same moment
 
 
 def measured(*arguments: object) -> Any:
@@ -31,9 +32,10 @@ def first_token(url: str, count: int) -> list[float]:
         for _ in range(count):
             begun = time.perf_counter()
             with client.stream("POST", PATH, json=CHAT | {"stream": True}) as answer:
-                assert any('"content":"x"' in line for line in answer.iter_lines())
+                lines = answer.iter_lines()
+                assert any('"content":"x"' in line for line in lines)
                 times.append(1000 * (time.perf_counter() - begun))
-                answer.read()
+                assert list(lines)[-2:] == ["data: [DONE]", ""]
     return times
 
 
@@ -52,7 +54,7 @@ async def load(url: str, clients: int, seconds: float) -> dict[str, Any]:
             else:
                 assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
                 refused.append(1000 * (time.monotonic() - begun))
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(random.random() * _PAUSE_S)
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
