@@ -75,7 +75,8 @@ class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A choice has ended, after its last token. `cached_tokens` of the prompt were not computed
-    anew. `message` is there where the reason is error."""
+    anew; 0 for other choices than the first, which share its prompt. `message` is there where the
+    reason is error."""
 
     request: RequestId
     choice: int

@@ -206,7 +206,7 @@ class Scheduler:
             # Log-probabilities of a prompt need all its logits.
             reuse = sequence.choice > 0 or (self._prefix_reuse and not request.echo_logprobs)
             slot, cached, fork = self.slots.take(request.prompt_ids, reuse=reuse)
-            sequence.slot, sequence.scheduled, sequence.cached = slot, cached, cached
+            sequence.slot, sequence.scheduled = slot, cached
             if fork is not None:
                 forks.append(fork)
             history = request.prompt_ids[:cached]
@@ -224,6 +224,7 @@ class Scheduler:
             if sequence.choice == 0:
                 self._prompt_tokens += sequence.prompt_length
                 self._cached_tokens += cached
+                sequence.cached = cached
         return forks, opened
 
     def _decoding(self) -> Iterable[tuple[Sequence, int]]:

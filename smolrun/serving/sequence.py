@@ -25,7 +25,9 @@ class Sequence:
     max_length: int  # of prompt and generated tokens
     slot: int | None = None
     scheduled: int = 0
-    cached: int = 0  # tokens of the prompt that the slot had already, or got from another one
+    # Tokens of the prompt that another request has computed; of the first choice, as the others
+    # share its prompt.
+    cached: int = 0
     last_batch: int = -1  # the number of the batch that it was in last
     is_finished: bool = False
 

@@ -94,8 +94,10 @@ def serve(
     stages: int = 1,
     kind: str = "memory",
     chunk_tokens: int = 8,
+    computed: list[int] | None = None,
 ) -> Client:
-    """Run `script` against an engine over so many ranks; returns the client."""
+    """Run `script` against an engine over so many ranks; returns the client. `computed` gets the
+    tokens of every batch."""
     scheduler = Scheduler(
         slots=SLOTS, capacity=CAPACITY, vocab_size=VOCAB, stages=stages, chunk_tokens=chunk_tokens
     )
@@ -111,6 +113,8 @@ def serve(
         else:
             head = PipelineHead(mesh, ranks, runner, times, client.engine.on_result)
             run_engine(client, head, script)
+            if computed is not None:
+                computed.extend(len(batch.token_ids) for batch in runner.batches)
 
     run_ranks(stages, work, kind=kind)
     assert scheduler.slots.num_free == SLOTS
@@ -180,10 +184,13 @@ def test_choices_share_the_prompt(stages: int) -> None:
         client.run(wanted)
         client.check(wanted)
 
-    client = serve(script, stages=stages)
+    rows: list[int] = []
+    client = serve(script, stages=stages, computed=rows)
+    # The warm-up, the prompt, the last token of the prompt and the generated ones of each choice.
+    assert sum(rows) == 2 + 30 + 5 + 6 * 3
     assert len({tuple(client.tokens["n", choice]) for choice in range(6)}) == 6
     assert client.stats is not None and client.stats.prompt_tokens == 30
-    assert client.finished["n", 5].cached_tokens == 29
+    assert client.finished["n", 5].cached_tokens == 0
     assert [one.done for one in client.prefill["n"]] == [8, 16, 24, 30]
 
 
