@@ -41,7 +41,7 @@ def drive(config: RunConfig) -> int:
     """Exit code 0 if every host can run, 3 if one cannot, 130 if stopped."""
     reports = HostReports.of(config)
     try:
-        _to_stderr(f"probing {counted(len(reports.names), 'host')}...")
+        _to_stderr(f"probing {counted(len(reports.hosts), 'host')}...")
         reports.probe_host()
         if len(reports.reachable) > 1:
             _to_stderr("testing which host reaches which...")

@@ -139,22 +139,24 @@ class ServingConfig(Section):
     )
 
 
-class CollectivesBenchConfig(Section):
+class _SizesBenchConfig(Section):
+    """Keys of a bench of one operation at several sizes."""
+
+    sizes: TensorSizes
+    world_sizes: WorldSizes
+    repeats: Count
+
+
+class CollectivesBenchConfig(_SizesBenchConfig):
     """Collectives: smolrun's and gloo's, alternating."""
 
     name: Literal["collectives"]
-    sizes: TensorSizes
-    world_sizes: WorldSizes
-    repeats: Count
 
 
-class LinkBenchConfig(Section):
+class LinkBenchConfig(_SizesBenchConfig):
     """An all_reduce and one plain TCP stream over the same link, alternating."""
 
     name: Literal["link"]
-    sizes: TensorSizes
-    world_sizes: WorldSizes
-    repeats: Count
 
 
 class StepBenchConfig(Section):

@@ -56,19 +56,13 @@ class HostReports:
         return cls(config, hosts, {spec.name: spec for spec in host_specs(config)})
 
     @property
-    def names(self) -> list[str]:
-        """In the order of the cluster file."""
-        return list(self.hosts)
-
-    @property
     def reachable(self) -> list[str]:
         """Those that answered."""
-        return [name for name in self.names if self.by_host[name].is_reachable]
+        return [name for name in self.hosts if self.by_host[name].is_reachable]
 
     def probe_host(self) -> None:
         """Asks all at the same time."""
-        found = run_on_all({name: name for name in self.names}, self._probe_host, "doctor")
-        self.by_host = {name: found[name] for name in self.names}
+        self.by_host = run_on_all({name: name for name in self.hosts}, self._probe_host, "doctor")
         torches = {
             name: one.facts.get("environment", {}).get("packages", {}).get("torch")
             for name, one in self.by_host.items()
@@ -156,7 +150,7 @@ class HostReports:
 
     def fit_for_mesh(self) -> list[str]:
         """The hosts that a mesh can be made of."""
-        fit = [n for n in self.names if self.by_host[n].status.state != "cannot run"]
+        fit = [n for n in self.hosts if self.by_host[n].status.state != "cannot run"]
         return fit if len(fit) > 1 or self.config.cluster.hosts is None else []
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def write(reports: HostReports, say: Callable[[str], None]) -> None:
         say("doctor.write=true: this cluster lists no hosts, there is nothing to write")
         return
     name = reports.config.cluster.name
-    file, text = find(name, reports.names)
+    file, text = find(name, list(reports.hosts))
     new = changed(text, news(reports))
     if new == text:
         say(f"{file}: nothing to change")

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import platformdirs
 
 from smolrun.config import RankPlan, RunConfig, min_ranks_left, ranks
@@ -154,9 +155,12 @@ class Fleet:
         """Where the ranks of a host write checkpoints, and find the one they resume from."""
         if saving is None or host not in self._ready:
             return saving
-        from smolrun.launch.delivery.run_folder import saving_on_host
-
-        return saving_on_host(saving, self._ready[host].run, self._ready[host].resume)
+        ready = self._ready[host]
+        # Older checkpoints live here: a host needs room for the save that is being written and the
+        # one that is being fetched.
+        return msgspec.structs.replace(
+            saving, folder=f"{ready.run}/checkpoints", resume=ready.resume, keep=1, keep_best=False
+        )
 
     def fetcher(self, checkpoints: Path, saving: Saving | None) -> ShardFetcher | None:
         """Who brings here what ranks elsewhere save; None if there are none, or nothing is."""

@@ -20,7 +20,7 @@ Knows nothing of hosts, files and configurations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -261,7 +261,7 @@ def smallest_change(
     return None
 
 
-def _by_harm(keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _by_harm(keys: Sequence[str]) -> list[tuple[str, ...]]:
     """All combinations with one key per group, the harmless and short ones first."""
     sets = [
         chosen
@@ -269,12 +269,12 @@ def _by_harm(keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
         for chosen in combinations(keys, size)
         if len({key.split("=")[0] for key in chosen}) == size
     ]
-    return iter(sorted(sets, key=lambda chosen: (_harm(chosen), len(chosen))))
 
+    def harm(chosen: Sequence[str]) -> tuple[int, int]:
+        """How many of the keys change what is computed, and how many there are."""
+        return sum(not key.startswith("training.") for key in chosen), len(chosen)
 
-def _harm(keys: Sequence[str]) -> int:
-    """How many of the keys change what is computed."""
-    return sum(not key.startswith("training.") for key in keys)
+    return sorted(sets, key=harm)
 
 
 def _with(setting: Setting, keys: Sequence[str]) -> Setting:

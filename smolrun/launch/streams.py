@@ -106,11 +106,6 @@ class StreamBuffer:
         self._most_kept = max(self._chunk, _MOST_BYTES // row_bytes)
 
     @property
-    def num_kept(self) -> int:
-        """Rows in memory."""
-        return len(self._rows)
-
-    @property
     def wants_row(self) -> bool:
         """Whether the next row is to be read now."""
         next_row = self._lowest + len(self._rows)

@@ -68,7 +68,8 @@ class Console:
         self._names_slowest = names_slowest
         self._stream = stream or sys.stdout
         self._rich = Screen(file=self._stream, highlight=False, markup=False, emoji=False)
-        self._is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
+        # A progress bar is drawn; else lines are printed.
+        self.is_live = self._stream.isatty() and not self._rich.is_dumb_terminal
         self._bar: rich.progress.Progress | None = None
         self._bar_column = rich.progress.BarColumn()
         self._task = rich.progress.TaskID(0)
@@ -80,11 +81,6 @@ class Console:
         self._preparing = ""
         self._compute_s: dict[int, float] = {}
         self._is_broken = False
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a progress bar is drawn; else lines are printed."""
-        return self._is_live
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show the progress of data preparation: `done` of `total`."""
@@ -132,7 +128,7 @@ class Console:
         if what != self._preparing:
             self._preparing = what
             self._end_bar()
-            if self._is_live:
+            if self.is_live:
                 self._begin_bar(what, total)
             else:
                 self._print(f"preparing: {what}")
@@ -202,7 +198,7 @@ class Console:
     def _show_step(self, event: StepDone) -> None:
         is_last = event.step + 1 >= self._steps
         self._tokens += event.tokens
-        if self._is_live:
+        if self.is_live:
             self._measure(event, over_s=_RATE_OVER_S)
             if self._bar is None or self._preparing:
                 self._preparing = ""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import ranks
 from smolrun.driver import fleet
 from smolrun.driver.preflight import start_notes
+from smolrun.launch.control import Saving
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,22 @@ def test_ranks_of_one_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], threads: list[int]
 ) -> None:
     """Also where they are of several hosts without `ssh`."""
-    monkeypatch.setattr(fleet, "_own_cores", lambda: 8)
+    monkeypatch.setattr(fleet, "usable_cores", lambda: 8)
     config = compose(overrides)
     assert [fleet.Fleet(config, {}).threads(rank) for rank in ranks(config)] == threads
+
+
+def test_ranks_of_a_host_write_below_its_run_and_need_little_room() -> None:
+    saving = Saving("/here/checkpoints", "t", every=5, keep=9, keep_best=True, resume="/here/x")
+    hosts = fleet.Fleet(compose([]), {})
+    ready: Any = SimpleNamespace(run="/w/runs/r", resume="/w/runs/r/resume/step-00000010")
+    hosts._ready["mini1"] = ready
+    assert hosts.saving("here", saving) == saving
+    assert hosts.saving("mini1", saving) == Saving(
+        "/w/runs/r/checkpoints",
+        "t",
+        every=5,
+        keep=1,
+        keep_best=False,
+        resume="/w/runs/r/resume/step-00000010",
+    )

@@ -75,10 +75,10 @@ def test_each_rank_gets_its_rows_and_only_when_all_of_them_are_there(buffer: Str
     assert told(buffer) == {}
     buffer.want(0, want(0, 3, 6))
     assert told(buffer) == {0: [0, 1, 2]}
-    assert buffer.num_kept == 1, "row 3 waits for row 4"
+    assert len(buffer._rows) == 1, "row 3 waits for row 4"
     assert read(buffer) == 1
     assert told(buffer) == {1: [3, 4]}
-    assert buffer.num_kept == 0
+    assert len(buffer._rows) == 0
     assert not buffer.wants_row, "rows are read when they are wanted, not before"
 
 
@@ -88,11 +88,11 @@ def test_rows_that_two_ranks_need_are_read_once_and_kept_for_the_second(
     buffer.want(0, want(0, 2, 2))
     assert read(buffer) == 2
     assert told(buffer) == {0: [0, 1]}
-    assert buffer.num_kept == 2
+    assert len(buffer._rows) == 2
     buffer.want(1, want(0, 2, 2))
     assert not buffer.wants_row
     assert told(buffer) == {1: [0, 1]}
-    assert buffer.num_kept == 0
+    assert len(buffer._rows) == 0
 
 
 def test_rows_that_nobody_needs_are_read_over(buffer: StreamBuffer) -> None:
@@ -100,7 +100,7 @@ def test_rows_that_nobody_needs_are_read_over(buffer: StreamBuffer) -> None:
     buffer.want(1, want(8, 9, None))
     assert read(buffer) == 9
     assert told(buffer) == {0: [4, 5], 1: [8]}
-    assert buffer.num_kept == 0
+    assert len(buffer._rows) == 0
 
 
 def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +113,14 @@ def test_a_slow_rank_stops_the_reading_and_not_the_memory(monkeypatch: pytest.Mo
     highest = 0
     while read(buffer, 1):
         buffer.due()
-        highest = max(highest, buffer.num_kept)
+        highest = max(highest, len(buffer._rows))
     assert highest == 10
     assert read_so_far[0] == 10
     for step in range(50):  # and now it comes
         buffer.want(1, want(4 * step + 2, 4 * step + 4, 4 * step + 6))
         while read(buffer, 1):
             buffer.due()
-            highest = max(highest, buffer.num_kept)
+            highest = max(highest, len(buffer._rows))
         buffer.due()
     assert highest <= 10
     assert read_so_far[0] == 200
@@ -318,7 +318,7 @@ def test_whatever_the_order_every_rank_gets_its_rows_and_memory_is_bounded(
     while True:
         for rank, message in buffer.due():
             got[rank] += numbers(message)
-        assert buffer.num_kept <= buffer._most_kept
+        assert len(buffer._rows) <= buffer._most_kept
         # No rank is more than two steps ahead of another, as in a run with staleness.
         may_ask = [r for r, step in enumerate(asked) if step < min(steps, min(asked) + 2)]
         acts = [*may_ask, *([-1] if buffer.wants_row else [])]
@@ -338,7 +338,7 @@ def test_whatever_the_order_every_rank_gets_its_rows_and_memory_is_bounded(
         assert got[rank] == [
             step * total + firsts[rank] + offset for step in range(steps) for offset in range(size)
         ]
-    assert buffer.num_kept == 0
+    assert len(buffer._rows) == 0
 
 
 # -- the worker's end ----

@@ -10,12 +10,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from smolrun.checkpoints.find import read_manifest
 from smolrun.checkpoints.manifest import MANIFEST_FILE
 from smolrun.errors import CheckpointError
-from smolrun.launch.control import Saving
 from smolrun.launch.delivery.files import FileHashes
 from smolrun.launch.delivery.store import Bundle, File, TransferProgress, deliver_bundles
 
@@ -31,17 +28,6 @@ def run_on_host(machine: Machine, run_id: str) -> str:
     if not _RUN_ID.fullmatch(run_id):
         raise CheckpointError(f"{run_id[:80]!r} cannot be the name of a folder on hosts")
     return f"{machine.workdir}/runs/{run_id}"
-
-
-def saving_on_host(saving: Saving, folder: str, resume: str | None) -> Saving:
-    """`saving` for the ranks of a host: they write below the run's `folder` there.
-
-    Older checkpoints live on the driver: a host needs room for the save that is being written and
-    the one that is being fetched.
-    """
-    return msgspec.structs.replace(
-        saving, folder=f"{folder}/checkpoints", resume=resume, keep=1, keep_best=False
-    )
 
 
 class CheckpointFiles:

@@ -81,10 +81,7 @@ def _linux_memory() -> tuple[int | None, int | None]:
     text = read("/proc/meminfo")
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", text, re.MULTILINE))
     total, available = found.get("MemTotal"), found.get("MemAvailable")
-    return (
-        int(total) * 1024 if total else None,
-        int(available) * 1024 if available else None,
-    )
+    return (int(total) * 1024 if total else None, int(available) * 1024 if available else None)
 
 
 def _mac_memory() -> tuple[int | None, int | None]:

@@ -15,12 +15,10 @@ from smolrun.checkpoints.manifest import merge
 from smolrun.checkpoints.tensor_slice import TensorSlice
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError, HostError
-from smolrun.launch.control import Saving
 from smolrun.launch.delivery.run_folder import (
     CheckpointFiles,
     clear_run,
     run_on_host,
-    saving_on_host,
 )
 from smolrun.launch.delivery.store import TransferProgress
 from tests.launch.here import HereMachine
@@ -88,19 +86,6 @@ def test_clearing_takes_a_link_and_not_what_it_points_to(mini1: Any, tmp_path: P
     assert clear_run(mini1, "run-1")
     assert (outside / "keep").exists()
     assert not run.exists()
-
-
-def test_ranks_of_a_host_write_below_its_run_and_need_little_room() -> None:
-    saving = Saving("/here/checkpoints", "t", every=5, keep=9, keep_best=True, resume="/here/x")
-    there = saving_on_host(saving, "/w/runs/r", "/w/runs/r/resume/step-00000010")
-    assert there == Saving(
-        "/w/runs/r/checkpoints",
-        "t",
-        every=5,
-        keep=1,
-        keep_best=False,
-        resume="/w/runs/r/resume/step-00000010",
-    )
 
 
 def test_the_folder_is_named_alike_on_every_system(mini1: Any) -> None:
