@@ -13,7 +13,7 @@ from smolrun.driver.detach import begin_driving
 from smolrun.driver.fleet import is_elsewhere
 from smolrun.driver.outputs import make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start
-from smolrun.driver.serving import ServingRun
+from smolrun.driver.serving import ServingRun, dry_run
 from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
 from smolrun.launch.wake import keep_awake
 from smolrun.sanitize import echo, indented, one_line
@@ -32,6 +32,8 @@ def drive(config: RunConfig) -> int:
     """Serve as configured; returns the exit code. ConfigError, HostError: nothing was started."""
     check_before_start(config)
     console = Console(steps=1, world_size=1)
+    if config.training.dry_run:
+        return dry_run(config, console.preparing)
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
         if is_elsewhere(config):  # this machine renews the leases of the workers

@@ -21,15 +21,22 @@ import msgspec
 import platformdirs
 
 from smolrun.config import RunConfig, ranks
+from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
 from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
 from smolrun.driver.fleet import is_elsewhere, open_fleet
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.serving_model import find_model, notes
 from smolrun.driver.serving_parts import deliver_parts, needed_parts, parts_of
-from smolrun.driver.serving_start import ModelLoader, ServingSpec, plan_for
+from smolrun.driver.serving_start import ModelLoader, ServingSpec
 from smolrun.errors import ConfigError, ProtocolError
-from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, model_bytes
+from smolrun.estimate.serving_plan import (
+    DoesNotFit,
+    ServingPlan,
+    ServingRank,
+    model_bytes,
+    plan_for,
+)
 from smolrun.files import read_json
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
@@ -38,11 +45,12 @@ from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
 from smolrun.models.sampling import Sampling
+from smolrun.models.shape import completed_shape
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import ApiLimits, Service
 from smolrun.serving.http_server import HttpServer
-from smolrun.serving.messages import TOPIC, FromEngine, Ready, ToEngine
+from smolrun.serving.messages import TOPIC, FromEngine, Ready, ServingDtype, ToEngine
 from smolrun.serving.source import ModelSource
 from smolrun.tracking.run_folder import RunFolder
 
@@ -64,6 +72,30 @@ def serving_config(config: RunConfig) -> RunConfig:
     elif cluster.hosts is not None and mode == "local":
         update = {"hosts": [cluster.hosts[0].model_copy(update={"ranks": 1})]}
     return config.model_copy(update={"task": "serve", "cluster": cluster.model_copy(update=update)})
+
+
+def dry_run(config: RunConfig, progress: Progress) -> int:
+    """Print what a server would need; of a shape whose weights are on the hub without them."""
+    from smolrun.estimate.serving_dry_run import report  # torch: seconds
+
+    config = serving_config(config)
+    model = config.model
+    dtype: ServingDtype = "bf16"  # as all that are on the hub by these names
+    if isinstance(model, DecoderConfig) and model.vocab_size is not None:
+        name, vocab_size = PRETRAINED_NAMES[model.name], model.vocab_size
+        keys = model.keywords()
+        shape = completed_shape(**{key: keys[key] for key in keys if key != "vocab_size"})
+    else:
+        source = find_model(config, progress, lambda _: None)
+        name, shape, vocab_size, dtype = (
+            source.name,
+            source.shape,
+            source.vocab_size,
+            source.dtype,
+        )
+    dtype = dtype if config.serving.weights == "auto" else config.serving.weights
+    sizes = model_bytes(shape, vocab_size, ITEM_BYTES[dtype])
+    return report(config, name, sizes, shape.max_sequence_length, dtype)
 
 
 class ServingRun:
@@ -103,9 +135,9 @@ class ServingRun:
         free = machine_memory().available / len(hosts) - _PROCESS_BYTES
         found = [ServingRank(host, _ANY_S, _ANY_S, free) for host in hosts]
         try:
-            plan_for(self._config, self.spec, found)
+            plan_for(self._config, self.spec.sizes, self.source.shape.max_sequence_length, found)
         except DoesNotFit as error:
-            raise ConfigError(f"model={self.source.name}: {error}") from error
+            raise ConfigError(f"model={self.source.name} does not fit: {error}") from error
         except ValueError as error:
             raise ConfigError(f"serving.layers: {error}") from error
 

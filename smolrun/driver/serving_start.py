@@ -10,14 +10,14 @@ hosts          <-- parts ---  (a thread)    each host its own layers, by hash
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from smolrun.config import RunConfig, ranks
 from smolrun.errors import ProtocolError, SmolrunError
-from smolrun.estimate.serving_plan import ModelBytes, ServingPlan, ServingRank, plan
+from smolrun.estimate.serving_plan import DoesNotFit, ModelBytes, ServingPlan, ServingRank, plan_for
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.serving.messages import (
@@ -33,7 +33,6 @@ from smolrun.serving.messages import (
 from smolrun.serving.source import ModelSource
 
 Progress = Callable[[str, int, int], None]
-LONGEST_CONTEXT = 4096  # unless serving.context asks for more
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,6 @@ class ServingSpec:
     source: ModelSource
     sizes: ModelBytes
     dtype: ServingDtype
-
-
-def plan_for(config: RunConfig, spec: ServingSpec, found: Sequence[ServingRank]) -> ServingPlan:
-    """The plan that the configuration asks for. DoesNotFit; ValueError about serving.layers."""
-    serving = config.serving
-    context = min(spec.source.shape.max_sequence_length, LONGEST_CONTEXT)
-    return plan(
-        spec.sizes,
-        found,
-        mode=serving.mode,
-        hosts=serving.hosts,
-        layers=serving.layers,
-        slots=None if serving.slots == "auto" else serving.slots,
-        context=context
-        if serving.context == "auto"
-        else min(serving.context, spec.source.shape.max_sequence_length),
-        is_context_fixed=serving.context != "auto",
-    )
 
 
 class ModelLoader(Subscriber):
@@ -130,7 +111,8 @@ class ModelLoader(Subscriber):
             for plan in self._ranks
         ]
         try:
-            self._plan = plan_for(self._config, self._spec, found)
+            longest = self._spec.source.shape.max_sequence_length
+            self._plan = plan_for(self._config, self._spec.sizes, longest, found)
         except (SmolrunError, ValueError) as error:
             self._fail(error)
             return
@@ -176,6 +158,8 @@ class ModelLoader(Subscriber):
 
     def _fail(self, error: Exception) -> None:
         assert self._driver is not None, "the driver has started"
+        if isinstance(error, DoesNotFit):
+            error = DoesNotFit(f"{self._spec.source.name} does not fit: {error}")
         what = (
             error
             if isinstance(error, SmolrunError | ValueError)

@@ -1,6 +1,6 @@
 """Which rank of a server holds which layers: sizes of a decoder, and the plan for the ranks there.
 
-Pure arithmetic on what the driver knows of the model and what the ranks measured.
+Arithmetic on what the driver knows of the model and what the ranks measured.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from smolrun.config import RunConfig
 from smolrun.errors import SmolrunError
+from smolrun.launch.machine_memory import gb
 from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.parts.placement import checked_layers, cut
 
 HOP_S = 0.001  # a message between stages in a home network
 _MOST_SLOTS = 8
+_LONGEST_CONTEXT = 4096  # unless serving.context asks for more
 _LEAST_CONTEXT = 256
 # Hidden states, logits and torch's own buffers beside weights and cache.
 _SPARE_BYTES = 200e6
@@ -33,7 +36,7 @@ class ModelBytes:
     head: int
     shared: int
     cache_per_token: int  # of one layer
-    hidden: int  # of one token, between stages
+    itemsize: int
 
     @property
     def weights(self) -> int:
@@ -56,7 +59,7 @@ def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelByt
         head=size(False, True) - layer,
         shared=size(True, False) + size(False, True) - layer - size(True, True),
         cache_per_token=2 * shape.kv_heads * shape.head_width * itemsize,
-        hidden=shape.width * itemsize,
+        itemsize=itemsize,
     )
 
 
@@ -140,6 +143,25 @@ def plan(
             return found
     smallest = _sizes(slots, context, is_context_fixed)[-1]
     raise DoesNotFit(_too_large(model, ranks, *smallest, mode))
+
+
+def plan_for(
+    config: RunConfig, model: ModelBytes, longest: int, found: Sequence[ServingRank]
+) -> ServingPlan:
+    """The plan that the configuration asks for, of a model that reads `longest` tokens. DoesNotFit;
+    ValueError about serving.layers."""
+    serving = config.serving
+    context = _LONGEST_CONTEXT if serving.context == "auto" else serving.context
+    return plan(
+        model,
+        found,
+        mode=serving.mode,
+        hosts=serving.hosts,
+        layers=serving.layers,
+        slots=None if serving.slots == "auto" else serving.slots,
+        context=min(context, longest),
+        is_context_fixed=serving.context != "auto",
+    )
 
 
 def _sizes(slots: int | None, context: int, is_fixed: bool) -> list[tuple[int, int]]:
@@ -247,19 +269,17 @@ def _too_large(
     model: ModelBytes, ranks: Sequence[ServingRank], slots: int, capacity: int, mode: str
 ) -> str:
     """What is missing, as a sentence."""
-    used = ranks[:1] if mode == "local" else ranks
     cache = model.layers * slots * capacity * model.cache_per_token
-    free = ", ".join(f"{rank.host} {_gb(rank.free_bytes)}" for rank in used)
     needed = (
-        f"{_gb(model.weights)} of weights and {_gb(cache)} of cache ({slots} x {capacity} tokens)"
+        f"{gb(model.weights)} of weights and {gb(cache)} of cache ({slots} x {capacity} tokens)"
     )
-    best = "more hosts (cluster=NAME serving=pipeline)" if len(used) == 1 else "another host"
-    return (
-        f"the model does not fit: it needs {needed}, free are {free}; "
-        f"try serving.weights=bf16, a smaller serving.context or serving.slots, {best}, "
-        "or a smaller model"
-    )
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+    tries = ["serving.weights=bf16"] if model.itemsize > 2 else []
+    tries += ["a smaller serving.context or serving.slots"] if cache > model.weights / 10 else []
+    tries += ["a smaller model"]
+    if len(ranks) == 1 or mode == "local":
+        free = gb(ranks[0].free_bytes)
+        tries.insert(0, "more hosts (cluster=NAME)")
+    else:
+        free = ", ".join(f"{rank.host} {gb(rank.free_bytes)}" for rank in ranks)
+        tries.insert(0, "one more host")
+    return f"it needs {needed}, available: {free}; try {', or '.join(tries)}"

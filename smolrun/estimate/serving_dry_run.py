@@ -1,0 +1,104 @@
+"""training.dry_run=true for a server: which rank would hold which layers, its memory, and about how
+fast one stream would be, before anything is started."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import rich.box
+import rich.table
+import torch
+
+from smolrun.config import RunConfig, ranks
+from smolrun.config.cluster import HostConfig
+from smolrun.config.plan import THIS_MACHINE
+from smolrun.estimate.serving_plan import DoesNotFit, ModelBytes, ServingPlan, ServingRank, plan_for
+from smolrun.launch.machine_memory import gb, machine_memory
+from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
+from smolrun.sanitize import echo, one_line
+from smolrun.tracking.console import Screen
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_MEASURE_S = 0.2
+_MATRIX_BYTES = 128 << 20  # larger than a processor's caches
+_SHOWN_WIDTH = 100
+
+
+def report(config: RunConfig, name: str, sizes: ModelBytes, longest: int, dtype: str) -> int:
+    """Print the plan; the exit code is that of a bad configuration where the model does not fit."""
+    places = _ranks(config, sizes, _bytes_per_s(_DTYPES[dtype]))
+    echo(one_line(f"{name}: {gb(sizes.weights)} of weights as {dtype}"))
+    try:
+        made = plan_for(config, sizes, longest, places)
+    except (DoesNotFit, ValueError) as error:
+        echo(f"does not fit: {error}" if isinstance(error, DoesNotFit) else f"{error}")
+        return EXIT_BAD_CONFIG
+    screen = Screen(highlight=False, markup=False, emoji=False)
+    if not screen.is_terminal:
+        screen.width = _SHOWN_WIDTH
+    screen.print(_table(made, sizes, places))
+    for left in made.left_out:
+        echo(
+            f"{left.host} left out: {left.with_it:.2g} tokens/s with it, {left.without:.2g} without"
+        )
+    if unknown := [place.host for place in places if place.free_bytes == math.inf]:
+        names = ", ".join(dict.fromkeys(unknown))
+        echo(f"memory unknown: {names}; set memory_gb: in the cluster file")
+    echo(
+        f"fits: {made.slots} requests at once of up to {made.capacity:,} tokens; one stream about "
+        f"{made.tokens_per_s:.2g} tokens/s, by the speed of this machine's memory"
+        + (" and the speed: of the hosts" if len(places) > 1 else "")
+    )
+    return EXIT_DONE
+
+
+def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[ServingRank]:
+    """What the cluster file and this machine say of each rank."""
+    hosts = {host.name: host for host in config.cluster.hosts or []}
+    places = []
+    for rank in ranks(config):
+        host = hosts.get(rank.host) or HostConfig(name=THIS_MACHINE)
+        here = machine_memory().available if host.ssh is None else math.inf
+        memory = host.memory_gb * 2**30 if host.memory_gb else here
+        speed = host.speed if isinstance(host.speed, float | int) else 1.0
+        places.append(
+            ServingRank(
+                host=rank.host,
+                layer_s=sizes.layer / bytes_per_s / speed,
+                head_s=sizes.head / bytes_per_s / speed,
+                free_bytes=memory / rank.local_world_size,
+            )
+        )
+    return places
+
+
+def _bytes_per_s(dtype: torch.dtype) -> float:
+    """How fast this machine multiplies a matrix with a vector, which is what a token costs."""
+    rows = _MATRIX_BYTES // 4096 // dtype.itemsize
+    matrix, vector = torch.zeros((rows, 4096), dtype=dtype), torch.zeros(4096, dtype=dtype)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < _MEASURE_S:
+        before = time.perf_counter()
+        torch.mv(matrix, vector)
+        times.append(time.perf_counter() - before)
+    return matrix.nbytes / min(times)
+
+
+def _table(made: ServingPlan, sizes: ModelBytes, places: Sequence[ServingRank]) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("rank", "host", "layers", "weights", "cache", "available"):
+        table.add_column(name, justify="left" if name == "host" else "right", no_wrap=True)
+    for rank, place in enumerate(places):
+        layers = made.layers[rank]
+        table.add_row(
+            str(rank),
+            one_line(place.host),
+            f"{layers.start} to {layers.stop - 1}" if layers else "none",
+            gb(made.weight_bytes(sizes, rank)),
+            gb(made.cache_bytes(sizes, rank)),
+            "unknown" if place.free_bytes == math.inf else gb(place.free_bytes),
+        )
+    return table
