@@ -1,0 +1,57 @@
+"""task=generate: one answer on stdout, everything else elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from smolrun.driver.serving_client import prompt_or_refuse
+from smolrun.errors import ConfigError
+from smolrun.serving.text import Prompts
+from tests.tasks.served import model_in
+
+PROMPT = "a, b (c) 'd' ${e} \n"
+
+
+def generate(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "smolrun.cli", "task=generate", *words]
+    return subprocess.run(
+        command, cwd=folder, input=stdin, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+@pytest.mark.timeout(220)
+def test_it_writes_what_transformers_writes_and_nothing_else(tmp_path: Path) -> None:
+    model = model_in(tmp_path / "model")
+    words = ["model=hf", f"model.name={model}", "serving.temperature=0", "serving.max_tokens=24"]
+    words += ["cluster.threads=1"]
+    prompts = Prompts(model)
+    ids, _ = prompts.chat([{"role": "user", "content": PROMPT}], {})
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        made = network.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    answer = made[0, len(ids) :].tolist()
+    answer = answer[: answer.index(256)] if 256 in answer else answer
+    expected = b"".join(prompts.token_bytes[id] for id in answer).decode("utf-8", "replace")
+    for done in (
+        generate(tmp_path, *words, f"prompt={PROMPT}"),
+        generate(tmp_path, *words, "serving=pipeline", stdin=PROMPT),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.replace("\r\n", "\n") == expected.replace("\r", "\n") + "\n"
+        assert "loading the model" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_without_a_prompt_it_says_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r'generate.prompt is missing: prompt="..."'):
+        prompt_or_refuse(None, lambda: "", is_terminal=True)
+    with pytest.raises(ConfigError, match="empty"):
+        prompt_or_refuse(None, lambda: "", is_terminal=False)
+    assert prompt_or_refuse("a, b", lambda: "unused", is_terminal=False) == "a, b"
+    assert prompt_or_refuse(None, lambda: "read\n", is_terminal=False) == "read\n"

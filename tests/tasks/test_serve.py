@@ -1,0 +1,163 @@
+"""task=serve as a user runs it: real processes, an answer over HTTP, and every kind of end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from smolrun.cli.compose import compose
+from smolrun.cli.run import drive
+from smolrun.tracking.past_runs import state_of
+from smolrun.tracking.run_folder import RunFolder
+from tests.tasks.served import events, model_in, serving
+from tests.waiting import until
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def choice(model: Path) -> list[str]:
+    return ["model=hf", f"model.name={model}", "serving.port=0", "cluster.threads=1"]
+
+
+def test_it_answers_says_where_and_drains(tmp_path: Path, model: Path) -> None:
+    with serving(tmp_path, *choice(model)) as server:
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert server.url.startswith("http://127.0.0.1:")
+        assert state_of(RunFolder(server.run)) == "serving"
+        asked = server.body(temperature=0, max_tokens=8)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
+        assert answer["usage"]["completion_tokens"] == 8
+        assert len(server.workers) == 1  # auto: one machine holds it
+        with server.stream(max_tokens=2000) as lines:
+            got = events(lines)
+            next(got)
+            server.driver.send_signal(signal.SIGTERM)
+            rest = list(got)  # to its end, though the server is being stopped
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
+        code, out, err = server.end()
+        assert (code, err) == (130, "")
+        assert f"curl {server.url}/v1/chat/completions" in out
+        told = server.summary()
+        assert (told["status"], told["reason"]) == ("stopped", "stopped by the user")
+        until(server.is_gone)
+        assert not (tmp_path / "outputs" / "latest").exists()
+
+
+def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
+    tmp_path: Path, model: Path
+) -> None:
+    pipeline = ["serving=pipeline", "serving.layers=[[0,1],[2,3]]", "mesh.liveness=fast"]
+    with serving(tmp_path, *choice(model), *pipeline) as server:
+        with server.stream() as lines:
+            got = events(lines)
+            next(got)
+            server.worker(1).kill()
+            rest = list(got)
+        assert "rank 1" in rest[-1]["error"]["message"], rest[-1]
+        code, _, err = server.end()
+        assert code == 3
+        assert "rank 1" in err and "local" in err
+        told = server.summary()
+        assert (told["status"], told["failed_rank"]) == ("failed", 1)
+        until(server.is_gone)
+
+
+def test_a_killed_driver_leaves_nobody_and_its_port_was_its_own(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serving(tmp_path, *choice(model)) as server:
+        port = server.url.rpartition(":")[2]
+        taken = compose(["task=serve", *choice(model), f"serving.port={port}"])
+        assert drive(taken) == 2
+        assert f"serving.port = {port}: " in (said := capsys.readouterr().err)
+        assert f"process {server.driver.pid}" in said
+        server.driver.kill()
+        until(server.is_gone)
+        assert state_of(RunFolder(server.run)) == "died"
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: Any, *overrides: str) -> str:
+    """What is said of a server that cannot be; nothing may have been started."""
+    monkeypatch.chdir(folder)
+    assert drive(compose(["task=serve", *overrides])) == 2
+    assert not (folder / "outputs").exists()
+    return str(capsys.readouterr().err)
+
+
+def test_a_model_without_one_of_its_files_is_refused(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "models" / "broken")
+    (broken / "model.safetensors").unlink()
+    said = refused(monkeypatch, tmp_path, capsys, *choice(broken))
+    assert "broken" in said and "safetensors" in said
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = ["serving.slots=1024", "serving.context=8192"]
+    monkeypatch.setattr("smolrun.driver.serving.machine_memory", memory_of(1 << 30))
+    said = refused(monkeypatch, tmp_path, capsys, *choice(model), *huge)
+    assert "model=tiny does not fit: it needs" in said
+    assert "a smaller serving.context or serving.slots" in said
+
+
+def memory_of(available: int) -> Any:
+    from smolrun.launch.machine_memory import MachineMemory
+
+    return lambda: MachineMemory(available, available, 0)
+
+
+def test_wrong_layers_are_refused(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ["serving=pipeline", "serving.layers=[[0,1],[2,9]]"]
+    said = refused(monkeypatch, tmp_path, capsys, *choice(model), *wrong)
+    assert "serving.layers: the stages end with layer 9, but the model has layers 0 to 3" in said
+
+
+def test_a_dry_run_prints_the_cut_and_starts_nothing(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["task=serve", "training.dry_run=true", "model=qwen3_14b", "cluster=macmini3"]
+    assert drive(compose(asked)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Qwen/Qwen3-14B: 27.5 GB of weights as bf16\n")
+    assert "mini3" in said and "39 " in said and "tokens/s" in said
+    assert drive(compose([*asked, "model=qwen3_32b"])) == 2
+    assert "does not fit: it needs 61.0 GB" in capsys.readouterr().out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bind_beyond_this_machine_makes_a_key_that_is_needed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smolrun.driver import serving as driver
+
+    monkeypatch.setattr(driver.platformdirs, "user_config_path", lambda _: tmp_path / "config")
+    said: list[str] = []
+    key = driver.api_key(said.append)
+    path = tmp_path / "config" / "serving.key"
+    assert path.stat().st_mode & 0o077 == 0
+    assert key in said[0] and len(key) > 40
+    assert driver.api_key(said.append) == key
+    assert key not in said[1] and str(path) in said[1]
+    config = compose(["task=serve", *choice(model), "serving.bind=0.0.0.0"])
+    with driver.ServingRun(config, lambda _: None, lambda *_: None) as run:
+        port = run.url.rpartition(":")[2]
+        place = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(place).status_code == 401
+        assert httpx.get(place, headers={"authorization": f"Bearer {key}"}).status_code == 200
