@@ -14,6 +14,12 @@ from torch import Tensor
 
 from smolrun.models.shape import DecoderShape
 
+# From how many rows on the product W x^T takes less time than x W^T; the results are the same. On an
+# x86 processor, of [3072, 576] and 8 rows: bf16 0.25 against 0.32 ms, float32 0.71 against 0.88; of
+# [49152, 576] 6.1 against 8.5, and 26.8 against 35.6. One row in bf16 by torch.mv: 0.20 against 0.30.
+_FEWEST_ROWS = {torch.bfloat16: 2, torch.float32: 7}
+_MOST_ROWS = 32
+
 
 class Linear:
     """y = W x + b for rows x, in the dtype of W (float32 or bfloat16)."""
@@ -21,6 +27,8 @@ class Linear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.weight = weight_OI
         self.bias = bias_O
+        self._is_on_cpu = weight_OI.device.type == "cpu"
+        self._fewest_rows = _FEWEST_ROWS.get(weight_OI.dtype, _MOST_ROWS)
 
     @classmethod
     def joined(cls, weights: list[Tensor], biases: list[Tensor]) -> Linear:
@@ -28,7 +36,19 @@ class Linear:
         return cls(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def __call__(self, inputs_TI: Tensor) -> Tensor:
-        return F.linear(inputs_TI, self.weight, self.bias)
+        if not self._is_on_cpu:
+            return F.linear(inputs_TI, self.weight, self.bias)
+        outputs_TO = self._product(inputs_TI)
+        return outputs_TO if self.bias is None else outputs_TO + self.bias
+
+    def _product(self, inputs_TI: Tensor) -> Tensor:
+        """Of few rows, by the routine that reads the weights fastest."""
+        num_rows = len(inputs_TI)
+        if num_rows == 1:
+            return torch.mv(self.weight, inputs_TI[0])[None]
+        if self._fewest_rows <= num_rows <= _MOST_ROWS:
+            return (self.weight @ inputs_TI.T).T.contiguous()
+        return F.linear(inputs_TI, self.weight)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """Rows of the matrix, for one that is also an embedding."""
