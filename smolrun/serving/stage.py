@@ -64,6 +64,8 @@ class Stage:
 
     `parameters` have the names of models/decoder.py; the dict is emptied, so that joined weights
     need memory for one layer twice only. Computes in `dtype`, on the device of the parameters.
+    `batch_invariant`: what is computed for a token does not depend, to the last bit, on neighbours
+    or chunks; prompts then take several times as long.
     Raises ValueError for a capacity beyond max_sequence_length.
     """
 
@@ -80,6 +82,7 @@ class Stage:
         slots: int,
         capacity: int,
         dtype: torch.dtype,
+        batch_invariant: bool = False,
     ) -> None:
         if capacity > shape.max_sequence_length:
             limit = f"max_sequence_length={shape.max_sequence_length}"
@@ -88,7 +91,8 @@ class Stage:
         self.has_embedding, self.has_head = has_embedding, has_head
         self.slots, self.capacity, self.dtype = slots, capacity, dtype
         self.device = next(iter(parameters.values())).device
-        weights = WeightReader(parameters, shape, dtype)
+        self._is_invariant = batch_invariant
+        weights = WeightReader(parameters, shape, dtype, is_invariant=batch_invariant)
         self._embedding = weights.embedding("token_embedding")
         self._position_embedding = weights.embedding("position_embedding")
         self._layers = [weights.layer(layer) for layer in range(first_layer, last_layer + 1)]
@@ -182,7 +186,13 @@ class Stage:
         )
 
     def _attentions(self, rows: Sequence[Row]) -> list[_Attention]:
-        """Rows of one token are joined where their slots follow each other and little is wasted."""
+        """Rows of one token are joined where their slots follow each other and little is wasted.
+
+        To be invariant every token attends alone, as it does when it is decoded alone.
+        """
+        if self._is_invariant:
+            rows = [Row(row.slot, row.start + i, 1, True) for row in rows for i in range(row.count)]
+            return [self._attention([row], first) for first, row in enumerate(rows)]
         spare = _SPARE_PRODUCTS // (self.shape.heads * self.shape.head_width)
         groups: list[list[Row]] = []
         for row in rows:

@@ -14,28 +14,35 @@ from torch import Tensor
 
 from smolrun.models.shape import DecoderShape
 
-# From how many rows on the product W x^T takes less time than x W^T; the results are the same. On an
-# x86 processor, of [3072, 576] and 8 rows: bf16 0.25 against 0.32 ms, float32 0.71 against 0.88; of
-# [49152, 576] 6.1 against 8.5, and 26.8 against 35.6. One row in bf16 by torch.mv: 0.20 against 0.30.
+# From how many rows on the product W x^T takes less time than x W^T; the results are the same. On
+# an x86 processor, [3072, 576] and 8 rows: bf16 0.25 against 0.32 ms, float32 0.71 against 0.88;
+# [49152, 576]: 6.1 against 8.5, 26.8 against 35.6. One row in bf16 by torch.mv: 0.20 against 0.30.
 _FEWEST_ROWS = {torch.bfloat16: 2, torch.float32: 7}
 _MOST_ROWS = 32
+# Rows of every product where results must not depend on their number: bf16 takes hardly longer for
+# 16 rows than for one, as it waits for the weights.
+_FIXED_ROWS = 16
 
 
 class Linear:
-    """y = W x + b for rows x, in the dtype of W (float32 or bfloat16)."""
+    """y = W x + b for rows x, in the dtype of W (float32 or bfloat16).
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+    `is_invariant`: a row's result does not depend on the others, to the last bit, as all products
+    are of as many rows.
+    """
+
+    def __init__(
+        self, weight_OI: Tensor, bias_O: Tensor | None = None, *, is_invariant: bool = False
+    ) -> None:
         self.weight = weight_OI
         self.bias = bias_O
+        self.is_invariant = is_invariant
         self._is_on_cpu = weight_OI.device.type == "cpu"
         self._fewest_rows = _FEWEST_ROWS.get(weight_OI.dtype, _MOST_ROWS)
 
-    @classmethod
-    def joined(cls, weights: list[Tensor], biases: list[Tensor]) -> Linear:
-        """Several products of one input as one: outputs side by side. No biases: []."""
-        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
-
     def __call__(self, inputs_TI: Tensor) -> Tensor:
+        if self.is_invariant:
+            return self._invariant(inputs_TI)
         if not self._is_on_cpu:
             return F.linear(inputs_TI, self.weight, self.bias)
         outputs_TO = self._product(inputs_TI)
@@ -49,6 +56,13 @@ class Linear:
         if self._fewest_rows <= num_rows <= _MOST_ROWS:
             return (self.weight @ inputs_TI.T).T.contiguous()
         return F.linear(inputs_TI, self.weight)
+
+    def _invariant(self, inputs_TI: Tensor) -> Tensor:
+        """In blocks of _FIXED_ROWS, the last one filled up."""
+        num_rows = len(inputs_TI)
+        blocks = F.pad(inputs_TI, (0, 0, 0, -num_rows % _FIXED_ROWS)).split(_FIXED_ROWS)
+        outputs = [F.linear(block, self.weight, self.bias) for block in blocks]
+        return torch.cat(outputs)[:num_rows]
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """Rows of the matrix, for one that is also an embedding."""
@@ -105,9 +119,15 @@ class WeightReader:
     """Takes the parameters of a decoder out of a dict, in the form in which a stage needs them."""
 
     def __init__(
-        self, parameters: dict[str, Tensor], shape: DecoderShape, dtype: torch.dtype
+        self,
+        parameters: dict[str, Tensor],
+        shape: DecoderShape,
+        dtype: torch.dtype,
+        *,
+        is_invariant: bool,
     ) -> None:
         self._parameters, self._shape, self._dtype = parameters, shape, dtype
+        self._is_invariant = is_invariant
 
     def _take(self, name: str) -> Tensor | None:
         tensor = self._parameters.pop(name, None)
@@ -115,7 +135,7 @@ class WeightReader:
 
     def embedding(self, name: str) -> Linear | None:
         weight = self._take(f"{name}.weight")
-        return None if weight is None else Linear(weight)
+        return None if weight is None else Linear(weight, is_invariant=self._is_invariant)
 
     def norm(self, name: str) -> Norm:
         weight = self._take(f"{name}.weight")
@@ -123,14 +143,12 @@ class WeightReader:
         return Norm(weight, self._take(f"{name}.bias"), self._shape.norm_eps)
 
     def linear(self, *names: str) -> Linear:
+        """The products of one input, side by side."""
         weights = [self._take(f"{name}.weight") for name in names]
         biases = [self._take(f"{name}.bias") for name in names]
-        if len(names) == 1 and weights[0] is not None:
-            return Linear(weights[0], biases[0])
-        return Linear.joined(
-            [weight for weight in weights if weight is not None],
-            [bias for bias in biases if bias is not None],
-        )
+        weight = _joined(weights)
+        assert weight is not None, names
+        return Linear(weight, _joined(biases), is_invariant=self._is_invariant)
 
     def layer(self, layer: int) -> Layer:
         block, shape = f"blocks.{layer}", self._shape
@@ -154,3 +172,11 @@ class WeightReader:
             return None
         shape = self._shape
         return torch.cat((query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)))
+
+
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+    """All of them as one, or the only one; None where there are none."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return torch.cat(found)

@@ -28,6 +28,7 @@ class Chain:
         slots: int = 8,
         capacity: int = 128,
         dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
     ) -> None:
         if isinstance(source, Path):
             source = source_of_folder(source, source.name)
@@ -46,6 +47,7 @@ class Chain:
                     slots=slots,
                     capacity=capacity,
                     dtype=dtype,
+                    batch_invariant=batch_invariant,
                 )
             )
         self.sampler = Sampler()

@@ -218,6 +218,29 @@ def test_bf16_follows_float32(references: dict[str, tuple[Path, list[Text]]]) ->
     assert stage.weight_bytes * 2 == stage_of(folder).weight_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mistral", "llama3"])
+def test_a_batch_invariant_stage_gives_equal_bits(
+    references: dict[str, tuple[Path, list[Text]]], kind: str, dtype: torch.dtype
+) -> None:
+    folder, texts = references[kind]
+    prompt, others = (texts[3].prompt + texts[3].tokens)[:60], texts[1].prompt + texts[1].tokens
+    stage = Chain(folder, dtype=dtype, batch_invariant=True).stages[0]
+    alone = Batch(0, [Row(7, 0, len(prompt), True, True)], prompt)
+    expected, exact = stage.run(alone, None), stage_of(folder).run(alone, None)
+    assert (expected - exact).abs().mean() < (0.2 if dtype == torch.bfloat16 else 1e-4)
+    seen, start = [], 0
+    for number, count in enumerate((7, 1, 1, 20, 1, 30)):  # chunks beside ever more neighbours
+        neighbours = [Row(slot, 0, 3, False) for slot in range(1, 1 + number)]
+        rows = [*neighbours[::2], Row(0, start, count, True, True), *neighbours[1::2]]
+        before = 3 * len(neighbours[::2])
+        ids = others[: 3 * number]
+        ids[before:before] = prompt[start : start + count]
+        seen.append(stage.run(Batch(number, rows, ids), None))
+        start += count
+    assert torch.equal(torch.cat(seen), expected)
+
+
 def test_rows_beyond_the_slots_are_refused(
     references: dict[str, tuple[Path, list[Text]]],
 ) -> None:
