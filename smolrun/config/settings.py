@@ -124,6 +124,7 @@ class ServingConfig(Section):
     slots: Auto | Annotated[int, Field(ge=1, le=1024)]
     prefill_chunk: Count
     prefix_reuse: bool
+    batch_invariant: bool
     max_queue: Natural
     port: Annotated[int, Field(ge=0, le=65535)]
     bind: Name

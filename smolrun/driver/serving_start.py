@@ -141,6 +141,7 @@ class ModelLoader(Subscriber):
             capacity=self._plan.capacity,
             chunk_tokens=serving.prefill_chunk,
             prefix_reuse=serving.prefix_reuse,
+            batch_invariant=serving.batch_invariant,
         )
         for rank in range(len(self._ranks)):
             self._send(rank, load)

@@ -177,6 +177,7 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     capacity: int
     chunk_tokens: int = 256
     prefix_reuse: bool = True
+    batch_invariant: bool = False
 
 
 class Loading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loading"):

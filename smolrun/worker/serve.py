@@ -156,6 +156,7 @@ def _load(
         slots=load.slots,
         capacity=load.capacity,
         dtype=dtype,
+        batch_invariant=load.batch_invariant,
     )
     channel.send_data(LOADING, Loaded(rank, stage.weight_bytes, stage.cache_bytes))
     return stage
