@@ -91,7 +91,11 @@ class HttpServer:
             if not self._loop.is_closed():
                 self._loop.close()
             return
-        asyncio.run_coroutine_threadsafe(self._drain(drain_s), self._loop)
+        draining = self._drain(drain_s)
+        try:
+            asyncio.run_coroutine_threadsafe(draining, self._loop)
+        except RuntimeError:  # another thread stops it too, and has just closed the loop
+            draining.close()
         self._thread.join(drain_s + 2 * _CLOSE_S + _JOIN_S)
 
     async def _drain(self, drain_s: float) -> None:
