@@ -153,10 +153,10 @@ def test_a_request_that_comes_a_byte_at_a_time_is_given_up(tmp_path: Path):
 
 def test_a_client_that_reads_nothing_holds_nobody(tmp_path: Path):
     engine = FakeEngine(lambda submit, _: b"x" * submit.max_tokens, slots=2)
-    engine.max_sequence_length = 20_000
+    engine.max_sequence_length = 10_000
     limits = ConnectionLimits(write_timeout_s=0.5)
     with served(engine, tmp_path, limits=limits) as server, server.connected() as connection:
-        fields = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 15_000}
+        fields = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 8_000}
         connection.sendall(raw_request(fields))
         until(lambda: server.engine.load == 1)
         for _ in range(3):
