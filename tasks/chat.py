@@ -26,7 +26,7 @@ def drive(config: RunConfig) -> int:
         with connected(config, console.say, console.preparing) as client:
             console.say(f"{client.model}: Ctrl-C ends an answer, Ctrl-D the conversation")
             console.close()
-            Conversation(client, config.chat.system).hold()
+            TerminalChat(client, config.chat.system).hold()
     except KeyboardInterrupt:
         return EXIT_STOPPED
     finally:
@@ -34,7 +34,7 @@ def drive(config: RunConfig) -> int:
     return EXIT_DONE
 
 
-class Conversation:
+class TerminalChat:
     """Turns of the user and of the model, by stdin and stdout."""
 
     def __init__(self, client: ChatClient, system: str | None) -> None:

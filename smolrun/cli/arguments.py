@@ -129,7 +129,7 @@ def without_aliases(argv: Sequence[str]) -> list[str]:
         if name in VERBATIM and equals:
             value = verbatim(value)
         words.append(f"{key}{name}{equals}{value}")
-    return words + _implied(words)
+    return words
 
 
 def _implied(words: Sequence[str]) -> list[str]:
@@ -199,4 +199,6 @@ def for_hydra(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
         is_value = VALUE.match(override) and key not in known and not key.startswith("hydra.")
         return f"++{override}" if is_value else override
 
-    return [form(override) for override in overrides]
+    overrides = list(overrides)
+    implied = _implied(overrides) if "model" in known else []
+    return [form(override) for override in (*implied, *overrides)]

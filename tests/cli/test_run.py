@@ -14,6 +14,8 @@ import pytest
 
 from smolrun import cli
 from smolrun.cli.arguments import without_aliases
+from smolrun.cli.compose import compose
+from smolrun.cli.run import run as run_command
 from smolrun.config import RunConfig, redacted
 from smolrun.errors import ConfigError, DataError, PeerLost
 from smolrun.tracking.run_folder import RunFolder
@@ -295,3 +297,27 @@ def test_a_task_without_json_output_is_reported_with_all_other_problems(
 )
 def test_keys_of_a_task_have_short_names(typed: list[str], words: list[str]) -> None:
     assert without_aliases(typed) == words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a, b (c) 'q' \"d\" ${x} \\${y} \\ {z}",
+        *("42", "null", "true", "", "-m", "~/x", "x=y, [1,2]", "größe 🎉", "'quoted'"),
+        "two\nlines, ${oc.env:HOME}",
+        *("\\", "ends with \\", "a\\'b", "${", "\\\\${a}", "\\\\\\${a} \\\\"),
+    ],
+)
+def test_a_prompt_is_taken_as_it_is_typed(text: str, monkeypatch: pytest.MonkeyPatch):
+    taken: list[str | None] = []
+    monkeypatch.setattr(
+        "smolrun.cli.run.drive", lambda config: taken.append(config.generate.prompt) or 0
+    )
+    assert run_command(["task=generate", f"prompt={text}"]) == 0
+    assert taken == [text]
+
+
+def test_the_model_of_a_run_needs_no_choice():
+    assert compose(["task=serve", "model.run=a-run"]).model.name == "trained"
+    assert compose(["task=serve"]).model.name == "smollm2_135m"
+    assert compose(["task=chat", "model=hf", "model.name=x/y"]).model.name == "x/y"
