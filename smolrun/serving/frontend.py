@@ -165,6 +165,11 @@ class Frontend:
         self._loop = loop
 
     @property
+    def num_requests(self) -> int:
+        """Requests whose answers are not delivered yet, also those that the engine is done with."""
+        return len(self._streams)
+
+    @property
     def in_flight(self) -> int:
         """Choices that run or wait."""
         return sum(len(stream.open_choices) for stream in self._streams.values())
@@ -230,6 +235,7 @@ class Frontend:
 
     def metrics_text(self) -> bytes:
         """What is measured, for Prometheus."""
+        self.metrics.open.set(self.num_requests)
         self.metrics.ready.set(self.state == "ready")
         self.metrics.running.set(self.in_flight - self.waiting)
         self.metrics.waiting.set(self.waiting)

@@ -49,6 +49,7 @@ class ServingMetrics:
             return Histogram(f"smolrun_{name}", text, buckets=buckets, registry=registry)
 
         self.ready = Gauge("smolrun_ready", "Whether requests are answered", registry=registry)
+        self.open = Gauge("smolrun_requests_open", "Answers not delivered", registry=registry)
         self.running = Gauge("smolrun_requests_running", "Choices that run", registry=registry)
         self.waiting = Gauge("smolrun_requests_waiting", "Choices that wait", registry=registry)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")

@@ -56,7 +56,7 @@ class Served:
 
     def is_at_rest(self) -> bool:
         """Whether neither engine nor frontend knows any request."""
-        return self.engine.load == 0 and self.service.frontend.in_flight == 0
+        return self.engine.load == 0 and self.service.frontend.num_requests == 0
 
     @property
     def port(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 from smolrun.serving.access import AccessPolicy
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import Served, echoes, served
+from tests.waiting import until
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = {"model": "fake", "messages": [USER]}
@@ -26,7 +27,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
         # After all of this it still answers, and nothing of it is left.
         assert server.chat().status_code == 200
-        assert server.is_at_rest()
+        until(server.is_at_rest)
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:

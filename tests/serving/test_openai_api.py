@@ -10,6 +10,7 @@ import pytest
 from tests.serving.chat_model import THINKING_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import Served, echoes, events, says, served
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_a_stop_string_ends_the_answer_and_the_work(echo: Served):
             assert answer.json()["usage"]["completion_tokens"] == len("one, two")
         assert (text, reason) == ("one, ", "stop")
     assert [cancel.choice for cancel in echo.engine.cancelled[-2:]] == [0, 0]
-    assert echo.is_at_rest()
+    until(echo.is_at_rest)
 
 
 def test_text_held_back_for_a_stop_string_is_delivered(echo: Served):

@@ -78,6 +78,7 @@ def test_a_thousand_disconnects_leave_nothing(tmp_path: Path):
         print(f"{1000 * (time.monotonic() - begun):.0f} ms after the last one left")
         assert time.monotonic() - begun <= 0.5
         text = server.client.get("/metrics").text
+        assert "\nsmolrun_requests_open 0.0\n" in text
         assert "\nsmolrun_requests_running 0.0\n" in text
         assert "\nsmolrun_requests_waiting 0.0\n" in text
         if before:
