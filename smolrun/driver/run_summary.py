@@ -170,7 +170,7 @@ def last_lines(folder: RunFolder, view: View) -> list[str]:
         return [one_line(_died(folder, view)), f"to resume: {resume_command(folder)}"]
     lines = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
     lines.append(f"run folder: {folder.path}")
-    if view.state in ("stopped", "failed"):
+    if view.state in ("stopped", "failed") and "url" not in summary:  # a server saves nothing
         is_saved = summary.get("checkpoint") is not None
         lines.append(
             f"to resume: {resume_command(folder)}" if is_saved else "no checkpoint was saved"
@@ -197,6 +197,8 @@ def _reason(summary: Mapping[str, Any]) -> str:
 
 
 def _figures(summary: Mapping[str, Any]) -> list[str]:
+    if "url" in summary and isinstance(served_s := summary.get("wall_s"), int | float):
+        return [f"served for {clock(served_s)}"]
     steps, wall_s = summary.get("steps"), summary.get("wall_s")
     figures = [counted(steps, "step") if isinstance(steps, int) else "unknown steps"]
     if isinstance(wall_s, int | float):

@@ -56,3 +56,18 @@ def test_a_driver_that_is_gone_is_told_with_what_goes_on() -> None:
 )  # fmt: skip
 def test_the_exit_code_is_the_runs_own(state: Any, summary: dict[str, Any], code: int) -> None:
     assert exit_code(View(state, summary=summary)) == code
+
+
+def test_a_server_says_how_long_it_served(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    ended = {
+        "status": "stopped",
+        "reason": "stopped by the user",
+        "wall_s": 61.0,
+        "url": "http://x",
+    }
+    lines = last_lines(folder, View(state="stopped", summary=ended))
+    assert lines == [
+        "stopped (stopped by the user): served for 0:01:01",
+        f"run folder: {tmp_path}",
+    ]
