@@ -181,6 +181,13 @@ def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
         )
 
 
+def driver_fits_task(*, task: str, driver: str | None) -> Iterator[str]:
+    """Only training can be driven from another machine."""
+    if task in SERVING_TASKS and driver is not None:
+        what = f"task={task} is driven by this machine"
+        yield problem("driver", driver, what, allowed="null; or run the command on that host")
+
+
 def heads_fit_width(*, model: ModelConfig) -> Iterator[str]:
     """The widths of attention divide evenly."""
     if not isinstance(model, DecoderConfig):
@@ -251,6 +258,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     model_fits_data,
     model_is_named,
     model_fits_task,
+    driver_fits_task,
     heads_fit_width,
     blocks_can_be_recomputed,
     momentum_fits,
