@@ -53,6 +53,7 @@ def test_it_is_reached_from_the_command_and_starts_nothing(
     assert any(line.startswith("time: about ") and "measured now" in line for line in lines)
 
 
+@pytest.mark.soak  # a minute of one core: several dry runs of 1.2 billion parameters
 def test_three_mac_minis_cannot_train_a_llama_of_1b_and_are_told_what_can(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

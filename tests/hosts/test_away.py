@@ -40,7 +40,9 @@ def know_the_others(lab: Lab) -> None:
 
 def test_it_drives_the_others_while_the_box_may_leave(driver: Driver) -> None:
     know_the_others(driver.lab)
-    code, out, err = driver.run(*SMALL, "driver=lab1", "training.steps=100000")
+    # Saved at the stop only, as steps take milliseconds here.
+    endless = ["training.steps=100000", "checkpoint.every=100000"]
+    code, out, err = driver.run(*SMALL, "driver=lab1", *endless)
     assert code == 0, out + err
     run_id = out.split(" runs in the background")[0]
     status = driver.run("task=status")[1]

@@ -11,7 +11,7 @@ from tests.hosts.lab import Lab
 from tests.hosts.runs import Driver
 from tests.tasks.served import model_in
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.soak]
 
 
 @pytest.mark.timeout(300)
