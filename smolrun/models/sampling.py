@@ -25,6 +25,8 @@ from smolrun.errors import NonFiniteLogits
 
 # Below it the likeliest token is taken, as in vLLM: noise must not decide between equal logits.
 _SMALLEST_TEMPERATURE = 1e-5
+# As good as 0, and logits that it divides stay finite.
+_SMALLEST_PENALTY = 1e-30
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: 2**64 / golden ratio
 
@@ -129,7 +131,7 @@ def _adjusted(
     if history is None or not sampling.has_penalties:
         return logits
     seen = np.fromiter(history.seen, np.int64, len(history.seen))
-    penalty = sampling.repetition_penalty
+    penalty = max(sampling.repetition_penalty, _SMALLEST_PENALTY)
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     generated = np.fromiter(history.generated.keys(), np.int64, len(history.generated))
     counts = np.fromiter(history.generated.values(), np.float64, len(history.generated))

@@ -146,8 +146,8 @@ class Scheduler:
         length, capacity = len(request.prompt_ids), self.slots.capacity
         if not 1 <= length <= capacity:
             return f"the prompt has {length} tokens; 1 to {capacity} are possible"
-        if max(request.prompt_ids) >= self._vocab_size:
-            token = max(request.prompt_ids)
+        token = max([*request.prompt_ids, *request.sampling.logit_bias])
+        if token >= self._vocab_size:
             return f"token {token} is not in the vocabulary of {self._vocab_size} tokens"
         if request.choices < 1 or request.max_tokens < 0:
             return f"choices={request.choices}, max_tokens={request.max_tokens} are not possible"

@@ -56,5 +56,5 @@ def sequences_of(request: Submit, capacity: int) -> list[Sequence]:
     max_length = min(len(request.prompt_ids) + request.max_tokens, capacity)
     return [
         Sequence(request, choice, list(request.prompt_ids), max_length)
-        for choice in range(request.choices)
+        for choice in range(max(1, request.choices))  # there is one to be refused
     ]

@@ -99,7 +99,7 @@ class Stage:
         self._norm = weights.norm("norm") if has_head else None
         self._head = (weights.embedding("head") or self._embedding) if has_head else None
         self._rotation = self._rotation_tables() if shape.position == "rope" else None
-        # Zeros, not empty: the operating system gives their memory when they are first written.
+        # Zeros, not empty: keys beyond a sequence's end are masked, and must be finite for that.
         self._cache = torch.zeros(
             (len(self._layers), slots, capacity, 2 * shape.kv_heads, shape.head_width),
             dtype=dtype,
@@ -281,12 +281,18 @@ class Stage:
 
     def _feed_forward(self, layer: Layer, hidden_TD: Tensor) -> Tensor:
         inner = layer.gate_up(layer.feed_forward_norm(hidden_TD))
+        if not self._is_invariant:
+            return layer.down(self._activated(inner))
+        # Threads divide many rows anywhere, and the last few elements of each part are computed by
+        # other instructions: the bits would depend on the number of rows.
+        return layer.down(torch.cat([self._activated(row) for row in inner.split(1)]))
+
+    def _activated(self, inner: Tensor) -> Tensor:
+        """[T, F] of what `gate_up` gave."""
         if self.shape.activation == "swiglu":
             gate_TF, up_TF = inner.chunk(2, -1)
-            inner = F.silu(gate_TF) * up_TF
-        else:
-            inner = F.gelu(inner, approximate="tanh")
-        return layer.down(inner)
+            return F.silu(gate_TF) * up_TF
+        return F.gelu(inner, approximate="tanh")
 
     def _rotation_tables(self) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of all positions, [capacity, K]."""

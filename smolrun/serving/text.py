@@ -116,6 +116,8 @@ class AnswerText:
         data = self._token_bytes[id] if id < len(self._token_bytes) else b""
         if not data or id in self._stop_ids:
             return Delta()
+        # A head may have rows beyond the tokens of the tokenizer.
+        top = top and [one for one in top if one[0] < len(self._token_bytes)]
         token = TokenText(id, data, logprob, top)
         start = self._decoded
         text = self._decoder.decode(token.bytes)

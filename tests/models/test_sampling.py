@@ -131,6 +131,17 @@ def test_penalties_by_hand() -> None:
     assert best([3.0, 2.6, 0.0, 0.0], presence_penalty=-0.5) == 1
 
 
+@pytest.mark.parametrize("keys", [{}, {"min_p": 0.1}, {"top_p": 0.5}, {"temperature": 0.0}])
+@pytest.mark.parametrize("penalty", [1e-308, 5e-324])
+def test_the_smallest_repetition_penalty_takes_what_was_there(
+    keys: dict[str, float], penalty: float
+) -> None:
+    history = TokenHistory()
+    history.add([3], is_generated=False)
+    sampling = Sampling(repetition_penalty=penalty, **keys)
+    assert sample(LOGITS, sampling, position=5, history=history).token_id == 3
+
+
 def test_bias_forces_and_forbids() -> None:
     assert draw(LOGITS, temperature=0.0, logit_bias={2: 100.0}) == 2
     assert draw(LOGITS, temperature=0.0, logit_bias={1: -100.0}) == 3

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import ProtocolError
+from smolrun.models.sampling import Sampling
 from smolrun.serving.batch import Batch, BatchResult, Sampled
 from smolrun.serving.cache_slots import CacheSlots, common_prefix
 from smolrun.serving.messages import Cancel, Finished, StepOutput, Submit
@@ -269,6 +270,24 @@ def test_a_request_id_is_not_used_twice_at_a_time() -> None:
     run = run_of(1, 40, 1, 8, Submit("r", [20], 3), Submit("r", [20], 3))
     (finished,) = run.scheduler.take_output().finished
     assert finished == Finished("r", 0, "error", 0, "a request r is running already")
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        (Submit("r", [VOCAB], 3), f"token {VOCAB} is not in the vocabulary of {VOCAB} tokens"),
+        (
+            Submit("r", [20], 3, sampling=Sampling(logit_bias={VOCAB: 1.0})),
+            f"token {VOCAB} is not in the vocabulary of {VOCAB} tokens",
+        ),
+        (Submit("r", [], 3), "the prompt has 0 tokens; 1 to 40 are possible"),
+        (Submit("r", [20], 3, choices=0), "choices=0, max_tokens=3 are not possible"),
+    ],
+)
+def test_a_request_that_cannot_run_ends_alone(request_: Submit, problem: str) -> None:
+    run = run_of(1, 40, 1, 8, request_)
+    assert run.scheduler.take_output().finished == [Finished("r", 0, "error", 0, problem)]
+    assert run.scheduler.schedule() is None and not run.scheduler.has_requests
 
 
 def test_time_to_wait_is_bounded_by_the_share_of_a_batch() -> None:

@@ -241,6 +241,18 @@ def test_a_batch_invariant_stage_gives_equal_bits(
     assert torch.equal(torch.cat(seen), expected)
 
 
+def test_a_batch_invariant_stage_gives_equal_bits_on_several_threads(tmp_path: Path) -> None:
+    """Three threads share the activations of these rows in the middle of a row."""
+    torch.set_num_threads(3)  # until the fixture `one_thread` ends
+    save_model(tmp_path, "gpt2", n_inner=8192)
+    stage = Chain(tmp_path, slots=2, batch_invariant=True).stages[0]
+    ids = list(range(1, 33))
+    alone = [stage.run(Batch(at, [Row(0, at, 1, True)], [id]), None) for at, id in enumerate(ids)]
+    for count in (10, 11, 13, 32):
+        together = stage.run(Batch(99, [Row(1, 0, count, True, True)], ids[:count]), None)
+        assert torch.equal(together, torch.cat(alone[:count])), count
+
+
 def test_rows_beyond_the_slots_are_refused(
     references: dict[str, tuple[Path, list[Text]]],
 ) -> None:

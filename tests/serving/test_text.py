@@ -47,6 +47,12 @@ def test_the_tokens_of_a_character_keep_their_own_logprobs():
     ]
 
 
+def test_a_likely_token_that_the_tokenizer_lacks_is_not_reported():
+    """The head of a model may have more rows than the tokenizer has tokens."""
+    (token,) = AnswerText(BYTES).push(97, -0.5, [(97, -0.5), (256, -0.6), (98, -3.0)]).tokens
+    assert token.top == [(97, -0.5), (98, -3.0)]
+
+
 def test_a_character_that_is_not_complete_in_the_end_is_absent():
     answer = AnswerText(BYTES)
     assert answer.push("€".encode()[0]).text == ""
