@@ -14,6 +14,7 @@ from smolrun.driver.fleet import is_elsewhere
 from smolrun.driver.outputs import make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start
 from smolrun.driver.serving import ServingRun, dry_run
+from smolrun.driver.serving_model import example
 from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
 from smolrun.launch.wake import keep_awake
 from smolrun.sanitize import echo, indented, one_line
@@ -65,10 +66,7 @@ class _Served:
         self._folder.write_summary({"status": "serving", **self._facts()})
         say(f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
             f"context {ready.max_sequence_length:,} tokens")  # fmt: skip
-        body = (
-            f'{{"model": "{run.source.name}", "messages": [{{"role": "user", "content": "Hi"}}]}}'
-        )
-        say(f"curl {run.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        say(example(run.source, run.url, needs_key=run.is_open))
         say(f"to stop it: Ctrl-C, or smolrun task=stop stop.run={self._folder.run_id}")
 
     def end(self, outcome: RunOutcome) -> None:

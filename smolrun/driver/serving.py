@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +28,11 @@ from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
 from smolrun.driver.fleet import is_elsewhere, open_fleet
 from smolrun.driver.run_on_ranks import run_on_ranks
+from smolrun.driver.run_summary import not_equipped
 from smolrun.driver.serving_model import find_model, notes
 from smolrun.driver.serving_parts import deliver_parts, needed_parts, parts_of
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
-from smolrun.errors import ConfigError, ProtocolError
+from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
@@ -108,6 +111,8 @@ class ServingRun:
         self._say = say
         self._progress = progress
         self._closing = contextlib.ExitStack()
+        bind = config.serving.bind
+        self.is_open = bind != "localhost" and not is_loopback(bind)  # beyond this machine
         self.source = source = find_model(config, progress, say)
         dtype = source.dtype if config.serving.weights == "auto" else config.serving.weights
         sizes = model_bytes(source.shape, source.vocab_size, ITEM_BYTES[dtype])
@@ -167,6 +172,8 @@ class ServingRun:
             allowed = "a port that no process uses, or 0 for any free one"
             what = error.strerror or str(error)
             line = problem("serving.port", serving.port, what, allowed=allowed)
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                line = problem("serving.bind", serving.bind, what)
             raise ConfigError(line) from error
         return server
 
@@ -174,10 +181,10 @@ class ServingRun:
         """Without a key only this machine may ask, by its own names; with one, a foreign page that
         gets here by another name cannot know the key."""
         serving = self._config.serving
-        is_open = serving.bind != "localhost" and not is_loopback(serving.bind)
+        key = api_key(self._say, is_terminal=sys.stdout.isatty()) if self.is_open else None
         return AccessPolicy(
-            api_key=api_key(self._say) if is_open else None,
-            hosts=serving.allowed_hosts or (["*"] if is_open else []),
+            api_key=key,
+            hosts=serving.allowed_hosts or (["*"] if self.is_open else []),
             origins=serving.cors_origins,
         )
 
@@ -203,19 +210,22 @@ class ServingRun:
         loader = ModelLoader(
             config, self.spec, self._deliver, on_plan=self._show_plan, progress=self._progress
         )
-        outcome = run_on_ranks(
-            config,
-            folder,
-            self._fleet,
-            [loader, self.bridge, drain],
-            limits=Limits(
-                start_s=config.cluster.start_timeout_s,
-                finish_s=config.mesh.timeout_s,
-                stop_s=_STOP_S,
-            ),
-            say=self._say,
-            progress=self._progress,
-        )
+        try:
+            outcome = run_on_ranks(
+                config,
+                folder,
+                self._fleet,
+                [loader, self.bridge, drain],
+                limits=Limits(
+                    start_s=config.cluster.start_timeout_s,
+                    finish_s=config.mesh.timeout_s,
+                    stop_s=_STOP_S,
+                ),
+                say=self._say,
+                progress=self._progress,
+            )
+        except (HostError, HostErrors) as error:
+            outcome = not_equipped(error)
         if outcome.status == "stopped":
             return dataclasses.replace(outcome, reason="stopped by the user")
         if outcome.status == "failed":
@@ -296,7 +306,7 @@ class Draining(Subscriber):
     def may_stop(self) -> bool:
         """Once no answer runs any more, or the time for that is over."""
         if self._thread is None:
-            if self._frontend.in_flight:
+            if self._frontend.num_requests:  # a length: this is not the event loop's thread
                 self._say(
                     f"running answers get up to {self._drain_s:g} s to end; Ctrl-C again: at once"
                 )
@@ -324,9 +334,9 @@ def sampling_defaults(serving: ServingConfig, folder: Path) -> Sampling:
     return msgspec.convert(values, Sampling)
 
 
-def api_key(say: Callable[[str], None]) -> str:
+def api_key(say: Callable[[str], None], *, is_terminal: bool) -> str:
     """The key that every request beyond this machine needs: made once for this account, in a file
-    that it alone can read, and shown then."""
+    that it alone can read, and shown then on a terminal: what is said elsewhere ends in a log."""
     path = platformdirs.user_config_path("smolrun") / "serving.key"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -334,9 +344,14 @@ def api_key(say: Callable[[str], None]) -> str:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(key := secrets.token_urlsafe(32))
         except FileExistsError:
-            say(f"clients need the API key in {path}")
-            return path.read_text(encoding="ascii").strip()
+            key = path.read_text(encoding="ascii").strip()
+            if not key:
+                raise ConfigError(f"the API key {path} is empty; delete it") from None
+            is_terminal = False
     except (OSError, ValueError) as error:
         raise ConfigError(f"the API key {path} cannot be read or made: {error}") from error
-    say(f"clients need this API key, shown only now and kept in {path}: {key}")
+    if is_terminal:
+        say(f"clients need this API key, shown only now and kept in {path}: {key}")
+    else:
+        say(f"clients need the API key in {path}")
     return key

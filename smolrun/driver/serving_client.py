@@ -175,7 +175,11 @@ def prompt_or_refuse(prompt: str | None, read: Callable[[], str], is_terminal: b
     """`generate.prompt`, else what is on stdin; ConfigError where there is neither."""
     if prompt is None and is_terminal:
         raise ConfigError('generate.prompt is missing: prompt="...", or the prompt on stdin')
-    text = read() if prompt is None else prompt
+    try:
+        text = read() if prompt is None else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise ConfigError(f"generate.prompt is not UTF-8: {error}") from None
     if not text:
         raise ConfigError("generate.prompt is empty: there is nothing to answer")
     return text

@@ -4,7 +4,9 @@ the hub, a folder, or the checkpoint of an earlier run.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -59,6 +61,17 @@ def notes(source: ModelSource, free_bytes: float) -> Iterator[str]:
     line = f"{source.name} has {parameters / 1e6:.0f} million parameters: it invents facts"
     fitting = [name for name, size in PRETRAINED_PARAMETERS.items() if 2.5 * size <= free_bytes]
     yield f"{line}; model={fitting[-1]} would fit here and is better" if fitting else line
+
+
+def example(source: ModelSource, url: str, *, needs_key: bool) -> str:
+    """A first request for a shell: a question, or for a base model a text that it continues."""
+    assert source.tokenizer_folder is not None, "find_model has refused that"
+    place, asked = "completions", dict[str, object](prompt="Once upon a time")
+    if has_template(Path(source.tokenizer_folder)):
+        place, asked = "chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}
+    body = shlex.quote(json.dumps({"model": source.name, **asked}))
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    return f"curl {url}/v1/{place} -H 'Content-Type: application/json'{key} -d {body}"
 
 
 def _short_name(name: str) -> str:

@@ -92,9 +92,10 @@ class AccessControl:
         """The answer to a browser that asks whether a listed page may send a request."""
         if scope["method"] != "OPTIONS" or not is_listed or not self._is_known_host(headers):
             return None
+        wanted = headers.get("access-control-request-headers")  # OpenAI's client sends its own
         allowed = {
             "access-control-allow-methods": "GET, POST",
-            "access-control-allow-headers": "authorization, content-type, x-request-id",
+            "access-control-allow-headers": wanted or "authorization, content-type, x-request-id",
             "access-control-max-age": "600",
         }
         return Response(status_code=204, headers=allowed)

@@ -180,12 +180,14 @@ class Frontend:
         return max(0, self.in_flight - (self.ready.max_running if self.ready else 0))
 
     def check_room(self, choices: int = 1) -> None:
-        """Raises Unavailable where `submit` would, before any work is done for a request."""
+        """Raises Unavailable where `submit` would, before any work is done for a request; for no
+        choices only where the engine is not ready."""
         if self.state != "ready" or self.ready is None:
             self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(self.reason, 1 if self.state == "draining" else 5)
         # A single request may be larger than the queue when nothing else is there.
-        if self._streams and self.in_flight + choices > self.ready.max_running + self._max_waiting:
+        most = self.ready.max_running + self._max_waiting
+        if choices and self._streams and self.in_flight + choices > most:
             self.metrics.refused.labels("queue_full").inc()
             raise Unavailable(
                 f"{self.waiting} requests are waiting, the queue is full; try again later",
@@ -193,9 +195,10 @@ class Frontend:
                 is_full=True,
             )
 
-    def submit(self, submit: Submit) -> OutputStream:
-        """Send a request to the engine; raises Unavailable. `close` must follow in the end."""
-        self.check_room(submit.choices)
+    def submit(self, submit: Submit, *, has_room: bool = False) -> OutputStream:
+        """Send a request to the engine; raises Unavailable. `close` must follow in the end.
+        `has_room`: `check_room` has just been asked, for this one and others together."""
+        self.check_room(0 if has_room else submit.choices)
         stream = OutputStream(submit, self._clock(), self._max_buffered)
         self._streams[submit.request] = stream
         self._idle.clear()
@@ -283,6 +286,7 @@ class Frontend:
         if stream is None or stream.has_ended:
             return
         if isinstance(output, Prefill):
+            stream.cached_tokens = output.cached_tokens
             stream.push(output)
         elif output.choice in stream.open_choices:
             if isinstance(output, Token):

@@ -92,9 +92,11 @@ class Service:
         """End the thread that encodes prompts."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    def check(self, model: str, choices: int) -> None:
-        """Before any work: 404 for any other model; raises Unavailable where there is no room."""
-        self.check_model(model)
+    def check(self, model: str | None, choices: int) -> None:
+        """Before any work: 404 for any other model, where one is named; raises Unavailable where
+        there is no room."""
+        if model:
+            self.check_model(model)
         self.frontend.check_room(choices)
 
     def now(self) -> int:
@@ -136,7 +138,7 @@ class Service:
     @property
     def context(self) -> int:
         """The most tokens of a prompt and its answer together."""
-        self.frontend.check_room()
+        self.frontend.check_room(0)
         ready = self.frontend.ready
         assert ready is not None
         return min(ready.max_sequence_length, ready.cache_tokens)
@@ -160,8 +162,11 @@ class Service:
         param: str,
         top_logprobs: int | None = None,
         echo_logprobs: bool = False,
+        has_room: bool = False,
     ) -> Generation:
-        """Submit a request to the engine; 400 if its prompt is too long, raises Unavailable."""
+        """Submit a request to the engine; 400 if its prompt is too long, raises Unavailable.
+
+        `has_room`: it is a part of one for which `check` has found room."""
         room = self.context - len(prompt_ids)
         if room < 1:
             raise self._too_long(f"{len(prompt_ids)} tokens", param)
@@ -180,7 +185,7 @@ class Service:
         answers = [
             AnswerText(self.prompts.token_bytes, stops, submit.stop_ids) for _ in range(choices)
         ]
-        return Generation(self, submit, answers)
+        return Generation(self, submit, answers, has_room=has_room)
 
     def _stop_ids(self, request: SamplingFields | SimpleRequest) -> list[int]:
         if isinstance(request, SimpleRequest):
@@ -210,12 +215,19 @@ class Service:
 class Generation:
     """A running request, until it is closed or its `with` block ends."""
 
-    def __init__(self, service: Service, submit: Submit, answers: list[AnswerText]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        submit: Submit,
+        answers: list[AnswerText],
+        *,
+        has_room: bool = False,
+    ) -> None:
         self._service = service
         self._answers = answers
         self.submit = submit
         self.usage = Usage(len(submit.prompt_ids))
-        self.stream: OutputStream = service.frontend.submit(submit)
+        self.stream: OutputStream = service.frontend.submit(submit, has_room=has_room)
 
     def __enter__(self) -> Generation:
         return self
@@ -243,6 +255,7 @@ class Generation:
                 message = f"the request took longer than {seconds:g} s and was cancelled"
                 raise ApiError(504, message, code="deadline_exceeded") from None
             if isinstance(output, Prefill):
+                self.usage.cached_tokens = output.cached_tokens
                 yield Piece(0, Delta(), prefill=output)
                 continue
             answer = self._answers[output.choice]

@@ -9,6 +9,7 @@ server.stop(drain_s=30)   # refuses new requests, lets the running ones end
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import threading
@@ -122,7 +123,7 @@ def _reason(host: str, port: int, error: OSError) -> str:
                 owner = f": process {connection.pid} ({name}) listens there"
     except (psutil.Error, OSError):  # another user's, or macOS without root
         pass
-    return (
-        f"cannot listen on {host} port {port}{owner}: {error.strerror or error}; "
-        "end that process, or set serving.port (0 takes a free one)"
-    )
+    what = f"cannot listen on {host} port {port}{owner}: {error.strerror or error}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{what}; end that process, or set serving.port (0 takes a free one)"
+    return what

@@ -87,12 +87,14 @@ class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`done` of `total` prompt tokens of a request are computed; `logprobs` of those since the last
-    report, if asked for (None for the first token of a prompt)."""
+    report, if asked for (None for the first token of a prompt). `cached_tokens`: as in Finished,
+    which does not come where the driver finds a stop string."""
 
     request: RequestId
     done: int
     total: int
     logprobs: list[float | None] | None = None
+    cached_tokens: int = 0
 
 
 class StageStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -143,7 +143,9 @@ class SamplingFields(ApiRequest):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions"""
 
-    model: Text = Field(description="The name of the served model, see GET /v1/models")
+    model: Text | None = Field(
+        None, description="The name of the served model, see GET /v1/models; may be left out"
+    )
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="The conversation so far, the question last"
     )
@@ -193,7 +195,9 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions"""
 
-    model: Text = Field(description="The name of the served model, see GET /v1/models")
+    model: Text | None = Field(
+        None, description="The name of the served model, see GET /v1/models; may be left out"
+    )
     prompt: Text | Prompts[Text] | TokenIds | Prompts[TokenIds] = Field(
         description="A text, its token ids, or a list of one of these"
     )

@@ -298,7 +298,8 @@ class Scheduler:
         first: list[float | None] = [None] if row.start == 0 else []
         logprobs = None if values is None else [*first, *values]
         done, total = row.start + row.count, sequence.prompt_length
-        self._output.prefill.append(Prefill(sequence.request.request, done, total, logprobs))
+        request, cached = sequence.request.request, sequence.cached
+        self._output.prefill.append(Prefill(request, done, total, logprobs, cached))
 
     def _add_token(self, sequence: Sequence, sampled: Sampled) -> None:
         request, choice, token = sequence.request, sequence.choice, sampled.token_id

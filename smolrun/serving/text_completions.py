@@ -7,6 +7,7 @@ Several prompts are one request each for the engine; a choice has the number
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class TextCompletion:
         self._n = body.n or 1
         self._echoes: list[_Echo] = []
         self._offsets: dict[int, int] = {}  # choice -> characters so far
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         self._head: dict[str, Any] = {
             "id": f"cmpl-{request.state.request_id}",
             "object": "text_completion",
@@ -64,6 +66,7 @@ class TextCompletion:
         self._service.check(body.model, self._n * len(prompts))
         _check_supported(body)
         encoded = [await self._encoded(prompt) for prompt in prompts]
+        self._service.frontend.check_room(self._n * len(prompts))  # for all of them or none
         generations: list[Generation] = []
         try:
             generations.extend(self._begin(ids) for ids in encoded)
@@ -102,6 +105,7 @@ class TextCompletion:
             param="prompt",
             top_logprobs=body.logprobs,
             echo_logprobs=bool(body.echo) and body.logprobs is not None,
+            has_room=True,
         )
 
     def _delta(self, prompt: int, piece: Piece) -> Delta:
@@ -130,11 +134,15 @@ class TextCompletion:
         }
 
     def _logprobs(self, number: int, delta: Delta) -> dict[str, Any]:
-        every = self._service.prompts.token_bytes
+        bytes_of = self._service.prompts.bytes_of
         offset, offsets = self._offsets.get(number, 0), []
+        # A character that several tokens make up counts once, as in the text.
+        decoder = self._decoders.setdefault(
+            number, codecs.getincrementaldecoder("utf-8")("replace")
+        )
         for token in delta.tokens:
             offsets.append(offset)
-            offset += len(token.text)
+            offset += len(decoder.decode(token.bytes))
         self._offsets[number] = offset
         return {
             "tokens": [token.text for token in delta.tokens],
@@ -142,7 +150,7 @@ class TextCompletion:
             "top_logprobs": [
                 None
                 if token.top is None
-                else {every[id].decode("utf-8", "replace"): value for id, value in token.top}
+                else {bytes_of(id).decode("utf-8", "replace"): value for id, value in token.top}
                 for token in delta.tokens
             ],
             "text_offset": offsets,
@@ -199,7 +207,7 @@ async def merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Piec
             async for piece in generation.pieces():
                 await pieces.put((number, piece))
             await pieces.put(None)
-        except ApiError as error:
+        except Exception as error:  # of a defect as well, or else the client would wait forever
             await pieces.put(error)
 
     tasks = [asyncio.ensure_future(forward(i, one)) for i, one in enumerate(generations)]

@@ -47,6 +47,8 @@ class FakeEngine:
     slots: int = 4
     max_sequence_length: int = 512
     prefill_steps: int = 0
+    cached_tokens: int = 0  # of every prompt
+    likely: Sequence[int] = range(32, 64)  # beside the token itself
     submitted: list[Submit] = field(default_factory=list)
     cancelled: list[Cancel] = field(default_factory=list)
     generated: int = 0
@@ -151,7 +153,7 @@ class FakeEngine:
                 one.next += 1
                 self.generated += 1
                 wanted = one.submit.top_logprobs
-                likely = [(token, -0.5), *((id, -1.5) for id in range(32, 64))]
+                likely = [(token, -0.5), *((id, -1.5) for id in self.likely)]
                 top = None if wanted is None else likely[:wanted]
                 tokens.append(
                     Token(request, one.choice, token, None if wanted is None else -0.5, top)
@@ -169,4 +171,4 @@ class FakeEngine:
     def _prefill(self, one: _Choice) -> Prefill:
         size = len(one.submit.prompt_ids)
         logprobs = [None, *[-1.0] * (size - 1)] if one.submit.echo_logprobs else None
-        return Prefill(one.submit.request, size, size, logprobs)
+        return Prefill(one.submit.request, size, size, logprobs, self.cached_tokens)

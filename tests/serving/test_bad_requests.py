@@ -40,7 +40,6 @@ def error_of(answer: Any, status: int) -> dict[str, Any]:
 
 
 WRONG = [
-    ({"model": None}, "model"),
     ({"model": 5}, "model"),
     ({"messages": []}, "messages"),
     ({"messages": "Hi"}, "messages"),
@@ -142,11 +141,9 @@ def test_a_wrong_field_of_a_completion_is_named(echo: Served, fields: dict[str, 
     assert param is None or error["param"] == param
 
 
-@pytest.mark.parametrize("missing", ["model", "messages"])
-def test_a_field_that_is_required_is_named(echo: Served, missing: str):
-    body = {key: value for key, value in CHAT.items() if key != missing}
-    error = error_of(echo.client.post("/v1/chat/completions", json=body), 400)
-    assert error["param"] == missing and error["code"] == "missing_required_parameter"
+def test_a_field_that_is_required_is_named(echo: Served):
+    error = error_of(echo.client.post("/v1/chat/completions", json={"model": "fake"}), 400)
+    assert error["param"] == "messages" and error["code"] == "missing_required_parameter"
 
 
 @pytest.mark.parametrize(
@@ -306,11 +303,16 @@ def test_a_listed_origin_may_ask(tmp_path: Path):
     with served(FakeEngine(echoes), tmp_path, AccessPolicy(origins=[page])) as server:
         asked = server.client.options(
             "/v1/chat/completions",
-            headers={"origin": page, "access-control-request-method": "POST"},
+            headers={
+                "origin": page,
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization,x-stainless-os",
+            },
         )
         assert asked.status_code == 204
         assert asked.headers["access-control-allow-origin"] == page
-        assert "authorization" in asked.headers["access-control-allow-headers"]
+        allowed = asked.headers["access-control-allow-headers"]
+        assert allowed == "authorization,x-stainless-os"  # as OpenAI's client in a browser sends
         answer = server.client.post("/v1/chat/completions", json=CHAT, headers={"origin": page})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == page

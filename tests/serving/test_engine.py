@@ -210,6 +210,7 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(stages: int) -> None:
     # The last generated token was never given to the model.
     assert client.finished["second", 0].cached_tokens == 25
     assert client.finished["other", 0].cached_tokens == 10
+    assert {one.cached_tokens for one in client.prefill["second"]} == {25}
     assert client.stats is not None and client.stats.cached_tokens == 35
 
 

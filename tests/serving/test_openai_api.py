@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from smolrun.serving.generation import Piece
+from smolrun.serving.text_completions import merged
 from tests.serving.chat_model import THINKING_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import Served, echoes, events, says, served
@@ -82,6 +85,13 @@ def test_a_stop_string_ends_the_answer_and_the_work(echo: Served):
     until(echo.is_at_rest)
 
 
+def test_a_stop_string_leaves_the_cached_tokens_in_the_usage(tmp_path: Path):
+    with served(FakeEngine(echoes, prefill_steps=1, cached_tokens=3), tmp_path) as server:
+        usage = server.complete("one. two", stop=".").json()["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+        assert "smolrun_cached_tokens_total 3.0" in server.client.get("/metrics").text
+
+
 def test_text_held_back_for_a_stop_string_is_delivered(echo: Served):
     assert echo.chat("a ST", stop="STOP").json()["choices"][0]["message"]["content"] == "a ST"
     chunks = events(echo.chat("a ST", stop="STOP", stream=True).text)
@@ -122,6 +132,15 @@ def test_log_probabilities_of_a_chat(echo: Served):
     assert [entry["bytes"] for entry in streamed] == [entry["bytes"] for entry in content]
 
 
+def test_a_likely_token_that_the_tokenizer_does_not_have_is_no_text(tmp_path: Path):
+    with served(FakeEngine(echoes, likely=[9999]), tmp_path) as server:
+        chat = server.chat("a", logprobs=True, top_logprobs=2).json()["choices"][0]
+        top = chat["logprobs"]["content"][0]["top_logprobs"]
+        assert [(entry["token"], entry["bytes"]) for entry in top] == [("a", [97]), ("", [])]
+        text = server.complete("a", logprobs=2).json()["choices"][0]
+        assert text["logprobs"]["top_logprobs"] == [{"a": -0.5, "": -1.5}]
+
+
 def test_sampling_reaches_the_engine_as_it_was_asked_for(echo: Served):
     given = {"temperature": 1e-9, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 1.5}
     given |= {"presence_penalty": -1.0, "frequency_penalty": 2.0}
@@ -152,6 +171,37 @@ def test_text_completions_of_texts_and_of_token_ids(echo: Served):
     assert echo.complete("a" * 30).json()["choices"][0]["finish_reason"] == "length"
 
 
+def test_many_prompts_are_one_request_for_the_queue(tmp_path: Path):
+    # 68 choices find room here at once; more are taken where nothing else is there.
+    with served(FakeEngine(echoes), tmp_path) as server:
+        answer = server.complete([str(number) for number in range(64)], n=2)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"]) == 128
+
+
+def test_a_defect_ends_a_text_completion():
+    class Broken:
+        async def pieces(self) -> AsyncIterator[Piece]:
+            raise ValueError("a defect")
+            yield
+
+    async def all_of() -> None:
+        async for _ in merged([Broken()]):  # type: ignore[list-item]
+            pass
+
+    with pytest.raises(ValueError, match="a defect"):
+        asyncio.run(asyncio.wait_for(all_of(), 10))
+
+
+def test_a_model_need_not_be_named(echo: Served):
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "Hi"})):
+        for model in ({}, {"model": ""}, {"model": None}):
+            answer = echo.client.post(path, json=body | model)
+            assert answer.status_code == 200 and answer.json()["model"] == "fake"
+    assert echo.client.get("/v1/models/").status_code == 404
+
+
 def test_a_stream_of_text_completions(echo: Served):
     answer = echo.complete(["ab", "cd"], stream=True, stream_options={"include_usage": True})
     texts = ["", ""]
@@ -166,7 +216,7 @@ def test_echo_repeats_the_prompt_with_its_log_probabilities(echo: Served):
     assert answer["text"] == "a€a"
     logprobs = answer["logprobs"]
     assert logprobs["token_logprobs"] == [None, -1.0, -1.0, -1.0, -0.5]
-    assert logprobs["text_offset"][:2] == [0, 1]
+    assert logprobs["text_offset"] == [0, 1, 1, 1, 2]
     chunks = events(echo.complete("ab", echo=True, stream=True).text)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abab"
 

@@ -53,5 +53,8 @@ def test_without_a_prompt_it_says_what_is_missing() -> None:
         prompt_or_refuse(None, lambda: "", is_terminal=True)
     with pytest.raises(ConfigError, match="empty"):
         prompt_or_refuse(None, lambda: "", is_terminal=False)
+    for read in (lambda: "\udcff", lambda: b"\xff".decode()):
+        with pytest.raises(ConfigError, match="is not UTF-8"):
+            prompt_or_refuse(None, read, is_terminal=False)
     assert prompt_or_refuse("a, b", lambda: "unused", is_terminal=False) == "a, b"
     assert prompt_or_refuse(None, lambda: "read\n", is_terminal=False) == "read\n"

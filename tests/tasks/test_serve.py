@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.cli.run import drive
+from smolrun.data.chat_template import TEMPLATE_FILE
+from smolrun.driver.serving_model import example
+from smolrun.errors import ConfigError, HostError
+from smolrun.serving.source import source_of_folder
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.served import events, model_in, serving
@@ -104,6 +110,21 @@ def test_a_model_without_one_of_its_files_is_refused(
     assert "broken" in said and "safetensors" in said
 
 
+def test_a_host_that_cannot_be_equipped_is_in_the_summary(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_on_ranks(*_: object, **__: object) -> None:
+        raise HostError("mini2", "its disk is full")
+
+    monkeypatch.setattr("smolrun.driver.serving.run_on_ranks", run_on_ranks)
+    monkeypatch.chdir(tmp_path)
+    assert drive(compose(["task=serve", *choice(model)])) == 3
+    assert "smolrun: mini2: its disk is full" in capsys.readouterr().err
+    (run,) = (tmp_path / "outputs").glob("2*")
+    assert state_of(RunFolder(run)) == "failed"
+    assert RunFolder(run).summary()["failed_host"] == "mini2"
+
+
 def test_what_does_not_fit_is_refused_with_what_would(
     tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,15 +170,45 @@ def test_a_bind_beyond_this_machine_makes_a_key_that_is_needed(
 
     monkeypatch.setattr(driver.platformdirs, "user_config_path", lambda _: tmp_path / "config")
     said: list[str] = []
-    key = driver.api_key(said.append)
+    key = driver.api_key(said.append, is_terminal=True)
     path = tmp_path / "config" / "serving.key"
     assert path.stat().st_mode & 0o077 == 0
     assert key in said[0] and len(key) > 40
-    assert driver.api_key(said.append) == key
+    assert driver.api_key(said.append, is_terminal=True) == key
     assert key not in said[1] and str(path) in said[1]
+    path.unlink()
+    key = driver.api_key(said.append, is_terminal=False)  # detached, all that is said is in a log
+    assert path.read_text() == key
+    assert key not in said[2] and str(path) in said[2]
+    path.write_text("")
+    with pytest.raises(ConfigError, match="is empty; delete it"):
+        driver.api_key(said.append, is_terminal=True)
+    path.write_text(key)
     config = compose(["task=serve", *choice(model), "serving.bind=0.0.0.0"])
     with driver.ServingRun(config, lambda _: None, lambda *_: None) as run:
         port = run.url.rpartition(":")[2]
         place = f"http://127.0.0.1:{port}/v1/models"
         assert httpx.get(place).status_code == 401
         assert httpx.get(place, headers={"authorization": f"Bearer {key}"}).status_code == 200
+        line = example(run.source, run.url, needs_key=run.is_open)
+        assert "-H 'Authorization: Bearer KEY'" in line and key not in line
+
+
+def test_the_first_request_is_a_question_or_a_text_that_goes_on(tmp_path: Path) -> None:
+    source = source_of_folder(model_in(tmp_path / "it's"), "it's")
+    *_, body = shlex.split(example(source, "http://here", needs_key=False))
+    assert json.loads(body) == {"model": "it's", "messages": [{"role": "user", "content": "Hi"}]}
+    (tmp_path / "it's" / TEMPLATE_FILE).unlink()
+    line = example(source, "http://here", needs_key=False)
+    assert line.startswith("curl http://here/v1/completions ")
+    assert json.loads(shlex.split(line)[-1])["prompt"] == "Once upon a time"
+
+
+def test_an_address_that_is_not_here_is_named(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smolrun.driver import serving as driver
+
+    monkeypatch.setattr(driver.platformdirs, "user_config_path", lambda _: tmp_path / "config")
+    said = refused(monkeypatch, tmp_path, capsys, *choice(model), "serving.bind=::2")
+    assert "serving.bind = ::2: cannot listen on ::2 port 0" in said and "end that" not in said
