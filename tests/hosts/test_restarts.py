@@ -38,7 +38,7 @@ def test_a_host_that_is_cut_off_is_left_out_and_the_run_ends_done(driver: Driver
     assert row["lost_host"] == "lab2" and row["hosts"] == ["lab1", "lab3"]
     assert row["lost_steps"] == row["step"] - row["resumed_from"] < row["step"]
     assert "probing the hosts" in out
-    assert "restart 1 of 2: after step" in out and "on lab1, lab3 (without lab2)" in out
+    assert "restart 1 of 2 after step" in out and "on lab1, lab3 (without lab2)" in out
     assert driver.summary["world_size"] == 2
     assert [step["step"] for step in driver.rows("step")] == list(range(60))
     assert "name: lab2" in (driver.latest / "config.yaml").read_text()
