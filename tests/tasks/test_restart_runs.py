@@ -54,7 +54,7 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
         assert f"rank {row['lost_rank']} on local died from signal 9" in row["reason"]
         assert row["resumed_from"] % 3 == 0 and row["hosts"] == ["local"]
         assert row["lost_steps"] == row["step"] - row["resumed_from"] >= 0
-    assert "; restart 1 of 2: after step" in out and "; restart 2 of 2: after step" in out
+    assert "; restart 1 of 2 after step" in out and "; restart 2 of 2 after step" in out
     assert "the run was restarted 2 times" in out and err == ""
 
 
