@@ -149,10 +149,10 @@ class ChatCompletion:
                 "bytes": list(data),
             }
 
-        bytes_of = self._service.prompts.bytes_of
+        every = self._service.prompts.token_bytes
         return [
             entry(token.bytes, token.logprob)
-            | {"top_logprobs": [entry(bytes_of(id), value) for id, value in token.top or []]}
+            | {"top_logprobs": [entry(every[id], value) for id, value in token.top or []]}
             for token in delta.tokens
         ]
 

@@ -201,10 +201,6 @@ class Prompts:
         # A match has no length, so that names that overlap are all found.
         self._names = re.compile(f"(?=({'|'.join(map(re.escape, names))}))") if names else None
 
-    def bytes_of(self, id: int) -> bytes:
-        """What a token adds to a text; nothing where a model has more ids than its tokenizer."""
-        return self.token_bytes[id] if id < len(self.token_bytes) else b""
-
     def text(self, text: str) -> list[int]:
         """The ids of a plain text that is to be continued."""
         return self.tokenizer.encode_prompt(text) or [self.tokenizer.end_id]

@@ -134,7 +134,7 @@ class TextCompletion:
         }
 
     def _logprobs(self, number: int, delta: Delta) -> dict[str, Any]:
-        bytes_of = self._service.prompts.bytes_of
+        every = self._service.prompts.token_bytes
         offset, offsets = self._offsets.get(number, 0), []
         # A character that several tokens make up counts once, as in the text.
         decoder = self._decoders.setdefault(
@@ -150,7 +150,7 @@ class TextCompletion:
             "top_logprobs": [
                 None
                 if token.top is None
-                else {bytes_of(id).decode("utf-8", "replace"): value for id, value in token.top}
+                else {every[id].decode("utf-8", "replace"): value for id, value in token.top}
                 for token in delta.tokens
             ],
             "text_offset": offsets,
