@@ -22,9 +22,17 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that is gone: it is 
 DONE = b"data: [DONE]\n\n"
 
 
+# JSON leaves them as they are, but clients that split text into lines as Python does (httpx's
+# iter_lines) would end an event's line there.
+_LINE_ENDS = ("\x85", "\u2028", "\u2029")
+
+
 def event(body: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+    data: bytes = msgspec.json.encode(body)
+    for character in _LINE_ENDS:
+        data = data.replace(character.encode(), b"\\u%04x" % ord(character))
+    return b"data: " + data + b"\n\n"
 
 
 def prefill_comment(piece: Piece) -> bytes:

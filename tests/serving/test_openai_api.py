@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -253,3 +254,14 @@ def test_thinking_is_reasoning_content(tmp_path: Path):
         assert "".join(d.get("content", "") for d in deltas) == "2"
         server.chat("1+1", chat_template_kwargs={"enable_thinking": True})
         assert bytes(server.engine.submitted[-1].prompt_ids[-8:]) == b"<think>\n"
+
+
+def test_no_character_of_an_answer_ends_a_line_of_its_stream(echo: Served):
+    """Clients split lines as str.splitlines does."""
+    said = "a\x85b\u2028c\u2029d\x1ce\x0bf"
+    body = {"messages": [{"role": "user", "content": said}], "stream": True, "max_tokens": 200}
+    answer = echo.client.post("/v1/chat/completions", json=body)
+    lines = [line for line in answer.text.splitlines() if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
+    assert said in "".join(delta.get("content") or "" for delta in deltas)
