@@ -121,7 +121,7 @@ class ModelLoader(Subscriber):
         thread.start()
 
     def _bring(self) -> None:
-        """On a thread of its own: the driver goes on with leases, signals and the ranks."""
+        """On a thread of its own: the driver continues with leases, signals and the ranks."""
         assert self._plan is not None, "the parts follow the plan"
         try:
             self._delivered = self._deliver(self._plan)

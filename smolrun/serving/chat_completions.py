@@ -16,8 +16,8 @@ from smolrun.serving.generation import Generation, Piece, Service
 from smolrun.serving.protocol import ChatRequest
 from smolrun.serving.responses import (
     DONE,
+    EventStream,
     event,
-    event_stream,
     prefill_comment,
     unless_gone,
     usage_json,
@@ -72,7 +72,7 @@ class ChatCompletion:
         )
         headers = {"x-smolrun-note": CONTINUES_TEXT} if service.continues_text else {}
         if body.stream:
-            return event_stream(self._events(generation), headers)
+            return EventStream([generation], self._events(generation), headers)
         return await unless_gone(self._request, [generation], self._whole(generation, headers))
 
     def _message(self, piece: Piece) -> dict[str, str]:
@@ -120,26 +120,25 @@ class ChatCompletion:
             entry = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return event(head | {"choices": [entry]} | last)
 
-        with generation:
-            try:
-                for choice in range(self._num_choices):
-                    yield chunk(choice, {"role": "assistant", "content": ""}, None, None)
-                async for piece in generation.pieces():
-                    if piece.prefill is not None:
-                        yield prefill_comment(piece)
-                        continue
-                    delta, logprobs = self._message(piece), None
-                    if self._body.logprobs and piece.delta.tokens:
-                        logprobs = {"content": self._logprobs(piece.delta), "refusal": None}
-                    if delta or logprobs:
-                        yield chunk(piece.choice, delta, logprobs, None)
-                    if piece.reason:
-                        yield chunk(piece.choice, {}, None, piece.reason)
-                if wants_usage:
-                    yield event(head | {"choices": [], "usage": usage_json(generation.usage)})
-            except ApiError as error:
-                yield event(error.body)
-            yield DONE
+        try:
+            for choice in range(self._num_choices):
+                yield chunk(choice, {"role": "assistant", "content": ""}, None, None)
+            async for piece in generation.pieces():
+                if piece.prefill is not None:
+                    yield prefill_comment(piece)
+                    continue
+                delta, logprobs = self._message(piece), None
+                if self._body.logprobs and piece.delta.tokens:
+                    logprobs = {"content": self._logprobs(piece.delta), "refusal": None}
+                if delta or logprobs:
+                    yield chunk(piece.choice, delta, logprobs, None)
+                if piece.reason:
+                    yield chunk(piece.choice, {}, None, piece.reason)
+            if wants_usage:
+                yield event(head | {"choices": [], "usage": usage_json(generation.usage)})
+        except ApiError as error:
+            yield event(error.body)
+        yield DONE
 
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         def entry(data: bytes, logprob: float | None) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Frontend:
             raise RuntimeError("the HTTP server has not been started")
         try:
             loop.call_soon_threadsafe(function, argument)
-        except RuntimeError:  # the loop is closed: nobody is left to be answered
+        except RuntimeError:  # the loop is closed, and with it every connection
             pass
 
     # --- the event loop --------------------------------------------------------------------------

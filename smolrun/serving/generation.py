@@ -213,7 +213,7 @@ class Service:
 
 
 class Generation:
-    """A running request, until it is closed or its `with` block ends."""
+    """A running request, until it is closed."""
 
     def __init__(
         self,
@@ -228,12 +228,6 @@ class Generation:
         self.submit = submit
         self.usage = Usage(len(submit.prompt_ids))
         self.stream: OutputStream = service.frontend.submit(submit, has_room=has_room)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Cancel what still runs."""

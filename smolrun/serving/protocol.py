@@ -87,7 +87,7 @@ class ChatMessage(ApiRequest):
 
 
 class StreamOptions(ApiRequest):
-    """What a stream tells beside the answer."""
+    """What a stream reports beside the answer."""
 
     include_usage: StrictBool | None = Field(
         None, description="A last chunk with the numbers of tokens"
@@ -156,7 +156,7 @@ class ChatRequest(SamplingFields):
         None, description="The newer name of max_tokens"
     )
     stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="What a stream tells besides")
+    stream_options: StreamOptions | None = Field(None, description="What a stream reports besides")
     logprobs: StrictBool | None = Field(None, description="Report log-probabilities")
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Beside each token report so many of the likeliest ones"
@@ -203,7 +203,7 @@ class CompletionRequest(SamplingFields):
     )
     max_tokens: TokenCount | None = Field(None, description="Default 16")
     stream: StrictBool | None = Field(None, description="Send it as server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="What a stream tells besides")
+    stream_options: StreamOptions | None = Field(None, description="What a stream reports besides")
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Report log-probabilities of so many of the likeliest tokens"
     )

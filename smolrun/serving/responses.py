@@ -14,6 +14,7 @@ import msgspec
 from fastapi import Request
 from sse_starlette.sse import EventSourceResponse
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from smolrun.serving.generation import Generation, Piece, Usage
 
@@ -41,14 +42,33 @@ def prefill_comment(piece: Piece) -> bytes:
     return f": prefill {piece.prefill.done}/{piece.prefill.total}\n\n".encode()
 
 
-def event_stream(events: AsyncIterator[bytes], headers: dict[str, str]) -> Response:
-    """Events as they come, with comments while none come."""
-    return EventSourceResponse(
-        events,
-        headers={"cache-control": "no-cache", **headers},
-        sep="\n",
-        ping=_KEEP_ALIVE_S,
-    )
+class EventStream(EventSourceResponse):
+    """The events of generations as they come, with comments while none come.
+
+    It closes the generations, not the iterator of events: that one never begins if the client
+    leaves first.
+    """
+
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        events: AsyncIterator[bytes],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._generations = generations
+        super().__init__(
+            events,
+            headers={"cache-control": "no-cache", **(headers or {})},
+            sep="\n",
+            ping=_KEEP_ALIVE_S,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generation in self._generations:
+                generation.close()
 
 
 async def unless_gone(

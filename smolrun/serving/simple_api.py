@@ -15,7 +15,7 @@ from starlette.responses import Response
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.generation import Generation, Service
 from smolrun.serving.protocol import SimpleRequest
-from smolrun.serving.responses import event, event_stream, prefill_comment, unless_gone
+from smolrun.serving.responses import EventStream, event, prefill_comment, unless_gone
 
 _SCHEDULER_RANK = 0
 
@@ -27,7 +27,8 @@ def simple_routes(service: Service) -> APIRouter:
     @routes.post("/chat", responses=ERRORS, response_class=Response)
     async def chat(body: SimpleRequest, request: Request) -> Response:
         """Answer a text by server-sent events, one for each piece of the answer."""
-        return event_stream(_events(await _begin(service, body, request)), {})
+        generation = await _begin(service, body, request)
+        return EventStream([generation], _events(generation))
 
     @routes.post("/query", responses=ERRORS, response_class=Response)
     async def query(body: SimpleRequest, request: Request) -> Response:
@@ -69,19 +70,16 @@ async def _begin(service: Service, body: SimpleRequest, request: Request) -> Gen
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
     texts: list[str] = []
-    with generation:
-        try:
-            async for piece in generation.pieces():
-                if piece.prefill is not None:
-                    yield prefill_comment(piece)
-                elif piece.delta.text:
-                    texts.append(piece.delta.text)
-                    yield event({"token": piece.delta.text, "done": False})
-            yield event(
-                {"token": "", "done": True, "full_text": "".join(texts)} | _times(generation)
-            )
-        except ApiError as error:
-            yield event({"error": error.message, "done": True})
+    try:
+        async for piece in generation.pieces():
+            if piece.prefill is not None:
+                yield prefill_comment(piece)
+            elif piece.delta.text:
+                texts.append(piece.delta.text)
+                yield event({"token": piece.delta.text, "done": False})
+        yield event({"token": "", "done": True, "full_text": "".join(texts)} | _times(generation))
+    except ApiError as error:
+        yield event({"error": error.message, "done": True})
 
 
 async def _whole(generation: Generation) -> Response:

@@ -22,7 +22,7 @@ from smolrun.errors import DataError
 from smolrun.files import read_json
 
 THINK_START, THINK_END = "<think>", "</think>"
-# Marks where the name of a control token that a user wrote is cut; nobody can guess it.
+# Marks where the name of a control token that a user wrote is cut; random, so no text has it.
 _BREAK = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
 
 

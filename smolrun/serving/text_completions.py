@@ -20,8 +20,8 @@ from smolrun.serving.generation import Generation, Piece, Service, Usage
 from smolrun.serving.protocol import CompletionRequest
 from smolrun.serving.responses import (
     DONE,
+    EventStream,
     event,
-    event_stream,
     prefill_comment,
     unless_gone,
     usage_json,
@@ -75,7 +75,7 @@ class TextCompletion:
                 generation.close()
             raise
         if body.stream:
-            return event_stream(self._events(generations), {})
+            return EventStream(generations, self._events(generations))
         return await unless_gone(self._request, generations, self._whole(generations))
 
     async def _encoded(self, prompt: str | list[int]) -> list[int]:
@@ -180,22 +180,18 @@ class TextCompletion:
         wants_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
         last = {"usage": None} if wants_usage else {}
         try:
-            try:
-                async for prompt, piece in merged(generations):
-                    if piece.prefill is not None:
-                        self._heard(prompt, piece)
-                        yield prefill_comment(piece)
-                        continue
-                    yield event(self._head | {"choices": [self._choice(prompt, piece)]} | last)
-                if wants_usage:
-                    usage = usage_json(_sum(generations))
-                    yield event(self._head | {"choices": [], "usage": usage})
-            except ApiError as error:
-                yield event(error.body)
-            yield DONE
-        finally:
-            for generation in generations:
-                generation.close()
+            async for prompt, piece in merged(generations):
+                if piece.prefill is not None:
+                    self._heard(prompt, piece)
+                    yield prefill_comment(piece)
+                    continue
+                yield event(self._head | {"choices": [self._choice(prompt, piece)]} | last)
+            if wants_usage:
+                usage = usage_json(_sum(generations))
+                yield event(self._head | {"choices": [], "usage": usage})
+        except ApiError as error:
+            yield event(error.body)
+        yield DONE
 
 
 async def merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.models.test_huggingface_conversion import LLAMA3_ROPE
+
 SMALL: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 64,
@@ -29,14 +31,6 @@ GPT2: dict[str, Any] = {
     "n_positions": 160,
     "bos_token_id": 0,
     "eos_token_id": 0,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),

@@ -6,10 +6,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from smolrun.serving.generation import Piece
+from smolrun.serving.responses import EventStream
 from smolrun.serving.text_completions import merged
 from tests.serving.chat_model import THINKING_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
@@ -265,3 +268,26 @@ def test_no_character_of_an_answer_ends_a_line_of_its_stream(echo: Served):
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
     assert said in "".join(delta.get("content") or "" for delta in deltas)
+
+
+def test_a_client_that_leaves_before_the_first_event_is_cancelled():
+    """Its connection takes no byte, so that its events never begin."""
+    closed: list[str] = []
+    generation: Any = SimpleNamespace(close=lambda: closed.append("closed"))
+
+    async def events() -> AsyncIterator[bytes]:
+        closed.append("begun")
+        yield b""
+
+    async def send(_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def leave() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        await EventStream([generation], events())(scope, receive, send)  # type: ignore[arg-type]
+
+    asyncio.run(asyncio.wait_for(leave(), 20))
+    assert closed == ["closed"]
