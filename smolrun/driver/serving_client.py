@@ -34,10 +34,11 @@ _END_S = 30.0
 class ChatClient:
     """Asks one server. Errors of the connection and of the server are SmolrunError."""
 
-    def __init__(self, url: str, model: str | None = None, max_tokens: int | None = None) -> None:
-        """Asks which model is served, unless it is given."""
+    def __init__(self, url: str, model: str | None = None, **request_fields: float) -> None:
+        """Asks which model is served, unless it is given. `request_fields`, such as temperature, go
+        into every request; the server's defaults fill the rest."""
         self._url = url.rstrip("/").removesuffix("/v1")
-        self._max_tokens = max_tokens
+        self._request_fields = request_fields
         key = os.environ.get(KEY_VARIABLE)
         self._http = httpx.Client(
             timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S),
@@ -55,9 +56,12 @@ class ChatClient:
     def answer(self, messages: Sequence[Message]) -> Generator[tuple[str, bool], None, None]:
         """The pieces of an answer as they come, each with whether it is a thought. Closing the
         iterator cancels the answer."""
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "stream": True}
-        if self._max_tokens is not None:
-            body["max_tokens"] = self._max_tokens
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "stream": True,
+            **self._request_fields,
+        }
         place = f"{self._url}/v1/chat/completions"
         with self._errors(), self._http.stream("POST", place, json=body) as response:
             if response.is_error:
@@ -117,8 +121,9 @@ def connected(
         url, model = serving.url, None
         if url is None:
             url, model = closing.enter_context(_own_server(config, say, progress))
-        max_tokens = None if serving.max_tokens == "auto" else serving.max_tokens
-        client = ChatClient(url, model, max_tokens)
+        asked = {"max_tokens": serving.max_tokens, "temperature": serving.temperature}
+        request_fields = {key: value for key, value in asked.items() if value != "auto"}
+        client = ChatClient(url, model, **request_fields)
         closing.callback(client.close)
         yield client
 

@@ -47,6 +47,15 @@ def test_every_turn_brings_all_that_was_said(
     ]
 
 
+def test_a_running_server_is_asked_with_the_given_temperature_and_length(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ["serving.temperature=0", "serving.max_tokens=7"]
+    assert chat(monkeypatch, server.url, "How are you?\n", *keys) == 0
+    (submitted,) = server.engine.submitted
+    assert (submitted.sampling.temperature, submitted.max_tokens) == (0, 7)
+
+
 def test_thoughts_are_no_part_of_what_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
