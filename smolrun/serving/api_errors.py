@@ -69,6 +69,14 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def refuse(**asked: bool) -> None:
+    """What would change the answer and is not supported is refused by name; ApiError."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            message = f"{name} is not supported by this server; leave it out"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+
+
 def unavailable(error: Unavailable) -> ApiError:
     """429 where too many wait, 503 where the engine is not ready; with Retry-After."""
     return ApiError(

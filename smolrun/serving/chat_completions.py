@@ -5,48 +5,29 @@ What a model thinks before it answers, <think>...</think>, is `reasoning_content
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
-from fastapi import Request
-from starlette.responses import Response
-
-from smolrun.serving.api_errors import ApiError, json_response
-from smolrun.serving.generation import Generation, Piece, Service
+from smolrun.serving.api_errors import ApiError, refuse
+from smolrun.serving.generation import Generation, Piece
 from smolrun.serving.protocol import ChatRequest
-from smolrun.serving.responses import (
-    DONE,
-    EventStream,
-    event,
-    prefill_comment,
-    unless_gone,
-    usage_json,
-)
-from smolrun.serving.text import Delta, ThinkingSplitter
+from smolrun.serving.responses import Completion
+from smolrun.serving.text import ThinkingSplitter, TokenText
 
 CONTINUES_TEXT = "this base model has no chat template: it continues the text of the messages"
 NO_LOGPROB = -9999.0  # as in OpenAI's API, for a token that is too unlikely to be reported
 
 
-class ChatCompletion:
+class ChatCompletion(Completion[ChatRequest]):
     """One request."""
 
-    def __init__(self, service: Service, body: ChatRequest, request: Request) -> None:
-        self._service = service
-        self._body = body
-        self._request = request
-        self._num_choices = body.n or 1
-        self._splitters: list[ThinkingSplitter] = []
-        self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{request.state.request_id}",
-            "created": service.now(),
-            "model": service.model,
-        }
+    id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    _splitters: list[ThinkingSplitter] | None = None  # one a choice, for a model that thinks
 
-    async def response(self) -> Response:
-        """The answer or its events; raises ApiError and Unavailable before anything is sent."""
-        service, body = self._service, self._body
-        service.check(body.model, self._num_choices)
+    async def begin(self) -> list[Generation]:
+        """One, of the whole conversation."""
+        service, body = self.service, self.body
+        service.check(body.model, self.n)
         _check_supported(body)
         messages = [
             {"role": "system" if m.role == "developer" else m.role, "content": m.text}
@@ -59,117 +40,81 @@ class ChatCompletion:
             "messages",
         )
         if service.prompts.thinks:
-            self._splitters = [
-                ThinkingSplitter(is_thinking=is_thinking) for _ in range(self._num_choices)
-            ]
+            self._splitters = [ThinkingSplitter(is_thinking=is_thinking) for _ in range(self.n)]
+        if service.continues_text:
+            self.headers["x-smolrun-note"] = CONTINUES_TEXT
         generation = service.begin(
             ids,
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens,
-            request_id=self._request.state.request_id,
+            request_id=self.request_id,
             param="messages",
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        headers = {"x-smolrun-note": CONTINUES_TEXT} if service.continues_text else {}
-        if body.stream:
-            return EventStream([generation], self._events(generation), headers)
-        return await unless_gone(self._request, [generation], self._whole(generation, headers))
+        return [generation]
+
+    def empty_choice(self, index: int) -> dict[str, Any]:
+        """With a message."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": {"content": [], "refusal": None} if self.body.logprobs else None,
+            "finish_reason": None,
+        }
+
+    def first_entries(self) -> Iterator[dict[str, Any]]:
+        """The role of every choice."""
+        for index in range(self.n):
+            yield _entry(index, {"role": "assistant", "content": ""})
+
+    def entries(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The text, and the end in an entry of its own, whose delta is empty."""
+        delta, logprobs = self._message(piece), None
+        if self.body.logprobs and piece.delta.tokens:
+            logprobs = {"content": _logprobs(piece.delta.tokens), "refusal": None}
+        if delta or logprobs:
+            yield _entry(piece.choice, delta, logprobs)
+        if piece.reason:
+            yield _entry(piece.choice, {}, reason=piece.reason)
 
     def _message(self, piece: Piece) -> dict[str, str]:
         """content and reasoning_content that a piece adds."""
-        if not self._splitters:
-            return {"content": piece.delta.text} if piece.delta.text else {}
-        splitter = self._splitters[piece.choice]
-        thought, said = splitter.push(piece.delta.text)
-        if piece.reason:
-            last_thought, last_said = splitter.finish()
-            thought, said = thought + last_thought, said + last_said
+        thought, said = "", piece.delta.text
+        if self._splitters:
+            splitter = self._splitters[piece.choice]
+            thought, said = splitter.push(said)
+            if piece.reason:
+                last_thought, last_said = splitter.finish()
+                thought, said = thought + last_thought, said + last_said
         parts = {"reasoning_content": thought, "content": said}
         return {key: text for key, text in parts.items() if text}
 
-    async def _whole(self, generation: Generation, headers: dict[str, str]) -> Response:
-        choices: list[dict[str, Any]] = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": "", "refusal": None},
-                "logprobs": {"content": [], "refusal": None} if self._body.logprobs else None,
-                "finish_reason": None,
-            }
-            for index in range(self._num_choices)
-        ]
-        async for piece in generation.pieces():
-            choice = choices[piece.choice]
-            for key, text in self._message(piece).items():
-                choice["message"][key] = choice["message"].get(key, "") + text
-            if self._body.logprobs:
-                choice["logprobs"]["content"] += self._logprobs(piece.delta)
-            choice["finish_reason"] = piece.reason or choice["finish_reason"]
-        answer = self._head | {
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": usage_json(generation.usage),
-        }
-        return json_response(answer, headers=headers)
 
-    async def _events(self, generation: Generation) -> AsyncIterator[bytes]:
-        wants_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
-        head = self._head | {"object": "chat.completion.chunk"}
-        last = {"usage": None} if wants_usage else {}
+def _entry(
+    index: int, delta: dict[str, str], logprobs: Any = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-        def chunk(choice: int, delta: dict[str, Any], logprobs: Any, reason: Any) -> bytes:
-            entry = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            return event(head | {"choices": [entry]} | last)
 
-        try:
-            for choice in range(self._num_choices):
-                yield chunk(choice, {"role": "assistant", "content": ""}, None, None)
-            async for piece in generation.pieces():
-                if piece.prefill is not None:
-                    yield prefill_comment(piece)
-                    continue
-                delta, logprobs = self._message(piece), None
-                if self._body.logprobs and piece.delta.tokens:
-                    logprobs = {"content": self._logprobs(piece.delta), "refusal": None}
-                if delta or logprobs:
-                    yield chunk(piece.choice, delta, logprobs, None)
-                if piece.reason:
-                    yield chunk(piece.choice, {}, None, piece.reason)
-            if wants_usage:
-                yield event(head | {"choices": [], "usage": usage_json(generation.usage)})
-        except ApiError as error:
-            yield event(error.body)
-        yield DONE
+def _logprobs(tokens: list[TokenText]) -> list[dict[str, Any]]:
+    def entry(token: TokenText) -> dict[str, Any]:
+        logprob = NO_LOGPROB if token.logprob is None else max(token.logprob, NO_LOGPROB)
+        return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
 
-    def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
-        def entry(data: bytes, logprob: float | None) -> dict[str, Any]:
-            return {
-                "token": data.decode("utf-8", "replace"),
-                "logprob": NO_LOGPROB if logprob is None else max(logprob, NO_LOGPROB),
-                "bytes": list(data),
-            }
-
-        every = self._service.prompts.token_bytes
-        return [
-            entry(token.bytes, token.logprob)
-            | {"top_logprobs": [entry(every[id], value) for id, value in token.top or []]}
-            for token in delta.tokens
-        ]
+    return [
+        entry(token) | {"top_logprobs": [entry(one) for one in token.top or []]} for token in tokens
+    ]
 
 
 def _check_supported(body: ChatRequest) -> None:
-    """What would change the answer and is not built yet is refused by name."""
-    refused = {
-        "tools": bool(body.tools),
-        "functions": bool(body.functions),
-        "tool_choice": body.tool_choice not in (None, "none", "auto"),
-        "function_call": body.function_call not in (None, "none", "auto"),
-        "response_format": (body.response_format or {}).get("type", "text") != "text",
-        "modalities": any(kind != "text" for kind in body.modalities or []),
-    }
-    for name, is_refused in refused.items():
-        if is_refused:
-            message = f"{name} is not supported by this server yet; leave it out"
-            raise ApiError(400, message, param=name, code="unsupported_parameter")
+    refuse(
+        tools=bool(body.tools),
+        functions=bool(body.functions),
+        tool_choice=body.tool_choice not in (None, "none", "auto"),
+        function_call=body.function_call not in (None, "none", "auto"),
+        response_format=(body.response_format or {}).get("type", "text") != "text",
+        modalities=any(kind != "text" for kind in body.modalities or []),
+    )
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs needs logprobs=true"
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")

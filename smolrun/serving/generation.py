@@ -272,3 +272,29 @@ class Generation:
             message = output.message or f"the engine ended the request: {output.reason}"
             raise ApiError(503, message, code="engine_failed")
         return Piece(output.choice, answer.finish(), output.reason)
+
+
+async def merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of all generations as they come, each with the number of its prompt."""
+    if len(generations) == 1:  # as almost always, and without a task for each piece
+        async for piece in generations[0].pieces():
+            yield 0, piece
+        return
+    next_pieces = {
+        asyncio.ensure_future(anext(pieces)): (number, pieces)
+        for number, pieces in enumerate(one.pieces() for one in generations)
+    }
+    try:
+        while next_pieces:
+            done, _ = await asyncio.wait(next_pieces, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, pieces = next_pieces.pop(task)
+                try:
+                    piece = task.result()
+                except StopAsyncIteration:
+                    continue
+                next_pieces[asyncio.ensure_future(anext(pieces))] = number, pieces
+                yield number, piece
+    finally:
+        for task in next_pieces:
+            task.cancel()

@@ -1,14 +1,16 @@
-"""How a generation reaches its client: as one JSON answer, or as server-sent events.
+"""How generations reach their client: as one JSON answer, or as server-sent events.
 
-Either way the generation is cancelled on all stages as soon as the client leaves.
+Either way they are cancelled on all stages as soon as the client leaves.
 Source: WHATWG HTML, server-sent events; the frames are those of OpenAI's API.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import astuple
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -16,7 +18,11 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from smolrun.serving.generation import Generation, Piece, Usage
+from smolrun.serving.api_errors import ApiError, json_response
+from smolrun.serving.generation import Generation, Piece, Service, merged
+from smolrun.serving.protocol import ChatRequest, CompletionRequest
+
+Body = TypeVar("Body", bound=ChatRequest | CompletionRequest)
 
 _KEEP_ALIVE_S = 15
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that is gone: it is never sent
@@ -94,11 +100,100 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """`usage` of OpenAI's answers."""
+class Completion(ABC, Generic[Body]):
+    """A request of OpenAI's API and its answer. A subclass is one kind of them: it makes the
+    generations, and the entries of `choices` as a stream shows them; a whole answer is their sum.
+    """
+
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, service: Service, body: Body, request: Request) -> None:
+        self.service = service
+        self.body: Body = body
+        self.request_id = str(request.state.request_id)
+        self.n = body.n or 1
+        self.headers: dict[str, str] = {}
+        self._request = request
+        self._created = service.now()
+
+    async def response(self) -> Response:
+        """The answer or its events; raises ApiError and Unavailable before anything is sent."""
+        generations = await self.begin()
+        if self.body.stream:
+            return EventStream(generations, self._events(generations), self.headers)
+        return await unless_gone(self._request, generations, self._whole(generations))
+
+    @abstractmethod
+    async def begin(self) -> list[Generation]:
+        """The generations of all prompts, after every check."""
+
+    @abstractmethod
+    def entries(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """What a piece of a prompt's generation adds to `choices`."""
+
+    def first_entries(self) -> Iterator[dict[str, Any]]:
+        """What a stream begins with."""
+        yield from ()
+
+    def empty_choice(self, index: int) -> dict[str, Any]:
+        """An entry of a whole answer before its first piece."""
+        return {}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{self.id_prefix}-{self.request_id}",
+            "object": kind,
+            "created": self._created,
+            "model": self.service.model,
+        }
+
+    async def _whole(self, generations: list[Generation]) -> Response:
+        choices = [self.empty_choice(index) for index in range(len(generations) * self.n)]
+        async for prompt, piece in merged(generations):
+            for entry in self.entries(prompt, piece):
+                _extend(choices[entry["index"]], entry)
+        answer = {"choices": choices, "usage": _usage(generations)}
+        return json_response(self._head(self.kind) | answer, headers=self.headers)
+
+    async def _events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
+        wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        head, last = self._head(self.chunk_kind), {"usage": None} if wants_usage else {}
+        try:
+            for entry in self.first_entries():
+                yield event(head | {"choices": [entry]} | last)
+            async for prompt, piece in merged(generations):
+                if piece.prefill is not None:
+                    yield prefill_comment(piece)
+                for entry in self.entries(prompt, piece):
+                    yield event(head | {"choices": [entry]} | last)
+            if wants_usage:
+                yield event(head | {"choices": [], "usage": _usage(generations)})
+        except ApiError as error:
+            yield event(error.body)
+        yield DONE
+
+
+def _extend(known: dict[str, Any], new: dict[str, Any]) -> None:
+    """Append texts and lists, deep in as well."""
+    for name, value in new.items():
+        key = "message" if name == "delta" else name  # the same thing, whole
+        if known.get(key) is None:
+            known[key] = value
+        elif isinstance(value, dict):
+            _extend(known[key], value)
+        elif isinstance(value, str | list):
+            known[key] += value
+
+
+def _usage(generations: list[Generation]) -> dict[str, Any]:
+    """`usage` of OpenAI's answers, of all prompts together."""
+    columns = zip(*(astuple(one.usage) for one in generations), strict=True)
+    prompt_tokens, completion_tokens, cached_tokens = map(sum, columns)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

@@ -28,12 +28,12 @@ _BREAK = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token of an answer: its bytes, and its log-probability beside the likeliest tokens'."""
+    """A token of an answer: its bytes, its log-probability, and the likeliest ones in its place."""
 
     id: int
     bytes: bytes
     logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
+    top: list[TokenText] | None = None
 
     @property
     def text(self) -> str:
@@ -116,15 +116,20 @@ class AnswerText:
         data = self._token_bytes[id] if id < len(self._token_bytes) else b""
         if not data or id in self._stop_ids:
             return Delta()
-        # A head may have rows beyond the tokens of the tokenizer.
-        top = top and [one for one in top if one[0] < len(self._token_bytes)]
-        token = TokenText(id, data, logprob, top)
+        token = TokenText(id, data, logprob, self._likeliest(top))
         start = self._decoded
         text = self._decoder.decode(token.bytes)
         self._decoded += len(text)
         is_partial = bool(self._decoder.getstate()[0])
         self._waiting.append((token, start, self._decoded + is_partial))
         return self._release(self._stop.push(text))
+
+    def _likeliest(self, top: list[tuple[int, float]] | None) -> list[TokenText] | None:
+        if top is None:
+            return None
+        every = self._token_bytes
+        # A head may have rows beyond the tokens of the tokenizer.
+        return [TokenText(id, every[id], logprob) for id, logprob in top if id < len(every)]
 
     def finish(self) -> Delta:
         """The rest: what waited for a stop string, but no part of a character."""

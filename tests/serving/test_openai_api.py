@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from smolrun.serving.generation import Piece
+from smolrun.serving.generation import Piece, merged
 from smolrun.serving.responses import EventStream
-from smolrun.serving.text_completions import merged
 from tests.serving.chat_model import THINKING_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import Served, echoes, events, says, served
@@ -190,7 +189,7 @@ def test_a_defect_ends_a_text_completion():
             yield
 
     async def all_of() -> None:
-        async for _ in merged([Broken()]):  # type: ignore[list-item]
+        async for _ in merged([Broken(), Broken()]):  # type: ignore[list-item]
             pass
 
     with pytest.raises(ValueError, match="a defect"):

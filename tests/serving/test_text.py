@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from smolrun.data.tokenizer import FILE_NAME, bytes_tokenizer, load_tokenizer
 from smolrun.errors import DataError
-from smolrun.serving.text import AnswerText, Prompts, StopStrings, ThinkingSplitter
+from smolrun.serving.text import AnswerText, Prompts, StopStrings, ThinkingSplitter, TokenText
 from tests.serving.chat_model import THINKING_TEMPLATE, chat_model
 
 BYTES = [bytes([value]) for value in range(256)]
@@ -50,7 +50,7 @@ def test_the_tokens_of_a_character_keep_their_own_logprobs():
 def test_a_likely_token_that_the_tokenizer_lacks_is_not_reported():
     """The head of a model may have more rows than the tokenizer has tokens."""
     (token,) = AnswerText(BYTES).push(97, -0.5, [(97, -0.5), (256, -0.6), (98, -3.0)]).tokens
-    assert token.top == [(97, -0.5), (98, -3.0)]
+    assert token.top == [TokenText(97, b"a", -0.5), TokenText(98, b"b", -3.0)]
 
 
 def test_a_character_that_is_not_complete_in_the_end_is_absent():
