@@ -15,6 +15,7 @@ from smolrun.driver.outputs import make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start
 from smolrun.driver.serving import ServingRun, dry_run
 from smolrun.driver.serving_model import example
+from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
 from smolrun.launch.wake import keep_awake
 from smolrun.sanitize import echo, indented, one_line
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
-    from smolrun.serving.messages import Ready
+    from smolrun.serving.messages import Ready, StageStats
     from smolrun.tracking.run_folder import RunFolder
 
 
@@ -58,14 +59,21 @@ class _Served:
         self._folder = folder
         self._console = console
         self._began = time.monotonic()
+        self._stages: list[StageStats] = []
 
     def begin(self, ready: Ready) -> None:
         """Requests are answered from now on."""
         run, say = self._run, self._console.say
+        self._stages = ready.stages
         self._console.close()
-        self._folder.write_summary({"status": "serving", **self._facts()})
-        say(f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
-            f"context {ready.max_sequence_length:,} tokens")  # fmt: skip
+        try:
+            self._folder.write_summary({"status": "serving", **self._facts()})
+        except OSError as error:  # a server does not need its disk
+            say(f"warning: summary.json cannot be written: {error}")
+        say(
+            f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
+            f"context {ready.max_sequence_length:,} tokens, {gb(run.spec.sizes.weights)} of weights"
+        )
         say(example(run.source, run.url, needs_key=run.is_open))
         say(f"to stop it: Ctrl-C, or smolrun task=stop stop.run={self._folder.run_id}")
 
@@ -88,7 +96,19 @@ class _Served:
         self._console.say(f"run folder: {self._folder.path}")
 
     def _facts(self) -> dict[str, Any]:
-        return {"url": self._run.url, "model": self._run.source.name}
+        stages = [
+            {
+                "rank": stage.rank,
+                "host": stage.host,
+                "layers": [stage.first_layer, stage.last_layer],
+                "weight_bytes": stage.weight_bytes,
+                "cache_bytes": stage.cache_bytes,
+            }
+            for stage in self._stages
+        ]
+        run = self._run
+        memory = {"model_bytes": run.spec.sizes.weights, "stages": stages}
+        return {"url": run.url, "model": run.source.name, "emulated": run.emulated, **memory}
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

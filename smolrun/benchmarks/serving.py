@@ -31,6 +31,7 @@ from smolrun.serving.stage_runner import DecoderRunner, StageTimes
 
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _VOCAB = 49152
+_STAGE = StageStats(0, "", 0, 0)  # nobody asks for its figures
 _WEIGHT = 0.02  # the standard deviation of a fresh decoder
 
 
@@ -75,7 +76,7 @@ class BenchEngine:
             prefix_reuse=False,
         )
         self._engine = Engine(scheduler, self._inbox.put, max_message_bytes=1 << 20)
-        head = PipelineHead(mesh, stages, runner, StageTimes(_stats), self._engine.on_result)
+        head = PipelineHead(mesh, stages, runner, StageTimes(_STAGE), self._engine.on_result)
         self._thread = threading.Thread(
             target=self._engine.run, args=(head,), name="smolrun-bench-engine", daemon=True
         )
@@ -159,7 +160,7 @@ def compare_serving(
     held = _layers_of(shape, mesh.world_size)[mesh.rank]
     runner = _runner(shape, held[0], held[-1], dtype, slots, capacity)
     if mesh.rank:
-        run_stage(mesh, stages, runner, StageTimes(_stats))
+        run_stage(mesh, stages, runner, StageTimes(_STAGE))
         return
     parameters = _num_parameters(shape, layers, has_ends=True)
     ours = BenchEngine(mesh, stages, runner, slots, capacity)
@@ -220,7 +221,3 @@ def _runner(
     sizes: dict[str, Any] = {"slots": slots, "capacity": capacity, "dtype": _DTYPES[dtype]}
     stage = Stage(shape, _VOCAB, first, last, *ends, parameters, **sizes)
     return DecoderRunner(stage, slots + max(slots, 256))
-
-
-def _stats(compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
-    return StageStats(0, "", 0, 0, compute_s, wait_s, 0, 0, sent_bytes)

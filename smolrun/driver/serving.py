@@ -27,6 +27,7 @@ from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
 from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
 from smolrun.driver.fleet import is_elsewhere, open_fleet
+from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
 from smolrun.driver.serving_model import find_model, notes
@@ -40,10 +41,11 @@ from smolrun.estimate.serving_plan import (
     model_bytes,
     plan_for,
 )
+from smolrun.events import Event, Note
 from smolrun.files import read_json
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
-from smolrun.launch.machine_memory import machine_memory
+from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
@@ -111,6 +113,7 @@ class ServingRun:
         self._say = say
         self._progress = progress
         self._closing = contextlib.ExitStack()
+        self.emulated = emulated(config)
         bind = config.serving.bind
         self.is_open = bind != "localhost" and not is_loopback(bind)  # beyond this machine
         self.source = source = find_model(config, progress, say)
@@ -205,6 +208,8 @@ class ServingRun:
         on this thread once a token has flowed."""
         config = self._config
         self._run_id = folder.run_id
+        for line in start_notes(config):
+            self._say(line)
         self.bridge.on_ready = on_ready
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
         loader = ModelLoader(
@@ -215,7 +220,7 @@ class ServingRun:
                 config,
                 folder,
                 self._fleet,
-                [loader, self.bridge, drain],
+                [loader, self.bridge, drain, RankNotes(self._say)],
                 limits=Limits(
                     start_s=config.cluster.start_timeout_s,
                     finish_s=config.mesh.timeout_s,
@@ -257,10 +262,12 @@ class ServingRun:
             hosts = {rank.rank: rank.host for rank in ranks(self._config)}
             parts = [
                 f"rank {rank} ({hosts[rank]}) layers {plan.layers[rank].start} to "
-                f"{plan.layers[rank].stop - 1}"
+                f"{plan.layers[rank].stop - 1}, {gb(plan.weight_bytes(self.spec.sizes, rank))} of "
+                f"weights and {gb(plan.cache_bytes(self.spec.sizes, rank))} of cache"
                 for rank in plan.stages
             ]
-            self._say(f"pipeline: {', '.join(parts)}")
+            whole = gb(self.spec.sizes.weights)
+            self._say(f"pipeline: {'; '.join(parts)}; the whole model has {whole} of weights")
 
 
 class EngineBridge(Subscriber):
@@ -289,6 +296,18 @@ class EngineBridge(Subscriber):
     def _send(self, message: ToEngine) -> None:
         if self._driver is not None:
             self._driver.send(0, task_message(TOPIC, message))
+
+
+class RankNotes(Subscriber):
+    """Shows what the ranks note."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Note):
+            whose = "" if event.rank is None else f" (rank {event.rank})"
+            self._say(f"{event.level}: {event.message}{whose}")
 
 
 class Draining(Subscriber):

@@ -63,6 +63,7 @@ def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[Ser
         here = machine_memory().available if host.ssh is None else math.inf
         memory = host.memory_gb * 2**30 if host.memory_gb else here
         speed = host.speed if isinstance(host.speed, float | int) else 1.0
+        speed = host.emulate.compute if host.emulate else speed
         places.append(
             ServingRank(
                 host=rank.host,
@@ -101,4 +102,9 @@ def _table(made: ServingPlan, sizes: ModelBytes, places: Sequence[ServingRank]) 
             gb(made.cache_bytes(sizes, rank)),
             "unknown" if place.free_bytes == math.inf else gb(place.free_bytes),
         )
+    if len(made.stages) > 1:
+        ranks = range(len(places))
+        weights = sum(made.weight_bytes(sizes, rank) for rank in ranks)
+        cache = sum(made.cache_bytes(sizes, rank) for rank in ranks)
+        table.add_row("all", "", "", gb(weights), gb(cache), "")
     return table

@@ -70,6 +70,7 @@ class Engine:
         """Send Ready once a token has flowed through all stages, then serve until `stop`. Raises
         PeerLost, and SmolrunError if the model computes no tokens."""
         self._warm_up(pipeline)
+        self._report()  # the figures of the stages, before anything is asked
         has_started = self._scheduler.has_requests
         while not self._is_stopping:
             self._take_events(pipeline, wait=not has_started)

@@ -34,6 +34,19 @@ ALIASES = {
     "smolrun_request_prompt_tokens": "vllm:request_prompt_tokens",
     "smolrun_request_generated_tokens": "vllm:request_generation_tokens",
 }
+# Of StageStats: name, field, description.
+_STAGE_COUNTERS = (
+    ("compute_seconds", "compute_s", "In which a stage computed"),
+    ("wait_seconds", "wait_s", "In which a stage had nothing to compute"),
+    ("network_seconds", "network_s", "In which messages to a stage arrived"),
+    ("tokens", "tokens", "Tokens that went through the layers of a stage"),
+    ("sent_bytes", "sent_bytes", "From a rank to other ranks"),
+)
+_STAGE_GAUGES = (
+    ("weight_bytes", "Memory of the weights of a stage"),
+    ("cache_bytes", "Memory of the keys and values of a stage when all slots are full"),
+    ("memory_bytes", "Memory of the process of a rank"),
+)
 
 
 class ServingMetrics:
@@ -99,11 +112,12 @@ def _engine_metrics(stats: Stats | None) -> Iterator[Metric]:
     yield GaugeMetricFamily("smolrun_cache_usage_ratio", "Of keys and values", stats.cache_usage)
     labels = ("rank", "host", "stage")
     families: list[tuple[CounterMetricFamily | GaugeMetricFamily, str]] = [
-        (CounterMetricFamily("smolrun_stage_compute_seconds", "", labels=labels), "compute_s"),
-        (CounterMetricFamily("smolrun_stage_wait_seconds", "", labels=labels), "wait_s"),
-        (CounterMetricFamily("smolrun_stage_sent_bytes", "", labels=labels), "sent_bytes"),
-        (GaugeMetricFamily("smolrun_stage_weight_bytes", "", labels=labels), "weight_bytes"),
-        (GaugeMetricFamily("smolrun_stage_cache_bytes", "", labels=labels), "cache_bytes"),
+        (CounterMetricFamily(f"smolrun_stage_{name}", text, labels=labels), key)
+        for name, key, text in _STAGE_COUNTERS
+    ]
+    families += [
+        (GaugeMetricFamily(f"smolrun_stage_{key}", text, labels=labels), key)
+        for key, text in _STAGE_GAUGES
     ]
     for family, key in families:
         for stage in stats.stages:

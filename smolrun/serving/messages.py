@@ -98,17 +98,22 @@ class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StageStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a stage did since the server began, in seconds and bytes."""
+    """A stage, and what it did since the server began. `memory_bytes`: of its process;
+    `network_s`: from the first to the last byte of the messages that it received; `tokens`: of
+    prompts and answers that went through its layers."""
 
     rank: int
     host: str
     first_layer: int
     last_layer: int
-    compute_s: float
-    wait_s: float
-    weight_bytes: int
-    cache_bytes: int
-    sent_bytes: int
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    memory_bytes: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    network_s: float = 0.0
+    tokens: int = 0
+    sent_bytes: int = 0
 
 
 class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

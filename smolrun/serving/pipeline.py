@@ -84,10 +84,12 @@ class MessageReceiver(Generic[_M]):
         decode: Callable[[bytes], tuple[_M, Tensor | None]],
         deliver: Callable[[_M, Tensor | None], bool],
         fail: Callable[[BaseException], object],
+        times: StageTimes,
     ) -> None:
         self._mesh, self._peer, self._stream = mesh, peer, stream
         self._decode, self._deliver, self._fail = decode, deliver, fail
-        self._number = 0
+        self._times = times
+        self._number, self._began_s = 0, 0.0
         self._receive_frame()
 
     def _receive(self, hop: int, into: Tensor, then: Callable[[], None]) -> None:
@@ -107,6 +109,7 @@ class MessageReceiver(Generic[_M]):
         self._receive(0, frame, lambda: self._frame_arrived(bytes(frame.numpy())))
 
     def _frame_arrived(self, frame: bytes) -> None:
+        self._began_s = time.perf_counter()
         (length,) = _LENGTH.unpack_from(frame)
         if length > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"rank {self._peer} sent a message of {length} bytes")
@@ -126,6 +129,7 @@ class MessageReceiver(Generic[_M]):
 
     def _complete(self, message: _M, tensor: Tensor | None) -> None:
         self._number += 1
+        self._times.network_s += time.perf_counter() - self._began_s
         if self._deliver(message, tensor):
             self._receive_frame()
 
@@ -162,6 +166,7 @@ class PipelineHead:
                 lambda data: (decoder.decode(data), None),
                 self._deliver,
                 on_result,
+                times,
             )
 
     def start(self, batch: Batch, *, with_stats: bool = False) -> None:
@@ -207,7 +212,8 @@ def run_stage(mesh: Mesh, stages: list[int], runner: StageRunner, times: StageTi
         queue.SimpleQueue()
     )
     index, is_last = stages.index(mesh.rank), mesh.rank == stages[-1]
-    _receive_plans(mesh, stages[index - 1] if index else 0, runner, arrived, has_hidden=index > 0)
+    source = stages[index - 1] if index else 0
+    _receive_plans(mesh, source, runner, arrived, times, has_hidden=index > 0)
     target = 0 if is_last else stages[index + 1]
     stream = Stream.SERVING_RESULTS if is_last else Stream.SERVING_BATCHES
     for number in itertools.count():
@@ -237,6 +243,7 @@ def _receive_plans(
     source: int,
     runner: StageRunner,
     arrived: queue.SimpleQueue[tuple[StagePlan, Tensor | None] | BaseException],
+    times: StageTimes,
     *,
     has_hidden: bool,
 ) -> None:
@@ -257,4 +264,4 @@ def _receive_plans(
         arrived.put((plan, hidden_TD))
         return plan.batch is not None
 
-    MessageReceiver(mesh, source, Stream.SERVING_BATCHES, decode, deliver, arrived.put)
+    MessageReceiver(mesh, source, Stream.SERVING_BATCHES, decode, deliver, arrived.put, times)

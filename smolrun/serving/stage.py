@@ -12,6 +12,7 @@ V vocabulary, H heads, G key/value heads, K head width, S keys.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,11 +101,8 @@ class Stage:
         self._head = (weights.embedding("head") or self._embedding) if has_head else None
         self._rotation = self._rotation_tables() if shape.position == "rope" else None
         # Zeros, not empty: keys beyond a sequence's end are masked, and must be finite for that.
-        self._cache = torch.zeros(
-            (len(self._layers), slots, capacity, 2 * shape.kv_heads, shape.head_width),
-            dtype=dtype,
-            device=self.device,
-        )
+        sizes = (len(self._layers), slots, capacity, 2 * shape.kv_heads, shape.head_width)
+        self._cache = _zeros(sizes, dtype, self.device)
         self._written = [0] * slots  # tokens of each slot that may not be zeros
 
     @property
@@ -312,3 +310,13 @@ class Stage:
         cos[:, :turned] = self._rotation[0][positions_T][:, None]
         sin[:, :turned] = self._rotation[1][positions_T][:, None]
         return cos, sin
+
+
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.zeros, which writes all of it; on the CPU a page takes memory once it is written."""
+    if device.type != "cpu":
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    # Not numpy's zeros: it asks for pages of 2 MB, of which one token would take one a layer.
+    memory = mmap.mmap(-1, num_bytes, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype).view(sizes)

@@ -7,13 +7,15 @@ Shape suffixes: T tokens of the batch, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+import psutil
 import torch
 from torch import Tensor
 
+from smolrun.parts.step_clock import FULL_SPEED, Pace
 from smolrun.serving.batch import Batch, BatchResult
 from smolrun.serving.messages import StageStats
 from smolrun.serving.sampler import Sampler
@@ -52,16 +54,27 @@ class DecoderRunner:
 
 @dataclass
 class StageTimes:
-    """What a stage did so far: `describe(compute_s, wait_s, sent_bytes)` gives all of it, with what
-    does not change."""
+    """What a stage did so far. `stage` has what does not change; a `pace` makes it compute as a
+    slower machine does."""
 
-    describe: Callable[[float, float, int], StageStats]
+    stage: StageStats
+    pace: Pace = FULL_SPEED
     compute_s: float = 0.0
     wait_s: float = 0.0
+    network_s: float = 0.0  # counted on the I/O thread
+    tokens: int = 0
 
     def stats(self, sent_bytes: int) -> StageStats:
         """The figures for the driver."""
-        return self.describe(self.compute_s, self.wait_s, sent_bytes)
+        return msgspec.structs.replace(
+            self.stage,
+            memory_bytes=psutil.Process().memory_info().rss,
+            compute_s=self.compute_s,
+            wait_s=self.wait_s,
+            network_s=self.network_s,
+            tokens=self.tokens,
+            sent_bytes=sent_bytes,
+        )
 
 
 def run_timed(
@@ -69,6 +82,9 @@ def run_timed(
 ) -> Tensor | BatchResult:
     """`runner.run`, whose time counts as computing."""
     began = time.perf_counter()
+    times.pace.begin(0.0)
     output = runner.run(batch, hidden_TD)
+    times.pace.end(0.0)
     times.compute_s += time.perf_counter() - began
+    times.tokens += len(batch.token_ids)
     return output

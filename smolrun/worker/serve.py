@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +16,7 @@ from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, decode_data
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.mesh.mesh import Mesh
+from smolrun.parts.step_clock import Pace
 from smolrun.serving.batch import Batch, Row
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import (
@@ -37,7 +37,7 @@ from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
-from smolrun.worker.train import pick_device
+from smolrun.worker.train import late, pace_of, pick_device
 
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Layers that stay in a processor's cache would seem faster than those of a whole model.
@@ -51,26 +51,32 @@ def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, 
     """From the measurement to the end of the server; returns the rank's summary. Raises PeerLost,
     and StopRequested if the driver stops it before anything was loaded."""
     device = torch.device(pick_device(start.device))
-    load = _wait_load(mesh, channel, device)
+    pace = pace_of(start.config, mesh.rank)
+    load = _wait_load(mesh, channel, device, pace)
     source = msgspec.convert(load.source, ModelSource)
     source = msgspec.structs.replace(source, folder=load.folders[mesh.rank])
     if mesh.rank not in load.stages:
         channel.send_data(LOADING, Loaded(mesh.rank, 0, 0))
-        runner, times = None, StageTimes(_unused_stats)
+        runner, times = None, StageTimes(StageStats(mesh.rank, start.host, 0, -1))
     else:
         stage = _load(load, source, mesh.rank, channel, device)
         runner = DecoderRunner(stage, max(load.chunk_tokens, load.slots) + load.slots)
-        times = StageTimes(_stats_of(load, stage, mesh.rank, start.host))
+        layers = _layers_of(load, mesh.rank)
+        sizes = (stage.weight_bytes, stage.cache_bytes)
+        figures = StageStats(mesh.rank, start.host, layers.start, layers.stop - 1, *sizes)
+        times = StageTimes(figures, pace)
     if mesh.rank == 0:
         _run_engine(load, source, runner, times, mesh, channel)
     elif runner is not None:
         run_stage(mesh, load.stages, runner, times)
     else:
         channel.stop_requested.wait()
+    if too_slow := late(pace, mesh.rank):
+        channel.emit(too_slow)
     return {"was_stopped": True}
 
 
-def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device) -> Load:
+def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device, pace: Pace) -> Load:
     """Answer every Probe until there is a Load; blocks."""
     inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
 
@@ -85,10 +91,10 @@ def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device) -> Load
             raise StopRequested("the driver asked this rank to stop before it began")
         if isinstance(message, Load):
             return message
-        channel.send_data(LOADING, _measure(message, mesh.rank, device))
+        channel.send_data(LOADING, _measure(message, mesh.rank, device, pace))
 
 
-def _measure(probe: Probe, rank: int, device: torch.device) -> Probed:
+def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace) -> Probed:
     """The time of one layer for one token, over layers of zeros that no processor's cache holds.
 
     The head is a matrix like those of a layer, which take their time per weight."""
@@ -119,7 +125,9 @@ def _measure(probe: Probe, rank: int, device: torch.device) -> Probed:
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < _PROBE_S:
         before = time.perf_counter()
+        pace.begin(0.0)
         stage.run(batch, hidden_TD).cpu()
+        pace.end(0.0)
         times.append(time.perf_counter() - before)
     layer_s = sorted(times)[len(times) // 2] / layers
     head_s = layer_s * source.vocab_size * source.shape.width / size
@@ -130,9 +138,9 @@ def _load(
     load: Load, source: ModelSource, rank: int, channel: WorkerChannel, device: torch.device
 ) -> Stage:
     """This rank's stage, with its weights."""
-    index = load.stages.index(rank)
-    first = load.last_layers[index - 1] + 1 if index else 0
-    ends = (index == 0, rank == load.stages[-1])
+    layers = _layers_of(load, rank)
+    first, last = layers.start, layers.stop - 1
+    ends = (rank == load.stages[0], rank == load.stages[-1])
     reported_s = -math.inf
 
     def progress(done: int, total: int) -> None:
@@ -142,7 +150,7 @@ def _load(
             channel.send_data(LOADING, Loading(rank, done, total))
             reported_s = now
 
-    dtype, last = _DTYPES[load.dtype], load.last_layers[index]
+    dtype = _DTYPES[load.dtype]
     parameters = load_stage(source, first, last, *ends, dtype, progress)
     for name in parameters:
         parameters[name] = parameters[name].to(device)
@@ -193,19 +201,8 @@ def _run_engine(
     engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
 
 
-def _stats_of(
-    load: Load, stage: Stage, rank: int, host: str
-) -> Callable[[float, float, int], StageStats]:
+def _layers_of(load: Load, rank: int) -> range:
+    """The layers of a rank that is a stage."""
     index = load.stages.index(rank)
     first = load.last_layers[index - 1] + 1 if index else 0
-    sizes = (stage.weight_bytes, stage.cache_bytes)
-
-    def stats(compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
-        last = load.last_layers[index]
-        return StageStats(rank, host, first, last, compute_s, wait_s, *sizes, sent_bytes)
-
-    return stats
-
-
-def _unused_stats(compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
-    raise AssertionError("a rank without layers reports no figures")
+    return range(first, load.last_layers[index] + 1)

@@ -44,7 +44,7 @@ def main() -> None:
     rank, ports = int(sys.argv[1]), [int(port) for port in sys.argv[4].split(",")]
     mesh = join(rank, sys.argv[2], float(sys.argv[3]), ports)
     stage = SlowStage(rank, len(ports), slots=SLOTS, capacity=CAPACITY)
-    times = StageTimes(lambda *figures: stats_of(rank, *figures))
+    times = StageTimes(stats_of(rank))
     try:
         run_stage(mesh, list(range(len(ports))), stage, times)
         print("ended", flush=True)

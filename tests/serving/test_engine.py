@@ -106,7 +106,7 @@ def serve(
 
     def work(mesh: Mesh) -> None:
         runner = FakeStage(mesh.rank, stages, slots=SLOTS, capacity=CAPACITY)
-        times = StageTimes(lambda *figures: stats_of(mesh.rank, *figures))
+        times = StageTimes(stats_of(mesh.rank))
         ranks = list(range(stages))
         if mesh.rank:
             run_stage(mesh, ranks, runner, times)
@@ -144,8 +144,8 @@ def run_engine(client: Client, head: PipelineHead, script: Callable[[Client], No
         raise error
 
 
-def stats_of(rank: int, compute_s: float, wait_s: float, sent_bytes: int) -> StageStats:
-    return StageStats(rank, "here", rank, rank, compute_s, wait_s, 0, 0, sent_bytes)
+def stats_of(rank: int) -> StageStats:
+    return StageStats(rank, "here", rank, rank)
 
 
 def request(name: str, length: int, max_tokens: int = 5, **more: object) -> Submit:

@@ -79,7 +79,7 @@ class Pipeline:
     @staticmethod
     def _stage(rank: int) -> tuple[FakeStage, StageTimes]:
         stage = FakeStage(rank, 3, slots=SLOTS, capacity=CAPACITY)
-        return stage, StageTimes(lambda *figures: stats_of(rank, *figures))
+        return stage, StageTimes(stats_of(rank))
 
 
 @pytest.fixture

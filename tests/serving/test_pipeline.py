@@ -15,6 +15,7 @@ from smolrun.errors import PeerLost, ProtocolError, SmolrunError
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.streams import Stream
+from smolrun.parts.step_clock import EmulatedPace
 from smolrun.serving.batch import Batch, BatchResult, Row, Sampled
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import StageStats
@@ -26,7 +27,7 @@ from smolrun.serving.pipeline import (
     send_message,
 )
 from smolrun.serving.scheduler import Scheduler
-from smolrun.serving.stage_runner import StageTimes
+from smolrun.serving.stage_runner import StageTimes, run_timed
 from smolrun.testing import run_ranks
 from tests.serving.fake_stage import VOCAB, FakeStage
 from tests.serving.test_engine import CAPACITY, SLOTS, Client, request, run_engine, stats_of
@@ -53,7 +54,7 @@ class Adder:
 
 
 def times_of(rank: int) -> StageTimes:
-    return StageTimes(lambda *figures: stats_of(rank, *figures))
+    return StageTimes(stats_of(rank))
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
@@ -84,6 +85,10 @@ def test_batches_of_any_size_arrive_whole_and_in_order(kind: str) -> None:
     assert [result.sampled[0].token_id for result in results] == [n * 4 * 16 for n in counts]
     assert [len(result.stages) for result in results] == [0, 0, 0, 3, 0, 0, 0]
     assert [stage.rank for stage in results[3].stages] == [0, 1, 2]
+    assert {stage.tokens for stage in results[3].stages} == {1 + 1 + 300 + 4000}
+    assert all(stage.memory_bytes > 0 for stage in results[3].stages)
+    if kind != "memory":  # there everything arrives at once
+        assert all(stage.network_s > 0 for stage in results[3].stages[1:])
 
 
 def test_one_stage_needs_no_peer() -> None:
@@ -184,7 +189,23 @@ def test_a_lost_stage_is_named_while_nothing_is_asked() -> None:
 
 
 def test_stage_times_are_those_of_the_stage() -> None:
-    times = StageTimes(lambda *figures: StageStats(1, "h", 0, 3, *figures[:2], 10, 20, figures[2]))
-    times.compute_s += 0.5
-    times.wait_s += 0.25
-    assert times.stats(99) == StageStats(1, "h", 0, 3, 0.5, 0.25, 10, 20, 99)
+    stage = StageStats(1, "h", 0, 3, weight_bytes=10, cache_bytes=20)
+    times = StageTimes(stage, compute_s=0.5, wait_s=0.25, network_s=0.125, tokens=7)
+    found = times.stats(99)
+    assert found.memory_bytes > 10e6  # of this process
+    assert msgspec.structs.replace(found, memory_bytes=0) == msgspec.structs.replace(
+        stage, compute_s=0.5, wait_s=0.25, network_s=0.125, tokens=7, sent_bytes=99
+    )
+
+
+def test_a_stage_counts_its_tokens_and_emulates_a_slower_machine() -> None:
+    class Busy(Adder):
+        def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.05:
+                pass
+            return super().run(batch, hidden_TD)
+
+    times = StageTimes(stats_of(0), EmulatedPace(0.25))
+    run_timed(Busy(1, is_last=True), times, Batch(0, [Row(0, 0, 3, True)], [1, 2, 3]), None)
+    assert times.tokens == 3 and times.compute_s >= 0.2

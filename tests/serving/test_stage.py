@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -205,6 +206,19 @@ def test_the_memory_of_stages_is_that_of_their_parts(
         assert stage.weight_bytes == 4 * source.num_parameters(layer, layer, *has_ends)
         assert stage.bytes_per_token == 2 * 1 * 16 * 4  # keys and values of one head
         assert stage.cache_bytes == 3 * 50 * stage.bytes_per_token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_takes_memory_only_where_tokens_are(
+    references: dict[str, tuple[Path, list[Text]]], dtype: torch.dtype
+) -> None:
+    folder, texts = references["smollm"]
+    process = psutil.Process()
+    before = process.memory_info().rss
+    chain = Chain(folder, slots=10_000, dtype=dtype)
+    assert chain.stages[0].cache_bytes > 300e6
+    chain.prefill(7_000, texts[0].prompt)
+    assert process.memory_info().rss - before < 50e6
 
 
 def test_bf16_follows_float32(references: dict[str, tuple[Path, list[Text]]]) -> None:

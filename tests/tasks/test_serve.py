@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from smolrun.cli.compose import compose
 from smolrun.cli.run import drive
@@ -59,11 +61,30 @@ def test_it_answers_says_where_and_drains(tmp_path: Path, model: Path) -> None:
         assert not (tmp_path / "outputs" / "latest").exists()
 
 
+def stage_rows(url: str) -> list[dict[str, Any]]:
+    """The figures of every stage on /metrics, in order of ranks."""
+    rows: dict[str, dict[str, Any]] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            name = sample.name.removeprefix("smolrun_stage_").removesuffix("_total")
+            if name != sample.name and sample.labels:
+                row = rows.setdefault(sample.labels["rank"], dict(sample.labels))
+                row[name] = sample.value
+    return [rows[rank] for rank in sorted(rows)]
+
+
 def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
     tmp_path: Path, model: Path
 ) -> None:
     pipeline = ["serving=pipeline", "serving.layers=[[0,1],[2,3]]", "mesh.liveness=fast"]
     with serving(tmp_path, *choice(model), *pipeline) as server:
+        rows = stage_rows(server.url)
+        assert [row["stage"] for row in rows] == ["0-1", "2-3"]
+        held = [(row["weight_bytes"], row["cache_bytes"]) for row in rows]
+        told = server.summary()
+        assert [(one["weight_bytes"], one["cache_bytes"]) for one in told["stages"]] == held
+        assert [one["layers"] for one in told["stages"]] == [[0, 1], [2, 3]]
+        assert max(weights for weights, _ in held) < told["model_bytes"] <= sum(w for w, _ in held)
         with server.stream() as lines:
             got = events(lines)
             next(got)
@@ -158,6 +179,7 @@ def test_a_dry_run_prints_the_cut_and_starts_nothing(
     said = capsys.readouterr().out
     assert said.startswith("Qwen/Qwen3-14B: 27.5 GB of weights as bf16\n")
     assert "mini3" in said and "39 " in said and "tokens/s" in said
+    assert re.search(r"\n *all +27\.5 GB +\d", said)
     assert drive(compose([*asked, "model=qwen3_32b"])) == 2
     assert "does not fit: it needs 61.0 GB" in capsys.readouterr().out
     assert not (tmp_path / "outputs").exists()

@@ -3,12 +3,14 @@ writes (S1), over 1 to 4 stages, alone and in company."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from smolrun.errors import StopRequested
+from smolrun.parts.step_clock import Pace
 from smolrun.serving.messages import Submit
 from smolrun.serving.source import source_of_folder
 from tests.serving.references import LEAST_MARGIN, Text, save_model, texts_of
@@ -108,6 +110,40 @@ def test_every_rank_measures_before_it_loads(model: tuple[Path, list[Text]]) -> 
         assert probed.rank == rank
         assert 0 < probed.layer_s < 1 and 0 < probed.head_s < 1
         assert probed.free_bytes > 0
+
+
+class SlowPace(Pace):
+    """Takes 20 ms longer for everything that it computes."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def end(self, waited_s: float) -> None:
+        self.computed += 1
+        time.sleep(0.02)
+
+
+def test_a_slower_machine_is_emulated_when_it_measures_and_when_it_serves(
+    model: tuple[Path, list[Text]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, paces = source_of_folder(model[0], "tiny"), [SlowPace(), SlowPace()]
+    monkeypatch.setattr(
+        "smolrun.worker.serve.pace_of", lambda config, rank: paces[rank] if config else None
+    )
+    measured = []
+
+    def script(driver: ServingDriver) -> None:
+        driver.probe(source)
+        measured.extend(pace.computed for pace in paces)
+        driver.load(load_of(source, [0, 1], 2))
+        driver.run(Submit("one", [1, 2, 3], 5, sampling=GREEDY))
+
+    driver = serve_with(script, 2)
+    assert all(one.layer_s * source.shape.layers > 0.02 for one in driver.probed.values())
+    # The warm-up has two tokens.
+    assert [pace.computed - before for pace, before in zip(paces, measured, strict=True)] == [7, 7]
+    assert driver.ready is not None
+    assert all(stage.compute_s > 0.02 for stage in driver.ready.stages)
 
 
 def test_a_server_that_is_stopped_before_it_loads_ends() -> None:
