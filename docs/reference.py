@@ -455,8 +455,8 @@ at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
 - `x-request-id` of a request is that of its answer; without one, the server makes it.
 - `/metrics` needs no client: `smolrun_*`, and the same under the names of vLLM (`vllm:*`).
 - What a model thinks before it answers is `reasoning_content`, beside `content`.
-- In `/v1/completions` with `echo` and `logprobs`, a token of the prompt has its own
-  log-probability only, without the likeliest ones.
+- In `/v1/completions` with `logprobs`, `top_logprobs` of a token also has the token itself; with
+  `echo` it is there for the tokens of the prompt, but for the first one.
 - A model without a chat template continues the text of the messages; the header
   `x-smolrun-note` says so.
 """

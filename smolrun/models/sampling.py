@@ -96,9 +96,16 @@ def sample(
     token_id = _draw(_adjusted(logits_V, sampling, history), sampling, choice, position)
     if top_logprobs is None:
         return Draw(token_id)
+    return Draw(token_id, *score(token_id, logits_V, top_logprobs))
+
+
+def score(
+    token_id: int, logits_V: NDArray[np.float32], top_logprobs: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """`logprob` and `top` of a token as in Draw, whoever has chosen it."""
     logprobs_V = log_softmax(logits_V)
     top = [(int(i), float(logprobs_V[i])) for i in likeliest(logprobs_V, top_logprobs)]
-    return Draw(token_id, float(logprobs_V[token_id]), top)
+    return float(logprobs_V[token_id]), top
 
 
 def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float64]:

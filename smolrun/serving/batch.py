@@ -13,7 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from smolrun.models.sampling import Sampling
-from smolrun.serving.messages import StageStats
+from smolrun.serving.messages import Score, StageStats
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -91,7 +91,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities of the prompt's tokens after each token of a row with `logprobs`."""
 
     slot: int
-    values: list[float]
+    values: list[Score]
 
 
 class BatchResult(msgspec.Struct, frozen=True):

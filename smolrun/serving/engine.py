@@ -20,7 +20,16 @@ import msgspec
 
 from smolrun.errors import SmolrunError
 from smolrun.serving.batch import BatchResult
-from smolrun.serving.messages import Cancel, Ready, StageStats, Stats, StepOutput, Submit, ToEngine
+from smolrun.serving.messages import (
+    Cancel,
+    Prefill,
+    Ready,
+    StageStats,
+    Stats,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
 from smolrun.serving.pipeline import PipelineHead
 from smolrun.serving.scheduler import Scheduler
 
@@ -30,6 +39,7 @@ _STATS_EVERY_S = 1.0
 _CHUNK_S = 0.15
 _FIRST_CHUNK_TOKENS = 64
 _MEASURED_TOKENS = 32  # with fewer, a batch takes its time for other things
+_SCORES_A_MESSAGE = 256  # log-probabilities of a prompt: 150 kB with 20 likely tokens each
 _STOP = object()
 _PIPELINE_ENDED = None
 _WARM_UP = Submit(request="warm-up", prompt_ids=[0], max_tokens=2)
@@ -186,7 +196,7 @@ def split_output(output: StepOutput, max_bytes: int) -> Iterator[StepOutput]:
     if output == StepOutput():
         return
     items: list[tuple[str, msgspec.Struct | Stats]] = [
-        *(("prefill", item) for item in output.prefill),
+        *(("prefill", part) for item in output.prefill for part in _split_prefill(item)),
         *(("tokens", item) for item in output.tokens),
         *(("finished", item) for item in output.finished),
     ]
@@ -201,3 +211,11 @@ def split_output(output: StepOutput, max_bytes: int) -> Iterator[StepOutput]:
         yield from split_output(msgspec.convert(lists, StepOutput, from_attributes=True), max_bytes)
     if output.stats is not None:
         yield StepOutput(stats=output.stats)
+
+
+def _split_prefill(prefill: Prefill) -> list[Prefill]:
+    scores, size = prefill.logprobs, _SCORES_A_MESSAGE
+    if not scores:
+        return [prefill]
+    starts = range(0, len(scores), size)
+    return [msgspec.structs.replace(prefill, logprobs=scores[at : at + size]) for at in starts]

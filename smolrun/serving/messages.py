@@ -32,6 +32,8 @@ LOADING = "serving.loading"
 RequestId = Annotated[str, Meta(max_length=100)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# A token's log-probability, and the likeliest ids in its place with theirs, best first.
+Score = tuple[float, list[tuple[TokenId, float]]]
 ServingDtype = Literal["float32", "bf16"]  # of weights, computation and the links between stages
 
 
@@ -93,7 +95,7 @@ class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     request: RequestId
     done: int
     total: int
-    logprobs: list[float | None] | None = None
+    logprobs: list[Score | None] | None = None
     cached_tokens: int = 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.errors import NonFiniteLogits
-from smolrun.models.sampling import TokenHistory, log_softmax, sample
+from smolrun.models.sampling import TokenHistory, sample, score
 from smolrun.serving.batch import Batch, BatchResult, Opened, PromptLogprobs, Row, Sampled
 
 
@@ -43,6 +43,15 @@ class _Sequence:
             return Sampled(row.slot, 0, error=str(error))
         return Sampled(row.slot, *drawn)
 
+    def prompt_logprobs(
+        self, row: Row, token_ids: list[int], logits_TV: NDArray[np.float32]
+    ) -> PromptLogprobs:
+        """Of the prompt's token after each of the row's tokens."""
+        following = token_ids[1:] + ([] if row.next_id is None else [row.next_id])
+        pairs = zip(following, logits_TV, strict=False)  # the last token may have none after it
+        count = self.opened.top_logprobs or 0
+        return PromptLogprobs(row.slot, [score(id, row_V, count) for id, row_V in pairs])
+
 
 class Sampler:
     """The sequences in the slots of a server, as sampling needs them."""
@@ -69,14 +78,7 @@ class Sampler:
             logits_TV = logits_RV[done : done + count]
             done += count
             if row.logprobs:
-                result.prompt_logprobs.append(_score(row, token_ids, logits_TV))
+                result.prompt_logprobs.append(sequence.prompt_logprobs(row, token_ids, logits_TV))
             if row.is_sampled:
                 result.sampled.append(sequence.next_token(row, logits_TV[-1]))
         return result
-
-
-def _score(row: Row, token_ids: list[int], logits_TV: NDArray[np.float32]) -> PromptLogprobs:
-    """Of the prompt's token after each of the row's tokens."""
-    following = token_ids[1:] + ([] if row.next_id is None else [row.next_id])
-    pairs = zip(following, logits_TV, strict=False)  # the last token may have none after it
-    return PromptLogprobs(row.slot, [float(log_softmax(row_V)[i]) for i, row_V in pairs])

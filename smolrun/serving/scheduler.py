@@ -28,6 +28,7 @@ from smolrun.serving.messages import (
     Finished,
     FinishReason,
     Prefill,
+    Score,
     Stats,
     StepOutput,
     Submit,
@@ -294,8 +295,8 @@ class Scheduler:
             elif row.start + row.count == len(sequence.tokens):
                 self._finish(sequence, "length")  # a prompt that nothing may follow
 
-    def _report_prefill(self, sequence: Sequence, row: Row, values: list[float] | None) -> None:
-        first: list[float | None] = [None] if row.start == 0 else []
+    def _report_prefill(self, sequence: Sequence, row: Row, values: list[Score] | None) -> None:
+        first: list[Score | None] = [None] if row.start == 0 else []
         logprobs = None if values is None else [*first, *values]
         done, total = row.start + row.count, sequence.prompt_length
         request, cached = sequence.request.request, sequence.cached

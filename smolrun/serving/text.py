@@ -41,6 +41,22 @@ class TokenText:
         return self.bytes.decode("utf-8", "replace")
 
 
+def token_text(
+    every: Sequence[bytes],
+    id: int,
+    logprob: float | None = None,
+    top: Sequence[tuple[int, float]] | None = None,
+) -> TokenText:
+    """A token as the engine reports it. `every`: the bytes of every id."""
+    if top is None:
+        return TokenText(id, every[id], logprob)
+    # A head may have rows beyond the tokens of the tokenizer.
+    likeliest = [
+        TokenText(other, every[other], value) for other, value in top if other < len(every)
+    ]
+    return TokenText(id, every[id], logprob, likeliest)
+
+
 @dataclass
 class Delta:
     """Text that is ready to be sent, and the tokens that it is made of."""
@@ -116,20 +132,13 @@ class AnswerText:
         data = self._token_bytes[id] if id < len(self._token_bytes) else b""
         if not data or id in self._stop_ids:
             return Delta()
-        token = TokenText(id, data, logprob, self._likeliest(top))
+        token = token_text(self._token_bytes, id, logprob, top)
         start = self._decoded
         text = self._decoder.decode(token.bytes)
         self._decoded += len(text)
         is_partial = bool(self._decoder.getstate()[0])
         self._waiting.append((token, start, self._decoded + is_partial))
         return self._release(self._stop.push(text))
-
-    def _likeliest(self, top: list[tuple[int, float]] | None) -> list[TokenText] | None:
-        if top is None:
-            return None
-        every = self._token_bytes
-        # A head may have rows beyond the tokens of the tokenizer.
-        return [TokenText(id, every[id], logprob) for id, logprob in top if id < len(every)]
 
     def finish(self) -> Delta:
         """The rest: what waited for a stop string, but no part of a character."""

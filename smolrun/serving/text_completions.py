@@ -16,9 +16,10 @@ from fastapi import Request
 
 from smolrun.serving.api_errors import ApiError, refuse
 from smolrun.serving.generation import Generation, Piece, Service
+from smolrun.serving.messages import Score
 from smolrun.serving.protocol import CompletionRequest
 from smolrun.serving.responses import Completion
-from smolrun.serving.text import Delta, TokenText
+from smolrun.serving.text import Delta, TokenText, token_text
 
 _DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 
@@ -29,7 +30,7 @@ class _Echo:
 
     text: str
     ids: list[int]
-    logprobs: list[float | None] = field(default_factory=list)
+    scores: list[Score | None] = field(default_factory=list)
     is_sent: set[int] = field(default_factory=set)
 
 
@@ -112,7 +113,7 @@ class TextCompletion(Completion[CompletionRequest]):
         """The text, with the end in its last entry."""
         if piece.prefill is not None:
             if self._echoes and piece.prefill.logprobs:
-                self._echoes[prompt].logprobs += piece.prefill.logprobs
+                self._echoes[prompt].scores += piece.prefill.logprobs
             return
         index, delta = prompt * self.n + piece.choice, self._delta(prompt, piece)
         logprobs = None if self.body.logprobs is None else self._logprobs(index, delta)
@@ -125,16 +126,11 @@ class TextCompletion(Completion[CompletionRequest]):
             return piece.delta
         echo = self._echoes[prompt]
         echo.is_sent.add(piece.choice)
-        logprobs = [*echo.logprobs, *[None] * len(echo.ids)]
+        scores = [*echo.scores, *[None] * len(echo.ids)]
         every = self.service.prompts.token_bytes
         tokens = [
-            TokenText(
-                id,
-                every[id],
-                logprob,
-                None if logprob is None else [TokenText(id, every[id], logprob)],
-            )
-            for id, logprob in zip(echo.ids, logprobs, strict=False)
+            token_text(every, id, *(score or ()))
+            for id, score in zip(echo.ids, scores, strict=False)
         ]
         return Delta(echo.text + piece.delta.text, [*tokens, *piece.delta.tokens])
 
@@ -144,7 +140,7 @@ class TextCompletion(Completion[CompletionRequest]):
             "tokens": [token.text for token in delta.tokens],
             "token_logprobs": [token.logprob for token in delta.tokens],
             "top_logprobs": [
-                None if token.top is None else {one.text: one.logprob for one in token.top}
+                None if token.top is None else {t.text: t.logprob for t in [*token.top, token]}
                 for token in delta.tokens
             ],
             "text_offset": [offsets.add(token) for token in delta.tokens],

@@ -170,5 +170,6 @@ class FakeEngine:
 
     def _prefill(self, one: _Choice) -> Prefill:
         size = len(one.submit.prompt_ids)
-        logprobs = [None, *[-1.0] * (size - 1)] if one.submit.echo_logprobs else None
+        top = [(id, -0.25) for id in self.likely][: one.submit.top_logprobs]
+        logprobs = [None, *[(-1.0, top)] * (size - 1)] if one.submit.echo_logprobs else None
         return Prefill(one.submit.request, size, size, logprobs, self.cached_tokens)

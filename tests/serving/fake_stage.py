@@ -79,7 +79,7 @@ class FakeStage:
             if row.logprobs:
                 following = [*tokens[1:], *([] if row.next_id is None else [row.next_id])]
                 result.prompt_logprobs.append(
-                    PromptLogprobs(row.slot, [-token / VOCAB for token in following])
+                    PromptLogprobs(row.slot, [(-token / VOCAB, []) for token in following])
                 )
         if self._index == self._stages - 1:
             return result

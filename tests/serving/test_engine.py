@@ -275,7 +275,7 @@ def test_log_probabilities_of_a_prompt_are_of_all_its_tokens(max_tokens: int) ->
 
     client = serve(script, stages=2)
     values = [value for one in client.prefill["echo"] for value in one.logprobs or []]
-    assert values == [None, *(-token / VOCAB for token in wanted.prompt_ids[1:])]
+    assert values == [None, *((-token / VOCAB, []) for token in wanted.prompt_ids[1:])]
     assert len(client.tokens["echo", 0]) == max_tokens
     assert client.finished["echo", 0].cached_tokens == 0
 
@@ -378,12 +378,14 @@ def test_stopping_ends_every_request() -> None:
 def test_long_reports_are_split() -> None:
     tokens = [Token("r", 0, index, -1.5, [(index, -1.5)] * 20) for index in range(100)]
     finished = [Finished("r", 0, "stop")]
-    prefill = [Prefill("p", 10, 20)]
+    prefill = [Prefill("p", 10, 20), Prefill("q", 900, 900, [(-1.0, [])] * 900)]
     stats = Stats(1, 0, 0.5, 1, 2, 3)
     parts = list(split_output(StepOutput(tokens, finished, prefill, stats), 5000))
     assert max(len(msgspec.json.encode(part)) for part in parts) <= 5000
     assert [token for part in parts for token in part.tokens] == tokens
-    assert [one for part in parts for one in part.prefill] == prefill
+    first, *scores = [one for part in parts for one in part.prefill]
+    assert first == prefill[0] and {(one.done, one.total) for one in scores} == {(900, 900)}
+    assert [score for one in scores for score in one.logprobs or []] == prefill[1].logprobs
     assert [part.finished for part in parts if part.finished] == [finished]
     assert parts[-1].stats == stats
     assert list(split_output(StepOutput(), 5000)) == []

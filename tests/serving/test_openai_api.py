@@ -220,6 +220,9 @@ def test_echo_repeats_the_prompt_with_its_log_probabilities(echo: Served):
     logprobs = answer["logprobs"]
     assert logprobs["token_logprobs"] == [None, -1.0, -1.0, -1.0, -0.5]
     assert logprobs["text_offset"] == [0, 1, 1, 1, 2]
+    first, *middle, last = logprobs["top_logprobs"]
+    # The likeliest one, and that which stands there, as lm-eval compares them.
+    assert first is None and middle == [{" ": -0.25, "\ufffd": -1.0}] * 3 and last == {"a": -0.5}
     chunks = events(echo.complete("ab", echo=True, stream=True).text)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abab"
 

@@ -88,11 +88,14 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_row_only() -> None:
 
 def test_log_probabilities_of_a_prompt() -> None:
     rows = [np.log(np.array(values, np.float32)) for values in ([0.5, 0.5], [0.25, 0.75])]
-    opened = [Opened(0, Sampling(), 0, None, [], 3)]
-    row = Row(0, 0, 2, False, True, 1)
+    opened = [Opened(0, Sampling(), 0, 1, [], 3)]
+    row = Row(0, 0, 2, False, True, 0)
     (scores,) = step(Sampler(), [row], [0, 1], rows, opened).prompt_logprobs
-    assert scores.values == pytest.approx([math.log(0.5), math.log(0.75)])
+    assert [logprob for logprob, _ in scores.values] == pytest.approx(
+        [math.log(0.5), math.log(0.25)]
+    )
+    assert scores.values[1][1] == [(1, pytest.approx(math.log(0.75)))]
     row = Row(0, 0, 2, True, True)  # the last tokens of the prompt: none is after them
     result = step(Sampler(), [row], [0, 0], rows, opened)
-    assert result.prompt_logprobs[0].values == pytest.approx([math.log(0.5)])
+    assert len(result.prompt_logprobs[0].values) == 1
     assert len(result.sampled) == 1

@@ -191,7 +191,7 @@ def test_prompt_logprobs_are_those_of_the_next_tokens(
         following = prompt[first + 9] if first + 9 < len(prompt) else None
         row = Row(0, first, len(ids), following is None, True, following)
         result = chain.run([row], ids, opened=opened if first == 0 else [])
-        values += result.prompt_logprobs[0].values
+        values += [logprob for logprob, _ in result.prompt_logprobs[0].values]
     torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=0)
 
 
