@@ -42,7 +42,7 @@ from smolrun.algorithms.contract import (
     loss_sum,
 )
 from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.checkpoints.tensor_slice import TensorSlice
+from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.errors import CheckpointError, ConfigError
@@ -82,6 +82,8 @@ class Algorithm(ABC):
     step_stats: tuple[str, ...] = STEP_STATS  # what `synchronize` reports of every step
     # The index within the group of the rank whose `forward` returns logits; None: all ranks' do.
     logits_index: int | None = None
+    # More words of the seed of a forward: ranks that share samples may draw differently.
+    seed_words: tuple[int, ...] = ()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -281,7 +283,7 @@ class Algorithm(ABC):
         """This rank's part of every parameter and buffer. Of those of which it has none too, as
         slices without elements: a checkpoint is checked against them."""
         for name, tensor in model_tensors(self.model):
-            yield TensorSlice.whole(f"model/{name}", tensor)
+            yield TensorSlice.whole(f"model/{name}", tensor, self.writer(name))
 
     def optimizer_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the optimizer's state; none before the first update."""
@@ -290,14 +292,19 @@ class Algorithm(ABC):
 
     def optimizer_slice(self, key: str, name: str, values: Tensor) -> TensorSlice:
         """One of them, of parameter `name`."""
-        return TensorSlice.whole(key, values)
+        return TensorSlice.whole(key, values, self.writer(name))
 
     def pending_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the gradients of pending updates."""
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         for number, pending in enumerate(self.pending_updates):
             for name, gradient in zip(names, self.pending_gradients(pending), strict=True):
-                yield TensorSlice.whole(f"in_flight/{number}/{name}", gradient)
+                key = f"in_flight/{number}/{name}"
+                yield TensorSlice.whole(key, gradient, self.writer(name))
+
+    def writer(self, name: str) -> Writer:
+        """Who writes a parameter or buffer that is whole here, and what belongs to it."""
+        return "any"
 
     def is_on_other_rank(self, name: str) -> bool:
         """Whether only other ranks step this parameter."""
@@ -376,12 +383,16 @@ class Algorithm(ABC):
     def checked_logits(self, model: Callable[[Tensor], Any], batch: Batch) -> Tensor:
         """What a model, or its last stage, returns for a batch, in float32 at least. ConfigError or
         DataError where it does not fit the targets."""
-        self.context.reseed(FORWARD, batch.position)
-        with self.context.precision.context(self.context.device):
-            logits = model(self.to_device(batch.inputs))
+        logits = self.output_of(model, batch)
         check_answer(logits, batch, self.context.num_outputs)
         found: Tensor = logits if logits.dtype == torch.float64 else logits.float()
         return found
+
+    def output_of(self, model: Callable[[Tensor], Any], batch: Batch) -> Any:
+        """What a model, or a stage of it, returns for a batch, unchecked."""
+        self.context.reseed(FORWARD, batch.position, *self.seed_words)
+        with self.context.precision.context(self.context.device):
+            return model(self.to_device(batch.inputs))
 
     def to_device(self, inputs: Tensor) -> Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own dtype."""

@@ -44,9 +44,11 @@ class Single(Algorithm):
 
     def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
         """The oldest gradients."""
-        gradients = self._delayed.popleft()
-        for parameter, gradient in zip(self._trained(), gradients, strict=True):
-            parameter.grad = gradient
+        pairs = zip(self._trained(), self._delayed.popleft(), strict=True)
+        gradients = []
+        for parameter, gradient in pairs:
+            parameter.grad = gradient.to(parameter.device)
+            gradients.append(parameter.grad)
         return gradients
 
     def pending_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:

@@ -31,6 +31,9 @@ NAME_OF_DTYPE = {
 }
 DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
+# Who writes elements: this rank, another one, or any of the ranks, which all have them.
+Writer = Literal["this", "other", "any"]
+
 
 @dataclass(frozen=True)
 class TensorSlice:
@@ -44,13 +47,10 @@ class TensorSlice:
     shape: tuple[int, ...]
     start: int
     values: torch.Tensor
-    # Who writes these elements: this rank, another one, or any of the ranks, which all have them.
-    writer: Literal["this", "other", "any"] = "this"
+    writer: Writer = "this"
 
     @classmethod
-    def whole(
-        cls, key: str, values: torch.Tensor, writer: Literal["this", "other", "any"] = "any"
-    ) -> TensorSlice:
+    def whole(cls, key: str, values: torch.Tensor, writer: Writer = "any") -> TensorSlice:
         """All elements of a tensor."""
         return cls(key, tuple(values.shape), 0, values.detach(), writer)
 

@@ -23,8 +23,9 @@ from smolrun.config.base import (
 )
 from smolrun.config.cluster import ClusterConfig
 from smolrun.config.data import DataConfig
+from smolrun.config.models import DecoderConfig, MlpConfig, ModelConfig
 from smolrun.config.optimizers import Optimizer
-from smolrun.config.settings import StalenessConfig, TrainingConfig
+from smolrun.config.settings import QuantizationConfig, StalenessConfig, TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
 from smolrun.config.suggest import problem
 
@@ -327,6 +328,47 @@ class EDPConfig(_ParameterServerConfig):
         return Sharding(stage=1, share=0.0, links=1, push_buffers=3)
 
 
+class ModelParallelConfig(AlgorithmConfig):
+    """Every rank holds a stage of layers; a batch goes through all of them and back."""
+
+    target: Literal["smolrun.algorithms.mp:ModelParallel"]
+    layers: list[list[int]] | None
+
+    @property
+    def why_no_replicas(self) -> str:
+        return f"algorithm={self.name} has every layer on one rank only"
+
+    @property
+    def can_delay_gradients(self) -> bool:
+        return False  # a delay is allowed, but what travels is needed at once all the same
+
+    def check_model(self, *, model: ModelConfig, world_size: int) -> Iterator[str]:
+        """Only a decoder is cut, and every rank gets a layer."""
+        if isinstance(model, MlpConfig):
+            what = f"algorithm={self.name} cuts a model between the layers of a decoder"
+            allowed = "model=gpt_tiny or another decoder, or algorithm=fsdp"
+            yield problem("model", model.name, what, allowed=allowed)
+        if isinstance(model, DecoderConfig) and world_size > model.layers:
+            what = f"too few for {world_size} ranks, of which each needs one"
+            allowed = f">= {world_size}, or at most {model.layers} ranks"
+            yield problem("model.layers", model.layers, what, allowed=allowed)
+
+    def check_replicas(self, *, training: TrainingConfig) -> Iterator[str]:
+        """There are none to compare."""
+        if training.check_replicas:
+            yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
+
+    def check_quantization(self, *, quantization: QuantizationConfig) -> Iterator[str]:
+        """Gradients of parameters stay where they are."""
+        if quantization.kind != "none":
+            what = f"algorithm={self.name} sends no gradients of parameters"
+            allowed = "none, or algorithm=classicdp"
+            yield problem("quantization.kind", quantization.kind, what, allowed=allowed)
+
+    def sharding(self, sizes: RankSizes) -> Sharding:
+        return Sharding(3, 1 / sizes.world_size)
+
+
 class CustomAlgorithmConfig(CustomTargetConfig, AlgorithmConfig, extra="allow"):
     """The user's own algorithm."""
 
@@ -337,5 +379,11 @@ if TYPE_CHECKING:
     AnyAlgorithm = AlgorithmConfig
 else:
     AnyAlgorithm = chosen_by_target(
-        CustomAlgorithmConfig, SingleConfig, ClassicDPConfig, FSDPConfig, SyncPSConfig, EDPConfig
+        CustomAlgorithmConfig,
+        SingleConfig,
+        ClassicDPConfig,
+        FSDPConfig,
+        SyncPSConfig,
+        EDPConfig,
+        ModelParallelConfig,
     )

@@ -38,7 +38,6 @@ from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
     ServingRank,
-    model_bytes,
     plan_for,
 )
 from smolrun.events import Event, Note
@@ -50,7 +49,7 @@ from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
 from smolrun.models.sampling import Sampling
-from smolrun.models.shape import completed_shape
+from smolrun.models.shape import completed_shape, model_bytes
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import ApiLimits, Service

@@ -17,9 +17,10 @@ import msgspec
 
 from smolrun.config import RunConfig, ranks
 from smolrun.errors import ProtocolError, SmolrunError
-from smolrun.estimate.serving_plan import DoesNotFit, ModelBytes, ServingPlan, ServingRank, plan_for
+from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
+from smolrun.models.shape import ModelBytes
 from smolrun.serving.messages import (
     LOADING,
     FromRank,

@@ -14,9 +14,10 @@ import torch
 from smolrun.config import RunConfig, ranks
 from smolrun.config.cluster import HostConfig
 from smolrun.config.plan import THIS_MACHINE
-from smolrun.estimate.serving_plan import DoesNotFit, ModelBytes, ServingPlan, ServingRank, plan_for
+from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
+from smolrun.models.shape import ModelBytes
 from smolrun.sanitize import echo, one_line
 from smolrun.tracking.console import Screen
 

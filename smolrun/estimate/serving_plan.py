@@ -5,7 +5,6 @@ Arithmetic on what the driver knows of the model and what the ranks measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 from smolrun.config import RunConfig
 from smolrun.errors import SmolrunError
 from smolrun.launch.machine_memory import gb
-from smolrun.models.shape import DecoderShape, parameter_shapes
+from smolrun.models.shape import ModelBytes
 from smolrun.parts.placement import checked_layers, cut
 
 HOP_S = 0.001  # a message between stages in a home network
@@ -23,44 +22,6 @@ _LEAST_CONTEXT = 256
 # Hidden states, logits and torch's own buffers beside weights and cache.
 _SPARE_BYTES = 200e6
 _WORTH = 1.1  # a host is left out if the others are faster by this factor without it
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """Bytes of a decoder's parts; `shared` of embedding and head: a stage with both holds that
-    once."""
-
-    layers: int
-    layer: int
-    embedding: int
-    head: int
-    shared: int
-    cache_per_token: int  # of one layer
-    itemsize: int
-
-    @property
-    def weights(self) -> int:
-        """Of the whole model on one rank."""
-        return self.layers * self.layer + self.embedding + self.head - self.shared
-
-
-def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelBytes:
-    """The sizes of a decoder whose numbers have `itemsize` bytes."""
-
-    def size(has_embedding: bool, has_head: bool) -> int:
-        shapes = parameter_shapes(shape, vocab_size, 0, 0, has_embedding, has_head)
-        return itemsize * sum(map(math.prod, shapes.values()))
-
-    layer = size(False, False)
-    return ModelBytes(
-        layers=shape.layers,
-        layer=layer,
-        embedding=size(True, False) - layer,
-        head=size(False, True) - layer,
-        shared=size(True, False) + size(False, True) - layer - size(True, True),
-        cache_per_token=2 * shape.kv_heads * shape.head_width * itemsize,
-        itemsize=itemsize,
-    )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Stream(IntEnum):
     SERVER_MESSAGES = 16  # of a parameter server and its workers, as the two below
     SERVER_PUSHES = 17
     SERVER_WEIGHTS = 18
+    STAGE_ACTIVATIONS = 20  # of a model that is trained in stages, from each to the next
+    STAGE_GRADIENTS = 21  # and back
     SERVING_BATCHES = 24  # of an inference server: from stage to stage, and from the last to rank 0
     SERVING_RESULTS = 25
 

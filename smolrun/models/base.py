@@ -6,7 +6,9 @@ A model is plain torch: it knows nothing of ranks, meshes or configuration objec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+from smolrun.models.shape import DecoderShape
 
 Kind = Literal["tokens", "features"]
 
@@ -39,3 +41,20 @@ class Init:
 
     kind: Literal["normal", "zeros", "ones"]
     std: float = 0.0
+
+
+@runtime_checkable
+class StagedModel(Protocol):
+    """A decoder that can be cut into stages of layers: the one with the embedding takes token ids,
+    all others hidden states [B, T, D]; the one with the head returns logits, all others hidden
+    states. Parameters keep the names that they have in the whole model."""
+
+    shape: DecoderShape
+    vocab_size: int
+
+    @property
+    def tied_parameter(self) -> str | None:
+        """The parameter that both the first and the last stage hold."""
+
+    def keep_stage(self, layers: range, has_embedding: bool, has_head: bool) -> None:
+        """Drops what is outside of a stage, in place."""

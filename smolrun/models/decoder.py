@@ -110,6 +110,25 @@ class Decoder(nn.Module):
             if not shape.tie_embeddings:
                 self.head = nn.Linear(shape.width, vocab_size, bias=False)
 
+    def keep_stage(self, layers: range, has_embedding: bool, has_head: bool) -> None:
+        """Drops what is outside of a stage, in place; as if it had been built alone."""
+        self.has_embedding, self.has_head = has_embedding, has_head
+        for name in [name for name in self.blocks if int(name) not in layers]:
+            del self.blocks[name]
+        if not has_embedding and hasattr(self, "position_embedding"):
+            del self.position_embedding
+        if not has_embedding and not (has_head and self.shape.tie_embeddings):
+            del self.token_embedding
+        if not has_head:
+            del self.norm
+        if not has_head and not self.shape.tie_embeddings:
+            del self.head
+
+    @property
+    def tied_parameter(self) -> str | None:
+        """The parameter that both the first and the last stage hold."""
+        return "token_embedding.weight" if self.shape.tie_embeddings else None
+
     def forward(
         self, inputs: Tensor, cache: KVCache | None = None, counts: Sequence[int] | None = None
     ) -> Tensor:

@@ -183,3 +183,41 @@ def parameter_shapes(
         if not shape.tie_embeddings:
             linear("head", vocab_size, width, has_bias=False)
     return found
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of a decoder's parts; `shared` of embedding and head: a stage with both holds that
+    once."""
+
+    layers: int
+    layer: int
+    embedding: int
+    head: int
+    shared: int
+    cache_per_token: int  # of one layer
+    itemsize: int
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model on one rank."""
+        return self.layers * self.layer + self.embedding + self.head - self.shared
+
+
+def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelBytes:
+    """The sizes of a decoder whose numbers have `itemsize` bytes."""
+
+    def size(has_embedding: bool, has_head: bool) -> int:
+        shapes = parameter_shapes(shape, vocab_size, 0, 0, has_embedding, has_head)
+        return itemsize * sum(map(math.prod, shapes.values()))
+
+    layer = size(False, False)
+    return ModelBytes(
+        layers=shape.layers,
+        layer=layer,
+        embedding=size(True, False) - layer,
+        head=size(False, True) - layer,
+        shared=size(True, False) + size(False, True) - layer - size(True, True),
+        cache_per_token=2 * shape.kv_heads * shape.head_width * itemsize,
+        itemsize=itemsize,
+    )

@@ -55,6 +55,12 @@ def memory_shares(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...
     return tuple(host["memory_gb"] / host["ranks"] for host in ranked_hosts({"hosts": hosts}))
 
 
+def memory_limits(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...]:
+    """Bytes that each rank can hold, infinite where that is not known; empty without hosts."""
+    ranked = ranked_hosts({"hosts": hosts})
+    return tuple((host["memory_gb"] or math.inf) * 2**30 / host["ranks"] for host in ranked)
+
+
 @dataclass(frozen=True)
 class DataCoordinates:
     """Which samples a rank reads: index i gets a part of every global batch in proportion to

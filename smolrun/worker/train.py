@@ -33,8 +33,10 @@ from smolrun.parts.placement import (
     BatchPlans,
     DataCoordinates,
     known_speeds,
+    memory_limits,
     memory_shares,
     plan_batches,
+    rank_speeds,
     ranked_hosts,
     shares,
 )
@@ -162,7 +164,7 @@ def _eval_batches(
 
 def _started(algorithm: Algorithm, prepared: Prepared, steps: int) -> RunStarted:
     return RunStarted(
-        parameters=sum(parameter.numel() for parameter in algorithm.model.parameters()),
+        parameters=sum(parameter.numel() for parameter in algorithm.whole_parameters()),
         steps=steps,
         train_size=prepared.train_size,
         eval_size=prepared.eval_size,
@@ -224,6 +226,8 @@ def place_algorithm(
         norms=LayerNorms(training["log_norms"], training["log_norms_every"]),
         is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
+        speeds=tuple(known_speeds(rank_speeds(config.get("cluster"), mesh.world_size))),
+        memory_bytes=memory_limits(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
         pace=pace_of(config, mesh.rank),
         reseed=functools.partial(seed_everything, device, config["seed"]),
@@ -319,7 +323,8 @@ def share_work(
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     coordinates = coordinates_of(known_speeds(speeds))
     weights, index = coordinates.weights, coordinates.index
-    if "auto" not in speeds:
+    # Ranks that share all samples have no shares to change.
+    if "auto" not in speeds or len(weights) == 1:
         return plan_batches(size, weights, index, micro), None
     counts = shares(size, weights)
     plans = BatchPlans(lambda now: plan_batches(size, now, index, micro), counts)

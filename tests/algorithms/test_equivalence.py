@@ -6,6 +6,7 @@ tested the day it is written.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from smolrun.algorithms.classicdp import ClassicDP
 from smolrun.parts.placement import shares
 from tests.algorithms.worlds import (
     ALGORITHMS,
+    DECODERS,
     GLOBAL_BATCH,
     MODELS,
+    SPLIT,
     Noisy,
     Trace,
     refusal,
@@ -28,7 +31,6 @@ from tests.algorithms.worlds import (
 
 WORLDS = {"single": [1]}  # every other algorithm runs on these
 ALL_WORLDS = [1, 2, 3, 4, 5]
-CASES = [(name, world) for name in ALGORITHMS for world in WORLDS.get(name, ALL_WORLDS)]
 
 
 def difference(one: Trace, other: Trace) -> float:
@@ -37,8 +39,16 @@ def difference(one: Trace, other: Trace) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("algorithm", "world_size"), CASES)
+CASES = [
+    (name, world, model)
+    for name in ALGORITHMS
+    for world in WORLDS.get(name, ALL_WORLDS)
+    for model in MODELS
+]
+CASES += itertools.product(SPLIT, [1, 2, 3], DECODERS)
+
+
+@pytest.mark.parametrize(("algorithm", "world_size", "model"), CASES)
 def test_equals_single_on_the_same_global_batches(
     algorithm: str, world_size: int, model: str
 ) -> None:

@@ -23,7 +23,6 @@ from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.writer import write_shard
 from smolrun.errors import CheckpointError
 from smolrun.mesh.mesh import Mesh
-from smolrun.parts.placement import plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
 from smolrun.targets import keywords, load_target
@@ -70,7 +69,7 @@ def run_part(
         if resume is not None:
             restore(runner, resume)
             hurt(runner)
-        plan = plan_batches(worlds.GLOBAL_BATCH, speeds or [1.0] * world_size, mesh.rank, 3)
+        plan = worlds.plan_of(runner, speeds)
         updates = runner.steps_begun - len(runner.pending_updates)
         while updates < until:
             batch = worlds.sample("language_model", runner.steps_begun + shift)

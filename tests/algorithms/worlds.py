@@ -23,16 +23,22 @@ from smolrun.cli.compose import compose
 from smolrun.data.splits import Batch
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
+from smolrun.models.decoder import Decoder
+from smolrun.models.shape import completed_shape
 from smolrun.parts.placement import BatchPlan, plan_batches
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.replicas import parameter_hash
 from smolrun.targets import keywords, load_target
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
+from tests.models.tiny import TINY
 
 CONF = Path(__file__).parents[2] / "conf"
 # edp is equal to a replay of its own log and to nothing else: test_edp.py.
-ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml") if path.stem != "edp")
+EVERY = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml") if path.stem != "edp")
+# Ranks hold stages of a decoder; all other algorithms train any model.
+SPLIT = [name for name in EVERY if name.startswith("mp")]
+ALGORITHMS = [name for name in EVERY if name not in SPLIT]
 GLOBAL_BATCH = 12
 
 
@@ -74,7 +80,26 @@ class Noisy(TinyLanguageModel):
         return logits * torch.rand(logits.shape, generator=_of_this_rank.generator)
 
 
+def decoder(layers: int = 3, *, tie_embeddings: bool = False, recompute: bool = False) -> nn.Module:
+    """Of the tokens of `sample`; learned positions if it is tied, so that those are cut too."""
+    learned = {"position": "learned", "norm": "layernorm", "mlp_bias": True}
+    keys = {**TINY, "layers": layers, "width": 12, "heads": 2, "kv_heads": 1, "ffn_width": 16}
+    keys |= {"max_sequence_length": 8, "tie_embeddings": tie_embeddings}
+    keys |= learned if tie_embeddings else {}
+    del keys["vocab_size"]
+    shape = completed_shape(**keys)
+    model = Decoder(shape, 17)
+    model.recompute = recompute
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "decoder": decoder,
+    "tied": functools.partial(decoder, tie_embeddings=True),
+    "recomputed": functools.partial(decoder, recompute=True),
+    "tied_recomputed": functools.partial(decoder, tie_embeddings=True, recompute=True),
+}
 
 
 def sample(model: str, step: int) -> Batch:
@@ -120,6 +145,14 @@ def context(mesh: Mesh, precision: str, optimizer: str, staleness: int) -> Conte
     )
 
 
+def plan_of(
+    runner: Algorithm, speeds: list[float] | None = None, micro_batch_size: int | None = 3
+) -> BatchPlan:
+    """How this rank walks its part of every global batch."""
+    place = runner.data_coordinates(speeds or [1.0] * runner.collectives.size)
+    return plan_batches(GLOBAL_BATCH, place.weights, place.index, micro_batch_size)
+
+
 def share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:
     """One rank's micro-batches of a global batch."""
     first = step * GLOBAL_BATCH
@@ -150,15 +183,13 @@ def train(
     }
 
     torch.manual_seed(0)  # here, because the ranks are threads and share one random generator
-    start = MODELS[model]().to(PRECISIONS[precision].parameters)
+    start = {**MODELS, **DECODERS}[model]().to(PRECISIONS[precision].parameters)
 
     def rank_main(mesh: Mesh) -> Trace:
         made = dataclasses.replace(context(mesh, precision, optimizer, staleness), **(more or {}))
         runner: Algorithm = load_target(section["target"])(made, **keywords(section))
         runner.place(copy.deepcopy(start))
-        place = runner.data_coordinates(speeds or [1.0] * world_size)
-        plan = plan_batches(GLOBAL_BATCH, place.weights, place.index, micro_batch_size)
-        return run(runner, model, plan, steps)
+        return run(runner, model, plan_of(runner, speeds, micro_batch_size), steps)
 
     traces = run_ranks(world_size, rank_main, kind=kind)
     whole = joined([piece for trace in traces for piece in trace.pieces])

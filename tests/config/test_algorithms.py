@@ -39,6 +39,7 @@ from smolrun.estimate.dry_run import estimate, largest_plan
         (["algorithm=syncps"], True, True, True),
         (["algorithm=syncps", "algorithm.straggler_timeout_s=1"], False, False, True),
         (["algorithm=edp"], False, False, False),
+        (["algorithm=mp"], True, False, False),
         (["algorithm.target=json:loads"], True, True, True),
     ],
 )
@@ -143,6 +144,20 @@ def test_what_syncps_refuses(overrides: list[str], key: str, what: str) -> None:
 )
 def test_what_syncps_allows(overrides: list[str]) -> None:
     compose(["algorithm=syncps", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["model=mlp", "data=digits"], "model = mlp: algorithm=mp cuts .* algorithm=fsdp"),
+        (["cluster.ranks=5"], "model.layers = 3: too few for 5 ranks.*at most 3 ranks"),
+        (["training.check_replicas=true"], "every layer on one rank only"),
+        (["quantization=int8"], "quantization.kind = int8: .* no gradients of parameters"),
+    ],
+)
+def test_what_stages_refuse(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compose(["algorithm=mp", *overrides])
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,12 @@ import torch
 
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
-    ModelBytes,
     ServingPlan,
     ServingRank,
-    model_bytes,
     plan,
 )
 from smolrun.models.decoder import Decoder
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import DecoderShape, ModelBytes, model_bytes
 from tests.models.tiny import TINY, make_tiny_decoder
 
 GB = 1e9

@@ -1,0 +1,247 @@
+"""Model parallelism: every rank holds a stage of the model's layers, and a batch goes through all
+stages and back.
+
+    rank 0   [forward]                                  [backward]   update
+    rank 1            [forward]              [backward]              update
+    rank 2                     [forward][backward]                   update
+
+So a model can be trained that no rank could hold; but all ranks but one wait (algorithm=mp_pipeline
+keeps them busy). All ranks read the same samples: the first stage needs the tokens, the last the
+targets. Each has the optimizer for its own layers; no parameter travels, only hidden states and
+gradients of them. Where embedding and head are one matrix, the first and the last stage both hold
+it: they sum its gradient, and step it alike; the first one saves it and counts it in the norm.
+
+Source: Dean et al., "Large Scale Distributed Deep Networks", 2012 (model parallelism); Press and
+Wolf, "Using the Output Embedding to Improve Language Models", 2017 (tied embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smolrun.algorithms.base import Context, PendingUpdate
+from smolrun.algorithms.contract import loss_sum
+from smolrun.algorithms.single import Single
+from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
+from smolrun.collectives.api import new_group
+from smolrun.data.splits import IGNORE_INDEX, Batch
+from smolrun.errors import ConfigError
+from smolrun.models.base import StagedModel
+from smolrun.models.shape import model_bytes
+from smolrun.parts.norms import combine_norms, layer_of
+from smolrun.parts.placement import DataCoordinates, checked_layers, cut
+from smolrun.parts.replicas import model_tensors
+from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
+
+# Weights, gradients, and as much state as the heaviest optimizer has.
+_STATE_COPIES = 4
+_CAN_BE_CUT = "model=gpt_tiny and the other gpt_*, or another shape of smolrun's decoder"
+
+
+class ModelParallel(Single):
+    """One stage of layers; gradients wait for their update as in `single`."""
+
+    needs_full_model = False
+
+    def __init__(self, context: Context, *, layers: Sequence[Sequence[int]] | None) -> None:
+        super().__init__(context)
+        self._layers = layers
+        self.stage, self.stages = self.collectives.index, self.collectives.size
+        self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
+        self.logits_index = self.stages - 1
+        self.seed_words = (self.stage,) if self.stage else ()  # stages draw differently
+        self.links = StageLinks(context.mesh, self.clock, context.precision.parameters)
+
+    def place(self, model: nn.Module) -> None:
+        """Keeps this rank's stage of the model, and gives it its first values."""
+        if not isinstance(model, StagedModel):
+            raise ConfigError(
+                f"{type(model).__name__} cannot be cut between its layers; {_CAN_BE_CUT} can"
+            )
+        self.width, tied = model.shape.width, model.tied_parameter
+        self._whole = {
+            name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+            for name, tensor in model_tensors(model)
+        }
+        layers = cut_layers(model, self.context, self._layers, self.stages)
+        model.keep_stage(layers[self.stage], self.is_first, self.is_last)
+        for name, parameter in model.named_parameters():
+            value = self.context.first_value(model, name, parameter)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        super().place(model)
+        is_shared = tied is not None and self.stages > 1 and (self.is_first or self.is_last)
+        self._tied = tied if is_shared else None
+        if is_shared:
+            ends = [self.collectives.ranks[0], self.collectives.ranks[-1]]
+            self._ends = new_group(self.context.mesh, ends, "tied embedding")
+
+    def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
+        """All stages read the same samples."""
+        return DataCoordinates(0, [1.0])
+
+    # -- one micro-batch ----
+
+    def forward(self, batch: Batch) -> Tensor | None:
+        """Of a batch that needs no backward."""
+        self.links.finish()  # or a fast stage would fill memory with what the next one waits for
+        _, output = self.run_forward(batch, self.post_inputs(batch))
+        return output if self.is_last else None
+
+    def post_inputs(self, batch: Batch) -> PendingReceive | None:
+        """Starts to receive what this stage computes from; the first one has it."""
+        shape = (*batch.inputs.shape, self.width)
+        return None if self.is_first else self.links.post(ACTIVATIONS, self.stage - 1, shape)
+
+    def run_forward(self, batch: Batch, pending: PendingReceive | None) -> tuple[Tensor, Tensor]:
+        """The inputs and outputs of this stage; sends the outputs to the next one."""
+        inputs = self.links.take(pending).requires_grad_() if pending else batch.inputs
+        batch = Batch(inputs, batch.targets, batch.position)
+        if self.is_last:
+            return inputs, self.checked_logits(self.model, batch)
+        output = self.output_of(self.model, batch)
+        self.links.send(ACTIVATIONS, self.stage + 1, output)
+        return inputs, output
+
+    def post_gradient(self, batch: Batch) -> PendingReceive | None:
+        """Starts to receive the gradient of this stage's outputs; the last one has the loss."""
+        shape = (*batch.inputs.shape, self.width)
+        return None if self.is_last else self.links.post(GRADIENTS, self.stage + 1, shape)
+
+    def run_backward(
+        self, batch: Batch, inputs: Tensor, output: Tensor, pending: PendingReceive | None
+    ) -> dict[str, float]:
+        """Adds to every `parameter.grad`; sends the gradient of the inputs to the stage before."""
+        stats = {"loss_sum": 0.0, "num_targets": 0.0}
+        if pending is None:
+            loss = loss_sum(output, batch.targets)
+            (loss * self.loss_scale.value).backward()
+            num_targets = int((batch.targets != IGNORE_INDEX).sum())
+            stats = {"loss_sum": loss.item(), "num_targets": num_targets}
+        else:
+            output.backward(self.links.take(pending).to(output))
+        if inputs.grad is not None:
+            self.links.send(GRADIENTS, self.stage - 1, inputs.grad)
+        return stats
+
+    # -- a step ----
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """One micro-batch after the other, through all stages and back."""
+        self.optimizer.zero_grad(set_to_none=True)
+        stats = {"loss_sum": 0.0, "num_targets": 0.0}
+        for batch in micro_batches:
+            if len(batch.inputs):
+                gradient = self.post_gradient(batch)
+                passed = self.run_forward(batch, self.post_inputs(batch))
+                added = self.run_backward(batch, *passed, gradient)
+                stats = {name: stats[name] + added[name] for name in stats}
+        self.links.finish()
+        return stats
+
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
+        """Both ends of the model sum the gradient of a matrix that they share."""
+        pending = super().synchronize(stats)
+        if self._tied in (names := trained_names(self.model.named_parameters())):
+            gradients, index = self._delayed[-1], names.index(self._tied)
+            gradients[index] = gradients[index].cpu()
+            pending.works.append(self._ends.all_reduce(gradients[index], async_op=True))
+        return pending
+
+    def norm_squared(self, gradients: list[Tensor]) -> float:
+        """Over all stages, each parameter once."""
+        named = zip(trained_names(self.model.named_parameters()), gradients, strict=True)
+        own = [gradient for name, gradient in named if self.writer(name) == "this"]
+        return self._all_stages(torch.tensor(super().norm_squared(own), dtype=torch.float64)).item()
+
+    def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Of all layers, on all ranks."""
+        if self._tied is not None and self.is_last:
+            for kind in norms.values():
+                kind.pop(layer_of(self._tied), None)
+        return combine_norms(norms, trained_names(self._whole.items()), self._all_stages)
+
+    def _all_stages(self, own: Tensor) -> Tensor:
+        """The sum over all stages, in place."""
+        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
+        return own
+
+    # -- what a checkpoint holds: the keys that the whole model would have ----
+
+    def writer(self, name: str) -> Writer:
+        """The first stage writes what the last one holds too."""
+        return "other" if self.is_last and name == self._tied else "this"
+
+    def model_slices(self) -> Iterator[TensorSlice]:
+        """This stage's, and no element of the others."""
+        yield from super().model_slices()
+        held = dict(model_tensors(self.model))
+        for name, parameter in self._whole.items():
+            if name not in held:
+                nothing = torch.empty(0, dtype=parameter.dtype)
+                yield TensorSlice(f"model/{name}", tuple(parameter.shape), 0, nothing, "other")
+
+    def is_on_other_rank(self, name: str) -> bool:
+        """Whether this rank has no part of a parameter."""
+        return name in self._whole and name not in dict(self.optimized_params)
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """Of all stages, without values."""
+        yield from self._whole.values()
+
+
+def trained_names(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Of the parameters that are trained."""
+    return [name for name, parameter in named if parameter.requires_grad]
+
+
+def cut_layers(
+    model: StagedModel,
+    context: Context,
+    layers: Sequence[Sequence[int]] | None,
+    num_stages: int,
+) -> list[range]:
+    """The layers of every stage: as given, or so that the slowest stage is as fast as possible and
+    every stage fits into its rank's memory. ConfigError where that cannot be."""
+    sizes = model_bytes(model.shape, model.vocab_size, context.precision.parameters.itemsize)
+    if num_stages > sizes.layers:
+        raise ConfigError(
+            f"the model has {sizes.layers} layers, too few for {num_stages} ranks: every rank "
+            f"needs one; take cluster.ranks={sizes.layers}, or a model with more model.layers"
+        )
+    if layers is not None:
+        try:
+            stages = checked_layers(layers, sizes.layers, num_stages)
+        except ValueError as error:
+            raise ConfigError(f"algorithm.layers={_plain(layers)}: {error}") from None
+        if not all(stages):
+            raise ConfigError(f"algorithm.layers={_plain(layers)}: every rank needs a layer")
+        return stages
+    # Products with a layer's matrices are what takes time; rows of an embedding are looked up.
+    costs = [float(sizes.layer)] * sizes.layers
+    costs[-1] += sizes.head
+    copies = _STATE_COPIES + context.staleness
+    held = [float(copies * sizes.layer)] * sizes.layers
+    held[0] += copies * sizes.embedding
+    held[-1] += copies * sizes.head
+    found = cut(
+        costs,
+        context.speeds or [1.0] * num_stages,
+        sizes=held,
+        limits=context.memory_bytes or None,
+        shared_size=copies * sizes.shared,
+    )
+    if found is None:
+        free = ", ".join(f"{limit / 2**30:.1f} GB" for limit in context.memory_bytes)
+        raise ConfigError(
+            f"the model needs {copies * sizes.weights / 2**30:.1f} GB for weights, gradients and "
+            f"optimizer, and no cut fits the ranks' memory_gb ({free}); add hosts, or take "
+            "optimizer=lion or precision=bf16_params"
+        )
+    return found.layers
+
+
+def _plain(layers: Sequence[Sequence[int]]) -> str:
+    return str([list(stage) for stage in layers]).replace(" ", "")

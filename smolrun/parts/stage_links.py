@@ -1,0 +1,66 @@
+"""Hidden states and their gradients between neighbouring stages of a model, point to point.
+
+    stage 0 -- activations --> stage 1 -- activations --> stage 2
+            <-- gradients ----         <-- gradients ----
+
+A receive is posted before its tensor is needed: a large tensor is not sent until its receiver has
+memory for it, so the network works while the stage computes. Micro-batches pass in the same order
+on both sides, so counting them is enough for equal tags. One thread uses it, the one that computes.
+
+Knows nothing of models and schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.streams import OperationCounter, Stream
+from smolrun.parts.step_clock import StepClock
+
+ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
+
+
+@dataclass(frozen=True)
+class PendingReceive:
+    """A tensor that is on its way into `values`, on the CPU."""
+
+    values: Tensor
+    work: Work
+
+
+class StageLinks:
+    """Sends to and receives from the stages before and after this one; numbers in `dtype`."""
+
+    def __init__(self, mesh: Mesh, clock: StepClock, dtype: torch.dtype) -> None:
+        self._mesh, self._clock, self._dtype = mesh, clock, dtype
+        self._sent: list[Work] = []
+        self._next_sent = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
+        self._next_received = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
+
+    def post(self, kind: Stream, source: int, shape: Sequence[int]) -> PendingReceive:
+        """Starts to receive the next tensor of a kind from rank `source`; never blocks."""
+        values = torch.empty(*shape, dtype=self._dtype)
+        tag = self._next_received[kind].take()
+        return PendingReceive(values, self._mesh.recv(source, tag, values))
+
+    def take(self, pending: PendingReceive) -> Tensor:
+        """The tensor, on the CPU; blocks until it is there."""
+        self._clock.wait(pending.work)
+        return pending.values
+
+    def send(self, kind: Stream, target: int, tensor: Tensor) -> None:
+        """Starts to send a tensor, which must not change until `finish`; never blocks."""
+        self._clock.before_send()
+        values = tensor.detach().to("cpu", self._dtype).contiguous()
+        self._sent.append(self._mesh.send(target, self._next_sent[kind].take(), values))
+
+    def finish(self) -> None:
+        """Blocks until everything is sent."""
+        for work in self._sent:
+            self._clock.wait(work)
+        self._sent.clear()

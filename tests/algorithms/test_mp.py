@@ -1,0 +1,177 @@
+"""Models in stages (mp, mp_pipeline): what every stage holds, trains, measures and saves, and what
+cannot be cut. That they equal `single` is in test_equivalence.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smolrun.algorithms.mp import ModelParallel, cut_layers
+from smolrun.errors import ConfigError
+from smolrun.mesh.mesh import Mesh
+from smolrun.parts.norms import LayerNorms
+from smolrun.testing import run_ranks
+from tests.algorithms import worlds
+from tests.algorithms.test_fsdp_saved import worst
+from tests.algorithms.test_saved import STEPS, run_part, same
+from tests.algorithms.worlds import DECODERS, SPLIT, train
+
+EACH = pytest.mark.parametrize("algorithm", SPLIT)
+
+
+def placed(mesh: Mesh, model: torch.nn.Module, layers: Any = None, **more: Any) -> ModelParallel:
+    context = worlds.context(mesh, "float64", "adamw", 0)
+    runner = ModelParallel(dataclasses.replace(context, **more), layers=layers)
+    runner.place(model)
+    return runner
+
+
+@pytest.mark.parametrize("model", ["decoder", "tied"])
+@EACH
+def test_every_parameter_of_every_stage_is_trained(algorithm: str, model: str) -> None:
+    torch.manual_seed(0)
+    before = DECODERS[model]().double().state_dict()
+    after = train(algorithm, model, 3, steps=1)[0].parameters
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_rank_holds_its_layers_only_and_asks_for_their_values_only() -> None:
+    asked: list[list[str]] = [[], [], []]
+
+    def rank_main(mesh: Mesh) -> list[str]:
+        def value(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> Any:
+            asked[mesh.rank].append(name)
+            return torch.full_like(parameter, 3.0)
+
+        model = worlds.decoder(tie_embeddings=True)
+        stage = placed(mesh, model, first_value=value).model
+        assert all((parameter == 3.0).all() for parameter in stage.parameters())
+        return [name for name, _ in stage.named_parameters()]
+
+    first, middle, last = run_ranks(3, rank_main)
+    assert [first, middle, last] == asked
+    assert {name.split(".")[1] for name in first if "blocks" in name} == {"0"}
+    assert {name.split(".")[1] for name in middle} == {"1"}
+    assert first[:2] == ["token_embedding.weight", "position_embedding.weight"]
+    assert "token_embedding.weight" in last and "norm.weight" in last
+
+
+@pytest.mark.parametrize("model", ["decoder", "tied"])
+@EACH
+def test_all_ranks_get_logits_and_norms_as_of_one(algorithm: str, model: str) -> None:
+    more = {"norms": LayerNorms("all", 1)}
+    reference = train("single", model, 1, more=more)[0]
+    assert reference.logits is not None
+    for trace in train(algorithm, model, 3, more=more):
+        assert trace.logits is not None
+        assert torch.allclose(trace.logits, reference.logits, rtol=0, atol=1e-6)
+        for found, expected in zip(trace.results, reference.results, strict=True):
+            assert found.norms is not None and expected.norms is not None
+            for kind in ("gradients", "parameters", "updates"):
+                assert found.norms[kind] == pytest.approx(expected.norms[kind], abs=1e-12)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("model", ["decoder", "tied"])
+@EACH
+def test_a_delay_is_that_of_single(algorithm: str, model: str, staleness: int) -> None:
+    keys: dict[str, Any] = {"staleness": staleness, "optimizer": "adamw"}
+    reference = train("single", model, 1, **keys)[0]
+    for trace in train(algorithm, model, 3, **keys):
+        assert trace.losses == pytest.approx(reference.losses, abs=1e-11)
+        for name, expected in reference.parameters.items():
+            assert torch.allclose(trace.parameters[name], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16_params"])
+@EACH
+def test_it_learns_in_half_precision(algorithm: str, precision: str) -> None:
+    reference = train("single", "tied", 1, precision=precision)[0]
+    for trace in train(algorithm, "tied", 3, precision=precision):
+        assert trace.losses == pytest.approx(reference.losses, rel=0.02)
+
+
+# -- checkpoints ----
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("model", ["decoder", "tied"])
+@EACH
+def test_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, algorithm: str, model: str, staleness: int
+) -> None:
+    keys: dict[str, Any] = {"staleness": staleness, "model": DECODERS[model]}
+    whole, hashes = run_part(tmp_path / "a", algorithm, 3, until=STEPS, **keys)
+    first, _ = run_part(tmp_path / "b", algorithm, 3, until=4, **keys)
+    second, again = run_part(tmp_path / "b", algorithm, 3, until=STEPS, resume=first, **keys)
+    assert again == hashes and len(set(hashes)) == 3
+    assert same(whole, second)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@EACH
+def test_any_other_algorithm_goes_on_from_it_and_it_from_them(
+    tmp_path: Path, algorithm: str, staleness: int
+) -> None:
+    keys: dict[str, Any] = {"staleness": staleness, "model": DECODERS["tied"]}
+    whole, _ = run_part(tmp_path / "a", "single", 1, until=STEPS, **keys)
+    sharded = {"overrides": {"stage": 2 if staleness else 3}}
+    first, _ = run_part(tmp_path / "b", "fsdp", 4, until=2, **keys, **sharded)
+    second, _ = run_part(tmp_path / "b", algorithm, 3, until=4, resume=first, **keys)
+    third, _ = run_part(tmp_path / "b", algorithm, 2, until=5, resume=second, **keys)
+    fourth, _ = run_part(tmp_path / "b", "classicdp", 2, until=7, resume=third, **keys)
+    fifth, _ = run_part(tmp_path / "b", algorithm, 1, until=STEPS, resume=fourth, **keys)
+    assert worst(whole, fifth) < 1e-11
+
+
+# -- cuts ----
+
+
+def cut_for(num_stages: int, layers: Any = None, **more: Any) -> list[range]:
+    found: list[list[range]] = []
+
+    def rank_main(mesh: Mesh) -> None:
+        context = dataclasses.replace(worlds.context(mesh, "float64", "adamw", 0), **more)
+        found.append(cut_layers(worlds.decoder(6), context, layers, num_stages))
+
+    run_ranks(1, rank_main)
+    return found[0]
+
+
+def test_the_cut_follows_speeds_and_memory() -> None:
+    assert cut_for(3) == [range(2), range(2, 4), range(4, 6)]
+    assert cut_for(2, speeds=(2.0, 1.0)) == [range(4), range(4, 6)]
+    layer = 8 * 4 * sum(p.numel() for p in worlds.decoder(6).blocks["0"].parameters())
+    assert cut_for(2, speeds=(2.0, 1.0), memory_bytes=(3.5 * layer, 1e12))[0] == range(3)
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers", "more", "why"),
+    [
+        (7, None, {}, "6 layers, too few for 7 ranks"),
+        (
+            2,
+            [[0, 2], [4, 5]],
+            {},
+            r"layers=\[\[0,2\],\[4,5\]\]: rank 1.*do not continue at layer 3",
+        ),
+        (2, [[0, 3], [3, 5]], {}, "do not continue at layer 4"),
+        (2, [[0, 2], [3, 4]], {}, "end with layer 4"),
+        (2, [[0, 5]], {}, "1 stages for 2 ranks"),
+        (2, [[0, 5], []], {}, "every rank needs a layer"),
+        (2, None, {"memory_bytes": (9e3, 9e3)}, "no cut fits the ranks' memory_gb"),
+    ],
+)
+def test_cuts_that_cannot_be(stages: int, layers: Any, more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        cut_for(stages, layers, **more)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Sequential cannot be cut .* model=gpt_tiny"):
+        run_ranks(2, lambda mesh: placed(mesh, worlds.mlp()))
