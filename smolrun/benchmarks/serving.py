@@ -1,5 +1,5 @@
-"""Decoding over stages beside one process, and beside transformers' generate: tokens per second of
-engines on rank 0, without HTTP. Each row alternates the two sides.
+"""Decoding over stages beside one process, transformers' generate and llama.cpp: tokens per second
+of engines on rank 0, without HTTP. Each row alternates the two sides.
 
 The model has the shape of SmolLM2-135M and weights of random size 0.02: time does not depend on
 values.
@@ -8,6 +8,7 @@ values.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import queue
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from smolrun.benchmarks import llama_cpp
 from smolrun.benchmarks.compare import compare
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
@@ -29,6 +31,7 @@ from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
 
+_log = logging.getLogger(__name__)
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _VOCAB = 49152
 _STAGE = StageStats(0, "", 0, 0)  # nobody asks for its figures
@@ -154,7 +157,8 @@ def compare_serving(
     """A row for every peer and number of streams, on rank 0; other ranks are stages meanwhile.
 
     Seconds are those of one token, of all streams together. A peer is "one process", the same
-    engine with the whole model on rank 0, or "HF generate"."""
+    engine with the whole model on rank 0, "HF generate", or "llama.cpp", which is left out where it
+    is not installed."""
     slots, capacity = max(streams), prompt_tokens + new_tokens
     shape, stages = smollm2_shape(layers), list(range(mesh.world_size))
     held = _layers_of(shape, mesh.world_size)[mesh.rank]
@@ -165,12 +169,10 @@ def compare_serving(
     parameters = _num_parameters(shape, layers, has_ends=True)
     ours = BenchEngine(mesh, stages, runner, slots, capacity)
     for name in peers:
-        peer: BenchEngine | HuggingFacePeer
-        if name == "one process":
-            whole = _runner(shape, 0, layers - 1, dtype, slots, capacity)
-            peer = BenchEngine(mesh, [0], whole, slots, capacity)
-        else:
-            peer = HuggingFacePeer(shape, _DTYPES[dtype])
+        if name == "llama.cpp" and not llama_cpp.is_installed():
+            _log.info("llama.cpp is left out: %s is not on the PATH", llama_cpp.PROGRAM)
+            continue
+        peer = _peer(name, mesh, shape, dtype, slots, capacity)
         for count in streams:
             sizes = (count, prompt_tokens, new_tokens)
             tokens = count * new_tokens
@@ -187,6 +189,17 @@ def compare_serving(
             yield row | {"tokens_per_s": 1 / row["ours_s"], "peer_tokens_per_s": 1 / row["peer_s"]}
         peer.close()
     ours.close()
+
+
+def _peer(
+    name: str, mesh: Mesh, shape: DecoderShape, dtype: ServingDtype, slots: int, capacity: int
+) -> BenchEngine | HuggingFacePeer | llama_cpp.LlamaCppPeer:
+    if name == "HF generate":
+        return HuggingFacePeer(shape, _DTYPES[dtype])
+    if name == "llama.cpp":
+        return llama_cpp.LlamaCppPeer(shape, _VOCAB, _DTYPES[dtype], slots, capacity)
+    whole = _runner(shape, 0, shape.layers - 1, dtype, slots, capacity)
+    return BenchEngine(mesh, [0], whole, slots, capacity)
 
 
 def _num_parameters(shape: DecoderShape, layers: int, *, has_ends: bool) -> int:

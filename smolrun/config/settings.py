@@ -204,7 +204,7 @@ class StragglersBenchConfig(Section):
 
 
 class ServingBenchConfig(Section):
-    """Tokens per second of stages on ranks, beside one process and transformers' generate."""
+    """Tokens per second of stages on ranks, beside one process and other engines."""
 
     name: Literal["serving"]
     world_sizes: WorldSizes
@@ -213,7 +213,7 @@ class ServingBenchConfig(Section):
     streams: Annotated[list[Count], Field(min_length=1)]
     prompt_tokens: Count
     new_tokens: Count
-    peers: Annotated[list[Literal["one process", "HF generate"]], Field(min_length=1)]
+    peers: Annotated[list[Literal["one process", "HF generate", "llama.cpp"]], Field(min_length=1)]
     repeats: Count
 
 
