@@ -6,6 +6,8 @@
 
 A rank's report is held back until its files are here: the committer, which counts reports, knows
 no hosts. One thread for each host ("smolrun-mini2-fetch"); the driver's loop never waits for one.
+Where ranks save faster than their links carry, saves are skipped, the same ones on all hosts and
+never the newest: it may be the last of the run.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from smolrun.launch.delivery.store import TransferProgress, silent
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
 
-# A rank that saves faster than its link carries would fill its disk, and this queue.
-_MOST_WAITING = 8
+# Saves that are fetched or wait for it; more would fill the disks of the hosts. Fewer than the
+# committer keeps open.
+_MOST_SAVES = 6
+_SKIPPED = "skipped, as earlier checkpoints are still being fetched; raise checkpoint.every"
 _ROUND_S = 0.2  # how late a Ctrl-C may be noticed: Windows notices none during a wait
 
 
@@ -61,11 +65,12 @@ class _Job:
 
 @dataclass
 class _FetchQueue:
-    """One host: `waiting` is fetched in order, the first being on its way; `refused` only goes."""
+    """One host: `waiting` is fetched in order, the first being on its way; `unwanted` is deleted
+    there."""
 
     name: str
     waiting: deque[_Job] = field(default_factory=deque)
-    refused: deque[_Job] = field(default_factory=deque)
+    unwanted: deque[_Job] = field(default_factory=deque)
 
 
 class ShardFetcher:
@@ -92,6 +97,7 @@ class ShardFetcher:
         names = dict.fromkeys(origin.machine.name for origin in origins.values())
         self._queues = {name: _FetchQueue(name) for name in names}
         self._arrived: deque[Event] = deque()
+        self._skipped: set[int] = set()  # saves, by their updates
         self._closing = False
         for queue in self._queues.values():
             threading.Thread(
@@ -115,19 +121,34 @@ class ShardFetcher:
             except SmolrunError as error:
                 self._arrived.append(ShardFailed(event.updates, event.rank, str(error)))
                 return True
-            if self._closing or len(queue.waiting) >= _MOST_WAITING:
-                reason = "checkpoints come faster than they can be fetched; raise checkpoint.every"
-                reason = "the run is over" if self._closing else reason
-                self._arrived.append(job.failed(f"{queue.name}: {reason}"))
-                if len(queue.refused) < _MOST_WAITING:  # the rest goes with the run's folder
-                    queue.refused.append(job)
+            if self._closing or event.updates in self._skipped:
+                self._refuse(queue, job, "the run is over" if self._closing else _SKIPPED)
                 return True
             if not self._num_open():
                 self._told = TransferProgress("fetching checkpoints", self._tell)
             self._told.add(sum(file.bytes for file in job.files.values()))
             queue.waiting.append(job)
+            self._skip_one_of_many()
             self._changed.notify_all()
         return True
+
+    def _skip_one_of_many(self) -> None:
+        """Gives up a save that no host sends yet, where there are too many."""
+        queues = self._queues.values()
+        saves = sorted({job.event.updates for queue in queues for job in queue.waiting})
+        begun = {queue.waiting[0].event.updates for queue in queues if queue.waiting}
+        idle = [updates for updates in saves[:-1] if updates not in begun]
+        if len(saves) <= _MOST_SAVES or not idle:
+            return
+        self._skipped.add(idle[-1])
+        for queue in queues:
+            for job in [job for job in queue.waiting if job.event.updates == idle[-1]]:
+                queue.waiting.remove(job)
+                self._refuse(queue, job, _SKIPPED)
+
+    def _refuse(self, queue: _FetchQueue, job: _Job, reason: str) -> None:
+        self._arrived.append(job.failed(f"{queue.name}: {reason}"))
+        queue.unwanted.append(job)
 
     def arrived(self) -> list[Event]:
         """The events whose files have arrived, each once; never blocks."""
@@ -165,7 +186,7 @@ class ShardFetcher:
         while (job := self._next(queue)) is not None:
             event: Event = job.event
             try:
-                self._fetch(job, queue.name)
+                self._fetch(job, queue)
             except SmolrunError as error:
                 event = job.failed(str(error))
             except Exception as error:  # whatever it is: a save waits for this event
@@ -175,7 +196,7 @@ class ShardFetcher:
                 if queue.waiting and queue.waiting[0] is job:
                     queue.waiting.popleft()
                     self._arrived.append(event)
-                queue.refused.append(job)
+                queue.unwanted.append(job)
                 self._changed.notify_all()
             self._remove_there(queue)
 
@@ -185,7 +206,8 @@ class ShardFetcher:
             self._changed.wait_for(lambda: queue.waiting or self._closing)
             return queue.waiting[0] if queue.waiting else None
 
-    def _fetch(self, job: _Job, host: str) -> None:
+    def _fetch(self, job: _Job, queue: _FetchQueue) -> None:
+        host = queue.name
         part = part_folder(self._checkpoints, job.event.updates, self._token)
         part.mkdir(parents=True, exist_ok=True)
         size = sum(file.bytes for file in job.files.values())
@@ -196,12 +218,13 @@ class ShardFetcher:
             source = f"{job.origin.checkpoints}/{part.name}/{name}"
             job.origin.machine.get(source, part / name, self._told.on_bytes, most_bytes=file.bytes)
             _check(part / name, file, host)
+            self._remove_there(queue)  # what was skipped meanwhile
 
     def _remove_there(self, queue: _FetchQueue) -> None:
         """Fetched or not: the host needs the room. What cannot go now goes with the run."""
         with self._changed:
-            jobs = list(queue.refused)
-            queue.refused.clear()
+            jobs = list(queue.unwanted)
+            queue.unwanted.clear()
         for job in jobs:
             part = part_folder(Path(), job.event.updates, self._token).name
             folder = f"{job.origin.checkpoints}/{part}"

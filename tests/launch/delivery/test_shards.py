@@ -200,20 +200,46 @@ def test_a_host_that_hangs_holds_up_nobody(hosts: Hosts) -> None:
     hosts.machines[0].before_get = lambda path: release.wait(30)
     fetcher = hosts.fetcher()
     began = time.monotonic()
-    for updates in range(10, 10 + shards._MOST_WAITING + 2):
+    saves = list(range(10, 10 + shards._MOST_SAVES + 2))
+    for updates in saves:
         assert fetcher.take(hosts.save(0, updates))
-    saved = hosts.save(1)
-    fetcher.take(saved)
     assert time.monotonic() - began < SOON_S
-    refused = [event for event in wait_arrived(fetcher, 3) if event != saved]
-    assert len(refused) == 2
-    for event in refused:
+    skipped = wait_arrived(fetcher, 2)
+    for event in skipped:
         assert isinstance(event, ShardFailed)
-        assert "mini1: checkpoints come faster" in event.reason
-        assert "raise checkpoint.every" in event.reason
+        assert "mini1: skipped" in event.reason and "raise checkpoint.every" in event.reason
+    for updates in saves:  # a save that one host skips is of no use from the others
+        fetcher.take(hosts.save(1, updates))
+    of_other = wait_arrived(fetcher, len(saves))
+    of_both = {event.updates for event in of_other if isinstance(event, ShardFailed)}
+    assert of_both == {event.updates for event in skipped} == set(saves[-3:-1])  # type: ignore[attr-defined]
     release.set()
-    assert len(wait_arrived(fetcher, shards._MOST_WAITING)) == shards._MOST_WAITING
-    until(lambda: os.listdir(hosts.there[0]) == [])  # also of what was refused
+    arrived = wait_arrived(fetcher, shards._MOST_SAVES)
+    assert [event.updates for event in arrived] == [*saves[:-3], saves[-1]]  # type: ignore[attr-defined]
+    for there in hosts.there:  # also of what was skipped
+        until(lambda there=there: os.listdir(there) == [])  # type: ignore[misc]
+
+
+def test_a_link_that_is_too_slow_costs_checkpoints_but_neither_the_last_nor_the_run(
+    hosts: Hosts,
+) -> None:
+    release, events = threading.Event(), list[Event]()
+    for machine in hosts.machines:
+        machine.before_get = lambda path: release.wait(30)
+    committer, fetcher = keeper_of(hosts, events), hosts.fetcher()
+    for updates in range(1, 31):
+        for rank in (0, 1):
+            fetcher.take(hosts.save(rank, updates))
+        for event in fetcher.arrived():
+            committer.record(event)
+    release.set()
+    for event in fetcher.finish(SOON_S):
+        committer.record(event)
+    assert committer.failure is None
+    saved = [event.step + 1 for event in events if isinstance(event, CheckpointSaved)]
+    assert saved == [1, 2, 3, 4, 5, 30]
+    notes = [event.message for event in events if isinstance(event, Note)]
+    assert len(notes) == 24 and all("mini" in note and "skipped" in note for note in notes)
 
 
 def test_the_end_waits_for_what_is_under_way_and_tells(hosts: Hosts) -> None:
