@@ -125,7 +125,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Measure on this rank; rank 0's clock counts."""
     from smolrun.benchmarks.collectives import join_gloo, leave_gloo
     from smolrun.collectives.api import new_group
-    from smolrun.worker.bench import rows
+    from smolrun.worker.bench import end_together, rows
 
     collectives = new_group(mesh)
     join_gloo(collectives, start.addresses[0], mesh.timeout_s)
@@ -133,7 +133,7 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
         for row in rows(start, mesh, collectives):
             if mesh.rank == 0:
                 channel.emit(BenchRow(row))
-        collectives.barrier()
+        end_together(collectives)
     finally:
         leave_gloo()
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from smolrun.collectives.api import Collectives
 from smolrun.data.order import SampleOrder
 from smolrun.data.prepared import Prepared
 from smolrun.data.splits import open_split
+from smolrun.errors import PeerLost
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.placement import plan_batches
@@ -56,6 +58,15 @@ def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[
             keys = ("dtype", "layers", "streams", "prompt_tokens", "new_tokens", "repeats", "peers")
             return compare_serving(mesh, **{key: bench[key] for key in keys})
     return ({**row, "security": security} for row in _steps(start, mesh))
+
+
+def end_together(collectives: Collectives) -> None:
+    """Blocks until every rank has its rows.
+
+    A worker of edp that gets through first may leave while others are still in the barrier. The
+    server has receives from it posted, always, and so takes it for lost; the rows are complete."""
+    with contextlib.suppress(PeerLost):
+        collectives.barrier()
 
 
 def _straggling(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:

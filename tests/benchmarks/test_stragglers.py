@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
+import torch
 
 from smolrun.benchmarks.stragglers import compare_edp, simulated_s, straggling
+from smolrun.collectives.api import new_group
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
+from smolrun.wire.frame import Tag
+from smolrun.worker.bench import end_together
+from tests.waiting import SOON_S
 
 
 def test_without_staleness_every_step_lasts_as_long_as_its_slowest() -> None:
@@ -34,14 +40,33 @@ def test_more_staleness_never_costs_time_and_four_ranks_reach_the_known_bounds()
     assert best[3] == pytest.approx(0.84, abs=0.01)
 
 
-def measured(step_s: float, factor: float) -> list[dict[str, Any]]:
+def measured(step_s: float, factor: float, kind: str = "tcp") -> list[dict[str, Any]]:
     def rank_main(mesh: Mesh) -> dict[str, Any]:
-        return compare_edp(
+        row = compare_edp(
             mesh, steps=5, step_s=step_s, chance=2.0, factor=factor, repeats=2, wait_fraction=0.0
         )
+        end_together(new_group(mesh))
+        return row
 
-    # Not over TCP: there the first rank to return would leave while rank 0 still listens to it.
-    return run_ranks(3, rank_main)
+    return run_ranks(3, rank_main, kind=kind)
+
+
+def test_a_worker_that_leaves_first_does_not_end_the_bench() -> None:
+    """Rank 1 leaves while rank 0, which still listens to it, waits for rank 2."""
+    has_left = threading.Event()
+
+    def rank_main(mesh: Mesh) -> bool:
+        if mesh.rank == 0:
+            mesh.recv(1, Tag(99, 0, 0), torch.empty(1))
+            end_together(new_group(mesh))
+        elif mesh.rank == 1:
+            mesh.close()
+            has_left.set()
+        else:
+            assert has_left.wait(SOON_S)
+        return True
+
+    assert run_ranks(3, rank_main, kind="tcp") == [True] * 3
 
 
 def test_all_ranks_have_the_same_row_and_time_is_at_least_the_emulated_one() -> None:
