@@ -51,7 +51,7 @@ class WorkerProcess(Protocol):
         """Its exit code once it has ended; -n for signal n where the host can tell."""
 
     def out_of_memory(self) -> str | None:
-        """After `wait`: a sentence if the system ended it because memory was full."""
+        """After `wait`: a sentence if the system may have ended it because memory was full."""
 
     def lost(self) -> str | None:
         """After `wait`: a sentence if its exit code is unknown, as its host is unreachable."""

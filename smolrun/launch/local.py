@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import IO
 
@@ -19,6 +21,7 @@ from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.machine_memory import ended_by_linux, machine_memory
 
 _READ_BYTES = 64 * 1024
+_COUNT_EVERY_S = 1.0
 # A variable is a secret if a word of its name is one of these, in the singular or the plural:
 # HF_TOKEN is one, TOKENIZERS_PARALLELISM is not.
 _SECRET_WORDS = frozenset(
@@ -103,7 +106,11 @@ class LocalProcess:
         assert process.stderr is not None
         self._process = process
         self._owns_group = owns_group
-        self._kills_before = kills_before
+        # Of the last seconds before its end; the older one counts, as it may have died before the
+        # newer one.
+        self._kills = deque([kills_before], maxlen=2)
+        self._counted_s = time.monotonic()
+        self._peak_bytes = 0
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
 
     @property
@@ -113,6 +120,10 @@ class LocalProcess:
 
     def read_control(self) -> bytes:
         """Some bytes of its stdout; empty at the end."""
+        now_s = time.monotonic()
+        if now_s - self._counted_s >= _COUNT_EVERY_S:
+            self._kills.append(machine_memory().kills)
+            self._counted_s = now_s
         return _read(self._stdout)
 
     def read_log(self) -> bytes:
@@ -131,17 +142,22 @@ class LocalProcess:
 
     def wait(self) -> int:
         """Its exit code once it has ended; -n for signal n. What it started is ended with it."""
+        if sys.platform == "linux":
+            with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+                _, status, used = os.wait4(self._process.pid, 0)
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                self._peak_bytes = used.ru_maxrss * 1024
         code = self._process.wait()
         self._kill_group()
         return code
 
     def out_of_memory(self) -> str | None:
-        """After `wait`: what Linux did, if it ended this worker because memory was full."""
+        """After `wait`: a sentence if Linux may have ended this worker because memory was full."""
         memory = machine_memory()
         was_killed = self._process.returncode == -getattr(signal, "SIGKILL", 9)
-        if not was_killed or memory.kills == self._kills_before:
+        if not was_killed or memory.kills == self._kills[0]:
             return None
-        return ended_by_linux(_largest_child(), memory.total)
+        return ended_by_linux(self._peak_bytes, memory.total)
 
     def lost(self) -> None:
         """Never: this machine is always in reach."""
@@ -163,15 +179,6 @@ class LocalProcess:
             # No process is left; macOS gives EPERM where only zombies are.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _largest_child() -> int:
-    """Most bytes that a child of ours which has ended ever had in memory; 0 where unknown."""
-    if sys.platform != "linux":
-        return 0
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _read(pipe: IO[bytes]) -> bytes:

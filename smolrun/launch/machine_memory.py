@@ -28,8 +28,8 @@ _FILES = (
 
 @dataclass(frozen=True)
 class MachineMemory:
-    """In bytes. `kills` only ever grows: processes that Linux ended because memory was full, on
-    this machine and in our control group; 0 where it is not counted."""
+    """In bytes. `kills` only ever grows: processes of our control group that Linux ended because
+    memory was full, or of the machine where groups are not counted; 0 where nothing is."""
 
     total: int
     available: int
@@ -40,7 +40,7 @@ def machine_memory(root: Path = Path("/")) -> MachineMemory:
     """The machine's memory, or what our control group leaves of it. `root` is for tests."""
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
-    kills = _count(root / "proc/vmstat")
+    kills = None
     for group in own_groups(root):
         for limit_file, used_file, events_file in _FILES:
             limit, used = _number(group / limit_file), _number(group / used_file)
@@ -49,8 +49,9 @@ def machine_memory(root: Path = Path("/")) -> MachineMemory:
                 # Pages of files count as used, but are let go when others need the room.
                 cache = _field(group / "memory.stat", "inactive_file")
                 available = min(available, max(0, limit - (used or 0) + cache))
-            kills += _count(group / events_file)
-    return MachineMemory(total, available, kills)
+            if kills is None and (group / events_file).exists():
+                kills = _count(group / events_file)
+    return MachineMemory(total, available, _count(root / "proc/vmstat") if kills is None else kills)
 
 
 def own_groups(root: Path) -> Iterator[Path]:
@@ -123,10 +124,11 @@ def describe_out_of_memory(error: BaseException) -> str:
     return f"{_words(error)} ({', '.join(figures)})"
 
 
-def ended_by_linux(used: int | None, total: int) -> str:
-    """The sentence about a process that the OOM killer ended."""
+def ended_by_linux(used: int, total: int) -> str:
+    """The sentence about a process that was killed when the OOM killer ended some, perhaps it: the
+    system does not say which."""
     had = f"it had {gb(used)} " if used else ""
-    return f"Linux ended it because memory was full ({had}of {gb(total)} there)"
+    return f"Linux was ending processes because memory was full ({had}of {gb(total)} there)"
 
 
 def gb(size: float) -> str:

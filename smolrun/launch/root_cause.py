@@ -193,7 +193,9 @@ def _what_happened(state: RankState) -> str:
         )
         return what + _one_line(state.problem) + ("" if state.never_started else _when(state))
     if memory := _out_of_memory(state):
-        return f"ran out of memory{_when(state)}: {_one_line(memory)}"
+        # What the system did is known of some process only, not of this one.
+        what = "may have run" if state.error is None else "ran"
+        return f"{what} out of memory{_when(state)}: {_one_line(memory)}"
     if state.error is not None:
         return f"failed{_when(state)}: {state.error.kind}: {_one_line(state.error.message)}"
     if state.lost is not None:
@@ -203,7 +205,8 @@ def _what_happened(state: RankState) -> str:
 
 
 def _out_of_memory(state: RankState) -> str | None:
-    """What is known of it, if that is why the rank failed: by its own word or by the system's."""
+    """What is known of it, if that is why the rank failed, or probably: by its own word or by the
+    system's."""
     if state.error is not None and state.error.kind == OUT_OF_MEMORY:
         return state.error.message
     return state.out_of_memory if state.error is None else None

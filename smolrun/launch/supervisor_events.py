@@ -52,8 +52,8 @@ class WorkerFinished(RankInput, frozen=True):
 class Exited(RankInput, frozen=True):
     """A worker's process has ended; all it said came before. -n is signal n.
 
-    `out_of_memory` says so if the system ended it because memory was full; `lost`, if its host is
-    out of reach and the code means nothing.
+    `out_of_memory` says so if the system may have ended it because memory was full; `lost`, if its
+    host is out of reach and the code means nothing.
     """
 
     code: int
