@@ -5,10 +5,11 @@ How to train, with which optimizer, how often to look, what to measure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
 
@@ -111,6 +112,21 @@ class MeshConfig(Section):
     heartbeat_ms: Annotated[int, Field(ge=10, le=1000)]
 
 
+def _has_no_default_port(origin: str) -> str:
+    if re.search(r"^http:.*:80$|^https:.*:443$", origin):
+        raise ValueError("browsers leave this port out")
+    return origin
+
+
+# As they stand in the headers of a request: an entry of another form would never match.
+HostName = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$")]
+Origin = Annotated[
+    str,
+    Field(pattern=r"^[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?$"),
+    AfterValidator(_has_no_default_port),
+]
+
+
 class ServingConfig(Section):
     """Group `serving`: the inference server, and what generates text in the terminal."""
 
@@ -128,8 +144,15 @@ class ServingConfig(Section):
     max_queue: Natural
     port: Annotated[int, Field(ge=0, le=65535)]
     bind: Name
-    allowed_hosts: list[Name]
-    cors_origins: list[Name]
+    allowed_hosts: list[HostName] = Field(
+        json_schema_extra={"allowed": "a list of names or addresses without a port, or * for any"}
+    )
+    cors_origins: list[Origin] = Field(
+        json_schema_extra={
+            "allowed": "a list of origins as browsers send them, without a path or a slash at the "
+            "end: http://localhost:3000"
+        }
+    )
     request_timeout_s: Positive
     drain_s: NotNegative
     temperature: Auto | Annotated[float, Field(ge=0, le=2)]

@@ -140,6 +140,26 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             "quantization.kind = int4: no such choice; allowed: none or int8 or fp16 or bf16",
         ),
         ({"quantization__block": 4}, "quantization.block = 4: too small; allowed: "),
+        *(
+            (
+                {"serving__allowed_hosts": ["mini.local", host]},
+                f"serving.allowed_hosts[1] = {host}: not of the right form; allowed: a list of "
+                "names or addresses without a port, or * for any",
+            )
+            for host in ("mini.local:7665", "http://mini.local", "*.local", "::1")
+        ),
+        *(
+            (
+                {"serving__cors_origins": ["app://obsidian.md", origin]},
+                f"serving.cors_origins[1] = {origin}: not of the right form; allowed: a list of "
+                "origins as browsers send them",
+            )
+            for origin in ("http://localhost:3000/", "*", "null", "localhost:3000", "https://A.org")
+        ),
+        (
+            {"serving__cors_origins": ["https://page.example:443"]},
+            "serving.cors_origins[0] = https://page.example:443: browsers leave this port out; ",
+        ),
     ],
 )
 def test_one_bad_value_is_one_line(shipped: dict[str, Any], changes: dict[str, Any], line: str):
