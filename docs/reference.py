@@ -457,6 +457,8 @@ at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
 - What a model thinks before it answers is `reasoning_content`, beside `content`.
 - In `/v1/completions` with `logprobs`, `top_logprobs` of a token also has the token itself; with
   `echo` it is there for the tokens of the prompt, but for the first one.
+- The name of a control token, such as `<|im_end|>`, is text in a message; a tag such as `<think>`
+  is the model's token, as in other servers.
 - A model without a chat template continues the text of the messages; the header
   `x-smolrun-note` says so.
 """

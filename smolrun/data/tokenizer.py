@@ -36,6 +36,7 @@ FILE_NAME = "tokenizer.json"
 # Beside it lies, in a folder of Hugging Face's, which token means what.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 END_TOKEN = "<|endoftext|>"
+_ROLE_MARKER = re.compile("<[|\N{FULLWIDTH VERTICAL LINE}].+[|\N{FULLWIDTH VERTICAL LINE}]>")
 _MAX_GROWTH = 1000  # usual replacements are one character long
 NO_NAME = "\0"  # the end token of the bytes tokenizer, as text
 # The files of a tokenizer; weights and code are never among them.
@@ -109,6 +110,13 @@ class TextTokenizer:
         """Text -> id of the control tokens, such as <|im_end|>, which are no part of an answer."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
+
+    def role_markers(self) -> list[str]:
+        """Names of the tokens that only a template may write: the special ones, and others with
+        such a name (those for roles in DeepSeek's models are not special). Tags as <think> are
+        none, since templates look for them in messages."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [one.content for one in added if one.special or _ROLE_MARKER.fullmatch(one.content)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, in UTF-8; a part of a character where it is one. Empty for

@@ -211,7 +211,7 @@ class Prompts:
         ]
         self.template = ChatTemplate(folder, self.tokenizer) if has_template(folder) else None
         self.thinks = self.template is not None and THINK_END in template_source(folder)
-        names = sorted(self.special_tokens, key=len, reverse=True)
+        names = sorted(self.tokenizer.role_markers(), key=len, reverse=True)
         # A match has no length, so that names that overlap are all found.
         self._names = re.compile(f"(?=({'|'.join(map(re.escape, names))}))") if names else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from smolrun.data.tokenizer import FILE_NAME, bytes_tokenizer, load_tokenizer
 from smolrun.errors import DataError
@@ -133,6 +133,23 @@ def test_control_tokens_that_a_user_writes_stay_text(chat_folder: Path):
     honest = b"".join(bytes([id]) for id in ids[1 : ids.index(end)])
     assert honest == b"user\n" + hostile.encode()
     assert end not in prompts.text(hostile)
+
+
+def test_tags_that_a_user_writes_are_tokens_as_elsewhere_and_role_markers_stay_text(tmp_path: Path):
+    """Neither kind is special: <think> in Qwen's tokenizers, the marker in those of DeepSeek."""
+    marker = "<\N{FULLWIDTH VERTICAL LINE}User\N{FULLWIDTH VERTICAL LINE}>"
+    chat_model(tmp_path, THINKING_TEMPLATE)
+    tokenizer = Tokenizer.from_file(str(tmp_path / FILE_NAME))
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<think>", marker)])
+    tokenizer.save(str(tmp_path / FILE_NAME))
+    prompts = Prompts(tmp_path)
+    think = tokenizer.token_to_id("<think>")
+    ids, _ = prompts.chat([{"role": "user", "content": f"a<think>b{marker}c"}], {})
+    at = ids.index(think)
+    assert ids[at - 1] == ord("a") and bytes(ids[at + 1 : ids.index(256)]) == f"b{marker}c".encode()
+    assert tokenizer.token_to_id(marker) not in ids
+    assert prompts.text("<think>") == [think]
+    assert prompts.token_bytes[think] == b"<think>"  # an answer shows it
 
 
 def test_a_conversation_is_encoded_as_the_template_writes_it(chat_folder: Path):
