@@ -87,7 +87,7 @@ class ModelParallel(Single):
     def forward(self, batch: Batch) -> Tensor | None:
         """Of a batch that needs no backward."""
         self.links.finish()  # or a fast stage would fill memory with what the next one waits for
-        _, output = self.run_forward(batch, self.post_inputs(batch))
+        _, output = self.run_forward(batch, self.links.take(self.post_inputs(batch)))
         return output if self.is_last else None
 
     def post_inputs(self, batch: Batch) -> PendingReceive | None:
@@ -95,9 +95,10 @@ class ModelParallel(Single):
         shape = (*batch.inputs.shape, self.width)
         return None if self.is_first else self.links.post(ACTIVATIONS, self.stage - 1, shape)
 
-    def run_forward(self, batch: Batch, pending: PendingReceive | None) -> tuple[Tensor, Tensor]:
-        """The inputs and outputs of this stage; sends the outputs to the next one."""
-        inputs = self.links.take(pending).requires_grad_() if pending else batch.inputs
+    def run_forward(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inputs and outputs of this stage, from the hidden states of the one before; sends the
+        outputs to the next one."""
+        inputs = batch.inputs if hidden is None else hidden.requires_grad_()
         batch = Batch(inputs, batch.targets, batch.position)
         if self.is_last:
             return inputs, self.checked_logits(self.model, batch)
@@ -111,17 +112,18 @@ class ModelParallel(Single):
         return None if self.is_last else self.links.post(GRADIENTS, self.stage + 1, shape)
 
     def run_backward(
-        self, batch: Batch, inputs: Tensor, output: Tensor, pending: PendingReceive | None
+        self, batch: Batch, inputs: Tensor, output: Tensor, gradient: Tensor | None
     ) -> dict[str, float]:
-        """Adds to every `parameter.grad`; sends the gradient of the inputs to the stage before."""
+        """Adds to every `parameter.grad`, from the gradient of the outputs or from the loss; sends
+        the gradient of the inputs to the stage before."""
         stats = {"loss_sum": 0.0, "num_targets": 0.0}
-        if pending is None:
+        if gradient is None:
             loss = loss_sum(output, batch.targets)
             (loss * self.loss_scale.value).backward()
             num_targets = int((batch.targets != IGNORE_INDEX).sum())
             stats = {"loss_sum": loss.item(), "num_targets": num_targets}
         else:
-            output.backward(self.links.take(pending).to(output))
+            output.backward(gradient.to(output))
         if inputs.grad is not None:
             self.links.send(GRADIENTS, self.stage - 1, inputs.grad)
         return stats
@@ -135,8 +137,8 @@ class ModelParallel(Single):
         for batch in micro_batches:
             if len(batch.inputs):
                 gradient = self.post_gradient(batch)
-                passed = self.run_forward(batch, self.post_inputs(batch))
-                added = self.run_backward(batch, *passed, gradient)
+                passed = self.run_forward(batch, self.links.take(self.post_inputs(batch)))
+                added = self.run_backward(batch, *passed, self.links.take(gradient))
                 stats = {name: stats[name] + added[name] for name in stats}
         self.links.finish()
         return stats

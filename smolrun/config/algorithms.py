@@ -369,6 +369,21 @@ class ModelParallelConfig(AlgorithmConfig):
         return Sharding(3, 1 / sizes.world_size)
 
 
+class PipelineConfig(ModelParallelConfig):
+    """As mp, with several micro-batches on their way through the stages."""
+
+    target: Literal["smolrun.algorithms.mp_pipeline:Pipeline"]  # type: ignore[assignment]
+    schedule: Literal["1f1b", "gpipe"]
+    micro_batches: Auto | Count
+
+    def check_micro_batches(self, *, training: TrainingConfig) -> Iterator[str]:
+        """None is without samples."""
+        count, batch = self.micro_batches, training.global_batch_size
+        if count != "auto" and count > batch:
+            what = f"more than the samples of a step, training.global_batch_size = {batch}"
+            yield problem("algorithm.micro_batches", count, what, allowed=f"auto or 1 to {batch}")
+
+
 class CustomAlgorithmConfig(CustomTargetConfig, AlgorithmConfig, extra="allow"):
     """The user's own algorithm."""
 
@@ -386,4 +401,5 @@ else:
         SyncPSConfig,
         EDPConfig,
         ModelParallelConfig,
+        PipelineConfig,
     )

@@ -22,7 +22,7 @@ PLAIN = {
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "task": ("compare", "logs"),
-    "algorithm": ("mp_pipeline", "ep", "diloco"),
+    "algorithm": ("ep", "diloco"),
     "model": ("moe",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),

@@ -64,10 +64,12 @@ def memory_limits(hosts: Sequence[Mapping[str, Any]] | None) -> tuple[float, ...
 @dataclass(frozen=True)
 class DataCoordinates:
     """Which samples a rank reads: index i gets a part of every global batch in proportion to
-    `weights[i]`, and this rank has `index`. Ranks of one pipeline have the same index."""
+    `weights[i]`, and this rank has `index`. Ranks of one pipeline have the same index, and want
+    that many micro-batches at least, where there are as many samples."""
 
     index: int
     weights: Sequence[float]
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,19 @@ class BatchPlan:
 
 
 def plan_batches(
-    global_batch_size: int, weights: Sequence[float], rank: int, micro_batch_size: int | None = None
+    global_batch_size: int,
+    weights: Sequence[float],
+    rank: int,
+    micro_batch_size: int | None = None,
+    micro_batches: int = 1,
 ) -> BatchPlan:
     """Rank `rank`'s part of a batch shared by `weights` (speeds); at most `micro_batch_size`
-    samples at once."""
+    samples at once, in at least so many micro-batches where there are as many samples."""
     counts = shares(global_batch_size, weights)
     largest = max(counts)
-    num_micro_batches = -(-largest // (micro_batch_size or largest))
+    num_micro_batches = max(
+        -(-largest // (micro_batch_size or largest)), min(micro_batches, largest)
+    )
     sizes = shares(counts[rank], [1.0] * num_micro_batches)
     return BatchPlan(sum(counts[:rank]), tuple(sizes), global_batch_size, micro_batch_size)
 

@@ -48,8 +48,10 @@ class StageLinks:
         tag = self._next_received[kind].take()
         return PendingReceive(values, self._mesh.recv(source, tag, values))
 
-    def take(self, pending: PendingReceive) -> Tensor:
-        """The tensor, on the CPU; blocks until it is there."""
+    def take(self, pending: PendingReceive | None) -> Tensor | None:
+        """The tensor, on the CPU; blocks until it is there. None of nothing."""
+        if pending is None:
+            return None
         self._clock.wait(pending.work)
         return pending.values
 

@@ -325,7 +325,7 @@ def share_work(
     weights, index = coordinates.weights, coordinates.index
     # Ranks that share all samples have no shares to change.
     if "auto" not in speeds or len(weights) == 1:
-        return plan_batches(size, weights, index, micro), None
+        return plan_batches(size, weights, index, micro, coordinates.micro_batches), None
     counts = shares(size, weights)
     plans = BatchPlans(lambda now: plan_batches(size, now, index, micro), counts)
     idle = [number for number, weight in enumerate(weights) if not weight]

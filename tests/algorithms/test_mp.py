@@ -88,6 +88,19 @@ def test_a_delay_is_that_of_single(algorithm: str, model: str, staleness: int) -
             assert torch.allclose(trace.parameters[name], expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 5, 12])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_every_schedule_with_micro_batches_that_do_not_divide(
+    schedule: str, micro_batches: int
+) -> None:
+    reference = train("single", "tied", 1)[0]
+    overrides = {"schedule": schedule, "micro_batches": micro_batches}
+    for trace in train("mp_pipeline", "tied", 3, overrides=overrides, micro_batch_size=None):
+        assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
+        for name, expected in reference.parameters.items():
+            assert torch.allclose(trace.parameters[name], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16_params"])
 @EACH
 def test_it_learns_in_half_precision(algorithm: str, precision: str) -> None:

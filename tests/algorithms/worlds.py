@@ -150,7 +150,8 @@ def plan_of(
 ) -> BatchPlan:
     """How this rank walks its part of every global batch."""
     place = runner.data_coordinates(speeds or [1.0] * runner.collectives.size)
-    return plan_batches(GLOBAL_BATCH, place.weights, place.index, micro_batch_size)
+    coordinates = (place.weights, place.index, micro_batch_size, place.micro_batches)
+    return plan_batches(GLOBAL_BATCH, *coordinates)
 
 
 def share(batch: Batch, plan: BatchPlan, step: int) -> list[Batch]:

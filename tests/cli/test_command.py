@@ -31,22 +31,24 @@ def refused(folder: Path, *arguments: str) -> list[str]:
     return [line.removeprefix("  ") for line in lines]
 
 
+ALGORITHMS = "classicdp, edp, fsdp, mp, mp_pipeline, single, syncps"
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
         (
             "algorithm=clasicdp",
-            "algorithm = clasicdp: no such choice; allowed: classicdp, edp, fsdp, single, syncps;"
-            " did you mean classicdp?",
+            f"algorithm = clasicdp: no such choice; allowed: {ALGORITHMS}; did you mean classicdp?",
         ),
         (
             "algorithm=ep",
-            "algorithm = ep: not built yet; allowed: classicdp, edp, fsdp, single, syncps",
+            f"algorithm = ep: not built yet; allowed: {ALGORITHMS}",
         ),
         ("task=compare", "task = compare: not built yet; allowed: attach, bench, chat, clean, "),
         (
             "algorithm=gpt_tiny",
-            "allowed: classicdp, edp, fsdp, single, syncps; did you mean model=gpt_tiny?",
+            f"allowed: {ALGORITHMS}; did you mean model=gpt_tiny?",
         ),
         (
             "staleness=2",
@@ -189,6 +191,8 @@ def test_completion_offers_groups_choices_and_keys(tmp_path: Path):
         "algorithm=classicdp",
         "algorithm=edp",
         "algorithm=fsdp",
+        "algorithm=mp",
+        "algorithm=mp_pipeline",
         "algorithm=single",
         "algorithm=syncps",
     ]

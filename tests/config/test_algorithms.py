@@ -40,6 +40,7 @@ from smolrun.estimate.dry_run import estimate, largest_plan
         (["algorithm=syncps", "algorithm.straggler_timeout_s=1"], False, False, True),
         (["algorithm=edp"], False, False, False),
         (["algorithm=mp"], True, False, False),
+        (["algorithm=mp_pipeline"], True, False, False),
         (["algorithm.target=json:loads"], True, True, True),
     ],
 )
@@ -156,8 +157,16 @@ def test_what_syncps_allows(overrides: list[str]) -> None:
     ],
 )
 def test_what_stages_refuse(overrides: list[str], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        compose(["algorithm=mp", *overrides])
+    for algorithm in ("mp", "mp_pipeline"):
+        with pytest.raises(ConfigError, match=why.replace("=mp ", f"={algorithm} ")):
+            compose([f"algorithm={algorithm}", *overrides])
+
+
+def test_a_micro_batch_has_a_sample() -> None:
+    few = ["algorithm=mp_pipeline", "training.global_batch_size=8"]
+    assert compose([*few, "algorithm.micro_batches=8"])
+    with pytest.raises(ConfigError, match=r"micro_batches = 9: more than the samples.*1 to 8"):
+        compose([*few, "algorithm.micro_batches=9"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""Pipeline schedules: every micro-batch goes forward and backward once on every stage, no stages
+wait for each other, and the idle time and memory are what the formulas say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolrun.parts.pipeline_schedule import (
+    SCHEDULES,
+    Simulation,
+    StageAction,
+    gpipe,
+    one_f_one_b,
+    simulate,
+)
+
+SIZES = st.tuples(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 6), st.integers(1, 12))
+
+
+def simulated(
+    name: str, stages: int, micro_batches: int, *, backward_s: float = 1.0, hop_s: float = 0.0
+) -> Simulation:
+    actions = [SCHEDULES[name](stage, stages, micro_batches) for stage in range(stages)]
+    return simulate(actions, [1.0] * stages, [backward_s] * stages, hop_s)
+
+
+@given(SIZES)
+def test_every_micro_batch_once_each_way_in_order(sizes: tuple[str, int, int]) -> None:
+    name, stages, micro_batches = sizes
+    for stage in range(stages):
+        actions = SCHEDULES[name](stage, stages, micro_batches)
+        for kind in ("forward", "backward"):
+            # Ascending on all stages: tensors between two of them are told apart by counting.
+            assert [n for k, n in actions if k == kind] == list(range(micro_batches))
+        for number in range(micro_batches):
+            forward, backward = StageAction("forward", number), StageAction("backward", number)
+            assert actions.index(forward) < actions.index(backward)
+
+
+@given(SIZES, st.floats(0.1, 4.0), st.floats(0.0, 3.0))
+def test_no_stages_wait_for_each_other_and_needs_come_first(
+    sizes: tuple[str, int, int], backward_s: float, hop_s: float
+) -> None:
+    name, stages, micro_batches = sizes
+    found = simulated(name, stages, micro_batches, backward_s=backward_s, hop_s=hop_s)
+    times = [{timed.action: timed for timed in stage} for stage in found.stages]
+    for stage, own in enumerate(times):
+        assert len(own) == 2 * micro_batches
+        for action, timed in own.items():
+            before = stage - 1 if action.kind == "forward" else stage + 1
+            if 0 <= before < stages:
+                assert timed.begin_s >= times[before][action].end_s + hop_s - 1e-9
+
+
+@given(SIZES, st.floats(0.1, 4.0))
+def test_the_bubble_is_that_of_the_formula(sizes: tuple[str, int, int], backward_s: float) -> None:
+    name, stages, micro_batches = sizes
+    found = simulated(name, stages, micro_batches, backward_s=backward_s)
+    assert found.bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
+
+
+@given(SIZES)
+def test_activations_held(sizes: tuple[str, int, int]) -> None:
+    name, stages, micro_batches = sizes
+    found = simulated(name, stages, micro_batches)
+    for stage in range(stages):
+        most = micro_batches if name == "gpipe" else min(stages - stage, micro_batches)
+        assert found.held(stage) == most
+
+
+def test_a_tensor_takes_a_link_for_itself() -> None:
+    """3 micro-batches of 1 s over a link that needs 2 s for each: the second stage begins at 3, 5
+    and 7 s."""
+    actions = [gpipe(stage, 2, 3) for stage in range(2)]
+    found = simulate(actions, [1.0, 1.0], [1.0, 1.0], hop_s=2.0)
+    assert [timed.begin_s for timed in found.stages[1][:3]] == [3.0, 5.0, 7.0]
+
+
+def test_stages_that_wait_for_each_other_are_found() -> None:
+    wrong = [StageAction("backward", 0), StageAction("forward", 0)]
+    with pytest.raises(ValueError, match=r"stages \[0, 1\] wait for each other"):
+        simulate([wrong, one_f_one_b(1, 2, 1)], [1.0, 1.0], [1.0, 1.0])
+
+
+def test_a_slow_stage_sets_the_pace() -> None:
+    """Each of 8 micro-batches takes the slow stage 6 s; filling and draining the other adds 3 s."""
+    actions = [one_f_one_b(stage, 2, 8) for stage in range(2)]
+    assert simulate(actions, [1.0, 2.0], [2.0, 4.0]).seconds == pytest.approx(8 * 6 + 3)
