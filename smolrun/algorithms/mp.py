@@ -38,7 +38,7 @@ from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, St
 
 # Weights, gradients, and as much state as the heaviest optimizer has.
 _STATE_COPIES = 4
-_CAN_BE_CUT = "model=gpt_tiny and the other gpt_*, or another shape of smolrun's decoder"
+_CAN_BE_CUT = "smolrun's decoders (model=gpt_tiny, ...), and gpt2, llama, qwen by model=hf,"
 
 
 class ModelParallel(Single):

@@ -1,6 +1,6 @@
-"""transformers' own model as a torch module: token ids in, logits out.
+"""transformers' own model as a torch module: token ids in, logits out; or a stage of its layers.
 
-Shape suffixes: B batch, T tokens, V vocabulary.
+Shape suffixes: B batch, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from smolrun.errors import ConfigError
 from smolrun.models.base import Kind
+from smolrun.models.huggingface_conversion import decoder_keys_from_hf
+from smolrun.models.huggingface_folder import stored_tensors
+from smolrun.models.shape import DecoderShape, completed_shape
 
+# Families whose models do nothing between layers, so that they can be cut there.
+_HAS_STAGES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "layerdrop")
 
 
@@ -23,16 +29,85 @@ class HuggingFaceNetwork(nn.Module):
 
     consumes: ClassVar[Kind] = "tokens"
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, stored: StoredWeights | None = None) -> None:
+        """`stored` are the weights of a network on the meta device."""
         super().__init__()
         self.network = network
+        self.has_embedding = self.has_head = True
+        # What a parameter starts from, where it is not in memory: for `build_shell`.
+        self.stored_value: Callable[[str, Tensor], Tensor] | None = (
+            None
+            if stored is None
+            else lambda name, it: stored.read(name.removeprefix("network."), it.shape)
+        )
         # It comes out of from_pretrained in eval mode, in which it never recomputes.
         self.train()
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V]; V may be more than the tokenizer has."""
-        logits_BTV: Tensor = self.network(input_ids=tokens_BT, use_cache=False).logits
-        return logits_BTV
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Token ids [B, T] to logits [B, T, V]; V may be more than the tokenizer has. A stage
+        without embedding takes hidden [B, T, D]; one without head returns it."""
+        if self.has_embedding and self.has_head:
+            logits_BTV: Tensor = self.network(input_ids=inputs, use_cache=False).logits
+            return logits_BTV
+        name = "input_ids" if self.has_embedding else "inputs_embeds"
+        output = self.network.base_model(**{name: inputs}, use_cache=False)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return self.network.lm_head(hidden_BTD) if self.has_head else hidden_BTD
+
+    # -- as a StagedModel ----
+
+    @property
+    def shape(self) -> DecoderShape:
+        """ConfigError for a family that cannot be cut."""
+        family = self.network.config.model_type
+        if family not in _HAS_STAGES:
+            raise ConfigError(
+                f"a model of the family {family} cannot be cut between its layers; those of "
+                f"{', '.join(_HAS_STAGES)} can, or take algorithm=fsdp"
+            )
+        keys = decoder_keys_from_hf(self.network.config.to_dict())
+        del keys["vocab_size"]
+        return completed_shape(**keys)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.network.config.vocab_size)
+
+    @property
+    def tied_parameter(self) -> str | None:
+        """The parameter that both the first and the last stage hold."""
+        embedding = self.network.get_input_embeddings().weight
+        if embedding is not self.network.get_output_embeddings().weight:
+            return None
+        return next(name for name, parameter in self.named_parameters() if parameter is embedding)
+
+    def keep_stage(self, layers: range, has_embedding: bool, has_head: bool) -> None:
+        """Drops what is outside of a stage, in place; other parts keep their names."""
+        is_tied = self.tied_parameter is not None
+        self.has_embedding, self.has_head = has_embedding, has_head
+        base = self.network.base_model
+        is_gpt2 = self.network.config.model_type == "gpt2"
+        blocks = base.h if is_gpt2 else base.layers
+        for index in range(len(blocks)):
+            if index not in layers:
+                blocks[index] = _OtherStage()
+        if not has_head:
+            setattr(base, "ln_f" if is_gpt2 else "norm", nn.Identity())
+            self.network.lm_head = nn.Identity()
+        if not has_embedding and not (has_head and is_tied):
+            self.network.set_input_embeddings(nn.Identity())
+        if not has_embedding and is_gpt2:
+            base.wpe, base.drop = _NoPositions(), nn.Identity()
+
+    def reset_buffers(self) -> None:
+        """Computes the rotary tables of a network that was built on the meta device."""
+        for module in self.modules():
+            if module._buffers and hasattr(module, "rope_type"):
+                fresh = type(module)(module.config)
+                for name, buffer in fresh._buffers.items():
+                    assert buffer is not None, name
+                    module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
 
     @property
     def recompute(self) -> bool:
@@ -67,6 +142,40 @@ class HuggingFaceNetwork(nn.Module):
         return self
 
 
+class _OtherStage(nn.Module):
+    """In the place of a layer that another rank holds."""
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **keys: Any) -> Tensor:
+        return hidden_BTD
+
+
+class _NoPositions(nn.Module):
+    """In the place of the position embedding, which the first stage has added."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.zeros((), device=positions.device)
+
+
+class StoredWeights:
+    """The tensors of a model folder by name, read one at a time when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stored = stored_tensors(folder)
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """A new tensor; ConfigError where the folder lacks it or has another shape."""
+        inner = name.removeprefix("transformer.")  # gpt2's own files have names without it
+        found = name if name in self._stored else inner
+        if found not in self._stored:
+            raise ConfigError(f"the weights in {self._folder} lack {name}")
+        if self._stored[found].shape != tuple(shape):
+            raise ConfigError(f"the weights in {self._folder} have another shape for {name}")
+        with safe_open(self._stored[found].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(found)
+        return tensor
+
+
 def load(folder: Path, *, pretrained: bool, attention: str, dropout: float) -> HuggingFaceNetwork:
     """The model in a folder; random values come from torch's default generator.
 
@@ -81,12 +190,13 @@ def load(folder: Path, *, pretrained: bool, attention: str, dropout: float) -> H
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _set_dropout(config, dropout)
-        if not pretrained or torch.get_default_device().type == "meta":
-            return HuggingFaceNetwork(
-                AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=False, attn_implementation=choice, dtype=torch.float32
-                )
+        is_shell = torch.get_default_device().type == "meta"
+        if not pretrained or is_shell:
+            network = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation=choice, dtype=torch.float32
             )
+            is_readable = pretrained and is_shell and config.model_type in _HAS_STAGES
+            return HuggingFaceNetwork(network, StoredWeights(folder) if is_readable else None)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -59,10 +59,10 @@ def build_shell(
     make: Callable[[], nn.Module], seed: int, *, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     """As `build_model`, but parameters only have shapes, and no memory: for who holds parts of them
-    and asks `first_value` for one at a time. A model without `init_rule` is built with values."""
+    and asks `first_value` for one at a time. A model that cannot say them is built with values."""
     with _seeded(seed):
         model = _on_meta(make)
-    if model is None or _rule_of(model) is None:
+    if model is None or (_rule_of(model) is None and _stored_of(model) is None):
         return build_model(make, seed, dtype=dtype, device=device)
     hollow = {
         id(parameter): nn.Parameter(
@@ -78,8 +78,10 @@ def build_shell(
 
 def first_value(model: nn.Module, name: str, parameter: nn.Parameter, *, seed: int) -> Tensor:
     """What a parameter of a shell starts from; of any other model, the value that it has."""
-    rule_of = _rule_of(model)
+    rule_of, stored_of = _rule_of(model), _stored_of(model)
     is_hollow = parameter.untyped_storage().nbytes() < parameter.nbytes
+    if is_hollow and stored_of is not None:
+        return stored_of(name, parameter)
     if not is_hollow or rule_of is None:
         return parameter.detach()
     return draw(rule_of(name, parameter), name, parameter.shape, seed)
@@ -148,6 +150,12 @@ def _rule_of(model: nn.Module) -> Callable[[str, Tensor], Init] | None:
     """The model's init_rule, if it has one."""
     rule = getattr(model, "init_rule", None)
     return rule if callable(rule) else None
+
+
+def _stored_of(model: nn.Module) -> Callable[[str, Tensor], Tensor] | None:
+    """What reads the weights of a pretrained model on the meta device, if it can be read so."""
+    stored = getattr(model, "stored_value", None)
+    return stored if callable(stored) else None
 
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module | None:

@@ -4,6 +4,7 @@ cannot be cut. That they equal `single` is in test_equivalence.py."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ import pytest
 import torch
 
 from smolrun.algorithms.mp import ModelParallel, cut_layers
+from smolrun.algorithms.mp_pipeline import Pipeline
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
+from smolrun.models.huggingface import build
+from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
 from smolrun.testing import run_ranks
 from tests.algorithms import worlds
 from tests.algorithms.test_fsdp_saved import worst
 from tests.algorithms.test_saved import STEPS, run_part, same
 from tests.algorithms.worlds import DECODERS, SPLIT, train
+from tests.models.model_folders import save_model
+from tests.models.test_huggingface import KEYS
+from tests.models.tiny import Spec
 
 EACH = pytest.mark.parametrize("algorithm", SPLIT)
 
@@ -188,3 +195,29 @@ def test_cuts_that_cannot_be(stages: int, layers: Any, more: dict[str, Any], why
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Sequential cannot be cut .* model=gpt_tiny"):
         run_ranks(2, lambda mesh: placed(mesh, worlds.mlp()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_of_transformers_is_cut_and_read_in_stages(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path, family)
+    build_it = lambda: build(Spec(model_folder=str(folder)), **KEYS)  # noqa: E731
+    whole = functools.partial(build_model, build_it, 0, dtype=torch.float64, device="cpu")
+    monkeypatch.setitem(DECODERS, "hf", whole)
+    reference = train("single", "hf", 1, micro_batch_size=3)[0]
+    shells = [build_shell(build_it, 0, dtype=torch.float64, device="cpu") for _ in range(2)]
+
+    def rank_main(mesh: Mesh) -> worlds.Trace:
+        more = {"first_value": functools.partial(first_value, seed=0)}
+        context = dataclasses.replace(worlds.context(mesh, "float64", "sgd", 0), **more)
+        runner = Pipeline(context, schedule="1f1b", micro_batches="auto", layers=None)
+        runner.place(shells[mesh.rank])
+        return worlds.run(runner, "hf", worlds.plan_of(runner), 10)
+
+    traces = run_ranks(2, rank_main)
+    found = worlds.joined([piece for trace in traces for piece in trace.pieces])
+    assert traces[0].losses == pytest.approx(reference.losses, abs=1e-12)
+    assert found.keys() == reference.parameters.keys()
+    for name, expected in reference.parameters.items():
+        assert torch.allclose(found[name], expected, rtol=0, atol=1e-12)

@@ -23,12 +23,15 @@ from torch.nn.functional import cross_entropy
 from smolrun.errors import ConfigError
 from smolrun.models.huggingface import build, prepare
 from smolrun.models.huggingface_network import HuggingFaceNetwork
-from smolrun.models.initialise import build_model
-from tests.models.model_folders import FAMILIES, change_config, save_model
+from smolrun.models.initialise import build_model, build_shell, first_value
+from tests.models.model_folders import FAMILIES, SMALL, change_config, save_model
 from tests.models.tiny import Spec
 
 KEYS: dict[str, Any] = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
 TOKENS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+LAYERS = {"gpt2": "n_layer"}
 
 
 def make(
@@ -321,3 +324,54 @@ def test_refusals_of_the_hub_are_sentences(tmp_path: Path, hub: ThreadingHTTPSer
     weights = tmp_path / "served" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
     assert "in pytorch_model.bin only" in fetch(tmp_path, port, "me/small")["error"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_of_a_shell_compute_what_the_whole_model_does(tmp_path: Path, family: str) -> None:
+    folder = save_model(tmp_path, family, **{LAYERS.get(family, "num_hidden_layers"): 3})
+    whole = make(folder)
+    hidden, held = TOKENS, []
+    for layers, ends in (
+        (range(1), (True, False)),
+        (range(1, 2), (False,) * 2),
+        (range(2, 3), (False, True)),
+    ):
+        stage = shell(folder)
+        stage.keep_stage(layers, *ends)
+        for name, parameter in stage.named_parameters():
+            parameter.data = first_value(stage, name, parameter, seed=0)
+            assert torch.equal(parameter, whole.get_parameter(name))
+        held.append({name for name, _ in stage.named_parameters()})
+        hidden = stage(hidden)
+    assert torch.equal(hidden, whole(TOKENS))
+    assert set.union(*held) == {name for name, _ in whole.named_parameters()}
+    shared = {whole.tied_parameter} - {None}
+    assert held[0] & held[2] == shared and not held[1] & (held[0] | held[2])
+
+
+def test_weights_of_a_shell_that_are_missing_or_misshapen_are_named(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    model = shell(folder)
+    change_config(folder, intermediate_size=48)
+    wider = shell(folder)
+    name = "network.model.layers.0.mlp.up_proj.weight"
+    assert first_value(model, name, model.get_parameter(name), seed=0).shape == (40, 32)
+    with pytest.raises(ConfigError, match=r"another shape for model.layers.0.mlp.up_proj.weight"):
+        first_value(wider, name, wider.get_parameter(name), seed=0)
+    with pytest.raises(ConfigError, match=r"lack more.weight"):
+        first_value(model, "network.more.weight", model.get_parameter(name), seed=0)
+
+
+def test_a_family_that_does_more_between_layers_is_not_cut(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("gpt_neox", **SMALL)
+    model = HuggingFaceNetwork(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ConfigError, match=r"family gpt_neox cannot be cut.*gpt2, llama.*fsdp"):
+        assert model.shape
+
+
+def shell(folder: Path) -> HuggingFaceNetwork:
+    """A model without values."""
+    build_it = lambda: build(Spec(model_folder=str(folder)), **KEYS)  # noqa: E731
+    model = build_shell(build_it, 0, dtype=torch.float32, device="cpu")
+    assert isinstance(model, HuggingFaceNetwork)
+    return model
