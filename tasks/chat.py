@@ -9,7 +9,7 @@ import contextlib
 import sys
 
 from smolrun.config import RunConfig
-from smolrun.driver.serving_client import ChatClient, Message, connected
+from smolrun.driver.serving_client import CUT, ChatClient, Message, connected
 from smolrun.errors import SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, printable
@@ -49,7 +49,15 @@ class TerminalChat:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):  # editing and history of lines; not on Windows
                 import readline  # noqa: F401
+        else:  # bytes that are no text are refused line by line
+            with contextlib.suppress(AttributeError):  # a stdin of a test
+                sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         while (text := self._read()) is not None:
+            try:
+                text.encode()
+            except UnicodeError:
+                echo(f"smolrun: a line that is not {sys.stdin.encoding} is not sent", error=True)
+                continue
             if text.strip():
                 self._turn(text)
 
@@ -79,6 +87,8 @@ class TerminalChat:
             echo(f"\nsmolrun: {error}", error=True)
             return
         self._show("\n", False)
+        if self._client.was_cut:
+            echo(f"smolrun: {CUT}", error=True)
         self._messages.append({"role": "assistant", "content": said})
 
     def _show(self, text: str, is_thought: bool) -> None:

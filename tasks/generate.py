@@ -11,9 +11,9 @@ import os
 import sys
 
 from smolrun.config import RunConfig
-from smolrun.driver.serving_client import connected, prompt_or_refuse
+from smolrun.driver.serving_client import CUT, connected, prompt_or_refuse
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
-from smolrun.sanitize import printable
+from smolrun.sanitize import echo, printable
 from smolrun.tracking.console import Console
 
 
@@ -29,6 +29,8 @@ def drive(config: RunConfig) -> int:
                     if not is_thought:
                         write(text)
             write("\n")
+            if client.was_cut:
+                echo(f"smolrun: {CUT}", error=True)
     except KeyboardInterrupt:
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader has enough, such as `head`

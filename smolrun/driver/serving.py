@@ -41,13 +41,13 @@ from smolrun.estimate.serving_plan import (
     plan_for,
 )
 from smolrun.events import Event, Note
-from smolrun.files import read_json
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
+from smolrun.models.huggingface_folder import GENERATION_FILE, read_generation_config
 from smolrun.models.sampling import Sampling
 from smolrun.models.shape import completed_shape, model_bytes
 from smolrun.serving.access import AccessPolicy
@@ -337,19 +337,20 @@ class Draining(Subscriber):
 
 def sampling_defaults(serving: ServingConfig, folder: Path) -> Sampling:
     """How tokens are drawn where a request does not say: as configured, else as the model's
-    generation_config.json says, else by temperature 0.7."""
-    own: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        own = read_json(folder / "generation_config.json")
+    generation_config.json says, else by temperature 0.7. ConfigError where that file is damaged."""
+    own = read_generation_config(folder)
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {key: own.get(key) for key in keys if own.get("do_sample")}
-    values = {key: value for key, value in given.items() if isinstance(value, float | int)}
+    values = {key: value for key, value in given.items() if value is not None}
     values = {"temperature": 0.7} | values
     if serving.temperature != "auto":
         values["temperature"] = serving.temperature
     if serving.top_p != "auto":
         values["top_p"] = serving.top_p
-    return msgspec.convert(values, Sampling)
+    try:
+        return msgspec.convert(values, Sampling)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{folder / GENERATION_FILE}: {error}") from error
 
 
 def api_key(say: Callable[[str], None], *, is_terminal: bool) -> str:

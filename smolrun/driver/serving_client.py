@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,11 +20,12 @@ import httpx
 from smolrun.config import RunConfig
 from smolrun.driver.serving import ServingRun
 from smolrun.errors import ConfigError, SmolrunError
-from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.launch.supervisor_events import EXIT_STOPPED, RunOutcome
 from smolrun.tracking.run_folder import RunFolder
 
 Progress = Callable[[str, int, int], None]
 Message = dict[str, str]
+CUT = "the answer is cut, by serving.max_tokens or by the context of the model"
 KEY_VARIABLE = "SMOLRUN_API_KEY"
 _CONNECT_S = 10.0
 _SILENCE_S = 60.0  # a server that lives sends a comment more often
@@ -40,6 +42,7 @@ class ChatClient:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._request_fields = request_fields
         key = os.environ.get(KEY_VARIABLE)
+        self.was_cut = False  # the last answer, by serving.max_tokens or the context
         self._http = httpx.Client(
             timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S),
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -63,6 +66,7 @@ class ChatClient:
             **self._request_fields,
         }
         place = f"{self._url}/v1/chat/completions"
+        self.was_cut = False
         with self._errors(), self._http.stream("POST", place, json=body) as response:
             if response.is_error:
                 response.read()
@@ -71,7 +75,10 @@ class ChatClient:
                 if line == "data: [DONE]":
                     return
                 if line.startswith("data: "):
-                    yield from _pieces(json.loads(line.removeprefix("data: ")))
+                    event = json.loads(line.removeprefix("data: "))
+                    yield from _pieces(event)
+                    ends = [choice.get("finish_reason") for choice in event["choices"]]
+                    self.was_cut = self.was_cut or "length" in ends
             raise SmolrunError(f"{self._url} ended the answer without its end")
 
     def close(self) -> None:
@@ -137,6 +144,7 @@ def _own_server(
     serving = config.serving.model_copy(update={"port": 0, "bind": "127.0.0.1"})
     config = config.model_copy(update={"serving": serving})
     with (
+        _ended_by_signals(),
         tempfile.TemporaryDirectory(prefix="smolrun-", ignore_cleanup_errors=True) as place,
         ServingRun(config, say, progress) as run,
     ):
@@ -165,6 +173,27 @@ def _own_server(
                 with contextlib.suppress(OSError):
                     folder.ask_to_stop()
             thread.join(_END_S)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as an exception does: the server and its folder go
+    first."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # nothing interrupts that
+        raise SystemExit(EXIT_STOPPED)
+
+    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = [one for one in found if one and signal.getsignal(one) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, end) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _raise_end(ended: list[RunOutcome | BaseException]) -> None:

@@ -3,15 +3,19 @@
     driver   cache/parts/<sha256>/layer-3.safetensors     made once for a model and a type
     host     workdir/files/<sha256>/layer-3.safetensors   sent if it is not there yet
 
-A second start sends nothing, and another cut only what is missing.
+A second start sends nothing, and another cut only what is missing. The driver keeps the parts of
+the models that were served last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from smolrun.launch.remote.machine import Machine
 
 Progress = Callable[[str, int, int], None]
+_KEPT_MODELS = 3
+_YOUNG_S = 24 * 3600.0
 
 
 def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> ModelSource:
@@ -40,12 +46,15 @@ def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> Mo
     root = cache_folder("parts")
     listing = root / f"{_identity(source, dtype)}.json"
     parts = _read(listing, root)
-    if parts is None:
-        try:
+    try:
+        if parts is None:
             parts = _make(source, dtype, root, progress)
             atomic_write(listing, json.dumps(parts).encode())
-        except OSError as error:
-            raise DataError(f"the layers cannot be kept in {root}: {error}") from error
+        os.utime(listing)
+    except OSError as error:
+        raise DataError(f"the layers cannot be kept in {root}: {error}") from error
+    with contextlib.suppress(OSError):  # another driver may be doing the same
+        _prune(root)
     return msgspec.structs.replace(
         source, kind="parts", folder=str(root), family="smolrun", parts=parts, dtype=dtype
     )
@@ -103,6 +112,18 @@ def _read(listing: Path, root: Path) -> dict[str, str] | None:
         return None
     is_whole = all((root / key / name).is_file() for name, key in parts.items())
     return parts if is_whole else None
+
+
+def _prune(root: Path) -> None:
+    """Delete the parts that none of the models served last has; new ones may be in the making."""
+    listings = sorted(root.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in listings[_KEPT_MODELS:]:
+        path.unlink()
+    kept = {key for path in listings[:_KEPT_MODELS] for key in (_read(path, root) or {}).values()}
+    for folder in root.iterdir():
+        is_old = time.time() - folder.stat().st_mtime > _YOUNG_S
+        if folder.is_dir() and is_old and folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(

@@ -16,6 +16,7 @@ from smolrun.files import decode_json, read_json
 from smolrun.models.base import ModelSpec
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 # Any of these is a tokenizer; data.tokenizer makes a tokenizer.json of the older ones.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 WEIGHTS = "*.safetensors"
@@ -53,16 +54,31 @@ def fetched(folder: Path, name: str, *, needs_weights: bool) -> ModelFolder:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it is; raises ConfigError where it is missing or no JSON object."""
-    path = folder / CONFIG_FILE
     try:
-        config = read_json(path)
+        return _read_object(folder / CONFIG_FILE)
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a model folder: it has no {CONFIG_FILE}") from None
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json as it is, empty where there is none; raises ConfigError where it is no
+    JSON object."""
+    try:
+        return _read_object(folder / GENERATION_FILE)
+    except FileNotFoundError:
+        return {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise ConfigError(f"{path} is not a JSON object")
-    return config
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,13 +113,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """The ids of tokens that end a text: of generation_config.json and of config.json."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    """The ids of tokens that end a text: of generation_config.json and of config.json. Raises
+    ConfigError where they are no ids."""
     ids: set[int] = set()
-    for section in (generation, config):
+    for section in (read_generation_config(folder), config):
         value = section.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in listed):
+            raise ConfigError(f"{folder}: eos_token_id = {value!r} is not an id of a token")
+        ids.update(listed)
     return sorted(ids)
 
 

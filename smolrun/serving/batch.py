@@ -30,6 +30,11 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     logprobs: bool = False
     next_id: int | None = None
 
+    @property
+    def num_logprobs(self) -> int:
+        """Of a row with `logprobs`."""
+        return self.count - (self.next_id is None)
+
 
 class Fork(msgspec.Struct, frozen=True, array_like=True):
     """Copy the first `length` tokens of a slot into another one, before anything else."""

@@ -34,7 +34,7 @@ from smolrun.serving.pipeline import PipelineHead
 from smolrun.serving.scheduler import Scheduler
 
 _STATS_EVERY_S = 1.0
-# So long a chunk of a prompt may take on this rank: running answers wait for it, and so do
+# So long a chunk of a prompt may take on a stage: running answers wait for it, and so do
 # cancellations.
 _CHUNK_S = 0.15
 _FIRST_CHUNK_TOKENS = 64
@@ -63,6 +63,7 @@ class Engine:
         self._is_stopping = False
         scheduler.limit_chunks(_FIRST_CHUNK_TOKENS)
         self._chunk_tokens = float(scheduler.chunk_tokens)
+        self._started: dict[int, tuple[int, float]] = {}  # batches in flight: tokens, and when
 
     def submit(self, request: ToEngine) -> None:
         """A request or a cancellation."""
@@ -114,15 +115,19 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is None:
             return False
-        began = time.perf_counter()
+        self._started[batch.number] = (len(batch.token_ids), time.perf_counter())
         pipeline.start(batch, with_stats=self._are_stats_due() or batch.number == 0)
-        self._limit_chunks(len(batch.token_ids), time.perf_counter() - began)
         self._has_news = True
         return True
 
-    def _limit_chunks(self, tokens: int, seconds: float) -> None:
-        """Fit the size of chunks to the time that the last one took, each time half of the way."""
+    def _limit_chunks(self, number: int) -> None:
+        """Fit the size of chunks to the time that a batch took a stage, each time half of the way.
+
+        It waits for the batches before it, one a stage, so its time is that of the slowest stage as
+        many times as there are stages."""
+        tokens, began_s = self._started.pop(number)
         if tokens >= _MEASURED_TOKENS:
+            seconds = (time.perf_counter() - began_s) / self._scheduler.num_stages
             fitting = tokens * _CHUNK_S / seconds
             self._chunk_tokens += (fitting - self._chunk_tokens) / 2
             self._scheduler.limit_chunks(int(self._chunk_tokens))
@@ -156,6 +161,7 @@ class Engine:
             self._scheduler.cancel(event)
         elif isinstance(event, BatchResult):
             self._scheduler.update(event)
+            self._limit_chunks(event.number)
             self._stages = event.stages or self._stages
         elif event is _STOP:
             self._is_stopping = True

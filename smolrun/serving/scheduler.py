@@ -59,7 +59,7 @@ class Scheduler:
         one request always share its prompt."""
         self.slots = CacheSlots(slots, capacity)
         self._vocab_size = vocab_size
-        self._stages = stages
+        self.num_stages = stages
         self._most_chunk_tokens = max(chunk_tokens, slots)  # at least one for every prompt
         self._chunk_tokens = self._most_chunk_tokens
         self._prefix_reuse = prefix_reuse
@@ -181,7 +181,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next batch; None while there is nothing to run, or a batch in flight per stage."""
-        if len(self._in_flight) >= self._stages:
+        if len(self._in_flight) >= self.num_stages:
             return None
         forks, opened = self._admit()
         chosen = [*self._decoding(), *self._prefilling()]
@@ -231,7 +231,7 @@ class Scheduler:
     def _decoding(self) -> Iterable[tuple[Sequence, int]]:
         """A share of the sequences that have a new token, those that waited longest first."""
         after_prompt = [sequence for sequence in self._running if not sequence.is_prefilling]
-        share = -(-len(after_prompt) // self._stages)
+        share = -(-len(after_prompt) // self.num_stages)
         ready = [sequence for sequence in after_prompt if sequence.pending]
         ready.sort(key=lambda sequence: sequence.last_batch)
         # By slot: a stage computes the attention of neighbouring slots in one product.
@@ -281,8 +281,11 @@ class Scheduler:
         pairs = self._in_flight.pop(result.number)
         sampled = {one.slot: one for one in result.sampled}
         logprobs = {one.slot: one.values for one in result.prompt_logprobs}
-        if sampled.keys() != {row.slot for _, row in pairs if row.is_sampled} or any(
-            not 0 <= one.token_id < self._vocab_size for one in result.sampled
+        counts = {slot: len(values) for slot, values in logprobs.items()}
+        if (
+            sampled.keys() != {row.slot for _, row in pairs if row.is_sampled}
+            or any(not 0 <= one.token_id < self._vocab_size for one in result.sampled)
+            or counts != {row.slot: row.num_logprobs for _, row in pairs if row.logprobs}
         ):
             raise ProtocolError(f"the result of batch {result.number} does not fit it")
         for sequence, row in pairs:

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import pytest
@@ -362,6 +363,39 @@ def test_chunks_take_about_as_long_on_machines_of_any_speed(
     assert prefill(1000.0) == (pytest.approx(0.15, rel=0.1), pytest.approx(150, rel=0.1))
     assert prefill(100.0) == (pytest.approx(0.32), 32)  # fewer tokens would be less efficient
     assert prefill(1e6)[1] == 256
+
+
+def test_chunks_fit_the_stages_where_rank_0_holds_no_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two stages elsewhere compute 1,000 tokens per second each; starting a batch takes no time."""
+    scheduler = Scheduler(slots=2, capacity=3000, vocab_size=VOCAB, stages=2, chunk_tokens=256)
+    engine = Engine(scheduler, lambda message: None, max_message_bytes=10_000)
+    now, due = [0.0], [0.0, 0.0]  # of the stages, until they are done with what they have
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    flying: list[tuple[float, BatchResult]] = []
+    counts: list[int] = []
+
+    class Elsewhere:
+        def start(self, batch: Batch, *, with_stats: bool) -> None:
+            counts.append(len(batch.token_ids))
+            done = now[0]
+            for stage in (0, 1):
+                done = due[stage] = max(done, due[stage]) + len(batch.token_ids) / 1000
+            sampled = [Sampled(row.slot, 1) for row in batch.rows if row.is_sampled]
+            flying.append((done, BatchResult(batch.number, sampled)))
+
+    pipeline: Any = Elsewhere()
+    engine.submit(request("long", 2990, 1))
+    engine._take_events(pipeline, wait=False)
+    while scheduler.has_requests:
+        while engine._start_batch(pipeline):
+            pass
+        now[0], result = flying.pop(0)
+        engine.on_result(result)
+        engine._take_events(pipeline, wait=False)
+    assert counts[0] == 64
+    assert counts[-5] == pytest.approx(150, rel=0.1)
 
 
 def test_stopping_ends_every_request() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from smolrun.errors import ProtocolError
 from smolrun.models.sampling import Sampling
-from smolrun.serving.batch import Batch, BatchResult, Sampled
+from smolrun.serving.batch import Batch, BatchResult, PromptLogprobs, Sampled
 from smolrun.serving.cache_slots import CacheSlots, common_prefix
 from smolrun.serving.messages import Cancel, Finished, StepOutput, Submit
 from smolrun.serving.scheduler import Scheduler
@@ -257,10 +257,13 @@ def test_common_prefix(one: list[int], other: list[int]) -> None:
         BatchResult(0, []),
         BatchResult(0, [Sampled(3, 5)]),
         BatchResult(0, [Sampled(0, VOCAB)]),
+        BatchResult(0, [Sampled(0, 5)], [PromptLogprobs(0, [(-1.0, [])])]),
+        BatchResult(0, [Sampled(0, 5)], [PromptLogprobs(0, [(-1.0, [])] * 3)]),
+        BatchResult(0, [Sampled(0, 5)], [PromptLogprobs(1, [(-1.0, [])] * 2)]),
     ],
 )
 def test_a_result_must_be_that_of_its_batch(result: BatchResult) -> None:
-    run = run_of(1, 40, 1, 8, Submit("r", [20], 3))
+    run = run_of(1, 40, 1, 8, Submit("r", [20, 21, 22], 3, echo_logprobs=True))
     run.schedule()
     with pytest.raises(ProtocolError):
         run.scheduler.update(result)

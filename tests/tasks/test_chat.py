@@ -56,6 +56,32 @@ def test_a_running_server_is_asked_with_the_given_temperature_and_length(
     assert (submitted.sampling.temperature, submitted.max_tokens) == (0, 7)
 
 
+@pytest.mark.parametrize("task", ["task=chat", "task=generate"])
+def test_an_answer_that_is_cut_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, task: str
+) -> None:
+    with served(FakeEngine(says("A long answer.")), tmp_path) as server:
+        for tokens, is_cut in ((7, True), (100, False)):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Talk\n"))
+            words = [task, f"serving.url={server.url}", f"serving.max_tokens={tokens}"]
+            assert drive(compose(words)) == 0
+            said = capsys.readouterr()
+            assert said.out == f"{'A long answer.'[:tokens]}\n"
+            assert ("the answer is cut, by serving.max_tokens" in said.err) == is_cut
+
+
+def test_a_line_that_is_no_text_is_not_sent(
+    server: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nReally?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert drive(compose(["task=chat", f"serving.url={server.url}"])) == 0
+    said = capsys.readouterr()
+    assert said.out == "Fine.\n"
+    assert "smolrun: a line that is not utf-8 is not sent\n" in said.err
+    assert [bytes(one.prompt_ids).decode() for one in server.engine.submitted] == ["Really?"]
+
+
 def test_thoughts_are_no_part_of_what_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -14,6 +16,8 @@ from smolrun.driver.serving_client import prompt_or_refuse
 from smolrun.errors import ConfigError
 from smolrun.serving.text import Prompts
 from tests.tasks.served import model_in
+from tests.tasks.test_whole_runs import is_alive
+from tests.waiting import until
 
 PROMPT = "a, b (c) 'd' ${e} \n"
 
@@ -46,6 +50,33 @@ def test_it_writes_what_transformers_writes_and_nothing_else(tmp_path: Path) -> 
         assert done.stdout.replace("\r\n", "\n") == expected.replace("\r", "\n") + "\n"
         assert "loading the model" in done.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without telling it")
+@pytest.mark.timeout(220)
+def test_a_signal_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
+    model, place = model_in(tmp_path / "model"), tmp_path / "temporary"
+    place.mkdir()
+    words = ["model=hf", f"model.name={model}", "serving.max_tokens=8000", "cluster.threads=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smolrun.cli", "task=generate", "prompt=Talk", *words],
+        env={**os.environ, "TMPDIR": str(place)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.read(1)
+        (worker,) = psutil.Process(process.pid).children()
+        assert os.listdir(place)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert b"Traceback" not in said
+    assert os.listdir(place) == []
+    until(lambda: not is_alive(worker))
 
 
 def test_without_a_prompt_it_says_what_is_missing() -> None:

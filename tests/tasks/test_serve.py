@@ -17,8 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from smolrun.cli.compose import compose
 from smolrun.cli.run import drive
 from smolrun.data.chat_template import TEMPLATE_FILE
+from smolrun.driver.serving import ServingRun
 from smolrun.driver.serving_model import example
 from smolrun.errors import ConfigError, HostError
+from smolrun.launch.supervisor_events import RunOutcome
+from smolrun.serving.messages import Ready
 from smolrun.serving.source import source_of_folder
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
@@ -129,6 +132,47 @@ def test_a_model_without_one_of_its_files_is_refused(
     (broken / "model.safetensors").unlink()
     said = refused(monkeypatch, tmp_path, capsys, *choice(broken))
     assert "broken" in said and "safetensors" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[256]", "generation_config.json is not a JSON object"),
+        ("{", "generation_config.json cannot be read"),
+        ('{"eos_token_id": ["</s>"]}', "eos_token_id = ['</s>'] is not an id of a token"),
+        (
+            '{"do_sample": true, "top_k": "all"}',
+            "generation_config.json: Expected `int`, got `str`",
+        ),
+    ],
+)
+def test_a_damaged_generation_config_is_named(
+    tmp_path: Path,
+    model: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+    sentence: str,
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "models" / "broken")
+    (broken / "generation_config.json").write_text(content)
+    assert sentence in refused(monkeypatch, tmp_path, capsys, *choice(broken))
+
+
+def test_a_full_disk_ends_no_server(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(run: ServingRun, folder: RunFolder, *, on_ready: Any, **_: object) -> RunOutcome:
+        shutil.rmtree(folder.path)
+        on_ready(Ready(64, 512, 8))
+        return RunOutcome("stopped", 130)
+
+    monkeypatch.setattr(ServingRun, "serve", serve)
+    monkeypatch.chdir(tmp_path)
+    assert drive(compose(["task=serve", *choice(model)])) == 130
+    said = capsys.readouterr().out
+    assert "warning: summary.json cannot be written: " in said
+    assert " is served at http://127.0.0.1:" in said
 
 
 def test_a_host_that_cannot_be_equipped_is_in_the_summary(

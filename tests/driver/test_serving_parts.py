@@ -1,0 +1,65 @@
+"""The layers of a served model on the driver: made once, and kept for the models served last."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from smolrun.driver import serving_parts
+from smolrun.driver.serving_parts import needed_parts, parts_of
+from smolrun.serving.source import ModelSource, source_of_folder
+from tests.serving.references import save_model
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "parts"
+    place.mkdir()
+    monkeypatch.setattr(serving_parts, "cache_folder", lambda name: place)
+    monkeypatch.setattr(serving_parts.platformdirs, "user_cache_path", lambda name: tmp_path)
+    return place
+
+
+def source_in(folder: Path, width: int) -> ModelSource:
+    save_model(folder, "smollm", intermediate_size=width)
+    return source_of_folder(folder, folder.name)
+
+
+def folders_of(source: ModelSource, root: Path) -> list[bool]:
+    return [(root / key / name).is_file() for name, key in source.parts.items()]
+
+
+def unused(*_: object) -> None:
+    pass
+
+
+def test_parts_are_made_once_and_kept_for_the_models_served_last(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_parts, "_KEPT_MODELS", 2)
+    sources = [source_in(tmp_path / f"model{width}", width) for width in (32, 48, 64, 80)]
+    made = [parts_of(source, "float32", unused) for source in sources[:3]]
+    assert needed_parts(made[0], range(3, 4))[0] in made[0].parts
+    assert all(all(folders_of(one, root)) for one in made), "they may be in the making"
+    long_ago_s = time.time() - 2 * serving_parts._YOUNG_S
+    for folder in root.iterdir():
+        if folder.is_dir():
+            os.utime(folder, (long_ago_s, long_ago_s))
+    monkeypatch.setattr(serving_parts, "_make", lambda *_: pytest.fail("it is there"))
+    assert parts_of(sources[1], "float32", unused) == made[1]  # used now
+    assert not any(folders_of(made[0], root))
+    monkeypatch.undo()
+    assert all(folders_of(made[1], root)) and all(folders_of(made[2], root))
+    assert len(list(root.glob("*.json"))) == 2
+
+
+def test_a_model_whose_parts_are_gone_is_cut_again(tmp_path: Path, root: Path) -> None:
+    source = source_in(tmp_path / "model", 32)
+    made = parts_of(source, "bf16", unused)
+    name, key = next(iter(made.parts.items()))
+    (root / key / name).unlink()
+    assert parts_of(source, "bf16", unused) == made
+    assert all(folders_of(made, root))
