@@ -12,6 +12,7 @@ nothing of the control protocol: what it has to say goes to a function that it i
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ class Engine:
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._stages: list[StageStats] = []
-        self._stats_sent_s = 0.0
+        self._stages_asked_s = self._stats_sent_s = -math.inf
         self._has_news = False  # since statistics were sent
         self._is_stopping = False
         scheduler.limit_chunks(_FIRST_CHUNK_TOKENS)
@@ -116,7 +117,11 @@ class Engine:
         if batch is None:
             return False
         self._started[batch.number] = (len(batch.token_ids), time.perf_counter())
-        pipeline.start(batch, with_stats=self._are_stats_due() or batch.number == 0)
+        # By a clock of its own: `_report`, which comes first, would always have just sent them.
+        with_stats = _is_due(self._stages_asked_s)
+        if with_stats:
+            self._stages_asked_s = time.monotonic()
+        pipeline.start(batch, with_stats=with_stats)
         self._has_news = True
         return True
 
@@ -185,15 +190,16 @@ class Engine:
         """Send what has happened; with statistics about once a second, and when all is done."""
         output = self._scheduler.take_output()
         is_idle = not self._scheduler.has_requests
-        if self._has_news and (is_idle or self._are_stats_due()):
+        if self._has_news and (is_idle or _is_due(self._stats_sent_s)):
             stats = msgspec.structs.replace(self._scheduler.stats(), stages=self._stages)
             output = msgspec.structs.replace(output, stats=stats)
             self._stats_sent_s, self._has_news = time.monotonic(), False
         for part in split_output(output, self._max_message_bytes):
             self._send(part)
 
-    def _are_stats_due(self) -> bool:
-        return time.monotonic() - self._stats_sent_s >= _STATS_EVERY_S
+
+def _is_due(last_s: float) -> bool:
+    return time.monotonic() - last_s >= _STATS_EVERY_S
 
 
 def split_output(output: StepOutput, max_bytes: int) -> Iterator[StepOutput]:

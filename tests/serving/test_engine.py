@@ -177,6 +177,33 @@ def test_text_in_company_is_that_of_a_sequence_alone(stages: int, kind: str) -> 
     assert [stage.rank for stage in client.stats.stages] == list(range(stages))
 
 
+@pytest.mark.parametrize("stages", [1, 3])
+def test_figures_of_the_stages_are_fresh(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolrun.serving.engine._STATS_EVERY_S", 0.02)
+    run = FakeStage.run
+
+    def slow_run(*given: Any) -> Any:
+        time.sleep(0.005)
+        return run(*given)
+
+    monkeypatch.setattr(FakeStage, "run", slow_run)
+    seen: list[int] = []
+
+    def script(client: Client) -> None:
+        client.engine.submit(request("long", 10, 40))
+        while not client.finished:
+            client.take()
+            if client.stats:
+                seen.append(client.stats.stages[-1].tokens)
+
+    client = serve(script, stages=stages)
+    assert client.stats is not None
+    # All but those of the last batches, which are not asked for them.
+    assert all(30 <= stage.tokens <= 2 + 10 + 39 for stage in client.stats.stages)
+    assert all(stage.compute_s >= 0.1 for stage in client.stats.stages)
+    assert len(set(seen)) > 3
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_choices_share_the_prompt(stages: int) -> None:
     wanted = request("n", 30, 4, choices=6)  # more than there are slots

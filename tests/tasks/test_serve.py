@@ -94,8 +94,13 @@ def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
             server.worker(1).kill()
             rest = list(got)
         assert "rank 1" in rest[-1]["error"]["message"], rest[-1]
-        code, _, err = server.end()
+        code, out, err = server.end()
         assert code == 3
+        assert re.search(
+            r"pipeline: rank 0 \(local\) layers 0 to 1, \d+ MB of weights and \d+ MB of cache; "
+            r"rank 1 .*; the whole model has \d+ MB of weights\n",
+            out,
+        )
         assert "rank 1" in err and "local" in err
         told = server.summary()
         assert (told["status"], told["failed_rank"]) == ("failed", 1)
