@@ -76,6 +76,10 @@ class AlgorithmConfig(TargetConfig):
         """Equal parts that a global batch is cut into; None: shares in proportion to speed."""
         return None
 
+    def stage_advice(self, world_size: int, global_batch_size: int) -> str | None:
+        """What lets stages of a model wait less for each other; None where ranks hold no stages."""
+        return None
+
     def with_stage(self, stage: int) -> AlgorithmConfig | None:
         """The same algorithm with another sharding stage; None where it has no stages."""
         return None
@@ -342,6 +346,9 @@ class ModelParallelConfig(AlgorithmConfig):
     def can_delay_gradients(self) -> bool:
         return False  # a delay is allowed, but what travels is needed at once all the same
 
+    def stage_advice(self, world_size: int, global_batch_size: int) -> str | None:
+        return "try algorithm=mp_pipeline"
+
     def check_model(self, *, model: ModelConfig, world_size: int) -> Iterator[str]:
         """Only a decoder is cut, and every rank gets a layer."""
         if isinstance(model, MlpConfig):
@@ -375,6 +382,13 @@ class PipelineConfig(ModelParallelConfig):
     target: Literal["smolrun.algorithms.mp_pipeline:Pipeline"]  # type: ignore[assignment]
     schedule: Literal["1f1b", "gpipe"]
     micro_batches: Auto | Count
+
+    def stage_advice(self, world_size: int, global_batch_size: int) -> str | None:
+        is_auto = self.micro_batches == "auto"
+        count = 4 * world_size if is_auto else int(self.micro_batches)
+        if 2 * count <= global_batch_size:
+            return f"try algorithm.micro_batches={2 * count}"
+        return f"try training.global_batch_size={2 * global_batch_size}"
 
     def check_micro_batches(self, *, training: TrainingConfig) -> Iterator[str]:
         """None is without samples."""

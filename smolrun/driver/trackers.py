@@ -93,6 +93,7 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
         can_quantize=can_quantize(config),
         can_use_bf16=config.precision == "float32",
         is_lockstep=not algorithm.is_asynchronous,
+        stage_advice=algorithm.stage_advice(world_size(config), config.training.global_batch_size),
     )
     return TimeReport(setup, say)
 

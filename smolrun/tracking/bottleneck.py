@@ -43,6 +43,8 @@ class RunSetup:
     can_quantize: bool = False  # gradients travel as they are, and need not
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
     is_lockstep: bool = True  # else no rank waits for the slowest one
+    # What lets stages of a model wait less for each other; None: ranks hold no stages.
+    stage_advice: str | None = None
 
 
 @dataclass
@@ -193,7 +195,10 @@ def _slow(sums: TimeSums) -> tuple[int | None, float]:
 
 def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
     parts = [(found.computing, "computing"), (found.waiting, _waiting(found, setup))]
-    parts += [(found.network, _network(found)), (found.other, "other (data, evaluation, saving)")]
+    parts += [
+        (found.network, _network(found, setup)),
+        (found.other, "other (data, evaluation, saving)"),
+    ]
     shares = [f"{share:.0%}".replace("%", " %") + f" {what}" for share, what in parts]
     said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
     advice = _advice(found, setup)
@@ -208,8 +213,9 @@ def _waiting(found: Bottleneck, setup: RunSetup) -> str:
     return f"waiting for {who} ({found.slow_factor:.1f}x slower)"
 
 
-def _network(found: Bottleneck) -> str:
-    return f"network ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
+def _network(found: Bottleneck, setup: RunSetup) -> str:
+    what = "network" if setup.stage_advice is None else "waiting for other stages and the network"
+    return f"{what} ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
 
 
 def _advice(found: Bottleneck, setup: RunSetup) -> str:
@@ -220,6 +226,8 @@ def _advice(found: Bottleneck, setup: RunSetup) -> str:
         return f"{names}: throttled by the machine itself{heat}; cool it, or check its power"
     if found.waiting >= max(_WORTH, found.network) and found.slow_rank is not None:
         return _advice_for_slow(found, found.slow_rank, setup)
+    if found.network >= _WORTH and setup.stage_advice is not None:
+        return setup.stage_advice
     if found.network >= _WORTH:
         can_hide = setup.staleness == 0 and found.network <= found.computing
         if setup.can_quantize and not can_hide:
@@ -240,7 +248,7 @@ def _advice_for_slow(found: Bottleneck, rank: int, setup: RunSetup) -> str:
         return f"try {key}={setup.speeds[rank] / found.slow_factor:.2g}"
     size = len(setup.hosts)
     gain = found.slow_factor * (size - 1) / size  # the others would share its work
-    if gain >= _SLOW:
+    if gain >= _SLOW and setup.stage_advice is None:
         return f"without it the others would be about {gain:.1f}x as fast"
     return ""
 

@@ -162,6 +162,22 @@ def test_what_stages_refuse(overrides: list[str], why: str) -> None:
             compose([f"algorithm={algorithm}", *overrides])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["algorithm=fsdp"], None),
+        (["algorithm=mp"], "try algorithm=mp_pipeline"),
+        (["algorithm=mp_pipeline"], "try algorithm.micro_batches=24"),
+        (
+            ["algorithm=mp_pipeline", "algorithm.micro_batches=20"],
+            "try training.global_batch_size=64",
+        ),
+    ],
+)
+def test_what_stages_are_advised(overrides: list[str], advice: str | None) -> None:
+    assert compose(overrides).algorithm.stage_advice(3, 32) == advice
+
+
 def test_a_micro_batch_has_a_sample() -> None:
     few = ["algorithm=mp_pipeline", "training.global_batch_size=8"]
     assert compose([*few, "algorithm.micro_batches=8"])

@@ -140,6 +140,16 @@ def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
     )
 
 
+def test_stages_wait_for_each_other_and_get_advice_of_their_own() -> None:
+    where = setup(["a", "b"], staleness=None, stage_advice="try algorithm.micro_batches=16")
+    found = verdict([(1.0, 1.0), (1.0, 1.0)], where, step_s=2.0)
+    assert "50 % waiting for other stages and the network" in found.line
+    assert found.advice == "try algorithm.micro_batches=16"
+    slow = verdict([(1.0, 1.5), (2.5, 0.0)], where, step_s=2.5)
+    assert "waiting for rank 1 on b (2.5x slower)" in slow.line
+    assert slow.advice == "", "no rank of a pipeline can be left out"
+
+
 def test_computing_is_what_it_should_be() -> None:
     found = verdict([(1.0, 0.02)], setup(["local"]), step_s=1.02)
     assert found.advice == ""
