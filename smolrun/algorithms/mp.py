@@ -53,7 +53,8 @@ class ModelParallel(Single):
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
         self.logits_index = self.stages - 1
         self.seed_words = (self.stage,) if self.stage else ()  # stages draw differently
-        self.links = StageLinks(context.mesh, self.clock, context.precision.parameters)
+        dtype = context.precision.parameters  # of hidden states, also under autocast
+        self.links = StageLinks(context.mesh, self.clock, dtype, context.quantization)
 
     def place(self, model: nn.Module) -> None:
         """Keeps this rank's stage of the model, and gives it its first values."""

@@ -25,7 +25,7 @@ from smolrun.config.cluster import ClusterConfig
 from smolrun.config.data import DataConfig
 from smolrun.config.models import DecoderConfig, MlpConfig, ModelConfig
 from smolrun.config.optimizers import Optimizer
-from smolrun.config.settings import QuantizationConfig, StalenessConfig, TrainingConfig
+from smolrun.config.settings import StalenessConfig, TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
 from smolrun.config.suggest import problem
 
@@ -335,6 +335,7 @@ class EDPConfig(_ParameterServerConfig):
 class ModelParallelConfig(AlgorithmConfig):
     """Every rank holds a stage of layers; a batch goes through all of them and back."""
 
+    quantizes_gradients: ClassVar[bool] = True  # of hidden states, and hidden states themselves
     target: Literal["smolrun.algorithms.mp:ModelParallel"]
     layers: list[list[int]] | None
 
@@ -364,13 +365,6 @@ class ModelParallelConfig(AlgorithmConfig):
         """There are none to compare."""
         if training.check_replicas:
             yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
-
-    def check_quantization(self, *, quantization: QuantizationConfig) -> Iterator[str]:
-        """Gradients of parameters stay where they are."""
-        if quantization.kind != "none":
-            what = f"algorithm={self.name} sends no gradients of parameters"
-            allowed = "none, or algorithm=classicdp"
-            yield problem("quantization.kind", quantization.kind, what, allowed=allowed)
 
     def sharding(self, sizes: RankSizes) -> Sharding:
         return Sharding(3, 1 / sizes.world_size)

@@ -12,6 +12,7 @@ Knows nothing of models and schedules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import OperationCounter, Stream
+from smolrun.parts.quantization import Quantization
 from smolrun.parts.step_clock import StepClock
 
 ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
@@ -27,39 +29,50 @@ ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
 
 @dataclass(frozen=True)
 class PendingReceive:
-    """A tensor that is on its way into `values`, on the CPU."""
+    """A tensor of `shape` that is on its way, encoded, into `wire` on the CPU."""
 
-    values: Tensor
+    shape: tuple[int, ...]
+    wire: Tensor
     work: Work
 
 
 class StageLinks:
-    """Sends to and receives from the stages before and after this one; numbers in `dtype`."""
+    """Sends to and receives from the stages before and after this one. Numbers in `dtype` travel as
+    they are, or in fewer bits; what rounding takes away is lost, as no other tensor could make up
+    for it: the next one is of other samples."""
 
-    def __init__(self, mesh: Mesh, clock: StepClock, dtype: torch.dtype) -> None:
+    def __init__(
+        self, mesh: Mesh, clock: StepClock, dtype: torch.dtype, quantization: Quantization
+    ) -> None:
         self._mesh, self._clock, self._dtype = mesh, clock, dtype
+        self._quantizer = quantization.quantizer()
+        self._working_dtype = quantization.working_dtype(dtype)
         self._sent: list[Work] = []
         self._next_sent = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
         self._next_received = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
 
     def post(self, kind: Stream, source: int, shape: Sequence[int]) -> PendingReceive:
         """Starts to receive the next tensor of a kind from rank `source`; never blocks."""
-        values = torch.empty(*shape, dtype=self._dtype)
+        size = self._quantizer.wire_bytes(math.prod(shape), self._working_dtype)
+        wire = torch.empty(size, dtype=torch.uint8)
         tag = self._next_received[kind].take()
-        return PendingReceive(values, self._mesh.recv(source, tag, values))
+        return PendingReceive(tuple(shape), wire, self._mesh.recv(source, tag, wire))
 
     def take(self, pending: PendingReceive | None) -> Tensor | None:
         """The tensor, on the CPU; blocks until it is there. None of nothing."""
         if pending is None:
             return None
         self._clock.wait(pending.work)
-        return pending.values
+        values = torch.empty(pending.shape, dtype=self._working_dtype)
+        self._quantizer.decode(pending.wire, values.view(-1))
+        return values.to(self._dtype)
 
     def send(self, kind: Stream, target: int, tensor: Tensor) -> None:
-        """Starts to send a tensor, which must not change until `finish`; never blocks."""
+        """Starts to send a tensor; never blocks."""
         self._clock.before_send()
-        values = tensor.detach().to("cpu", self._dtype).contiguous()
-        self._sent.append(self._mesh.send(target, self._next_sent[kind].take(), values))
+        flat = tensor.detach().to("cpu", self._working_dtype).contiguous().view(-1)
+        wire = self._quantizer.encode(flat)
+        self._sent.append(self._mesh.send(target, self._next_sent[kind].take(), wire))
 
     def finish(self) -> None:
         """Blocks until everything is sent."""

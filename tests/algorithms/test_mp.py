@@ -18,6 +18,7 @@ from smolrun.mesh.mesh import Mesh
 from smolrun.models.huggingface import build
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
+from smolrun.parts.quantization import Quantization
 from smolrun.testing import run_ranks
 from tests.algorithms import worlds
 from tests.algorithms.test_fsdp_saved import worst
@@ -114,6 +115,17 @@ def test_it_learns_in_half_precision(algorithm: str, precision: str) -> None:
     reference = train("single", "tied", 1, precision=precision)[0]
     for trace in train(algorithm, "tied", 3, precision=precision):
         assert trace.losses == pytest.approx(reference.losses, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16_params"])
+@pytest.mark.parametrize("kind", ["int8", "bf16", "fp16"])
+@EACH
+def test_hidden_states_travel_in_fewer_bits(algorithm: str, kind: str, precision: str) -> None:
+    plain = train(algorithm, "decoder", 3, precision=precision)[0]
+    more = {"quantization": Quantization(kind)}
+    for trace in train(algorithm, "decoder", 3, precision=precision, more=more):
+        assert trace.losses == pytest.approx(plain.losses, rel=0.02)
+        assert precision != "float32" or trace.losses != plain.losses, "rounding is there"
 
 
 # -- checkpoints ----

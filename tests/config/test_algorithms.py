@@ -153,7 +153,6 @@ def test_what_syncps_allows(overrides: list[str]) -> None:
         (["model=mlp", "data=digits"], "model = mlp: algorithm=mp cuts .* algorithm=fsdp"),
         (["cluster.ranks=5"], "model.layers = 3: too few for 5 ranks.*at most 3 ranks"),
         (["training.check_replicas=true"], "every layer on one rank only"),
-        (["quantization=int8"], "quantization.kind = int8: .* no gradients of parameters"),
     ],
 )
 def test_what_stages_refuse(overrides: list[str], why: str) -> None:
