@@ -3,7 +3,7 @@
     opened -- no whole header within header_timeout_s --> 408, closed
     idle   -- more than max_connections are open -------> the one that is idle longest is closed
     busy   -- none is idle -----------------------------> the new one is answered 503
-    sending -- the client takes nothing for write_timeout_s --> aborted
+    sending -- what waits for the client is not taken within write_timeout_s --> aborted
 
 So connections that send nothing, or read nothing, keep no one else out.
 """
@@ -27,7 +27,8 @@ _LINGER_S = 2.0
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Of all connections together, and of each. `write_timeout_s` is without any progress."""
+    """Of all connections together, and of each. `write_timeout_s`: for a client to take most of
+    what waits for it, once that is more than asyncio's 64 KiB."""
 
     max_connections: int = 256
     header_timeout_s: float = 10.0
@@ -51,7 +52,7 @@ class LimitedConnection(H11Protocol):
     def __init__(self, *, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._limits = limits
-        self._opened_at = 0.0
+        self._idle_since = 0.0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_ending = False
@@ -68,7 +69,7 @@ class LimitedConnection(H11Protocol):
         # asyncio does it only for sockets made with this protocol number. Without it a small event
         # after another waits for the client's delayed ACK, 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._opened_at = self.loop.time()
+        self._idle_since = self.loop.time()
         self._await_header()
         # A connection that is being closed leaves the set only later.
         is_open = [c for c in self.connections if not c.transport.is_closing()]
@@ -77,9 +78,14 @@ class LimitedConnection(H11Protocol):
         others = [c for c in is_open if isinstance(c, LimitedConnection) and c is not self]
         idle = [other for other in others if other.is_idle]
         if idle:
-            min(idle, key=lambda other: other._opened_at).transport.close()
+            min(idle, key=lambda other: other._idle_since).transport.close()
         else:
             self.app = _refuse
+
+    def on_response_complete(self) -> None:
+        """It is idle from now on, until another request comes."""
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing may be left that fires later."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from smolrun.serving.access import AccessPolicy
@@ -87,6 +91,48 @@ def test_an_abandoned_prefill_is_cancelled(tmp_path: Path):
         until(server.is_at_rest)
 
 
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.soak)])
+def test_disconnects_at_any_moment_leave_nothing(tmp_path: Path, rounds: int):
+    """20 a round; the long test measures as well, on a machine with nothing else to do."""
+    engine = FakeEngine(says("x" * 50), step_s=0.01, slots=8)
+    dice = random.Random(1)
+    process = psutil.Process()
+
+    async def leave(server: Served, stream: bool) -> None:
+        """Ask, and leave at any moment: before, during or after the answer."""
+        request = raw_request({"stream": stream})
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request[: dice.choice([5, len(request) - 3, len(request), len(request)])])
+        await writer.drain()
+        await asyncio.sleep(dice.random() * 0.3)
+        if dice.random() < 0.3:
+            writer.transport.abort()
+        writer.close()
+
+    async def crowd(server: Served) -> None:
+        for _ in range(rounds):
+            await asyncio.gather(*(leave(server, dice.random() < 0.5) for _ in range(20)))
+
+    with served(engine, tmp_path) as server:
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        asyncio.run(crowd(server))
+        begun = time.monotonic()
+        until(server.is_at_rest)
+        rested_s = time.monotonic() - begun
+        text = server.client.get("/metrics").text
+        assert "\nsmolrun_requests_open 0.0\n" in text
+        assert "\nsmolrun_requests_running 0.0\n" in text
+        assert "\nsmolrun_requests_waiting 0.0\n" in text
+        if before:
+            until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+        if rounds == 50:
+            print(f"{1000 * rested_s:.0f} ms after the last one left")
+            assert rested_s <= 0.5
+            used = sum(process.cpu_times()[:2])
+            time.sleep(2.0)
+            assert sum(process.cpu_times()[:2]) - used < 0.4  # it rests
+
+
 def test_connections_that_send_nothing_keep_nobody_out(tmp_path: Path):
     limits = ConnectionLimits(max_connections=100)
     with served(FakeEngine(echoes), tmp_path, limits=limits) as server, ExitStack() as stack:
@@ -102,6 +148,22 @@ def test_connections_that_send_nothing_keep_nobody_out(tmp_path: Path):
             except BlockingIOError:
                 pass
         assert closed >= 100  # the oldest had to go, the newest are still there
+
+
+def test_the_connection_that_is_idle_longest_is_closed_not_the_oldest(tmp_path: Path):
+    limits = ConnectionLimits(max_connections=10)
+    with served(FakeEngine(echoes), tmp_path, limits=limits) as server, ExitStack() as stack:
+        used = stack.enter_context(server.connected())
+        for _ in range(5):
+            for _ in range(6):
+                stack.enter_context(server.connected())
+            used.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                part = used.recv(4096)
+                assert part, "closed"
+                answer += part
+            assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_one_connection_too_many_is_told_so_when_all_are_busy(tmp_path: Path):
@@ -151,7 +213,8 @@ def test_a_request_that_comes_a_byte_at_a_time_is_given_up(tmp_path: Path):
             assert one_byte_at_a_time(connection, body).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_client_that_reads_nothing_holds_nobody(tmp_path: Path):
+@pytest.mark.parametrize("reads", [False, True], ids=["nothing", "a byte at a time"])
+def test_a_client_that_hardly_reads_holds_nobody(tmp_path: Path, reads: bool):
     engine = FakeEngine(lambda submit, _: b"x" * submit.max_tokens, slots=2)
     engine.max_sequence_length = 10_000
     limits = ConnectionLimits(write_timeout_s=0.5)
@@ -161,7 +224,54 @@ def test_a_client_that_reads_nothing_holds_nobody(tmp_path: Path):
         until(lambda: server.engine.load == 1)
         for _ in range(3):
             assert server.chat(max_tokens=3).json()["usage"]["completion_tokens"] == 3
-        until(server.is_at_rest)  # nothing was read, and the connection was given up
+
+        def is_given_up() -> bool:
+            with suppress(ConnectionError):  # it has been given up just now
+                assert not reads or connection.recv(1)
+            return server.is_at_rest()
+
+        until(is_given_up)
+
+
+def test_a_long_prompt_that_is_being_encoded_holds_nobody(tmp_path: Path):
+    with served(slow(), tmp_path) as server, lines_of(server) as answer:
+        lines, encode = answer.iter_lines(), server.service.prompts.text
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def slowly(text: str) -> list[int]:
+            has_begun.set()
+            assert may_end.wait(SOON_S)
+            return encode(text)
+
+        server.service.prompts.text = slowly  # type: ignore[method-assign]
+        body = {"model": "fake", "prompt": "a" * 3000}
+        with httpx.Client(base_url=server.url, timeout=SOON_S) as other:
+            results: list[int] = []
+            long = threading.Thread(
+                target=lambda: results.append(other.post("/v1/completions", json=body).status_code)
+            )
+            long.start()
+            assert has_begun.wait(SOON_S)
+            assert server.client.get("/healthz").status_code == 200
+            for _ in range(20):
+                assert next(lines) is not None
+            assert not results
+            may_end.set()
+            long.join(SOON_S)
+        assert results == [400]  # it was too long
+
+
+def test_bodies_that_come_in_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smolrun.serving.access._BODIES_BYTES", 1000)
+    with served(FakeEngine(echoes), tmp_path) as server:
+        with server.connected() as connection:
+            connection.sendall(raw_request({"user": "x" * 2000})[:-5])
+            until(lambda: server.chat().status_code == 503)
+            answer = server.chat()
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "queue_full"
+            assert server.client.get("/healthz").status_code == 200
+        until(lambda: server.chat().status_code == 200)
 
 
 def test_the_server_answers_while_all_slots_work(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,35 @@ def test_without_a_seed_every_request_has_its_own(echo: Served):
     echo.chat()
     one, other = [submit.sampling.seed for submit in echo.engine.submitted[-2:]]
     assert one != other
+
+
+def test_usage_is_what_the_engine_did_and_what_is_measured(tmp_path: Path):
+    def counted(name: str) -> float:
+        text = server.client.get("/metrics").text
+        return float(re.findall(rf"^smolrun_{name}_total (\S+)$", text, re.MULTILINE)[0])
+
+    with served(FakeEngine(echoes, prefill_steps=1), tmp_path) as server:
+        engine = server.engine
+        for stream in (False, True):
+            for ask in (
+                lambda **more: server.chat("Grüße €", **more),
+                lambda **more: server.chat("Grüße €", n=3, max_tokens=2, **more),
+                lambda **more: server.chat("ab", logprobs=True, stop_token_ids=[98], **more),
+                lambda **more: server.complete(["ab", "€"], n=2, echo=True, logprobs=1, **more),
+                lambda **more: server.complete([1, 2, 0xE2], max_tokens=3, **more),
+            ):
+                done, generated = len(engine.submitted), engine.generated
+                before = counted("prompt_tokens"), counted("generated_tokens")
+                more: dict[str, Any] = {"stream": stream}
+                more |= {"stream_options": {"include_usage": True}} if stream else {}
+                answer = ask(**more)
+                usage = (events(answer.text)[-1] if stream else answer.json())["usage"]
+                prompts = sum(len(one.prompt_ids) for one in engine.submitted[done:])
+                assert usage["prompt_tokens"] == prompts
+                assert usage["completion_tokens"] == engine.generated - generated > 0
+                assert usage["total_tokens"] == prompts + engine.generated - generated
+                after = counted("prompt_tokens"), counted("generated_tokens")
+                assert after == (before[0] + prompts, before[1] + usage["completion_tokens"])
 
 
 def test_text_completions_of_texts_and_of_token_ids(echo: Served):

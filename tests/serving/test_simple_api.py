@@ -37,8 +37,26 @@ def test_query_answers_as_a_whole(echo: Served):
     assert answer["generated_text"] == "ab" and answer["success"] is True
     sampling = echo.engine.submitted[-1].sampling
     assert (sampling.temperature, sampling.top_k) == (0, 5)
-    wrong = echo.client.post("/query", json={"text": 5})
-    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "text"
+
+
+@pytest.mark.parametrize("path", ["/chat", "/query"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("text", 5),
+        ("text", None),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("temperature", -0.5),
+        ("top_p", 2),
+        ("top_k", -2),
+        ("seed", "1"),
+        ("decoding_strategy", "beam"),
+    ],
+)
+def test_a_wrong_field_is_named(echo: Served, path: str, field: str, value: object):
+    wrong = echo.client.post(path, json={"text": "Hi", field: value})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == field
 
 
 def test_config_and_health(echo: Served):
