@@ -17,7 +17,7 @@ Wolf, "Using the Output Embedding to Improve Language Models", 2017 (tied embedd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ from smolrun.errors import ConfigError
 from smolrun.models.base import StagedModel
 from smolrun.models.shape import model_bytes
 from smolrun.parts.norms import combine_norms, layer_of
+from smolrun.parts.optimizer_state import shapes_of
 from smolrun.parts.placement import DataCoordinates, checked_layers, cut
+from smolrun.parts.precision import Precision
 from smolrun.parts.replicas import model_tensors
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
 
-# Weights, gradients, and as much state as the heaviest optimizer has.
-_STATE_COPIES = 4
 _CAN_BE_CUT = "smolrun's decoders (model=gpt_tiny, ...), and gpt2, llama, qwen by model=hf,"
 
 
@@ -58,16 +58,22 @@ class ModelParallel(Single):
 
     def place(self, model: nn.Module) -> None:
         """Keeps this rank's stage of the model, and gives it its first values."""
-        if not isinstance(model, StagedModel):
-            raise ConfigError(
-                f"{type(model).__name__} cannot be cut between its layers; {_CAN_BE_CUT} can"
-            )
+        context = self.context
+        layers = cut_layers(
+            model,
+            self._layers,
+            self.stages,
+            precision=context.precision,
+            copies=copies_held(context.make_optimizer, context.precision, context.staleness),
+            speeds=context.speeds,
+            memory_bytes=context.memory_bytes,
+        )
+        assert isinstance(model, StagedModel), "else there is no cut"
         self.width, tied = model.shape.width, model.tied_parameter
         self._whole = {
             name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
             for name, tensor in model_tensors(model)
         }
-        layers = cut_layers(model, self.context, self._layers, self.stages)
         model.keep_stage(layers[self.stage], self.is_first, self.is_last)
         for name, parameter in model.named_parameters():
             value = self.context.first_value(model, name, parameter)
@@ -200,15 +206,36 @@ def trained_names(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     return [name for name, parameter in named if parameter.requires_grad]
 
 
+def copies_held(
+    make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    precision: Precision,
+    staleness: int,
+) -> int:
+    """How often a rank has memory for its weights: themselves, gradients, state of the
+    optimizer."""
+    weight = nn.Parameter(torch.empty(2, 2, dtype=precision.parameters))
+    state = shapes_of(make_optimizer([("weight", weight)]), weight)
+    return 2 + staleness + sum(shape == tuple(weight.shape) for shape in state.values())
+
+
 def cut_layers(
-    model: StagedModel,
-    context: Context,
+    model: nn.Module,
     layers: Sequence[Sequence[int]] | None,
     num_stages: int,
+    *,
+    precision: Precision,
+    copies: int,
+    speeds: Sequence[float] = (),
+    memory_bytes: Sequence[float] = (),
 ) -> list[range]:
     """The layers of every stage: as given, or so that the slowest stage is as fast as possible and
-    every stage fits into its rank's memory. ConfigError where that cannot be."""
-    sizes = model_bytes(model.shape, model.vocab_size, context.precision.parameters.itemsize)
+    every stage fits into its rank's memory. `copies` is `copies_held`; no speeds: all alike; no
+    bytes: without limit. ConfigError where that cannot be."""
+    if not isinstance(model, StagedModel):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be cut between its layers; {_CAN_BE_CUT} can"
+        )
+    sizes = model_bytes(model.shape, model.vocab_size, precision.parameters.itemsize)
     if num_stages > sizes.layers:
         raise ConfigError(
             f"the model has {sizes.layers} layers, too few for {num_stages} ranks: every rank "
@@ -225,19 +252,18 @@ def cut_layers(
     # Products with a layer's matrices are what takes time; rows of an embedding are looked up.
     costs = [float(sizes.layer)] * sizes.layers
     costs[-1] += sizes.head
-    copies = _STATE_COPIES + context.staleness
     held = [float(copies * sizes.layer)] * sizes.layers
     held[0] += copies * sizes.embedding
     held[-1] += copies * sizes.head
     found = cut(
         costs,
-        context.speeds or [1.0] * num_stages,
+        speeds or [1.0] * num_stages,
         sizes=held,
-        limits=context.memory_bytes or None,
+        limits=memory_bytes or None,
         shared_size=copies * sizes.shared,
     )
     if found is None:
-        free = ", ".join(f"{limit / 2**30:.1f} GB" for limit in context.memory_bytes)
+        free = ", ".join(f"{limit / 2**30:.1f} GB" for limit in memory_bytes)
         raise ConfigError(
             f"the model needs {copies * sizes.weights / 2**30:.1f} GB for weights, gradients and "
             f"optimizer, and no cut fits the ranks' memory_gb ({free}); add hosts, or take "

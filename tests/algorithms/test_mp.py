@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from smolrun.algorithms.mp import ModelParallel, cut_layers
+from smolrun.algorithms.mp import ModelParallel, copies_held, cut_layers
 from smolrun.algorithms.mp_pipeline import Pipeline
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.huggingface import build
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
+from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.testing import run_ranks
+from smolrun.training.optimizer import make_optimizer
 from tests.algorithms import worlds
 from tests.algorithms.test_fsdp_saved import worst
 from tests.algorithms.test_saved import STEPS, run_part, same
@@ -165,14 +167,8 @@ def test_any_other_algorithm_goes_on_from_it_and_it_from_them(
 
 
 def cut_for(num_stages: int, layers: Any = None, **more: Any) -> list[range]:
-    found: list[list[range]] = []
-
-    def rank_main(mesh: Mesh) -> None:
-        context = dataclasses.replace(worlds.context(mesh, "float64", "adamw", 0), **more)
-        found.append(cut_layers(worlds.decoder(6), context, layers, num_stages))
-
-    run_ranks(1, rank_main)
-    return found[0]
+    precision = PRECISIONS["float64"]
+    return cut_layers(worlds.decoder(6), layers, num_stages, precision=precision, copies=4, **more)
 
 
 def test_the_cut_follows_speeds_and_memory() -> None:
@@ -180,6 +176,22 @@ def test_the_cut_follows_speeds_and_memory() -> None:
     assert cut_for(2, speeds=(2.0, 1.0)) == [range(4), range(4, 6)]
     layer = 8 * 4 * sum(p.numel() for p in worlds.decoder(6).blocks["0"].parameters())
     assert cut_for(2, speeds=(2.0, 1.0), memory_bytes=(3.5 * layer, 1e12))[0] == range(3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "staleness", "copies"),
+    [
+        ("adamw", "float32", 0, 4),
+        ("adamw", "bf16_params", 2, 6),
+        ("lion", "float32", 0, 3),
+        ("adafactor", "float32", 0, 2),
+    ],
+)
+def test_what_a_rank_holds_of_a_weight(
+    optimizer: str, precision: str, staleness: int, copies: int
+) -> None:
+    make = functools.partial(make_optimizer, name=optimizer)
+    assert copies_held(make, PRECISIONS[precision], staleness) == copies
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_cuts_that_cannot_be(stages: int, layers: Any, more: dict[str, Any], why
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"Sequential cannot be cut .* model=gpt_tiny"):
+    with pytest.raises(ConfigError, match=r"Sequential cannot be cut .*model=gpt_tiny"):
         run_ranks(2, lambda mesh: placed(mesh, worlds.mlp()))
 
 
