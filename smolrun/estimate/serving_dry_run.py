@@ -64,7 +64,8 @@ def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[Ser
         here = machine_memory().available if host.ssh is None else math.inf
         memory = host.memory_gb * 2**30 if host.memory_gb else here
         speed = host.speed if isinstance(host.speed, float | int) else 1.0
-        speed = host.emulate.compute if host.emulate else speed
+        if host.emulate and host.ssh is None:
+            speed = host.emulate.compute
         places.append(
             ServingRank(
                 host=rank.host,
