@@ -17,28 +17,23 @@ Wolf, "Using the Output Embedding to Improve Language Models", 2017 (tied embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Context, PendingUpdate
 from smolrun.algorithms.contract import loss_sum
+from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.single import Single
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
-from smolrun.errors import ConfigError
 from smolrun.models.base import StagedModel
-from smolrun.models.shape import model_bytes
 from smolrun.parts.norms import combine_norms, layer_of
-from smolrun.parts.optimizer_state import shapes_of
-from smolrun.parts.placement import DataCoordinates, checked_layers, cut
-from smolrun.parts.precision import Precision
+from smolrun.parts.placement import DataCoordinates
 from smolrun.parts.replicas import model_tensors
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
-
-_CAN_BE_CUT = "smolrun's decoders (model=gpt_tiny, ...), and gpt2, llama, qwen by model=hf,"
 
 
 class ModelParallel(Single):
@@ -69,6 +64,9 @@ class ModelParallel(Single):
             memory_bytes=context.memory_bytes,
         )
         assert isinstance(model, StagedModel), "else there is no cut"
+        if self.is_first and not self.is_last:
+            each = ", ".join(f"{stage.start} to {stage.stop - 1}" for stage in layers)
+            self.placed = f"layers of the ranks: {each}"
         self.width, tied = model.shape.width, model.tied_parameter
         self._whole = {
             name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
@@ -204,73 +202,3 @@ class ModelParallel(Single):
 def trained_names(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Of the parameters that are trained."""
     return [name for name, parameter in named if parameter.requires_grad]
-
-
-def copies_held(
-    make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-    precision: Precision,
-    staleness: int,
-) -> int:
-    """How often a rank has memory for its weights: themselves, gradients, state of the
-    optimizer."""
-    weight = nn.Parameter(torch.empty(2, 2, dtype=precision.parameters))
-    state = shapes_of(make_optimizer([("weight", weight)]), weight)
-    return 2 + staleness + sum(shape == tuple(weight.shape) for shape in state.values())
-
-
-def cut_layers(
-    model: nn.Module,
-    layers: Sequence[Sequence[int]] | None,
-    num_stages: int,
-    *,
-    precision: Precision,
-    copies: int,
-    speeds: Sequence[float] = (),
-    memory_bytes: Sequence[float] = (),
-) -> list[range]:
-    """The layers of every stage: as given, or so that the slowest stage is as fast as possible and
-    every stage fits into its rank's memory. `copies` is `copies_held`; no speeds: all alike; no
-    bytes: without limit. ConfigError where that cannot be."""
-    if not isinstance(model, StagedModel):
-        raise ConfigError(
-            f"{type(model).__name__} cannot be cut between its layers; {_CAN_BE_CUT} can"
-        )
-    sizes = model_bytes(model.shape, model.vocab_size, precision.parameters.itemsize)
-    if num_stages > sizes.layers:
-        raise ConfigError(
-            f"the model has {sizes.layers} layers, too few for {num_stages} ranks: every rank "
-            f"needs one; take cluster.ranks={sizes.layers}, or a model with more model.layers"
-        )
-    if layers is not None:
-        try:
-            stages = checked_layers(layers, sizes.layers, num_stages)
-        except ValueError as error:
-            raise ConfigError(f"algorithm.layers={_plain(layers)}: {error}") from None
-        if not all(stages):
-            raise ConfigError(f"algorithm.layers={_plain(layers)}: every rank needs a layer")
-        return stages
-    # Products with a layer's matrices are what takes time; rows of an embedding are looked up.
-    costs = [float(sizes.layer)] * sizes.layers
-    costs[-1] += sizes.head
-    held = [float(copies * sizes.layer)] * sizes.layers
-    held[0] += copies * sizes.embedding
-    held[-1] += copies * sizes.head
-    found = cut(
-        costs,
-        speeds or [1.0] * num_stages,
-        sizes=held,
-        limits=memory_bytes or None,
-        shared_size=copies * sizes.shared,
-    )
-    if found is None:
-        free = ", ".join(f"{limit / 2**30:.1f} GB" for limit in memory_bytes)
-        raise ConfigError(
-            f"the model needs {copies * sizes.weights / 2**30:.1f} GB for weights, gradients and "
-            f"optimizer, and no cut fits the ranks' memory_gb ({free}); add hosts, or take "
-            "optimizer=lion or precision=bf16_params"
-        )
-    return found.layers
-
-
-def _plain(layers: Sequence[Sequence[int]]) -> str:
-    return str([list(stage) for stage in layers]).replace(" ", "")

@@ -361,6 +361,26 @@ class ModelParallelConfig(AlgorithmConfig):
             allowed = f">= {world_size}, or at most {model.layers} ranks"
             yield problem("model.layers", model.layers, what, allowed=allowed)
 
+    def check_layers(self, *, model: ModelConfig, world_size: int) -> Iterator[str]:
+        """Stages follow each other without gaps; how many layers only our own shapes say."""
+        if self.layers is None:
+            return
+        last = self.layers[-1][-1] if self.layers and self.layers[-1] else 0
+        after = model.layers if isinstance(model, DecoderConfig) else last + 1
+        ends = [-1, *(stage[-1] for stage in self.layers if stage)]
+        is_whole = all(
+            len(stage) == 2 and before + 1 == stage[0] <= stage[1]
+            for before, stage in zip(ends, self.layers, strict=False)
+        )
+        if not is_whole or len(self.layers) != world_size or ends[-1] + 1 != after:
+            whole = f"0 to {after - 1}" if isinstance(model, DecoderConfig) else "from 0 on"
+            yield problem(
+                "algorithm.layers",
+                str(self.layers),
+                "every layer belongs to one rank, and every rank has some, in the order of ranks",
+                allowed=f"null, or [first, last] for each of {world_size} ranks, layers {whole}",
+            )
+
     def check_replicas(self, *, training: TrainingConfig) -> Iterator[str]:
         """There are none to compare."""
         if training.check_replicas:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from smolrun.algorithms.mp import ModelParallel, copies_held, cut_layers
+from smolrun.algorithms.layer_cut import copies_held, cut_layers
+from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import Pipeline
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh

@@ -153,6 +153,12 @@ def test_what_syncps_allows(overrides: list[str]) -> None:
         (["model=mlp", "data=digits"], "model = mlp: algorithm=mp cuts .* algorithm=fsdp"),
         (["cluster.ranks=5"], "model.layers = 3: too few for 5 ranks.*at most 3 ranks"),
         (["training.check_replicas=true"], "every layer on one rank only"),
+        (["algorithm.layers=[[0,1],[1,2]]"], r"algorithm.layers = .*for each of 2 ranks.* 0 to 2"),
+        (["algorithm.layers=[[0,0],[2,2]]"], "every layer belongs to one rank"),
+        (["algorithm.layers=[[0,0],[1,1]]"], "every layer belongs to one rank"),
+        (["algorithm.layers=[[0,2]]"], "every rank has some"),
+        (["algorithm.layers=[[0,2],[]]"], "every rank has some"),
+        (["algorithm.layers=[[1,0],[1,2]]"], "in the order of ranks"),
     ],
 )
 def test_what_stages_refuse(overrides: list[str], why: str) -> None:
@@ -182,6 +188,18 @@ def test_a_micro_batch_has_a_sample() -> None:
     assert compose([*few, "algorithm.micro_batches=8"])
     with pytest.raises(ConfigError, match=r"micro_batches = 9: more than the samples.*1 to 8"):
         compose([*few, "algorithm.micro_batches=9"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.layers=[[0,0],[1,2]]"],
+        ["cluster.ranks=3", "algorithm.layers=[[0,0],[1,1],[2,2]]"],
+        ["model=hf", "model.name=some/model", "algorithm.layers=[[0,20],[21,23]]"],
+    ],
+)
+def test_layers_that_are_whole(overrides: list[str]) -> None:
+    assert compose(["algorithm=mp", *overrides]).algorithm
 
 
 @pytest.mark.parametrize(
