@@ -105,6 +105,8 @@ the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
 | --- | --- |
 | `status` | `done`, `stopped` (by you) or `failed`; `serving` while a server runs |
 | `url`, `model` | Only of `task=serve`: where it listens, and the name of the model there |
+| `model_bytes`, `stages` | Only of `task=serve`: the weights of the whole model, and of each \
+rank that holds layers `rank`, `host`, `layers` (first and last), `weight_bytes`, `cache_bytes` |
 | `exit_code` | Of the command: 0 done, 3 failed, 130 stopped and saved, 131 stopped at once |
 | `reason` | Why, as a sentence; also how a run that is done has diverged; else null |
 | `diverged` | In the end the loss is no number, or its median over 10 steps is more than twice \
