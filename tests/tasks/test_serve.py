@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from smolrun.serving.messages import Ready
 from smolrun.serving.source import source_of_folder
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
-from tests.tasks.served import events, model_in, serving
+from tests.tasks.served import LONG, events, model_in, serving
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
@@ -76,9 +77,20 @@ def stage_rows(url: str) -> list[dict[str, Any]]:
     return [rows[rank] for rank in sorted(rows)]
 
 
+def is_at_rest(url: str) -> bool:
+    """Whether rank 0 runs nothing and has given back every slot."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {"smolrun_requests_running 0.0", "smolrun_cache_usage_ratio 0.0"} <= {*lines}
+
+
+@pytest.mark.parametrize(
+    "signal_name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.soak)]
+)
 def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
-    tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, signal_name: str
 ) -> None:
+    if not hasattr(signal, signal_name):
+        pytest.skip(f"this system has no {signal_name}")
     pipeline = ["serving=pipeline", "serving.layers=[[0,1],[2,3]]", "mesh.liveness=fast"]
     with serving(tmp_path, *choice(model), *pipeline) as server:
         rows = stage_rows(server.url)
@@ -89,9 +101,16 @@ def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
         assert [one["layers"] for one in told["stages"]] == [[0, 1], [2, 3]]
         assert max(weights for weights, _ in held) < told["model_bytes"] <= sum(w for w, _ in held)
         with server.stream() as lines:
+            next(events(lines))
+        until(lambda: is_at_rest(server.url))  # the client has left, and no stage goes on
+        with suppress(httpx.ReadTimeout):
+            asked = server.body(**LONG | {"stream": False})
+            httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=1.0)
+        until(lambda: is_at_rest(server.url))
+        with server.stream() as lines:
             got = events(lines)
             next(got)
-            server.worker(1).kill()
+            server.worker(1).send_signal(getattr(signal, signal_name))
             rest = list(got)
         assert "rank 1" in rest[-1]["error"]["message"], rest[-1]
         code, out, err = server.end()
