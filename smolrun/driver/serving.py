@@ -52,7 +52,7 @@ from smolrun.models.sampling import Sampling
 from smolrun.models.shape import completed_shape, model_bytes
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
-from smolrun.serving.generation import ApiLimits, Service
+from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import TOPIC, FromEngine, Ready, ServingDtype, ToEngine
 from smolrun.serving.source import ModelSource
@@ -160,10 +160,8 @@ class ServingRun:
             self.bridge.frontend,
             source.end_ids,
             defaults=sampling_defaults(serving, Path(source.folder)),
-            limits=ApiLimits(
-                default_max_tokens=1024 if serving.max_tokens == "auto" else serving.max_tokens,
-                request_timeout_s=serving.request_timeout_s,
-            ),
+            default_max_tokens=1024 if serving.max_tokens == "auto" else serving.max_tokens,
+            request_timeout_s=serving.request_timeout_s,
         )
         self._closing.callback(service.close)
         app = build_app(service, self._policy())

@@ -77,16 +77,6 @@ def refuse(**asked: bool) -> None:
             raise ApiError(400, message, param=name, code="unsupported_parameter")
 
 
-def unavailable(error: Unavailable) -> ApiError:
-    """429 where too many wait, 503 where the engine is not ready; with Retry-After."""
-    return ApiError(
-        429 if error.is_full else 503,
-        str(error),
-        code="queue_full" if error.is_full else "not_ready",
-        headers={"retry-after": str(error.retry_after_s)},
-    )
-
-
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
     return Response(msgspec.json.encode(body), status, headers, "application/json")
@@ -108,7 +98,9 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _unavailable(request: Request, error: Exception) -> Response:
     assert isinstance(error, Unavailable)
-    return await _api_error(request, unavailable(error))
+    status, code = (429, "queue_full") if error.is_full else (503, "not_ready")
+    headers = {"retry-after": str(error.retry_after_s)}
+    return await _api_error(request, ApiError(status, str(error), code=code, headers=headers))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

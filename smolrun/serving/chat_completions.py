@@ -43,15 +43,14 @@ class ChatCompletion(Completion[ChatRequest]):
             self._splitters = [ThinkingSplitter(is_thinking=is_thinking) for _ in range(self.n)]
         if service.continues_text:
             self.headers["x-smolrun-note"] = CONTINUES_TEXT
-        generation = service.begin(
-            ids,
+        return service.begin(
+            [ids],
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             request_id=self.request_id,
             param="messages",
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        return [generation]
 
     def empty_choice(self, index: int) -> dict[str, Any]:
         """With a message."""

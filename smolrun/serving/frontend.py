@@ -180,8 +180,8 @@ class Frontend:
         return max(0, self.in_flight - (self.ready.max_running if self.ready else 0))
 
     def check_room(self, choices: int = 1) -> None:
-        """Raises Unavailable where `submit` would, before any work is done for a request; for no
-        choices only where the engine is not ready."""
+        """Raises Unavailable where there is no room for a request; for no choices only where the
+        engine is not ready."""
         if self.state != "ready" or self.ready is None:
             self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(self.reason, 1 if self.state == "draining" else 5)
@@ -195,10 +195,8 @@ class Frontend:
                 is_full=True,
             )
 
-    def submit(self, submit: Submit, *, has_room: bool = False) -> OutputStream:
-        """Send a request to the engine; raises Unavailable. `close` must follow in the end.
-        `has_room`: `check_room` has just been asked, for this one and others together."""
-        self.check_room(0 if has_room else submit.choices)
+    def submit(self, submit: Submit) -> OutputStream:
+        """Send a request to the engine, after `check_room`. `close` must follow in the end."""
         stream = OutputStream(submit, self._clock(), self._max_buffered)
         self._streams[submit.request] = stream
         self._idle.clear()

@@ -23,7 +23,7 @@ from smolrun.models.sampling import Sampling
 from smolrun.serving.api_errors import ApiError
 from smolrun.serving.frontend import Frontend, OutputStream, StreamFailed
 from smolrun.serving.messages import Finished, FinishReason, Prefill, Submit
-from smolrun.serving.protocol import SamplingFields, SimpleRequest
+from smolrun.serving.protocol import CompletionFields
 from smolrun.serving.text import AnswerText, Delta, Prompts
 
 T = TypeVar("T")
@@ -35,14 +35,6 @@ _SAMPLING_KEYS = (
     *("temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
-
-
-@dataclass(frozen=True)
-class ApiLimits:
-    """What one client may ask for. Times in seconds."""
-
-    default_max_tokens: int = 1024
-    request_timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -74,9 +66,8 @@ class Service:
     frontend: Frontend
     stop_ids: Sequence[int]
     defaults: Sampling = field(default_factory=Sampling)
-    limits: ApiLimits = ApiLimits()
-    owner: str = "smolrun"
-    description: dict[str, object] = field(default_factory=dict)  # for GET /config
+    default_max_tokens: int = 1024
+    request_timeout_s: float = 600.0
     created: int = field(default_factory=lambda: int(time.time()))
     _tokenizer: threading.Lock = field(default_factory=threading.Lock)  # for one thread at a time
     _encoder: ThreadPoolExecutor = field(
@@ -98,10 +89,6 @@ class Service:
         if model:
             self.check_model(model)
         self.frontend.check_room(choices)
-
-    def now(self) -> int:
-        """For `created`, in seconds since 1970."""
-        return int(time.time())
 
     def check_model(self, name: str) -> None:
         """404 for any other model."""
@@ -154,51 +141,51 @@ class Service:
 
     def begin(
         self,
-        prompt_ids: list[int],
-        request: SamplingFields | SimpleRequest,
+        prompts: list[list[int]],
+        request: CompletionFields,
         *,
         max_tokens: int | None,
         request_id: str,
         param: str,
         top_logprobs: int | None = None,
         echo_logprobs: bool = False,
-        has_room: bool = False,
-    ) -> Generation:
-        """Submit a request to the engine; 400 if its prompt is too long, raises Unavailable.
+    ) -> list[Generation]:
+        """Submit one request to the engine for each prompt, all of them or none. 400 for a prompt
+        that is too long; raises Unavailable."""
+        choices, stop_ids = request.n or 1, self._stop_ids(request)
+        submits = [
+            Submit(
+                request=f"{request_id[:80]}-{secrets.token_hex(4)}",
+                prompt_ids=ids,
+                max_tokens=min(max_tokens or self.default_max_tokens, self._room(ids, param)),
+                choices=choices,
+                sampling=self._sampling(request),
+                stop_ids=stop_ids,
+                top_logprobs=top_logprobs,
+                echo_logprobs=echo_logprobs,
+            )
+            for ids in prompts
+        ]
+        self.frontend.check_room(choices * len(prompts))
+        return [Generation(self, submit, request.stops) for submit in submits]
 
-        `has_room`: it is a part of one for which `check` has found room."""
+    def _room(self, prompt_ids: list[int], param: str) -> int:
+        """For the tokens of an answer."""
         room = self.context - len(prompt_ids)
         if room < 1:
             raise self._too_long(f"{len(prompt_ids)} tokens", param)
-        choices = getattr(request, "n", None) or 1
-        submit = Submit(
-            request=f"{request_id[:80]}-{secrets.token_hex(4)}",
-            prompt_ids=prompt_ids,
-            max_tokens=min(max_tokens or self.limits.default_max_tokens, room),
-            choices=choices,
-            sampling=self._sampling(request),
-            stop_ids=self._stop_ids(request),
-            top_logprobs=top_logprobs,
-            echo_logprobs=echo_logprobs,
-        )
-        stops = request.stops if isinstance(request, SamplingFields) else []
-        answers = [
-            AnswerText(self.prompts.token_bytes, stops, submit.stop_ids) for _ in range(choices)
-        ]
-        return Generation(self, submit, answers, has_room=has_room)
+        return room
 
-    def _stop_ids(self, request: SamplingFields | SimpleRequest) -> list[int]:
-        if isinstance(request, SimpleRequest):
-            return list(self.stop_ids)
+    def _stop_ids(self, request: CompletionFields) -> list[int]:
         given = request.stop_token_ids or []
         return sorted({*given, *([] if request.ignore_eos else self.stop_ids)})
 
-    def _sampling(self, request: SamplingFields | SimpleRequest) -> Sampling:
-        given = {key: getattr(request, key, None) for key in _SAMPLING_KEYS}
+    def _sampling(self, request: CompletionFields) -> Sampling:
+        given = {key: getattr(request, key) for key in _SAMPLING_KEYS}
         values = {key: value for key, value in given.items() if value is not None}
         if values.get("top_k") == -1:
             values["top_k"] = 0
-        bias = getattr(request, "logit_bias", None) or {}
+        bias = request.logit_bias or {}
         outside = [key for key in bias if int(key) >= self.prompts.tokenizer.vocab_size]
         if outside:
             message = f"logit_bias: the model has no token {outside[0]}"
@@ -215,19 +202,14 @@ class Service:
 class Generation:
     """A running request, until it is closed."""
 
-    def __init__(
-        self,
-        service: Service,
-        submit: Submit,
-        answers: list[AnswerText],
-        *,
-        has_room: bool = False,
-    ) -> None:
+    def __init__(self, service: Service, submit: Submit, stops: list[str]) -> None:
         self._service = service
-        self._answers = answers
-        self.submit = submit
+        self._answers = [
+            AnswerText(service.prompts.token_bytes, stops, submit.stop_ids)
+            for _ in range(submit.choices)
+        ]
         self.usage = Usage(len(submit.prompt_ids))
-        self.stream: OutputStream = service.frontend.submit(submit, has_room=has_room)
+        self.stream: OutputStream = service.frontend.submit(submit)
 
     def close(self) -> None:
         """Cancel what still runs."""
@@ -235,7 +217,7 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until every choice has ended; ApiError where the engine fails or the deadline passes."""
-        deadline = asyncio.get_running_loop().time() + self._service.limits.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + self._service.request_timeout_s
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -245,7 +227,7 @@ class Generation:
             except StreamFailed as error:
                 raise ApiError(503, str(error), code="engine_failed") from None
             except TimeoutError:
-                seconds = self._service.limits.request_timeout_s
+                seconds = self._service.request_timeout_s
                 message = f"the request took longer than {seconds:g} s and was cancelled"
                 raise ApiError(504, message, code="deadline_exceeded") from None
             if isinstance(output, Prefill):

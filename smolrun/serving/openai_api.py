@@ -63,6 +63,6 @@ def _model(service: Service) -> dict[str, Any]:
         "id": service.model,
         "object": "model",
         "created": service.created,
-        "owned_by": service.owner,
+        "owned_by": "smolrun",
         "max_model_len": ready.max_sequence_length if ready else None,  # as vLLM calls it
     }

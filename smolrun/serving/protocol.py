@@ -94,10 +94,15 @@ class StreamOptions(ApiRequest):
     )
 
 
-class SamplingFields(ApiRequest):
-    """How tokens are drawn, in every kind of request. Without a value the server's default holds,
-    `serving.sampling` of its configuration."""
+class CompletionFields(ApiRequest):
+    """What both kinds of completions take. Where a request does not say how tokens are drawn, the
+    server's defaults hold."""
 
+    model: Text | None = Field(
+        None, description="The name of the served model, see GET /v1/models; may be left out"
+    )
+    stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="What a stream reports besides")
     temperature: Temperature | None = Field(None, description="0 takes the likeliest token")
     top_p: TopP | None = Field(
         None, description="Only the likeliest tokens that together have this probability"
@@ -140,12 +145,9 @@ class SamplingFields(ApiRequest):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(CompletionFields):
     """POST /v1/chat/completions"""
 
-    model: Text | None = Field(
-        None, description="The name of the served model, see GET /v1/models; may be left out"
-    )
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="The conversation so far, the question last"
     )
@@ -155,8 +157,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: TokenCount | None = Field(
         None, description="The newer name of max_tokens"
     )
-    stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="What a stream reports besides")
     logprobs: StrictBool | None = Field(None, description="Report log-probabilities")
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Beside each token report so many of the likeliest ones"
@@ -192,18 +192,13 @@ class ChatRequest(SamplingFields):
     )
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(CompletionFields):
     """POST /v1/completions"""
 
-    model: Text | None = Field(
-        None, description="The name of the served model, see GET /v1/models; may be left out"
-    )
     prompt: Text | Prompts[Text] | TokenIds | Prompts[TokenIds] = Field(
         description="A text, its token ids, or a list of one of these"
     )
     max_tokens: TokenCount | None = Field(None, description="Default 16")
-    stream: StrictBool | None = Field(None, description="Send it as server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="What a stream reports besides")
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Report log-probabilities of so many of the likeliest tokens"
     )

@@ -7,6 +7,7 @@ Source: WHATWG HTML, server-sent events; the frames are those of OpenAI's API.
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import astuple
@@ -116,7 +117,7 @@ class Completion(ABC, Generic[Body]):
         self.n = body.n or 1
         self.headers: dict[str, str] = {}
         self._request = request
-        self._created = service.now()
+        self._created = int(time.time())
 
     async def response(self) -> Response:
         """The answer or its events; raises ApiError and Unavailable before anything is sent."""

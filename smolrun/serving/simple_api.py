@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.generation import Generation, Service
-from smolrun.serving.protocol import SimpleRequest
+from smolrun.serving.protocol import CompletionFields, SimpleRequest
 from smolrun.serving.responses import EventStream, event, prefill_comment, unless_gone
 
 _SCHEDULER_RANK = 0
@@ -57,15 +57,17 @@ async def _begin(service: Service, body: SimpleRequest, request: Request) -> Gen
     ids, _ = await service.encoded(
         len(body.text), lambda: service.prompts.chat(messages, {}), "text"
     )
+    fields = CompletionFields(**body.model_dump())  # those that it knows
     if body.decoding_strategy == "greedy":
-        body = body.model_copy(update={"temperature": 0})
-    return service.begin(
-        ids,
-        body,
+        fields.temperature = 0
+    (generation,) = service.begin(
+        [ids],
+        fields,
         max_tokens=body.max_tokens,
         request_id=request.state.request_id,
         param="text",
     )
+    return generation
 
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
@@ -109,7 +111,7 @@ def _config(service: Service) -> dict[str, Any]:
     defaults = service.defaults
     return {
         "model_name": service.model,
-        "max_new_tokens": service.limits.default_max_tokens,
+        "max_new_tokens": service.default_max_tokens,
         "max_sequence_length": ready.max_sequence_length if ready else None,
         "decoding_strategy": "greedy" if defaults.temperature == 0 else "sampling",
         "temperature": defaults.temperature,
@@ -119,5 +121,4 @@ def _config(service: Service) -> dict[str, Any]:
         "repetition_penalty": defaults.repetition_penalty,
         "answers_chats": not service.continues_text,
         "thinks": service.prompts.thinks,
-        **service.description,
     }

@@ -69,15 +69,15 @@ class TextCompletion(Completion[CompletionRequest]):
             best_of=body.best_of is not None and body.best_of != self.n,
         )
         encoded = [await self._encoded(prompt) for prompt in prompts]
-        service.frontend.check_room(self.n * len(prompts))  # for all of them or none
-        generations: list[Generation] = []
-        try:
-            generations.extend(self._generation(ids) for ids in encoded)
-        except BaseException:
-            for generation in generations:
-                generation.close()
-            raise
-        return generations
+        return service.begin(
+            encoded,
+            body,
+            max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
+            request_id=self.request_id,
+            param="prompt",
+            top_logprobs=body.logprobs,
+            echo_logprobs=bool(body.echo) and body.logprobs is not None,
+        )
 
     async def _encoded(self, prompt: str | list[int]) -> list[int]:
         prompts = self.service.prompts
@@ -95,19 +95,6 @@ class TextCompletion(Completion[CompletionRequest]):
         if self.body.echo:
             self._echoes.append(_Echo(text, ids))
         return ids
-
-    def _generation(self, ids: list[int]) -> Generation:
-        body = self.body
-        return self.service.begin(
-            ids,
-            body,
-            max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
-            request_id=self.request_id,
-            param="prompt",
-            top_logprobs=body.logprobs,
-            echo_logprobs=bool(body.echo) and body.logprobs is not None,
-            has_room=True,
-        )
 
     def entries(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """The text, with the end in its last entry."""

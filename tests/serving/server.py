@@ -15,7 +15,7 @@ import httpx
 from smolrun.data.tokenizer import FILE_NAME, bytes_tokenizer
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.api import build_app
-from smolrun.serving.generation import ApiLimits, Service
+from smolrun.serving.generation import Service
 from smolrun.serving.http_connection import ConnectionLimits
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import Submit
@@ -73,7 +73,7 @@ def served(
     folder: Path,
     policy: AccessPolicy | None = None,
     limits: ConnectionLimits | None = None,
-    api_limits: ApiLimits | None = None,
+    request_timeout_s: float = 600.0,
 ) -> Iterator[Served]:
     """A server for a test, on a free port; where the folder has none, its tokenizer has a token
     for each byte, and byte 0 ends a text."""
@@ -81,7 +81,9 @@ def served(
         bytes_tokenizer().save(folder)
     prompts = Prompts(folder)
     stop_ids = [prompts.tokenizer.end_id]
-    service = Service("fake", prompts, engine.frontend, stop_ids, limits=api_limits or ApiLimits())
+    service = Service(
+        "fake", prompts, engine.frontend, stop_ids, request_timeout_s=request_timeout_s
+    )
     app = build_app(service, policy or AccessPolicy())
     server = HttpServer(app, engine.frontend, limits=limits)
     url = server.start()

@@ -21,7 +21,6 @@ import pytest
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.api import build_app
 from smolrun.serving.frontend import Frontend
-from smolrun.serving.generation import ApiLimits
 from smolrun.serving.http_connection import ConnectionLimits
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import Ready
@@ -307,8 +306,7 @@ def test_what_finds_no_room_is_refused_at_once(tmp_path: Path):
 
 
 def test_a_request_has_a_deadline(tmp_path: Path):
-    limits = ApiLimits(request_timeout_s=0.3)
-    with served(slow(), tmp_path, api_limits=limits) as server:
+    with served(slow(), tmp_path, request_timeout_s=0.3) as server:
         answer = server.chat()
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "deadline_exceeded"
