@@ -194,21 +194,26 @@ class StepBenchConfig(Section):
     repeats: Count
 
 
-class UnequalBenchConfig(Section):
-    """A step on ranks of unequal speed: proportional against equal batch shares."""
+class _SpeedsBenchConfig(Section):
+    """Keys of a bench on ranks of unequal speed."""
 
-    name: Literal["unequal"]
     speeds: Annotated[list[Positive], Field(min_length=2)]
-    global_batch_size: Count
-    sample_ms: Positive
-    steps: Count
-    warmup_steps: Natural
-    repeats: Count
 
     @property
     def world_sizes(self) -> list[int]:
         """As many ranks as speeds."""
         return [len(self.speeds)]
+
+
+class UnequalBenchConfig(_SpeedsBenchConfig):
+    """A step on ranks of unequal speed: proportional against equal batch shares."""
+
+    name: Literal["unequal"]
+    global_batch_size: Count
+    sample_ms: Positive
+    steps: Count
+    warmup_steps: Natural
+    repeats: Count
 
 
 class StragglersBenchConfig(Section):
@@ -223,6 +228,20 @@ class StragglersBenchConfig(Section):
     step_ms: Positive
     chance: Share
     factor: Positive
+    repeats: Count
+
+
+class PipelineBenchConfig(_SpeedsBenchConfig):
+    """A pipeline: its schedules and their simulation, its cut and other ones."""
+
+    name: Literal["pipeline"]
+    layers: Count
+    layer_ms: Positive
+    schedules: Annotated[list[Literal["gpipe", "1f1b"]], Field(min_length=1)]
+    micro_batches: Count
+    cut_micro_batches: Count
+    splits: Natural
+    steps: Count
     repeats: Count
 
 
@@ -246,6 +265,7 @@ Bench = Annotated[
     | StepBenchConfig
     | UnequalBenchConfig
     | StragglersBenchConfig
+    | PipelineBenchConfig
     | ServingBenchConfig,
     Field(discriminator="name"),
 ]

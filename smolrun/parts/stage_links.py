@@ -62,6 +62,7 @@ class StageLinks:
         """The tensor, on the CPU; blocks until it is there. None of nothing."""
         if pending is None:
             return None
+        self._clock.before_send()  # an emulated machine would still compute, before it waits
         self._clock.wait(pending.work)
         values = torch.empty(pending.shape, dtype=self._working_dtype)
         self._quantizer.decode(pending.wire, values.view(-1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from smolrun.benchmarks.collectives import compare_all_reduce, compare_link
+from smolrun.benchmarks.pipeline import PacedPipeline, compare_cuts, compare_schedules
 from smolrun.benchmarks.serving import compare_serving
 from smolrun.benchmarks.step import PeerStep, compare_step
 from smolrun.benchmarks.stragglers import compare_bounds, compare_edp, compare_shares
@@ -52,6 +53,8 @@ def rows(start: StartMessage, mesh: Mesh, collectives: Collectives) -> Iterable[
                 warm_up=bench["warmup_steps"],
                 repeats=bench["repeats"],
             )
+        case "pipeline":
+            return _pipelines(mesh, bench)
         case "stragglers":
             return _straggling(mesh, bench)
         case "serving":
@@ -75,6 +78,21 @@ def _straggling(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from compare_bounds(mesh, bench["bounds"], **given)
     if bench["edp"]:
         yield compare_edp(mesh, wait_fraction=bench["wait_fraction"], **given)
+
+
+def _pipelines(mesh: Mesh, bench: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pipeline = PacedPipeline(mesh, bench["layers"], bench["layer_ms"] / 1000)
+    given = {"steps": bench["steps"], "repeats": bench["repeats"]}
+    schedules = bench["schedules"]
+    yield from compare_schedules(pipeline, schedules, micro_batches=bench["micro_batches"], **given)
+    yield from compare_cuts(
+        pipeline,
+        bench["speeds"],
+        schedules[-1],
+        micro_batches=bench["cut_micro_batches"],
+        splits=bench["splits"],
+        **given,
+    )
 
 
 def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
