@@ -44,6 +44,11 @@ def drive(config: RunConfig) -> int:
             "bench = step: the peer trains in float32 and waits for every gradient; "
             "allowed: precision=float32 staleness=strict"
         )
+    if needs_data and (config.algorithm.name == "mp_pipeline") != (bench.peers == ["pipelining"]):
+        raise ConfigError(
+            f"bench.peers = {','.join(bench.peers)}: not with algorithm={config.algorithm.name}; "
+            "pipelining is the peer of mp_pipeline, and its only one"
+        )
     refuse_emulated(config, "a peer that is measured here would not be emulated; allowed: others")
     for size in bench.world_sizes:
         _smaller(config, size)

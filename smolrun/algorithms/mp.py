@@ -72,7 +72,8 @@ class ModelParallel(Single):
             name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
             for name, tensor in model_tensors(model)
         }
-        model.keep_stage(layers[self.stage], self.is_first, self.is_last)
+        self.layers = layers[self.stage]
+        model.keep_stage(self.layers, self.is_first, self.is_last)
         for name, parameter in model.named_parameters():
             value = self.context.first_value(model, name, parameter)
             parameter.data = value.to(parameter.device, parameter.dtype)

@@ -269,7 +269,7 @@ def compare_shares(
     def theirs(count: int) -> None:
         pace.next_s = count * sample_s / speeds[mesh.rank]
         pace.begin(0.0)
-        peer(_batch(count, 256), 1e-3)
+        peer([_batch(count, 256)], 1e-3)
 
     facts = {
         "world_size": mesh.world_size,

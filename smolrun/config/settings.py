@@ -187,7 +187,9 @@ class StepBenchConfig(Section):
     """A whole training step: smolrun's and torch's on gloo, alternating."""
 
     name: Literal["step"]
-    peers: Annotated[list[Literal["ddp", "ddp-fp16", "ddp-bf16", "fsdp2"]], Field(min_length=1)]
+    peers: Annotated[
+        list[Literal["ddp", "ddp-fp16", "ddp-bf16", "fsdp2", "pipelining"]], Field(min_length=1)
+    ]
     world_sizes: WorldSizes
     steps: Count
     warmup_steps: Natural

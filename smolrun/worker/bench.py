@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.mp import ModelParallel
 from smolrun.benchmarks.collectives import compare_all_reduce, compare_link
 from smolrun.benchmarks.pipeline import PacedPipeline, compare_cuts, compare_schedules
 from smolrun.benchmarks.serving import compare_serving
-from smolrun.benchmarks.step import PeerStep, compare_step
+from smolrun.benchmarks.step import PeerStep, PipeliningStep, compare_step
 from smolrun.benchmarks.stragglers import compare_bounds, compare_edp, compare_shares
 from smolrun.collectives.api import Collectives
 from smolrun.data.order import SampleOrder
@@ -20,6 +22,7 @@ from smolrun.data.splits import open_split
 from smolrun.errors import PeerLost
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.mesh import Mesh
+from smolrun.models.base import StagedModel
 from smolrun.parts.placement import plan_batches
 from smolrun.training.loader import BatchLoader
 from smolrun.worker.train import new_model, optimizer_maker, place_algorithm
@@ -101,15 +104,28 @@ def _steps(start: StartMessage, mesh: Mesh) -> Iterator[dict[str, Any]]:
     training, bench = config["training"], config["bench"]
     prepared = Prepared.from_json(start.prepared or {})
     split = open_split(prepared, "train", verify=False)
-    plan = plan_batches(training["global_batch_size"], [1.0] * mesh.world_size, mesh.rank)
-    feed = BatchLoader(split, SampleOrder(len(split), config["seed"]), plan)
+    order = SampleOrder(len(split), config["seed"])
     for kind in bench["peers"]:
-        model = new_model(config, prepared, device)
+        algorithm = place_algorithm(config, prepared, mesh, device)
+        wanted = algorithm.data_coordinates([1.0] * mesh.world_size)
+        size = training["global_batch_size"]
+        plan = plan_batches(size, wanted.weights, wanted.index, None, wanted.micro_batches)
         yield compare_step(
-            place_algorithm(config, prepared, mesh, device),
-            PeerStep(kind, model, optimizer_maker(config), training["grad_clip"]),
-            lambda step: feed.load(step)[0],
+            algorithm,
+            _peer(kind, config, algorithm, new_model(config, prepared, device)),
+            BatchLoader(split, order, plan).load,
             steps=bench["steps"],
             warm_up=bench["warmup_steps"],
             repeats=bench["repeats"],
         )
+
+
+def _peer(
+    kind: str, config: dict[str, Any], algorithm: Algorithm, model: torch.nn.Module
+) -> PeerStep | PipeliningStep:
+    clip, make_optimizer = config["training"]["grad_clip"], optimizer_maker(config)
+    if kind != "pipelining":
+        return PeerStep(kind, model, make_optimizer, clip)
+    assert isinstance(algorithm, ModelParallel) and isinstance(model, StagedModel)
+    schedule = config["algorithm"]["schedule"]
+    return PipeliningStep(algorithm, model, make_optimizer, schedule=schedule, grad_clip=clip)
