@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from smolrun.config import RunConfig, world_size
+from smolrun.config.settings import StepBenchConfig
 from smolrun.driver.fleet import open_fleet
 from smolrun.driver.outputs import become_latest, make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start, refuse_emulated
@@ -39,16 +40,8 @@ def drive(config: RunConfig) -> int:
     """Run the bench once per world size; rows go to bench.jsonl in the run folder."""
     bench = config.bench
     needs_data = bench.name == "step"
-    if needs_data and (config.precision != "float32" or config.staleness.bound not in ("auto", 0)):
-        raise ConfigError(
-            "bench = step: the peer trains in float32 and waits for every gradient; "
-            "allowed: precision=float32 staleness=strict"
-        )
-    if needs_data and (config.algorithm.name == "mp_pipeline") != (bench.peers == ["pipelining"]):
-        raise ConfigError(
-            f"bench.peers = {','.join(bench.peers)}: not with algorithm={config.algorithm.name}; "
-            "pipelining is the peer of mp_pipeline, and its only one"
-        )
+    if isinstance(bench, StepBenchConfig):
+        _check_peers(config, bench)
     refuse_emulated(config, "a peer that is measured here would not be emulated; allowed: others")
     for size in bench.world_sizes:
         _smaller(config, size)
@@ -68,6 +61,21 @@ def drive(config: RunConfig) -> int:
     Screen().print(_table(rows.rows))
     echo(f"the rows: {folder.path / 'bench.jsonl'}")
     return EXIT_DONE
+
+
+def _check_peers(config: RunConfig, bench: StepBenchConfig) -> None:
+    """ConfigError where a peer does not do what smolrun would."""
+    if config.precision != "float32" or config.staleness.bound not in ("auto", 0):
+        raise ConfigError(
+            "bench = step: the peer trains in float32 and waits for every gradient; "
+            "allowed: precision=float32 staleness=strict"
+        )
+    is_pipeline = config.algorithm.name == "mp_pipeline"
+    if any((peer == "pipelining") != is_pipeline for peer in bench.peers):
+        raise ConfigError(
+            f"bench.peers = {', '.join(bench.peers)}: not with algorithm={config.algorithm.name}; "
+            "allowed: bench.peers=[pipelining] with algorithm=mp_pipeline, and only with that"
+        )
 
 
 class _RowFile(Subscriber):

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolrun.algorithms.base import Context
-from smolrun.algorithms.mp import cut_layers
+from smolrun.algorithms.layer_cut import cut_layers
 from smolrun.algorithms.mp_pipeline import Pipeline
 from smolrun.benchmarks.compare import compare, summed
 from smolrun.benchmarks.serving import smollm2_shape
@@ -35,6 +34,7 @@ from smolrun.mesh.mesh import Mesh
 from smolrun.models.decoder import Decoder
 from smolrun.parts.pipeline_schedule import SCHEDULES, Simulation, simulate
 from smolrun.parts.placement import shares
+from smolrun.parts.precision import PRECISIONS
 
 _VOCAB, _WIDTH, _TOKENS = 32, 64, 16
 _BACKWARD = 2.0  # times as long as forward
@@ -140,7 +140,7 @@ def compare_cuts(
 ) -> Iterator[dict[str, Any]]:
     """Rows of our cut for ranks of such speeds beside equal stages, and beside the best `splits`
     others; collective."""
-    own = our_cut(pipeline.context, pipeline.num_layers, speeds)
+    own = our_cut(pipeline.num_layers, speeds)
 
     def seconds_of(split: Sequence[int]) -> list[float]:
         return [pipeline.layer_s * n / speed for n, speed in zip(split, speeds, strict=True)]
@@ -171,12 +171,13 @@ def simulated(schedule: str, micro_batches: int, forward_s: Sequence[float]) -> 
     return simulate(actions, forward_s, [_BACKWARD * seconds for seconds in forward_s])
 
 
-def our_cut(context: Context, layers: int, speeds: Sequence[float]) -> list[int]:
+def our_cut(layers: int, speeds: Sequence[float]) -> list[int]:
     """How many layers algorithm=mp_pipeline gives to ranks of such speeds."""
-    context = dataclasses.replace(context, speeds=tuple(speeds))
     with torch.device("meta"):
         model = _decoder(layers)
-    return [len(stage) for stage in cut_layers(model, context, None, len(speeds))]
+    precision = PRECISIONS["float32"]
+    cut = cut_layers(model, None, len(speeds), precision=precision, copies=1, speeds=speeds)
+    return [len(stage) for stage in cut]
 
 
 def every_split(layers: int, stages: int) -> Iterator[list[int]]:
