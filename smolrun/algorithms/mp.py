@@ -29,6 +29,7 @@ from smolrun.algorithms.single import Single
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
+from smolrun.mesh.mesh import Work
 from smolrun.models.base import StagedModel
 from smolrun.parts.norms import combine_norms, layer_of
 from smolrun.parts.placement import DataCoordinates
@@ -40,6 +41,7 @@ class ModelParallel(Single):
     """One stage of layers; gradients wait for their update as in `single`."""
 
     needs_full_model = False
+    more_copies = 0  # of the weights, beside those that every stage needs
 
     def __init__(self, context: Context, *, layers: Sequence[Sequence[int]] | None) -> None:
         super().__init__(context)
@@ -59,7 +61,8 @@ class ModelParallel(Single):
             self._layers,
             self.stages,
             precision=context.precision,
-            copies=copies_held(context.make_optimizer, context.precision, context.staleness),
+            copies=self.more_copies
+            + copies_held(context.make_optimizer, context.precision, context.staleness),
             speeds=context.speeds,
             memory_bytes=context.memory_bytes,
         )
@@ -78,6 +81,7 @@ class ModelParallel(Single):
             value = self.context.first_value(model, name, parameter)
             parameter.data = value.to(parameter.device, parameter.dtype)
         super().place(model)
+        self.running: nn.Module = model  # what a forward uses
         is_shared = tied is not None and self.stages > 1 and (self.is_first or self.is_last)
         self._tied = tied if is_shared else None
         if is_shared:
@@ -107,8 +111,8 @@ class ModelParallel(Single):
         inputs = batch.inputs if hidden is None else hidden.requires_grad_()
         batch = Batch(inputs, batch.targets, batch.position)
         if self.is_last:
-            return inputs, self.checked_logits(self.model, batch)
-        output = self.output_of(self.model, batch)
+            return inputs, self.checked_logits(self.running, batch)
+        output = self.output_of(self.running, batch)
         self.links.send(ACTIVATIONS, self.stage + 1, output)
         return inputs, output
 
@@ -152,17 +156,26 @@ class ModelParallel(Single):
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Both ends of the model sum the gradient of a matrix that they share."""
         pending = super().synchronize(stats)
-        if self._tied in (names := trained_names(self.model.named_parameters())):
-            gradients, index = self._delayed[-1], names.index(self._tied)
-            gradients[index] = gradients[index].cpu()
-            pending.works.append(self._ends.all_reduce(gradients[index], async_op=True))
+        pending.works += self.sum_tied(self._delayed[-1])
         return pending
 
+    def sum_tied(self, gradients: list[Tensor]) -> list[Work]:
+        """Starts to sum the gradient of a matrix that this stage shares, if it does."""
+        if self._tied not in (names := trained_names(self.model.named_parameters())):
+            return []
+        index = names.index(self._tied)
+        gradients[index] = gradients[index].cpu()
+        return [self._ends.all_reduce(gradients[index], async_op=True)]
+
     def norm_squared(self, gradients: list[Tensor]) -> float:
-        """Over all stages, each parameter once."""
+        """Over all stages."""
+        return self._all_stages(self.own_squares(gradients)).item()
+
+    def own_squares(self, gradients: list[Tensor]) -> Tensor:
+        """The squared norm of what this stage adds to the gradient: each parameter counts once."""
         named = zip(trained_names(self.model.named_parameters()), gradients, strict=True)
         own = [gradient for name, gradient in named if self.writer(name) == "this"]
-        return self._all_stages(torch.tensor(super().norm_squared(own), dtype=torch.float64)).item()
+        return torch.tensor(super().norm_squared(own), dtype=torch.float64)
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Of all layers, on all ranks."""

@@ -393,7 +393,7 @@ class ModelParallelConfig(AlgorithmConfig):
 class PipelineConfig(ModelParallelConfig):
     """As mp, with several micro-batches on their way through the stages."""
 
-    target: Literal["smolrun.algorithms.mp_pipeline:Pipeline"]  # type: ignore[assignment]
+    target: Literal["smolrun.algorithms.mp_pipeline:mp_pipeline"]  # type: ignore[assignment]
     schedule: Literal["1f1b", "gpipe"]
     micro_batches: Auto | Count
 

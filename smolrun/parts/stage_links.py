@@ -75,6 +75,10 @@ class StageLinks:
         wire = self._quantizer.encode(flat)
         self._sent.append(self._mesh.send(target, self._next_sent[kind].take(), wire))
 
+    def prune(self) -> None:
+        """Forgets what has been sent; never blocks."""
+        self._sent = [work for work in self._sent if not work.is_done or work.error is not None]
+
     def finish(self) -> None:
         """Blocks until everything is sent."""
         for work in self._sent:

@@ -3,6 +3,7 @@ cannot be cut. That they equal `single` is in test_equivalence.py."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.mp import ModelParallel
-from smolrun.algorithms.mp_pipeline import Pipeline
+from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
 from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.huggingface import build
@@ -97,6 +98,34 @@ def test_a_delay_is_that_of_single(algorithm: str, model: str, staleness: int) -
         assert trace.losses == pytest.approx(reference.losses, abs=1e-11)
         for name, expected in reference.parameters.items():
             assert torch.allclose(trace.parameters[name], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("model", "precision"), [("tied_recomputed", "float64"), ("tied", "fp16")])
+def test_a_pipeline_with_a_delay_is_emptied_only_to_be_saved(model: str, precision: str) -> None:
+    reference = train("single", model, 1, staleness=1, precision=precision)[0]
+    torch.manual_seed(0)  # as `train` does
+    start = DECODERS[model]().to(PRECISIONS[precision].parameters)
+
+    def rank_main(mesh: Mesh) -> tuple[list[int], list[float]]:
+        context = worlds.context(mesh, precision, "sgd", 1)
+        runner = mp_pipeline(context, schedule="1f1b", micro_batches=4, layers=None)
+        runner.place(copy.deepcopy(start))
+        assert isinstance(runner, PipelineWithoutFlush)
+        opened, losses = [], []
+        for step in range(10):
+            batch = worlds.sample("language_model", step)
+            result = runner.train_step(worlds.share(batch, worlds.plan_of(runner), step))
+            losses += [result.loss] if result else []
+            opened.append(len(runner.open))
+            if step == 5:
+                assert len(list(runner.owned())) and not runner.open
+        return opened, losses + [result.loss for result in runner.drain()]
+
+    for stage, (opened, losses) in enumerate(run_ranks(3, rank_main)):
+        assert opened == [2 - stage] * 10
+        assert losses == pytest.approx(
+            reference.losses, rel=1e-11 if precision == "float64" else 0.02
+        )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 5, 12])
@@ -236,7 +265,7 @@ def test_a_model_of_transformers_is_cut_and_read_in_stages(
     def rank_main(mesh: Mesh) -> worlds.Trace:
         more = {"first_value": functools.partial(first_value, seed=0)}
         context = dataclasses.replace(worlds.context(mesh, "float64", "sgd", 0), **more)
-        runner = Pipeline(context, schedule="1f1b", micro_batches="auto", layers=None)
+        runner = mp_pipeline(context, schedule="1f1b", micro_batches="auto", layers=None)
         runner.place(shells[mesh.rank])
         return worlds.run(runner, "hf", worlds.plan_of(runner), 10)
 

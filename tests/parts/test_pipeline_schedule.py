@@ -4,7 +4,7 @@ wait for each other, and the idle time and memory are what the formulas say."""
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.parts.pipeline_schedule import (
@@ -14,8 +14,10 @@ from smolrun.parts.pipeline_schedule import (
     gpipe,
     one_f_one_b,
     simulate,
+    without_flush,
 )
 
+EXAMPLES = settings(max_examples=50, deadline=None)
 SIZES = st.tuples(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 6), st.integers(1, 12))
 
 
@@ -26,6 +28,7 @@ def simulated(
     return simulate(actions, [1.0] * stages, [backward_s] * stages, hop_s)
 
 
+@EXAMPLES
 @given(SIZES)
 def test_every_micro_batch_once_each_way_in_order(sizes: tuple[str, int, int]) -> None:
     name, stages, micro_batches = sizes
@@ -39,6 +42,7 @@ def test_every_micro_batch_once_each_way_in_order(sizes: tuple[str, int, int]) -
             assert actions.index(forward) < actions.index(backward)
 
 
+@EXAMPLES
 @given(SIZES, st.floats(0.1, 4.0), st.floats(0.0, 3.0))
 def test_no_stages_wait_for_each_other_and_needs_come_first(
     sizes: tuple[str, int, int], backward_s: float, hop_s: float
@@ -54,6 +58,7 @@ def test_no_stages_wait_for_each_other_and_needs_come_first(
                 assert timed.begin_s >= times[before][action].end_s + hop_s - 1e-9
 
 
+@EXAMPLES
 @given(SIZES, st.floats(0.1, 4.0))
 def test_the_bubble_is_that_of_the_formula(sizes: tuple[str, int, int], backward_s: float) -> None:
     name, stages, micro_batches = sizes
@@ -61,6 +66,7 @@ def test_the_bubble_is_that_of_the_formula(sizes: tuple[str, int, int], backward
     assert found.bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
 
 
+@EXAMPLES
 @given(SIZES)
 def test_activations_held(sizes: tuple[str, int, int]) -> None:
     name, stages, micro_batches = sizes
@@ -88,3 +94,28 @@ def test_a_slow_stage_sets_the_pace() -> None:
     """Each of 8 micro-batches takes the slow stage 6 s; filling and draining the other adds 3 s."""
     actions = [one_f_one_b(stage, 2, 8) for stage in range(2)]
     assert simulate(actions, [1.0, 2.0], [2.0, 4.0]).seconds == pytest.approx(8 * 6 + 3)
+
+
+@EXAMPLES
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 4))
+def test_without_a_flush_every_micro_batch_goes_backward_a_step_later_at_most(
+    stages: int, micro_batches: int, steps: int
+) -> None:
+    """And only the first step fills the pipeline: an idle stage waits for nothing else."""
+    whole = []
+    for stage in range(stages):
+        actions, left = [], 0
+        for step in range(steps):
+            for kind, number in without_flush(stage, stages, micro_batches, left):
+                actions.append(StageAction(kind, step * micro_batches + number))
+            left = min(stages - stage - 1, micro_batches)
+            open_now = sum(1 if kind == "forward" else -1 for kind, _ in actions)
+            assert open_now == left
+        count = steps * micro_batches
+        actions += [StageAction("backward", number) for number in range(count - left, count)]
+        for kind in ("forward", "backward"):
+            assert [n for k, n in actions if k == kind] == list(range(count))
+        whole.append(actions)
+    found = simulate(whole, [1.0] * stages, [1.0] * stages)
+    if micro_batches >= stages:
+        assert found.bubble == pytest.approx((stages - 1) / (steps * micro_batches + stages - 1))
