@@ -110,7 +110,7 @@ class LocalProcess:
         # newer one.
         self._kills = deque([kills_before], maxlen=2)
         self._counted_s = time.monotonic()
-        self._peak_bytes = 0
+        self._peak_bytes = self._code = 0
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
 
     @property
@@ -142,19 +142,24 @@ class LocalProcess:
 
     def wait(self) -> int:
         """Its exit code once it has ended; -n for signal n. What it started is ended with it."""
-        if sys.platform == "linux":
-            with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
-                _, status, used = os.wait4(self._process.pid, 0)
-                self._process.returncode = os.waitstatus_to_exitcode(status)
-                self._peak_bytes = used.ru_maxrss * 1024
-        code = self._process.wait()
+        self._code = self._wait()
         self._kill_group()
-        return code
+        return self._code
+
+    def _wait(self) -> int:
+        if sys.platform == "linux":
+            # `kill` asks for it too, and SIGCHLD may be ignored: then there is nothing to wait for.
+            with contextlib.suppress(ChildProcessError):
+                _, status, used = os.wait4(self._process.pid, 0)
+                self._peak_bytes = used.ru_maxrss * 1024
+                self._process.returncode = code = os.waitstatus_to_exitcode(status)
+                return code  # that of `_process` is 0 if `kill` came between
+        return self._process.wait()
 
     def out_of_memory(self) -> str | None:
         """After `wait`: a sentence if Linux may have ended this worker because memory was full."""
         memory = machine_memory()
-        was_killed = self._process.returncode == -getattr(signal, "SIGKILL", 9)
+        was_killed = self._code == -getattr(signal, "SIGKILL", 9)
         if not was_killed or memory.kills == self._kills[0]:
             return None
         return ended_by_linux(self._peak_bytes, memory.total)
