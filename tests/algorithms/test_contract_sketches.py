@@ -1,11 +1,11 @@
 """Ways to distribute training that are not built yet, each sketched in a few lines on `Algorithm`:
-what its verbs must be able to say. GPipe, 1F1B and experts equal `single` in float64, DiLoCo equals
-its own simulation in one process. They are sketches: no overlap, no buckets.
+what its verbs must be able to say. Experts equal `single` in float64, DiLoCo equals its own
+simulation in one process. They are sketches: no overlap, no buckets.
 
 See docs/decisions/021-a-contract-for-split-models-and-local-steps.md.
 
-Source: Huang et al., "GPipe", 2019; Narayanan et al., "PipeDream", 2019 (1F1B); Lepikhin et al.,
-"GShard", 2020 (experts by all_to_all); Douillard et al., "DiLoCo", 2023."""
+Source: Lepikhin et al., "GShard", 2020 (experts by all_to_all); Douillard et al., "DiLoCo",
+2023."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from smolrun.algorithms.contract import STEP_STATS, loss_sum
 from smolrun.algorithms.single import Single
 from smolrun.collectives.api import Collectives
 from smolrun.data.splits import Batch
-from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.mesh import Mesh
 from smolrun.parts.norms import squared_norm
 from smolrun.parts.placement import DataCoordinates, plan_batches
 from smolrun.parts.precision import PRECISIONS
@@ -61,112 +61,6 @@ def documented() -> type[Algorithm]:
     exec(code, names)
     found: type[Algorithm] = names["DataParallel"]
     return found
-
-
-# -- pipelines ----
-
-
-def gpipe(stage: int, stages: int, count: int) -> list[tuple[str, int]]:
-    """All micro-batches forward, then all backward."""
-    return [(verb, number) for verb in ("forward", "backward") for number in range(count)]
-
-
-def one_f_one_b(stage: int, stages: int, count: int) -> list[tuple[str, int]]:
-    """As many forwards as there are stages behind this one, then one forward, one backward."""
-    warm_up = min(stages - stage - 1, count)
-    order = [("forward", number) for number in range(warm_up)]
-    for number in range(count - warm_up):
-        order += [("forward", warm_up + number), ("backward", number)]
-    return order + [("backward", number) for number in range(count - warm_up, count)]
-
-
-class Pipeline(Sketch):
-    """One stage of layers per rank; `schedule` says in which order micro-batches go through it."""
-
-    schedule: Callable[[int, int, int], list[tuple[str, int]]] = staticmethod(gpipe)
-    step_stats = (*STEP_STATS, "most_kept")  # activations that this stage held at one time
-
-    def place(self, model: nn.Module) -> None:
-        assert isinstance(model, nn.Sequential)
-        self.stage, self.stages = self.collectives.index, self.collectives.size
-        cuts = [len(model) * stage // self.stages for stage in range(self.stages + 1)]
-        super().place(model[cuts[self.stage] : cuts[self.stage + 1]])
-        self.sent: list[Work] = []
-        self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
-        self.logits_index = self.stages - 1
-        self.kept: list[tuple[Tensor, Tensor]] = []  # input and output of each micro-batch
-        open_stream = self.context.mesh.groups.open
-        self.streams = {
-            (kind, cut): open_stream(f"{kind} at cut {cut}")
-            for kind in ("activations", "gradients")
-            for cut in (self.stage, self.stage + 1)
-        }
-
-    def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
-        return DataCoordinates(0, [1.0])  # all stages read the same samples
-
-    def send(self, kind: str, cut: int, to: int, tensor: Tensor) -> None:
-        tag = self.streams[kind, cut].take()
-        self.sent.append(self.context.mesh.send(to, tag, tensor.detach().contiguous()))
-
-    def receive(self, kind: str, cut: int, source: int, into: Tensor) -> Tensor:
-        self.clock.wait(self.context.mesh.recv(source, self.streams[kind, cut].take(), into))
-        return into
-
-    def forward(self, batch: Batch) -> Tensor | None:
-        if self.is_first:
-            inputs = batch.inputs
-        else:
-            width = next(self.model.parameters()).shape[-1]
-            room = torch.empty(*batch.targets.shape, width, dtype=torch.float64)
-            inputs = self.receive("activations", self.stage, self.stage - 1, room).requires_grad_()
-        if self.is_last:
-            output = self.checked_logits(self.model, Batch(inputs, batch.targets, batch.position))
-        else:
-            output = self.model(inputs)
-            self.send("activations", self.stage + 1, self.stage + 1, output)
-        if torch.is_grad_enabled():
-            self.kept.append((inputs, output))
-        return output if self.is_last else None
-
-    def backward(self, batch: Batch) -> dict[str, float]:
-        inputs, output = self.kept.pop(0)
-        stats = {"loss_sum": 0.0, "num_targets": 0.0}
-        if self.is_last:
-            loss = loss_sum(output, batch.targets)
-            loss.backward()
-            stats = {"loss_sum": loss.item(), "num_targets": batch.targets.numel()}
-        else:
-            room = torch.empty_like(output)
-            output.backward(self.receive("gradients", self.stage + 1, self.stage + 1, room))
-        if not self.is_first:
-            assert inputs.grad is not None
-            self.send("gradients", self.stage, self.stage - 1, inputs.grad)
-        return stats
-
-    def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        self.optimizer.zero_grad(set_to_none=False)
-        self.sent = []
-        stats = {"loss_sum": 0.0, "num_targets": 0.0, "most_kept": 0.0}
-        for verb, number in self.schedule(self.stage, self.stages, len(micro_batches)):
-            if verb == "forward":
-                self.forward(micro_batches[number])
-                stats["most_kept"] = max(stats["most_kept"], len(self.kept))
-            else:
-                for name, value in self.backward(micro_batches[number]).items():
-                    stats[name] += value
-        for work in self.sent:
-            self.clock.wait(work)
-        return stats
-
-    def norm_squared(self, gradients: list[Tensor]) -> float:
-        total = torch.tensor(squared_norm(gradients), dtype=torch.float64)
-        self.collectives.all_reduce(total)
-        return total.item()
-
-
-class OneForwardOneBackward(Pipeline):
-    schedule = staticmethod(one_f_one_b)
 
 
 # -- experts ----
@@ -416,10 +310,6 @@ def close(trace: Any, reference: Any) -> bool:
     ("cls", "world_size", "model"),
     [
         (documented(), 3, dense),
-        (Pipeline, 2, dense),
-        (Pipeline, 3, dense),
-        (OneForwardOneBackward, 2, dense),
-        (OneForwardOneBackward, 3, dense),
         (ExpertParallel, 2, mixture),
         (ExpertParallel, 4, mixture),
     ],
@@ -430,28 +320,6 @@ def test_a_sketch_equals_single(
     (reference,) = run(Single, 1, model, micro=BATCH)
     for trace in run(cls, world_size, model, micro=BATCH if model is mixture else 2):
         assert close(trace, reference)
-
-
-@pytest.mark.parametrize("cls", [Pipeline, OneForwardOneBackward])
-def test_a_pipeline_evaluates_and_answers_on_every_rank(cls: type[Pipeline]) -> None:
-    def look(algorithm: Algorithm, result: Any) -> Any:
-        sums = algorithm.eval_step([global_batch(99)])
-        logits = algorithm.logits(global_batch(99).inputs)
-        return [sums.loss, sums.num_targets, *logits.double().flatten().tolist()]
-
-    (reference,) = run(Single, 1, micro=BATCH, look=look)
-    for trace in run(cls, 3, micro=2, look=look):
-        assert torch.allclose(torch.tensor(trace), torch.tensor(reference), rtol=0, atol=1e-5)
-
-
-def test_one_forward_one_backward_keeps_fewer_activations() -> None:
-    """And an algorithm's own statistics reach all ranks."""
-
-    def kept(cls: type[Pipeline]) -> list[list[list[float]]]:
-        return run(cls, 3, micro=2, look=lambda _, result: result.stats.column("most_kept"))
-
-    assert kept(Pipeline) == [[[6.0, 6.0, 6.0]] * STEPS] * 3
-    assert kept(OneForwardOneBackward) == [[[3.0, 2.0, 1.0]] * STEPS] * 3
 
 
 def test_every_token_comes_to_one_expert() -> None:
