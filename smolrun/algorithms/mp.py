@@ -29,6 +29,7 @@ from smolrun.algorithms.single import Single
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
 from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
+from smolrun.errors import ConfigError
 from smolrun.mesh.mesh import Work
 from smolrun.models.base import StagedModel
 from smolrun.parts.norms import combine_norms, layer_of
@@ -80,6 +81,11 @@ class ModelParallel(Single):
         for name, parameter in model.named_parameters():
             value = self.context.first_value(model, name, parameter)
             parameter.data = value.to(parameter.device, parameter.dtype)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                f"rank {context.mesh.rank} would have nothing to train: all parameters of its "
+                "layers are frozen; set algorithm.layers so that each rank has some that are not"
+            )
         super().place(model)
         self.running: nn.Module = model  # what a forward uses
         is_shared = tied is not None and self.stages > 1 and (self.is_first or self.is_last)
@@ -132,7 +138,7 @@ class ModelParallel(Single):
             (loss * self.loss_scale.value).backward()
             num_targets = int((batch.targets != IGNORE_INDEX).sum())
             stats = {"loss_sum": loss.item(), "num_targets": num_targets}
-        else:
+        elif output.requires_grad:  # else all before this is frozen
             output.backward(gradient.to(output))
         if inputs.grad is not None:
             self.links.send(GRADIENTS, self.stage - 1, inputs.grad)

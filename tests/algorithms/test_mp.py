@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
-from smolrun.errors import ConfigError
+from smolrun.errors import ConfigError, PeerLost
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.huggingface import build
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
-from smolrun.testing import run_ranks
+from smolrun.targets import keywords, load_target
+from smolrun.testing import FaultyPipe, run_ranks
 from smolrun.training.optimizer import make_optimizer
 from tests.algorithms import worlds
 from tests.algorithms.test_fsdp_saved import worst
@@ -275,3 +277,48 @@ def test_a_model_of_transformers_is_cut_and_read_in_stages(
     assert found.keys() == reference.parameters.keys()
     for name, expected in reference.parameters.items():
         assert torch.allclose(found[name], expected, rtol=0, atol=1e-12)
+
+
+def partly_frozen() -> torch.nn.Module:
+    model = worlds.decoder()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("token_embedding", "blocks.0")))
+    return model
+
+
+@EACH
+def test_frozen_layers_at_the_beginning(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DECODERS, "frozen", partly_frozen)
+    reference = train("single", "frozen", 1)[0]
+    overrides = {"layers": [[0, 1], [2, 2]]}
+    for trace in train(algorithm, "frozen", 2, overrides=overrides):
+        assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
+    with pytest.raises(ConfigError, match="rank 0 would have nothing to train"):
+        train(algorithm, "frozen", 3)
+
+
+# -- faults ----
+
+
+@pytest.mark.parametrize("fault", [{"cut_after": 20_000}, {"silent_after": 20_000}])
+@EACH
+def test_a_stage_that_is_lost_or_frozen_is_named_by_the_others(
+    algorithm: str, fault: dict[str, int]
+) -> None:
+    def rank_main(mesh: Mesh) -> str:
+        section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
+        context = worlds.context(mesh, "float64", "sgd", 0)
+        runner = load_target(section["target"])(context, **keywords(section))
+        runner.place(worlds.decoder().double())
+        plan = worlds.plan_of(runner)
+        with pytest.raises(PeerLost) as caught:
+            for step in range(1000):
+                batch = worlds.sample("language_model", step)
+                runner.train_step(worlds.share(batch, plan, step))
+        return f"{caught.value.rank}"
+
+    def wrap(rank: int) -> Any:
+        return lambda pipe, peer, kind: FaultyPipe(pipe, **fault) if rank == 1 else pipe
+
+    lost = run_ranks(3, rank_main, kind="tcp", wrap=wrap, silence_s=2.0)
+    assert (lost[0], lost[2]) == ("1", "1")
