@@ -26,8 +26,10 @@ from smolrun.config.data import DataConfig
 from smolrun.config.models import DecoderConfig, MlpConfig, ModelConfig
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import StalenessConfig, TrainingConfig
-from smolrun.config.sharding import RankSizes, Sharding
+from smolrun.config.sharding import RankSizes, Sharding, StagesConfig
 from smolrun.config.suggest import problem
+
+_MICRO_BATCHES_PER_STAGE = 4  # as in algorithms/mp_pipeline.py
 
 
 class AlgorithmConfig(TargetConfig):
@@ -83,6 +85,14 @@ class AlgorithmConfig(TargetConfig):
     def with_stage(self, stage: int) -> AlgorithmConfig | None:
         """The same algorithm with another sharding stage; None where it has no stages."""
         return None
+
+    def stages(self, world_size: int) -> StagesConfig | None:
+        """How a model is cut into stages of layers, one a rank; None where ranks hold no stages."""
+        return None
+
+    def lighter(self) -> dict[str, AlgorithmConfig]:
+        """The same algorithm with a key of its own that may save memory, as it would be typed."""
+        return {}
 
     def sharding(self, sizes: RankSizes) -> Sharding:
         """What a rank holds of the model, and sends."""
@@ -386,8 +396,13 @@ class ModelParallelConfig(AlgorithmConfig):
         if training.check_replicas:
             yield problem("training.check_replicas", True, self.why_no_replicas, allowed="false")
 
-    def sharding(self, sizes: RankSizes) -> Sharding:
-        return Sharding(3, 1 / sizes.world_size)
+    def stages(self, world_size: int) -> StagesConfig | None:
+        return StagesConfig(self.layers)
+
+    def lighter(self) -> dict[str, AlgorithmConfig]:
+        if self.layers is None:
+            return {}
+        return {"algorithm.layers=null": self.model_copy(update={"layers": None})}
 
 
 class PipelineConfig(ModelParallelConfig):
@@ -397,9 +412,22 @@ class PipelineConfig(ModelParallelConfig):
     schedule: Literal["1f1b", "gpipe"]
     micro_batches: Auto | Count
 
+    def _count(self, world_size: int) -> int:
+        if self.micro_batches == "auto":
+            return _MICRO_BATCHES_PER_STAGE * world_size
+        return self.micro_batches
+
+    def stages(self, world_size: int) -> StagesConfig | None:
+        return StagesConfig(self.layers, self.schedule, self._count(world_size))
+
+    def lighter(self) -> dict[str, AlgorithmConfig]:
+        found = super().lighter()
+        if self.schedule == "gpipe":
+            found["algorithm.schedule=1f1b"] = self.model_copy(update={"schedule": "1f1b"})
+        return found
+
     def stage_advice(self, world_size: int, global_batch_size: int) -> str | None:
-        is_auto = self.micro_batches == "auto"
-        count = 4 * world_size if is_auto else int(self.micro_batches)
+        count = self._count(world_size)
         if 2 * count <= global_batch_size:
             return f"try algorithm.micro_batches={2 * count}"
         return f"try training.global_batch_size={2 * global_batch_size}"

@@ -22,6 +22,17 @@ class RankSizes:
 
 
 @dataclass(frozen=True)
+class StagesConfig:
+    """Ranks hold stages of layers. `layers` are the keys; `schedule` None: one micro-batch after
+    the other goes through all stages and back. A step has `micro_batches` at least, where there
+    are as many samples."""
+
+    layers: list[list[int]] | None
+    schedule: str | None = None
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Stage 0 cuts nothing, 1 the optimizer, 2 gradients too, 3 parameters too. A worker with a
     parameter server is stage 1 with a share of nothing."""

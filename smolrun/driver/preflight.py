@@ -99,6 +99,21 @@ def check_model_fits(config: RunConfig, kind: str) -> None:
         raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
 
 
+def stages_note(config: RunConfig, prepared: Prepared) -> str | None:
+    """Which rank has which layers, where ranks hold stages of the model. ConfigError where it
+    cannot be cut so."""
+    if config.algorithm.stages(world_size(config)) is None:
+        return None
+    from smolrun.estimate.stages import cut_line  # loads torch
+
+    try:
+        return cut_line(config, prepared)
+    except SmolrunError:
+        raise
+    except Exception:  # building a model can fail in any way; the ranks say how it does
+        return None
+
+
 def _own_code(config: RunConfig) -> Iterator[str]:
     groups = {"model": config.model, "data": config.data, "algorithm": config.algorithm}
     for group, section in groups.items():

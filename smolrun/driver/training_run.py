@@ -13,7 +13,7 @@ from smolrun.driver.checkpoints import RunCheckpoints
 from smolrun.driver.detach import begin_driving
 from smolrun.driver.fleet import open_fleet
 from smolrun.driver.outputs import become_latest, make_folder, nothing_started
-from smolrun.driver.preflight import check_model_fits, memory_warning, start_notes
+from smolrun.driver.preflight import check_model_fits, memory_warning, stages_note, start_notes
 from smolrun.driver.prepare import prepare_data
 from smolrun.driver.resume import (
     ResumePoint,
@@ -73,6 +73,7 @@ class TrainingRun(Subscriber):
         self._has_begun = False
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
+        self._stages = stages_note(config, self._prepared)
         if self._resume is None and (line := memory_warning(config, self._prepared)):
             console.say(f"warning: {line}")
         self._reader = _stream_reader(config, self._prepared, self._resume, console.preparing)
@@ -103,7 +104,7 @@ class TrainingRun(Subscriber):
         config, say, trackers = self._config, self._console.say, self._trackers
         ranks = counted(world_size(config), "rank")
         say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
-        for line in start_notes(config):
+        for line in [*([self._stages] if self._stages else []), *start_notes(config)]:
             say(line)
         trackers.open()
         checkpoints = RunCheckpoints(

@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from smolrun.config import RunConfig, has_dedicated_server, ranks, resolved, validate, world_size
-from smolrun.config.sharding import RankSizes
+from smolrun.config.sharding import RankSizes, StagesConfig
 from smolrun.errors import ConfigError
 from smolrun.estimate.memory import (
     Need,
@@ -35,9 +35,19 @@ from smolrun.estimate.memory import (
     sent_bytes,
     smallest_change,
 )
+from smolrun.estimate.stages import (
+    RECEIVED_AHEAD,
+    StageKind,
+    build,
+    build_stage,
+    cut_of,
+    held_micro_batches,
+    kinds_of,
+    model_maker,
+)
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.launch.machine_memory import machine_memory
-from smolrun.models.base import ModelSpec
+from smolrun.models.base import ModelSpec, StagedModel
 from smolrun.models.initialise import check_trainable
 from smolrun.parts.placement import (
     BatchPlan,
@@ -47,10 +57,9 @@ from smolrun.parts.placement import (
     rank_speeds,
 )
 from smolrun.parts.precision import PRECISIONS
-from smolrun.parts.quantization import Quantization
+from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.parts.unshard_on_access import layers_of
 from smolrun.sanitize import echo
-from smolrun.targets import keywords, load_target
 
 GB = 2**30
 # Measured runs needed up to so much more than was promised (tests/tasks/test_dry_run_measured.py).
@@ -82,6 +91,18 @@ class Place:
     room: int | None
     is_here: bool
     share: float  # of what is cut among the ranks, for each of its ranks
+    first_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank holds where ranks hold stages of layers: `sizes` are shapes of trained
+    parameters and how many other numbers, `width` that of hidden states."""
+
+    layers: range
+    kind: StageKind
+    sizes: tuple[tuple[tuple[int, ...], ...], int]
+    width: int
 
 
 @dataclass
@@ -100,10 +121,16 @@ class Estimate:
     largest_layer: int
     cannot_trace: str = ""
     notes: list[str] = field(default_factory=list)
-    _traces: dict[tuple[str, bool, int], Trace | None] = field(default_factory=dict)
+    _traces: dict[tuple[str, bool, int, StageKind | None], Trace | None] = field(
+        default_factory=dict
+    )
+    _stages: dict[tuple[str, str], list[Stage]] = field(default_factory=dict, init=False)
 
-    def rank(self, place: Place, local_rank: int = 0) -> Rank:
-        """One rank of a host, in numbers."""
+    def rank(self, place: Place, local_rank: int = 0, setting: Setting | None = None) -> Rank:
+        """One rank of a host, in numbers; with stages it depends on the setting."""
+        stages = self.stages(setting or self.setting)
+        number = place.first_rank + local_rank
+        shapes, frozen = stages[number].sizes if stages else (self.shapes, self.frozen)
         bound = self.config.staleness.bound
         algorithm = self.config.algorithm
         sizes = RankSizes(
@@ -116,28 +143,97 @@ class Estimate:
             largest_layer=self.largest_layer,
         )
         return Rank(
-            shapes=self.shapes,
-            frozen=self.frozen,
+            shapes=shapes,
+            frozen=frozen,
             world_size=world_size(self.config),
             process_bytes=self.process.size,
             slots=1 + algorithm.pending_gradients(0 if bound == "auto" else bound),
             is_on_device=place.device != "cpu",
-            is_staged=place.device != "cpu" and world_size(self.config) > 1,
+            is_staged=place.device != "cpu" and world_size(self.config) > 1 and not stages,
+            is_stage=bool(stages),
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.log_norms == "all",
             saves=self.config.checkpoint.every > 0,
             sharding=algorithm.sharding(sizes),
-            quantization=Quantization(**self.config.quantization.model_dump()),
+            quantization=NO_QUANTIZATION if stages else self.quantization,
         )
+
+    @property
+    def quantization(self) -> Quantization:
+        """In which form tensors travel."""
+        return Quantization(**self.config.quantization.model_dump())
+
+    @property
+    def keys(self) -> StagesConfig | None:
+        """How the algorithm cuts the model into stages; None where it does not."""
+        return self.config.algorithm.stages(world_size(self.config))
+
+    def stages(self, setting: Setting) -> list[Stage]:
+        """What every rank holds, cut as the run would cut it; empty where ranks hold no stages.
+        Where no cut fits into the memory that is given, the fastest one. ConfigError where the
+        model cannot be cut."""
+        key = (setting.precision, setting.optimizer)
+        if key not in self._stages and self.keys is not None:
+            self._stages[key] = self._cut(setting)
+        return self._stages.get(key, [])
+
+    def _cut(self, setting: Setting) -> list[Stage]:
+        make = model_maker(self.config, self.spec)
+        model, _ = build(make)
+        cut = functools.partial(cut_of, self.config, model, setting.precision, setting.optimizer)
+        try:
+            layers = cut()
+        except ConfigError:
+            layers = cut(is_limited=False)
+        sizes = {kind: _numbers(build_stage(make, kind)) for kind in set(kinds_of(layers))}
+        assert isinstance(model, StagedModel), "it has been cut"
+        return [
+            Stage(part, kind, sizes[kind], model.shape.width)
+            for part, kind in zip(layers, kinds_of(layers), strict=True)
+        ]
+
+    def count(self, setting: Setting) -> int:
+        """Micro-batches of a step."""
+        most = -(-self.config.training.global_batch_size // setting.micro_batch_size)
+        return max(self.micro_batches, most) if self.keys is not None else self.micro_batches
+
+    def held(self, setting: Setting) -> list[int]:
+        """Micro-batches whose activations each stage holds at one time."""
+        assert self.keys is not None, "there are no stages"
+        return held_micro_batches(self.keys, world_size(self.config), self.count(setting))
+
+    def stage_works(self, setting: Setting) -> list[Trace] | None:
+        """One micro-batch of every stage; None where they cannot be traced."""
+        works = [self.trace(setting, stage.kind) for stage in self.stages(setting)]
+        known = [work for work in works if work is not None]
+        return known if len(known) == len(works) else None
+
+    def hop_bytes(self, setting: Setting) -> int:
+        """What travels from a stage to the next for a micro-batch, and back."""
+        tokens = setting.micro_batch_size * (self.spec.sequence_length or 1)
+        dtype = self.quantization.working_dtype(PRECISIONS[setting.precision].parameters)
+        numbers = tokens * self.stages(setting)[0].width
+        return self.quantization.quantizer().wire_bytes(numbers, dtype)
 
     def need(self, place: Place, setting: Setting, local_rank: int = 0) -> Need:
         """One rank of a host."""
-        return need(self.rank(place, local_rank), setting, self.trace(setting))
+        rank = self.rank(place, local_rank, setting)
+        if not self.stages(setting):
+            return need(rank, setting, self.trace(setting))
+        return need(rank, setting, self._stage_need(setting, place.first_rank + local_rank))
+
+    def _stage_need(self, setting: Setting, number: int) -> Trace | None:
+        """Of a stage, with all micro-batches that it holds."""
+        work = self.trace(setting, self.stages(setting)[number].kind)
+        if work is None:
+            return None
+        received = RECEIVED_AHEAD * self.hop_bytes(setting) if world_size(self.config) > 1 else 0
+        return work.with_others(self.held(setting)[number] - 1, received)
 
     def total(self, place: Place, setting: Setting) -> int:
         """All ranks of a host; pages of libraries are there once."""
-        other = self.need(place, setting, local_rank=1).total - self.process.shared
-        return self.need(place, setting).total + (place.ranks - 1) * other
+        needs = [self.need(place, setting, number).total for number in range(place.ranks)]
+        return sum(needs) - (place.ranks - 1) * self.process.shared
 
     def lacking(self, setting: Setting) -> int:
         """Bytes that the tightest host may have too few, with a margin; negative where there is
@@ -147,17 +243,19 @@ class Estimate:
             (int(MARGIN * self.total(p, setting)) - (p.room or 0) for p in known), default=-1
         )
 
-    def trace(self, setting: Setting) -> Trace | None:
-        """Of one micro-batch; None where the model cannot be traced, `cannot_trace` says why."""
-        key = (setting.precision, setting.recompute, setting.micro_batch_size)
+    def trace(self, setting: Setting, kind: StageKind | None = None) -> Trace | None:
+        """Of one micro-batch, of the whole model or of a stage; None where the model cannot be
+        traced, `cannot_trace` says why."""
+        key = (setting.precision, setting.recompute, setting.micro_batch_size, kind)
         if key not in self._traces:
-            self._traces[key] = None if self.cannot_trace else self._trace(setting)
+            self._traces[key] = None if self.cannot_trace else self._trace(setting, kind)
         return self._traces[key]
 
-    def _trace(self, setting: Setting) -> Trace | None:
+    def _trace(self, setting: Setting, kind: StageKind | None) -> Trace | None:
+        make = model_maker(self.config, self.spec)
         try:
             return trace(
-                build_on_meta(_maker(self.config, self.spec)),
+                build_on_meta(make) if kind is None else build_stage(make, kind),
                 self.spec,
                 setting.micro_batch_size,
                 precision=PRECISIONS[setting.precision],
@@ -227,13 +325,30 @@ class Estimate:
         setting = replace(self.setting, micro_batch_size=max(plan.sizes))
         room = {place.name: place.room for place in self.places}
         places = [replace(place, room=room[place.name]) for place in _places(config)]
-        return replace(
+        made = replace(
             self, config=config, setting=setting, micro_batches=len(plan.sizes), places=places
         )
+        try:
+            made.stages(setting)
+        except ConfigError:
+            return None
+        return made
 
     def checkpoint(self) -> int:
         """Bytes of one checkpoint."""
-        return checkpoint_bytes(self.rank(self.places[0]), self.setting)
+        whole = replace(self.rank(self.places[0]), shapes=self.shapes, frozen=self.frozen)
+        return checkpoint_bytes(whole, self.setting)
+
+    def stage_wire(self, number: int) -> int:
+        """Bytes that a stage sends in a step, and receives: hidden states, their gradients, and the
+        gradient of a matrix that it shares with the other end."""
+        stages, setting = self.stages(self.setting), self.setting
+        stage = stages[number]
+        neighbours = (not stage.kind.has_embedding) + (not stage.kind.has_head)
+        held = sum(math.prod(shape) for one in stages for shape in one.sizes[0])
+        tied = held - sum(math.prod(shape) for shape in self.shapes) if neighbours == 1 else 0
+        moved = neighbours * self.hop_bytes(setting) * self.config.training.global_batch_size
+        return moved // setting.micro_batch_size + item_bytes(setting.precision) * tied
 
     def wire(self, local_rank: int = 0) -> int:
         """Bytes that a rank sends in a step."""
@@ -246,7 +361,10 @@ def largest_plan(config: RunConfig) -> BatchPlan:
     weights = known_speeds(rank_speeds(config.cluster.model_dump(), world_size(config)))
     has_server = has_dedicated_server(config)
     parts = config.algorithm.batch_parts(world_size(config) - has_server)
-    if parts is not None:
+    stages = config.algorithm.stages(world_size(config))
+    if stages is not None:
+        weights = [1.0]  # all stages read all samples
+    elif parts is not None:
         weights = [1.0] * parts
     elif has_server:
         weights[0] = 0.0
@@ -255,6 +373,7 @@ def largest_plan(config: RunConfig) -> BatchPlan:
         weights,
         weights.index(max(weights)),
         None if micro == "auto" else micro,
+        1 if stages is None else stages.micro_batches,
     )
 
 
@@ -289,7 +408,8 @@ def estimate(
             cannot_trace=reason,
             notes=list(notes),
         )
-        made.trace(setting)
+        for place in made.places:
+            made.need(place, setting)
     finally:
         process = _end_probe(probe)
     made.process = process or made.process
@@ -297,27 +417,22 @@ def estimate(
     return made
 
 
-def _maker(config: RunConfig, spec: ModelSpec) -> Callable[[], nn.Module]:
-    section = resolved(config)["model"]
-    return functools.partial(load_target(section["target"]), spec, **keywords(section))
-
-
 def _sizes(
     config: RunConfig, spec: ModelSpec
 ) -> tuple[tuple[tuple[int, ...], ...], int, bool, int, str]:
     """Shapes of trained parameters, numbers in all else, whether blocks can be recomputed, numbers
     in the largest layer, and why the model cannot be run without values where that is so."""
-    reason = ""
-    try:
-        model = build_on_meta(_maker(config, spec))
-    except CannotTrace as error:  # one's own model may need values: build it for real, and let go
-        model, reason = _maker(config, spec)(), str(error)
+    model, reason = build(model_maker(config, spec))
     check_trainable(model)
+    layers = (sum(p.numel() for p in layer) for layer in layers_of(model, 0))
+    return *_numbers(model), hasattr(model, "recompute"), max(layers), reason
+
+
+def _numbers(model: nn.Module) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Shapes of trained parameters, and numbers in all else."""
     trained = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    layers = (sum(p.numel() for p in layer) for layer in layers_of(model, 0))
-    return trained, frozen + buffers, hasattr(model, "recompute"), max(layers), reason
+    return trained, frozen + sum(buffer.numel() for buffer in model.buffers())
 
 
 def _places(config: RunConfig) -> list[Place]:
@@ -333,7 +448,10 @@ def _places(config: RunConfig) -> list[Place]:
         device = _device(rank.device) if is_here else rank.device.replace("auto", "cpu")
         room = given if given is not None else (_free(device, here) if is_here else None)
         share = weights[rank.rank] / sum(weights)
-        places[rank.host] = Place(rank.host, rank.local_world_size, device, room, is_here, share)
+        first = rank.rank - rank.local_rank
+        places[rank.host] = Place(
+            rank.host, rank.local_world_size, device, room, is_here, share, first
+        )
     return list(places.values())
 
 

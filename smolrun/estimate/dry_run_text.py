@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +22,11 @@ from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDPConfig
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place
 from smolrun.estimate.memory import Setting
+from smolrun.estimate.stages import layers_text, step_of
+from smolrun.estimate.trace import Trace
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
+from smolrun.parts.placement import known_speeds, rank_speeds
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import counted, duration
@@ -87,8 +91,12 @@ def _how_long(made: Estimate) -> str:
     """The time of the whole run, in the words that follow `fits`. Computing and sending overlap, so
     a step takes the longer of the two."""
     steps = made.config.training.steps
-    compute, network = _compute_s(made), _network_s(made) or 0.0
     number = counted(steps, "step")
+    if made.keys is not None:
+        works = made.stage_works(made.setting)
+        seconds = _stage_step(made, works)[0] if works else None
+        return f"; {number} take at least {duration(steps * seconds)}" if seconds else ""
+    compute, network = _compute_s(made), _network_s(made) or 0.0
     if network <= (compute or 0.0):
         return f"; {number} take at least {duration(steps * compute)}" if compute else ""
     link = _rate(_links_gbps(made)[0])
@@ -103,6 +111,117 @@ def _how_long(made: Estimate) -> str:
     if made.rank(made.places[0]).sharding.stage < 2:  # bytes of a step, however large its batch
         quicker.append("a larger training.global_batch_size in fewer steps")
     return f", but {text}; quicker: {', '.join(quicker) or 'faster links, or fewer hosts'}"
+
+
+# -- stages --
+
+
+def _stage_lines(made: Estimate) -> Iterator[str]:
+    """What is different where ranks hold stages: the cut, hops, idle time."""
+    keys, setting = made.keys, made.setting
+    assert keys is not None, "ranks hold stages"
+    held = made.held(setting)
+    order = f"algorithm.schedule={keys.schedule}" if keys.schedule else "one after the other"
+    yield f"micro-batches: {order}; a rank holds the activations of {_listed(held)}"
+    yield f"network: {_hops(made)}"
+    yield f"time: {_stage_time(made)}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]} at one time"
+    return f"{', '.join(map(str, numbers))} at one time (rank 0, 1, ...)"
+
+
+def _hops(made: Estimate) -> str:
+    size = world_size(made.config)
+    if size == 1:
+        return "nothing, there is one rank"
+    hop = _size(made.hop_bytes(made.setting))
+    most = _size(max(made.stage_wire(number) for number in range(size)))
+    line = f"{hop} from stage to stage for a micro-batch, as much back; {most} per step at most"
+    if len(made.places) == 1:
+        return f"{line}, inside this machine"
+    links = _links_gbps(made)
+    times = ", ".join(f"{duration(_hop_s(made, gbps))} at {_rate(gbps)}" for gbps in links)
+    return f"{line}; a hop takes {times} ({_link_source(links)})"
+
+
+def _hop_s(made: Estimate, gbps: float) -> float:
+    """Seconds of a tensor between two stages; no time inside one machine."""
+    if len(made.places) == 1:
+        return 0.0
+    emulated = [host.emulate for host in made.config.cluster.hosts or [] if host.emulate]
+    latency_s = max((each.latency_ms for each in emulated), default=0.0) / 1000
+    return latency_s + 8 * made.hop_bytes(made.setting) / (gbps * 1e9)
+
+
+def _stage_time(made: Estimate) -> str:
+    works = made.stage_works(made.setting)
+    if works is None:
+        return "unknown"
+    flops = sum(work.flops for work in works) * made.count(made.setting)
+    seconds, bubble = _stage_step(made, works)
+    idle = f"ranks wait for {bubble:.0%} of it"
+    if seconds is None:
+        hops = ", and longer where hops are slow" if len(made.places) > 1 else ""
+        return f"unknown on these machines; {flops / 1e12:.2f} TFLOP per step; {idle}{hops}"
+    steps = made.config.training.steps
+    return (
+        f"about {duration(seconds)} per step, {duration(seconds * steps)} for "
+        f"{counted(steps, 'step')}; {idle} ({flops / 1e9:.1f} GFLOP per step of all ranks; "
+        f"measured now: {measure_speed()[0] / 1e9:.0f} GFLOPS)"
+    )
+
+
+def _stage_step(made: Estimate, works: Sequence[Trace]) -> tuple[float | None, float]:
+    """Seconds of a step, None where no rank computes on the CPU of this machine, and the share of
+    it in which ranks wait for other stages. Without seconds, hops take no time."""
+    keys, shares = made.keys, _cpu_shares(made)
+    assert keys is not None, "ranks hold stages"
+    speed, moved_per_s = measure_speed()
+    rates = shares or known_speeds(
+        rank_speeds(made.config.cluster.model_dump(), world_size(made.config))
+    )
+    hop_s = _hop_s(made, _links_gbps(made)[0]) if shares else 0.0
+    forward = [work.forward_flops / speed + work.forward_moved / moved_per_s for work in works]
+    whole = [work.flops / speed + work.moved / moved_per_s for work in works]
+    backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
+    count = made.count(made.setting)
+    step = step_of(keys, count, _over(forward, rates), _over(backward, rates), hop_s)
+    if shares is None:
+        return None, step.bubble
+    times = 1 if keys.schedule else count
+    # An update of float32 reads and writes four or five tensors as large as the parameters.
+    update = [20 * sum(map(math.prod, stage.sizes[0])) for stage in made.stages(made.setting)]
+    return times * step.seconds + max(_over(update, shares)) / moved_per_s, step.bubble
+
+
+def _over(values: Sequence[float], rates: Sequence[float]) -> list[float]:
+    return [value / rate for value, rate in zip(values, rates, strict=True)]
+
+
+def _cpu_shares(made: Estimate) -> list[float] | None:
+    """How fast every rank computes beside all cores of this machine, of other hosts by their
+    `speed`; None where no rank computes on the CPU of this machine."""
+    hosts = {host.name: host for host in made.config.cluster.hosts or []}
+    found: dict[str, float] = {}
+    for place in made.places:
+        emulate = hosts[place.name].emulate if hosts else None
+        if place.is_here and place.device == "cpu":
+            cores = os.cpu_count() or 1
+            found[place.name] = emulate.compute / cores if emulate else 1 / place.ranks
+    if not found:
+        return None
+    speeds = {
+        name: 1.0 if host.speed == "auto" else float(host.speed) for name, host in hosts.items()
+    }
+    name, share = next(iter(found.items()))
+    return [
+        found.get(place.name) or share * speeds[place.name] / speeds[name]
+        for place in made.places
+        for _ in range(place.ranks)
+    ]
 
 
 def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
@@ -144,18 +263,23 @@ def _title(made: Estimate) -> str:
         f"algorithm={config.algorithm.name} on {counted(world_size(config), 'rank')}, "
         f"precision={config.precision}, optimizer={config.optimizer.name}; a step is "
         f"{counted(made.micro_batches, 'micro-batch')} of {made.setting.micro_batch_size} "
-        f"{sample} on each rank{' that trains' if has_dedicated_server(config) else ''}"
+        f"{sample} {_where(made)}"
     )
 
 
+def _where(made: Estimate) -> str:
+    if made.keys is not None:
+        return "through all ranks"
+    return f"on each rank{' that trains' if has_dedicated_server(made.config) else ''}"
+
+
 def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
-    """A column for every kind of host."""
+    """A column for every kind of host, or for every stage."""
     table = rich.table.Table(box=rich.box.ASCII2 if is_plain else rich.box.SIMPLE_HEAD)
     table.add_column("memory of one rank (GB of 2^30 bytes)", min_width=13)
-    kinds = _kinds(made)
-    needs = [made.need(places[0], made.setting) for places in kinds]
-    for places in kinds:
-        names = "\n".join(place.name for place in places)
+    columns = _columns(made)
+    needs = [made.need(place, made.setting, number) for _, place, number in columns]
+    for names, _, _ in columns:
         table.add_column(names, justify="right", min_width=7, overflow="fold")
     for part in needs[0].parts:
         values = [need.parts[part] for need in needs]
@@ -163,11 +287,15 @@ def _table(made: Estimate, *, is_plain: bool) -> rich.table.Table:
             table.add_row(_PARTS[part], *(_cell(value) for value in values))
     table.add_section()
     table.add_row("one rank", *(_cell(need.total) for need in needs))
-    if any(places[0].ranks > 1 for places in kinds):
-        table.add_row("ranks there", *(str(places[0].ranks) for places in kinds))
-        totals = [_cell(made.total(places[0], made.setting)) for places in kinds]
+
+    def of_hosts(value: Callable[[Place], str]) -> list[str]:
+        return ["" if number else value(place) for _, place, number in columns]
+
+    if any(place.ranks > 1 for _, place, _ in columns):
+        table.add_row("ranks there", *of_hosts(lambda place: str(place.ranks)))
+        totals = of_hosts(lambda place: _cell(made.total(place, made.setting)))
         table.add_row("all of them, libraries shared", *totals)
-    table.add_row("available", *(_room(places[0]) for places in kinds))
+    table.add_row("available", *of_hosts(_room))
     return table
 
 
@@ -187,6 +315,22 @@ _PARTS = {
     "checkpoint": "copy for a checkpoint",
     "slack": "fragmentation",
 }
+
+
+def _columns(made: Estimate) -> list[tuple[str, Place, int]]:
+    """A title, a host, and which of its ranks."""
+    stages = made.stages(made.setting)
+    if not stages:
+        return [("\n".join(p.name for p in alike), alike[0], 0) for alike in _kinds(made)]
+    return [
+        (_stage_title(stages[place.first_rank + number].layers, place, number), place, number)
+        for place in made.places
+        for number in range(place.ranks)
+    ]
+
+
+def _stage_title(layers: range, place: Place, number: int) -> str:
+    return f"rank {place.first_rank + number}\n{place.name}\n{layers_text(layers)}"
 
 
 def _kinds(made: Estimate) -> list[list[Place]]:
@@ -211,8 +355,11 @@ def _lines(made: Estimate) -> Iterator[str]:
         yield f"note: activations are not counted: {made.cannot_trace}"
     for note in made.notes:
         yield f"note: {note}"
-    yield f"network: {_network(made)}"
-    yield f"time: {_time(made)}"
+    if made.keys is not None:
+        yield from _stage_lines(made)
+    else:
+        yield f"network: {_network(made)}"
+        yield f"time: {_time(made)}"
     yield f"disk: {_disk(made)}"
     yield f"assumed: {_assumed(made)}"
     if made.lacking(made.setting) > 0:
@@ -239,8 +386,11 @@ def _network(made: Estimate) -> str:
         return f"{line}, inside this machine"
     links = _links_gbps(made)
     times = ", ".join(f"{duration(8 * sent / (g * 1e9))} at {_rate(g)}" for g in links)
-    source = "as emulated" if links != _LINKS_GBPS else "the links have not been measured"
-    return f"{line}: {times} ({source})"
+    return f"{line}: {times} ({_link_source(links)})"
+
+
+def _link_source(links: tuple[float, ...]) -> str:
+    return "as emulated" if links != _LINKS_GBPS else "the links have not been measured"
 
 
 def _network_s(made: Estimate) -> float | None:
@@ -343,7 +493,7 @@ def _remedies(made: Estimate) -> Iterator[str]:
         remedies.append(best)
     for remedy in remedies:
         yield _remedy(" ".join(remedy.keys), made, place, remedy.setting)
-    others = [*_with_fewer_ranks(made), *_sharded(made, place)]
+    others = [*_lighter(made), *_with_fewer_ranks(made), *_sharded(made, place)]
     yield from others
     if best is None and not any(line.endswith(", fits") for line in others):
         yield "  no combination of these keys is enough: more hosts, or a smaller model"
@@ -352,6 +502,13 @@ def _remedies(made: Estimate) -> Iterator[str]:
 def _remedy(words: str, made: Estimate, place: Place, setting: Setting) -> str:
     answer = "fits" if made.lacking(setting) <= 0 else "not enough"
     return f"  {words}: {gb(made.total(place, setting))} on {place.name}, {answer}"
+
+
+def _lighter(made: Estimate) -> Iterator[str]:
+    """What keys of the algorithm itself would save."""
+    for words, algorithm in made.config.algorithm.lighter().items():
+        if (other := made.changed(algorithm=algorithm)) is not None:
+            yield _remedy(words, other, other.places[0], other.setting)
 
 
 def _with_fewer_ranks(made: Estimate) -> Iterator[str]:

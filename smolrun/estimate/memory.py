@@ -65,6 +65,7 @@ class Rank:
     has_momentum: bool = True
     copies_for_norms: bool = False
     saves: bool = False
+    is_stage: bool = False  # it holds a stage of layers, and saves all of that
     sharding: Sharding = NOT_CUT
     quantization: Quantization = NO_QUANTIZATION
 
@@ -152,7 +153,8 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     apart = 0 if rank.is_on_device else small + large
     activations = max(work.peak, apart) if work else 0
     cut = rank.sharding
-    share = cut.share if cut.stage or cut.links else 1 / rank.world_size
+    has_share = cut.stage or cut.links or rank.is_stage
+    share = cut.share if has_share else 1 / rank.world_size
     parts = {
         "process": rank.process_bytes,
         "parameters": int(size * (rank.trained + rank.frozen) * cut.of(3)),

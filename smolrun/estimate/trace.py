@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from smolrun.errors import SmolrunError
-from smolrun.models.base import ModelSpec
+from smolrun.models.base import ModelSpec, StagedModel
 from smolrun.parts.precision import Precision
 
 # glibc gives a block of this size or more back to the system when it is let go; smaller ones stay
@@ -50,7 +50,8 @@ class Trace:
 
     `peak` is the most at one time; `small_peak` and `large_peak` are the same of storages below and
     from LARGE_BYTES, each at its own time. `flops` are those of matrix products, `moved` the bytes
-    that all other operations read and write.
+    that all other operations read and write. What of these is the forward's: `forward_flops`,
+    `forward_moved`; and `small_kept` and `large_kept`, which it leaves for the backward.
     """
 
     peak: int
@@ -58,6 +59,21 @@ class Trace:
     large_peak: int
     flops: int
     moved: int
+    small_kept: int = 0
+    large_kept: int = 0
+    forward_flops: int = 0
+    forward_moved: int = 0
+
+    def with_others(self, count: int, received: int) -> Trace:
+        """The same beside what so many other micro-batches wait for their backward with, and beside
+        `received` bytes of hidden states that come in."""
+        small, large = count * self.small_kept, count * self.large_kept
+        return replace(
+            self,
+            peak=self.peak + small + large + received,
+            small_peak=self.small_peak + small + received,
+            large_peak=self.large_peak + large,
+        )
 
 
 def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -79,8 +95,8 @@ def trace(
     precision: Precision,
     recompute: bool,
 ) -> Trace:
-    """What one micro-batch of `batch_size` samples needs; `model` comes from `build_on_meta` and is
-    used up. CannotTrace with the reason where that is unknown."""
+    """What one micro-batch of `batch_size` samples needs; `model` comes from `build_on_meta`, may
+    be a stage, and is used up. CannotTrace with the reason where that is unknown."""
     counter = _Counter()
     try:
         with _fake(model.to(precision.parameters)):
@@ -89,21 +105,38 @@ def trace(
             inputs, targets = _batch(spec, batch_size, precision.parameters)
             counter.pass_over([*_tensors(model), inputs, targets])
             with counter:
-                _forward_backward(model, inputs, targets, precision)
+                output = _forward(model, _received(model, inputs, precision), precision)
+                counter.end_forward()
+                _backward(model, output, targets)
     except Exception as error:
         raise CannotTrace(f"it cannot be run without values ({error})") from error
     return counter.trace()
 
 
-def _forward_backward(
-    model: nn.Module, inputs: Tensor, targets: Tensor, precision: Precision
-) -> None:
-    """As algorithms do it: the loss in float32 and as a sum."""
+def _received(model: nn.Module, tokens: Tensor, precision: Precision) -> Tensor:
+    """What the model reads: the batch, or hidden states where it is a later stage."""
+    if getattr(model, "has_embedding", True):
+        return tokens
+    assert isinstance(model, StagedModel), "no other model lacks its embedding"
+    shape = (*tokens.shape, model.shape.width)
+    return torch.empty(shape, dtype=precision.parameters, requires_grad=True)
+
+
+def _forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
+    """Logits, in float32 at least, or the hidden states that a stage sends."""
     with precision.context(torch.device("cpu")):
-        logits = model(inputs)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-    loss.backward()
+        output: Tensor = model(inputs)
+    if not getattr(model, "has_head", True):
+        return output.to(precision.parameters)
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _backward(model: nn.Module, output: Tensor, targets: Tensor) -> None:
+    """As algorithms do it: from the sum of losses, or from the gradient that a stage receives."""
+    if not getattr(model, "has_head", True):
+        output.backward(torch.empty_like(output))
+        return
+    cross_entropy(output.flatten(0, -2), targets.flatten(), reduction="sum").backward()
 
 
 def _batch(spec: ModelSpec, batch_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -151,10 +184,15 @@ class _Counter(TorchDispatchMode):
         self._peak = 0
         self._flops = 0
         self._moved = 0
+        self._forward = (0, 0, 0, 0)
 
     def trace(self) -> Trace:
         small, large = self._peaks
-        return Trace(self._peak, small, large, self._flops, self._moved)
+        return Trace(self._peak, small, large, self._flops, self._moved, *self._forward)
+
+    def end_forward(self) -> None:
+        """What is alive now is kept for the backward."""
+        self._forward = (self._now[0], self._now[1], self._flops, self._moved)
 
     def pass_over(self, tensors: list[Tensor]) -> None:
         """Do not count these, nor what is written into them."""

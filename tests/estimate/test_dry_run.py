@@ -11,13 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 import rich.console
+import torch
 
 from smolrun.cli.compose import compose
+from smolrun.config import resolved
 from smolrun.driver.prepare import spec_of
 from smolrun.estimate import dry_run, dry_run_text
 from smolrun.estimate.dry_run import GB, Estimate, Process, estimate
 from smolrun.estimate.dry_run_text import memory_verdict, report, verdict
+from smolrun.estimate.stages import cut_line
+from smolrun.mesh.mesh import Mesh
 from smolrun.tasks import train
+from smolrun.testing import run_ranks
+from smolrun.worker.train import place_algorithm
 
 LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
 
@@ -290,3 +296,140 @@ def test_a_bound_of_edp_costs_no_memory(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "1 micro-batch of 11 sequences of" in shown
     assert "on each rank that trains" in shown
+
+
+# -- stages of layers ----
+
+STAGES = ("algorithm=mp_pipeline", "cluster.ranks=3", "model.layers=6", "data.tokenizer=bytes")
+HOSTS = (
+    "cluster.hosts=[{name: a, speed: 2}, {name: b, ranks: 2}]",
+    "algorithm=mp_pipeline",
+    "model.layers=8",
+    "data.tokenizer=bytes",
+)
+
+
+def stage_parts(estimate: Estimate, part: str) -> list[int]:
+    return [
+        estimate.need(place, estimate.setting, number).parts[part]
+        for place in estimate.places
+        for number in range(place.ranks)
+    ]
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_stage_has_its_layers_and_its_end_of_the_model(tied: str) -> None:
+    estimate = made(*STAGES, f"model.tie_embeddings={tied}")
+    assert [stage.layers for stage in estimate.stages(estimate.setting)] == [
+        range(2),
+        range(2, 4),
+        range(4, 6),
+    ]
+    whole = made(*STAGES, f"model.tie_embeddings={tied}", "algorithm=single", "cluster.ranks=1")
+    embedding = 4 * whole.spec.num_outputs * whole.config.model.keywords()["width"]
+    expected = stage_parts(whole, "parameters")[0] + (embedding if tied == "true" else 0)
+    assert sum(stage_parts(estimate, "parameters")) == expected
+    assert stage_parts(estimate, "gradients") == stage_parts(estimate, "parameters")
+    assert estimate.checkpoint() == whole.checkpoint()
+    first, middle, last = stage_parts(estimate, "optimizer")
+    assert middle < first and middle < last
+
+
+@pytest.mark.parametrize(
+    ("keys", "held"),
+    [
+        (["algorithm.schedule=1f1b"], [3, 2, 1]),
+        (["algorithm.schedule=1f1b", "algorithm.micro_batches=2"], [2, 2, 1]),
+        (["algorithm.schedule=gpipe"], [12, 12, 12]),
+        (["algorithm.schedule=gpipe", "training.micro_batch_size=1"], [32, 32, 32]),
+        (["algorithm=mp", "training.micro_batch_size=4"], [1, 1, 1]),
+    ],
+)
+def test_activations_are_those_of_the_micro_batches_that_a_stage_holds(
+    keys: list[str], held: list[int]
+) -> None:
+    estimate = made(*STAGES, *keys)
+    assert estimate.held(estimate.setting) == held
+    kinds = [stage.kind for stage in estimate.stages(estimate.setting)]
+    for kind, count, found in zip(kinds, held, stage_parts(estimate, "activations"), strict=True):
+        work = estimate.trace(estimate.setting, kind)
+        assert work is not None
+        received = 2 * estimate.hop_bytes(estimate.setting)
+        assert found == work.peak + (count - 1) * work.small_kept + received
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (STAGES, "rank 0 layers 0 to 1, rank 1 layers 2 to 3, rank 2 layers 4 to 5"),
+        (HOSTS, "rank 0 (a) layers 0 to 3, rank 1 (b) layers 4 to 5, rank 2 (b) layers 6 to 7"),
+        (
+            (*HOSTS, "cluster.hosts.0.memory_gb=0.011"),
+            "rank 0 (a) layers 0 to 2, rank 1 (b) layers 3 to 5, rank 2 (b) layers 6 to 7",
+        ),
+        (
+            (*STAGES, "algorithm=mp", "algorithm.layers=[[0,2],[3,3],[4,5]]"),
+            "rank 0 layers 0 to 2, rank 1 layer 3, rank 2 layers 4 to 5",
+        ),
+    ],
+)
+def test_it_cuts_as_the_run_does(keys: tuple[str, ...], line: str) -> None:
+    estimate = made(*keys)
+    config = resolved(estimate.config)
+
+    def rank_main(mesh: Mesh) -> list[int]:
+        algorithm = place_algorithm(config, estimate.spec, mesh, torch.device("cpu"))
+        micro_batches = algorithm.data_coordinates([1.0]).micro_batches
+        assert micro_batches == (12 if config["algorithm"]["name"] == "mp_pipeline" else 1)
+        return [int(name) for name in algorithm.model.blocks]
+
+    promised = [list(stage.layers) for stage in estimate.stages(estimate.setting)]
+    assert run_ranks(3, rank_main) == promised
+    assert cut_line(estimate.config, estimate.spec) == line
+
+
+def test_a_step_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks wait less with more micro-batches; without a schedule, all but one wait."""
+    monkeypatch.setattr(dry_run_text, "measure_speed", lambda: (1e9, 1e30))
+    steps = {}
+    for keys in ("algorithm.micro_batches=4", "algorithm.micro_batches=32", "algorithm=mp"):
+        estimate = made(*STAGES, keys, "model.layers=24")
+        works = estimate.stage_works(estimate.setting)
+        assert works is not None
+        steps[keys] = dry_run_text._stage_step(estimate, works)
+    (four_s, four), (many_s, many), (one_s, one) = steps.values()
+    assert (four, many, one) == (
+        pytest.approx(2 / 6, abs=0.02),
+        pytest.approx(2 / 34, abs=0.02),
+        pytest.approx(2 / 3, abs=0.02),
+    )
+    assert many_s is not None and four_s is not None and one_s is not None
+    assert four_s / many_s == pytest.approx((6 / 4) / (34 / 32), rel=0.02)
+    assert one_s / many_s == pytest.approx(3 / (34 / 32), rel=0.02)
+
+
+def test_hops_take_what_the_links_let_through() -> None:
+    slow = made("cluster=sim/pi3", "algorithm=mp_pipeline", "model.layers=6")
+    size = slow.hop_bytes(slow.setting)
+    assert size == 3 * 64 * slow.config.model.keywords()["width"] * 4
+    assert slow.stage_wire(1) == 2 * size * 32 // 3
+    assert dry_run_text._hop_s(slow, 0.1) == pytest.approx(0.0005 + 8 * size / 1e8)
+    assert "at 100 Mbit/s (as emulated)" in dry_run_text._hops(slow)
+    fewer = made("cluster=sim/pi3", "algorithm=mp_pipeline", "quantization=int8")
+    assert fewer.hop_bytes(fewer.setting) == pytest.approx(size / 4, rel=0.1)
+
+
+def test_a_cut_by_hand_that_does_not_fit_is_answered_by_one_that_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hosts = "{name: a, memory_gb: 1}, {name: b, memory_gb: 0.5}"
+    keys = (f"cluster.hosts=[{hosts}]", "model=gpt_small", "data.sequence_length=512")
+    by_hand = made(*keys, "algorithm=mp_pipeline", "algorithm.layers=[[0,0],[1,5]]")
+    assert report(by_hand) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("does not fit: b needs ")
+    assert any(line.startswith("  algorithm.layers=null: ") for line in lines)
+    gpipe = made(*STAGES, "algorithm.schedule=gpipe")
+    assert [line.split(":")[0] for line in dry_run_text._lighter(gpipe)] == [
+        "  algorithm.schedule=1f1b"
+    ]

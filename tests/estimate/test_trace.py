@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.estimate import trace as tracing
+from smolrun.estimate.stages import StageKind, build_stage
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.models.decoder import build
 from smolrun.models.mlp import MLP
@@ -54,6 +55,37 @@ def test_activations_grow_with_the_batch_alone() -> None:
     one, two, three = (of_decoder(batch) for batch in (8, 16, 24))
     assert two.peak - one.peak == pytest.approx(three.peak - two.peak, rel=0.02)
     assert two.flops == 2 * one.flops
+
+
+def of_stage(kind: StageKind, batch: int = 4) -> Trace:
+    spec = Spec(50, sequence_length=40)
+    model = build_stage(lambda: build(spec, **{**TINY, "layers": 8}), kind)
+    return trace(model, spec, batch, precision=FLOAT32, recompute=False)
+
+
+def test_stages_do_the_work_of_the_whole() -> None:
+    whole = of_decoder()
+    stages = [StageKind(3, True, False), StageKind(4, False, False), StageKind(1, False, True)]
+    works = [of_stage(kind) for kind in stages]
+    # The first layer of a stage has to pass a gradient on; the embedding has none to pass.
+    assert sum(work.flops for work in works) == whole.flops
+    assert sum(work.forward_flops for work in works) == whole.forward_flops
+    assert 3 * whole.forward_flops == pytest.approx(whole.flops, rel=0.05)
+
+
+def test_what_waits_for_its_backward_grows_with_layers_and_batch() -> None:
+    one, two = (of_stage(StageKind(count, False, False)) for count in (1, 2))
+    hidden = 4 * 40 * TINY["width"] * 4
+    # The states that came in, and those that go out.
+    layer = two.small_kept - one.small_kept
+    assert layer == pytest.approx(one.small_kept - hidden, rel=0.01)
+    assert of_stage(StageKind(2, False, False), 8).small_kept == pytest.approx(
+        2 * two.small_kept, rel=0.01
+    )
+    assert two.small_kept < two.small_peak == two.peak
+    three = two.with_others(2, received=100)
+    assert three.peak - two.peak == three.small_peak - two.small_peak == 2 * two.small_kept + 100
+    assert three.large_peak == 0
 
 
 def test_recomputed_blocks_need_less_memory_and_more_work() -> None:

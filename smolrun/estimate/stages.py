@@ -1,0 +1,151 @@
+"""A model in stages (mp, mp_pipeline) before it runs: which rank has which layers, what it holds
+for how many micro-batches, and how long a step takes.
+
+The cut is made by the function that cuts in the run (algorithms/mp.py); a step follows the schedule
+that the run follows (parts/pipeline_schedule.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from smolrun.algorithms.mp import copies_held, cut_layers
+from smolrun.config import RunConfig, ranks, resolved, world_size
+from smolrun.config.sharding import StagesConfig
+from smolrun.estimate.trace import CannotTrace, build_on_meta
+from smolrun.models.base import ModelSpec, StagedModel
+from smolrun.parts.pipeline_schedule import SCHEDULES, Simulation, simulate
+from smolrun.parts.placement import known_speeds, memory_limits, rank_speeds
+from smolrun.parts.precision import PRECISIONS
+from smolrun.targets import keywords, load_target
+from smolrun.training.optimizer import make_optimizer
+
+# Receives that a stage has posted ahead, each with memory for a tensor: algorithms/mp_pipeline.py.
+RECEIVED_AHEAD = 2
+
+
+class StageKind(NamedTuple):
+    """Stages of equal kind need and do the same."""
+
+    layers: int
+    has_embedding: bool
+    has_head: bool
+
+
+def model_maker(config: RunConfig, spec: ModelSpec) -> Callable[[], nn.Module]:
+    """Builds the model of the configuration."""
+    section = resolved(config)["model"]
+    return functools.partial(load_target(section["target"]), spec, **keywords(section))
+
+
+def build(make: Callable[[], nn.Module]) -> tuple[nn.Module, str]:
+    """The model on the meta device; with values, and the reason, where it cannot be built so."""
+    try:
+        return build_on_meta(make), ""
+    except CannotTrace as error:
+        return make(), str(error)
+
+
+def cut_of(
+    config: RunConfig,
+    model: nn.Module,
+    precision_name: str,
+    optimizer_name: str,
+    *,
+    is_limited: bool = True,
+) -> list[range]:
+    """The layers of every rank of an algorithm with stages, as the run cuts them; without
+    `is_limited` by speed alone. ConfigError where the model or its layers cannot be cut so."""
+    section, size = resolved(config), world_size(config)
+    keys = config.algorithm.stages(size)
+    assert keys is not None, "the algorithm has no stages"
+    bound = config.staleness.bound
+    optimizer = section["optimizer"]
+    if optimizer_name != optimizer["name"]:  # with the keys that it has by default
+        optimizer = {"name": optimizer_name}
+        optimizer |= {"momentum": 0.9} if optimizer_name == "sgd" else {}
+    precision = PRECISIONS[precision_name]
+    return cut_layers(
+        model,
+        keys.layers,
+        size,
+        precision=precision,
+        copies=copies_held(
+            functools.partial(make_optimizer, **optimizer),
+            precision,
+            0 if bound == "auto" else bound,
+        ),
+        speeds=known_speeds(rank_speeds(section["cluster"], size)),
+        memory_bytes=memory_limits(section["cluster"]["hosts"]) if is_limited else (),
+    )
+
+
+def cut_line(config: RunConfig, spec: ModelSpec) -> str | None:
+    """Which rank of a run has which layers; None where ranks hold no stages, or where that shows
+    only with the model's values. ConfigError where the model cannot be cut."""
+    if config.algorithm.stages(world_size(config)) is None:
+        return None
+    try:
+        model = build_on_meta(model_maker(config, spec))
+    except CannotTrace:
+        return None
+    layers = cut_of(config, model, config.precision, config.optimizer.name)
+    plans = ranks(config)
+    hosts = [""] * len(plans)
+    if len({plan.host for plan in plans}) > 1:
+        hosts = [f" ({plan.host})" for plan in plans]
+    named = zip(hosts, layers, strict=True)
+    return ", ".join(
+        f"rank {rank}{host} {layers_text(stage)}" for rank, (host, stage) in enumerate(named)
+    )
+
+
+def layers_text(stage: range) -> str:
+    """Such as layers 0 to 4."""
+    if len(stage) == 1:
+        return f"layer {stage[0]}"
+    return f"layers {stage[0]} to {stage[-1]}"
+
+
+def kinds_of(layers: Sequence[range]) -> list[StageKind]:
+    """The kind of every stage."""
+    last = len(layers) - 1
+    return [
+        StageKind(len(stage), number == 0, number == last) for number, stage in enumerate(layers)
+    ]
+
+
+def build_stage(make: Callable[[], nn.Module], kind: StageKind) -> nn.Module:
+    """A stage of a model; its layers are as good as any others."""
+    model, _ = build(make)
+    assert isinstance(model, StagedModel), "it has been cut"
+    model.keep_stage(range(kind.layers), kind.has_embedding, kind.has_head)
+    return model
+
+
+def held_micro_batches(keys: StagesConfig, stages: int, micro_batches: int) -> list[int]:
+    """Micro-batches whose activations every stage has in memory at one time."""
+    if keys.schedule is None:
+        return [1] * stages
+    step = step_of(keys, micro_batches, [1.0] * stages, [1.0] * stages)
+    return [step.held(stage) for stage in range(stages)]
+
+
+def step_of(
+    keys: StagesConfig,
+    micro_batches: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    hop_s: float = 0.0,
+) -> Simulation:
+    """A step of stages that take so long for a micro-batch; without a schedule, of one micro-batch,
+    of which a step has `micro_batches` one after the other."""
+    stages = len(forward_s)
+    schedule = SCHEDULES[keys.schedule or "1f1b"]
+    count = micro_batches if keys.schedule is not None else 1
+    actions = [schedule(stage, stages, count) for stage in range(stages)]
+    return simulate(actions, forward_s, backward_s, hop_s)
