@@ -38,16 +38,17 @@ from smolrun.estimate.memory import (
 from smolrun.estimate.stages import (
     RECEIVED_AHEAD,
     StageKind,
+    StageShare,
     build,
     build_stage,
-    cut_of,
+    cut_into_stages,
     held_micro_batches,
-    kinds_of,
     model_maker,
+    numbers_of,
 )
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.launch.machine_memory import machine_memory
-from smolrun.models.base import ModelSpec, StagedModel
+from smolrun.models.base import ModelSpec
 from smolrun.models.initialise import check_trainable
 from smolrun.parts.placement import (
     BatchPlan,
@@ -94,17 +95,6 @@ class Place:
     first_rank: int = 0
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What one rank holds where ranks hold stages of layers: `sizes` are shapes of trained
-    parameters and how many other numbers, `width` that of hidden states."""
-
-    layers: range
-    kind: StageKind
-    sizes: tuple[tuple[tuple[int, ...], ...], int]
-    width: int
-
-
 @dataclass
 class Estimate:
     """All that is known of a run before it starts."""
@@ -124,13 +114,13 @@ class Estimate:
     _traces: dict[tuple[str, bool, int, StageKind | None], Trace | None] = field(
         default_factory=dict
     )
-    _stages: dict[tuple[str, str], list[Stage]] = field(default_factory=dict, init=False)
+    _stages: dict[tuple[str, str], list[StageShare]] = field(default_factory=dict, init=False)
 
     def rank(self, place: Place, local_rank: int = 0, setting: Setting | None = None) -> Rank:
         """One rank of a host, in numbers; with stages it depends on the setting."""
         stages = self.stages(setting or self.setting)
         number = place.first_rank + local_rank
-        shapes, frozen = stages[number].sizes if stages else (self.shapes, self.frozen)
+        shapes, frozen = stages[number].numbers if stages else (self.shapes, self.frozen)
         bound = self.config.staleness.bound
         algorithm = self.config.algorithm
         sizes = RankSizes(
@@ -168,29 +158,14 @@ class Estimate:
         """How the algorithm cuts the model into stages; None where it does not."""
         return self.config.algorithm.stages(world_size(self.config))
 
-    def stages(self, setting: Setting) -> list[Stage]:
+    def stages(self, setting: Setting) -> list[StageShare]:
         """What every rank holds, cut as the run would cut it; empty where ranks hold no stages.
         Where no cut fits into the memory that is given, the fastest one. ConfigError where the
         model cannot be cut."""
         key = (setting.precision, setting.optimizer)
         if key not in self._stages and self.keys is not None:
-            self._stages[key] = self._cut(setting)
+            self._stages[key] = cut_into_stages(self.config, self.spec, *key)
         return self._stages.get(key, [])
-
-    def _cut(self, setting: Setting) -> list[Stage]:
-        make = model_maker(self.config, self.spec)
-        model, _ = build(make)
-        cut = functools.partial(cut_of, self.config, model, setting.precision, setting.optimizer)
-        try:
-            layers = cut()
-        except ConfigError:
-            layers = cut(is_limited=False)
-        sizes = {kind: _numbers(build_stage(make, kind)) for kind in set(kinds_of(layers))}
-        assert isinstance(model, StagedModel), "it has been cut"
-        return [
-            Stage(part, kind, sizes[kind], model.shape.width)
-            for part, kind in zip(layers, kinds_of(layers), strict=True)
-        ]
 
     def count(self, setting: Setting) -> int:
         """Micro-batches of a step."""
@@ -345,7 +320,7 @@ class Estimate:
         stages, setting = self.stages(self.setting), self.setting
         stage = stages[number]
         neighbours = (not stage.kind.has_embedding) + (not stage.kind.has_head)
-        held = sum(math.prod(shape) for one in stages for shape in one.sizes[0])
+        held = sum(math.prod(shape) for one in stages for shape in one.numbers[0])
         tied = held - sum(math.prod(shape) for shape in self.shapes) if neighbours == 1 else 0
         moved = neighbours * self.hop_bytes(setting) * self.config.training.global_batch_size
         return moved // setting.micro_batch_size + item_bytes(setting.precision) * tied
@@ -425,14 +400,7 @@ def _sizes(
     model, reason = build(model_maker(config, spec))
     check_trainable(model)
     layers = (sum(p.numel() for p in layer) for layer in layers_of(model, 0))
-    return *_numbers(model), hasattr(model, "recompute"), max(layers), reason
-
-
-def _numbers(model: nn.Module) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Shapes of trained parameters, and numbers in all else."""
-    trained = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return trained, frozen + sum(buffer.numel() for buffer in model.buffers())
+    return *numbers_of(model), hasattr(model, "recompute"), max(layers), reason
 
 
 def _places(config: RunConfig) -> list[Place]:

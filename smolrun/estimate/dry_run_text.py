@@ -3,39 +3,37 @@ says whether it fits."""
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import rich.box
 import rich.table
-import torch
 import yaml
 
 from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDPConfig
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place
+from smolrun.estimate.dry_run_stages import stage_lines, stage_step
 from smolrun.estimate.memory import Setting
-from smolrun.estimate.stages import layers_text, step_of
-from smolrun.estimate.trace import Trace
+from smolrun.estimate.speeds import (
+    link_source,
+    links_gbps,
+    measure_speed,
+    rate_text,
+    size_text,
+)
+from smolrun.estimate.stages import layers_text
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
-from smolrun.parts.placement import known_speeds, rank_speeds
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import counted, duration
 from smolrun.tracking.run_folder import OUTPUTS
 
-_MATRIX = 512  # large enough for a core to be as fast as it gets
-_BLOCK = 8 * 2**20  # numbers; larger than caches
-_MEASURE_S = 0.2
-_LINKS_GBPS = (1.0, 10.0)
 _NEARLY_ALL = 9  # times as long as computing
 _LONG_S = 3600.0  # of network: worth advice
 _CLEARLY_LESS = 0.8
@@ -61,8 +59,8 @@ def verdict(made: Estimate) -> tuple[bool, str]:
     fits, text = memory_verdict(made)
     count, size, free = _checkpoints(made)
     if fits and count * size > free:
-        needed = f"{counted(count, 'checkpoint')} of {_size(size)}"
-        return False, f"does not fit on the disk: {needed}, {_size(free)} free in {OUTPUTS}"
+        needed = f"{counted(count, 'checkpoint')} of {size_text(size)}"
+        return False, f"does not fit on the disk: {needed}, {size_text(free)} free in {OUTPUTS}"
     return fits, text + (_how_long(made) if fits else "")
 
 
@@ -93,13 +91,12 @@ def _how_long(made: Estimate) -> str:
     steps = made.config.training.steps
     number = counted(steps, "step")
     if made.keys is not None:
-        works = made.stage_works(made.setting)
-        seconds = _stage_step(made, works)[0] if works else None
+        seconds, _ = stage_step(made)
         return f"; {number} take at least {duration(steps * seconds)}" if seconds else ""
     compute, network = _compute_s(made), _network_s(made) or 0.0
     if network <= (compute or 0.0):
         return f"; {number} take at least {duration(steps * compute)}" if compute else ""
-    link = _rate(_links_gbps(made)[0])
+    link = rate_text(links_gbps(made.config)[0])
     if compute is None:
         text = f"the network alone takes {duration(steps * network)} for {number} at {link}"
     else:
@@ -111,117 +108,6 @@ def _how_long(made: Estimate) -> str:
     if made.rank(made.places[0]).sharding.stage < 2:  # bytes of a step, however large its batch
         quicker.append("a larger training.global_batch_size in fewer steps")
     return f", but {text}; quicker: {', '.join(quicker) or 'faster links, or fewer hosts'}"
-
-
-# -- stages --
-
-
-def _stage_lines(made: Estimate) -> Iterator[str]:
-    """What is different where ranks hold stages: the cut, hops, idle time."""
-    keys, setting = made.keys, made.setting
-    assert keys is not None, "ranks hold stages"
-    held = made.held(setting)
-    order = f"algorithm.schedule={keys.schedule}" if keys.schedule else "one after the other"
-    yield f"micro-batches: {order}; a rank holds the activations of {_listed(held)}"
-    yield f"network: {_hops(made)}"
-    yield f"time: {_stage_time(made)}"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    if len(set(numbers)) == 1:
-        return f"{numbers[0]} at one time"
-    return f"{', '.join(map(str, numbers))} at one time (rank 0, 1, ...)"
-
-
-def _hops(made: Estimate) -> str:
-    size = world_size(made.config)
-    if size == 1:
-        return "nothing, there is one rank"
-    hop = _size(made.hop_bytes(made.setting))
-    most = _size(max(made.stage_wire(number) for number in range(size)))
-    line = f"{hop} from stage to stage for a micro-batch, as much back; {most} per step at most"
-    if len(made.places) == 1:
-        return f"{line}, inside this machine"
-    links = _links_gbps(made)
-    times = ", ".join(f"{duration(_hop_s(made, gbps))} at {_rate(gbps)}" for gbps in links)
-    return f"{line}; a hop takes {times} ({_link_source(links)})"
-
-
-def _hop_s(made: Estimate, gbps: float) -> float:
-    """Seconds of a tensor between two stages; no time inside one machine."""
-    if len(made.places) == 1:
-        return 0.0
-    emulated = [host.emulate for host in made.config.cluster.hosts or [] if host.emulate]
-    latency_s = max((each.latency_ms for each in emulated), default=0.0) / 1000
-    return latency_s + 8 * made.hop_bytes(made.setting) / (gbps * 1e9)
-
-
-def _stage_time(made: Estimate) -> str:
-    works = made.stage_works(made.setting)
-    if works is None:
-        return "unknown"
-    flops = sum(work.flops for work in works) * made.count(made.setting)
-    seconds, bubble = _stage_step(made, works)
-    idle = f"ranks wait for {bubble:.0%} of it"
-    if seconds is None:
-        hops = ", and longer where hops are slow" if len(made.places) > 1 else ""
-        return f"unknown on these machines; {flops / 1e12:.2f} TFLOP per step; {idle}{hops}"
-    steps = made.config.training.steps
-    return (
-        f"about {duration(seconds)} per step, {duration(seconds * steps)} for "
-        f"{counted(steps, 'step')}; {idle} ({flops / 1e9:.1f} GFLOP per step of all ranks; "
-        f"measured now: {measure_speed()[0] / 1e9:.0f} GFLOPS)"
-    )
-
-
-def _stage_step(made: Estimate, works: Sequence[Trace]) -> tuple[float | None, float]:
-    """Seconds of a step, None where no rank computes on the CPU of this machine, and the share of
-    it in which ranks wait for other stages. Without seconds, hops take no time."""
-    keys, shares = made.keys, _cpu_shares(made)
-    assert keys is not None, "ranks hold stages"
-    speed, moved_per_s = measure_speed()
-    rates = shares or known_speeds(
-        rank_speeds(made.config.cluster.model_dump(), world_size(made.config))
-    )
-    hop_s = _hop_s(made, _links_gbps(made)[0]) if shares else 0.0
-    forward = [work.forward_flops / speed + work.forward_moved / moved_per_s for work in works]
-    whole = [work.flops / speed + work.moved / moved_per_s for work in works]
-    backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
-    count = made.count(made.setting)
-    step = step_of(keys, count, _over(forward, rates), _over(backward, rates), hop_s)
-    if shares is None:
-        return None, step.bubble
-    times = 1 if keys.schedule else count
-    # An update of float32 reads and writes four or five tensors as large as the parameters.
-    update = [20 * sum(map(math.prod, stage.sizes[0])) for stage in made.stages(made.setting)]
-    return times * step.seconds + max(_over(update, shares)) / moved_per_s, step.bubble
-
-
-def _over(values: Sequence[float], rates: Sequence[float]) -> list[float]:
-    return [value / rate for value, rate in zip(values, rates, strict=True)]
-
-
-def _cpu_shares(made: Estimate) -> list[float] | None:
-    """How fast every rank computes beside all cores of this machine, of other hosts by their
-    `speed`; None where no rank computes on the CPU of this machine."""
-    hosts = {host.name: host for host in made.config.cluster.hosts or []}
-    found: dict[str, float] = {}
-    for place in made.places:
-        emulate = hosts[place.name].emulate if hosts else None
-        if place.is_here and place.device == "cpu":
-            cores = os.cpu_count() or 1
-            found[place.name] = emulate.compute / cores if emulate else 1 / place.ranks
-    if not found:
-        return None
-    speeds = {
-        name: 1.0 if host.speed == "auto" else float(host.speed) for name, host in hosts.items()
-    }
-    name, share = next(iter(found.items()))
-    return [
-        found.get(place.name) or share * speeds[place.name] / speeds[name]
-        for place in made.places
-        for _ in range(place.ranks)
-    ]
 
 
 def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
@@ -356,7 +242,7 @@ def _lines(made: Estimate) -> Iterator[str]:
     for note in made.notes:
         yield f"note: {note}"
     if made.keys is not None:
-        yield from _stage_lines(made)
+        yield from stage_lines(made)
     else:
         yield f"network: {_network(made)}"
         yield f"time: {_time(made)}"
@@ -379,40 +265,21 @@ def _network(made: Estimate) -> str:
     sent = made.wire()
     if not sent:
         return "nothing, there is one rank"
-    line = f"each rank sends and receives {_size(sent)} per step"
+    line = f"each rank sends and receives {size_text(sent)} per step"
     if made.rank(made.places[0]).sharding.push_buffers:
-        line = f"the server sends and receives {_size(sent)} per step, others {_size(made.wire(1))}"
+        line = f"the server sends and receives {size_text(sent)} per step, others {size_text(made.wire(1))}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
-    links = _links_gbps(made)
-    times = ", ".join(f"{duration(8 * sent / (g * 1e9))} at {_rate(g)}" for g in links)
-    return f"{line}: {times} ({_link_source(links)})"
-
-
-def _link_source(links: tuple[float, ...]) -> str:
-    return "as emulated" if links != _LINKS_GBPS else "the links have not been measured"
+    links = links_gbps(made.config)
+    times = ", ".join(f"{duration(8 * sent / (g * 1e9))} at {rate_text(g)}" for g in links)
+    return f"{line}: {times} ({link_source(links)})"
 
 
 def _network_s(made: Estimate) -> float | None:
     """Seconds a step's bytes need; None inside one machine."""
     if len(made.places) == 1:
         return None
-    return 8 * made.wire() / (_links_gbps(made)[0] * 1e9)
-
-
-def _links_gbps(made: Estimate) -> tuple[float, ...]:
-    """What links may carry, the first one to reckon with: the slowest that is emulated."""
-    emulated = [host.emulate for host in made.config.cluster.hosts or [] if host.emulate]
-    rates = [each.bandwidth_mbps for each in emulated if each.bandwidth_mbps]
-    return (min(rates) / 1000,) if rates else _LINKS_GBPS
-
-
-def _rate(gbps: float) -> str:
-    return f"{gbps:g} Gbit/s" if gbps >= 1 else f"{1000 * gbps:g} Mbit/s"
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return 8 * made.wire() / (links_gbps(made.config)[0] * 1e9)
 
 
 def _time(made: Estimate) -> str:
@@ -444,22 +311,6 @@ def _compute_s(made: Estimate) -> float | None:
     return work.flops * made.micro_batches / (speed * share) + moved / (moved_per_s * share)
 
 
-@functools.cache
-def measure_speed() -> tuple[float, float]:
-    """Operations per second of matrix products, and bytes per second of sums, on all cores."""
-    matrix, block = torch.ones(_MATRIX, _MATRIX), torch.ones(_BLOCK)
-    best_product = best_sum = float("inf")
-    end = time.perf_counter() + _MEASURE_S
-    while (began := time.perf_counter()) < end:
-        matrix @ matrix
-        best_product = min(best_product, time.perf_counter() - began)
-    end = time.perf_counter() + _MEASURE_S
-    while (began := time.perf_counter()) < end:
-        block.add_(1.0)
-        best_sum = min(best_sum, time.perf_counter() - began)
-    return 2 * _MATRIX**3 / best_product, 2 * block.nbytes / best_sum
-
-
 def _checkpoints(made: Estimate) -> tuple[int, int, int]:
     """How many there are at most at one time, bytes of one, bytes that are free."""
     checkpoint, steps = made.config.checkpoint, made.config.training.steps
@@ -472,10 +323,10 @@ def _checkpoints(made: Estimate) -> tuple[int, int, int]:
 def _disk(made: Estimate) -> str:
     count, size, free = _checkpoints(made)
     if not count:
-        return f"no checkpoints (checkpoint=none); one would be {_size(size)}"
+        return f"no checkpoints (checkpoint=none); one would be {size_text(size)}"
     return (
-        f"{_size(size)} a checkpoint, up to {count} at a time: {_size(count * size)} of "
-        f"{_size(free)} free in {OUTPUTS}{'' if count * size < free else ', which is NOT ENOUGH'}"
+        f"{size_text(size)} a checkpoint, up to {count} at a time: {size_text(count * size)} of "
+        f"{size_text(free)} free in {OUTPUTS}{'' if count * size < free else ', which is NOT ENOUGH'}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from smolrun.algorithms.mp import copies_held, cut_layers
 from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.config.sharding import StagesConfig
+from smolrun.errors import ConfigError
 from smolrun.estimate.trace import CannotTrace, build_on_meta
 from smolrun.models.base import ModelSpec, StagedModel
 from smolrun.parts.pipeline_schedule import SCHEDULES, Simulation, simulate
@@ -34,6 +36,20 @@ class StageKind(NamedTuple):
     layers: int
     has_embedding: bool
     has_head: bool
+
+
+Numbers = tuple[tuple[tuple[int, ...], ...], int]
+"""Shapes of trained parameters, and how many numbers are in all else."""
+
+
+@dataclass(frozen=True)
+class StageShare:
+    """What one rank holds where ranks hold stages of layers; `width` is that of hidden states."""
+
+    layers: range
+    kind: StageKind
+    numbers: Numbers
+    width: int
 
 
 def model_maker(config: RunConfig, spec: ModelSpec) -> Callable[[], nn.Module]:
@@ -111,12 +127,32 @@ def layers_text(stage: range) -> str:
     return f"layers {stage[0]} to {stage[-1]}"
 
 
-def kinds_of(layers: Sequence[range]) -> list[StageKind]:
-    """The kind of every stage."""
+def cut_into_stages(
+    config: RunConfig, spec: ModelSpec, precision: str, optimizer: str
+) -> list[StageShare]:
+    """What every rank holds; where no cut fits into the memory that is given, of the fastest cut.
+    ConfigError where the model cannot be cut."""
+    make = model_maker(config, spec)
+    model, _ = build(make)
+    try:
+        layers = cut_of(config, model, precision, optimizer)
+    except ConfigError:
+        layers = cut_of(config, model, precision, optimizer, is_limited=False)
+    assert isinstance(model, StagedModel), "it has been cut"
     last = len(layers) - 1
+    kinds = [StageKind(len(part), rank == 0, rank == last) for rank, part in enumerate(layers)]
+    numbers = {kind: numbers_of(build_stage(make, kind)) for kind in set(kinds)}
     return [
-        StageKind(len(stage), number == 0, number == last) for number, stage in enumerate(layers)
+        StageShare(part, kind, numbers[kind], model.shape.width)
+        for part, kind in zip(layers, kinds, strict=True)
     ]
+
+
+def numbers_of(model: nn.Module) -> Numbers:
+    """Of a model or a stage."""
+    trained = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return trained, frozen + sum(buffer.numel() for buffer in model.buffers())
 
 
 def build_stage(make: Callable[[], nn.Module], kind: StageKind) -> nn.Module:

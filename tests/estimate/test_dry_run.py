@@ -16,7 +16,7 @@ import torch
 from smolrun.cli.compose import compose
 from smolrun.config import resolved
 from smolrun.driver.prepare import spec_of
-from smolrun.estimate import dry_run, dry_run_text
+from smolrun.estimate import dry_run, dry_run_stages, dry_run_text
 from smolrun.estimate.dry_run import GB, Estimate, Process, estimate
 from smolrun.estimate.dry_run_text import memory_verdict, report, verdict
 from smolrun.estimate.stages import cut_line
@@ -390,13 +390,11 @@ def test_it_cuts_as_the_run_does(keys: tuple[str, ...], line: str) -> None:
 
 def test_a_step_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks wait less with more micro-batches; without a schedule, all but one wait."""
-    monkeypatch.setattr(dry_run_text, "measure_speed", lambda: (1e9, 1e30))
+    monkeypatch.setattr(dry_run_stages, "measure_speed", lambda: (1e9, 1e30))
     steps = {}
     for keys in ("algorithm.micro_batches=4", "algorithm.micro_batches=32", "algorithm=mp"):
         estimate = made(*STAGES, keys, "model.layers=24")
-        works = estimate.stage_works(estimate.setting)
-        assert works is not None
-        steps[keys] = dry_run_text._stage_step(estimate, works)
+        steps[keys] = dry_run_stages.stage_step(estimate)
     (four_s, four), (many_s, many), (one_s, one) = steps.values()
     assert (four, many, one) == (
         pytest.approx(2 / 6, abs=0.02),
@@ -413,8 +411,8 @@ def test_hops_take_what_the_links_let_through() -> None:
     size = slow.hop_bytes(slow.setting)
     assert size == 3 * 64 * slow.config.model.keywords()["width"] * 4
     assert slow.stage_wire(1) == 2 * size * 32 // 3
-    assert dry_run_text._hop_s(slow, 0.1) == pytest.approx(0.0005 + 8 * size / 1e8)
-    assert "at 100 Mbit/s (as emulated)" in dry_run_text._hops(slow)
+    assert dry_run_stages._hop_s(slow, 0.1) == pytest.approx(0.0005 + 8 * size / 1e8)
+    assert "at 100 Mbit/s (as emulated)" in dry_run_stages._hops(slow)
     fewer = made("cluster=sim/pi3", "algorithm=mp_pipeline", "quantization=int8")
     assert fewer.hop_bytes(fewer.setting) == pytest.approx(size / 4, rel=0.1)
 

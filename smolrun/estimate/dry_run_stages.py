@@ -1,0 +1,132 @@
+"""The lines of a dry run about stages: the micro-batches they hold, hops, idle time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+from smolrun.config import world_size
+from smolrun.estimate.dry_run import Estimate
+from smolrun.estimate.speeds import (
+    link_source,
+    links_gbps,
+    measure_speed,
+    rate_text,
+    size_text,
+)
+from smolrun.estimate.stages import step_of
+from smolrun.parts.placement import known_speeds, rank_speeds
+from smolrun.tracking.formatting import counted, duration
+
+
+def stage_lines(made: Estimate) -> Iterator[str]:
+    """What is different where ranks hold stages: the cut, hops, idle time."""
+    keys, setting = made.keys, made.setting
+    assert keys is not None, "ranks hold stages"
+    held = made.held(setting)
+    order = f"algorithm.schedule={keys.schedule}" if keys.schedule else "one after the other"
+    yield f"micro-batches: {order}; a rank holds the activations of {_listed(held)}"
+    yield f"network: {_hops(made)}"
+    yield f"time: {_stage_time(made)}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]} at one time"
+    return f"{', '.join(map(str, numbers))} at one time (rank 0, 1, ...)"
+
+
+def _hops(made: Estimate) -> str:
+    size = world_size(made.config)
+    if size == 1:
+        return "nothing, there is one rank"
+    hop = size_text(made.hop_bytes(made.setting))
+    most = size_text(max(made.stage_wire(number) for number in range(size)))
+    line = f"{hop} from stage to stage for a micro-batch, as much back; {most} per step at most"
+    if len(made.places) == 1:
+        return f"{line}, inside this machine"
+    links = links_gbps(made.config)
+    times = ", ".join(f"{duration(_hop_s(made, gbps))} at {rate_text(gbps)}" for gbps in links)
+    return f"{line}; a hop takes {times} ({link_source(links)})"
+
+
+def _hop_s(made: Estimate, gbps: float) -> float:
+    """Seconds of a tensor between two stages; no time inside one machine."""
+    if len(made.places) == 1:
+        return 0.0
+    emulated = [host.emulate for host in made.config.cluster.hosts or [] if host.emulate]
+    latency_s = max((each.latency_ms for each in emulated), default=0.0) / 1000
+    return latency_s + 8 * made.hop_bytes(made.setting) / (gbps * 1e9)
+
+
+def _stage_time(made: Estimate) -> str:
+    works = made.stage_works(made.setting)
+    seconds, bubble = stage_step(made)
+    if works is None or bubble is None:
+        return "unknown"
+    flops = sum(work.flops for work in works) * made.count(made.setting)
+    idle = f"ranks wait for {bubble:.0%} of it (the bubble)"
+    if seconds is None:
+        hops = ", and longer where hops are slow" if len(made.places) > 1 else ""
+        return f"unknown on these machines; {flops / 1e12:.2f} TFLOP per step; {idle}{hops}"
+    steps = made.config.training.steps
+    return (
+        f"about {duration(seconds)} per step, {duration(seconds * steps)} for "
+        f"{counted(steps, 'step')}; {idle} ({flops / 1e9:.1f} GFLOP per step of all ranks; "
+        f"measured now: {measure_speed()[0] / 1e9:.0f} GFLOPS)"
+    )
+
+
+def stage_step(made: Estimate) -> tuple[float | None, float | None]:
+    """Seconds of a step, None where no rank computes on the CPU of this machine, and the share of
+    it in which ranks wait for other stages. Without seconds, hops take no time. None of a model
+    that cannot be traced."""
+    works = made.stage_works(made.setting)
+    if works is None:
+        return None, None
+    keys, shares = made.keys, _cpu_shares(made)
+    assert keys is not None, "ranks hold stages"
+    speed, moved_per_s = measure_speed()
+    rates = shares or known_speeds(
+        rank_speeds(made.config.cluster.model_dump(), world_size(made.config))
+    )
+    hop_s = _hop_s(made, links_gbps(made.config)[0]) if shares else 0.0
+    forward = [work.forward_flops / speed + work.forward_moved / moved_per_s for work in works]
+    whole = [work.flops / speed + work.moved / moved_per_s for work in works]
+    backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
+    count = made.count(made.setting)
+    step = step_of(keys, count, _over(forward, rates), _over(backward, rates), hop_s)
+    if shares is None:
+        return None, step.bubble
+    times = 1 if keys.schedule else count
+    # An update of float32 reads and writes four or five tensors as large as the parameters.
+    update = [20 * sum(map(math.prod, stage.numbers[0])) for stage in made.stages(made.setting)]
+    return times * step.seconds + max(_over(update, shares)) / moved_per_s, step.bubble
+
+
+def _over(values: Sequence[float], rates: Sequence[float]) -> list[float]:
+    return [value / rate for value, rate in zip(values, rates, strict=True)]
+
+
+def _cpu_shares(made: Estimate) -> list[float] | None:
+    """How fast every rank computes beside all cores of this machine, of other hosts by their
+    `speed`; None where no rank computes on the CPU of this machine."""
+    hosts = {host.name: host for host in made.config.cluster.hosts or []}
+    found: dict[str, float] = {}
+    for place in made.places:
+        emulate = hosts[place.name].emulate if hosts else None
+        if place.is_here and place.device == "cpu":
+            cores = os.cpu_count() or 1
+            found[place.name] = emulate.compute / cores if emulate else 1 / place.ranks
+    if not found:
+        return None
+    speeds = {
+        name: 1.0 if host.speed == "auto" else float(host.speed) for name, host in hosts.items()
+    }
+    name, share = next(iter(found.items()))
+    return [
+        found.get(place.name) or share * speeds[place.name] / speeds[name]
+        for place in made.places
+        for _ in range(place.ranks)
+    ]
