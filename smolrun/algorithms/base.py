@@ -82,7 +82,6 @@ class Algorithm(ABC):
     step_stats: tuple[str, ...] = STEP_STATS  # what `synchronize` reports of every step
     # The index within the group of the rank whose `forward` returns logits; None: all ranks' do.
     logits_index: int | None = None
-    placed = ""  # which rank holds what, in words; on one rank, where there is something to say
     # More words of the seed of a forward: ranks that share samples may draw differently.
     seed_words: tuple[int, ...] = ()
 

@@ -68,9 +68,6 @@ class ModelParallel(Single):
             memory_bytes=context.memory_bytes,
         )
         assert isinstance(model, StagedModel), "else there is no cut"
-        if self.is_first and not self.is_last:
-            each = ", ".join(f"{stage.start} to {stage.stop - 1}" for stage in layers)
-            self.placed = f"layers of the ranks: {each}"
         self.width, tied = model.shape.width, model.tied_parameter
         self._whole = {
             name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)

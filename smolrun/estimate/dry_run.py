@@ -44,6 +44,7 @@ from smolrun.estimate.stages import (
     cut_into_stages,
     held_micro_batches,
     model_maker,
+    more_copies,
     numbers_of,
 )
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
@@ -141,6 +142,9 @@ class Estimate:
             is_on_device=place.device != "cpu",
             is_staged=place.device != "cpu" and world_size(self.config) > 1 and not stages,
             is_stage=bool(stages),
+            weight_copies=0
+            if not stages or stages[number].kind.has_head
+            else more_copies(self.config),
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.log_norms == "all",
             saves=self.config.checkpoint.every > 0,

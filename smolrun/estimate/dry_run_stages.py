@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from smolrun.estimate.speeds import (
     rate_text,
     size_text,
 )
-from smolrun.estimate.stages import step_of
+from smolrun.estimate.stages import more_copies, step_of
 from smolrun.parts.placement import known_speeds, rank_speeds
 from smolrun.tracking.formatting import counted, duration
 
@@ -96,13 +97,23 @@ def stage_step(made: Estimate) -> tuple[float | None, float | None]:
     whole = [work.flops / speed + work.moved / moved_per_s for work in works]
     backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
     count = made.count(made.setting)
-    step = step_of(keys, count, _over(forward, rates), _over(backward, rates), hop_s)
+    simulated = functools.partial(
+        step_of,
+        keys,
+        forward_s=_over(forward, rates),
+        backward_s=_over(backward, rates),
+        hop_s=hop_s,
+    )
+    step = simulated(count)
+    seconds, bubble = (1 if keys.schedule else count) * step.seconds, step.bubble
+    if more_copies(made.config):  # never emptied: a step is what another one adds
+        seconds = simulated(2 * count).seconds - seconds
+        bubble = 1 - count * sum(_over(whole, rates)) / (len(works) * seconds)
     if shares is None:
-        return None, step.bubble
-    times = 1 if keys.schedule else count
+        return None, bubble
     # An update of float32 reads and writes four or five tensors as large as the parameters.
     update = [20 * sum(map(math.prod, stage.numbers[0])) for stage in made.stages(made.setting)]
-    return times * step.seconds + max(_over(update, shares)) / moved_per_s, step.bubble
+    return seconds + max(_over(update, shares)) / moved_per_s, bubble
 
 
 def _over(values: Sequence[float], rates: Sequence[float]) -> list[float]:

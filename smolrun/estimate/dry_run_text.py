@@ -267,7 +267,8 @@ def _network(made: Estimate) -> str:
         return "nothing, there is one rank"
     line = f"each rank sends and receives {size_text(sent)} per step"
     if made.rank(made.places[0]).sharding.push_buffers:
-        line = f"the server sends and receives {size_text(sent)} per step, others {size_text(made.wire(1))}"
+        others = size_text(made.wire(1))
+        line = f"the server sends and receives {size_text(sent)} per step, others {others}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
     links = links_gbps(made.config)
@@ -324,9 +325,10 @@ def _disk(made: Estimate) -> str:
     count, size, free = _checkpoints(made)
     if not count:
         return f"no checkpoints (checkpoint=none); one would be {size_text(size)}"
+    enough = "" if count * size < free else ", which is NOT ENOUGH"
     return (
         f"{size_text(size)} a checkpoint, up to {count} at a time: {size_text(count * size)} of "
-        f"{size_text(free)} free in {OUTPUTS}{'' if count * size < free else ', which is NOT ENOUGH'}"
+        f"{size_text(free)} free in {OUTPUTS}{enough}"
     )
 
 

@@ -66,6 +66,7 @@ class Rank:
     copies_for_norms: bool = False
     saves: bool = False
     is_stage: bool = False  # it holds a stage of layers, and saves all of that
+    weight_copies: int = 0  # of other steps
     sharding: Sharding = NOT_CUT
     quantization: Quantization = NO_QUANTIZATION
 
@@ -157,7 +158,9 @@ def need(rank: Rank, setting: Setting, work: Trace | None) -> Need:
     share = cut.share if has_share else 1 / rank.world_size
     parts = {
         "process": rank.process_bytes,
-        "parameters": int(size * (rank.trained + rank.frozen) * cut.of(3)),
+        "parameters": int(
+            size * (rank.trained + rank.frozen) * cut.of(3) * (1 + rank.weight_copies)
+        ),
         "gradients": int(gradients * cut.of(2)),
         "late gradients": int(gradients * (rank.slots - 1) * cut.of(2)),
         "residuals": 2 * rank.residuals * max(4, size),

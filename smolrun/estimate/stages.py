@@ -1,8 +1,8 @@
 """A model in stages (mp, mp_pipeline) before it runs: which rank has which layers, what it holds
 for how many micro-batches, and how long a step takes.
 
-The cut is made by the function that cuts in the run (algorithms/mp.py); a step follows the schedule
-that the run follows (parts/pipeline_schedule.py).
+The cut is made by the function that cuts in the run (algorithms/layer_cut.py); a step follows the
+schedule that the run follows (parts/pipeline_schedule.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from smolrun.algorithms.mp import copies_held, cut_layers
+from smolrun.algorithms.layer_cut import copies_held, cut_layers
+from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush
 from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.config.sharding import StagesConfig
 from smolrun.errors import ConfigError
@@ -79,7 +80,6 @@ def cut_of(
     section, size = resolved(config), world_size(config)
     keys = config.algorithm.stages(size)
     assert keys is not None, "the algorithm has no stages"
-    bound = config.staleness.bound
     optimizer = section["optimizer"]
     if optimizer_name != optimizer["name"]:  # with the keys that it has by default
         optimizer = {"name": optimizer_name}
@@ -90,14 +90,26 @@ def cut_of(
         keys.layers,
         size,
         precision=precision,
-        copies=copies_held(
-            functools.partial(make_optimizer, **optimizer),
-            precision,
-            0 if bound == "auto" else bound,
+        copies=more_copies(config)
+        + copies_held(
+            functools.partial(make_optimizer, **optimizer), precision, staleness_of(config)
         ),
         speeds=known_speeds(rank_speeds(section["cluster"], size)),
         memory_bytes=memory_limits(section["cluster"]["hosts"]) if is_limited else (),
     )
+
+
+def staleness_of(config: RunConfig) -> int:
+    """Steps by which gradients are delayed."""
+    return 0 if config.staleness.bound == "auto" else config.staleness.bound
+
+
+def more_copies(config: RunConfig) -> int:
+    """Copies of the weights that a stage has beside its own: of 1f1b that is not emptied between
+    steps."""
+    keys = config.algorithm.stages(world_size(config))
+    is_open = keys is not None and keys.schedule == "1f1b" and staleness_of(config) > 0
+    return PipelineWithoutFlush.more_copies if is_open else 0
 
 
 def cut_line(config: RunConfig, spec: ModelSpec) -> str | None:

@@ -100,8 +100,6 @@ def train(
     if algorithm.can_evaluate and not algorithm.is_lockstep:
         algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
     emit(_started(algorithm, prepared, steps))
-    if algorithm.placed:
-        emit(Note("info", algorithm.placed))
     outcome = trainer.fit()
     if too_slow := late(algorithm.context.pace, mesh.rank):
         emit(too_slow)
