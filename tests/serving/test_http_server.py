@@ -215,10 +215,17 @@ def test_a_request_that_comes_a_byte_at_a_time_is_given_up(tmp_path: Path):
 @pytest.mark.parametrize("reads", [False, True], ids=["nothing", "a byte at a time"])
 def test_a_client_that_hardly_reads_holds_nobody(tmp_path: Path, reads: bool):
     engine = FakeEngine(lambda submit, _: b"x" * submit.max_tokens, slots=2)
-    engine.max_sequence_length = 10_000
+    engine.max_sequence_length = 2000
     limits = ConnectionLimits(write_timeout_s=0.5)
-    with served(engine, tmp_path, limits=limits) as server, server.connected() as connection:
-        fields = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 8_000}
+    with served(engine, tmp_path, limits=limits) as server, socket.socket() as connection:
+        # So that little is on its way. What the server accepts inherits it.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener = server.server._listener
+        assert listener is not None
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.settimeout(SOON_S)
+        connection.connect(("127.0.0.1", server.port))
+        fields = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 400}
         connection.sendall(raw_request(fields))
         until(lambda: server.engine.load == 1)
         for _ in range(3):
