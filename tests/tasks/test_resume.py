@@ -151,6 +151,9 @@ def test_a_hundred_kills(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tens
         ("algorithm=fsdp", "algorithm.stage=2"),
         ("algorithm=fsdp", "algorithm.stage=3", "staleness.bound=0"),
         ("algorithm.shard_optimizer=true",),
+        ("algorithm=mp", "model.layers=3"),
+        ("algorithm=mp_pipeline", "model.layers=3", "model.tie_embeddings=true"),
+        ("algorithm=mp_pipeline", "model.layers=3", "staleness.bound=0", "quantization=int8"),
         ("optimizer=adafactor", "training.resync_every=5"),
         ("algorithm=syncps", "algorithm.ema_decay=0.9", "quantization=int8"),
         # One worker that is never late: the only edp that does not depend on who is first.
