@@ -251,7 +251,7 @@ class ServingBenchConfig(Section):
     """Tokens per second of stages on ranks, beside one process and other engines."""
 
     name: Literal["serving"]
-    world_sizes: WorldSizes
+    world_sizes: Annotated[list[Count], Field(min_length=1)]
     dtype: Literal["float32", "bf16"]
     layers: Count
     streams: Annotated[list[Count], Field(min_length=1)]
