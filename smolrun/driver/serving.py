@@ -31,7 +31,14 @@ from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
 from smolrun.driver.serving_model import find_model, notes
-from smolrun.driver.serving_parts import deliver_parts, needed_parts, parts_of
+from smolrun.driver.serving_parts import (
+    deliver_parts,
+    layers_file,
+    needed_parts,
+    parts_of,
+    read_layers,
+    write_layers,
+)
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
 from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError
 from smolrun.estimate.serving_plan import (
@@ -210,7 +217,12 @@ class ServingRun:
         self.bridge.on_ready = on_ready
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
         loader = ModelLoader(
-            config, self.spec, self._deliver, on_plan=self._show_plan, progress=self._progress
+            config,
+            self.spec,
+            self._deliver,
+            earlier=read_layers(self._layers_file()) if self._fleet.machines else None,
+            on_plan=self._show_plan,
+            progress=self._progress,
         )
         try:
             outcome = run_on_ranks(
@@ -247,7 +259,12 @@ class ServingRun:
                 needed[hosts[rank]].update(needed_parts(source, plan.layers[rank]))
         folders, sent = deliver_parts(source, needed, machines, self._run_id, self._progress)
         self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
+        write_layers(self._layers_file(), plan.layers)
         return source, [folders.get(host, source.folder) for host in hosts]
+
+    def _layers_file(self) -> Path:
+        hosts = [rank.host for rank in ranks(self._config)]
+        return layers_file(self.source, self.spec.dtype, hosts)
 
     def _show_plan(self, plan: ServingPlan) -> None:
         for left in plan.left_out:

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,28 @@ def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> Mo
     return msgspec.structs.replace(
         source, kind="parts", folder=str(root), family="smolrun", parts=parts, dtype=dtype
     )
+
+
+def layers_file(source: ModelSource, dtype: ServingDtype, hosts: Sequence[str]) -> Path:
+    """Where the layers of every rank are kept from start to start, as measurements differ and other
+    layers would have to be sent. DataError where there can be no cache."""
+    key = json.dumps([source.folder, source.shape.layers, dtype, list(hosts)])
+    return cache_folder("cuts") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def read_layers(file: Path) -> list[range] | None:
+    """Of an earlier start; None where there was none."""
+    try:
+        ends = msgspec.json.decode(file.read_bytes(), type=list[tuple[int, int]])
+    except (OSError, ValueError):
+        return None
+    return [range(*pair) for pair in ends]
+
+
+def write_layers(file: Path, layers: Sequence[range]) -> None:
+    """For the next start; not being able to is no reason to serve nothing."""
+    with contextlib.suppress(OSError):
+        atomic_write(file, json.dumps([[part.start, part.stop] for part in layers]).encode())
 
 
 def needed_parts(source: ModelSource, layers: range) -> list[str]:

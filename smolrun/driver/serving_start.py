@@ -46,9 +46,9 @@ class ServingSpec:
 
 
 class ModelLoader(Subscriber):
-    """Has every rank measure, then load its part. `on_plan` gets the plan before anything loads,
-    `deliver(plan)` returns the source for the ranks and the folder of the model on the host of
-    each, in a thread."""
+    """Has every rank measure, then load its part. `earlier` are the layers of an earlier start;
+    `on_plan` gets the plan before anything loads, `deliver(plan)` returns the source for the ranks
+    and the folder of the model on the host of each, in a thread."""
 
     topic = LOADING
 
@@ -58,10 +58,12 @@ class ModelLoader(Subscriber):
         spec: ServingSpec,
         deliver: Callable[[ServingPlan], tuple[ModelSource, list[str]]],
         *,
+        earlier: list[range] | None = None,
         on_plan: Callable[[ServingPlan], None],
         progress: Progress,
     ) -> None:
         self._config = config
+        self._earlier = earlier
         self._spec = spec
         self._deliver = deliver
         self._on_plan = on_plan
@@ -113,7 +115,7 @@ class ModelLoader(Subscriber):
         ]
         try:
             longest = self._spec.source.shape.max_sequence_length
-            self._plan = plan_for(self._config, self._spec.sizes, longest, found)
+            self._plan = plan_for(self._config, self._spec.sizes, longest, found, self._earlier)
         except (SmolrunError, ValueError) as error:
             self._fail(error)
             return

@@ -6,7 +6,7 @@ Arithmetic on what the driver knows of the model and what the ranks measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from smolrun.config import RunConfig
@@ -22,6 +22,9 @@ _LEAST_CONTEXT = 256
 # Hidden states, logits and torch's own buffers beside weights and cache.
 _SPARE_BYTES = 200e6
 _WORTH = 1.1  # a host is left out if the others are faster by this factor without it
+# The slowest stage of an earlier cut may take so much longer than the best one's: measurements of a
+# second differ by as much from start to start, and other layers would have to be sent.
+_KEPT = 1.3
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,11 @@ def plan(
     slots: int | None = None,
     context: int,
     is_context_fixed: bool = False,
+    earlier: Sequence[range] | None = None,
 ) -> ServingPlan:
     """The layers of every rank. None for `slots`: as many as fit, and a shorter context where even
-    one does not fit, unless it is fixed. DoesNotFit; ValueError for wrong `layers`."""
+    one does not fit, unless it is fixed. `earlier` layers are kept where they are about as fast as
+    the best. DoesNotFit; ValueError for wrong `layers`."""
     if layers is not None:
         given = checked_layers(layers, model.layers, len(ranks))
     for tried_slots, capacity in _sizes(slots, context, is_context_fixed):
@@ -100,6 +105,8 @@ def plan(
             found = placing.of(given) if placing.fits(given) else None
         else:
             found = placing.best(mode, hosts)
+            if found is not None and earlier is not None:
+                found = placing.kept(earlier, found)
         if found is not None:
             return found
     smallest = _sizes(slots, context, is_context_fixed)[-1]
@@ -107,10 +114,14 @@ def plan(
 
 
 def plan_for(
-    config: RunConfig, model: ModelBytes, longest: int, found: Sequence[ServingRank]
+    config: RunConfig,
+    model: ModelBytes,
+    longest: int,
+    found: Sequence[ServingRank],
+    earlier: Sequence[range] | None = None,
 ) -> ServingPlan:
-    """The plan that the configuration asks for, of a model that reads `longest` tokens. DoesNotFit;
-    ValueError about serving.layers."""
+    """The plan that the configuration asks for, of a model that reads `longest` tokens; `earlier`
+    as of `plan`. DoesNotFit; ValueError about serving.layers."""
     serving = config.serving
     context = _LONGEST_CONTEXT if serving.context == "auto" else serving.context
     return plan(
@@ -122,6 +133,7 @@ def plan_for(
         slots=None if serving.slots == "auto" else serving.slots,
         context=min(context, longest),
         is_context_fixed=serving.context != "auto",
+        earlier=earlier,
     )
 
 
@@ -177,7 +189,24 @@ class _Placing:
             found, used = other, rest
         if found is None:
             return None
-        return ServingPlan(found.layers, found.slots, found.capacity, found.tokens_per_s, left_out)
+        return replace(found, left_out=left_out)
+
+    def kept(self, earlier: Sequence[range], best: ServingPlan) -> ServingPlan:
+        """The best plan, or `earlier` layers on the same ranks if they are about as fast."""
+        layers = list(earlier)
+        is_whole = [layer for part in layers for layer in part] == list(range(self.model.layers))
+        if not is_whole or list(map(bool, layers)) != list(map(bool, best.layers)):
+            return best
+        if not self.fits(layers) or self._slowest_s(layers) > _KEPT * self._slowest_s(best.layers):
+            return best
+        return replace(self.of(layers), left_out=best.left_out)
+
+    def _slowest_s(self, layers: Sequence[range]) -> float:
+        """Of the stages, for one token."""
+        taken = [len(part) * rank.layer_s for part, rank in zip(layers, self.ranks, strict=True)]
+        last = max(rank for rank, part in enumerate(layers) if part)
+        taken[last] += self.ranks[last].head_s
+        return max(taken)
 
     def over(self, used: Sequence[int]) -> ServingPlan | None:
         """The best cut over these ranks, each with a layer; None if that does not fit."""

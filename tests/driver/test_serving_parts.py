@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from smolrun.driver import serving_parts
-from smolrun.driver.serving_parts import needed_parts, parts_of
+from smolrun.driver.serving_parts import (
+    layers_file,
+    needed_parts,
+    parts_of,
+    read_layers,
+    write_layers,
+)
 from smolrun.serving.source import ModelSource, source_of_folder
 from tests.serving.references import save_model
 
@@ -63,3 +69,16 @@ def test_a_model_whose_parts_are_gone_is_cut_again(tmp_path: Path, root: Path) -
     (root / key / name).unlink()
     assert parts_of(source, "bf16", unused) == made
     assert all(folders_of(made, root))
+
+
+def test_layers_are_kept_for_a_model_and_its_hosts(tmp_path: Path, root: Path) -> None:
+    source = source_in(tmp_path / "model", 24)
+    file = layers_file(source, "float32", ["a", "b"])
+    assert read_layers(file) is None
+    layers = [range(2), range(2, 3)]
+    write_layers(file, layers)
+    assert read_layers(file) == layers
+    assert layers_file(source, "float32", ["a", "c"]) != file
+    assert layers_file(source, "bf16", ["a", "b"]) != file
+    file.write_text("[[0]]")
+    assert read_layers(file) is None

@@ -77,6 +77,32 @@ def test_pipeline_uses_equal_hosts_though_one_would_do():
     assert made.left_out == []
 
 
+def test_an_earlier_cut_is_kept_while_it_is_about_as_fast():
+    earlier = [range(6), range(6, 10)]
+    slower = [rank("a", layer_s=0.0011), rank("b")]
+    made = of(*slower, mode="pipeline", earlier=earlier)
+    assert made.layers == earlier
+    assert made.tokens_per_s == pytest.approx(1 / (0.0066 + 0.004 + 0.0001 + 0.002))
+    # 6 x 0.0015 beside 4 x 0.0015: the best is 1.5 times as fast.
+    much_slower = [rank("a", layer_s=0.0015), rank("b")]
+    assert of(*much_slower, mode="pipeline", earlier=earlier).layers == [range(4), range(4, 10)]
+
+
+@pytest.mark.parametrize(
+    "earlier", [[range(5), range(5, 9)], [range(5), range(6, 10)], [range(10), range(10, 10)]]
+)
+def test_an_earlier_cut_of_another_model_or_other_ranks_is_no_cut(earlier: list[range]):
+    made = of(rank("a"), rank("b"), mode="pipeline", earlier=earlier)
+    assert made.layers == [range(5), range(5, 10)]
+
+
+def test_an_earlier_cut_must_fit():
+    ranks = [rank("a", gb=7.5), rank("b", gb=7.5)]
+    assert of(*ranks, mode="pipeline").layers == [range(5), range(5, 10)]
+    made = of(*ranks, mode="pipeline", earlier=[range(6), range(6, 10)])
+    assert made.layers == [range(5), range(5, 10)]
+
+
 def test_a_slow_host_is_left_out_and_named_unless_all_are_asked_for():
     ranks = [rank("a", gb=7), rank("pi5", gb=7, layer_s=0.02), rank("b", gb=7)]
     made = of(*ranks)
