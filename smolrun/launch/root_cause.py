@@ -194,8 +194,8 @@ def _what_happened(state: RankState) -> str:
         return what + _one_line(state.problem) + ("" if state.never_started else _when(state))
     if memory := _out_of_memory(state):
         # What the system did is known of some process only, not of this one.
-        what = "may have run" if state.error is None else "ran"
-        return f"{what} out of memory{_when(state)}: {_one_line(memory)}"
+        what = "may have run out of memory" if state.error is None else "ran out of memory"
+        return f"{what}{_when(state)}: {_one_line(memory)}"
     if state.error is not None:
         return f"failed{_when(state)}: {state.error.kind}: {_one_line(state.error.message)}"
     if state.lost is not None:
