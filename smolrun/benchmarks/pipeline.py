@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolrun.algorithms.base import StepResult
 from smolrun.algorithms.layer_cut import cut_layers
 from smolrun.algorithms.mp_pipeline import Pipeline
 from smolrun.benchmarks.compare import compare, summed
@@ -52,11 +53,13 @@ class PacedPipeline(Pipeline):
         self.num_layers, self.layer_s = layers, layer_s
         self.equal = shares(layers, [1.0] * self.stages)
 
-    def run(self, schedule: str, micro_batches: int, forward_s: Sequence[float]) -> None:
+    def run(
+        self, schedule: str, micro_batches: int, forward_s: Sequence[float]
+    ) -> StepResult | None:
         """A training step of stages that take so long for a micro-batch forward."""
         self._schedule, self._forward_s = SCHEDULES[schedule], forward_s[self.stage]
         tokens = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        self.train_step([Batch(tokens, tokens)] * micro_batches)
+        return self.train_step([Batch(tokens, tokens)] * micro_batches)
 
     def run_forward(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         self._pace.next_s += self._forward_s

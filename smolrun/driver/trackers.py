@@ -8,6 +8,7 @@ from smolrun.config import RunConfig, ranks, world_size
 from smolrun.driver.resume import ResumePoint
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.driver import Subscriber
+from smolrun.parts.placement import plan_batches
 from smolrun.tracking.bottleneck import RunSetup, TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines
@@ -93,9 +94,21 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
         can_quantize=can_quantize(config),
         can_use_bf16=config.precision == "float32",
         is_lockstep=not algorithm.is_asynchronous,
-        stage_advice=algorithm.stage_advice(world_size(config), config.training.global_batch_size),
+        stage_micro_batches=_stage_micro_batches(config),
+        stage_advice=algorithm.stage_advice(size, config.training.global_batch_size),
     )
     return TimeReport(setup, say)
+
+
+def _stage_micro_batches(config: RunConfig) -> int | None:
+    """How many micro-batches follow each other through stages of a model before these are empty
+    again; None where ranks hold no stages, or these never are."""
+    keys, training = config.algorithm.stages(world_size(config)), config.training
+    if keys is None or (keys.schedule == "1f1b" and config.staleness.bound not in ("auto", 0)):
+        return None
+    size = None if training.micro_batch_size == "auto" else training.micro_batch_size
+    plan = plan_batches(training.global_batch_size, [1.0], 0, size, keys.micro_batches)
+    return len(plan.sizes) if keys.schedule is not None else 1
 
 
 def can_quantize(config: RunConfig) -> bool:

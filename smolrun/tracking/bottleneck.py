@@ -6,7 +6,9 @@
                             waits for rank 1   network
 
 Per step: no rank can continue before the slowest one has computed, so as much of a rank's wait as
-it computed less is waiting for that rank, and the rest is network. Shares are means over all ranks.
+it computed less is waiting for that rank, and the rest is network. Where ranks hold stages of a
+model, each also waits while a micro-batch is on the other stages, the bubble of a pipeline: (sum of
+all ranks' computing - the slowest one's) / micro-batches. Shares are means over all ranks.
 What is neither computing nor waiting (evaluation, data, saving) is other.
 
 Pure: events in, figures and a sentence out.
@@ -15,6 +17,7 @@ Pure: events in, figures and a sentence out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +46,8 @@ class RunSetup:
     can_quantize: bool = False  # gradients travel as they are, and need not
     can_use_bf16: bool = False  # the arithmetic is float32 and the device has a faster one
     is_lockstep: bool = True  # else no rank waits for the slowest one
-    # What lets stages of a model wait less for each other; None: ranks hold no stages.
+    # Of a step, where ranks hold stages of a model; and what lets these wait less for each other.
+    stage_micro_batches: int | None = None
     stage_advice: str | None = None
 
 
@@ -52,9 +56,11 @@ class TimeSums:
     """Seconds, summed over steps; those of one rank by its number."""
 
     world_size: int
+    stage_micro_batches: int | None = None  # None: ranks hold no stages
     steps: int = 0
     total_s: float = 0.0  # over all ranks
     network_s: float = 0.0
+    bubble_s: float = 0.0
     bytes_sent: int = 0
     compute_s: dict[int, float] = field(default_factory=dict)
     waited_for_s: dict[int, float] = field(default_factory=dict)
@@ -64,13 +70,17 @@ class TimeSums:
     def add(self, ranks: dict[int, RankStep], duration_s: float) -> None:
         """Add one step, as all ranks reported it."""
         slowest = max(ranks, key=lambda rank: ranks[rank].compute_s)
+        others_s = sum(row.compute_s for row in ranks.values()) - ranks[slowest].compute_s
+        passing_s = others_s / self.stage_micro_batches if self.stage_micro_batches else 0.0
         self.steps += 1
         for rank, row in ranks.items():
             behind_s = min(row.wait_s, ranks[slowest].compute_s - row.compute_s)
+            bubble_s = min(row.wait_s - behind_s, passing_s)
+            self.bubble_s += bubble_s
             _add(self.waited_for_s, slowest, behind_s)
             _add(self.compute_s, rank, row.compute_s)
             # A rank alone has no network: what it spends in collectives is not counted.
-            self.network_s += row.wait_s - behind_s if self.world_size > 1 else 0.0
+            self.network_s += row.wait_s - behind_s - bubble_s if self.world_size > 1 else 0.0
             self.total_s += max(duration_s, row.compute_s + row.wait_s)
             self.bytes_sent += row.bytes_sent
             _add(self.throttled, rank, 1 if row.throttled else 0)
@@ -83,9 +93,9 @@ class TimeShares:
     """A tracker that sums up times: `run` over all steps but the first, which warms up, and
     `recent` since `take_recent`."""
 
-    def __init__(self, world_size: int) -> None:
-        self.run = TimeSums(world_size)
-        self.recent = TimeSums(world_size)
+    def __init__(self, world_size: int, stage_micro_batches: int | None = None) -> None:
+        self._new_sums = functools.partial(TimeSums, world_size, stage_micro_batches)
+        self.run, self.recent = self._new_sums(), self._new_sums()
         self._world_size = world_size
         self._rows: dict[int, dict[int, RankStep]] = {}
         self._durations_s: dict[int, float] = {}
@@ -108,7 +118,7 @@ class TimeShares:
 
     def take_recent(self) -> TimeSums:
         """The sums since the last call."""
-        recent, self.recent = self.recent, TimeSums(self._world_size)
+        recent, self.recent = self.recent, self._new_sums()
         return recent
 
     def close(self) -> None:
@@ -128,6 +138,7 @@ class Bottleneck:
 
     computing: float
     waiting: float  # for ranks that computed longer
+    bubble: float  # while a micro-batch is on other stages
     network: float
     other: float
     slow_rank: int | None  # the one that most of the waiting was for
@@ -144,6 +155,7 @@ class Bottleneck:
         return {
             "computing": round(self.computing, 4),
             "waiting_for_slower_ranks": round(self.waiting, 4),
+            "pipeline_bubble": round(self.bubble, 4),
             "network": round(self.network, 4),
             "other": round(self.other, 4),
             "slow_rank": self.slow_rank,
@@ -160,14 +172,15 @@ def find_bottleneck(sums: TimeSums, setup: RunSetup) -> Bottleneck | None:
         return None
     computing = sum(sums.compute_s.values()) / sums.total_s
     waiting = sum(sums.waited_for_s.values()) / sums.total_s
-    network = sums.network_s / sums.total_s
+    network, bubble = sums.network_s / sums.total_s, sums.bubble_s / sums.total_s
     slow_rank, slow_factor = _slow(sums)
     throttled = tuple(r for r, n in sorted(sums.throttled.items()) if n > _THROTTLED * sums.steps)
     found = Bottleneck(
         computing=computing,
         waiting=waiting,
+        bubble=bubble,
         network=network,
-        other=max(0.0, 1.0 - computing - waiting - network),
+        other=max(0.0, 1.0 - computing - waiting - bubble - network),
         slow_rank=slow_rank,
         slow_factor=slow_factor,
         throttled=throttled,
@@ -195,10 +208,8 @@ def _slow(sums: TimeSums) -> tuple[int | None, float]:
 
 def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
     parts = [(found.computing, "computing"), (found.waiting, _waiting(found, setup))]
-    parts += [
-        (found.network, _network(found, setup)),
-        (found.other, "other (data, evaluation, saving)"),
-    ]
+    parts += [(found.bubble, "pipeline bubble"), (found.network, _network(found))]
+    parts += [(found.other, "other (data, evaluation, saving)")]
     shares = [f"{share:.0%}".replace("%", " %") + f" {what}" for share, what in parts]
     said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
     advice = _advice(found, setup)
@@ -213,9 +224,8 @@ def _waiting(found: Bottleneck, setup: RunSetup) -> str:
     return f"waiting for {who} ({found.slow_factor:.1f}x slower)"
 
 
-def _network(found: Bottleneck, setup: RunSetup) -> str:
-    what = "network" if setup.stage_advice is None else "waiting for other stages and the network"
-    return f"{what} ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
+def _network(found: Bottleneck) -> str:
+    return f"network ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
 
 
 def _advice(found: Bottleneck, setup: RunSetup) -> str:
@@ -226,8 +236,10 @@ def _advice(found: Bottleneck, setup: RunSetup) -> str:
         return f"{names}: throttled by the machine itself{heat}; cool it, or check its power"
     if found.waiting >= max(_WORTH, found.network) and found.slow_rank is not None:
         return _advice_for_slow(found, found.slow_rank, setup)
-    if found.network >= _WORTH and setup.stage_advice is not None:
+    if setup.stage_advice is not None and found.bubble >= max(_WORTH, found.network):
         return setup.stage_advice
+    if found.network >= _WORTH and setup.stage_advice is not None:
+        return "try quantization=int8" if setup.can_quantize else ""
     if found.network >= _WORTH:
         can_hide = setup.staleness == 0 and found.network <= found.computing
         if setup.can_quantize and not can_hide:
@@ -273,7 +285,7 @@ class TimeReport:
         """`setup.can_use_bf16` counts only where the device turns out to be an accelerator."""
         self._setup = setup
         self._say = say
-        self._shares = TimeShares(len(setup.hosts))
+        self._shares = TimeShares(len(setup.hosts), setup.stage_micro_batches)
         self._due_s: float | None = None
 
     def record(self, event: Event) -> None:

@@ -42,3 +42,27 @@ def test_quantization_is_advised_where_gradients_travel_whole(
     teller = time_report(compose(overrides), lambda said: None)
     train(teller, range(5), 2.0, 1.0)
     assert ("quantization=int8" in teller.line) is is_advised
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bubble"),
+    [
+        (["algorithm=mp"], "50 % pipeline bubble"),
+        (["algorithm=mp", "training.micro_batch_size=4"], "50 % pipeline bubble"),
+        (["algorithm=mp_pipeline"], "6 % pipeline bubble"),
+        (["algorithm=mp_pipeline", "algorithm.micro_batches=2"], "25 % pipeline bubble"),
+        (["algorithm=mp_pipeline", "training.micro_batch_size=1"], "2 % pipeline bubble"),
+        (["algorithm=mp_pipeline", "staleness.bound=1"], None),
+        (["algorithm=classicdp"], None),
+    ],
+    ids=" ".join,
+)
+def test_stages_wait_for_each_other_as_often_as_their_pipeline_is_empty(
+    overrides: list[str], bubble: str | None
+) -> None:
+    """Each of two ranks computes for a second and waits for another one."""
+    keys = ["cluster.ranks=2", "training.global_batch_size=32"]
+    teller = time_report(compose([*overrides, *keys]), lambda said: None)
+    train(teller, range(5), 2.0, 1.0)
+    assert ("bubble" in teller.line) is (bubble is not None)
+    assert bubble is None or bubble in teller.line

@@ -36,7 +36,7 @@ def sums(
     ranks: list[tuple[float, float]], *, step_s: float, steps: int = 5, **more: Any
 ) -> TimeShares:
     """The same step again and again: (compute_s, wait_s) per rank."""
-    shares = TimeShares(len(ranks))
+    shares = TimeShares(len(ranks), more.pop("stage_micro_batches", None))
     for step in range(steps + 1):
         for rank, (compute_s, wait_s) in enumerate(ranks):
             shares.record(rank_step(step, rank, compute_s, wait_s, **more))
@@ -49,7 +49,7 @@ def verdict(
 ) -> Bottleneck:
     found = find_bottleneck(sums(ranks, step_s=step_s, **more).run, where)
     assert found is not None
-    total = found.computing + found.waiting + found.network + found.other
+    total = found.computing + found.waiting + found.bubble + found.network + found.other
     assert total == pytest.approx(1.0)
     return found
 
@@ -141,13 +141,25 @@ def test_ranks_that_are_slow_in_turn_are_not_called_slow() -> None:
 
 
 def test_stages_wait_for_each_other_and_get_advice_of_their_own() -> None:
-    where = setup(["a", "b"], staleness=None, stage_advice="try algorithm.micro_batches=16")
-    found = verdict([(1.0, 1.0), (1.0, 1.0)], where, step_s=2.0)
-    assert "50 % waiting for other stages and the network" in found.line
-    assert found.advice == "try algorithm.micro_batches=16"
-    slow = verdict([(1.0, 1.5), (2.5, 0.0)], where, step_s=2.5)
-    assert "waiting for rank 1 on b (2.5x slower)" in slow.line
+    """4 micro-batches of 0.25 s on each of two stages take 1.25 s, the slow ones 2.5 + 0.25."""
+    stages = {"staleness": None, "stage_advice": "try algorithm.micro_batches=16"}
+    where = setup(["a", "b"], can_quantize=True, **stages)
+    found = verdict([(1.0, 0.25), (1.0, 0.25)], where, step_s=1.25, stage_micro_batches=4)
+    assert (found.bubble, found.network) == (pytest.approx(0.2), pytest.approx(0.0))
+    assert found.line == "80 % computing, 20 % pipeline bubble; try algorithm.micro_batches=16"
+    slow = verdict([(1.0, 1.75), (2.5, 0.25)], where, step_s=2.75, stage_micro_batches=4)
+    assert "waiting for rank 1 on b (2.5x slower), 9 % pipeline bubble" in slow.line
     assert slow.advice == "", "no rank of a pipeline can be left out"
+    thin = verdict([(1.0, 3.0), (1.0, 3.0)], where, step_s=4.0, stage_micro_batches=4)
+    assert "69 % network" in thin.line and thin.advice == "try quantization=int8"
+
+
+def test_one_batch_in_all_stages_is_bubble_and_no_network() -> None:
+    where = setup(["a", "b", "c"], staleness=None, stage_advice="try algorithm=mp_pipeline")
+    one_by_one = [(1.0, 4.0), (3.0, 2.0), (1.0, 4.0)]
+    found = verdict(one_by_one, where, step_s=5.0, stage_micro_batches=1)
+    assert (found.network, found.other) == (pytest.approx(0.0), pytest.approx(0.0))
+    assert found.computing + found.waiting + found.bubble == pytest.approx(1.0)
 
 
 def test_computing_is_what_it_should_be() -> None:
@@ -207,6 +219,7 @@ def test_the_summary_gets_plain_figures() -> None:
     assert found.as_json() == {
         "computing": 0.5893,
         "waiting_for_slower_ranks": 0.2321,
+        "pipeline_bubble": 0.0,
         "network": 0.1786,
         "other": 0.0,
         "slow_rank": 1,
