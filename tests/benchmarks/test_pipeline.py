@@ -57,15 +57,10 @@ def test_no_step_is_faster_than_its_simulation_and_equal_stages_are_slower() -> 
     assert other["simulated_ratio"] <= 1.0
 
 
-@pytest.mark.parametrize(("slow_stage", "forward_s"), [(None, [8e-3] * 3), (1, [1e-3, 8e-3, 1e-3])])
-def test_the_verdict_names_a_slow_stage_and_the_bubble(
-    slow_stage: int | None, forward_s: list[float]
-) -> None:
-    """One stage that is 8 times slower than the others, and stages that only wait in turn."""
-
+def test_the_verdict_names_a_stage_that_is_8_times_slower() -> None:
     def rank_main(mesh: Mesh) -> list[tuple[float, float]]:
         pipeline = PacedPipeline(mesh, 3, 1e-3)
-        results = [pipeline.run("1f1b", 6, forward_s) for _ in range(3)]
+        results = [pipeline.run("1f1b", 6, [1e-3, 8e-3, 1e-3]) for _ in range(3)]
         return [(result.compute_s, result.wait_s) for result in results if result]
 
     shares = TimeShares(3, stage_micro_batches=6)
@@ -77,11 +72,8 @@ def test_the_verdict_names_a_slow_stage_and_the_bubble(
         time_s += sum(ranks[0][step])
         shares.record(step_done(step, time_s))
     found = find_bottleneck(shares.run, setup(["a", "b", "c"], stage_advice="try it"))
-    assert found is not None and found.slow_rank == slow_stage
-    if slow_stage is None:
-        assert found.waiting < 0.1 < found.bubble  # 2 of 8 parts of a step, on a quiet machine
-    else:
-        assert "waiting for rank 1 on b" in found.line and found.waiting > found.network
+    assert found is not None and found.slow_rank == 1
+    assert "waiting for rank 1 on b" in found.line and found.waiting > found.network
 
 
 @pytest.mark.soak
