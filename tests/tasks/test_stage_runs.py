@@ -111,20 +111,20 @@ def test_a_stage_that_is_8_times_slower_is_named(tmp_path: Path) -> None:
 
 def test_a_link_of_25_mbit_is_named(tmp_path: Path) -> None:
     found = verdict(tmp_path, "bandwidth_mbps: 25")
-    assert found["slow_rank"] is None
     assert found["network"] > max(found["waiting_for_slower_ranks"], found["pipeline_bubble"])
 
 
 def test_a_stage_without_memory_is_named_with_remedies(tmp_path: Path) -> None:
-    """The last stage, once it trains, may only have half of the memory that it has."""
-    keys = ["data.max_mb=1", "model.layers=3", "data.sequence_length=64", *STAGES]
-    run = start(tmp_path, *keys, *ENDLESS, "training.global_batch_size=96")
+    """Logits of a whole batch need 0.4 GB several times over, on the last stage only."""
+    keys = ["data.max_mb=1", "data.sequence_length=256", "training.global_batch_size=96", *STAGES]
+    run = start(tmp_path, *keys, *ENDLESS, "algorithm.micro_batches=1")
+    log = tmp_path / "outputs" / "latest" / "logs" / "rank2-local.log"
     try:
-        until(lambda: steps_told(tmp_path) > 1, 100)
+        until(lambda: log.exists() and "is process" in log.read_text(), 100)
         last = process_of(2, tmp_path / "outputs" / "latest")
-        with limited_group(last.memory_info().rss // 2) as group:
+        with limited_group(800 << 20) as group:
             (group / "cgroup.procs").write_text(str(last.pid))
-            code, _, err = finish(run)
+            code, _, err = finish(run, 300)
     finally:
         run.kill()
     assert code == 3, err
