@@ -29,7 +29,7 @@ from tests.waiting import until
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 STAGES = ["algorithm=mp_pipeline", "cluster.ranks=3", "model.layers=3"]
-COMMAND = [sys.executable, "-m", "smolrun.cli", "task=generate", "cluster.threads=1"]
+SMOLRUN = [sys.executable, "-m", "smolrun.cli"]
 ENDLESS = ["training.steps=100000", "training.eval_every=0", "training.sample_tokens=0"]
 
 
@@ -117,21 +117,17 @@ def test_a_link_of_25_mbit_is_named(tmp_path: Path) -> None:
 def test_a_stage_without_memory_is_named_with_remedies(tmp_path: Path) -> None:
     """Logits of a whole batch need 0.4 GB several times over, on the last stage only."""
     keys = ["data.max_mb=1", "data.sequence_length=256", "training.global_batch_size=96", *STAGES]
-    run = start(tmp_path, *keys, *ENDLESS, "algorithm.micro_batches=1")
-    log = tmp_path / "outputs" / "latest" / "logs" / "rank2-local.log"
-    try:
-        until(lambda: log.exists() and "is process" in log.read_text(), 100)
-        last = process_of(2, tmp_path / "outputs" / "latest")
-        with limited_group(800 << 20) as group:
-            (group / "cgroup.procs").write_text(str(last.pid))
-            code, _, err = finish(run, 300)
-    finally:
-        run.kill()
-    assert code == 3, err
-    print(err)
+    into = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"']
+    with limited_group(2 << 30) as group:
+        run = subprocess.run(
+            [*into, str(group), *SMOLRUN, *keys, *ENDLESS, "algorithm.micro_batches=1"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    print(run.stderr)
+    assert run.returncode == 3, run.stderr
     assert summary(tmp_path)["failed_rank"] == 2
-    assert "rank 2 on local may have run out of memory" in err
-    assert err.count("(saves about ") == 2
+    assert "rank 2 on local may have run out of memory" in run.stderr
+    assert run.stderr.count("(saves about ") == 2
 
 
 def test_fsdp_then_stages_then_transformers_have_equal_logits(tmp_path: Path) -> None:
@@ -184,9 +180,10 @@ def test_smollm2_is_fine_tuned_in_two_stages_and_answers(tmp_path: Path) -> None
     assert code == 0, out + err
     print(re.findall(r"layers of the ranks.*", out), summary(tmp_path)["final_train_loss"])
     folder = exported(tmp_path)
+    words = ["task=generate", "cluster.threads=1", "serving.temperature=0", "serving.max_tokens=12"]
     for model in (["model.run=latest"], ["model=hf", f"model.name={folder}"]):
         said = subprocess.run(
-            [*COMMAND, *model, "serving.temperature=0", "serving.max_tokens=12"],
+            [*SMOLRUN, *words, *model],
             cwd=tmp_path, input=question, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert said.returncode == 0, said.stderr
