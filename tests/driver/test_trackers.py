@@ -55,7 +55,6 @@ def test_quantization_is_advised_where_gradients_travel_whole(
         (["algorithm=mp_pipeline", "staleness.bound=1"], None),
         (["algorithm=classicdp"], None),
     ],
-    ids=" ".join,
 )
 def test_stages_wait_for_each_other_as_often_as_their_pipeline_is_empty(
     overrides: list[str], bubble: str | None
