@@ -26,6 +26,7 @@ from smolrun.collectives.schedule import (
     ring_reduce_scatter,
     tree_broadcast,
 )
+from smolrun.parts.pipeline_schedule import SCHEDULES, simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAF_PACKAGES = ["models", "data", "checkpoints", "config"]
@@ -159,11 +160,27 @@ def syncps_schedule(rank: int, size: int) -> Schedule:
     return hops
 
 
+def pipeline(name: str, stages: int, micro_batches: int) -> list[str]:
+    """What every stage does when, if a forward takes as long as a backward and hops no time."""
+    actions = [SCHEDULES[name](stage, stages, micro_batches) for stage in range(stages)]
+    step = simulate(actions, [1.0] * stages, [1.0] * stages)
+    rows = [f"| {name} | " + " | ".join(str(slot) for slot in range(int(step.seconds))) + " |"]
+    rows.append("|---" * (int(step.seconds) + 1) + "|")
+    for stage, timed in enumerate(step.stages):
+        cells = ["."] * int(step.seconds)
+        for (kind, number), begin_s in ((one.action, one.begin_s) for one in timed):
+            cells[int(begin_s)] = f"{kind[0].upper()}{number}"
+        rows.append(f"| rank {stage} | " + " | ".join(cells) + " |")
+    return rows
+
+
 BEGIN, END = "<!-- drawn by `make docs` -->\n", "<!-- end -->\n"
 DRAWN = {
-    "classicdp": [ring_all_reduce(rank, 3) for rank in range(3)],
-    "fsdp": [ring_reduce_scatter(rank, 3) for rank in range(3)],
-    "syncps": [syncps_schedule(rank, 3) for rank in range(3)],
+    "classicdp": table([ring_all_reduce(rank, 3) for rank in range(3)]),
+    "fsdp": table([ring_reduce_scatter(rank, 3) for rank in range(3)]),
+    "syncps": table([syncps_schedule(rank, 3) for rank in range(3)]),
+    "mp": pipeline("1f1b", 3, 1),
+    "mp_pipeline": [*pipeline("1f1b", 3, 4), "", *pipeline("gpipe", 3, 4)],
 }
 
 
@@ -179,7 +196,7 @@ def main(folder: Path) -> None:
     (folder / "algorithms").mkdir(exist_ok=True)
     for name, drawn in DRAWN.items():
         page = (ROOT / "docs" / "algorithms" / f"{name}.md").read_text(encoding="utf-8")
-        text = redrawn(page, table(drawn))
+        text = redrawn(page, drawn)
         (folder / "algorithms" / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / "layers.md").write_text(layers_page(ROOT), encoding="utf-8")
     (folder / "schedules.md").write_text(schedules(), encoding="utf-8")

@@ -24,6 +24,7 @@ from smolrun.targets import load_target
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Prepared
+    from smolrun.models.base import ModelSpec
 
 _NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -99,7 +100,7 @@ def check_model_fits(config: RunConfig, kind: str) -> None:
         raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
 
 
-def stages_note(config: RunConfig, prepared: Prepared) -> str | None:
+def stages_note(config: RunConfig, prepared: ModelSpec) -> str | None:
     """Which rank has which layers, where ranks hold stages of the model. ConfigError where it
     cannot be cut so."""
     if config.algorithm.stages(world_size(config)) is None:

@@ -85,6 +85,27 @@ def test_the_page_is_right(
             assert torch.allclose(real[name], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_page_of_pipelines_is_right(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "context", plainly)
+    torch.manual_seed(0)
+    start = worlds.decoder().double()
+    real = worlds.train("mp_pipeline", "decoder", world_size)[0].parameters
+    single = worlds.train("single", "decoder", 1)[0].parameters
+    train = naive("mp_pipeline")
+    samples = [worlds.sample("decoder", step) for step in range(10)]
+    batches = [(batch.inputs, batch.targets) for batch in samples]
+    found: State = {}
+    for stage in run_ranks(
+        world_size, lambda mesh: train(copy.deepcopy(start), mesh, batches, 0.05)
+    ):
+        found |= stage
+    assert found.keys() == single.keys()
+    for name, value in single.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-12)
+        assert torch.allclose(real[name], value, rtol=0, atol=1e-12)
+
+
 def test_the_page_of_classicdp_is_right_about_late_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

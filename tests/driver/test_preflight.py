@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from smolrun import cli
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.driver import preflight
-from smolrun.driver.preflight import check_before_start, memory_warning
+from smolrun.driver.preflight import check_before_start, memory_warning, stages_note
+from smolrun.driver.prepare import spec_of
 from smolrun.errors import ConfigError
 from smolrun.estimate import dry_run
 from smolrun.launch.machine_memory import MachineMemory
@@ -181,3 +185,56 @@ def test_an_estimate_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(dry_run, "estimate", fail)
     assert "unknown (TypeError: not a size)" in (warning(monkeypatch, 1.0) or "")
+
+
+HOSTS = "{name: a, memory_gb: 0.002}, {name: b, memory_gb: 0.002}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (["cluster.ranks=4"], "too few for 4 ranks.* at most 3 ranks"),
+        (["algorithm.layers=[[0,0],[2,2]]"], "every layer belongs to one rank"),
+        (["algorithm.layers=[[0,1],[1,2]]"], "every layer belongs to one rank"),
+        (["algorithm.micro_batches=33"], "allowed: auto or 1 to 32"),
+        (["model=mlp", "data=digits"], "model=gpt_tiny or another decoder, or algorithm=fsdp"),
+        ([f"cluster.hosts=[{HOSTS}]"], r"no cut fits .*memory_gb \(0.0 GB, 0.0 GB\); add hosts"),
+        (
+            ["model=hf", "model.name={folder}", "model.pretrained=false"],
+            "family gpt_neox cannot be cut .* llama.* can, or take algorithm=fsdp",
+        ),
+        (
+            ["model=hf", "model.name={folder}", "model.pretrained=false", "training.dry_run=true"],
+            "family gpt_neox cannot be cut .* llama.* can, or take algorithm=fsdp",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_cut_so_ends_the_command(
+    keys: list[str],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "words.txt").write_text("some words of a text\n" * 999)
+    (tmp_path / "model").mkdir()
+    small = {"model_type": "gpt_neox", "vocab_size": 300, "hidden_size": 32}
+    small |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(small))
+    monkeypatch.chdir(tmp_path)
+    data = ["data=text", f"data.path={tmp_path}/words.txt", "data.tokenizer=bytes"]
+    typed = ["algorithm=mp_pipeline", "cluster.ranks=2", *data, *keys]
+    typed = [key.format(folder=tmp_path / "model") if "{folder}" in key else key for key in typed]
+    monkeypatch.setattr(sys, "argv", ["smolrun", *typed])
+    assert cli.main() == 2
+    said = capfd.readouterr().err
+    assert "nothing was started" in said
+    assert re.search(why, said)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_says_who_has_which_layers() -> None:
+    prepared = spec_of(compose(["data.tokenizer=bytes"]))
+    cut = ["algorithm=mp", "cluster.ranks=2", "data.tokenizer=bytes"]
+    assert stages_note(compose(cut), prepared) == "rank 0 layers 0 to 1, rank 1 layer 2"
+    assert stages_note(compose(["algorithm=fsdp"]), prepared) is None
