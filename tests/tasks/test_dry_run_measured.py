@@ -46,3 +46,15 @@ def test_runs_take_what_was_promised(
     found = compare(tmp_path, [f"model={model}", *SIZES[model], *keys, *SHORT])
     print(f"promised {found.promised / 2**20:.0f} MB, measured {found.measured / 2**20:.0f} MB")
     assert found.ratio == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("keys", [["mp"], ["mp_pipeline"], ["mp_pipeline", "schedule=gpipe"]])
+def test_stages_take_what_was_promised(tmp_path: Path, keys: list[str]) -> None:
+    """The largest of three stages."""
+    algorithm = [f"algorithm={keys[0]}", *(f"algorithm.{key}" for key in keys[1:])]
+    sizes = SIZES["gpt_small"]
+    found = compare(tmp_path, ["model=gpt_small", "cluster.ranks=3", *algorithm, *sizes, *SHORT])
+    print(f"promised {found.promised / 2**20:.0f} MB, measured {found.measured / 2**20:.0f} MB")
+    assert found.ratio == pytest.approx(1.0, abs=0.15)
