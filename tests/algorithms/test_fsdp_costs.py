@@ -78,6 +78,8 @@ def held(algorithm: Algorithm) -> int:
         if id(thing) in seen or isinstance(thing, type | types.ModuleType | types.FrameType):
             continue
         seen.add(id(thing))
+        if isinstance(thing, torch.Tensor) and thing.is_meta:
+            continue
         if isinstance(thing, torch.Tensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

@@ -198,7 +198,10 @@ HOSTS = "{name: a, memory_gb: 0.002}, {name: b, memory_gb: 0.002}"
         (["algorithm.layers=[[0,1],[1,2]]"], "every layer belongs to one rank"),
         (["algorithm.micro_batches=33"], "allowed: auto or 1 to 32"),
         (["model=mlp", "data=digits"], "model=gpt_tiny or another decoder, or algorithm=fsdp"),
-        ([f"cluster.hosts=[{HOSTS}]"], r"no cut fits .*memory_gb \(0.0 GB, 0.0 GB\); add hosts"),
+        (
+            ["cluster.ranks=auto", f"cluster.hosts=[{HOSTS}]"],
+            r"no cut fits .*memory_gb \(0.0 GB, 0.0 GB\); add hosts",
+        ),
         (
             ["model=hf", "model.name={folder}", "model.pretrained=false"],
             "family gpt_neox cannot be cut .* llama.* can, or take algorithm=fsdp",
