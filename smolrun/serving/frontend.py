@@ -81,6 +81,10 @@ class OutputStream:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
+        if len(self._outputs) > 1:
+            # Nothing else suspends a reader that lags: other clients, and the news that its own
+            # client has left, would wait until it has caught up.
+            await asyncio.sleep(0)
         return self._outputs.popleft()
 
     @property

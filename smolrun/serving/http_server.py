@@ -66,7 +66,9 @@ class HttpServer:
     def start(self) -> str:
         """Bind and serve; returns the URL. Raises OSError where the port is taken."""
         # Its warnings are about what clients send, who get an answer; its errors are defects here.
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        # asyncio warns of every write to a client that has left.
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
             self._listener = socket.create_server(

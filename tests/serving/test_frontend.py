@@ -155,6 +155,26 @@ def test_a_reader_that_falls_behind_is_cancelled_and_keeps_what_it_has():
     run(test, max_buffered=20)
 
 
+def test_a_reader_that_lags_lets_others_run():
+    async def test(bench: Bench) -> None:
+        stream, turns = bench.frontend.submit(submit("a")), 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        await bench.tokens("a", *range(50))
+        task = asyncio.ensure_future(other())
+        for _ in range(40):
+            await anext(stream)
+        task.cancel()
+        assert turns >= 39
+
+    run(test)
+
+
 def test_a_lost_engine_fails_every_stream_after_its_last_output():
     async def test(bench: Bench) -> None:
         stream = bench.frontend.submit(submit("a"))
