@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def placed(mesh: Mesh, model: torch.nn.Module, layers: Any = None, **more: Any) 
     context = worlds.context(mesh, "float64", "adamw", 0)
     runner = ModelParallel(dataclasses.replace(context, **more), layers=layers)
     runner.place(model)
+    return runner
+
+
+def runner_of(algorithm: str, mesh: Mesh) -> ModelParallel:
+    section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
+    context = worlds.context(mesh, "float64", "sgd", 0)
+    runner: ModelParallel = load_target(section["target"])(context, **keywords(section))
     return runner
 
 
@@ -293,8 +301,20 @@ def test_frozen_layers_at_the_beginning(algorithm: str, monkeypatch: pytest.Monk
     overrides = {"layers": [[0, 1], [2, 2]]}
     for trace in train(algorithm, "frozen", 2, overrides=overrides):
         assert trace.losses == pytest.approx(reference.losses, abs=1e-12)
-    with pytest.raises(ConfigError, match="rank 0 would have nothing to train"):
-        train(algorithm, "frozen", 3)
+
+
+@EACH
+def test_a_stage_of_frozen_layers_only_is_refused(algorithm: str) -> None:
+    def rank_main(mesh: Mesh) -> str:
+        try:
+            runner_of(algorithm, mesh).place(partly_frozen())
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    first, *others = run_ranks(3, rank_main)
+    assert "rank 0 would have nothing to train" in first
+    assert others == ["", ""]
 
 
 # -- faults ----
@@ -305,16 +325,18 @@ def test_frozen_layers_at_the_beginning(algorithm: str, monkeypatch: pytest.Monk
 def test_a_stage_that_is_lost_or_frozen_is_named_by_the_others(
     algorithm: str, fault: dict[str, int]
 ) -> None:
+    others_have_seen_it = threading.Barrier(2)  # else one may see the other leave first
+
     def rank_main(mesh: Mesh) -> str:
-        section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
-        context = worlds.context(mesh, "float64", "sgd", 0)
-        runner = load_target(section["target"])(context, **keywords(section))
+        runner = runner_of(algorithm, mesh)
         runner.place(worlds.decoder().double())
         plan = worlds.plan_of(runner)
         with pytest.raises(PeerLost) as caught:
             for step in range(1000):
                 batch = worlds.sample("language_model", step)
                 runner.train_step(worlds.share(batch, plan, step))
+        if mesh.rank != 1:
+            others_have_seen_it.wait(20)
         return f"{caught.value.rank}"
 
     def wrap(rank: int) -> Any:
