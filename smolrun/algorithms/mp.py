@@ -34,7 +34,7 @@ from smolrun.mesh.mesh import Work
 from smolrun.models.base import StagedModel
 from smolrun.parts.norms import combine_norms, layer_of
 from smolrun.parts.placement import DataCoordinates
-from smolrun.parts.replicas import model_tensors
+from smolrun.parts.replicas import model_tensors, persistent_buffers
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
 
 
@@ -83,6 +83,11 @@ class ModelParallel(Single):
                 f"rank {context.mesh.rank} would have nothing to train: all parameters of its "
                 "layers are frozen; set algorithm.layers so that each rank has some that are not"
             )
+        if buffers := sorted(persistent_buffers(model)):
+            raise ConfigError(
+                f"the model has buffers ({', '.join(buffers[:3])}): a forward of one stage may "
+                "change them unseen by the others; take algorithm=fsdp or classicdp"
+            )
         super().place(model)
         self.running: nn.Module = model  # what a forward uses
         is_shared = tied is not None and self.stages > 1 and (self.is_first or self.is_last)
@@ -99,14 +104,18 @@ class ModelParallel(Single):
 
     def forward(self, batch: Batch) -> Tensor | None:
         """Of a batch that needs no backward."""
-        self.links.finish()  # or a fast stage would fill memory with what the next one waits for
+        # So that a fast stage does not fill its memory with hidden states. Gradients of training
+        # may still wait for the next step, in which they are received.
+        self.links.finish(ACTIVATIONS)
         _, output = self.run_forward(batch, self.links.take(self.post_inputs(batch)))
         return output if self.is_last else None
 
     def post_inputs(self, batch: Batch) -> PendingReceive | None:
         """Starts to receive what this stage computes from; the first one has it."""
         shape = (*batch.inputs.shape, self.width)
-        return None if self.is_first else self.links.post(ACTIVATIONS, self.stage - 1, shape)
+        if self.is_first:
+            return None
+        return self.links.post(ACTIVATIONS, self.stage - 1, shape, exact=not self.model.training)
 
     def run_forward(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs and outputs of this stage, from the hidden states of the one before; sends the
@@ -116,7 +125,8 @@ class ModelParallel(Single):
         if self.is_last:
             return inputs, self.checked_logits(self.running, batch)
         output = self.output_of(self.running, batch)
-        self.links.send(ACTIVATIONS, self.stage + 1, output)
+        # An evaluation is that of the model that is saved, which nobody will run in fewer bits.
+        self.links.send(ACTIVATIONS, self.stage + 1, output, exact=not self.model.training)
         return inputs, output
 
     def post_gradient(self, batch: Batch) -> PendingReceive | None:

@@ -134,6 +134,7 @@ class PipelineWithoutFlush(Pipeline):
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """All micro-batches forward, and as many backward as the stages after this one allow."""
         step = self.steps_begun
+        self.optimizer.zero_grad(set_to_none=True)  # of the update before; steps have their own
         batches = [batch for batch in micro_batches if len(batch.inputs)]
         self.running = self._version(step)
         trained = [p for p in self.running.parameters() if p.requires_grad]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import OperationCounter, Stream
-from smolrun.parts.quantization import Quantization
+from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.parts.step_clock import StepClock
 
 ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
@@ -34,29 +34,34 @@ class PendingReceive:
     shape: tuple[int, ...]
     wire: Tensor
     work: Work
+    encoding: Quantization
 
 
 class StageLinks:
-    """Sends to and receives from the stages before and after this one. Numbers in `dtype` travel as
-    they are, or in fewer bits; what rounding takes away is lost, as no other tensor could make up
-    for it: the next one is of other samples."""
+    """Sends to and receives from the stages before and after this one. Numbers in `dtype` travel in
+    fewer bits where `quantization` says so, but for `exact` ones; what rounding takes away is lost,
+    as no other tensor could make up for it: the next one is of other samples."""
 
     def __init__(
         self, mesh: Mesh, clock: StepClock, dtype: torch.dtype, quantization: Quantization
     ) -> None:
         self._mesh, self._clock, self._dtype = mesh, clock, dtype
-        self._quantizer = quantization.quantizer()
-        self._working_dtype = quantization.working_dtype(dtype)
-        self._sent: list[Work] = []
+        self._quantization = quantization
+        self._sent: dict[Stream, list[Work]] = {ACTIVATIONS: [], GRADIENTS: []}
         self._next_sent = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
         self._next_received = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
 
-    def post(self, kind: Stream, source: int, shape: Sequence[int]) -> PendingReceive:
+    def post(
+        self, kind: Stream, source: int, shape: Sequence[int], *, exact: bool = False
+    ) -> PendingReceive:
         """Starts to receive the next tensor of a kind from rank `source`; never blocks."""
-        size = self._quantizer.wire_bytes(math.prod(shape), self._working_dtype)
+        encoding = NO_QUANTIZATION if exact else self._quantization
+        size = encoding.quantizer().wire_bytes(
+            math.prod(shape), encoding.working_dtype(self._dtype)
+        )
         wire = torch.empty(size, dtype=torch.uint8)
-        tag = self._next_received[kind].take()
-        return PendingReceive(tuple(shape), wire, self._mesh.recv(source, tag, wire))
+        work = self._mesh.recv(source, self._next_received[kind].take(), wire)
+        return PendingReceive(tuple(shape), wire, work, encoding)
 
     def take(self, pending: PendingReceive | None) -> Tensor | None:
         """The tensor, on the CPU; blocks until it is there. None of nothing."""
@@ -64,23 +69,26 @@ class StageLinks:
             return None
         self._clock.before_send()  # an emulated machine would still compute, before it waits
         self._clock.wait(pending.work)
-        values = torch.empty(pending.shape, dtype=self._working_dtype)
-        self._quantizer.decode(pending.wire, values.view(-1))
+        values = torch.empty(pending.shape, dtype=pending.encoding.working_dtype(self._dtype))
+        pending.encoding.quantizer().decode(pending.wire, values.view(-1))
         return values.to(self._dtype)
 
-    def send(self, kind: Stream, target: int, tensor: Tensor) -> None:
+    def send(self, kind: Stream, target: int, tensor: Tensor, *, exact: bool = False) -> None:
         """Starts to send a tensor; never blocks."""
         self._clock.before_send()
-        flat = tensor.detach().to("cpu", self._working_dtype).contiguous().view(-1)
-        wire = self._quantizer.encode(flat)
-        self._sent.append(self._mesh.send(target, self._next_sent[kind].take(), wire))
+        encoding = NO_QUANTIZATION if exact else self._quantization
+        flat = tensor.detach().to("cpu", encoding.working_dtype(self._dtype)).contiguous().view(-1)
+        wire = encoding.quantizer().encode(flat)
+        self._sent[kind].append(self._mesh.send(target, self._next_sent[kind].take(), wire))
 
     def prune(self) -> None:
         """Forgets what has been sent; never blocks."""
-        self._sent = [work for work in self._sent if not work.is_done or work.error is not None]
+        for kind, works in self._sent.items():
+            self._sent[kind] = [work for work in works if not work.is_done or work.error]
 
-    def finish(self) -> None:
-        """Blocks until everything is sent."""
-        for work in self._sent:
-            self._clock.wait(work)
-        self._sent.clear()
+    def finish(self, *kinds: Stream) -> None:
+        """Blocks until all tensors of these kinds are sent; of all kinds if none is given."""
+        for kind in kinds or tuple(self._sent):
+            for work in self._sent[kind]:
+                self._clock.wait(work)
+            self._sent[kind].clear()

@@ -317,6 +317,63 @@ def test_a_stage_of_frozen_layers_only_is_refused(algorithm: str) -> None:
     assert others == ["", ""]
 
 
+def counting_decoder() -> torch.nn.Module:
+    model = worlds.decoder()
+    model.blocks["1"].register_buffer("calls", torch.zeros(()))
+    return model
+
+
+@EACH
+def test_a_stage_with_buffers_is_refused(algorithm: str) -> None:
+    def rank_main(mesh: Mesh) -> str:
+        try:
+            runner_of(algorithm, mesh).place(counting_decoder())
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    _, second, _ = run_ranks(3, rank_main)
+    assert "buffers (blocks.1.calls)" in second
+
+
+# -- evaluation between steps ----
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("staleness", [0, 1])
+@EACH
+def test_an_evaluation_between_steps_is_that_of_the_model(
+    algorithm: str, staleness: int, quantization: str
+) -> None:
+    """Also while micro-batches are still open, and in full precision where training is quantized;
+    in the memory mesh every send waits for its receiver, as large ones do over TCP."""
+    torch.manual_seed(0)
+    start = worlds.decoder().double()
+    tokens = worlds.sample("language_model", 0).inputs[:2]
+
+    def rank_main(mesh: Mesh) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
+        context = worlds.context(mesh, "float64", "sgd", staleness)
+        context = dataclasses.replace(context, quantization=Quantization(quantization))
+        runner = load_target(section["target"])(context, **keywords(section))
+        runner.place(copy.deepcopy(start))
+        plan = worlds.plan_of(runner)
+        for step in range(3):
+            batches = worlds.share(worlds.sample("language_model", step), plan, step)
+            runner.train_step(batches)
+            runner.eval_step(batches)
+        logits = runner.logits(tokens)
+        state = {name: value.clone() for name, value in runner.model.state_dict().items()}
+        runner.drain()
+        return logits, state
+
+    found = run_ranks(3, rank_main)
+    start.load_state_dict({name: value for _, state in found for name, value in state.items()})
+    expected = start(tokens).float()
+    for logits, _ in found:
+        assert torch.allclose(logits, expected, rtol=0, atol=1e-6)
+
+
 # -- faults ----
 
 
@@ -327,7 +384,7 @@ def test_a_stage_that_is_lost_or_frozen_is_named_by_the_others(
 ) -> None:
     others_have_seen_it = threading.Barrier(2)  # else one may see the other leave first
 
-    def rank_main(mesh: Mesh) -> str:
+    def rank_main(mesh: Mesh) -> PeerLost:
         runner = runner_of(algorithm, mesh)
         runner.place(worlds.decoder().double())
         plan = worlds.plan_of(runner)
@@ -337,10 +394,11 @@ def test_a_stage_that_is_lost_or_frozen_is_named_by_the_others(
                 runner.train_step(worlds.share(batch, plan, step))
         if mesh.rank != 1:
             others_have_seen_it.wait(20)
-        return f"{caught.value.rank}"
+        return caught.value
 
     def wrap(rank: int) -> Any:
         return lambda pipe, peer, kind: FaultyPipe(pipe, **fault) if rank == 1 else pipe
 
     lost = run_ranks(3, rank_main, kind="tcp", wrap=wrap, silence_s=2.0)
-    assert (lost[0], lost[2]) == ("1", "1")
+    for found in (lost[0], lost[2]):  # rank 1 may be the first to see its link break, and say so
+        assert 1 in (found.rank, found.reported_by)

@@ -64,6 +64,7 @@ def test_healthy_hosts_are_fine(lab3: Lab, tmp_path: Path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.soak
 def test_a_blocked_direction_a_wrong_clock_and_a_noisy_shell(make_lab: Maker, tmp_path: Path):
     lab = make_lab(hosts=3)
     first, second, third = lab.hosts

@@ -138,6 +138,7 @@ def test_a_run_that_is_not_there_is_told(run: Path, capsys: Any) -> None:
     assert "model.run = another: there is no run and no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_a_model_of_transformers_trains_on_two_ranks_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_it_writes_what_transformers_writes_and_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without telling it")
+@pytest.mark.soak
 @pytest.mark.timeout(220)
 def test_a_signal_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     model, place = model_in(tmp_path / "model"), tmp_path / "temporary"

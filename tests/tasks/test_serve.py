@@ -83,9 +83,8 @@ def is_at_rest(url: str) -> bool:
     return {"smolrun_requests_running 0.0", "smolrun_cache_usage_ratio 0.0"} <= {*lines}
 
 
-@pytest.mark.parametrize(
-    "signal_name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.soak)]
-)
+@pytest.mark.soak  # tests/serving/test_lost_stages.py has both without HTTP
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
     tmp_path: Path, model: Path, signal_name: str
 ) -> None:
