@@ -125,7 +125,7 @@ class ModelParallel(Single):
         if self.is_last:
             return inputs, self.checked_logits(self.running, batch)
         output = self.output_of(self.running, batch)
-        # An evaluation is that of the model that is saved, which nobody will run in fewer bits.
+        # An evaluation is that of the model that is saved, which runs without quantization.
         self.links.send(ACTIVATIONS, self.stage + 1, output, exact=not self.model.training)
         return inputs, output
 

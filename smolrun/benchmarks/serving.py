@@ -34,7 +34,7 @@ from smolrun.serving.stage_runner import DecoderRunner, StageTimes
 _log = logging.getLogger(__name__)
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _VOCAB = 49152
-_STAGE = StageStats(0, "", 0, 0)  # nobody asks for its figures
+_STAGE = StageStats(0, "", 0, 0)  # a bench reads no figures of stages
 _WEIGHT = 0.02  # the standard deviation of a fresh decoder
 
 

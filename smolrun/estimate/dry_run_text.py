@@ -141,7 +141,7 @@ def _fits(made: Estimate | None) -> bool:
 
 
 def _title(made: Estimate) -> str:
-    config, parameters = made.config, made.rank(made.places[0]).trained
+    config, parameters = made.config, sum(math.prod(shape) for shape in made.shapes)
     length = made.spec.sequence_length
     sample = f"sequences of {length} tokens" if length else "samples"
     return (

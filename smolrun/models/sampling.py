@@ -102,7 +102,7 @@ def sample(
 def score(
     token_id: int, logits_V: NDArray[np.float32], top_logprobs: int
 ) -> tuple[float, list[tuple[int, float]]]:
-    """`logprob` and `top` of a token as in Draw, whoever has chosen it."""
+    """`logprob` and `top` of a token as in Draw, which need not be drawn here."""
     logprobs_V = log_softmax(logits_V)
     top = [(int(i), float(logprobs_V[i])) for i in likeliest(logprobs_V, top_logprobs)]
     return float(logprobs_V[token_id]), top

@@ -406,6 +406,14 @@ def test_a_step_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None
     assert one_s / many_s == pytest.approx(3 / (34 / 32), rel=0.02)
 
 
+def test_the_parameters_of_the_title_are_those_of_the_model() -> None:
+    counts = [
+        dry_run_text._title(made(*STAGES, algorithm)).split(", ")[1]
+        for algorithm in ("algorithm=classicdp", "algorithm=mp", "algorithm=mp_pipeline")
+    ]
+    assert counts[0].endswith(" parameters") and len(set(counts)) == 1
+
+
 def test_hops_take_what_the_links_let_through() -> None:
     slow = made("cluster=sim/pi3", "algorithm=mp_pipeline", "model.layers=6")
     size = slow.hop_bytes(slow.setting)
