@@ -1,4 +1,4 @@
-"""Finding checkpoints, and verifying them before anything is loaded.
+"""The checkpoints of a run, and verifying them before anything is loaded.
 
 Knows no torch. A checkpoint exists only if its manifest verifies.
 """
@@ -21,7 +21,6 @@ from smolrun.errors import CheckpointError
 CHECKPOINTS = "checkpoints"
 OLD = ".old"
 STEP_FOLDER = re.compile(r"step-(\d{8,})(?:\.old)?", re.ASCII)
-LATEST = "latest"
 
 
 class _HeaderLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,71 +147,3 @@ def _check_header(
         offset = stop
     if 8 + length + offset != size:
         raise CheckpointError(f"{path}: it is longer than its tensors")
-
-
-def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that `checkpoint.resume=TEXT` means.
-
-    TEXT is "latest" (the newest run below `outputs`), a run (its id below `outputs`, or a path), or
-    a checkpoint folder. Of a run, the newest valid checkpoint is taken. A checkpoint folder that
-    lies in no run's `checkpoints` folder gives its parent as the run folder. Raises CheckpointError
-    that names what was searched and which runs exist.
-    """
-    folder = _named(text, outputs)
-    if _is_checkpoint(folder):
-        verify(folder)
-        return run_folder(text, outputs), folder
-    newest = newest_valid(folder / CHECKPOINTS, warn)
-    if newest is None:
-        raise CheckpointError(
-            f"the run {folder.name} has no checkpoint that can be used{what_exists(outputs)}"
-        )
-    return folder, newest
-
-
-def run_folder(text: str, outputs: Path) -> Path:
-    """The run folder that `locate` would return; reads no checkpoint."""
-    folder = _named(text, outputs)
-    if _is_checkpoint(folder):
-        folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
-    return folder
-
-
-def _named(text: str, outputs: Path) -> Path:
-    candidates = [outputs / text, Path(os.path.expanduser(text))]
-    if text == LATEST:
-        candidates = [_latest(outputs)]
-    folder = next((path for path in candidates if path.is_dir()), None)
-    if folder is None:
-        raise CheckpointError(f"there is no run and no checkpoint {text!r}{what_exists(outputs)}")
-    folder = folder.resolve()
-    return folder.parent if folder.name == CHECKPOINTS else folder
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(folder.name) is not None
-
-
-def _latest(outputs: Path) -> Path:
-    """The run `outputs/latest` points to: a link, or a text file where links are not possible."""
-    pointer = outputs / LATEST
-    try:
-        return (
-            outputs / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else pointer
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{pointer} cannot be read: {error}") from None
-
-
-def what_exists(outputs: Path) -> str:
-    """The runs that have checkpoints, newest names first, for the end of an error."""
-    if not outputs.is_dir():
-        return f"; there is no folder {outputs.absolute()}: are you where the runs are?"
-    runs = [
-        path.name
-        for path in (outputs.iterdir() if outputs.is_dir() else ())
-        if path.name != LATEST and checkpoints_in(path / CHECKPOINTS)
-    ]
-    if not runs:
-        return f"; no run in {outputs} has checkpoints"
-    return f"; runs with checkpoints in {outputs}: {', '.join(sorted(runs, reverse=True)[:10])}"

@@ -34,6 +34,7 @@ HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
 PLAIN = re.compile(r"^[\w./-]+$", re.ASCII)  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
 VERBATIM = ("chat.system", "generate.prompt")  # whatever is typed is text
+RUNS = ("attach.run", "checkpoint.resume", "model.run", "stop.run")  # names of runs
 # Hydra's marks of calls, mappings, quotes, escapes and interpolations.
 MARKS = re.compile(r"""[(){}'"\\$]""")
 ENTRY = re.compile(r"[^\[\],\s](?:[^\[\],]*[^\[\],\s])?")  # between the marks of a list
@@ -128,8 +129,22 @@ def without_aliases(argv: Sequence[str]) -> list[str]:
         name, key = keys.get(name, name), key.removesuffix(name)
         if name in VERBATIM and equals:
             value = verbatim(value)
+        elif name in RUNS:
+            value = run_names(value)
         words.append(f"{key}{name}{equals}{value}")
     return words
+
+
+def run_names(value: str) -> str:
+    """A value that names runs, as text where Hydra would read something else: a part of a name such
+    as 5e11 or 20260131, and jobs of sweeps, SWEEP/algorithm=fsdp,seed=1."""
+    names = value.split(",")
+    # Each name of a list has its own sweep: what follows without one belongs to the name before.
+    if any("=" in name and "/" not in name for name in names):
+        names = [value]
+    if MARKS.search(value):
+        return value
+    return ",".join(quoted(n) if "," in n or NO_TEXT.match(n) else n for n in names)
 
 
 def _implied(words: Sequence[str]) -> list[str]:

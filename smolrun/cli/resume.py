@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.find import run_folder, what_exists
+from smolrun.checkpoints.run_names import run_folder, what_exists
 from smolrun.cli import compose, mistakes
 from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
@@ -167,7 +167,7 @@ def _env_of_hosts(choice: Any) -> dict[tuple[Any, Any], dict[str, Any]]:
 
 def _stored(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is no run's folder{what_exists(OUTPUTS)}")
+        raise CheckpointError(f"{path.parent} is not the folder of a run{what_exists(OUTPUTS)}")
     try:
         return msgspec.yaml.decode(read_yaml(path), type=dict[str, Any])
     except (OSError, ValueError) as error:

@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.find import checkpoints_in, locate, read_manifest
+from smolrun.checkpoints.find import checkpoints_in, read_manifest
 from smolrun.checkpoints.folder import remove_leftovers
 from smolrun.checkpoints.manifest import Manifest
+from smolrun.checkpoints.run_names import locate
 from smolrun.config import RunConfig, redacted
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError

@@ -6,21 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-from smolrun.checkpoints.find import LATEST, run_folder
 from smolrun.config import RunConfig, validate, world_size
-from smolrun.config.suggest import closest, problem
+from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, HostError
 from smolrun.files import read_yaml
-from smolrun.tracking.past_runs import run_folders
+from smolrun.tracking import past_runs
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_view import Request, View, answer
 
 _HERE_EVERY_S, _THERE_EVERY_S = 0.5, 2.0
-_MOST_NAMED = 10
 OUT_OF_REACH_S = 60.0  # so long the machine that drives a run may not answer
 
 
@@ -52,29 +49,11 @@ class OpenRun:
 
 
 def find_run(key: str, wanted: str) -> RunFolder:
-    """The run named `wanted`, the value of `key`, below outputs/, or a path; ConfigError with those
-    that exist.
-    """
+    """The run that `wanted`, the value of `key`, means; ConfigError with those that exist."""
     try:
-        path = run_folder(wanted, OUTPUTS) if wanted == LATEST else _named(wanted)
-    except CheckpointError:
-        path = None
-    if path is not None and (path / "config.yaml").is_file():
-        is_here = path.resolve().parent == OUTPUTS.resolve()
-        return RunFolder(OUTPUTS / path.resolve().name if is_here else path)
-    names = [folder.run_id for folder in run_folders(OUTPUTS)]
-    allowed = (
-        f"latest, or {', '.join(names[:_MOST_NAMED])}" if names else "none, `smolrun` makes one"
-    )
-    what = f"no such run below {OUTPUTS.absolute()}"
-    raise ConfigError(
-        problem(key, wanted, what, allowed=allowed, meant=closest(wanted, names) or None)
-    )
-
-
-def _named(wanted: str) -> Path | None:
-    paths = (OUTPUTS / wanted, Path(wanted).expanduser())
-    return next((path for path in paths if path.is_dir()), None)
+        return past_runs.find_run(OUTPUTS, wanted)
+    except CheckpointError as error:
+        raise ConfigError(problem(key, wanted, str(error))) from None
 
 
 @contextmanager

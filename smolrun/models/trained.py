@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.find import locate
+from smolrun.checkpoints.run_names import locate
 from smolrun.errors import CheckpointError
 from smolrun.files import read_yaml
 
@@ -40,7 +40,7 @@ class TrainedModel:
 
 
 def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> TrainedModel:
-    """The model that `run` means: latest, a run below `outputs`, or a checkpoint folder.
+    """The model that `run` means, as checkpoints/run_names.py reads it.
 
     Damaged checkpoints are skipped, each reported by `warn`. Raises CheckpointError where there is
     no whole one, or where the run's configuration cannot be read.

@@ -17,8 +17,10 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
+from smolrun.checkpoints.run_names import run_folder, runs_below, what_exists
+from smolrun.errors import CheckpointError
 from smolrun.files import open_regular, read_yaml
-from smolrun.tracking.run_folder import LATEST, SERVING, RunFolder
+from smolrun.tracking.run_folder import SERVING, RunFolder
 
 State = Literal[
     "running", "serving", "elsewhere", "remote", "unreachable",
@@ -57,17 +59,20 @@ class PastRun:
 
 def run_folders(outputs: Path) -> list[RunFolder]:
     """All runs, newest first. A run is a folder, no link, with a configuration in it."""
-    paths = outputs.iterdir() if outputs.is_dir() else ()
-    found = [
-        path
-        for path in paths
-        if not path.name.startswith(".")
-        and path.name != LATEST
-        and not path.is_symlink()
-        and (path / "config.yaml").is_file()
-    ]
-    # Names begin with the time.
-    return [RunFolder(path) for path in sorted(found, key=lambda path: path.name, reverse=True)]
+    folders = [RunFolder(path) for path in runs_below(outputs)]
+    return [folder for folder in folders if folder.config.is_file()]
+
+
+def find_run(outputs: Path, wanted: str) -> RunFolder:
+    """The run that `wanted` means, as checkpoints/run_names.py reads it: latest, a name or a part
+    of one, SWEEP/JOB, a path, or one of its checkpoints. Its path is relative if `outputs` was and
+    it lies there. CheckpointError lists those that exist."""
+    path = run_folder(wanted, outputs)
+    if not (path / "config.yaml").is_file():
+        what = f"{path} is not the folder of a run: it has no config.yaml"
+        raise CheckpointError(f"{what}{what_exists(outputs)}")
+    is_here = path.is_relative_to(outputs.resolve())
+    return RunFolder(outputs / path.relative_to(outputs.resolve()) if is_here else path)
 
 
 def look(folder: RunFolder) -> PastRun:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.checkpoints.find import checkpoints_in, locate, newest_valid, verify
+from smolrun.checkpoints.find import checkpoints_in, newest_valid, verify
 from smolrun.errors import CheckpointError
-from tests.checkpoints.saves import save, tag_of
+from tests.checkpoints.saves import save
 from tests.checkpoints.test_folder import flip, no_warnings
 
 FILE = "rank0-0.safetensors"
@@ -82,82 +82,3 @@ def test_other_things_in_the_folder_do_not_matter(tmp_path: Path):
 
 def test_no_folder_no_checkpoint(tmp_path: Path):
     assert newest_valid(tmp_path / "checkpoints", no_warnings) is None
-
-
-@pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three runs: one with two checkpoints, one with one, one with none."""
-    monkeypatch.chdir(tmp_path)
-    outputs = tmp_path / "outputs"
-    save(outputs / "run-a" / "checkpoints", 1)
-    save(outputs / "run-a" / "checkpoints", 2)
-    save(outputs / "run-b" / "checkpoints", 3)
-    (outputs / "run-c").mkdir()
-    (outputs / "latest").symlink_to("run-a")
-    return outputs
-
-
-@pytest.mark.parametrize("text", ["latest", "run-a", "outputs/run-a", "{outputs}/run-a"])
-def test_a_run_means_its_newest_checkpoint(outputs: Path, text: str):
-    run, checkpoint = locate(text.format(outputs=outputs), outputs, no_warnings)
-    assert run == outputs / "run-a"
-    assert tag_of(checkpoint) == 2
-
-
-@pytest.mark.parametrize("text", ["run-b/checkpoints/step-00000003", "{outputs}/run-b/checkpoints"])
-def test_a_checkpoint_can_be_named(outputs: Path, text: str, monkeypatch: pytest.MonkeyPatch):
-    if text.endswith("checkpoints"):
-        monkeypatch.chdir(outputs / "run-b" / "checkpoints")
-        text = "step-00000003"
-    run, checkpoint = locate(text, outputs, no_warnings)
-    assert (run, tag_of(checkpoint)) == (outputs / "run-b", 3)
-
-
-def test_latest_as_a_text_file(outputs: Path):
-    (outputs / "latest").unlink()
-    (outputs / "latest").write_text("run-b\n")
-    assert locate("latest", outputs, no_warnings)[0] == outputs / "run-b"
-
-
-def test_a_checkpoint_outside_a_run(outputs: Path, tmp_path: Path):
-    alone = tmp_path / "kept" / "best"
-    shutil.copytree(outputs / "run-b" / "checkpoints" / "step-00000003", alone)
-    assert locate(str(alone), outputs, no_warnings) == (tmp_path / "kept", alone)
-
-
-def test_the_newest_of_a_run_may_be_damaged(outputs: Path):
-    flip(outputs / "run-a" / "checkpoints" / "step-00000002")
-    told: list[str] = []
-    assert tag_of(locate("latest", outputs, told.append)[1]) == 1
-    assert "step-00000002" in told[0]
-
-
-def test_a_damaged_one_that_was_named_is_an_error(outputs: Path):
-    bad = outputs / "run-a" / "checkpoints" / "step-00000002"
-    flip(bad)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        locate(str(bad), outputs, no_warnings)
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("run-x", "no run and no checkpoint 'run-x'; runs with checkpoints in .*: run-b, run-a"),
-        ("run-c", "the run run-c has no checkpoint that can be used; runs with.*: run-b, run-a"),
-        ("run-a/config.yaml", "no run and no checkpoint"),
-        ("~nobody-here/x", "no run and no checkpoint"),
-        ("a\0b", "no run and no checkpoint"),
-    ],
-)
-def test_what_is_not_there_is_told_with_what_is(outputs: Path, text: str, problem: str):
-    (outputs / "run-a" / "config.yaml").touch()
-    with pytest.raises(CheckpointError, match=problem):
-        locate(text, outputs, no_warnings)
-
-
-def test_without_any_run(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"'latest'; there is no folder .*outputs: are you"):
-        locate("latest", tmp_path / "outputs", no_warnings)
-    (tmp_path / "outputs").mkdir()
-    with pytest.raises(CheckpointError, match=r"'latest'; no run in .* has checkpoints"):
-        locate("latest", tmp_path / "outputs", no_warnings)

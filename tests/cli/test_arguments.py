@@ -9,7 +9,13 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from smolrun.cli import arguments, mistakes, run
-from smolrun.cli.arguments import Arguments, for_hydra, readable, typed_as_text
+from smolrun.cli.arguments import (
+    Arguments,
+    for_hydra,
+    readable,
+    typed_as_text,
+    without_aliases,
+)
 from smolrun.cli.compose import composing
 from smolrun.config import RunConfig
 from smolrun.errors import ConfigError
@@ -42,6 +48,20 @@ def test_what_can_only_be_text_is_text(text: str):
 def test_entries_of_a_list_are_text_too():
     config = checked("data.path=[größe.txt, b c.txt,a=b]")
     assert config.data.keywords()["path"] == ["größe.txt", "b c.txt", "a=b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["5e11", "20260131", "true", "3fa9", "5e11/algorithm=fsdp,seed=1", "s/cluster=sim-pi3"]
+)
+def test_a_name_of_a_run_is_text(name: str):
+    for word in without_aliases([f"model.run={name}", f"checkpoint.resume={name}"]):
+        assert read(word) == name
+
+
+def test_names_of_runs_of_a_sweep():
+    (word,) = without_aliases(["model.run=s/seed=1,s/seed=2,5e11"])
+    assert word == "model.run=s/seed=1,s/seed=2,'5e11'"
+    assert without_aliases(["model.run=glob(*)"]) == ["model.run=glob(*)"]
 
 
 def test_so_are_the_values_of_a_sweep():

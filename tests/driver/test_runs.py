@@ -31,12 +31,13 @@ def test_by_name_by_path_and_the_newest(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none, `smolrun` makes one"):
+    with pytest.raises(ConfigError, match=r"stop.run = latest: .*there is no folder"):
         find_run("stop.run", "latest")
-    a_run(tmp_path / "outputs", "20260131-142501-x-aaaa")
+    name = a_run(tmp_path / "outputs", "20260131-142501-x-aaaa").run_id
     (tmp_path / "outputs" / "empty").mkdir()
-    for wanted in ("empty", "latest", "20260131-142501-x-aaab"):
-        with pytest.raises(ConfigError, match="latest, or 20260131-142501-x-aaaa"):
+    (tmp_path / "outputs" / "old" / "checkpoints").mkdir(parents=True)
+    for wanted in ("empty", "old", "latest", "20260131-142501-x-aaab"):
+        with pytest.raises(ConfigError, match=rf"; the newest:\n(  old\n)?  {name}"):
             find_run("stop.run", wanted)
 
 

@@ -158,7 +158,7 @@ def test_lines_that_make_no_sense_are_named(
 
 def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
     ended = smolrun(tmp_path, "task=attach", "run=nothing")
-    assert ended.code == 2 and "attach.run = nothing: no such run" in ended.error
+    assert ended.code == 2 and "attach.run = nothing: there is no run" in ended.error
 
 
 def test_a_run_whose_number_went_to_another_process_has_died(tmp_path: Path) -> None:
