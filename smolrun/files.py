@@ -141,10 +141,10 @@ def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_yaml(path: Path) -> bytes:
+def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> bytes:
     """The bytes of a YAML file that may be decoded. OSError; ValueError for a file that is too
     large or too deep, or whose aliases, written out, are too many values."""
-    data = read_bytes(path, MAX_YAML_BYTES)
+    data = read_bytes(path, max_bytes)
     try:
         root = yaml.compose(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if root is not None and _count(root, {}) > MAX_YAML_NODES:

@@ -40,6 +40,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     if "--driver" in arguments:
         return int(import_module("smolrun.cli.driver").main())
+    if "--job" in arguments:
+        return int(import_module("smolrun.cli.driver").job_main())
     if "--start-driver" in arguments:
         return int(import_module("smolrun.cli.driver").start_main())
     return int(import_module("smolrun.cli.run").run(arguments))

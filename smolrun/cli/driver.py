@@ -1,6 +1,7 @@
 """Drivers without a terminal; the process that starts one has composed and resolved the config.
 
 `smolrun --driver`: be one; the configuration comes over stdin (see smolrun/driver/detach.py).
+`smolrun --job`: be that of a job of a sweep (sweep/runner.py).
 `smolrun --start-driver`: start one here for another machine (driver/remote_driver.py).
 """
 
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import msgspec
 
 from smolrun.cli.run import BAD_CONFIG, drive
 from smolrun.config import validate
+from smolrun.driver.outputs import JOB_FOLDER
 from smolrun.errors import ConfigError
 from smolrun.files import to_null_device
 from smolrun.sanitize import echo
+
+_BETWEEN_S = 0.1  # two that come at once count as one
 
 
 def main() -> int:
@@ -37,6 +42,46 @@ def main() -> int:
         return BAD_CONFIG
     to_null_device(sys.stdin.fileno())
     return drive(config)
+
+
+def job_main() -> int:
+    """Drive one job of a sweep; returns its exit code. The first line of stdin says which, every
+    further one is a Ctrl-C, and so is its end."""
+    # Ignored in what a shell starts by `&`, but here it is how the sweep stops its job.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        line, rest = _first_line()
+        order = msgspec.json.decode(line, type=_JobOrder)
+        config = validate(order.config)
+    except (ConfigError, ValueError) as error:
+        echo(f"smolrun: the configuration over stdin cannot be used: {error}", error=True)
+        return BAD_CONFIG
+    JOB_FOLDER.set(Path(order.folder))
+    threading.Thread(target=_obey, args=(rest,), name="smolrun-job-stdin", daemon=True).start()
+    return drive(config)
+
+
+def _first_line() -> tuple[bytes, bytes]:
+    """The first line of stdin, and what was read beyond it. Not by sys.stdin: a thread that waits
+    in it would hold its lock at the end of this process."""
+    read = b""
+    while b"\n" not in read and (more := os.read(0, 1 << 16)):
+        read += more
+    line, _, rest = read.partition(b"\n")
+    return line, rest
+
+
+def _obey(lines: bytes) -> None:
+    """A Ctrl-C for every further line. At the end of stdin the sweep's process has died: its job
+    stops as by one Ctrl-C, saved, so that the sweep can be resumed."""
+    while lines or (lines := os.read(0, 4096)):
+        for _ in range(lines.count(b"\n")):
+            _thread.interrupt_main()
+            time.sleep(_BETWEEN_S)
+        lines = b""
+    _thread.interrupt_main()
 
 
 def start_main() -> int:
@@ -68,6 +113,13 @@ def _end_with_stdin(has_begun: threading.Event) -> None:
         pass
     if not has_begun.is_set():
         _thread.interrupt_main()
+
+
+class _JobOrder(msgspec.Struct):
+    """What a job runs, and in which folder."""
+
+    config: dict[str, Any]
+    folder: str
 
 
 class _Order(msgspec.Struct):

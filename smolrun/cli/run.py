@@ -37,14 +37,19 @@ def run(argv: Sequence[str]) -> int:
         arguments = read(argv)
         with compose.composing(arguments):
             if arguments.is_sweep:
-                jobs = checked_jobs(arguments)
-            else:
-                config = checked(arguments)
+                jobs, configs = checked_jobs(arguments)
+                if all(map(_trains, configs)):
+                    started = sweep.new_sweep(arguments.overrides, jobs, configs)
+                    return sweep.run_sweep(started)
+                return sweep.run_jobs(jobs, arguments.flags(), sweep.start_job)
+            config = checked(arguments)
     except ConfigError as error:
         return _report(error.problems)
-    if arguments.is_sweep:
-        return sweep.run_jobs(jobs, arguments.flags(), sweep.start_job)
     return drive(config)
+
+
+def _trains(config: RunConfig) -> bool:
+    return config.task == "train" and not config.training.dry_run
 
 
 def drive(config: RunConfig) -> int:
@@ -80,8 +85,8 @@ def checked(arguments: Arguments) -> RunConfig:
         raise ConfigError(_all_problems(error, arguments, checked)) from error
 
 
-def checked_jobs(arguments: Arguments) -> list[list[str]]:
-    """The overrides of every job; each has been composed and checked.
+def checked_jobs(arguments: Arguments) -> tuple[list[list[str]], list[RunConfig]]:
+    """The overrides of every job, and its checked configuration.
 
     ConfigError names the jobs that cannot run.
     """
@@ -90,9 +95,11 @@ def checked_jobs(arguments: Arguments) -> list[list[str]]:
     except mistakes.COMPLAINTS as error:
         raise ConfigError(_all_problems(error, arguments, checked_jobs)) from error
     found: dict[str, list[str]] = {}
+    configs = []
     for number, overrides in enumerate(jobs, start=1):
         try:
-            if _goes_away(checked(replace(arguments, overrides=overrides))):
+            configs.append(checked(replace(arguments, overrides=overrides)))
+            if _goes_away(configs[-1]):
                 raise ConfigError("detach and driver would start all jobs of -m at the same time")
         except ConfigError as error:
             for line in error.problems:
@@ -101,7 +108,7 @@ def checked_jobs(arguments: Arguments) -> list[list[str]]:
         raise ConfigError(
             [f"{line} (job {', '.join(at)} of {len(jobs)})" for line, at in found.items()]
         )
-    return jobs
+    return jobs, configs
 
 
 def _all_problems(

@@ -318,4 +318,16 @@ class ChosenRunConfig(Section):
 
 
 class SweepConfig(Section):
-    """Keys about `smolrun -m`; none yet."""
+    """Keys of `smolrun -m`."""
+
+    repeats: Annotated[int, Field(ge=1, le=1000)]
+    fail_fast: bool
+    resume: Name | None
+    metric: Literal[
+        "final_eval_loss",
+        "final_train_loss",
+        "tokens_per_s",
+        "wall_s",
+        "bytes_sent",
+        "peak_memory_bytes",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 
@@ -23,9 +24,17 @@ def nothing_started() -> Iterator[None]:
         raise ConfigError(f"cannot write to {OUTPUTS.absolute()}: {error}") from error
 
 
+# The folder of the run of this process, where it is a job of a sweep.
+JOB_FOLDER: ContextVar[Path | None] = ContextVar("JOB_FOLDER", default=None)
+
+
 def make_folder(config: RunConfig, title: str, tokenizer: str | None = None) -> RunFolder:
-    """A fresh run folder with the resolved configuration in it."""
-    folder = RunFolder.create(OUTPUTS, config.run_name or title, now=datetime.now())
+    """A fresh run folder, or that of the job, with the resolved configuration in it."""
+    if (place := JOB_FOLDER.get()) is not None:
+        folder = RunFolder(place)
+        folder.logs.mkdir(exist_ok=True)
+    else:
+        folder = RunFolder.create(OUTPUTS, config.run_name or title, now=datetime.now())
     folder.write_config(msgspec.yaml.encode(redacted(config)).decode())
     if tokenizer is not None:
         folder.keep_tokenizer(Path(tokenizer))

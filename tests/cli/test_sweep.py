@@ -6,50 +6,71 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from smolrun import cli
 from smolrun.cli import sweep
+from smolrun.sweep import runner
+from smolrun.tracking.sweep_folder import SweepRecord, find_sweep
 from tests.cli.command import smolrun
+
+FAKE = Path(__file__).parent.parent / "sweep" / "fake_job.py"
+Run = Callable[..., int]
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """The arguments of every job, none of which is really started."""
-    jobs: list[list[str]] = []
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """`smolrun` in an empty folder, with stand-ins for the processes of the jobs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sweep, "start_job", lambda arguments: jobs.append(arguments) or 0)
-    return jobs
+    monkeypatch.setattr(runner, "COMMAND", [sys.executable, "-S", "-E", str(FAKE)])
+    monkeypatch.setattr(runner, "_POLL_S", 0.02)
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["smolrun", *arguments])
+        return cli.main()
+
+    return command
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["smolrun", *arguments])
-    return cli.main()
+def record() -> SweepRecord:
+    folder = find_sweep("latest")
+    assert folder is not None
+    return folder.record()
 
 
-def test_all_combinations_run(
-    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], tmp_path: Path
-):
-    assert (
-        run(monkeypatch, "-m", "algorithm=single,classicdp", "seed=range(1,3)", "run_name=x") == 0
-    )
-    assert [job[-3:] for job in started] == [
-        ["algorithm=single", "seed=1", "run_name=x"],
-        ["algorithm=single", "seed=2", "run_name=x"],
-        ["algorithm=classicdp", "seed=1", "run_name=x"],
-        ["algorithm=classicdp", "seed=2", "run_name=x"],
+def logs() -> list[str]:
+    """What each job said first, in the order of the jobs; empty for one that never started."""
+    folder = find_sweep("latest")
+    assert folder is not None
+    files = [folder.job(job.name).driver_log for job in folder.record().jobs]
+    return [file.read_text() if file.exists() else "" for file in files]
+
+
+def test_all_combinations_run(run: Run, capsys: pytest.CaptureFixture[str]):
+    assert run("-m", "algorithm=single,classicdp", "seed=range(1,3)", "training.steps=4") == 0
+    jobs = record().jobs
+    assert [job.overrides for job in jobs] == [
+        ["algorithm=single", "seed=1", "training.steps=4"],
+        ["algorithm=single", "seed=2", "training.steps=4"],
+        ["algorithm=classicdp", "seed=1", "training.steps=4"],
+        ["algorithm=classicdp", "seed=2", "training.steps=4"],
     ]
-    assert list(tmp_path.iterdir()) == []
+    assert [line.split()[5] for line in logs()] == ["1", "2", "1", "2"]
+    out = capsys.readouterr().out
+    assert "4 jobs in outputs" in out
+    assert "job 1 of 4 starts: algorithm=single seed=1" in out
+    assert "job 4 of 4 done: algorithm=classicdp seed=2: 4 steps in 0:00:02, loss 2.0030" in out
 
 
 def test_one_bad_job_stops_all_of_them(
-    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    assert run(monkeypatch, "-m", "training.steps=5,0,7", "seed=1,2") == 2
-    assert started == []
+    assert run("-m", "training.steps=5,0,7", "seed=1,2") == 2
+    assert list(tmp_path.iterdir()) == []
     assert "training.steps = 0: too small; allowed: an integer >= 1 (job 3, 4 of 6)" in (
         capsys.readouterr().err
     )
@@ -65,26 +86,84 @@ def test_a_wrong_choice_in_one_job_is_told_with_the_rest(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_list_is_one_value(monkeypatch: pytest.MonkeyPatch, started: list[list[str]]):
-    assert run(monkeypatch, "-m", "optimizer.betas=[0.9,0.95],[0.8,0.9]") == 0
-    assert [job[-1] for job in started] == [
+def test_a_list_is_one_value(run: Run):
+    assert run("-m", "optimizer.betas=[0.9,0.95],[0.8,0.9]") == 0
+    assert [job.overrides[-1] for job in record().jobs] == [
         "optimizer.betas=[0.9,0.95]",
         "optimizer.betas=[0.8,0.9]",
     ]
+    assert [job.name for job in record().jobs] == [
+        "optimizer.betas=0.9-0.95",
+        "optimizer.betas=0.8-0.9",
+    ]
 
 
-def test_an_experiment_may_name_the_axes(
-    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], tmp_path: Path
-):
+def test_an_experiment_may_name_the_axes(run: Run, tmp_path: Path):
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     axes = "hydra: {sweeper: {params: {seed: '1,2,3'}}}\n"
     (folder / "seeds.yaml").write_text("# @package _global_\n# Three seeds\n" + axes)
-    assert run(monkeypatch, "-m", "experiment=seeds") == 0
-    assert [job[-2] for job in started] == ["seed=1", "seed=2", "seed=3"]
+    assert run("-m", "experiment=seeds") == 0
+    assert [job.overrides[0] for job in record().jobs] == ["seed=1", "seed=2", "seed=3"]
 
 
-def test_the_worst_exit_code_wins_and_a_stop_stops():
+def test_a_job_that_fails_is_named_at_the_end_and_the_rest_runs(
+    run: Run, capsys: pytest.CaptureFixture[str]
+):
+    assert run("-m", "run_name=ok,fails,killed,broken,fine") == 3
+    out, err = capsys.readouterr()
+    assert "job 5 of 5 done: run_name=fine" in out
+    assert "3 of 5 jobs failed" in err
+    for name, reason in (
+        ("fails", "rank 1 was lost"),
+        ("killed", "killed: its process was ended by SIGKILL; out of memory?"),
+        ("broken", "nothing was started: there is no data (exit code 2)"),
+    ):
+        if os.name != "nt" or name != "killed":
+            assert f"run_name={name}: {reason}" in err
+        assert str(Path(f"run_name={name}", "driver.log")) in err
+
+
+def test_fail_fast_ends_the_sweep_at_the_first_failure(
+    run: Run, capsys: pytest.CaptureFixture[str]
+):
+    assert run("-m", "run_name=fails,ok", "sweep.fail_fast=true") == 3
+    assert logs()[1] == ""
+    assert "smolrun -m sweep.resume=" in capsys.readouterr().err
+
+
+def test_repeats_have_other_seeds_that_all_cells_share(run: Run):
+    assert run("-m", "algorithm=single,classicdp", "sweep.repeats=2", "seed=5") == 0
+    assert [line.split()[5] for line in logs()] == ["5", "5", "6", "6"]
+    assert [job.pair for job in record().jobs] == [0, 1, 0, 1]
+
+
+def test_repeats_of_a_grid_over_seeds_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert run("-m", "seed=1,2", "sweep.repeats=2") == 2
+    assert "sweep.repeats = 2: seed has several values already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_of_the_sweep_itself_do_not_vary(run: Run, capsys: pytest.CaptureFixture[str]):
+    assert run("-m", "sweep.repeats=1,2") == 2
+    assert "keys of `sweep` are about all jobs" in capsys.readouterr().err
+
+
+def test_wandb_groups_the_jobs_by_the_sweep(run: Run):
+    assert run("-m", "seed=1,2", "tracker=wandb") == 0
+    folder = find_sweep("latest")
+    assert folder is not None
+    config = folder.job("seed=2").config.read_text()
+    assert f"group: {folder.path.name}\n" in config
+    assert run("-m", "seed=1", "tracker=wandb", "tracker.group=mine") == 0
+    folder = find_sweep("latest")
+    assert folder is not None
+    assert "group: mine\n" in folder.job("job").config.read_text()
+
+
+def test_other_tasks_run_in_turn_and_the_worst_exit_code_wins():
     codes = iter([0, 3, -9, 0])
     assert sweep.run_jobs([[], [], [], []], [], lambda job: next(codes)) == 3
     codes = iter([0, 130, 0])
@@ -92,7 +171,7 @@ def test_the_worst_exit_code_wins_and_a_stop_stops():
     assert next(codes) == 0
 
 
-def test_a_job_is_a_run_of_its_own(capfd: pytest.CaptureFixture[str]):
+def test_a_job_of_another_task_is_a_command_of_its_own(capfd: pytest.CaptureFixture[str]):
     assert sweep.start_job(["--version"]) == 0
     assert sweep.start_job(["algorithm=nonsense"]) == 2
     out = capfd.readouterr()

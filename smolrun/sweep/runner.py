@@ -1,0 +1,176 @@
+"""Runs the jobs of a sweep in turn, each in a process of its own.
+
+    sweep's process                                 a job: smolrun --job
+      | -- its configuration and folder, over stdin ---> |  prepares data, starts its ranks
+      |    (stdout and stderr go to driver.log) -------- |  trains
+      | -- a line `stop` for each Ctrl-C --------------> |  stops, saved; the second: at once
+      X    the end of stdin ---------------------------> |  the same as one Ctrl-C
+
+A job has no terminal and a process group of its own: a Ctrl-C reaches the sweep alone. If the
+sweep's process dies in whatever way, its job's stdin ends, so no job is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smolrun.launch.driver import InterruptCounter
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW
+from smolrun.sanitize import one_line
+from smolrun.sweep.table import SweepConsole, SweepProgress
+from smolrun.tracking.run_folder import RunFolder
+from smolrun.tracking.sweep_folder import ENDED, SweepFolder
+
+COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--job"]
+_POLL_S = 0.25
+_ABORT_S = 30.0  # for a job that was asked to end at once
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class ReadyJob:
+    """A job that can start: its name, and what its process reads from stdin, a line of JSON."""
+
+    name: str
+    order: bytes
+
+
+class SweepRunner:
+    """Runs jobs until all have ended or the user stops the sweep."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        progress: SweepProgress,
+        console: SweepConsole,
+        *,
+        fail_fast: bool,
+    ) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._console = console
+        self._fail_fast = fail_fast
+        self._interrupts = InterruptCounter()
+
+    def run(self, jobs: Sequence[ReadyJob]) -> int:
+        """The exit code of the sweep; OSError if its files cannot be written. No job is left."""
+        with self._interrupts.installed():
+            for job in jobs:
+                status = self._run_job(job)
+                if self._asked():
+                    return EXIT_STOPPED if self._asked() == 1 else EXIT_STOPPED_NOW
+                if status == "failed" and self._fail_fast:
+                    break
+        states = {view.state for view in self._progress.look()}
+        return (
+            EXIT_FAILED
+            if "failed" in states
+            else EXIT_STOPPED
+            if "stopped" in states
+            else EXIT_DONE
+        )
+
+    def _asked(self) -> int:
+        return self._interrupts.count + self._folder.run.stop_requests()
+
+    def _run_job(self, job: ReadyJob) -> str:
+        if self._asked():
+            return "waiting"
+        folder = self._folder.job(job.name)
+        self._progress.forget(job.name)
+        with folder.driver_log.open("ab") as log:
+            process = _launch(log.fileno())
+        try:
+            with contextlib.suppress(OSError):  # it has died; its exit code says so
+                assert process.stdin is not None
+                process.stdin.write(job.order + b"\n")
+                process.stdin.flush()
+            self._console.show(self._progress.look())
+            self._wait_for(process)
+        finally:
+            _end(process)
+        status = _ended(folder, process.returncode)
+        self._console.show(self._progress.look())
+        return status
+
+    def _wait_for(self, process: subprocess.Popen[bytes]) -> None:
+        """Until the job has ended, and pass stop requests on."""
+        sent, give_up = 0, float("inf")
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+                return
+            while sent < min(self._asked(), 2):
+                sent += 1
+                with contextlib.suppress(OSError):
+                    assert process.stdin is not None
+                    process.stdin.write(b"stop\n")
+                    process.stdin.flush()
+                if sent == 1:
+                    self._console.say(
+                        "stopping the job at the next agreed step; Ctrl-C again: at once"
+                    )
+                else:
+                    give_up = time.monotonic() + _ABORT_S
+            if time.monotonic() > give_up:
+                return
+            self._console.show(self._progress.look())
+
+
+def _launch(output: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603  (our own interpreter)
+        COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=hasattr(os, "setsid"),
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The process is gone, and so are its ranks: they live only as long as it does."""
+    with contextlib.suppress(OSError):
+        assert process.stdin is not None
+        process.stdin.close()
+    if process.poll() is None:
+        process.kill()
+        process.wait(_ABORT_S)
+
+
+def _ended(folder: RunFolder, code: int) -> str:
+    """The status in the job's summary.json; one that ended without it, or with that of an earlier
+    start, gets it here."""
+    status = folder.summary().get("status")
+    if status in ENDED:
+        return str(status)
+    status = "stopped" if code in (EXIT_STOPPED, EXIT_STOPPED_NOW) else "failed"
+    reason = (
+        "stopped by the user before training began" if status == "stopped" else _why(folder, code)
+    )
+    with contextlib.suppress(OSError):  # the disk is full: the next look finds a job without an end
+        folder.write_summary({"status": status, "exit_code": EXIT_FAILED, "reason": reason})
+    return status
+
+
+def _why(folder: RunFolder, code: int) -> str:
+    """Why a job without a summary has failed: the signal that killed it, or its last words."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        memory = "; out of memory?" if name == "SIGKILL" else ""
+        return f"killed: its process was ended by {name}{memory}"
+    with contextlib.suppress(OSError), folder.driver_log.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = [one_line(line) for line in log.read().decode("utf-8", "replace").splitlines()]
+        said = [line.removeprefix("smolrun: ") for line in lines if line.startswith("smolrun: ")]
+        last = [line for line in lines if line.strip()][-1:]
+        if found := said[-1:] or last:
+            return f"{found[0]} (exit code {code})"
+    return f"exit code {code}"
