@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import OperationCounter, Stream
-from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
+from smolrun.parts.quantization import Quantization, Quantizer
 from smolrun.parts.step_clock import StepClock
 
 ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
@@ -29,12 +29,13 @@ ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
 
 @dataclass(frozen=True)
 class PendingReceive:
-    """A tensor of `shape` that is on its way, encoded, into `wire` on the CPU."""
+    """A tensor of `shape` that is on its way to the CPU: into `wire`, which is the tensor itself
+    unless a quantizer has encoded it."""
 
     shape: tuple[int, ...]
     wire: Tensor
     work: Work
-    encoding: Quantization
+    quantizer: Quantizer | None
 
 
 class StageLinks:
@@ -46,7 +47,8 @@ class StageLinks:
         self, mesh: Mesh, clock: StepClock, dtype: torch.dtype, quantization: Quantization
     ) -> None:
         self._mesh, self._clock, self._dtype = mesh, clock, dtype
-        self._quantization = quantization
+        self._quantizer = None if quantization.is_none else quantization.quantizer()
+        self._working_dtype = quantization.working_dtype(dtype)
         self._sent: dict[Stream, list[Work]] = {ACTIVATIONS: [], GRADIENTS: []}
         self._next_sent = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
         self._next_received = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
@@ -55,13 +57,14 @@ class StageLinks:
         self, kind: Stream, source: int, shape: Sequence[int], *, exact: bool = False
     ) -> PendingReceive:
         """Starts to receive the next tensor of a kind from rank `source`; never blocks."""
-        encoding = NO_QUANTIZATION if exact else self._quantization
-        size = encoding.quantizer().wire_bytes(
-            math.prod(shape), encoding.working_dtype(self._dtype)
-        )
-        wire = torch.empty(size, dtype=torch.uint8)
+        quantizer = None if exact else self._quantizer
+        if quantizer is None:
+            wire = torch.empty(tuple(shape), dtype=self._dtype)
+        else:
+            size = quantizer.wire_bytes(math.prod(shape), self._working_dtype)
+            wire = torch.empty(size, dtype=torch.uint8)
         work = self._mesh.recv(source, self._next_received[kind].take(), wire)
-        return PendingReceive(tuple(shape), wire, work, encoding)
+        return PendingReceive(tuple(shape), wire, work, quantizer)
 
     def take(self, pending: PendingReceive | None) -> Tensor | None:
         """The tensor, on the CPU; blocks until it is there. None of nothing."""
@@ -69,16 +72,20 @@ class StageLinks:
             return None
         self._clock.before_send()  # an emulated machine would still compute, before it waits
         self._clock.wait(pending.work)
-        values = torch.empty(pending.shape, dtype=pending.encoding.working_dtype(self._dtype))
-        pending.encoding.quantizer().decode(pending.wire, values.view(-1))
+        if pending.quantizer is None:
+            return pending.wire
+        values = torch.empty(pending.shape, dtype=self._working_dtype)
+        pending.quantizer.decode(pending.wire, values.view(-1))
         return values.to(self._dtype)
 
     def send(self, kind: Stream, target: int, tensor: Tensor, *, exact: bool = False) -> None:
-        """Starts to send a tensor; never blocks."""
+        """Starts to send a tensor, which must not change until `finish`; never blocks."""
         self._clock.before_send()
-        encoding = NO_QUANTIZATION if exact else self._quantization
-        flat = tensor.detach().to("cpu", encoding.working_dtype(self._dtype)).contiguous().view(-1)
-        wire = encoding.quantizer().encode(flat)
+        quantizer = None if exact else self._quantizer
+        dtype = self._dtype if quantizer is None else self._working_dtype
+        wire = tensor.detach().to("cpu", dtype).contiguous()
+        if quantizer is not None:
+            wire = quantizer.encode(wire.view(-1))
         self._sent[kind].append(self._mesh.send(target, self._next_sent[kind].take(), wire))
 
     def prune(self) -> None:

@@ -52,6 +52,31 @@ def test_bytes_are_what_the_shape_says(kind: str, per_number: float) -> None:
     assert expected <= run_ranks(2, rank_main, kind="tcp")[0] <= 1.02 * expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["memory", "tcp"])
+def test_a_plain_tensor_is_sent_and_received_without_a_copy(kind: str, dtype: torch.dtype) -> None:
+    """Unless it has to become contiguous."""
+    whole = torch.randn(64, 4, 256).to(dtype)
+
+    def rank_main(mesh: Mesh) -> torch.Tensor | None:
+        links = StageLinks(mesh, StepClock(), dtype, NO_QUANTIZATION)
+        if mesh.rank:
+            pending = [links.post(ACTIVATIONS, 0, shape) for shape in (whole.shape, SHAPE)]
+            first, second = (links.take(each) for each in pending)
+            assert first is pending[0].wire and first is not None and torch.equal(first, whole)
+            return second
+        sent, send = [], mesh.send
+        mesh.send = lambda *args: sent.append(args[-1]) or send(*args)  # type: ignore[method-assign, func-returns-value]
+        links.send(ACTIVATIONS, 1, whole)
+        links.send(ACTIVATIONS, 1, whole.transpose(0, 1))
+        links.finish()
+        assert sent[0].data_ptr() == whole.data_ptr() != sent[1].data_ptr()
+        return None
+
+    arrived = run_ranks(2, rank_main, kind=kind)[1]
+    assert arrived is not None and torch.equal(arrived, whole.transpose(0, 1))
+
+
 def test_a_stage_that_sends_nothing_is_waited_for_until_a_deadline() -> None:
     def rank_main(mesh: Mesh) -> None:
         if mesh.rank:
