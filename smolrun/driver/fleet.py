@@ -11,9 +11,7 @@ Only wiring. Where every rank is on this machine all of it is trivial, and nothi
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from smolrun.launch.delivery.provision import ProvisionedHost, ProvisionRequest
     from smolrun.launch.delivery.shards import ShardFetcher
     from smolrun.launch.remote.machine import HostSpec, Machine
-
-_AGAIN_S = 5.0  # who has just talked to us answers soon, or not at all
 
 
 class Fleet:
@@ -186,20 +182,9 @@ class Fleet:
         if not self._ready:
             return []
         from smolrun.launch.delivery.provision import clear_all
+        from smolrun.launch.ssh.connect import open_again
 
-        self._reach_again()
-        return clear_all(self.machines, run_id)
-
-    def _reach_again(self) -> None:
-        """A host that did no more than end our connection is to be left clean all the same."""
-        from smolrun.launch.ssh.connect import open_machine
-
-        for name, machine in self.machines.items():
-            if machine.connection.lost is None or machine.connection.is_silent:
-                continue
-            with contextlib.suppress(SmolrunError):
-                self.machines[name] = open_machine(replace(machine.spec, timeout_s=_AGAIN_S))
-                machine.close()  # a jump host on the way to it may still be there
+        return clear_all(self.machines, run_id, open_again)
 
     def close(self) -> None:
         """End all connections."""

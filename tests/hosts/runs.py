@@ -104,14 +104,14 @@ def workers(host: Host) -> list[int]:
     return [one.pid for one in host.processes() if "--worker" in one.command]
 
 
-def assert_clean(hosts: Sequence[Host]) -> None:
+def assert_clean(hosts: Sequence[Host], said: str = "") -> None:
     """No worker, and nothing of a run, is left on any host; waits, as what ended may take a while
-    to be gone."""
+    to be gone. `said`: by the driver, for the failure."""
     try:
         until(lambda: not any(map(left_on, hosts)), SOON_S)
     except AssertionError:
         found = {host.name: left_on(host) for host in hosts}
-        raise AssertionError(f"after {SOON_S} s there is still: {found}") from None
+        raise AssertionError(f"after {SOON_S} s there is still: {found}\n{said}") from None
 
 
 def left_on(host: Host) -> list[str]:

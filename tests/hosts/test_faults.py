@@ -66,7 +66,7 @@ def test_a_worker_that_is_killed(driver: Driver, seen_within_s: float | None) ->
     assert_blamed(driver, end, host)
     assert "signal 9" in end.sentence
     assert seen_within_s is None or end.seen_s < seen_within_s  # goal R1
-    assert_clean(driver.lab.hosts)
+    assert_clean(driver.lab.hosts, end.out + end.err)
     assert_checkpoint_is_whole(driver)
 
 

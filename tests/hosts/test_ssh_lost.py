@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from smolrun.launch.ssh.connect import open_machine
+from smolrun.errors import HostError
+from smolrun.launch.ssh.connect import open_again, open_machine
 from tests import waiting
 from tests.hosts.conftest import Maker
 from tests.hosts.host import Host
@@ -105,4 +106,18 @@ def test_several_ranks_share_one_connection(lab1: Lab):
     for worker in workers:
         worker.close_input()
         assert worker.wait() == 0
+    machine.close()
+
+
+def test_a_host_that_fell_silent_is_reached_again_if_it_is_there(lab1: Lab):
+    host = lab1.hosts[0]
+    machine = opened(lab1, host)
+    machine.connection.give_up()
+    assert machine.connection.is_silent
+    again = open_again(machine)
+    assert again.run([again.python, "-c", "print(1)"]).out == b"1\n"
+    again.close()
+    host.cut()
+    with pytest.raises(HostError, match="port 22 does not answer"):
+        open_again(machine)
     machine.close()

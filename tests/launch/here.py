@@ -21,6 +21,7 @@ class HereConnection:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.lost: str | None = None
 
     def run(self, command: str, *, data: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """Run a line to its end, with `data` as its stdin."""
@@ -36,6 +37,7 @@ class HereMachine:
     def __init__(self, home: Path, name: str = "mini1", *, python: str = sys.executable) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.name = name
+        self.connection = HereConnection(name)
         self.home = home.as_posix()
         self.workdir = (home / "work").as_posix()
         self.os = {"win32": "windows", "darwin": "darwin"}.get(sys.platform, "linux")
@@ -52,9 +54,8 @@ class HereMachine:
         """Run a script of on_host/ with the request; its stdin is the whole program."""
         self.calls.append((script, request.get("do")))
         self.before_call(script, request)
-        return call(
-            cast(Connection, HereConnection(self.name)), self.python, script, request, timeout_s
-        )
+        connection = cast(Connection, self.connection)
+        return call(connection, self.python, script, request, timeout_s)
 
     def run(
         self,

@@ -6,7 +6,8 @@ host that cannot do its part is named, not only the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -107,12 +108,23 @@ def _provision(
     return ProvisionedHosts(hosts, checked.warnings, checked.notes)
 
 
-def clear_all(machines: Mapping[str, Machine], run_id: str) -> list[str]:
-    """Remove what the run has on the hosts; returns a sentence for each where that failed."""
+def clear_all(
+    machines: Mapping[str, Machine],
+    run_id: str,
+    open_again: Callable[[Machine], Machine] | None = None,
+) -> list[str]:
+    """Remove what the run has on the hosts; returns a sentence for each where that failed. Where
+    the connection was lost, also while it is used for this, `open_again` makes another one."""
 
     def clear(machine: Machine) -> str | None:
         try:
-            done = clear_run(machine, run_id)
+            try:
+                done = clear_run(machine, run_id)
+            except HostError:
+                if open_again is None or machine.connection.lost is None:
+                    raise
+                with contextlib.closing(open_again(machine)) as again:
+                    done = clear_run(again, run_id)
         except SmolrunError as error:
             place = run_on_host(machine, run_id)
             return f"{place} could not be removed: {error}; it can be deleted"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from typing import Any
+
+_ENDS_S = 3.0  # a worker without its driver ends within a second or two
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -27,10 +30,15 @@ def remove(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def clear(request: dict[str, Any]) -> dict[str, Any]:
-    """Delete `folder`; `left` says whether something of it could not be deleted."""
+    """Delete `folder`; `left` says whether something of it could not be deleted. A worker that is
+    just ending may still write into it, so that is tried for some seconds."""
     folder = request["folder"]
     if os.path.islink(folder):
         os.unlink(folder)
-    else:
+    give_up = time.monotonic() + _ENDS_S
+    while True:
         shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder) or time.monotonic() > give_up:
+            break
+        time.sleep(0.1)
     return {"left": os.path.lexists(folder)}

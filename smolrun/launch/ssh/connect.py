@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from smolrun.launch.ssh.settings import SshTarget, load, parse_target, proxy, se
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _MOST_JUMPS = 8
+_AGAIN_S, _ACCEPT_S = 10.0, 2.0
 _LEAST_SHELL_S = 10.0  # a Pi with a slow card takes its time for the first command
 # The library's own deadlines come after ours, which knows what to say.
 _LATER_S = 5.0
@@ -87,6 +89,20 @@ def open_machine(
     except BaseException:
         connection.close()
         raise
+
+
+def open_again(machine: Machine) -> Machine:
+    """A new connection to a host whose connection was lost. HostError within seconds: it has been
+    used just now, so it answers soon, or not at all."""
+    spec = replace(machine.spec, timeout_s=_AGAIN_S)
+    # It may be gone, or too busy to answer; the kernel of a busy one accepts all the same.
+    if machine.connection.is_silent and machine.address is not None:
+        port = _route(spec)[-1].settings.port
+        try:
+            dial(machine.address, port, _ACCEPT_S).close()
+        except ConnectFailure as error:
+            raise LoginFailed(machine.name, error.what, error.hint) from None
+    return open_machine(spec)
 
 
 def open_machines(

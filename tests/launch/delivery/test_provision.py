@@ -166,3 +166,33 @@ def test_clearing_leaves_code_and_says_what_did_not_go(tmp_path: Path) -> None:
     hosts["mini2"].before_call = lost
     (line,) = clear_all(hosts, "run-1")
     assert "runs/run-1 could not be removed: mini2: connection lost" in line
+
+
+def test_clearing_connects_again_where_the_connection_was_lost(tmp_path: Path) -> None:
+    """Before or in the moment of clearing; a host that is not there any more is named."""
+    hosts = make_hosts(tmp_path)
+    ready = provision(hosts, order(tmp_path)).hosts
+    again = make_hosts(tmp_path)  # of the same folders
+    asked: list[str] = []
+
+    def lose(name: str) -> Any:
+        def lost(script: str, request: dict[str, Any]) -> None:
+            hosts[name].connection.lost = "the SSH connection was lost"
+            raise HostError(name, "the SSH connection was lost")
+
+        return lost
+
+    def open_again(machine: Any) -> Any:
+        asked.append(machine.name)
+        if machine.name == "mini3":
+            raise HostError("mini3", "port 22 does not answer")
+        return again[machine.name]
+
+    hosts["mini2"].before_call, hosts["mini3"].before_call = lose("mini2"), lose("mini3")
+    (line,) = clear_all(hosts, "run-1", open_again)
+    assert sorted(asked) == ["mini2", "mini3"]
+    assert [Path(host.run).exists() for host in ready.values()] == [False, False, True]
+    assert line == (
+        f"{ready['mini3'].run} could not be removed: mini3: port 22 does not answer; "
+        "it can be deleted"
+    )

@@ -21,6 +21,7 @@ from smolrun.launch.delivery.run_folder import (
     run_on_host,
 )
 from smolrun.launch.delivery.store import TransferProgress
+from smolrun.launch.on_host import run_folder
 from tests.launch.here import HereMachine
 
 
@@ -92,3 +93,19 @@ def test_the_folder_is_named_alike_on_every_system(mini1: Any) -> None:
     shutil.rmtree(mini1.workdir, ignore_errors=True)
     mini1.workdir = "C:/Users/me/smolrun"
     assert run_on_host(mini1, "2026-01-02-run") == "C:/Users/me/smolrun/runs/2026-01-02-run"
+
+
+def test_clearing_is_tried_again_while_an_ending_worker_still_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def rmtree(folder: Path, **keys: Any) -> None:
+        calls.append(folder)
+        if len(calls) == 2:
+            folder.rmdir()
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(run_folder.shutil, "rmtree", rmtree)
+    assert run_folder.clear({"folder": tmp_path / "run"}) == {"left": False}
+    assert len(calls) == 2
