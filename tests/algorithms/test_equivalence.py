@@ -6,17 +6,22 @@ tested the day it is written.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 from smolrun.algorithms.classicdp import ClassicDP
+from smolrun.models.decoder import build
 from smolrun.parts.placement import shares
+from smolrun.targets import keywords
 from tests.algorithms.worlds import (
     ALGORITHMS,
+    CONF,
     DECODERS,
     GLOBAL_BATCH,
     MODELS,
@@ -28,6 +33,7 @@ from tests.algorithms.worlds import (
     sample,
     train,
 )
+from tests.models.tiny import Spec
 
 WORLDS = {"single": [1]}  # every other algorithm runs on these
 ALL_WORLDS = [1, 2, 3, 4, 5]
@@ -137,6 +143,53 @@ def test_shares_by_speed_change_who_computes_but_not_what(
     for trace in traces:
         assert difference(trace, reference) <= 1e-12
         assert {result.samples for result in trace.results} == {tuple(shares(GLOBAL_BATCH, speeds))}
+
+
+def gpt_small(narrow: bool, tied: bool, recompute: bool) -> torch.nn.Module:
+    """Of conf/model, or with narrower layers."""
+    keys = keywords(yaml.safe_load((CONF / "model" / "gpt_small.yaml").read_text()))
+    keys |= {"width": 24, "heads": 6} if narrow else {}
+    model = build(Spec(num_outputs=17), **{**keys, "tie_embeddings": tied})
+    model.recompute = recompute
+    return model
+
+
+@functools.cache
+def one_rank(narrow: bool, tied: bool, staleness: int) -> Trace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DECODERS, "gpt_small", functools.partial(gpt_small, narrow, tied, False))
+        return train("single", "gpt_small", 1, steps=5, staleness=staleness, optimizer="adamw")[0]
+
+
+WHOLE = [(False, True, False), (False, False, False), (False, True, True)]
+
+
+@pytest.mark.parametrize(
+    ("narrow", "tied", "recompute"),
+    [(True, True, True), *(pytest.param(*keys, marks=pytest.mark.soak) for keys in WHOLE)],
+)
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("schedule", ["mp", "1f1b", "gpipe"])
+def test_six_layers_on_four_stages_equal_single(
+    schedule: str,
+    staleness: int,
+    narrow: bool,
+    tied: bool,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = functools.partial(gpt_small, narrow, tied, recompute)
+    monkeypatch.setitem(DECODERS, "gpt_small", make)
+    reference = one_rank(narrow, tied, staleness)
+    algorithm = "mp" if schedule == "mp" else "mp_pipeline"
+    keys: dict[str, Any] = {"steps": 5, "staleness": staleness, "optimizer": "adamw"}
+    overrides = {} if schedule == "mp" else {"schedule": schedule}
+    traces = train(algorithm, "gpt_small", 4, overrides=overrides, **keys)
+    assert traces[0].parameters.keys() == reference.parameters.keys()
+    print(f"{schedule}, K={staleness}: parameters {difference(traces[0], reference):.1e}")
+    assert difference(traces[0], reference) < 1e-11
+    for trace in traces:
+        assert trace.losses == pytest.approx(reference.losses, abs=1e-11)
 
 
 def plain_loop(model: str, *, steps: int, staleness: int) -> tuple[list[float], torch.nn.Module]:

@@ -21,7 +21,6 @@ from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
 from smolrun.errors import ConfigError, PeerLost
 from smolrun.mesh.mesh import Mesh
-from smolrun.models.decoder import build as build_decoder
 from smolrun.models.huggingface import build
 from smolrun.models.initialise import build_model, build_shell, first_value
 from smolrun.parts.norms import LayerNorms
@@ -111,54 +110,6 @@ def test_a_delay_is_that_of_single(algorithm: str, model: str, staleness: int) -
         assert trace.losses == pytest.approx(reference.losses, abs=1e-11)
         for name, expected in reference.parameters.items():
             assert torch.allclose(trace.parameters[name], expected, rtol=0, atol=1e-11)
-
-
-def gpt_small(narrow: bool, tied: bool, recompute: bool) -> torch.nn.Module:
-    """Of conf/model, or with narrower layers."""
-    keys = keywords(yaml.safe_load((worlds.CONF / "model" / "gpt_small.yaml").read_text()))
-    keys |= {"width": 24, "heads": 6} if narrow else {}
-    model = build_decoder(Spec(num_outputs=17), **{**keys, "tie_embeddings": tied})
-    model.recompute = recompute
-    return model
-
-
-@functools.cache
-def one_rank(narrow: bool, tied: bool, staleness: int) -> worlds.Trace:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DECODERS, "gpt_small", functools.partial(gpt_small, narrow, tied, False))
-        return train("single", "gpt_small", 1, steps=5, staleness=staleness, optimizer="adamw")[0]
-
-
-WHOLE = [(False, True, False), (False, False, False), (False, True, True)]
-
-
-@pytest.mark.parametrize(
-    ("narrow", "tied", "recompute"),
-    [(True, True, True), *(pytest.param(*keys, marks=pytest.mark.soak) for keys in WHOLE)],
-)
-@pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize("schedule", ["mp", "1f1b", "gpipe"])
-def test_six_layers_on_four_stages_equal_single(
-    schedule: str,
-    staleness: int,
-    narrow: bool,
-    tied: bool,
-    recompute: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    make = functools.partial(gpt_small, narrow, tied, recompute)
-    monkeypatch.setitem(DECODERS, "gpt_small", make)
-    reference = one_rank(narrow, tied, staleness)
-    algorithm = "mp" if schedule == "mp" else "mp_pipeline"
-    keys: dict[str, Any] = {"steps": 5, "staleness": staleness, "optimizer": "adamw"}
-    overrides = {} if schedule == "mp" else {"schedule": schedule}
-    traces = train(algorithm, "gpt_small", 4, overrides=overrides, **keys)
-    found = traces[0].parameters
-    assert found.keys() == reference.parameters.keys()
-    difference = max((found[n] - p).abs().max().item() for n, p in reference.parameters.items())
-    losses = [abs(a - b) for t in traces for a, b in zip(t.losses, reference.losses, strict=True)]
-    print(f"{schedule}, K={staleness}: parameters {difference:.1e}, losses {max(losses):.1e}")
-    assert difference < 1e-11 and max(losses) < 1e-11
 
 
 @pytest.mark.parametrize(("model", "precision"), [("tied_recomputed", "float64"), ("tied", "fp16")])

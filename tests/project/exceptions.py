@@ -5,7 +5,6 @@ _SCRIPT = "a script that runs on a host by itself"
 FILES: dict[str, str] = {
     "smolrun/cli/__main__.py": "python -m smolrun.cli",
     "smolrun/launch/on_host/clock.py": _SCRIPT,
-    "smolrun/launch/on_host/run_folder.py": _SCRIPT,
 }
 
 FUNCTIONS: dict[str, str] = {
