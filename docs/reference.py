@@ -79,7 +79,9 @@ OUTPUTS = """\
 
 Every run makes a folder of its own, `outputs/<date>-<time>-<algorithm>-<model>-<four digits>/`,
 below the folder you are in, and writes nowhere else but to the cache of prepared data. `run_name`
-takes the place of algorithm and model. `outputs/latest` points to the newest run.
+takes the place of algorithm and model. `outputs/latest` points to the newest run that began to train.
+Wherever a run is asked for (`checkpoint.resume`, `model.run`, `attach.run`, `stop.run`), `latest`, its
+name, any part of its name that no other run has, and its path mean it; of a sweep, SWEEP/JOB.
 
 | file | what it is |
 | --- | --- |
@@ -112,8 +114,13 @@ rank that holds layers `rank`, `host`, `layers` (first and last), `weight_bytes`
 | `diverged` | In the end the loss is no number, or its median over 10 steps is more than twice \
 the first one (and 2), or 3 updates and more are skipped; `status` and `exit_code` stay |
 | `failed_rank`, `failed_host` | Which rank broke the run; else null |
+| `command`, `overrides` | What was typed, without passwords in URLs; null and empty where nothing \
+was typed |
 | `steps` | Optimizer steps done |
+| `parameters` | Of the whole model; null: training did not begin |
+| `tokens_per_s` | Of all ranks together, evaluations included; samples, where there is no text |
 | `wall_s` | Seconds from the command to the end, preparing data included |
+| `started_at`, `ended_at` | Dates and times of `wall_s`, of the driver's clock |
 | `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
 | `final_eval_accuracy` | Share of right answers, for classes; else null |
 | `checkpoint` | The newest one, below `checkpoints/`; null: none |

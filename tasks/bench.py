@@ -16,7 +16,7 @@ from rich.table import Table
 from smolrun.config import RunConfig, world_size
 from smolrun.config.settings import StepBenchConfig
 from smolrun.driver.fleet import open_fleet
-from smolrun.driver.outputs import become_latest, make_folder, nothing_started
+from smolrun.driver.outputs import make_folder, nothing_started
 from smolrun.driver.preflight import check_before_start, refuse_emulated
 from smolrun.driver.prepare import prepare_data
 from smolrun.driver.run_on_ranks import run_on_ranks
@@ -50,7 +50,6 @@ def drive(config: RunConfig) -> int:
     with nothing_started():
         folder = make_folder(config, f"bench-{bench.name}")
         out = (folder.path / "bench.jsonl").open("w", encoding="utf-8")
-    become_latest(folder, print)
     with out as file:
         rows = _RowFile(file)
         for size in bench.world_sizes:

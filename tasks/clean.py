@@ -157,7 +157,7 @@ def _delete(item: Item) -> int:
 
 
 def _mend_latest() -> None:
-    """outputs/latest points to a run that is there, or is gone too."""
+    """outputs/latest points to a run that is there and has trained, or is gone too."""
     latest = OUTPUTS / LATEST
     with contextlib.suppress(OSError, ValueError):
         is_text = latest.is_file() and not latest.is_symlink()
@@ -167,5 +167,6 @@ def _mend_latest() -> None:
         if not (latest.is_symlink() or is_text):
             return  # there never was one
         latest.unlink()
-        if remaining := run_folders(OUTPUTS):
-            remaining[0].become_latest()
+        trained = (run for run in run_folders(OUTPUTS) if look(run).step is not None)
+        if (newest := next(trained, None)) is not None:
+            newest.become_latest()

@@ -35,8 +35,12 @@ def main() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code, as for the command itself
+    from smolrun.driver.detach import TYPED
+
     try:
-        config = validate(msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any]))
+        plain = msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any])
+        typed = map(str, plain.pop(TYPED, None) or [])
+        config = validate(plain).with_typed(typed)
     except (ConfigError, ValueError) as error:
         echo(f"smolrun: the configuration over stdin cannot be used: {error}", error=True)
         return BAD_CONFIG

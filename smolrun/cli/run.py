@@ -29,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
     if os.getcwd() not in sys.path:
         # The user's own code beside them; last, so that it hides no library.
         sys.path.append(os.getcwd())
+    typed = argv
     try:
         argv = [at_home(word) for word in without_aliases(argv)]
         refuse(argv)
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
             config = checked(arguments)
     except ConfigError as error:
         return _report(error.problems)
-    return drive(config)
+    return drive(config.with_typed(typed))
 
 
 def _trains(config: RunConfig) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from smolrun.config.algorithms import AnyAlgorithm
 from smolrun.config.base import Name, Section
@@ -32,7 +33,7 @@ from smolrun.config.settings import (
     TrainingConfig,
     TrustConfig,
 )
-from smolrun.sanitize import without_credentials_in
+from smolrun.sanitize import without_credentials, without_credentials_in
 
 
 class RunConfig(Section):
@@ -90,6 +91,19 @@ class RunConfig(Section):
     stop: ChosenRunConfig
     trust: TrustConfig
     sweep: SweepConfig
+    _typed: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def typed(self) -> tuple[str, ...]:
+        """The words of the command line after `smolrun`, without credentials in URLs; empty where
+        there was none. They are no part of the configuration, its hash and its plain form."""
+        return self._typed
+
+    def with_typed(self, words: Iterable[str]) -> RunConfig:
+        """The same configuration, which knows these words."""
+        same = self.model_copy()
+        same._typed = tuple(without_credentials(word) for word in words)
+        return same
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

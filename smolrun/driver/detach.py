@@ -35,6 +35,7 @@ from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--driver"]
 _LOG = "SMOLRUN_DRIVER_LOG"  # for the driver alone: the file that its output goes to at first
 FOLDER = "smolrun-run-folder: "  # before the line that names it
+TYPED = "typed"  # beside the configuration's own keys
 _POLL_S = 0.05
 _END_S = 10.0  # for a driver that is to end before its run began
 
@@ -42,10 +43,15 @@ _END_S = 10.0  # for a driver that is to end before its run began
 def drive(config: RunConfig) -> int:
     """Start the driver in the background; returns once it has its run folder, or has failed."""
     config = with_pinned_model(config)
-    code, folder = start(resolved(config), lambda line: echo(line, error=True))
+    code, folder = start(with_words(config), lambda line: echo(line, error=True))
     if folder is not None:
         echo("\n".join(how_to_go_on(RunFolder(Path(folder)).run_id)))
     return code
+
+
+def with_words(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values for a driver, with the words that were typed."""
+    return {**resolved(config), TYPED: list(config.typed)}
 
 
 def how_to_go_on(run_id: str) -> list[str]:

@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from smolrun.config import RunConfig, redacted, resolved
-from smolrun.driver.detach import FOLDER, how_to_go_on
+from smolrun.config import RunConfig, redacted
+from smolrun.driver.detach import FOLDER, how_to_go_on, with_words
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import become_latest
 from smolrun.driver.prepare import with_pinned_model
@@ -102,7 +102,7 @@ def _ready(config: RunConfig, machine: Machine, code_of: str) -> ProvisionedHost
 def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
     """The configuration for a driver on that host: it is "this machine", and has SSH settings of
     its own."""
-    plain = resolved(config)
+    plain = with_words(config)
     cluster = plain["cluster"]
     cluster["ssh_config"] = None
     for host in cluster["hosts"]:

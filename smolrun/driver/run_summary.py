@@ -5,24 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
+from smolrun.checkpoints.run_names import named
 from smolrun.config import RunConfig, config_hash, world_size
+from smolrun.config.models import DecoderConfig, HuggingFaceConfig, SmolLM2Config
 from smolrun.driver.preflight import emulated
 from smolrun.driver.trackers import can_quantize
-from smolrun.errors import HostError, HostErrors
+from smolrun.errors import CheckpointError, HostError, HostErrors
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunOutcome
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import accuracy, clock, counted, rate
+from smolrun.tracking.run_end import RunEnd
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.run_view import View
 
+_MOST_LOSS = 20.0  # of which a perplexity is shown
+_SERVED = (DecoderConfig, HuggingFaceConfig, SmolLM2Config)  # models that write text, of ours
 _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 
 
@@ -65,65 +73,114 @@ class RunSummary:
     restarts: Sequence[Mapping[str, Any]] = ()
 
     def report(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
-        """Write summary.json, and print the last lines."""
+        """Write summary.json, and print how the run ended."""
         self._write_summary(outcome, wall_s)
-        record, say = self.record, console.say
-        figures = [record.progress(wall_s)]
-        if record.train_loss is not None:
-            figures.append(f"loss {record.train_loss:.4f}")
-        if record.eval_loss is not None:
-            figures.append(f"evaluation loss {record.eval_loss:.4f}")
-        if record.eval_accuracy is not None:
-            figures.append(accuracy(record.eval_accuracy))
-        if record.tokens_per_s is not None:
-            figures.append(f"{rate(record.tokens_per_s)} {console.unit}/s")
-        reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
-        if outcome.status == "done" and record.divergence:
-            reason = " (diverged)"
-        say(f"{outcome.status}{reason}: {', '.join(figures)}")
-        if self.times.line:
-            say(self.times.line)
-        if record.missed:
-            say(record.missed)
-        if record.pushes.line:
-            say(f"updates by worker: {record.pushes.line}")
-        if advice := record.pushes.advice(can_quantize=can_quantize(self.config)):
-            say(advice)
-        if record.sample is not None:
-            say(f"a sample:\n{record.sample.prompt}{record.sample.text}")
-        if record.divergence:
-            say(f"the run diverged: {record.divergence}; a lower optimizer.lr may help")
-        say(f"run folder: {self.folder.path}")
-        if outcome.status == "stopped":
-            command = f"smolrun checkpoint.resume={self._resume_name()}"
-            say(f"to resume: {command}" if record.checkpoint else "no checkpoint was saved")
+        console.show_end(self._end(outcome, wall_s, console))
         if outcome.status == "failed":
             with contextlib.suppress(OSError):  # stderr is closed
                 self._complain(outcome)
 
-    def _resume_name(self) -> str:
-        """The value of checkpoint.resume: the run's name below outputs/, elsewhere its path."""
-        is_here = self.folder.path.parent.resolve() == OUTPUTS.resolve()
-        return self.folder.run_id if is_here else str(self.folder.path)
+    def _end(self, outcome: RunOutcome, wall_s: float, console: Console) -> RunEnd:
+        record, found = self.record, self.times.bottleneck
+        reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
+        if outcome.status == "done" and record.divergence:
+            reason = " (diverged)"
+        sample = record.sample
+        return RunEnd(
+            status=outcome.status,
+            headline=f"{outcome.status}{reason}: {record.progress(wall_s)}",
+            figures=list(self._figures(outcome, console.unit)),
+            shares=found.parts if found else (),
+            advice=found.advice if found else "",
+            time_line=self.times.line,
+            notes=list(self._notes()),
+            sample=(sample.prompt, sample.text) if sample is not None else None,
+            commands=list(self._commands(outcome.status, is_short=console.is_live)),
+        )
+
+    def _figures(self, outcome: RunOutcome, unit: str) -> Iterator[tuple[str, str]]:
+        record = self.record
+        if record.train_loss is not None:
+            yield "loss", f"{record.train_loss:.4f}"
+        if record.eval_loss is not None:
+            yield "evaluation loss", f"{record.eval_loss:.4f}"
+            # Of a loss per token; e^20 is no model of anything.
+            if unit == "tokens" and record.eval_loss < _MOST_LOSS:
+                yield "perplexity", f"{math.exp(record.eval_loss):,.1f}"
+        if record.eval_accuracy is not None:
+            yield "accuracy", accuracy(record.eval_accuracy).removeprefix("accuracy ")
+        if record.tokens_per_s is not None:
+            yield f"{unit}/s", rate(record.tokens_per_s)
+        peaks = [peak for peak in self._peak_memory(outcome) if peak is not None]
+        if peaks:
+            yield "peak memory", f"{gb(max(peaks))}{' a rank' if len(peaks) > 1 else ''}"
+
+    def _notes(self) -> Iterator[tuple[str, str]]:
+        record = self.record
+        if record.missed:
+            yield "steps missed", record.missed
+        if record.pushes.line:
+            yield "updates by worker", record.pushes.line
+        if advice := record.pushes.advice(can_quantize=can_quantize(self.config)):
+            yield "slow links", advice
+        if record.divergence:
+            yield "the run diverged", f"{record.divergence}; a lower optimizer.lr may help"
+        yield "run folder", str(self.folder.path)
+
+    def _commands(self, status: str, *, is_short: bool) -> Iterator[tuple[str, str]]:
+        """What can be done next; nothing after a failure, which says more on stderr."""
+        name = name_to_type(self.folder, is_short=is_short)
+        if status == "failed":
+            return
+        if self.record.checkpoint is None:
+            if status == "stopped":
+                yield "to resume", "no checkpoint was saved"
+            return
+        if status == "stopped":
+            yield "to resume", f"smolrun checkpoint.resume={name}"
+        elif not self.record.divergence:
+            if isinstance(self.config.model, _SERVED) and self.config.data.produces == "tokens":
+                yield "to talk to it", f"smolrun {self._talk()} model.run={name}"
+                yield "to export it", f"smolrun task=export model.run={name}"
+            steps = f"training.steps={2 * self.record.steps}"
+            yield "to train longer", f"smolrun checkpoint.resume={name} {steps}"
+
+    def _talk(self) -> str:
+        from smolrun.serving.text import has_template  # loads the tokenizers
+
+        with contextlib.suppress(OSError, ValueError):
+            if has_template(self.folder.path / "tokenizer"):
+                return "task=chat"
+        return 'task=generate prompt="Once upon a time"'
+
+    def _peak_memory(self, outcome: RunOutcome) -> list[int | None]:
+        reports = outcome.summaries
+        size = world_size(self.config)
+        return [reports.get(r, {}).get("peak_memory_bytes") for r in range(size)]
 
     def summary(self, outcome: RunOutcome, wall_s: float) -> dict[str, Any]:
         """The content of summary.json. Its keys are a contract: other programs read them."""
-        config, reports = self.config, outcome.summaries
-        size = world_size(config)
+        config = self.config
+        ended = datetime.now().astimezone()
+        started = ended - timedelta(seconds=wall_s)
         return {
             "status": outcome.status,
             "exit_code": outcome.exit_code,
             "reason": outcome.reason or self.record.divergence or None,
             "failed_rank": outcome.failed_rank,
             "failed_host": outcome.failed_host,
+            "command": shlex.join(["smolrun", *config.typed]) if config.typed else None,
+            "overrides": [word for word in config.typed if not word.startswith("-")],
             **self.record.summary(),
             "wall_s": round(wall_s, 3),
-            "world_size": size,
+            "started_at": started.isoformat(timespec="seconds"),
+            "ended_at": ended.isoformat(timespec="seconds"),
+            "world_size": world_size(config),
             "algorithm": config.algorithm.name,
             "config_hash": config_hash(config),
             "versions": outcome.versions,
             "host_versions": self.host_versions,
-            "peak_memory_bytes": [reports.get(r, {}).get("peak_memory_bytes") for r in range(size)],
+            "peak_memory_bytes": self._peak_memory(outcome),
             "time": self.times.summary(),
             "restarts": self.restarts,
             "departures": outcome.departures,
@@ -143,7 +200,7 @@ class RunSummary:
         for line in outcome.log_tail:
             echo(f"  | {one_line(line)}", error=True)
         if self.record.checkpoint is not None:
-            command = f"smolrun checkpoint.resume={self._resume_name()}"
+            command = f"smolrun checkpoint.resume={name_to_type(self.folder)}"
             text = f"to resume from {self.record.checkpoint}: {command}"
         elif every := self.config.checkpoint.every:
             often = "every step" if every == 1 else f"every {every:,} steps"
@@ -180,7 +237,19 @@ def last_lines(folder: RunFolder, view: View) -> list[str]:
 
 def resume_command(folder: RunFolder) -> str:
     """The command that resumes the run."""
-    return f"smolrun checkpoint.resume={folder.run_id}"
+    return f"smolrun checkpoint.resume={name_to_type(folder)}"
+
+
+def name_to_type(folder: RunFolder, *, is_short: bool = False) -> str:
+    """What to type for this run: its name below outputs/, the end of it where that is enough and
+    `is_short`; elsewhere its path."""
+    if folder.path.parent.resolve() != OUTPUTS.resolve():
+        return str(folder.path)
+    end = folder.run_id.rpartition("-")[2]
+    with contextlib.suppress(CheckpointError):
+        if is_short and named(end, OUTPUTS) == folder.path.resolve():
+            return end
+    return folder.run_id
 
 
 def _died(folder: RunFolder, view: View) -> str:

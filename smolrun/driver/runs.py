@@ -14,7 +14,7 @@ from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, HostError
 from smolrun.files import read_yaml
 from smolrun.tracking import past_runs
-from smolrun.tracking.run_folder import OUTPUTS, RunFolder
+from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
 from smolrun.tracking.run_view import Request, View, answer
 
 _HERE_EVERY_S, _THERE_EVERY_S = 0.5, 2.0
@@ -49,8 +49,11 @@ class OpenRun:
 
 
 def find_run(key: str, wanted: str) -> RunFolder:
-    """The run that `wanted`, the value of `key`, means; ConfigError with those that exist."""
+    """The run that `wanted`, the value of `key`, means; ConfigError with those that exist. Latest
+    is a run that has not begun to train yet, if there is one."""
     try:
+        if wanted == LATEST and (run := past_runs.starting(OUTPUTS)) is not None:
+            return run
         return past_runs.find_run(OUTPUTS, wanted)
     except CheckpointError as error:
         raise ConfigError(problem(key, wanted, str(error))) from None

@@ -26,7 +26,7 @@ from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import RunSummary, not_equipped, with_advice
 from smolrun.driver.trackers import RunTrackers
 from smolrun.errors import HostError, HostErrors
-from smolrun.events import Event, RunStarted
+from smolrun.events import Event, RunStarted, StepDone
 from smolrun.launch.driver import Subscriber
 from smolrun.launch.streams import StreamServer
 from smolrun.launch.supervisor import Limits
@@ -82,7 +82,6 @@ class TrainingRun(Subscriber):
         with nothing_started():
             self._folder = self._open_folder()
             self._trackers = RunTrackers(config, self._folder, console, self._resume)
-        become_latest(self._folder, console.say)
 
     def _open_folder(self) -> RunFolder:
         """A new folder, or that of the resumed run."""
@@ -153,9 +152,11 @@ class TrainingRun(Subscriber):
             return not_equipped(error)
 
     def on_event(self, event: Event) -> None:
-        """From the first step on there is nothing to undo."""
-        if isinstance(event, RunStarted):
+        """From the first step on there is nothing to undo, and this is the latest run: one that
+        cannot begin has nothing to resume, to serve or to export."""
+        if not self._has_begun and isinstance(event, RunStarted | StepDone):
             self._has_begun = True
+            become_latest(self._folder, self._console.say)
             self._undo.pop_all()
             if self._resume is not None:
                 discard_backup(self._resume)

@@ -147,6 +147,7 @@ class Bottleneck:
     hottest_c: float | None  # of those
     bytes_per_step: float  # sent by a rank
     bytes_per_s: float
+    parts: tuple[tuple[float, str], ...]  # the shares in this order, with words
     advice: str
     line: str
 
@@ -187,6 +188,7 @@ def find_bottleneck(sums: TimeSums, setup: RunSetup) -> Bottleneck | None:
         hottest_c=max((sums.hottest_c[r] for r in throttled if r in sums.hottest_c), default=None),
         bytes_per_step=sums.bytes_sent / sums.steps / sums.world_size,
         bytes_per_s=sums.bytes_sent / sums.total_s,
+        parts=(),
         advice="",
         line="",
     )
@@ -214,7 +216,7 @@ def _with_words(found: Bottleneck, setup: RunSetup) -> Bottleneck:
     said = [text for (share, _), text in zip(parts, shares, strict=True) if share >= 0.005]
     advice = _advice(found, setup)
     line = "; ".join([", ".join(said), *([advice] if advice else [])])
-    return dataclasses.replace(found, advice=advice, line=line)
+    return dataclasses.replace(found, parts=tuple(parts), advice=advice, line=line)
 
 
 def _waiting(found: Bottleneck, setup: RunSetup) -> str:

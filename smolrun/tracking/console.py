@@ -31,6 +31,7 @@ from smolrun.events import (
 from smolrun.files import to_null_device
 from smolrun.sanitize import indented, one_line
 from smolrun.tracking.formatting import accuracy, clock, counted, named, number, rate
+from smolrun.tracking.run_end import RunEnd
 
 _REFRESH_S = 0.1  # ten times a second looks alive, and costs nothing
 _LEAST_BAR, _MOST_BAR = 6, 40  # columns
@@ -102,6 +103,10 @@ class Console:
         """Print a line, above the bar if there is one; further lines of the text are indented."""
         self._quietly(lambda: self._print(text))
 
+    def show_end(self, end: RunEnd) -> None:
+        """Print how the run ended."""
+        self._quietly(lambda: self._show_end(end))
+
     def close(self) -> None:
         """Stop the bar and leave its last state on the screen."""
         self._quietly(self._end_bar)
@@ -117,12 +122,24 @@ class Console:
             _let_go(self._stream)
 
     def _print(self, text: str) -> None:
-        shown = indented(text)
+        self._rich.print(self._encodable(indented(text)), soft_wrap=True)
+
+    def _encodable(self, text: str) -> str:
         try:
-            shown.encode(self._stream.encoding or "utf-8")
+            text.encode(self._stream.encoding or "utf-8")
         except UnicodeEncodeError:
-            shown = shown.encode("ascii", "backslashreplace").decode("ascii")
-        self._rich.print(shown, soft_wrap=True)
+            return text.encode("ascii", "backslashreplace").decode("ascii")
+        return text
+
+    def _show_end(self, end: RunEnd) -> None:
+        if not self.is_live:
+            for line in end.lines():
+                self._print(line)
+            return
+        has_blocks = (self._stream.encoding or "").lower().startswith("utf")
+        for row in end.rows(self._rich.width, has_blocks=has_blocks):
+            shown = self._encodable(row.plain)
+            self._rich.print(row if shown == row.plain else shown, soft_wrap=True)
 
     def _prepare(self, what: str, done: int, total: int) -> None:
         if what != self._preparing:

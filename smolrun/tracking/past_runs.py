@@ -20,7 +20,7 @@ import msgspec
 from smolrun.checkpoints.run_names import run_folder, runs_below, what_exists
 from smolrun.errors import CheckpointError
 from smolrun.files import open_regular, read_yaml
-from smolrun.tracking.run_folder import SERVING, RunFolder
+from smolrun.tracking.run_folder import LATEST, SERVING, RunFolder
 
 State = Literal[
     "running", "serving", "elsewhere", "remote", "unreachable",
@@ -73,6 +73,18 @@ def find_run(outputs: Path, wanted: str) -> RunFolder:
         raise CheckpointError(f"{what}{what_exists(outputs)}")
     is_here = path.is_relative_to(outputs.resolve())
     return RunFolder(outputs / path.relative_to(outputs.resolve()) if is_here else path)
+
+
+def starting(outputs: Path) -> RunFolder | None:
+    """The newest training run whose driver lives, if it is newer than outputs/latest: it has not
+    begun to train. None if there is none."""
+    latest = (outputs / LATEST).resolve().name
+    for folder in run_folders(outputs):
+        if folder.run_id == latest:
+            return None
+        if folder.driver().get("steps") and folder.driver_lives():
+            return folder
+    return None
 
 
 def look(folder: RunFolder) -> PastRun:

@@ -17,6 +17,7 @@ from smolrun.events import (
     PushApplied,
     PushDropped,
     RankStep,
+    RunStarted,
     StepDone,
     TextSample,
 )
@@ -118,6 +119,7 @@ class RunRecord:
         """The figures are those of a resumed run, which was trained for `earlier_s` before."""
         self._earlier_s, self._earlier_steps = earlier_s, steps
         self.steps = steps
+        self.parameters: int | None = None
         self.tokens = 0
         self.time_s = 0.0
         self.train_loss = train_loss
@@ -198,6 +200,8 @@ class RunRecord:
         elif isinstance(event, GradientDropped):
             before = self.gradients_dropped.get(event.rank, 0)
             self.gradients_dropped[event.rank] = before + 1
+        elif isinstance(event, RunStarted):
+            self.parameters = event.parameters
         elif isinstance(event, CheckpointSaved):
             self.checkpoint = event.folder
         elif isinstance(event, TextSample):
@@ -222,6 +226,8 @@ class RunRecord:
         return {
             "diverged": bool(self.divergence),
             "steps": self.steps,
+            "parameters": self.parameters,
+            "tokens_per_s": None if (rate := self.tokens_per_s) is None else round(rate, 3),
             "final_train_loss": self.train_loss,
             "final_eval_loss": self.eval_loss,
             "final_eval_accuracy": self.eval_accuracy,

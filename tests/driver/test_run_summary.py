@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,20 @@ def test_the_summary_has_exactly_the_keys_of_the_design(tmp_path: Path) -> None:
     )  # fmt: skip
     record, folder, times = RunRecord(), RunFolder(tmp_path), time_report(config, print)
     restarts = [{"step": 4}]
+    config = config.with_typed(["-m", "cluster.ranks=2", "data.path=https://me:secret@host/x y"])
     summary = RunSummary(config, folder, record, times, {}, restarts).summary(failed, 12.34567)
+    began, ended = (
+        datetime.fromisoformat(summary.pop(f"{key}_at")) for key in ("started", "ended")
+    )
+    assert 11 <= (ended - began).total_seconds() <= 14
     assert summary == {
         "status": "failed",
         "exit_code": 3,
         "reason": "rank 1 on pi5 died",
         "failed_rank": 1,
         "failed_host": "pi5",
+        "command": "smolrun -m cluster.ranks=2 'data.path=https://***@host/x y'",
+        "overrides": ["cluster.ranks=2", "data.path=https://***@host/x y"],
         **record.summary(),
         "wall_s": 12.346,
         "world_size": 2,

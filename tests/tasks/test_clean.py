@@ -11,7 +11,7 @@ import pytest
 from smolrun.tasks import clean
 from smolrun.tracking.past_runs import run_folders
 from tests.cli.command import smolrun
-from tests.tracking.test_past_runs import a_run
+from tests.tracking.test_past_runs import a_run, write_steps
 
 NEW, OLD, RUNNING = (f"2026020{day}-142501-{n}-aaaa" for day, n in ((2, "n"), (1, "o"), (3, "r")))
 
@@ -26,6 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (NEW, OLD):
         run = a_run(tmp_path / "outputs", name)
         run.write_summary({"status": "done"})
+        write_steps(run, 0, 1)
         (run.checkpoints / "step-00000010").mkdir(parents=True)
         run.become_latest()
     part = tmp_path / "outputs" / NEW / "checkpoints" / "step-00000020.part-dead"

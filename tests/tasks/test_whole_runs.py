@@ -138,7 +138,9 @@ def test_a_bench_writes_its_rows(tmp_path: Path) -> None:
     wanted = ["bench.sizes=[4096]", "bench.world_sizes=[2]", "bench.repeats=2"]
     code, out, err = finish(start(tmp_path, "task=bench", *wanted))
     assert code == 0, err
-    (line,) = (tmp_path / "outputs" / "latest" / "bench.jsonl").read_text().splitlines()
+    assert not (tmp_path / "outputs" / "latest").exists()  # it is for what was trained
+    (rows,) = (tmp_path / "outputs").glob("*/bench.jsonl")
+    (line,) = rows.read_text().splitlines()
     row = json.loads(line)
     assert (row["bench"], row["op"], row["peer"]) == ("collectives", "all_reduce", "gloo")
     assert (row["bytes"], row["world_size"]) == (4096, 2)

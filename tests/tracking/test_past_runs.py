@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from smolrun.tracking.past_runs import bytes_below, look, run_folders
+from smolrun.tracking.past_runs import bytes_below, look, run_folders, starting
 from smolrun.tracking.run_folder import RunFolder
 
 
@@ -48,6 +48,23 @@ def test_a_running_run(tmp_path: Path):
     assert run.tokens_per_s == pytest.approx(2000)
     assert run.left_s == pytest.approx(159 * 0.5)
     assert run.may_be_running
+
+
+def test_the_run_that_has_not_begun_to_train_yet(tmp_path: Path):
+    assert starting(tmp_path) is None
+    trained = a_run(tmp_path, "20260131-142501-x-aaaa")
+    trained.become_latest()
+    failed = a_run(tmp_path, "20260131-142502-x-bbbb")
+    failed.write_driver(steps=200)
+    failed.write_summary({"status": "failed"})
+    assert starting(tmp_path) is None
+    begins = a_run(tmp_path, "20260131-142503-x-cccc")
+    begins.write_driver(steps=200)
+    server = a_run(tmp_path, "20260131-142504-serve-dddd")
+    server.write_driver(steps=0)
+    assert starting(tmp_path) == begins
+    begins.become_latest()
+    assert starting(tmp_path) is None
 
 
 def test_a_run_before_its_first_step(tmp_path: Path):

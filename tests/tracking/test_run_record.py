@@ -15,6 +15,7 @@ from smolrun.events import (
     PushApplied,
     PushDropped,
     RankStep,
+    RunStarted,
     StepDone,
     TextSample,
 )
@@ -23,6 +24,7 @@ from smolrun.tracking.run_record import PushRecord, RunRecord
 
 def heard(record: RunRecord) -> None:
     """Four steps, of which another rank missed two, and what follows them."""
+    record.record(RunStarted(1000, 4, 50, 5, "cpu"))
     for step in range(4):
         record.record(RankStep(step, 0, 0.1, 0.0, None, 0, 0))
         record.record(StepDone(step, 0.5 * (step + 1), 3.0 - step, 1, 1, 100, 200, 0, 0, 0, 0))
@@ -39,6 +41,8 @@ def test_the_last_figures() -> None:
     assert record.summary() == {
         "diverged": False,
         "steps": 4,
+        "parameters": 1000,
+        "tokens_per_s": 200.0,
         "final_train_loss": 0.0,
         "final_eval_loss": 1.25,
         "final_eval_accuracy": 0.5,

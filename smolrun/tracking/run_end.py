@@ -1,0 +1,117 @@
+"""The end of a run as people see it: rows and a bar in a terminal, plain lines anywhere else.
+
+done: 300 steps in 0:00:41 (0:00:49 from start to end)
+  loss             3.2145
+  evaluation loss  3.4100
+  time             ██████████████████▓▓▓▓░░░░░░░░
+                   █ 61 % computing
+                   ▓ 12 % waiting for rank 1 (1.3x slower)
+                   ░ 27 % network (4.7 MB a step, 34 MB/s)
+  talk to it       smolrun task=generate model.run=3fa9 prompt="Once upon a time"
+
+Pure: figures in, text out. Nothing is cut: a terminal wraps lines that are too long for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from smolrun.sanitize import indented, one_line
+
+_LABEL = 17  # columns
+_WIDEST_BAR = 60
+# Computing, waiting for slower ranks, pipeline bubble, network, other. The signs differ too, for
+# terminals and people without colours.
+_COLOURS = ("green", "yellow", "magenta", "cyan", "bright_black")
+_SIGNS, _ASCII = "█▓▒░·", "#=+-."
+_OF_STATUS = {"done": "bold green", "stopped": "bold yellow", "failed": "bold red"}
+Row = tuple[str, str]  # label and value
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """What is said at the end of a run. `shares` of the time add up to 1, each with its words;
+    `time_line` is all of that as a sentence."""
+
+    status: str
+    headline: str
+    figures: Sequence[Row] = ()
+    shares: Sequence[tuple[float, str]] = ()
+    advice: str = ""
+    time_line: str = ""
+    notes: Sequence[Row] = ()
+    sample: tuple[str, str] | None = None  # a prompt, and what the model made of it
+    is_answer: bool = False  # the sample is a question and its answer, not one text
+    commands: Sequence[Row] = ()  # what to do next
+
+    def lines(self) -> Iterator[str]:
+        """Where there is no terminal."""
+        figures = [_phrase(*row) for row in self.figures]
+        yield ", ".join([self.headline, *figures])
+        if self.time_line:
+            yield self.time_line
+        if self.sample is not None:
+            prompt, text = self.sample
+            yield (
+                f"prompt: {prompt}\nanswer: {text}"
+                if self.is_answer
+                else (f"a sample:\n{prompt}{text}")
+            )
+        yield from (f"{label}: {text}" for label, text in (*self.notes, *self.commands))
+
+    def rows(self, width: int, *, has_blocks: bool) -> Iterator[Text]:
+        """For a terminal of so many columns; `has_blocks`: it can show block characters."""
+        if self.sample is not None:
+            yield from self._sample_rows()
+        yield Text(one_line(self.headline), _OF_STATUS[self.status])
+        yield from (_row(label, Text(value, "bold")) for label, value in self.figures)
+        if self.shares:
+            signs = _SIGNS if has_blocks else _ASCII
+            yield _row("time", bar(self.shares, min(_WIDEST_BAR, width - _LABEL - 3), signs))
+            for number, text in _shown(self.shares):
+                legend = Text(signs[number], _COLOURS[number]).append(f" {text}", "default")
+                yield _row("", legend)
+        if self.advice:
+            yield _row("faster", Text(one_line(self.advice), "yellow"))
+        yield from (_row(label, Text(one_line(text))) for label, text in self.notes)
+        yield from (_row(label, Text(one_line(text), "cyan")) for label, text in self.commands)
+
+    def _sample_rows(self) -> Iterator[Text]:
+        assert self.sample is not None
+        prompt, text = (indented(part) for part in self.sample)
+        if self.is_answer:
+            yield _row("prompt", Text(prompt, "bold"))
+            yield _row("answer", Text(text))
+        else:
+            yield Text("a sample, its prompt in bold:", "bright_black")
+            yield Text("  ").append(prompt, "bold").append(text, "default")
+        yield Text()
+
+
+def bar(shares: Sequence[tuple[float, str]], width: int, signs: str) -> Text:
+    """The shares as stretches of `width` columns in all."""
+    width = max(1, width)
+    drawn, done, total = Text(), 0.0, sum(share for share, _ in shares) or 1.0
+    for number, (share, _) in enumerate(shares):
+        begin = round(width * done / total)
+        done += share
+        drawn.append(signs[number] * (round(width * done / total) - begin), _COLOURS[number])
+    return drawn
+
+
+def _shown(shares: Sequence[tuple[float, str]]) -> Iterator[tuple[int, str]]:
+    """(number, text) of those that are not almost nothing."""
+    for number, (share, what) in enumerate(shares):
+        if share >= 0.005:
+            yield number, f"{100 * share:.0f} % {what}"
+
+
+def _row(label: str, value: Text) -> Text:
+    return Text().append(f"  {label:<{_LABEL}}", "bright_black").append_text(value)
+
+
+def _phrase(label: str, value: str) -> str:
+    return f"{value} {label}" if label.endswith("/s") else f"{label} {value}"
