@@ -79,9 +79,10 @@ OUTPUTS = """\
 
 Every run makes a folder of its own, `outputs/<date>-<time>-<algorithm>-<model>-<four digits>/`,
 below the folder you are in, and writes nowhere else but to the cache of prepared data. `run_name`
-takes the place of algorithm and model. `outputs/latest` points to the newest run that began to train.
-Wherever a run is asked for (`checkpoint.resume`, `model.run`, `attach.run`, `stop.run`), `latest`, its
-name, any part of its name that no other run has, and its path mean it; of a sweep, SWEEP/JOB.
+takes the place of algorithm and model. `outputs/latest` points to the newest run that began to
+train. Wherever a run is asked for (`checkpoint.resume`, `model.run`, `attach.run`, `stop.run`),
+`latest`, its name, any part of its name that no other run has, and its path mean it; a job of a
+sweep is SWEEP/JOB.
 
 | file | what it is |
 | --- | --- |
