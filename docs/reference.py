@@ -47,7 +47,8 @@ what they give together, as composed, unchecked, and runs nothing.
 - A folder `conf/` in the current folder has priority: `conf/cluster/home.yaml` is `cluster=home`,
   and a file with the name of a shipped one replaces it.
 - Your own code: `model.target=my_code.model:build` (also `data.target`, `algorithm.target`). Every
-  key beside `name` and `target` becomes a keyword argument of it.
+  key beside `name` and `target` becomes a keyword argument of it. `model.loss=my_code:loss` trains
+  any model with a loss of your own: [own_code.md](own_code.md#your-own-loss).
 - Several runs: `smolrun -m algorithm=single,classicdp seed=1,2` runs all four combinations.
 - What Hydra's grammar cannot parse is text where that is unambiguous: `data.path=größe.txt`.
   Values with commas, parentheses or quotes need quotes, inside those of the shell:
@@ -235,7 +236,11 @@ def _keys(group: str, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     comments = {name: _comments(folder / f"{name}.yaml") for name in values}
     for section in sections_of(RunConfig.model_fields[group]):
         names = [name for name, value in values.items() if _is_of(section, value)]
-        keys = {path: field for path, field in keys_of(section) if path not in ("name", "target")}
+        keys = {
+            path: field
+            for path, field in keys_of(section)
+            if path not in ("name", "target", "loss")
+        }
         meanings = ChainMap(*(comments[name] for name in [*names, *values]))
         if not names or not keys:
             continue

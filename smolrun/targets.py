@@ -17,6 +17,11 @@ def keywords(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("name", "target")}
 
 
+def model_keywords(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model, whose `loss` is no argument of its target."""
+    return {key: value for key, value in keywords(section).items() if key != "loss"}
+
+
 def load_target(path: str) -> Any:
     """What `module:name` names; ConfigError with the reason where it cannot be had."""
     module, _, name = path.partition(":")

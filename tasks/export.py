@@ -1,4 +1,5 @@
-"""task=export: a run's newest checkpoint as a Hugging Face folder that `from_pretrained` loads.
+"""task=export: a run's newest checkpoint as a Hugging Face folder that `from_pretrained` loads; a
+model that Hugging Face has no class for, as one safetensors file and the lines that load it.
 
 Only wiring, on the driver alone: no rank is started.
 """
@@ -6,20 +7,22 @@ Only wiring, on the driver alone: no rank is started.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig
 from smolrun.config.models import TrainedConfig
-from smolrun.data.cache import cache_folder
-from smolrun.errors import ConfigError, SmolrunError
+from smolrun.errors import CheckpointError, ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
-from smolrun.models.trained import TrainedModel, find
+from smolrun.models.trained import TrainedModel, find, is_network, network_folder, sizes_of
 from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
@@ -27,7 +30,12 @@ if TYPE_CHECKING:
     from smolrun.data.prepared import Progress
 
 _DECODER = "smolrun.models.decoder"
-_NETWORKS = ("smolrun.models.huggingface", "smolrun.models.smollm2")
+_CARD = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("this folder")\n'
+)
+_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
 
 def drive(config: RunConfig) -> int:
@@ -36,12 +44,13 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=1, world_size=1)
     try:
         trained = _found(console, config.model.run)
-        default = trained.run_folder / f"huggingface-{trained.checkpoint.name}"
+        kind = "huggingface" if _has_class(trained) else "safetensors"
+        default = trained.run_folder / f"{kind}-{trained.checkpoint.name}"
         out = Path(config.export.out).expanduser() if config.export.out else default
         _refuse_used(out)
         with _whole_or_nothing(out) as folder:
             _write(trained, folder, config.export.dtype, console.preparing)
-        console.say(f"{out}: {_said(trained)}, for AutoModelForCausalLM.from_pretrained")
+        console.say(f"{out}: {_said(trained)}, {_for_what(trained)}")
     finally:
         console.close()
     return EXIT_DONE
@@ -84,47 +93,57 @@ def _write(trained: TrainedModel, folder: Path, dtype: str, progress: Progress) 
     from smolrun.checkpoints.reader import CheckpointReader  # torch: seconds
     from smolrun.models import export
 
-    module = str(trained.section["target"]).partition(":")[0]
     tokenizer = trained.run_folder / "tokenizer"
+    card = _CARD
     with CheckpointReader(trained.checkpoint) as checkpoint:
-        if module == _DECODER:
+        if trained.module == _DECODER:
             written = export.write_decoder(checkpoint, trained.keys, folder, dtype, progress)
-        elif module in _NETWORKS:
-            source = _source(trained, module, progress)
+        elif is_network(trained):
+            source = network_folder(trained, progress)
             export.write_network(checkpoint, source, folder, dtype, progress)
         else:
-            raise ConfigError(_no_class(trained, module))
+            card = _own_card(trained, checkpoint.manifest, dtype)
+            export.write_own(checkpoint, folder, dtype, progress)
     end_id = None
     if (tokenizer / "tokenizer.json").is_file():
         end_id = export.write_tokenizer(tokenizer, folder)
-    if module == _DECODER:
+    if trained.module == _DECODER:
         export.write_end_token(folder, written, end_id)
-    export.check_loads(folder)
-    (folder / "README.md").write_text(_card(trained), encoding="utf-8")
+    if _has_class(trained):
+        export.check_loads(folder)
+    (folder / "README.md").write_text(_card(trained, card), encoding="utf-8")
 
 
-def _source(trained: TrainedModel, module: str, progress: Progress) -> Path:
-    """Where the config.json of a model of transformers lies: the run keeps it, or it is fetched."""
-    kept = trained.run_folder / "model"
-    if (kept / "config.json").is_file():
-        return kept
-    cache = cache_folder("models")
-    keys = {**trained.keys, "pretrained": False}  # its values come from the checkpoint
-    prepare = import_module(module).prepare
-    return Path(prepare(cache, progress, trained.section["name"], **keys).folder)
+def _has_class(trained: TrainedModel) -> bool:
+    """Whether Hugging Face has a class for it."""
+    return trained.module == _DECODER or is_network(trained)
 
 
-def _no_class(trained: TrainedModel, module: str) -> str:
-    name = trained.section.get("name")
-    if module == "smolrun.models.mlp":
-        return (
-            f"the run trained model={name}, for which Hugging Face has no class: only models that "
-            "write text can be exported; its numbers are safetensors files in "
-            f"{trained.checkpoint}"
-        )
+def _for_what(trained: TrainedModel) -> str:
+    if _has_class(trained):
+        return "for AutoModelForCausalLM.from_pretrained"
+    return "as model.safetensors; README.md has the lines that load it"
+
+
+def _own_card(trained: TrainedModel, manifest: Manifest, dtype: str) -> str:
+    """Python that builds the model and loads its numbers, for the folder that it is in."""
+    target, keys = str(trained.section["target"]), trained.keys
+    try:
+        sizes = sizes_of(manifest, trained)
+    except CheckpointError as error:
+        raise ConfigError(f"model.run: {error}") from None
+    if not (_TARGET.fullmatch(target) and all(key.isidentifier() for key in keys)):
+        raise ConfigError(f"{trained.run_folder}: model.target = {target} names no code")
+    module, _, name = target.partition(":")
+    spec = ", ".join(f"{key}={value!r}" for key, value in msgspec.structs.asdict(sizes).items())
+    arguments = "".join(f", {key}={value!r}" for key, value in keys.items())
+    is_double = dtype == "as_is" and trained.config.get("precision") == "float64"
     return (
-        f"the run trained your own model ({trained.section['target']}), for which Hugging Face "
-        f"has no class; its numbers are safetensors files in {trained.checkpoint}"
+        "from types import SimpleNamespace\n"
+        "from safetensors.torch import load_model\n"
+        f"from {module} import {name}\n\n"
+        f"model = {name}(SimpleNamespace({spec}){arguments}){'.double()' if is_double else ''}\n"
+        'load_model(model, "model.safetensors")\n'
     )
 
 
@@ -132,7 +151,7 @@ def _said(trained: TrainedModel) -> str:
     return f"{trained.section.get('name')} of {trained.run_folder.name}, {trained.checkpoint.name}"
 
 
-def _card(trained: TrainedModel) -> str:
+def _card(trained: TrainedModel, loader: str) -> str:
     """README.md: what was trained, on what, how, and how to load it."""
     config, summary = trained.config, RunFolder(trained.run_folder).summary()
     training = config.get("training") or {}
@@ -151,10 +170,9 @@ def _card(trained: TrainedModel) -> str:
         "run": trained.run_folder.name,
     }
     lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    kind = "library_name: transformers\npipeline_tag: text-generation\n"
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [smolrun]\n---\n\n"
+        f"---\n{kind if _has_class(trained) else ''}tags: [smolrun]\n---\n\n"
         f"# {trained.section.get('name')}\n\nTrained with smolrun.\n\n" + "\n".join(lines) + "\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n'
+        f"```python\n{loader}```\n"
     )

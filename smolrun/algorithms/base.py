@@ -39,7 +39,6 @@ from smolrun.algorithms.contract import (
     StepResult,
     StepStats,
     check_answer,
-    loss_sum,
 )
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
@@ -156,7 +155,7 @@ class Algorithm(ABC):
         for batch in micro_batches:
             logits = self.forward(batch) if len(batch.inputs) else None
             if logits is not None:
-                sums[0] += loss_sum(logits, batch.targets).item()
+                sums[0] += self.context.loss_sum(logits, batch.targets).item()
                 sums[1] += int((batch.targets != IGNORE_INDEX).sum())
                 if is_classes:
                     sums[2] += int((logits.argmax(-1).cpu() == batch.targets.cpu()).sum())
@@ -203,7 +202,7 @@ class Algorithm(ABC):
                 self.before_last_backward()
             logits = self.forward(batch) if len(batch.inputs) else None
             if logits is not None:
-                loss = loss_sum(logits, batch.targets)
+                loss = self.context.loss_sum(logits, batch.targets)
                 (loss * self.loss_scale.value).backward()
                 losses.append(loss.detach())
                 num_targets += int((batch.targets != IGNORE_INDEX).sum())

@@ -28,6 +28,47 @@ STEP_STATS = (
 )
 
 FirstValue = Callable[[torch.nn.Module, str, torch.nn.Parameter], Tensor]
+# (logits [..., C], targets [...]): the sum of the losses of all targets that are learnt
+LossSum = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross entropies of all targets that carry a loss, on the logits' device."""
+    flat, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
+    return cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def own_loss_sum(loss: Callable[[Tensor, Tensor], Any], name: str) -> LossSum:
+    """As `loss_sum`, by the user's own `loss(logits [N, C], targets [N])`, which gets targets that
+    carry a loss and returns that of each, [N]: so the mean over the targets of all ranks does not
+    depend on how a batch is cut. ConfigError where it returns anything else."""
+
+    def own(logits: Tensor, targets: Tensor) -> Tensor:
+        flat, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
+        learnt = targets != IGNORE_INDEX
+        if not learnt.all():
+            flat, targets = flat[learnt], targets[learnt]
+        if not len(targets):
+            return flat.sum()  # 0, and its gradient too
+        return _checked_losses(loss(flat, targets), targets, name).sum()
+
+    return own
+
+
+def _checked_losses(losses: Any, targets: Tensor, name: str) -> Tensor:
+    found = f"a tensor {list(losses.shape)}" if isinstance(losses, Tensor) else _kind(losses)
+    if not isinstance(losses, Tensor) or losses.shape != targets.shape:
+        raise ConfigError(
+            f"model.loss = {name} returned {found} for {len(targets)} targets; it must return the "
+            f'loss of each target, a tensor [{len(targets)}] (reduction="none"): smolrun takes the '
+            "mean over the targets of all ranks"
+        )
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise ConfigError(
+            f"model.loss = {name} returned numbers that do not depend on the logits: it must be "
+            "differentiable, without argmax, detach() or torch.no_grad()"
+        )
+    return losses
 
 
 @dataclass(frozen=True)
@@ -55,6 +96,7 @@ class Context:
     pace: Pace = FULL_SPEED  # a rank may emulate a slower machine
     # seeds every random generator of this process from the run's seed and these numbers
     reseed: Callable[..., None] = lambda *words: None
+    loss_sum: LossSum = loss_sum
 
 
 @dataclass(frozen=True)
@@ -244,9 +286,3 @@ def _kind(output: Any) -> str:
     if isinstance(output, Mapping):
         return f"a {name} with the keys {', '.join(map(repr, output))}"
     return f"a {name} of {len(output)}" if isinstance(output, list | tuple) else f"a {name}"
-
-
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross entropies of all targets that carry a loss, on the logits' device."""
-    flat, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
-    return cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Context, PendingUpdate
-from smolrun.algorithms.contract import loss_sum
 from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.single import Single
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
@@ -141,7 +140,7 @@ class ModelParallel(Single):
         the gradient of the inputs to the stage before."""
         stats = {"loss_sum": 0.0, "num_targets": 0.0}
         if gradient is None:
-            loss = loss_sum(output, batch.targets)
+            loss = self.context.loss_sum(output, batch.targets)
             (loss * self.loss_scale.value).backward()
             num_targets = int((batch.targets != IGNORE_INDEX).sum())
             stats = {"loss_sum": loss.item(), "num_targets": num_targets}

@@ -19,7 +19,7 @@ from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
 from smolrun.config.base import SHIPPED_TARGETS
 from smolrun.config.suggest import problem
-from smolrun.errors import CheckpointError, ConfigError, SmolrunError
+from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
 from smolrun.sanitize import HIDDEN, echo, without_credentials
 from smolrun.tracking.run_folder import RunFolder
@@ -60,20 +60,11 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         raise ConfigError(problems)
     _add_credentials(merged.get("cluster"))
     # Of `data`, not of `merged`: a run folder cannot declare itself trusted.
-    if (reason := _why_foreign(folder)) is not None:
+    if (reason := folder.why_foreign()) is not None:
         is_trusted = data["checkpoint"].get("trust_run_folder") is True
         _ask_for_trust(folder, stored, reason, is_trusted=is_trusted)
     merged["checkpoint"]["trust_run_folder"] = False
     return merged
-
-
-def _why_foreign(folder: RunFolder) -> str | None:
-    """Why config.yaml may not be this account's; None if its signature is right."""
-    try:
-        is_own = folder.has_own_config()
-    except SmolrunError as error:
-        return f"whether this account wrote its config.yaml is unknown ({error})"
-    return None if is_own else "this account on this machine did not write its config.yaml"
 
 
 def _ask_for_trust(
@@ -112,6 +103,7 @@ def _runs_or_connects(stored: Mapping[str, Any]) -> Iterator[str]:
     for section, values in sections.items():
         for key, value in values.items():
             is_code = key == "target" and str(value) not in SHIPPED_TARGETS
+            is_code = is_code or (section, key) == ("model", "loss")
             is_connection = section.startswith("cluster") and key in _OF_CLUSTER
             if value and (is_code or is_connection or (section, key) == ("tracker", "entity")):
                 # The values of `env:` may be credentials.

@@ -75,7 +75,8 @@ class TargetConfig(Section):
         return self.model_dump(exclude={"name", "target"})
 
 
-def _module_and_name(target: str) -> str:
+def module_and_name(target: str) -> str:
+    """A target as it is; ValueError where it cannot name anything."""
     module, _, name = target.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError("not of the form module:name, such as my_code.model:build")
@@ -100,7 +101,7 @@ class CustomTargetConfig(TargetConfig):
     A group's class of it says `extra="allow"` again, as pydantic takes that from the last base.
     """
 
-    target: Annotated[Name, AfterValidator(_module_and_name)] = Field(
+    target: Annotated[Name, AfterValidator(module_and_name)] = Field(
         json_schema_extra={"allowed": "module:name, of your own code"}
     )
 

@@ -233,17 +233,25 @@ def own_code_is_there(
     *, model: ModelConfig, data: DataConfig, algorithm: AlgorithmConfig
 ) -> Iterator[str]:
     """Your own module is found without importing it: beside you, or installed."""
-    for group, target in (("model", model), ("data", data), ("algorithm", algorithm)):
-        if isinstance(target, CustomTargetConfig):
-            package = target.target.split(":")[0].split(".")[0]
-            if importlib.util.find_spec(package) is None:
-                allowed = "a module in the folder you are in, or an installed one"
-                yield problem(
-                    f"{group}.target",
-                    target.target,
-                    f"there is no module {package}",
-                    allowed=allowed,
-                )
+    groups = {"model": model, "data": data, "algorithm": algorithm}
+    own = {
+        f"{group}.target": section.target
+        for group, section in groups.items()
+        if isinstance(section, CustomTargetConfig)
+    }
+    own |= {"model.loss": model.loss} if model.loss else {}
+    for key, target in own.items():
+        package = target.split(":")[0].split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            allowed = "a module in the folder you are in, or an installed one"
+            yield problem(key, target, f"there is no module {package}", allowed=allowed)
+
+
+def loss_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
+    """What task=bench compares with trains with cross entropy."""
+    if task == "bench" and model.loss is not None:
+        what = "task=bench compares with programs that train with cross entropy"
+        yield problem("model.loss", model.loss, what, allowed="null")
 
 
 CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
@@ -263,6 +271,7 @@ CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     blocks_can_be_recomputed,
     momentum_fits,
     own_code_is_there,
+    loss_fits_task,
 )
 
 

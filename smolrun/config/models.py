@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from smolrun.config.base import (
     Count,
@@ -16,6 +16,7 @@ from smolrun.config.base import (
     Share,
     TargetConfig,
     chosen_by_target,
+    module_and_name,
 )
 
 PRETRAINED_NAMES = {
@@ -39,6 +40,15 @@ class ModelConfig(TargetConfig):
     """What the checks ask of a model. The defaults are those of the user's own."""
 
     consumes: ClassVar[Kind | None] = None  # None: not known before it is loaded
+    loss: Annotated[Name, AfterValidator(module_and_name)] | None = Field(
+        default=None,
+        json_schema_extra={"allowed": "module:name, of your own code, or null"},
+        description="Your own loss(logits, targets), the loss of each target; null = cross entropy",
+    )
+
+    def keywords(self) -> dict[str, Any]:
+        """Without `loss`, which is no argument of the target."""
+        return self.model_dump(exclude={"name", "target", "loss"})
 
 
 class RopeScalingConfig(Section):

@@ -275,4 +275,5 @@ def is_elsewhere(config: RunConfig) -> bool:
 def own_targets(config: RunConfig) -> list[str]:
     """What the configuration names of the user's own code."""
     groups = (config.model, config.data, config.algorithm)
-    return [group.target for group in groups if isinstance(group, CustomTargetConfig)]
+    own = [group.target for group in groups if isinstance(group, CustomTargetConfig)]
+    return own + ([config.model.loss] if config.model.loss else [])

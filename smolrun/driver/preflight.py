@@ -126,6 +126,23 @@ def _own_code(config: RunConfig) -> Iterator[str]:
             else:
                 yield from misfits(group, section.target, make, section.keywords())
 
+    if (loss := config.model.loss) is not None:
+        try:
+            yield from _unlike_a_loss(loss, load_target(loss))
+        except ConfigError as error:
+            yield f"model.loss = {error}"
+
+
+def _unlike_a_loss(name: str, loss: Any) -> Iterator[str]:
+    if not callable(loss):
+        yield problem("model.loss", name, "neither a function nor a class")
+        return
+    with contextlib.suppress(ValueError):  # written in C, without a signature
+        try:
+            inspect.signature(loss).bind(object(), object())
+        except TypeError as error:
+            yield problem("model.loss", name, f"cannot be called as loss(logits, targets): {error}")
+
 
 def misfits(group: str, target: str, make: Any, keys: Mapping[str, Any]) -> Iterator[str]:
     """Problems of calling `make` with one positional argument and the keys of its yaml."""

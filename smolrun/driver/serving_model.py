@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,9 @@ from smolrun.config.models import (
     DecoderConfig,
     TrainedConfig,
 )
-from smolrun.data.cache import cache_folder
 from smolrun.driver.prepare import prepare_model
 from smolrun.errors import ConfigError, SmolrunError
-from smolrun.models.trained import TrainedModel, find
+from smolrun.models.trained import TrainedModel, find, is_network, network_folder
 from smolrun.serving.source import ModelSource, source_of_checkpoint, source_of_folder
 from smolrun.serving.text import has_template
 from smolrun.tracking.run_folder import OUTPUTS
@@ -96,11 +94,5 @@ def _trained(run: str, progress: Progress, say: Callable[[str], None]) -> ModelS
 
 
 def _network(trained: TrainedModel, progress: Progress) -> Path | None:
-    """The config.json of a trained model of transformers, where an older run did not keep it."""
-    module = str(trained.section["target"]).partition(":")[0]
-    is_network = module in ("smolrun.models.huggingface", "smolrun.models.smollm2")
-    if not is_network or (trained.run_folder / "model" / "config.json").is_file():
-        return None
-    keys = {**trained.keys, "pretrained": False}
-    prepare = import_module(module).prepare
-    return Path(prepare(cache_folder("models"), progress, trained.section["name"], **keys).folder)
+    """Where the config.json of a trained model of transformers lies."""
+    return network_folder(trained, progress) if is_network(trained) else None

@@ -258,6 +258,8 @@ def _assumed(made: Estimate) -> str:
         parts.append("an empty process is as large on every host as here")
     if any(place.device == "cuda" for place in made.places):
         parts.append("all of a rank counts against the memory of its GPU, where that is known")
+    if made.config.model.loss is not None:
+        parts.append("model.loss needs as much memory as cross entropy")
     return "; ".join(parts)
 
 

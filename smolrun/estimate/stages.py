@@ -24,7 +24,7 @@ from smolrun.models.base import ModelSpec, StagedModel
 from smolrun.parts.pipeline_schedule import SCHEDULES, Simulation, simulate
 from smolrun.parts.placement import known_speeds, memory_limits, rank_speeds
 from smolrun.parts.precision import PRECISIONS
-from smolrun.targets import keywords, load_target
+from smolrun.targets import load_target, model_keywords
 from smolrun.training.optimizer import make_optimizer
 
 # Receives that a stage has posted ahead, each with memory for a tensor: algorithms/mp_pipeline.py.
@@ -56,7 +56,7 @@ class StageShare:
 def model_maker(config: RunConfig, spec: ModelSpec) -> Callable[[], nn.Module]:
     """Builds the model of the configuration."""
     section = resolved(config)["model"]
-    return functools.partial(load_target(section["target"]), spec, **keywords(section))
+    return functools.partial(load_target(section["target"]), spec, **model_keywords(section))
 
 
 def build(make: Callable[[], nn.Module]) -> tuple[nn.Module, str]:

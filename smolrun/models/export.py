@@ -1,4 +1,5 @@
-"""Writes a checkpoint's model as a Hugging Face folder: config.json, safetensors, tokenizer.
+"""Writes a checkpoint's model as a Hugging Face folder: config.json, safetensors, tokenizer; or,
+where Hugging Face has no class for it, as one safetensors file.
 
 Tensors are read one by one and written file by file, so a model needs the memory of one file only.
 Knows nothing of runs beside their model's section of the configuration.
@@ -7,7 +8,9 @@ Knows nothing of runs beside their model's section of the configuration.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,14 @@ def write_network(
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
     return config
+
+
+def write_own(checkpoint: CheckpointReader, folder: Path, dtype: str, progress: Progress) -> None:
+    """Any model as one model.safetensors, by the names of its state_dict. Needs memory for the
+    whole model, and none of its code."""
+    keys = checkpoint.keys(MODEL)
+    tensors = {key.removeprefix(MODEL): partial(trained_value, checkpoint, key) for key in keys}
+    write_tensors(tensors, folder, dtype, progress, most_bytes=sys.maxsize)
 
 
 def trained_value(checkpoint: CheckpointReader, key: str) -> Tensor:

@@ -29,7 +29,7 @@ from smolrun.models.huggingface_conversion import (
 )
 from smolrun.models.huggingface_folder import end_ids, fetched, read_config, stored_tensors
 from smolrun.models.shape import DecoderShape, completed_shape, parameter_shapes
-from smolrun.models.trained import TrainedModel
+from smolrun.models.trained import TrainedModel, is_network
 from smolrun.serving.messages import ServingDtype
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 OURS = "smolrun"  # the family whose parameters have the names of models/decoder.py
 _DECODER = "smolrun.models.decoder"
-_NETWORKS = ("smolrun.models.huggingface", "smolrun.models.smollm2")
 _MODEL, _NETWORK = "model/", "network."  # before the names in a checkpoint
 
 Progress = Callable[[int, int], None]
@@ -113,15 +112,14 @@ def source_of_checkpoint(
     """
     from smolrun.checkpoints.reader import CheckpointReader  # torch: seconds
 
-    module = str(trained.section["target"]).partition(":")[0]
     tokenizer: Path | None = trained.run_folder / "tokenizer"
     ids: list[int] = []
     with CheckpointReader(trained.checkpoint) as checkpoint:
-        if module == _DECODER:
+        if trained.module == _DECODER:
             family, shape = OURS, _shape_of_run(trained)
             vocab_size = checkpoint.shape(f"{_MODEL}token_embedding.weight")[0]
             prefix = _MODEL
-        elif module in _NETWORKS:
+        elif is_network(trained):
             config, shape = _config(_config_folder(trained, network_folder), name)
             family, vocab_size = config["model_type"], config["vocab_size"]
             ids = end_ids(_config_folder(trained, network_folder), config)

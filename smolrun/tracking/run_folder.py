@@ -151,6 +151,14 @@ class RunFolder:
         signature = found[1].decode() if found else ""
         return is_signed(_IN_CONFIG + _SIGNATURE.sub(b"", content), signature)
 
+    def why_foreign(self) -> str | None:
+        """Why config.yaml may not be this account's; None if its signature is right."""
+        try:
+            is_own = self.has_own_config()
+        except SmolrunError as error:
+            return f"whether this account wrote its config.yaml is unknown ({error})"
+        return None if is_own else "this account on this machine did not write its config.yaml"
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; numbers that are not finite become null."""
         encoded = msgspec.json.format(msgspec.json.encode(dict(summary)), indent=2)

@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from smolrun.algorithms.base import Algorithm, Context
+from smolrun.algorithms.contract import LossSum, loss_sum, own_loss_sum
 from smolrun.checkpoints.find import checkpoints_in
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.writer import Saver, partition_keys
@@ -28,6 +29,7 @@ from smolrun.events import Event, Note, RunStarted
 from smolrun.launch.control import Saving
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.initialise import build_model, build_shell, check_trainable, first_value
+from smolrun.models.trained import SIZES
 from smolrun.parts.norms import LayerNorms
 from smolrun.parts.placement import (
     BatchPlans,
@@ -43,7 +45,7 @@ from smolrun.parts.placement import (
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import Quantization
 from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace, Pace
-from smolrun.targets import keywords, load_target
+from smolrun.targets import keywords, load_target, model_keywords
 from smolrun.training.evaluation import Evaluation, TextSampling
 from smolrun.training.load_balancer import BalancePolicy, LoadBalancer
 from smolrun.training.loader import (
@@ -84,8 +86,8 @@ def train(
     plan, balancer = share_work(config, prepared, speeds, algorithm.data_coordinates, emit)
     steps = training["steps"]
     eval_batches = functools.partial(_eval_batches, algorithm, eval_split, plan, training)
-    sha256 = prepared.sha256
-    checkpoints = RankCheckpoints(saving, algorithm, emit, steps, sha256) if saving else None
+    data = data_state(prepared)
+    checkpoints = RankCheckpoints(saving, algorithm, emit, steps, data) if saving else None
     callbacks = _callbacks(config, prepared, algorithm, emit, eval_batches, balancer, checkpoints)
     trainer = Trainer(
         algorithm,
@@ -231,12 +233,19 @@ def place_algorithm(
         first_value=functools.partial(first_value, seed=config["seed"]),
         pace=pace_of(config, mesh.rank),
         reseed=functools.partial(seed_everything, device, config["seed"]),
+        loss_sum=loss_of(config["model"]),
     )
     make = load_target(config["algorithm"]["target"])
     algorithm: Algorithm = make(context, **keywords(config["algorithm"]))
     is_whole = algorithm.needs_full_model
     algorithm.place(new_model(config, prepared, device, has_values=is_whole))
     return algorithm
+
+
+def loss_of(model: Mapping[str, Any]) -> LossSum:
+    """The loss that a model is trained with: cross entropy, or the user's own (`model.loss`)."""
+    name = model.get("loss")
+    return loss_sum if name is None else own_loss_sum(load_target(name), name)
 
 
 def optimizer_maker(config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
@@ -250,7 +259,7 @@ def new_model(
     """The model of the config with its first values, the same on every rank; or without, where it
     can say later what they are."""
     section = config["model"]
-    make = functools.partial(load_target(section["target"]), prepared, **keywords(section))
+    make = functools.partial(load_target(section["target"]), prepared, **model_keywords(section))
     dtype = PRECISIONS[config["precision"]].parameters
     build = build_model if has_values else build_shell
     model = build(make, config["seed"], dtype=dtype, device=device)
@@ -341,6 +350,12 @@ def share_work(
     )
 
 
+def data_state(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint says of the data: its hash, and the sizes that the model was built for."""
+    sizes = {name: getattr(prepared, name) for name in SIZES}
+    return {"sha256": prepared.sha256, **sizes}
+
+
 class RankCheckpoints(Periodic):
     """Saves every `saving.every` updates and at the end; restores before the first step."""
 
@@ -352,14 +367,14 @@ class RankCheckpoints(Periodic):
         algorithm: Algorithm,
         emit: Callable[[Event], None],
         steps: int,
-        data_sha256: str,
+        data: Mapping[str, Any],
     ) -> None:
         super().__init__(saving.every)
         self._steps = steps
         self._saved_at = 0  # updates
         self._saving = saving
         self._algorithm = algorithm
-        self._data_sha256 = data_sha256
+        self._data = data
         self._rank = algorithm.context.mesh.rank
         self._saver = Saver(Path(saving.folder), saving.token, self._rank, emit)
 
@@ -418,7 +433,7 @@ class RankCheckpoints(Periodic):
         state = {
             "training": self._trainer.state(),
             "algorithm": self._algorithm.state(),
-            "data": {"sha256": self._data_sha256},
+            "data": self._data,
         }
         self._saver.save(updates, slices, {"run": state} if self._rank == 0 else {})
 

@@ -86,7 +86,7 @@ def test_the_question_shows_all_that_is_run_or_connected_to():
     host = {"ssh": "me@a", "python": "/x/python", "workdir": "/x", "env": {"LD_PRELOAD": "secret"}}
     stored = {
         "cluster": {"python": "/y", "workdir": "/z", "ssh_config": "s", "hosts": [{"name": "a"}]},
-        "model": {"target": "smolrun.models.mlp:build"},
+        "model": {"target": "smolrun.models.mlp:build", "loss": "theirs:loss"},
         "data": {"target": "smolrun.data.digits:load"},
         "algorithm": {"target": ["smolrun"]},
         "tracker": {"entity": "them"},
@@ -100,6 +100,7 @@ def test_the_question_shows_all_that_is_run_or_connected_to():
         'cluster.hosts[1].python = "/x/python"',
         'cluster.hosts[1].workdir = "/x"',
         'cluster.hosts[1].env = ["LD_PRELOAD"]',
+        'model.loss = "theirs:loss"',
         'data.target = "smolrun.data.digits:load"',
         'algorithm.target = ["smolrun"]',
         'tracker.entity = "them"',

@@ -249,7 +249,18 @@ def test_your_own_target_keeps_its_keys(shipped: dict[str, Any]):
     config = validate(changed(shipped, model=own))
     assert isinstance(config.model, CustomTargetConfig)
     assert config.model.keywords() == {"strict": True, "sizes": [1, 2]}
-    assert resolved(config)["model"] == own
+    assert resolved(config)["model"] == {**own, "loss": None}
+
+
+def test_an_own_loss_is_no_key_of_its_model(shipped: dict[str, Any]):
+    config = validate(changed(shipped, model__loss="json.decoder:JSONDecoder"))
+    assert "loss" not in config.model.keywords()
+    assert resolved(config)["model"]["loss"] == "json.decoder:JSONDecoder"
+    for name, what in [("loss", "not of the form"), ("no_such_module:x", "there is no module")]:
+        (line,) = problems(shipped, model__loss=name)
+        assert line.startswith(f"model.loss = {name}: {what}")
+    (line,) = problems(shipped, task="bench", model__loss="json:loads")
+    assert line.startswith("model.loss = json:loads: task=bench compares")
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 1), (300, 30), (100_000, 100)])

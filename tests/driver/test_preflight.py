@@ -16,6 +16,7 @@ from smolrun import cli
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.driver import preflight
+from smolrun.driver.fleet import own_targets
 from smolrun.driver.preflight import check_before_start, memory_warning, stages_note
 from smolrun.driver.prepare import spec_of
 from smolrun.errors import ConfigError
@@ -70,6 +71,28 @@ def test_own_code_that_does_not_fit_is_told(
     (tmp_path / f"{module}.py").write_text(text)
     (found,) = problems(f"model.target={module}:build", *overrides)
     assert line.format(module) in found
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("loss = 1\n", "model.loss = {}:loss: neither a function nor a class"),
+        ("def loss(logits): ...\n", "cannot be called as loss(logits, targets): too many"),
+        ("def loss(logits, targets, k): ...\n", "as loss(logits, targets): missing a required"),
+        ("1 / 0\n", "model.loss = {}:loss: cannot be loaded (ZeroDivisionError: "),
+        ("def loss(logits, targets, k=1): ...\n", ""),
+    ],
+)
+def test_an_own_loss_that_does_not_fit_is_told(
+    module: str, tmp_path: Path, text: str, line: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    own = compose([f"model.loss={module}:loss"])
+    assert own_targets(own) == [f"{module}:loss"], "it travels to the hosts"
+    found = problems(f"model.loss={module}:loss") if line else []
+    assert [line.format(module) in one for one in found] == [True] * bool(line)
+    if not line:
+        check_before_start(own)
 
 
 def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

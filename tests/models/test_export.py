@@ -48,7 +48,7 @@ SHAPES = [
 ]
 
 
-def save(folder: Path, model: nn.Module) -> Path:
+def save(folder: Path, model: nn.Module, state: Any = None) -> Path:
     """A checkpoint of the model, cut into two ranks' pieces."""
     part = part_folder(folder, 7, "t")
     reports = []
@@ -62,7 +62,7 @@ def save(folder: Path, model: nn.Module) -> Path:
                 TensorSlice(f"optimizer/m/{name}", tuple(value.shape), rank * middle, half)
             )
         reports.append(write_shard(part, rank, pieces))
-    manifest = merge(reports, step=7, run_id="r", config_hash="c", world_size=2, state={})
+    manifest = merge(reports, step=7, run_id="r", config_hash="c", world_size=2, state=state or {})
     return commit(part, manifest)
 
 

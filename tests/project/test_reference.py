@@ -69,7 +69,7 @@ def test_every_key_has_a_meaning():
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.\[\]]+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
     assert [key for key, meaning in rows if not meaning.strip()] == []
-    named = {"optimizer.name", "bench.name"}
+    named = {"optimizer.name", "bench.name", "model.loss"}
     named |= {f"{group}.{key}" for group in TARGETS for key in ("name", "target")}
     assert known_keys().keys() - {key for key, _ in rows} == named
 

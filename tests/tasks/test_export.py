@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,11 +21,13 @@ from smolrun.cli.run import drive
 from smolrun.config import resolved
 from smolrun.data.tokenizer import load_tokenizer, train_bpe
 from smolrun.models.export import write_tokenizer
+from smolrun.models.mlp import build as build_mlp
 from tests.models.model_folders import save_model
 from tests.models.test_export import save
 from tests.models.tiny import TINY, enliven, make_tiny_decoder
 from tests.tasks.test_whole_runs import finish, start
 
+SIZES = {"num_outputs": 3, "num_inputs": 2, "sequence_length": None}
 TOKENS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(1))
 KEYS = [f"model.{key}={json.dumps(value)}" for key, value in TINY.items()]
 KEYS += ["data.sequence_length=40"]
@@ -94,12 +98,15 @@ def unreadable_config(run: Path) -> None:
     (run / "config.yaml").write_text("model: [")
 
 
-def of_an_mlp(run: Path) -> None:
-    write_config(run, "model=mlp", "data=digits")
-
-
-def of_own_code(run: Path) -> None:
+def of_own_code_without_sizes(run: Path) -> None:
     write_config(run, "model.target=torch.nn:Linear")
+
+
+def of_what_is_no_code(run: Path) -> None:
+    save(run / "checkpoints", torch.nn.Linear(2, 3), {"data": SIZES})
+    plain = resolved(compose(["model.target=torch.nn:Linear"]))
+    plain["model"]["x=1); print("] = 2
+    (run / "config.yaml").write_bytes(msgspec.yaml.encode(plain))
 
 
 def of_another_shape(run: Path) -> None:
@@ -117,8 +124,8 @@ def of_no_class(run: Path) -> None:
         (damaged, "has no checkpoint that can be used"),
         (no_config, "config.yaml cannot be read"),
         (unreadable_config, "config.yaml cannot be read"),
-        (of_an_mlp, "trained model=mlp, for which Hugging Face has no class"),
-        (of_own_code, "your own model (torch.nn:Linear), for which Hugging Face has no class"),
+        (of_own_code_without_sizes, "was saved by an older version of smolrun"),
+        (of_what_is_no_code, "model.target = torch.nn:Linear names no code"),
         (of_another_shape, "LlamaForCausalLM does not fit the checkpoint: model.layers.4."),
         (of_no_class, "LlamaForCausalLM, which cannot have norm=layernorm"),
     ],
@@ -131,6 +138,25 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_left(
     assert export() == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_model_without_a_class_is_one_file_and_the_lines_that_load_it(run: Path) -> None:
+    model = build_mlp(SimpleNamespace(**SIZES), widths=[4], activation="gelu")
+    save(run / "checkpoints", model, {"data": SIZES})
+    widths = ["model.widths=[4]", "model.activation=gelu"]
+    plain = resolved(compose(["model=mlp", "data=digits", *widths]))
+    plain["model"]["loss"] = "a_module_elsewhere:loss"  # neither exported nor loaded
+    (run / "config.yaml").write_bytes(msgspec.yaml.encode(plain))
+    assert export("export.dtype=bf16") == 0
+    out = run / "safetensors-step-00000007"
+    names = {path.name for path in out.iterdir()}
+    assert names == {"model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
+    card = (out / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(lines.replace("model.safetensors", str(out / "model.safetensors")), found)
+    for name, value in found["model"].named_parameters():
+        assert torch.equal(value, model.get_parameter(name).bfloat16().float()), name
 
 
 def test_a_run_that_is_not_there_is_told(run: Path, capsys: Any) -> None:

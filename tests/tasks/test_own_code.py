@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "own_code.md").read_text(encoding="
 FILES = dict(
     re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 )
-(COMMAND,) = re.findall(r"^```\nsmolrun (.*?)\n```", PAGE, flags=re.MULTILINE)
+COMMAND, OWN_LOSS = re.findall(r"^```\nsmolrun (.*?)\n```", PAGE, flags=re.MULTILINE)
 
 
 def write_files(folder: Path) -> None:
@@ -26,8 +29,9 @@ def write_files(folder: Path) -> None:
         path.write_text(content)
 
 
-def test_the_page_shows_three_short_files() -> None:
-    assert list(FILES) == ["my_code.py", "conf/model/my_net.yaml", "conf/data/spirals.yaml"]
+def test_the_page_shows_short_files() -> None:
+    example = ["my_code.py", "conf/model/my_net.yaml", "conf/data/spirals.yaml"]
+    assert list(FILES) == [*example, "my_loss.py"]
     lines = [line for line in FILES["my_code.py"].splitlines() if line.strip()]
     assert len(lines) <= 22
 
@@ -43,6 +47,40 @@ def test_the_pages_example_learns_on_two_ranks(
     assert summary(tmp_path)["final_eval_loss"] < 0.3, "a guess has 1.1"
     assert all(len(set(row["hashes"])) == 1 for row in rows(tmp_path, "replica_hash"))
     assert "spirals: 4,000 train and 500 eval" in out
+    loaded = (
+        "import smolrun, torch; model, tokenizer = smolrun.load(); print(model(torch.ones(1, 2)))"
+    )
+    exported = export(tmp_path) + "import torch; print(model(torch.ones(1, 2)))"
+    assert python(tmp_path, loaded) == python(tmp_path, exported) != ""
+
+
+def export(folder: Path) -> str:
+    """The lines of the README of the exported model, which read its file in that folder."""
+    code, _, err = finish(start(folder, "task=export", "export.out=exported"))
+    assert code == 0, err
+    card = (folder / "exported" / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) == 5
+    shutil.copy(folder / "exported" / "model.safetensors", folder)
+    return str(lines)
+
+
+def python(folder: Path, code: str) -> str:
+    """What Python prints in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_pages_loss_is_learnt(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    words = [*shlex.split(OWN_LOSS), "algorithm=single", "training.steps=60"]
+    code, _, err = finish(start(tmp_path, *words))
+    assert code == 0, err
+    assert 1.6 < rows(tmp_path, "step")[0]["loss"] < 2.1, "cross entropy has 2.3 or more"
+    assert summary(tmp_path)["final_eval_loss"] < 1.2
 
 
 @pytest.mark.parametrize(
