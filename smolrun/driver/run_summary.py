@@ -104,8 +104,9 @@ class RunSummary:
             yield "loss", f"{record.train_loss:.4f}"
         if record.eval_loss is not None:
             yield "evaluation loss", f"{record.eval_loss:.4f}"
-            # Of a loss per token; e^20 is no model of anything.
-            if unit == "tokens" and record.eval_loss < _MOST_LOSS:
+            # Of the cross entropy of a token; e^20 is no model of anything.
+            is_entropy = unit == "tokens" and self.config.model.loss is None
+            if is_entropy and record.eval_loss < _MOST_LOSS:
                 yield "perplexity", f"{math.exp(record.eval_loss):,.1f}"
         if record.eval_accuracy is not None:
             yield "accuracy", accuracy(record.eval_accuracy).removeprefix("accuracy ")
@@ -141,7 +142,9 @@ class RunSummary:
         elif not self.record.divergence:
             if isinstance(self.config.model, _SERVED) and self.config.data.produces == "tokens":
                 yield "to talk to it", f"smolrun {self._talk()} model.run={name}"
-                yield "to export it", f"smolrun task=export model.run={name}"
+            else:
+                yield "in Python", f'model, tokenizer = smolrun.load("{name}")'
+            yield "to export it", f"smolrun task=export model.run={name}"
             steps = f"training.steps={2 * self.record.steps}"
             yield "to train longer", f"smolrun checkpoint.resume={name} {steps}"
 

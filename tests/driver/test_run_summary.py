@@ -148,3 +148,17 @@ def test_no_estimate_does_not_hide_the_reason(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dry_run, "estimate", broken)
     reason = with_advice(compose([]), outcome(True)).reason
     assert reason.endswith("a smaller training.micro_batch_size (no estimate: no torch here)")
+
+
+def test_what_fits_a_model_of_own_code_and_an_own_loss_is_offered(tmp_path: Path) -> None:
+    record = RunRecord(checkpoint="step-00000020", eval_loss=2.0)
+    done = RunOutcome("done", 0)
+    ours = told(tmp_path, done, record)
+    assert "perplexity 7.4" in ours
+    assert "smolrun task=generate" in ours
+    own_loss = told(tmp_path, done, record, "model.loss=json:loads")
+    assert "perplexity" not in own_loss, "e to the power of another loss means nothing"
+    own = told(tmp_path, done, record, "model.target=json:loads", "data=digits")
+    assert f'in Python: model, tokenizer = smolrun.load("{tmp_path}")' in own
+    assert "task=generate" not in own
+    assert all("smolrun task=export model.run=" in text for text in (ours, own))
