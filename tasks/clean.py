@@ -21,8 +21,7 @@ from smolrun.config import RunConfig
 from smolrun.errors import CheckpointError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, indented, one_line
-from smolrun.tasks.status import size
-from smolrun.tracking.formatting import duration
+from smolrun.tracking.formatting import duration, size
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
 from smolrun.tracking.run_folder import LATEST, OUTPUTS
 

@@ -16,7 +16,7 @@ from smolrun.config import RunConfig
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo
-from smolrun.tracking.formatting import clock, duration
+from smolrun.tracking.formatting import aligned, clock, duration, size
 from smolrun.tracking.past_runs import PastRun, look, run_folders
 from smolrun.tracking.run_folder import OUTPUTS
 
@@ -83,24 +83,9 @@ def row(run: PastRun) -> tuple[str, ...]:
     )
 
 
-def size(num_bytes: float) -> str:
-    """Bytes as disks are sold: 1 MB is a million."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
-
-
 def _print(rows: Sequence[Sequence[str]]) -> None:
-    """Aligned lines. A terminal gets as many columns as fit, but names and states always: a name
-    that is cut is of no use to `checkpoint.resume=`."""
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    shown = list(range(len(COLUMNS)))
-    if sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns
-        while len(shown) > 2 and sum(widths[n] + 2 for n in shown) - 2 > room:
-            shown.pop()
-    for cells in (COLUMNS, *rows):
-        line = (cells[n].ljust(widths[n]) for n in shown)
-        echo("  ".join(line).rstrip())
+    """A terminal gets as many columns as fit, but names and states always: a name that is cut is of
+    no use to `checkpoint.resume=`."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in aligned([COLUMNS, *rows], room, least=2):
+        echo(line)

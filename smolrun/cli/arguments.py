@@ -33,7 +33,8 @@ REFUSED = {
 HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
 PLAIN = re.compile(r"^[\w./-]+$", re.ASCII)  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
-VERBATIM = ("chat.system", "generate.prompt")  # whatever is typed is text
+# Whatever is typed is text.
+VERBATIM = ("chat.system", "compare.runs", "compare.sweep", "generate.prompt")
 RUNS = ("attach.run", "checkpoint.resume", "model.run", "stop.run")  # names of runs
 # Hydra's marks of calls, mappings, quotes, escapes and interpolations.
 MARKS = re.compile(r"""[(){}'"\\$]""")

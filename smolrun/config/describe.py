@@ -21,7 +21,7 @@ PLAIN = {
     type(None): "null",
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "task": ("compare", "logs"),
+    "task": ("logs",),
     "algorithm": ("ep", "diloco"),
     "model": ("moe",),
     "mesh": ("torch",),

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "bench",
     "checkpoint",
     "cluster",
+    "compare",
     "data.prefetch_steps",
     "detach",
     "doctor",

@@ -19,6 +19,7 @@ from smolrun.config.settings import (
     Bench,
     CheckpointConfig,
     ChosenRunConfig,
+    CompareConfig,
     ConversationConfig,
     DoctorConfig,
     ExportConfig,
@@ -57,6 +58,7 @@ class RunConfig(Section):
         "attach",
         "stop",
         "clean",
+        "compare",
     ]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         json_schema_extra={"allowed": "an integer >= 0"}
@@ -85,6 +87,7 @@ class RunConfig(Section):
     export: ExportConfig
     attach: ChosenRunConfig
     chat: ConversationConfig
+    compare: CompareConfig
     doctor: DoctorConfig
     generate: GenerateConfig
     status: StatusConfig

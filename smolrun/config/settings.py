@@ -280,6 +280,24 @@ class ExportConfig(Section):
     dtype: Literal["as_is", "float32", "bf16", "fp16"]
 
 
+class CompareConfig(Section):
+    """Keys of `task=compare`."""
+
+    runs: Name | list[Name] | None
+    sweep: Name | None
+    metric: Literal[
+        "auto",
+        "time_to_loss_s",
+        "final_train_loss",
+        "final_eval_loss",
+        "tokens_per_s",
+        "wall_s",
+        "bytes_sent",
+        "peak_memory_bytes",
+    ]
+    out: Name | None
+
+
 class DoctorConfig(Section):
     """Keys of `task=doctor`."""
 

@@ -14,6 +14,12 @@ CHOICE_ALIASES = {
 }
 TASK_KEY_ALIASES = {
     "attach": {"run": "attach.run"},
+    "compare": {
+        "runs": "compare.runs",
+        "sweep": "compare.sweep",
+        "metric": "compare.metric",
+        "out": "compare.out",
+    },
     "doctor": {"write": "doctor.write", "format": "doctor.format"},
     "chat": {"system": "chat.system"},
     "generate": {"prompt": "generate.prompt"},

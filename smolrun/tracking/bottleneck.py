@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from smolrun.events import Event, RankStep, RunStarted, StepDone
 
@@ -51,6 +51,42 @@ class RunSetup:
     stage_advice: str | None = None
 
 
+class RankTime(Protocol):
+    """Seconds of one rank in one step; all its waiting is one number."""
+
+    @property
+    def compute_s(self) -> float:
+        """Computing."""
+
+    @property
+    def wait_s(self) -> float:
+        """Waiting, whatever for."""
+
+
+class WaitTime(NamedTuple):
+    """What a rank waited for in one step, in seconds."""
+
+    behind_s: float  # for the slowest rank
+    bubble_s: float
+    network_s: float
+
+
+def split_waits(
+    ranks: Mapping[int, RankTime], stage_micro_batches: int | None
+) -> dict[int, WaitTime]:
+    """The waiting of every rank in one step, split by cause."""
+    slowest_s = max(row.compute_s for row in ranks.values())
+    others_s = sum(row.compute_s for row in ranks.values()) - slowest_s
+    passing_s = others_s / stage_micro_batches if stage_micro_batches else 0.0
+
+    def split(row: RankTime) -> WaitTime:
+        behind_s = min(row.wait_s, slowest_s - row.compute_s)
+        bubble_s = min(row.wait_s - behind_s, passing_s)
+        return WaitTime(behind_s, bubble_s, row.wait_s - behind_s - bubble_s)
+
+    return {rank: split(row) for rank, row in ranks.items()}
+
+
 @dataclass
 class TimeSums:
     """Seconds, summed over steps; those of one rank by its number."""
@@ -70,17 +106,14 @@ class TimeSums:
     def add(self, ranks: dict[int, RankStep], duration_s: float) -> None:
         """Add one step, as all ranks reported it."""
         slowest = max(ranks, key=lambda rank: ranks[rank].compute_s)
-        others_s = sum(row.compute_s for row in ranks.values()) - ranks[slowest].compute_s
-        passing_s = others_s / self.stage_micro_batches if self.stage_micro_batches else 0.0
+        waits = split_waits(ranks, self.stage_micro_batches)
         self.steps += 1
         for rank, row in ranks.items():
-            behind_s = min(row.wait_s, ranks[slowest].compute_s - row.compute_s)
-            bubble_s = min(row.wait_s - behind_s, passing_s)
-            self.bubble_s += bubble_s
-            _add(self.waited_for_s, slowest, behind_s)
+            self.bubble_s += waits[rank].bubble_s
+            _add(self.waited_for_s, slowest, waits[rank].behind_s)
             _add(self.compute_s, rank, row.compute_s)
             # A rank alone has no network: what it spends in collectives is not counted.
-            self.network_s += row.wait_s - behind_s - bubble_s if self.world_size > 1 else 0.0
+            self.network_s += waits[rank].network_s if self.world_size > 1 else 0.0
             self.total_s += max(duration_s, row.compute_s + row.wait_s)
             self.bytes_sent += row.bytes_sent
             _add(self.throttled, rank, 1 if row.throttled else 0)

@@ -49,3 +49,22 @@ def number(value: float | None) -> str:
 def accuracy(share: float) -> str:
     """`accuracy 93.1 %`."""
     return f"accuracy {share * 100:.1f} %"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as disks are sold: 1 MB is a million."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def aligned(rows: Sequence[Sequence[str]], room: int | None = None, *, least: int = 1) -> list[str]:
+    """Rows of equally many cells as lines. With `room` characters the last columns that do not fit
+    are left out, but never the first `least`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = list(range(len(widths)))
+    while room is not None and len(shown) > least and sum(widths[n] + 2 for n in shown) - 2 > room:
+        shown.pop()
+    return ["  ".join(cells[n].ljust(widths[n]) for n in shown).rstrip() for cells in rows]

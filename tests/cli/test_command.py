@@ -45,7 +45,7 @@ ALGORITHMS = "classicdp, edp, fsdp, mp, mp_pipeline, single, syncps"
             "algorithm=ep",
             f"algorithm = ep: not built yet; allowed: {ALGORITHMS}",
         ),
-        ("task=compare", "task = compare: not built yet; allowed: attach, bench, chat, clean, "),
+        ("task=logs", "task = logs: not built yet; allowed: attach, bench, chat, clean, "),
         (
             "algorithm=gpt_tiny",
             f"allowed: {ALGORITHMS}; did you mean model=gpt_tiny?",
