@@ -346,6 +346,12 @@ class Algorithm(ABC):
         init_optimizer_state(self.optimizer, self.optimized_params, dtypes)
         checkpoint.load(chain(self.optimizer_slices(), self.pending_slices()))
 
+    @torch.no_grad()
+    def load_weights(self, checkpoint: CheckpointReader) -> None:
+        """Begins a new run with the weights of `checkpoint`, of any algorithm and dtype;
+        CheckpointError for one of another model."""
+        checkpoint.load(self.model_slices(), all_of="model/", casts=True)
+
     def restore_progress(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Restores numbers, and pending updates as far as their gradients can be loaded."""
         self.loss_scale.value = state["loss_scale"]["value"]

@@ -488,6 +488,11 @@ class SyncPSServer(SyncPS):
         """With the average."""
         return super().checkpoint_bytes() + sum(v.nbytes for v in self._averages().values())
 
+    def load_weights(self, checkpoint: CheckpointReader) -> None:
+        """With a new average from them."""
+        super().load_weights(checkpoint)
+        self.average.restart()
+
     @torch.no_grad()
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """With the average, or a new one from the weights; the pushes in flight are unanswered."""

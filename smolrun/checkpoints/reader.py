@@ -63,17 +63,19 @@ class CheckpointReader:
         """Of all tensors whose key starts with `prefix`, by the rest of the key."""
         return {key.removeprefix(prefix): self.dtype(key) for key in self.keys(prefix)}
 
-    def load(self, slices: Iterable[TensorSlice], all_of: str | None = None) -> None:
+    def load(
+        self, slices: Iterable[TensorSlice], all_of: str | None = None, *, casts: bool = False
+    ) -> None:
         """Fills the memory of `slices`; CheckpointError where a key is missing, or of another shape
-        or dtype. With `all_of`, also where the checkpoint has a key with this prefix that none of
-        them has."""
+        or, unless it `casts`, dtype. With `all_of`, also where the checkpoint has a key with this
+        prefix that none of them has."""
         known = set()
         for part in slices:
             known.add(part.key)
             if part.key not in self.manifest.tensors:
                 raise CheckpointError(f"{self.folder} is of another model: it has no {part.key}")
             shape, dtype = self.shape(part.key), self.dtype(part.key)
-            if (shape, dtype) != (part.shape, part.values.dtype):
+            if shape != part.shape or (dtype != part.values.dtype and not casts):
                 raise CheckpointError(
                     f"{self.folder} is of another model: {part.key} is {shape} of {dtype}, not "
                     f"{part.shape} of {part.values.dtype}"

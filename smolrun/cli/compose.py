@@ -142,6 +142,14 @@ def values(arguments: Arguments) -> dict[str, Any]:
     return data
 
 
+def model(arguments: Arguments, name: Any) -> dict[str, Any]:
+    """The keys of a model of `conf/`, without what was typed; empty if there is no such choice."""
+    if name not in choices.groups(folders(arguments))["model"]:
+        return {}
+    found = plain(composed(replace(arguments, overrides=[f"model={name}"])))["model"]
+    return found if isinstance(found, dict) else {}
+
+
 def _short_name(target: str) -> str:
     """`my_code.model:build` is called model, `my_code:Net` is called Net."""
     module, _, name = target.partition(":")

@@ -1,19 +1,22 @@
-"""checkpoint.resume: the configuration of the run being resumed, with what was typed on top.
+"""checkpoint.resume: the configuration of the run being resumed, with what was typed on top; and
+model.run of a new run: the model and the data that the earlier run had.
 
 So `smolrun checkpoint.resume=latest` needs no more words: everything else is as the run had it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.run_names import run_folder, what_exists
+from smolrun.checkpoints.run_names import named, run_folder, what_exists
 from smolrun.cli import compose, mistakes
 from smolrun.cli.arguments import Arguments
 from smolrun.config import resume
@@ -21,12 +24,13 @@ from smolrun.config.base import SHIPPED_TARGETS
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.files import read_yaml
-from smolrun.sanitize import HIDDEN, echo, without_credentials
+from smolrun.sanitize import HIDDEN, echo, one_line, without_credentials
 from smolrun.tracking.run_folder import RunFolder
 
 OUTPUTS = Path("outputs")
 # An experiment sets many groups at once: with one, everything typed now counts, and is compared.
 WHOLE = ("experiment",)
+TRAINED = "smolrun.models.trained:find"
 _TRUST = "checkpoint.trust_run_folder"
 # Keys of `cluster` and of its hosts that decide what is run, where, and with which variables.
 _OF_CLUSTER = ("ssh", "ssh_config", "python", "workdir", "env")
@@ -67,20 +71,78 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     return merged
 
 
+def trained_further(
+    data: Mapping[str, Any], overrides: Sequence[str], choice: Callable[[str], Any]
+) -> dict[str, Any]:
+    """`data` as it is, or, where a new run trains a model of an earlier one, with that run's model
+    and its weights, and with its data unless `data` was typed. `choice(name)` composes a model.
+
+    ConfigError where there is no such run, and for own code in the folder of another account or
+    machine that is not trusted.
+    """
+    model = data.get("model") or {}
+    wanted = model.get("run")
+    is_new = data.get("task") == "train" and not (data.get("checkpoint") or {}).get("resume")
+    if not is_new or model.get("target") != TRAINED or not isinstance(wanted, str):
+        return dict(data)
+    try:
+        weights = named(wanted, OUTPUTS)
+        folder = RunFolder(run_folder(wanted, OUTPUTS))
+        stored = resume.with_current_keys(_stored(folder.config))
+    except CheckpointError as error:
+        raise ConfigError(problem("model.run", wanted, str(error))) from None
+    before = {key: stored[key] for key in ("model", "data") if isinstance(stored.get(key), dict)}
+    keys = [line.partition("=")[0].lstrip("+~") for line in overrides]
+    if "data" in keys or any(key in WHOLE for key in keys):
+        before.pop("data", None)
+    reason = folder.why_foreign() if list(_runs_or_connects(before)) else None
+    if reason is not None:
+        is_trusted = data["checkpoint"].get("trust_run_folder") is True
+        _ask_for_trust(folder, before, reason, is_trusted=is_trusted, key="model.run")
+    now = {"model": choice(before["model"].get("name")), "data": data.get("data")}
+    typed = [key for key in keys if key.startswith(("model.", "data.")) and key != "model.run"]
+    merged = resume.on_top(resume.completed(before, {k: now[k] for k in before}), data, typed)
+    if "pretrained" in merged["model"]:
+        merged["model"]["pretrained"] = False  # its weights come from the checkpoint
+    is_here = weights.is_relative_to(OUTPUTS.resolve())
+    # As a path: later another run may be the latest, or have that part in its name.
+    place = weights.relative_to(OUTPUTS.resolve()) if is_here else weights
+    checkpoint = {**data["checkpoint"], "weights": place.as_posix()}
+    return {**data, **merged, "checkpoint": checkpoint}
+
+
+def other_version(data: Mapping[str, Any]) -> Iterator[str]:
+    """A line for a configuration of an earlier run, if another version of smolrun wrote it."""
+    checkpoint = data.get("checkpoint") or {}
+    wanted = checkpoint.get("resume") or checkpoint.get("weights")
+    if isinstance(wanted, str):
+        with contextlib.suppress(CheckpointError):
+            folder = RunFolder(run_folder(wanted, OUTPUTS))
+            before = (folder.summary().get("versions") or {}).get("smolrun")
+            if before is not None and before != (now := version("smolrun")):
+                where = one_line(str(folder.config))
+                yield f"{where} was written by smolrun {one_line(str(before))}, this is {now}"
+
+
 def _ask_for_trust(
-    folder: RunFolder, stored: Mapping[str, Any], reason: str, *, is_trusted: bool
+    folder: RunFolder,
+    stored: Mapping[str, Any],
+    reason: str,
+    *,
+    is_trusted: bool,
+    key: str = "checkpoint.resume",
 ) -> None:
     """A yes, or the key, signs config.yaml as it is, so that it is asked once. ConfigError
     otherwise: nothing that the folder names was imported, run or connected to."""
     if not is_trusted:
-        named = list(_runs_or_connects(stored)) or ["only what comes with smolrun"]
-        what = f"{reason}; it names what a resumed run loads and connects to ({'; '.join(named)})"
-        message = problem("checkpoint.resume", str(folder.path), what)
+        names = list(_runs_or_connects(stored)) or ["only what comes with smolrun"]
+        what = f"{reason}; it names what the new run loads and connects to ({'; '.join(names)})"
+        message = problem(key, str(folder.path), what)
         if not is_interactive():
             raise ConfigError(f"{message}; if you trust its author, add {_TRUST}=true")
         echo(message)
         try:
-            answer = input("trust it and resume? [y/N] ")
+            answer = input("trust it? [y/N] ")
         except EOFError:  # Ctrl-D
             answer = ""
         if answer.strip().lower() not in ("y", "yes"):

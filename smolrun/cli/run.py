@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smolrun.cli import choices, compose, mistakes, sweep
 from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse, without_aliases
-from smolrun.cli.resume import resumed
+from smolrun.cli.resume import other_version, resumed, trained_further
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
 from smolrun.sanitize import echo, indented
@@ -81,7 +81,13 @@ def checked(arguments: Arguments) -> RunConfig:
     together.
     """
     try:
-        return validate(resumed(compose.values(arguments), arguments.overrides))
+        values, typed = compose.values(arguments), arguments.overrides
+        values = trained_further(values, typed, lambda name: compose.model(arguments, name))
+        values = resumed(values, typed)
+        try:
+            return validate(values)
+        except ConfigError as error:
+            raise ConfigError([*error.problems, *other_version(values)]) from None
     except mistakes.COMPLAINTS as error:
         raise ConfigError(_all_problems(error, arguments, checked)) from error
 

@@ -157,14 +157,11 @@ def model_is_named(*, model: ModelConfig) -> Iterator[str]:
 
 
 def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
-    """An earlier run's model is served or exported; to train on, it is exported first."""
+    """An earlier run's model is trained further, served or exported."""
     if isinstance(model, TrainedConfig) and task not in ("export", *SERVING_TASKS):
+        what = f"is not for task={task}"
         yield problem(
-            "model",
-            model.name,
-            "is for task=serve, generate, chat and export",
-            allowed="checkpoint.resume=RUN to resume a run; or export it, and train on with "
-            "model=hf model.name=FOLDER",
+            "model", model.name, what, allowed="task=train, serve, generate, chat, export"
         )
     if task == "export" and not isinstance(model, TrainedConfig):
         what = "task=export takes its model from a run"

@@ -69,6 +69,7 @@ class CheckpointConfig(Section):
     keep: Count
     keep_best: bool
     resume: Name | None
+    weights: Name | None
     trust_run_folder: bool
 
 

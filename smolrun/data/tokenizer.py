@@ -351,8 +351,10 @@ def _bytes(folder: Path, texts: Sequence[str]) -> TextTokenizer:
 def _foreign(name: str, progress: Progress) -> Encoder:
     found = find_tokenizer(name, progress)
     given = Path(name).parent if Path(name).name == FILE_NAME else Path(name)
+    # A run keeps its tokenizer in a folder of that name.
+    title = given.parent.name if given.name == "tokenizer" else given.name
     return Encoder(
-        given.name,
+        title,
         {"tokenizer": tokenizer_hash(found)},
         lambda folder, texts: keep_tokenizer(found, folder),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolrun.checkpoints.committer import CheckpointCommitter
@@ -36,11 +37,13 @@ class RunCheckpoints(Subscriber):
         fleet: Fleet,
         *,
         resume: ResumePoint | None,
+        weights: Path | None,
         driver_state: Callable[[int], Mapping[str, Any]],
         emit: Callable[[Event], None],
         say: Callable[[str], None],
     ) -> None:
-        """`driver_state(updates)` is what the driver itself has to store, as JSON."""
+        """`weights` is the checkpoint whose weights a new run begins with. `driver_state(updates)`
+        is what the driver itself has to store, as JSON."""
         token = secrets.token_hex(4)
         checkpoint = resume.checkpoint if resume else None
         self._folder = folder.checkpoints
@@ -62,14 +65,16 @@ class RunCheckpoints(Subscriber):
             savers=savers(config),
         )
         self.saving: Saving | None = None
-        if config.checkpoint.every or resume is not None:
+        loaded = checkpoint or weights
+        if config.checkpoint.every or resume is not None or weights is not None:
             self.saving = Saving(
                 str(self._folder.absolute()),
                 token,
                 every=config.checkpoint.every,
                 keep=config.checkpoint.keep,
                 keep_best=config.checkpoint.keep_best,
-                resume=str(checkpoint) if checkpoint is not None else None,
+                resume=str(loaded.absolute()) if loaded is not None else None,
+                weights_only=checkpoint is None and weights is not None,
             )
 
     def on_start(self, driver: Driver) -> None:

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from smolrun.checkpoints.run_names import run_folder
 from smolrun.config import RunConfig
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.models import HuggingFaceConfig
+from smolrun.config.suggest import absent, problem
 from smolrun.data.cache import cache_folder
 from smolrun.data.prepared import Prepared
-from smolrun.errors import ConfigError, DataError
+from smolrun.errors import CheckpointError, ConfigError, DataError
 from smolrun.files import MAX_TOKENIZER_BYTES, read_json
 from smolrun.targets import load_target
+from smolrun.tracking.run_folder import OUTPUTS
 
 if TYPE_CHECKING:
     from smolrun.data.prepared import Progress
@@ -75,6 +78,9 @@ def tokenizer_for(config: RunConfig, model: ModelFolder | None) -> str | None:
     asked: str | None = getattr(config.data, "tokenizer", None)
     if asked != "auto":
         return asked
+    if (run := config.checkpoint.weights) is not None:
+        # A run keeps its tokenizer: once it is resumed, the earlier one need not be there.
+        return _tokenizer_of(config.checkpoint.resume or run)
     if model is None:
         return "bpe"
     if model.tokenizer_folder is None:
@@ -85,6 +91,18 @@ def tokenizer_for(config: RunConfig, model: ModelFolder | None) -> str | None:
             )
         return "bpe"
     return model.tokenizer_folder
+
+
+def _tokenizer_of(run: str) -> str:
+    """The tokenizer of an earlier run, whose ids its weights know."""
+    try:
+        folder = run_folder(run, OUTPUTS) / "tokenizer"
+    except CheckpointError as error:
+        raise ConfigError(problem("checkpoint.weights", run, str(error))) from None
+    if not (folder / "tokenizer.json").is_file():
+        what = f"there is no tokenizer in {folder}; name the one that fits its model"
+        raise ConfigError(absent("data.tokenizer", what, allowed="NAME or FOLDER"))
+    return str(folder)
 
 
 def with_model(config: RunConfig, prepared: Prepared, model: ModelFolder | None) -> Prepared:

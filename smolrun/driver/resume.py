@@ -80,6 +80,22 @@ def find_resume_point(
     return resume_point_of(folder, checkpoint, manifest)
 
 
+def find_weights(
+    config: RunConfig, resume: ResumePoint | None, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint whose weights the run begins with; None where it has others. ConfigError if
+    there is none."""
+    wanted = config.checkpoint.weights
+    if wanted is None or (resume is not None and resume.checkpoint is not None):
+        return None
+    try:
+        folder, checkpoint = locate(wanted, OUTPUTS, lambda text: say(f"warning: {text}"))
+    except CheckpointError as error:
+        raise ConfigError(problem("checkpoint.weights", wanted, str(error))) from None
+    say(f"beginning with the weights of {folder.name}, {checkpoint.name}")
+    return checkpoint
+
+
 def _planned_steps(folder: RunFolder) -> float:
     """Of the run as it was started last; infinite where that is not known."""
     try:

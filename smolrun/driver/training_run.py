@@ -20,6 +20,7 @@ from smolrun.driver.resume import (
     check_data,
     discard_backup,
     find_resume_point,
+    find_weights,
     restore_folder,
 )
 from smolrun.driver.run_on_ranks import run_on_ranks
@@ -71,6 +72,7 @@ class TrainingRun(Subscriber):
         self._console = console
         self._resume = resume or find_resume_point(config, console.say, closing)
         self._has_begun = False
+        self._weights = find_weights(config, self._resume, console.say)
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
         self._stages = stages_note(config, self._prepared)
@@ -111,6 +113,7 @@ class TrainingRun(Subscriber):
             self._folder,
             self._fleet,
             resume=self._resume,
+            weights=self._weights,
             driver_state=self._driver_state,
             emit=trackers.emit,
             say=say,
@@ -145,7 +148,7 @@ class TrainingRun(Subscriber):
                 say=self._console.say,
                 progress=self._console.preparing,
                 prepared=self._prepared,
-                checkpoint=self._resume.checkpoint if self._resume else None,
+                checkpoint=(self._resume and self._resume.checkpoint) or self._weights,
                 saving=checkpoints.saving,
             )
         except (HostError, HostErrors) as error:

@@ -56,6 +56,7 @@ class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep: int
     keep_best: bool
     resume: str | None = None
+    weights_only: bool = False  # `resume` is of another run, whose weights a new run begins with
 
 
 # How links are protected: TLS; authenticated but readable, and only on loopback; or that anywhere.

@@ -438,10 +438,14 @@ class RankCheckpoints(Periodic):
         self._saver.save(updates, slices, {"run": state} if self._rank == 0 else {})
 
     def _restore(self) -> None:
-        """Loads the checkpoint that the run resumes from, if there is one; on all ranks alike."""
+        """Loads the checkpoint that the run resumes from, or whose weights it begins with, if there
+        is one; on all ranks alike."""
         if self._saving.resume is None:
             return
         with CheckpointReader(Path(self._saving.resume)) as checkpoint:
+            if self._saving.weights_only:
+                self._algorithm.load_weights(checkpoint)
+                return
             state = checkpoint.manifest.state
             try:
                 self._algorithm.restore(checkpoint, state["algorithm"])

@@ -46,6 +46,7 @@ def run_part(
     *,
     until: int,
     resume: Path | None = None,
+    weights: Path | None = None,
     model: Callable[[], torch.nn.Module] = worlds.TinyLanguageModel,
     staleness: int = 0,
     optimizer: str = "adamw",
@@ -70,6 +71,9 @@ def run_part(
             restore(runner, resume)
             hurt(runner)
         plan = worlds.plan_of(runner, speeds)
+        if weights is not None:
+            with CheckpointReader(weights) as checkpoint:
+                runner.load_weights(checkpoint)
         updates = runner.steps_begun - len(runner.pending_updates)
         while updates < until:
             batch = worlds.sample("language_model", runner.steps_begun + shift)
@@ -114,6 +118,40 @@ def world_sizes(algorithm: str) -> tuple[int, ...]:
 
 
 CASES = [(name, size) for name in worlds.ALGORITHMS for size in world_sizes(name)]
+
+
+@pytest.mark.parametrize("algorithm", worlds.ALGORITHMS)
+def test_a_new_run_begins_with_the_weights_of_another(tmp_path: Path, algorithm: str) -> None:
+    """Of another algorithm, number of ranks and dtype; and with nothing else of it."""
+    trained, _ = run_part(tmp_path / "a", "single", 1, until=3)
+    size = world_sizes(algorithm)[-1]
+    keys: dict[str, Any] = {"weights": trained, "precision": "float32"}
+    begun, _ = run_part(tmp_path / "b", algorithm, size, until=0, **keys)
+    before, after = contents(trained), contents(begun)
+    weights = [key for key in before if key.startswith("model/")]
+    assert weights and all(torch.equal(before[key].float(), after[key]) for key in weights)
+    assert not any(key.startswith("optimizer/") and torch.any(after[key]) for key in after)
+    averages = [key for key in after if key.startswith("average/")]
+    assert all(torch.equal(after[key], after[f"model/{key[8:]}"]) for key in averages)
+    assert CheckpointReader(begun).manifest.state["algorithm"]["steps_begun"] == 0
+    # Trained on, it is what a run is that began with these values: replicas and pulled weights too.
+    further, _ = run_part(tmp_path / "c", algorithm, size, until=2, **keys)
+    alone, _ = run_part(tmp_path / "d", "single", 1, until=2, **keys)
+    first, second = contents(further), contents(alone)
+    assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in weights)
+    assert not any(torch.equal(first[key], after[key]) for key in weights[:1])
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    trained, _ = run_part(tmp_path / "a", "single", 1, until=1)
+    with pytest.raises(Exception, match="is of another model"):
+        run_part(tmp_path / "b", "single", 1, until=0, weights=trained, model=lambda: Wider())
+
+
+class Wider(worlds.TinyLanguageModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = torch.nn.Linear(2, 2)
 
 
 @pytest.mark.parametrize(("algorithm", "world_size"), CASES)

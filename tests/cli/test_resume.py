@@ -11,9 +11,11 @@ import platformdirs
 import pytest
 
 from smolrun.cli import resume
-from smolrun.cli.compose import compose
-from smolrun.cli.run import run
-from smolrun.config import resolved
+from smolrun.cli.arguments import Arguments
+from smolrun.cli.compose import compose, composing
+from smolrun.cli.run import checked, run
+from smolrun.config import RunConfig, resolved
+from smolrun.errors import ConfigError
 from smolrun.tracking.run_folder import RunFolder
 
 RUN = "20260131-142501-x-aaaa"
@@ -106,6 +108,77 @@ def test_the_question_shows_all_that_is_run_or_connected_to():
         'tracker.entity = "them"',
     }
     assert list(resume._runs_or_connects(resolved(compose(["model=mlp", "data=digits"])))) == []
+
+
+def further(*overrides: str) -> RunConfig:
+    """The configuration of a new run of the model of an earlier one."""
+    found = Arguments([f"model.run={RUN[-4:]}", *overrides])
+    with composing(found):
+        return checked(found)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
+    folder = RunFolder(Path("outputs") / RUN)
+    folder.path.mkdir(parents=True)
+    plain = resolved(
+        compose(["model.layers=2", "data=shakespeare", "data.max_mb=1", "seed=9", "optimizer=sgd"])
+    )
+    folder.write_config(msgspec.yaml.encode(plain).decode())
+    return folder
+
+
+def test_a_new_run_has_the_model_and_data_of_the_earlier_one(trained: RunFolder):
+    config = further("data.sequence_length=16", "training.steps=7")
+    assert (config.model.name, config.model.keywords()["layers"]) == ("gpt_tiny", 2)
+    data = config.data.keywords()
+    assert (config.data.name, data["max_mb"], data["sequence_length"]) == ("shakespeare", 1, 16)
+    assert (config.seed, config.training.steps) == (0, 7)
+    assert config.optimizer.name == "adamw" and config.optimizer.lr == 1e-4
+    assert (config.checkpoint.weights, config.checkpoint.resume) == (RUN, None)
+
+
+def test_a_new_run_can_have_other_data(trained: RunFolder):
+    config = further("data=python_stdlib", "optimizer=sgd")
+    assert (config.data.name, config.optimizer.name) == ("python_stdlib", "sgd")
+    assert config.model.keywords()["layers"] == 2
+
+
+def test_the_run_is_pinned_as_it_is_now(trained: RunFolder):
+    trained.become_latest()
+    found = Arguments(["model.run=latest"])
+    with composing(found):
+        assert checked(found).checkpoint.weights == RUN
+    (trained.checkpoints / "step-00000001").mkdir(parents=True)
+    at = f"{trained.path}/checkpoints/step-00000001"
+    found = Arguments([f"model.run={at}"])
+    with composing(found):
+        assert checked(found).checkpoint.weights == at.removeprefix("outputs/")
+
+
+def test_keys_of_another_version_are_completed_or_named(trained: RunFolder):
+    plain = msgspec.yaml.decode(trained.config.read_text())
+    del plain["model"]["rope_theta"]
+    trained.write_config(msgspec.yaml.encode(plain).decode())
+    assert further().model.keywords()["rope_theta"] == 10000.0
+    plain["model"]["new_gates"] = 3
+    trained.write_config(msgspec.yaml.encode(plain).decode())
+    trained.write_summary({"versions": {"smolrun": "99.0"}})
+    with pytest.raises(ConfigError) as caught:
+        further()
+    assert "model.new_gates = 3: no such key" in caught.value.problems[0]
+    reason = f"outputs/{RUN}/config.yaml was written by smolrun 99.0, this is "
+    assert reason in caught.value.problems[1]
+
+
+def test_own_code_of_a_foreign_run_is_not_loaded_for_a_new_run_either(ran: Path):
+    for keys in ([], ["data=digits"]):
+        with pytest.raises(ConfigError, match=r"model.run = .*trust_run_folder=true"):
+            further(*keys)
+    assert not ran.exists()
+    assert further("checkpoint.trust_run_folder=true").model.target == "foreign_code:build"
 
 
 def test_a_yes_is_asked_for_once(ran: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,7 +32,7 @@ def test_exporting_brings_the_model_of_a_run_along() -> None:
         (["model.name=owner/model"], "allowed: model=hf model.name=owner/model"),
         (["task=serve", "driver=mini"], "driver = mini: task=serve is driven by this machine"),
         (["task=serve", "model=gpt_tiny"], "model = gpt_tiny: is built anew"),
-        (["model=trained"], "model = trained: is for task=serve, generate, chat and export"),
+        (["model=trained", "task=bench"], "model = trained: is not for task=bench"),
         (["task=export", "model=gpt_tiny"], "task=export takes its model from a run"),
         (["model=hf", "model.name=a", "model.dropout=1.0"], "model.dropout = 1.0: too large"),
         (["model=hf", "model.name=a", "data=digits", "model.attention=best"], "model.attention"),

@@ -52,6 +52,7 @@ def test_ctrl_c_ends_the_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
         RunFolder(tmp_path),
         cast(Fleet, Elsewhere(slow)),
         resume=None,
+        weights=None,
         driver_state=lambda updates: {},
         emit=events.append,
         say=said.append,

@@ -46,6 +46,27 @@ def test_our_own_models_need_no_preparing() -> None:
     assert tokenizer_for(compose(["model=mlp", "data=digits"]), None) is None
 
 
+def test_weights_of_a_run_bring_the_tokenizer_of_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("a-run", "b-run"):
+        (tmp_path / "outputs" / run).mkdir(parents=True)
+        (tmp_path / "outputs" / run / "config.yaml").touch()
+    config = compose(["checkpoint.weights=a-run"])
+    with pytest.raises(ConfigError, match=r"data.tokenizer: there is no tokenizer in .*a-run"):
+        tokenizer_for(config, None)
+    with pytest.raises(ConfigError, match="there is no run and no checkpoint 'c-run'"):
+        tokenizer_for(compose(["checkpoint.weights=c-run"]), None)
+    for run in ("a-run", "b-run"):
+        (tmp_path / "outputs" / run / "tokenizer").mkdir()
+        (tmp_path / "outputs" / run / "tokenizer" / "tokenizer.json").touch()
+    assert tokenizer_for(config, None) == str(tmp_path / "outputs" / "a-run" / "tokenizer")
+    assert tokenizer_for(compose(["checkpoint.weights=a-run", "data.tokenizer=bpe"]), None) == "bpe"
+    resumed = compose(["checkpoint.weights=a-run", "checkpoint.resume=b-run"])
+    assert tokenizer_for(resumed, None) == str(tmp_path / "outputs" / "b-run" / "tokenizer")
+
+
 def test_a_model_gives_its_tokenizer_and_its_folder(folder: Path) -> None:
     (folder / "tokenizer.json").touch()
     config = compose(["model=hf", f"model.name={folder}"])

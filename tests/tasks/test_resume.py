@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -231,6 +232,28 @@ def test_what_must_not_change_is_refused_by_name(copy: Path) -> None:
     ):
         assert what in err
     assert len(rows(copy, "step")) == 24
+
+
+@pytest.mark.timeout(120)
+def test_a_new_run_trains_the_model_further(copy: Path) -> None:
+    """With the weights of the other algorithm's shards, not with its steps and its optimizer."""
+    earlier = (copy / "outputs" / "latest").resolve()
+    keys = ["training.steps=2", "training.sample_tokens=0", "training.eval_batches=1"]
+    code, out, err = train(copy, f"model.run={earlier.name[-4:]}", "algorithm=fsdp", *keys)
+    assert code == 0, err
+    assert f"beginning with the weights of {earlier.name}, step-00000024" in out
+    assert (copy / "outputs" / "latest").resolve() != earlier
+    first = rows(copy, "step")[0]
+    assert first["step"] == 0
+    losses = [
+        row["loss"]
+        for row in map(json.loads, (earlier / "metrics.jsonl").open())
+        if row["event"] == "step"
+    ]
+    assert first["loss"] < losses[0] - 0.5  # an untrained one begins where that one began
+    assert (earlier / "tokenizer" / "tokenizer.json").read_bytes() == (
+        copy / "outputs" / "latest" / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_a_run_that_is_done_needs_more_steps(copy: Path) -> None:

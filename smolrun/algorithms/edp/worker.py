@@ -308,6 +308,9 @@ class EDPWorker(EDP):
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """A no-op: everything comes from the server."""
 
+    def load_weights(self, checkpoint: CheckpointReader) -> None:
+        """A no-op, as `restore`."""
+
     def next_assignment(self, steps: int) -> BatchAssignment | None:
         """The next item; blocks while the server has none, or the weights are too old."""
         with self.clock.waiting():
