@@ -478,15 +478,12 @@ class SyncPSServer(SyncPS):
         """Everything, with the average; workers write nothing of it."""
         for part in super().owned():
             yield replace(part, writer="this")
-        for key, value in self._averages().items():
-            yield TensorSlice.whole(key, value, "this")
-
-    def _averages(self) -> dict[str, Tensor]:
-        return {f"average/{name}": value for name, value in self.average.values.items()}
+        for name, value in self.average.values.items():
+            yield TensorSlice.whole(f"average/{name}", value, "this")
 
     def checkpoint_bytes(self) -> int:
         """With the average."""
-        return super().checkpoint_bytes() + sum(v.nbytes for v in self._averages().values())
+        return super().checkpoint_bytes() + sum(v.nbytes for v in self.average.values.values())
 
     def load_weights(self, checkpoint: CheckpointReader) -> None:
         """With a new average from them."""

@@ -33,10 +33,12 @@ STEPS = 9
 Hurt = Callable[[Algorithm], None]
 
 
-def restore(runner: Algorithm, resume: Path) -> None:
+def restore(runner: Algorithm, resume: Path, takes_all: bool = True) -> None:
     with CheckpointReader(resume) as checkpoint:
+        if not takes_all:
+            return runner.load_weights(checkpoint)
         state = checkpoint.manifest.state
-        runner.restore(checkpoint, state["algorithm"])
+        return runner.restore(checkpoint, state["algorithm"])
 
 
 def run_part(
@@ -46,7 +48,7 @@ def run_part(
     *,
     until: int,
     resume: Path | None = None,
-    weights: Path | None = None,
+    takes_all: bool = True,  # of the checkpoint; else the weights alone
     model: Callable[[], torch.nn.Module] = worlds.TinyLanguageModel,
     staleness: int = 0,
     optimizer: str = "adamw",
@@ -68,12 +70,9 @@ def run_part(
         context = worlds.context(mesh, precision, optimizer, staleness)
         runner = placed(section, dataclasses.replace(context, **(more or {})), start)
         if resume is not None:
-            restore(runner, resume)
+            restore(runner, resume, takes_all)
             hurt(runner)
         plan = worlds.plan_of(runner, speeds)
-        if weights is not None:
-            with CheckpointReader(weights) as checkpoint:
-                runner.load_weights(checkpoint)
         updates = runner.steps_begun - len(runner.pending_updates)
         while updates < until:
             batch = worlds.sample("language_model", runner.steps_begun + shift)
@@ -125,7 +124,7 @@ def test_a_new_run_begins_with_the_weights_of_another(tmp_path: Path, algorithm:
     """Of another algorithm, number of ranks and dtype; and with nothing else of it."""
     trained, _ = run_part(tmp_path / "a", "single", 1, until=3)
     size = world_sizes(algorithm)[-1]
-    keys: dict[str, Any] = {"weights": trained, "precision": "float32"}
+    keys: dict[str, Any] = {"resume": trained, "takes_all": False, "precision": "float32"}
     begun, _ = run_part(tmp_path / "b", algorithm, size, until=0, **keys)
     before, after = contents(trained), contents(begun)
     weights = [key for key in before if key.startswith("model/")]
@@ -145,7 +144,15 @@ def test_a_new_run_begins_with_the_weights_of_another(tmp_path: Path, algorithm:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     trained, _ = run_part(tmp_path / "a", "single", 1, until=1)
     with pytest.raises(Exception, match="is of another model"):
-        run_part(tmp_path / "b", "single", 1, until=0, weights=trained, model=lambda: Wider())
+        run_part(
+            tmp_path / "b",
+            "single",
+            1,
+            until=0,
+            resume=trained,
+            takes_all=False,
+            model=lambda: Wider(),
+        )
 
 
 class Wider(worlds.TinyLanguageModel):
