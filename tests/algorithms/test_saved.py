@@ -33,12 +33,15 @@ STEPS = 9
 Hurt = Callable[[Algorithm], None]
 
 
-def restore(runner: Algorithm, resume: Path, takes_all: bool = True) -> None:
+def restore(
+    runner: Algorithm, resume: Path, takes_all: bool = True, hurt: Hurt = lambda algorithm: None
+) -> None:
     with CheckpointReader(resume) as checkpoint:
-        if not takes_all:
-            return runner.load_weights(checkpoint)
-        state = checkpoint.manifest.state
-        return runner.restore(checkpoint, state["algorithm"])
+        if takes_all:
+            runner.restore(checkpoint, checkpoint.manifest.state["algorithm"])
+        else:
+            runner.load_weights(checkpoint)
+    hurt(runner)
 
 
 def run_part(
@@ -70,8 +73,7 @@ def run_part(
         context = worlds.context(mesh, precision, optimizer, staleness)
         runner = placed(section, dataclasses.replace(context, **(more or {})), start)
         if resume is not None:
-            restore(runner, resume, takes_all)
-            hurt(runner)
+            restore(runner, resume, takes_all, hurt)
         plan = worlds.plan_of(runner, speeds)
         updates = runner.steps_begun - len(runner.pending_updates)
         while updates < until:
@@ -79,8 +81,8 @@ def run_part(
             share = worlds.share(batch, plan, runner.steps_begun)
             updates += runner.train_step(share) is not None
         replica = runner.replica_tensors().values() or runner.model.parameters()
-        report = write_shard(part, mesh.rank, worlds.to_write(runner))
-        return report, runner.state(), parameter_hash(replica)
+        written = write_shard(part, mesh.rank, worlds.to_write(runner))
+        return written, runner.state(), parameter_hash(replica)
 
     told = run_ranks(world_size, rank_main)
     manifest = merge(
