@@ -237,11 +237,13 @@ class GradientDropped(Event, frozen=True, tag="gradient_dropped"):
 
 
 class TextSample(Event, frozen=True, tag="sample"):
-    """Text the model wrote at the end of training."""
+    """Text the model wrote at the end of training, or before its first step (step 0). `is_answer`:
+    the prompt is a question in a conversation."""
 
     step: Count
     prompt: str
     text: str
+    is_answer: bool = False
     rank: None = None
 
 

@@ -58,7 +58,7 @@ class TextFilesConfig(_TextConfig):
     path: Name | Annotated[list[Name], Field(min_length=1)] = Field(
         json_schema_extra={"absent": "set data.path=FILE or FOLDER, or a list of them"}
     )
-    glob: Name
+    glob: Name | Annotated[list[Name], Field(min_length=1)]
 
 
 class ShakespeareConfig(_TextConfig):

@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "training.log_norms_every",
     "training.recompute",
     "training.resync_every",
+    "training.sample_before",
     "training.sample_prompt",
     "training.sample_tokens",
     "training.steps",

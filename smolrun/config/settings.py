@@ -47,6 +47,7 @@ class TrainingConfig(Section):
     resync_every: Auto | Natural
     sample_tokens: Natural
     sample_prompt: str
+    sample_before: bool
     recompute: bool
     dry_run: bool
     log_norms: Literal["none", "gradients", "all"]

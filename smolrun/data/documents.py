@@ -12,7 +12,7 @@ from smolrun.data.prepared import Progress
 from smolrun.errors import DataError
 
 # More than this share of unreadable characters means: not text at all (a picture, an archive).
-_MOST_REPLACED = 0.1
+MOST_REPLACED = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_documents(
     if not texts:
         names = [name if isinstance(file, bytes) else str(file) for name, file in files.items()]
         raise DataError(f"there is no text in {', '.join(names)[:200]}: empty")
-    if replaced_characters > _MOST_REPLACED * sum(map(len, texts)):
+    if replaced_characters > MOST_REPLACED * sum(map(len, texts)):
         raise DataError(
             f"{replaced_characters} characters in {replaced_files} of {len(files)} files are not "
             "UTF-8: this is not text; set data.glob so that it finds text files only"

@@ -184,9 +184,10 @@ def token_dtype(vocab_size: int) -> Any:
 
 def describe(name: str, documents: Documents, tokenizer: str, facts: Mapping[str, Any]) -> str:
     """One line about what was made of the documents."""
-    megas = documents.characters / 1e6
+    size = documents.characters
+    characters = f"{size / 1e6:.1f} M characters" if size >= 1e5 else f"{size:,} characters"
     description = (
-        f"{name}: {megas:.1f} M characters in {documents.count} documents, "
+        f"{name}: {characters} in {documents.count} documents, "
         f"{facts['train']:,} train and {facts['eval']:,} eval tokens, "
         f"{tokenizer} tokenizer of {facts['vocab_size']}"
     )

@@ -31,7 +31,16 @@ from smolrun.tracking.run_view import View
 
 _MOST_LOSS = 20.0  # of which a perplexity is shown
 _SERVED = (DecoderConfig, HuggingFaceConfig, SmolLM2Config)  # models that write text, of ours
+_LEARNT = (
+    "how these texts sound, not what they say: it will make up names, numbers and facts. "
+    "Search the texts themselves for those"
+)
 _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
+
+
+def _is_pretrained(config: RunConfig) -> bool:
+    """Whether the run began with weights that knew language already."""
+    return bool(getattr(config.model, "pretrained", False) or config.checkpoint.weights)
 
 
 def with_advice(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
@@ -85,7 +94,7 @@ class RunSummary:
         reason = f" ({outcome.reason})" if outcome.status == "stopped" else ""
         if outcome.status == "done" and record.divergence:
             reason = " (diverged)"
-        sample = record.sample
+        shown = record.sample or record.sample_before
         return RunEnd(
             status=outcome.status,
             headline=f"{outcome.status}{reason}: {record.progress(wall_s)}",
@@ -94,7 +103,9 @@ class RunSummary:
             advice=found.advice if found else "",
             time_line=self.times.line,
             notes=list(self._notes()),
-            sample=(sample.prompt, sample.text) if sample is not None else None,
+            prompt=shown.prompt if shown else None,
+            samples=list(self._samples()),
+            is_answer=shown is not None and shown.is_answer,
             commands=list(self._commands(outcome.status, is_short=console.is_live)),
         )
 
@@ -116,6 +127,13 @@ class RunSummary:
         if peaks:
             yield "peak memory", f"{gb(max(peaks))}{' a rank' if len(peaks) > 1 else ''}"
 
+    def _samples(self) -> Iterator[tuple[str, str]]:
+        before, after = self.record.sample_before, self.record.sample
+        for sample, when in ((before, " before"), (after, " after")):
+            if sample is not None:
+                what = "answer" if sample.is_answer else "sample"
+                yield f"{what}{when if before is not None else ''}", sample.text
+
     def _notes(self) -> Iterator[tuple[str, str]]:
         record = self.record
         if record.missed:
@@ -124,6 +142,8 @@ class RunSummary:
             yield "updates by worker", record.pushes.line
         if advice := record.pushes.advice(can_quantize=can_quantize(self.config)):
             yield "slow links", advice
+        if self.config.data.name == "text" and _is_pretrained(self.config):
+            yield "learnt", _LEARNT
         if record.divergence:
             yield "the run diverged", f"{record.divergence}; a lower optimizer.lr may help"
         yield "run folder", str(self.folder.path)

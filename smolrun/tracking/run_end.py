@@ -43,8 +43,9 @@ class RunEnd:
     advice: str = ""
     time_line: str = ""
     notes: Sequence[Row] = ()
-    sample: tuple[str, str] | None = None  # a prompt, and what the model made of it
-    is_answer: bool = False  # the sample is a question and its answer, not one text
+    prompt: str | None = None
+    samples: Sequence[Row] = ()  # (when, what the model made of the prompt)
+    is_answer: bool = False  # the prompt is a question, not the beginning of a text
     commands: Sequence[Row] = ()  # what to do next
 
     def lines(self) -> Iterator[str]:
@@ -53,19 +54,16 @@ class RunEnd:
         yield ", ".join([self.headline, *figures])
         if self.time_line:
             yield self.time_line
-        if self.sample is not None:
-            prompt, text = self.sample
-            yield (
-                f"prompt: {prompt}\nanswer: {text}"
-                if self.is_answer
-                else (f"a sample:\n{prompt}{text}")
-            )
+        if self.is_answer:
+            yield f"prompt: {self.prompt}"
+        for label, text in self.samples:
+            yield f"{label}: {text}" if self.is_answer else f"{label}:\n{self.prompt}{text}"
         yield from (f"{label}: {text}" for label, text in (*self.notes, *self.commands))
 
     def rows(self, width: int, *, has_blocks: bool) -> Iterator[Text]:
         """For a terminal of so many columns; `has_blocks`: it can show block characters."""
-        if self.sample is not None:
-            yield from self._sample_rows()
+        if self.prompt is not None:
+            yield from self._sample_rows(indented(self.prompt))
         yield Text(one_line(self.headline), _OF_STATUS[self.status])
         yield from (_row(label, Text(value, "bold")) for label, value in self.figures)
         if self.shares:
@@ -79,15 +77,14 @@ class RunEnd:
         yield from (_row(label, Text(one_line(text))) for label, text in self.notes)
         yield from (_row(label, Text(one_line(text), "cyan")) for label, text in self.commands)
 
-    def _sample_rows(self) -> Iterator[Text]:
-        assert self.sample is not None
-        prompt, text = (indented(part) for part in self.sample)
+    def _sample_rows(self, prompt: str) -> Iterator[Text]:
         if self.is_answer:
             yield _row("prompt", Text(prompt, "bold"))
-            yield _row("answer", Text(text))
+            yield from (_row(label, Text(indented(text))) for label, text in self.samples)
         else:
-            yield Text("a sample, its prompt in bold:", "bright_black")
-            yield Text("  ").append(prompt, "bold").append(text, "default")
+            for label, text in self.samples:
+                yield Text(f"{label}, the prompt in bold:", "bright_black")
+                yield Text("  ").append(prompt, "bold").append(indented(text), "default")
         yield Text()
 
 

@@ -127,6 +127,7 @@ class RunRecord:
         self.eval_accuracy: float | None = None
         self.checkpoint = checkpoint
         self.sample: TextSample | None = None
+        self.sample_before: TextSample | None = None  # before the first step
         self.pushes = PushRecord()
         self.gradients_dropped: dict[int, int] = {}
         self._took_part: Counter[int] = Counter()  # steps of each rank
@@ -204,6 +205,8 @@ class RunRecord:
             self.parameters = event.parameters
         elif isinstance(event, CheckpointSaved):
             self.checkpoint = event.folder
+        elif isinstance(event, TextSample) and event.step == 0:
+            self.sample_before = event
         elif isinstance(event, TextSample):
             self.sample = event
 

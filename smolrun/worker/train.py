@@ -148,6 +148,7 @@ def _callbacks(
                 prepared=prepared,
                 prompt=training["sample_prompt"],
                 num_tokens=training["sample_tokens"],
+                compares=training["sample_before"],
                 seed=config["seed"],
                 emit=emit,
             )

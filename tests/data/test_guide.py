@@ -22,5 +22,5 @@ def test_the_example_of_your_own_data_runs(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     prepared = names["Letters"](tmp_path, count=200).prepare(lambda what, done, total: None)
-    assert "letters: 0.0 M characters in 200 documents" in prepared.description
+    assert " characters in 200 documents" in prepared.description
     assert len(open_split(prepared, "train", verify=True)) == prepared.train_size

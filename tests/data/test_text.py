@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smolrun.cli.compose import compose
 from smolrun.data.documents import read_documents, split_documents
 from smolrun.data.python_stdlib import PythonStdlib, source_files
 from smolrun.data.splits import Prepared, open_split
@@ -45,6 +46,54 @@ def folder(tmp_path: Path) -> Path:
         (place / f"{number}.txt").write_text("".join(lines))
     (tmp_path / "texts" / "picture.png").write_bytes(bytes(range(256)))
     return tmp_path
+
+
+NOTES = ["**/*.txt", "**/*.md", "**/*.rst", "**/*.org"]
+
+
+def test_notes_are_found_by_default_and_hidden_ones_by_name(tmp_path: Path) -> None:
+    assert compose(["data=text", "data.path=x"]).data.keywords()["glob"] == NOTES
+    for name in ("a.txt", "b.md", "deep/c.rst", "d.org", "e.tex", ".trash/f.md", "g.md.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(glob: Any) -> set[str]:
+        files = TextFiles(tmp_path, path=str(tmp_path), **{**KEYS, "glob": glob}).files(quiet)
+        return {name.removeprefix("0/") for name in files}
+
+    assert found(NOTES) == {"a.txt", "b.md", "deep/c.rst", "d.org"}
+    assert found(["**/*.md", "**/b.*"]) == {"b.md"}
+    assert found("**/.trash/*.md") == {".trash/f.md"}
+
+
+PICTURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        (
+            {"a.tex": b"x", "b.tex": b"y", "c.png": PICTURE},
+            r"2 text files \*.tex: data.glob='\*\*/",
+        ),
+        (
+            {"a.png": PICTURE, "b.png": PICTURE, "c.jpg": bytes(range(128, 256)) * 9, "d": b"x"},
+            r"there is no text in it that can be read \(2 .png, 1 .jpg, 1 without a suffix\)",
+        ),
+        ({".git/config.md": b"x"}, "there are no files in it"),
+        ({}, "there are no files in it"),
+    ],
+)
+def test_a_folder_without_notes_gets_a_proposal(
+    tmp_path: Path, files: dict[str, bytes], error: str
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"no file in the folder {folder} matches .*; .*{error}"):
+        prepare(tmp_path, str(folder), glob=NOTES)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -170,7 +219,7 @@ def test_a_character_cut_by_max_mb_is_not_counted_as_unreadable(tmp_path: Path) 
         ({"path": []}, "data.path names no file"),
         (
             {"path": "texts", "glob": "*.md"},
-            r"no file in the folder texts matches data.glob='\*.md'",
+            r"no file in the folder texts matches data.glob=\*.md; it has 12 text files \*.txt",
         ),
         (
             {"path": "texts/even/0.txt", "sequence_length": 5000},

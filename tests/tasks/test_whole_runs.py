@@ -75,7 +75,7 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
         )
     )
     assert code == 0, err
-    assert "a sample:\n" in out
+    assert "sample:\n" in out
     steps = rows(tmp_path, "step")
     assert [row["step"] for row in steps] == list(range(6))
     promised = "event step rank time_s loss grad_norm lr tokens tokens_per_s"

@@ -23,7 +23,8 @@ END = RunEnd(
     advice="try quantization=int8",
     time_line="where the time went: 60 % computing",
     notes=[("run folder", "outputs/x-3fa9")],
-    sample=("def f(", "x):\n    return\x1b[2J"),
+    prompt="def f(",
+    samples=[("sample", "x):\n    return\x1b[2J")],
     commands=[("to train longer", LONG)],
 )
 
@@ -33,7 +34,7 @@ def test_plain_lines() -> None:
         "done: 300 steps in 0:00:41 (0:00:49 from start to end), loss 3.2145, perplexity 24.9, "
         "14,921 tokens/s",
         "where the time went: 60 % computing",
-        "a sample:\ndef f(x):\n    return\x1b[2J",
+        "sample:\ndef f(x):\n    return\x1b[2J",
         "run folder: outputs/x-3fa9",
         f"to train longer: {LONG}",
     ]
@@ -96,7 +97,23 @@ def test_a_terminal_that_has_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_question_and_its_answer() -> None:
-    end = RunEnd("done", "done", sample=("Hi?", "Hello."), is_answer=True)
-    assert list(end.lines())[1] == "prompt: Hi?\nanswer: Hello."
+    end = RunEnd("done", "done", prompt="Hi?", samples=[("answer", "Hello.")], is_answer=True)
+    assert list(end.lines())[1:] == ["prompt: Hi?", "answer: Hello."]
     rows = [row.plain for row in end.rows(80, has_blocks=True)]
     assert [row.split() for row in rows[:2]] == [["prompt", "Hi?"], ["answer", "Hello."]]
+
+
+def test_the_same_prompt_before_and_after() -> None:
+    samples = [("sample before", " a time"), ("sample after", " the sea")]
+    end = RunEnd("done", "done", prompt="Once upon", samples=samples)
+    assert list(end.lines())[1:] == [
+        "sample before:\nOnce upon a time",
+        "sample after:\nOnce upon the sea",
+    ]
+    shown = [row.plain for row in end.rows(80, has_blocks=True)]
+    assert shown[:4] == [
+        "sample before, the prompt in bold:",
+        "  Once upon a time",
+        "sample after, the prompt in bold:",
+        "  Once upon the sea",
+    ]
