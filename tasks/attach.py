@@ -15,6 +15,7 @@ from smolrun.errors import ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo, one_line
+from smolrun.sweep.attach import attach, meant_sweep
 from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 
@@ -22,7 +23,9 @@ _HISTORY_LINES = 10
 
 
 def drive(config: RunConfig) -> int:
-    """Follow the run to its end; returns the exit code that its own command has."""
+    """Follow the run, or the sweep, to its end; returns the exit code that its own command has."""
+    if (sweep := meant_sweep(config.attach.run)) is not None:
+        return attach(sweep)
     with opened(find_run("attach.run", config.attach.run)) as run:
         view = run.ask(Request("", reads=True))
         if view.has_ended:

@@ -10,20 +10,23 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from smolrun.checkpoints.folder import is_link, leftovers
+from smolrun.checkpoints.run_names import SWEEPS
 from smolrun.config import RunConfig
 from smolrun.errors import CheckpointError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, indented, one_line
+from smolrun.sweep.attach import all_runs, is_sweep, look_at
 from smolrun.tracking.formatting import duration, size
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
-from smolrun.tracking.run_folder import LATEST, OUTPUTS
+from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
+from smolrun.tracking.sweep_folder import sweep_folders
 
 _DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
 _CACHES = ("data", "models")
@@ -41,7 +44,7 @@ class Item:
 
 def drive(config: RunConfig) -> int:
     """Lists everything, then asks about each; exit code 0, or 130 where the answers end."""
-    runs = [look(folder) for folder in run_folders(OUTPUTS)]
+    runs = [look_at(folder) for folder in all_runs()]
     lists = {
         "unfinished": list(_unfinished(runs)),
         "cache": list(_cache(runs)),
@@ -97,9 +100,10 @@ def _show(runs: list[PastRun], lists: dict[str, list[Item]]) -> None:
 
 def _run_item(run: PastRun) -> Item:
     def keep() -> str | None:
-        return "it is running now" if look(run.folder).may_be_running else None
+        return "it is running now" if look_at(run.folder).may_be_running else None
 
-    what = f"run {run.folder.run_id} ({run.state}, {duration(run.age_s)} old)"
+    kind = "sweep" if is_sweep(run.folder) else "run"
+    what = f"{kind} {run.folder.run_id} ({run.state}, {duration(run.age_s)} old)"
     num_bytes = bytes_below(run.folder.path)
     return Item(run.folder.path, what, num_bytes, keep)
 
@@ -116,7 +120,7 @@ def _unfinished(runs: list[PastRun]) -> Iterator[Item]:
         for path in found:
             what = f"unfinished checkpoint {path.name} of {run.folder.run_id}"
             yield Item(path, what, bytes_below(path), keep)
-    for path in sorted(OUTPUTS.glob(f"{_DOOMED}*")):
+    for path in sorted([*OUTPUTS.glob(f"{_DOOMED}*"), *OUTPUTS.glob(f"{SWEEPS}/{_DOOMED}*")]):
         yield Item(path, f"rest of a deleted run, {one_line(path.name)}", bytes_below(path))
 
 
@@ -157,15 +161,20 @@ def _delete(item: Item) -> int:
 
 def _mend_latest() -> None:
     """outputs/latest points to a run that is there and has trained, or is gone too."""
-    latest = OUTPUTS / LATEST
+    trained = (run for run in run_folders(OUTPUTS) if look(run).step is not None)
+    _mend(OUTPUTS, trained)
+    _mend(OUTPUTS / SWEEPS, (sweep.run for sweep in sweep_folders()))
+
+
+def _mend(parent: Path, newest_first: Iterable[RunFolder]) -> None:
+    latest = parent / LATEST
     with contextlib.suppress(OSError, ValueError):
         is_text = latest.is_file() and not latest.is_symlink()
         name = latest.read_text(encoding="utf-8").strip() if is_text else ""
-        if latest.is_dir() or (name and (OUTPUTS / name).is_dir()):
+        if latest.is_dir() or (name and (parent / name).is_dir()):
             return
         if not (latest.is_symlink() or is_text):
             return  # there never was one
         latest.unlink()
-        trained = (run for run in run_folders(OUTPUTS) if look(run).step is not None)
-        if (newest := next(trained, None)) is not None:
+        if (newest := next(iter(newest_first), None)) is not None:
             newest.become_latest()

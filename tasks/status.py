@@ -1,6 +1,7 @@
 """task=status: a table of the runs below outputs/: what they do, how far they are, what they keep.
 
-Only reads, and starts nothing. A run that another machine drives is asked for there.
+A sweep is one line. Only reads, and starts nothing. A run that another machine drives is asked for
+there.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from smolrun.config import RunConfig
 from smolrun.errors import HostError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo
+from smolrun.sweep.attach import all_runs, is_sweep, look_at
 from smolrun.tracking.formatting import aligned, clock, duration, size
-from smolrun.tracking.past_runs import PastRun, look, run_folders
+from smolrun.tracking.past_runs import PastRun
 from smolrun.tracking.run_folder import OUTPUTS
 
 MOST_RUNS = 20
@@ -27,14 +29,14 @@ _UNKNOWN = "-"
 
 def drive(config: RunConfig) -> int:
     """Prints the table, or with status.format=json a list of all that is known; exit code 0."""
-    folders = run_folders(OUTPUTS)
+    folders = all_runs()
     if config.status.format == "json":
-        echo(json.dumps([_plain(run) for run in _with_remote([look(one) for one in folders])]))
+        echo(json.dumps([_plain(run) for run in _with_remote([look_at(one) for one in folders])]))
         return EXIT_DONE
     if not folders:
         echo(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
         return EXIT_DONE
-    _print([row(run) for run in _with_remote([look(folder) for folder in folders[:MOST_RUNS]])])
+    _print([row(run) for run in _with_remote([look_at(folder) for folder in folders[:MOST_RUNS]])])
     if len(folders) > MOST_RUNS:
         echo(f"and {len(folders) - MOST_RUNS} older ones")
     return EXIT_DONE
@@ -62,19 +64,22 @@ def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
 
 
 def _plain(run: PastRun) -> dict[str, Any]:
-    """One run as JSON: the fields of PastRun, its name and its path; times in seconds."""
+    """One run as JSON: the fields of PastRun, its name and its path; times in seconds. Steps of a
+    sweep are jobs."""
     fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     folder = fields.pop("folder")
-    return {"run": folder.run_id, "path": str(folder.path.absolute()), **fields}
+    kind = "sweep" if is_sweep(folder) else "run"
+    return {"run": folder.run_id, "kind": kind, "path": str(folder.path.absolute()), **fields}
 
 
 def row(run: PastRun) -> tuple[str, ...]:
     """One run as the texts of its columns."""
     done = _UNKNOWN if run.step is None else f"{run.step:,}"
+    whole = "" if run.steps is None else f"/{run.steps:,}"
     return (
         run.folder.run_id,
         run.state,
-        done if run.steps is None else f"{done}/{run.steps:,}",
+        f"{done}{whole}{' jobs' if is_sweep(run.folder) else ''}",
         _UNKNOWN if run.loss is None else f"{run.loss:.4f}",
         _UNKNOWN if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
         _UNKNOWN if run.left_s is None else clock(run.left_s),

@@ -13,6 +13,7 @@ from smolrun.driver import run_summary
 from smolrun.driver.runs import OpenRun, config_of, find_run, opened
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
+from smolrun.sweep.attach import meant_sweep, stop
 from smolrun.tracking.run_view import Request, View
 
 # A run may take this long beyond what its ranks have, to close its trackers.
@@ -21,7 +22,9 @@ _TELL_EVERY_S = 10.0
 
 
 def drive(config: RunConfig) -> int:
-    """Stop the run; 0 once it has ended."""
+    """Stop the run, or the sweep; 0 once it has ended."""
+    if (sweep := meant_sweep(config.stop.run)) is not None:
+        return stop(sweep)
     with opened(find_run("stop.run", config.stop.run)) as run:
         view = run.ask(Request(""))
         if not view.has_ended:

@@ -9,6 +9,14 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+# Processes that another one of ours starts.
+_DRIVERS = {
+    "--driver": "main",
+    "--sweep": "sweep_main",
+    "--job": "job_main",
+    "--estimate": "estimate_main",
+    "--start-driver": "start_main",
+}
 _READER_LEFT = 141  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -38,12 +46,9 @@ def _main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print("smolrun " + import_module("importlib.metadata").version("smolrun"))  # noqa: T201
         return 0
-    if "--driver" in arguments:
-        return int(import_module("smolrun.cli.driver").main())
-    if "--job" in arguments:
-        return int(import_module("smolrun.cli.driver").job_main())
-    if "--start-driver" in arguments:
-        return int(import_module("smolrun.cli.driver").start_main())
+    for flag, start in _DRIVERS.items():
+        if flag in arguments:
+            return int(getattr(import_module("smolrun.cli.driver"), start)())
     return int(import_module("smolrun.cli.run").run(arguments))
 
 

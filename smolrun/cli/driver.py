@@ -1,7 +1,9 @@
 """Drivers without a terminal; the process that starts one has composed and resolved the config.
 
 `smolrun --driver`: be one; the configuration comes over stdin (see smolrun/driver/detach.py).
+`smolrun --sweep`: be that of a sweep, whose folder is written (driver/detach.py).
 `smolrun --job`: be that of a job of a sweep (sweep/runner.py).
+`smolrun --estimate`: how long runs would take, for a sweep (cli/sweep.py).
 `smolrun --start-driver`: start one here for another machine (driver/remote_driver.py).
 """
 
@@ -19,10 +21,10 @@ from typing import Any
 
 import msgspec
 
-from smolrun.cli.run import BAD_CONFIG, drive
+from smolrun.cli.run import BAD_CONFIG, drive, run
 from smolrun.config import validate
 from smolrun.driver.outputs import JOB_FOLDER
-from smolrun.errors import ConfigError
+from smolrun.errors import ConfigError, SmolrunError
 from smolrun.files import to_null_device
 from smolrun.sanitize import echo
 
@@ -31,10 +33,7 @@ _BETWEEN_S = 0.1  # two that come at once count as one
 
 def main() -> int:
     """Drive the run that stdin describes; returns its exit code."""
-    if hasattr(signal, "SIGHUP"):  # no terminal of this process can be closed
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own code, as for the command itself
+    _be_a_driver()
     from smolrun.driver.detach import TYPED
 
     try:
@@ -46,6 +45,21 @@ def main() -> int:
         return BAD_CONFIG
     to_null_device(sys.stdin.fileno())
     return drive(config)
+
+
+def sweep_main() -> int:
+    """Run the sweep that the words in stdin, those of a command line, mean; its exit code."""
+    _be_a_driver()
+    words = msgspec.json.decode(sys.stdin.buffer.read(), type=list[str])
+    to_null_device(sys.stdin.fileno())
+    return run(["-m", *words])
+
+
+def _be_a_driver() -> None:
+    if hasattr(signal, "SIGHUP"):  # no terminal of this process can be closed
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code, as for the command itself
 
 
 def job_main() -> int:
@@ -86,6 +100,23 @@ def _obey(lines: bytes) -> None:
             time.sleep(_BETWEEN_S)
         lines = b""
     _thread.interrupt_main()
+
+
+def estimate_main() -> int:
+    """Estimate the seconds of the runs whose configurations stdin holds, as by a dry run: a line
+    of JSON for each, null where that is not known."""
+    from smolrun.driver.prepare import spec_of
+    from smolrun.estimate.dry_run import estimate
+    from smolrun.estimate.dry_run_text import run_s
+
+    for plain in msgspec.json.decode(sys.stdin.buffer.read(), type=list[dict[str, Any]]):
+        config = validate(plain)
+        try:
+            seconds = run_s(estimate(config, spec_of(config)))
+        except (SmolrunError, OSError):  # its job will say so
+            seconds = None
+        print(msgspec.json.encode(seconds).decode(), flush=True)  # noqa: T201  (a program reads it)
+    return 0
 
 
 def start_main() -> int:

@@ -35,6 +35,7 @@ _TRUST = "checkpoint.trust_run_folder"
 # Keys of `cluster` and of its hosts that decide what is run, where, and with which variables.
 _OF_CLUSTER = ("ssh", "ssh_config", "python", "workdir", "env")
 _MOST_SHOWN = 300
+_MOST_NAMED = 20
 
 
 def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -64,9 +65,8 @@ def resumed(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         raise ConfigError(problems)
     _add_credentials(merged.get("cluster"))
     # Of `data`, not of `merged`: a run folder cannot declare itself trusted.
-    if (reason := folder.why_foreign()) is not None:
-        is_trusted = data["checkpoint"].get("trust_run_folder") is True
-        _ask_for_trust(folder, stored, reason, is_trusted=is_trusted)
+    is_trusted = data["checkpoint"].get("trust_run_folder") is True
+    require_trust("checkpoint.resume", folder.path, {folder: stored}, is_trusted=is_trusted)
     merged["checkpoint"]["trust_run_folder"] = False
     return merged
 
@@ -95,10 +95,9 @@ def trained_further(
     keys = [line.partition("=")[0].lstrip("+~") for line in overrides]
     if "data" in keys or any(key in WHOLE for key in keys):
         before.pop("data", None)
-    reason = folder.why_foreign() if list(_runs_or_connects(before)) else None
-    if reason is not None:
+    if any(_runs_or_connects(before)):
         is_trusted = data["checkpoint"].get("trust_run_folder") is True
-        _ask_for_trust(folder, before, reason, is_trusted=is_trusted, key="model.run")
+        require_trust("model.run", folder.path, {folder: before}, is_trusted=is_trusted)
     now = {"model": choice(before["model"].get("name")), "data": data.get("data")}
     typed = [key for key in keys if key.startswith(("model.", "data.")) and key != "model.run"]
     merged = resume.on_top(resume.completed(before, {k: now[k] for k in before}), data, typed)
@@ -124,20 +123,43 @@ def other_version(data: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{where} was written by smolrun {one_line(str(before))}, this is {now}"
 
 
-def _ask_for_trust(
-    folder: RunFolder,
-    stored: Mapping[str, Any],
-    reason: str,
-    *,
-    is_trusted: bool,
-    key: str = "checkpoint.resume",
+def of_folder(folder: RunFolder, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in a run folder, under the keys of this version; `data` is the composed
+    one that has what is missing. ConfigError where it cannot be used."""
+    try:
+        stored = resume.completed(_stored(folder.config), data)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    _add_credentials(stored.get("cluster"))
+    return stored
+
+
+def require_trust(
+    key: str, path: Path, configs: Mapping[RunFolder, Mapping[str, Any]], *, is_trusted: bool
 ) -> None:
-    """A yes, or the key, signs config.yaml as it is, so that it is asked once. ConfigError
-    otherwise: nothing that the folder names was imported, run or connected to."""
+    """Ask for trust in the run folders that this account did not write, all at once; `path` is
+    what `key` names. A yes signs each config.yaml as it is. ConfigError without one."""
+    reasons = {folder: reason for folder in configs if (reason := folder.why_foreign())}
+    if not reasons:
+        return
+    named = list(
+        dict.fromkeys(line for folder in reasons for line in _runs_or_connects(configs[folder]))
+    )
+    _ask_for_trust(key, path, next(iter(reasons.values())), named, is_trusted=is_trusted)
+    for folder in reasons:
+        folder.write_config(folder.config.read_text(encoding="utf-8"))
+
+
+def _ask_for_trust(
+    key: str, path: Path, reason: str, named: Sequence[str], *, is_trusted: bool
+) -> None:
+    """ConfigError without a yes or the key: nothing that the folder names was imported, run or
+    connected to."""
     if not is_trusted:
-        names = list(_runs_or_connects(stored)) or ["only what comes with smolrun"]
-        what = f"{reason}; it names what the new run loads and connects to ({'; '.join(names)})"
-        message = problem(key, str(folder.path), what)
+        more = [f"and {len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+        loads = "; ".join([*named[:_MOST_NAMED], *more]) or "only what comes with smolrun"
+        what = f"{reason}; it names what the run loads and connects to ({loads})"
+        message = problem(key, str(path), what)
         if not is_interactive():
             raise ConfigError(f"{message}; if you trust its author, add {_TRUST}=true")
         echo(message)
@@ -147,7 +169,6 @@ def _ask_for_trust(
             answer = ""
         if answer.strip().lower() not in ("y", "yes"):
             raise ConfigError(f"{message}; it is not trusted")
-    folder.write_config(folder.config.read_text(encoding="utf-8"))
 
 
 def is_interactive() -> bool:

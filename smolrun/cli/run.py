@@ -8,13 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from smolrun.cli import choices, compose, mistakes, sweep
-from smolrun.cli.arguments import Arguments, at_home, is_showing, read, refuse, without_aliases
+from smolrun.cli.arguments import (
+    Arguments,
+    at_home,
+    is_showing,
+    quoted,
+    read,
+    refuse,
+    without_aliases,
+)
 from smolrun.cli.resume import other_version, resumed, trained_further
 from smolrun.config import RunConfig, validate
 from smolrun.errors import ConfigError, DataError, SmolrunError
@@ -22,6 +31,7 @@ from smolrun.sanitize import echo, indented
 
 BAD_CONFIG = 2
 FAILED = 3
+_QUICK_S = 2.0  # what takes longer shows its progress
 
 
 def run(argv: Sequence[str]) -> int:
@@ -37,16 +47,33 @@ def run(argv: Sequence[str]) -> int:
             return _show(argv)
         arguments = read(argv)
         with compose.composing(arguments):
+            if sweep.wanted_resume(arguments.overrides):
+                return _go(*sweep.resumed_sweep(arguments))
             if arguments.is_sweep:
                 jobs, configs = checked_jobs(arguments)
                 if all(map(_trains, configs)):
                     started = sweep.new_sweep(arguments.overrides, jobs, configs)
-                    return sweep.run_sweep(started)
+                    return _go(started, configs[0].detach)
                 return sweep.run_jobs(jobs, arguments.flags(), sweep.start_job)
             config = checked(arguments)
+            sweep.refuse_alone(arguments.overrides)
     except ConfigError as error:
         return _report(error.problems)
     return drive(config.with_typed(typed))
+
+
+def _go(started: sweep.Sweep, detach: bool) -> int:
+    """Run a sweep here, or in the background."""
+    if not detach:
+        return sweep.run_sweep(started)
+    for note in started.notes:
+        echo(note)
+    name = started.folder.path.name
+    words = [
+        f"sweep.resume={quoted(str(started.folder.path.absolute()))}",
+        f"sweep.fail_fast={str(started.fail_fast).lower()}",
+    ]
+    return int(import_module("smolrun.driver.detach").drive_sweep(name, words))
 
 
 def _trains(config: RunConfig) -> bool:
@@ -103,11 +130,11 @@ def checked_jobs(arguments: Arguments) -> tuple[list[list[str]], list[RunConfig]
         raise ConfigError(_all_problems(error, arguments, checked_jobs)) from error
     found: dict[str, list[str]] = {}
     configs = []
-    for number, overrides in enumerate(jobs, start=1):
+    for number, overrides in enumerate(_with_progress(jobs), start=1):
         try:
             configs.append(checked(replace(arguments, overrides=overrides)))
-            if _goes_away(configs[-1]):
-                raise ConfigError("detach and driver would start all jobs of -m at the same time")
+            if _goes_away(configs[-1]) and (configs[-1].driver or configs[-1].task != "train"):
+                raise ConfigError("driver and task=serve: -m would start all jobs at the same time")
         except ConfigError as error:
             for line in error.problems:
                 found.setdefault(line, []).append(str(number))
@@ -116,6 +143,20 @@ def checked_jobs(arguments: Arguments) -> tuple[list[list[str]], list[RunConfig]
             [f"{line} (job {', '.join(at)} of {len(jobs)})" for line, at in found.items()]
         )
     return jobs, configs
+
+
+def _with_progress(jobs: Sequence[list[str]]) -> Iterator[list[str]]:
+    """The jobs; where checking them takes long, their number is shown meanwhile."""
+    from smolrun.tracking.console import Console
+
+    console, began = Console(steps=1, world_size=1), time.monotonic()
+    try:
+        for done, job in enumerate(jobs):
+            if time.monotonic() > began + _QUICK_S:
+                console.preparing(f"checking {len(jobs):,} jobs", done, len(jobs))
+            yield job
+    finally:
+        console.close()
 
 
 def _all_problems(

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPE
 from smolrun.sanitize import echo
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
-COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--driver"]
+COMMAND = [sys.executable, "-P", "-m", "smolrun.cli"]
 _LOG = "SMOLRUN_DRIVER_LOG"  # for the driver alone: the file that its output goes to at first
 FOLDER = "smolrun-run-folder: "  # before the line that names it
 TYPED = "typed"  # beside the configuration's own keys
@@ -63,21 +63,35 @@ def how_to_go_on(run_id: str) -> list[str]:
     ]
 
 
+def drive_sweep(name: str, words: Sequence[str]) -> int:
+    """Start the driver of a sweep whose folder is written, which resumes it by these words of a
+    command line; returns once it runs, or has failed."""
+    code, path = _start("--sweep", msgspec.json.encode(words), lambda line: echo(line, error=True))
+    if path is not None:
+        echo("\n".join(how_to_go_on(name)))
+    return code
+
+
 def start(config: Mapping[str, Any], say: Callable[[str], None]) -> tuple[int, str | None]:
     """Start a driver of the resolved configuration; what it says before its run folder is there
     goes to `say`. Returns the exit code and the run folder, None where it has failed before."""
     plain = {**config, "detach": False, "driver": None}
+    return _start("--driver", msgspec.json.encode(plain), say)
+
+
+def _start(flag: str, order: bytes, say: Callable[[str], None]) -> tuple[int, str | None]:
+    """As `start`; the process reads `order` from stdin."""
     log = OUTPUTS / f".driver-{secrets.token_hex(4)}.log"
     with nothing_started():
         OUTPUTS.mkdir(parents=True, exist_ok=True)
         output = log.open("xb")
     try:
         with output:
-            driver = _launch(log, output.fileno())
+            driver = _launch(flag, log, output.fileno())
         with log.open("rb") as said:
             assert driver.stdin is not None
             with contextlib.suppress(OSError):  # it has died; its exit code says so
-                driver.stdin.write(msgspec.json.encode(plain))
+                driver.stdin.write(order)
             with contextlib.suppress(OSError):
                 driver.stdin.close()
             try:
@@ -93,7 +107,7 @@ def start(config: Mapping[str, Any], say: Callable[[str], None]) -> tuple[int, s
             log.unlink(missing_ok=True)
 
 
-def _launch(log: Path, output: int) -> subprocess.Popen[bytes]:
+def _launch(flag: str, log: Path, output: int) -> subprocess.Popen[bytes]:
     """The driver's process: no terminal, no parent that could take it along."""
     flags = getattr(subprocess, "DETACHED_PROCESS", 0)
     flags |= getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
@@ -102,7 +116,7 @@ def _launch(log: Path, output: int) -> subprocess.Popen[bytes]:
     for creationflags in dict.fromkeys((flags | away, flags)):
         try:
             return subprocess.Popen(  # noqa: S603  (our own interpreter)
-                COMMAND,
+                [*COMMAND, flag],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -110,6 +110,14 @@ def _how_long(made: Estimate) -> str:
     return f", but {text}; quicker: {', '.join(quicker) or 'faster links, or fewer hosts'}"
 
 
+def run_s(made: Estimate) -> float | None:
+    """Seconds that all steps take at least; None where that is not known."""
+    compute = stage_step(made)[0] if made.keys is not None else _compute_s(made)
+    if compute is None:
+        return None
+    return made.config.training.steps * max(compute, _network_s(made) or 0.0)
+
+
 def _less_network(made: Estimate, now_s: float) -> Iterator[tuple[str, float]]:
     """Keys with which it fits too and sends clearly less, and the seconds of a step then."""
     training, quantization = made.config.training, made.config.quantization

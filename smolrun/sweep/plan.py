@@ -51,6 +51,11 @@ def title(jobs: Sequence[SweepJob]) -> str:
     return "-".join(keys)[:60] or "one_job"
 
 
+def free_name(differs: dict[str, str], taken: Sequence[str]) -> str:
+    """The name of a job that comes after the others."""
+    return _unique([*taken, _name(differs)])[-1]
+
+
 def _split(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key.lstrip("+"), value

@@ -13,12 +13,13 @@ sweep's process dies in whatever way, its job's stdin ends, so no job is left be
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from smolrun.launch.driver import InterruptCounter
@@ -36,10 +37,12 @@ _TAIL_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class ReadyJob:
-    """A job that can start: its name, and what its process reads from stdin, a line of JSON."""
+    """A job that can start: its name, and what its process reads from stdin, a line of JSON.
+    `config`: config.yaml of a job that starts over; its earlier folder is renamed."""
 
     name: str
     order: bytes
+    config: str | None = None
 
 
 class SweepRunner:
@@ -58,9 +61,11 @@ class SweepRunner:
         self._console = console
         self._fail_fast = fail_fast
         self._interrupts = InterruptCounter()
+        self._has_said = False
 
     def run(self, jobs: Sequence[ReadyJob]) -> int:
         """The exit code of the sweep; OSError if its files cannot be written. No job is left."""
+        self._console.show(self._progress.look())
         with self._interrupts.installed():
             for job in jobs:
                 status = self._run_job(job)
@@ -83,45 +88,74 @@ class SweepRunner:
     def _run_job(self, job: ReadyJob) -> str:
         if self._asked():
             return "waiting"
-        folder = self._folder.job(job.name)
+        self._make_ready(job)
         self._progress.forget(job.name)
-        with folder.driver_log.open("ab") as log:
-            process = _launch(log.fileno())
-        try:
-            with contextlib.suppress(OSError):  # it has died; its exit code says so
-                assert process.stdin is not None
-                process.stdin.write(job.order + b"\n")
-                process.stdin.flush()
-            self._console.show(self._progress.look())
-            self._wait_for(process)
-        finally:
-            _end(process)
-        status = _ended(folder, process.returncode)
+        self._console.show(self._progress.look())
+        status = run_job(self._folder.job(job.name), job, self._asked, self._while_it_runs)
         self._console.show(self._progress.look())
         return status
 
-    def _wait_for(self, process: subprocess.Popen[bytes]) -> None:
-        """Until the job has ended, and pass stop requests on."""
-        sent, give_up = 0, float("inf")
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_S)
-                return
-            while sent < min(self._asked(), 2):
-                sent += 1
-                with contextlib.suppress(OSError):
-                    assert process.stdin is not None
-                    process.stdin.write(b"stop\n")
-                    process.stdin.flush()
-                if sent == 1:
-                    self._console.say(
-                        "stopping the job at the next agreed step; Ctrl-C again: at once"
-                    )
-                else:
-                    give_up = time.monotonic() + _ABORT_S
-            if time.monotonic() > give_up:
-                return
-            self._console.show(self._progress.look())
+    def _make_ready(self, job: ReadyJob) -> None:
+        """The folder of a job that was started before is as if it had not been."""
+        folder = self._folder.job(job.name)
+        if job.config is not None:
+            numbers = (f".{job.name}.{number}" for number in itertools.count(1))
+            aside = next(name for name in numbers if not (self._folder.path / name).exists())
+            folder.path.rename(self._folder.path / aside)
+            folder.path.mkdir()
+            folder.write_config(job.config)
+            self._console.say(f"{job.name} runs again; its earlier files are in {aside}")
+        # Of a job that resumes: this one is of its earlier end.
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        folder.driver_log.touch()  # now it is not waiting any more
+
+    def _while_it_runs(self) -> None:
+        if self._asked() == 1 and not self._has_said:
+            self._has_said = True
+            self._console.say("stopping the job at the next agreed step; Ctrl-C again: at once")
+        self._console.show(self._progress.look())
+
+
+def run_job(
+    folder: RunFolder,
+    job: ReadyJob,
+    asked: Callable[[], int],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> str:
+    """Run a job to its end; returns the status in its summary.json. `asked()` is the number of
+    stop requests, `meanwhile` is called four times a second. No process of it is left."""
+    with folder.driver_log.open("ab") as log:
+        process = _launch(log.fileno())
+    try:
+        _write(process, job.order + b"\n")
+        _wait_for(process, asked, meanwhile)
+    finally:
+        _end(process)
+    return _ended(folder, process.returncode)
+
+
+def _wait_for(
+    process: subprocess.Popen[bytes], asked: Callable[[], int], meanwhile: Callable[[], None]
+) -> None:
+    """Until the job has ended, and pass stop requests on."""
+    sent, give_up = 0, float("inf")
+    while time.monotonic() < give_up:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_S)
+            return
+        while sent < min(asked(), 2):
+            sent += 1
+            _write(process, b"stop\n")
+            if sent == 2:
+                give_up = time.monotonic() + _ABORT_S
+        meanwhile()
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
+    with contextlib.suppress(OSError):  # it has died; its exit code says so
+        assert process.stdin is not None
+        process.stdin.write(data)
+        process.stdin.flush()
 
 
 def _launch(output: int) -> subprocess.Popen[bytes]:
@@ -153,14 +187,16 @@ def _ended(folder: RunFolder, code: int) -> str:
         return str(status)
     status = "stopped" if code in (EXIT_STOPPED, EXIT_STOPPED_NOW) else "failed"
     reason = (
-        "stopped by the user before training began" if status == "stopped" else _why(folder, code)
+        "stopped by the user before training began"
+        if status == "stopped"
+        else last_words(folder, code)
     )
     with contextlib.suppress(OSError):  # the disk is full: the next look finds a job without an end
         folder.write_summary({"status": status, "exit_code": EXIT_FAILED, "reason": reason})
     return status
 
 
-def _why(folder: RunFolder, code: int) -> str:
+def last_words(folder: RunFolder, code: int) -> str:
     """Why a job without a summary has failed: the signal that killed it, or its last words."""
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)

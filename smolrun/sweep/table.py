@@ -143,7 +143,7 @@ class SweepConsole:
             keys = []
             table.add_column("job", no_wrap=True, ratio=1, overflow="ellipsis")
             table.expand = True
-        for name in ("status", "step", "loss", "tokens/s", "left"):
+        for name in ("status", "step", "loss", "tokens/s", "time"):
             table.add_column(name, no_wrap=True, justify="left" if name == "status" else "right")
         for view in shown:
             what = [view.job.differs.get(key, "") for key in keys] or [label(view)]
@@ -157,7 +157,7 @@ class SweepConsole:
         return rich.console.Group(table, rich.text.Text(total))
 
 
-_FIGURES_WIDTH = 10 + 12 + 8 + 10 + 9
+_FIGURES_WIDTH = 10 + 12 + 8 + 10 + 13  # of the columns behind those that differ
 
 
 def _width(keys: Sequence[str], shown: Sequence[JobView]) -> int:
@@ -175,8 +175,8 @@ def _cells(view: JobView) -> list[str]:
         f"{step}/{view.steps:,}" if view.step is not None and view.steps else step,
         _UNKNOWN if view.loss is None else f"{view.loss:.4f}",
         _UNKNOWN if view.tokens_per_s is None else rate(view.tokens_per_s),
-        f"in {clock(view.wall_s)}" if view.wall_s is not None
-        else _UNKNOWN if view.left_s is None else clock(view.left_s),
+        _UNKNOWN if (at := view.wall_s or view.left_s) is None
+        else f"{clock(at)}{'' if view.wall_s else ' left'}",
     ]  # fmt: skip
 
 
@@ -214,3 +214,17 @@ def _figures(view: JobView) -> str:
     if view.state != "done" and view.reason:
         parts.append(one_line(view.reason))
     return ", ".join(parts) or "it made no step"
+
+
+def ending_lines(folder: SweepFolder, views: Sequence[JobView]) -> list[str]:
+    """The last lines of a sweep: what failed and why, and how to run what is left."""
+    failed = [view for view in views if view.state == "failed"]
+    left = sum(view.state != "done" for view in views)
+    lines = [f"{len(failed)} of {counted(len(views), 'job')} failed:"] if failed else []
+    for view in failed:
+        log = folder.job(view.job.name).driver_log
+        lines.append(f"  {label(view)}: {one_line(view.reason or 'unknown')}; log: {log}")
+    if left:
+        command = f"smolrun -m sweep.resume={folder.path.name}"
+        lines.append(f"to run the other {counted(left, 'job')}: {command}")
+    return lines

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from smolrun.checkpoints.run_names import LATEST, SWEEPS, sweep_folder
 from smolrun.errors import SmolrunError
 from smolrun.files import atomic_write, read_yaml
 from smolrun.sanitize import all_in_one_line
 from smolrun.tracking.past_runs import look
-from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
+from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
-SWEEPS = "sweeps"  # the folder below outputs/
 MOST_JOBS = 2000
 _MAX_BYTES = 8 << 20  # of sweep.yaml: MOST_JOBS with long overrides
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,-]{0,99}", re.ASCII)
@@ -168,24 +168,13 @@ def _is_sweep(path: Path) -> bool:
 
 
 def find_sweep(wanted: str, outputs: Path = OUTPUTS) -> SweepFolder | None:
-    """The sweep of that name, `latest` or a path; None if there is none."""
-    for path in _candidates(wanted, outputs):
-        if (path / "sweep.yaml").is_file():
-            real = path.resolve()
-            is_here = real.parent == (outputs / SWEEPS).resolve()
-            return SweepFolder(outputs / SWEEPS / real.name if is_here else path)
-    return None
-
-
-def _candidates(wanted: str, outputs: Path) -> Iterator[Path]:
-    pointer = outputs / SWEEPS / LATEST
-    if wanted == LATEST and pointer.is_file():  # where links are not possible
-        try:
-            yield outputs / SWEEPS / pointer.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            return
-    yield outputs / SWEEPS / wanted
-    yield Path(wanted).expanduser()
+    """The sweep that `wanted` means, as checkpoints/run_names.py reads it; None if there is none.
+    CheckpointError lists those that it could mean."""
+    path = sweep_folder(wanted, outputs)
+    if path is None or not (path / "sweep.yaml").is_file():
+        return None
+    is_here = path.parent == (outputs / SWEEPS).resolve()
+    return SweepFolder(outputs / SWEEPS / path.name if is_here else path)
 
 
 def version() -> str:

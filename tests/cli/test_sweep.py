@@ -6,53 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from smolrun import cli
 from smolrun.cli import sweep
-from smolrun.sweep import runner
-from smolrun.tracking.sweep_folder import SweepRecord, find_sweep
 from tests.cli.command import smolrun
-
-FAKE = Path(__file__).parent.parent / "sweep" / "fake_job.py"
-Run = Callable[..., int]
+from tests.sweep.fakes import Run, command_with_fakes, newest, text_of
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """`smolrun` in an empty folder, with stand-ins for the processes of the jobs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(runner, "COMMAND", [sys.executable, "-S", "-E", str(FAKE)])
-    monkeypatch.setattr(runner, "_POLL_S", 0.02)
-
-    def command(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["smolrun", *arguments])
-        return cli.main()
-
-    return command
-
-
-def record() -> SweepRecord:
-    folder = find_sweep("latest")
-    assert folder is not None
-    return folder.record()
+    return command_with_fakes(monkeypatch, tmp_path)
 
 
 def logs() -> list[str]:
     """What each job said first, in the order of the jobs; empty for one that never started."""
-    folder = find_sweep("latest")
-    assert folder is not None
-    files = [folder.job(job.name).driver_log for job in folder.record().jobs]
-    return [file.read_text() if file.exists() else "" for file in files]
+    folder = newest()
+    return [text_of(folder.job(job.name).driver_log) for job in folder.record().jobs]
 
 
 def test_all_combinations_run(run: Run, capsys: pytest.CaptureFixture[str]):
     assert run("-m", "algorithm=single,classicdp", "seed=range(1,3)", "training.steps=4") == 0
-    jobs = record().jobs
+    jobs = newest().record().jobs
     assert [job.overrides for job in jobs] == [
         ["algorithm=single", "seed=1", "training.steps=4"],
         ["algorithm=single", "seed=2", "training.steps=4"],
@@ -61,7 +38,7 @@ def test_all_combinations_run(run: Run, capsys: pytest.CaptureFixture[str]):
     ]
     assert [line.split()[5] for line in logs()] == ["1", "2", "1", "2"]
     out = capsys.readouterr().out
-    assert "4 jobs in outputs" in out
+    assert ": 4 jobs; how long they take is known after the first one" in out
     assert "job 1 of 4 starts: algorithm=single seed=1" in out
     assert "job 4 of 4 done: algorithm=classicdp seed=2: 4 steps in 0:00:02, loss 2.0030" in out
 
@@ -88,11 +65,11 @@ def test_a_wrong_choice_in_one_job_is_told_with_the_rest(tmp_path: Path):
 
 def test_a_list_is_one_value(run: Run):
     assert run("-m", "optimizer.betas=[0.9,0.95],[0.8,0.9]") == 0
-    assert [job.overrides[-1] for job in record().jobs] == [
+    assert [job.overrides[-1] for job in newest().record().jobs] == [
         "optimizer.betas=[0.9,0.95]",
         "optimizer.betas=[0.8,0.9]",
     ]
-    assert [job.name for job in record().jobs] == [
+    assert [job.name for job in newest().record().jobs] == [
         "optimizer.betas=0.9-0.95",
         "optimizer.betas=0.8-0.9",
     ]
@@ -104,7 +81,7 @@ def test_an_experiment_may_name_the_axes(run: Run, tmp_path: Path):
     axes = "hydra: {sweeper: {params: {seed: '1,2,3'}}}\n"
     (folder / "seeds.yaml").write_text("# @package _global_\n# Three seeds\n" + axes)
     assert run("-m", "experiment=seeds") == 0
-    assert [job.overrides[0] for job in record().jobs] == ["seed=1", "seed=2", "seed=3"]
+    assert [job.overrides[0] for job in newest().record().jobs] == ["seed=1", "seed=2", "seed=3"]
 
 
 def test_a_job_that_fails_is_named_at_the_end_and_the_rest_runs(
@@ -129,13 +106,25 @@ def test_fail_fast_ends_the_sweep_at_the_first_failure(
 ):
     assert run("-m", "run_name=fails,ok", "sweep.fail_fast=true") == 3
     assert logs()[1] == ""
-    assert "smolrun -m sweep.resume=" in capsys.readouterr().err
+    assert "to run the other 2 jobs: smolrun -m sweep.resume=" in capsys.readouterr().err
+
+
+def test_keys_of_sweeps_need_one(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run("algorithm=single", "sweep.repeats=3") == 2
+    assert "sweep.repeats: a key of sweeps; write smolrun -m" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_a_sentence(run: Run, capsys: pytest.CaptureFixture[str]):
+    Path("outputs").write_text("a file in the way")
+    assert run("-m", "seed=1,2") == 2
+    assert "cannot write to" in capsys.readouterr().err
 
 
 def test_repeats_have_other_seeds_that_all_cells_share(run: Run):
     assert run("-m", "algorithm=single,classicdp", "sweep.repeats=2", "seed=5") == 0
     assert [line.split()[5] for line in logs()] == ["5", "5", "6", "6"]
-    assert [job.pair for job in record().jobs] == [0, 1, 0, 1]
+    assert [job.pair for job in newest().record().jobs] == [0, 1, 0, 1]
 
 
 def test_repeats_of_a_grid_over_seeds_are_refused(
@@ -153,13 +142,11 @@ def test_keys_of_the_sweep_itself_do_not_vary(run: Run, capsys: pytest.CaptureFi
 
 def test_wandb_groups_the_jobs_by_the_sweep(run: Run):
     assert run("-m", "seed=1,2", "tracker=wandb") == 0
-    folder = find_sweep("latest")
-    assert folder is not None
+    folder = newest()
     config = folder.job("seed=2").config.read_text()
     assert f"group: {folder.path.name}\n" in config
     assert run("-m", "seed=1", "tracker=wandb", "tracker.group=mine") == 0
-    folder = find_sweep("latest")
-    assert folder is not None
+    folder = newest()
     assert "group: mine\n" in folder.job("job").config.read_text()
 
 

@@ -36,16 +36,20 @@ with (folder / "metrics.jsonl").open("a") as metrics:
     for step in range(steps):
         event = {"event": "step", "step": step, "loss": loss, "tokens": 100, "time_s": 0.1 * step}
         metrics.write(json.dumps(event) + "\n")
-if behaviour == "fails":
+ran_before = any(folder.parent.glob(f".{folder.name}.*"))
+if behaviour == "fails" or (behaviour == "fails-once" and not ran_before):
     end("failed", "rank 1 was lost", 3)
 if behaviour == "killed":
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-while behaviour in ("waits", "stubborn"):
+asked = False
+while behaviour in ("waits", "stubborn") and config["checkpoint"]["resume"] is None:
     said = os.read(0, 1 << 16)  # a line for each Ctrl-C, or its end
-    if behaviour == "waits" or said.count(b"\n") != 1:
-        (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
-        at_once = behaviour == "stubborn"
-        end("stopped", "stopped by the user", 131 if at_once else 130, 3)
+    if behaviour == "stubborn" and said and not asked:
+        asked = True
+        print("asked once", flush=True)
+        continue
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True, exist_ok=True)
+    end("stopped", "stopped by the user", 131 if asked else 130, 3)
 if behaviour == "hangs":
     time.sleep(600)
 end("done")
