@@ -72,7 +72,7 @@ def job_main() -> int:
     try:
         line, rest = _first_line()
         order = msgspec.json.decode(line, type=_JobOrder)
-        config = validate(order.config)
+        config = validate(order.config).with_typed(order.typed)
     except (ConfigError, ValueError) as error:
         echo(f"smolrun: the configuration over stdin cannot be used: {error}", error=True)
         return BAD_CONFIG
@@ -151,10 +151,11 @@ def _end_with_stdin(has_begun: threading.Event) -> None:
 
 
 class _JobOrder(msgspec.Struct):
-    """What a job runs, and in which folder."""
+    """What a job runs, in which folder, and the words of the command line that mean it."""
 
     config: dict[str, Any]
     folder: str
+    typed: list[str]
 
 
 class _Order(msgspec.Struct):

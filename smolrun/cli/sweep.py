@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,15 +149,17 @@ def written(folder: SweepFolder, job: SweepJob, config: RunConfig) -> ReadyJob:
     run = folder.job(job.name)
     run.path.mkdir()
     run.write_config(_yaml(config))
-    return _ready(run, config)
+    return _ready(run, config, job)
 
 
 def _yaml(config: RunConfig) -> str:
     return msgspec.yaml.encode(redacted(config)).decode()
 
 
-def _ready(run: RunFolder, config: RunConfig, *, starts_over: bool = False) -> ReadyJob:
-    order = {"config": resolved(config), "folder": str(run.path)}
+def _ready(
+    run: RunFolder, config: RunConfig, job: SweepJob, *, starts_over: bool = False
+) -> ReadyJob:
+    order = {"config": resolved(config), "folder": str(run.path), "typed": job.overrides}
     text = _yaml(config) if starts_over else None
     return ReadyJob(run.path.name, msgspec.json.encode(order), text)
 
@@ -222,7 +225,7 @@ def _left(run: RunFolder, stored: dict[str, Any], view: JobView) -> ReadyJob:
     own = {**stored["checkpoint"], "trust_run_folder": False}
     own["resume"] = None if checkpoint is None else str(run.path)
     config = validate({**stored, "checkpoint": own, "detach": False, "driver": None})
-    return _ready(run, config, starts_over=view.state != "waiting" and checkpoint is None)
+    return _ready(run, config, view.job, starts_over=view.state != "waiting" and checkpoint is None)
 
 
 def _notes(record: SweepRecord, views: Sequence[JobView]) -> tuple[str, ...]:
@@ -298,7 +301,8 @@ def compare(folder: SweepFolder) -> None:
         compare_sweep = import_module("smolrun.comparison").compare_sweep
     except (AttributeError, ImportError):
         return
-    compare_sweep(folder.path, say=echo)
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    compare_sweep(folder.path, say=echo, room=room)
 
 
 def run_jobs(

@@ -117,12 +117,6 @@ def test_a_run_that_goes_on_may_be_detached_too(tmp_path: Path) -> None:
         assert run.path.is_dir() and len(list((tmp_path / "outputs").glob("2*"))) == 1
 
 
-def test_a_sweep_is_not_detached(tmp_path: Path) -> None:
-    code, _, err = finish(start(tmp_path, "-m", *SMALL, "detach=true", "seed=1,2"))
-    assert code == 2
-    assert "would start all jobs of -m at the same time" in err
-
-
 @pytest.mark.soak
 def test_a_dry_run_stays_here(tmp_path: Path) -> None:
     code, out, err = finish(start(tmp_path, *SMALL, "detach=true", "training.dry_run=true"))
