@@ -31,7 +31,9 @@ def drive(config: RunConfig) -> int:
     metric = None if wanted.metric == "auto" else wanted.metric
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        page = compare_runs(selection, say=echo, metric=metric, out=out, room=room)
+        page = compare_runs(
+            selection, say=echo, metric=metric, out=out, room=room, online=wanted.wandb
+        )
     except OSError as error:
         where = error.filename or out or selection.out
         text = f"{where}: cannot be written: {error.strerror or error}; compare.out names a folder"

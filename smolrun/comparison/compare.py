@@ -10,7 +10,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from smolrun.comparison import plots, report
+from smolrun.comparison import plots, report, wandb_report
 from smolrun.comparison.cells import Cell, cautions, make_cells
 from smolrun.comparison.report import ComparisonReport, ComparisonTable
 from smolrun.comparison.run_figures import read_run
@@ -36,7 +36,7 @@ def compare_sweep(folder: Path, *, say: Say, room: int | None = None) -> Path | 
         if not selection.jobs:
             say(f"nothing to compare in {one_line(str(folder))}")
             return None
-        return compare_runs(selection, say=say, room=room)
+        return compare_runs(selection, say=say, room=room, online=True)
     except (SmolrunError, OSError) as error:
         say(f"no comparison: {one_line(str(error))}")
         return None
@@ -49,15 +49,19 @@ def compare_runs(
     metric: str | None = None,
     out: Path | None = None,
     room: int | None = None,
+    online: bool = False,
 ) -> Path:
     """Write comparison.html, .md and .csv into `out` (default: the selection's own place), and pass
-    verdict and table to `say`, in lines of at most `room` characters; returns the page. OSError
-    where it cannot be written."""
+    verdict and table to `say`, in lines of at most `room` characters; returns the page. `online`:
+    make a W&B report too, if the runs are in W&B. OSError where it cannot be written."""
     made = make_report(selection, metric)
     for section in made.sections:
         for line in _spoken(section, room):
             say(line)
-    return write(made, out or selection.out)
+    page = write(made, out or selection.out)
+    if online:
+        wandb_report.publish(made, say)
+    return page
 
 
 def make_report(selection: Selection, metric: str | None = None) -> ComparisonReport:

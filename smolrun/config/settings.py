@@ -298,6 +298,7 @@ class CompareConfig(Section):
         "peak_memory_bytes",
     ]
     out: Name | None
+    wandb: bool
 
 
 class DoctorConfig(Section):

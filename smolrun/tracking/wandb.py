@@ -15,6 +15,7 @@ The key is W&B's own: environment, netrc or `wandb login`, read in that process,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import netrc
 import os
 import signal
@@ -148,7 +149,7 @@ class WandbRun:
         if not self._has_ended(_SILENT_S):
             self._note(f"waiting for W&B, at most {limit_s:.0f} s")
             if not self._has_ended(limit_s - _SILENT_S):
-                _kill(self._process)
+                kill_tree(self._process)
         status = self._report()
         if status is None or status.state not in ("done", "failed"):
             where = status.path if status is not None and status.path else self._folder / "wandb"
@@ -197,7 +198,7 @@ def main() -> int:
         Recorder(start, status, unread).follow(sys.stdin.buffer)
     except Exception as error:  # any error of W&B becomes one warning, and the run continues
         status.state = "failed"
-        status.warning = f"W&B broke ({type(error).__name__}: {_one_line(error)})"
+        status.warning = f"W&B broke ({type(error).__name__}: {short_error(error)})"
     write_status(folder, status)
     return 0 if status.state == "done" else 1
 
@@ -265,7 +266,7 @@ class Recorder:
             try:
                 return self._begin(wandb, settings, "online")
             except Exception as error:  # no server, no right, no sense: offline always works
-                why = _one_line(error)
+                why = short_error(error)
                 wandb.teardown()
         run = self._begin(wandb, settings, "offline")
         if self._unread:
@@ -279,7 +280,7 @@ class Recorder:
         run = wandb.init(
             mode=mode,
             dir=str(self._folder),
-            id=run_id(self._folder.name),
+            id=run_id(self._folder),
             resume="allow" if mode == "online" else None,
             name=self._folder.name,
             project=self._start.project,
@@ -373,7 +374,7 @@ def last_step_written(command: list[str], limit_s: float, folder: Path) -> tuple
             is_whole = process.wait(limit_s) == 0
         except subprocess.TimeoutExpired:
             is_whole = False
-            _kill(process)
+            kill_tree(process)
         rows.seek(0)
         for row in rows:
             if b'"type":"history"' in row:
@@ -386,7 +387,7 @@ def last_step_written(command: list[str], limit_s: float, folder: Path) -> tuple
     return last_step, is_whole
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and its children: `wandb` starts a program that would survive it."""
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(process.pid)
@@ -431,11 +432,19 @@ class EventReader:
                     yield event
 
 
-def run_id(name: str) -> str:
-    """A legal and unique id of a W&B run from the name of a run folder: at most 64 characters, its
-    time and its random end kept."""
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
-    return plain if len(plain) <= 64 else f"{plain[:43]}-{plain[-20:]}"
+def run_id(folder: Path) -> str:
+    """A legal and unique id of a W&B run from the names of its folder: at most 64 characters, its
+    time and its random end kept. Jobs of two sweeps may have one name, so theirs has the sweep's
+    too."""
+    if not (folder.parent / "sweep.yaml").is_file():
+        plain = _for_ids(folder.name)
+        return plain if len(plain) <= 64 else f"{plain[:43]}-{plain[-20:]}"
+    digest = hashlib.sha256(f"{folder.parent.name}/{folder.name}".encode()).hexdigest()
+    return f"{_for_ids(folder.name)[:43]}-{digest[:20]}"
+
+
+def _for_ids(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
 
 
 def without_secrets(values: Any) -> Any:
@@ -484,7 +493,8 @@ def has_key(base_url: str) -> bool:
     return False
 
 
-def _one_line(error: Exception) -> str:
+def short_error(error: Exception) -> str:
+    """What an error of W&B says, in one line without the key."""
     text = " ".join(str(error).split()) or type(error).__name__
     if key := os.environ.get("WANDB_API_KEY"):
         text = text.replace(key, "(the key)")

@@ -1,5 +1,5 @@
-"""A W&B server small enough to read: the GraphQL questions and the file stream of one project, over
-real HTTP on 127.0.0.1, with faults to choose from.
+"""A W&B server small enough to read: the GraphQL questions of runs and of reports, and the file
+stream, over real HTTP on 127.0.0.1, with faults to choose from.
 
 It remembers runs as the real one does: a run that is opened again gets its last history line back,
 so that a client can go on from there.
@@ -45,6 +45,7 @@ class FakeWandb:
         self.fault: Fault = fault
         self.delay_s = 10.0
         self.runs: dict[str, Run] = {}
+        self.reports: list[dict[str, Any]] = []  # the variables that each was saved with
         self.keys: set[str] = set()
         self.over = threading.Event()  # ends a slow answer when the test is over
 
@@ -71,6 +72,15 @@ class FakeWandb:
         if "createRunFiles" in query:
             files = [{"name": n, "uploadUrl": f"{self.url}/up/{n}"} for n in given.get("files", [])]
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+        if "upsertView" in query:
+            return {"upsertView": {"view": self._report(given), "inserted": True}}
+        if "ProjectInternalId" in query:
+            known = given["projectName"] in self._projects()
+            return {"project": {"id": "p", "internalId": "1"} if known else None}
+        if "GetProjects" in query:
+            page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+            edges = [{"node": _project(name)} for name in self._projects()]
+            return {"models": {"pageInfo": page, "edges": edges}}
         return {"serverInfo": _SERVER} if "serverInfo" in query else {}
 
     def stream(self, name: str, sent: dict[str, Any]) -> None:
@@ -84,6 +94,16 @@ class FakeWandb:
                 run.summary.update(json.loads(part["content"][-1]))
         if sent.get("complete"):
             run.exit_codes.append(sent.get("exitcode", -1))
+
+    def _projects(self) -> list[str]:
+        """Those that have runs."""
+        return list({run.asked.get("project") or "p": None for run in self.runs.values()})
+
+    def _report(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.reports.append(given)
+        named = {key: given[key] for key in ("type", "name", "displayName", "description", "spec")}
+        place = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
+        return {"id": f"Vmlldzo{len(self.reports)}", "project": place, "updatedAt": None, **named}
 
     def _open(self, given: dict[str, Any]) -> dict[str, Any]:
         name = given.get("name") or given.get("id")
@@ -104,6 +124,18 @@ _SERVER = {
     "latestLocalVersionInfo": None,
     "features": [],
 }
+
+
+def _project(name: str) -> dict[str, Any]:
+    return {
+        "__typename": "Project",
+        "id": "p",
+        "name": name,
+        "entityName": "me",
+        "createdAt": "2026-01-31T14:25:01",
+        "isBenchmark": False,
+        "user": None,
+    }
 
 
 def _bucket(name: str, run: Run, project: str) -> dict[str, Any]:

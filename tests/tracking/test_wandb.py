@@ -325,6 +325,30 @@ def test_two_parts_of_an_offline_run_are_synced_into_one(
     assert server.runs[folder.run_id].steps == list(range(STEPS))
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.soak
+def test_offline_jobs_of_two_sweeps_are_synced_with_their_groups_and_names(
+    tmp_path: Path, server: FakeWandb
+):
+    parts = []
+    for sweep in ("20260131-142501-lr-3fa9", "20260131-142502-lr-3fa9"):
+        for name in ("optimizer.lr=0.1,seed=1", "optimizer.lr=0.2,seed=1"):
+            job = RunFolder(tmp_path / "sweeps" / sweep / name)
+            job.logs.mkdir(parents=True)
+            (job.path.parent / "sweep.yaml").touch()
+            job.write_config(f"training: {{steps: {STEPS}}}\n")
+            told = train(job, range(STEPS), mode="offline", group=sweep)
+            parts.append(synced_path(told.notes[-1]))
+    assert server.runs == {}
+    subprocess.run([wandb_command(), "sync", *map(str, parts)], check=True, timeout=90)
+    assert len(server.runs) == 4
+    asked = [run.asked for run in server.runs.values()]
+    assert sorted((one["groupName"], one["displayName"]) for one in asked) == sorted(
+        (part.parents[2].name, part.parents[1].name) for part in parts
+    )
+    assert all(run.steps == list(range(STEPS)) for run in server.runs.values())
+
+
 def test_a_process_that_stands_still_slows_nothing_and_is_ended(
     server: FakeWandb, folder: RunFolder
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,25 @@ from tests.tracking.fake_wandb import KEY
 
 
 def test_ids_are_legal_and_stay_unique():
-    assert run_id("20260131-142501-classicdp-gpt_tiny-3fa9") == (
+    assert run_id(Path("outputs/20260131-142501-classicdp-gpt_tiny-3fa9")) == (
         "20260131-142501-classicdp-gpt_tiny-3fa9"
     )
-    long = run_id("20260131-142501-" + "a.b" * 30 + "-3fa9")
+    long = run_id(Path("20260131-142501-" + "a.b" * 30 + "-3fa9"))
     assert len(long) <= 64
     assert long.startswith("20260131-142501-a-b")
     assert long.endswith("-3fa9")
+
+
+def test_jobs_of_two_sweeps_have_ids_of_their_own_also_with_one_name(tmp_path: Path):
+    names = ["optimizer.lr=0.1,seed=1", "optimizer.lr=0.1,seed=2", "a" * 100]
+    folders = [tmp_path / sweep / name for sweep in ("20260131-1", "20260131-2") for name in names]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder.parent / "sweep.yaml").touch()
+    ids = [run_id(folder) for folder in folders]
+    assert len(set(ids)) == 6
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", one) for one in ids)
+    assert ids[0].startswith("optimizer-lr-0-1-seed-1-")
 
 
 def test_secrets_in_the_configuration_are_hidden():
