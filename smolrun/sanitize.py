@@ -17,6 +17,9 @@ from smolrun.files import to_null_device
 # user:password@, or a token alone, between a scheme and a host: RFC 3986, section 3.2.1.
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]+@")
 HIDDEN = "://***@"
+# Names of keys whose text is a secret: words of them, and their ends.
+_SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
+_SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")
 
 
 def printable(text: str) -> str:
@@ -68,3 +71,20 @@ def without_credentials(text: str) -> str:
 def without_credentials_in(env: Mapping[str, str]) -> dict[str, str]:
     """The variables with `without_credentials` of their values."""
     return {name: without_credentials(value) for name, value in env.items()}
+
+
+def without_secrets(values: Any) -> Any:
+    """A copy in which the text of every key that is called a secret is hidden."""
+    if isinstance(values, list):
+        return [without_secrets(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: "hidden" if isinstance(value, str) and _is_secret(key) else without_secrets(value)
+        for key, value in values.items()
+    }
+
+
+def _is_secret(key: str) -> bool:
+    words = {word.removesuffix("s") for word in key.lower().replace("-", "_").split("_")}
+    return not _SECRET_WORDS.isdisjoint(words) or key.lower().endswith(_SECRET_PAIRS)

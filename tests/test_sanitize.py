@@ -12,7 +12,14 @@ from smolrun.cli import run as cli
 from smolrun.cli.compose import compose
 from smolrun.errors import HostError
 from smolrun.events import Membership, Note
-from smolrun.sanitize import all_in_one_line, echo, indented, one_line, without_credentials
+from smolrun.sanitize import (
+    all_in_one_line,
+    echo,
+    indented,
+    one_line,
+    without_credentials,
+    without_secrets,
+)
 from smolrun.tasks import attach, clean, status
 from smolrun.tracking.console import Console
 from smolrun.tracking.run_folder import RunFolder
@@ -99,6 +106,21 @@ def show_status(folder: RunFolder) -> None:
 
 def show_clean(folder: RunFolder) -> None:
     clean.drive(compose(["task=clean"]))
+
+
+def test_secrets_in_the_configuration_are_hidden():
+    config = {
+        "model": {"api_key": "x", "hub_token": "y", "heads": 2, "target": "a:b"},
+        "training": {"sample_tokens": 5, "sample_prompt": "def "},
+        "list": [{"password": "z"}],
+        "data": {"tokenizer": "bpe"},
+    }
+    assert without_secrets(config) == {
+        "model": {"api_key": "hidden", "hub_token": "hidden", "heads": 2, "target": "a:b"},
+        "training": {"sample_tokens": 5, "sample_prompt": "def "},
+        "list": [{"password": "hidden"}],
+        "data": {"tokenizer": "bpe"},
+    }
 
 
 @pytest.mark.parametrize("show", [show_attached, show_followed, show_status, show_clean])

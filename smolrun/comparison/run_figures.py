@@ -22,12 +22,11 @@ from msgspec import Meta
 
 from smolrun.comparison.curve import Curve, Point
 from smolrun.files import open_regular, read_yaml
-from smolrun.sanitize import one_line
+from smolrun.sanitize import one_line, without_secrets
 from smolrun.tracking.bottleneck import split_waits
 from smolrun.tracking.formatting import counted
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.wandb import without_secrets
 
 MAX_METRICS_BYTES = 1 << 30  # of a larger file only the beginning is read
 _MAX_LINE_BYTES = 1 << 20

@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 from urllib.parse import urlparse
 
 import msgspec
@@ -138,8 +139,9 @@ def main() -> int:
 
 def _saved(order: ReportOrder) -> str:
     """The address of the saved report."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2
 
+    wr: Any = wandb_workspaces.reports.v2  # its names are not declared as exported
     report = wr.Report(entity=order.entity, project=order.project, title=order.title)
     wanted = order.group is not None
     filters = (
@@ -156,11 +158,11 @@ def _saved(order: ReportOrder) -> str:
     return str(report.url).replace("\\", "/")  # it is joined as a path of this system
 
 
-def _panels(wr: object, num_ranks: int) -> list[object]:
+def _panels(wr: Any, num_ranks: int) -> list[Any]:
     """Two in a row: loss by steps and by time, evaluation, speed; where each rank waits, and its
     memory; what differs."""
     ranks = range(num_ranks)
-    line, bar = wr.LinePlot, wr.BarPlot  # type: ignore[attr-defined]
+    line, bar = wr.LinePlot, wr.BarPlot
     panels = [
         line(title="Loss by step", x="Step", y=["train/loss"]),
         line(title="Loss by time", x="RelativeTime(Process)", y=["train/loss"]),
@@ -168,10 +170,10 @@ def _panels(wr: object, num_ranks: int) -> list[object]:
         bar(title="Tokens per second", metrics=["train/tokens_per_s"]),
         line(title="Seconds a step waits", x="Step", y=[f"rank{r}/wait_s" for r in ranks]),
         line(title="Memory", x="Step", y=[f"rank{r}/memory_bytes" for r in ranks]),
-        wr.RunComparer(diff_only="split"),  # type: ignore[attr-defined]
+        wr.RunComparer(diff_only="split"),
     ]
     for index, panel in enumerate(panels):
-        panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)  # type: ignore[attr-defined]
+        panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)
     return panels
 
 

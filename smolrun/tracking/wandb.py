@@ -33,10 +33,9 @@ import psutil
 
 from smolrun.events import Event
 from smolrun.files import atomic_write, read_yaml
+from smolrun.sanitize import without_secrets
 from smolrun.tracking.figures import StepRows
 
-_SECRET_WORDS = frozenset(["token", "secret", "password", "passphrase", "apikey", "credential"])
-_SECRET_PAIRS = ("api_key", "access_key", "private_key", "secret_key")
 _MOST_READ_BYTES = 1 << 20  # of metrics.jsonl at once
 _READ_BACK_S = 60.0  # to read the file of a process that was killed, and for every byte of it:
 _READ_BACK_BYTES_PER_S = 200_000  # W&B's tool reads 3 to 5 MB/s on two shared cores
@@ -445,23 +444,6 @@ def run_id(folder: Path) -> str:
 
 def _for_ids(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
-
-
-def without_secrets(values: Any) -> Any:
-    """A copy in which the text of every key that is called a secret is hidden."""
-    if isinstance(values, list):
-        return [without_secrets(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    return {
-        key: "hidden" if isinstance(value, str) and _is_secret(key) else without_secrets(value)
-        for key, value in values.items()
-    }
-
-
-def _is_secret(key: str) -> bool:
-    words = {word.removesuffix("s") for word in key.lower().replace("-", "_").split("_")}
-    return not _SECRET_WORDS.isdisjoint(words) or key.lower().endswith(_SECRET_PAIRS)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What goes to W&B by name: ids, the configuration without secrets, and whether there is a key."""
+"""What goes to W&B by name: ids, and whether there is a key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smolrun.tracking.wandb import EventReader, has_key, run_id, without_secrets
+from smolrun.tracking.wandb import EventReader, has_key, run_id
 from tests.tracking.fake_wandb import KEY
 
 
@@ -31,21 +31,6 @@ def test_jobs_of_two_sweeps_have_ids_of_their_own_also_with_one_name(tmp_path: P
     assert len(set(ids)) == 6
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", one) for one in ids)
     assert ids[0].startswith("optimizer-lr-0-1-seed-1-")
-
-
-def test_secrets_in_the_configuration_are_hidden():
-    config = {
-        "model": {"api_key": "x", "hub_token": "y", "heads": 2, "target": "a:b"},
-        "training": {"sample_tokens": 5, "sample_prompt": "def "},
-        "list": [{"password": "z"}],
-        "data": {"tokenizer": "bpe"},
-    }
-    assert without_secrets(config) == {
-        "model": {"api_key": "hidden", "hub_token": "hidden", "heads": 2, "target": "a:b"},
-        "training": {"sample_tokens": 5, "sample_prompt": "def "},
-        "list": [{"password": "hidden"}],
-        "data": {"tokenizer": "bpe"},
-    }
 
 
 def test_a_key_is_found_where_wandb_login_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
