@@ -21,6 +21,7 @@ FILES = sorted([*CONF.glob("*/*.yaml"), *CONF.glob("*/*/*.yaml")])
 # What a choice needs beside itself.
 ALSO = {
     "data/text": ["data.path=README.md"],
+    "experiment/my_notes": ["data.path=README.md"],
     "model/mlp": ["data=digits"],
     "model/hf": ["model.name=some/model"],
     "model/trained": ["task=export"],

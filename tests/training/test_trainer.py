@@ -53,7 +53,6 @@ def config(algorithm: str = "classicdp", **training: Any) -> dict[str, Any]:
         "check_replicas": False,
         "sample_tokens": 0,
         "sample_prompt": "",
-        "sample_before": False,
         "recompute": False,
         "log_norms": "none",
         "log_norms_every": 10,
