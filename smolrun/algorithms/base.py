@@ -102,7 +102,8 @@ class Algorithm(ABC):
     def place(self, model: nn.Module) -> None:
         """Takes the model, keeps what this rank holds, and builds the optimizer for that."""
         self.model = model
-        self.optimized_params = list(model.named_parameters())
+        named = model.named_parameters()
+        self.optimized_params = [own for own in named if self.writer(own[0]) != "other"]
         self.optimizer = self.context.make_optimizer(self.optimized_params)
         self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
@@ -295,7 +296,7 @@ class Algorithm(ABC):
 
     def pending_slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the gradients of pending updates."""
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = [name for name, p in self.optimized_params if p.requires_grad]
         for number, pending in enumerate(self.pending_updates):
             for name, gradient in zip(names, self.pending_gradients(pending), strict=True):
                 key = f"in_flight/{number}/{name}"
@@ -384,6 +385,11 @@ class Algorithm(ABC):
         table = own.table.new_zeros((self.collectives.size, len(values)))
         work = self.collectives.all_gather(table, own.table[0], async_op=True)
         return StepStats(self.step_stats, self.collectives.ranks, table), [work]
+
+    def all_ranks(self, own: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
+        return own
 
     def checked_logits(self, model: Callable[[Tensor], Any], batch: Batch) -> Tensor:
         """What a model, or its last stage, returns for a batch, in float32 at least. ConfigError or

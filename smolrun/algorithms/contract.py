@@ -145,6 +145,10 @@ class StepStats:
         """What one rank reports; None where it does not."""
         return dict(zip(self.ranks, self.column(name), strict=False)).get(rank)
 
+    def replace(self, name: str, values: Tensor) -> None:
+        """What every rank in `ranks` reports as `name`, where they did not know it at once."""
+        self.table[:, self.names.index(name)] = values
+
     def total(self, name: str) -> float:
         """The sum over ranks."""
         return sum(self.column(name))

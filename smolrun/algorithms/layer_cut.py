@@ -17,6 +17,7 @@ from smolrun.models.shape import model_bytes
 from smolrun.parts.optimizer_state import shapes_of
 from smolrun.parts.placement import checked_layers, cut
 from smolrun.parts.precision import Precision
+from smolrun.parts.replicas import model_tensors, persistent_buffers
 
 _CAN_BE_CUT = "smolrun's decoders (model=gpt_tiny, ...), and gpt2, llama, qwen by model=hf,"
 
@@ -62,8 +63,11 @@ def cut_layers(
     costs = [float(sizes.layer)] * sizes.layers
     costs[-1] += sizes.head
     held = [float(copies * sizes.layer)] * sizes.layers
-    held[0] += copies * sizes.embedding
-    held[-1] += copies * sizes.head
+    # A tied embedding: the first stage also receives a gradient of it, the last one has values,
+    # gradient and the new values that it receives.
+    tied = sizes.shared if num_stages > 1 else 0
+    held[0] += copies * sizes.embedding + tied
+    held[-1] += copies * (sizes.head - tied) + 3 * tied
     found = cut(
         costs,
         speeds or [1.0] * num_stages,
@@ -79,6 +83,28 @@ def cut_layers(
             "optimizer=lion or precision=bf16_params"
         )
     return found.layers
+
+
+def without_values(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that is about to be cut, by name."""
+    return {
+        name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        for name, tensor in model_tensors(model)
+    }
+
+
+def check_stage(model: nn.Module, rank: int) -> None:
+    """ConfigError for a stage that cannot be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"rank {rank} would have nothing to train: all parameters of its layers are frozen; "
+            "set algorithm.layers so that each rank has some that are not"
+        )
+    if buffers := sorted(persistent_buffers(model)):
+        raise ConfigError(
+            f"the model has buffers ({', '.join(buffers[:3])}): a forward of one stage may "
+            "change them unseen by the others; take algorithm=fsdp or classicdp"
+        )
 
 
 def _given(layers: Sequence[Sequence[int]], num_layers: int, num_stages: int) -> list[range]:

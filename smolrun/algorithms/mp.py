@@ -8,32 +8,31 @@ stages and back.
 So a model can be trained that no rank could hold; but all ranks but one wait (algorithm=mp_pipeline
 keeps them busy). All ranks read the same samples: the first stage needs the tokens, the last the
 targets. Each has the optimizer for its own layers; no parameter travels, only hidden states and
-gradients of them. Where embedding and head are one matrix, the first and the last stage both hold
-it: they sum its gradient, and step it alike; the first one saves it and counts it in the norm.
+gradients of them. Where embedding and head are one matrix, the last stage has a copy: it sends its
+gradient to the first one, which updates and saves the matrix, and sends the new values.
 
-Source: Dean et al., "Large Scale Distributed Deep Networks", 2012 (model parallelism); Press and
-Wolf, "Using the Output Embedding to Improve Language Models", 2017 (tied embeddings).
+Source: Dean et al., "Large Scale Distributed Deep Networks", 2012 (model parallelism).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Context, PendingUpdate
-from smolrun.algorithms.layer_cut import copies_held, cut_layers
+from smolrun.algorithms.layer_cut import check_stage, copies_held, cut_layers, without_values
 from smolrun.algorithms.single import Single
+from smolrun.algorithms.stage_gradients import OpenStep, StageGradients
+from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
-from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
-from smolrun.errors import ConfigError
-from smolrun.mesh.mesh import Work
 from smolrun.models.base import StagedModel
-from smolrun.parts.norms import combine_norms, layer_of
+from smolrun.parts.norms import combine_norms
 from smolrun.parts.placement import DataCoordinates
-from smolrun.parts.replicas import model_tensors, persistent_buffers
+from smolrun.parts.replicas import model_tensors
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
 
 
@@ -68,32 +67,19 @@ class ModelParallel(Single):
         )
         assert isinstance(model, StagedModel), "else there is no cut"
         self.width, tied = model.shape.width, model.tied_parameter
-        self._whole = {
-            name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-            for name, tensor in model_tensors(model)
-        }
-        self.layers = layers[self.stage]
+        self._whole, self.layers = without_values(model), layers[self.stage]
         model.keep_stage(self.layers, self.is_first, self.is_last)
         for name, parameter in model.named_parameters():
-            value = self.context.first_value(model, name, parameter)
+            value = context.first_value(model, name, parameter)
             parameter.data = value.to(parameter.device, parameter.dtype)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(
-                f"rank {context.mesh.rank} would have nothing to train: all parameters of its "
-                "layers are frozen; set algorithm.layers so that each rank has some that are not"
-            )
-        if buffers := sorted(persistent_buffers(model)):
-            raise ConfigError(
-                f"the model has buffers ({', '.join(buffers[:3])}): a forward of one stage may "
-                "change them unseen by the others; take algorithm=fsdp or classicdp"
-            )
+        check_stage(model, context.mesh.rank)
+        self._copied = tied if self.is_last and not self.is_first else None
         super().place(model)
         self.running: nn.Module = model  # what a forward uses
-        is_shared = tied is not None and self.stages > 1 and (self.is_first or self.is_last)
-        self._tied = tied if is_shared else None
-        if is_shared:
-            ends = [self.collectives.ranks[0], self.collectives.ranks[-1]]
-            self._ends = new_group(self.context.mesh, ends, "tied embedding")
+        self.stage_gradients = StageGradients(context.mesh, self.links, self.clock)
+        matrix = dict(model.named_parameters()).get(tied or "")
+        if matrix is not None and matrix.requires_grad and self.stages > 1:
+            self.stage_gradients.tie(matrix, self.trained())
 
     def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
         """All stages read the same samples."""
@@ -122,6 +108,7 @@ class ModelParallel(Single):
         inputs = batch.inputs if hidden is None else hidden.requires_grad_()
         batch = Batch(inputs, batch.targets, batch.position)
         if self.is_last:
+            self.stage_gradients.refresh()
             return inputs, self.checked_logits(self.running, batch)
         output = self.output_of(self.running, batch)
         # An evaluation is that of the model that is saved, which runs without quantization.
@@ -154,7 +141,7 @@ class ModelParallel(Single):
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """One micro-batch after the other, through all stages and back."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.begin_step()
         stats = {"loss_sum": 0.0, "num_targets": 0.0}
         for batch in micro_batches:
             if len(batch.inputs):
@@ -162,50 +149,62 @@ class ModelParallel(Single):
                 passed = self.run_forward(batch, self.links.take(self.post_inputs(batch)))
                 added = self.run_backward(batch, *passed, self.links.take(gradient))
                 stats = {name: stats[name] + added[name] for name in stats}
-        self.links.finish()
+        self.end_step()
         return stats
 
-    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
-        """Both ends of the model sum the gradient of a matrix that they share."""
-        pending = super().synchronize(stats)
-        pending.works += self.sum_tied(self._delayed[-1])
-        return pending
+    def begin_step(self) -> OpenStep:
+        """No gradients yet."""
+        self.model.zero_grad(set_to_none=True)
+        return self.stage_gradients.begin(self.steps_begun, self.loss_scale.value)
 
-    def sum_tied(self, gradients: list[Tensor]) -> list[Work]:
-        """Starts to sum the gradient of a matrix that this stage shares, if it does."""
-        if self._tied not in (names := trained_names(self.model.named_parameters())):
-            return []
-        index = names.index(self._tied)
-        gradients[index] = gradients[index].cpu()
-        return [self._ends.all_reduce(gradients[index], async_op=True)]
+    def end_step(self) -> None:
+        """The gradients are whole."""
+        self.links.finish()
+        self.stage_gradients.complete(self.steps_begun, self.keep_gradients())
+
+    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
+        """Which stages have finite gradients is known in `wait_for`."""
+        stats["is_finite"] = 1.0
+        return PendingUpdate(self.steps_begun, *self.share_stats(stats))
+
+    def wait_for(self, pending: PendingUpdate) -> None:
+        """Blocks until the norms of all stages are known."""
+        super().wait_for(pending)
+        self._squares = self.stage_gradients.wait(pending.step, self._gradients[pending.step])
+        pending.stats.replace("is_finite", torch.isfinite(self._squares))
+
+    @torch.no_grad()
+    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
+        """Ends the step."""
+        self.stage_gradients.refresh()
+        norm = super().update(pending, weight, learning_rate)
+        self.stage_gradients.end(pending.step, is_updated=norm is not None)
+        return norm
 
     def norm_squared(self, gradients: list[Tensor]) -> float:
-        """Over all stages."""
-        return self._all_stages(self.own_squares(gradients)).item()
-
-    def own_squares(self, gradients: list[Tensor]) -> Tensor:
-        """The squared norm of what this stage adds to the gradient: each parameter counts once."""
-        named = zip(trained_names(self.model.named_parameters()), gradients, strict=True)
-        own = [gradient for name, gradient in named if self.writer(name) == "this"]
-        return torch.tensor(super().norm_squared(own), dtype=torch.float64)
+        """Over all stages; `wait_for` has waited for it."""
+        return float(self._squares.sum())
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Of all layers, on all ranks."""
-        if self._tied is not None and self.is_last:
-            for kind in norms.values():
-                kind.pop(layer_of(self._tied), None)
-        return combine_norms(norms, trained_names(self._whole.items()), self._all_stages)
+        trained = [name for name, parameter in self._whole.items() if parameter.requires_grad]
+        return combine_norms(norms, trained, self.all_ranks)
 
-    def _all_stages(self, own: Tensor) -> Tensor:
-        """The sum over all stages, in place."""
-        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
-        return own
+    def replica_tensors(self) -> dict[str, Tensor]:
+        """None; but nothing is on its way any more."""
+        self.stage_gradients.refresh()
+        return {}
+
+    def finish(self) -> None:
+        """Also blocks until nothing is on its way."""
+        self.replica_tensors()
+        super().finish()
 
     # -- what a checkpoint holds: the keys that the whole model would have ----
 
     def writer(self, name: str) -> Writer:
-        """The first stage writes what the last one holds too."""
-        return "other" if self.is_last and name == self._tied else "this"
+        """The first stage writes what the last one has a copy of."""
+        return "other" if name == self._copied else "this"
 
     def model_slices(self) -> Iterator[TensorSlice]:
         """This stage's, and no element of the others."""
@@ -216,6 +215,12 @@ class ModelParallel(Single):
                 nothing = torch.empty(0, dtype=parameter.dtype)
                 yield TensorSlice(f"model/{name}", tuple(parameter.shape), 0, nothing, "other")
 
+    def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
+        """Gradients in flight are those of all stages; their norm is not in a checkpoint."""
+        super().restore(checkpoint, state)
+        for pending in self.pending_updates:
+            self.stage_gradients.resume(pending.step, self.pending_gradients(pending))
+
     def is_on_other_rank(self, name: str) -> bool:
         """Whether this rank has no part of a parameter."""
         return name in self._whole and name not in dict(self.optimized_params)
@@ -223,8 +228,3 @@ class ModelParallel(Single):
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """Of all stages, without values."""
         yield from self._whole.values()
-
-
-def trained_names(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Of the parameters that are trained."""
-    return [name for name, parameter in named if parameter.requires_grad]

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -36,14 +36,11 @@ from torch import Tensor, nn
 
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
 from smolrun.algorithms.mp import ModelParallel
-from smolrun.collectives.api import new_group
 from smolrun.data.splits import Batch
-from smolrun.mesh.mesh import Work
 from smolrun.parts.pipeline_schedule import SCHEDULES, StageAction, without_flush
 from smolrun.parts.placement import DataCoordinates
-from smolrun.parts.stage_links import PendingReceive
+from smolrun.parts.stage_links import PendingReceive, posted_ahead
 
-_AHEAD = 2  # actions whose receives are posted before they begin; each may need memory for a tensor
 _PER_STAGE = 4  # micro-batches: 3 stages then idle for 2 of 14 parts of a step
 
 
@@ -83,26 +80,19 @@ class Pipeline(ModelParallel):
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """All micro-batches through all stages and back."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.begin_step()
         batches = [batch for batch in micro_batches if len(batch.inputs)]
         stats = self.walk(self._schedule(self.stage, self.stages, len(batches)), batches)
-        self.links.finish()
+        self.end_step()
         return stats
 
     def walk(self, actions: Sequence[StageAction], batches: Sequence[Batch]) -> dict[str, float]:
         """Runs actions in their order: forwards of `batches`, backwards of what is open and of
-        these. Receives are posted some actions before."""
-        stats = {"loss_sum": 0.0, "num_targets": 0.0}
-        to_post = {
-            "forward": iter(batches),
-            "backward": iter([*(o[0] for o in self.open), *batches]),
-        }
-        forward, posted = iter(batches), deque[PendingReceive | None]()
-        for number, (kind, micro_batch) in enumerate(actions):
-            for ahead, _ in actions[number + len(posted) : number + _AHEAD + 1]:
-                post = self.post_inputs if ahead == "forward" else self.post_gradient
-                posted.append(post(next(to_post[ahead])))
-            arrived = self.links.take(posted.popleft())
+        these."""
+        stats, forward = {"loss_sum": 0.0, "num_targets": 0.0}, iter(batches)
+        receives = posted_ahead(self._receives(actions, batches))
+        for (kind, micro_batch), pending in zip(actions, receives, strict=True):
+            arrived = self.links.take(pending)
             with self.clock.span(f"{kind} {micro_batch}"):
                 if kind == "forward":
                     batch = next(forward)
@@ -111,6 +101,18 @@ class Pipeline(ModelParallel):
                     added = self.run_backward(*self.open.popleft(), arrived)
                     stats = {name: stats[name] + added[name] for name in stats}
         return stats
+
+    def _receives(
+        self, actions: Sequence[StageAction], batches: Sequence[Batch]
+    ) -> Iterator[PendingReceive | None]:
+        """Posts what each action needs from a neighbour, in their order, whenever it is asked."""
+        forward = iter(batches)
+        backward = iter([*(batch for batch, _, _ in self.open), *batches])
+        for kind, _ in actions:
+            if kind == "forward":
+                yield self.post_inputs(next(forward))
+            else:
+                yield self.post_gradient(next(backward))
 
 
 class PipelineWithoutFlush(Pipeline):
@@ -122,26 +124,18 @@ class PipelineWithoutFlush(Pipeline):
         """Also the weights of two steps, where a step ends with micro-batches that are open."""
         super().place(model)
         self._versions = [] if self.is_last else [copy.deepcopy(self.model) for _ in range(2)]
-        # Of every step whose update is not made: gradients, their loss scale, backwards to come.
-        self._gradients: dict[int, list[Tensor]] = {}
-        self._scales: dict[int, float] = {}
-        self._backwards: dict[int, int] = {}
-        self._tied_sums: dict[int, list[Work]] = {}
-        self._norms_squared: dict[int, tuple[Tensor, Work]] = {}
-        # Stages are at different places of a step when they know their part of the norm.
-        self._norm_group = new_group(self.context.mesh, self.collectives.ranks, "gradient norm")
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """All micro-batches forward, and as many backward as the stages after this one allow."""
-        step = self.steps_begun
-        self.optimizer.zero_grad(set_to_none=True)  # of the update before; steps have their own
         batches = [batch for batch in micro_batches if len(batch.inputs)]
-        self.running = self._version(step)
-        trained = [p for p in self.running.parameters() if p.requires_grad]
+        self.begin_step().backwards = len(batches)
+        self.running = self._version(self.steps_begun)
+        held = dict(self.running.named_parameters())
+        trained = [held[name] for name, own in self.optimized_params if own.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        self._gradients[step] = [p.grad for p in trained if p.grad is not None]
-        self._scales[step], self._backwards[step] = self.loss_scale.value, len(batches)
+        # Those of a step before stay as they are: each step has its own.
+        self._gradients[self.steps_begun] = [p.grad for p in trained if p.grad is not None]
         actions = without_flush(self.stage, self.stages, len(batches), len(self.open))
         stats = self.walk(actions, batches)
         self.running = self.model
@@ -163,59 +157,20 @@ class PipelineWithoutFlush(Pipeline):
     ) -> dict[str, float]:
         """After the last one of a step its gradient is whole."""
         stats = super().run_backward(batch, inputs, output, gradient)
-        step = next(iter(self._backwards))
-        self._backwards[step] -= 1
-        if not self._backwards[step]:
-            del self._backwards[step]
-            self._complete(step)
+        steps = self.stage_gradients.steps
+        number, step = next(item for item in steps.items() if item[1].backwards)
+        step.backwards -= 1
+        if not step.backwards:
+            for own in self._gradients[number]:
+                own.div_(step.loss_scale)
+            self.stage_gradients.complete(number, self._gradients[number])
         return stats
 
-    def _complete(self, step: int) -> None:
-        """Starts to sum over stages what they have to know of a gradient that is whole."""
-        gradients, scale = self._gradients[step], self._scales.pop(step)
-        for gradient in gradients:
-            gradient.div_(scale)
-        self._tied_sums[step] = self.sum_tied(gradients)
-        if not (self.is_first and self._tied_sums[step]):  # else this stage's part needs the sum
-            self._start_norm(step)
-
-    def _start_norm(self, step: int) -> None:
-        total = self.own_squares(self._gradients[step])
-        work = self._norm_group.all_reduce(total, async_op=True)
-        self._norms_squared[step] = total, work
-
-    def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
-        """The gradient may not be whole yet: the norm will say whether it is finite."""
-        gradients = self._gradients[self.steps_begun]
-        self._delayed.append(gradients)
-        stats["is_finite"] = float(all(bool(torch.isfinite(own).all()) for own in gradients))
-        return PendingUpdate(self.steps_begun, *self.share_stats(stats))
-
     def wait_for(self, pending: PendingUpdate) -> None:
-        """Blocks until the gradient is whole, and summed."""
-        super().wait_for(pending)
-        if pending.step in self._backwards:  # the last step: nothing will follow that completes it
+        """Blocks until the gradient is whole, and its norm is known."""
+        # Of the last step: no other one will follow that completes it.
+        if self.stage_gradients.steps[pending.step].backwards:
             todo = [StageAction("backward", number) for number in range(-len(self.open), 0)]
             with self.clock.compute():
                 self.walk(todo, [])
-        for work in self._tied_sums.get(pending.step, []):
-            self.clock.wait(work)
-        if pending.step in self._gradients and pending.step not in self._norms_squared:
-            self._start_norm(pending.step)
-
-    @torch.no_grad()
-    def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
-        """Also forgets the step."""
-        self._updated = pending.step
-        norm = super().update(pending, weight, learning_rate)
-        for kept in (self._gradients, self._tied_sums, self._norms_squared):
-            kept.pop(pending.step, None)
-        return norm
-
-    def norm_squared(self, gradients: list[Tensor]) -> float:
-        """Summed already, unless the gradient comes from a checkpoint."""
-        if self._updated not in self._norms_squared:
-            return super().norm_squared(gradients)
-        total, work = self._norms_squared[self._updated]
-        self.clock.wait(work)
-        return total.item()
+        super().wait_for(pending)

@@ -132,11 +132,6 @@ class OptimizerShards(BucketedAlgorithm):
         own = torch.tensor([super().norm_squared(gradients)], dtype=torch.float64)
         return self.all_ranks(own).item()
 
-    def all_ranks(self, own: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        self.clock.wait(self.collectives.all_reduce(own, async_op=True))
-        return own
-
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """A layer's norm from its parts on all ranks."""
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]

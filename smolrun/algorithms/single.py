@@ -8,7 +8,6 @@ Source: Robbins and Monro, "A stochastic approximation method", 1951.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,7 @@ class Single(Algorithm):
     def place(self, model: torch.nn.Module) -> None:
         """Keeps everything."""
         super().place(model)
-        self._delayed: deque[list[torch.Tensor]] = deque()
+        self._gradients: dict[int, list[torch.Tensor]] = {}  # by step, until its update
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """Starts from zero gradients."""
@@ -32,19 +31,20 @@ class Single(Algorithm):
 
     def synchronize(self, stats: dict[str, float]) -> PendingUpdate:
         """Nothing to combine: keeps the gradients until their update."""
-        gradients = []
-        for parameter in self._trained():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(gradient.div_(self.loss_scale.value))
-        self._delayed.append(gradients)
-        stats["is_finite"] = float(
-            all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        )
+        gradients = self.keep_gradients()
+        stats["is_finite"] = float(all(bool(torch.isfinite(own).all()) for own in gradients))
         return PendingUpdate(self.steps_begun, *self.share_stats(stats))
 
+    def keep_gradients(self) -> list[torch.Tensor]:
+        """Of the step that has been computed."""
+        scale = self.loss_scale.value
+        gradients = [unscaled_gradient(parameter, scale) for parameter in self.trained()]
+        self._gradients[self.steps_begun] = gradients
+        return gradients
+
     def bind_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
-        """The oldest gradients."""
-        pairs = zip(self._trained(), self._delayed.popleft(), strict=True)
+        """Of that step."""
+        pairs = zip(self.trained(), self._gradients.pop(pending.step), strict=True)
         gradients = []
         for parameter, gradient in pairs:
             parameter.grad = gradient.to(parameter.device)
@@ -52,11 +52,18 @@ class Single(Algorithm):
         return gradients
 
     def pending_gradients(self, pending: PendingUpdate) -> list[torch.Tensor]:
-        """The oldest pending has the oldest gradients."""
-        (position,) = (n for n, other in enumerate(self.pending_updates) if other is pending)
-        while len(self._delayed) <= position:  # resuming: memory to load into
-            self._delayed.append([torch.zeros_like(parameter) for parameter in self._trained()])
-        return self._delayed[position]
+        """Of that step; where a run resumes, memory to load into."""
+        if pending.step not in self._gradients:
+            self._gradients[pending.step] = [torch.zeros_like(one) for one in self.trained()]
+        return self._gradients[pending.step]
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that an update changes."""
+        return [parameter for _, parameter in self.optimized_params if parameter.requires_grad]
+
+
+def unscaled_gradient(parameter: torch.nn.Parameter, loss_scale: float) -> torch.Tensor:
+    """What backward has left, divided by the loss scale in place; zeros where it left nothing."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad if loss_scale == 1.0 else parameter.grad.div_(loss_scale)

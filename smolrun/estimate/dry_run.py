@@ -36,7 +36,6 @@ from smolrun.estimate.memory import (
     smallest_change,
 )
 from smolrun.estimate.stages import (
-    RECEIVED_AHEAD,
     StageKind,
     StageShare,
     build,
@@ -60,6 +59,7 @@ from smolrun.parts.placement import (
 )
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
+from smolrun.parts.stage_links import RECEIVES_AHEAD
 from smolrun.parts.unshard_on_access import layers_of
 from smolrun.sanitize import echo
 
@@ -206,7 +206,9 @@ class Estimate:
         work = self.trace(setting, self.stages(setting)[number].kind)
         if work is None:
             return None
-        received = RECEIVED_AHEAD * self.hop_bytes(setting) if world_size(self.config) > 1 else 0
+        received = RECEIVES_AHEAD * self.hop_bytes(setting) if world_size(self.config) > 1 else 0
+        if number == 0:  # and the last stage's gradient of a tied embedding
+            received += self.tied_bytes(setting)
         return work.with_others(self.held(setting)[number] - 1, received)
 
     def total(self, place: Place, setting: Setting) -> int:
@@ -320,14 +322,19 @@ class Estimate:
 
     def stage_wire(self, number: int) -> int:
         """Bytes that a stage sends in a step, and receives: hidden states, their gradients, and the
-        gradient of a matrix that it shares with the other end."""
-        stages, setting = self.stages(self.setting), self.setting
-        stage = stages[number]
+        gradient or the values of a tied embedding."""
+        setting = self.setting
+        stage = self.stages(setting)[number]
         neighbours = (not stage.kind.has_embedding) + (not stage.kind.has_head)
-        held = sum(math.prod(shape) for one in stages for shape in one.numbers[0])
-        tied = held - sum(math.prod(shape) for shape in self.shapes) if neighbours == 1 else 0
+        tied = self.tied_bytes(setting) if neighbours == 1 else 0
         moved = neighbours * self.hop_bytes(setting) * self.config.training.global_batch_size
-        return moved // setting.micro_batch_size + item_bytes(setting.precision) * tied
+        return moved // setting.micro_batch_size + tied
+
+    def tied_bytes(self, setting: Setting) -> int:
+        """Of the matrix that both the first and the last stage hold."""
+        stages = [shape for one in self.stages(setting) for shape in one.numbers[0]]
+        twice = sum(map(math.prod, stages)) - sum(map(math.prod, self.shapes))
+        return item_bytes(setting.precision) * twice
 
     def wire(self, local_rank: int = 0) -> int:
         """Bytes that a rank sends in a step."""

@@ -27,9 +27,6 @@ from smolrun.parts.precision import PRECISIONS
 from smolrun.targets import load_target, model_keywords
 from smolrun.training.optimizer import make_optimizer
 
-# Receives that a stage has posted ahead, each with memory for a tensor: algorithms/mp_pipeline.py.
-RECEIVED_AHEAD = 2
-
 
 class StageKind(NamedTuple):
     """Stages of equal kind need and do the same."""

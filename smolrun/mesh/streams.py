@@ -38,6 +38,7 @@ class Stream(IntEnum):
     SERVER_WEIGHTS = 18
     STAGE_ACTIVATIONS = 20  # of a model that is trained in stages, from each to the next
     STAGE_GRADIENTS = 21  # and back
+    STAGE_TIED = 22  # a matrix that the first and the last of them hold, and its gradient
     SERVING_BATCHES = 24  # of an inference server: from stage to stage, and from the last to rank 0
     SERVING_RESULTS = 25
 

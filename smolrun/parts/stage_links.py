@@ -1,7 +1,10 @@
-"""Hidden states and their gradients between neighbouring stages of a model, point to point.
+"""Hidden states and their gradients between neighbouring stages of a model, and a matrix that the
+first and the last of them hold, point to point.
 
     stage 0 -- activations --> stage 1 -- activations --> stage 2
             <-- gradients ----         <-- gradients ----
+            <-- gradient of a tied embedding ------
+            --- its new values ------------------->
 
 A receive is posted before its tensor is needed: a large tensor is not sent until its receiver has
 memory for it, so the network works while the stage computes. Micro-batches pass in the same order
@@ -13,8 +16,10 @@ Knows nothing of models and schedules.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,6 +30,8 @@ from smolrun.parts.quantization import Quantization, Quantizer
 from smolrun.parts.step_clock import StepClock
 
 ACTIVATIONS, GRADIENTS = Stream.STAGE_ACTIVATIONS, Stream.STAGE_GRADIENTS
+TIED = Stream.STAGE_TIED
+RECEIVES_AHEAD = 2  # of actions to come; each may need memory for a tensor
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,10 @@ class StageLinks:
         self._mesh, self._clock, self._dtype = mesh, clock, dtype
         self._quantizer = None if quantization.is_none else quantization.quantizer()
         self._working_dtype = quantization.working_dtype(dtype)
-        self._sent: dict[Stream, list[Work]] = {ACTIVATIONS: [], GRADIENTS: []}
-        self._next_sent = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
-        self._next_received = {kind: OperationCounter(kind) for kind in (ACTIVATIONS, GRADIENTS)}
+        kinds = (ACTIVATIONS, GRADIENTS, TIED)
+        self._sent: dict[Stream, list[Work]] = {kind: [] for kind in kinds}
+        self._next_sent = {kind: OperationCounter(kind) for kind in kinds}
+        self._next_received = {kind: OperationCounter(kind) for kind in kinds}
 
     def post(
         self, kind: Stream, source: int, shape: Sequence[int], *, exact: bool = False
@@ -99,3 +107,14 @@ class StageLinks:
             for work in self._sent[kind]:
                 self._clock.wait(work)
             self._sent[kind].clear()
+
+
+def posted_ahead(receives: Iterable[PendingReceive | None]) -> Iterator[PendingReceive | None]:
+    """The same; `receives` posts one whenever it is asked, and is asked for some more than have
+    been used."""
+    remaining = iter(receives)
+    posted = deque(islice(remaining, RECEIVES_AHEAD))
+    for pending in remaining:
+        posted.append(pending)
+        yield posted.popleft()
+    yield from posted

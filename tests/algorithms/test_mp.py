@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from smolrun.algorithms.contract import StepResult
 from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
@@ -37,6 +38,7 @@ from tests.models.model_folders import save_model
 from tests.models.test_huggingface import KEYS
 from tests.models.tiny import Spec
 
+TIED = "token_embedding.weight"
 EACH = pytest.mark.parametrize("algorithm", SPLIT)
 
 
@@ -47,11 +49,21 @@ def placed(mesh: Mesh, model: torch.nn.Module, layers: Any = None, **more: Any) 
     return runner
 
 
-def runner_of(algorithm: str, mesh: Mesh) -> ModelParallel:
+def runner_of(algorithm: str, mesh: Mesh, staleness: int = 0, **more: Any) -> ModelParallel:
     section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
-    context = worlds.context(mesh, "float64", "sgd", 0)
+    context = worlds.context(mesh, "float64", "sgd", staleness)
+    context = dataclasses.replace(context, **more)
     runner: ModelParallel = load_target(section["target"])(context, **keywords(section))
     return runner
+
+
+def trained(runner: ModelParallel, steps: Iterable[int]) -> list[StepResult]:
+    plan, results = worlds.plan_of(runner), []
+    for step in steps:
+        batch = worlds.sample("language_model", step)
+        result = runner.train_step(worlds.share(batch, plan, step))
+        results += [result] if result else []
+    return results + runner.drain()
 
 
 @pytest.mark.parametrize("model", ["decoder", "tied"])
@@ -263,11 +275,24 @@ def test_a_model_without_layers_is_refused() -> None:
         run_ranks(2, lambda mesh: placed(mesh, worlds.mlp()))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    ],
+)
 def test_a_model_of_transformers_is_cut_and_read_in_stages(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    family: str,
+    keys: dict[str, Any],
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = save_model(tmp_path, family)
+    folder = save_model(tmp_path, family, **keys)
     build_it = lambda: build(Spec(model_folder=str(folder)), **KEYS)  # noqa: E731
     whole = functools.partial(build_model, build_it, 0, dtype=torch.float64, device="cpu")
     monkeypatch.setitem(DECODERS, "hf", whole)
@@ -278,6 +303,7 @@ def test_a_model_of_transformers_is_cut_and_read_in_stages(
         more = {"first_value": functools.partial(first_value, seed=0)}
         context = dataclasses.replace(worlds.context(mesh, "float64", "sgd", 0), **more)
         runner = mp_pipeline(context, schedule="1f1b", micro_batches="auto", layers=None)
+        shells[mesh.rank].recompute = recompute  # type: ignore[assignment]
         runner.place(shells[mesh.rank])
         return worlds.run(runner, "hf", worlds.plan_of(runner), 10)
 
@@ -287,6 +313,86 @@ def test_a_model_of_transformers_is_cut_and_read_in_stages(
     assert found.keys() == reference.parameters.keys()
     for name, expected in reference.parameters.items():
         assert torch.allclose(found[name], expected, rtol=0, atol=1e-12)
+
+
+@EACH
+def test_the_owner_of_a_tied_embedding_alone_updates_it(algorithm: str) -> None:
+    """Unlike machines round differently; here the last one even has another optimizer."""
+
+    def rank_main(mesh: Mesh) -> list[torch.Tensor]:
+        other = functools.partial(make_optimizer, name="adamw", lr=1.0)
+        runner = runner_of(algorithm, mesh, **{"make_optimizer": other} if mesh.rank == 2 else {})
+        torch.manual_seed(0)
+        runner.place(worlds.decoder(tie_embeddings=True).double())
+        held = dict(runner.model.named_parameters())
+        values = []
+        for step in range(3):
+            trained(runner, [step])
+            runner.replica_tensors()
+            values += [held[TIED].detach().clone()] if TIED in held else []
+        return values
+
+    first, middle, last = run_ranks(3, rank_main)
+    assert middle == [] and not torch.equal(first[0], first[1])
+    assert all(torch.equal(*pair) for pair in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(("micro_batch", "bad"), [(0, 0), (-1, 1), (1, 2)])
+@EACH
+def test_a_gradient_that_is_not_finite_is_skipped_and_its_stage_named(
+    algorithm: str, micro_batch: int, bad: int, staleness: int
+) -> None:
+    """Also where it shows in a micro-batch that goes backward in the next step, and only there."""
+
+    def rank_main(mesh: Mesh) -> list[tuple[int, ...]]:
+        runner = runner_of(algorithm, mesh, staleness)
+        torch.manual_seed(0)
+        runner.place(worlds.decoder().double())
+        count, calls = len(worlds.plan_of(runner).sizes), [0]
+
+        def hurt(gradient: torch.Tensor) -> torch.Tensor:
+            calls[0] += 1
+            return gradient * (torch.inf if calls[0] == count + 1 + micro_batch % count else 1.0)
+
+        for model in (runner.model, *getattr(runner, "_versions", [])) if mesh.rank == bad else ():
+            list(model.parameters())[-1].register_hook(hurt)
+        return [result.nonfinite_ranks for result in trained(runner, range(4))]
+
+    for found in run_ranks(3, rank_main):
+        assert found == [(), (bad,), (), ()]
+
+
+def noisy() -> torch.nn.Module:
+    model = worlds.decoder()
+
+    def drop(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        generator = worlds._of_this_rank.generator
+        drawn.setdefault(generator.initial_seed(), []).append(len(output))
+        return output * torch.rand(output.shape, generator=generator, dtype=output.dtype)
+
+    for block in model.blocks.values():
+        block.register_forward_hook(drop)
+    return model
+
+
+drawn: dict[int, list[int]] = {}
+
+
+def test_random_draws_follow_from_samples_and_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of micro-batches; no two stages draw the same."""
+    monkeypatch.setitem(DECODERS, "noisy", noisy)
+    more: dict[str, Any] = {"more": {"reseed": worlds.reseed}, "steps": 3}
+    drawn.clear()
+    gpipe = train("mp_pipeline", "noisy", 3, overrides={"schedule": "gpipe"}, **more)[0]
+    assert len(drawn) == 3 * 12 * 3  # steps, micro-batches of a sample, stages
+    for algorithm in SPLIT:
+        overrides = {} if algorithm == "mp" else {"schedule": "1f1b"}
+        other = train(algorithm, "noisy", 3, overrides=overrides, micro_batch_size=1, **more)[0]
+        assert other.losses == gpipe.losses
+    assert len(drawn) == 3 * 12 * 3
 
 
 def partly_frozen() -> torch.nn.Module:
@@ -345,14 +451,11 @@ def test_an_evaluation_between_steps_is_that_of_the_model(
     """Also while micro-batches are still open, and in full precision where training is quantized;
     in the memory mesh every send waits for its receiver, as large ones do over TCP."""
     torch.manual_seed(0)
-    start = worlds.decoder().double()
+    start = worlds.decoder(tie_embeddings=True).double()
     tokens = worlds.sample("language_model", 0).inputs[:2]
 
     def rank_main(mesh: Mesh) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        section = yaml.safe_load((worlds.CONF / "algorithm" / f"{algorithm}.yaml").read_text())
-        context = worlds.context(mesh, "float64", "sgd", staleness)
-        context = dataclasses.replace(context, quantization=Quantization(quantization))
-        runner = load_target(section["target"])(context, **keywords(section))
+        runner = runner_of(algorithm, mesh, staleness, quantization=Quantization(quantization))
         runner.place(copy.deepcopy(start))
         plan = worlds.plan_of(runner)
         for step in range(3):

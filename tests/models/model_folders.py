@@ -42,7 +42,7 @@ def save_model(
 ) -> Path:
     """A folder with a random model in it; returns it."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **keys})
+    config = transformers.AutoConfig.for_model(family, **{**FAMILIES.get(family, SMALL), **keys})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
