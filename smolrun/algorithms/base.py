@@ -81,6 +81,7 @@ class Algorithm(ABC):
     step_stats: tuple[str, ...] = STEP_STATS  # what `synchronize` reports of every step
     # The index within the group of the rank whose `forward` returns logits; None: all ranks' do.
     logits_index: int | None = None
+    note = ""  # what `place` has decided that the user should know
     # More words of the seed of a forward: ranks that share samples may draw differently.
     seed_words: tuple[int, ...] = ()
 
@@ -145,7 +146,11 @@ class Algorithm(ABC):
 
     def finish(self) -> None:
         """The last call: blocks until no rank needs another one any more."""
+        self.wait_for_transfers()
         self.collectives.barrier()
+
+    def wait_for_transfers(self) -> None:
+        """Blocks until nothing that an update has sent or asked for is on its way."""
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalSums:

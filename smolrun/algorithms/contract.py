@@ -89,7 +89,8 @@ class Context:
     norms: LayerNorms = NO_NORMS  # which norms to take layer by layer, and how often
     is_elementwise: bool = True  # the optimizer needs no whole matrices, so they may be cut
     shard_weights: tuple[float, ...] = ()  # how much each rank should hold; empty: all alike
-    speeds: tuple[float, ...] = ()  # how fast each rank computes; empty: all alike
+    # How fast each rank computes; empty: all alike; None: to be measured, where a model is cut.
+    speeds: tuple[float, ...] | None = ()
     memory_bytes: tuple[float, ...] = ()  # what each rank can hold; infinite where not known
     # (model, name, parameter): the value of a parameter that `place` got on the meta device
     first_value: FirstValue = lambda model, name, parameter: parameter.detach()

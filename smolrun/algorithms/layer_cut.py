@@ -6,11 +6,16 @@ Source: Narayanan et al., "PipeDream: Generalized Pipeline Parallelism for DNN T
 
 from __future__ import annotations
 
+import copy
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from smolrun.collectives.api import Collectives
+from smolrun.data.splits import Batch
 from smolrun.errors import ConfigError
 from smolrun.models.base import StagedModel
 from smolrun.models.shape import model_bytes
@@ -18,7 +23,10 @@ from smolrun.parts.optimizer_state import shapes_of
 from smolrun.parts.placement import checked_layers, cut
 from smolrun.parts.precision import Precision
 from smolrun.parts.replicas import model_tensors, persistent_buffers
+from smolrun.parts.step_clock import StepClock
 
+_PROBE_TOKENS = 128
+_PROBE_S = 0.5
 _CAN_BE_CUT = "smolrun's decoders (model=gpt_tiny, ...), and gpt2, llama, qwen by model=hf,"
 
 
@@ -85,12 +93,66 @@ def cut_layers(
     return found.layers
 
 
+def measured_speeds(
+    model: nn.Module,
+    run: Callable[[nn.Module, Batch], Tensor],
+    clock: StepClock,
+    collectives: Collectives,
+) -> list[float]:
+    """How fast each rank computes a layer, forward and backward, relative to the fastest; on all
+    ranks alike. `run(layer, batch)` goes forward. In steps of a quarter: of machines that differ by
+    less, a measurement of a second cannot say which one is faster."""
+    if not isinstance(model, StagedModel):
+        return []  # it will be refused
+    own_s = torch.tensor([_layer_s(model, run, clock)], dtype=torch.float64)
+    seconds = torch.zeros(collectives.size, dtype=torch.float64)
+    collectives.all_gather(seconds, own_s)
+    return [1.25 ** round(math.log(float(seconds.min()) / one, 1.25)) for one in seconds.tolist()]
+
+
+def _layer_s(
+    model: StagedModel, run: Callable[[nn.Module, Batch], Tensor], clock: StepClock
+) -> float:
+    """The model stays as it is: copied are modules and buffers, without the parameters' values."""
+    assert isinstance(model, nn.Module), "it is one"
+    hollow = {id(own): nn.Parameter(own.detach(), own.requires_grad) for own in model.parameters()}
+    layer = copy.deepcopy(model, hollow)
+    layer.keep_stage(range(1), False, False)
+    for parameter in layer.parameters():
+        parameter.data = torch.full_like(parameter, 0.01, memory_format=torch.contiguous_format)
+    tokens = min(_PROBE_TOKENS, model.shape.max_sequence_length)
+    hidden = torch.ones(1, tokens, model.shape.width, requires_grad=True)
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < _PROBE_S:
+        began_s = time.perf_counter()
+        with clock.compute():  # an emulated machine takes longer
+            run(layer, Batch(hidden, hidden)).sum().backward()
+            assert hidden.grad is not None
+            hidden.grad.zero_()
+        times.append(time.perf_counter() - began_s)
+    clock.take()
+    return min(times)
+
+
 def without_values(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model that is about to be cut, by name."""
     return {
         name: nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
         for name, tensor in model_tensors(model)
     }
+
+
+def cut_text(layers: Sequence[range], notes: Sequence[str] = ()) -> str:
+    """Such as rank 0 layers 0 to 4, rank 1 layer 5; `notes` stand behind the ranks."""
+    noted = enumerate(zip(notes or [""] * len(layers), layers, strict=True))
+    return ", ".join(f"rank {rank}{note} {layers_text(stage)}" for rank, (note, stage) in noted)
+
+
+def layers_text(stage: range) -> str:
+    """Such as layers 0 to 4."""
+    if len(stage) == 1:
+        return f"layer {stage[0]}"
+    return f"layers {stage[0]} to {stage[-1]}"
 
 
 def check_stage(model: nn.Module, rank: int) -> None:

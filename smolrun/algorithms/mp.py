@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolrun.algorithms import layer_cut
 from smolrun.algorithms.base import Context, PendingUpdate
-from smolrun.algorithms.layer_cut import check_stage, copies_held, cut_layers, without_values
 from smolrun.algorithms.single import Single
 from smolrun.algorithms.stage_gradients import OpenStep, StageGradients
 from smolrun.checkpoints.reader import CheckpointReader
@@ -54,25 +54,29 @@ class ModelParallel(Single):
 
     def place(self, model: nn.Module) -> None:
         """Keeps this rank's stage of the model, and gives it its first values."""
-        context = self.context
-        layers = cut_layers(
+        context, speeds = self.context, list(self.context.speeds or ())
+        if is_measured := context.speeds is None and self._layers is None:
+            speeds = layer_cut.measured_speeds(model, self.output_of, self.clock, self.collectives)
+        layers = layer_cut.cut_layers(
             model,
             self._layers,
             self.stages,
             precision=context.precision,
             copies=self.more_copies
-            + copies_held(context.make_optimizer, context.precision, context.staleness),
-            speeds=context.speeds,
+            + layer_cut.copies_held(context.make_optimizer, context.precision, context.staleness),
+            speeds=speeds,
             memory_bytes=context.memory_bytes,
         )
         assert isinstance(model, StagedModel), "else there is no cut"
+        if is_measured:
+            self.note = f"speeds as measured: {layer_cut.cut_text(layers)}"
         self.width, tied = model.shape.width, model.tied_parameter
-        self._whole, self.layers = without_values(model), layers[self.stage]
+        self._whole, self.layers = layer_cut.without_values(model), layers[self.stage]
         model.keep_stage(self.layers, self.is_first, self.is_last)
         for name, parameter in model.named_parameters():
             value = context.first_value(model, name, parameter)
             parameter.data = value.to(parameter.device, parameter.dtype)
-        check_stage(model, context.mesh.rank)
+        layer_cut.check_stage(model, context.mesh.rank)
         self._copied = tied if self.is_last and not self.is_first else None
         super().place(model)
         self.running: nn.Module = model  # what a forward uses
@@ -190,15 +194,9 @@ class ModelParallel(Single):
         trained = [name for name, parameter in self._whole.items() if parameter.requires_grad]
         return combine_norms(norms, trained, self.all_ranks)
 
-    def replica_tensors(self) -> dict[str, Tensor]:
-        """None; but nothing is on its way any more."""
+    def wait_for_transfers(self) -> None:
+        """Of a tied embedding."""
         self.stage_gradients.refresh()
-        return {}
-
-    def finish(self) -> None:
-        """Also blocks until nothing is on its way."""
-        self.replica_tensors()
-        super().finish()
 
     # -- what a checkpoint holds: the keys that the whole model would have ----
 

@@ -90,7 +90,7 @@ class OptimizerShards(BucketedAlgorithm):
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
         """Steps this rank's slices; then starts to gather those of all ranks."""
-        self.wait_for_gathers()  # what is being sent must not change
+        self.wait_for_transfers()  # what is being sent must not change
         norm = super().update(pending, weight, learning_rate)
         if norm is not None:
             self.gather_slices()
@@ -101,7 +101,7 @@ class OptimizerShards(BucketedAlgorithm):
         for bucket, flat in reversed(list(zip(self.shards, self._replica, strict=True))):
             self._gathers[bucket] = bucket.gather(self.collectives, flat)
 
-    def wait_for_gathers(self) -> None:
+    def wait_for_transfers(self) -> None:
         """Blocks until the replica is whole."""
         for bucket in list(self._gathers):
             self._finish_gather(bucket)
@@ -119,13 +119,8 @@ class OptimizerShards(BucketedAlgorithm):
 
     def replica_tensors(self) -> dict[str, Tensor]:
         """The whole model; blocks until it is there."""
-        self.wait_for_gathers()
+        self.wait_for_transfers()
         return super().replica_tensors()
-
-    def finish(self) -> None:
-        """Waits for its gathers first."""
-        self.wait_for_gathers()
-        super().finish()
 
     def norm_squared(self, gradients: list[Tensor]) -> float:
         """Every element has one owner, so the squares of all ranks add up."""

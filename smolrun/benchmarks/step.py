@@ -199,7 +199,7 @@ def compare_step(
             results.append(result)
         if step < warm_up or (step - warm_up + 1) % steps == 0:
             # At the end of a measurement: pending communication counts too.
-            algorithm.replica_tensors()
+            algorithm.wait_for_transfers()
 
     ours = _MeasuredStep(our_step)
     theirs = _MeasuredStep(lambda step: peer(batches(step), algorithm.context.learning_rate(step)))

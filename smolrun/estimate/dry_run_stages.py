@@ -16,7 +16,7 @@ from smolrun.estimate.speeds import (
     rate_text,
     size_text,
 )
-from smolrun.estimate.stages import more_copies, step_of
+from smolrun.estimate.stages import MEASURED_LATER, measures_speeds, more_copies, step_of
 from smolrun.parts.placement import known_speeds, rank_speeds
 from smolrun.tracking.formatting import counted, duration
 
@@ -27,6 +27,8 @@ def stage_lines(made: Estimate) -> Iterator[str]:
     assert keys is not None, "ranks hold stages"
     held = made.held(setting)
     order = f"algorithm.schedule={keys.schedule}" if keys.schedule else "one after the other"
+    if measures_speeds(made.config):
+        yield f"cut: {MEASURED_LATER}"
     yield f"micro-batches: {order}; a rank holds the activations of {_listed(held)}"
     yield f"network: {_hops(made)}"
     yield f"time: {_stage_time(made)}"

@@ -14,6 +14,7 @@ import rich.box
 import rich.table
 import yaml
 
+from smolrun.algorithms.layer_cut import layers_text
 from smolrun.config import RunConfig, has_dedicated_server, world_size
 from smolrun.config.algorithms import FSDPConfig
 from smolrun.estimate.dry_run import MARGIN, Estimate, Place
@@ -26,7 +27,6 @@ from smolrun.estimate.speeds import (
     rate_text,
     size_text,
 )
-from smolrun.estimate.stages import layers_text
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
 from smolrun.sanitize import indented, one_line

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from smolrun.algorithms.layer_cut import copies_held, cut_layers
+from smolrun.algorithms.layer_cut import copies_held, cut_layers, cut_text
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush
 from smolrun.config import RunConfig, ranks, resolved, world_size
 from smolrun.config.sharding import StagesConfig
@@ -123,17 +123,18 @@ def cut_line(config: RunConfig, spec: ModelSpec) -> str | None:
     hosts = [""] * len(plans)
     if len({plan.host for plan in plans}) > 1:
         hosts = [f" ({plan.host})" for plan in plans]
-    named = zip(hosts, layers, strict=True)
-    return ", ".join(
-        f"rank {rank}{host} {layers_text(stage)}" for rank, (host, stage) in enumerate(named)
-    )
+    assumed = "; " + MEASURED_LATER if measures_speeds(config) else ""
+    return cut_text(layers, hosts) + assumed
 
 
-def layers_text(stage: range) -> str:
-    """Such as layers 0 to 4."""
-    if len(stage) == 1:
-        return f"layer {stage[0]}"
-    return f"layers {stage[0]} to {stage[-1]}"
+MEASURED_LATER = "speed=auto counts as equal here; a run measures a layer on every rank first"
+
+
+def measures_speeds(config: RunConfig) -> bool:
+    """Whether the ranks measure how fast they are before the model is cut."""
+    keys = config.algorithm.stages(world_size(config))
+    is_auto = any(host.speed == "auto" for host in config.cluster.hosts or [])
+    return is_auto and keys is not None and keys.layers is None
 
 
 def cut_into_stages(

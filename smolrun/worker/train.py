@@ -102,6 +102,8 @@ def train(
     if algorithm.can_evaluate and not algorithm.is_lockstep:
         algorithm.try_out(eval_split.batch(range(min(2, len(eval_split)))))
     emit(_started(algorithm, prepared, steps))
+    if algorithm.note and mesh.rank == 0:
+        emit(Note("info", algorithm.note))
     outcome = trainer.fit()
     if too_slow := late(algorithm.context.pace, mesh.rank):
         emit(too_slow)
@@ -208,6 +210,7 @@ def place_algorithm(
     """The algorithm of the resolved `config`, with its model placed; collective."""
     training = config["training"]
     bound = config["staleness"]["bound"]
+    speeds = rank_speeds(config.get("cluster"), mesh.world_size)
     context = Context(
         mesh=mesh,
         device=device,
@@ -229,7 +232,7 @@ def place_algorithm(
         norms=LayerNorms(training["log_norms"], training["log_norms_every"]),
         is_elementwise=config["optimizer"]["name"] in ELEMENTWISE,
         shard_weights=memory_shares(config.get("cluster", {}).get("hosts")),
-        speeds=tuple(known_speeds(rank_speeds(config.get("cluster"), mesh.world_size))),
+        speeds=None if "auto" in speeds else tuple(known_speeds(speeds)),
         memory_bytes=memory_limits(config.get("cluster", {}).get("hosts")),
         first_value=functools.partial(first_value, seed=config["seed"]),
         pace=pace_of(config, mesh.rank),

@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from smolrun.algorithms.contract import StepResult
-from smolrun.algorithms.layer_cut import copies_held, cut_layers
 from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
 from smolrun.errors import ConfigError, PeerLost
@@ -217,62 +216,7 @@ def test_any_other_algorithm_goes_on_from_it_and_it_from_them(
     assert worst(whole, fifth) < 1e-11
 
 
-# -- cuts ----
-
-
-def cut_for(num_stages: int, layers: Any = None, **more: Any) -> list[range]:
-    precision = PRECISIONS["float64"]
-    return cut_layers(worlds.decoder(6), layers, num_stages, precision=precision, copies=4, **more)
-
-
-def test_the_cut_follows_speeds_and_memory() -> None:
-    assert cut_for(3) == [range(2), range(2, 4), range(4, 6)]
-    assert cut_for(2, speeds=(2.0, 1.0)) == [range(4), range(4, 6)]
-    layer = 8 * 4 * sum(p.numel() for p in worlds.decoder(6).blocks["0"].parameters())
-    assert cut_for(2, speeds=(2.0, 1.0), memory_bytes=(3.5 * layer, 1e12))[0] == range(3)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "precision", "staleness", "copies"),
-    [
-        ("adamw", "float32", 0, 4),
-        ("adamw", "bf16_params", 2, 6),
-        ("lion", "float32", 0, 3),
-        ("adafactor", "float32", 0, 2),
-    ],
-)
-def test_what_a_rank_holds_of_a_weight(
-    optimizer: str, precision: str, staleness: int, copies: int
-) -> None:
-    make = functools.partial(make_optimizer, name=optimizer)
-    assert copies_held(make, PRECISIONS[precision], staleness) == copies
-
-
-@pytest.mark.parametrize(
-    ("stages", "layers", "more", "why"),
-    [
-        (7, None, {}, "6 layers, too few for 7 ranks"),
-        (
-            2,
-            [[0, 2], [4, 5]],
-            {},
-            r"layers=\[\[0,2\],\[4,5\]\]: rank 1.*do not continue at layer 3",
-        ),
-        (2, [[0, 3], [3, 5]], {}, "do not continue at layer 4"),
-        (2, [[0, 2], [3, 4]], {}, "end with layer 4"),
-        (2, [[0, 5]], {}, "1 stages for 2 ranks"),
-        (2, [[0, 5], []], {}, "every rank needs a layer"),
-        (2, None, {"memory_bytes": (9e3, 9e3)}, "no cut fits the ranks' memory_gb"),
-    ],
-)
-def test_cuts_that_cannot_be(stages: int, layers: Any, more: dict[str, Any], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        cut_for(stages, layers, **more)
-
-
-def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"Sequential cannot be cut .*model=gpt_tiny"):
-        run_ranks(2, lambda mesh: placed(mesh, worlds.mlp()))
+# -- models of transformers, tied embeddings, random draws ----
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -328,7 +272,7 @@ def test_the_owner_of_a_tied_embedding_alone_updates_it(algorithm: str) -> None:
         values = []
         for step in range(3):
             trained(runner, [step])
-            runner.replica_tensors()
+            runner.wait_for_transfers()
             values += [held[TIED].detach().clone()] if TIED in held else []
         return values
 
