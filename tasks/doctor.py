@@ -4,7 +4,8 @@
     routes   which host reaches which, without a mesh   launch/doctor/reachability.py
     links    round trip and bandwidth, over the mesh    `work`, on one rank per host
 
-doctor.write=true writes what it found into the cluster file, doctor.format=json prints all of it.
+doctor.write=true writes what it found into the cluster file, doctor.format=json prints all of it,
+doctor.report=true writes it for a bug report.
 No process that it starts outlives it.
 """
 
@@ -59,6 +60,7 @@ def drive(config: RunConfig) -> int:
 
 def _report(reports: HostReports) -> int:
     from smolrun.driver.doctor_text import document, report  # rich
+    from smolrun.driver.doctor_write import write_report
 
     config = reports.config
     fails = any(one.status.state == "cannot run" for one in reports.by_host.values())
@@ -67,6 +69,9 @@ def _report(reports: HostReports) -> int:
         echo(json.dumps(document(reports, exit_code), indent=2, default=str))
     else:
         report(reports)
+    if config.doctor.report:
+        file = write_report(document(reports, exit_code), config)
+        _to_stderr(f"{file}: look at it, and paste it into the bug report")
     if config.doctor.write:
         from smolrun.driver.doctor_write import write
 

@@ -109,7 +109,7 @@ def _each_host() -> Iterator[dict[str, Any]]:
         if host["ssh"]:
             host["address"] = _ask("  its address for the other machines (Enter = the same)", _here)
         host["ranks"] = _ask("  processes to start there (Enter = 1)", _count)
-        host["memory_gb"] = _ask("  memory it may use, in GB (Enter = all)", _gigabytes)
+        host["memory_gb"] = _ask("  memory it may use, in GB (Enter = all but 5)", _gigabytes)
         yield {key: value for key, value in host.items() if value is not None}
 
 

@@ -61,14 +61,17 @@ def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, A
     """Train on this rank; returns its summary."""
     from smolrun.data.prepared import Prepared
     from smolrun.parts.placement import rank_speeds
+    from smolrun.worker.memory_limit import limit_memory
     from smolrun.worker.train import pick_device, train
 
     prepared = Prepared.from_json(start.prepared or {})
+    device = pick_device(start.device)
+    limit_memory(start, device, channel.emit)
     return train(
         start.config,
         prepared,
         mesh,
-        device=pick_device(start.device),
+        device=device,
         speeds=rank_speeds(start.config["cluster"], start.world_size),
         emit=channel.emit,
         should_stop=channel.stop_requested.is_set,

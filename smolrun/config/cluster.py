@@ -60,7 +60,9 @@ class HostConfig(Section):
     )
     ranks: Count = Field(default=1, description="Processes to start there, usually one per device")
     memory_gb: Positive | None = Field(
-        default=None, description="Memory the run may use; null = all"
+        default=None,
+        description="Memory the run may use; null = all but 5 GB, of a small host three quarters, "
+        "and no more than its device recommends",
     )
     speed: Positive | Auto = Field(
         default=1.0,
@@ -139,18 +141,33 @@ class ClusterConfig(Section):
     )
     workdir: Name | None = Field(default=None, description="Folder for code and data on the hosts")
     device: Device = Field(default="auto", description="Where ranks compute; a key of a host wins")
+    memory_gb: Positive | None = Field(
+        default=None,
+        description="Memory the run may use on each host; a key of a host wins; null = as there",
+    )
+    priority: Literal["low", "normal"] = Field(
+        default="low",
+        description="Of ranks on the driver's own machine: low = other programs come first; what "
+        "measures (task=bench, doctor) runs at normal",
+    )
     threads: Auto | Count = Field(
         default="auto", description="Torch threads per rank; auto = cores / ranks of the host"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _begin_with_server(cls, data: Any) -> Any:
-        """Ranks go host after host, and the server is rank 0."""
+    def _hosts_as_they_run(cls, data: Any) -> Any:
+        """Ranks go host after host, and the server is rank 0; `memory_gb` is that of every host
+        without its own."""
         if not isinstance(data, Mapping) or not isinstance(data.get("hosts"), list):
             return data
 
         def is_other(host: Any) -> bool:
             return not isinstance(host, Mapping) or host.get("name") != data.get("server")
 
-        return {**data, "hosts": sorted(data["hosts"], key=is_other)}
+        memory = {"memory_gb": data["memory_gb"]} if data.get("memory_gb") is not None else {}
+        hosts = [
+            {**memory, **host} if isinstance(host, Mapping) else host
+            for host in sorted(data["hosts"], key=is_other)
+        ]
+        return {**data, "hosts": hosts}

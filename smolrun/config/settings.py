@@ -306,6 +306,7 @@ class DoctorConfig(Section):
 
     write: bool
     format: Literal["text", "json"]
+    report: bool
 
 
 class StatusConfig(Section):

@@ -6,11 +6,16 @@ Only what is missing or wrong is written. The file before is kept beside it as N
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import ipaddress
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from smolrun.config import RunConfig, redacted
 from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.driver.cluster_file import changed, host_names
 from smolrun.driver.doctor_hosts import HostReports
@@ -19,9 +24,14 @@ from smolrun.errors import ConfigError
 from smolrun.files import atomic_write
 from smolrun.launch.doctor.host_report import HostReport
 from smolrun.launch.doctor.links import best_addresses
+from smolrun.launch.machine_memory import default_limit
+from smolrun.launch.on_host.prelude import user
+from smolrun.sanitize import without_credentials
+from smolrun.tracking.run_folder import OUTPUTS
 
 _FOLDER = Path("conf") / "cluster"
-_GB = 1e9
+_GB = 2**30
+_ADDRESS = re.compile(r"[0-9a-fA-F.:]{7,}")
 _NOISE = 0.1
 
 
@@ -59,6 +69,34 @@ def find(name: str, hosts: list[str]) -> tuple[Path, str]:
     )
 
 
+def write_report(document: Mapping[str, Any], config: RunConfig) -> Path:
+    """outputs/doctor-report.md: what the doctor found and the cluster, for a public issue.
+
+    Without credentials of URLs, values of `env:`, names of users and of computers, and addresses
+    of the internet."""
+    cluster = redacted(config)["cluster"]
+    names = {user() or "", Path.home().name, platform.node()}
+    for host in cluster["hosts"] or []:
+        host["env"] = dict.fromkeys(host["env"], "***")
+        names.add((host["ssh"] or "").rpartition("@")[0])
+    for host in document["hosts"]:
+        names |= {str(host.get("system", {}).get(key) or "") for key in ("user", "hostname")}
+    text = json.dumps({**document, "config": cluster}, indent=1, default=str)
+    text = _ADDRESS.sub(_private, without_credentials(text))
+    for name in sorted(names - {""}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "***", text)
+    file = OUTPUTS / "doctor-report.md"
+    _write(file, f"smolrun task=doctor\n\n```json\n{text}\n```\n")
+    return file
+
+
+def _private(found: re.Match[str]) -> str:
+    try:
+        return "***" if ipaddress.ip_address(found[0]).is_global else found[0]
+    except ValueError:  # a number, a time, a hash
+        return found[0]
+
+
 def news(reports: HostReports) -> dict[str, dict[str, Any]]:
     """Host -> key -> value, for what the file does not say or says wrongly."""
     speeds = _speeds(reports)
@@ -76,12 +114,11 @@ def _of_host(
 ) -> dict[str, Any]:
     system, environment = one.facts["system"], one.facts.get("environment", {})
     total = system["memory_total"]
-    whole = None if total is None else int(total / _GB * 10) / 10
     keys: dict[str, Any] = {"os": system["os"] if host.os == "auto" else None}
     if host.device == "auto" and "cuda" in environment:
         keys["device"] = device(environment)
-    if whole is not None and (host.memory_gb is None or host.memory_gb > whole * 1.1):
-        keys["memory_gb"] = whole
+    if total is not None and (host.memory_gb is None or host.memory_gb * _GB > total * 1.1):
+        keys["memory_gb"] = int(default_limit(total) / _GB * 10) / 10
     # auto is measured in the run, which is more accurate than any trial.
     if speed is not None and host.speed != "auto" and _differ(speed, host.speed):
         keys["speed"] = speed

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from smolrun.launch.delivery.shards import ShardFetcher
     from smolrun.launch.remote.machine import HostSpec, Machine
 
+MEASURING = ("bench", "doctor")  # tasks whose ranks run at normal priority
+
 
 class Fleet:
     """The hosts of one run. `machines` are those that are not this one, by name; `missing` those of
@@ -110,7 +112,8 @@ class Fleet:
     def host_of(self, plan: WorkerPlan) -> WorkerHost:
         """Where a worker is started."""
         if plan.host not in self.machines:
-            return LocalHost()
+            is_low = self._config.cluster.priority == "low" and self._config.task not in MEASURING
+            return LocalHost(low_priority=is_low)
         from smolrun.launch.remote.machine import RemoteHost
 
         ready = self._ready[plan.host]

@@ -44,8 +44,11 @@ def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
     The estimate loads torch and takes seconds, so it is made only where a generous sum exceeds what
     there is. Of own code no such sum is known: it gets no warning.
     """
-    needed, here = _generous_bytes(config, prepared), machine_memory().available
-    hosts = config.cluster.hosts or [HostConfig(name=THIS_MACHINE, ranks=world_size(config))]
+    needed, here = _generous_bytes(config, prepared), machine_memory().room
+    memory_gb = config.cluster.memory_gb
+    hosts = config.cluster.hosts or [
+        HostConfig(name=THIS_MACHINE, ranks=world_size(config), memory_gb=memory_gb)
+    ]
     for host in hosts:
         known = host.memory_gb * 2**30 if host.memory_gb else None
         room = known or (here if host.ssh is None else None)

@@ -146,7 +146,9 @@ class ServingRun:
         hosts = [rank.host for rank in ranks(self._config)]
         if is_elsewhere(self._config):
             return
-        free = machine_memory().available / len(hosts) - _PROCESS_BYTES
+        memory_gb = self._config.cluster.memory_gb
+        room = memory_gb * 2**30 if memory_gb else machine_memory().room
+        free = room / len(hosts) - _PROCESS_BYTES
         found = [ServingRank(host, _ANY_S, _ANY_S, free) for host in hosts]
         try:
             plan_for(self._config, self.spec.sizes, self.source.shape.max_sequence_length, found)

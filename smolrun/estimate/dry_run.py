@@ -417,13 +417,14 @@ def _sizes(
 def _places(config: RunConfig) -> list[Place]:
     """The hosts; only of this machine is known what is free, and which devices it has."""
     hosts = config.cluster.hosts
-    here = machine_memory().available
+    here = machine_memory().room
     places: dict[str, Place] = {}
     weights = memory_shares(resolved(config)["cluster"]["hosts"]) or (1.0,) * world_size(config)
     for rank in ranks(config):
         host = next((host for host in hosts or [] if host.name == rank.host), None)
         is_here = host is None or host.ssh is None
-        given = int(host.memory_gb * GB) if host is not None and host.memory_gb else None
+        memory_gb = host.memory_gb if host is not None else config.cluster.memory_gb
+        given = int(memory_gb * GB) if memory_gb else None
         device = _device(rank.device) if is_here else rank.device.replace("auto", "cpu")
         room = given if given is not None else (_free(device, here) if is_here else None)
         share = weights[rank.rank] / sum(weights)

@@ -60,8 +60,9 @@ def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[Ser
     hosts = {host.name: host for host in config.cluster.hosts or []}
     places = []
     for rank in ranks(config):
-        host = hosts.get(rank.host) or HostConfig(name=THIS_MACHINE)
-        here = machine_memory().available if host.ssh is None else math.inf
+        memory_gb = config.cluster.memory_gb
+        host = hosts.get(rank.host) or HostConfig(name=THIS_MACHINE, memory_gb=memory_gb)
+        here = machine_memory().room if host.ssh is None else math.inf
         memory = host.memory_gb * 2**30 if host.memory_gb else here
         speed = host.speed if isinstance(host.speed, float | int) else 1.0
         if host.emulate and host.ssh is None:

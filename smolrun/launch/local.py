@@ -22,6 +22,8 @@ from smolrun.launch.machine_memory import ended_by_linux, machine_memory
 
 _READ_BYTES = 64 * 1024
 _COUNT_EVERY_S = 1.0
+_NICE = 10  # a ninth of the processor's time beside a program that wants all of it
+_TRIES = 10
 # A variable is a secret if a word of its name is one of these, in the singular or the plural:
 # HF_TOKEN is one, TOKENIZERS_PARALLELISM is not.
 _SECRET_WORDS = frozenset(
@@ -71,15 +73,21 @@ def is_secret(name: str) -> bool:
 
 
 class LocalHost:
-    """This machine. `command` is what a worker runs (a test brings a small script of its own)."""
+    """This machine. `command` is what a worker runs (a test brings a small script of its own);
+    `low_priority`: programs of people who work here come first."""
 
-    def __init__(self, command: Sequence[str] | None = None) -> None:
+    def __init__(self, command: Sequence[str] | None = None, *, low_priority: bool = False) -> None:
         self._command = list(command) if command is not None else worker_command()
+        self._low_priority = low_priority
 
     def start(self, plan: WorkerPlan) -> LocalProcess:
         """Start one worker in the current directory; OSError if the interpreter cannot be run."""
         owns_session = hasattr(os, "setsid")
         kills = machine_memory().kills
+        # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        if self._low_priority:
+            flags |= getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -88,9 +96,10 @@ class LocalHost:
             bufsize=0,
             env=worker_environment(os.environ, plan.start.threads),
             start_new_session=owns_session,
-            # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            creationflags=flags,
         )
+        if self._low_priority:
+            _lower_priority(process.pid)
         owns_group = owns_session and hasattr(os, "killpg")
         return LocalProcess(process, owns_group=owns_group, kills_before=kills)
 
@@ -184,6 +193,28 @@ class LocalProcess:
             # No process is left; macOS gives EPERM where only zombies are.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _lower_priority(pid: int) -> None:
+    """Nice, on POSIX: an idle machine computes as fast as before. The worker has one thread yet,
+    and all later ones inherit it."""
+    if not hasattr(os, "setpriority"):
+        return
+    with contextlib.suppress(OSError):
+        nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))  # raising it is not allowed to all
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+    # Linux may schedule sessions first (autogroup): then nice counts within a session alone, and
+    # the session has a number of its own. Without privileges it is set ten times a second at most.
+    for _ in range(_TRIES):
+        try:
+            with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:
+                file.write(str(_NICE))
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            return
+        else:
+            return
 
 
 def _read(pipe: IO[bytes]) -> bytes:

@@ -26,14 +26,36 @@ _FILES = (
 )
 
 
+_GB = 2**30
+_FOR_OTHERS = 5 * _GB
+
+
 @dataclass(frozen=True)
 class MachineMemory:
     """In bytes. `kills` only ever grows: processes of our control group that Linux ended because
-    memory was full, or of the machine where groups are not counted; 0 where nothing is."""
+    memory was full, or of the machine where groups are not counted; 0 where nothing is. `physical`
+    is what the machine has, where `total` is what our control group may use of it."""
 
     total: int
     available: int
     kills: int
+    physical: int = 0
+
+    @property
+    def limit(self) -> int:
+        """What a run may use here unless the cluster file says otherwise."""
+        return min(self.total, default_limit(self.physical or self.total))
+
+    @property
+    def room(self) -> int:
+        """What a run may use of that now."""
+        return min(self.available, self.limit)
+
+
+def default_limit(total: int) -> int:
+    """What a run may use of a machine's memory: people work on it, so their programs and the system
+    keep 5 GB, or a quarter of a small machine."""
+    return total - min(_FOR_OTHERS, total // 4)
 
 
 def machine_memory(root: Path = Path("/")) -> MachineMemory:
@@ -51,7 +73,8 @@ def machine_memory(root: Path = Path("/")) -> MachineMemory:
                 available = min(available, max(0, limit - (used or 0) + cache))
             if kills is None and (group / events_file).exists():
                 kills = _count(group / events_file)
-    return MachineMemory(total, available, _count(root / "proc/vmstat") if kills is None else kills)
+    kills = _count(root / "proc/vmstat") if kills is None else kills
+    return MachineMemory(total, available, kills, machine.total)
 
 
 def own_groups(root: Path) -> Iterator[Path]:
@@ -94,7 +117,6 @@ def _field(path: Path, name: str) -> int:
         return 0
 
 
-_GB = 2**30
 _TYPES = frozenset({"MemoryError", "OutOfMemoryError", "_ArrayMemoryError"})
 _TEXTS = (
     "out of memory",  # CUDA, MPS

@@ -37,6 +37,7 @@ from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
+from smolrun.worker.memory_limit import limit_memory
 from smolrun.worker.train import late, pace_of, pick_device
 
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -52,7 +53,8 @@ def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, 
     and StopRequested if the driver stops it before anything was loaded."""
     device = torch.device(pick_device(start.device))
     pace = pace_of(start.config, mesh.rank)
-    load = _wait_load(mesh, channel, device, pace)
+    limit = limit_memory(start, device.type, channel.emit)
+    load = _wait_load(mesh, channel, device, pace, limit)
     source = msgspec.convert(load.source, ModelSource)
     source = msgspec.structs.replace(source, folder=load.folders[mesh.rank])
     if mesh.rank not in load.stages:
@@ -76,8 +78,10 @@ def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, 
     return {"was_stopped": True}
 
 
-def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device, pace: Pace) -> Load:
-    """Answer every Probe until there is a Load; blocks."""
+def _wait_load(
+    mesh: Mesh, channel: WorkerChannel, device: torch.device, pace: Pace, limit: float
+) -> Load:
+    """Answer every Probe until there is a Load; blocks. `limit`: bytes that may be used here."""
     inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
 
     def take(message: TaskMessage) -> None:
@@ -91,17 +95,17 @@ def _wait_load(mesh: Mesh, channel: WorkerChannel, device: torch.device, pace: P
             raise StopRequested("the driver asked this rank to stop before it began")
         if isinstance(message, Load):
             return message
-        channel.send_data(LOADING, _measure(message, mesh.rank, device, pace))
+        channel.send_data(LOADING, _measure(message, mesh.rank, device, pace, limit))
 
 
-def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace) -> Probed:
+def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: float) -> Probed:
     """The time of one layer for one token, over layers of zeros that no processor's cache holds.
 
     The head is a matrix like those of a layer, which take their time per weight."""
     source = msgspec.convert(probe.source, ModelSource)
     dtype = _DTYPES[probe.dtype]
     size = source.num_parameters(0, 0, False, False)
-    free_bytes = machine_memory().available
+    free_bytes = int(min(machine_memory().available, limit))
     layers = max(1, min(source.shape.layers, _PROBE_BYTES // (size * dtype.itemsize)))
     shapes = source.parameter_shapes(0, layers - 1, False, False)
     parameters = {

@@ -86,3 +86,9 @@ def test_insecure_links_between_hosts_are_a_choice(shipped: dict[str, Any]):
     for security in ("insecure", "tls", "auto"):
         data = changed(shipped, cluster__hosts=hosts, mesh__security=security)
         assert validate(data).mesh.security == security
+
+
+def test_memory_of_the_cluster_is_that_of_every_host_without_its_own(shipped: dict[str, Any]):
+    hosts = [{"name": "a"}, {"name": "b", "memory_gb": 3.0}]
+    config = validate(changed(shipped, cluster__hosts=hosts, cluster__memory_gb=8.0))
+    assert [host.memory_gb for host in config.cluster.hosts or []] == [8.0, 3.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from smolrun.config import ranks
 from smolrun.driver import fleet
 from smolrun.driver.preflight import start_notes
 from smolrun.launch.control import Saving
+from smolrun.launch.hosts import WorkerPlan
+from tests.launch.test_control import START
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,23 @@ def test_ranks_of_a_host_write_below_its_run_and_need_little_room() -> None:
         keep_best=False,
         resume="/w/runs/r/resume/step-00000010",
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_low"),
+    [
+        ([], True),
+        (["cluster.priority=normal"], False),
+        (["task=bench"], False),
+        (["task=doctor"], False),
+        (["task=serve", "model.run=latest"], True),
+    ],
+)
+def test_ranks_here_step_back_unless_they_measure(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], is_low: bool
+) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(fleet, "LocalHost", lambda *, low_priority: made.append(low_priority))
+    hosts = fleet.Fleet(compose(overrides), {})
+    hosts.host_of(WorkerPlan(START, Path("log")))
+    assert made == [is_low]

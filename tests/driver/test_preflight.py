@@ -167,6 +167,16 @@ def test_a_host_with_too_little_memory_is_known_by_its_memory_gb(
     )
 
 
+def test_a_limit_below_what_the_model_needs_is_told_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = warning(monkeypatch, 64.0, "cluster.memory_gb=0.5")
+    assert line is not None
+    assert line.startswith("does not fit: local needs ")
+    assert "of 512 MB" in line
+    assert warning(monkeypatch, 64.0, "cluster.memory_gb=8") is None
+
+
 def test_a_run_that_fits_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "estimate", None)
     assert warning(monkeypatch, 8.0) is None

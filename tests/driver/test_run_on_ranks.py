@@ -94,7 +94,7 @@ def driver(
     """Makes one as task=train does, with tiny workers that never come to an end by themselves."""
     tiny = {"folder": str(tmp_path), "behave": {}, "steps": 1_000_000}
     monkeypatch.setenv("TINY_CONFIG", json.dumps(tiny))
-    monkeypatch.setattr(fleet, "LocalHost", lambda: LocalHost(WORKER))
+    monkeypatch.setattr(fleet, "LocalHost", lambda **_: LocalHost(WORKER))
 
     def make() -> Driver:
         opened = open_fleet(config())

@@ -32,7 +32,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr("smolrun.driver.fleet.LocalHost", lambda: LocalHost(WORKER))
+    monkeypatch.setattr("smolrun.driver.fleet.LocalHost", lambda **_: LocalHost(WORKER))
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
 
     def run(*overrides: str, behave: dict[str, str] | None = None) -> int:

@@ -22,6 +22,7 @@ from smolrun.launch.control import OUT_OF_MEMORY
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.local import LocalHost
 from smolrun.launch.machine_memory import (
+    MachineMemory,
     describe_out_of_memory,
     ended_by_linux,
     gb,
@@ -247,3 +248,15 @@ def test_linux_ends_a_real_worker_and_the_driver_says_so(tmp_path: Path) -> None
     used = int(reason.split("it had ")[1].split(" MB")[0])
     assert 50 <= used <= 200
     assert "of 200 MB there" in reason
+
+
+@pytest.mark.parametrize(("total", "limit"), [(64, 59), (20, 15), (16, 12), (8, 6), (4, 3)])
+def test_people_keep_5_gb_of_a_host_or_a_quarter_of_a_small_one(total: int, limit: int) -> None:
+    memory = MachineMemory(total * 2**30, 2 * 2**30, 0)
+    assert (memory.limit, memory.room) == (limit * 2**30, 2 * 2**30)
+    assert MachineMemory(total * 2**30, total * 2**30, 0).room == limit * 2**30
+
+
+def test_a_control_group_for_the_run_is_not_shared_with_people() -> None:
+    assert MachineMemory(4 * 2**30, 4 * 2**30, 0, physical=64 * 2**30).limit == 4 * 2**30
+    assert machine_memory().physical == psutil.virtual_memory().total

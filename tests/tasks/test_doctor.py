@@ -109,6 +109,29 @@ def test_the_document_is_plain_json(reports: HostReports):
     assert told["links"][0]["over"] == "Ethernet (en0, 1,000 Mbit/s)"
 
 
+def test_a_report_for_a_bug_has_no_names_of_people_and_no_secrets(reports: HostReports):
+    facts = reports.by_host["mini1"].facts
+    facts["system"] |= {"hostname": "Annas-Mac.local", "model": "annals, of anna"}
+    facts["network"]["interfaces"][0]["addresses"] = ["192.168.1.1/24", "2600:1f18::1/64"]
+    secret = {"HTTPS_PROXY": "http://anna:geheim@proxy", "STYLE": "private"}
+    hosts = [
+        host.model_copy(update={"env": secret, "ssh": "anna@mini1.local"})
+        for host in reports.config.cluster.hosts or []
+    ]
+    cluster = reports.config.cluster.model_copy(update={"hosts": hosts})
+    config = reports.config.model_copy(update={"cluster": cluster})
+    file = doctor_write.write_report(doctor_text.document(reports, 0), config)
+    assert file == Path("outputs/doctor-report.md")
+    text = file.read_text()
+    for word in ("geheim", "private", "Annas-Mac", " anna", '"anna"', "2600:"):
+        assert word not in text, word
+    assert "annals, of ***" in text
+    told = json.loads(text.partition("```json")[2].partition("```")[0])
+    assert told["config"]["hosts"][0]["ssh"] == "***@mini1.local"
+    assert told["hosts"][0]["network"]["interfaces"][0]["addresses"] == ["192.168.1.1/24", "***/64"]
+    assert told["hosts"][1]["status"]["findings"][0]["hint"] == "a fan"
+
+
 def test_what_is_missing_is_written_and_what_you_wrote_stays(reports: HostReports):
     said: list[str] = []
     doctor_write.write(reports, said.append)
@@ -120,7 +143,7 @@ def test_what_is_missing_is_written_and_what_you_wrote_stays(reports: HostReport
         "address": ["10.10.0.1", "192.168.1.1"],
         "os": "darwin",
         "device": "mps",
-        "memory_gb": 17.1,
+        "memory_gb": 11.9,  # all but a quarter
     }
     assert pi == {
         "name": "pi5",

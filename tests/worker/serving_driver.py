@@ -10,6 +10,7 @@ from typing import cast
 
 import msgspec
 
+from smolrun.events import Event
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.mesh.mesh import Mesh
@@ -56,6 +57,9 @@ class Channel:
             early = self._early.pop(topic, [])
         for message in early:
             handler(message)
+
+    def emit(self, event: Event) -> None:
+        """No one listens."""
 
     def on_stop(self, callback: Callable[[], None]) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from smolrun.errors import HostError
+from smolrun.launch.machine_memory import default_limit
 
 Facts = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ def _of_memory(total: int | None, free: int | None, memory_gb: float | None) -> 
         yield Finding(
             "warning",
             f"the cluster file gives a run {memory_gb:g} GB, it has {total / _GB:.1f} GB",
-            f"write memory_gb: {int(total / _GB)}",
+            f"write memory_gb: {int(default_limit(total) / 2**30)}",
         )
     if free is not None and free < _GOOD_MEMORY:
         yield Finding(
