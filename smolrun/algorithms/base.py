@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from smolrun.algorithms.contract import (
+    FORWARD,
     STEP_STATS,
+    UPDATE,
     BatchAssignment,
     Context,
     EvalSums,
@@ -57,11 +59,6 @@ from smolrun.parts.replicas import (
     persistent_buffers,
 )
 from smolrun.parts.step_clock import StepClock
-
-# What random numbers are drawn for: the first word of their seed. What a forward draws follows from
-# its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
-# ranks, so replicas stay equal.
-FORWARD, UPDATE = 0, 1
 
 _COMPARED_STEPS = 3  # at first, in which the bytes of buffers are compared
 

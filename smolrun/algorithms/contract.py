@@ -20,6 +20,11 @@ from smolrun.parts.precision import Precision
 from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.parts.step_clock import FULL_SPEED, Pace
 
+# What random numbers are drawn for: the first word of their seed. What a forward draws follows from
+# its samples, so ranks differ and resuming needs no state; what an update draws is equal on all
+# ranks, so replicas stay equal.
+FORWARD, UPDATE = 0, 1
+
 # What every rank reports of a step, as float64 (also the columns of a table in old checkpoints, in
 # this order). An algorithm may report more: see Algorithm.step_stats.
 STEP_STATS = (

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from smolrun.algorithms.base import FORWARD, Algorithm, Context, StepResult
+from smolrun.algorithms.base import Algorithm, Context, StepResult
+from smolrun.algorithms.contract import FORWARD
 from smolrun.algorithms.edp import edp
 from smolrun.algorithms.edp.server import STALENESS_LR_SCALES
 from smolrun.data.splits import Batch

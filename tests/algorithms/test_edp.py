@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from smolrun.algorithms.base import UPDATE
+from smolrun.algorithms.contract import UPDATE
 from smolrun.algorithms.edp.server import EDPServer
 from smolrun.events import Membership, PushDropped
 from smolrun.mesh.mesh import Mesh

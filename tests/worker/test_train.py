@@ -12,7 +12,8 @@ import numpy
 import pytest
 import torch
 
-from smolrun.algorithms.base import FORWARD, Algorithm
+from smolrun.algorithms.base import Algorithm
+from smolrun.algorithms.contract import FORWARD
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.cli.compose import compose
 from smolrun.data.splits import Prepared

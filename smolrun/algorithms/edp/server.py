@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from smolrun.algorithms.base import UPDATE, Context, PendingUpdate
+from smolrun.algorithms.base import Context, PendingUpdate
 from smolrun.algorithms.contract import (
     IDLE,
+    UPDATE,
     BatchAssignment,
     BatchPart,
     EvalSums,
