@@ -83,7 +83,7 @@ below the folder you are in, and writes nowhere else but to the cache of prepare
 takes the place of algorithm and model. `outputs/latest` points to the newest run that began to
 train. Wherever a run is asked for (`checkpoint.resume`, `model.run`, `attach.run`, `stop.run`),
 `latest`, its name, any part of its name that no other run has, and its path mean it; a job of a
-sweep is SWEEP/JOB.
+sweep is SWEEP/JOB. What a sweep leaves: [sweeps](sweeps.md).
 
 | file | what it is |
 | --- | --- |
@@ -94,7 +94,8 @@ sweep is SWEEP/JOB.
 | `checkpoints/step-00000100/` | All state after 100 steps; `manifest.json` is written last |
 | `timeline.json` | What every rank did during a few steps, for https://ui.perfetto.dev |
 | `driver.json` | Who drives the run: process, host, begin, steps |
-| `driver.log` | What the driver said, where it has no terminal: `detach=true`, `driver=HOST` |
+| `driver.log` | What the driver said, where it has no terminal: `detach=true`, `driver=HOST`, \
+jobs of sweeps |
 | `remote.json` | Only with `driver=HOST`: on which machine the run is driven, and where it lies |
 | `stop` | How often somebody asked the run to stop, by `task=stop` |
 | `model/` | The shape of a model of transformers, for `task=export` |

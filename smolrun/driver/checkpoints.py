@@ -55,7 +55,7 @@ class RunCheckpoints(Subscriber):
             self._folder,
             token,
             world_size=world_size(config),
-            run_id=folder.run_id,
+            run_id=folder.unique_id,
             config_hash=config_hash(config),
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,

@@ -61,7 +61,7 @@ def run_on_ranks(
     `checkpoint` to resume from are delivered to the hosts; `saving` says where ranks save.
     """
     try:
-        fleet.equip(folder.run_id, prepared, checkpoint, progress=progress, say=say)
+        fleet.equip(folder.unique_id, prepared, checkpoint, progress=progress, say=say)
         reconnector = Reconnector(config, fleet, saving, say)
         driver = Driver(
             plan_workers(config, folder, fleet, saving),
@@ -73,7 +73,7 @@ def run_on_ranks(
         )
         return driver.run()
     finally:
-        for line in fleet.clear(folder.run_id):
+        for line in fleet.clear(folder.unique_id):
             say(f"warning: {line}")
 
 
@@ -83,14 +83,14 @@ def plan_workers(
     """One worker per rank. Secret and TLS keys are made here and sent over stdin only."""
     plain, digest, secret = redacted(config), config_hash(config), secrets.token_hex(32)
     size, security = world_size(config), _security(config)
-    keys = issue_credentials(folder.run_id, size) if security == "tls" else [None] * size
+    keys = issue_credentials(folder.unique_id, size) if security == "tls" else [None] * size
     plans = []
     for rank in ranks(config):
         start = StartMessage(
             rank=rank.rank,
             world_size=size,
             host=rank.host,
-            run_id=folder.run_id,
+            run_id=folder.unique_id,
             config=plain,
             config_hash=digest,
             secret=secret,

@@ -103,6 +103,16 @@ class RunFolder:
         return one_line(self.path.name)
 
     @property
+    def unique_id(self) -> str:
+        """A name that no other run has, for its hosts: letters, digits, dot, dash and underscore.
+        That of a job, `algorithm=fsdp,seed=1`, is neither unique nor made of these."""
+        name = self.run_id
+        if (self.path.parent / "sweep.yaml").is_file():
+            digest = hashlib.sha256(self.path.name.encode()).hexdigest()[:8]
+            name = f"{one_line(self.path.absolute().parent.name)}-{digest}"
+        return _NOT_IN_NAMES.sub("_", name)
+
+    @property
     def logs(self) -> Path:
         """Where the logs of the ranks lie."""
         return self.path / "logs"

@@ -142,7 +142,7 @@ def _ended(
         steps=run.steps,
         loss=_number(summary.get("final_train_loss")),
         eval_loss=_number(summary.get("final_eval_loss")),
-        tokens_per_s=run.tokens_per_s,
+        tokens_per_s=_number(summary.get("tokens_per_s")) or run.tokens_per_s,
         wall_s=_number(summary.get("wall_s")),
         reason=reason if isinstance(reason, str) else None,
     )

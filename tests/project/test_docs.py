@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
-GUIDES = ("cluster", "networks", "troubleshooting", "background", "emulation")
+GUIDES = ("cluster", "networks", "troubleshooting", "background", "emulation", "sweeps")
 DEPLOY = ("none", "rsync", "wheel")  # they have a table of the same form
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from smolrun.errors import SmolrunError
+from smolrun.launch.delivery.run_folder import run_on_host
+from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.sweep_folder import SweepFolder, SweepJob, SweepRecord, find_sweep
 
 RECORD = SweepRecord("id", "0.1.0", "2026-01-31T22:05:01+00:00", ["seed=1,2"], "wall_s",
@@ -88,3 +91,16 @@ def test_the_state_of_a_job_is_in_its_files(folder: SweepFolder):
     assert (view.state, view.reason, view.step, view.wall_s) == ("failed", "x", 4, None)
     run.write_summary({"status": "serving"})
     assert folder.look(job, is_alive=True).state == "running"
+
+
+def test_a_job_has_an_id_that_hosts_take(folder: SweepFolder, tmp_path: Path):
+    other = SweepFolder(tmp_path / "sweeps" / "20260131-220501-seed-77c0")
+    other.path.mkdir()
+    other.write(RECORD)
+    runs = [folder.job("seed=1"), folder.job("seed=2"), other.job("seed=1")]
+    ids = [run.unique_id for run in runs]
+    assert len(set(ids)) == 3
+    for run in runs:  # as launch/delivery demands of a folder on a host
+        assert run_on_host(SimpleNamespace(workdir="/w"), run.unique_id).startswith("/w/runs/2026")
+    alone = tmp_path / "20260131-220501-single-gpt_tiny-3fa9"
+    assert RunFolder(alone).unique_id == alone.name
