@@ -1,6 +1,7 @@
 """task=init: asks for the machines of a home cluster and writes conf/cluster/home.yaml.
 
-Answers may come from a pipe as well. Ends without a trace where they end early.
+Answers may come from a pipe as well. Ends without a trace where they end early. Before it writes,
+it looks whether the hosts answer.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any, TypeVar
 
 from smolrun.config import RunConfig
 from smolrun.driver.cluster_file import written
-from smolrun.errors import ConfigError
+from smolrun.errors import ConfigError, HostError
 from smolrun.files import atomic_write
+from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo
 
 T = TypeVar("T")
+
+_TRY_S = 5.0  # a machine that sleeps may take longer, and is asked about
 
 FILE = Path("conf") / "cluster" / "home.yaml"
 
@@ -41,6 +45,11 @@ def drive(config: RunConfig) -> int:
             return EXIT_DONE
         hosts = _hosts()
         ranks = None if hosts else _ask("processes to start on this machine (Enter = auto)", _count)
+        missing = _try([host for host in hosts if "ssh" in host])
+        silent = f"{', '.join(missing)} did not answer"
+        if missing and not _yes(f"{silent}; write the file all the same?"):
+            echo("nothing was written")
+            return EXIT_STOPPED
     except (EOFError, KeyboardInterrupt):
         echo("\nstopped; nothing was written")
         return EXIT_STOPPED
@@ -89,6 +98,28 @@ def _hosts() -> list[dict[str, Any]]:
         while "ssh" not in host and host.get("address") is None:
             host["address"] = _ask(f"address of {host['name']} for the other machines", _here)
     return hosts
+
+
+def _try(hosts: list[dict[str, Any]]) -> list[str]:
+    """Looks for the SSH server of each host, all at once, without a login; says what was found and
+    returns the names of those that do not answer."""
+    if not hosts:
+        return []
+    from smolrun.launch.remote.machine import HostSpec
+    from smolrun.launch.ssh.connect import scan
+
+    def why_not(spec: HostSpec) -> str:
+        try:
+            last = scan(spec)[-1]
+        except HostError as error:
+            return error.what
+        return last.why if last.state == "unreachable" else ""
+
+    specs = {host["name"]: HostSpec(host["name"], host["ssh"], timeout_s=_TRY_S) for host in hosts}
+    found = run_on_all(specs, why_not, "init")
+    for name, why in found.items():
+        echo(f"{name}: {why or 'its SSH server answers'}")
+    return [name for name, why in found.items() if why]
 
 
 def _each_host() -> Iterator[dict[str, Any]]:

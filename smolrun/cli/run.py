@@ -83,6 +83,11 @@ def _trains(config: RunConfig) -> bool:
 def drive(config: RunConfig) -> int:
     """Hand the configuration to its task. Its ConfigError and DataError come before it starts."""
     module = f"smolrun.tasks.{config.task}"
+    if config.cluster.hosts and not config.training.dry_run:
+        from smolrun.driver.preflight import template_note
+
+        if note := template_note(config):
+            echo(note, error=True)
     if _goes_away(config):
         module = f"smolrun.driver.{'detach' if config.driver is None else 'remote_driver'}"
     try:

@@ -8,8 +8,11 @@ import inspect
 import math
 import os
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from smolrun.config import RunConfig, has_dedicated_server, ranks, world_size
 from smolrun.config.base import CustomTargetConfig
@@ -195,6 +198,24 @@ def _devices(config: RunConfig) -> Iterator[str]:
         if not there[device]:
             what = "torch finds no such device on this machine"
             yield problem("cluster.device", device, what, allowed=" or ".join(usable))
+
+
+def template_note(config: RunConfig) -> str | None:
+    """What to say of a cluster file that came with smolrun and still has its examples as hosts."""
+    name, hosts = config.cluster.name, config.cluster.hosts or []
+    file = files("smolrun.conf").joinpath("cluster", f"{name}.yaml")
+    if not any(host.ssh for host in hosts) or not file.is_file():
+        return None
+    shipped = msgspec.yaml.decode(file.read_bytes())["hosts"] or []
+    examples = {(host["name"], host.get("ssh"), str(host.get("address"))) for host in shipped}
+    if {(host.name, host.ssh, str(host.address)) for host in hosts} != examples:
+        return None
+    names = ", ".join(host.name for host in hosts)
+    return (
+        f"note: cluster={name} is a template: {names} are examples that came with smolrun; "
+        f"`smolrun task=init` asks for your machines, or copy {name}.yaml to conf/cluster/ and "
+        "change it"
+    )
 
 
 def start_notes(config: RunConfig) -> Iterator[str]:

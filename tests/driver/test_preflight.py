@@ -17,7 +17,7 @@ from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.driver import preflight
 from smolrun.driver.fleet import own_targets
-from smolrun.driver.preflight import check_before_start, memory_warning, stages_note
+from smolrun.driver.preflight import check_before_start, memory_warning, stages_note, template_note
 from smolrun.driver.prepare import spec_of
 from smolrun.errors import ConfigError
 from smolrun.estimate import dry_run
@@ -111,6 +111,14 @@ def test_a_device_of_another_machine_is_not_looked_for_here(
     there, here = "{name: a, ssh: a, device: cuda}", "{name: b, address: 10.0.0.1, device: cuda}"
     check_before_start(compose([f"cluster.hosts=[{there}]"]))
     assert "no such device" in problems(f"cluster.hosts=[{there},{here}]")[0]
+
+
+def test_a_template_with_its_examples_is_told(tmp_path: Path) -> None:
+    said = template_note(compose(["cluster=macmini3"])) or ""
+    assert said.startswith("note: cluster=macmini3 is a template: mini1, mini2, mini3 are examples")
+    assert template_note(compose(["cluster=macmini3", "cluster.hosts.1.ssh=me@mini2"])) is None
+    assert template_note(compose(["cluster=sim/pi3"])) is None, "emulated here, it runs as it is"
+    assert template_note(compose([])) is None
 
 
 @pytest.mark.soak

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -44,24 +46,28 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return rest.pop(0)
 
         monkeypatch.setattr("builtins.input", ask)
+        monkeypatch.setattr(init, "_try", lambda hosts: [])
         return init.drive(None)  # type: ignore[arg-type]
 
     return drive
 
 
 def test_three_machines_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    mini = ["mini1", "mini1.local", "10.10.0.1", "", "16"]
-    done = run(tmp_path, *mini, "pi5", "pi@192.168.1.11", "", "2", "7.5", "here", "", "", "", "",
-               "192.168.1.2")  # fmt: skip
+    mini = ["mini1", "mini1.invalid", "10.10.0.1", "", "16"]
+    done = run(tmp_path, *mini, "pi5", "pi@127.0.0.1:9", "", "2", "7.5", "here", "", "", "", "",
+               "192.168.1.2", "y")  # fmt: skip
     assert done.returncode == 0, done
     assert done.stderr == "SEEN ['import hydra']\n"
+    assert "mini1: no address is found for mini1.invalid" in done.stdout
+    assert "pi5: " in done.stdout
+    assert "mini1, pi5 did not answer; write the file all the same?" in done.stdout
     assert "smolrun task=trust cluster=home" in done.stdout
     home = yaml.safe_load((tmp_path / FILE).read_text())
     assert home == {
         "name": "home",
         "hosts": [
-            {"name": "mini1", "ssh": "mini1.local", "address": "10.10.0.1", "memory_gb": 16},
-            {"name": "pi5", "ssh": "pi@192.168.1.11", "ranks": 2, "memory_gb": 7.5},
+            {"name": "mini1", "ssh": "mini1.invalid", "address": "10.10.0.1", "memory_gb": 16},
+            {"name": "pi5", "ssh": "pi@127.0.0.1:9", "ranks": 2, "memory_gb": 7.5},
             {"name": "here", "address": "192.168.1.2"},
         ],
     }
@@ -180,3 +186,25 @@ def test_a_disk_that_refuses(tmp_path: Path, answer):
     (tmp_path / "conf").write_text("a file, no folder")
     with pytest.raises(ConfigError, match="cannot write"):
         answer("", "")
+
+
+@pytest.mark.parametrize(("last", "code"), [("n", 130), ("y", 0)])
+def test_hosts_are_looked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str, code: int
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and is no SSH server
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(init, "_TRY_S", 0.5)
+        rest = ["mini", f"127.0.0.1:{port}", "10.0.0.1", "", "", "", last]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("builtins.input", lambda question: rest.pop(0))
+        assert init.drive(None) == code  # type: ignore[arg-type]
+    assert rest == []
+    assert (tmp_path / FILE).exists() == (code == 0)
+
+
+def test_hosts_that_answer_are_not_asked_about(capsys, monkeypatch: pytest.MonkeyPatch):
+    found = [SimpleNamespace(state="new", why="")]
+    monkeypatch.setattr("smolrun.launch.ssh.connect.scan", lambda spec: found)
+    assert init._try([{"name": "mini", "ssh": "mini.local"}]) == []
+    assert capsys.readouterr().out == "mini: its SSH server answers\n"
