@@ -46,6 +46,8 @@ def _main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print("smolrun " + import_module("importlib.metadata").version("smolrun"))  # noqa: T201
         return 0
+    if "--trials" in arguments:
+        return int(import_module("smolrun.cli.trials").main())
     for flag, start in _DRIVERS.items():
         if flag in arguments:
             return int(getattr(import_module("smolrun.cli.driver"), start)())

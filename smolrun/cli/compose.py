@@ -21,6 +21,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -34,6 +35,7 @@ from smolrun.files import LimitPassed, read_yaml
 # Hydra's API changes at this version number's say-so; the configuration is written for this one.
 VERSION_BASE = "1.3"
 CONF = "smolrun.conf"
+PLUGINS = ("hydra/launcher", "hydra/sweeper")  # groups of Hydra's own
 TARGETS = ("model", "data", "algorithm")  # groups whose `target` may be the user's own
 
 
@@ -63,8 +65,12 @@ def folders(arguments: Arguments) -> list[Path]:
 
 @contextmanager
 def composing(arguments: Arguments) -> Iterator[None]:
-    """Within it, `composed` and `jobs` work."""
-    Plugins.instance().register(OwnConf)
+    """Within it, `composed` and `jobs` work. ConfigError for a plugin of Hydra's that is broken."""
+    try:
+        plugins = Plugins.instance()  # imports all that are installed
+    except Exception as error:
+        raise ConfigError(f"a plugin of Hydra's cannot be imported: {error!r}") from error
+    plugins.register(OwnConf)
     _check_limits(arguments)
     OwnConf.config_dir = arguments.config_dir
     with initialize_config_module(CONF, version_base=VERSION_BASE):
@@ -156,32 +162,66 @@ def _short_name(target: str) -> str:
     return name if name not in ("", "build") else module.rpartition(".")[2] or target
 
 
+def base(arguments: Arguments) -> DictConfig:
+    """The composition of a sweep without the values that it sweeps over."""
+    steady = [
+        item.input_line
+        for item in _parsed(arguments.overrides)
+        if not item.is_sweep_override() and item.input_line is not None
+    ]
+    return composed(replace(arguments, overrides=steady))
+
+
+def chosen_plugins(base: DictConfig) -> dict[str, str]:
+    """`hydra/launcher` and `hydra/sweeper`, where they are not Hydra's basic ones."""
+    chosen = base.hydra.runtime.choices
+    return {key: str(chosen[key]) for key in PLUGINS if chosen.get(key) not in (None, "basic")}
+
+
+def axes(arguments: Arguments, base: DictConfig, *, is_grid: bool) -> dict[str, list[str]]:
+    """Key -> its overrides, one for each value.
+
+    In a grid an interval is a ConfigError. A sweeper draws from it: its ends stand for it, as
+    those of a range do.
+    """
+    params = [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
+    found: dict[str, list[str]] = {}
+    for item in _parsed([*params, *arguments.overrides]):
+        key = item.get_key_element()
+        if not item.is_sweep_override():
+            found[key] = [str(item.input_line)]
+        elif not is_grid and (ends := _ends(item)):
+            found[key] = [f"{key}={value}" for value in ends]
+        elif item.is_discrete_sweep():
+            found[key] = [f"{key}={value}" for value in item.sweep_string_iterator()]
+        else:
+            raise ConfigError(
+                f"{item.input_line}: has no list of values; write a,b,c or range(1,4) or glob(*);"
+                " intervals need a sweeper, such as hydra/sweeper=optuna"
+            )
+    return found
+
+
+def _ends(item: Override) -> list[Any]:
+    """Where an interval or a range of numbers begins and ends; empty for other overrides."""
+    value = item.value()
+    if isinstance(value, IntervalSweep):
+        return [value.start, value.end]
+    return [value.start, value.stop] if isinstance(value, RangeSweep) else []
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    return parser.parse_overrides([readable(override) for override in overrides])
+
+
 def jobs(arguments: Arguments) -> list[list[str]]:
-    """The overrides of every job of a sweep.
+    """The overrides of every job of a grid.
 
     All combinations, the last one named changes fastest.
     """
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = [readable(override) for override in arguments.overrides]
-    steady = [
-        item.input_line
-        for item in parser.parse_overrides(overrides)
-        if not item.is_sweep_override()
-    ]
-    base = composed(replace(arguments, overrides=[line for line in steady if line is not None]))
-    params = [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
-    axes: dict[str, list[str]] = {}
-    for item in parser.parse_overrides([*params, *overrides]):
-        key = item.get_key_element()
-        if not item.is_sweep_override():
-            axes[key] = [str(item.input_line)]
-        elif item.is_discrete_sweep():
-            axes[key] = [f"{key}={value}" for value in item.sweep_string_iterator()]
-        else:
-            raise ConfigError(
-                f"{item.input_line}: has no list of values; write a,b,c or range(1,4) or glob(*)"
-            )
-    return [list(job) for job in product(*axes.values())]
+    values = axes(arguments, base(arguments), is_grid=True)
+    return [list(job) for job in product(*values.values())]
 
 
 def show(argv: Sequence[str], arguments: Arguments) -> None:

@@ -26,6 +26,13 @@ OVERRIDE = re.compile(
     r"^(?:\+\+|\+|~)?(?P<key>[^=@]+)(?:@[^=]*)?(?P<equals>=?)(?P<value>.*)$", re.DOTALL
 )
 
+# Extras of smolrun that bring launchers and sweepers of Hydra.
+PLUGINS = {
+    "optuna": "optuna",
+    "joblib": "joblib",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+}
 # What a number is meant for where a choice is asked for.
 NUMBERS = {"cluster": "cluster.ranks", "staleness": "staleness.bound", "training": "training.steps"}
 
@@ -65,6 +72,19 @@ def explain(error: Exception) -> str:
     )
     text = re.sub(r"\s*object_type=\w+", "", text)
     return f"{key}: {text}" if key and str(key) not in text else text
+
+
+def missing_plugin(error: Exception) -> str | None:
+    """A sentence if the error is about a launcher or sweeper that Hydra does not have."""
+    wanted = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    group, _, name = (wanted or "").rpartition("/")
+    if group not in ("hydra/launcher", "hydra/sweeper"):
+        return None
+    found = sorted(getattr(error, "options", None) or ())
+    if (extra := PLUGINS.get(name)) is not None:
+        return problem(group, name, f"not installed; to install it: pip install 'smolrun[{extra}]'")
+    what = f"no such plugin; installed: {', '.join(found)}"
+    return problem(group, name, what, meant=closest(name, [*found, *PLUGINS]))
 
 
 def _problems(override: str, groups: Groups, is_sweep: bool) -> Iterable[str]:

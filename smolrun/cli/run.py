@@ -14,6 +14,8 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from smolrun.cli import choices, compose, mistakes, sweep
 from smolrun.cli.arguments import (
     Arguments,
@@ -47,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
             return _show(argv)
         arguments = read(argv)
         with compose.composing(arguments):
+            if arguments.is_sweep and (found := with_plugins(arguments)) is not None:
+                return int(import_module("smolrun.cli.multirun").drive(arguments, *found))
             if sweep.wanted_resume(arguments.overrides):
                 return _go(*sweep.resumed_sweep(arguments))
             if arguments.is_sweep:
@@ -162,6 +166,39 @@ def _with_progress(jobs: Sequence[list[str]]) -> Iterator[list[str]]:
             yield job
     finally:
         console.close()
+
+
+def with_plugins(arguments: Arguments) -> tuple[DictConfig, RunConfig] | None:
+    """The composition of a sweep that a launcher or sweeper of Hydra's runs, and the checked
+    configuration of its first job; None for other sweeps.
+
+    ConfigError names what is wrong with its jobs, or the plugin that is not installed.
+    """
+    try:
+        base = compose.base(arguments)
+    except mistakes.COMPLAINTS as error:
+        if missing := mistakes.missing_plugin(error):
+            raise ConfigError(missing) from error
+        if not any(line.startswith(compose.PLUGINS) for line in arguments.overrides):
+            return None  # what is wrong is found with the jobs
+        raise ConfigError(_all_problems(error, arguments, with_plugins)) from error
+    return (base, checked_probes(arguments, base)) if compose.chosen_plugins(base) else None
+
+
+def checked_probes(arguments: Arguments, base: DictConfig) -> RunConfig:
+    """The configuration of the first job. ConfigError with all that is wrong with it, with the
+    other values, and with the sweeper."""
+    multirun = import_module("smolrun.cli.multirun")
+    found, configs = {}, []
+    for overrides in multirun.probes(arguments, base):
+        try:
+            configs.append(checked(replace(arguments, overrides=overrides, is_sweep=False)))
+        except ConfigError as error:
+            found.update(dict.fromkeys(error.problems))
+    found.update(dict.fromkeys(multirun.problems(arguments, base)))
+    if found:
+        raise ConfigError(list(found))
+    return configs[0]
 
 
 def _all_problems(

@@ -201,6 +201,9 @@ def resumed_sweep(arguments: Arguments) -> tuple[Sweep, bool]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(problem("sweep.resume", wanted, str(error))) from None
+    if plugins := [line for line in record.overrides if line.startswith(compose.PLUGINS)]:
+        what = f"not with {' '.join(plugins)}, which decided which jobs run"
+        raise ConfigError(problem("sweep.resume", wanted, what))
     if folder.run.driver_lives():
         raise ConfigError(problem("sweep.resume", wanted, f"{folder.path.name} is still running"))
     views = [folder.look(job, is_alive=False) for job in record.jobs]
@@ -274,11 +277,18 @@ def run_sweep(sweep: Sweep) -> int:
         console.close()
         run.release()
     compare(folder)
-    _end(folder, progress.look(is_alive=False), code, time.monotonic() - began)
+    end_sweep(folder, progress.look(is_alive=False), code, time.monotonic() - began)
     return code
 
 
-def _end(folder: SweepFolder, views: Sequence[JobView], code: int, wall_s: float) -> None:
+def end_sweep(
+    folder: SweepFolder,
+    views: Sequence[JobView],
+    code: int,
+    wall_s: float,
+    *,
+    can_resume: bool = True,
+) -> None:
     """summary.json of the sweep, and the last lines: what failed and why, and how to resume."""
     status = {0: "done", FAILED: "failed"}.get(code, "stopped")
     summary = {
@@ -291,7 +301,7 @@ def _end(folder: SweepFolder, views: Sequence[JobView], code: int, wall_s: float
     with contextlib.suppress(OSError):
         folder.run.write_summary(summary)
     echo(f"sweep folder: {folder.path}")
-    for line in ending_lines(folder, views):
+    for line in ending_lines(folder, views, can_resume=can_resume):
         echo(line, error=True)
 
 

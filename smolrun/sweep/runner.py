@@ -125,7 +125,7 @@ def run_job(
     """Run a job to its end; returns the status in its summary.json. `asked()` is the number of
     stop requests, `meanwhile` is called four times a second. No process of it is left."""
     with folder.driver_log.open("ab") as log:
-        process = _launch(log.fileno())
+        process = launch(COMMAND, log.fileno())
     try:
         _write(process, job.order + b"\n")
         _wait_for(process, asked, meanwhile)
@@ -158,9 +158,10 @@ def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
         process.stdin.flush()
 
 
-def _launch(output: int) -> subprocess.Popen[bytes]:
+def launch(command: Sequence[str], output: int) -> subprocess.Popen[bytes]:
+    """A process in a process group of its own, stdin piped; both its outputs go to `output`."""
     return subprocess.Popen(  # noqa: S603  (our own interpreter)
-        COMMAND,
+        command,
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,

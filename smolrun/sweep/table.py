@@ -216,7 +216,9 @@ def _figures(view: JobView) -> str:
     return ", ".join(parts) or "it made no step"
 
 
-def ending_lines(folder: SweepFolder, views: Sequence[JobView]) -> list[str]:
+def ending_lines(
+    folder: SweepFolder, views: Sequence[JobView], *, can_resume: bool = True
+) -> list[str]:
     """The last lines of a sweep: what failed and why, and how to run what is left."""
     failed = [view for view in views if view.state == "failed"]
     left = sum(view.state != "done" for view in views)
@@ -224,7 +226,7 @@ def ending_lines(folder: SweepFolder, views: Sequence[JobView]) -> list[str]:
     for view in failed:
         log = folder.job(view.job.name).driver_log
         lines.append(f"  {label(view)}: {one_line(view.reason or 'unknown')}; log: {log}")
-    if left:
+    if left and can_resume:
         command = f"smolrun -m sweep.resume={folder.path.name}"
         lines.append(f"to run the other {counted(left, 'job')}: {command}")
     return lines
