@@ -103,6 +103,8 @@ jobs of sweeps |
 the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
 | `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
+| `comparison.html`, `.md`, `.csv` | Not in the folder but beside the runs, or in the sweep's: see \
+[comparing runs](comparison.md) |
 
 ## summary.json
 

@@ -9,8 +9,6 @@ Only reads run folders, as data; starts nothing.
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 from smolrun.comparison import compare_runs
@@ -29,11 +27,8 @@ def drive(config: RunConfig) -> int:
     selection = select(wanted.runs, wanted.sweep, OUTPUTS)
     out = Path(wanted.out).expanduser() if wanted.out else None
     metric = None if wanted.metric == "auto" else wanted.metric
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        page = compare_runs(
-            selection, say=echo, metric=metric, out=out, room=room, online=wanted.wandb
-        )
+        page = compare_runs(selection, say=echo, metric=metric, out=out, online=wanted.wandb)
     except OSError as error:
         where = error.filename or out or selection.out
         text = f"{where}: cannot be written: {error.strerror or error}; compare.out names a folder"

@@ -92,7 +92,8 @@ def _cell(
         while key in runs:  # the same seed twice
             key += 1
         runs[key] = run
-    label = _label(same) or next(iter(runs.values())).name
+    is_known = any(value != _UNKNOWN for value in same.values())
+    label = _label(same) if is_known else next(iter(runs.values())).name
     label = label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 3]}..."
     labels[label] = labels.get(label, 0) + 1
     if labels[label] > 1:
@@ -162,19 +163,19 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
         found.append(f"They have different numbers of ranks ({_list(sizes)}).")
     for cell in cells:
         for run in cell.runs.values():
-            found += _about(run, cell.label if len(cell.runs) == 1 else f"{cell.label}, {run.name}")
+            found += _about(run, cell.label if len(cell.runs) == 1 else run.name)
     return found
 
 
 def _about(run: RunFigures, label: str) -> Iterable[str]:
     if run.state != "done":
-        ended = {"running": "is still running", "unknown": "has no readable state"}
+        ended = {"running": "is still running", "not started": "has not started"}
         because = f": {run.reason}" if run.reason else ""
-        what = ended.get(run.state, "has not started" if not run.config else run.state)
+        what = ended.get(run.state, run.state)
         yield f"{label} {what}{because}; its figures are not in the verdict."
     elif run.diverged:
         yield f"{label} diverged ({run.reason}); it is not in the verdict."
-    if run.config or run.steps:
+    if run.state != "not started":
         yield from (f"{label}: {problem}." for problem in run.problems)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
@@ -28,7 +30,7 @@ _LR = "optimizer.lr"
 Say = Callable[[str], None]
 
 
-def compare_sweep(folder: Path, *, say: Say, room: int | None = None) -> Path | None:
+def compare_sweep(folder: Path, *, say: Say) -> Path | None:
     """Compare the jobs of a sweep, and write the result into its folder; returns the page, None
     where nothing could be compared or written. Never raises for what is in the folder."""
     try:
@@ -36,7 +38,7 @@ def compare_sweep(folder: Path, *, say: Say, room: int | None = None) -> Path | 
         if not selection.jobs:
             say(f"nothing to compare in {one_line(str(folder))}")
             return None
-        return compare_runs(selection, say=say, room=room, online=True)
+        return compare_runs(selection, say=say, online=True)
     except (SmolrunError, OSError) as error:
         say(f"no comparison: {one_line(str(error))}")
         return None
@@ -48,13 +50,13 @@ def compare_runs(
     say: Say,
     metric: str | None = None,
     out: Path | None = None,
-    room: int | None = None,
     online: bool = False,
 ) -> Path:
     """Write comparison.html, .md and .csv into `out` (default: the selection's own place), and pass
-    verdict and table to `say`, in lines of at most `room` characters; returns the page. `online`:
-    make a W&B report too, if the runs are in W&B. OSError where it cannot be written."""
+    verdict and table to `say`; returns the page. `online`: make a W&B report too, if the runs are
+    in W&B. OSError where it cannot be written."""
     made = make_report(selection, metric)
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for section in made.sections:
         for line in _spoken(section, room):
             say(line)
@@ -110,8 +112,7 @@ def _section(
     ordered = sorted(cells, key=lambda cell: _place(cell, metric, target))
     warnings = list(cautions(ordered))
     if heading.startswith("Emulated"):
-        hosts = dict.fromkeys(h for c in cells for run in c.runs.values() for h in run.emulated)
-        warnings.insert(0, f"Times are those of emulated machines: {'; '.join(list(hosts)[:8])}.")
+        warnings.insert(0, f"Times are those of emulated machines: {'; '.join(_hosts(cells))}.")
     can = plots.can_plot()
     most = plots.MOST_SERIES
     note = "" if can else "No plots: matplotlib is not installed (pip install matplotlib)."
@@ -128,6 +129,14 @@ def _section(
         plots.draw_all(ordered, target) if can else [],
         note,
     )
+
+
+def _hosts(cells: Sequence[Cell], most: int = 8) -> list[str]:
+    """What the emulated hosts emulate; a run that has not ended says less about that."""
+    runs = [run for cell in cells for run in cell.runs.values()]
+    ended = [run for run in runs if run.state == "done"] or runs
+    found = list(dict.fromkeys(host for run in ended for host in run.emulated))
+    return [*found[:most], *(["..."] if found[most:] else [])]
 
 
 def _few(warnings: Sequence[str], most: int = 12) -> list[str]:
@@ -154,7 +163,7 @@ def tuning_command(cells: Sequence[Cell], overrides: Sequence[str]) -> str | Non
     except ValueError:
         return None
     words = [word for word in overrides if _PLAIN_WORD.fullmatch(word)]
-    words = [word for word in words if not word.startswith((_LR, "sweep.metric"))]
+    words = [word for word in words if not word.startswith((_LR, "sweep."))]
     if not any(word.startswith("algorithm=") for word in words):
         names = [name for name in algorithms if re.fullmatch(r"[a-z_]{1,40}", name)]
         words = [f"algorithm={','.join(names)}", *words]

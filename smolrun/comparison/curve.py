@@ -11,15 +11,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Axis = Literal["time_s", "tokens", "bytes_sent"]
-MOST_POINTS = 4096  # a curve keeps between this many and half as many; then neighbours are merged
+MOST_POINTS = 1024  # a curve keeps between this many and half as many; then neighbours are merged
 _GRID = 200  # points of a mean curve; a plot is about 300 points wide
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """The end of one step, or of a few that were merged: sums from the beginning of training, and
     the mean loss of these steps (NaN: none of them had a finite one)."""
 
@@ -58,13 +57,15 @@ class Curve:
         """The same points, each with the mean loss of the last `steps` steps; those before the
         first full window, and those without any finite loss in it, are left out."""
         width = max(1, round(steps / self.steps_per_point))
-        found = []
-        for end in range(width, len(self.points) + 1):
-            last = self.points[end - 1]
-            loss = _mean([point.loss for point in self.points[end - width : end]])
-            if math.isfinite(loss):
-                found.append(Point(last.step, last.time_s, last.tokens, last.bytes_sent, loss))
-        return found
+        finite = [math.isfinite(point.loss) for point in self.points]
+        losses = [p.loss if known else 0.0 for p, known in zip(self.points, finite, strict=True)]
+        sums = [0.0, *itertools.accumulate(losses)]
+        counts = [0, *itertools.accumulate(finite)]
+        return [
+            self.points[end - 1]._replace(loss=(sums[end] - sums[end - width]) / count)
+            for end in range(width, len(self.points) + 1)
+            if (count := counts[end] - counts[end - width])
+        ]
 
     def scatter(self, steps: int) -> float:
         """Standard error of a mean loss over `steps` steps, by how far neighbouring points lie

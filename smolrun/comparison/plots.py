@@ -138,7 +138,8 @@ def _loss_curves(cells: Sequence[Cell], target: Target | None) -> Iterator[Plot]
         ("tokens", "Loss over samples", "tokens trained on"),
         ("bytes_sent", "Loss over bytes sent", "bytes sent by all ranks"),
     )
-    steps = max((run.steps for cell in cells for run in cell.runs.values()), default=0)
+    runs = [run for cell in cells for run in cell.runs.values()]
+    steps = max((run.steps for run in runs), default=0)
     smooth = max(target.steps if target else 1, steps // _SMOOTH)
     for axis, title, label in axes:
         bands = [band(_curves(cell, smooth), axis) for cell in cells]
@@ -176,10 +177,24 @@ def _curve_drawing(
         axes.set_xlabel(label)
         axes.set_ylabel("training loss")
         axes.xaxis.set_major_locator(_few_ticks())
-        if axis != "time_s":
-            axes.xaxis.set_major_formatter(lambda number, _: _scaled(number))
+        axes.xaxis.set_major_formatter(lambda number, _: _scaled(number))
+        if axis == "time_s":
+            _tell_time(axes, max(one.x[-1] for one in bands if one.x))
 
     return draw
+
+
+def _tell_time(axes: Axes, longest_s: float) -> None:
+    """Ticks in the unit of the whole axis."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for unit, length_s in (("hours", 3600.0), ("minutes", 60.0)):
+        if longest_s > 3 * length_s:
+            step_s = (MaxNLocator(nbins=5).tick_values(0, longest_s / length_s)[1]) * length_s
+            axes.set_xticks([step_s * n for n in range(int(longest_s / step_s) + 1)])
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, n=length_s: f"{x / n:g}"))
+            axes.set_xlabel(f"{unit} of training")
+            return
 
 
 def _few_ticks() -> Any:
@@ -200,39 +215,69 @@ def _scaled(number: float) -> str:
 
 @dataclass(frozen=True)
 class _Bar:
-    """One horizontal bar: its label above, its parts as (colour, length), text at its end."""
+    """One horizontal bar: what it is a part of, in the row above the first of these; its own name;
+    its parts as (colour, length); text at its end; a dotted longer bar around it."""
 
-    label: str
+    head: str
+    name: str
     parts: Sequence[tuple[str, float]]
     text: str
-    outline: float | None = None  # a longer bar behind it
+    outline: float = 0.0
+
+    @property
+    def length(self) -> float:
+        """All of it."""
+        return max(sum(length for _, length in self.parts), self.outline)
 
 
-def _bars(bars: Sequence[_Bar], label: str, show: Callable[[float], str]) -> str:
-    longest = max((max(sum(p for _, p in bar.parts), bar.outline or 0) for bar in bars), default=0)
+def _bars(
+    bars: Sequence[_Bar], label: str, show: Callable[[float], str], *, full: float | None = None
+) -> str:
+    """`full`: a length that no bar exceeds, where the axis ends."""
+    longest = full or max(bar.length for bar in bars) or 1.0
+    places, heads = _rows_of(bars)
 
     def draw(axes: Axes) -> None:
-        for row, bar in enumerate(bars):
+        for row, bar in zip(places, bars, strict=True):
             begin = 0.0
             if bar.outline:
-                axes.barh(row, bar.outline, 0.42, color="none", edgecolor=_INK, lw=0.8, ls=":")
+                axes.barh(row, bar.outline, 0.7, color="none", edgecolor=_INK, lw=0.8, ls=":")
             for color, length in bar.parts:
-                axes.barh(row, length, 0.42, left=begin, color=color)
+                axes.barh(row, length, 0.7, left=begin, color=color)
                 begin += length
-            text = bar.label if len(bar.label) <= 34 else f"{bar.label[:31]}..."
-            axes.text(0, row - 0.28, text, va="bottom", ha="left")
-            axes.text(begin + longest * 0.02, row, bar.text, va="center", ha="left")
-        axes.set_ylim(len(bars) - 0.6, -0.9)
-        axes.set_xlim(0, longest * 1.28 or 1)
-        axes.set_yticks([])
+            axes.text(bar.length + longest * 0.02, row, bar.text, va="center", ha="left")
+        for row, text in heads:
+            axes.text(0, row, text if len(text) <= 40 else f"{text[:37]}...", va="center")
+        axes.set_ylim(places[-1] + 0.7, -0.7)
+        axes.set_xlim(0, longest * 1.3)
+        axes.set_yticks(places, [bar.name for bar in bars])
+        axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(_few_ticks())
+        if full is None:
+            axes.xaxis.set_major_locator(_few_ticks())
+        else:
+            axes.set_xticks([full * part / 4 for part in range(5)])
         axes.xaxis.set_major_formatter(lambda number, _: show(number))
         axes.set_axisbelow(True)
 
-    return _figure(draw, 0.55 + 0.4 * len(bars))
+    return _figure(draw, 0.6 + 0.19 * (places[-1] + 1))
+
+
+def _rows_of(bars: Sequence[_Bar]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where bars and the texts above them are, counted in bars from the top."""
+    places: list[float] = []
+    heads: list[tuple[float, str]] = []
+    row, before = 0.0, ""
+    for bar in bars:
+        if bar.head != before:
+            row += 0.3 if places else 0.0
+            heads.append((row, bar.head))
+            row, before = row + 1, bar.head
+        places.append(row)
+        row += 1
+    return places, heads
 
 
 def _speeds(cells: Sequence[Cell]) -> Iterator[Plot]:
@@ -245,13 +290,14 @@ def _speeds(cells: Sequence[Cell]) -> Iterator[Plot]:
         own = [run.own_speeds for run in cell.runs.values() if run.own_speeds]
         sum_own = sum(own) / len(own) if own else None
         share = f" ({mean / sum_own:.0%})".replace("%", " %") if sum_own else ""
-        bars.append(_Bar(cell.label, [(_SERIES[index], mean)], f"{rate(mean)}{share}", sum_own))
+        parts = [(_SERIES[index], mean)]
+        bars.append(_Bar(cell.label, "", parts, f"{rate(mean)}{share}", sum_own or 0.0))
     if bars:
         caption = "Tokens per second over the whole training."
         if any(bar.outline for bar in bars):
             caption += (
-                " Dotted: the sum of the machines' own speeds, as if none ever waited (samples per"
-                " second of computing); in parentheses how much of that is used."
+                " Dotted: the sum of the own speeds of the ranks that train (samples per second of"
+                " computing), as if none ever waited; in parentheses how much of that is used."
             )
         yield Plot("Throughput and efficiency", caption, _bars(bars, "tokens/s", _scaled))
 
@@ -274,13 +320,13 @@ def _times(cells: Sequence[Cell]) -> Iterator[Plot]:
         if shares:
             mean = [sum(part) / len(shares) for part in zip(*shares, strict=True)]
             parts = [(_PARTS[n], share) for n, share in enumerate(mean)]
-            bars.append(_Bar(f"{cell.label}: rank {rank}", parts, f"{mean[0]:.0%}"))
+            bars.append(_Bar(cell.label, f"rank {rank}", parts, f"{mean[0]:.0%}"))
     if bars:
         what = ("computing", "waiting for slower ranks", "network and other waits")
         caption = "Shares of the training time of each rank; the number is computing. The rest is"
         caption += " data, evaluation, saving."
-        show = _bars(bars, "share of the time", lambda number: f"{number:.0%}")
-        yield Plot("Where each rank's time goes", caption, show, parts=list(enumerate(what)))
+        svg = _bars(bars, "share of the time", lambda number: f"{number:.0%}", full=1.0)
+        yield Plot("Where each rank's time goes", caption, svg, parts=list(enumerate(what)))
 
 
 def time_shares(run: RunFigures, rank: int) -> tuple[float, float, float] | None:
@@ -305,7 +351,7 @@ def _memory(cells: Sequence[Cell]) -> Iterator[Plot]:
         ]
         if peaks:
             mean = sum(peaks) / len(peaks)
-            bars.append(_Bar(f"{cell.label}: rank {rank}", [(_SERIES[index], mean)], size(mean)))
+            bars.append(_Bar(cell.label, f"rank {rank}", [(_SERIES[index], mean)], size(mean)))
     if bars:
         caption = "Peak memory of each rank's process."
         yield Plot("Memory per rank", caption, _bars(bars, "bytes", _scaled))

@@ -71,6 +71,11 @@ class _RankStep(msgspec.Struct, tag_field="event", tag="rank_step"):
 
 class _Push(msgspec.Struct, tag_field="event", tag="push"):
     age: _Count
+    rank: _Rank = 0
+
+
+class _PushDropped(msgspec.Struct, tag_field="event", tag="push_dropped"):
+    rank: _Rank
 
 
 class _Eval(msgspec.Struct, tag_field="event", tag="eval"):
@@ -88,13 +93,13 @@ class _Other(msgspec.Struct):
     event: str
 
 
-_rows = msgspec.json.Decoder(_Step | _RankStep | _Push | _Eval | _Note)
+_rows = msgspec.json.Decoder(_Step | _RankStep | _Push | _PushDropped | _Eval | _Note)
 _other = msgspec.json.Decoder(_Other)
 
 
 @dataclass
 class RankFigures:
-    """Sums over the steps of one rank; seconds but for the last three."""
+    """Sums over the steps of one rank."""
 
     compute_s: float = 0.0
     wait_s: float = 0.0  # all of it
@@ -104,6 +109,14 @@ class RankFigures:
     bytes_sent: int = 0
     samples: int = 0
     peak_memory_bytes: int | None = None
+    pushes: int = 0  # of its gradients those that a server applied
+    dropped: int = 0  # and those that it did not
+
+    @property
+    def own_speed(self) -> float:
+        """Samples per second of computing, those of dropped gradients too."""
+        made = self.samples * (self.pushes + self.dropped) / (self.pushes or 1)
+        return (made if self.pushes else self.samples) / self.compute_s
 
 
 @dataclass
@@ -171,7 +184,7 @@ class RunFigures:
         samples = sum(rank.samples for rank in made)
         if not samples or not self.tokens or any(rank.compute_s <= 0 for rank in made):
             return None
-        return self.tokens / samples * sum(rank.samples / rank.compute_s for rank in made)
+        return self.tokens / samples * sum(rank.own_speed for rank in made)
 
 
 def read_run(folder: RunFolder, name: str | None = None) -> RunFigures:
@@ -180,6 +193,8 @@ def read_run(folder: RunFolder, name: str | None = None) -> RunFigures:
     _read_config(run)
     with contextlib.suppress(OSError, ValueError, TypeError):
         run.state = state_of(folder)
+        if run.state == "died" and not folder.driver() and not folder.metrics.exists():
+            run.state = "not started"  # a job of a sweep
     _read_metrics(run)
     _read_summary(run, folder.summary())
     return run
@@ -279,8 +294,11 @@ class _Metrics:
         elif isinstance(row, _RankStep):
             self._add_rank(row)
         elif isinstance(row, _Push):
+            self._rank(row.rank).pushes += self._every
             if row.age in self._run.ages or len(self._run.ages) < _MOST_AGES:
                 self._run.ages[row.age] += self._every
+        elif isinstance(row, _PushDropped):
+            self._rank(row.rank).dropped += self._every
         elif isinstance(row, _Eval):
             self._run.eval_loss = row.loss
         elif match := _THINNED.fullmatch(row.message):
@@ -302,7 +320,7 @@ class _Metrics:
         run.curve.add(Point(row.step, row.time_s, run.tokens, self._bytes_sent, loss))
 
     def _add_rank(self, row: _RankStep) -> None:
-        rank = self._run.ranks.setdefault(row.rank, RankFigures())
+        rank = self._rank(row.rank)
         rank.steps += self._every
         rank.compute_s += row.compute_s * self._every
         rank.wait_s += row.wait_s * self._every
@@ -314,6 +332,9 @@ class _Metrics:
         self._open.setdefault(row.step, {})[row.rank] = row
         if len(self._open) > _MOST_OPEN_STEPS:
             self._split(self._open.pop(min(self._open)))
+
+    def _rank(self, number: int) -> RankFigures:
+        return self._run.ranks.setdefault(number, RankFigures())
 
     def _split(self, rows: Mapping[int, _RankStep]) -> None:
         """What the ranks waited for in one step."""
@@ -343,7 +364,13 @@ def _read_metrics(run: RunFigures) -> None:
 def _is_other(line: bytes) -> bool:
     """Whether a line is an event that is not compared."""
     with contextlib.suppress(ValueError, RecursionError):
-        return _other.decode(line).event not in ("step", "rank_step", "push", "eval")
+        return _other.decode(line).event not in (
+            "step",
+            "rank_step",
+            "push",
+            "push_dropped",
+            "eval",
+        )
     return False
 
 

@@ -1,8 +1,9 @@
 """Who wins on what, by how much, and how sure that is.
 
-With repeats, two cells are compared pair by pair: the mean of the log ratios of pairs, with a 95 %
-Student t interval. With one run each only what scatters within a run is known: how the speed of a
-fifth of a run differs from that of the others, and how losses of single steps do.
+With repeats, cells are compared repeat by repeat: the mean of the log ratios of pairs, with a 95 %
+Student t interval whose error is pooled over all cells. With one run each only what scatters within
+a run is known: how the speed of a fifth of a run differs from that of the others, and how losses of
+single steps do.
 
 Pure.
 """
@@ -23,6 +24,7 @@ _WINDOW = 10  # steps that a loss is a mean of; of short runs a fifth
 _ONE_RUN_FLOOR = 0.05  # what one run each never tells apart: a machine is not that steady
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _Z = 1.96
+_SMALL = 0.1  # a difference below it, and within noise, is called equal
 
 
 class Strong(str):
@@ -67,7 +69,9 @@ def _loss(value: float) -> str:
     return f"{value:.3f}"
 
 
-TIME_TO_LOSS = Metric("time_to_loss_s", "time to loss", seconds, others="takes {} as long")
+TIME_TO_LOSS = Metric(
+    "time_to_loss_s", "time to loss", seconds, others="takes {} as long", noun="time"
+)
 TRAIN_LOSS = Metric("final_train_loss", "train loss", _loss, is_loss=True)
 EVAL_LOSS = Metric("final_eval_loss", "eval loss", _loss, is_loss=True)
 SPEED = Metric(
@@ -75,7 +79,7 @@ SPEED = Metric(
 )
 WALL = Metric("wall_s", "wall time", seconds)
 BYTES = Metric("bytes_sent", "bytes sent", size, others="sends {} as much")
-MEMORY = Metric("peak_memory_bytes", "peak memory", size, floor=0.03, others="needs {} as much")
+MEMORY = Metric("peak_memory_bytes", "peak memory", size, floor=0.05, others="needs {} as much")
 METRICS = (TIME_TO_LOSS, TRAIN_LOSS, EVAL_LOSS, SPEED, WALL, BYTES, MEMORY)
 
 
@@ -109,8 +113,8 @@ def value(metric: Metric, run: RunFigures, target: Target | None) -> float | Non
 
 
 def values(metric: Metric, cell: Cell, target: Target | None) -> dict[int, float]:
-    """The known figures of a cell's repeats."""
-    found = {key: value(metric, run, target) for key, run in cell.runs.items()}
+    """The known figures of a cell's repeats: of the finished ones, if there are any."""
+    found = {key: value(metric, run, target) for key, run in (cell.done or cell.runs).items()}
     return {key: number for key, number in found.items() if number is not None}
 
 
@@ -125,9 +129,14 @@ class Ratio:
     floor: float
 
     @property
-    def is_equal(self) -> bool:
-        """Whether the difference may be none, or is too small to matter."""
-        return self.low <= 1 <= self.high or abs(math.log(self.value)) < self.floor
+    def is_sure(self) -> bool:
+        """Whether there is a difference, and it is large enough to matter."""
+        return not self.low <= 1 <= self.high and abs(math.log(self.value)) >= self.floor
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a difference that is not sure would be a small one."""
+        return abs(math.log(self.value)) < max(_SMALL, self.floor)
 
     def __str__(self) -> str:
         low, high = _times(self.low), _times(self.high)
@@ -139,22 +148,52 @@ def _times(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
-def ratio(
-    ours: Mapping[int, float], theirs: Mapping[int, float], *, noise: float, floor: float
-) -> Ratio:
-    """Ours divided by theirs; `noise` is how much one run each may differ by chance."""
-    shared = [key for key in ours if key in theirs]
+def ratios(
+    rows: Sequence[Mapping[int, float]], noises: Sequence[float], floor: float
+) -> list[Ratio]:
+    """Every row divided by the first one. `noises`: how much one run of each may differ by chance.
+
+    With repeats that all rows have, the error is that of a randomized block design: what is left of
+    the logs without the means of rows and of repeats, over all rows. For two rows that is the
+    paired t test; more rows say more about chance, as few repeats say little.
+    """
+    shared = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
     if len(shared) < 2:
-        whole = statistics.fmean(ours.values()) / statistics.fmean(theirs.values())
-        wide = max(noise, floor)
-        return Ratio(whole, whole / (1 + wide), whole * (1 + wide), 1, wide)
-    logs = [math.log(ours[key] / theirs[key]) for key in shared]
-    mean = statistics.fmean(logs)
-    half = t_quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    low, middle, high = (
-        math.exp(max(-50.0, min(50.0, x))) for x in (mean - half, mean, mean + half)
-    )
-    return Ratio(middle, low, high, len(shared), floor)
+        means = [statistics.fmean(row.values()) for row in rows]
+        wide = [max(floor, math.hypot(noise, noises[0])) for noise in noises]
+        whole = [mean / means[0] for mean in means]
+        return [
+            Ratio(one, one / (1 + by), one * (1 + by), 1, floor)
+            for one, by in zip(whole, wide, strict=True)
+        ]
+    logs = [[math.log(row[key]) for key in shared] for row in rows]
+    half = _half_width(logs)
+    means = [statistics.fmean(row) for row in logs]
+    logs_to_first = [mean - means[0] for mean in means]
+    return [
+        Ratio(_exp(one), _exp(one - half), _exp(one + half), len(shared), floor)
+        for one in logs_to_first
+    ]
+
+
+def _half_width(logs: Sequence[Sequence[float]]) -> float:
+    """Of the 95 % t interval of the difference of two rows' means."""
+    if len(logs) < 2:
+        return 0.0
+    blocks = [statistics.fmean(column) for column in zip(*logs, strict=True)]
+    grand = statistics.fmean(blocks)
+    left = [
+        value - statistics.fmean(row) - block + grand
+        for row in logs
+        for value, block in zip(row, blocks, strict=True)
+    ]
+    degrees = (len(logs) - 1) * (len(blocks) - 1)
+    variance = sum(one * one for one in left) / degrees
+    return t_quantile(degrees) * math.sqrt(2 * variance / len(blocks))
+
+
+def _exp(value: float) -> float:
+    return math.exp(max(-50.0, min(50.0, value)))
 
 
 def t_quantile(degrees: int) -> float:
@@ -173,11 +212,11 @@ class Ranking:
     ratios: Sequence[Ratio]
 
     @property
-    def equal(self) -> int:
-        """How many are as good as the best one, itself included, within noise."""
-        return next(
-            (n for n, one in enumerate(self.ratios) if n and not one.is_equal), len(self.rows)
-        )
+    def tied(self) -> int:
+        """How many may be as good as the best one, itself included: those before the first that is
+        surely worse."""
+        worse = (n for n, one in enumerate(self.ratios) if n and one.is_sure)
+        return next(worse, len(self.rows))
 
 
 def rank(metric: Metric, cells: Sequence[Cell], target: Target | None) -> Ranking:
@@ -189,13 +228,9 @@ def rank(metric: Metric, cells: Sequence[Cell], target: Target | None) -> Rankin
         if numbers:
             found.append((finished, numbers))
     found.sort(key=lambda row: statistics.fmean(row[1].values()), reverse=metric.is_more_better)
-    ratios = []
-    for cell, numbers in found:
-        best_cell, best = found[0]
-        noise = math.hypot(noise_of(metric, cell, target), noise_of(metric, best_cell, target))
-        ratios.append(ratio(numbers, best, noise=noise, floor=metric.floor))
+    noises = [noise_of(metric, cell, target) for cell, _ in found]
     rows = [(cell, statistics.fmean(numbers.values())) for cell, numbers in found]
-    return Ranking(metric, rows, ratios)
+    return Ranking(metric, rows, ratios([numbers for _, numbers in found], noises, metric.floor))
 
 
 def noise_of(metric: Metric, cell: Cell, target: Target | None) -> float:
@@ -266,7 +301,8 @@ def _time_sentence(cells: Sequence[Cell], target: Target | None) -> Sentence:
     mean = f", as a mean of {target.steps} steps" if target.steps > 1 else ""
     where = f"training loss {target.loss:.3f} (the lowest that {many} have reached{mean})"
     ranking = rank(TIME_TO_LOSS, cells, target)
-    return [*_about(ranking, f"is fastest to {where}"), "."]
+    wins = f"is fastest to {where}"
+    return [*_about(ranking, wins, reach=f"to {where} ", with_last=True), "."]
 
 
 def _about_bytes(cells: Sequence[Cell], target: Target | None) -> Sentence:
@@ -283,32 +319,40 @@ def _about_bytes(cells: Sequence[Cell], target: Target | None) -> Sentence:
     return [*found, *([", and of the others ", *rest] if rest else [])]
 
 
-def _about(ranking: Ranking, wins: str, unit: str = "") -> list[str]:
-    """`X wins, 5 s: Y takes 1.5x as long, and Z 3x`; empty where nothing is known."""
-    rows, show, equal = ranking.rows, ranking.metric.show, ranking.equal
+def _about(
+    ranking: Ranking, wins: str, unit: str = "", *, reach: str = "", with_last: bool = False
+) -> list[str]:
+    """`X wins, 5 s: Y takes 1.5x as long`, where Y is the next one that is not equal to X; also of
+    the last one. Empty where nothing is known. `reach` stands after the name of the figure."""
+    rows, show, tied = ranking.rows, ranking.metric.show, ranking.tied
     if not rows:
         return []
     title = ranking.metric.noun or ranking.metric.title
     if len(rows) == 1:
         return [f"{title} is known of ", Strong(rows[0][0].label), f" only ({show(rows[0][1])})"]
-    if equal == len(rows):
+    are_small = all(one.is_small for one in ranking.ratios[1:tied])
+    if tied == len(rows):
         numbers = [number for _, number in rows]
         among = f"{show(min(numbers))} to {show(max(numbers))}{unit}"
-        return [Strong(f"{title} is equal within noise"), f" ({among})"]
+        if are_small:
+            return [Strong(f"{title} {reach}is equal within noise"), f" ({among})"]
+        return [f"{title} {reach}has ", Strong("no sure winner"), f" ({among}; all within noise)"]
     best, number = rows[0]
     found: list[str] = [Strong(best.label), f" {wins}, {show(number)}{unit}"]
-    if equal > 1:
-        names = _joined([Strong(cell.label) for cell, _ in rows[1:equal]][:3])
-        found += [" (", *names, f"{' and others' if equal > 4 else ''} equal within noise)"]
-    found += [": ", *_beside(ranking, equal)]
-    if equal < len(rows) - 1:
+    if tied > 1:
+        names = [*_joined([Strong(cell.label) for cell, _ in rows[1:tied]][:3])]
+        names += [" and others"] if tied > 4 else []
+        equal = [*names, " equal within noise"] if are_small else ["not surely before ", *names]
+        found += [" (", *equal, ")"]
+    found += [": ", *_beside(ranking, tied)]
+    if with_last and tied < len(rows) - 1:
         found += [", and ", *_beside(ranking, len(rows) - 1)]
     return found
 
 
 def _beside(ranking: Ranking, place: int) -> list[str]:
     """Of throughput how many times the best one has, of all else how many times the other has."""
-    one, other = ranking.ratios[place], Strong(ranking.rows[place][0].label)
+    one, other = ranking.ratios[place], ranking.rows[place][0].label
     if ranking.metric.is_more_better:
         one = Ratio(1 / one.value, 1 / one.high, 1 / one.low, one.pairs, one.floor)
         return [f"{one} {ranking.metric.others} ", other]
@@ -328,10 +372,10 @@ def _how_sure(cells: Sequence[Cell], target: Target | None, tune: str | None) ->
     if repeats > 1:
         found = [
             f"How sure: {counted(repeats, 'repeat')} each, compared pair by pair (same seed); in",
-            " parentheses the 95 % t interval of the ratio, and equal means that it includes 1",
+            " parentheses the 95 % t interval of the ratio (error pooled over all rows)",
         ]
         if repeats < 5:
-            found += [", which ", Strong(f"{counted(repeats, 'pair')} cannot rule out"), " easily"]
+            found += ["; ", Strong(f"{repeats} pairs cannot promise much")]
     else:
         speed = max(noise_of(SPEED, cell, target) for cell in cells) * math.sqrt(2)
         found = [

@@ -154,12 +154,15 @@ def _minor(number: str | None) -> list[str]:
 # The Python that task=setup installs on hosts: torch has wheels of it for every system we know.
 PYTHON = "3.12"
 _EXTRA = re.compile(r"\bextra\s*==")
+_ONLY_HERE = re.compile(r"matplotlib\b")  # draws comparisons, on the machine where one types
 _NAME = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?")
 
 
 def own_dependencies() -> list[str]:
-    """The requirement lines of the installed smolrun, without those of its extras."""
-    return [line for line in requires("smolrun") or [] if not _EXTRA.search(line)]
+    """The requirement lines of the installed smolrun that hosts need, without those of its
+    extras."""
+    lines = requires("smolrun") or []
+    return [line for line in lines if not (_EXTRA.search(line) or _ONLY_HERE.match(line))]
 
 
 def environment_name(dependencies: Iterable[str], torch: str = "auto") -> str:

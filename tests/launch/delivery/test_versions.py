@@ -141,6 +141,7 @@ def test_everything_that_matters_changes_the_name() -> None:
 
 def test_our_own_dependencies_have_no_extras() -> None:
     lines = own_dependencies()
+    assert not [line for line in lines if line.startswith("matplotlib")]  # no host draws
     assert any(line.startswith("torch") for line in lines)
     assert not any("pytest" in line for line in lines)
 

@@ -1,0 +1,182 @@
+"""The verdict, on runs made by hand whose winner is known."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolrun.comparison.cells import Cell, make_cells
+from smolrun.comparison.verdict import (
+    SPEED,
+    TIME_TO_LOSS,
+    common_target,
+    rank,
+    ratios,
+    t_quantile,
+    verdict,
+)
+from tests.comparison.runs import config, events, job
+
+
+def compared(tmp_path: Path, *runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> list[Cell]:
+    made = [job(tmp_path / f"r{n}", config(**c), rows) for n, (c, rows) in enumerate(runs)]
+    return make_cells([one for one, _ in made], [run for _, run in made])[1]
+
+
+def said(cells: list[Cell], tune: str | None = None) -> list[str]:
+    return ["".join(parts) for parts in verdict(cells, common_target(cells), tune)]
+
+
+EDP = {"algorithm__name": "edp"}
+
+
+def test_a_clear_winner(tmp_path: Path):
+    # Mean of 4 steps: 5 - 0.1 * (step - 1.5), so 3.25 at the end of the slower descent at step 19.
+    cells = compared(
+        tmp_path,
+        ({}, events(step_s=2.0, sent=100)),
+        (EDP, events(step_s=1.0, sent=200, slope=0.2)),
+    )
+    target = common_target(cells)
+    assert target is not None and (target.loss, target.steps) == (pytest.approx(3.25), 4)
+    first, second, third = said(cells)
+    assert first == (
+        "edp is fastest to training loss 3.250 (the lowest that both have reached, as a mean of 4"
+        " steps), 12 s: classicdp takes 3.33x as long."
+    )
+    assert "edp has the highest throughput, 1,000 tokens/s: 2.00x that of classicdp;" in second
+    assert "classicdp sends least, 4 kB: edp sends 2.00x as much;" in second
+    assert "peak memory is equal within noise (1 kB to 1 kB)" in second
+    assert "cannot say who wins beyond 5 %" in third and "sweep.repeats=3" in third
+
+
+def test_a_small_difference_of_one_run_each_is_called_equal(tmp_path: Path):
+    cells = compared(tmp_path, ({}, events()), (EDP, events(step_s=1.04)))
+    first, second, _ = said(cells)
+    assert first.startswith("time to training loss 3.250 ")
+    assert first.endswith("is equal within noise (20 s to 20.8 s).")
+    assert second.startswith("throughput is equal within noise (962 to 1,000 tokens/s); bytes sent")
+
+
+def test_an_unsteady_run_tells_less(tmp_path: Path):
+    rows, jump = events(step_s=1.3), events()
+    for row in jump:
+        if row["event"] == "step" and row["step"] >= 10:
+            row["time_s"] = 10 + 2.0 * (row["step"] - 9)  # half as fast from the middle on
+    cells = compared(tmp_path, ({}, events()), (EDP, rows))
+    assert "1.30x that of edp" in said(cells)[1]
+    cells = compared(tmp_path / "jump", ({}, jump), (EDP, rows))
+    assert "throughput has no sure winner (667 to 769 tokens/s; all within noise)" in said(cells)[1]
+
+
+def repeated(tmp_path: Path, factors: list[float], machine: list[float]) -> list[Cell]:
+    """Two cells on a machine whose speed changes; the second one takes `factors` as long."""
+    runs = []
+    for seed, (factor, slow) in enumerate(zip(factors, machine, strict=True)):
+        runs += [({"seed": seed}, events(step_s=slow))]
+        runs += [({**EDP, "seed": seed}, events(step_s=slow * factor))]
+    return compared(tmp_path, *runs)
+
+
+def test_pairs_find_what_means_do_not(tmp_path: Path):
+    cells = repeated(tmp_path, [1.10, 1.11, 1.12], [1.0, 2.0, 3.0])
+    ranking = rank(SPEED, cells, None)
+    assert ranking.tied == 1
+    one = ranking.ratios[1]
+    assert 1 / one.value == pytest.approx(1.11, rel=1e-3) and one.pairs == 3
+    logs = [math.log(factor) for factor in (1.10, 1.11, 1.12)]
+    half = 4.303 * statistics.stdev(logs) / math.sqrt(3)
+    assert 1 / one.high == pytest.approx(math.exp(statistics.fmean(logs) - half), rel=1e-3)
+    text = " ".join(said(cells))
+    assert "classicdp has the highest throughput" in text and "1.11x (1.09 to 1.14)" in text
+    assert "3 repeats each" in text and "3 pairs cannot promise much" in text
+
+
+def test_repeats_that_do_not_agree_have_no_winner(tmp_path: Path):
+    cells = repeated(tmp_path, [1.2, 0.9, 1.1], [1.0, 1.0, 1.0])
+    assert rank(SPEED, cells, None).tied == 2
+    assert "throughput is equal within noise" in said(cells)[1]
+    cells = repeated(tmp_path / "more", [1.9, 0.9, 1.2], [1.0, 1.0, 1.0])
+    assert "throughput has no sure winner (" in said(cells)[1]
+
+
+def test_other_rows_say_how_much_is_chance():
+    """Two repeats of two rows tell almost nothing; three more rows that repeat well tell more."""
+    first, second = {0: 1.0, 1: 1.01}, {0: 1.7, 1: 1.8}
+    alone = ratios([first, second], [0, 0], 0.01)[1]
+    others = [{0: 3.0, 1: 3.1}, {0: 4.0, 1: 4.0}, {0: 5.0, 1: 5.1}]
+    among = ratios([first, second, *others], [0] * 5, 0.01)[1]
+    assert alone.value == pytest.approx(among.value)
+    assert alone.low < 1.3 < 1.6 < among.low < 1.74 < among.high < 1.9
+
+
+def test_a_repeat_that_a_row_lacks_does_not_count():
+    first, second = {0: 1.0, 1: 1.0, 2: 9.0}, {0: 2.0, 1: 2.0}
+    found = ratios([first, second], [0, 0], 0.01)[1]
+    assert (found.value, found.pairs) == (pytest.approx(2), 2)
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says():
+    draw = random.Random(7)
+    inside = 0
+    for _ in range(1000):
+        ours = {n: math.exp(draw.gauss(0.3, 0.2)) for n in range(4)}
+        found = ratios([dict.fromkeys(range(4), 1.0), ours], [0, 0], 0.01)[1]
+        inside += found.low <= math.exp(0.3) <= found.high
+    assert 930 <= inside <= 970
+
+
+@pytest.mark.parametrize(
+    ("degrees", "t"), [(1, 12.706), (2, 4.303), (10, 2.228), (12, 2.179), (30, 2.042)]
+)
+def test_t_is_that_of_the_tables(degrees: int, t: float):
+    assert t_quantile(degrees) == pytest.approx(t, abs=0.005)
+
+
+def test_a_loss_that_scatters_makes_the_time_to_it_unsure(tmp_path: Path):
+    def noisy(step_s: float) -> list[dict[str, Any]]:
+        rows = events(step_s=step_s, slope=0.02, steps=100)
+        for row in rows:
+            if row["event"] == "step":
+                row["loss"] += 0.5 if row["step"] % 2 else -0.5
+        return rows
+
+    cells = compared(tmp_path, ({}, noisy(1.0)), (EDP, noisy(1.3)))
+    assert rank(TIME_TO_LOSS, cells, common_target(cells)).tied == 2
+    assert rank(SPEED, cells, None).tied == 1
+
+
+def test_a_run_that_does_not_learn_sets_no_loss(tmp_path: Path):
+    cells = compared(tmp_path, ({}, events()), (EDP, events(slope=-0.1)))
+    assert common_target(cells) is None
+    assert said(cells)[0].startswith("There is no training loss that all of them have reached")
+
+
+def test_only_finished_runs_that_did_not_diverge_count(tmp_path: Path):
+    cells = compared(tmp_path, ({}, events()), (EDP, events(step_s=0.5)))
+    cells[1].runs[0].diverged = True
+    assert said(cells) == ["Only classicdp has finished, so there is no winner."]
+    cells[0].runs[0].state = "running"
+    assert said(cells) == ["No run here has finished, so there is nothing to compare yet."]
+
+
+def test_one_run_and_repeats_of_one_configuration(tmp_path: Path):
+    assert said(compared(tmp_path, ({}, events())))[0].startswith("There is one run only")
+    cells = compared(tmp_path / "two", ({}, events()), ({"seed": 1}, events(step_s=3)))
+    assert "no winner" in said(cells)[0]
+
+
+def test_a_run_alone_sends_nothing(tmp_path: Path):
+    cells = compared(tmp_path, ({"algorithm__name": "single"}, events(sent=0)), (EDP, events()))
+    assert "single sends nothing, edp 4 kB;" in said(cells)[1]
+
+
+def test_one_learning_rate_for_all_is_said_with_the_command_that_tunes(tmp_path: Path):
+    cells = compared(tmp_path, ({}, events()), (EDP, events(step_s=2)))
+    assert "not tuned per algorithm (COMMAND tunes it)" in said(cells, "COMMAND")[2]
+    assert "tuned" not in said(cells)[2]
