@@ -2,7 +2,10 @@
 
     task=compare                             the newest sweep, else the five newest runs
     task=compare runs=RUN,RUN                runs, jobs (SWEEP/JOB), by name or path
+    task=compare runs=RUN                    one run: its figures and plots
     task=compare sweep=latest                a sweep
+    task=compare metric=tokens_per_s         sorted by that
+    task=compare out=FOLDER                  the result goes there, not beside the runs
 
 Only reads run folders, as data; starts nothing.
 """
