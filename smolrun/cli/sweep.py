@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -307,12 +305,9 @@ def end_sweep(
 
 def compare(folder: SweepFolder) -> None:
     """The comparison of what has ended, beside sweep.yaml."""
-    try:
-        compare_sweep = import_module("smolrun.comparison").compare_sweep
-    except (AttributeError, ImportError):
-        return
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    compare_sweep(folder.path, say=echo, room=room)
+    from smolrun.comparison import compare_sweep  # not for the jobs' start
+
+    compare_sweep(folder.path, say=echo)
 
 
 def run_jobs(
