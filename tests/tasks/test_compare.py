@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from smolrun.cli.run import run
 from tests.cli.command import smolrun
 from tests.comparison.runs import config, events, write_run
 
@@ -30,16 +31,23 @@ def test_the_command(two_runs: Path):
     assert "<figure>" in (two_runs / "outputs" / "comparison.html").read_text()
 
 
-def test_a_name_of_nothing_and_a_key_that_is_none_end_with_2(two_runs: Path):
+def test_a_name_of_nothing_ends_with_2(
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(two_runs)
     for wrong in ("runs=nothing", "compare.metric=speed", "compare.run=x"):
-        done = smolrun(two_runs, "task=compare", wrong)
-        assert done.code == 2 and "problem" in done.error
+        assert run(["task=compare", wrong]) == 2
+        assert "problem" in capsys.readouterr().err
     assert not list((two_runs / "outputs").glob("comparison.*"))
 
 
-def test_a_place_that_cannot_be_written_is_named(two_runs: Path):
+def test_a_place_that_cannot_be_written_is_named(
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(two_runs)
     (two_runs / "file").write_text("")
-    done = smolrun(two_runs, "task=compare", "runs=aaaa", "out=file/x")
-    assert done.code == 2
-    assert "cannot be written" in done.error and "compare.out" in done.error
-    assert smolrun(two_runs, "task=compare", "runs=aaaa", "out=there").code == 0
+    assert run(["task=compare", "runs=aaaa", "out=file/x"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and "compare.out" in error
+    assert run(["task=compare", "runs=aaaa", "out=there"]) == 0
+    assert (two_runs / "there" / "comparison.html").is_file()
