@@ -17,4 +17,7 @@ CLASSES: dict[str, str] = {
 }
 
 # Files of an example or of another project.
-PATHS = {"my_code.py", "my_loss.py", "build_meta.py", "tasks/ping.py"}
+PATHS = {
+    *("my_code.py", "my_loss.py", "build_meta.py", "tasks/ping.py"),
+    "smolrun/algorithms/mydp.py",
+}

@@ -89,7 +89,9 @@ def test_every_cluster_file_is_valid(text: str, with_home: Path) -> None:
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_every_command_composes(arguments: list[str]) -> None:
     for job in jobs(arguments):
-        compose(job)
+        # The model of a run that is there takes the place of `model.run=` in training.
+        is_trained = not any(word.startswith("task=") for word in job)
+        compose([word for word in job if not (is_trained and word.startswith("model.run="))])
 
 
 def test_commands_and_cluster_files_are_found() -> None:
