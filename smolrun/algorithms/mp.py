@@ -173,8 +173,8 @@ class ModelParallel(Single):
 
     def wait_for(self, pending: PendingUpdate) -> None:
         """Blocks until the norms of all stages are known."""
-        super().wait_for(pending)
         self._squares = self.stage_gradients.wait(pending.step, self._gradients[pending.step])
+        super().wait_for(pending)
         pending.stats.replace("is_finite", torch.isfinite(self._squares))
 
     @torch.no_grad()
