@@ -8,15 +8,16 @@ BASE_PYTHON ?= python3
 ARGS ?=
 HOSTS ?= 3
 RATE ?= 200mbit
+EXPERIMENTS ?= staleness_stragglers quantization_links zero_memory pipeline_bubble unequal_speeds
 
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench soak lab docs fix
+.PHONY: help run test check bench soak lab docs experiments fix
 
 help:  ## show these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.steps=50" for more)
 	$(VENV)/bin/smolrun $(ARGS)
@@ -42,6 +43,10 @@ lab: $(READY)  ## hosts with SSH on this one Linux machine, as root (HOSTS=3 RAT
 docs: $(READY)  ## write what is made from the code: the key reference and the pictures
 	$(PYTHON) docs/reference.py
 	$(PYTHON) docs/pictures.py
+
+experiments: $(READY)  ## run the sweeps of docs/experiments.md, 15 minutes on two free cores, and write their tables
+	for name in $(EXPERIMENTS); do $(VENV)/bin/smolrun -m experiment=$$name || exit 1; done
+	$(PYTHON) docs/experiments.py
 
 fix: $(READY)  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .

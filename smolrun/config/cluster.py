@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.config import JsonDict
@@ -33,6 +33,12 @@ class EmulateConfig(Section):
         default=None, description="Speed of its links in Mbit/s; null = as it is"
     )
     latency_ms: NotNegative = Field(default=0.0, description="Added one-way latency")
+    straggler_chance: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Chance that a step takes straggler_factor times as long"
+    )
+    straggler_factor: Annotated[float, Field(ge=1)] = Field(
+        default=4.0, description="How much longer a step of a straggler takes"
+    )
 
 
 class RestartConfig(Section):
@@ -150,6 +156,9 @@ class ClusterConfig(Section):
         description="Of ranks on the driver's own machine: low = other programs come first; what "
         "measures (task=bench, doctor) runs at normal",
     )
+    emulate: EmulateConfig | None = Field(
+        default=None, description="Keys of `emulate` for all hosts; a key of a host wins"
+    )
     threads: Auto | Count = Field(
         default="auto", description="Torch threads per rank; auto = cores / ranks of the host"
     )
@@ -171,3 +180,20 @@ class ClusterConfig(Section):
             for host in sorted(data["hosts"], key=is_other)
         ]
         return {**data, "hosts": hosts}
+
+    @model_validator(mode="after")
+    def _emulate_on_hosts(self) -> Self:
+        """The hosts get the keys that they leave out, so that the configuration of a run has each
+        at one place; what no host takes stays here, for a check to report."""
+        if self.emulate is None:
+            return self
+        of_all = self.emulate.model_dump(exclude_unset=True)
+        hosts, taken = [], set()
+        for host in self.hosts or []:
+            own = host.emulate.model_dump(exclude_unset=True) if host.emulate else {}
+            taken |= of_all.keys() - own.keys()
+            merged = EmulateConfig(**{**of_all, **own})
+            hosts.append(host.model_copy(update={"emulate": merged}))
+        left = {key: value for key, value in of_all.items() if key not in taken}
+        emulate = EmulateConfig(**left) if left else None
+        return self.model_copy(update={"hosts": hosts or None, "emulate": emulate})

@@ -144,6 +144,10 @@ def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]
 
 def emulation_can_be(*, cluster: ClusterConfig) -> Iterator[str]:
     """Emulation measures the CPU time of one thread of one rank."""
+    left = cluster.emulate.model_dump(exclude_unset=True) if cluster.emulate else {}
+    for key, value in left.items():  # what cluster.hosts have taken is there
+        what = "every host has its own" if cluster.hosts else "there are no cluster.hosts"
+        yield problem(f"cluster.emulate.{key}", value, what, allowed="null; keys of the hosts")
     for index, host in enumerate(cluster.hosts or []):
         where = f"cluster.hosts[{index}]"
         if host.emulate is None:

@@ -74,7 +74,8 @@ def on_top(
         if isinstance(source, Mapping) and key in source:
             target = merged
             for group in groups:
-                target = target.setdefault(group, {})
+                target[group] = target.get(group) or {}  # null where the run had none
+                target = target[group]
             target[key] = copy.deepcopy(source[key])
     return merged
 

@@ -257,3 +257,6 @@ def _emulation(emulate: Mapping[str, Any]) -> Iterator[str]:
         yield f"{emulate['bandwidth_mbps']:g} Mbit/s"
     if emulate["latency_ms"]:
         yield f"{emulate['latency_ms']:g} ms latency"
+    if emulate["straggler_chance"]:
+        factor, chance = emulate["straggler_factor"], emulate["straggler_chance"]
+        yield f"{factor:g}x as long on {chance:.0%} of steps"

@@ -13,6 +13,7 @@ One thread uses a clock: the one that computes. Knows nothing of what is compute
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,9 +50,21 @@ FULL_SPEED = Pace()
 
 
 class EmulatedPace(Pace):
-    """As fast as a machine with `share` of this one's speed: sleeps in `rest` and `end`."""
+    """As fast as a machine with `share` of this one's speed: sleeps in `rest` and `end`. With a
+    chance of `straggler_chance`, what is computed between `begin` and `end` takes
+    `straggler_factor` times as long; `seed` decides when."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(
+        self,
+        share: float,
+        *,
+        straggler_chance: float = 0.0,
+        straggler_factor: float = 1.0,
+        seed: str = "",
+    ) -> None:
+        self._shares = (share, share / straggler_factor)
+        self._straggler_chance = straggler_chance
+        self._random = random.Random(seed)  # noqa: S311  (emulation, no secret)
         self._share = share
         self._began_s = self._used_s = self._waited_s = 0.0
 
@@ -62,6 +75,7 @@ class EmulatedPace(Pace):
     def begin(self, waited_s: float) -> None:
         self._began_s, self._used_s = time.perf_counter(), time.thread_time()
         self._waited_s = waited_s
+        self._share = self._shares[self._random.random() < self._straggler_chance]
 
     def rest(self, waited_s: float) -> None:
         time.sleep(max(0.0, self.wanted() - self.took(waited_s)))

@@ -303,7 +303,14 @@ def pace_of(config: Mapping[str, Any], rank: int) -> Pace:
     """How fast a rank of the resolved configuration computes: emulated, or at full speed."""
     hosts = ranked_hosts(config.get("cluster"))
     emulate = hosts[rank]["emulate"] if hosts else None
-    return EmulatedPace(emulate["compute"]) if emulate and emulate["compute"] < 1 else FULL_SPEED
+    if not emulate or (emulate["compute"] == 1 and not emulate["straggler_chance"]):
+        return FULL_SPEED
+    return EmulatedPace(
+        emulate["compute"],
+        straggler_chance=emulate["straggler_chance"],
+        straggler_factor=emulate["straggler_factor"],
+        seed=f"{config['seed']} {rank}",
+    )
 
 
 def late(pace: Pace, rank: int) -> Note | None:

@@ -61,6 +61,19 @@ def shipped() -> dict[str, Any]:
         ),
         ({"driver": "pi"}, "driver = pi", "no host of cluster=local"),
         (
+            {"cluster__emulate": {"compute": 0.5}},
+            "cluster.emulate.compute = 0.5",
+            "there are no cluster.hosts",
+        ),
+        (
+            {
+                "cluster__hosts": [{"name": "a", "emulate": {"compute": 0.2}}],
+                "cluster__emulate": {"compute": 0.5, "latency_ms": 1.0},
+            },
+            "cluster.emulate.compute = 0.5",
+            "every host has its own",
+        ),
+        (
             {"cluster__restart": {"max": 1, "wait_s": 1.0, "min_hosts": 2}},
             "cluster.restart.min_hosts = 2",
             "1 to 1",

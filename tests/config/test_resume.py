@@ -38,6 +38,12 @@ def test_only_what_was_typed_comes_from_now() -> None:
     assert list(differences(stored, merged)) == []
 
 
+def test_a_key_of_what_was_null() -> None:
+    stored = config()
+    merged = on_top(stored, config("+cluster.restart.max=2"), ["cluster.restart.max"])
+    assert stored["cluster"]["restart"] is None and merged["cluster"]["restart"] == {"max": 2}
+
+
 def test_a_group_comes_as_a_whole() -> None:
     stored = config("cluster.ranks=4", "checkpoint.every=7")
     merged = on_top(stored, config("checkpoint=best"), ["checkpoint"])

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.config import RunConfig, ranks, resolved
+from smolrun.config import RunConfig, ranks, resolved, validate
 from smolrun.driver.preflight import emulated, start_notes
 from smolrun.errors import ConfigError
 from smolrun.parts.step_clock import FULL_SPEED, EmulatedPace
@@ -15,7 +15,7 @@ from smolrun.tasks.bench import drive
 from smolrun.worker.process import shape_of
 from smolrun.worker.train import late, pace_of
 
-MIXES = ["pi3", "macmini3_tb", "mac_pi_laptop", "wifi4"]
+MIXES = ["pi3", "macmini3_tb", "mac_pi_laptop", "wifi4", "mix4", "mix4_shares"]
 
 
 def cluster(*hosts: str) -> RunConfig:
@@ -33,6 +33,23 @@ def test_one_host_may_play_another_beside_one_that_does_not() -> None:
         ("auto", "auto"),
         (1, "cpu"),
     ]
+
+
+def test_hosts_follow_the_keys_of_the_cluster_that_they_leave_out() -> None:
+    hosts = "cluster.hosts=[{name: a}, {name: b, emulate: {latency_ms: 3}}]"
+    config = compose([hosts, "cluster.emulate.compute=0.5", "cluster.emulate.latency_ms=1"])
+    assert emulated(config) == [
+        "a emulates 0.5x speed, 1 ms latency",
+        "b emulates 0.5x speed, 3 ms latency",
+    ]
+    assert config.cluster.emulate is None
+    assert validate(resolved(config)) == config
+
+
+def test_a_straggler_needs_a_pace_of_its_own_and_is_said() -> None:
+    config = compose(["cluster=sim/pi3", "cluster.emulate={compute: 1, straggler_chance: 0.1}"])
+    assert isinstance(pace_of(resolved(config), 1), EmulatedPace)
+    assert emulated(config)[0].endswith("latency, 4x as long on 10% of steps")
 
 
 def test_nothing_is_said_where_nothing_is_emulated() -> None:

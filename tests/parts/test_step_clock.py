@@ -78,6 +78,30 @@ def test_a_stolen_core_is_made_up_for_and_told_where_it_cannot_be(machine: Machi
     assert pace.late == pytest.approx(1.0 / 4.0)
 
 
+def straggles(machine: Machine, seed: str) -> list[float]:
+    """How long 500 steps of a second took."""
+    pace = EmulatedPace(0.5, straggler_chance=0.2, straggler_factor=3.0, seed=seed)
+    taken = []
+    for _ in range(500):
+        began = machine.wall
+        pace.begin(machine.waited)
+        machine.compute(0.4)
+        pace.rest(machine.waited)  # what leaves early is as late as the rest
+        assert machine.wall - began == pytest.approx(0.8) or machine.wall - began > 2.3
+        machine.compute(0.6)
+        pace.end(machine.waited)
+        taken.append(round(machine.wall - began, 6))
+    assert pace.late == 0.0
+    return taken
+
+
+def test_a_straggler_is_slow_by_its_chance_and_the_seed_says_when(machine: Machine) -> None:
+    taken = straggles(machine, "0 1")
+    assert set(taken) == {2.0, 6.0}
+    assert 70 < taken.count(6.0) < 130
+    assert straggles(machine, "0 1") == taken != straggles(machine, "0 2")
+
+
 def test_full_speed_never_sleeps(machine: Machine) -> None:
     FULL_SPEED.begin(0.0)
     FULL_SPEED.rest(0.0)
