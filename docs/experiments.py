@@ -298,8 +298,11 @@ def main(folder: Path = SWEEPS, page: Path = PAGE) -> None:
         if sweep is None:
             echo(f"{name}: no sweep in {folder}; run smolrun -m experiment={name}")
             continue
-        text = renewed(text, name, result(name, sweep))
-        echo(f"{name}: from {sweep}")
+        try:
+            text = renewed(text, name, result(name, sweep))
+            echo(f"{name}: from {sweep}")
+        except ValueError as error:
+            echo(f"{name}: left as it was: {error}")
     page.write_text(text, encoding="utf-8")
 
 
