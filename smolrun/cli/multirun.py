@@ -139,7 +139,8 @@ def drive(arguments: Arguments, base: DictConfig, config: RunConfig) -> int:
         config.sweep.fail_fast,
     )
     echo(f"sweep {folder.path.name}: jobs by {' '.join(chosen)}")
-    display = _Display(folder)
+    num_jobs = OmegaConf.select(base.hydra.sweeper, "n_trials")
+    display = _Display(folder, num_jobs if isinstance(num_jobs, int) else 0)
     try:
         with log, keep_awake():
             code = _follow(launch(COMMAND, log.fileno()), order, folder, display)
@@ -166,8 +167,9 @@ def _title(arguments: Arguments, base: DictConfig) -> str:
 class _Display:
     """The live table of a sweep that gets new jobs while it runs."""
 
-    def __init__(self, folder: SweepFolder) -> None:
+    def __init__(self, folder: SweepFolder, num_jobs: int) -> None:
         self.views: list[JobView] = []
+        self._num_jobs = num_jobs
         self._folder = folder
         self._progress: SweepProgress | None = None
         self._console: SweepConsole | None = None
@@ -203,7 +205,7 @@ class _Display:
         record = self._folder.record()
         if self._progress is None:
             self._progress = SweepProgress(self._folder, record)
-            self._console = SweepConsole(self._progress)
+            self._console = SweepConsole(self._progress, self._num_jobs)
         self._progress.record = record
 
 

@@ -80,8 +80,10 @@ def counts_text(views: Sequence[JobView]) -> str:
 class SweepConsole:
     """Shows a sweep. `show` may be called as often as one likes."""
 
-    def __init__(self, progress: SweepProgress) -> None:
+    def __init__(self, progress: SweepProgress, num_jobs: int = 0) -> None:
+        """`num_jobs`: how many there will be, where they become more."""
         self._progress = progress
+        self._num_jobs = num_jobs
         self._screen = Screen(highlight=False, markup=False, emoji=False)
         self.is_live = self._screen.is_terminal and not self._screen.is_dumb_terminal
         self._live: rich.live.Live | None = None
@@ -123,7 +125,7 @@ class SweepConsole:
         for index, view in enumerate(views, start=1):
             before = self._states.get(view.job.name)
             self._states[view.job.name] = view.state
-            which = f"job {index} of {len(views)}"
+            which = f"job {index} of {max(self._num_jobs, len(views))}"
             if before in (None, *ENDED, "waiting") and view.state in ("preparing", "running"):
                 echo(f"{which} starts: {label(view)}")
             elif view.state in ENDED and before not in (None, view.state):
