@@ -77,9 +77,12 @@ def test_the_verdict_names_a_stage_that_is_8_times_slower() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_the_goals_of_pipelines() -> None:
     """Bubbles within 5 % of 3/11, at least 95 % of the best cut, 1.8 times equal stages."""
     *schedules, equal, second, third = measured(0.01, 2, "tls", steps=2, repeats=5)
+    for row in (*schedules, equal, second, third):
+        print(row["op"], "beside", row["peer"], row["ratio"], row.get("bubble"))
     for row in schedules:
         assert row["bubble"] == pytest.approx(3 / 11, rel=0.05)
     assert equal["ratio"] <= 1 / 1.8
