@@ -270,7 +270,7 @@ def run_sweep(sweep: Sweep) -> int:
     except OSError as error:
         code = FAILED
         console.close()
-        echo(f"smolrun: the sweep ends, it cannot write to {folder.path}: {error}", error=True)
+        echo(f"smolrun: the sweep ends, a job cannot be started: {error}", error=True)
     finally:
         console.close()
         run.release()

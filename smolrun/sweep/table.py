@@ -24,7 +24,9 @@ from smolrun.tracking.sweep_folder import ENDED, JobState, JobView, SweepFolder,
 _REDRAW_S = 0.25
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "stopped": "yellow"}
 _UNKNOWN = ""
-_AROUND = 6  # lines of a table that are no jobs: its head, the counts, and room for the prompt
+_AROUND = (
+    8  # lines that are no jobs: head, rule, two empty ones, the counts in two or three, the cursor
+)
 
 
 class SweepProgress:

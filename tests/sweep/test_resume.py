@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from smolrun.cli import sweep
+from smolrun.sweep import runner
 from tests.sweep.fakes import (
     FAKE_JOB,
     Run,
@@ -113,6 +115,27 @@ def test_task_stop_ends_a_sweep_resumably(run: Run, capsys: pytest.CaptureFixtur
         assert run("-m", "run_name=waits,ok") == 130
     assert codes == [0]
     assert "stop requested, its job saves at the next agreed step" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_the_sweep_resumably(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    launch, started = runner._launch, []
+
+    def full(output: int) -> subprocess.Popen[bytes]:
+        started.append(output)
+        if len(started) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return launch(output)
+
+    monkeypatch.setattr(runner, "_launch", full)
+    assert run("-m", "run_name=ok,fine,good") == 3
+    err = capsys.readouterr().err
+    assert "the sweep ends, a job cannot be started: [Errno 28] No space left on device" in err
+    assert "to run the other 2 jobs" in err
+    assert not newest().run.driver_lives()
+    assert run("-m", "sweep.resume=latest") == 0
+    assert states() == ["done"] * 3
 
 
 @pytest.mark.usefixtures("any_checkpoint")
