@@ -32,6 +32,7 @@ from smolrun.tracking.sweep_folder import ENDED, SweepFolder
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli", "--job"]
 _POLL_S = 0.25
 _ABORT_S = 30.0  # for a job that was asked to end at once
+_KILL_S = 30.0  # for the system to end a killed process
 _TAIL_BYTES = 64 << 10
 
 
@@ -131,7 +132,7 @@ def run_job(
         _wait_for(process, asked, meanwhile)
     finally:
         _end(process)
-    return _ended(folder, process.returncode)
+    return _ended(folder, process.returncode, is_stopped=asked() > 0)
 
 
 def _wait_for(
@@ -177,18 +178,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
     if process.poll() is None:
         process.kill()
-        process.wait(_ABORT_S)
+        process.wait(_KILL_S)
 
 
-def _ended(folder: RunFolder, code: int) -> str:
-    """The status in the job's summary.json; one that ended without it, or with that of an earlier
-    start, gets it here."""
+def _ended(folder: RunFolder, code: int, *, is_stopped: bool) -> str:
+    """The status in the job's summary.json; one that ended without it gets it here."""
     status = folder.summary().get("status")
     if status in ENDED:
         return str(status)
-    status = "stopped" if code in (EXIT_STOPPED, EXIT_STOPPED_NOW) else "failed"
+    is_stopped = is_stopped or code in (EXIT_STOPPED, EXIT_STOPPED_NOW)
+    status = "stopped" if is_stopped else "failed"
     reason = (
-        "stopped by the user before training began"
+        "stopped by the user before it could save"
         if status == "stopped"
         else last_words(folder, code)
     )

@@ -103,6 +103,20 @@ def test_the_second_ctrl_c_ends_the_job_at_once(run: Run):
     assert states() == ["stopped", "waiting"]
 
 
+def test_a_job_that_does_not_obey_is_killed_and_counts_as_stopped(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runner, "_ABORT_S", 0.1)
+
+    def twice() -> None:
+        newest().run.ask_to_stop()
+        newest().run.ask_to_stop()
+
+    with meanwhile(twice, once=says("run_name=hangs")):
+        assert run("-m", "run_name=hangs,ok") == 131
+    assert states() == ["stopped", "waiting"]
+
+
 def test_task_stop_ends_a_sweep_resumably(run: Run, capsys: pytest.CaptureFixture[str]):
     codes: list[int] = []
 
@@ -120,15 +134,15 @@ def test_task_stop_ends_a_sweep_resumably(run: Run, capsys: pytest.CaptureFixtur
 def test_a_full_disk_ends_the_sweep_resumably(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    launch, started = runner._launch, []
+    launch, started = runner.launch, []
 
-    def full(output: int) -> subprocess.Popen[bytes]:
+    def full(command: list[str], output: int) -> subprocess.Popen[bytes]:
         started.append(output)
         if len(started) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return launch(output)
+        return launch(command, output)
 
-    monkeypatch.setattr(runner, "_launch", full)
+    monkeypatch.setattr(runner, "launch", full)
     assert run("-m", "run_name=ok,fine,good") == 3
     err = capsys.readouterr().err
     assert "the sweep ends, a job cannot be started: [Errno 28] No space left on device" in err
