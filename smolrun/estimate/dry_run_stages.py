@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from smolrun.config import world_size
 from smolrun.estimate.dry_run import Estimate
 from smolrun.estimate.speeds import (
-    link_source,
     links_gbps,
     measure_speed,
-    rate_text,
     size_text,
+    times_on_links,
 )
 from smolrun.estimate.stages import MEASURED_LATER, measures_speeds, more_copies, step_of
 from smolrun.parts.placement import known_speeds, rank_speeds
@@ -49,9 +48,7 @@ def _hops(made: Estimate) -> str:
     line = f"{hop} from stage to stage for a micro-batch, as much back; {most} per step at most"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
-    links = links_gbps(made.config)
-    times = ", ".join(f"{duration(_hop_s(made, gbps))} at {rate_text(gbps)}" for gbps in links)
-    return f"{line}; a hop takes {times} ({link_source(links)})"
+    return f"{line}; a hop takes {times_on_links(made.config, functools.partial(_hop_s, made))}"
 
 
 def _hop_s(made: Estimate, gbps: float) -> float:

@@ -21,11 +21,11 @@ from smolrun.estimate.dry_run import MARGIN, Estimate, Place
 from smolrun.estimate.dry_run_stages import stage_lines, stage_step
 from smolrun.estimate.memory import Setting
 from smolrun.estimate.speeds import (
-    link_source,
     links_gbps,
     measure_speed,
     rate_text,
     size_text,
+    times_on_links,
 )
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
@@ -281,9 +281,7 @@ def _network(made: Estimate) -> str:
         line = f"the server sends and receives {size_text(sent)} per step, others {others}"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
-    links = links_gbps(made.config)
-    times = ", ".join(f"{duration(8 * sent / (g * 1e9))} at {rate_text(g)}" for g in links)
-    return f"{line}: {times} ({link_source(links)})"
+    return f"{line}: {times_on_links(made.config, lambda gbps: 8 * sent / (gbps * 1e9))}"
 
 
 def _network_s(made: Estimate) -> float | None:

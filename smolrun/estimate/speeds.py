@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
 from smolrun.config import RunConfig
+from smolrun.tracking.formatting import duration
 
 _MATRIX = 512  # large enough for a core to be as fast as it gets
 _BLOCK = 8 * 2**20  # numbers; larger than caches
@@ -38,7 +40,14 @@ def links_gbps(config: RunConfig) -> tuple[float, ...]:
     return (min(rates) / 1000,) if rates else _LINKS_GBPS
 
 
-def link_source(links: tuple[float, ...]) -> str:
+def times_on_links(config: RunConfig, seconds: Callable[[float], float]) -> str:
+    """Such as 0.02 s at 50 Mbit/s (as emulated); `seconds` of so many Gbit/s."""
+    links = links_gbps(config)
+    times = ", ".join(f"{duration(seconds(gbps))} at {rate_text(gbps)}" for gbps in links)
+    return f"{times} ({_link_source(links)})"
+
+
+def _link_source(links: tuple[float, ...]) -> str:
     """Where these come from."""
     return "as emulated" if links != _LINKS_GBPS else "the links have not been measured"
 

@@ -39,22 +39,24 @@ def gpipe(stage: int, stages: int, micro_batches: int) -> list[StageAction]:
 
 
 def one_f_one_b(stage: int, stages: int, micro_batches: int) -> list[StageAction]:
-    """The actions of a stage: one forward for every stage after it, then a forward and a backward
-    in turns, then the backwards that are left."""
-    last = range(micro_batches - min(stages - stage - 1, micro_batches), micro_batches)
+    """The actions of a stage: a warm-up of one forward for every stage after it, then a forward and
+    a backward in turns, then a cool-down of the backwards that are missing."""
+    cool_down = range(micro_batches - min(stages - stage - 1, micro_batches), micro_batches)
     steady = without_flush(stage, stages, micro_batches, 0)
-    return steady + [StageAction("backward", number) for number in last]
+    return steady + [StageAction("backward", number) for number in cool_down]
 
 
-def without_flush(stage: int, stages: int, micro_batches: int, left: int) -> list[StageAction]:
-    """The actions of a stage in one step of many: as `one_f_one_b`, but its last backwards are left
-    to the next step, as `left` were to this one; those have the numbers -left to -1."""
-    behind = min(stages - stage - 1, micro_batches)
+def without_flush(
+    stage: int, stages: int, micro_batches: int, outstanding: int
+) -> list[StageAction]:
+    """The actions of a stage in one step of many: as `one_f_one_b` without its cool-down, which
+    belongs to the next step. `outstanding` backwards of the step before precede its own, with the
+    numbers -outstanding to -1; its warm-up needs so many forwards less."""
+    warm_up = min(stages - stage - 1, micro_batches)
     forward = [StageAction("forward", number) for number in range(micro_batches)]
-    backward = [StageAction("backward", number) for number in range(-left, micro_batches - behind)]
-    warm_up = behind - left
-    turns = zip(forward[warm_up:], backward, strict=True)
-    return forward[:warm_up] + [action for pair in turns for action in pair]
+    backward = [StageAction("backward", n) for n in range(-outstanding, micro_batches - warm_up)]
+    turns = zip(forward[warm_up - outstanding :], backward, strict=True)
+    return forward[: warm_up - outstanding] + [action for pair in turns for action in pair]
 
 
 SCHEDULES: Mapping[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}

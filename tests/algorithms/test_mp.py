@@ -19,6 +19,7 @@ import yaml
 from smolrun.algorithms.contract import StepResult
 from smolrun.algorithms.mp import ModelParallel
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush, mp_pipeline
+from smolrun.cli.compose import compose
 from smolrun.errors import ConfigError, PeerLost
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.huggingface import build
@@ -149,6 +150,17 @@ def test_a_pipeline_with_a_delay_is_emptied_only_to_be_saved(model: str, precisi
         assert losses == pytest.approx(
             reference.losses, rel=1e-11 if precision == "float64" else 0.02
         )
+
+
+def test_the_configuration_counts_micro_batches_as_the_algorithm_does() -> None:
+    config = compose(["algorithm=mp_pipeline", "cluster.ranks=3"])
+    stages = config.algorithm.stages(3)
+    assert stages is not None
+
+    def rank_main(mesh: Mesh) -> int:
+        return runner_of("mp_pipeline", mesh).data_coordinates([1.0] * 3).micro_batches
+
+    assert run_ranks(3, rank_main) == [stages.micro_batches] * 3
 
 
 @pytest.mark.parametrize("micro_batches", [1, 5, 12])
