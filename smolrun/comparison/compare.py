@@ -17,7 +17,15 @@ from smolrun.comparison.cells import Cell, cautions, make_cells
 from smolrun.comparison.report import ComparisonReport, ComparisonTable
 from smolrun.comparison.run_figures import read_run
 from smolrun.comparison.selection import Selection, of_sweep
-from smolrun.comparison.verdict import METRICS, TIME_TO_LOSS, Metric, common_target, values, verdict
+from smolrun.comparison.verdict import (
+    METRICS,
+    TIME_TO_LOSS,
+    Metric,
+    Target,
+    common_target,
+    values,
+    verdict,
+)
 from smolrun.errors import SmolrunError
 from smolrun.files import atomic_write
 from smolrun.sanitize import one_line
@@ -113,11 +121,7 @@ def _section(
     warnings = list(cautions(ordered))
     if heading.startswith("Emulated"):
         warnings.insert(0, f"Times are those of emulated machines: {'; '.join(_hosts(cells))}.")
-    can = plots.can_plot()
-    most = plots.MOST_SERIES
-    note = "" if can else "No plots: matplotlib is not installed (pip install matplotlib)."
-    if can and len(ordered) > most:
-        note = f"Plots show the first {most} of {len(ordered)} rows of the table."
+    drawn, note = _plots(ordered, target)
     return ComparisonTable(
         heading,
         keys,
@@ -126,9 +130,22 @@ def _section(
         target,
         verdict(ordered, target, tuning_command(cells, of.overrides)),
         _few(warnings),
-        plots.draw_all(ordered, target) if can else [],
+        drawn,
         note,
     )
+
+
+def _plots(cells: Sequence[Cell], target: Target | None) -> tuple[list[plots.Plot], str]:
+    """The plots, and why there are none or not all."""
+    if not plots.can_plot():
+        return [], "No plots: matplotlib is not installed (pip install matplotlib)."
+    try:
+        drawn = plots.draw_all(cells, target)
+    except (ValueError, ArithmeticError) as error:
+        return [], f"No plots: the figures of these runs cannot be drawn ({type(error).__name__})."
+    most = plots.MOST_SERIES
+    few = f"Plots show the first {most} of {len(cells)} rows of the table."
+    return drawn, few if len(cells) > most else ""
 
 
 def _hosts(cells: Sequence[Cell], most: int = 8) -> list[str]:
@@ -144,8 +161,8 @@ def _few(warnings: Sequence[str], most: int = 12) -> list[str]:
     return [*warnings[:most], *([f"And {left} more of this kind."] if left > 0 else [])]
 
 
-def _place(cell: Cell, metric: Metric, target: object) -> tuple[bool, float]:
-    numbers = list(values(metric, cell, target).values())  # type: ignore[arg-type]
+def _place(cell: Cell, metric: Metric, target: Target | None) -> tuple[bool, float]:
+    numbers = list(values(metric, cell, target).values())
     mean = statistics.fmean(numbers) if numbers else 0.0
     return not numbers, -mean if metric.is_more_better else mean
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,8 @@ def can_plot() -> bool:
 
 
 def draw_all(cells: Sequence[Cell], target: Target | None) -> list[Plot]:
-    """All plots for which there is something to show; of more cells the first MOST_SERIES."""
+    """All plots for which there is something to show; of more cells the first MOST_SERIES.
+    ValueError or ArithmeticError for numbers that cannot be drawn, as of a damaged run."""
     shown = [cell for cell in cells if any(run.curve.points for run in cell.runs.values())]
     few = shown[:MOST_SERIES]
     return [
@@ -92,7 +94,8 @@ def _figure(draw: Callable[[Axes], None], height: float = _HEIGHT) -> str:
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts, which are the page's
     settings: Any = mpl.rcParams
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numbers of a damaged run may be hard to draw
         mpl.rcdefaults()  # not those of the user's other plots
         settings.update(_RC)
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")

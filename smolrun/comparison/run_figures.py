@@ -36,6 +36,7 @@ _MOST_AGES = 4096
 _MOST_OPEN_STEPS = 256
 _MAX_TEXT = 200
 _MAX_VALUE = 1 << 16  # characters of a value of a configuration
+_LEAST_S = 1e-3  # less time is a damaged file, and makes no speed
 _BLOCKS = 5  # parts of a run whose speeds are compared
 # The note of tracking/jsonl.py from which on rows of single ranks are missing.
 _THINNED = re.compile(r"rank_step and push rows: from here on those of every (\d{1,9}) steps only")
@@ -147,7 +148,8 @@ class RunFigures:
     @property
     def tokens_per_s(self) -> float | None:
         """Over the whole training, evaluations included, as the run itself reports it."""
-        return self.tokens / self.training_s if self.training_s > 0 and self.tokens else None
+        is_known = self.tokens and self.training_s >= _LEAST_S
+        return self.tokens / self.training_s if is_known else None
 
     @property
     def bytes_sent(self) -> int | None:
@@ -171,7 +173,7 @@ class RunFigures:
         rates = [
             (end.tokens - begin.tokens) / (end.time_s - begin.time_s)
             for begin, end in itertools.pairwise(ends)
-            if end.time_s > begin.time_s
+            if end.time_s - begin.time_s >= _LEAST_S
         ]
         mean = statistics.fmean(rates) if rates else 0.0
         return statistics.stdev(rates) / mean if len(rates) > 1 and mean > 0 else None
@@ -182,7 +184,7 @@ class RunFigures:
         samples per second of computing. None where ranks do not compute whole samples."""
         made = [rank for rank in self.ranks.values() if rank.samples]
         samples = sum(rank.samples for rank in made)
-        if not samples or not self.tokens or any(rank.compute_s <= 0 for rank in made):
+        if not samples or not self.tokens or any(rank.compute_s < _LEAST_S for rank in made):
             return None
         return self.tokens / samples * sum(rank.own_speed for rank in made)
 

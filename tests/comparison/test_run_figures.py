@@ -97,6 +97,12 @@ def test_emulation_is_known_before_the_end(tmp_path: Path):
     assert run.emulated == ("pi emulates a slower machine",)
 
 
+def test_times_of_almost_nothing_make_no_speed(tmp_path: Path):
+    rows = events(step_s=1e-300)
+    run = read_run(write_run(tmp_path / "a", rows=rows))
+    assert (run.tokens_per_s, run.own_speeds, run.speed_spread) == (None, None, None)
+
+
 def test_what_a_run_made_twice_counts_once(tmp_path: Path):
     run = read_run(write_run(tmp_path / "a", rows=[*events(), *events(steps=5)]))
     assert (run.steps, run.tokens) == (20, 20 * TOKENS)
