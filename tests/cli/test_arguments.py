@@ -67,7 +67,7 @@ def test_names_of_runs_of_a_sweep():
 def test_so_are_the_values_of_a_sweep():
     found = Arguments(["data=text", "data.path=größe.txt,b.txt"], is_sweep=True)
     with composing(found):
-        assert [job[-1] for job in run.checked_jobs(found)] == [
+        assert [job[-1] for job in run.checked_jobs(found)[0]] == [
             "data.path='größe.txt'",
             "data.path=b.txt",
         ]
