@@ -61,8 +61,10 @@ class Driver:
 
     @property
     def latest(self) -> Path:
-        """The folder of the newest run."""
-        return self.folder / "outputs" / "latest"
+        """The folder of the newest run; outputs/latest is that only once it has begun to train."""
+        outputs = self.folder / "outputs"
+        runs = [path for path in outputs.glob("*-*") if not path.is_symlink()]
+        return max(runs, default=outputs / "latest")
 
     @property
     def summary(self) -> dict[str, Any]:
