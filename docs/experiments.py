@@ -2,8 +2,8 @@
 
     outputs/sweeps/ID/comparison.csv -> the lines from <!-- result of NAME --> to <!-- end -->
 
-The newest sweep of `experiment=NAME` counts. Beside each figure stands what theory expects, from
-the configuration of the jobs alone.
+The newest sweep of `experiment=NAME` alone counts. Beside each figure stands what theory expects,
+from the configuration of the jobs alone.
 """
 
 from __future__ import annotations
@@ -270,13 +270,13 @@ def result(name: str, sweep: Path) -> list[str]:
 
 
 def newest(name: str, folder: Path) -> Path | None:
-    """The newest sweep of an experiment that has a comparison."""
-    found = [
-        file.parent
-        for file in sorted(folder.glob("*/sweep.yaml"))
-        if (file.parent / "comparison.csv").exists()
-        and f"experiment={name}" in yaml.safe_load(file.read_text(encoding="utf-8"))["overrides"]
-    ]
+    """The newest sweep of an experiment as it is, repeats aside, that has a comparison."""
+    found = []
+    for file in sorted(folder.glob("[0-9]*/sweep.yaml")):  # not the pointer `latest`
+        typed = yaml.safe_load(file.read_text(encoding="utf-8"))["overrides"]
+        own = [word for word in typed if not word.startswith("sweep.")]
+        if own == [f"experiment={name}"] and (file.parent / "comparison.csv").exists():
+            found.append(file.parent)
     return found[-1] if found else None
 
 

@@ -169,6 +169,17 @@ def test_the_sum_of_unequal_speeds() -> None:
     assert [row[2] for row in rows] == ["27%", "27%", "87%", "95%", "95%", "87%"]
 
 
+def test_the_newest_sweep_that_changes_nothing_counts(tmp_path: Path) -> None:
+    for number, more in enumerate([[], ["sweep.repeats=2"], ["seed=3"], []]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "sweep.yaml").write_text(json.dumps({"overrides": ["experiment=x", *more]}))
+        if number < 3:  # the last one has not ended
+            (folder / "comparison.csv").touch()
+    assert experiments.newest("x", tmp_path) == tmp_path / "1"
+    assert experiments.newest("y", tmp_path) is None
+
+
 def test_a_sweep_with_a_failed_job_is_no_result() -> None:
     figures = [{"tokens_per_s": 10.0} for _ in range(3)]
     with pytest.raises(ValueError, match="not all jobs are done"):
