@@ -15,6 +15,8 @@ the sweep as a stop request, which `run_trial` passes on, wherever its launcher 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +236,8 @@ def _follow(
             stdin.close()
         if process.returncode < 0:
             _end_jobs(folder, display)
+            with contextlib.suppress(AttributeError, OSError):  # idle processes of its launcher
+                os.killpg(process.pid, signal.SIGKILL)
         display.show(is_last=True)
     return process.returncode
 

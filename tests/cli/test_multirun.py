@@ -262,9 +262,11 @@ def test_ctrl_c_stops_the_job_and_starts_no_other(words: list[str], tmp_path: Pa
 def test_no_job_outlives_a_sweep_that_is_killed(who: str, tmp_path: Path):
     with running(tmp_path, "hydra/launcher=pool", "optimizer.lr=9.0,0.1") as process:
         (hydra,) = psutil.Process(process.pid).children()
+        others = hydra.children(recursive=True)
         (process if who == "terminal" else hydra).kill()
         said, _ = process.communicate(timeout=60)
         until(lambda: is_gone(tmp_path), 60)
+        until(lambda: not any(other.is_running() for other in others), 60)
     if who == "hydra":
         assert process.returncode == 3
         assert "smolrun: killed: its process was ended by SIGKILL" in said
