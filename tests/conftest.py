@@ -32,8 +32,10 @@ def _as_nice_as_workers() -> None:
     if not hasattr(os, "setpriority"):
         return
     os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
+    autogroup = Path("/proc/self/autogroup")
     with contextlib.suppress(OSError):  # not Linux, or set a moment ago by a test beside
-        Path("/proc/self/autogroup").write_text("10")
+        if (found := autogroup.read_text().split()) and int(found[-1]) < 10:
+            autogroup.write_text("10")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one can do without

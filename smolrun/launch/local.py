@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from smolrun.launch.hosts import WorkerPlan
@@ -205,16 +206,26 @@ def _lower_priority(pid: int) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, nice)
     # Linux may schedule sessions first (autogroup): then nice counts within a session alone, and
     # the session has a number of its own. Without privileges it is set ten times a second at most.
+    own = max(_NICE, session_nice())
     for _ in range(_TRIES):
         try:
             with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:
-                file.write(str(_NICE))
+                file.write(str(own))
         except BlockingIOError:
             time.sleep(0.1)
         except OSError:
             return
         else:
             return
+
+
+def session_nice() -> int:
+    """Of our own session, `/autogroup-123 nice 10`; 0 where there is none."""
+    try:
+        text = Path("/proc/self/autogroup").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return int(text.split()[-1]) if text.strip() else 0
 
 
 def _read(pipe: IO[bytes]) -> bytes:
