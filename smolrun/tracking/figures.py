@@ -17,7 +17,7 @@ from typing import Any
 
 _PREFIXES = {"step": "train", "norms": "norm"}
 # Keys that are no numbers of a chart, and those that rank 0 sends again in its rank_step.
-_NOT_FIGURES = frozenset(["event", "step", "rank"])
+_NOT_FIGURES = frozenset(["event", "step", "rank", "is_answer"])
 _OF_RANK_0 = frozenset(["bytes_sent", "bytes_received", "compute_s", "wait_s"])
 # Bounds the rows that wait for a rank which reports no steps (a server).
 _MOST_OPEN_ROWS = 64

@@ -243,8 +243,15 @@ def test_prefetch_sends_nothing_more() -> None:
     assert 0.85 * without <= ahead <= without
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "recompute"),
+    [
+        ("bf16", False),
+        ("float32", True),
+        pytest.param("float32", False, marks=pytest.mark.soak),
+        pytest.param("bf16", True, marks=pytest.mark.soak),
+    ],
+)
 def test_nobody_keeps_a_layer_alive(
     precision: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

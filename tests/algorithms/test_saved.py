@@ -287,7 +287,7 @@ def test_a_checkpoint_without_names_of_statistics_resumes(
 ) -> None:
     """As older versions wrote it."""
 
-    def restore_old(runner: Algorithm, resume: Path) -> None:
+    def restore_old(runner: Algorithm, resume: Path, *_: Any) -> None:
         with CheckpointReader(resume) as checkpoint:
             state = dict(checkpoint.manifest.state["algorithm"])
             del state["step_stats"]

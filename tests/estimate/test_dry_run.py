@@ -425,6 +425,7 @@ def test_hops_take_what_the_links_let_through() -> None:
     assert fewer.hop_bytes(fewer.setting) == pytest.approx(size / 4, rel=0.1)
 
 
+@pytest.mark.soak  # traces gpt_small three times
 def test_a_cut_by_hand_that_does_not_fit_is_answered_by_one_that_does(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -74,6 +74,7 @@ def python(folder: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.soak
 def test_the_pages_loss_is_learnt(tmp_path: Path) -> None:
     write_files(tmp_path)
     words = [*shlex.split(OWN_LOSS), "algorithm=single", "training.steps=60"]
