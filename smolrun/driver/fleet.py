@@ -166,6 +166,7 @@ class Fleet:
         if saving is None or not self._ready:
             return None
         from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
+        from smolrun.launch.ssh.connect import open_again
 
         origins = {
             rank.rank: ShardOrigin(
@@ -174,7 +175,7 @@ class Fleet:
             for rank in ranks(self._config)
             if rank.host in self._ready
         }
-        return ShardFetcher(origins, checkpoints, saving.token)
+        return ShardFetcher(origins, checkpoints, saving.token, open_again=open_again)
 
     def versions(self) -> dict[str, dict[str, str | None]]:
         """What each host that is not this one runs."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from smolrun.checkpoints.find import read_manifest
 from smolrun.config import RunConfig, has_dedicated_server, ranks, world_size
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig
@@ -104,6 +105,27 @@ def check_model_fits(config: RunConfig, kind: str) -> None:
         what = f"reads {config.model.consumes}, but data={config.data.name} gives {kind}"
         fitting = "model=mlp" if kind == "features" else "a model such as model=gpt_tiny"
         raise ConfigError(problem("model", config.model.name, what, allowed=fitting))
+
+
+def check_weights(config: RunConfig, prepared: ModelSpec, checkpoint: Path) -> None:
+    """ConfigError if the model that begins with the weights of `checkpoint` has other tensors."""
+    from smolrun.estimate.stages import model_maker  # loads torch
+    from smolrun.estimate.trace import CannotTrace, build_on_meta
+    from smolrun.parts.replicas import model_tensors
+
+    try:
+        model = build_on_meta(model_maker(config, prepared))
+    except CannotTrace:  # the ranks will compare
+        return
+    built = {f"model/{name}": tuple(tensor.shape) for name, tensor in model_tensors(model)}
+    entries = read_manifest(checkpoint).tensors.items()
+    saved = {key: tuple(entry.shape) for key, entry in entries if key.startswith("model/")}
+    for key in [*built, *saved]:
+        if built.get(key) != saved.get(key):
+            name, run = key.removeprefix("model/"), config.checkpoint.weights
+            here, there = (of.get(key, "missing") for of in (built, saved))
+            what = f"its weights do not fit this model: {name} is {there} there, {here} here"
+            raise ConfigError(problem("model.run", run, what))
 
 
 def stages_note(config: RunConfig, prepared: ModelSpec) -> str | None:

@@ -60,7 +60,7 @@ def find_resume_point(
     try:
         path, checkpoint = locate(wanted, OUTPUTS, lambda text: say(f"warning: {text}"))
         manifest = read_manifest(checkpoint)
-        folder = RunFolder(path)
+        folder = RunFolder(below_outputs(path))
         folder.refuse_links_outside()
     except CheckpointError as error:
         raise ConfigError(problem("checkpoint.resume", wanted, str(error))) from None
@@ -94,6 +94,12 @@ def find_weights(
         raise ConfigError(problem("checkpoint.weights", wanted, str(error))) from None
     say(f"beginning with the weights of {folder.name}, {checkpoint.name}")
     return checkpoint
+
+
+def below_outputs(folder: Path) -> Path:
+    """A folder of outputs/ as a new run prints its own; others as they are."""
+    outputs = OUTPUTS.resolve()
+    return OUTPUTS / folder.relative_to(outputs) if folder.is_relative_to(outputs) else folder
 
 
 def _planned_steps(folder: RunFolder) -> float:

@@ -13,7 +13,13 @@ from smolrun.driver.checkpoints import RunCheckpoints
 from smolrun.driver.detach import begin_driving
 from smolrun.driver.fleet import open_fleet
 from smolrun.driver.outputs import become_latest, make_folder, nothing_started
-from smolrun.driver.preflight import check_model_fits, memory_warning, stages_note, start_notes
+from smolrun.driver.preflight import (
+    check_model_fits,
+    check_weights,
+    memory_warning,
+    stages_note,
+    start_notes,
+)
 from smolrun.driver.prepare import prepare_data
 from smolrun.driver.resume import (
     ResumePoint,
@@ -75,6 +81,8 @@ class TrainingRun(Subscriber):
         self._weights = find_weights(config, self._resume, console.say)
         self._prepared = prepare_data(config, console.preparing)
         check_model_fits(config, self._prepared.kind)
+        if self._weights is not None:
+            check_weights(config, self._prepared, self._weights)
         self._stages = stages_note(config, self._prepared)
         if self._resume is None and (line := memory_warning(config, self._prepared)):
             console.say(f"warning: {line}")

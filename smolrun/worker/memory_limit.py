@@ -30,7 +30,8 @@ def limit_memory(start: StartMessage, device: str, emit: Callable[[Event], None]
     has_own = device == "cuda" and not _is_integrated()  # memory that no other program lives in
     limit = host["memory_gb"] * 2**30 if host["memory_gb"] else whole if has_own else memory.limit
     limit = min(limit or whole, whole)
-    if device != "cpu" and limit / host["ranks"] < whole:
+    # On MPS also for all of `whole`: torch itself allows 1.7 times what the system recommends.
+    if device == "mps" or (device == "cuda" and limit / host["ranks"] < whole):
         _module(device).set_per_process_memory_fraction(limit / host["ranks"] / whole)
     is_first = rank == 0 or bool(hosts and hosts[rank - 1]["name"] != host["name"])
     if is_first and (host["memory_gb"] or not (has_own or host["emulate"])):

@@ -13,14 +13,25 @@ import msgspec
 import pytest
 
 from smolrun import cli
+from smolrun.checkpoints.folder import commit, part_folder
+from smolrun.checkpoints.manifest import merge
+from smolrun.checkpoints.tensor_slice import TensorSlice
+from smolrun.checkpoints.writer import write_shard
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
 from smolrun.driver import preflight
 from smolrun.driver.fleet import own_targets
-from smolrun.driver.preflight import check_before_start, memory_warning, stages_note, template_note
+from smolrun.driver.preflight import (
+    check_before_start,
+    check_weights,
+    memory_warning,
+    stages_note,
+    template_note,
+)
 from smolrun.driver.prepare import spec_of
 from smolrun.errors import ConfigError
 from smolrun.estimate import dry_run
+from smolrun.estimate.stages import model_maker
 from smolrun.launch.machine_memory import MachineMemory
 from tests.tasks.test_whole_runs import finish, start, summary
 
@@ -150,6 +161,30 @@ def test_a_secret_by_its_name_does_not_travel_as_a_variable() -> None:
 
 def prepared(tokens: int) -> Prepared:
     return Prepared("tokens", "", "", 32_000, None, tokens, None, 1, 1, "")
+
+
+def test_weights_of_another_shape_or_for_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    sizes = ["checkpoint.weights=a-run", "model.width=32", "model.heads=2", "model.layers=1"]
+
+    def check(vocabulary: int, *overrides: str) -> None:
+        data = msgspec.structs.replace(prepared(64), num_outputs=vocabulary)
+        check_weights(compose([*sizes, *overrides]), data, checkpoint)
+
+    model = model_maker(compose(sizes), msgspec.structs.replace(prepared(64), num_outputs=100))()
+    part = part_folder(tmp_path, 7, "t")
+    named = model.state_dict().items()
+    report = write_shard(part, 0, [TensorSlice.whole(f"model/{name}", at) for name, at in named])
+    manifest = merge([report], step=7, run_id="r", config_hash="c", world_size=1, state={})
+    checkpoint = commit(part, manifest)
+    check(100)
+    check(100, "training.recompute=true", "algorithm=fsdp", "precision=bf16")
+    for vocabulary, change, what in [
+        (90, "seed=1", r"weight is \(100, 32\) there, \(90, 32\) here"),
+        (100, "model.width=64", r"weight is \(100, 32\) there, \(100, 64\) here"),
+        (100, "model.layers=2", "is missing there, "),
+    ]:
+        with pytest.raises(ConfigError, match=rf"model.run = a-run: .*{what}"):
+            check(vocabulary, change)
 
 
 def warning(monkeypatch: pytest.MonkeyPatch, free_gb: float, *overrides: str) -> str | None:

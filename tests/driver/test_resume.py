@@ -30,9 +30,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return folder
 
 
-def find() -> None:
+def find(name: str = RUN_ID) -> Path:
     with ExitStack() as closing:
-        find_resume_point(compose([f"checkpoint.resume={RUN_ID}"]), print, closing)
+        found = find_resume_point(compose([f"checkpoint.resume={name}"]), print, closing)
+        assert found is not None
+        return found.folder.path
+
+
+def test_a_run_is_called_as_when_it_began(run: RunFolder, tmp_path: Path) -> None:
+    assert [find(name) for name in (RUN_ID, "aaaa", str(run.path))] == [Path("outputs", RUN_ID)] * 3
+    elsewhere = run.path.rename(tmp_path / "kept")
+    assert find("kept") == elsewhere.resolve()
 
 
 def test_a_run_with_the_links_of_wandb_can_be_resumed(run: RunFolder, tmp_path: Path) -> None:

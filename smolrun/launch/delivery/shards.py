@@ -7,7 +7,8 @@
 A rank's report is held back until its files are here: the committer, which counts reports, knows
 no hosts. One thread for each host ("smolrun-mini2-fetch"); the driver's loop never waits for one.
 Where ranks save faster than their links carry, saves are skipped, the same ones on all hosts and
-never the newest: it may be the last of the run.
+never the newest: it may be the last of the run. Where the connection was lost, another one is made:
+what was saved on a host is deleted with the run's folder there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ import msgspec
 from smolrun.checkpoints.folder import part_folder
 from smolrun.checkpoints.manifest import FileEntry, is_file_of
 from smolrun.data.prepared import Progress
-from smolrun.errors import SmolrunError
+from smolrun.errors import HostError, SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.delivery.store import TransferProgress, silent
 
@@ -68,9 +69,14 @@ class _FetchQueue:
     """One host: `waiting` is fetched in order, the first being on its way; `unwanted` is deleted
     there."""
 
-    name: str
+    machine: Machine
     waiting: deque[_Job] = field(default_factory=deque)
     unwanted: deque[_Job] = field(default_factory=deque)
+    reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
 
 
 class ShardFetcher:
@@ -83,19 +89,21 @@ class ShardFetcher:
         token: str,
         *,
         progress: Progress = silent,
+        open_again: Callable[[Machine], Machine] | None = None,
     ) -> None:
         """`origins` by rank, without those of this machine; `checkpoints` is the run's folder
         here, `token` that of this start. `progress` is only called while `finish` waits, from other
-        threads, one at a time."""
+        threads, one at a time. `open_again` makes another connection where one was lost."""
         self._origins = origins
         self._checkpoints = checkpoints
         self._token = token
         self._progress = progress
+        self._open_again = open_again
         self._finishing = False
         self._told = TransferProgress("", silent)
         self._changed = threading.Condition()
-        names = dict.fromkeys(origin.machine.name for origin in origins.values())
-        self._queues = {name: _FetchQueue(name) for name in names}
+        machines = {origin.machine.name: origin.machine for origin in origins.values()}
+        self._queues = {name: _FetchQueue(machine) for name, machine in machines.items()}
         self._arrived: deque[Event] = deque()
         self._skipped: set[int] = set()  # saves, by their updates
         self._closing = False
@@ -183,10 +191,14 @@ class ShardFetcher:
         return sum(len(queue.waiting) for queue in self._queues.values())
 
     def _serve(self, queue: _FetchQueue) -> None:
+        with queue.reopened:
+            self._fetch_all(queue)
+
+    def _fetch_all(self, queue: _FetchQueue) -> None:
         while (job := self._next(queue)) is not None:
             event: Event = job.event
             try:
-                self._fetch(job, queue)
+                self._fetch_or_reconnect(job, queue)
             except SmolrunError as error:
                 event = job.failed(str(error))
             except Exception as error:  # whatever it is: a save waits for this event
@@ -206,6 +218,16 @@ class ShardFetcher:
             self._changed.wait_for(lambda: queue.waiting or self._closing)
             return queue.waiting[0] if queue.waiting else None
 
+    def _fetch_or_reconnect(self, job: _Job, queue: _FetchQueue) -> None:
+        try:
+            self._fetch(job, queue)
+        except HostError:
+            if self._open_again is None or queue.machine.connection.lost is None:
+                raise
+            queue.machine = self._open_again(queue.machine)
+            queue.reopened.callback(queue.machine.close)
+            self._fetch(job, queue)
+
     def _fetch(self, job: _Job, queue: _FetchQueue) -> None:
         host = queue.name
         part = part_folder(self._checkpoints, job.event.updates, self._token)
@@ -216,7 +238,7 @@ class ShardFetcher:
             raise SmolrunError(f"{host}: {what} ({part})")
         for name, file in job.files.items():
             source = f"{job.origin.checkpoints}/{part.name}/{name}"
-            job.origin.machine.get(source, part / name, self._told.on_bytes, most_bytes=file.bytes)
+            queue.machine.get(source, part / name, self._told.on_bytes, most_bytes=file.bytes)
             _check(part / name, file, host)
             self._remove_there(queue)  # what was skipped meanwhile
 
@@ -230,7 +252,7 @@ class ShardFetcher:
             folder = f"{job.origin.checkpoints}/{part}"
             remove = {"do": "remove", "folder": folder, "names": list(job.files)}
             with contextlib.suppress(SmolrunError):
-                job.origin.machine.call("run_folder", remove)
+                queue.machine.call("run_folder", remove)
 
 
 def _files(event: ShardSaved, host: str) -> dict[str, FileEntry]:

@@ -37,13 +37,17 @@ class Hosts:
         self.told: list[tuple[str, int, int]] = []
         self.fetchers: list[ShardFetcher] = []
 
-    def fetcher(self) -> ShardFetcher:
+    def fetcher(self, open_again: Any = None) -> ShardFetcher:
         origins: Any = {
             rank: ShardOrigin(machine, there)  # type: ignore[arg-type]
             for rank, (machine, there) in enumerate(zip(self.machines, self.there, strict=True))
         }
         made = ShardFetcher(
-            origins, self.here, TOKEN, progress=lambda *done: self.told.append(done)
+            origins,
+            self.here,
+            TOKEN,
+            progress=lambda *done: self.told.append(done),
+            open_again=open_again,
         )
         self.fetchers.append(made)
         return made
@@ -170,6 +174,32 @@ def test_what_does_not_arrive_whole_is_a_failed_save_that_names_the_host(
     next_one = hosts.save(0, updates=20)  # and the other host goes on
     fetcher.take(next_one)
     assert wait_arrived(fetcher) == [next_one]
+
+
+def test_what_was_saved_is_fetched_by_another_connection_where_one_was_lost(hosts: Hosts) -> None:
+    lost, again = hosts.machines[1], HereMachine(Path(hosts.machines[1].home), "mini2")
+    lost.connection.lost = "reset by peer"
+    lost.before_get = lambda path: lose("mini2", "connection lost")
+    reopened: list[HereMachine] = []
+    closed = threading.Event()
+    again.close = closed.set  # type: ignore[method-assign]
+
+    def open_again(machine: HereMachine) -> HereMachine:
+        reopened.append(machine)
+        if len(reopened) == 1:
+            raise HostError("mini2", "still away")
+        return again
+
+    fetcher = hosts.fetcher(open_again)
+    saves = [hosts.save(1, updates) for updates in (10, 20, 30)]
+    for saved in saves:
+        fetcher.take(saved)
+    failed, *arrived = fetcher.finish(SOON_S)
+    assert isinstance(failed, ShardFailed)
+    assert "still away" in failed.reason
+    assert arrived == saves[1:]
+    assert reopened == [lost, lost], "one connection for all that follow"
+    until(lambda: not hosts.part(1, 30).exists() and closed.is_set())
 
 
 def lose(host: str, why: str) -> None:
