@@ -124,8 +124,8 @@ was typed |
 | `steps` | Optimizer steps done |
 | `parameters` | Of the whole model; null: training did not begin |
 | `tokens_per_s` | Of all ranks together, evaluations included; samples, where there is no text |
-| `wall_s` | Seconds from the command to the end, preparing data included |
-| `started_at`, `ended_at` | Dates and times of `wall_s`, of the driver's clock |
+| `wall_s` | Seconds from command to end, preparing data and earlier starts included |
+| `started_at`, `ended_at` | Dates of the last start and of the end, by the driver's clock |
 | `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
 | `final_eval_accuracy` | Share of right answers, for classes; else null |
 | `checkpoint` | The newest one, below `checkpoints/`; null: none |

@@ -48,12 +48,14 @@ def drive(config: RunConfig) -> int:
         if is_elsewhere(config):  # this machine renews the leases of the workers
             closing.enter_context(keep_awake())
         restarts = Restarts(config, console.say, functools.partial(reachable_hosts, config))
+        first = TrainingRun(config, console, closing)
         run, outcome = restarts.train(
-            TrainingRun(config, console, closing),
+            first,
             lambda start: TrainingRun(start.config, console, closing, start.resume),
         )
         console.close()
-        run.finish(outcome, time.monotonic() - began, restarts.rows)
+        wall_s = time.monotonic() - began
+        run.finish(outcome, wall_s, restarts.rows, first.earlier_wall_s)
     return outcome.exit_code
 
 

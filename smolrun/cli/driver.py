@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import shutil
 import signal
@@ -109,13 +110,15 @@ def estimate_main() -> int:
     from smolrun.estimate.dry_run import estimate
     from smolrun.estimate.dry_run_text import run_s
 
+    answers = sys.stdout
     for plain in msgspec.json.decode(sys.stdin.buffer.read(), type=list[dict[str, Any]]):
         config = validate(plain)
         try:
-            seconds = run_s(estimate(config, spec_of(config)))
+            with contextlib.redirect_stdout(sys.stderr):  # own models and data may print
+                seconds = run_s(estimate(config, spec_of(config)))
         except (SmolrunError, OSError):  # its job will say so
             seconds = None
-        print(msgspec.json.encode(seconds).decode(), flush=True)  # noqa: T201  (a program reads it)
+        print(msgspec.json.encode(seconds).decode(), file=answers, flush=True)
     return 0
 
 

@@ -93,9 +93,10 @@ def new_sweep(
             metric=first.metric,
             jobs=jobs,
         )
-        ready = [written(folder, job, configs[job.pair]) for job in jobs]
+        of_jobs = [*configs] * first.repeats
+        ready = [written(folder, *job) for job in zip(jobs, of_jobs, strict=True)]
         folder.write(record)
-    expected = _expected_s([configs[job.pair] for job in jobs]) if len(jobs) >= _MANY else None
+    expected = _expected_s(of_jobs) if len(jobs) >= _MANY else None
     return Sweep(folder, record, ready, first.fail_fast, (_announcement(record, expected),))
 
 
@@ -157,7 +158,9 @@ def _yaml(config: RunConfig) -> str:
 def _ready(
     run: RunFolder, config: RunConfig, job: SweepJob, *, starts_over: bool = False
 ) -> ReadyJob:
-    order = {"config": resolved(config), "folder": str(run.path), "typed": job.overrides}
+    # A run alone takes no keys of sweeps.
+    typed = [word for word in job.overrides if not word.lstrip("+").startswith("sweep.")]
+    order = {"config": resolved(config), "folder": str(run.path), "typed": typed}
     text = _yaml(config) if starts_over else None
     return ReadyJob(run.path.name, msgspec.json.encode(order), text)
 

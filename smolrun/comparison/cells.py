@@ -88,7 +88,8 @@ def _cell(
     runs: dict[int, RunFigures] = {}
     for _, repeat, run in group:
         seed = run.config.get(SEED, "")
-        key = repeat if repeat is not None else int(seed) if re.fullmatch(r"\d{1,18}", seed) else 0
+        # By the seed, as runs that share one saw the same samples; the plan may not know it.
+        key = int(seed) if re.fullmatch(r"\d{1,18}", seed) else repeat or 0
         while key in runs:  # the same seed twice
             key += 1
         runs[key] = run

@@ -88,13 +88,17 @@ class _Note(msgspec.Struct, tag_field="event", tag="note"):
     message: str = ""
 
 
+class _Started(msgspec.Struct, tag_field="event", tag="started"):
+    pass
+
+
 class _Other(msgspec.Struct):
     """Any other event."""
 
     event: str
 
 
-_rows = msgspec.json.Decoder(_Step | _RankStep | _Push | _PushDropped | _Eval | _Note)
+_rows = msgspec.json.Decoder(_Step | _RankStep | _Push | _PushDropped | _Eval | _Note | _Started)
 _other = msgspec.json.Decoder(_Other)
 
 
@@ -303,6 +307,8 @@ class _Metrics:
             self._rank(row.rank).dropped += self._every
         elif isinstance(row, _Eval):
             self._run.eval_loss = row.loss
+        elif isinstance(row, _Started):
+            self._every = 1  # a resumed run writes all rows again
         elif match := _THINNED.fullmatch(row.message):
             self._every = max(1, int(match[1]))
 

@@ -11,9 +11,10 @@ from smolrun.errors import CheckpointError, ConfigError, SmolrunError
 from smolrun.sanitize import one_line
 from smolrun.tracking.past_runs import find_run, run_folders
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.sweep_folder import SweepFolder, sweep_folders
+from smolrun.tracking.sweep_folder import SweepFolder, SweepRecord, sweep_folders
 
 MOST_RUNS = 2000  # as many as a sweep may have
+_DEFAULT_METRIC = "final_eval_loss"  # sweep.metric where nobody gave one
 _NEWEST = 5  # runs that are compared where nothing is named
 
 
@@ -132,7 +133,14 @@ def of_sweep(folder: Path) -> Selection:
     jobs = [
         Job(sweep.job(job.name), job.name, job.differs, job.pair, job.repeat) for job in record.jobs
     ]
-    return _limited(Selection(jobs, folder, title, record.metric, record.overrides))
+    return _limited(Selection(jobs, folder, title, _metric(record), record.overrides))
+
+
+def _metric(record: SweepRecord) -> str | None:
+    """What a sweep was about, if anybody said so: typed, or by a sweeper, which got that figure."""
+    words = [word.lstrip("+") for word in record.overrides]
+    is_meant = any(word.startswith(("sweep.metric=", "hydra/")) for word in words)
+    return record.metric if is_meant or record.metric != _DEFAULT_METRIC else None
 
 
 def _limited(selection: Selection) -> Selection:

@@ -227,6 +227,9 @@ def rank(metric: Metric, cells: Sequence[Cell], target: Target | None) -> Rankin
         numbers = {k: v for k, v in values(metric, finished, target).items() if v > 0}
         if numbers:
             found.append((finished, numbers))
+    seeds = set.intersection(*(set(numbers) for _, numbers in found)) if found else set()
+    if len(seeds) > 1:  # as `ratios` compares them
+        found = [(cell, {key: numbers[key] for key in seeds}) for cell, numbers in found]
     found.sort(key=lambda row: statistics.fmean(row[1].values()), reverse=metric.is_more_better)
     noises = [noise_of(metric, cell, target) for cell, _ in found]
     rows = [(cell, statistics.fmean(numbers.values())) for cell, numbers in found]
@@ -263,7 +266,7 @@ def _share(point: Point, of: Point) -> float:
 
 
 def verdict(cells: Sequence[Cell], target: Target | None, tune: str | None) -> list[Sentence]:
-    """Three sentences: time to a loss; throughput, bytes and memory; how sure that is."""
+    """A sentence each: time to a loss, throughput, bytes, memory, and how sure that is."""
     compared = [cell for cell in cells if cell.done]
     if len(compared) < 2:
         return [_nothing(cells, compared)]
@@ -272,10 +275,8 @@ def verdict(cells: Sequence[Cell], target: Target | None, tune: str | None) -> l
         _about_bytes(cells, target),
         _about(rank(MEMORY, cells, target), "needs least memory on its largest rank"),
     ]
-    second: list[str] = []
-    for part in (part for part in parts if part):
-        second += ["; " if second else "", *part]
-    return [_time_sentence(cells, target), [*second, "."], _how_sure(compared, target, tune)]
+    known = [[*part, "."] for part in parts if part]
+    return [_time_sentence(cells, target), *known, _how_sure(compared, target, tune)]
 
 
 def _nothing(cells: Sequence[Cell], compared: Sequence[Cell]) -> Sentence:
@@ -368,7 +369,7 @@ def _joined(names: Sequence[str]) -> list[str]:
 
 
 def _how_sure(cells: Sequence[Cell], target: Target | None, tune: str | None) -> Sentence:
-    repeats = min(len(cell.done) for cell in cells)
+    repeats = len(set.intersection(*(set(cell.done) for cell in cells)))
     if repeats > 1:
         found = [
             f"How sure: {counted(repeats, 'repeat')} each, compared pair by pair (same seed); in",
@@ -378,8 +379,11 @@ def _how_sure(cells: Sequence[Cell], target: Target | None, tune: str | None) ->
             found += ["; ", Strong(f"{repeats} pairs cannot promise much")]
     else:
         speed = max(noise_of(SPEED, cell, target) for cell in cells) * math.sqrt(2)
+        many = any(len(cell.done) > 1 for cell in cells)
         found = [
-            "How sure: with one run each this ",
+            "How sure: with fewer than two seeds that all jobs have finished, this "
+            if many
+            else "How sure: with one run each this ",
             Strong(f"cannot say who wins beyond {speed:.0%}".replace("%", " %")),
             " in speed (the spread within a run), and nothing about the loss of other seeds"
             " (sweep.repeats=3)",

@@ -46,6 +46,13 @@ class ResumePoint:
     data_sha256: str | None
     driver_state: Mapping[str, Any]
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the command to the checkpoint, of all starts; of older checkpoints those of
+        training."""
+        found = self.driver_state.get("wall_s")
+        return found if isinstance(found, float) and 0 <= found < 1e12 else self.time_s
+
 
 def find_resume_point(
     config: RunConfig, say: Callable[[str], None], closing: ExitStack

@@ -80,6 +80,7 @@ class RunSummary:
     times: TimeReport
     host_versions: Mapping[str, Mapping[str, str | None]]
     restarts: Sequence[Mapping[str, Any]] = ()
+    earlier_wall_s: float = 0.0  # of the starts that a resumed run had before
 
     def report(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
         """Write summary.json, and print how the run ended."""
@@ -195,7 +196,7 @@ class RunSummary:
             "command": shlex.join(["smolrun", *config.typed]) if config.typed else None,
             "overrides": [word for word in config.typed if not word.startswith("-")],
             **self.record.summary(),
-            "wall_s": round(wall_s, 3),
+            "wall_s": round(self.earlier_wall_s + wall_s, 3),
             "started_at": started.isoformat(timespec="seconds"),
             "ended_at": ended.isoformat(timespec="seconds"),
             "world_size": world_size(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ class TrainingRun(Subscriber):
         self._config = config
         self._console = console
         self._resume = resume or find_resume_point(config, console.say, closing)
+        self.earlier_wall_s = self._resume.wall_s if self._resume is not None else 0.0
+        self._began = time.monotonic()
         self._has_begun = False
         self._weights = find_weights(config, self._resume, console.say)
         self._prepared = prepare_data(config, console.preparing)
@@ -173,17 +176,33 @@ class TrainingRun(Subscriber):
                 discard_backup(self._resume)
 
     def _driver_state(self, updates: int) -> dict[str, Any]:
-        """The stream's position after `updates` updates, for the checkpoint."""
-        if self._reader is None:
-            return {}
-        row = updates * self._config.training.global_batch_size
-        return {"stream": self._reader.bookmark_for(row)}
+        """The wall time so far, and the stream's position after `updates` updates, for the
+        checkpoint."""
+        wall_s = self.earlier_wall_s + time.monotonic() - self._began
+        state: dict[str, Any] = {"wall_s": round(wall_s, 3)}
+        if self._reader is not None:
+            row = updates * self._config.training.global_batch_size
+            state["stream"] = self._reader.bookmark_for(row)
+        return state
 
-    def finish(self, outcome: RunOutcome, wall_s: float, restarts: list[dict[str, Any]]) -> None:
-        """Write summary.json, and print the last lines."""
+    def finish(
+        self,
+        outcome: RunOutcome,
+        wall_s: float,
+        restarts: list[dict[str, Any]],
+        earlier_wall_s: float,
+    ) -> None:
+        """Write summary.json, and print the last lines. `wall_s` is since the command, and
+        `earlier_wall_s` that of the starts before it."""
         trackers, versions = self._trackers, self._fleet.versions()
         RunSummary(
-            self._config, self._folder, trackers.record, trackers.times, versions, restarts
+            self._config,
+            self._folder,
+            trackers.record,
+            trackers.times,
+            versions,
+            restarts,
+            earlier_wall_s,
         ).report(outcome, wall_s, self._console)
 
 

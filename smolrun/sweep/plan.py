@@ -6,6 +6,8 @@ algorithm=single,seed=0        pair 0  repeat 0     all cells of a repeat have o
 algorithm=classicdp,seed=0     pair 1  repeat 0     train on the same samples; repeats follow
 algorithm=single,seed=1        pair 0  repeat 1     each other, so that a machine that grows
 algorithm=classicdp,seed=1     pair 1  repeat 1     slower does so for all cells alike
+
+Cells that differ by a typed seed alone are repeats too, in the order of the grid.
 """
 
 from __future__ import annotations
@@ -31,16 +33,26 @@ def plan(cells: Sequence[Sequence[str]], seeds: Sequence[int], repeats: int) -> 
     values = [dict(_split(line) for line in cell) for cell in cells]
     keys = list(dict.fromkeys(key for cell in values for key in cell))
     varying = [key for key in keys if len({cell.get(key) for cell in values}) > 1]
+    cells_of: dict[tuple[tuple[str, str], ...], list[int]] = {}  # without the seed
+    for number, cell in enumerate(values):
+        key = tuple(sorted(pair for pair in cell.items() if pair[0] != "seed"))
+        cells_of.setdefault(key, []).append(number)
+    places = {
+        number: (repeat, pair)
+        for pair, numbers in enumerate(cells_of.values())
+        for repeat, number in enumerate(numbers)
+    }
     jobs = []
-    for repeat in range(repeats):
-        for pair, (cell, overrides) in enumerate(zip(values, cells, strict=True)):
+    for again in range(repeats):
+        for number, (cell, overrides) in enumerate(zip(values, cells, strict=True)):
             differs = {key: cell[key] for key in varying if key in cell}
             words = list(overrides)
             if repeats > 1:
-                seed = str(seeds[pair] + repeat)
+                seed = str(seeds[number] + again)
                 differs["seed"] = seed
                 words = [line for line in words if _split(line)[0] != "seed"] + [f"seed={seed}"]
-            jobs.append((words, differs, repeat, pair))
+            repeat, pair = places[number]
+            jobs.append((words, differs, repeat + again, pair))
     names = _unique([_name(differs) for _, differs, _, _ in jobs])
     return [SweepJob(name, *job) for name, job in zip(names, jobs, strict=True)]
 
@@ -64,7 +76,8 @@ def _split(override: str) -> tuple[str, str]:
 def _name(differs: dict[str, str]) -> str:
     parts = [f"{key}={_NOT_IN_NAMES.sub('-', text).strip('-')}" for key, text in differs.items()]
     # A name begins with a letter or a digit; `~key` begins otherwise.
-    return ",".join(parts).lstrip("~._-=,") or "job"
+    # Windows drops dots at the end of a name.
+    return ",".join(parts).lstrip("~._-=,").rstrip(".") or "job"
 
 
 def _unique(names: Sequence[str]) -> list[str]:

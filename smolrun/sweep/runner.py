@@ -90,7 +90,6 @@ class SweepRunner:
         if self._asked():
             return "waiting"
         self._make_ready(job)
-        self._progress.forget(job.name)
         self._console.show(self._progress.look())
         status = run_job(self._folder.job(job.name), job, self._asked, self._while_it_runs)
         self._console.show(self._progress.look())

@@ -6,6 +6,7 @@ Reads the run folders, so that task=attach shows what the sweep's own process sh
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import Counter
@@ -19,7 +20,14 @@ import rich.text
 from smolrun.sanitize import echo, one_line
 from smolrun.tracking.console import Screen
 from smolrun.tracking.formatting import clock, counted, number, rate
-from smolrun.tracking.sweep_folder import ENDED, JobState, JobView, SweepFolder, SweepRecord
+from smolrun.tracking.sweep_folder import (
+    ENDED,
+    JobState,
+    JobView,
+    SweepFolder,
+    SweepJob,
+    SweepRecord,
+)
 
 _REDRAW_S = 0.25
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "stopped": "yellow"}
@@ -30,26 +38,41 @@ _AROUND = (
 
 
 class SweepProgress:
-    """What the jobs of a sweep do now; one that has ended is read once."""
+    """What the jobs of a sweep do now; of one that has ended, only the date of its summary.json is
+    looked at again."""
 
     def __init__(self, folder: SweepFolder, record: SweepRecord) -> None:
         self.folder = folder
         self.record = record
-        self._ended: dict[str, JobView] = {}
+        self._ended: dict[str, tuple[int, JobView]] = {}  # with that date
 
     def look(self, *, is_alive: bool = True) -> list[JobView]:
-        """All jobs in their order."""
-        views = []
-        for job in self.record.jobs:
-            view = self._ended.get(job.name) or self.folder.look(job, is_alive=is_alive)
-            if view.state in ("done", "failed"):
-                self._ended[job.name] = view
-            views.append(view)
-        return views
+        """All jobs in their order. While the sweep runs, those that had failed or were stopped when
+        it was resumed are waiting: they run again."""
+        resumed_at = _modified_ns(str(self.folder.path), "driver.json") if is_alive else 0
+        return [self._view(job, resumed_at, is_alive=is_alive) for job in self.record.jobs]
 
-    def forget(self, name: str) -> None:
-        """A job runs again."""
-        self._ended.pop(name, None)
+    def _view(self, job: SweepJob, resumed_at: int, *, is_alive: bool) -> JobView:
+        folder = str(self.folder.path)
+        ended_at = _modified_ns(folder, job.name, "summary.json")
+        known_at, view = self._ended.get(job.name, (0, None))
+        if not ended_at and not _modified_ns(folder, job.name, "driver.log"):
+            return JobView(job, "waiting")
+        if view is None or known_at != ended_at:
+            view = self.folder.look(job, is_alive=is_alive)
+            if view.state in ENDED and ended_at:
+                self._ended[job.name] = ended_at, view
+        if view.state in ("failed", "stopped") and 0 < ended_at < resumed_at:
+            return JobView(job, "waiting")
+        return view
+
+
+def _modified_ns(*path: str) -> int:
+    """When a file was written, 0 if there is none. Of 500 jobs four times a second, so no Path."""
+    try:
+        return os.stat(os.path.join(*path)).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def left_s(views: Sequence[JobView]) -> float | None:

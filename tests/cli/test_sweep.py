@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from smolrun.cli import sweep
+from smolrun.cli import driver, sweep
+from smolrun.cli.compose import compose
+from smolrun.config import RunConfig, resolved
+from smolrun.errors import SmolrunError
 from tests.cli.command import smolrun
 from tests.sweep.fakes import Run, command_with_fakes, newest, text_of
 
@@ -124,7 +129,32 @@ def test_a_disk_that_is_full_is_a_sentence(run: Run, capsys: pytest.CaptureFixtu
 def test_repeats_have_other_seeds_that_all_cells_share(run: Run):
     assert run("-m", "algorithm=single,classicdp", "sweep.repeats=2", "seed=5") == 0
     assert [line.split()[5] for line in logs()] == ["5", "5", "6", "6"]
-    assert [job.pair for job in newest().record().jobs] == [0, 1, 0, 1]
+    jobs = newest().record().jobs
+    assert [job.pair for job in jobs] == [0, 1, 0, 1]
+    # What one would type for that job alone.
+    typed = newest().job(jobs[3].name).summary()["overrides"]
+    assert typed == ["algorithm=classicdp", "seed=6"]
+
+
+def test_seeds_of_a_grid_reach_their_jobs(run: Run):
+    assert run("-m", "algorithm=single,classicdp", "seed=3,4") == 0
+    assert [line.split()[5] for line in logs()] == ["3", "4", "3", "4"]
+    assert [job.pair for job in newest().record().jobs] == [0, 0, 1, 1]
+
+
+def test_what_own_code_prints_is_no_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def loud(config: RunConfig) -> None:
+        print("loading")
+        raise SmolrunError("no data")
+
+    monkeypatch.setattr("smolrun.driver.prepare.spec_of", loud)
+    order = io.TextIOWrapper(io.BytesIO(msgspec.json.encode([resolved(compose([]))])))
+    monkeypatch.setattr(sys, "stdin", order)
+    assert driver.estimate_main() == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("null\n", "loading\n")
 
 
 def test_repeats_of_a_grid_over_seeds_are_refused(

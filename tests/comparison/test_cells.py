@@ -63,7 +63,7 @@ def test_labels_say_the_key_where_the_value_does_not_say_enough(tmp_path: Path):
 
 
 def test_a_plan_says_which_jobs_are_repeats(tmp_path: Path):
-    made = [job(tmp_path / f"run{n}", config(seed=n % 2))[1] for n in range(4)]
+    made = [job(tmp_path / f"run{n}", config(seed=n // 2))[1] for n in range(4)]
     plan = [({"cluster": "sim/pi3", "seed": "0"}, 0, 0), ({"cluster": "local", "seed": "0"}, 1, 0)]
     plan += [({"cluster": "sim/pi3", "seed": "1"}, 0, 1), ({"cluster": "local", "seed": "1"}, 1, 1)]
     jobs = [Job(run.folder, run.name, *one) for run, one in zip(made, plan, strict=True)]

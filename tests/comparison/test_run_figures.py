@@ -67,6 +67,15 @@ def test_thinned_rows_count_as_often_as_they_stand_for(tmp_path: Path):
     assert run.ranks[0].compute_s == pytest.approx(10)
 
 
+def test_a_run_that_was_resumed_writes_all_rows_again(tmp_path: Path):
+    note = {"event": "note", "rank": None, "level": "info"}
+    note["message"] = "rank_step and push rows: from here on those of every 2 steps only"
+    started = {"event": "started", "rank": None, "parameters": 1}
+    rows = [*events(steps=10), note, started, *events(steps=20)[30:]]
+    run = read_run(write_run(tmp_path / "a", rows=rows))
+    assert run.bytes_sent == 20 * 2 * 100
+
+
 def test_a_run_that_still_trains(tmp_path: Path):
     folder = write_run(tmp_path / "a", summary={})
     folder.write_driver(steps=100)

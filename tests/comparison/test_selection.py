@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from smolrun.comparison import selection
@@ -74,6 +75,23 @@ def test_sweeps(outputs: Path):
         assert (one.metric, one.overrides) == ("tokens_per_s", ["algorithm=fsdp,edp"])
     assert names(None, "cccc", outputs=outputs) == [FSDP, EDP]
     assert names(f"{SWEEP},{A}", outputs=outputs) == [FSDP, EDP, A]
+
+
+@pytest.mark.parametrize(
+    ("typed", "metric"),
+    [
+        ("seed=1,2", None),
+        ("sweep.metric=final_eval_loss", "final_eval_loss"),
+        ("hydra/sweeper=optuna", "final_eval_loss"),
+    ],
+)
+def test_the_default_metric_of_a_sweep_sorts_nothing(
+    tmp_path: Path, typed: str, metric: str | None
+):
+    sweep = a_sweep(tmp_path / SWEEP)
+    changed = {"metric": "final_eval_loss", "overrides": [typed]}
+    sweep.write(msgspec.structs.replace(sweep.record(), **changed))
+    assert of_sweep(sweep.path).metric == metric
 
 
 def test_without_a_sweep_the_newest_runs(outputs: Path):

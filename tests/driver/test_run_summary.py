@@ -63,7 +63,9 @@ def test_the_summary_has_exactly_the_keys_of_the_design(tmp_path: Path) -> None:
     record, folder, times = RunRecord(), RunFolder(tmp_path), time_report(config, print)
     restarts = [{"step": 4}]
     config = config.with_typed(["-m", "cluster.ranks=2", "data.path=https://me:secret@host/x y"])
-    summary = RunSummary(config, folder, record, times, {}, restarts).summary(failed, 12.34567)
+    summary = RunSummary(config, folder, record, times, {}, restarts, 60.0).summary(
+        failed, 12.34567
+    )
     began, ended = (
         datetime.fromisoformat(summary.pop(f"{key}_at")) for key in ("started", "ended")
     )
@@ -77,7 +79,7 @@ def test_the_summary_has_exactly_the_keys_of_the_design(tmp_path: Path) -> None:
         "command": "smolrun -m cluster.ranks=2 'data.path=https://***@host/x y'",
         "overrides": ["cluster.ranks=2", "data.path=https://***@host/x y"],
         **record.summary(),
-        "wall_s": 12.346,
+        "wall_s": 72.346,  # with that of earlier starts
         "world_size": 2,
         "algorithm": "classicdp",
         "config_hash": config_hash(config),

@@ -20,6 +20,7 @@ loss = 2.0 + config["optimizer"]["lr"]
 def end(status, reason=None, code=0, done=steps):
     figures = {"final_train_loss": loss, "final_eval_loss": loss + 0.1, "wall_s": 1.5}
     summary = {"status": status, "reason": reason, "exit_code": code, "steps": done, **figures}
+    summary["overrides"] = order["typed"]
     (folder / "summary.json").write_text(json.dumps(summary))
     sys.exit(code)
 

@@ -72,6 +72,20 @@ def test_equal_jobs_are_numbered():
     assert len({name.lower() for name in taken}) == 3
 
 
+def test_typed_seeds_are_repeats():
+    cells = [[f"algorithm={a}", f"seed={s}"] for a in ("single", "edp") for s in (3, 4)]
+    jobs = plan(cells, [3, 4, 3, 4], 1)
+    assert [(job.pair, job.repeat) for job in jobs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [job.name for job in jobs][1:3] == ["algorithm=single,seed=4", "algorithm=edp,seed=3"]
+
+
+def test_no_name_ends_in_a_dot():
+    assert names(["optimizer.lr=1."], ["optimizer.lr=1"]) == [
+        "optimizer.lr=1-1",
+        "optimizer.lr=1-2",
+    ]
+
+
 def test_repeats_are_paired_and_interleaved():
     cells = [["algorithm=single", "seed=7"], ["algorithm=edp", "seed=7"]]
     jobs = plan(cells, [7, 7], 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,29 @@ def test_the_time_left_is_that_of_the_same_cell():
     assert left_s([*done, view(2, "waiting", pair=5)]) == 55.0
     assert left_s([view(0, "waiting")]) is None
     assert left_s(done) == 0.0
+
+
+def test_a_job_that_will_run_again_waits(tmp_path: Path):
+    """Also for those that attach: what it was before the sweep was resumed is not kept."""
+    jobs = [SweepJob(name, [], {}) for name in ("failed", "stopped", "done")]
+    sweep = SweepFolder(tmp_path)
+    progress = SweepProgress(sweep, SweepRecord("id", "0", "", [], "wall_s", jobs))
+    for job in jobs:
+        sweep.job(job.name).path.mkdir()
+        sweep.job(job.name).write_summary({"status": job.name})
+    before = (tmp_path / "failed" / "summary.json").stat().st_mtime_ns
+
+    def states(**how: bool) -> list[str]:
+        return [view.state for view in progress.look(**how)]
+
+    assert states() == ["failed", "stopped", "done"]
+    (tmp_path / "driver.json").touch()
+    os.utime(tmp_path / "driver.json", ns=(before + 10**9, before + 10**9))
+    assert states() == ["waiting", "waiting", "done"]
+    assert states(is_alive=False) == ["failed", "stopped", "done"]
+    sweep.job("failed").write_summary({"status": "done"})
+    os.utime(tmp_path / "failed" / "summary.json", ns=(before + 2 * 10**9, before + 2 * 10**9))
+    assert states() == ["done", "waiting", "done"]
 
 
 def test_the_last_lines_name_what_failed_with_its_log():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -127,7 +128,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     kill_and_go_on(tmp_path, random.Random(seed))
     assert_same(whole[1], state_of(tmp_path))
     check_traces(tmp_path)
-    assert summary(tmp_path)["status"] == "done"
+    ended = summary(tmp_path)
+    assert ended["status"] == "done"
+    dates = [datetime.fromisoformat(ended[key]) for key in ("started_at", "ended_at")]
+    assert ended["wall_s"] > (dates[1] - dates[0]).total_seconds()  # the first start counts too
 
 
 @pytest.mark.soak
