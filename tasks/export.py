@@ -161,8 +161,8 @@ def _card(trained: TrainedModel, loader: str) -> str:
         "data": (config.get("data") or {}).get("name"),
         "steps": f"{step} of {training.get('steps')}",
         "sequences per step": training.get("global_batch_size"),
-        "algorithm": f"{(config.get('algorithm') or {}).get('name')}, "
-        f"{summary.get('world_size', '?')} ranks",
+        "algorithm": (config.get("algorithm") or {}).get("name"),
+        "ranks": summary.get("world_size"),
         "precision": config.get("precision"),
         "seed": config.get("seed"),
         "training loss at the run's end": summary.get("final_train_loss"),

@@ -351,9 +351,9 @@ class Algorithm(ABC):
 
     @torch.no_grad()
     def load_weights(self, checkpoint: CheckpointReader) -> None:
-        """Begins a new run with the weights of `checkpoint`, of any algorithm and dtype;
-        CheckpointError for one of another model."""
-        checkpoint.load(self.model_slices(), all_of="model/", casts=True)
+        """Begins a new run with the weights of `checkpoint`, averaged ones where it has them, of
+        any algorithm and dtype; CheckpointError for one of another model."""
+        checkpoint.load_weights(self.model_slices())
 
     def restore_progress(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Restores numbers, and pending updates as far as their gradients can be loaded."""

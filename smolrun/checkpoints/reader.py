@@ -6,6 +6,7 @@ Files are memory-mapped, so only the requested ranges are read.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,6 +85,14 @@ class CheckpointReader:
             part.values.copy_(values.view_as(part.values))
         if all_of and (unknown := [key for key in self.keys(all_of) if key not in known]):
             raise CheckpointError(f"{self.folder} is of another model: it has {unknown[0]}")
+
+    def load_weights(self, slices: Iterable[TensorSlice]) -> None:
+        """Fills slices `model/NAME`, from averaged weights where the checkpoint has them, as
+        evaluation and export do; in any dtype. CheckpointError where it is of another model."""
+        slices = list(slices)
+        self.load(slices, all_of="model/", casts=True)
+        averages = [replace(one, key=f"average/{one.key[len('model/') :]}") for one in slices]
+        self.load((one for one in averages if one.key in self.manifest.tensors), casts=True)
 
     def _values(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
         path = self.folder / file

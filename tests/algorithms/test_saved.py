@@ -143,6 +143,18 @@ def test_a_new_run_begins_with_the_weights_of_another(tmp_path: Path, algorithm:
     assert not any(torch.equal(first[key], after[key]) for key in weights[:1])
 
 
+def test_a_new_run_begins_with_averaged_weights_where_there_are_some(tmp_path: Path) -> None:
+    """As evaluation, export and `smolrun.load` use them."""
+    averaging = {"overrides": {"ema_decay": 0.5}}
+    trained, _ = run_part(tmp_path / "a", "syncps", 3, until=3, **averaging)
+    before = contents(trained)
+    averages = [key for key in before if key.startswith("average/")]
+    assert averages and any(not torch.equal(before[k], before[f"model/{k[8:]}"]) for k in averages)
+    begun, _ = run_part(tmp_path / "b", "fsdp", 2, until=0, resume=trained, takes_all=False)
+    after = contents(begun)
+    assert all(torch.equal(before[key], after[f"model/{key[8:]}"]) for key in averages)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     trained, _ = run_part(tmp_path / "a", "single", 1, until=1)
     with pytest.raises(Exception, match="is of another model"):
