@@ -74,6 +74,11 @@ def new_sweep(
     first = configs[0].sweep
     if any(config.sweep != first for config in configs):
         raise ConfigError("keys of `sweep` are about all jobs, so -m cannot vary them")
+    for name in (config.checkpoint.resume for config in configs if config.checkpoint.resume):
+        what = (
+            "all jobs would go on in the folder of that run; model.run=RUN begins with its weights"
+        )
+        raise ConfigError(problem("checkpoint.resume", name, what))
     if len(cells) * first.repeats > MOST_JOBS:
         number = counted(len(cells) * first.repeats, "job")
         raise ConfigError(f"{number} are more than a sweep may have: {MOST_JOBS:,}")

@@ -15,7 +15,7 @@ import pytest
 from smolrun.cli import driver, sweep
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig, resolved
-from smolrun.errors import SmolrunError
+from smolrun.errors import ConfigError, SmolrunError
 from tests.cli.command import smolrun
 from tests.sweep.fakes import Run, command_with_fakes, newest, text_of
 
@@ -140,6 +140,15 @@ def test_seeds_of_a_grid_reach_their_jobs(run: Run):
     assert run("-m", "algorithm=single,classicdp", "seed=3,4") == 0
     assert [line.split()[5] for line in logs()] == ["3", "4", "3", "4"]
     assert [job.pair for job in newest().record().jobs] == [0, 0, 1, 1]
+
+
+def test_jobs_do_not_resume_one_run(tmp_path: Path):
+    config = compose([])
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"resume": "3fa9"})}
+    )
+    with pytest.raises(ConfigError, match="RUN begins with its weights"):
+        sweep.new_sweep([], [["seed=1"]], [config])
 
 
 def test_what_own_code_prints_is_no_estimate(
