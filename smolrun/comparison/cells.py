@@ -29,6 +29,7 @@ _FOLLOWS = {"training.warmup_steps": "training.steps"}
 _WORD = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
 _SAYS_NOTHING = frozenset(["none", "null", "true", "false", "auto", "default"])
 _MAX_LABEL = 60
+_OF_GROUP = ("name", "kind")  # keys that are the choice of a group
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,20 @@ def _cell(
 
 
 def _label(differs: Mapping[str, str]) -> str:
-    """`edp, int8`; with its key where a value alone does not say enough: `optimizer.lr=0.01`."""
+    """`edp, int8`; with the end of its key where a value alone does not say enough: `lr=0.01`."""
     values = list(differs.values())
+    ends = [key.rpartition(".")[2] for key in differs]
 
     def says_enough(value: str) -> bool:
         is_word = _WORD.fullmatch(value) and value.lower() not in _SAYS_NOTHING
         return bool(is_word) and values.count(value) == 1
 
+    def end(key: str) -> str:
+        last = key.rpartition(".")[2]
+        return short_key(key) if last in _OF_GROUP or ends.count(last) > 1 else last
+
     return ", ".join(
-        value if says_enough(value) else f"{short_key(key)}={value}"
-        for key, value in differs.items()
+        value if says_enough(value) else f"{end(key)}={value}" for key, value in differs.items()
     )
 
 
@@ -138,9 +143,10 @@ def _is_own(key: str, configs: Iterable[Mapping[str, str]], differing: Collectio
 
 
 def short_key(key: str) -> str:
-    """`algorithm.name` as people type it: `algorithm`; so `quantization.kind`."""
+    """`algorithm.name` as people type it: `algorithm`; so `quantization.kind`. Of a longer key the
+    last two words: `emulate.bandwidth_mbps`."""
     group, dot, last = key.partition(".")
-    return group if dot and last in ("name", "kind") else key
+    return group if dot and last in _OF_GROUP else ".".join(key.split(".")[-2:])
 
 
 def cautions(cells: Sequence[Cell]) -> list[str]:

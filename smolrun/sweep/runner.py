@@ -206,8 +206,12 @@ def last_words(folder: RunFolder, code: int) -> str:
     with contextlib.suppress(OSError), folder.driver_log.open("rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
         lines = [one_line(line) for line in log.read().decode("utf-8", "replace").splitlines()]
-        said = [line.removeprefix("smolrun: ") for line in lines if line.startswith("smolrun: ")]
-        last = [line for line in lines if line.strip()][-1:]
-        if found := said[-1:] or last:
-            return f"{found[0]} (exit code {code})"
+        said = [index for index, line in enumerate(lines) if line.startswith("smolrun: ")]
+        if said:
+            # What is wrong with a configuration stands in the indented lines below.
+            below = itertools.takewhile(lambda line: line[:1] == " ", lines[said[-1] + 1 :])
+            words = [lines[said[-1]].removeprefix("smolrun: "), *map(str.strip, below)]
+            return f"{' '.join(words)} (exit code {code})"
+        if last := [line for line in lines if line.strip()][-1:]:
+            return f"{last[0]} (exit code {code})"
     return f"exit code {code}"

@@ -56,9 +56,9 @@ def test_labels_say_the_key_where_the_value_does_not_say_enough(tmp_path: Path):
     int8 = {"quantization__kind": "int8", "optimizer__lr": 0.01}
     _, found = cells(tmp_path, {"optimizer__lr": 0.01}, int8, {"optimizer__lr": 0.1})
     assert [cell.label for cell in found] == [
-        "optimizer.lr=0.01, quantization=none",
-        "optimizer.lr=0.01, int8",
-        "optimizer.lr=0.1, quantization=none",
+        "lr=0.01, quantization=none",
+        "lr=0.01, int8",
+        "lr=0.1, quantization=none",
     ]
 
 

@@ -10,7 +10,9 @@ import pytest
 import rich.console
 
 from smolrun.sweep import table
+from smolrun.sweep.runner import last_words
 from smolrun.sweep.table import SweepConsole, SweepProgress, counts_text, ending_lines, left_s
+from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.sweep_folder import JobView, SweepFolder, SweepJob, SweepRecord
 
 
@@ -114,3 +116,16 @@ def test_the_last_lines_name_what_failed_with_its_log():
     assert "algorithm=classicdp optimizer.lr=0.0001: a b; log: " in lines[1]
     assert lines[2] == "to run the other 2 jobs: smolrun -m sweep.resume=s"
     assert counts_text(views) == "1 of 3 jobs done, 1 failed, 1 stopped"
+
+
+def test_the_reason_of_a_job_that_failed_before_it_trained_is_what_it_printed(tmp_path: Path):
+    log = tmp_path / "driver.log"
+    problem = "one problem in the configuration, nothing was started:"
+    log.write_text(f"preparing\nsmolrun: {problem}\n  optimizer.lr = -1: too small\nThe help\n")
+    assert last_words(RunFolder(tmp_path), 2) == (
+        f"{problem} optimizer.lr = -1: too small (exit code 2)"
+    )
+    log.write_text("Traceback\nKeyError: 'x'\n\n")
+    assert last_words(RunFolder(tmp_path), 1) == "KeyError: 'x' (exit code 1)"
+    log.unlink()
+    assert last_words(RunFolder(tmp_path), 1) == "exit code 1"
