@@ -24,7 +24,7 @@ def test_the_command(two_runs: Path):
     done = smolrun(two_runs, "task=compare", f"runs=aaaa,{B}")
     assert done.code == 0, done
     assert done.error == "" and done.seen == "['import hydra']"  # no torch, nothing started
-    assert "classicdp has the highest throughput, 1,000 tokens/s: 2.00x that of edp;" in done.out
+    assert "classicdp has the highest throughput, 1,000 tokens/s: 2.00x that of edp." in done.out
     assert done.out.splitlines()[-1].startswith("comparison: ")
     made = sorted(path.name for path in (two_runs / "outputs").glob("comparison.*"))
     assert made == ["comparison.csv", "comparison.html", "comparison.md"]
