@@ -89,7 +89,7 @@ def problems(arguments: Arguments, base: DictConfig) -> Iterator[str]:
 
 
 def _study(base: DictConfig) -> str:
-    """How a sweeper that can goes on with what it knows."""
+    """How a sweeper that can resume continues its study."""
     if "storage" not in base.hydra.sweeper:
         return ""
     keys = "hydra.sweeper.storage=sqlite:///FILE.db hydra.sweeper.study_name=NAME"

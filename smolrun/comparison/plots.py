@@ -23,7 +23,7 @@ from smolrun.tracking.formatting import rate, size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_SERIES = 6  # curves that can be told apart
+MOST_SERIES = 6  # curves with a color and a dash of their own
 _MOST_BARS = 24
 _WIDTH, _HEIGHT = 3.6, 2.5  # inches of 72 points: a phone is about 3.6 wide
 _SMOOTH = 40  # a curve is smoothed over a so manyth of its steps

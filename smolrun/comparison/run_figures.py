@@ -231,7 +231,7 @@ def _flatten(value: Any, path: str, found: dict[str, str], depth: int) -> None:
         for key, inner in value.items():
             _flatten(inner, f"{path}.{key}" if path else str(key), found, depth + 1)
     elif path == "cluster.hosts" and isinstance(value, list):
-        # Too long for a table; and `env` of a host may hold what is nobody's business.
+        # Too long for a table; and `env` of a host may hold private values.
         found[path] = f"{counted(len(value), 'host')} ({_digest(text_of(value))})"
     elif path and len(found) < _MOST_KEYS:
         found[_short(path)] = _short(text_of(value))

@@ -14,7 +14,7 @@ from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.sweep_folder import SweepFolder, SweepRecord, sweep_folders
 
 MOST_RUNS = 2000  # as many as a sweep may have
-_DEFAULT_METRIC = "final_eval_loss"  # sweep.metric where nobody gave one
+_DEFAULT_METRIC = "final_eval_loss"  # sweep.metric where none was given
 _NEWEST = 5  # runs that are compared where nothing is named
 
 

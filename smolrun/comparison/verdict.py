@@ -21,7 +21,7 @@ from smolrun.comparison.run_figures import RunFigures
 from smolrun.tracking.formatting import counted, duration, rate, size
 
 _WINDOW = 10  # steps that a loss is a mean of; of short runs a fifth
-_ONE_RUN_FLOOR = 0.05  # what one run each never tells apart: a machine is not that steady
+_ONE_RUN_FLOOR = 0.05  # what one run each cannot distinguish: a machine is not that steady
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _Z = 1.96
 _SMALL = 0.1  # a difference below it, and within noise, is called equal

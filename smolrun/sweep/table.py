@@ -221,7 +221,7 @@ def _shown(views: Sequence[JobView], room: int) -> list[JobView]:
 
 
 def label(view: JobView) -> str:
-    """What tells a job from the others, in one line."""
+    """What differs between a job and the others, in one line."""
     words = [f"{key}={value}" for key, value in view.job.differs.items()]
     return one_line(" ".join(words) or view.job.name)
 

@@ -35,8 +35,8 @@ _Few = Annotated[int, msgspec.Meta(ge=0, le=MOST_JOBS)]
 
 
 class SweepJob(msgspec.Struct, frozen=True):
-    """One job. `differs`: what tells it from the others, as typed. Jobs of one `pair` differ by
-    their seed alone, and `repeat` counts them."""
+    """One job. `differs`: its values that other jobs do not have, as typed. Jobs of one `pair`
+    differ by their seed alone, and `repeat` counts them."""
 
     name: str
     overrides: list[str]

@@ -1,4 +1,4 @@
-"""`smolrun -m` with a launcher or sweeper of Hydra's: jobs of its own, their metrics told to it.
+"""`smolrun -m` with a launcher or sweeper of Hydra's: jobs of its own, which gets their metrics.
 
 With a sweeper and a launcher made for this (plugins/), real processes, and jobs that train nothing.
 """
