@@ -105,13 +105,13 @@ class RemoteWorker:
         asking = threading.Thread(
             target=self._ask_to_end, name=f"smolrun-ssh-{self._connection.name}-end", daemon=True
         )
-        asking.start()
         give_up = time.monotonic() + _KILL_S
-        while asking.is_alive() and time.monotonic() < give_up:
-            if self._connection.is_silent:  # unreachable: the command would not arrive
-                self._connection.give_up()
-                break
+        if not self._connection.is_silent:  # else the command would not arrive
+            asking.start()
+        while asking.is_alive() and not self._connection.is_silent and time.monotonic() < give_up:
             asking.join(_POLL_S)
+        if self._connection.is_silent:
+            self._connection.give_up()
         self._process.close()
 
     def _ask_to_end(self) -> None:

@@ -54,7 +54,7 @@ class SshConnection:
     @property
     def lost(self) -> str | None:
         """Why the connection was lost; None while it is open and after `close`."""
-        if self._closed.is_set() or self._transport.is_active():
+        if self._closed.is_set() or not _has_ended(self._transport):
             return None
         if self._given_up:
             return f"the SSH connection was lost (no answer for {self._silence_s:.0f} s)"
@@ -183,6 +183,15 @@ class _Gathered:
             self.data += data
 
 
+def _has_ended(transport: Transport) -> bool:
+    """Whether no more bytes will come.
+
+    A transport that fails ends its channels before it says that it is no longer active; why it
+    failed is there before both.
+    """
+    return not transport.is_active() or transport.saved_exception is not None
+
+
 def _feed(process: SshProcess, data: bytes) -> None:
     with contextlib.suppress(OSError):  # it ended without reading all of it
         process.write(data)
@@ -237,7 +246,7 @@ class SshProcess:
         code = int(self._channel.recv_exit_status())
         if code >= 0:
             return code
-        if self._given_up or not self._transport.is_active():
+        if self._given_up or _has_ended(self._transport):
             return None
         # It was ended by a signal; SSH reports which, but paramiko drops it.
         return -_SIGKILL
