@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from smolrun.errors import SmolrunError
 from smolrun.models.base import ModelSpec, StagedModel
+from smolrun.models.initialise import meta_device
 from smolrun.parts.precision import Precision
 
 # glibc gives a block of this size or more back to the system when it is let go; smaller ones stay
@@ -79,7 +80,7 @@ class Trace:
 def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """The model without memory; CannotTrace where its constructor needs values."""
     try:
-        with torch.device("meta"):
+        with meta_device():
             return make()
     except SmolrunError:
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,3 +97,23 @@ def test_a_state_that_does_not_fit_its_tensors_is_a_checkpoint_error(
     checkpoints._algorithm = cast(Algorithm, SimpleNamespace(restore=restore))
     with pytest.raises(CheckpointError, match="cannot be used: IndexError"):
         checkpoints._restore()
+
+
+def test_training_does_not_import_torch_compile() -> None:
+    """It would take 1.5 s and 70 MB of each worker."""
+    script = """
+import sys, torch
+from smolrun.models.initialise import build_model
+from smolrun.training.optimizer import NAMES, make_optimizer
+from tests.models.tiny import TINY, Spec, build
+for name in NAMES:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(lambda: build(Spec(), **TINY), 0, dtype=dtype, device="cpu")
+        optimizer = make_optimizer(model.named_parameters(), name, lr=0.1)
+        model(torch.ones(1, 4, dtype=torch.int64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
