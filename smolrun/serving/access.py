@@ -21,10 +21,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smolrun.serving.api_errors import ApiError, json_response
+from smolrun.serving.page import page_files
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 # Without a key: what says nothing but that a server is here, and the page that asks for the key.
-OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/health"})
+OPEN_PATHS = frozenset({*page_files(), "/docs", "/openapi.json", "/healthz", "/readyz", "/health"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A body that is too large is read so far, that its sender comes to read the answer.
 _DISCARDED_BYTES = 64 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,12 +14,12 @@ from smolrun.serving.api_errors import ERRORS, json_response
 from smolrun.serving.generation import Service
 from smolrun.serving.http_metrics import CONTENT_TYPE
 from smolrun.serving.openai_api import openai_routes
+from smolrun.serving.page import add_page
 from smolrun.serving.simple_api import simple_routes
 
-# The page needs its own script and style, and nothing of any other server.
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+_REFERENCE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "frame-ancestors 'none'",
     "cache-control": "no-cache",
     "referrer-policy": "no-referrer",
 }
@@ -46,7 +45,8 @@ def build_routes(service: Service) -> FastAPI:
     app.include_router(openai_routes(service))
     app.include_router(simple_routes(service))
     _add_server_routes(app, service)
-    _add_pages(app)
+    _add_reference(app)
+    add_page(app)
     return app
 
 
@@ -82,19 +82,18 @@ def _add_server_routes(app: FastAPI, service: Service) -> None:
         body["reason"] = frontend.reason
         return json_response(body | error.body, 503, {"retry-after": "1"})
 
+    @app.get("/cluster", tags=["server"], response_class=Response, responses={401: ERRORS[401]})
+    async def cluster() -> Response:
+        """The machines that answer: their layers and memory, and what they have done so far."""
+        return json_response(frontend.cluster())
+
     @app.get("/metrics", tags=["server"], response_class=Response, responses={401: ERRORS[401]})
     async def metrics() -> Response:
         """Measurements in the format of Prometheus; vLLM's names are there as well."""
         return Response(frontend.metrics_text(), media_type=CONTENT_TYPE)
 
 
-def _add_pages(app: FastAPI) -> None:
-    page = files("smolrun.serving").joinpath("page.html").read_text(encoding="utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
-
+def _add_reference(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return HTMLResponse(api_reference.html(app.openapi()), headers=_PAGE_HEADERS)
+        return HTMLResponse(api_reference.html(app.openapi()), headers=_REFERENCE_HEADERS)

@@ -34,9 +34,10 @@ class ChatCompletion(Completion[ChatRequest]):
             for m in body.messages
         ]
         switches = _checked_switches(body.chat_template_kwargs or {})
+        begun = _begun_answer(messages) if body.continue_final_message else None
         ids, is_thinking = await service.encoded(
-            sum(len(message["content"]) for message in messages),
-            lambda: service.prompts.chat(messages, switches),
+            sum(len(message.text) for message in body.messages),
+            lambda: service.prompts.chat(messages, switches, begun),
             "messages",
         )
         if service.prompts.thinks:
@@ -103,6 +104,14 @@ def _logprobs(tokens: list[TokenText]) -> list[dict[str, Any]]:
     return [
         entry(token) | {"top_logprobs": [entry(one) for one in token.top or []]} for token in tokens
     ]
+
+
+def _begun_answer(messages: list[dict[str, str]]) -> str:
+    """The last message, which is taken from the list."""
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        message = "continue_final_message needs a last message of role assistant that has text"
+        raise ApiError(400, message, param="continue_final_message", code="invalid_value")
+    return messages.pop()["content"]
 
 
 def _check_supported(body: ChatRequest) -> None:

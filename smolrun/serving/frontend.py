@@ -16,7 +16,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from smolrun.serving.http_metrics import ServingMetrics
 from smolrun.serving.messages import (
@@ -245,6 +247,20 @@ class Frontend:
         self.metrics.running.set(self.in_flight - self.waiting)
         self.metrics.waiting.set(self.waiting)
         return self.metrics.text()
+
+    def cluster(self) -> dict[str, Any]:
+        """The state, the load and the stages, for the page."""
+        stats, ready = self.metrics.stats, self.ready
+        stages = stats.stages if stats and stats.stages else ready.stages if ready else []
+        return {
+            "status": self.state,
+            "reason": self.reason,
+            "running": self.in_flight - self.waiting,
+            "waiting": self.waiting,
+            "cache_usage": stats.cache_usage if stats else 0.0,
+            "generated_tokens": stats.generated_tokens if stats else 0,
+            "stages": [msgspec.structs.asdict(stage) for stage in stages],
+        }
 
     def drain(self) -> None:
         """Take no more requests; those that are there go on."""

@@ -219,14 +219,18 @@ class Prompts:
         """The ids of a plain text that is to be continued."""
         return self.tokenizer.encode_prompt(text) or [self.tokenizer.end_id]
 
-    def chat(self, messages: Messages, names: Mapping[str, Any]) -> tuple[list[int], bool]:
+    def chat(
+        self, messages: Messages, names: Mapping[str, Any], begun: str | None = None
+    ) -> tuple[list[int], bool]:
         """The ids of a conversation, and whether the answer begins within a <think> block.
 
-        The name of a control token in a message stays text. A model without a template continues
-        the messages as text. DataError where the template refuses them.
+        `begun`: the beginning of the answer, which is to be continued. The name of a control token
+        in a message stays text. A model without a template continues the messages as text.
+        DataError where the template refuses them.
         """
         if self.template is None:
-            return self.text("\n".join(message["content"] for message in messages)), False
+            text = "\n".join(message["content"] for message in messages)
+            return self.text(text + (begun or "")), False
         messages = [
             {key: self._broken(value) for key, value in message.items()} for message in messages
         ]
@@ -239,8 +243,13 @@ class Prompts:
         except Exception as error:  # a template may raise what it likes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"the model's chat template refuses these messages: {reason}") from None
+        is_thinking = text.rstrip().endswith(THINK_START)
+        if begun is not None:
+            # What was said comes after what was thought, which is no part of the message.
+            text += f"\n{THINK_END}\n\n" * is_thinking + self._broken(begun)
+            is_thinking = False
         ids = self.tokenizer.encode_markup(text.split(_BREAK))
-        return [id for part in ids for id in part], text.rstrip().endswith(THINK_START)
+        return [id for part in ids for id in part], is_thinking
 
     def _broken(self, text: str) -> str:
         """With a mark within the name of every control token, where the text is to be cut."""

@@ -165,11 +165,25 @@ def test_a_conversation_is_encoded_as_the_template_writes_it(chat_folder: Path):
         Prompts(chat_folder).chat([{"role": "user", "content": "Hi"}], {})
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_answer_that_was_cut_is_continued_after_its_last_character(
+    chat_folder: Path, thinks: bool
+):
+    prompts = Prompts(chat_folder)
+    question = [{"role": "user", "content": "Hi"}]
+    ids, is_thinking = prompts.chat(question, {"enable_thinking": thinks}, "Hello <|end|>, I")
+    text = load_tokenizer(chat_folder).decode(ids)
+    assert text.endswith("\n</think>\n\nHello <|end|>, I")
+    assert text.count("</think>") == 1 and not is_thinking
+    assert ids.count(256) == 1  # the end that was said is text
+
+
 def test_a_base_model_continues_the_messages_as_text(tmp_path: Path):
     bytes_tokenizer().save(tmp_path)
     prompts = Prompts(tmp_path)
     assert prompts.template is None
     assert prompts.chat([{"role": "user", "content": "Once"}], {}) == (list(b"Once"), False)
+    assert prompts.chat([{"role": "user", "content": "Once"}], {}, " upon")[0] == list(b"Once upon")
     assert prompts.text("") == [0]  # an empty prompt begins after the end of a document
 
 

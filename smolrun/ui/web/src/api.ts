@@ -1,0 +1,184 @@
+// The server's HTTP API, as this page uses it.
+
+import { createParser } from "eventsource-parser"
+import { recall, remember } from "./memory"
+
+/** Values that a person may set; what is absent is the server's default. */
+export interface Sampling {
+  temperature?: number
+  top_p?: number
+  top_k?: number
+  max_tokens?: number
+  seed?: number
+  stop?: string[]
+}
+
+export interface ChatRequest extends Sampling {
+  messages: { role: string; content: string }[]
+  think?: boolean
+  continues?: boolean // go on with the last message, which is an answer
+}
+
+export type AnswerEvent =
+  | { kind: "open"; answer: string | null; ranks: string | null }
+  | { kind: "place"; event: string }
+  | { kind: "alive" }
+  | { kind: "queued"; position: number }
+  | { kind: "prefill"; done: number; total: number }
+  | { kind: "recovering"; text: string }
+  | { kind: "text"; text: string }
+  | { kind: "thoughts"; text: string }
+  | { kind: "end"; reason: "stop" | "length" }
+  | { kind: "usage"; promptTokens: number; tokens: number; cachedTokens: number }
+
+export interface Config {
+  model_name: string
+  max_new_tokens: number
+  max_sequence_length: number | null
+  temperature: number
+  top_p: number
+  top_k: number
+  answers_chats: boolean
+  thinks: boolean
+}
+
+export interface Stage {
+  rank: number
+  host: string
+  first_layer: number
+  last_layer: number
+  weight_bytes: number
+  cache_bytes: number
+  memory_bytes: number
+  compute_s: number
+  wait_s: number
+  network_s: number
+  tokens: number
+  sent_bytes: number
+}
+
+export interface Cluster {
+  status: string
+  reason: string
+  running: number
+  waiting: number
+  cache_usage: number
+  generated_tokens: number
+  stages: Stage[]
+}
+
+/** An answer other than success. `retrySeconds`: when the server wants to be asked again. */
+export class ServerError extends Error {
+  constructor(message: string, readonly status: number, readonly code: string | null, readonly retrySeconds: number | null) {
+    super(message)
+  }
+}
+
+/** The connection broke before the answer was whole. */
+export class Interrupted extends Error {}
+
+// From `http://host:port/#key=...`, which `serving.bind=lan` prints: a fragment is not sent to anybody.
+export function takeKeyFromAddress(): void {
+  const key = new URLSearchParams(location.hash.slice(1)).get("key")
+  if (!key) return
+  remember("key", key)
+  history.replaceState(null, "", location.pathname)
+}
+
+export async function ask(path: string, init: RequestInit = {}): Promise<Response> {
+  const headers = new Headers(init.headers)
+  const key = recall("key")
+  if (key) headers.set("authorization", `Bearer ${key}`)
+  if (init.body) headers.set("content-type", "application/json")
+  const answer = await fetch(path, { ...init, headers })
+  if (!answer.ok) throw await errorOf(answer)
+  return answer
+}
+
+async function errorOf(answer: Response): Promise<ServerError> {
+  const found = (await answer.json().catch(() => null)) as { error?: { message?: string; code?: string } } | null
+  const message = found?.error?.message || `status ${answer.status} ${answer.statusText}`.trim()
+  const retry = Number(answer.headers.get("retry-after"))
+  return new ServerError(message, answer.status, found?.error?.code ?? null, retry > 0 ? retry : null)
+}
+
+export async function config(): Promise<Config> {
+  return (await ask("config")).json() as Promise<Config>
+}
+
+export async function cluster(): Promise<Cluster> {
+  return (await ask("cluster")).json() as Promise<Cluster>
+}
+
+/** Ask for an answer; its events end with `end`. Throws ServerError, Interrupted, or AbortError by `signal`. */
+export async function* answer(request: ChatRequest, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
+  const { think, continues, ...body } = request
+  const response = await ask("v1/chat/completions", {
+    method: "POST",
+    signal,
+    body: JSON.stringify({
+      ...body,
+      stream: true,
+      stream_options: { include_usage: true },
+      ...(think !== undefined && { chat_template_kwargs: { enable_thinking: think } }),
+      ...(continues && { continue_final_message: true }),
+    }),
+  })
+  yield { kind: "open", answer: response.headers.get("x-request-id"), ranks: response.headers.get("x-smolrun-ranks") }
+  yield* events(response)
+}
+
+async function* events(response: Response): AsyncGenerator<AnswerEvent> {
+  const ready: AnswerEvent[] = []
+  let isWhole = false
+  const parser = createParser({
+    onComment: comment => ready.push(ofComment(comment)),
+    onEvent: event => {
+      if (event.id) ready.push({ kind: "place", event: event.id })
+      if (event.data === "[DONE]") isWhole = true
+      else ready.push(...ofChunk(event.data))
+    },
+  })
+  const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader()
+  try {
+    while (!isWhole) {
+      const { value, done } = await reader.read().catch(error => {
+        if ((error as Error).name === "AbortError") throw error
+        throw new Interrupted("the connection broke before the answer was whole")
+      })
+      if (done) throw new Interrupted("the connection ended before the answer did")
+      parser.feed(value)
+      yield* ready.splice(0)
+    }
+  } finally {
+    reader.cancel().catch(() => undefined)
+  }
+}
+
+function ofComment(comment: string): AnswerEvent {
+  const [word, rest = ""] = [comment.trim().split(" ")[0], comment.trim().split(" ").slice(1).join(" ")]
+  const [done, total] = rest.split("/").map(Number)
+  if (word === "prefill" && total) return { kind: "prefill", done: done ?? 0, total }
+  if (word === "queued") return { kind: "queued", position: Number(rest) || 0 }
+  if (word === "recovering") return { kind: "recovering", text: rest }
+  return { kind: "alive" }
+}
+
+interface Chunk {
+  error?: { message: string; code?: string }
+  choices?: { delta?: { content?: string; reasoning_content?: string }; finish_reason?: string | null }[]
+  usage?: { prompt_tokens: number; completion_tokens: number; prompt_tokens_details?: { cached_tokens?: number } } | null
+}
+
+function* ofChunk(data: string): Generator<AnswerEvent> {
+  const chunk = JSON.parse(data) as Chunk
+  if (chunk.error) throw new ServerError(chunk.error.message, 200, chunk.error.code ?? null, null)
+  const choice = chunk.choices?.[0]
+  if (choice?.delta?.reasoning_content) yield { kind: "thoughts", text: choice.delta.reasoning_content }
+  if (choice?.delta?.content) yield { kind: "text", text: choice.delta.content }
+  if (choice?.finish_reason) yield { kind: "end", reason: choice.finish_reason === "length" ? "length" : "stop" }
+  if (chunk.usage) {
+    const { prompt_tokens, completion_tokens, prompt_tokens_details } = chunk.usage
+    yield { kind: "usage", promptTokens: prompt_tokens, tokens: completion_tokens, cachedTokens: prompt_tokens_details?.cached_tokens ?? 0 }
+  }
+}

@@ -1,0 +1,286 @@
+// What the page knows, and what a person can do. Components read it by `useStore`.
+
+import { useSyncExternalStore } from "react"
+import { Answering } from "./answering"
+import * as api from "./api"
+import {
+  asRequest, choose, fromExport, newConversation, newId, thread, withChange, withMessage, without,
+  type Conversation, type Message,
+} from "./conversation"
+import { recall, remember } from "./memory"
+import { Storage } from "./storage"
+
+/** A server that answers, one that wants a key, and one that is away or not ready yet. */
+export type Connection = "ready" | "locked" | "away"
+
+const SHOW_MS = 50 // tokens that come within are drawn at once
+const SAVE_MS = 1000
+const ASK_MS = 2000 // whether the server is back
+
+export class Store {
+  conversations = new Map<string, Conversation>()
+  current: Conversation = newConversation(Date.now(), recall("system"))
+  answering = new Map<string, Answering>() // by the id of the message
+  connection: Connection = "away"
+  reason = "" // why it is away
+  config: api.Config | null = null
+  sampling: api.Sampling = parsed(recall("sampling"))
+  thinks = recall("think") !== "no"
+  private readonly storage = new Storage(id => void this.reread(id))
+  private readonly listeners = new Set<() => void>()
+  private version = 0
+  private drawing: ReturnType<typeof setTimeout> | null = null
+  private saving = new Map<string, ReturnType<typeof setTimeout>>()
+
+  async start(): Promise<void> {
+    api.takeKeyFromAddress()
+    for (const one of await this.storage.open()) this.conversations.set(one.id, interrupted(one))
+    this.follow()
+    addEventListener("hashchange", () => this.follow())
+    addEventListener("pagehide", () => this.saveAll())
+    addEventListener("online", () => void this.connect())
+    await this.connect()
+  }
+
+  // --- components ------------------------------------------------------------------------------
+
+  subscribe = (listener: () => void): (() => void) => {
+    this.listeners.add(listener)
+    return () => this.listeners.delete(listener)
+  }
+
+  snapshot = (): number => this.version
+
+  get storageFailure(): string {
+    return this.storage.failure
+  }
+
+  /** Newest first. */
+  listed(): Conversation[] {
+    return [...this.conversations.values()].sort((a, b) => b.changed - a.changed)
+  }
+
+  /** The answer that is coming in the conversation that is shown. */
+  running(): Answering | undefined {
+    const leaf = thread(this.current).at(-1)
+    const one = leaf && this.answering.get(leaf.id)
+    return one?.isRunning ? one : undefined
+  }
+
+  private draw(): void {
+    this.version += 1
+    for (const listener of this.listeners) listener()
+  }
+
+  private drawSoon(): void {
+    this.drawing ??= setTimeout(() => {
+      this.drawing = null
+      this.draw()
+    }, SHOW_MS)
+  }
+
+  // --- the server ------------------------------------------------------------------------------
+
+  async connect(): Promise<void> {
+    try {
+      await api.ask("readyz")
+      this.config = await api.config()
+      this.connection = "ready"
+    } catch (error) {
+      const status = error instanceof api.ServerError ? error.status : 0
+      this.connection = status === 401 || status === 403 ? "locked" : "away"
+      this.reason = status ? (error as Error).message : navigator.onLine ? "the server cannot be reached" : "this device is offline"
+      if (this.connection === "away") setTimeout(() => void this.connect(), ASK_MS)
+    }
+    this.draw()
+  }
+
+  async unlock(key: string): Promise<void> {
+    remember("key", key.trim())
+    await this.connect()
+  }
+
+  // --- conversations ---------------------------------------------------------------------------
+
+  private follow(): void {
+    const id = new URLSearchParams(location.hash.slice(1)).get("c")
+    const known = this.conversations.get(id ?? "")
+    this.current = known ?? newConversation(Date.now(), recall("system"))
+    this.draw()
+  }
+
+  show(id: string | null): void {
+    const hash = id ? `#c=${id}` : "#"
+    if (location.hash === hash || (!id && !location.hash)) this.follow()
+    else location.hash = hash
+  }
+
+  private put(conversation: Conversation, isShown = conversation.id === this.current.id): void {
+    if (conversation.messages.length) this.conversations.set(conversation.id, conversation)
+    if (isShown) this.current = conversation
+    if (conversation.messages.length) this.saveSoon(conversation.id)
+    this.draw()
+  }
+
+  rename(id: string, title: string): void {
+    const one = this.conversations.get(id)
+    if (one) this.put({ ...one, title: title.trim() || one.title })
+  }
+
+  remove(id: string): void {
+    for (const message of this.conversations.get(id)?.messages ?? []) this.answering.get(message.id)?.stop()
+    this.conversations.delete(id)
+    void this.storage.remove(id)
+    if (this.current.id === id) this.show(null)
+    this.draw()
+  }
+
+  setSystem(system: string): void {
+    remember("system", system)
+    this.put({ ...this.current, system })
+  }
+
+  /** How many conversations were taken from an exported file. Throws where it is none. */
+  import(text: string): number {
+    const found = fromExport(text)
+    for (const one of found) this.put(this.conversations.has(one.id) ? { ...one, id: newId() } : one, false)
+    return found.length
+  }
+
+  private async reread(id: string): Promise<void> {
+    if (this.conversations.get(id)?.messages.some(message => this.answering.get(message.id)?.isRunning)) return
+    const found = await this.storage.read(id)
+    if (found) this.conversations.set(id, found)
+    else this.conversations.delete(id)
+    if (found && this.current.id === id) this.current = found
+    this.draw()
+  }
+
+  private saveSoon(id: string): void {
+    if (this.saving.has(id)) return
+    this.saving.set(id, setTimeout(() => void this.save(id), SAVE_MS))
+  }
+
+  private async save(id: string): Promise<void> {
+    clearTimeout(this.saving.get(id))
+    this.saving.delete(id)
+    const one = this.conversations.get(id)
+    const before = this.storage.failure
+    if (one) await this.storage.write(this.upToDate(one))
+    if (before !== this.storage.failure) this.draw()
+  }
+
+  private saveAll(): void {
+    for (const id of this.saving.keys()) void this.save(id)
+  }
+
+  /** With what has come of the answers that still run. */
+  private upToDate(conversation: Conversation): Conversation {
+    let one = conversation
+    for (const { id } of conversation.messages) {
+      const running = this.answering.get(id)
+      if (running?.isRunning) one = withChange(one, id, { text: running.text, thoughts: running.thoughts })
+    }
+    return one
+  }
+
+  // --- questions and answers -------------------------------------------------------------------
+
+  setSampling(sampling: api.Sampling): void {
+    this.sampling = sampling
+    remember("sampling", JSON.stringify(sampling))
+    this.draw()
+  }
+
+  setThinks(thinks: boolean): void {
+    this.thinks = thinks
+    remember("think", thinks ? "" : "no")
+    this.draw()
+  }
+
+  /** A new question at the end, or in the place of `instead`. */
+  send(text: string, instead?: Message): void {
+    const parent = instead ? instead.parent : (thread(this.current).at(-1)?.id ?? null)
+    const question: Message = { id: newId(), parent, role: "user", text, created: Date.now() }
+    this.put(withMessage(this.current, question))
+    if (!location.hash.includes(this.current.id)) history.replaceState(null, "", `#c=${this.current.id}`)
+    this.answer(question.id)
+  }
+
+  /** Another answer beside this one. */
+  regenerate(message: Message): void {
+    if (message.parent) this.answer(message.parent)
+  }
+
+  choose(message: Message): void {
+    this.put(choose(this.current, message.id))
+  }
+
+  removeMessage(message: Message): void {
+    this.answering.get(message.id)?.stop()
+    this.put(without(this.current, message.id))
+  }
+
+  private answer(question: string): void {
+    const message: Message = { id: newId(), parent: question, role: "assistant", text: "", created: Date.now() }
+    this.put(withMessage(this.current, message))
+    this.begin(this.current.id, message, "")
+  }
+
+  /** Go on with an answer that was cut. */
+  resume(message: Message): void {
+    this.put(withChange(this.current, message.id, { end: undefined, error: undefined }))
+    this.begin(this.current.id, message, message.text)
+  }
+
+  private begin(conversation: string, message: Message, text: string): void {
+    const messages = thread(this.current).slice(0, text ? undefined : -1)
+    const request: api.ChatRequest = {
+      ...this.sampling,
+      messages: asRequest(this.current, messages),
+      continues: text !== "",
+      ...(this.config?.thinks && { think: this.thinks && !text }),
+    }
+    const answering = new Answering(request, () => this.changed(conversation, message.id))
+    answering.text = text
+    answering.thoughts = message.thoughts ?? ""
+    this.answering.set(message.id, answering)
+    void answering.run()
+    this.draw()
+  }
+
+  private changed(id: string, message: string): void {
+    const conversation = this.conversations.get(id)
+    const one = this.answering.get(message)
+    if (!conversation || !one) return
+    this.saveSoon(id)
+    if (one.isRunning) return this.drawSoon()
+    const { text, thoughts, end, error, ranks } = one
+    this.answering.delete(message)
+    this.put(withChange(conversation, message, { text, thoughts, end: end!, error, ranks, figures: one.figures() }))
+    void this.save(id)
+    if (end === "failed") void this.connect()
+  }
+}
+
+/** As it was read: no answer of it runs any more. */
+function interrupted(conversation: Conversation): Conversation {
+  const open = conversation.messages.filter(message => message.role === "assistant" && !message.end)
+  return open.reduce((one, { id }) => withChange(one, id, { end: "stopped" }), conversation)
+}
+
+function parsed(text: string): api.Sampling {
+  try {
+    return text ? (JSON.parse(text) as api.Sampling) : {}
+  } catch {
+    return {}
+  }
+}
+
+export const store = new Store()
+
+/** The store; the component is drawn again after each change. */
+export function useStore(): Store {
+  useSyncExternalStore(store.subscribe, store.snapshot)
+  return store
+}
