@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench soak lab docs experiments fix
+.PHONY: help run test check bench soak lab docs page experiments fix
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ lab: $(READY)  ## hosts with SSH on this one Linux machine, as root (HOSTS=3 RAT
 docs: $(READY)  ## write what is made from the code: the key reference and the pictures
 	$(PYTHON) docs/reference.py
 	$(PYTHON) docs/pictures.py
+
+page:  ## build the chat page into the package, after a change in smolrun/ui/web (needs Node 20 or newer)
+	cd smolrun/ui/web && npm ci --no-audit --no-fund && npm run build
 
 experiments: $(READY)  ## run the sweeps of docs/experiments.md, 15 minutes on two free cores, and write their tables
 	for name in $(EXPERIMENTS); do $(VENV)/bin/smolrun -m experiment=$$name || exit 1; done

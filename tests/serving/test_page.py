@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +41,26 @@ def test_the_built_page_is_that_of_the_source():
         digest.update(data if name.endswith(".png") else data.replace(b"\r\n", b"\n"))
     built = files("smolrun.serving").joinpath("page/source.sha256").read_text(encoding="utf-8")
     assert digest.hexdigest() == built.strip(), "run `make page`"
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
+def test_a_build_gives_the_page_that_is_committed(tmp_path: Path):
+    web = tmp_path / "smolrun/ui/web"
+    shutil.copytree(SOURCE, web, ignore=shutil.ignore_patterns("node_modules"))
+    for command in (["npm", "ci", "--no-audit", "--no-fund"], ["npm", "run", "build"]):
+        subprocess.run(command, cwd=web, check=True, timeout=300)
+    built = tmp_path / "smolrun/serving/page"
+    committed = SOURCE.parents[1] / "serving/page"
+    assert contents(built) == contents(committed)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        one.relative_to(folder).as_posix(): one.read_bytes()
+        for one in folder.rglob("*")
+        if one.is_file()
+    }
 
 
 def test_the_page_and_its_files_need_no_key_and_nothing_of_another_server(locked: Served):

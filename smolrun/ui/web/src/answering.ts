@@ -6,6 +6,7 @@ import type { End, Figures } from "./conversation"
 export type Phase = "sent" | "queued" | "prefill" | "thinking" | "writing" | "recovering" | "waiting"
 
 const RATE_WINDOW_MS = 2000
+const RATE_STEP_MS = 100
 const MOST_RETRIES = 5
 
 /** Changes in place; `changed` is called after each change. */
@@ -23,7 +24,8 @@ export class Answering {
   readonly startedAt = performance.now()
   lastByteAt = this.startedAt
   private firstTokenAt: number | null = null
-  private arrivals: number[] = [] // of the tokens of the last seconds
+  private lastTokenAt = this.startedAt
+  private counts: { at: number; tokens: number }[] = [] // how many had come, every 100 ms of the last seconds
   private tokens = 0
   private reason: End = "stop"
   private usage: { promptTokens: number; tokens: number; cachedTokens: number } | null = null
@@ -41,16 +43,15 @@ export class Answering {
 
   /** Tokens a second over the last two seconds. */
   rate(now = performance.now()): number | null {
-    const recent = this.arrivals.filter(at => now - at < RATE_WINDOW_MS)
-    const span = Math.min(RATE_WINDOW_MS, now - (this.firstTokenAt ?? now))
-    return recent.length > 1 && span > 200 ? (1000 * recent.length) / span : null
+    const first = this.counts.find(({ at }) => now - at <= RATE_WINDOW_MS)
+    if (!first || now - first.at < 2 * RATE_STEP_MS) return null
+    return (1000 * (this.tokens - first.tokens)) / (now - first.at)
   }
 
   figures(): Figures {
-    const last = this.arrivals.at(-1) ?? performance.now()
     return {
       firstTokenSeconds: this.firstTokenAt === null ? null : (this.firstTokenAt - this.startedAt) / 1000,
-      seconds: (last - this.startedAt) / 1000,
+      seconds: (this.lastTokenAt - this.startedAt) / 1000,
       tokens: this.usage?.tokens ?? this.tokens,
       promptTokens: this.usage?.promptTokens ?? null,
       cachedTokens: this.usage?.cachedTokens ?? null,
@@ -134,8 +135,10 @@ export class Answering {
   private arrived(): void {
     const now = performance.now()
     this.firstTokenAt ??= now
+    this.lastTokenAt = now
     this.tokens += 1
-    this.arrivals.push(now)
-    while (this.arrivals.length > 1 && now - this.arrivals[0]! > RATE_WINDOW_MS) this.arrivals.shift()
+    if (now - (this.counts.at(-1)?.at ?? 0) < RATE_STEP_MS) return
+    this.counts.push({ at: now, tokens: this.tokens })
+    if (now - this.counts[0]!.at > 2 * RATE_WINDOW_MS) this.counts.shift()
   }
 }

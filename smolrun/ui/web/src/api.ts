@@ -128,17 +128,21 @@ export async function* answer(request: ChatRequest, signal: AbortSignal): AsyncG
   yield* events(response)
 }
 
+const MOST_BUSY_MS = 20
+
 async function* events(response: Response): AsyncGenerator<AnswerEvent> {
   const ready: AnswerEvent[] = []
   let isWhole = false
+  let failure: Error | null = null
   const parser = createParser({
     onComment: comment => ready.push(ofComment(comment)),
     onEvent: event => {
       if (event.id) ready.push({ kind: "place", event: event.id })
       if (event.data === "[DONE]") isWhole = true
-      else ready.push(...ofChunk(event.data))
+      else if (!failure) failure = take(event.data, ready)
     },
   })
+  let busySince = performance.now()
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader()
   try {
     while (!isWhole) {
@@ -149,6 +153,12 @@ async function* events(response: Response): AsyncGenerator<AnswerEvent> {
       if (done) throw new Interrupted("the connection ended before the answer did")
       parser.feed(value)
       yield* ready.splice(0)
+      if (failure) throw failure
+      if (performance.now() - busySince > MOST_BUSY_MS) {
+        // What is there already is read without a break, and the page would stand still.
+        await new Promise(resolve => setTimeout(resolve))
+        busySince = performance.now()
+      }
     }
   } finally {
     reader.cancel().catch(() => undefined)
@@ -170,15 +180,22 @@ interface Chunk {
   usage?: { prompt_tokens: number; completion_tokens: number; prompt_tokens_details?: { cached_tokens?: number } } | null
 }
 
-function* ofChunk(data: string): Generator<AnswerEvent> {
-  const chunk = JSON.parse(data) as Chunk
-  if (chunk.error) throw new ServerError(chunk.error.message, 200, chunk.error.code ?? null, null)
+/** Append what a chunk says; returns the error that it is. */
+function take(data: string, ready: AnswerEvent[]): Error | null {
+  let chunk: Chunk
+  try {
+    chunk = JSON.parse(data) as Chunk
+  } catch {
+    return new Interrupted("the server sent something that is no answer")
+  }
+  if (chunk.error) return new ServerError(chunk.error.message, 200, chunk.error.code ?? null, null)
   const choice = chunk.choices?.[0]
-  if (choice?.delta?.reasoning_content) yield { kind: "thoughts", text: choice.delta.reasoning_content }
-  if (choice?.delta?.content) yield { kind: "text", text: choice.delta.content }
-  if (choice?.finish_reason) yield { kind: "end", reason: choice.finish_reason === "length" ? "length" : "stop" }
+  if (choice?.delta?.reasoning_content) ready.push({ kind: "thoughts", text: choice.delta.reasoning_content })
+  if (choice?.delta?.content) ready.push({ kind: "text", text: choice.delta.content })
+  if (choice?.finish_reason) ready.push({ kind: "end", reason: choice.finish_reason === "length" ? "length" : "stop" })
   if (chunk.usage) {
     const { prompt_tokens, completion_tokens, prompt_tokens_details } = chunk.usage
-    yield { kind: "usage", promptTokens: prompt_tokens, tokens: completion_tokens, cachedTokens: prompt_tokens_details?.cached_tokens ?? 0 }
+    ready.push({ kind: "usage", promptTokens: prompt_tokens, tokens: completion_tokens, cachedTokens: prompt_tokens_details?.cached_tokens ?? 0 })
   }
+  return null
 }

@@ -13,11 +13,12 @@ const EXAMPLES = [
   "Give me five questions that test whether I understand recursion.",
 ]
 const NEAR_END_PX = 60
+const MOST_READ = 5000 // characters: the whole answer can be read in its place
 
 export function Chat() {
   const store = useStore()
   const messages = thread(store.current)
-  const { log, isAtEnd, toEnd } = useFollow(store.current.id, store.snapshot())
+  const { log, isAtEnd, toEnd } = useFollow(store.current.id, messages.length)
   const running = store.running()
   const last = messages.at(-1)
   return (
@@ -40,7 +41,7 @@ export function Chat() {
       )}
       {/* A screen reader hears an answer once, when it is whole. */}
       <div className="off-screen" aria-live="polite">
-        {running ? "An answer is coming." : last?.role === "assistant" ? (last.error ?? last.text) : ""}
+        {running ? "An answer is coming." : last?.role === "assistant" ? (last.error ?? last.text.slice(0, MOST_READ)) : ""}
       </div>
     </div>
   )
@@ -70,7 +71,7 @@ function Welcome() {
 }
 
 /** Keeps the end in sight while text comes, until a person scrolls up; again once they are back at the end. */
-function useFollow(conversation: string, version: number) {
+function useFollow(conversation: string, numMessages: number) {
   const log = useRef<HTMLDivElement>(null)
   const follows = useRef(true)
   const [isAtEnd, setAtEnd] = useState(true)
@@ -92,9 +93,11 @@ function useFollow(conversation: string, version: number) {
     element.addEventListener("scroll", onScroll, { passive: true })
     return () => element.removeEventListener("scroll", onScroll)
   }, [])
-  useEffect(toEnd, [conversation])
   useEffect(() => {
-    if (follows.current) toEnd()
-  }, [version])
+    const observer = new ResizeObserver(() => follows.current && toEnd())
+    observer.observe(log.current!.firstElementChild!)
+    return () => observer.disconnect()
+  }, [])
+  useEffect(toEnd, [conversation, numMessages])
   return { log, isAtEnd, toEnd }
 }

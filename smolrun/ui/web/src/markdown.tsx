@@ -1,7 +1,7 @@
 // Markdown that grows: only the blocks at the end of a text are parsed again.
 
 import { marked } from "marked"
-import { memo, useRef, type ReactNode } from "react"
+import { memo, useEffect, useRef, useState, type ReactNode } from "react"
 import ReactMarkdown, { type Components } from "react-markdown"
 import rehypeHighlight from "rehype-highlight"
 import remarkGfm from "remark-gfm"
@@ -11,21 +11,38 @@ import { CopyButton } from "./parts"
 
 // A paragraph becomes a heading or a table by the line below it, a list goes on after an empty line.
 const UNSETTLED = 2
+const STEP = 8 // blocks that are drawn at once
 
-/** The top-level blocks of `text`; those of an earlier text that it begins with are kept. */
+/** `text` cut into its top-level blocks; those of an earlier text that it begins with are kept. */
 export function blocks(text: string, before: readonly string[] = []): string[] {
   const settled = before.slice(0, -UNSETTLED)
   const start = settled.join("")
   const kept = text.startsWith(start) ? settled : []
   const rest = text.slice(kept.length ? start.length : 0)
-  return [...kept, ...marked.lexer(rest).map(token => token.raw)]
+  // A token's `raw` may lack blank lines at its end, so tokens are looked for.
+  const starts: number[] = []
+  let at = 0
+  for (const { raw } of marked.lexer(rest)) {
+    const found = rest.indexOf(raw, at)
+    if (found < 0) break
+    starts.push(starts.length ? found : 0)
+    at = found + raw.length
+  }
+  return [...kept, ...starts.map((from, index) => rest.slice(from, starts[index + 1]))]
 }
 
 export function Markdown({ text, isGrowing }: { text: string; isGrowing: boolean }) {
   const before = useRef<string[]>([])
   before.current = blocks(text.replaceAll("\r\n", "\n"), before.current)
-  const last = before.current.length - 1
-  return before.current.map((block, at) => <Block key={at} text={block} isGrowing={isGrowing && at === last} />)
+  const all = before.current
+  // A long text that comes at once, as from storage, is drawn in steps: the page stays alive.
+  const [limit, setLimit] = useState(STEP)
+  useEffect(() => {
+    if (limit >= all.length) return
+    const timer = setTimeout(() => setLimit(limit + STEP))
+    return () => clearTimeout(timer)
+  }, [limit, all.length])
+  return all.slice(0, limit).map((block, at) => <Block key={at} text={block} isGrowing={isGrowing && at === all.length - 1} />)
 }
 
 const Block = memo(function Block({ text, isGrowing }: { text: string; isGrowing: boolean }) {
