@@ -70,10 +70,10 @@ function Files() {
     <div className="files">
       <div className="row">
         <button type="button" className="quiet" disabled={!store.conversations.size} onClick={() => download("smolrun-conversations.json", JSON.stringify({ conversations: store.listed() }, null, 1), "application/json")}>
-          Export all
+          Export
         </button>
         <button type="button" className="quiet" disabled={!store.current.messages.length} onClick={() => download("conversation.md", asMarkdown(store.current), "text/markdown")}>
-          This one as text
+          As text
         </button>
         <button type="button" className="quiet" onClick={() => picker.current?.click()}>
           Import
