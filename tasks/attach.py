@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from smolrun.config import RunConfig
 from smolrun.driver import run_summary
-from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of
+from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of, url_of
 from smolrun.errors import ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.supervisor_events import EXIT_DONE
@@ -31,8 +31,8 @@ def drive(config: RunConfig) -> int:
         if view.has_ended:
             echo("\n".join(run_summary.last_lines(run.folder, view)))
             return run_summary.exit_code(view)
-        url = view.summary.get("url")
-        how = f"serving at {one_line(str(url))}" if view.state == "serving" else "running"
+        url = url_of(run, view)
+        how = f"serving at {one_line(url)}" if url is not None else "running"
         echo(f"{run.folder.run_id} is {how}; Ctrl-C detaches from it")
         return Show(run, view).follow(view)
 

@@ -43,7 +43,8 @@ def drive(config: RunConfig) -> int:
         run = closing.enter_context(ServingRun(config, console.say, console.preparing))
         with nothing_started():
             # outputs/latest stays with what was trained, which model.run=latest means.
-            folder = make_folder(config, f"serve-{config.model.name}")
+            folder = make_folder(config, f"serve-{run.source.name}")
+            console.say(f"{run.source.name} is loaded, then served at {run.url}")
             begin_driving(folder, steps=0, unit="tokens")
         served = _Served(run, folder, console)
         outcome = run.serve(folder, on_ready=served.begin)

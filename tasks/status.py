@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smolrun.config import RunConfig
-from smolrun.errors import HostError
+from smolrun.driver.runs import with_remote
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.sanitize import echo
 from smolrun.sweep.attach import all_runs, is_sweep, look_at
@@ -31,36 +31,15 @@ def drive(config: RunConfig) -> int:
     """Prints the table, or with status.format=json a list of all that is known; exit code 0."""
     folders = all_runs()
     if config.status.format == "json":
-        echo(json.dumps([_plain(run) for run in _with_remote([look_at(one) for one in folders])]))
+        echo(json.dumps([_plain(run) for run in with_remote([look_at(one) for one in folders])]))
         return EXIT_DONE
     if not folders:
         echo(f"no runs below {OUTPUTS.absolute()} yet; `smolrun` makes one")
         return EXIT_DONE
-    _print([row(run) for run in _with_remote([look_at(folder) for folder in folders[:MOST_RUNS]])])
+    _print([row(run) for run in with_remote([look_at(folder) for folder in folders[:MOST_RUNS]])])
     if len(folders) > MOST_RUNS:
         echo(f"and {len(folders) - MOST_RUNS} older ones")
     return EXIT_DONE
-
-
-def _with_remote(runs: Sequence[PastRun]) -> list[PastRun]:
-    """What the machines say that drive some of the runs, all asked at once."""
-    remote = {run.folder.run_id: run for run in runs if run.state == "remote"}
-    if not remote:
-        return list(runs)
-    from smolrun.driver.runs import opened
-    from smolrun.launch.run_on_all import run_on_all
-    from smolrun.tracking.run_view import Request
-
-    def ask(run: PastRun) -> PastRun:
-        try:
-            with opened(run.folder) as there:
-                view = there.ask(Request("", figures=True))
-        except HostError:
-            return dataclasses.replace(run, state="unreachable")
-        return dataclasses.replace(run, state=view.state, **view.figures)
-
-    found = run_on_all(remote, ask, "status")
-    return [found.get(run.folder.run_id, run) for run in runs]
 
 
 def _plain(run: PastRun) -> dict[str, Any]:
@@ -78,7 +57,7 @@ def row(run: PastRun) -> tuple[str, ...]:
     whole = "" if run.steps is None else f"/{run.steps:,}"
     return (
         run.folder.run_id,
-        run.state,
+        run.doing,
         f"{done}{whole}{' jobs' if is_sweep(run.folder) else ''}",
         _UNKNOWN if run.loss is None else f"{run.loss:.4f}",
         _UNKNOWN if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",

@@ -14,6 +14,7 @@ from smolrun.driver.runs import OpenRun, config_of, find_run, opened
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 from smolrun.sweep.attach import meant_sweep, stop
+from smolrun.tracking.past_runs import is_server
 from smolrun.tracking.run_view import Request, View
 
 # A run may take this long beyond what its ranks have, to close its trackers.
@@ -73,11 +74,15 @@ def _stopped(run: OpenRun, view: View) -> View:
 
 
 def _tell(run: OpenRun, view: View) -> None:
-    how = "at once" if view.asked > 1 else "at the next agreed step, after saving; Ctrl-C: at once"
+    how = "at the next agreed step, after saving"
+    if is_server(run.folder):
+        how = "once running answers have ended"
+    how = "at once" if view.asked > 1 else f"{how}; Ctrl-C: at once"
     echo(f"{run.folder.run_id}: stop requested, {how}")
 
 
 def _wait_s(run: OpenRun) -> float:
-    """As long as the driver itself waits for its ranks, and to close its trackers."""
+    """As long as the driver itself waits for its ranks or answers, and to close its trackers."""
     config = config_of(run.folder)
-    return max(120.0, 2 * config.mesh.timeout_s if config is not None else 0.0) + _BEYOND_S
+    theirs = 0.0 if config is None else max(2 * config.mesh.timeout_s, config.serving.drain_s)
+    return max(120.0, theirs) + _BEYOND_S

@@ -179,8 +179,8 @@ def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
 
 
 def driver_fits_task(*, task: str, driver: str | None) -> Iterator[str]:
-    """Only training can be driven from another machine."""
-    if task in SERVING_TASKS and driver is not None:
+    """What answers in this terminal is driven by this machine."""
+    if task in ("generate", "chat") and driver is not None:
         what = f"task={task} is driven by this machine"
         yield problem("driver", driver, what, allowed="null; or run the command on that host")
 

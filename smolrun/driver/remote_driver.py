@@ -171,7 +171,8 @@ def _keep(
             "code_of": code_of,
         }
     )
-    become_latest(run, _say)
+    if config.task == "train":  # outputs/latest is what was trained last
+        become_latest(run, _say)
     return run
 
 

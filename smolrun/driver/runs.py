@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +16,9 @@ from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, HostError
 from smolrun.files import read_yaml
+from smolrun.sanitize import echo
 from smolrun.tracking import past_runs
+from smolrun.tracking.past_runs import PastRun
 from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
 from smolrun.tracking.run_view import Request, View, answer
 
@@ -50,13 +55,74 @@ class OpenRun:
 
 def find_run(key: str, wanted: str) -> RunFolder:
     """The run that `wanted`, the value of `key`, means; ConfigError with those that exist. Latest
-    is a run that has not begun to train yet, if there is one."""
+    is a server that is alive, or the newest training run, also one that has not begun to train; the
+    user is asked where several are alive and one of them is a server."""
     try:
-        if wanted == LATEST and (run := past_runs.starting(OUTPUTS)) is not None:
-            return run
-        return past_runs.find_run(OUTPUTS, wanted)
+        found = _latest() if wanted == LATEST else [past_runs.find_run(OUTPUTS, wanted)]
     except CheckpointError as error:
         raise ConfigError(problem(key, wanted, str(error))) from None
+    return found[0] if len(found) == 1 else _chosen(key, found)
+
+
+def _latest() -> list[RunFolder]:
+    """The servers that may be alive, and the newest training run unless it is over beside them."""
+    servers, training = past_runs.living_servers(OUTPUTS), past_runs.starting(OUTPUTS)
+    if training is not None:
+        return [*servers, training]
+    try:
+        latest = past_runs.find_run(OUTPUTS, LATEST)
+    except CheckpointError:
+        ended = filter(past_runs.is_server, past_runs.run_folders(OUTPUTS))
+        if found := servers or list(itertools.islice(ended, 1)):
+            return found
+        raise
+    return [*servers, latest] if not servers or past_runs.may_live(latest) else servers
+
+
+def _chosen(key: str, folders: Sequence[RunFolder]) -> RunFolder:
+    """The one of several living runs that the user names at a terminal; ConfigError elsewhere."""
+    runs = [run for run in with_remote(map(past_runs.look, folders)) if run.may_be_running]
+    if len(runs) < 2:
+        return runs[0].folder if runs else folders[0]
+    lines = [f"{run.folder.run_id}  {run.doing}" for run in runs]
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        names = "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{key} = {LATEST}: {len(runs)} runs are alive, so name one:{names}")
+    for number, line in enumerate(lines, start=1):
+        echo(f"{number}  {line}")
+    while True:
+        answer = input(f"which one? [1-{len(runs)}] ").strip()
+        if answer.isdigit() and 1 <= int(answer) <= len(runs):
+            return runs[int(answer) - 1].folder
+
+
+def with_remote(found: Iterable[PastRun]) -> list[PastRun]:
+    """The same runs, those of other machines as these say that they are; all are asked at once."""
+    runs = list(found)
+    remote = {run.folder.run_id: run for run in runs if run.state == "remote"}
+    if not remote:
+        return runs
+    from smolrun.launch.run_on_all import run_on_all
+
+    asked = run_on_all(remote, _ask_there, "status")
+    return [asked.get(run.folder.run_id, run) for run in runs]
+
+
+def _ask_there(run: PastRun) -> PastRun:
+    try:
+        with opened(run.folder) as there:
+            view = there.ask(Request("", figures=True))
+    except HostError:
+        return dataclasses.replace(run, state="unreachable")
+    return dataclasses.replace(run, state=view.state, url=url_of(there, view), **view.figures)
+
+
+def url_of(run: OpenRun, view: View) -> str | None:
+    """Where a server answers, with the host that a local address is of; None if it does not."""
+    url = view.summary.get("url")
+    if view.state != "serving" or not isinstance(url, str):
+        return None
+    return url if run.driver_host is None else f"{url} on {run.driver_host}"
 
 
 @contextmanager

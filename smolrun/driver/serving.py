@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import platform
 import secrets
 import sys
 import threading
@@ -24,6 +25,7 @@ import platformdirs
 
 from smolrun.config import RunConfig, ranks
 from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
+from smolrun.config.plan import addresses
 from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
 from smolrun.driver.fleet import is_elsewhere, open_fleet
@@ -176,7 +178,7 @@ class ServingRun:
         app = build_app(service, self._policy())
         server = HttpServer(app, self.bridge.frontend, host=serving.bind, port=serving.port)
         try:
-            self.url = server.start()
+            self.url = self._reached_at(server.start())
         except OSError as error:
             allowed = "a port that no process uses, or 0 for any free one"
             what = error.strerror or str(error)
@@ -185,6 +187,18 @@ class ServingRun:
                 line = problem("serving.bind", serving.bind, what)
             raise ConfigError(line) from error
         return server
+
+    def _reached_at(self, url: str) -> str:
+        """The URL of a server that listens on all addresses: by the one that the cluster file gives
+        this machine, else by its name."""
+        serving = self._config.serving
+        if serving.bind not in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
+            return url
+        hosts = self._config.cluster.hosts or []
+        here = [addresses(host)[0] for host in hosts if host.ssh is None and host.address]
+        name = here[0] if here else platform.node()
+        host = f"[{name}]" if ":" in name else name
+        return f"http://{host}:{url.rpartition(':')[2]}"
 
     def _policy(self) -> AccessPolicy:
         """Without a key only this machine may ask, by its own names; with one, a foreign page that

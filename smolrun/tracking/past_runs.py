@@ -20,6 +20,7 @@ import msgspec
 from smolrun.checkpoints.run_names import run_folder, runs_below, what_exists
 from smolrun.errors import CheckpointError
 from smolrun.files import open_regular, read_yaml
+from smolrun.sanitize import one_line
 from smolrun.tracking.run_folder import LATEST, SERVING, RunFolder
 
 State = Literal[
@@ -50,6 +51,12 @@ class PastRun:
     left_s: float | None
     age_s: float
     checkpoint_bytes: int
+    url: str | None = None  # of a server, once it answers
+
+    @property
+    def doing(self) -> str:
+        """The state, and of a server its address."""
+        return f"{self.state} at {one_line(self.url)}" if self.url else self.state
 
     @property
     def may_be_running(self) -> bool:
@@ -87,6 +94,25 @@ def starting(outputs: Path) -> RunFolder | None:
     return None
 
 
+def living_servers(outputs: Path) -> list[RunFolder]:
+    """Servers whose driver lives or, if another machine drives them, may live; newest first."""
+    return [folder for folder in run_folders(outputs) if may_live(folder) and is_server(folder)]
+
+
+def may_live(folder: RunFolder) -> bool:
+    """Whether the driver of a run lives here, or is said to live on another machine."""
+    is_remote = folder.is_driven_elsewhere and not folder.driver() and not folder.summary()
+    return is_remote or folder.driver_lives()
+
+
+def is_server(folder: RunFolder) -> bool:
+    """Whether a run is one of task=serve; not where that cannot be read."""
+    try:
+        return bool(msgspec.yaml.decode(read_yaml(folder.config))["task"] == "serve")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def look(folder: RunFolder) -> PastRun:
     """The state and figures of one run."""
     state = state_of(folder)
@@ -106,7 +132,13 @@ def look(folder: RunFolder) -> PastRun:
         left_s=max(0, steps - step) * step_s if has_left else None,  # type: ignore[operator]
         age_s=max(0.0, time.time() - _began(folder)),
         checkpoint_bytes=bytes_below(folder.checkpoints),
+        url=_url(folder) if state == "serving" else None,
     )
+
+
+def _url(folder: RunFolder) -> str | None:
+    url = folder.summary().get("url")
+    return url if isinstance(url, str) else None
 
 
 def bytes_below(path: Path) -> int:
@@ -162,8 +194,8 @@ def _steps(folder: RunFolder) -> int | None:
     if not isinstance(steps, int):
         try:
             config = msgspec.yaml.decode(read_yaml(folder.config))
-            steps = config["training"]["steps"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            steps = config["training"]["steps"] if config.get("task") != "serve" else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
     return steps if isinstance(steps, int) and 0 < steps <= _MOST_STEPS else None
 

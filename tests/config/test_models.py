@@ -30,7 +30,7 @@ def test_exporting_brings_the_model_of_a_run_along() -> None:
     [
         (["model=hf"], "model.name: set model.name=NAME of the hub, or a FOLDER"),
         (["model.name=owner/model"], "allowed: model=hf model.name=owner/model"),
-        (["task=serve", "driver=mini"], "driver = mini: task=serve is driven by this machine"),
+        (["task=chat", "driver=mini"], "driver = mini: task=chat is driven by this machine"),
         (["task=serve", "model=gpt_tiny"], "model = gpt_tiny: is built anew"),
         (["model=trained", "task=bench"], "model = trained: is not for task=bench"),
         (["task=export", "model=gpt_tiny"], "task=export takes its model from a run"),

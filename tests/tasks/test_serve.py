@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,7 +28,8 @@ from smolrun.serving.messages import Ready
 from smolrun.serving.source import source_of_folder
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
-from tests.tasks.served import LONG, events, model_in, serving
+from tests.tasks.served import LONG, START_S, events, model_in, serving
+from tests.tasks.test_whole_runs import finish, is_alive, start
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
@@ -63,6 +66,33 @@ def test_it_answers_says_where_and_drains(tmp_path: Path, model: Path) -> None:
         assert (told["status"], told["reason"]) == ("stopped", "stopped by the user")
         until(server.is_gone)
         assert not (tmp_path / "outputs" / "latest").exists()
+
+
+def test_a_detached_server_is_seen_and_stopped_by_the_commands_for_runs(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = finish(start(tmp_path, "task=serve", *choice(model), "detach=true"))
+    assert code == 0, err
+    run_id = out.split(" runs in the background")[0]
+    assert "-serve-tiny-" in run_id
+    (url,) = re.findall(r"tiny is loaded, then served at (http://127.0.0.1:\d+)\n", err)
+    folder = RunFolder(tmp_path / "outputs" / run_id)
+    driver = psutil.Process(folder.driver()["pid"])
+    monkeypatch.chdir(tmp_path)
+    try:
+        until(lambda: state_of(folder) == "serving", START_S)
+        processes = [driver, *driver.children(recursive=True)]
+        assert drive(compose(["task=status"])) == 0
+        assert f"{run_id}  serving at {url}" in capsys.readouterr().out
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert drive(compose(["task=stop"])) == 0  # the only one that is alive
+        assert "stop requested, once running answers have ended" in capsys.readouterr().out
+        until(lambda: not any(map(is_alive, processes)))
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            driver.kill()
+    assert drive(compose(["task=attach", f"attach.run={run_id}"])) == 130
+    assert "stopped (stopped by the user): served for" in capsys.readouterr().out
 
 
 def stage_rows(url: str) -> list[dict[str, Any]]:
@@ -275,7 +305,8 @@ def test_a_bind_beyond_this_machine_makes_a_key_that_is_needed(
     path.write_text(key)
     config = compose(["task=serve", *choice(model), "serving.bind=0.0.0.0"])
     with driver.ServingRun(config, lambda _: None, lambda *_: None) as run:
-        port = run.url.rpartition(":")[2]
+        name, _, port = run.url.removeprefix("http://").rpartition(":")
+        assert name == platform.node()  # 0.0.0.0 is no address to ask
         place = f"http://127.0.0.1:{port}/v1/models"
         assert httpx.get(place).status_code == 401
         assert httpx.get(place, headers={"authorization": f"Bearer {key}"}).status_code == 200

@@ -89,7 +89,7 @@ def _digest(files: Mapping[str, bytes]) -> str:
 
 # In a checkout these lie beside the package and not in it.
 _PACKAGES = ("smolrun", "smolrun.tasks", "smolrun.conf")
-_OWN_SUFFIXES = (".py", ".yaml")
+_OWN_SUFFIXES = (".py", ".yaml", ".css", ".html", ".js", ".svg")  # modules, and what they read
 _SKIPPED = frozenset({"__pycache__", "node_modules"})
 _MOST_BYTES = 20_000_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import os
 import subprocess
@@ -100,6 +101,9 @@ def test_our_package_is_all_there_as_it_would_be_installed() -> None:
             name = path.relative_to(ROOT / folder).as_posix()
             assert f"{package.replace('.', '/')}/{name}" in files, path
     assert "smolrun/conf/config.yaml" in files
+    for package, patterns in project["tool"]["setuptools"]["package-data"].items():
+        for pattern in set(patterns) - {"**/*.yaml", "py.typed"}:  # pages, styles and the like
+            assert fnmatch.filter(files, f"{package.replace('.', '/')}/{pattern}"), pattern
     assert not [name for name in files if "__pycache__" in name or not name.startswith("smolrun/")]
 
 
