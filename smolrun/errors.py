@@ -33,6 +33,10 @@ class HandshakeError(ProtocolError):
     """The peer of a new connection failed authentication, or has another protocol version."""
 
 
+class EarlierGeneration(HandshakeError):
+    """The peer of a new connection has not left an earlier generation of the mesh yet."""
+
+
 BROKE_PROTOCOL = "it broke the protocol"  # how the reason of such a PeerLost begins
 
 
@@ -76,6 +80,10 @@ class WaitTimeout(SmolrunError):
     def __init__(self, message: str, rank: int | None = None) -> None:
         self.rank = rank
         super().__init__(message)
+
+
+class GenerationEnded(SmolrunError):
+    """A later generation of the mesh was announced: the ranks of the run have changed."""
 
 
 class MeshClosed(SmolrunError):

@@ -50,11 +50,11 @@ class ScheduledCollectives:
         direct_bytes: int = DIRECT_BYTES,
     ) -> None:
         self.mesh = mesh
-        self.ranks = list(range(mesh.world_size)) if ranks is None else list(ranks)
+        self.ranks = list(mesh.members) if ranks is None else list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(mesh.rank)
         self._direct_bytes = direct_bytes
-        is_all = self.ranks == list(range(mesh.world_size))
+        is_all = self.ranks == mesh.members
         self.name = name or (DEFAULT_GROUP if is_all else f"ranks {self.ranks}")
         self._operations = mesh.groups.open(self.name)
         self._fingerprints: dict[str, int] = {}

@@ -16,6 +16,7 @@ from smolrun.config import checks, problems
 from smolrun.config.plan import (
     RankPlan,
     has_dedicated_server,
+    linked,
     min_ranks_left,
     ranks,
     savers,
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "config_hash",
     "has_dedicated_server",
+    "linked",
     "min_ranks_left",
     "ranks",
     "redacted",

@@ -50,6 +50,13 @@ def min_ranks_left(config: RunConfig) -> int | None:
     return config.algorithm.min_ranks_left if config.task == "train" else None
 
 
+def linked(config: RunConfig) -> Literal["all", "group", "star", "none"]:
+    """Which ranks are linked, and what the loss of one means: `Links` of launch/control.py."""
+    if config.task == "serve":
+        return "all"
+    return "all" if min_ranks_left(config) is None else "star"
+
+
 def savers(config: RunConfig) -> int:
     """How many ranks write checkpoints: all that are at one step, else the server alone."""
     return world_size(config) if config.algorithm.is_lockstep else 1

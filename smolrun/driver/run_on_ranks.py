@@ -21,6 +21,7 @@ from smolrun.config import (
     RankPlan,
     RunConfig,
     config_hash,
+    linked,
     min_ranks_left,
     ranks,
     redacted,
@@ -98,7 +99,7 @@ def plan_workers(
             security=security,
             credentials=keys[rank.rank],
             device=rank.device,
-            elastic=min_ranks_left(config) is not None,
+            links=linked(config),
             **_on_host(rank, fleet, saving),
         )
         plans.append(WorkerPlan(start, folder.log(rank.rank, rank.host)))
@@ -132,8 +133,9 @@ class Reconnector(Subscriber):
         self, config: RunConfig, fleet: Fleet, saving: Saving | None, say: Callable[[str], None]
     ) -> None:
         """`say` is called by `on_poll` only."""
-        least = min_ranks_left(config)
-        self.elasticity = None if least is None else Elasticity(min_ranks=least)
+        self.elasticity = None
+        if (links := linked(config)) != "all":
+            self.elasticity = Elasticity(min_ranks=min_ranks_left(config) or 1, links=links)
         self._config = config
         self._fleet = fleet
         self._saving = saving

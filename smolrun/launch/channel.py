@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from smolrun.errors import ProtocolError, StopRequested, WaitTimeout
+from smolrun.errors import PeerLost, ProtocolError, StopRequested, WaitTimeout
 from smolrun.events import Event
 from smolrun.files import to_null_device
 from smolrun.launch.control import (
@@ -36,11 +36,12 @@ from smolrun.launch.control import (
     EventMessage,
     LineSplitter,
     LogMessage,
+    LostMessage,
     Message,
     ReadyMessage,
+    RegroupMessage,
     ResultMessage,
     RosterMessage,
-    RosterPeer,
     StartMessage,
     StopMessage,
     TaskMessage,
@@ -75,9 +76,11 @@ class WorkerChannel:
         self._lease_limit_s = lease_limit_s
         self._end_process = end_process or _end_process
         self._write_lock = threading.Lock()
-        self._heard: queue.SimpleQueue[StartMessage | RosterMessage | StopMessage] = (
-            queue.SimpleQueue()
-        )
+        self.generation = 0  # the latest that the driver has announced
+        self._heard: queue.SimpleQueue[
+            StartMessage | RosterMessage | RegroupMessage | StopMessage
+        ] = queue.SimpleQueue()
+        self._regroup_callback: Callable[[int], None] = lambda generation: None
         self._task_lock = threading.Lock()
         self._handlers: dict[str, Callable[[TaskMessage], None]] = {}
         self._unhandled: list[TaskMessage] = []
@@ -113,21 +116,38 @@ class WorkerChannel:
         self.start = message
         return message
 
-    def wait_roster(self, timeout_s: float) -> list[RosterPeer]:
-        """Where every rank listens, in rank order; raises WaitTimeout, or StopRequested."""
+    def wait_membership(self, timeout_s: float) -> RosterMessage | RegroupMessage:
+        """Where the ranks listen, or that they change; raises WaitTimeout, or StopRequested."""
         message = self._next(timeout_s, "to say where the other ranks are")
-        if not isinstance(message, RosterMessage):
-            raise ProtocolError(f"the driver sent {type(message).__name__} instead of the roster")
-        return message.peers
+        if isinstance(message, StartMessage):
+            raise ProtocolError("the driver sent StartMessage instead of the roster")
+        return message
 
-    def ready(self, addresses: list[Address], versions: dict[str, str]) -> None:
-        """Tell the driver that this rank listens there, best first; needs `wait_start` before."""
+    def ready(
+        self, addresses: list[Address], versions: dict[str, str], generation: int | None = None
+    ) -> None:
+        """Tell the driver that this rank listens there, best first; needs `wait_start` before.
+        `generation`: of the RegroupMessage that this answers."""
         assert self.start is not None, "ready() comes after wait_start()"
         self._send(
             ReadyMessage(
-                rank=self.start.rank, addresses=addresses, pid=os.getpid(), versions=versions
+                rank=self.start.rank,
+                addresses=addresses,
+                pid=os.getpid(),
+                versions=versions,
+                generation=generation,
             )
         )
+
+    def lost(self, error: PeerLost) -> None:
+        """Report a lost peer to the driver, which regroups those that are left."""
+        known = (error.rank, error.generation, cut(error.reason), error.reported_by)
+        self._send(LostMessage(*known))
+
+    def on_regroup(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(generation)` when the driver announces one, on the thread
+        "smolrun-control": it must not block. It replaces the callback before."""
+        self._regroup_callback = callback
 
     def emit(self, event: Event) -> None:
         """Send the driver what happened. A NaN or an infinity in it arrives as null.
@@ -184,7 +204,7 @@ class WorkerChannel:
         except OSError as error:
             self._abandon(f"the driver hears nothing any more ({error.strerror})")
 
-    def _next(self, timeout_s: float, what: str) -> StartMessage | RosterMessage:
+    def _next(self, timeout_s: float, what: str) -> StartMessage | RosterMessage | RegroupMessage:
         try:
             message = self._heard.get(timeout=timeout_s)
         except queue.Empty:
@@ -221,6 +241,10 @@ class WorkerChannel:
                 callback()
         elif isinstance(message, StartMessage | RosterMessage):
             self._heard.put(message)
+        elif isinstance(message, RegroupMessage):
+            self.generation = message.generation
+            self._heard.put(message)
+            self._regroup_callback(message.generation)
         elif isinstance(message, TaskMessage):
             with self._task_lock:
                 handler = self._handlers.get(message.topic)

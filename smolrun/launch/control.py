@@ -12,6 +12,14 @@ processes, threads or clocks (`channel.py` is the worker's end, `worker_monitor.
       | <------------------------------ task -> |   data of the running task, either way
       | -- stop (agree on a last step) -------> |
       | <-------------------------- result ---- |
+
+Where a run continues as a group (`links` of a start message is "group"), a change of its ranks is a
+new generation of the mesh:
+
+      | <-- lost (a peer) --------------------- |   a rank that ends by itself needs no report
+      | -- regroup (generation) --------------> |   leave the mesh, listen again
+      | <-- ready (generation, addresses) ----- |
+      | -- roster (generation, those there) --> |
 """
 
 from __future__ import annotations
@@ -63,13 +71,16 @@ class Saving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 Security = Literal["tls", "loopback_plain", "insecure"]
 
 
+# Which ranks a rank has a link with: all, and the loss of one ends the run ("all"); those that are
+# there, where the loss of one begins a new generation ("group"); rank 0 ("star"); none ("none").
+Links = Literal["all", "group", "star", "none"]
+
+
 class StartMessage(Message, frozen=True, tag="start"):
     """All a worker needs to begin.
 
     `secret` is 32 bytes in hex; `addresses` is where it listens, as numbers, best first, on one of
     `ports` (first and last) or on any. `credentials` are there exactly when `security` is tls.
-    `elastic`: the run continues when a rank is lost; then a roster may name this rank alone, which
-    waits at its door.
     """
 
     rank: int
@@ -87,8 +98,7 @@ class StartMessage(Message, frozen=True, tag="start"):
     credentials: Credentials | None = None
     prepared: dict[str, Any] | None = None
     saving: Saving | None = None
-    generation: int = 0
-    elastic: bool = False
+    links: Links = "all"
 
     def __repr__(self) -> str:
         """Without secret and config: a start message must be safe to log."""
@@ -113,11 +123,19 @@ class RosterPeer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RosterMessage(Message, frozen=True, tag="roster"):
-    """Where every rank listens, in rank order; sent to all once all are ready.
+    """Where every rank of this generation listens, in rank order; sent to all once all are ready.
 
-    In an elastic run: rank 0 and the receiver alone, as soon as both are ready."""
+    Links of a star: rank 0 and the receiver alone, as soon as both are ready. Without links: the
+    receiver alone."""
 
     peers: list[RosterPeer]
+    generation: Count = 0
+
+
+class RegroupMessage(Message, frozen=True, tag="regroup"):
+    """The ranks change: leave the mesh, listen again, and report `ready` for this generation."""
+
+    generation: Count
 
 
 class LeaseMessage(Message, frozen=True, tag="lease"):
@@ -139,6 +157,17 @@ class ReadyMessage(Message, frozen=True, tag="ready"):
     addresses: Annotated[list[Address], Meta(min_length=1, max_length=64)]
     pid: Count
     versions: Annotated[dict[str, Annotated[str, Meta(max_length=200)]], Meta(max_length=16)]
+    generation: Count | None = None  # of the regroup message that it answers; None: the first time
+
+
+class LostMessage(Message, frozen=True, tag="lost"):
+    """This rank has lost a peer of this generation, and waits to be regrouped. `reported_by`: the
+    rank from which it knows that, where it did not see it itself."""
+
+    peer: Count
+    generation: Count
+    reason: Text
+    reported_by: Count | None = None
 
 
 class EventMessage(Message, frozen=True, tag="event"):
@@ -215,9 +244,15 @@ class ResultMessage(Message, frozen=True, tag="result"):
 
 
 DriverMessage = (
-    StartMessage | RosterMessage | LeaseMessage | TaskMessage | StopMessage | AbortMessage
+    StartMessage
+    | RosterMessage
+    | RegroupMessage
+    | LeaseMessage
+    | TaskMessage
+    | StopMessage
+    | AbortMessage
 )
-WorkerMessage = ReadyMessage | EventMessage | TaskMessage | LogMessage | ResultMessage
+WorkerMessage = ReadyMessage | LostMessage | EventMessage | TaskMessage | LogMessage | ResultMessage
 
 _driver_decoder: msgspec.json.Decoder[DriverMessage] = msgspec.json.Decoder(DriverMessage)
 _worker_decoder: msgspec.json.Decoder[WorkerMessage] = msgspec.json.Decoder(WorkerMessage)

@@ -18,10 +18,17 @@ from dataclasses import replace
 
 from smolrun.errors import ProtocolError
 from smolrun.events import Event, Note
-from smolrun.launch.control import Message, RosterMessage, StopMessage, TaskMessage
+from smolrun.launch.control import (
+    Message,
+    RegroupMessage,
+    RosterMessage,
+    StopMessage,
+    TaskMessage,
+)
 from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
+from smolrun.launch.regroup import RegroupSupervisor
 from smolrun.launch.root_cause import RankState
 from smolrun.launch.supervisor import Limits, RunPhase, Supervisor
 from smolrun.launch.supervisor_events import (
@@ -34,9 +41,11 @@ from smolrun.launch.supervisor_events import (
     Kill,
     Notify,
     ProtocolViolation,
+    Regrouped,
     Reported,
     RestartWorker,
     RunOutcome,
+    SendRegroup,
     SendRoster,
     SendStop,
     TaskMessageReceived,
@@ -139,6 +148,13 @@ class Subscriber:
 
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """A rank sent a task message. A ProtocolError ends the run, with that rank as the cause."""
+
+    def on_restart(self, rank: int) -> None:
+        """A rank is about to get a new process: its old one has ended, and what it had is lost."""
+
+    def on_regrouped(self, ranks: list[int], generation: int) -> None:
+        """These ranks are linked from now on, where the links are a group: at the beginning, and
+        after every change of them."""
 
     def may_stop(self) -> bool:
         """The user has asked for a stop: whether the ranks may be asked now. It is asked again at
@@ -251,6 +267,8 @@ class Driver:
         now = time.monotonic()
         if self._elastic is None:
             return Supervisor(states, now=now, limits=self._limits)
+        if self._elastic.links == "group":
+            return RegroupSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
         return ElasticSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
 
     def _monitor(self, plan: WorkerPlan) -> WorkerMonitor:
@@ -322,9 +340,18 @@ class Driver:
             elif isinstance(action, SendRoster):
                 for monitor in self._monitors:
                     if action.to in (None, monitor.plan.rank):
-                        monitor.send(RosterMessage(peers=action.peers))
+                        roster = RosterMessage(peers=action.peers, generation=action.generation)
+                        monitor.send(roster)
+            elif isinstance(action, SendRegroup):
+                message = RegroupMessage(generation=action.generation)
+                self._monitors[action.rank].send(message)
+            elif isinstance(action, Regrouped):
+                for subscriber in self._subscribers:
+                    subscriber.on_regrouped(action.ranks, action.generation)
             elif isinstance(action, RestartWorker):
                 self._start_again(action.rank)
+                for subscriber in self._subscribers:
+                    subscriber.on_restart(action.rank)
             elif isinstance(action, Notify):
                 self._publish(Note(action.level, action.message))
         return None

@@ -7,8 +7,9 @@ and restarts them. The same interface as Supervisor, and as pure.
     worker lost: reported once, restarted    v                                   |
                                           CLOSING <------------------------------+
 
-Rank 0 is the server: its end is the end of the run. Which ranks train, and on what, is decided by
-the algorithm; here only their processes count.
+Rank 0 is the server: its end is the end of the run. Without links between ranks none is, and each
+gets a roster of itself alone. Which ranks train, and on what, is decided by the algorithm; here
+only their processes count. Ranks that are all linked: `regroup.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from smolrun.launch.supervisor_events import (
 
 
 class ElasticSupervisor(Supervisor):
-    """A Supervisor whose workers, ranks 1 and up, are each restarted on their own."""
+    """A Supervisor whose workers, ranks 1 and up (without links all ranks), are each restarted on
+    their own."""
 
     def __init__(
         self,
@@ -82,13 +84,21 @@ class ElasticSupervisor(Supervisor):
         return times
 
     def _workers(self) -> list[tuple[RankState, ElasticWorker]]:
-        return list(zip(self._states, self._elastic, strict=True))[1:]
+        pairs = list(zip(self._states, self._elastic, strict=True))
+        return pairs if self._server is None else pairs[1:]
+
+    @property
+    def _server(self) -> RankState | None:
+        """The rank that is needed to the end."""
+        return None if self._policy.links == "none" else self._states[0]
 
     # -- the phases ----
 
     def _starting(self, now: float) -> list[Action]:
-        server = self._states[0]
-        if server.has_failed or server.is_over:
+        server = self._server
+        if server is None:
+            self.phase, self._limit = RunPhase.RUNNING, None
+        elif server.has_failed or server.is_over:
             self._fail(now)
         elif self._interrupts:
             self._stop_before_it_began(now)
@@ -103,12 +113,12 @@ class ElasticSupervisor(Supervisor):
         return []
 
     def _running(self, now: float) -> list[Action]:
-        server = self._states[0]
+        server = self._server
         if self._hurry:
             self._stop_at_once("stopped at once by the user", now)
-        elif server.has_failed:
+        elif server is not None and server.has_failed:
             self._fail(now)
-        elif server.result is not None:
+        elif self._is_done():
             return self._part(now)
         elif self._interrupts and not self._has_begun:
             self._stop_before_it_began(now)
@@ -116,13 +126,21 @@ class ElasticSupervisor(Supervisor):
             self._start_nobody_again(now + self._limits.stop_s)
             return [SendStop(state.rank) for state in self._states if not state.is_over]
         elif self.phase is RunPhase.STOPPING and self._has_passed(now):
-            self._stop_at_once(self._not_stopped([server]), now)
+            late = [state for state in self._states if not state.is_over]
+            self._stop_at_once(self._not_stopped(late if server is None else [server]), now)
         else:
             actions = self._tend(now)
             if self.phase is RunPhase.RUNNING:
                 self._look_for_shortage(now)
             return actions
         return []
+
+    def _is_done(self) -> bool:
+        """Whether the server, or without links every rank, has come to its end."""
+        if self._server is not None:
+            return self._server.result is not None
+        is_stopping = self.phase is RunPhase.STOPPING
+        return all(s.is_over and (is_stopping or not s.has_failed) for s in self._states)
 
     def _part(self, now: float) -> list[Action]:
         """The server is done: workers may still report their result, then they end."""
@@ -132,9 +150,9 @@ class ElasticSupervisor(Supervisor):
         awaited = [s for s, worker in self._workers() if worker.has_joined and not s.is_over]
         if awaited and not self._has_passed(now):
             return []
-        result = self._states[0].result
-        assert result is not None
-        self._close(now, ended(is_stopped=result.status == "stopped"))
+        ends = self._states if self._server is None else [self._server]
+        statuses = {state.result.status for state in ends if state.result}
+        self._close(now, ended(is_stopped="stopped" in statuses))
         return []
 
     def _start_nobody_again(self, limit: float) -> None:
@@ -190,12 +208,17 @@ class ElasticSupervisor(Supervisor):
         return [RestartWorker(state.rank)]
 
     def _let_join(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
+        known = [state] if self._server is None else [self._server, state]
+        roster = SendRoster([_peer(one) for one in known], to=state.rank)
+        return [roster, *self._joined(state, worker, now)]
+
+    def _joined(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
+        """It takes part from now on; reported if it was away."""
         away_s = worker.joins(now, self._began)
-        actions: list[Action] = [SendRoster([_peer(self._states[0]), _peer(state)], to=state.rank)]
-        if away_s is not None:
-            text = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
-            actions.append(Notify("info", text))
-        return actions
+        if away_s is None:
+            return []
+        text = f"{state.label} is back after {away_s:.0f} s; {self._count()} are at work"
+        return [Notify("info", text)]
 
     def _has_gone(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
         """Its process has ended too early: reported once, however many restarts it takes."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from smolrun.launch.control import Links
 from smolrun.launch.root_cause import RankState, RootCause, not_ready, pick_cause
 
 
 @dataclass(frozen=True)
 class Elasticity:
     """How far a run may shrink, and how lost ranks are started again. Times are in seconds.
+
+    `links`: of a star, or of a group, rank 0 is needed to the end; without links no rank is.
 
     `min_ranks` counts rank 0 too; fewer may be there for `wait_s`. A rank that ends before it has
     joined for `quick_s`, or by an error of its own, has died quickly; after `max_quick` such deaths
@@ -25,6 +28,7 @@ class Elasticity:
     """
 
     min_ranks: int = 1
+    links: Links = "star"
     wait_s: float = 60.0
     first_pause_s: float = 1.0
     longest_pause_s: float = 8.0
@@ -47,6 +51,7 @@ class ElasticWorker:
     is_late: bool = False  # it was not ready in time
     unlinked: float | None = None  # since when the server has lost this process
     stands_still: bool = False  # for so long that it is ended
+    blamed: str | None = None  # why it is ended, where its peers lost it
     is_given_up: bool = False
     quick: int = 0  # quick deaths in a row
     row: dict[str, Any] | None = None  # of its departure, until it is back
@@ -69,7 +74,7 @@ class ElasticWorker:
     def starts_again(self, now: float) -> None:
         """It gets another process."""
         self.since, self.due, self.has_joined, self.is_late = now, None, False, False
-        self.unlinked, self.stands_still = None, False
+        self.unlinked, self.stands_still, self.blamed = None, False, None
 
     def joins(self, now: float, began: float) -> float | None:
         """It may link up; how long it was away, if it was."""
@@ -101,6 +106,9 @@ class ElasticWorker:
     def _cause(self, state: RankState) -> RootCause:
         if self.is_late:
             return not_ready([state], self.start_s)
+        if self.blamed is not None:
+            reason = f"{state.label} {self.blamed}"
+            return RootCause(state.rank, state.host, reason, is_lost=True)
         if self.stands_still:
             reason = f"{state.label} stood still, and was ended after {self.policy.wake_s:g} s"
             return RootCause(state.rank, state.host, reason, is_lost=True)

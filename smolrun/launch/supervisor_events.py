@@ -28,6 +28,16 @@ class WorkerReady(RankInput, frozen=True):
 
     addresses: list[Address]
     versions: dict[str, str] = {}
+    generation: int | None = None  # that it was asked to listen for; None: its process is new
+
+
+class PeerReported(RankInput, frozen=True):
+    """A worker has lost a peer of this generation, and waits to be regrouped."""
+
+    peer: int
+    generation: int
+    reason: str
+    reported_by: int | None = None
 
 
 class Reported(RankInput, frozen=True):
@@ -96,6 +106,22 @@ class SendRoster(Action, frozen=True):
 
     peers: list[RosterPeer]
     to: int | None = None
+    generation: int = 0
+
+
+class SendRegroup(Action, frozen=True):
+    """Ask a rank to leave the mesh and listen for the next generation."""
+
+    rank: int
+    generation: int
+
+
+class Regrouped(Action, frozen=True):
+    """All of `ranks` have their roster of this generation: what is computed together begins
+    anew."""
+
+    ranks: list[int]
+    generation: int
 
 
 class RestartWorker(Action, frozen=True):

@@ -25,6 +25,7 @@ from smolrun.launch.control import (
     LeaseMessage,
     LineSplitter,
     LogMessage,
+    LostMessage,
     Message,
     ReadyMessage,
     StartMessage,
@@ -39,6 +40,7 @@ from smolrun.launch.supervisor_events import (
     Exited,
     Input,
     NotStarted,
+    PeerReported,
     ProtocolViolation,
     Reported,
     TaskMessageReceived,
@@ -236,7 +238,12 @@ def _checked(message: WorkerMessage, start: StartMessage) -> Input:
         # The other ranks will dial what it says.
         if not {where.address for where in message.addresses} <= {*start.addresses}:
             raise ProtocolError("says that it listens on an address that it was not given")
-        return WorkerReady(rank, message.addresses, message.versions)
+        return WorkerReady(rank, message.addresses, message.versions, message.generation)
+    if isinstance(message, LostMessage):
+        if not {message.peer, message.reported_by} - {None} <= {*range(start.world_size)} - {rank}:
+            raise ProtocolError(f"lost rank {message.peer}, which is no peer of it")
+        known = (message.generation, message.reason, message.reported_by)
+        return PeerReported(rank, message.peer, *known)
     for link in msgspec.convert(message.summary, Summary).links:
         if link.from_ != rank or link.to >= start.world_size:
             raise ProtocolError(f"measured a link of rank {link.from_} to rank {link.to}")

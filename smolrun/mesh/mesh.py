@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,10 +107,18 @@ class Mesh(ABC):
     """All ranks of one run as seen from one of them."""
 
     def __init__(
-        self, rank: int, world_size: int, *, generation: int = 0, timeout_s: float = 300.0
+        self,
+        rank: int,
+        world_size: int,
+        *,
+        generation: int = 0,
+        timeout_s: float = 300.0,
+        members: Sequence[int] | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
+        # The ranks of this generation, in order: of `world_size` ranks, those that are there.
+        self.members = sorted(range(world_size) if members is None else members)
         self.generation = generation
         self.timeout_s = timeout_s
         # The training step this rank works on; heartbeats carry it to the peers.
@@ -174,13 +182,16 @@ class Mesh(ABC):
         self.fail(error)
 
     def _check_peer(self, peer: int) -> None:
-        if peer == self.rank or not 0 <= peer < self.world_size:
-            raise SmolrunError(f"rank {self.rank} of {self.world_size} has no peer {peer}")
+        if peer == self.rank or peer not in self.members:
+            raise SmolrunError(
+                f"rank {self.rank} has no peer {peer} in generation {self.generation}, of ranks "
+                f"{self.members}"
+            )
 
     @property
     def present(self) -> frozenset[int]:
         """The peers that this rank has a link with; changes at any time if the mesh is elastic."""
-        return frozenset(range(self.world_size)) - {self.rank}
+        return frozenset(self.members) - {self.rank}
 
     def on_membership_change(self, callback: MembershipCallback) -> None:
         """Calls `callback(rank, is_present, reason)` on the I/O thread for every peer that is

@@ -12,10 +12,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
+from smolrun.errors import (
+    EarlierGeneration,
+    GenerationEnded,
+    HandshakeError,
+    SmolrunError,
+    WaitTimeout,
+)
 from smolrun.mesh.addresses import reachable_as, shown, socket_address
 from smolrun.mesh.admission import Acceptor, PendingConnection, PendingEvents, UnauthenticatedPool
 from smolrun.mesh.endpoint import Endpoint
@@ -140,7 +146,11 @@ class Rendezvous:
         identity: Identity,
         roster: list[RosterEntry],
         security: TransportSecurity | None = None,
+        is_outdated: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_outdated()`: whether a later generation has been announced; asked on the I/O thread,
+        many times a second."""
+        self._is_outdated = is_outdated
         self._io = io
         self._identity = identity
         self._security = security or NoTransportSecurity()
@@ -166,7 +176,8 @@ class Rendezvous:
         return self._acceptor.refused
 
     def run(self, timeout_s: float) -> dict[int, dict[str, Pipe]]:
-        """Pipes by rank and channel; raises HandshakeError, or WaitTimeout with who is missing."""
+        """Pipes by rank and channel; raises HandshakeError, WaitTimeout with who is missing, or
+        GenerationEnded."""
         self._io.post(self._begin)
         self._complete.wait(timeout_s)
         closed = threading.Event()
@@ -185,7 +196,7 @@ class Rendezvous:
         if self._error is not None:
             raise self._error
         if missing := [rank for rank in self._pipes if self._is_missing(rank)]:
-            raise WaitTimeout(self._describe_missing(missing, timeout_s))
+            raise WaitTimeout(self._describe_missing(missing, timeout_s), missing[0])
         return self._pipes
 
     def _begin(self) -> None:
@@ -206,6 +217,8 @@ class Rendezvous:
     def _tick(self) -> None:
         if self._is_over:
             return
+        if self._is_outdated():
+            self._fail(GenerationEnded("a later generation was announced before it was complete"))
         for rank in self._selections:
             self._advance(rank)
         self._io.call_later(_TICK_S, self._tick)
@@ -299,6 +312,7 @@ class Rendezvous:
             # Another process at one address is no reason to fail; a mismatch with this peer is.
             if (
                 isinstance(error, HandshakeError)
+                and not isinstance(error, EarlierGeneration)  # it will be of this one
                 and handshake.peer is not None
                 and not handshake.is_authenticated
             ):
@@ -313,7 +327,7 @@ class Rendezvous:
         assert isinstance(handshake, AcceptorHandshake)
         if handshake.claimed is not None:
             self._incoming[handshake.claimed] = str(error)
-        if handshake.refused_because:
+        if handshake.refused_because and not handshake.is_of_earlier:
             # It knows the secret: a rank of this run, of another generation or configuration.
             self._fail(
                 HandshakeError(f"refused rank {handshake.peer}: {handshake.refused_because}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from smolrun.errors import MeshClosed, PeerLost
 from smolrun.mesh.io import IoThread
@@ -29,10 +29,21 @@ class TcpMesh(Mesh):
     """Built by `connect`: a closed set of peers, the first loss fails everything."""
 
     def __init__(
-        self, identity: Identity, *, timeout_s: float, silence_s: float, heartbeat_s: float
+        self,
+        identity: Identity,
+        members: Sequence[int] | None = None,
+        *,
+        timeout_s: float,
+        silence_s: float,
+        heartbeat_s: float,
     ) -> None:
+        """`members`: the ranks of this generation, this one among them; None: all."""
         super().__init__(
-            identity.rank, identity.world_size, generation=identity.generation, timeout_s=timeout_s
+            identity.rank,
+            identity.world_size,
+            generation=identity.generation,
+            timeout_s=timeout_s,
+            members=members,
         )
         self.io = IoThread(f"mesh-io-r{identity.rank}", self._io_failed)
         self._silence_s = silence_s

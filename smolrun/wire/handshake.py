@@ -5,7 +5,7 @@ read.
       HELLO  version, rank, channel, nonce               ->
                                                          <-  CHALLENGE  rank, nonce, proof
       PROOF  generation, config hash, proof              ->
-                                                         <-  WELCOME | REFUSED  reason
+                                                         <-  WELCOME | REFUSED  reason, generation
       higher rank                                              lower rank
       KEEP  proof                                        ->
                                                          <-  KEPT  proof
@@ -29,7 +29,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from smolrun.errors import HandshakeError
+from smolrun.errors import EarlierGeneration, HandshakeError
 from smolrun.wire.frame import VERSION
 
 # What a connection is for: control goes both ways, "up" carries large tensors from the higher rank
@@ -189,9 +189,10 @@ class DialerHandshake(Handshake):
                 self.is_authenticated = True
                 return b""
             case "refused", int():
-                raise HandshakeError(
-                    f"rank {self.peer} refused: {str(message.get('reason'))[:200]}"
-                )
+                text = f"rank {self.peer} refused: {str(message.get('reason'))[:200]}"
+                if _is_earlier(message, self.identity):
+                    raise EarlierGeneration(text)
+                raise HandshakeError(text)
         raise _unexpected(message)
 
 
@@ -205,6 +206,7 @@ class AcceptorHandshake(Handshake):
     def __init__(self, identity: Identity, certified: int | None = None) -> None:
         super().__init__(identity)
         self.refused_because = ""  # why an authenticated peer is refused
+        self.is_of_earlier = False  # it is refused for its generation, an earlier one
         self.certified = certified
         self.claimed: int | None = None
 
@@ -221,10 +223,11 @@ class AcceptorHandshake(Handshake):
                 self._check("dialer", proof)
                 self.peer = self.claimed
                 reason = self.refused_because = self._mismatch(message)
+                self.is_of_earlier = _is_earlier(message, self.identity)
                 self.is_authenticated = not reason
-                return self._message(
-                    {"type": "refused", "reason": reason} if reason else {"type": "welcome"}
-                )
+                mine = self.identity.generation
+                refused = {"type": "refused", "reason": reason, "generation": mine}
+                return self._message(refused if reason else {"type": "welcome"})
         raise _unexpected(message)
 
     def _check_hello(self, message: dict[str, Any]) -> None:
@@ -256,6 +259,12 @@ class AcceptorHandshake(Handshake):
             if message.get(key) != mine[key]
         ]
         return "; ".join(wrong)
+
+
+def _is_earlier(message: dict[str, Any], identity: Identity) -> bool:
+    """Whether the sender of a proof, or of a refusal, is of an earlier generation."""
+    generation = message.get("generation")
+    return type(generation) is int and generation < identity.generation
 
 
 def _unexpected(message: dict[str, Any]) -> HandshakeError:

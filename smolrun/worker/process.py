@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from smolrun.errors import PeerLost, SmolrunError, StopRequested, WaitTimeout
+from smolrun.errors import (
+    GenerationEnded,
+    HandshakeError,
+    PeerLost,
+    SmolrunError,
+    StopRequested,
+    WaitTimeout,
+)
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import (
     EXIT_DONE,
@@ -27,6 +34,8 @@ from smolrun.launch.control import (
     OUT_OF_MEMORY,
     Address,
     ErrorReport,
+    RegroupMessage,
+    RosterMessage,
     StartMessage,
     cut,
 )
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
     from smolrun.wire.handshake import Identity
 
 _START_S = 60.0  # the driver sends the start message before anything else
+_REGROUP_S = 30.0  # to link up as a later generation: every rank of it listens already
 # `mesh.liveness`: seconds without any byte from a peer until it counts as lost. With the report to
 # the driver, the run ends within 10 and 4 seconds.
 _SILENCE_S = {"normal": 9.0, "fast": 3.0}
@@ -118,16 +128,21 @@ def _run_task(
 
     _check_links(start, channel)
     endpoint = Endpoint(start.addresses, start.ports, host=start.host)
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "smolrun": version("smolrun"),
-    }
-    channel.ready([Address(*where) for where in endpoint.addresses], versions)
+    channel.ready([Address(*where) for where in endpoint.addresses], _versions())
     mesh = _build_mesh(start, endpoint, channel, start_timeout_s)
     closing.callback(_close, mesh)
     summary: dict[str, Any] = task.work(start, mesh, channel)
     return summary
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "smolrun": version("smolrun"),
+    }
 
 
 def _close(mesh: Mesh) -> None:
@@ -138,25 +153,74 @@ def _close(mesh: Mesh) -> None:
 
 
 def _build_mesh(
-    start: StartMessage, endpoint: Endpoint, channel: WorkerChannel, start_timeout_s: float
+    start: StartMessage, endpoint: Endpoint | None, channel: WorkerChannel, start_timeout_s: float
 ) -> Mesh:
-    """Wait for the roster, then link up with all peers."""
+    """Wait for the roster, then link up with all peers; of the generation that is current then."""
+    from smolrun.mesh.connect import Endpoint
+
+    message = channel.wait_membership(start_timeout_s)
+    while True:
+        if message.generation < channel.generation:
+            message = channel.wait_membership(start_timeout_s)  # there is a later one
+            continue
+        if isinstance(message, RegroupMessage) or endpoint is None:
+            if endpoint is not None:
+                endpoint.close()
+            endpoint = Endpoint(start.addresses, start.ports, host=start.host)
+            where = [Address(*one) for one in endpoint.addresses]
+            channel.ready(where, _versions(), message.generation)
+            message = channel.wait_membership(start_timeout_s)
+            continue
+        limit_s = start_timeout_s if message.generation == 0 else _REGROUP_S
+        try:
+            return _connect(start, endpoint, channel, message, limit_s)
+        except (GenerationEnded, HandshakeError, WaitTimeout) as error:
+            is_first = message.generation == 0 and not isinstance(error, GenerationEnded)
+            if start.links != "group" or is_first:
+                raise
+            _log.warning("generation %d was not complete: %s", message.generation, error)
+            if isinstance(error, WaitTimeout) and error.rank is not None:
+                channel.lost(PeerLost(error.rank, message.generation, str(error)))
+            message = channel.wait_membership(start_timeout_s)
+
+
+def regroup(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> Mesh:
+    """Leave a mesh that has lost a peer, or whose generation has ended, for the next generation;
+    blocks until the driver has announced that and all links of it stand. The caller closes it.
+
+    Raises StopRequested, and WaitTimeout if there is none."""
+    if isinstance(mesh.failure, PeerLost):
+        channel.lost(mesh.failure)
+    mesh.close()
+    start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
+    return _build_mesh(start, None, channel, start_timeout_s)
+
+
+def _connect(
+    start: StartMessage,
+    endpoint: Endpoint,
+    channel: WorkerChannel,
+    roster: RosterMessage,
+    timeout_s: float,
+) -> Mesh:
+    """The mesh of one generation. In a group it fails with GenerationEnded as soon as the driver
+    announces a later one."""
     from smolrun.mesh.connect import RosterEntry, connect
     from smolrun.wire.handshake import Identity
 
-    peers = channel.wait_roster(start_timeout_s)
-    _log.info("links up with %d other ranks", len(peers) - 1)
+    peers = roster.peers
+    _log.info("generation %d: links up with %d other ranks", roster.generation, len(peers) - 1)
     identity = Identity(
         rank=start.rank,
         world_size=start.world_size,
         run_id=start.run_id,
         config_hash=start.config_hash,
-        generation=start.generation,
+        generation=roster.generation,
         secret=bytes.fromhex(start.secret),
     )
     settings = start.config["mesh"]
     shape = shape_of(start.config, start.rank)
-    return connect(
+    mesh = connect(
         endpoint,
         identity,
         [
@@ -166,11 +230,20 @@ def _build_mesh(
         timeout_s=float(settings["timeout_s"]),
         silence_s=_SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
-        start_timeout_s=start_timeout_s,
+        start_timeout_s=timeout_s,
         security=_transport_security(start, identity),
         wrap=shape.wrap if shape else None,
-        elastic=start.elastic,
+        elastic=start.links == "star",
+        is_outdated=lambda: channel.generation > roster.generation,
     )
+    if start.links == "group":
+        channel.on_regroup(lambda generation: mesh.post(lambda: _end(mesh, generation)))
+    return mesh
+
+
+def _end(mesh: Mesh, generation: int) -> None:
+    if generation > mesh.generation:
+        mesh.fail(GenerationEnded(f"generation {generation} was announced"))
 
 
 def shape_of(config: Mapping[str, Any], rank: int) -> Shape | None:

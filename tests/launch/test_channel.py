@@ -81,7 +81,7 @@ def test_start_and_roster_arrive_in_their_turn(wires: Wires) -> None:
     peers = [RosterPeer(0, "local", [Address("::1", 4000)])]
     wires.say(START, LeaseMessage(), RosterMessage(peers=peers))
     assert wires.channel.wait_start(5.0) == START
-    assert wires.channel.wait_roster(5.0) == peers
+    assert wires.channel.wait_membership(5.0) == RosterMessage(peers=peers)
     assert not wires.channel.stop_requested.is_set()
 
 
@@ -200,7 +200,7 @@ def test_messages_out_of_turn_are_refused(wires: Wires) -> None:
     with pytest.raises(ProtocolError, match="before start"):
         wires.channel.wait_start(5.0)
     with pytest.raises(ProtocolError, match="instead of the roster"):
-        wires.channel.wait_roster(5.0)
+        wires.channel.wait_membership(5.0)
 
 
 def test_its_threads_have_names(wires: Wires) -> None:

@@ -86,7 +86,7 @@ def test_what_a_worker_says_arrives_unchanged(message: Message) -> None:
 def test_a_start_message_has_the_keys_of_the_design() -> None:
     line = encode(START)
     assert line.startswith(b'{"type":"start","rank":1,')
-    assert b'"generation":0' in line
+    assert b'"links":"all"' in line
 
 
 def test_printing_a_start_message_shows_neither_secret_nor_config() -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from smolrun.events import Event, Note
-from smolrun.launch.control import StartMessage
+from smolrun.launch.control import Links, Security, StartMessage
 from smolrun.launch.driver import Driver
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.hosts import WorkerPlan
@@ -27,11 +27,12 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 SOON = Elasticity(min_ranks=2, first_pause_s=0.05, longest_pause_s=0.1, farewell_s=2.0)
 
 
-# The folder of the tests is no package that is installed.
-ELASTIC_RANK = f"""
+def program(module: str) -> str:
+    """The folder of the tests is no package that is installed."""
+    return f"""
 import runpy, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-runpy.run_module("tests.launch.elastic_rank", run_name="__main__")
+runpy.run_module({module!r}, run_name="__main__")
 """
 
 
@@ -39,7 +40,9 @@ def notes(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Note)]
 
 
-def real_workers(folder: Path, ranks: int, pids: int) -> list[WorkerPlan]:
+def real_workers(
+    folder: Path, ranks: int, pids: int, links: Links = "star", security: Security = "tls"
+) -> list[WorkerPlan]:
     config = {
         "task": "stand_in",
         "pids": pids,
@@ -59,9 +62,9 @@ def real_workers(folder: Path, ranks: int, pids: int) -> list[WorkerPlan]:
                 addresses=["127.0.0.1"],
                 device="cpu",
                 threads=1,
-                security="tls",
-                credentials=keys,
-                elastic=True,
+                security=security,
+                credentials=keys if security == "tls" else None,
+                links=links,
             ),
             folder / f"rank{rank}.log",
         )
@@ -77,7 +80,7 @@ def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(
     # A test beside this one may let Linux end processes of this machine for their memory.
     monkeypatch.setattr("smolrun.launch.local.ended_by_linux", lambda *_: None)
     events: list[Event] = []
-    host = LocalHost([sys.executable, "-c", ELASTIC_RANK])
+    host = LocalHost([sys.executable, "-c", program("tests.launch.elastic_rank")])
     driver = Driver(
         real_workers(tmp_path, ranks=3, pids=3),
         lambda plan: (plan, host),
@@ -108,6 +111,60 @@ def test_a_killed_worker_is_started_again_and_joins_the_others_over_tls(
     assert told[1].startswith("rank 2 on local is back after ")
     assert len(told) == 2
     assert not is_running(killed[0]) and not is_running(outcome.summaries[2]["pid"])
+
+
+class Generations(Listener):
+    """The ranks of every generation, and events as a Listener."""
+
+    def __init__(self, events: list[Event]) -> None:
+        super().__init__(events)
+        self.ranks: list[list[int]] = []
+        self.restarted: list[int] = []
+
+    def on_regrouped(self, ranks: list[int], generation: int) -> None:
+        assert generation >= len(self.ranks)
+        self.ranks.append(ranks)
+
+    def on_restart(self, rank: int) -> None:
+        self.restarted.append(rank)
+
+
+@posix_only
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("security", ["tls", "loopback_plain"])
+def test_survivors_keep_their_process_and_add_up_with_those_that_are_there(
+    security: Security, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.launch.local.ended_by_linux", lambda *_: None)
+    events: list[Event] = []
+    host = LocalHost([sys.executable, "-c", program("tests.launch.group_rank")])
+    generations = Generations(events)
+    driver = Driver(
+        real_workers(tmp_path, ranks=3, pids=3, links="group", security=security),
+        lambda plan: (plan, host),
+        [generations],
+        limits=Limits(start_s=60.0),
+        elastic=Elasticity(links="group", first_pause_s=1.0, farewell_s=5.0),
+    )
+    pids: list[int] = []
+
+    def kill() -> None:
+        until(lambda: all(has_steps(events, rank, 5) for rank in range(3)), 60.0)
+        pids.extend(monitor._process.pid for monitor in driver._monitors)  # type: ignore[union-attr]
+        assert psutil.Process(pids[1]).net_connections("tcp")
+        os.kill(pids[1], signal.SIGKILL)
+
+    outcome = run_while(driver.run, kill)
+    assert (outcome.status, outcome.reason) == ("done", ""), outcome
+    # Of every generation: its ranks, and the sum that an all_reduce over them gave, each time.
+    assert generations.ranks == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert generations.restarted == [1]
+    for rank in (0, 2):
+        assert outcome.summaries[rank]["sums"] == [[0, 7], [1, 5], [2, 7]]
+        assert outcome.summaries[rank]["pid"] == pids[rank]
+    assert outcome.summaries[1]["sums"] == [[2, 7]]
+    assert outcome.summaries[1]["pid"] != pids[1]
+    assert not any(map(is_running, pids))
 
 
 @posix_only

@@ -6,25 +6,42 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolrun.launch.control import Links
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.supervisor_events import (
     Action,
     Exited,
     Finish,
+    Input,
     Interrupted,
     Kill,
     NotStarted,
+    PeerReported,
     RestartWorker,
     RunOutcome,
+    WorkerReady,
 )
 from tests.launch.test_elastic import running, starting
+from tests.launch.test_regroup import running as running_group
+from tests.launch.test_regroup import starting as starting_group
+from tests.launch.test_supervisor import at
 from tests.launch.test_supervisor_orders import inputs
+
+
+def news_of_a_group(count: int) -> st.SearchStrategy[Input]:
+    rank, generation = st.integers(0, count - 1), st.integers(0, 4)
+    return st.one_of(
+        st.builds(WorkerReady, rank, st.just(at(5000)), st.just({}), generation),
+        st.builds(PeerReported, rank, rank, generation, st.just("silent"), st.none() | rank),
+    )
 
 
 class Processes:
     """What the driver would do: obeys, and knows who lives."""
 
-    def __init__(self, count: int, *, are_obedient: bool) -> None:
+    def __init__(self, count: int, *, are_obedient: bool, first: int = 1) -> None:
+        """`first`: the first rank that may be started again."""
+        self._first = first
         self.alive = set(range(count))
         self.killed = set[int]()
         self.outcomes: list[RunOutcome] = []
@@ -39,7 +56,7 @@ class Processes:
                 self.outcomes.append(action.outcome)
             elif isinstance(action, RestartWorker):
                 assert action.rank not in self.alive, "it runs already"
-                assert action.rank != 0, "rank 0 is never started again"
+                assert action.rank >= self._first, "rank 0 is never started again"
                 self.alive.add(action.rank)
                 self.killed.discard(action.rank)
             elif isinstance(action, Kill):
@@ -52,19 +69,21 @@ class Processes:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> None:
+@given(st.data(), st.sampled_from(["star", "group", "none"]))
+def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject, links: Links) -> None:
     count = data.draw(st.integers(1, 4))
-    policy = Elasticity(min_ranks=data.draw(st.integers(1, 3)), max_quick=2)
-    supervisor = (running if data.draw(st.booleans()) else starting)(count, policy)
-    processes = Processes(count, are_obedient=data.draw(st.booleans()))
+    policy = Elasticity(min_ranks=data.draw(st.integers(1, 3)), max_quick=2, links=links)
+    begin = (running_group, starting_group) if links == "group" else (running, starting)
+    supervisor = begin[data.draw(st.booleans())](count, policy)
+    first = 0 if links == "none" else 1
+    processes = Processes(count, are_obedient=data.draw(st.booleans()), first=first)
     now = 2.0
 
     def take(actions: list[Action]) -> None:
         for exited in processes.obey(actions):
             take(supervisor.handle(exited, now))
 
-    for item in data.draw(st.lists(inputs(count), max_size=20)):
+    for item in data.draw(st.lists(inputs(count) | news_of_a_group(count), max_size=20)):
         now += data.draw(st.sampled_from([0.0, 0.1, 3.0, 12.0, 70.0]))
         rank = getattr(item, "rank", None)
         if rank is not None and rank not in processes.alive:
@@ -89,5 +108,5 @@ def test_any_order_of_events_ends_once_with_nobody_left(data: st.DataObject) -> 
     assert (outcome.failed_rank is not None) == (outcome.status == "failed" and not reader_failed)
     assert "\n" not in outcome.reason
     for row in outcome.departures:
-        assert 0 < row["rank"] < count and row["reason"]
+        assert first <= row["rank"] < count and row["reason"]
     assert supervisor.handle(Interrupted(), now) == []

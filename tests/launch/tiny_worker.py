@@ -36,7 +36,7 @@ def main() -> int:
         return 7
     ours = [Address(address, 5000 + start.rank) for address in start.addresses]
     channel.ready(ours, {"python": "3.11"})
-    channel.wait_roster(30.0)
+    channel.wait_membership(30.0)
     leave(folder / f"running{start.rank}", os.getpid())
     return act(behave, config["steps"], start, channel, folder)
 

@@ -24,6 +24,7 @@ class Mesh:
         identity: Any,
         roster: list[Any],
         security: None,
+        is_outdated: object,
         **settings: float,
     ) -> None:
         assert endpoint.host == "local"
