@@ -25,7 +25,7 @@ from smolrun.models.sampling import Sampling
 from smolrun.models.shape import DecoderShape, completed_shape, parameter_shapes
 from smolrun.parts.placement import cut
 from smolrun.serving.engine import Engine
-from smolrun.serving.messages import Ready, ServingDtype, StageStats, StepOutput, Submit
+from smolrun.serving.messages import FromEngine, ServingDtype, StageStats, StepOutput, Submit
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.stage import Stage
@@ -69,7 +69,7 @@ class BenchEngine:
     def __init__(
         self, mesh: Mesh, stages: list[int], runner: DecoderRunner, slots: int, capacity: int
     ) -> None:
-        self._inbox: queue.SimpleQueue[Ready | StepOutput] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
         self._number = 0
         scheduler = Scheduler(
             slots=slots,

@@ -53,7 +53,7 @@ def min_ranks_left(config: RunConfig) -> int | None:
 def linked(config: RunConfig) -> Literal["all", "group", "star", "none"]:
     """Which ranks are linked, and what the loss of one means: `Links` of launch/control.py."""
     if config.task == "serve":
-        return "all"
+        return "group" if world_size(config) > 1 else "all"
     return "all" if min_ranks_left(config) is None else "star"
 
 

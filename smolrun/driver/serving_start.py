@@ -10,12 +10,13 @@ hosts          <-- parts ---  (a thread)    each host its own layers, by hash
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from smolrun.config import RunConfig, ranks
+from smolrun.config import RunConfig, linked, ranks
 from smolrun.errors import ProtocolError, SmolrunError
 from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
 from smolrun.launch.control import TaskMessage, decode_data, task_message
@@ -73,15 +74,36 @@ class ModelLoader(Subscriber):
         self._probed: dict[int, Probed] = {}
         self._loading: dict[int, tuple[int, int]] = {}
         self._plan: ServingPlan | None = None
-        self._delivered: tuple[ModelSource, list[str]] | Exception | None = None
+        # Of a generation: what the ranks get, or why they cannot.
+        self._delivered: tuple[int, tuple[ModelSource, list[str]] | Exception] | None = None
         self._has_loaded = False
+        self._present: list[int] = []  # the ranks of the generation, once they are linked
+        self._generation = -1
 
     def on_start(self, driver: Driver) -> None:
         """Ask every rank to measure."""
         self._driver = driver
-        source = msgspec.to_builtins(self._spec.source)
+        if linked(self._config) != "group":
+            self._present, self._generation = driver.ranks, 0
         for rank in driver.ranks:
-            self._send(rank, Probe(source=source, dtype=self._spec.dtype))
+            self._probe(rank)
+
+    def on_restart(self, rank: int) -> None:
+        """What its old process measured and held is gone."""
+        self._probed.pop(rank, None)
+        self._probe(rank)
+
+    def on_regrouped(self, ranks: list[int], generation: int) -> None:
+        """Cut the layers over the ranks that are there now."""
+        self._present, self._generation = ranks, generation
+        self._plan, self._delivered = None, None
+        self._loading.clear()
+        self._has_loaded = False
+        self._decide()
+
+    def _probe(self, rank: int) -> None:
+        source = msgspec.to_builtins(self._spec.source)
+        self._send(rank, Probe(source=source, dtype=self._spec.dtype))
 
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """A measurement, or how far the loading is."""
@@ -90,46 +112,69 @@ class ModelLoader(Subscriber):
             raise ProtocolError(f"sent a message of rank {news.rank}")
         if isinstance(news, Probed):
             self._probed[rank] = news
-            if len(self._probed) == len(self._ranks) and self._plan is None:
-                self._decide()
+            self._decide()
         elif isinstance(news, Loading):
             self._show(rank, news.done, news.total)
 
     def on_poll(self) -> None:
         """Once the parts are there, tell all ranks to load."""
         found, self._delivered = self._delivered, None
-        if isinstance(found, Exception):
-            self._fail(found)
-        elif found is not None:
-            self._load(*found)
+        if found is None or found[0] != self._generation:
+            return  # of ranks that have changed since
+        if isinstance(found[1], Exception):
+            self._fail(found[1])
+        else:
+            self._load(*found[1])
 
     def _decide(self) -> None:
-        found = [
-            ServingRank(
-                host=plan.host,
-                layer_s=max(self._probed[plan.rank].layer_s, 1e-9),
-                head_s=self._probed[plan.rank].head_s,
-                free_bytes=self._probed[plan.rank].free_bytes / plan.local_world_size,
-            )
-            for plan in self._ranks
-        ]
+        """Once all ranks that are there have measured."""
+        present = set(self._present)
+        if not present or self._plan is not None or not present <= self._probed.keys():
+            return
         try:
-            longest = self._spec.source.shape.max_sequence_length
-            self._plan = plan_for(self._config, self._spec.sizes, longest, found, self._earlier)
+            self._plan = self._plan_over(self._present)
         except (SmolrunError, ValueError) as error:
             self._fail(error)
             return
         self._on_plan(self._plan)
-        thread = threading.Thread(target=self._bring, name="smolrun-parts", daemon=True)
+        thread = threading.Thread(
+            target=self._bring,
+            args=(self._plan, self._generation),
+            name="smolrun-parts",
+            daemon=True,
+        )
         thread.start()
 
-    def _bring(self) -> None:
+    def _plan_over(self, present: list[int]) -> ServingPlan:
+        """The plan for these ranks; `layers` of the others are empty. Given layers, and those of
+        an earlier start, are for all ranks."""
+        hosts = Counter(self._ranks[rank].host for rank in present)
+        found = [
+            ServingRank(
+                host=self._ranks[rank].host,
+                layer_s=max(self._probed[rank].layer_s, 1e-9),
+                head_s=self._probed[rank].head_s,
+                free_bytes=self._probed[rank].free_bytes / hosts[self._ranks[rank].host],
+            )
+            for rank in present
+        ]
+        config, longest = self._config, self._spec.source.shape.max_sequence_length
+        if len(present) == len(self._ranks):
+            return plan_for(config, self._spec.sizes, longest, found, self._earlier)
+        serving = config.serving.model_copy(update={"layers": None})
+        config = config.model_copy(update={"serving": serving})
+        made = plan_for(config, self._spec.sizes, longest, found)
+        layers = [range(0)] * len(self._ranks)
+        for rank, part in zip(present, made.layers, strict=True):
+            layers[rank] = part
+        return replace(made, layers=layers)
+
+    def _bring(self, plan: ServingPlan, generation: int) -> None:
         """On a thread of its own: the driver continues with leases, signals and the ranks."""
-        assert self._plan is not None, "the parts follow the plan"
         try:
-            self._delivered = self._deliver(self._plan)
+            self._delivered = (generation, self._deliver(plan))
         except Exception as error:  # of a host, a disk or a library; the driver reports it
-            self._delivered = error
+            self._delivered = (generation, error)
 
     def _load(self, source: ModelSource, folders: list[str]) -> None:
         assert self._plan is not None, "the parts follow the plan"
@@ -145,8 +190,9 @@ class ModelLoader(Subscriber):
             chunk_tokens=serving.prefill_chunk,
             prefix_reuse=serving.prefix_reuse,
             batch_invariant=serving.batch_invariant,
+            generation=self._generation,
         )
-        for rank in range(len(self._ranks)):
+        for rank in self._present:
             self._send(rank, load)
 
     def _show(self, rank: int, done: int, total: int) -> None:

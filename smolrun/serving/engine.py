@@ -23,6 +23,7 @@ from smolrun.errors import SmolrunError
 from smolrun.serving.batch import BatchResult
 from smolrun.serving.messages import (
     Cancel,
+    FromEngine,
     Prefill,
     Ready,
     StageStats,
@@ -45,7 +46,7 @@ _STOP = object()
 _PIPELINE_ENDED = None
 _WARM_UP = Submit(request="warm-up", prompt_ids=[0], max_tokens=2)
 
-Send = Callable[[Ready | StepOutput], None]
+Send = Callable[[FromEngine], None]
 
 
 class Engine:
@@ -65,6 +66,8 @@ class Engine:
         scheduler.limit_chunks(_FIRST_CHUNK_TOKENS)
         self._chunk_tokens = float(scheduler.chunk_tokens)
         self._started: dict[int, tuple[int, float]] = {}  # batches in flight: tokens, and when
+        self._lost: Scheduler | None = None  # whose stages are lost, with its requests
+        self._early: list[object] = []  # requests that came before Ready
 
     def submit(self, request: ToEngine) -> None:
         """A request or a cancellation."""
@@ -80,7 +83,8 @@ class Engine:
 
     def run(self, pipeline: PipelineHead) -> None:
         """Send Ready once a token has flowed through all stages, then serve until `stop`. Raises
-        PeerLost, and SmolrunError if the model computes no tokens."""
+        PeerLost and GenerationEnded, after which it may run again (`recover`), and SmolrunError if
+        the model computes no tokens."""
         self._warm_up(pipeline)
         self._report()  # the figures of the stages, before anything is asked
         has_started = self._scheduler.has_requests
@@ -90,8 +94,23 @@ class Engine:
             has_started = self._start_batch(pipeline)
         self._end(pipeline)
 
+    def recover(self, scheduler: Scheduler) -> None:
+        """Prepare to run again on other stages, with what has not finished. The mesh of the lost
+        ones must be closed."""
+        self._report()
+        self._lost = self._lost or self._scheduler
+        self._scheduler = scheduler
+        self._started.clear()
+        scheduler.limit_chunks(int(self._chunk_tokens))
+        kept = []
+        while not self._inbox.empty():
+            event = self._inbox.get()
+            if not isinstance(event, BatchResult | BaseException) and event is not _PIPELINE_ENDED:
+                kept.append(event)
+        for event in kept:
+            self._inbox.put(event)
+
     def _warm_up(self, pipeline: PipelineHead) -> None:
-        early: list[object] = []  # requests that come before Ready
         self._scheduler.submit(_WARM_UP)
         while self._scheduler.has_requests:
             self._start_batch(pipeline)
@@ -99,7 +118,7 @@ class Engine:
             if isinstance(event, BatchResult | BaseException):
                 self._take_event(event)
             else:
-                early.append(event)
+                self._early.append(event)
         (finished,) = self._scheduler.take_output().finished
         if finished.reason == "error":
             raise SmolrunError(f"the model computes no tokens: {finished.message}")
@@ -108,6 +127,10 @@ class Engine:
         self._send(
             Ready(slots.capacity, len(slots) * slots.capacity, len(slots), stages=self._stages)
         )
+        if self._lost is not None:
+            self._scheduler.take_over(self._lost)
+            self._lost = None
+        early, self._early = self._early, []
         for event in early:
             self._take_event(event)
 

@@ -28,14 +28,15 @@ from smolrun.serving.messages import (
     FromEngine,
     Prefill,
     Ready,
+    Recovering,
     StepOutput,
     Submit,
     ToEngine,
     Token,
 )
 
-Output = Token | Finished | Prefill
-State = Literal["starting", "ready", "draining", "failed"]
+Output = Token | Finished | Prefill | Recovering
+State = Literal["starting", "ready", "recovering", "draining", "failed"]
 
 _RATE_WINDOW = 32  # finished choices that the rate is measured over
 _MAX_RETRY_S = 60
@@ -293,13 +294,27 @@ class Frontend:
             self.ready = message
             if self.state != "draining":
                 self.state, self.reason = "ready", ""
+        elif isinstance(message, Recovering):
+            self._pause(message)
         elif isinstance(message, StepOutput):
             self.metrics.stats = message.stats or self.metrics.stats
-            outputs: list[Output] = [*message.prefill, *message.tokens, *message.finished]
+            outputs: list[Token | Finished | Prefill] = [
+                *message.prefill,
+                *message.tokens,
+                *message.finished,
+            ]
             for output in outputs:
                 self._route(output)
 
-    def _route(self, output: Output) -> None:
+    def _pause(self, message: Recovering) -> None:
+        """No request is taken until Ready; those that run are told, and go on then."""
+        if self.state == "ready":
+            self.state, self.reason = "recovering", f"recovering: {message.reason}"
+        for stream in self._streams.values():
+            if not stream.has_ended:
+                stream.push(message)
+
+    def _route(self, output: Token | Finished | Prefill) -> None:
         stream = self._streams.get(output.request)
         if stream is None or stream.has_ended:
             return

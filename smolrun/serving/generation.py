@@ -22,7 +22,7 @@ from smolrun.errors import DataError
 from smolrun.models.sampling import Sampling
 from smolrun.serving.api_errors import ApiError
 from smolrun.serving.frontend import Frontend, OutputStream, StreamFailed
-from smolrun.serving.messages import Finished, FinishReason, Prefill, Submit
+from smolrun.serving.messages import Finished, FinishReason, Prefill, Recovering, Submit
 from smolrun.serving.protocol import CompletionFields
 from smolrun.serving.text import AnswerText, Delta, Prompts
 
@@ -40,12 +40,13 @@ _SAMPLING_KEYS = (
 @dataclass(frozen=True)
 class Piece:
     """What is new of one choice; `reason` with its last piece. Without a choice: the progress of
-    the prompt."""
+    the prompt, or that the answer pauses, and why."""
 
     choice: int
     delta: Delta
     reason: FinishReason | None = None
     prefill: Prefill | None = None
+    recovering: str | None = None
 
 
 @dataclass
@@ -233,6 +234,9 @@ class Generation:
             if isinstance(output, Prefill):
                 self.usage.cached_tokens = output.cached_tokens
                 yield Piece(0, Delta(), prefill=output)
+                continue
+            if isinstance(output, Recovering):
+                yield Piece(0, Delta(), recovering=output.reason)
                 continue
             answer = self._answers[output.choice]
             if answer.is_stopped():

@@ -5,6 +5,7 @@
       | -- Submit (token ids, sampling) ------------> |
       | <------------------------- StepOutput ------- |   new tokens of all requests, once a step
       | -- Cancel (the client is gone) -------------> |
+      | <------------------------- Recovering ------- |   a stage is lost; Ready follows
 
 Before that between the driver and every rank, topic `LOADING`:
 
@@ -139,6 +140,13 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"
     stages: list[StageStats] = []
 
 
+class Recovering(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="recovering"):
+    """Stages are lost or changed: running requests pause, and Ready comes again once the model is
+    loaded on those that are there."""
+
+    reason: str
+
+
 class StepOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="step"):
     """What one step of the engine brought; `stats` about once a second."""
 
@@ -148,7 +156,7 @@ class StepOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     stats: Stats | None = None
 
 
-FromEngine = Ready | StepOutput
+FromEngine = Ready | Recovering | StepOutput
 
 
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="probe"):
@@ -174,7 +182,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     `stages`: the ranks that hold layers, in order, rank 0 first; `last_layers`: the last layer of
     each. A rank that is not among them waits for the end of the run. `folders`: where the model is
     on the host of each rank. Every stage keeps `slots` sequences of up to `capacity` tokens, and
-    computes at most `chunk_tokens` tokens of prompts at once.
+    computes at most `chunk_tokens` tokens of prompts at once. `generation`: of the mesh; a rank
+    drops what is for another one.
     """
 
     source: dict[str, Any]
@@ -187,6 +196,7 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     chunk_tokens: int = 256
     prefix_reuse: bool = True
     batch_invariant: bool = False
+    generation: int = 0
 
 
 class Loading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loading"):

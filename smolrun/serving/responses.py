@@ -43,10 +43,12 @@ def event(body: Any) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-def prefill_comment(piece: Piece) -> bytes:
-    """How far the prompt is, as a comment, which every client skips."""
-    assert piece.prefill is not None
-    return f": prefill {piece.prefill.done}/{piece.prefill.total}\n\n".encode()
+def comments(piece: Piece) -> Iterator[bytes]:
+    """How far the prompt is, or why the answer pauses, as comments, which every client skips."""
+    if piece.prefill is not None:
+        yield f": prefill {piece.prefill.done}/{piece.prefill.total}\n\n".encode()
+    if piece.recovering is not None:
+        yield f": recovering {' '.join(piece.recovering.split())}\n\n".encode()
 
 
 class EventStream(EventSourceResponse):
@@ -165,8 +167,8 @@ class Completion(ABC, Generic[Body]):
             for entry in self.first_entries():
                 yield event(head | {"choices": [entry]} | last)
             async for prompt, piece in merged(generations):
-                if piece.prefill is not None:
-                    yield prefill_comment(piece)
+                for comment in comments(piece):
+                    yield comment
                 for entry in self.entries(prompt, piece):
                     yield event(head | {"choices": [entry]} | last)
             if wants_usage:

@@ -110,6 +110,24 @@ class Scheduler:
         least = max(len(self.slots), _LEAST_CHUNK_TOKENS)
         self._chunk_tokens = min(self._most_chunk_tokens, max(least, tokens))
 
+    def take_over(self, lost: Scheduler) -> None:
+        """The requests of a scheduler whose stages are lost, and its totals. Those that ran come
+        first and are computed again, with the tokens that they had generated; one that does not fit
+        into a slot any more ends with an error."""
+        self._prompt_tokens += lost._prompt_tokens
+        self._generated_tokens += lost._generated_tokens
+        self._cached_tokens += lost._cached_tokens
+        again = lost._running
+        self._held |= lost._held
+        self._waiting.extend([*again, *lost._waiting])
+        for sequence in again:
+            sequence.was_admitted = True
+        for sequence in [*self._waiting, *chain.from_iterable(self._held.values())]:
+            sequence.restart(self.slots.capacity)
+            if len(sequence.tokens) >= sequence.max_length:
+                problem = f"a host was lost, and a slot has {self.slots.capacity} tokens since then"
+                self._finish(sequence, "error", problem)
+
     def take_output(self) -> StepOutput:
         """Everything that has happened since the last call."""
         output, self._output = self._output, StepOutput()
@@ -206,11 +224,11 @@ class Scheduler:
             request = sequence.request
             # Log-probabilities of a prompt need all its logits.
             reuse = sequence.choice > 0 or (self._prefix_reuse and not request.echo_logprobs)
-            slot, cached, fork = self.slots.take(request.prompt_ids, reuse=reuse)
+            slot, cached, fork = self.slots.take(sequence.tokens, reuse=reuse)
             sequence.slot, sequence.scheduled = slot, cached
             if fork is not None:
                 forks.append(fork)
-            history = request.prompt_ids[:cached]
+            history = sequence.tokens[:cached]
             opened.append(
                 Opened(
                     slot,
@@ -222,7 +240,7 @@ class Scheduler:
                 )
             )
             self._running.append(sequence)
-            if sequence.choice == 0:
+            if sequence.choice == 0 and not sequence.was_admitted:
                 self._prompt_tokens += sequence.prompt_length
                 self._cached_tokens += cached
                 sequence.cached = cached
@@ -230,7 +248,7 @@ class Scheduler:
 
     def _decoding(self) -> Iterable[tuple[Sequence, int]]:
         """A share of the sequences that have a new token, those that waited longest first."""
-        after_prompt = [sequence for sequence in self._running if not sequence.is_prefilling]
+        after_prompt = [sequence for sequence in self._running if not sequence.prefill_left]
         share = -(-len(after_prompt) // self.num_stages)
         ready = [sequence for sequence in after_prompt if sequence.pending]
         ready.sort(key=lambda sequence: sequence.last_batch)
@@ -241,11 +259,12 @@ class Scheduler:
     def _prefilling(self) -> Iterable[tuple[Sequence, int]]:
         """Chunks of prompts. All share the chunk's tokens, so a short prompt does not wait for the
         end of a long one."""
-        prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
-        prefilling.sort(key=_prompt_left)  # what short ones leave goes to longer ones
+        prefilling = [sequence for sequence in self._running if sequence.prefill_left]
+        # What short ones leave goes to longer ones.
+        prefilling.sort(key=lambda sequence: sequence.prefill_left)
         chunks, left = [], self._chunk_tokens
         for index, sequence in enumerate(prefilling):
-            count = min(_prompt_left(sequence), -(-left // (len(prefilling) - index)))
+            count = min(_chunk_left(sequence), -(-left // (len(prefilling) - index)))
             if count:
                 chunks.append((sequence, count))
                 left -= count
@@ -258,11 +277,13 @@ class Scheduler:
         request = sequence.request
         self.slots.append(sequence.slot, sequence.tokens[start:end])
         sequence.scheduled, sequence.last_batch = end, number
-        if start < sequence.prompt_length == end and sequence.choice == 0:
+        if start < sequence.prompt_length <= end and sequence.choice == 0:
             self._admit_other_choices(sequence)
         is_sampled = end == len(sequence.tokens) < sequence.max_length
         is_echoed = (
-            request.echo_logprobs and sequence.choice == 0 and start < sequence.prompt_length
+            request.echo_logprobs
+            and sequence.choice == 0
+            and sequence.reported <= start < sequence.prompt_length
         )
         following = request.prompt_ids[end : end + 1] if is_echoed else []
         return Row(sequence.slot, start, count, is_sampled, is_echoed, next(iter(following), None))
@@ -291,7 +312,8 @@ class Scheduler:
         for sequence, row in pairs:
             if sequence.is_finished:
                 continue  # it was cancelled meanwhile
-            if row.start < sequence.prompt_length and sequence.choice == 0:
+            done = min(row.start + row.count, sequence.prompt_length)
+            if done > max(row.start, sequence.reported) and sequence.choice == 0:
                 self._report_prefill(sequence, row, logprobs.get(row.slot))
             if row.is_sampled:
                 self._add_token(sequence, sampled[row.slot])
@@ -301,7 +323,8 @@ class Scheduler:
     def _report_prefill(self, sequence: Sequence, row: Row, values: list[Score] | None) -> None:
         first: list[Score | None] = [None] if row.start == 0 else []
         logprobs = None if values is None else [*first, *values]
-        done, total = row.start + row.count, sequence.prompt_length
+        total = sequence.prompt_length
+        done = sequence.reported = min(row.start + row.count, total)
         request, cached = sequence.request.request, sequence.cached
         self._output.prefill.append(Prefill(request, done, total, logprobs, cached))
 
@@ -321,5 +344,10 @@ class Scheduler:
             self._finish(sequence, "length")
 
 
-def _prompt_left(sequence: Sequence) -> int:
-    return sequence.prompt_length - sequence.scheduled
+def _chunk_left(sequence: Sequence) -> int:
+    """The longest chunk; where log-probabilities of the prompt are asked for, all or none of its
+    tokens have them, and none twice."""
+    if not sequence.request.echo_logprobs or sequence.choice:
+        return sequence.prefill_left
+    ends = [sequence.reported, sequence.prompt_length, len(sequence.tokens)]
+    return next(end for end in ends if end > sequence.scheduled) - sequence.scheduled

@@ -4,6 +4,8 @@
     scheduled   ------------->           in the cache once all batches are through
     pending                  g g         to be scheduled: the rest of the prompt, or the last token
 
+After the loss of a stage `scheduled` is 0 again, and generated tokens are brought like the prompt.
+
 Pure data.
 """
 
@@ -29,6 +31,10 @@ class Sequence:
     # share its prompt.
     cached: int = 0
     last_batch: int = -1  # the number of the batch that it was in last
+    was_admitted: bool = False  # by a scheduler whose stages are lost
+    reported: int = 0  # tokens of the prompt whose progress was reported
+    # Tokens generated before its stages were lost: they are computed again as the prompt is.
+    replayed: int = 0
     is_finished: bool = False
 
     @property
@@ -36,14 +42,20 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
-    def is_prefilling(self) -> bool:
-        """Whether tokens of the prompt are to be scheduled."""
-        return self.scheduled < self.prompt_length
+    def prefill_left(self) -> int:
+        """Tokens to be scheduled of those that were known when it was admitted."""
+        return max(0, self.prompt_length + self.replayed - self.scheduled)
 
     @property
     def pending(self) -> int:
         """Tokens that are known and not scheduled; 0 while the next one is being computed."""
         return len(self.tokens) - self.scheduled
+
+    def restart(self, capacity: int) -> None:
+        """Its stages are lost: everything is computed again, in a slot of `capacity` tokens."""
+        self.slot, self.scheduled, self.last_batch = None, 0, -1
+        self.replayed = self.generated
+        self.max_length = min(self.max_length, capacity)
 
     @property
     def generated(self) -> int:

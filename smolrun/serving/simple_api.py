@@ -15,7 +15,7 @@ from starlette.responses import Response
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.generation import Generation, Service
 from smolrun.serving.protocol import CompletionFields, SimpleRequest
-from smolrun.serving.responses import EventStream, event, prefill_comment, unless_gone
+from smolrun.serving.responses import EventStream, comments, event, unless_gone
 
 _SCHEDULER_RANK = 0
 
@@ -74,9 +74,9 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
     texts: list[str] = []
     try:
         async for piece in generation.pieces():
-            if piece.prefill is not None:
-                yield prefill_comment(piece)
-            elif piece.delta.text:
+            for comment in comments(piece):
+                yield comment
+            if piece.delta.text:
                 texts.append(piece.delta.text)
                 yield event({"token": piece.delta.text, "done": False})
         yield event({"token": "", "done": True, "full_text": "".join(texts)} | _times(generation))

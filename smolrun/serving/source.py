@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -159,14 +159,17 @@ def load_stage(
     has_head: bool,
     dtype: torch.dtype,
     progress: Progress = lambda done, total: None,
+    held: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The parameters of a stage, under the names of models/decoder.py, on the CPU.
+    """The parameters of a stage but those `held` already, under the names of models/decoder.py, on
+    the CPU.
 
     Reads the tensors of this stage alone, one after the other, so that it needs little more memory
     than they have in `dtype`. `progress` gets the number of tensors done and of all. Raises
     ConfigError or CheckpointError for files that are missing, damaged or of another model.
     """
     shapes = source.parameter_shapes(first_layer, last_layer, has_embedding, has_head)
+    shapes = {name: shape for name, shape in shapes.items() if name not in held}
     found: dict[str, Tensor] = {}
     with _TENSORS[source.kind](source) as tensors:
         for name, shape in shapes.items():

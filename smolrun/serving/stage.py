@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smolrun.models.attention import rotation_of
 from smolrun.models.kv_cache import may_look
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.serving.batch import Batch, Row
 from smolrun.serving.weights import Layer, Linear, WeightReader
 
@@ -66,7 +66,9 @@ class Stage:
     `parameters` have the names of models/decoder.py; the dict is emptied, so that joined weights
     need memory for one layer twice only. Computes in `dtype`, on the device of the parameters.
     `batch_invariant`: what is computed for a token does not depend, to the last bit, on neighbours
-    or chunks; prompts then take several times as long.
+    or chunks; prompts then take several times as long. `kept` is an earlier stage of the same
+    model, dtype and device: the weights of its that this one needs are shared with it, and are not
+    among the parameters.
     Raises ValueError for a capacity beyond max_sequence_length.
     """
 
@@ -84,6 +86,7 @@ class Stage:
         capacity: int,
         dtype: torch.dtype,
         batch_invariant: bool = False,
+        kept: Stage | None = None,
     ) -> None:
         if capacity > shape.max_sequence_length:
             limit = f"max_sequence_length={shape.max_sequence_length}"
@@ -91,19 +94,55 @@ class Stage:
         self.shape, self.vocab_size = shape, vocab_size
         self.has_embedding, self.has_head = has_embedding, has_head
         self.slots, self.capacity, self.dtype = slots, capacity, dtype
-        self.device = next(iter(parameters.values())).device
+        self.device: torch.device = kept.device if kept else next(iter(parameters.values())).device
+        self.layers = range(first_layer, last_layer + 1)
         self._is_invariant = batch_invariant
         weights = WeightReader(parameters, shape, dtype, is_invariant=batch_invariant)
         self._embedding = weights.embedding("token_embedding")
         self._position_embedding = weights.embedding("position_embedding")
-        self._layers = [weights.layer(layer) for layer in range(first_layer, last_layer + 1)]
-        self._norm = weights.norm("norm") if has_head else None
-        self._head = (weights.embedding("head") or self._embedding) if has_head else None
+        has = kept.layers if kept else range(0)
+        self._layers: list[Layer] = [
+            kept._layers[has.index(layer)] if kept and layer in has else weights.layer(layer)
+            for layer in self.layers
+        ]
+        if kept is not None:
+            self._keep_ends(kept)
+        if not has_head:
+            self._norm = self._head = None
+        elif kept is not None and kept.has_head:
+            self._norm, self._head = kept._norm, kept._head
+        else:
+            self._norm = weights.norm("norm")
+            self._head = weights.embedding("head") or self._embedding
         self._rotation = self._rotation_tables() if shape.position == "rope" else None
         # Zeros, not empty: keys beyond a sequence's end are masked, and must be finite for that.
         sizes = (len(self._layers), slots, capacity, 2 * shape.kv_heads, shape.head_width)
         self._cache = _zeros(sizes, dtype, self.device)
         self._written = [0] * slots  # tokens of each slot that may not be zeros
+
+    def _keep_ends(self, kept: Stage) -> None:
+        """The embeddings, where this stage needs them."""
+        if self._embedding is None and (self.has_embedding or self._ties_head()):
+            self._embedding = kept._embedding
+        if self._position_embedding is None and self.has_embedding:
+            self._position_embedding = kept._position_embedding
+
+    def _ties_head(self) -> bool:
+        return self.has_head and self.shape.tie_embeddings
+
+    def parameter_names(self) -> set[str]:
+        """Names of the parameters that its weights were made of."""
+        ends = (self.has_embedding, self.has_head)
+        first, last = self.layers.start, self.layers.stop - 1
+        return {*parameter_shapes(self.shape, self.vocab_size, first, last, *ends)}
+
+    def shrink(self, layers: range) -> None:
+        """Give back the memory of the slots, and of its layers that are not among these; it must
+        not run any more."""
+        self._cache = self._cache.new_empty(0)
+        kept = range(max(layers.start, self.layers.start), min(layers.stop, self.layers.stop))
+        self._layers = [self._layers[self.layers.index(layer)] for layer in kept]
+        self.layers = kept
 
     @property
     def weight_bytes(self) -> int:

@@ -102,6 +102,8 @@ class TextCompletion(Completion[CompletionRequest]):
             if self._echoes and piece.prefill.logprobs:
                 self._echoes[prompt].scores += piece.prefill.logprobs
             return
+        if piece.recovering is not None:
+            return
         index, delta = prompt * self.n + piece.choice, self._delta(prompt, piece)
         logprobs = None if self.body.logprobs is None else self._logprobs(index, delta)
         reason = piece.reason

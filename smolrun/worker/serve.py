@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from smolrun.errors import StopRequested
+from smolrun.errors import GenerationEnded, PeerLost, SmolrunError, StopRequested
 from smolrun.launch.channel import WorkerChannel
 from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, decode_data
 from smolrun.launch.machine_memory import machine_memory
@@ -27,6 +27,7 @@ from smolrun.serving.messages import (
     Loading,
     Probe,
     Probed,
+    Recovering,
     ServingDtype,
     StageStats,
     ToEngine,
@@ -38,6 +39,7 @@ from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
 from smolrun.worker.memory_limit import limit_memory
+from smolrun.worker.process import regroup
 from smolrun.worker.train import late, pace_of, pick_device
 
 _DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,56 +48,150 @@ _PROBE_BYTES = 128 * 1024 * 1024
 _PROBE_S = 0.7
 _PROBE_CONTEXT = 128  # tokens in the cache
 _PROGRESS_EVERY_S = 0.2
+_LOOK_S = 0.2  # how late a rank that waits for the driver sees that its mesh has failed
 
 
 def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
-    """From the measurement to the end of the server; returns the rank's summary. Raises PeerLost,
-    and StopRequested if the driver stops it before anything was loaded."""
-    device = torch.device(pick_device(start.device))
-    pace = pace_of(start.config, mesh.rank)
-    limit = limit_memory(start, device.type, channel.emit)
-    load = _wait_load(mesh, channel, device, pace, limit)
-    source = msgspec.convert(load.source, ModelSource)
-    source = msgspec.structs.replace(source, folder=load.folders[mesh.rank])
-    if mesh.rank not in load.stages:
-        channel.send_data(LOADING, Loaded(mesh.rank, 0, 0))
-        runner, times = None, StageTimes(StageStats(mesh.rank, start.host, 0, -1))
-    else:
-        stage = _load(load, source, mesh.rank, channel, device)
-        runner = DecoderRunner(stage, max(load.chunk_tokens, load.slots) + load.slots)
-        layers = _layers_of(load, mesh.rank)
-        sizes = (stage.weight_bytes, stage.cache_bytes)
-        figures = StageStats(mesh.rank, start.host, layers.start, layers.stop - 1, *sizes)
-        times = StageTimes(figures, pace)
-    if mesh.rank == 0:
-        _run_engine(load, source, runner, times, mesh, channel)
-    elif runner is not None:
-        run_stage(mesh, load.stages, runner, times)
-    else:
-        channel.stop_requested.wait()
-    if too_slow := late(pace, mesh.rank):
-        channel.emit(too_slow)
+    """From the measurement to the end of the server; returns the rank's summary. Where ranks are
+    lost or come back, the rank keeps its process and the weights that it needs again. Raises
+    PeerLost where that ends the run, and StopRequested if the driver stops it before it serves."""
+    server = _Server(start, channel)
+    while True:
+        try:
+            server.run(mesh)
+            break
+        except (PeerLost, GenerationEnded) as error:
+            if start.links != "group":
+                raise
+            server.pause(error)
+            mesh = regroup(start, mesh, channel)
+    if mesh.generation > 0:
+        mesh.close()
     return {"was_stopped": True}
 
 
-def _wait_load(
-    mesh: Mesh, channel: WorkerChannel, device: torch.device, pace: Pace, limit: float
-) -> Load:
-    """Answer every Probe until there is a Load; blocks. `limit`: bytes that may be used here."""
-    inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+class _Server:
+    """This rank over all generations of the mesh."""
 
-    def take(message: TaskMessage) -> None:
-        inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union is no type
+    def __init__(self, start: StartMessage, channel: WorkerChannel) -> None:
+        self._start, self._channel = start, channel
+        self._rank = start.rank
+        self._device = torch.device(pick_device(start.device))
+        self._pace = pace_of(start.config, start.rank)
+        self._limit = limit_memory(start, self._device.type, channel.emit)
+        self._inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+        self._stage: Stage | None = None
+        self._engine: Engine | None = None
 
-    channel.subscribe(LOADING, take)
-    channel.on_stop(lambda: inbox.put(None))
-    while True:
-        message = inbox.get()
-        if message is None:
-            raise StopRequested("the driver asked this rank to stop before it began")
-        if isinstance(message, Load):
-            return message
-        channel.send_data(LOADING, _measure(message, mesh.rank, device, pace, limit))
+        def take(message: TaskMessage) -> None:
+            self._inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union
+
+        channel.subscribe(LOADING, take)
+        channel.on_stop(lambda: self._inbox.put(None))
+
+    def run(self, mesh: Mesh) -> None:
+        """One generation: load, then serve until the driver stops the run. Raises PeerLost and
+        GenerationEnded."""
+        load = self._wait_load(mesh)
+        source = msgspec.convert(load.source, ModelSource)
+        source = msgspec.structs.replace(source, folder=load.folders[self._rank])
+        runner, times = self._prepare(load, source)
+        if self._rank == 0:
+            self._run_engine(load, source, runner, times, mesh)
+        elif runner is not None:
+            run_stage(mesh, load.stages, runner, times)
+        else:
+            self._idle(mesh)
+        if too_slow := late(self._pace, self._rank):
+            self._channel.emit(too_slow)
+
+    def pause(self, error: SmolrunError) -> None:
+        """Tell the clients why their answers pause."""
+        if self._engine is not None:
+            self._channel.send_data(TOPIC, Recovering(str(error)[:1000]))
+
+    def _wait_load(self, mesh: Mesh) -> Load:
+        """Answer every Probe until there is a Load of this generation; blocks."""
+        while True:
+            message = self._next(mesh)
+            if message is None:
+                raise StopRequested("the driver asked this rank to stop before it began")
+            if isinstance(message, Probe):
+                probed = _measure(message, self._rank, self._device, self._pace, self._limit)
+                self._channel.send_data(LOADING, probed)
+            elif message.generation == mesh.generation:
+                return message
+
+    def _next(self, mesh: Mesh) -> ToRank | None:
+        """The driver's next message, None once it stops the run; raises why the mesh failed."""
+        while True:
+            if mesh.failure is not None:
+                raise mesh.failure
+            try:
+                return self._inbox.get(timeout=_LOOK_S)
+            except queue.Empty:
+                pass
+
+    def _idle(self, mesh: Mesh) -> None:
+        """A rank without layers, until the end of the run or of the generation."""
+        while self._next(mesh) is not None:
+            pass
+
+    def _prepare(self, load: Load, source: ModelSource) -> tuple[DecoderRunner | None, StageTimes]:
+        """This rank's stage, if it has layers, and its figures."""
+        if self._rank not in load.stages:
+            self._stage = None
+            self._channel.send_data(LOADING, Loaded(self._rank, 0, 0))
+            return None, StageTimes(StageStats(self._rank, self._start.host, 0, -1))
+        kept = self._stage
+        if kept is not None:
+            kept.shrink(_layers_of(load, self._rank))
+        stage = _load(load, source, self._rank, self._channel, self._device, kept)
+        self._stage = stage
+        sizes = (stage.weight_bytes, stage.cache_bytes)
+        first, last = stage.layers.start, stage.layers.stop - 1
+        figures = StageStats(self._rank, self._start.host, first, last, *sizes)
+        runner = DecoderRunner(stage, max(load.chunk_tokens, load.slots) + load.slots)
+        return runner, StageTimes(figures, self._pace)
+
+    def _run_engine(
+        self,
+        load: Load,
+        source: ModelSource,
+        runner: DecoderRunner | None,
+        times: StageTimes,
+        mesh: Mesh,
+    ) -> None:
+        """Rank 0: requests from the driver, tokens to it; blocks until the driver stops the run."""
+        scheduler = Scheduler(
+            slots=load.slots,
+            capacity=load.capacity,
+            vocab_size=source.vocab_size,
+            stages=len(load.stages),
+            chunk_tokens=load.chunk_tokens,
+            prefix_reuse=load.prefix_reuse,
+        )
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = self._new_engine(scheduler)
+        else:
+            engine.recover(scheduler)
+        engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
+
+    def _new_engine(self, scheduler: Scheduler) -> Engine:
+        channel = self._channel
+        # The message around the data needs a few bytes too.
+        limit = MAX_TASK_BYTES - 1024
+        engine = Engine(
+            scheduler, lambda message: channel.send_data(TOPIC, message), max_message_bytes=limit
+        )
+
+        def take(message: TaskMessage) -> None:
+            engine.submit(decode_data(message, ToEngine))  # type: ignore[arg-type]  # a union
+
+        channel.subscribe(TOPIC, take)
+        channel.on_stop(engine.stop)
+        return engine
 
 
 def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: float) -> Probed:
@@ -139,9 +235,14 @@ def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: f
 
 
 def _load(
-    load: Load, source: ModelSource, rank: int, channel: WorkerChannel, device: torch.device
+    load: Load,
+    source: ModelSource,
+    rank: int,
+    channel: WorkerChannel,
+    device: torch.device,
+    kept: Stage | None,
 ) -> Stage:
-    """This rank's stage, with its weights."""
+    """This rank's stage, with its weights; those of its earlier stage are not loaded again."""
     layers = _layers_of(load, rank)
     first, last = layers.start, layers.stop - 1
     ends = (rank == load.stages[0], rank == load.stages[-1])
@@ -155,7 +256,8 @@ def _load(
             reported_s = now
 
     dtype = _DTYPES[load.dtype]
-    parameters = load_stage(source, first, last, *ends, dtype, progress)
+    held = kept.parameter_names() if kept is not None else ()
+    parameters = load_stage(source, first, last, *ends, dtype, progress, held)
     for name in parameters:
         parameters[name] = parameters[name].to(device)
     stage = Stage(
@@ -169,40 +271,10 @@ def _load(
         capacity=load.capacity,
         dtype=dtype,
         batch_invariant=load.batch_invariant,
+        kept=kept,
     )
     channel.send_data(LOADING, Loaded(rank, stage.weight_bytes, stage.cache_bytes))
     return stage
-
-
-def _run_engine(
-    load: Load,
-    source: ModelSource,
-    runner: DecoderRunner | None,
-    times: StageTimes,
-    mesh: Mesh,
-    channel: WorkerChannel,
-) -> None:
-    """Rank 0: requests from the driver, tokens to it; blocks until the driver stops the run."""
-    scheduler = Scheduler(
-        slots=load.slots,
-        capacity=load.capacity,
-        vocab_size=source.vocab_size,
-        stages=len(load.stages),
-        chunk_tokens=load.chunk_tokens,
-        prefix_reuse=load.prefix_reuse,
-    )
-    # The message around the data needs a few bytes too.
-    limit = MAX_TASK_BYTES - 1024
-    engine = Engine(
-        scheduler, lambda message: channel.send_data(TOPIC, message), max_message_bytes=limit
-    )
-
-    def take(message: TaskMessage) -> None:
-        engine.submit(decode_data(message, ToEngine))  # type: ignore[arg-type]  # a union
-
-    channel.subscribe(TOPIC, take)
-    channel.on_stop(engine.stop)
-    engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
 
 
 def _layers_of(load: Load, rank: int) -> range:

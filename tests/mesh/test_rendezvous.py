@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from smolrun.errors import HandshakeError, SmolrunError, WaitTimeout
+from smolrun.errors import GenerationEnded, HandshakeError, SmolrunError, WaitTimeout
 from smolrun.mesh.connect import connect
 from smolrun.mesh.endpoint import Endpoint
 from smolrun.mesh.rendezvous import RosterEntry
@@ -57,19 +57,49 @@ def test_a_rank_of_another_run_is_refused(changes: dict[str, object], words: str
     assert any(words in str(result) for result in results), results
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"config_hash": "other"}, {"generation": 7}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_different_configurations_are_an_error_at_both_ends_at_once(
-    changes: dict[str, object],
-) -> None:
-    (key,) = changes
-    results = build([identity(0), dataclasses.replace(identity(1), **changes)])  # type: ignore[arg-type]
+def test_different_configurations_are_an_error_at_both_ends_at_once() -> None:
+    results = build([identity(0), dataclasses.replace(identity(1), config_hash="other")])
     for result in results:
         assert isinstance(result, HandshakeError)
-        assert f"{key} is" in str(result)
+        assert "config_hash is" in str(result)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_only_the_rank_of_an_earlier_generation_fails_at_once(late: int) -> None:
+    """It may be one that was frozen; the others wait for those of their own generation."""
+    identities = [identity(0), identity(1)]
+    identities[1 - late] = dataclasses.replace(identities[1 - late], generation=7)
+    results = build(identities, start_timeout_s=2.0)
+    assert isinstance(results[late], HandshakeError)
+    assert "generation is" in str(results[late])
+    waits = results[1 - late]
+    assert isinstance(waits, WaitTimeout) and waits.rank == late
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "tls"])
+def test_ranks_of_a_later_generation_link_although_one_of_an_earlier_dials_them(
+    is_secure: bool,
+) -> None:
+    endpoints = [Endpoint([LOOPBACK]) for _ in range(3)]
+    later = [dataclasses.replace(identity(rank, 3), generation=1) for rank in (0, 1)]
+    both = roster_of(endpoints)[:2]
+    securities = tls_ranks(3) if is_secure else None
+    results = meet(
+        endpoints, [*later, identity(2, 3)], [both, both, roster_of(endpoints)], securities
+    )
+    first, second, late = results
+    assert isinstance(first, TcpMesh) and isinstance(second, TcpMesh), results
+    assert (first.members, second.members) == ([0, 1], [0, 1])
+    assert isinstance(late, SmolrunError)
+
+
+def test_the_wait_ends_when_a_later_generation_is_announced() -> None:
+    endpoint, is_outdated = Endpoint([LOOPBACK]), threading.Event()
+    with dead_address("silent") as silent:
+        roster = [RosterEntry(0, "x", [silent]), RosterEntry(1, "y", endpoint.addresses)]
+        threading.Timer(0.2, is_outdated.set).start()
+        with pytest.raises(GenerationEnded):
+            connect(endpoint, identity(1), roster, is_outdated=is_outdated.is_set)
 
 
 def test_a_missing_rank_is_named_with_host_and_the_outcome_of_every_address() -> None:
