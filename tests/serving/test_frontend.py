@@ -11,8 +11,10 @@ from smolrun.serving.frontend import Frontend, Output, StreamFailed, Unavailable
 from smolrun.serving.messages import (
     Cancel,
     Finished,
+    FromEngine,
     Prefill,
     Ready,
+    Recovering,
     StepOutput,
     Submit,
     ToEngine,
@@ -32,7 +34,7 @@ class Bench:
         self.frontend.attach(asyncio.get_running_loop())
         await self.receive(Ready(100, 1000, 2))
 
-    async def receive(self, message: Ready | StepOutput) -> None:
+    async def receive(self, message: FromEngine) -> None:
         self.frontend.on_message(message)
         await asyncio.sleep(0)
 
@@ -188,6 +190,23 @@ def test_a_lost_engine_fails_every_stream_after_its_last_output():
             bench.frontend.check_room()
         await bench.receive(Ready(100, 1000, 2))
         bench.frontend.check_room()
+
+    run(test)
+
+
+def test_a_lost_stage_pauses_streams_and_takes_no_request_until_it_is_ready_again():
+    async def test(bench: Bench) -> None:
+        stream = bench.frontend.submit(submit("a"))
+        await bench.tokens("a", 1)
+        await bench.receive(Recovering("lost rank 2"))
+        assert bench.frontend.state == "recovering"
+        with pytest.raises(Unavailable, match="rank 2"):
+            bench.frontend.check_room()
+        await bench.receive(Ready(100, 1000, 2))
+        await bench.tokens("a", 2)
+        bench.frontend.check_room()
+        got = [await anext(stream) for _ in range(3)]
+        assert got == [Token("a", 0, 1), Recovering("lost rank 2"), Token("a", 0, 2)]
 
     run(test)
 

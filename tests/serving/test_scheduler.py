@@ -32,6 +32,16 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._begin()
+
+    def lose(self) -> None:
+        """The stages are lost with their caches and all that was on its way; others take over."""
+        self.collect()
+        lost = self.scheduler
+        self._begin()
+        self.scheduler.take_over(lost)
+
+    def _begin(self) -> None:
         self.scheduler = Scheduler(
             slots=self.slots,
             capacity=self.capacity,
@@ -108,7 +118,8 @@ def _scripts(draw: st.DrawFn) -> list[tuple[str, int]]:
     return draw(
         st.lists(
             st.tuples(
-                st.sampled_from(["submit", "schedule", "result", "cancel"]), st.integers(0, 9)
+                st.sampled_from(["submit", "schedule", "result", "cancel", "lose"]),
+                st.integers(0, 9),
             ),
             max_size=60,
         )
@@ -120,20 +131,24 @@ def _scripts(draw: st.DrawFn) -> list[tuple[str, int]]:
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 12),
-    st.lists(st.tuples(PROMPTS, st.integers(0, 12), st.integers(1, 3)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(PROMPTS, st.integers(0, 12), st.integers(1, 3), st.booleans()),
+        min_size=1,
+        max_size=8,
+    ),
     _scripts(),
 )
 def test_every_choice_ends_once_and_with_its_own_text(
     slots: int,
     stages: int,
     chunk_tokens: int,
-    wanted: list[tuple[list[int], int, int]],
+    wanted: list[tuple[list[int], int, int, bool]],
     script: list[tuple[str, int]],
 ) -> None:
     run = Run(slots, 40, stages, chunk_tokens)
     requests = [
-        Submit(f"r{index}", prompt, max_tokens, choices)
-        for index, (prompt, max_tokens, choices) in enumerate(wanted)
+        Submit(f"r{index}", prompt, max_tokens, choices, echo_logprobs=is_echoed)
+        for index, (prompt, max_tokens, choices, is_echoed) in enumerate(wanted)
     ]
     unsent, cancelled = list(requests), set()
     for action, number in [*script, *(("submit", 0) for _ in requests)]:
@@ -147,6 +162,8 @@ def test_every_choice_ends_once_and_with_its_own_text(
             choice = None if number % 2 else 0
             run.scheduler.cancel(Cancel(f"r{number}", choice))
             cancelled.add(f"r{number}")
+        elif action == "lose":
+            run.lose()
         assert run.scheduler.num_in_flight <= stages
     run.finish()
     ends = Counter((one.request, one.choice) for one in run.output.finished)
@@ -164,6 +181,33 @@ def test_every_choice_ends_once_and_with_its_own_text(
             else:
                 assert one.request in cancelled
                 assert text == expected[: len(text)]
+        if one.request not in cancelled:
+            check_prefill(run, one)
+
+
+def check_prefill(run: Run, request: Submit) -> None:
+    """Its progress only grows, and each log-probability comes once."""
+    reports = [one for one in run.output.prefill if one.request == request.request]
+    done = [report.done for report in reports]
+    assert done == sorted(set(done)) and done[-1] == len(request.prompt_ids)
+    values = [value for report in reports for value in report.logprobs or []]
+    if request.echo_logprobs:
+        assert values == [None, *((-token / VOCAB, []) for token in request.prompt_ids[1:])]
+
+
+def test_what_does_not_fit_into_the_slots_that_are_left_ends_with_an_error() -> None:
+    requests = [Submit("long", [20] * 30, 8), Submit("short", [21] * 5, 30), Submit("new", [22], 2)]
+    run = run_of(2, 40, 1, 64, *requests)
+    run.schedule()
+    run.return_result()
+    lost, smaller = run.scheduler, Run(1, 20, 1, 64)
+    smaller.scheduler.take_over(lost)
+    smaller.finish()
+    ends = {one.request: one for one in smaller.output.finished}
+    assert ends["long"].reason == "error" and "a host was lost" in ends["long"].message
+    assert (ends["short"].reason, ends["new"].reason) == ("length", "length")
+    assert [*run.text("short"), *smaller.text("short")] == expected_text([21] * 5, 15, stages=1)
+    assert smaller.scheduler.stats().prompt_tokens == 36
 
 
 def test_slots_are_given_in_order_of_arrival() -> None:

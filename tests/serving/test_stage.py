@@ -12,7 +12,7 @@ import torch
 from smolrun.models.sampling import Sampling
 from smolrun.serving import stage as stage_module
 from smolrun.serving.batch import Batch, Fork, Opened, Row
-from smolrun.serving.source import source_of_folder
+from smolrun.serving.source import load_stage, source_of_folder
 from smolrun.serving.stage import Stage
 from tests.serving.chain import Chain
 from tests.serving.references import FAMILIES, LEAST_MARGIN, Text, save_model, texts_of
@@ -193,6 +193,50 @@ def test_prompt_logprobs_are_those_of_the_next_tokens(
         result = chain.run([row], ids, opened=opened if first == 0 else [])
         values += [logprob for logprob, _ in result.prompt_logprobs[0].values]
     torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=0)
+
+
+# Layers before and after a rank is lost: none is taken over, some, all; embedding and head too.
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((0, 1), (0, 2)),
+        ((2, 3), (1, 3)),
+        ((1, 2), (2, 3)),
+        ((0, 1), (0, 3)),
+        ((3, 3), (0, 3)),
+        ((0, 3), (0, 0)),
+        ((0, 1), (2, 3)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["smollm", "gpt2"])
+def test_a_stage_with_kept_weights_equals_one_that_loads_them_all(
+    kind: str,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    references: dict[str, tuple[Path, list[Text]]],
+) -> None:
+    source = source_of_folder(references[kind][0], kind)
+    size = {"slots": 2, "capacity": 20, "dtype": torch.float32}
+
+    def made(layers: tuple[int, int], kept: Stage | None) -> tuple[Stage, int]:
+        part = (*layers, layers[0] == 0, layers[1] == source.shape.layers - 1)
+        held = kept.parameter_names() if kept else set()
+        parameters = load_stage(source, *part, torch.float32, held=held)
+        count = len(parameters)
+        shape, vocab = source.shape, source.vocab_size
+        return Stage(shape, vocab, *part, parameters, kept=kept, **size), count  # type: ignore[arg-type]
+
+    earlier, _ = made(old, None)
+    earlier.shrink(range(new[0], new[1] + 1))
+    whole, num_tensors = made(new, None)
+    again, num_loaded = made(new, earlier)
+    assert num_loaded == num_tensors - len(whole.parameter_names() & earlier.parameter_names())
+    assert again.weight_bytes == whole.weight_bytes
+    assert again.parameter_names() == whole.parameter_names()
+    ids = [5, 6, 7, 8]
+    batch = Batch(0, [Row(0, 0, 4, True)], ids, opened=[Opened(0, Sampling(), 0, None, [], 4)])
+    hidden = None if new[0] == 0 else torch.randn(4, source.shape.width)
+    assert torch.equal(again.run(batch, hidden), whole.run(batch, hidden))
 
 
 def test_the_memory_of_stages_is_that_of_their_parts(

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def stage_rows(url: str) -> list[dict[str, Any]]:
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
         for sample in family.samples:
             name = sample.name.removeprefix("smolrun_stage_").removesuffix("_total")
-            if name != sample.name and sample.labels:
+            if name != sample.name and "rank" in sample.labels:
                 row = rows.setdefault(sample.labels["rank"], dict(sample.labels))
                 row[name] = sample.value
     return [rows[rank] for rank in sorted(rows)]
@@ -113,21 +114,23 @@ def is_at_rest(url: str) -> bool:
     return {"smolrun_requests_running 0.0", "smolrun_cache_usage_ratio 0.0"} <= {*lines}
 
 
-@pytest.mark.soak  # tests/serving/test_lost_stages.py has both without HTTP
+@pytest.mark.soak  # tests/serving/test_engine.py and tests/launch/test_elastic_driver.py have parts
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
+def test_answers_go_on_over_the_stages_that_are_left_and_with_the_one_that_is_back(
     tmp_path: Path, model: Path, signal_name: str
 ) -> None:
     if not hasattr(signal, signal_name):
         pytest.skip(f"this system has no {signal_name}")
-    pipeline = ["serving=pipeline", "serving.layers=[[0,1],[2,3]]", "mesh.liveness=fast"]
-    with serving(tmp_path, *choice(model), *pipeline) as server:
+    pipeline = ["serving=pipeline", "serving.layers=[[0,0],[1,2],[3,3]]", "cluster.ranks=3"]
+    # A draw for every place, so that a wrong token changes all that follow.
+    drawn = {"temperature": 1.0, "seed": 5, "max_tokens": 400}
+    with serving(tmp_path, *choice(model), *pipeline, "mesh.liveness=fast") as server:
         rows = stage_rows(server.url)
-        assert [row["stage"] for row in rows] == ["0-1", "2-3"]
+        assert [row["stage"] for row in rows] == ["0-0", "1-2", "3-3"]
         held = [(row["weight_bytes"], row["cache_bytes"]) for row in rows]
         told = server.summary()
         assert [(one["weight_bytes"], one["cache_bytes"]) for one in told["stages"]] == held
-        assert [one["layers"] for one in told["stages"]] == [[0, 1], [2, 3]]
+        assert [one["layers"] for one in told["stages"]] == [[0, 0], [1, 2], [3, 3]]
         assert max(weights for weights, _ in held) < told["model_bytes"] <= sum(w for w, _ in held)
         with server.stream() as lines:
             next(events(lines))
@@ -136,23 +139,51 @@ def test_a_lost_stage_ends_answers_with_an_error_and_the_server(
             asked = server.body(**LONG | {"stream": False})
             httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=1.0)
         until(lambda: is_at_rest(server.url))
-        with server.stream() as lines:
+        with server.stream(**drawn) as lines:
+            undisturbed = text_of(events(lines))
+        assert len(undisturbed) > 100
+        for rank in (1, 2):
+            survivors = [server.worker(other).pid for other in {0, 1, 2} - {rank}]
+            comments: list[str] = []
+            with server.stream(**drawn) as lines:
+                got = events(noted(lines, comments))
+                begun = [next(got) for _ in range(40)]
+                server.worker(rank).send_signal(getattr(signal, signal_name))
+                assert text_of(iter([*begun, *got])) == undisturbed
+            assert any(line.startswith(": recovering") for line in comments)
+            until(lambda: len(stage_rows(server.url)) == 3, START_S)  # it is back
+            until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200, START_S)
+            assert [server.worker(other).pid for other in {0, 1, 2} - {rank}] == survivors
+        with server.stream(**drawn) as lines:
             got = events(lines)
             next(got)
-            server.worker(1).send_signal(getattr(signal, signal_name))
+            server.worker(0).send_signal(signal.SIGKILL)
             rest = list(got)
-        assert "rank 1" in rest[-1]["error"]["message"], rest[-1]
+        assert "rank 0" in rest[-1]["error"]["message"], rest[-1]
         code, out, err = server.end()
         assert code == 3
         assert re.search(
-            r"pipeline: rank 0 \(local\) layers 0 to 1, \d+ MB of weights and \d+ MB of cache; "
+            r"pipeline: rank 0 \(local\) layers 0 to 0, \d+ MB of weights and \d+ MB of cache; "
             r"rank 1 .*; the whole model has \d+ MB of weights\n",
             out,
         )
-        assert "rank 1" in err and "local" in err
+        assert "rank 0" in err and "local" in err
         told = server.summary()
-        assert (told["status"], told["failed_rank"]) == ("failed", 1)
+        assert (told["status"], told["failed_rank"]) == ("failed", 0)
         until(server.is_gone)
+
+
+def text_of(got: Iterator[dict[str, Any]]) -> str:
+    choices = [choice for event in got for choice in event["choices"]]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+def noted(lines: Iterator[str], comments: list[str]) -> Iterator[str]:
+    """The lines, with the comments kept."""
+    for line in lines:
+        if line.startswith(":"):
+            comments.append(line)
+        yield line
 
 
 def test_a_killed_driver_leaves_nobody_and_its_port_was_its_own(
