@@ -123,7 +123,8 @@ the first one (and 2), or 3 updates and more are skipped; `status` and `exit_cod
 was typed |
 | `steps` | Optimizer steps done |
 | `parameters` | Of the whole model; null: training did not begin |
-| `tokens_per_s` | Of all ranks together, evaluations included; samples, where there is no text |
+| `tokens_per_s` | Of all ranks together, evaluations and earlier starts included; samples, where \
+there is no text |
 | `wall_s` | Seconds from command to end, preparing data and earlier starts included |
 | `started_at`, `ended_at` | Dates of the last start and of the end, by the driver's clock |
 | `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
@@ -133,13 +134,17 @@ was typed |
 | `config_hash` | Equal for equal configurations |
 | `versions` | Of smolrun, Python and torch |
 | `host_versions` | Of each host reached over SSH, transformers too |
-| `peak_memory_bytes` | Peak of each rank; null where unknown |
-| `time` | Where the time went, as shares of 1, and what to try; null: no step was timed |
+| `peak_memory_bytes` | Peak of each rank since the last start; null where unknown |
+| `time` | Where the time went since the last start, as shares of 1, and what to try; null: no \
+step was timed |
 | `emulated` | The emulated hosts, a sentence each; empty: all times are real |
-| `gradients_dropped` | Rank -> how many of its gradients came too late (`straggler_timeout_s`) |
-| `pushes` | edp: rank -> what became of its gradients, see below; empty: no such server |
-| `restarts` | One for each time that the run was started again after a loss, see below |
-| `departures` | One for each time that a run lost a rank and went on without it, see below |
+| `gradients_dropped` | Rank -> how many of its gradients came too late since the last start \
+(`straggler_timeout_s`) |
+| `pushes` | edp: rank -> what became of its gradients since the last start, see below; empty: no \
+such server |
+| `restarts` | One for each time that this command started the run again after a loss, see below |
+| `departures` | One for each time that the run lost a rank since its last start and went on \
+without it, see below |
 
 Of a loss, with `cluster.restart`: `step` (steps done when it came), `lost_host`, `lost_rank`,
 `reason`, `resumed_from` (steps in the checkpoint; 0: the beginning), `lost_steps` (made twice) and

@@ -11,7 +11,7 @@ from smolrun.launch.driver import Subscriber
 from smolrun.parts.placement import plan_batches
 from smolrun.tracking.bottleneck import RunSetup, TimeReport
 from smolrun.tracking.console import Console
-from smolrun.tracking.jsonl import JsonLines
+from smolrun.tracking.jsonl import JsonLines, trained_tokens
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.timeline import TimelineFile
@@ -29,6 +29,7 @@ class RunTrackers(Subscriber):
         if resume is not None:
             self.record = RunRecord(
                 earlier_s=resume.time_s,
+                tokens=trained_tokens(folder.metrics),
                 steps=resume.updates,
                 train_loss=resume.train_loss,
                 eval_loss=resume.eval_loss,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -72,3 +73,17 @@ def forget_from(path: Path, step: int) -> None:
                 continue
             if not isinstance(number, int) or number < step:
                 new.write(row)
+
+
+class _StepLine(msgspec.Struct, tag_field="event", tag="step"):
+    tokens: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+
+
+def trained_tokens(path: Path) -> int:
+    """The tokens (or samples) of all steps in the file; 0 if there is none."""
+    decoder, tokens = msgspec.json.Decoder(_StepLine), 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for row in file:
+            with contextlib.suppress(ValueError, RecursionError):  # another event
+                tokens += decoder.decode(row).tokens
+    return tokens

@@ -111,13 +111,14 @@ class RunRecord:
         self,
         *,
         earlier_s: float = 0.0,
+        tokens: int = 0,
         steps: int = 0,
         train_loss: float | None = None,
         eval_loss: float | None = None,
         checkpoint: str | None = None,
     ) -> None:
         """The figures are those of a resumed run, which was trained for `earlier_s` before."""
-        self._earlier_s, self._earlier_steps = earlier_s, steps
+        self._earlier_s, self._earlier_steps, self._earlier_tokens = earlier_s, steps, tokens
         self.steps = steps
         self.parameters: int | None = None
         self.tokens = 0
@@ -156,8 +157,14 @@ class RunRecord:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Over the whole training, evaluations included."""
+        """Since this start, evaluations included."""
         return self.tokens / self.time_s if self.time_s > 0 else None
+
+    @property
+    def tokens_per_s_of_all_starts(self) -> float | None:
+        """Over the whole training, evaluations included."""
+        whole_s = self._earlier_s + self.time_s
+        return (self._earlier_tokens + self.tokens) / whole_s if whole_s > 0 else None
 
     def progress(self, wall_s: float) -> str:
         """How many steps were made and how long they took, beside the `wall_s` of the whole run."""
@@ -230,7 +237,9 @@ class RunRecord:
             "diverged": bool(self.divergence),
             "steps": self.steps,
             "parameters": self.parameters,
-            "tokens_per_s": None if (rate := self.tokens_per_s) is None else round(rate, 3),
+            "tokens_per_s": None
+            if (rate := self.tokens_per_s_of_all_starts) is None
+            else round(rate, 3),
             "final_train_loss": self.train_loss,
             "final_eval_loss": self.eval_loss,
             "final_eval_accuracy": self.eval_accuracy,

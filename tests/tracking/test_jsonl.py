@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from smolrun.events import EVENTS, EvalDone, Note, RankStep, ReplicaHash, StepDone
-from smolrun.tracking.jsonl import JsonLines, forget_from, line
+from smolrun.tracking.jsonl import JsonLines, forget_from, line, trained_tokens
 
 STEP = StepDone(12, 3.21, 2.31, 0.9, 3e-4, 8192, 5120.0, 123, 124, 0.1, 0.2)
 
@@ -114,3 +114,11 @@ def test_a_rank_0_that_never_stops_telling_does_not_fill_the_disk(
         file.record(STEP)
     file.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == 10 * len(line(STEP))
+
+
+def test_the_tokens_of_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert trained_tokens(path) == 0
+    rows = [line(STEP), line(RankStep(12, 1, 0.1, 0.2, 0, 10, 20)), b"half a li\n", line(STEP)]
+    path.write_bytes(b"".join(rows))
+    assert trained_tokens(path) == 2 * 8192

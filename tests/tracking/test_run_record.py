@@ -54,6 +54,13 @@ def test_the_last_figures() -> None:
     assert record.sample == TextSample(4, "def ", "f():")
 
 
+def test_the_summary_of_a_resumed_run_is_about_all_starts() -> None:
+    record = RunRecord(earlier_s=10.0, tokens=1000, steps=10)
+    record.record(StepDone(10, 12.0, 3.0, 1, 1, 1000, 200, 0, 0, 0, 0))
+    assert record.tokens_per_s == 500.0, "of this start"
+    assert record.summary()["tokens_per_s"] == pytest.approx(2000 / 12, abs=1e-3)
+
+
 def test_a_run_that_never_stepped_has_no_figures() -> None:
     record = RunRecord()
     assert (record.steps, record.train_loss, record.eval_loss) == (0, None, None)
