@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import netrc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -434,11 +435,14 @@ class EventReader:
 def run_id(folder: Path) -> str:
     """A legal and unique id of a W&B run from the names of its folder: at most 64 characters, its
     time and its random end kept. Jobs of two sweeps may have one name, so theirs has the sweep's
-    too."""
+    too; and a job that has started over is another run than its earlier ones."""
     if not (folder.parent / "sweep.yaml").is_file():
         plain = _for_ids(folder.name)
         return plain if len(plain) <= 64 else f"{plain[:43]}-{plain[-20:]}"
-    digest = hashlib.sha256(f"{folder.parent.name}/{folder.name}".encode()).hexdigest()
+    aside = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)")  # as the sweep renames earlier ones
+    starts = sum(bool(aside.fullmatch(path.name)) for path in folder.parent.iterdir())
+    whole = f"{folder.parent.name}/{folder.name}{f'/{starts}' if starts else ''}"
+    digest = hashlib.sha256(whole.encode()).hexdigest()
     return f"{_for_ids(folder.name)[:43]}-{digest[:20]}"
 
 

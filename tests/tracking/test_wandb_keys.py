@@ -33,6 +33,18 @@ def test_jobs_of_two_sweeps_have_ids_of_their_own_also_with_one_name(tmp_path: P
     assert ids[0].startswith("optimizer-lr-0-1-seed-1-")
 
 
+def test_a_job_that_starts_over_is_another_run_in_wandb(tmp_path: Path):
+    (tmp_path / "sweep.yaml").touch()
+    ids = []
+    for aside in (None, ".lr=1.1", ".lr=1.2"):
+        if aside is not None:
+            (tmp_path / aside).mkdir()
+        ids.append(run_id(tmp_path / "lr=1"))
+    assert len(set(ids)) == 3
+    (tmp_path / ".lr=1.5.1").mkdir()  # of the job lr=1.5
+    assert run_id(tmp_path / "lr=1") == ids[2]
+
+
 def test_a_key_is_found_where_wandb_login_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
