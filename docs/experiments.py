@@ -257,7 +257,7 @@ def result(name: str, sweep: Path) -> list[str]:
     """The lines of an experiment; ValueError for a sweep that is not whole."""
     record = yaml.safe_load((sweep / "sweep.yaml").read_text(encoding="utf-8"))
     cells = read(sweep)
-    if len(cells) < len({job["pair"] for job in record["jobs"]}):
+    if len(cells) < len({job["cell"] for job in record["jobs"]}):
         raise ValueError(f"{sweep}: not all jobs are done")
     seconds = sum(cell.figures["wall_s"] for cell in cells)
     versions = cells[0].summary["versions"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from smolrun.errors import ConfigError, SmolrunError
 from smolrun.launch.wake import keep_awake
 from smolrun.sanitize import echo
 from smolrun.sweep.plan import plan, title
-from smolrun.sweep.runner import ReadyJob, SweepRunner
+from smolrun.sweep.runner import ReadyJob, SweepRunner, made_no_step
 from smolrun.sweep.table import SweepConsole, SweepProgress, counts_text, ending_lines, left_s
 from smolrun.tracking.formatting import counted, duration
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
@@ -86,9 +87,12 @@ def new_sweep(
     if first.repeats > 1 and "seed" in plan(cells, [], 1)[0].differs:
         what = "seed has several values already; every repeat has a seed of its own"
         raise ConfigError(problem("sweep.repeats", first.repeats, what))
-    with nothing_started():
+    of_jobs = [*configs] * first.repeats
+    expected = _expected_s(of_jobs) if len(jobs) >= _MANY else None
+    with nothing_started(), contextlib.ExitStack() as undo:
         name = configs[0].run_name or title(jobs)
         folder = SweepFolder(RunFolder.create(OUTPUTS / SWEEPS, name, now=datetime.now()).path)
+        undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
         folder.run.logs.rmdir()  # of ranks; a sweep has none
         record = SweepRecord(
             id=folder.path.name,
@@ -98,10 +102,9 @@ def new_sweep(
             metric=first.metric,
             jobs=jobs,
         )
-        of_jobs = [*configs] * first.repeats
         ready = [written(folder, *job) for job in zip(jobs, of_jobs, strict=True)]
         folder.write(record)
-    expected = _expected_s(of_jobs) if len(jobs) >= _MANY else None
+        undo.pop_all()
     return Sweep(folder, record, ready, first.fail_fast, (_announcement(record, expected),))
 
 
@@ -225,9 +228,10 @@ def resumed_sweep(arguments: Arguments) -> tuple[Sweep, bool]:
 
 
 def _left(run: RunFolder, stored: dict[str, Any], view: JobView) -> ReadyJob:
-    """A stopped job resumes from its checkpoint; others start over."""
+    """A stopped job resumes from its checkpoint, also where its last start has failed before it
+    made a step; others start over."""
     checkpoint = None
-    if view.state == "stopped":
+    if view.state == "stopped" or made_no_step(run):
         checkpoint = newest_valid(run.checkpoints, lambda text: echo(f"warning: {text}"))
     if checkpoint is not None and read_manifest(checkpoint).step >= stored["training"]["steps"]:
         checkpoint = None  # stopped after its last step: it cannot go on

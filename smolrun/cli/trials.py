@@ -181,7 +181,7 @@ class RecordingLauncher(Launcher):
         self._launcher = launcher
         self._order = order
         self._jobs: list[SweepJob] = []
-        self._pairs: dict[tuple[str, ...], int] = {}  # overrides without the seed
+        self._cells: dict[tuple[str, ...], int] = {}  # overrides without the seed
         self._failures: list[str] = []
         items = OverridesParser.create().parse_overrides(list(overrides))
         # Sweepers write a value in their own way: 1e-3 as 0.001.
@@ -245,10 +245,10 @@ class RecordingLauncher(Launcher):
             if (key, value) not in self._typed and not key.startswith("hydra.")
         }
         name = free_name(differs, [job.name for job in self._jobs])
-        cell = tuple(line for line in overrides if not line.startswith("seed="))
-        pair = self._pairs.setdefault(cell, len(self._pairs))
-        repeat = sum(job.pair == pair for job in self._jobs)
-        return SweepJob(name, overrides, differs, repeat, pair)
+        unseeded = tuple(line for line in overrides if not line.startswith("seed="))
+        cell = self._cells.setdefault(unseeded, len(self._cells))
+        repeat = sum(job.cell == cell for job in self._jobs)
+        return SweepJob(name, overrides, differs, cell, repeat)
 
     def _write(self) -> None:
         order = self._order

@@ -21,12 +21,12 @@ _NEWEST = 5  # runs that are compared where nothing is named
 @dataclass(frozen=True)
 class Job:
     """A run to compare. Of a sweep also how it was planned: the keys that differ, as typed; jobs
-    of one `pair` differ by the seed only, and are its repeats; equal repeats share a seed."""
+    of one `cell` differ by the seed only, and are its repeats; equal repeats share a seed."""
 
     folder: RunFolder
     name: str
     differs: Mapping[str, str] | None = None
-    pair: int | None = None
+    cell: int | None = None
     repeat: int | None = None
 
 
@@ -131,7 +131,7 @@ def of_sweep(folder: Path) -> Selection:
         note = f"{one_line(str(error))[:200]}; these are the runs in its folder"
         return _limited(Selection(found, folder, title, notes=[note]))
     jobs = [
-        Job(sweep.job(job.name), job.name, job.differs, job.pair, job.repeat) for job in record.jobs
+        Job(sweep.job(job.name), job.name, job.differs, job.cell, job.repeat) for job in record.jobs
     ]
     return _limited(Selection(jobs, folder, title, _metric(record), record.overrides))
 

@@ -2,10 +2,10 @@
 
 -m algorithm=single,classicdp training.steps=5 sweep.repeats=2
 
-algorithm=single,seed=0        pair 0  repeat 0     all cells of a repeat have one seed, so they
-algorithm=classicdp,seed=0     pair 1  repeat 0     train on the same samples; repeats follow
-algorithm=single,seed=1        pair 0  repeat 1     each other, so that a machine that grows
-algorithm=classicdp,seed=1     pair 1  repeat 1     slower does so for all cells alike
+algorithm=single,seed=0        cell 0  repeat 0     all cells of a repeat have one seed, so they
+algorithm=classicdp,seed=0     cell 1  repeat 0     train on the same samples; repeats follow
+algorithm=single,seed=1        cell 0  repeat 1     each other, so that a machine that grows
+algorithm=classicdp,seed=1     cell 1  repeat 1     slower does so for all cells alike
 
 Cells that differ by a typed seed alone are repeats too, in the order of the grid.
 """
@@ -35,11 +35,11 @@ def plan(cells: Sequence[Sequence[str]], seeds: Sequence[int], repeats: int) -> 
     varying = [key for key in keys if len({cell.get(key) for cell in values}) > 1]
     cells_of: dict[tuple[tuple[str, str], ...], list[int]] = {}  # without the seed
     for number, cell in enumerate(values):
-        key = tuple(sorted(pair for pair in cell.items() if pair[0] != "seed"))
+        key = tuple(sorted(item for item in cell.items() if item[0] != "seed"))
         cells_of.setdefault(key, []).append(number)
     places = {
-        number: (repeat, pair)
-        for pair, numbers in enumerate(cells_of.values())
+        number: (place, repeat)
+        for place, numbers in enumerate(cells_of.values())
         for repeat, number in enumerate(numbers)
     }
     jobs = []
@@ -51,8 +51,8 @@ def plan(cells: Sequence[Sequence[str]], seeds: Sequence[int], repeats: int) -> 
                 seed = str(seeds[number] + again)
                 differs["seed"] = seed
                 words = [line for line in words if _split(line)[0] != "seed"] + [f"seed={seed}"]
-            repeat, pair = places[number]
-            jobs.append((words, differs, repeat + again, pair))
+            place, repeat = places[number]
+            jobs.append((words, differs, place, repeat + again))
     names = _unique([_name(differs) for _, differs, _, _ in jobs])
     return [SweepJob(name, *job) for name, job in zip(names, jobs, strict=True)]
 

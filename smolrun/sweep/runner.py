@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from smolrun.launch.driver import InterruptCounter
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STOPPED_NOW
@@ -34,6 +35,7 @@ _POLL_S = 0.25
 _ABORT_S = 30.0  # for a job that was asked to end at once
 _KILL_S = 30.0  # for the system to end a killed process
 _TAIL_BYTES = 64 << 10
+_NO_STEP = "made_no_step"  # a key that the sweep adds to summary.json of a failed job
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class SweepRunner:
         if self._asked() == 1 and not self._has_said:
             self._has_said = True
             self._console.say("stopping the job at the next agreed step; Ctrl-C again: at once")
-        self._console.show(self._progress.look())
+        if self._console.is_due:
+            self._console.show(self._progress.look())
 
 
 def run_job(
@@ -124,6 +127,7 @@ def run_job(
 ) -> str:
     """Run a job to its end; returns the status in its summary.json. `asked()` is the number of
     stop requests, `meanwhile` is called four times a second. No process of it is left."""
+    before = _size(folder.metrics)
     with folder.driver_log.open("ab") as log:
         process = launch(COMMAND, log.fileno())
     try:
@@ -131,7 +135,21 @@ def run_job(
         _wait_for(process, asked, meanwhile)
     finally:
         _end(process)
-    return _ended(folder, process.returncode, is_stopped=asked() > 0)
+    status = _ended(folder, process.returncode, is_stopped=asked() > 0)
+    if status == "failed" and _size(folder.metrics) == before:
+        with contextlib.suppress(OSError):
+            folder.write_summary({**folder.summary(), _NO_STEP: True})
+    return status
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def made_no_step(folder: RunFolder) -> bool:
+    """Whether the last start of a job has failed before it trained, so that its files are as they
+    were."""
+    return folder.summary().get(_NO_STEP) is True
 
 
 def _wait_for(

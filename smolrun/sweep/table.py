@@ -29,7 +29,10 @@ from smolrun.tracking.sweep_folder import (
     SweepRecord,
 )
 
-_REDRAW_S = 0.25
+# A frame of 30 rows takes 25 ms of CPU, and the machine trains meanwhile.
+_REDRAW_S = 1.0
+_LAST_ROWS = 50  # of the table that stays; the comparison follows
+_MOST_FAILED = 20  # jobs whose reasons are printed at the end
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "stopped": "yellow"}
 _UNKNOWN = ""
 _AROUND = (
@@ -81,7 +84,7 @@ def left_s(views: Sequence[JobView]) -> float | None:
     took: dict[int, list[float]] = {}
     for view in views:
         if view.state == "done" and view.wall_s is not None:
-            took.setdefault(view.job.pair, []).append(view.wall_s)
+            took.setdefault(view.job.cell, []).append(view.wall_s)
     all_of_them = [seconds for each in took.values() for seconds in each]
     if not all_of_them:
         return None
@@ -89,7 +92,7 @@ def left_s(views: Sequence[JobView]) -> float | None:
     total = 0.0
     for view in views:
         if view.state not in ENDED:
-            whole = statistics.mean(took.get(view.job.pair, [usual]))
+            whole = statistics.mean(took.get(view.job.cell, [usual]))
             total += view.left_s if view.left_s is not None else whole
     return total
 
@@ -116,18 +119,23 @@ class SweepConsole:
         self._began = time.monotonic()
         self._states: dict[str, str] = {}
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `show` would show anything new."""
+        return not self.is_live or time.monotonic() >= self._due
+
     def show(self, views: Sequence[JobView], *, is_last: bool = False) -> None:
-        """The present state of the jobs; draws four times a second at most."""
+        """The present state of the jobs; draws once a second at most."""
         if not self.is_live:
             self._print_changes(views)
             return
-        if time.monotonic() < self._due and not is_last:
+        if not self.is_due and not is_last:
             return
         self._due = time.monotonic() + _REDRAW_S
         if self._live is None:
             self._live = rich.live.Live(console=self._screen, auto_refresh=False)
             self._live.start()
-        room = len(views) if is_last else max(3, self._screen.height - _AROUND)
+        room = _LAST_ROWS if is_last else max(3, self._screen.height - _AROUND)
         shown = _shown(views, room)
         self._live.update(self._table(views, shown), refresh=True)
         if is_last:
@@ -170,7 +178,8 @@ class SweepConsole:
             keys = []
             table.add_column("job", no_wrap=True, ratio=1, overflow="ellipsis")
             table.expand = True
-        for name in ("status", "step", "loss", "tokens/s", "time"):
+        units = dict.fromkeys(view.unit for view in shown if view.tokens_per_s is not None)
+        for name in ("status", "step", "loss", f"{' or '.join(units) or 'tokens'}/s", "time"):
             table.add_column(name, no_wrap=True, justify="left" if name == "status" else "right")
         for view in shown:
             what = [view.job.differs.get(key, "") for key in keys] or [label(view)]
@@ -237,7 +246,7 @@ def _figures(view: JobView) -> str:
     if view.eval_loss is not None:
         parts.append(f"evaluation loss {number(view.eval_loss)}")
     if view.tokens_per_s is not None:
-        parts.append(f"{rate(view.tokens_per_s)} tokens/s")
+        parts.append(f"{rate(view.tokens_per_s)} {view.unit}/s")
     if view.state != "done" and view.reason:
         parts.append(one_line(view.reason))
     return ", ".join(parts) or "it made no step"
@@ -250,9 +259,11 @@ def ending_lines(
     failed = [view for view in views if view.state == "failed"]
     left = sum(view.state != "done" for view in views)
     lines = [f"{len(failed)} of {counted(len(views), 'job')} failed:"] if failed else []
-    for view in failed:
+    for view in failed[:_MOST_FAILED]:
         log = folder.job(view.job.name).driver_log
         lines.append(f"  {label(view)}: {one_line(view.reason or 'unknown')}; log: {log}")
+    if more := failed[_MOST_FAILED:]:
+        lines.append(f"  and {len(more)} more, named in {folder.path / 'comparison.csv'}")
     if left and can_resume:
         command = f"smolrun -m sweep.resume={folder.path.name}"
         lines.append(f"to run the other {counted(left, 'job')}: {command}")

@@ -35,14 +35,14 @@ _Few = Annotated[int, msgspec.Meta(ge=0, le=MOST_JOBS)]
 
 
 class SweepJob(msgspec.Struct, frozen=True):
-    """One job. `differs`: its values that other jobs do not have, as typed. Jobs of one `pair`
+    """One job. `differs`: its values that other jobs do not have, as typed. Jobs of one `cell`
     differ by their seed alone, and `repeat` counts them."""
 
     name: str
     overrides: list[str]
-    differs: dict[str, str] = {}
+    differs: dict[str, str]
+    cell: _Few
     repeat: _Few = 0
-    pair: _Few = 0
 
 
 class SweepRecord(msgspec.Struct, frozen=True):
@@ -70,6 +70,7 @@ class JobView:
     left_s: float | None = None
     wall_s: float | None = None
     reason: str | None = None
+    unit: str = "tokens"  # what `tokens_per_s` counts, or "samples"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class SweepFolder:
         if not (is_alive or run.state == "running"):
             state = "stopped"  # the sweep was killed, or the machine went down
         figures = (run.step, run.steps, run.loss, None, run.tokens_per_s, run.left_s)
-        return JobView(job, state, *figures)
+        return JobView(job, state, *figures, unit=_unit(folder))
 
 
 def _ended(
@@ -145,7 +146,12 @@ def _ended(
         tokens_per_s=_number(summary.get("tokens_per_s")) or run.tokens_per_s,
         wall_s=_number(summary.get("wall_s")),
         reason=reason if isinstance(reason, str) else None,
+        unit=_unit(folder),
     )
+
+
+def _unit(folder: RunFolder) -> str:
+    return "samples" if folder.driver().get("unit") == "samples" else "tokens"
 
 
 def _number(value: Any) -> float | None:

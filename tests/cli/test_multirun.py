@@ -76,7 +76,7 @@ def test_a_sweeper_gets_the_metric_of_each_job(tmp_path: Path):
     names = [job["name"] for job in jobs(tmp_path)]
     assert names[:3] == ["optimizer.lr=0.1", "optimizer.lr=0.01", "optimizer.lr=0.01235"]
     assert names[3] == "optimizer.lr=0.1-2", "the same value again has a folder of its own"
-    places = [(job["pair"], job["repeat"]) for job in jobs(tmp_path)[:4]]
+    places = [(job["cell"], job["repeat"]) for job in jobs(tmp_path)[:4]]
     assert places == [(0, 0), (1, 0), (2, 0), (0, 1)], "and counts as its repeat"
     third = jobs(tmp_path)[2]
     assert third["differs"] == {"optimizer.lr": "0.01235"}
@@ -209,7 +209,7 @@ def test_a_launcher_runs_jobs_of_a_grid_at_once(tmp_path: Path):
     first, second = (summary(tmp_path, job["name"]) for job in jobs(tmp_path))
     assert first["began"] < second["ended"]
     assert second["began"] < first["ended"]
-    assert [(job["pair"], job["repeat"]) for job in jobs(tmp_path)] == [(0, 0), (0, 1)]
+    assert [(job["cell"], job["repeat"]) for job in jobs(tmp_path)] == [(0, 0), (0, 1)]
     assert not list(folder(tmp_path).glob("*.pkl"))
     assert not (folder(tmp_path) / "multirun.yaml").exists(), "it has the passwords of a cluster"
 

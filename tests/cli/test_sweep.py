@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -130,7 +131,7 @@ def test_repeats_have_other_seeds_that_all_cells_share(run: Run):
     assert run("-m", "algorithm=single,classicdp", "sweep.repeats=2", "seed=5") == 0
     assert [line.split()[5] for line in logs()] == ["5", "5", "6", "6"]
     jobs = newest().record().jobs
-    assert [job.pair for job in jobs] == [0, 1, 0, 1]
+    assert [job.cell for job in jobs] == [0, 1, 0, 1]
     # What one would type for that job alone.
     typed = newest().job(jobs[3].name).summary()["overrides"]
     assert typed == ["algorithm=classicdp", "seed=6"]
@@ -139,7 +140,22 @@ def test_repeats_have_other_seeds_that_all_cells_share(run: Run):
 def test_seeds_of_a_grid_reach_their_jobs(run: Run):
     assert run("-m", "algorithm=single,classicdp", "seed=3,4") == 0
     assert [line.split()[5] for line in logs()] == ["3", "4", "3", "4"]
-    assert [job.pair for job in newest().record().jobs] == [0, 0, 1, 1]
+    assert [job.cell for job in newest().record().jobs] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("where", ["_expected_s", "written"])
+def test_ctrl_c_before_the_first_job_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, where, interrupted)
+    monkeypatch.setattr(sweep, "_MANY", 2)
+    monkeypatch.setattr(sweep, "_expected_s" if where == "written" else "written", lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert run("-m", "seed=1,2") == 130
+    assert not list(Path().glob("outputs/sweeps/*"))
 
 
 def test_jobs_do_not_resume_one_run(tmp_path: Path):

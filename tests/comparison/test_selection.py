@@ -31,7 +31,7 @@ def a_sweep(path: Path) -> SweepFolder:
     write_run(path / FSDP)
     sweep = SweepFolder(path)
     jobs = [
-        SweepJob(name, [], {"algorithm": name[10:].partition(",")[0]}, pair=n)
+        SweepJob(name, [], {"algorithm": name[10:].partition(",")[0]}, cell=n)
         for n, name in enumerate((FSDP, EDP))
     ]
     sweep.write(SweepRecord(path.name, "0.1.0", "", ["algorithm=fsdp,edp"], "tokens_per_s", jobs))

@@ -59,7 +59,7 @@ def make_sweep(outputs: Path, urls: list[str | None], group: str | None = SWEEP)
         if url is not None:
             write_status(job.path, Status(state="done", url=url))
         differs = {"optimizer.lr": f"{number + 1}e-3"}
-        job_of = {"name": name, "overrides": [], "differs": differs, "repeat": 0, "pair": number}
+        job_of = {"name": name, "overrides": [], "differs": differs, "repeat": 0, "cell": number}
         jobs.append(job_of)
     plan = {
         "id": SWEEP,

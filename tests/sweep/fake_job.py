@@ -31,6 +31,10 @@ print(
 if behaviour == "broken":
     print("smolrun: nothing was started: there is no data", flush=True)
     sys.exit(2)
+if behaviour == "away" and config["checkpoint"]["resume"] and not (folder / "was-away").exists():
+    (folder / "was-away").touch()
+    print("smolrun: host pi cannot be reached", flush=True)
+    sys.exit(3)
 driver = {"pid": os.getpid(), "host": "elsewhere", "steps": steps, "unit": "tokens"}
 (folder / "driver.json").write_text(json.dumps(driver))
 with (folder / "metrics.jsonl").open("a") as metrics:
@@ -43,7 +47,7 @@ if behaviour == "fails" or (behaviour == "fails-once" and not ran_before):
 if behaviour == "killed":
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 asked = False
-while behaviour in ("waits", "stubborn") and config["checkpoint"]["resume"] is None:
+while behaviour in ("waits", "stubborn", "away") and config["checkpoint"]["resume"] is None:
     said = os.read(0, 1 << 16)  # a line for each Ctrl-C, or its end
     if behaviour == "stubborn" and said and not asked:
         asked = True

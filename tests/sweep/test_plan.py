@@ -75,7 +75,7 @@ def test_equal_jobs_are_numbered():
 def test_typed_seeds_are_repeats():
     cells = [[f"algorithm={a}", f"seed={s}"] for a in ("single", "edp") for s in (3, 4)]
     jobs = plan(cells, [3, 4, 3, 4], 1)
-    assert [(job.pair, job.repeat) for job in jobs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [(job.cell, job.repeat) for job in jobs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [job.name for job in jobs][1:3] == ["algorithm=single,seed=4", "algorithm=edp,seed=3"]
 
 
@@ -89,7 +89,7 @@ def test_no_name_ends_in_a_dot():
 def test_repeats_are_paired_and_interleaved():
     cells = [["algorithm=single", "seed=7"], ["algorithm=edp", "seed=7"]]
     jobs = plan(cells, [7, 7], 3)
-    assert [(job.repeat, job.pair) for job in jobs] == list(itertools.product(range(3), range(2)))
+    assert [(job.repeat, job.cell) for job in jobs] == list(itertools.product(range(3), range(2)))
     assert [job.differs["seed"] for job in jobs] == ["7", "7", "8", "8", "9", "9"]
     assert jobs[3].overrides == ["algorithm=edp", "seed=8"]
     assert jobs[3].name == "algorithm=edp,seed=8"

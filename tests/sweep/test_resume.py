@@ -81,6 +81,19 @@ def test_a_stopped_sweep_goes_on_where_it_was(run: Run, capsys: pytest.CaptureFi
     assert done.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("any_checkpoint")
+def test_a_job_whose_resume_fails_before_a_step_resumes_again(run: Run):
+    """Nothing is wrong with what it had trained."""
+    assert stop_at("run_name=away", "run_name=away,ok", run=run) == 130
+    assert run("-m", "sweep.resume=latest") == 3
+    assert states() == ["failed", "done"]
+    assert run("-m", "sweep.resume=latest") == 0
+    folder = newest().job("run_name=away")
+    resumes = [line for line in text_of(folder.driver_log).splitlines() if "pid" in line]
+    assert [f"resume {folder.path} " in line for line in resumes] == [False, True, True]
+    assert not list(newest().path.glob(".run_name*"))  # it did not start over
+
+
 def test_a_job_without_a_checkpoint_starts_over(run: Run):
     assert stop_at("run_name=waits", "run_name=waits,ok", run=run) == 130
     with meanwhile(

@@ -16,9 +16,9 @@ from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.sweep_folder import JobView, SweepFolder, SweepJob, SweepRecord
 
 
-def view(number: int, state: str, pair: int | None = None, **figures: object) -> JobView:
+def view(number: int, state: str, cell: int | None = None, **figures: object) -> JobView:
     differs = {"algorithm": "classicdp", "optimizer.lr": f"0.{number:04}"}
-    job = SweepJob(f"lr={number}", [], differs, pair=number if pair is None else pair)
+    job = SweepJob(f"lr={number}", [], differs, cell=number if cell is None else cell)
     return JobView(job, state, **figures)  # type: ignore[arg-type]
 
 
@@ -73,22 +73,22 @@ def test_a_few_jobs_are_all_shown(monkeypatch: pytest.MonkeyPatch):
 
 def test_many_keys_become_one_column(monkeypatch: pytest.MonkeyPatch):
     differs = {f"training.a_long_key_{n}": f"a_long_value_{n}" for n in range(8)}
-    jobs = [SweepJob(f"j{n}", [], differs) for n in range(2)]
+    jobs = [SweepJob(f"j{n}", [], differs, n) for n in range(2)]
     shown = drawn([JobView(job, "waiting") for job in jobs], 80, 24, monkeypatch)
     assert "job" in shown and "\u2026" in shown and "waiting" in shown
 
 
 def test_the_time_left_is_that_of_the_same_cell():
-    done = [view(0, "done", pair=0, wall_s=10.0), view(1, "done", pair=1, wall_s=100.0)]
-    assert left_s([*done, view(2, "waiting", pair=1)]) == 100.0
-    assert left_s([*done, view(2, "waiting", pair=5)]) == 55.0
+    done = [view(0, "done", cell=0, wall_s=10.0), view(1, "done", cell=1, wall_s=100.0)]
+    assert left_s([*done, view(2, "waiting", cell=1)]) == 100.0
+    assert left_s([*done, view(2, "waiting", cell=5)]) == 55.0
     assert left_s([view(0, "waiting")]) is None
     assert left_s(done) == 0.0
 
 
 def test_a_job_that_will_run_again_waits(tmp_path: Path):
     """Also for those that attach: what it was before the sweep was resumed is not kept."""
-    jobs = [SweepJob(name, [], {}) for name in ("failed", "stopped", "done")]
+    jobs = [SweepJob(name, [], {}, n) for n, name in enumerate(("failed", "stopped", "done"))]
     sweep = SweepFolder(tmp_path)
     progress = SweepProgress(sweep, SweepRecord("id", "0", "", [], "wall_s", jobs))
     for job in jobs:

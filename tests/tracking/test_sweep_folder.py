@@ -15,8 +15,8 @@ from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.sweep_folder import SweepFolder, SweepJob, SweepRecord, find_sweep
 
 RECORD = SweepRecord("id", "0.1.0", "2026-01-31T22:05:01+00:00", ["seed=1,2"], "wall_s",
-                     [SweepJob("seed=1", ["seed=1"], {"seed": "1"}),
-                      SweepJob("seed=2", ["seed=2"], {"seed": "2"}, pair=1)])  # fmt: skip
+                     [SweepJob("seed=1", ["seed=1"], {"seed": "1"}, cell=0),
+                      SweepJob("seed=2", ["seed=2"], {"seed": "2"}, cell=1)])  # fmt: skip
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_what_was_written_is_read(folder: SweepFolder, tmp_path: Path):
 )
 def test_jobs_that_are_none_are_refused(folder: SweepFolder, jobs: object):
     plain = msgspec.yaml.decode(folder.file.read_bytes())
+    if isinstance(jobs, list):  # nothing else is wrong with them
+        jobs = [{"differs": {}, "cell": 0, **job} for job in jobs]
     folder.file.write_bytes(msgspec.yaml.encode({**plain, "jobs": jobs}))
     with pytest.raises(SmolrunError, match=r"sweep\.yaml cannot be used"):
         folder.record()
