@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from smolrun.comparison.run_figures import RunFigures
 from smolrun.comparison.selection import Job
@@ -32,16 +33,26 @@ _MAX_LABEL = 60
 _OF_GROUP = ("name", "kind")  # keys that are the choice of a group
 
 
+class Repeat(NamedTuple):
+    """A run within its cell: its seed, and which of the cell's runs with that seed it is."""
+
+    seed: int
+    again: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.seed} ({self.again + 1})" if self.again else str(self.seed)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row. `runs` are the repeats by what pairs them with those of other cells."""
 
     label: str
     differs: Mapping[str, str]
-    runs: Mapping[int, RunFigures]
+    runs: Mapping[Repeat, RunFigures]
 
     @property
-    def done(self) -> dict[int, RunFigures]:
+    def done(self) -> dict[Repeat, RunFigures]:
         """The repeats that count in a verdict: finished, and not diverged."""
         return {key: r for key, r in self.runs.items() if r.state == "done" and not r.diverged}
 
@@ -53,10 +64,10 @@ class Cell:
 
 def make_cells(jobs: Sequence[Job], runs: Sequence[RunFigures]) -> tuple[list[str], list[Cell]]:
     """The keys that differ, and the rows in the order of their first job."""
-    planned = [job.differs is not None and job.pair is not None for job in jobs]
+    planned = [job.differs is not None and job.cell is not None for job in jobs]
     rows = list(zip(jobs, runs, strict=True))
     if all(planned):
-        found = [(dict(job.differs or {}), job.pair, job.repeat, run) for job, run in rows]
+        found = [(dict(job.differs or {}), job.cell, job.repeat, run) for job, run in rows]
     else:
         keys = differing_keys([run.config for run in runs])
         found = []
@@ -64,10 +75,10 @@ def make_cells(jobs: Sequence[Job], runs: Sequence[RunFigures]) -> tuple[list[st
             absent = _ABSENT if run.config else _UNKNOWN
             found.append(({key: run.config.get(key, absent) for key in keys}, None, None, run))
     groups: dict[tuple[object, ...], list[tuple[dict[str, str], int | None, RunFigures]]] = {}
-    for differs, pair, repeat, run in found:
+    for differs, number, repeat, run in found:
         cell: tuple[object, ...] = tuple(sorted(p for p in differs.items() if p[0] != SEED))
-        if pair is not None:
-            cell = (pair,)
+        if number is not None:
+            cell = (number,)
         elif not run.config:
             cell = (run.name,)  # nothing is known of it: not a repeat of anything
         groups.setdefault(cell, []).append((differs, repeat, run))
@@ -86,14 +97,12 @@ def _cell(
         for key, value in first.items()
         if key != SEED and all(differs.get(key) == value for differs, _, _ in group)
     }
-    runs: dict[int, RunFigures] = {}
+    runs: dict[Repeat, RunFigures] = {}
     for _, repeat, run in group:
         seed = run.config.get(SEED, "")
         # By the seed, as runs that share one saw the same samples; the plan may not know it.
-        key = int(seed) if re.fullmatch(r"\d{1,18}", seed) else repeat or 0
-        while key in runs:  # the same seed twice
-            key += 1
-        runs[key] = run
+        number = int(seed) if re.fullmatch(r"\d{1,18}", seed) else repeat or 0
+        runs[Repeat(number, sum(key.seed == number for key in runs))] = run
     is_known = any(value != _UNKNOWN for value in same.values())
     label = _label(same) if is_known else next(iter(runs.values())).name
     label = label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 3]}..."
@@ -147,6 +156,12 @@ def short_key(key: str) -> str:
     last two words: `emulate.bandwidth_mbps`."""
     group, dot, last = key.partition(".")
     return group if dot and last in _OF_GROUP else ".".join(key.split(".")[-2:])
+
+
+def unit_of(cells: Iterable[Cell]) -> str:
+    """What their throughputs count: tokens, or samples where there is no text."""
+    units = dict.fromkeys(run.unit for cell in cells for run in cell.runs.values())
+    return " or ".join(units)
 
 
 def cautions(cells: Sequence[Cell]) -> list[str]:

@@ -29,6 +29,7 @@ from smolrun.comparison.verdict import (
 from smolrun.errors import SmolrunError
 from smolrun.files import atomic_write
 from smolrun.sanitize import one_line
+from smolrun.tracking.formatting import counted
 
 NAME = "comparison"
 # A word of a command that a shell takes as it is, and that names no code to run.
@@ -120,7 +121,7 @@ def _section(
     ordered = sorted(cells, key=lambda cell: _place(cell, metric, target))
     warnings = list(cautions(ordered))
     if heading.startswith("Emulated"):
-        warnings.insert(0, f"Times are those of emulated machines: {'; '.join(_hosts(cells))}.")
+        warnings.insert(0, _emulated(cells))
     drawn, note = _plots(ordered, target)
     return ComparisonTable(
         heading,
@@ -148,12 +149,15 @@ def _plots(cells: Sequence[Cell], target: Target | None) -> tuple[list[plots.Plo
     return drawn, few if len(cells) > most else ""
 
 
-def _hosts(cells: Sequence[Cell], most: int = 8) -> list[str]:
+def _emulated(cells: Sequence[Cell], most: int = 2) -> str:
     """What the emulated hosts emulate; a run that has not ended says less about that."""
     runs = [run for cell in cells for run in cell.runs.values()]
     ended = [run for run in runs if run.state == "done"] or runs
     found = list(dict.fromkeys(host for run in ended for host in run.emulated))
-    return [*found[:most], *(["..."] if found[most:] else [])]
+    left = len(found) - most
+    more = f"; and {left} more" if left > 0 else ""
+    hosts = counted(len(found), "emulated machine")
+    return f"Times are those of {hosts}: {'; '.join(found[:most])}{more}."
 
 
 def _few(warnings: Sequence[str], most: int = 12) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolrun.comparison.cells import Cell
+from smolrun.comparison.cells import Cell, unit_of
 from smolrun.comparison.curve import Axis, Band, Point, band
 from smolrun.comparison.run_figures import RunFigures
 from smolrun.comparison.verdict import SPEED, Target, values
@@ -138,7 +138,7 @@ def _for_page(svg: str) -> str:
 def _loss_curves(cells: Sequence[Cell], target: Target | None) -> Iterator[Plot]:
     axes: tuple[tuple[Axis, str, str], ...] = (
         ("time_s", "Loss over time", "seconds of training"),
-        ("tokens", "Loss over samples", "tokens trained on"),
+        ("tokens", "Loss over samples", f"{unit_of(cells)} trained on"),
         ("bytes_sent", "Loss over bytes sent", "bytes sent by all ranks"),
     )
     runs = [run for cell in cells for run in cell.runs.values()]
@@ -296,13 +296,14 @@ def _speeds(cells: Sequence[Cell]) -> Iterator[Plot]:
         parts = [(_SERIES[index], mean)]
         bars.append(_Bar(cell.label, "", parts, f"{rate(mean)}{share}", sum_own or 0.0))
     if bars:
-        caption = "Tokens per second over the whole training."
+        unit = unit_of(cells)
+        caption = f"{unit.capitalize()} per second over the whole training."
         if any(bar.outline for bar in bars):
             caption += (
                 " Dotted: the sum of the own speeds of the ranks that train (samples per second of"
                 " computing), as if none ever waited; in parentheses how much of that is used."
             )
-        yield Plot("Throughput and efficiency", caption, _bars(bars, "tokens/s", _scaled))
+        yield Plot("Throughput and efficiency", caption, _bars(bars, f"{unit}/s", _scaled))
 
 
 def _rank_rows(cells: Sequence[Cell]) -> list[tuple[int, Cell, int]]:

@@ -14,19 +14,33 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-from smolrun.comparison.cells import Cell, short_key
+from smolrun.comparison.cells import Cell, short_key, unit_of
 from smolrun.comparison.plots import DASHES, Plot
 from smolrun.comparison.run_figures import RunFigures
-from smolrun.comparison.verdict import METRICS, Metric, Sentence, Strong, Target, value, values
+from smolrun.comparison.verdict import (
+    METRICS,
+    NOT_REACHED,
+    TIME_TO_LOSS,
+    Metric,
+    Sentence,
+    Strong,
+    Target,
+    value,
+    values,
+)
 from smolrun.sanitize import one_line
-from smolrun.tracking.formatting import aligned
+from smolrun.tracking.formatting import aligned, counted
 
 _MOST_KEYS = 8  # columns of what differs
 _CSV_METRICS = (
     *("final_train_loss", "final_eval_loss", "tokens_per_s", "wall_s", "bytes_sent"),
-    *("peak_memory_bytes", "time_to_loss_s"),
+    *("peak_memory_bytes", "time_to_loss_s", "step_s"),
 )
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&:@$])")
+_SPOKEN_ROWS, _PAGE_ROWS, _MARKDOWN_ROWS = 20, 50, 200
+# Always markup; entities, addresses, issues; `_` beside a word; lists and headings.
+_MARKDOWN = re.compile(
+    r"[\\`*\[\]<>|~$@]|&(?=[#\w])|:(?=//)|#(?=\d)|(?<![^\W_])_|_(?![^\W_])|^[-+#](?=[\s#])"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,11 @@ def header(section: ComparisonTable) -> list[str]:
     """The names of the columns; the job comes first."""
     keys = [short_key(key) for key in section.keys[:_MOST_KEYS]]
     first = ["job"] if not keys else []
-    return [*first, *keys, "status", *(metric.title for metric in METRICS)]
+    return [*first, *keys, "status", *(_title(metric, section) for metric in METRICS)]
+
+
+def _title(metric: Metric, section: ComparisonTable) -> str:
+    return metric.title.replace("tokens", unit_of(section.cells))
 
 
 def rows(section: ComparisonTable) -> list[list[str]]:
@@ -91,7 +109,8 @@ def _state(run: RunFigures) -> str:
 def _mean(metric: Metric, cell: Cell, target: Target | None) -> str:
     numbers = list(values(metric, cell, target).values())
     if not numbers:
-        return "-"
+        is_known = metric is TIME_TO_LOSS and target and any(r.steps for r in cell.done.values())
+        return NOT_REACHED if is_known else "-"
     text = metric.show(statistics.fmean(numbers))
     if len(numbers) == 1:
         return text
@@ -103,7 +122,11 @@ def _mean(metric: Metric, cell: Cell, target: Target | None) -> str:
 
 def terminal(section: ComparisonTable, room: int | None) -> list[str]:
     """The table as lines; the columns that do not fit are left out, the last ones first."""
-    return aligned([header(section), *rows(section)], room, least=max(2, len(section.keys) + 1))
+    found = rows(section)
+    least = max(2, len(section.keys) + 1)
+    lines = aligned([header(section), *found[:_SPOKEN_ROWS]], room, least=least)
+    left = len(found) - _SPOKEN_ROWS
+    return [*lines, *([f"and {counted(left, 'more row')}, in the files"] if left > 0 else [])]
 
 
 def plain(sentence: Sentence) -> str:
@@ -127,7 +150,7 @@ def as_csv(report: ComparisonReport) -> str:
         for cell in section.cells:
             for repeat, run in cell.runs.items():
                 words = [run.name, run.state, *(cell.differs.get(key, "") for key in keys)]
-                facts: list[object] = [repeat] if many else []
+                facts: list[object] = [str(repeat)] if many else []
                 facts += [str(cell.is_emulated).lower()] if mixed else []
                 numbers = [_number(key, run, section.target) for key in _CSV_METRICS]
                 writer.writerow([*map(_cell_text, words), *facts, *numbers])
@@ -160,13 +183,16 @@ def as_markdown(report: ComparisonReport) -> str:
         lines += ["", *(f"- {_md(caution)}" for caution in section.cautions)]
         head = header(section)
         lines += ["", _md_row(head), _md_row(["---"] * len(head))]
-        lines += [_md_row([_md(cell) for cell in row]) for row in rows(section)]
+        found = rows(section)
+        lines += [_md_row([_md(cell) for cell in row]) for row in found[:_MARKDOWN_ROWS]]
+        left = len(found) - _MARKDOWN_ROWS
+        lines += ["", f"{counted(left, 'more row')}: comparison.html"] if left > 0 else []
         lines += ["", _md(sorting(section)), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 def _md(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", one_line(text)).replace("www.", "www\\.")
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text)).replace("www.", "www\\.")
 
 
 def _md_part(part: str) -> str:
@@ -184,7 +210,7 @@ def sorting(section: ComparisonTable) -> str:
     spread = " Numbers are means ± standard deviation over repeats." if many else ""
     left = section.keys[_MOST_KEYS:]
     more = f" Also different: {', '.join(left[:20])}." if left else ""
-    return f"Sorted by {section.metric.title}, {which}; - is unknown.{spread}{more}"
+    return f"Sorted by {_title(section.metric, section)}, {which}; - is unknown.{spread}{more}"
 
 
 # --- HTML -----------------------------------------------------------------------------------------
@@ -247,10 +273,19 @@ def _html_table(section: ComparisonTable) -> str:
         ]
         return f"<tr>{''.join(inner)}</tr>"
 
-    body = "\n".join(line(row, "td") for row in rows(section))
+    def table(some: Sequence[Sequence[str]]) -> str:
+        body = "\n".join(line(row, "td") for row in some)
+        return (
+            f'<div class="wide"><table>\n<thead>{line(head, "th")}</thead>\n<tbody>\n{body}\n'
+            "</tbody>\n</table></div>\n"
+        )
+
+    found = rows(section)
+    first, rest = found[:_PAGE_ROWS], found[_PAGE_ROWS:]
+    more = f"<summary>{counted(len(rest), 'more row')}</summary>\n{table(rest)}" if rest else ""
     return (
-        f'<div class="wide"><table>\n<thead>{line(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n'
-        f'</table></div>\n<p class="note">{_esc(sorting(section))}</p>\n'
+        f'{table(first)}<p class="note">{_esc(sorting(section))}</p>\n'
+        f"{f'<details>{more}</details>{chr(10)}' if more else ''}"
     )
 
 

@@ -6,6 +6,7 @@ with limits on size, depth and numbers; what cannot be read is unknown.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -13,14 +14,14 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, BinaryIO
 
 import msgspec
 from msgspec import Meta
 
-from smolrun.comparison.curve import Curve, Point
+from smolrun.comparison.curve import MOST_POINTS, Curve, Point
 from smolrun.files import open_regular, read_yaml
 from smolrun.sanitize import one_line, without_secrets
 from smolrun.tracking.bottleneck import split_waits
@@ -38,7 +39,9 @@ _MAX_TEXT = 200
 _MAX_VALUE = 1 << 16  # characters of a value of a configuration
 _LEAST_S = 1e-3  # less time is a damaged file, and makes no speed
 _BLOCKS = 5  # parts of a run whose speeds are compared
-# The note of tracking/jsonl.py from which on rows of single ranks are missing.
+# The note of training/load_balancer.py, and that of tracking/jsonl.py from which on rows of single
+# ranks are missing.
+_SHARES = re.compile(r"batch shares from step (\d{1,15}):", re.ASCII)
 _THINNED = re.compile(r"rank_step and push rows: from here on those of every (\d{1,9}) steps only")
 
 # What damaged or hostile YAML raises.
@@ -140,6 +143,8 @@ class RunFigures:
     wall_s: float | None = None
     steps: int = 0
     tokens: int = 0
+    unit: str = "tokens"  # or "samples"
+    new_shares: list[int] = field(default_factory=list)  # steps from which on ranks had others
     training_s: float = 0.0
     world_size: int | None = None
     version: str | None = None  # of smolrun
@@ -156,6 +161,11 @@ class RunFigures:
         return self.tokens / self.training_s if is_known else None
 
     @property
+    def step_s(self) -> float | None:
+        """Mean over the whole training, evaluations included."""
+        return self.training_s / self.steps if self.steps else None
+
+    @property
     def bytes_sent(self) -> int | None:
         """By all ranks together."""
         return sum(rank.bytes_sent for rank in self.ranks.values()) if self.ranks else None
@@ -168,19 +178,19 @@ class RunFigures:
     @property
     def speed_spread(self) -> float | None:
         """How much the speed of a fifth of the run differs from that of another, as a share of the
-        mean: their standard deviation. None for too few steps."""
+        mean: their standard deviation. What measured shares of the batch have changed is no chance,
+        so only fifths with the same shares are compared. None for too few steps."""
         points = self.curve.points[1:]  # the first step warms up
-        size = len(points) // _BLOCKS
-        if size < 2:
+        if (size := (len(points) - 1) // _BLOCKS) < 1:
             return None
-        ends = [points[0], *(points[size * block] for block in range(1, _BLOCKS)), points[-1]]
-        rates = [
-            (end.tokens - begin.tokens) / (end.time_s - begin.time_s)
-            for begin, end in itertools.pairwise(ends)
-            if end.time_s - begin.time_s >= _LEAST_S
-        ]
-        mean = statistics.fmean(rates) if rates else 0.0
-        return statistics.stdev(rates) / mean if len(rates) > 1 and mean > 0 else None
+        ends = [point.step for point in points]
+        bounds = [0, *(bisect.bisect_left(ends, step) - 1 for step in self.new_shares), len(points)]
+        parts = [_rates(points[max(0, a) : b + 1 : size]) for a, b in itertools.pairwise(bounds)]
+        means = [statistics.fmean(part) for part in parts for _ in part]
+        rates = itertools.chain(*parts)
+        off = [(rate / mean - 1) ** 2 for rate, mean in zip(rates, means, strict=True) if mean > 0]
+        degrees = len(off) - sum(bool(part) for part in parts)
+        return math.sqrt(sum(off) / degrees) if degrees > 0 else None
 
     @property
     def own_speeds(self) -> float | None:
@@ -193,6 +203,15 @@ class RunFigures:
         return self.tokens / samples * sum(rank.own_speed for rank in made)
 
 
+def _rates(points: Sequence[Point]) -> list[float]:
+    """Tokens per second from one point to the next."""
+    return [
+        (end.tokens - begin.tokens) / (end.time_s - begin.time_s)
+        for begin, end in itertools.pairwise(points)
+        if end.time_s - begin.time_s >= _LEAST_S
+    ]
+
+
 def read_run(folder: RunFolder, name: str | None = None) -> RunFigures:
     """The figures of a run; never raises for what is in the folder."""
     run = RunFigures(folder, one_line(name or folder.run_id)[:_MAX_TEXT], "unknown", {})
@@ -201,6 +220,8 @@ def read_run(folder: RunFolder, name: str | None = None) -> RunFigures:
         run.state = state_of(folder)
         if run.state == "died" and not folder.driver() and not folder.metrics.exists():
             run.state = "not started"  # a job of a sweep
+    if folder.driver().get("unit") == "samples":
+        run.unit = "samples"
     _read_metrics(run)
     _read_summary(run, folder.summary())
     return run
@@ -311,12 +332,19 @@ class _Metrics:
             self._every = 1  # a resumed run writes all rows again
         elif match := _THINNED.fullmatch(row.message):
             self._every = max(1, int(match[1]))
+        elif match := _SHARES.match(row.message):
+            self._new_shares(int(match[1]) - 1)
 
     def finish(self) -> None:
         """At the end of the file."""
         self._run.curve.finish()
         for rows in self._open.values():
             self._split(rows)
+
+    def _new_shares(self, step: int) -> None:
+        known = self._run.new_shares
+        if len(known) < MOST_POINTS and step > max(known, default=0):
+            known.append(step)
 
     def _add_step(self, row: _Step) -> None:
         run = self._run
@@ -421,7 +449,8 @@ def _read_summary(run: RunFigures, summary: Mapping[str, Any]) -> None:
     peaks = summary.get("peak_memory_bytes")
     for rank, peak in enumerate(peaks[:_MOST_RANKS] if isinstance(peaks, list) else []):
         if (number := _number(peak)) is not None and number > 0:
-            run.ranks.setdefault(rank, RankFigures()).peak_memory_bytes = int(number)
+            one = run.ranks.setdefault(rank, RankFigures())  # the peak of the last start only
+            one.peak_memory_bytes = max(one.peak_memory_bytes or 0, int(number))
     time = summary.get("time")
     if isinstance(time, dict):
         run.bubble_share = min(1.0, _number(time.get("pipeline_bubble")) or 0.0)

@@ -1,9 +1,9 @@
 """Who wins on what, by how much, and how sure that is.
 
-With repeats, cells are compared repeat by repeat: the mean of the log ratios of pairs, with a 95 %
-Student t interval whose error is pooled over all cells. With one run each only what scatters within
-a run is known: how the speed of a fifth of a run differs from that of the others, and how losses of
-single steps do.
+With repeats, the log of a figure is that of its cell plus that of its seed plus chance, fitted by
+least squares; a ratio has a 95 % Student t interval whose error is pooled over all cells. With one
+run each only what scatters within a run is known: how the speed of a fifth of a run differs from
+that of the others, and how losses of single steps do.
 
 Pure.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from smolrun.comparison.cells import Cell
+from smolrun.comparison.cells import Cell, Repeat, unit_of
 from smolrun.comparison.curve import Point, reached_at
 from smolrun.comparison.run_figures import RunFigures
 from smolrun.tracking.formatting import counted, duration, rate, size
@@ -24,7 +25,16 @@ _WINDOW = 10  # steps that a loss is a mean of; of short runs a fifth
 _ONE_RUN_FLOOR = 0.05  # what one run each cannot distinguish: a machine is not that steady
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _Z = 1.96
+_NOT_KNOWN = 1e6  # instead of it, for runs of a few steps: any difference may be chance
+_MOST_NAMES = 3
+_FEW_PAIRS = 5
 _SMALL = 0.1  # a difference below it, and within noise, is called equal
+# A cell whose loss falls by less than this share of what that of the median cell does sets no
+# loss for all: it would be an easy one.
+_LEARNS = 0.9
+_EASY = 0.5  # a loss is, if the best cell's falls by more than twice as much
+_MOST_ROUNDS = 500  # of the least squares; each is a pass over all runs
+_CLOSE = 1e-9
 
 
 class Strong(str):
@@ -38,10 +48,12 @@ Sentence = Sequence[str]  # parts, some of them Strong
 
 @dataclass(frozen=True)
 class Target:
-    """The training loss that all compared runs have reached, as a mean of so many steps."""
+    """The training loss up to which times are compared, as a mean of so many steps. `best`: that
+    of the best cell, where the loss is an easy one beside it."""
 
     loss: float
     steps: int
+    best: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ def _loss(value: float) -> str:
     return f"{value:.3f}"
 
 
+NOT_REACHED = "not reached"
 TIME_TO_LOSS = Metric(
     "time_to_loss_s", "time to loss", seconds, others="takes {} as long", noun="time"
 )
@@ -77,26 +90,41 @@ EVAL_LOSS = Metric("final_eval_loss", "eval loss", _loss, is_loss=True)
 SPEED = Metric(
     "tokens_per_s", "tokens/s", rate, is_more_better=True, others="that of", noun="throughput"
 )
+STEP = Metric("step_s", "time per step", seconds)
 WALL = Metric("wall_s", "wall time", seconds)
 BYTES = Metric("bytes_sent", "bytes sent", size, others="sends {} as much")
 MEMORY = Metric("peak_memory_bytes", "peak memory", size, floor=0.05, others="needs {} as much")
-METRICS = (TIME_TO_LOSS, TRAIN_LOSS, EVAL_LOSS, SPEED, WALL, BYTES, MEMORY)
+METRICS = (TIME_TO_LOSS, TRAIN_LOSS, EVAL_LOSS, SPEED, STEP, WALL, BYTES, MEMORY)
 
 
 def common_target(cells: Sequence[Cell]) -> Target | None:
-    """The lowest loss that every finished run has reached; None where a run never got below its
-    first losses, or has too few."""
-    runs = [run for cell in cells for run in cell.done.values() if run.curve.points]
-    if not runs:
+    """The lowest loss that every finished run has reached, but for those of cells that do not
+    learn, or clearly less than the median one. None where none learns, or no losses are known."""
+    runs = [[run for run in cell.done.values() if run.curve.points] for cell in cells]
+    known = [run for some in runs for run in some]
+    if not known:
         return None
-    steps = max(1, min(_WINDOW, min(run.steps for run in runs) // 5))
-    curves = [run.curve.smoothed(steps) for run in runs]
-    if not all(curves):
+    steps = max(1, min(_WINDOW, min(run.steps for run in known) // 5))
+    curves = [[run.curve.smoothed(steps) for run in some] for some in runs if some]
+    firsts = [curve[0].loss for some in curves for curve in some if curve]
+    if not firsts:
         return None
-    loss = max(min(point.loss for point in curve) for curve in curves)
-    if any(loss >= curve[0].loss for curve in curves):
+    first = statistics.median(firsts)
+    lows = [max(map(_lowest, some)) for some in curves]
+    falls = sorted(first - low for low in lows if low < first)
+    if not falls:
         return None
-    return Target(loss, steps)
+    enough = _LEARNS * falls[(len(falls) - 1) // 2]  # of two cells the one that learns less
+    fall = next(one for one in falls if one >= enough)
+    loss = first - fall
+    learning = [some for some, low in zip(curves, lows, strict=True) if low <= loss]
+    if any(curve[0].loss <= loss for some in learning for curve in some):
+        return None
+    return Target(loss, steps, min(lows) if fall < _EASY * falls[-1] else None)
+
+
+def _lowest(curve: Sequence[Point]) -> float:
+    return min((point.loss for point in curve), default=math.inf)
 
 
 def value(metric: Metric, run: RunFigures, target: Target | None) -> float | None:
@@ -112,15 +140,18 @@ def value(metric: Metric, run: RunFigures, target: Target | None) -> float | Non
     return found
 
 
-def values(metric: Metric, cell: Cell, target: Target | None) -> dict[int, float]:
-    """The known figures of a cell's repeats: of the finished ones, if there are any."""
+def values(metric: Metric, cell: Cell, target: Target | None) -> dict[Repeat, float]:
+    """The known figures of a cell's repeats: of the finished ones, if there are any. No time to a
+    loss, if one of these has not reached it: the others are the better ones."""
     found = {key: value(metric, run, target) for key, run in (cell.done or cell.runs).items()}
-    return {key: number for key, number in found.items() if number is not None}
+    known = {key: number for key, number in found.items() if number is not None}
+    return known if metric is not TIME_TO_LOSS or len(known) == len(found) else {}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as much one cell has as another, and between which limits it may be."""
+    """How many times as much one cell has as another, and between which limits it may be. `pairs`:
+    seeds that both have, 0 where the limits are not those of repeats."""
 
     value: float
     low: float
@@ -140,7 +171,7 @@ class Ratio:
 
     def __str__(self) -> str:
         low, high = _times(self.low), _times(self.high)
-        interval = f" ({low} to {high})" if self.pairs > 1 and low != high else ""
+        interval = f" ({low} to {high})" if self.pairs and low != high else ""
         return f"{_times(self.value)}x{interval}"
 
 
@@ -148,48 +179,75 @@ def _times(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Logs of figures as the sum of one number for the row, one for the repeat, and chance."""
+
+    rows: Sequence[float]
+    variance: float  # of chance
+    degrees: int  # of freedom of it
+
+
+def fit(rows: Sequence[Mapping[Repeat, float]]) -> Fit | None:
+    """The least squares fit of positive figures; None where they say nothing about chance, or
+    there are rows that no common repeats link, however indirectly."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    count = sum(len(row) for row in rows)
+    degrees = count - len(rows) - len(columns) + 1
+    if degrees < 1 or not _are_linked(rows):
+        return None
+    logs = [{key: math.log(number) for key, number in row.items()} for row in rows]
+    of_rows = [0.0] * len(logs)
+    of_columns = dict.fromkeys(columns, 0.0)
+    for _ in range(_MOST_ROUNDS):  # Gauss and Seidel's; two rounds where every row has all repeats
+        before = of_rows
+        for key in columns:
+            left = [row[key] - one for row, one in zip(logs, before, strict=True) if key in row]
+            of_columns[key] = statistics.fmean(left)
+        of_rows = [statistics.fmean(row[key] - of_columns[key] for key in row) for row in logs]
+        if max(abs(a - b) for a, b in zip(of_rows, before, strict=True)) < _CLOSE:
+            break
+    left = [
+        row[key] - one - of_columns[key]
+        for row, one in zip(logs, of_rows, strict=True)
+        for key in row
+    ]
+    return Fit(of_rows, sum(one * one for one in left) / degrees, degrees)
+
+
+def _are_linked(rows: Iterable[Mapping[Repeat, float]]) -> bool:
+    groups: list[set[Repeat]] = []
+    for row in rows:
+        apart = [group for group in groups if not group & row.keys()]
+        joined = [group for group in groups if group & row.keys()]
+        groups = [*apart, set(row).union(*joined)]
+    return len(groups) == 1
+
+
 def ratios(
-    rows: Sequence[Mapping[int, float]], noises: Sequence[float], floor: float
+    rows: Sequence[Mapping[Repeat, float]], noises: Sequence[float], floor: float
 ) -> list[Ratio]:
     """Every row divided by the first one. `noises`: how much one run of each may differ by chance.
 
-    With repeats that all rows have, the error is that of a randomized block design: what is left of
-    the logs without the means of rows and of repeats, over all rows. For two rows that is the
-    paired t test; more rows say more about chance, as few repeats say little.
+    With repeats, the error is that of a randomized block design, over all rows. For two rows that
+    is the paired t test; more rows say more about chance, as few repeats say little.
     """
-    shared = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
-    if len(shared) < 2:
+    if (found := fit(rows)) is None:
         means = [statistics.fmean(row.values()) for row in rows]
         wide = [max(floor, math.hypot(noise, noises[0])) for noise in noises]
         whole = [mean / means[0] for mean in means]
         return [
-            Ratio(one, one / (1 + by), one * (1 + by), 1, floor)
+            Ratio(one, one / (1 + by), one * (1 + by), 0, floor)
             for one, by in zip(whole, wide, strict=True)
         ]
-    logs = [[math.log(row[key]) for key in shared] for row in rows]
-    half = _half_width(logs)
-    means = [statistics.fmean(row) for row in logs]
-    logs_to_first = [mean - means[0] for mean in means]
-    return [
-        Ratio(_exp(one), _exp(one - half), _exp(one + half), len(shared), floor)
-        for one in logs_to_first
-    ]
-
-
-def _half_width(logs: Sequence[Sequence[float]]) -> float:
-    """Of the 95 % t interval of the difference of two rows' means."""
-    if len(logs) < 2:
-        return 0.0
-    blocks = [statistics.fmean(column) for column in zip(*logs, strict=True)]
-    grand = statistics.fmean(blocks)
-    left = [
-        value - statistics.fmean(row) - block + grand
-        for row in logs
-        for value, block in zip(row, blocks, strict=True)
-    ]
-    degrees = (len(logs) - 1) * (len(blocks) - 1)
-    variance = sum(one * one for one in left) / degrees
-    return t_quantile(degrees) * math.sqrt(2 * variance / len(blocks))
+    made = []
+    for row, log in zip(rows, found.rows, strict=True):
+        pairs = len(row.keys() & rows[0].keys())
+        # Rows that only others link: as if by one of these, which has one repeat of each.
+        error = math.sqrt(2 * found.variance / (pairs or 0.5))
+        half, one = t_quantile(found.degrees) * error, log - found.rows[0]
+        made.append(Ratio(_exp(one), _exp(one - half), _exp(one + half), max(1, pairs), floor))
+    return made
 
 
 def _exp(value: float) -> float:
@@ -221,16 +279,20 @@ class Ranking:
 
 def rank(metric: Metric, cells: Sequence[Cell], target: Target | None) -> Ranking:
     """The finished cells that have a positive figure."""
-    found: list[tuple[Cell, dict[int, float]]] = []
+    found: list[tuple[Cell, dict[Repeat, float]]] = []
     for cell in cells:
         finished = Cell(cell.label, cell.differs, cell.done)
         numbers = {k: v for k, v in values(metric, finished, target).items() if v > 0}
         if numbers:
             found.append((finished, numbers))
-    seeds = set.intersection(*(set(numbers) for _, numbers in found)) if found else set()
-    if len(seeds) > 1:  # as `ratios` compares them
-        found = [(cell, {key: numbers[key] for key in seeds}) for cell, numbers in found]
-    found.sort(key=lambda row: statistics.fmean(row[1].values()), reverse=metric.is_more_better)
+    levels = [statistics.fmean(numbers.values()) for _, numbers in found]
+    if (fitted := fit([numbers for _, numbers in found])) is not None:
+        levels = list(fitted.rows)
+        # What is shown is of the repeats that decide: a seed that no other row has says nothing.
+        count = Counter(key for _, numbers in found for key in numbers)
+        found = [(cell, {k: v for k, v in row.items() if count[k] > 1}) for cell, row in found]
+    order = sorted(range(len(found)), key=levels.__getitem__, reverse=metric.is_more_better)
+    found = [found[place] for place in order]
     noises = [noise_of(metric, cell, target) for cell, _ in found]
     rows = [(cell, statistics.fmean(numbers.values())) for cell, numbers in found]
     return Ranking(metric, rows, ratios([numbers for _, numbers in found], noises, metric.floor))
@@ -239,11 +301,12 @@ def rank(metric: Metric, cells: Sequence[Cell], target: Target | None) -> Rankin
 def noise_of(metric: Metric, cell: Cell, target: Target | None) -> float:
     """How much a figure of one run may differ by chance, as a share of it, as far as the run itself
     shows: about two standard deviations."""
-    runs = list(cell.runs.values())
-    if metric not in (SPEED, TIME_TO_LOSS, WALL) or not runs:
+    runs = list(cell.done.values())
+    if metric not in (SPEED, TIME_TO_LOSS, STEP, WALL) or not runs:
         return 0.0
-    speed = max([2 * (run.speed_spread or 0.0) for run in runs])
-    of_speed = max(_ONE_RUN_FLOOR / math.sqrt(2), speed)
+    spreads = [run.speed_spread for run in runs]
+    known = [2 * spread for spread in spreads if spread is not None]
+    of_speed = max(_ONE_RUN_FLOOR / math.sqrt(2), *known) if known else _NOT_KNOWN
     if metric is not TIME_TO_LOSS or target is None:
         return of_speed
     return math.hypot(of_speed, max(_loss_noise(run, target) for run in runs))
@@ -271,7 +334,9 @@ def verdict(cells: Sequence[Cell], target: Target | None, tune: str | None) -> l
     if len(compared) < 2:
         return [_nothing(cells, compared)]
     parts: list[Sentence] = [
-        _about(rank(SPEED, cells, target), "has the highest throughput", unit=" tokens/s"),
+        _about(
+            rank(SPEED, cells, target), "has the highest throughput", unit=f" {unit_of(cells)}/s"
+        ),
         _about_bytes(cells, target),
         _about(rank(MEMORY, cells, target), "needs least memory on its largest rank"),
     ]
@@ -298,12 +363,39 @@ def _time_sentence(cells: Sequence[Cell], target: Target | None) -> Sentence:
             "There is no training loss that all of them have reached, so time to a loss is not",
             " compared.",
         ]
-    many = "both" if sum(bool(cell.done) for cell in cells) == 2 else "all"
-    mean = f", as a mean of {target.steps} steps" if target.steps > 1 else ""
-    where = f"training loss {target.loss:.3f} (the lowest that {many} have reached{mean})"
     ranking = rank(TIME_TO_LOSS, cells, target)
+    there = {cell.label for cell, _ in ranking.rows}
+    late = [Strong(cell.label) for cell in cells if cell.done and cell.label not in there]
+    mean = f", as a mean of {target.steps} steps" if target.steps > 1 else ""
+    reached = f"training loss {target.loss:.3f}"
+    if len(there) == 1:
+        [(best, took)] = ranking.rows
+        what = f" has reached {reached} (its lowest{mean}), in {TIME_TO_LOSS.show(took)}: "
+        return [
+            "Only ",
+            Strong(best.label),
+            what,
+            *_few(late),
+            f" learn{'s' * (len(late) == 1)} less.",
+        ]
+    who = (
+        f"{len(there)} of {len(there) + len(late)}"
+        if late
+        else "both"
+        if len(there) == 2
+        else "all"
+    )
+    where = f"{reached} (the lowest that {who} have reached{mean})"
     wins = f"is fastest to {where}"
-    return [*_about(ranking, wins, reach=f"to {where} ", with_last=True), "."]
+    found = _about(ranking, wins, reach=f"to {where} ", with_last=True)
+    if target.best is not None:
+        found.append(f"; it is an easy loss, as the best one is {target.best:.3f}")
+    return [*found, *(["; ", *_few(late), " did not get there"] if late else []), "."]
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    left = len(names) - _MOST_NAMES
+    return _joined([*names[:_MOST_NAMES], f"{left} more"]) if left > 1 else _joined(names)
 
 
 def _about_bytes(cells: Sequence[Cell], target: Target | None) -> Sentence:
@@ -311,8 +403,8 @@ def _about_bytes(cells: Sequence[Cell], target: Target | None) -> Sentence:
     ranking = rank(BYTES, cells, target)
     if not silent:
         return _about(ranking, "sends least")
-    names = [Strong(cell.label) for cell in silent[:3]]
-    found = [*_joined(names), " sends nothing" if len(names) == 1 else " send nothing"]
+    names = _few([Strong(cell.label) for cell in silent])
+    found = [*names, " sends nothing" if len(silent) == 1 else " send nothing"]
     if len(ranking.rows) == 1:
         [(cell, number)] = ranking.rows
         return [*found, ", ", Strong(cell.label), f" {ranking.metric.show(number)}"]
@@ -341,8 +433,7 @@ def _about(
     best, number = rows[0]
     found: list[str] = [Strong(best.label), f" {wins}, {show(number)}{unit}"]
     if tied > 1:
-        names = [*_joined([Strong(cell.label) for cell, _ in rows[1:tied]][:3])]
-        names += [" and others"] if tied > 4 else []
+        names = _few([Strong(cell.label) for cell, _ in rows[1:tied]])
         equal = [*names, " equal within noise"] if are_small else ["not surely before ", *names]
         found += [" (", *equal, ")"]
     found += [": ", *_beside(ranking, tied)]
@@ -369,26 +460,37 @@ def _joined(names: Sequence[str]) -> list[str]:
 
 
 def _how_sure(cells: Sequence[Cell], target: Target | None, tune: str | None) -> Sentence:
-    repeats = len(set.intersection(*(set(cell.done) for cell in cells)))
-    if repeats > 1:
-        found = [
-            f"How sure: {counted(repeats, 'repeat')} each, compared pair by pair (same seed); in",
-            " parentheses the 95 % t interval of the ratio (error pooled over all rows)",
+    found: list[str] = []
+    if fit([dict.fromkeys(cell.done, 1.0) for cell in cells]) is not None:
+        few, most = (find(len(cell.done) for cell in cells) for find in (min, max))
+        count = counted(most, "repeat") if few == most else f"{few} to {counted(most, 'repeat')}"
+        found += [
+            f"How sure: {count} each, compared pair by pair (same seed); in parentheses the 95 % t",
+            " interval of the ratio (error pooled over all rows)",
         ]
-        if repeats < 5:
-            found += ["; ", Strong(f"{repeats} pairs cannot promise much")]
+        if few < _FEW_PAIRS:
+            found += ["; ", Strong(f"{counted(few, 'pair')} cannot promise much")]
     else:
-        speed = max(noise_of(SPEED, cell, target) for cell in cells) * math.sqrt(2)
-        many = any(len(cell.done) > 1 for cell in cells)
-        found = [
-            "How sure: with fewer than two seeds that all jobs have finished, this "
-            if many
-            else "How sure: with one run each this ",
-            Strong(f"cannot say who wins beyond {speed:.0%}".replace("%", " %")),
-            " in speed (the spread within a run), and nothing about the loss of other seeds"
-            " (sweep.repeats=3)",
-        ]
+        found += _without_repeats(cells, target)
     if tune is not None:
         found += ["; the learning rate is one for all, ", Strong("not tuned per algorithm")]
         found += [f" ({tune} tunes it)"]
     return [*found, "."]
+
+
+def _without_repeats(cells: Sequence[Cell], target: Target | None) -> Sentence:
+    many = any(len(cell.done) > 1 for cell in cells)
+    begin = (
+        "How sure: with no two seeds that link all jobs" if many else "How sure: with one run each"
+    )
+    noises = [noise_of(SPEED, cell, target) for cell, _ in rank(SPEED, cells, target).rows]
+    widths = [math.hypot(noises[0], noise) for noise in noises[1:] if noise < _NOT_KNOWN]
+    if not widths or noises[0] == _NOT_KNOWN:
+        about = Strong("cannot say who is faster")
+        why = " (runs of so few steps do not show how their speed scatters)"
+    else:
+        low, high = (f"{find(widths):.0%}".removesuffix("%") for find in (min, max))
+        about = Strong(f"cannot say who wins beyond {low if low == high else f'{low} to {high}'} %")
+        why = " in speed (the spread within a run)"
+    rest = ", and nothing about the loss of other seeds (sweep.repeats=3)"
+    return [f"{begin} this ", about, why, rest]

@@ -167,7 +167,7 @@ def _panels(wr: Any, num_ranks: int) -> list[Any]:
         line(title="Loss by step", x="Step", y=["train/loss"]),
         line(title="Loss by time", x="RelativeTime(Process)", y=["train/loss"]),
         line(title="Evaluation loss", x="Step", y=["eval/loss"]),
-        bar(title="Tokens per second", metrics=["train/tokens_per_s"]),
+        bar(title="Throughput", metrics=["train/tokens_per_s"]),
         line(title="Seconds a step waits", x="Step", y=[f"rank{r}/wait_s" for r in ranks]),
         line(title="Memory", x="Step", y=[f"rank{r}/memory_bytes" for r in ranks]),
         wr.RunComparer(diff_only="split"),

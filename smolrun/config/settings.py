@@ -293,6 +293,7 @@ class CompareConfig(Section):
         "final_train_loss",
         "final_eval_loss",
         "tokens_per_s",
+        "step_s",
         "wall_s",
         "bytes_sent",
         "peak_memory_bytes",

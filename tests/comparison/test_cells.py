@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smolrun.comparison.cells import Cell, cautions, differing_keys, make_cells
+from smolrun.comparison.cells import Cell, Repeat, cautions, differing_keys, make_cells
 from smolrun.comparison.selection import Job
 from tests.comparison.runs import config, job
 
@@ -41,15 +41,19 @@ def test_runs_that_differ_by_their_seed_are_repeats(tmp_path: Path):
     keys, found = cells(tmp_path, {}, {"seed": 1}, {**edp, "seed": 1}, {**edp, "seed": 0})
     assert keys == ["algorithm.name"]
     assert [(cell.label, list(cell.runs)) for cell in found] == [
-        ("classicdp", [0, 1]),
-        ("edp", [0, 1]),
+        ("classicdp", [(0, 0), (1, 0)]),
+        ("edp", [(0, 0), (1, 0)]),
     ]
-    assert found[1].runs[0].name == "run3"  # paired by seed, not by order
+    assert found[1].runs[Repeat(0)].name == "run3"  # paired by seed, not by order
 
 
-def test_runs_with_one_seed_twice_are_repeats_too(tmp_path: Path):
-    _, (cell,) = cells(tmp_path, {}, {})
-    assert list(cell.runs) == [0, 1]
+def test_runs_with_one_seed_twice_are_no_pairs_of_another_seed(tmp_path: Path):
+    _, (cell,) = cells(tmp_path, {}, {}, {"seed": 1})
+    assert {str(key): run.name for key, run in cell.runs.items()} == {
+        "0": "run0",
+        "0 (2)": "run1",
+        "1": "run2",
+    }
 
 
 def test_labels_say_the_key_where_the_value_does_not_say_enough(tmp_path: Path):
@@ -70,10 +74,10 @@ def test_a_plan_says_which_jobs_are_repeats(tmp_path: Path):
     keys, found = make_cells(jobs, made)
     assert keys == ["cluster"]
     assert [(cell.label, list(cell.runs)) for cell in found] == [
-        ("sim/pi3", [0, 1]),
-        ("local", [0, 1]),
+        ("sim/pi3", [(0, 0), (1, 0)]),
+        ("local", [(0, 0), (1, 0)]),
     ]
-    assert found[0].runs[1] is made[2]
+    assert found[0].runs[Repeat(1)] is made[2]
 
 
 def test_a_run_without_a_configuration_is_a_row_of_its_own(tmp_path: Path):

@@ -124,7 +124,7 @@ def test_foreign_text_is_text(tmp_path: Path, evil: str):
     formulas = [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t"))]
     assert not {*formulas} - {"-"}
     assert len({line.count(" | ") for line in markdown.splitlines() if line.startswith("| ")}) == 1
-    assert "](javascript" not in markdown and "<" not in markdown.replace("\\<", "")
+    assert not re.search(r"(?<!\\)\]\(", markdown) and "<" not in markdown.replace("\\<", "")
     assert "https://" not in markdown
     assert len(page) < 100_000
 
@@ -152,12 +152,59 @@ def test_emulated_runs_have_a_table_of_their_own(tmp_path: Path):
     assert said.index("Real machines") < said.index("Emulated machines")
 
 
+def test_of_many_emulated_machines_two_are_named(tmp_path: Path):
+    hosts = [{"name": f"pi{n}", "emulate": {"compute": 0.25}} for n in range(6)]
+    _, page, _, _ = written(selection(tmp_path, {"cluster__hosts": hosts}))
+    assert (
+        "Times are those of 6 emulated machines: pi0 emulates a slower machine; pi1 emulates a"
+        " slower machine; and 4 more."
+    ) in page
+
+
 def test_repeats_are_one_row_with_their_spread_and_rows_of_the_csv(tmp_path: Path):
     chosen = selection(tmp_path, {}, EDP, {"seed": 1}, {**EDP, "seed": 1})
     _, page, markdown, rows = written(chosen)
     assert len(rows) == 5 and [row[rows[0].index("repeat")] for row in rows[1:]] == ["0", "1"] * 2
     assert page.count("<tr>") == 3
     assert "| classicdp | 2 x done |" in markdown and "1,000 ± 0 %" in markdown
+
+
+def test_of_many_rows_the_first_are_shown(tmp_path: Path):
+    rates = [{"optimizer__lr": round(0.001 * n, 3)} for n in range(1, 211)]
+    said, page, markdown, rows = written(selection(tmp_path, *rates, rows=events(steps=1)))
+    assert len(rows) == 211
+    assert page.count("<tr>") == 212 and "<details><summary>160 more rows</summary>" in page
+    assert len(said) < 50 and "and 190 more rows, in the files" in said
+    assert "10 more rows: comparison.html" in markdown
+
+
+def test_a_job_that_does_not_get_to_the_loss_has_no_time_to_it(tmp_path: Path):
+    slopes = {"a": 0.1, "b": 0.1, "c": 0.01}
+    jobs = []
+    for name, slope in slopes.items():
+        folder = write_run(tmp_path / name, config(algorithm__name=name), events(slope=slope))
+        jobs.append(Job(folder, name))
+    _, page, _, rows = written(Selection(jobs, tmp_path, "A title"))
+    assert page.count("<td>not reached</td>") == 1
+    column = [row[rows[0].index("time_to_loss_s")] for row in rows[1:]]
+    assert column == ["20.0", "20.0", ""]
+
+
+def test_figures_of_classifiers_are_of_samples(tmp_path: Path):
+    chosen = selection(tmp_path, {}, EDP)
+    for one in chosen.jobs:
+        one.folder.write_driver(20, unit="samples")
+    _, page, markdown, rows = written(chosen)
+    assert "| samples/s | time per step |" in markdown and "tokens" not in markdown
+    assert "tokens" not in page and "tokens_per_s" in rows[0]  # the name of a key stays
+
+
+def test_markdown_escapes_no_more_than_it_must(tmp_path: Path):
+    chosen = selection(tmp_path, {}, {"cluster__name": "sim/mac_pi_laptop"})
+    _, _, markdown, _ = written(chosen)
+    assert "| sim/mac_pi_laptop | done |" in markdown
+    assert "(the lowest that both have reached, as a mean of 4 steps)" in markdown
+    assert "\\" not in markdown
 
 
 def test_the_table_is_sorted_by_the_metric(tmp_path: Path):
