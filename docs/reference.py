@@ -127,6 +127,8 @@ was typed |
 there is no text |
 | `wall_s` | Seconds from command to end, preparing data and earlier starts included |
 | `started_at`, `ended_at` | Dates of the last start and of the end, by the driver's clock |
+| `end` | What the terminal showed, for `task=attach`, as text: `headline`, `figures`, `shares` of \
+the time, `samples` and so on |
 | `final_train_loss`, `final_eval_loss` | The last ones; null: none, or not a number |
 | `final_eval_accuracy` | Share of right answers, for classes; else null |
 | `checkpoint` | The newest one, below `checkpoints/`; null: none |

@@ -14,7 +14,7 @@ from smolrun.driver.runs import OpenRun, config_of, find_run, opened, ranks_of, 
 from smolrun.errors import ProtocolError
 from smolrun.events import Event, RankStep, StepDone, from_json
 from smolrun.launch.supervisor_events import EXIT_DONE
-from smolrun.sanitize import echo, one_line
+from smolrun.sanitize import echo, indented, one_line
 from smolrun.sweep.attach import attach, meant_sweep
 from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
@@ -29,7 +29,7 @@ def drive(config: RunConfig) -> int:
     with opened(find_run("attach.run", config.attach.run)) as run:
         view = run.ask(Request("", reads=True))
         if view.has_ended:
-            echo("\n".join(run_summary.last_lines(run.folder, view)))
+            Show(run, view).show_end(view)
             return run_summary.exit_code(view)
         url = url_of(run, view)
         how = f"serving at {one_line(url)}" if url is not None else "running"
@@ -52,6 +52,7 @@ class Show:
         )
         self._console.unit = str(first.driver.get("unit", "tokens"))
         self._has_log = False
+        self._in_log: set[str] = set()  # lines of the end, of which a terminal gets a table
 
     def follow(self, view: View) -> int:
         """From `view` on to the end of the run, or to Ctrl-C."""
@@ -72,18 +73,26 @@ class Show:
             return EXIT_DONE
         finally:
             self._console.close()
-        if not self._has_log or view.state == "died":  # its log has shown them
-            echo("\n".join(run_summary.last_lines(self._run.folder, view)))
+        if not self._has_log or self._console.is_live or view.state == "died":
+            self.show_end(view)  # else its log has shown it
         return run_summary.exit_code(view)
+
+    def show_end(self, view: View) -> None:
+        """How the run ended."""
+        is_short = self._console.is_live
+        self._console.show_end(run_summary.end_of(self._run.folder, view, is_short=is_short))
 
     def show(self, view: View) -> bool:
         """Whatever is new since the last look; False if nothing is."""
         self._has_log = bool(view.driver.get("has_log"))
+        if self._console.is_live and view.has_ended and not self._in_log:
+            end = run_summary.end_of(self._run.folder, view)
+            self._in_log = {part for text in end.lines() for part in indented(text).split("\n")}
         if not self._has_log or self._console.is_live:
             self._show_events(view.metrics)
         for line in _recent(view.log):
             # With a bar, steps are its business.
-            if not (self._console.is_live and is_step_line(line)):
+            if not (self._console.is_live and is_step_line(line)) and line not in self._in_log:
                 self._console.say(line.rstrip("\r"))
         return bool(view.log.lines or view.metrics.lines)
 

@@ -14,6 +14,7 @@ from smolrun.driver.runs import OpenRun, config_of, find_run, opened
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
 from smolrun.sweep.attach import meant_sweep, stop
+from smolrun.tracking.console import Console
 from smolrun.tracking.past_runs import is_server
 from smolrun.tracking.run_view import Request, View
 
@@ -44,7 +45,8 @@ def drive(config: RunConfig) -> int:
             echo(f"smolrun: {name} has not stopped yet; to stop it at once: "
                   f"smolrun task=stop stop.run={name}", error=True)  # fmt: skip
             return EXIT_FAILED
-        echo("\n".join(run_summary.last_lines(run.folder, view)))
+        console = Console(steps=1, world_size=1)
+        console.show_end(run_summary.end_of(run.folder, view, is_short=console.is_live))
         return EXIT_DONE
 
 

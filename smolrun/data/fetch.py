@@ -150,7 +150,7 @@ def _bytes_below(folder: Path) -> int:
 
 def _pip(package: Package, folder: Path) -> list[str]:
     if importlib.util.find_spec("pip") is None:
-        raise _refusal(package, "this Python has no pip")
+        raise _refusal(package, f"{sys.executable} has no pip, install it there")
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]

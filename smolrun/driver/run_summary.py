@@ -1,5 +1,5 @@
 """The end of a training run: its outcome with advice, summary.json, the last lines of the terminal,
-and the same lines read back from summary.json for attach and stop."""
+and the same read back from summary.json for attach and stop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
+
 from smolrun.checkpoints.run_names import named
 from smolrun.config import RunConfig, config_hash, world_size
 from smolrun.config.models import DecoderConfig, HuggingFaceConfig, SmolLM2Config
 from smolrun.driver.preflight import emulated
+from smolrun.driver.runs import config_of
 from smolrun.driver.trackers import can_quantize
 from smolrun.errors import CheckpointError, HostError, HostErrors
 from smolrun.launch.machine_memory import gb
@@ -23,11 +26,11 @@ from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPE
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
-from smolrun.tracking.formatting import accuracy, clock, counted, rate
+from smolrun.tracking.formatting import accuracy, clock, counted, number, rate
 from smolrun.tracking.run_end import RunEnd
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_record import RunRecord
-from smolrun.tracking.run_view import View
+from smolrun.tracking.run_view import Ended, View
 
 _MOST_LOSS = 20.0  # of which a perplexity is shown
 _SERVED = (DecoderConfig, HuggingFaceConfig, SmolLM2Config)  # models that write text, of ours
@@ -84,8 +87,16 @@ class RunSummary:
 
     def report(self, outcome: RunOutcome, wall_s: float, console: Console) -> None:
         """Write summary.json, and print how the run ended."""
-        self._write_summary(outcome, wall_s)
-        console.show_end(self._end(outcome, wall_s, console))
+        end = self._end(outcome, wall_s, console)
+        summary = {**self.summary(outcome, wall_s), "end": msgspec.to_builtins(end)}
+        self._write_summary(summary)
+        commands: list[tuple[str, str]] = []
+        if outcome.status != "failed":  # of a failure stderr says more
+            facts = Ended.read(summary)
+            commands += _commands(
+                self.config, self.folder, outcome.status, facts, is_short=console.is_live
+            )
+        console.show_end(dataclasses.replace(end, folder=str(self.folder.path), commands=commands))
         if outcome.status == "failed":
             with contextlib.suppress(OSError):  # stderr is closed
                 self._complain(outcome)
@@ -107,7 +118,6 @@ class RunSummary:
             prompt=shown.prompt if shown else None,
             samples=list(self._samples()),
             is_answer=shown is not None and shown.is_answer,
-            commands=list(self._commands(outcome.status, is_short=console.is_live)),
         )
 
     def _figures(self, outcome: RunOutcome, unit: str) -> Iterator[tuple[str, str]]:
@@ -147,35 +157,6 @@ class RunSummary:
             yield "learnt", _LEARNT
         if record.divergence:
             yield "the run diverged", f"{record.divergence}; a lower optimizer.lr may help"
-        yield "run folder", str(self.folder.path)
-
-    def _commands(self, status: str, *, is_short: bool) -> Iterator[tuple[str, str]]:
-        """What can be done next; nothing after a failure, which says more on stderr."""
-        name = name_to_type(self.folder, is_short=is_short)
-        if status == "failed":
-            return
-        if self.record.checkpoint is None:
-            if status == "stopped":
-                yield "to resume", "no checkpoint was saved"
-            return
-        if status == "stopped":
-            yield "to resume", f"smolrun checkpoint.resume={name}"
-        elif not self.record.divergence:
-            if isinstance(self.config.model, _SERVED) and self.config.data.produces == "tokens":
-                yield "to talk to it", f"smolrun {self._talk()} model.run={name}"
-            else:
-                yield "in Python", f'model, tokenizer = smolrun.load("{name}")'
-            yield "to export it", f"smolrun task=export model.run={name}"
-            steps = f"training.steps={2 * self.record.steps}"
-            yield "to train longer", f"smolrun checkpoint.resume={name} {steps}"
-
-    def _talk(self) -> str:
-        from smolrun.serving.text import has_template  # loads the tokenizers
-
-        with contextlib.suppress(OSError, ValueError):
-            if has_template(self.folder.path / "tokenizer"):
-                return "task=chat"
-        return 'task=generate prompt="Once upon a time"'
 
     def _peak_memory(self, outcome: RunOutcome) -> list[int | None]:
         reports = outcome.summaries
@@ -211,9 +192,9 @@ class RunSummary:
             "emulated": emulated(config),
         }
 
-    def _write_summary(self, outcome: RunOutcome, wall_s: float) -> None:
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
         try:
-            self.folder.write_summary(self.summary(outcome, wall_s))
+            self.folder.write_summary(summary)
         except OSError as error:
             where = self.folder.path
             echo(f"smolrun: cannot write the summary of {where}: {error}", error=True)
@@ -236,27 +217,72 @@ class RunSummary:
 
 def exit_code(view: View) -> int:
     """The exit code of the run's driver; if unknown, by the run's state."""
-    code = view.summary.get("exit_code")
-    return (
-        code
-        if isinstance(code, int) and 0 <= code < 256
-        else _EXIT_CODES.get(view.state, EXIT_FAILED)
-    )
+    code = view.ended.exit_code
+    return _EXIT_CODES.get(view.state, EXIT_FAILED) if code is None else code
 
 
-def last_lines(folder: RunFolder, view: View) -> list[str]:
-    """The last lines for a run that has ended, or whose driver has died."""
-    summary = view.summary
+def end_of(folder: RunFolder, view: View, *, is_short: bool = False) -> RunEnd:
+    """The end of a run that another process drove, or whose driver has died: as it was shown there,
+    with the commands that are right here. `is_short`: with short names of runs."""
+    ended = view.ended
     if view.state == "died":
-        return [one_line(_died(folder, view)), f"to resume: {resume_command(folder)}"]
-    lines = [f"{view.state}{_reason(summary)}: {', '.join(_figures(summary))}"]
-    lines.append(f"run folder: {folder.path}")
-    if view.state in ("stopped", "failed") and "url" not in summary:  # a server saves nothing
-        is_saved = summary.get("checkpoint") is not None
-        lines.append(
-            f"to resume: {resume_command(folder)}" if is_saved else "no checkpoint was saved"
+        return RunEnd("died", _died(folder, view), commands=[("to resume", resume_command(folder))])
+    reason = f" ({ended.reason})" if ended.reason else ""
+    if ended.url is not None:  # a server saves nothing
+        served = f"served for {clock(ended.wall_s)}" if ended.wall_s is not None else "served"
+        headline = f"{view.state}{reason}: {served}"
+        return RunEnd(view.state, headline, folder=str(folder.path))
+    shown = RunEnd.read(view.summary.get("end")) or _by_figures(view.state, ended)
+    if view.state == "failed":  # the run itself said the reason on stderr
+        shown = dataclasses.replace(
+            shown, headline=shown.headline.replace("failed:", f"failed{reason}:", 1)
         )
-    return [one_line(line) for line in lines]
+    commands = list(_commands(config_of(folder), folder, view.state, ended, is_short=is_short))
+    return dataclasses.replace(shown, folder=str(folder.path), commands=commands)
+
+
+def _by_figures(state: str, ended: Ended) -> RunEnd:
+    """Of a run of an earlier version, or one whose summary is damaged."""
+    reason = f" ({ended.reason})" if ended.reason and state != "failed" else ""
+    steps = "unknown steps" if ended.steps is None else counted(ended.steps, "step")
+    took = "" if ended.wall_s is None else f", {clock(ended.wall_s)} from start to end"
+    losses = {"loss": ended.final_train_loss, "evaluation loss": ended.final_eval_loss}
+    figures = [(name, number(loss)) for name, loss in losses.items() if loss is not None]
+    return RunEnd(state, f"{state}{reason}: {steps}{took}", figures)
+
+
+def _commands(
+    config: RunConfig | None, folder: RunFolder, status: str, ended: Ended, *, is_short: bool
+) -> Iterator[tuple[str, str]]:
+    """What can be done next. Without a configuration, only what every run can."""
+    name = name_to_type(folder, is_short=is_short)
+    if ended.checkpoint is None:
+        if status != "done":
+            yield "to resume", "no checkpoint was saved"
+    elif status != "done":
+        yield "to resume", f"smolrun checkpoint.resume={name}"
+    elif not ended.diverged:
+        if config is not None:
+            yield _first_use(config, folder, name)
+        yield "to export it", f"smolrun task=export model.run={name}"
+        if ended.steps is not None:
+            steps = f"training.steps={2 * ended.steps}"
+            yield "to train longer", f"smolrun checkpoint.resume={name} {steps}"
+
+
+def _first_use(config: RunConfig, folder: RunFolder, name: str) -> tuple[str, str]:
+    if isinstance(config.model, _SERVED) and config.data.produces == "tokens":
+        return "to talk to it", f"smolrun {_talk(folder)} model.run={name}"
+    return "in Python", f'model, tokenizer = smolrun.load("{name}")'
+
+
+def _talk(folder: RunFolder) -> str:
+    from smolrun.serving.text import has_template  # loads the tokenizers
+
+    with contextlib.suppress(OSError, ValueError):
+        if has_template(folder.path / "tokenizer"):
+            return "task=chat"
+    return 'task=generate prompt="Once upon a time"'
 
 
 def resume_command(folder: RunFolder) -> str:
@@ -283,20 +309,3 @@ def _died(folder: RunFolder, view: View) -> str:
         f"{folder.run_id} has no driver: its process{where} was killed, or the machine went down; "
         "its ranks ended with it"
     )
-
-
-def _reason(summary: Mapping[str, Any]) -> str:
-    return f" ({reason})" if (reason := summary.get("reason")) else ""
-
-
-def _figures(summary: Mapping[str, Any]) -> list[str]:
-    if "url" in summary and isinstance(served_s := summary.get("wall_s"), int | float):
-        return [f"served for {clock(served_s)}"]
-    steps, wall_s = summary.get("steps"), summary.get("wall_s")
-    figures = [counted(steps, "step") if isinstance(steps, int) else "unknown steps"]
-    if isinstance(wall_s, int | float):
-        figures[0] += f", {clock(wall_s)} from start to end"
-    for key, name in (("final_train_loss", "loss"), ("final_eval_loss", "evaluation loss")):
-        if isinstance(loss := summary.get(key), int | float):
-            figures.append(f"{name} {loss:.4f}")
-    return figures

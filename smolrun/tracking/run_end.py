@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import msgspec
 from rich.text import Text
 
 from smolrun.sanitize import indented, one_line
@@ -27,8 +29,17 @@ _WIDEST_BAR = 60
 # terminals and people without colours.
 _COLOURS = ("green", "yellow", "magenta", "cyan", "bright_black")
 _SIGNS, _ASCII = "█▓▒░·", "#=+-."
-_OF_STATUS = {"done": "bold green", "stopped": "bold yellow", "failed": "bold red"}
+_OF_STATUS = {
+    "done": "bold green",
+    "stopped": "bold yellow",
+    "failed": "bold red",
+    "died": "bold red",
+}
 Row = tuple[str, str]  # label and value
+Shares = Annotated[
+    Sequence[tuple[Annotated[float, msgspec.Meta(ge=0, le=1)], str]],
+    msgspec.Meta(max_length=len(_COLOURS)),
+]
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,30 @@ class RunEnd:
     status: str
     headline: str
     figures: Sequence[Row] = ()
-    shares: Sequence[tuple[float, str]] = ()
+    shares: Shares = ()
     advice: str = ""
     time_line: str = ""
     notes: Sequence[Row] = ()
     prompt: str | None = None
     samples: Sequence[Row] = ()  # (when, what the model made of the prompt)
     is_answer: bool = False  # the prompt is a question, not the beginning of a text
+    folder: str = ""  # of the run
     commands: Sequence[Row] = ()  # what to do next
+
+    @classmethod
+    def read(cls, stored: Any) -> RunEnd | None:
+        """What `msgspec.to_builtins` made of an end; None for anything else. summary.json has it,
+        and may come from another machine."""
+        try:
+            return msgspec.convert(stored, cls)
+        except (msgspec.ValidationError, RecursionError):
+            return None
+
+    @property
+    def last_rows(self) -> list[Row]:
+        """What follows the figures and the time."""
+        place = [("run folder", self.folder)] if self.folder else []
+        return [*self.notes, *place, *self.commands]
 
     def lines(self) -> Iterator[str]:
         """Where there is no terminal."""
@@ -58,14 +85,14 @@ class RunEnd:
             yield f"prompt: {self.prompt}"
         for label, text in self.samples:
             yield f"{label}: {text}" if self.is_answer else f"{label}:\n{self.prompt}{text}"
-        yield from (f"{label}: {text}" for label, text in (*self.notes, *self.commands))
+        yield from (f"{label}: {text}" for label, text in self.last_rows)
 
     def rows(self, width: int, *, has_blocks: bool) -> Iterator[Text]:
         """For a terminal of so many columns; `has_blocks`: it can show block characters."""
         if self.prompt is not None:
             yield from self._sample_rows(indented(self.prompt))
-        yield Text(one_line(self.headline), _OF_STATUS[self.status])
-        yield from (_row(label, Text(value, "bold")) for label, value in self.figures)
+        yield Text(one_line(self.headline), _OF_STATUS.get(self.status, "bold"))
+        yield from (_row(label, Text(one_line(value), "bold")) for label, value in self.figures)
         if self.shares:
             signs = _SIGNS if has_blocks else _ASCII
             yield _row("time", bar(self.shares, min(_WIDEST_BAR, width - _LABEL - 3), signs))
@@ -74,8 +101,9 @@ class RunEnd:
                 yield _row("", legend)
         if self.advice:
             yield _row("faster", Text(one_line(self.advice), "yellow"))
-        yield from (_row(label, Text(one_line(text))) for label, text in self.notes)
-        yield from (_row(label, Text(one_line(text), "cyan")) for label, text in self.commands)
+        for label, text in self.last_rows:
+            style = "cyan" if (label, text) in self.commands else ""
+            yield _row(label, Text(one_line(text), style))
 
     def _sample_rows(self, prompt: str) -> Iterator[Text]:
         if self.is_answer:
@@ -83,7 +111,7 @@ class RunEnd:
             yield from (_row(label, Text(indented(text))) for label, text in self.samples)
         else:
             for label, text in self.samples:
-                yield Text(f"{label}, the prompt in bold:", "bright_black")
+                yield Text(f"{one_line(label)}, the prompt in bold:", "bright_black")
                 yield Text("  ").append(prompt, "bold").append(indented(text), "default")
         yield Text()
 
@@ -103,11 +131,11 @@ def _shown(shares: Sequence[tuple[float, str]]) -> Iterator[tuple[int, str]]:
     """(number, text) of those that are not almost nothing."""
     for number, (share, what) in enumerate(shares):
         if share >= 0.005:
-            yield number, f"{100 * share:.0f} % {what}"
+            yield number, f"{100 * share:.0f} % {one_line(what)}"
 
 
 def _row(label: str, value: Text) -> Text:
-    return Text().append(f"  {label:<{_LABEL}}", "bright_black").append_text(value)
+    return Text().append(f"  {one_line(label):<{_LABEL}}", "bright_black").append_text(value)
 
 
 def _phrase(label: str, value: str) -> str:

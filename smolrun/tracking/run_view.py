@@ -7,6 +7,7 @@ stopped alike. Starts no process and keeps no file open.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -68,6 +69,30 @@ class Figures(TypedDict, total=False):
     checkpoint_bytes: _Whole
 
 
+class Ended(msgspec.Struct, frozen=True):
+    """What summary.json says of the end of a run, as far as it has these types; any program may
+    have written the file."""
+
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    reason: str | None = None
+    url: str | None = None
+    checkpoint: str | None = None
+    diverged: bool = False
+    steps: _Whole | None = None
+    wall_s: _Amount | None = None
+    final_train_loss: float | None = None
+    final_eval_loss: float | None = None
+
+    @classmethod
+    def read(cls, summary: dict[str, Any]) -> Ended:
+        """Values of other types count as absent."""
+        found: dict[str, Any] = {}
+        for field in msgspec.structs.fields(cls):
+            with contextlib.suppress(msgspec.ValidationError, KeyError):
+                found[field.name] = msgspec.convert(summary[field.name], field.type)
+        return cls(**found)
+
+
 class View(msgspec.Struct, frozen=True):
     """The response. The files were read at other moments than `state`.
 
@@ -81,6 +106,11 @@ class View(msgspec.Struct, frozen=True):
     figures: Figures = {}
     metrics: Chunk = Chunk()
     log: Chunk = Chunk()
+
+    @property
+    def ended(self) -> Ended:
+        """The summary, by type."""
+        return Ended.read(self.summary)
 
     @property
     def has_ended(self) -> bool:

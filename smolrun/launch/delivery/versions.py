@@ -154,7 +154,8 @@ def _minor(number: str | None) -> list[str]:
 # The Python that task=setup installs on hosts: torch has wheels of it for every system we know.
 PYTHON = "3.12"
 _EXTRA = re.compile(r"\bextra\s*==")
-_ONLY_HERE = re.compile(r"matplotlib\b")  # draws comparisons, on the machine where one types
+# Used only on the machine where one types: matplotlib draws comparisons, pip fetches data.
+_ONLY_HERE = re.compile(r"(matplotlib|pip)\b")
 _NAME = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?")
 
 

@@ -310,7 +310,10 @@ def test_a_worker_whose_first_line_is_nonsense(number: bytes):
 VIEW = {
     "state": "running",
     "driver": {"pid": 1, "host": "x", "steps": 10, "unit": "tokens", "has_log": True},
-    "summary": {"exit_code": 3, "reason": "x", "steps": 5, "wall_s": 2.0, "final_train_loss": 1.0},
+    "summary": {"exit_code": 3, "reason": "x", "steps": 5, "wall_s": 2.0, "final_train_loss": 1.0,
+                "checkpoint": "x", "end": {"status": "done", "headline": "x",
+                "figures": [["a", "b"]], "shares": [[0.5, "x"]], "prompt": "x",
+                "samples": [["a", "b"]]}},
     "figures": {"step": 1, "steps": 2, "loss": 1.0, "left_s": 2.0, "age_s": 1.0},
     "metrics": {"lines": ["x"], "place": {"file": 1, "offset": 2}, "is_fresh": True},
 }  # fmt: skip
@@ -332,5 +335,6 @@ def test_the_view_of_a_run_on_another_machine_has_its_types(tmp_path: Any):
         if view is not None:
             run = dataclasses.replace(look(folder), state=view.state, **view.figures)
             assert all(isinstance(cell, str) for cell in row(run))
-            assert all(line.isprintable() for line in run_summary.last_lines(folder, view))
+            shown = run_summary.end_of(folder, view)
+            assert [*shown.lines(), *shown.rows(80, has_blocks=True)]
             assert 0 <= run_summary.exit_code(view) < 256
