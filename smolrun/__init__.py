@@ -1,16 +1,20 @@
 """smolrun: train and serve neural networks across your own machines. In Python:
 
 model, tokenizer = smolrun.load("latest")
+
+What it refuses is a smolrun.SmolrunError.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from smolrun.errors import SmolrunError as SmolrunError
+
 if TYPE_CHECKING:
     from smolrun.driver.load import load as load
 
-__all__ = ["load"]
+__all__ = ["SmolrunError", "load"]
 
 
 def __getattr__(name: str) -> Any:

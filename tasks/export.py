@@ -20,6 +20,7 @@ import msgspec
 from smolrun.checkpoints.manifest import Manifest
 from smolrun.config import RunConfig
 from smolrun.config.models import TrainedConfig
+from smolrun.driver.resume import below_outputs
 from smolrun.errors import CheckpointError, ConfigError, SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE
 from smolrun.models.trained import TrainedModel, find, is_network, network_folder, sizes_of
@@ -50,7 +51,8 @@ def drive(config: RunConfig) -> int:
         _refuse_used(out)
         with _whole_or_nothing(out) as folder:
             _write(trained, folder, config.export.dtype, console.preparing)
-        console.say(f"{out}: {_said(trained)}, {_for_what(trained)}")
+        for line in _result(trained, below_outputs(out)):
+            console.say(line)
     finally:
         console.close()
     return EXIT_DONE
@@ -110,7 +112,9 @@ def _write(trained: TrainedModel, folder: Path, dtype: str, progress: Progress) 
     if trained.module == _DECODER:
         export.write_end_token(folder, written, end_id)
     if _has_class(trained):
+        progress("checking that it loads", 0, 1)
         export.check_loads(folder)
+        progress("checking that it loads", 1, 1)
     (folder / "README.md").write_text(_card(trained, card), encoding="utf-8")
 
 
@@ -119,10 +123,12 @@ def _has_class(trained: TrainedModel) -> bool:
     return trained.module == _DECODER or is_network(trained)
 
 
-def _for_what(trained: TrainedModel) -> str:
+def _result(trained: TrainedModel, out: Path) -> Iterator[str]:
+    yield f"{out}: {_said(trained)}"
     if _has_class(trained):
-        return "for AutoModelForCausalLM.from_pretrained"
-    return "as model.safetensors; README.md has the lines that load it"
+        yield f'to load it: transformers.AutoModelForCausalLM.from_pretrained("{out.as_posix()}")'
+    else:
+        yield f"to load it: the lines in {out / 'README.md'}, which load model.safetensors"
 
 
 def _own_card(trained: TrainedModel, manifest: Manifest, dtype: str) -> str:

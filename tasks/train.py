@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from smolrun.config import RunConfig, world_size
 from smolrun.driver.fleet import is_elsewhere
-from smolrun.driver.preflight import check_before_start
+from smolrun.driver.preflight import check_before_start, check_weights
 from smolrun.driver.prepare import spec_of, with_pinned_model
 from smolrun.driver.restart import Restarts, reachable_hosts
+from smolrun.driver.resume import find_weights
 from smolrun.driver.training_run import TrainingRun
 from smolrun.launch.streams import StreamClient
 from smolrun.launch.wake import keep_awake
+from smolrun.sanitize import echo
 from smolrun.tracking.console import Console
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ def drive(config: RunConfig) -> int:
         from smolrun.estimate.dry_run_text import report
 
         spec = spec_of(config)
+        weights = None if config.checkpoint.resume else find_weights(config, None, echo)
+        if weights is not None:
+            check_weights(config, spec, weights)
         return report(estimate(config, spec, notes=spec.notes))
     config = with_pinned_model(config)
     console = Console(

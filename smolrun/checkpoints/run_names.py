@@ -13,6 +13,7 @@ Every key that takes a run goes through here. Knows no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,14 @@ def locate(text: str, outputs: Path, warn: Callable[[str], None]) -> tuple[Path,
         what = f"the run {one_line(folder.name)} has no checkpoint that can be used"
         raise CheckpointError(f"{what}{what_exists(outputs, with_checkpoints=True)}")
     return folder, newest
+
+
+def latest_name(outputs: Path) -> str:
+    """The name of the run that `latest` points to; empty if there is none."""
+    with contextlib.suppress(CheckpointError):
+        folder = _target(outputs / LATEST).resolve()
+        return folder.name if folder.is_dir() else ""
+    return ""
 
 
 def run_folder(text: str, outputs: Path) -> Path:

@@ -99,7 +99,8 @@ def trained_further(
         is_trusted = data["checkpoint"].get("trust_run_folder") is True
         require_trust("model.run", folder.path, {folder: before}, is_trusted=is_trusted)
     now = {"model": choice(before["model"].get("name")), "data": data.get("data")}
-    typed = [key for key in keys if key.startswith(("model.", "data.")) and key != "model.run"]
+    groups = tuple(f"{group}." for group in before)
+    typed = [key for key in keys if key.startswith(groups) and key != "model.run"]
     merged = resume.on_top(resume.completed(before, {k: now[k] for k in before}), data, typed)
     if "pretrained" in merged["model"]:
         merged["model"]["pretrained"] = False  # its weights come from the checkpoint

@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from smolrun.checkpoints.run_names import latest_name
 from smolrun.config import RunConfig, redacted
 from smolrun.driver.detach import FOLDER, how_to_go_on, with_words
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
@@ -171,8 +172,6 @@ def _keep(
             "code_of": code_of,
         }
     )
-    if config.task == "train":  # outputs/latest is what was trained last
-        become_latest(run, _say)
     return run
 
 
@@ -233,12 +232,19 @@ class RemoteRun:
                 reason = error_tail(done.err) if done.err.strip() else f"exit code {done.code}"
                 what = f"it cannot report on {self._folder.run_id}: {reason}"
                 raise HostError(remote.host.name, what)
+            if view.has_begun:
+                self._become_latest()
             if view.has_ended:
                 self._bring_back(self._machine, view)
         except HostError:
             self.close()
             raise
         return view
+
+    def _become_latest(self) -> None:
+        """It has begun to train. A newer run stays the latest."""
+        if latest_name(OUTPUTS) < self._folder.run_id:
+            become_latest(self._folder, _say)
 
     def _bring_back(self, machine: Machine, view: View) -> None:
         """So that the run can be looked at here, also when that machine is off; its code there is

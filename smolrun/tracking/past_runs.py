@@ -17,11 +17,11 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from smolrun.checkpoints.run_names import run_folder, runs_below, what_exists
-from smolrun.errors import CheckpointError
+from smolrun.checkpoints.run_names import latest_name, run_folder, runs_below, what_exists
+from smolrun.errors import CheckpointError, SmolrunError
 from smolrun.files import open_regular, read_yaml
 from smolrun.sanitize import one_line
-from smolrun.tracking.run_folder import LATEST, SERVING, RunFolder
+from smolrun.tracking.run_folder import SERVING, RunFolder
 
 State = Literal[
     "running", "serving", "elsewhere", "remote", "unreachable",
@@ -83,15 +83,22 @@ def find_run(outputs: Path, wanted: str) -> RunFolder:
 
 
 def starting(outputs: Path) -> RunFolder | None:
-    """The newest training run whose driver lives, if it is newer than outputs/latest: it has not
-    begun to train. None if there is none."""
-    latest = (outputs / LATEST).resolve().name
+    """The newest training run whose driver lives, or is another machine that has not been asked
+    since training began, if it is newer than outputs/latest. None if there is none."""
+    latest = latest_name(outputs)
     for folder in run_folders(outputs):
         if folder.run_id == latest:
             return None
-        if folder.driver().get("steps") and folder.driver_lives():
+        if may_live(folder) and (folder.driver().get("steps") or _trains_away(folder)):
             return folder
     return None
+
+
+def _trains_away(folder: RunFolder) -> bool:
+    """Whether this account started it on another machine, to train."""
+    with contextlib.suppress(SmolrunError):
+        return folder.remote() is not None and not is_server(folder)
+    return False
 
 
 def living_servers(outputs: Path) -> list[RunFolder]:
@@ -111,6 +118,11 @@ def is_server(folder: RunFolder) -> bool:
         return bool(msgspec.yaml.decode(read_yaml(folder.config))["task"] == "serve")
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether a step was made."""
+    return bool(_last_steps(folder.metrics))
 
 
 def look(folder: RunFolder) -> PastRun:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 
 from smolrun.files import open_regular
-from smolrun.tracking.past_runs import State, look, state_of
+from smolrun.tracking.past_runs import State, has_begun, look, state_of
 from smolrun.tracking.run_folder import DriverRecord, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
@@ -103,6 +103,7 @@ class View(msgspec.Struct, frozen=True):
     driver: DriverRecord = {}
     summary: dict[str, Any] = {}
     asked: int = 0
+    has_begun: bool = False  # a step was made
     figures: Figures = {}
     metrics: Chunk = Chunk()
     log: Chunk = Chunk()
@@ -130,6 +131,7 @@ def answer(request: Request) -> View:
         driver=driver,
         summary=folder.summary(),
         asked=folder.stop_requests(),
+        has_begun=has_begun(folder),
         figures=_figures(folder) if request.figures else {},
         metrics=read_on(folder.metrics, request.metrics) if request.reads else Chunk(),
         log=read_on(folder.driver_log, request.log)

@@ -144,6 +144,9 @@ def test_a_new_run_can_have_other_data(trained: RunFolder):
     config = further("data=python_stdlib", "optimizer=sgd")
     assert (config.data.name, config.optimizer.name) == ("python_stdlib", "sgd")
     assert config.model.keywords()["layers"] == 2
+    config = further("data=text", "data.path=letters", "data.max_mb=2")
+    data = config.data.keywords()
+    assert (config.data.name, data["path"], data["max_mb"]) == ("text", "letters", 2)
 
 
 def test_the_run_is_pinned_as_it_is_now(trained: RunFolder):

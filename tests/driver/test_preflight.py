@@ -33,6 +33,7 @@ from smolrun.errors import ConfigError
 from smolrun.estimate import dry_run
 from smolrun.estimate.stages import model_maker
 from smolrun.launch.machine_memory import MachineMemory
+from smolrun.tasks import train
 from tests.tasks.test_whole_runs import finish, start, summary
 
 NAMES = (f"own_code_before_start_{number}" for number in itertools.count())
@@ -163,7 +164,9 @@ def prepared(tokens: int) -> Prepared:
     return Prepared("tokens", "", "", 32_000, None, tokens, None, 1, 1, "")
 
 
-def test_weights_of_another_shape_or_for_another_vocabulary_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_shape_or_for_another_vocabulary_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = ["checkpoint.weights=a-run", "model.width=32", "model.heads=2", "model.layers=1"]
 
     def check(vocabulary: int, *overrides: str) -> None:
@@ -171,7 +174,7 @@ def test_weights_of_another_shape_or_for_another_vocabulary_are_refused(tmp_path
         check_weights(compose([*sizes, *overrides]), data, checkpoint)
 
     model = model_maker(compose(sizes), msgspec.structs.replace(prepared(64), num_outputs=100))()
-    part = part_folder(tmp_path, 7, "t")
+    part = part_folder(tmp_path / "outputs" / "a-run" / "checkpoints", 7, "t")
     named = model.state_dict().items()
     report = write_shard(part, 0, [TensorSlice.whole(f"model/{name}", at) for name, at in named])
     manifest = merge([report], step=7, run_id="r", config_hash="c", world_size=1, state={})
@@ -185,6 +188,10 @@ def test_weights_of_another_shape_or_for_another_vocabulary_are_refused(tmp_path
     ]:
         with pytest.raises(ConfigError, match=rf"model.run = a-run: .*{what}"):
             check(vocabulary, change)
+    (tmp_path / "outputs" / "a-run" / "config.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(100, 32\) there, \(256, 32\) here"):
+        train.drive(compose([*sizes, "data.tokenizer=bytes", "training.dry_run=true"]))
 
 
 def warning(monkeypatch: pytest.MonkeyPatch, free_gb: float, *overrides: str) -> str | None:
@@ -206,7 +213,8 @@ def test_a_host_with_too_little_memory_is_known_by_its_memory_gb(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "mini1 needs " in (
-        warning(monkeypatch, 99, "cluster=macmini3", "model=llama32_1b") or ""
+        warning(monkeypatch, 99, "cluster=macmini3", "cluster.memory_gb=16", "model=llama32_1b")
+        or ""
     )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import platformdirs
 import psutil
 import pytest
 
+from smolrun.checkpoints.run_names import latest_name
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
@@ -23,7 +25,7 @@ from smolrun.launch.remote.probe import probe_machine
 from smolrun.tasks import attach, status, stop
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder
-from smolrun.tracking.run_view import Request, View
+from smolrun.tracking.run_view import ANSWER, Request, View
 from tests.launch.connection_here import ConnectionHere
 from tests.tasks.background import LONG
 from tests.waiting import until
@@ -96,6 +98,7 @@ def test_it_is_started_seen_and_stopped_from_here(
     try:
         assert f"smolrun task=attach attach.run={folder.run_id}" in told.out
         assert "box: preparing: " in told.err
+        assert not Path("outputs/latest").exists(), "nothing here knows yet that it has begun"
         there = Path((folder.remote() or {})["folder"])
         assert there.is_relative_to(box.workdir / "driver")
         assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "remote.json"}
@@ -107,6 +110,7 @@ def test_it_is_started_seen_and_stopped_from_here(
         until(lambda: metrics.exists() and metrics.read_text().count('"event": "step"') > 5, 60)
         assert status.drive(asked("status")) == 0
         assert f"{folder.run_id}  running" in capsys.readouterr().out
+        assert latest_name(Path("outputs")) == folder.run_id
         assert stop.drive(asked("stop")) == 0
         assert "stopped (stopped by the user)" in capsys.readouterr().out
     finally:
@@ -263,6 +267,43 @@ def test_each_file_that_is_brought_back_has_its_own_limit(
     question._bring_back(machine, View(state="done", summary={"status": "done"}))
     assert list(limits) == ["metrics.jsonl", "driver.log", "summary.json"]
     assert limits["summary.json"] < limits["driver.log"] < limits["metrics.jsonl"]
+
+
+def test_it_is_the_latest_run_once_it_has_begun_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory: the answers of the machine are given here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda name: tmp_path / "config" / name)
+    outputs, spec = Path("outputs"), HostSpec("box", "me@box")
+    folders = [RunFolder(outputs / f"20260131-14250{n}-x-aaaa") for n in range(3)]
+    for folder in folders:
+        folder.path.mkdir(parents=True)
+        folder.write_config("{}")
+    folders[0].become_latest()
+    folders[1].write_remote({"host": {}})
+    assert find_run("attach.run", "latest").run_id == folders[1].run_id, "it may begin any time"
+    answers: list[View] = []
+
+    def run(*_: Any) -> Any:
+        return SimpleNamespace(
+            out=ANSWER.encode() + msgspec.json.encode(answers[0]), err="", code=0
+        )
+
+    machine: Any = SimpleNamespace(name="box", run=run)
+    monkeypatch.setattr(remote_driver, "open_machine", lambda *_: machine)
+    remote = remote_driver.RemoteRun(
+        folders[1], remote_driver._Remote(spec, "/x", "python", {}, "driver-x")
+    )
+    answers[:] = [View("running")]
+    remote.ask(Request(""))
+    assert latest_name(outputs) == folders[0].run_id
+    answers[:] = [View("running", has_begun=True)]
+    remote.ask(Request(""))
+    assert latest_name(outputs) == folders[1].run_id
+    folders[2].become_latest()
+    remote.ask(Request(""))
+    assert latest_name(outputs) == folders[2].run_id, "a newer one has begun since"
 
 
 def test_a_record_that_makes_no_sense_is_told(box: Box) -> None:

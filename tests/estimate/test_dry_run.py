@@ -25,7 +25,7 @@ from smolrun.tasks import train
 from smolrun.testing import run_ranks
 from smolrun.worker.train import place_algorithm
 
-LLAMA = ("cluster=macmini3", "model=llama32_1b", "data.sequence_length=512")
+LLAMA = ("cluster=macmini3", "cluster.memory_gb=16", "model=llama32_1b", "data.sequence_length=512")
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +270,13 @@ def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_and_its_workers_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    server = ("cluster=macmini3", "cluster.server=mini2", "algorithm=syncps", "model=gpt_small")
+    server = (
+        "cluster=macmini3",
+        "cluster.memory_gb=16",
+        "cluster.server=mini2",
+        "algorithm=syncps",
+        "model=gpt_small",
+    )
     assert report(made(*server)) == 0
     lines = capsys.readouterr().out.splitlines()
     (room,) = [line for line in lines if "receive buffers of the server" in line]

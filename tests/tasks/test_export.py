@@ -59,7 +59,9 @@ def export(*overrides: str) -> int:
 def test_a_run_of_our_decoder_is_exported_whole(run: Path, capsys: Any) -> None:
     assert export() == 0
     out = run / "huggingface-step-00000007"
-    assert str(out) in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert 'from_pretrained("outputs/a-run/huggingface-step-00000007")' in shown
+    assert str(run) not in shown, "a path below the working directory is relative"
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         difference = model(TOKENS).logits - enliven(make_tiny_decoder())(TOKENS)

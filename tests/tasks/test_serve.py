@@ -303,6 +303,7 @@ def test_a_dry_run_prints_the_cut_and_starts_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked = ["task=serve", "training.dry_run=true", "model=qwen3_14b", "cluster=macmini3"]
+    asked += ["cluster.memory_gb=16"]
     assert drive(compose(asked)) == 0
     said = capsys.readouterr().out
     assert said.startswith("Qwen/Qwen3-14B: 27.5 GB of weights as bf16\n")
