@@ -8,30 +8,32 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig
-from smolrun.driver.detach import begin_driving
-from smolrun.driver.fleet import is_elsewhere
-from smolrun.driver.outputs import make_folder, nothing_started
-from smolrun.driver.preflight import check_before_start
-from smolrun.driver.serving import ServingRun, dry_run
-from smolrun.driver.serving_model import example
 from smolrun.launch.machine_memory import gb
 from smolrun.launch.supervisor_events import EXIT_FAILED, RunOutcome
-from smolrun.launch.wake import keep_awake
 from smolrun.sanitize import echo, indented, one_line
-from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import duration
 
 if TYPE_CHECKING:
+    from smolrun.config import RunConfig
+    from smolrun.driver.serving import ServingRun
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
     from smolrun.serving.messages import Ready, StageStats
+    from smolrun.tracking.console import Console
     from smolrun.tracking.run_folder import RunFolder
 
 
 def drive(config: RunConfig) -> int:
     """Serve as configured; returns the exit code. ConfigError, HostError: nothing was started."""
+    from smolrun.driver.detach import begin_driving  # not above: workers do without the driver
+    from smolrun.driver.fleet import is_elsewhere
+    from smolrun.driver.outputs import make_folder, nothing_started
+    from smolrun.driver.preflight import check_before_start
+    from smolrun.driver.serving import ServingRun, dry_run
+    from smolrun.launch.wake import keep_awake
+    from smolrun.tracking.console import Console
+
     check_before_start(config)
     console = Console(steps=1, world_size=1)
     if config.training.dry_run:
@@ -64,6 +66,8 @@ class _Served:
 
     def begin(self, ready: Ready) -> None:
         """Requests are answered from now on."""
+        from smolrun.driver.serving_model import example
+
         run, say = self._run, self._console.say
         self._stages = ready.stages
         self._console.close()

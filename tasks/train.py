@@ -9,19 +9,8 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any
 
-from smolrun.config import RunConfig, world_size
-from smolrun.driver.fleet import is_elsewhere
-from smolrun.driver.preflight import check_before_start, check_weights
-from smolrun.driver.prepare import spec_of, with_pinned_model
-from smolrun.driver.restart import Restarts, reachable_hosts
-from smolrun.driver.resume import find_weights
-from smolrun.driver.training_run import TrainingRun
-from smolrun.launch.streams import StreamClient
-from smolrun.launch.wake import keep_awake
-from smolrun.sanitize import echo
-from smolrun.tracking.console import Console
-
 if TYPE_CHECKING:
+    from smolrun.config import RunConfig
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
     from smolrun.mesh.mesh import Mesh
@@ -30,6 +19,17 @@ if TYPE_CHECKING:
 def drive(config: RunConfig) -> int:
     """Train as configured; returns the exit code. ConfigError, DataError, HostError: nothing was
     started."""
+    from smolrun.config import world_size  # not above: workers do without the driver
+    from smolrun.driver.fleet import is_elsewhere
+    from smolrun.driver.preflight import check_before_start, check_weights
+    from smolrun.driver.prepare import spec_of, with_pinned_model
+    from smolrun.driver.restart import Restarts, reachable_hosts
+    from smolrun.driver.resume import find_weights
+    from smolrun.driver.training_run import TrainingRun
+    from smolrun.launch.wake import keep_awake
+    from smolrun.sanitize import echo
+    from smolrun.tracking.console import Console
+
     began = time.monotonic()
     check_before_start(config)
     if config.training.dry_run:
@@ -67,6 +67,7 @@ def drive(config: RunConfig) -> int:
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
     """Train on this rank; returns its summary."""
     from smolrun.data.prepared import Prepared
+    from smolrun.launch.streams import StreamClient
     from smolrun.parts.placement import rank_speeds
     from smolrun.worker.memory_limit import limit_memory
     from smolrun.worker.train import pick_device, train
