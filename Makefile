@@ -23,6 +23,7 @@ run: $(READY)  ## install if needed, then `smolrun` (ARGS="model=mlp training.st
 	$(VENV)/bin/smolrun $(ARGS)
 
 test: $(READY)  ## all tests but the long ones (ARGS="tests/wire -x" for some of them)
+	$(PYTHON) -m compileall -q smolrun tasks  # once, for all the processes that tests start
 	$(PYTHON) -m pytest -m "not soak" -n 3 --durations=10 $(ARGS)
 
 check: $(READY)  ## format, lint, types, imports: what every change must pass

@@ -38,6 +38,15 @@ def _as_nice_as_workers() -> None:
             autogroup.write_text("10")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole runs come first: at the end, none of the processes (pytest -n) is left alone
+    with a long one."""
+    items.sort(key=lambda item: not _WITH_RUNS & {*Path(item.nodeid.partition("::")[0]).parts})
+
+
+_WITH_RUNS = {"hosts", "sweep", "tasks", "test_batch_shares.py"}
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one can do without
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What runs side by side (pytest -n): a file stays together, as its tests share what was set

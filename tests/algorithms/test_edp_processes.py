@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from smolrun.events import PushApplied
-from smolrun.mesh.connect import Endpoint
 from tests.algorithms import parameter_server as ps
 from tests.algorithms.edp_process import MODEL
+from tests.ports import free_ports
 from tests.waiting import until
 
 WORLD = 4
@@ -28,9 +28,7 @@ class Ranks:
     """Processes, and what rank 0 has told."""
 
     def __init__(self) -> None:
-        endpoint = Endpoint(["127.0.0.1"])
-        self.port = endpoint.addresses[0][1]
-        endpoint.close()
+        (self.port,) = free_ports(1)
         self.secret = secrets.token_hex(32)
         self.rows: list[dict[str, Any]] = []
         self.parameters: dict[str, Any] = {}

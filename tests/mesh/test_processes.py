@@ -10,7 +10,6 @@ import dataclasses
 import json
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,16 +21,9 @@ import psutil
 import pytest
 
 from smolrun.mesh.certificates import issue_credentials
+from tests.ports import free_ports
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 @contextmanager

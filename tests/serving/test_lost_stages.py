@@ -22,7 +22,8 @@ from smolrun.serving.messages import Ready
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.stage_runner import StageTimes
-from tests.mesh.test_processes import free_ports, has_established_link
+from tests.mesh.test_processes import has_established_link
+from tests.ports import free_ports
 from tests.serving.fake_stage import VOCAB, FakeStage
 from tests.serving.stage_process import join
 from tests.serving.test_engine import CAPACITY, SLOTS, Client, request, stats_of

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import waiting
+from tests.ports import free_ports
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -75,12 +76,6 @@ class Server:
         self.config.write_text("\n".join(lines) + "\n")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
     """A new key pair; the private half's path."""
     size = ["-b", "2048"] if kind == "rsa" else []
@@ -98,7 +93,7 @@ def ssh_server(folder: Path, *options: str) -> Iterator[Server]:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it when it is root
     host_key, user_key = make_key(folder / "host_key"), make_key(folder / "user_key")
     shutil.copy(f"{user_key}.pub", folder / "authorized_keys")
-    port = free_port()
+    (port,) = free_ports(1)
     settings = {
         "Port": port,
         "ListenAddress": "127.0.0.1",
