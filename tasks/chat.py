@@ -1,6 +1,7 @@
 """task=chat: a conversation with a model in this terminal.
 
-Ctrl-C ends the answer that is being written, Ctrl-D (on Windows Ctrl-Z and Enter) the conversation.
+Ctrl-C ends the answer that is being written; /exit or Ctrl-D (on Windows Ctrl-Z and Enter) ends the
+conversation.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ import contextlib
 import sys
 
 from smolrun.config import RunConfig
-from smolrun.driver.serving_client import CUT, ChatClient, Message, connected
+from smolrun.driver.serving_client import (
+    CUT,
+    ChatClient,
+    ConversationTooLong,
+    Message,
+    connected,
+)
 from smolrun.errors import SmolrunError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, printable
 from smolrun.tracking.console import Console
 
+_EXITS = ("/exit", "/quit", "/bye", "exit", "quit")
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -24,7 +32,7 @@ def drive(config: RunConfig) -> int:
     console = Console(steps=1, world_size=1, stream=sys.stderr)
     try:
         with connected(config, console.say, console.preparing) as client:
-            console.say(f"{client.model}: Ctrl-C ends an answer, Ctrl-D the conversation")
+            console.say(f"{client.model}: Ctrl-C ends an answer, /exit the conversation")
             console.close()
             TerminalChat(client, config.chat.system).hold()
     except KeyboardInterrupt:
@@ -52,7 +60,7 @@ class TerminalChat:
         else:  # bytes that are no text are refused line by line
             with contextlib.suppress(AttributeError):  # a stdin of a test
                 sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        while (text := self._read()) is not None:
+        while (text := self._read()) is not None and text.strip() not in _EXITS:
             try:
                 text.encode()
             except UnicodeError:
@@ -72,7 +80,20 @@ class TerminalChat:
                 echo()
 
     def _turn(self, text: str) -> None:
-        """One answer. A question that could not be answered is forgotten."""
+        """One answer. A question that could not be answered is forgotten; a conversation that is
+        too long for the model begins anew with it."""
+        try:
+            self._answer(text)
+        except ConversationTooLong as error:
+            earlier = [said for said in self._messages if said["role"] != "system"]
+            if not earlier:
+                echo(f"smolrun: {error}", error=True)
+                return
+            self._messages = [said for said in self._messages if said["role"] == "system"]
+            echo("the model has no room for more of this conversation; it begins anew", error=True)
+            self._turn(text)
+
+    def _answer(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
         said = ""
         try:
@@ -82,6 +103,9 @@ class TerminalChat:
                     self._show(piece, is_thought)
         except KeyboardInterrupt:
             self._show(" ...", False)
+        except ConversationTooLong:
+            self._messages.pop()
+            raise
         except SmolrunError as error:
             self._messages.pop()
             echo(f"\nsmolrun: {error}", error=True)

@@ -241,10 +241,12 @@ def template_note(config: RunConfig) -> str | None:
 
 
 def start_notes(config: RunConfig) -> Iterator[str]:
-    """Lines for the start of a run: a rank that does not train, emulated hosts."""
+    """Lines for the start of a run: a rank that does not train, a sample before, emulated hosts."""
     if has_dedicated_server(config):
         host = ranks(config)[0].host
         yield f"rank 0 on {host} is the parameter server (algorithm.server_trains=false)"
+    if config.training.sample_before:
+        yield "before the first step the model writes a sample (training.sample_before)"
     if not (hosts := emulated(config)):
         return
     yield f"emulated: {'; '.join(hosts)}"

@@ -5,6 +5,7 @@ Also decides whose tokenizer the data uses, and checks that model and data fit e
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from smolrun.checkpoints.run_names import run_folder
 from smolrun.config import RunConfig
 from smolrun.config.base import CustomTargetConfig
+from smolrun.config.data import ChatConfig, TextFilesConfig
 from smolrun.config.models import HuggingFaceConfig
 from smolrun.config.suggest import absent, problem
 from smolrun.data.cache import cache_folder
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _PIXELS = 28 * 28  # all image data sets here have this many, and ten classes
 _BYTES = 256
+_FILES = (".json", ".jsonl", ".parquet", ".csv")  # no names of the hub
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def with_model(config: RunConfig, prepared: Prepared, model: ModelFolder | None)
 
 def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
     """Make the data, and a model that has to be fetched, ready on this machine, or find it so."""
+    _check_paths(config)
     model = prepare_model(config, progress)
     keys = config.data.keywords()
     if (tokenizer := tokenizer_for(config, model)) is not None:
@@ -129,6 +133,18 @@ def prepare_data(config: RunConfig, progress: Progress) -> Prepared:
             "a smolrun.data.prepared.Prepared, which prepare_features and prepare_tokens give"
         )
     return with_model(config, prepared, model)
+
+
+def _check_paths(config: RunConfig) -> None:
+    """DataError where files of one's own are missing: that is known before a model is fetched."""
+    if isinstance(config.data, TextFilesConfig):
+        keys = config.data.keywords()
+        load_target(config.data.target)(cache_folder("data"), **keys).files(lambda *_: None)
+    elif isinstance(config.data, ChatConfig) and config.data.path.endswith(_FILES):
+        path = Path(os.path.expanduser(config.data.path))
+        if not path.exists():
+            what = f"there is no file {path.absolute()}"
+            raise DataError(f"data.path={config.data.path!r}: {what}")
 
 
 def spec_of(config: RunConfig) -> DataSpec:

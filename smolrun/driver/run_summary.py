@@ -38,6 +38,7 @@ _LEARNT = (
     "how these texts sound, not what they say: it will make up names, numbers and facts. "
     "Search the texts themselves for those"
 )
+_PROMPTS = {"python_stdlib": "def main(", "shakespeare": "ROMEO:"}  # by data
 _EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 
 
@@ -272,17 +273,18 @@ def _commands(
 
 def _first_use(config: RunConfig, folder: RunFolder, name: str) -> tuple[str, str]:
     if isinstance(config.model, _SERVED) and config.data.produces == "tokens":
-        return "to talk to it", f"smolrun {_talk(folder)} model.run={name}"
+        return "to talk to it", f"smolrun {_talk(config, folder)} model.run={name}"
     return "in Python", f'model, tokenizer = smolrun.load("{name}")'
 
 
-def _talk(folder: RunFolder) -> str:
+def _talk(config: RunConfig, folder: RunFolder) -> str:
     from smolrun.serving.text import has_template  # loads the tokenizers
 
     with contextlib.suppress(OSError, ValueError):
         if has_template(folder.path / "tokenizer"):
             return "task=chat"
-    return 'task=generate prompt="Once upon a time"'
+    prompt = _PROMPTS.get(config.data.name, "Once upon a time")
+    return f'task=generate prompt="{prompt}"'
 
 
 def resume_command(folder: RunFolder) -> str:

@@ -33,6 +33,10 @@ _POLL_S = 0.1
 _END_S = 30.0
 
 
+class ConversationTooLong(SmolrunError):
+    """The context of the model has no room for an answer."""
+
+
 class ChatClient:
     """Asks one server. Errors of the connection and of the server are SmolrunError."""
 
@@ -100,9 +104,12 @@ class ChatClient:
         if not response.is_error:
             return
         try:
-            said = response.json()["error"]["message"]
-        except (ValueError, LookupError, TypeError):
-            said = response.reason_phrase
+            error = response.json()["error"]
+            said, code = error["message"], error.get("code")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            said, code = response.reason_phrase, None
+        if code == "context_length_exceeded":
+            raise ConversationTooLong(f"{self._url}: {said}")
         hint = f"; set {KEY_VARIABLE} to its API key" if response.status_code == 401 else ""
         raise SmolrunError(f"{self._url} answered {response.status_code}: {said}{hint}")
 

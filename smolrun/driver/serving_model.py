@@ -19,6 +19,7 @@ from smolrun.config.models import (
     TrainedConfig,
 )
 from smolrun.driver.prepare import prepare_model
+from smolrun.driver.resume import below_outputs
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.models.trained import TrainedModel, find, is_network, network_folder
 from smolrun.serving.source import ModelSource, source_of_checkpoint, source_of_folder
@@ -44,8 +45,22 @@ def find_model(config: RunConfig, progress: Progress, say: Callable[[str], None]
         assert found is not None, "such models are fetched"
         source = source_of_folder(Path(found.folder), _short_name(model.name))
     if source.tokenizer_folder is None:
-        raise ConfigError(f"model={source.name} brings no tokenizer, so it cannot be served")
+        raise ConfigError(_without_tokenizer(config, source))
     return source
+
+
+def _without_tokenizer(config: RunConfig, source: ModelSource) -> str:
+    if not isinstance(config.model, TrainedConfig):
+        return (
+            f"model={source.name}: {source.folder} has no tokenizer, so prompts cannot be read; "
+            "put the tokenizer.json of the model there"
+        )
+    folder = below_outputs(Path(source.folder).parent.parent)
+    return (
+        f"model.run = {config.model.run}: there is no {folder / 'tokenizer' / 'tokenizer.json'}, "
+        "so prompts cannot be read; copy that folder from the run as it was trained, or use the "
+        f'model in Python: smolrun.load("{folder.as_posix()}")'
+    )
 
 
 def notes(source: ModelSource, free_bytes: float) -> Iterator[str]:

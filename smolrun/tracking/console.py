@@ -37,6 +37,7 @@ _REFRESH_S = 0.1  # ten times a second looks alive, and costs nothing
 _LEAST_BAR, _MOST_BAR = 6, 40  # columns
 _LINE_EVERY_S = 5.0  # where there is no bar
 _RATE_OVER_S = 1.0  # tokens/s are a mean: with late gradients the steps come in bursts
+_MOST_COUNTED = 1_000_000  # training steps, files and tensors are fewer
 _SLOW = 1.1  # a rank is called slow from 10 % more compute than the others' mean; less is noise
 
 
@@ -237,11 +238,9 @@ class Console:
     def _figures(self, event: StepDone) -> list[str]:
         """The parts of a step's line, the most important first."""
         left_s = event.time_s / (event.step + 1) * (self._steps - event.step - 1)
-        parts = [
-            f"loss {number(event.loss)}",
-            f"{rate(self._rate)} {self.unit}/s",
-            f"{clock(left_s)} left",
-        ]
+        parts = [f"loss {number(event.loss)}", f"{rate(self._rate)} {self.unit}/s"]
+        if event.step + 1 < self._steps:
+            parts.append(f"{clock(left_s)} left")
         slow = slowest(self._compute_s) if self._names_slowest else None
         return [*parts, f"slowest: rank {slow}"] if slow is not None else parts
 
@@ -251,7 +250,10 @@ class Console:
         self._bar = rich.progress.Progress(
             column("{task.description}", markup=False),
             self._bar_column,
-            rich.progress.MofNCompleteColumn(),
+            # Of millions of bytes or characters, the share says more.
+            rich.progress.TaskProgressColumn()
+            if total > _MOST_COUNTED
+            else rich.progress.MofNCompleteColumn(),
             column("{task.fields[figures]}", markup=False),
             console=self._rich,
             auto_refresh=False,

@@ -14,6 +14,7 @@ Pure: figures in, text out. Nothing is cut: a terminal wraps lines that are too 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -100,8 +101,10 @@ class RunEnd:
                 legend = Text(signs[number], _COLOURS[number]).append(f" {text}", "default")
                 yield _row("", legend)
         if self.advice:
-            yield _row("faster", Text(one_line(self.advice), "yellow"))
-        for label, text in self.last_rows:
+            yield from _wrapped("faster", self.advice, width, "yellow")
+        for label, text in self.notes:
+            yield from _wrapped(label, text, width)
+        for label, text in self.last_rows[len(self.notes) :]:  # whole, so that they can be copied
             style = "cyan" if (label, text) in self.commands else ""
             yield _row(label, Text(one_line(text), style))
 
@@ -132,6 +135,14 @@ def _shown(shares: Sequence[tuple[float, str]]) -> Iterator[tuple[int, str]]:
     for number, (share, what) in enumerate(shares):
         if share >= 0.005:
             yield number, f"{100 * share:.0f} % {one_line(what)}"
+
+
+def _wrapped(label: str, text: str, width: int, style: str = "") -> Iterator[Text]:
+    """Prose, in lines that fit beside the labels."""
+    room = width - _LABEL - 3
+    lines = textwrap.wrap(one_line(text), room) if room > _LABEL else [one_line(text)]
+    for number, line in enumerate(lines):
+        yield _row("" if number else label, Text(line, style))
 
 
 def _row(label: str, value: Text) -> Text:

@@ -8,13 +8,15 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.data.prepared import Prepared
+from smolrun.driver import prepare
 from smolrun.driver.prepare import (
+    prepare_data,
     prepare_model,
     tokenizer_for,
     with_model,
     with_pinned_model,
 )
-from smolrun.errors import ConfigError
+from smolrun.errors import ConfigError, DataError
 from smolrun.models import huggingface
 from tests.models.model_folders import save_model
 
@@ -65,6 +67,19 @@ def test_weights_of_a_run_bring_the_tokenizer_of_that_run(
     assert tokenizer_for(compose(["checkpoint.weights=a-run", "data.tokenizer=bpe"]), None) == "bpe"
     resumed = compose(["checkpoint.weights=a-run", "checkpoint.resume=b-run"])
     assert tokenizer_for(resumed, None) == str(tmp_path / "outputs" / "b-run" / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "data", [("data=text", "data.path=nots"), ("data=chat", "data.path=~/chats.jsonl")]
+)
+def test_a_missing_file_is_found_before_a_model_is_fetched(
+    data: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(prepare, "prepare_model", lambda config, _: fetched.append("model"))
+    with pytest.raises(DataError, match="there is no file"):
+        prepare_data(compose(["model=smollm2_135m", *data]), lambda *_: None)
+    assert fetched == []
 
 
 def test_a_model_gives_its_tokenizer_and_its_folder(folder: Path) -> None:

@@ -157,7 +157,7 @@ def test_what_fits_a_model_of_own_code_and_an_own_loss_is_offered(tmp_path: Path
     done = RunOutcome("done", 0)
     ours = told(tmp_path, done, record)
     assert "perplexity 7.4" in ours
-    assert "smolrun task=generate" in ours
+    assert 'smolrun task=generate prompt="def main("' in ours, "its data are Python's sources"
     own_loss = told(tmp_path, done, record, "model.loss=json:loads")
     assert "perplexity" not in own_loss, "e to the power of another loss means nothing"
     own = told(tmp_path, done, record, "model.target=json:loads", "data=digits")

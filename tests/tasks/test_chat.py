@@ -70,6 +70,23 @@ def test_an_answer_that_is_cut_is_said_so(
             assert ("the answer is cut, by serving.max_tokens" in said.err) == is_cut
 
 
+def test_a_conversation_without_room_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with served(FakeEngine(says("Fine."), max_sequence_length=40), tmp_path) as server:
+        typed = ["A first question", "A second question", "x" * 80, "Third?", "/exit", "Fourth?"]
+        assert chat(monkeypatch, server.url, "\n".join(typed), "chat.system=Be short") == 0
+        prompts = [bytes(one.prompt_ids).decode() for one in server.engine.submitted]
+    said = capsys.readouterr()
+    assert prompts == [
+        "Be short\nA first question",
+        "Be short\nA second question",
+        "Be short\nThird?",
+    ]
+    assert said.err.count("it begins anew") == 2
+    assert said.err.count("the prompt has ") == 1, "of the one that has no room even alone"
+
+
 def test_a_line_that_is_no_text_is_not_sent(
     server: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -166,6 +166,19 @@ def test_a_run_that_is_not_there_is_told(run: Path, capsys: Any) -> None:
     assert "model.run = another: there is no run and no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["serve", "generate", "chat"])
+def test_a_run_without_its_tokenizer_is_not_talked_to(run: Path, capsys: Any, task: str) -> None:
+    (run / "tokenizer" / "tokenizer.json").unlink()
+    words = [] if task == "serve" else ["generate.prompt=Hi"]
+    assert drive(compose([f"task={task}", "model.run=latest", *words])) == 2
+    said = capsys.readouterr().err
+    place = Path("outputs", "a-run", "tokenizer", "tokenizer.json")
+    assert f"model.run = latest: there is no {place}, so prompts cannot be read" in said
+    assert "copy that folder from the run as it was trained" in said
+    assert 'smolrun.load("outputs/a-run")' in said
+    assert [path.name for path in run.parent.iterdir() if path.name != "latest"] == ["a-run"]
+
+
 @pytest.mark.soak
 def test_a_model_of_transformers_trains_on_two_ranks_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

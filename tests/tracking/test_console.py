@@ -202,6 +202,26 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[38;" not in shown()
 
 
+def test_of_millions_of_bytes_the_share_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    console = Console(steps=2, world_size=1, stream=stream)
+    console.preparing("fetching", 46_450_000, 92_900_000)
+    console.preparing("reading", 5, 610)
+    console.close()
+    assert " 50%" in stream.getvalue() and "/610" in stream.getvalue()
+    assert "92900000" not in stream.getvalue()
+
+
+def test_the_last_step_promises_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    console = Console(steps=1, world_size=1, stream=stream)
+    console.record(step(0, time_s=0.5))
+    console.close()
+    assert "tokens/s" in stream.getvalue() and "left" not in stream.getvalue()
+
+
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()

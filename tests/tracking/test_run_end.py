@@ -78,6 +78,17 @@ def _args(has_colours: bool) -> tuple[object, ...]:
     return (False,) if has_colours else ("1",)
 
 
+def test_prose_is_wrapped_beside_the_labels_and_commands_are_not() -> None:
+    notes = [("learnt", "how these texts sound, not what they say")]
+    end = RunEnd("done", "done", notes=notes, advice="try this " * 4, commands=[("next", LONG)])
+    rows = [row.plain for row in end.rows(50, has_blocks=True)]
+    assert rows[3:5] == [
+        "  learnt           how these texts sound, not",
+        "                   what they say",
+    ]
+    assert all(len(row) <= 50 for row in rows[:-1]) and rows[-1].endswith(LONG)
+
+
 @pytest.mark.parametrize("width", [1, 7, 60])
 def test_the_bar_is_as_long_as_the_shares_together(width: int) -> None:
     drawn = bar(SHARES, width, "abcde").plain
