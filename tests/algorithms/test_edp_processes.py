@@ -82,6 +82,7 @@ def ranks() -> Iterator[Ranks]:
         process.wait()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no way to freeze a process here")
 def test_ranks_come_late_die_return_freeze_and_leave(ranks: Ranks) -> None:

@@ -30,8 +30,8 @@ def follow(folder: Path, *overrides: str) -> tuple[subprocess.Popen[str], str]:
 
 
 @pytest.mark.timeout(120)
-def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
-    with in_background(tmp_path) as run:
+def test_it_shows_the_run_and_a_stop_ends_it_at_an_agreed_step_saved(tmp_path: Path) -> None:
+    with in_background(tmp_path, "checkpoint.every=100000") as run:
         workers = run.until_it_trains()
         showing, first = follow(tmp_path)
         assert first == f"{run.run_id} is running; Ctrl-C detaches from it\n"
@@ -51,12 +51,20 @@ def test_it_shows_the_run_and_leaves_it_running(tmp_path: Path) -> None:
         )
         before = run.steps()
         showing, _ = follow(tmp_path, f"run={run.run_id}")
-        run.driver.terminate()
+        code, out, err = finish(start(tmp_path, "task=stop"))
+        assert (code, err) == (0, "")
+        assert "stop requested, at the next agreed step" in out
+        assert f"to resume: smolrun checkpoint.resume={run.run_id}" in out
         code, out, err = finish(showing)
         assert (code, err) == (130, "")
         assert "stopped (stopped by the user)" in out and "to resume: smolrun" in out
         assert run.steps() >= before
         run.until_it_is_gone(workers)
+        summary = run.read("summary.json")
+        assert (summary["status"], summary["exit_code"]) == ("stopped", 130)
+        assert summary["checkpoint"] == f"step-{summary['steps']:08}"
+    ended = smolrun(tmp_path, "task=stop")
+    assert ended.code == 0 and "has ended already" in ended.out
     ended = smolrun(tmp_path, "task=attach")
     assert ended.code == 130
     assert ended.out.startswith("stopped (stopped by the user): ")

@@ -26,6 +26,7 @@ def run(folder: Path, *overrides: str) -> float:
     return loss
 
 
+@pytest.mark.soak
 def test_replicas_are_equal_and_a_quarter_is_sent(tmp_path: Path) -> None:
     folder = tmp_path / "int8"
     keys = [*KEYS, "model.width=128", "cluster.ranks=2", "checkpoint=none"]

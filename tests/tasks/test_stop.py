@@ -22,22 +22,6 @@ from tests.tracking.test_past_runs import a_run
 from tests.waiting import until
 
 
-@pytest.mark.timeout(120)
-def test_once_is_at_an_agreed_step_saved(tmp_path: Path) -> None:
-    with in_background(tmp_path, "checkpoint.every=100000") as run:
-        workers = run.until_it_trains()
-        code, out, err = finish(start(tmp_path, "task=stop"))
-        assert (code, err) == (0, "")
-        assert "stop requested, at the next agreed step" in out
-        assert f"to resume: smolrun checkpoint.resume={run.run_id}" in out
-        run.until_it_is_gone(workers)
-        summary = run.read("summary.json")
-        assert (summary["status"], summary["exit_code"]) == ("stopped", 130)
-        assert summary["checkpoint"] == f"step-{summary['steps']:08}"
-    ended = smolrun(tmp_path, "task=stop")
-    assert ended.code == 0 and "has ended already" in ended.out
-
-
 @pytest.mark.soak
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows cannot freeze a process")
 @pytest.mark.timeout(120)
