@@ -134,6 +134,7 @@ class ServingConfig(Section):
 
     mode: Literal["auto", "local", "pipeline"]
     hosts: Literal["auto", "all"]
+    spare: Literal[0, 1]
     layers: list[list[Natural]] | None = Field(
         json_schema_extra={"allowed": "null, or [first, last] of every rank, [] for none"}
     )

@@ -16,7 +16,7 @@ import platform
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from smolrun.driver.serving_parts import (
     write_layers,
 )
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
-from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError
+from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError, SmolrunError
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
@@ -132,6 +132,8 @@ class ServingRun:
         for line in notes(source, machine_memory().available):
             say(line)
         self._run_id = ""
+        self._warned: set[str] = set()
+        self._has_cut = False
         self.bridge = EngineBridge(config.serving.max_queue)
         self.server = self._http_server()
         self._closing.callback(self.server.stop, 0.0)
@@ -230,7 +232,6 @@ class ServingRun:
         self._run_id = folder.run_id
         for line in start_notes(config):
             self._say(line)
-        self.bridge.on_ready = on_ready
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
         loader = ModelLoader(
             config,
@@ -240,6 +241,12 @@ class ServingRun:
             on_plan=self._show_plan,
             progress=self._progress,
         )
+
+        def ready(news: Ready) -> None:
+            on_ready(news)
+            self._prepare_for_losses(loader)
+
+        self.bridge.on_ready = ready
         try:
             outcome = run_on_ranks(
                 config,
@@ -269,14 +276,51 @@ class ServingRun:
         if not any(hosts[rank] in machines for rank in plan.stages):
             return self.source, [self.source.folder] * len(hosts)
         source = parts_of(self.source, self.spec.dtype, self._progress)
-        needed: dict[str, set[str]] = {name: set() for name in machines}
-        for rank in plan.stages:
-            if hosts[rank] in machines:
-                needed[hosts[rank]].update(needed_parts(source, plan.layers[rank]))
-        folders, sent = deliver_parts(source, needed, machines, self._run_id, self._progress)
-        self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
-        write_layers(self._layers_file(), plan.layers)
+        folders = self._send_parts(source, [plan], self._progress)
+        if not self._has_cut:  # the first plan is of all ranks: the next start keeps it
+            write_layers(self._layers_file(), plan.layers)
+        self._has_cut = True
         return source, [folders.get(host, source.folder) for host in hosts]
+
+    def _send_parts(
+        self, source: ModelSource, plans: Sequence[ServingPlan], progress: Progress
+    ) -> dict[str, str]:
+        """Bring every host elsewhere what it needs in any of the plans; by host, where it is."""
+        hosts = [rank.host for rank in ranks(self._config)]
+        needed: dict[str, set[str]] = {}
+        for plan in plans:
+            for rank in plan.stages:
+                parts = needed_parts(source, plan.layers[rank])
+                needed.setdefault(hosts[rank], set()).update(parts)
+        machines = {name: one for name, one in self._fleet.machines.items() if name in needed}
+        folders, sent = deliver_parts(source, needed, machines, self._run_id, progress)
+        self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
+        return folders
+
+    def _prepare_for_losses(self, loader: ModelLoader) -> None:
+        """Say whose loss the others cannot make good, and with serving.spare have each layer on
+        the host that would take it over."""
+        now, plans = loader.plan, []
+        hosts = [rank.host for rank in ranks(self._config)]
+        for rank in [] if now is None or len(now.stages) < 2 else now.stages:
+            try:
+                plans += [loader.plan_without(rank)] if rank else []
+            except DoesNotFit:
+                text = f"without rank {rank} on {hosts[rank]} the model would not fit on the others"
+                if text not in self._warned:
+                    self._warned.add(text)
+                    self._say(f"{text}: its loss would end all answers")
+        if plans and self._config.serving.spare and self._fleet.machines:
+            threading.Thread(
+                target=self._spread, args=(plans,), name="smolrun-spare", daemon=True
+            ).start()
+
+    def _spread(self, plans: Sequence[ServingPlan]) -> None:
+        try:
+            source = parts_of(self.source, self.spec.dtype, lambda *_: None)
+            self._send_parts(source, plans, lambda *_: None)
+        except SmolrunError as error:  # a host that is lost now, or has no room
+            self._say(f"warning: layers could not be copied for the loss of a host: {error}")
 
     def _layers_file(self) -> Path:
         hosts = [rank.host for rank in ranks(self._config)]

@@ -10,6 +10,7 @@ hosts          <-- parts ---  (a thread)    each host its own layers, by hash
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from smolrun.config import RunConfig, linked, ranks
-from smolrun.errors import ProtocolError, SmolrunError
+from smolrun.errors import HostError, HostErrors, ProtocolError, SmolrunError
 from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
@@ -35,6 +36,7 @@ from smolrun.serving.messages import (
 from smolrun.serving.source import ModelSource
 
 Progress = Callable[[str, int, int], None]
+_CHANGE_S = 30.0  # within which a host that did not take its layers is seen to be lost
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class ModelLoader(Subscriber):
         self._plan: ServingPlan | None = None
         # Of a generation: what the ranks get, or why they cannot.
         self._delivered: tuple[int, tuple[ModelSource, list[str]] | Exception] | None = None
+        self._failed: tuple[float, Exception] | None = None  # and when it is the end
         self._has_loaded = False
         self._present: list[int] = []  # the ranks of the generation, once they are linked
         self._generation = -1
@@ -96,7 +99,7 @@ class ModelLoader(Subscriber):
     def on_regrouped(self, ranks: list[int], generation: int) -> None:
         """Cut the layers over the ranks that are there now."""
         self._present, self._generation = ranks, generation
-        self._plan, self._delivered = None, None
+        self._plan, self._delivered, self._failed = None, None, None
         self._loading.clear()
         self._has_loaded = False
         self._decide()
@@ -119,10 +122,16 @@ class ModelLoader(Subscriber):
     def on_poll(self) -> None:
         """Once the parts are there, tell all ranks to load."""
         found, self._delivered = self._delivered, None
+        if self._failed is not None and time.monotonic() >= self._failed[0]:
+            self._fail(self._failed[1])
+            self._failed = None
         if found is None or found[0] != self._generation:
             return  # of ranks that have changed since
         if isinstance(found[1], Exception):
-            self._fail(found[1])
+            # A host that is lost meanwhile is seen to be, and then others get its layers.
+            is_change_possible = isinstance(found[1], HostError | HostErrors)
+            waits_s = _CHANGE_S if is_change_possible and self._generation > 0 else 0.0
+            self._failed = (time.monotonic() + waits_s, found[1])
         else:
             self._load(*found[1])
 
@@ -144,6 +153,15 @@ class ModelLoader(Subscriber):
             daemon=True,
         )
         thread.start()
+
+    def plan_without(self, lost: int) -> ServingPlan:
+        """What is done where this rank is lost; DoesNotFit."""
+        return self._plan_over([rank for rank in self._present if rank != lost])
+
+    @property
+    def plan(self) -> ServingPlan | None:
+        """Of the ranks that are there; None while they measure."""
+        return self._plan
 
     def _plan_over(self, present: list[int]) -> ServingPlan:
         """The plan for these ranks; `layers` of the others are empty. Given layers, and those of
