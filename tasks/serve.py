@@ -69,12 +69,15 @@ class _Served:
         from smolrun.driver.serving_model import example
 
         run, say = self._run, self._console.say
-        self._stages = ready.stages
+        is_first, self._stages = not self._stages, ready.stages
         self._console.close()
         try:
             self._folder.write_summary({"status": "serving", **self._facts()})
         except OSError as error:  # a server does not need its disk
             say(f"warning: summary.json cannot be written: {error}")
+        if not is_first:
+            say("answers go on")
+            return
         say(
             f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
             f"context {ready.max_sequence_length:,} tokens, {gb(run.spec.sizes.weights)} of weights"

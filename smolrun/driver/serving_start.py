@@ -92,9 +92,9 @@ class ModelLoader(Subscriber):
             self._probe(rank)
 
     def on_restart(self, rank: int) -> None:
-        """What its old process measured and held is gone."""
-        self._probed.pop(rank, None)
-        self._probe(rank)
+        """Its old process had measured, with nothing loaded, what is true of the new one too."""
+        if rank not in self._probed:
+            self._probe(rank)
 
     def on_regrouped(self, ranks: list[int], generation: int) -> None:
         """Cut the layers over the ranks that are there now."""
