@@ -76,8 +76,8 @@ class ModelLoader(Subscriber):
         self._probed: dict[int, Probed] = {}
         self._loading: dict[int, tuple[int, int]] = {}
         self._plan: ServingPlan | None = None
-        # Of a generation: what the ranks get, or why they cannot.
-        self._delivered: tuple[int, tuple[ModelSource, list[str]] | Exception] | None = None
+        # By generation: what the ranks get, or why they cannot; written by a thread of each.
+        self._delivered: dict[int, tuple[ModelSource, list[str]] | Exception] = {}
         self._failed: tuple[float, Exception] | None = None  # and when it is the end
         self._has_loaded = False
         self._present: list[int] = []  # the ranks of the generation, once they are linked
@@ -99,7 +99,7 @@ class ModelLoader(Subscriber):
     def on_regrouped(self, ranks: list[int], generation: int) -> None:
         """Cut the layers over the ranks that are there now."""
         self._present, self._generation = ranks, generation
-        self._plan, self._delivered, self._failed = None, None, None
+        self._plan, self._failed = None, None
         self._loading.clear()
         self._has_loaded = False
         self._decide()
@@ -121,19 +121,17 @@ class ModelLoader(Subscriber):
 
     def on_poll(self) -> None:
         """Once the parts are there, tell all ranks to load."""
-        found, self._delivered = self._delivered, None
+        found = self._delivered.pop(self._generation, None)  # others are of ranks that changed
         if self._failed is not None and time.monotonic() >= self._failed[0]:
             self._fail(self._failed[1])
             self._failed = None
-        if found is None or found[0] != self._generation:
-            return  # of ranks that have changed since
-        if isinstance(found[1], Exception):
+        if isinstance(found, Exception):
             # A host that is lost meanwhile is seen to be, and then others get its layers.
-            is_change_possible = isinstance(found[1], HostError | HostErrors)
+            is_change_possible = isinstance(found, HostError | HostErrors)
             waits_s = _CHANGE_S if is_change_possible and self._generation > 0 else 0.0
-            self._failed = (time.monotonic() + waits_s, found[1])
-        else:
-            self._load(*found[1])
+            self._failed = (time.monotonic() + waits_s, found)
+        elif found is not None:
+            self._load(*found)
 
     def _decide(self) -> None:
         """Once all ranks that are there have measured."""
@@ -190,9 +188,9 @@ class ModelLoader(Subscriber):
     def _bring(self, plan: ServingPlan, generation: int) -> None:
         """On a thread of its own: the driver continues with leases, signals and the ranks."""
         try:
-            self._delivered = (generation, self._deliver(plan))
+            self._delivered[generation] = self._deliver(plan)
         except Exception as error:  # of a host, a disk or a library; the driver reports it
-            self._delivered = (generation, error)
+            self._delivered[generation] = error
 
     def _load(self, source: ModelSource, folders: list[str]) -> None:
         assert self._plan is not None, "the parts follow the plan"
