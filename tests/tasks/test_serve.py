@@ -115,6 +115,7 @@ def is_at_rest(url: str) -> bool:
 
 
 @pytest.mark.soak  # tests/serving/test_engine.py and tests/launch/test_elastic_driver.py have parts
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
 def test_answers_go_on_over_the_stages_that_are_left_and_with_the_one_that_is_back(
     tmp_path: Path, model: Path, signal_name: str
