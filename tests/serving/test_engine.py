@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from smolrun.errors import PeerLost
 from smolrun.mesh.mesh import Mesh
 from smolrun.serving.batch import Batch, BatchResult, Sampled
 from smolrun.serving.engine import Engine, split_output
@@ -435,62 +434,6 @@ def test_stopping_ends_every_request() -> None:
     client = serve(script, stages=2)
     assert len(client.finished) == 9
     assert {one.reason for one in client.finished.values()} == {"cancelled"}
-
-
-def test_an_engine_goes_on_over_other_stages_where_its_own_are_lost() -> None:
-    """Twice: in the middle of answers, and before a token has flowed again."""
-    size = {"slots": SLOTS, "capacity": CAPACITY}
-    answers = [request("greedy", 20, 30), request("choices", 9, 20, choices=2)]
-
-    def schedule() -> Scheduler:
-        return Scheduler(**size, vocab_size=VOCAB, chunk_tokens=8)
-
-    client = Client(None, 1)  # type: ignore[arg-type]
-    engine = client.engine = Engine(schedule(), client.messages.put, max_message_bytes=10_000)
-
-    def lose() -> None:
-        assert isinstance(client.take(), Ready)
-        for one in answers:
-            engine.submit(one)
-        while not all(len(client.tokens[one.request, 0]) > 4 for one in answers):
-            client.take()
-        engine.on_result(PeerLost(2, 0, "silent"))
-        while not isinstance(client.take(), Ready):
-            pass
-        client.wait(*answers)
-        engine.stop()
-        while client.take() is not None:
-            pass
-
-    def work(mesh: Mesh) -> list[int]:
-        def run() -> int:
-            runner = FakeStage(0, 1, **size)
-            head = PipelineHead(mesh, [0], runner, StageTimes(stats_of(0)), engine.on_result)
-            try:
-                engine.run(head)
-            except PeerLost:
-                return -1
-            return max(len(batch.token_ids) for batch in runner.batches)
-
-        ends = [run()]
-        engine.on_result(BatchResult(99))  # of the lost stages, and late
-        engine.recover(schedule())
-        engine.on_result(PeerLost(1, 1, "while it warms up"))
-        engine.submit(Cancel("nobody"))  # comes while no stage is there
-        ends.append(run())
-        engine.recover(schedule())
-        ends.append(run())
-        client.messages.put(None, timeout=SOON_S)
-        return ends
-
-    thread = threading.Thread(target=lose, daemon=True)
-    thread.start()
-    ((*lost, most),) = run_ranks(1, work)
-    thread.join(SOON_S)
-    assert lost == [-1, -1]
-    assert most > 1, "what was generated is computed again in chunks, as a prompt is"
-    client.check(*answers)
-    assert client.stats is not None and client.stats.prompt_tokens == 20 + 9
 
 
 def test_long_reports_are_split() -> None:

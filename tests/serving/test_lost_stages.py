@@ -1,5 +1,6 @@
 """A stage as a real process with real sockets, killed or frozen in the middle of an answer: the
-other ranks end with its name. And stages end in order when nothing is lost."""
+other ranks end with its name. The engine then goes on over others. And stages end in order when
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ import pytest
 
 from smolrun.errors import PeerLost, SmolrunError
 from smolrun.mesh.mesh import Mesh
+from smolrun.serving.batch import BatchResult
 from smolrun.serving.engine import Engine
-from smolrun.serving.messages import Ready
+from smolrun.serving.messages import Cancel, Ready
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.stage_runner import StageTimes
+from smolrun.testing import run_ranks
 from tests.mesh.test_processes import has_established_link
 from tests.ports import free_ports
 from tests.serving.fake_stage import VOCAB, FakeStage
@@ -133,3 +136,59 @@ def test_stages_end_in_order_when_rank_0_stops(pipeline: Pipeline) -> None:
     assert pipeline.middle.get(timeout=SOON_S) is None
     assert pipeline.process.communicate(timeout=SOON_S)[0].strip() == "ended"
     assert pipeline.process.returncode == 0
+
+
+def test_an_engine_goes_on_over_other_stages_where_its_own_are_lost() -> None:
+    """Twice: in the middle of answers, and before a token has flowed again."""
+    size = {"slots": SLOTS, "capacity": CAPACITY}
+    answers = [request("greedy", 20, 30), request("choices", 9, 20, choices=2)]
+
+    def schedule() -> Scheduler:
+        return Scheduler(**size, vocab_size=VOCAB, chunk_tokens=8)
+
+    client = Client(None, 1)  # type: ignore[arg-type]
+    engine = client.engine = Engine(schedule(), client.messages.put, max_message_bytes=10_000)
+
+    def lose() -> None:
+        assert isinstance(client.take(), Ready)
+        for one in answers:
+            engine.submit(one)
+        while not all(len(client.tokens[one.request, 0]) > 4 for one in answers):
+            client.take()
+        engine.on_result(PeerLost(2, 0, "silent"))
+        while not isinstance(client.take(), Ready):
+            pass
+        client.wait(*answers)
+        engine.stop()
+        while client.take() is not None:
+            pass
+
+    def work(mesh: Mesh) -> list[int]:
+        def run() -> int:
+            runner = FakeStage(0, 1, **size)
+            head = PipelineHead(mesh, [0], runner, StageTimes(stats_of(0)), engine.on_result)
+            try:
+                engine.run(head)
+            except PeerLost:
+                return -1
+            return max(len(batch.token_ids) for batch in runner.batches)
+
+        ends = [run()]
+        engine.on_result(BatchResult(99))  # of the lost stages, and late
+        engine.recover(schedule())
+        engine.on_result(PeerLost(1, 1, "while it warms up"))
+        engine.submit(Cancel("nobody"))  # comes while no stage is there
+        ends.append(run())
+        engine.recover(schedule())
+        ends.append(run())
+        client.messages.put(None, timeout=SOON_S)
+        return ends
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    ((*lost, most),) = run_ranks(1, work)
+    thread.join(SOON_S)
+    assert lost == [-1, -1]
+    assert most > 1, "what was generated is computed again in chunks, as a prompt is"
+    client.check(*answers)
+    assert client.stats is not None and client.stats.prompt_tokens == 20 + 9
