@@ -20,7 +20,7 @@ from smolrun.errors import PeerLost, SmolrunError
 from smolrun.mesh.mesh import Mesh
 from smolrun.serving.batch import BatchResult
 from smolrun.serving.engine import Engine
-from smolrun.serving.messages import Cancel, Ready
+from smolrun.serving.messages import Cancel, Ready, Submit
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.stage_runner import StageTimes
@@ -138,6 +138,19 @@ def test_stages_end_in_order_when_rank_0_stops(pipeline: Pipeline) -> None:
     assert pipeline.process.returncode == 0
 
 
+def read_over_a_loss(client: Client, answers: list[Submit]) -> None:
+    """Report a loss in the middle of the answers, and wait for their ends."""
+    assert isinstance(client.take(), Ready)
+    for one in answers:
+        client.engine.submit(one)
+    while not all(len(client.tokens[one.request, 0]) > 4 for one in answers):
+        client.take()
+    client.engine.on_result(PeerLost(2, 0, "silent"))
+    while not isinstance(client.take(), Ready):
+        pass
+    client.wait(*answers)
+
+
 def test_an_engine_goes_on_over_other_stages_where_its_own_are_lost() -> None:
     """Twice: in the middle of answers, and before a token has flowed again."""
     size = {"slots": SLOTS, "capacity": CAPACITY}
@@ -150,15 +163,7 @@ def test_an_engine_goes_on_over_other_stages_where_its_own_are_lost() -> None:
     engine = client.engine = Engine(schedule(), client.messages.put, max_message_bytes=10_000)
 
     def lose() -> None:
-        assert isinstance(client.take(), Ready)
-        for one in answers:
-            engine.submit(one)
-        while not all(len(client.tokens[one.request, 0]) > 4 for one in answers):
-            client.take()
-        engine.on_result(PeerLost(2, 0, "silent"))
-        while not isinstance(client.take(), Ready):
-            pass
-        client.wait(*answers)
+        read_over_a_loss(client, answers)
         engine.stop()
         while client.take() is not None:
             pass

@@ -29,7 +29,7 @@ from smolrun.serving.messages import Ready
 from smolrun.serving.source import source_of_folder
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
-from tests.tasks.served import LONG, START_S, events, model_in, serving
+from tests.tasks.served import LONG, START_S, Server, events, model_in, serving
 from tests.tasks.test_whole_runs import finish, is_alive, start
 from tests.waiting import until
 
@@ -144,17 +144,7 @@ def test_answers_go_on_over_the_stages_that_are_left_and_with_the_one_that_is_ba
             undisturbed = text_of(events(lines))
         assert len(undisturbed) > 100
         for rank in (1, 2):
-            survivors = [server.worker(other).pid for other in {0, 1, 2} - {rank}]
-            comments: list[str] = []
-            with server.stream(**drawn) as lines:
-                got = events(noted(lines, comments))
-                begun = [next(got) for _ in range(40)]
-                server.worker(rank).send_signal(getattr(signal, signal_name))
-                assert text_of(iter([*begun, *got])) == undisturbed
-            assert any(line.startswith(": recovering") for line in comments)
-            until(lambda: len(stage_rows(server.url)) == 3, START_S)  # it is back
-            until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200, START_S)
-            assert [server.worker(other).pid for other in {0, 1, 2} - {rank}] == survivors
+            assert lose(server, rank, signal_name, drawn) == undisturbed
         with server.stream(**drawn) as lines:
             got = events(lines)
             next(got)
@@ -172,6 +162,22 @@ def test_answers_go_on_over_the_stages_that_are_left_and_with_the_one_that_is_ba
         told = server.summary()
         assert (told["status"], told["failed_rank"]) == ("failed", 0)
         until(server.is_gone)
+
+
+def lose(server: Server, rank: int, signal_name: str, drawn: dict[str, Any]) -> str:
+    """The text of an answer in whose middle a rank is lost; then that rank is back."""
+    survivors = {other: server.worker(other).pid for other in {0, 1, 2} - {rank}}
+    comments: list[str] = []
+    with server.stream(**drawn) as lines:
+        got = events(noted(lines, comments))
+        begun = [next(got) for _ in range(40)]
+        server.worker(rank).send_signal(getattr(signal, signal_name))
+        text = text_of(iter([*begun, *got]))
+    assert any(line.startswith(": recovering") for line in comments)
+    until(lambda: len(stage_rows(server.url)) == 3, START_S)
+    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200, START_S)
+    assert {other: server.worker(other).pid for other in survivors} == survivors
+    return text
 
 
 def text_of(got: Iterator[dict[str, Any]]) -> str:
