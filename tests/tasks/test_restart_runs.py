@@ -19,6 +19,35 @@ from tests.waiting import until
 RESTART = "cluster.restart={max: 2, wait_s: 5}"
 
 
+DIES = """
+import time
+from pathlib import Path
+
+import psutil
+from smolrun.algorithms.classicdp import ClassicDP
+
+MARK, MANIFESTS = Path({mark!r}), {manifests!r}
+
+
+class Dies(ClassicDP):
+    \"\"\"Rank 0 of the first start is killed in its 9th step, once a checkpoint is there.\"\"\"
+
+    steps = 0
+
+    def __init__(self, context):
+        super().__init__(context, bucket_mb=1.0)
+
+    def forward_backward(self, micro_batches):
+        self.steps += 1
+        if self.steps == 9 and self.context.mesh.rank == 0 and not MARK.exists():
+            while MANIFESTS and not list(MARK.parent.glob(MANIFESTS)):
+                time.sleep(0.01)
+            MARK.touch()
+            psutil.Process().kill()
+        return super().forward_backward(micro_batches)
+"""
+
+
 def newest(saved: Path) -> Path | None:
     return newest_valid(saved, pytest.fail)
 
@@ -63,12 +92,15 @@ def test_two_losses_cost_steps_but_not_the_result(tmp_path: Path) -> None:
 def test_a_loss_is_followed_by_a_start_from_the_newest_checkpoint(
     tmp_path: Path, every: int
 ) -> None:
-    run = start(tmp_path, *RUN, f"checkpoint.every={every}", "cluster.restart.max=1")
+    manifests = "outputs/*/checkpoints/*/manifest.json" if every else ""
+    (tmp_path / "dies.py").write_text(
+        DIES.format(mark=str(tmp_path / "died"), manifests=manifests), encoding="utf-8"
+    )
+    keys = ["algorithm.name=dies", "algorithm.target=dies:Dies", f"checkpoint.every={every}"]
+    code, out, err = finish(start(tmp_path, *RUN, *keys, "cluster.restart.max=1"))
     saved = tmp_path / "outputs" / "latest" / "checkpoints"
-    until(lambda: steps_told(tmp_path) >= 5 and (not every or bool(newest(saved))), 60)
-    kill_a_rank(run, 0)
-    code, out, err = finish(run)
     assert code == 0, err
+    assert (tmp_path / "died").exists()
     assert ("starting over" in out) == (every == 0)
     assert [row["step"] for row in rows(tmp_path, "step")] == list(range(24))
     assert (summary(tmp_path)["restarts"][0]["resumed_from"] > 0) == (every > 0)
