@@ -27,6 +27,7 @@ from smolrun.events import Event, RankStep, RunStarted, StepDone
 _MOST_OPEN_STEPS = 256  # bounds the memory where a rank sends nothing
 # Share of the time from which on there is advice.
 _WORTH = 0.1
+_FEW_BYTES = 100_000  # a step that sends less waits for its messages, however small they are
 _SLOW = 1.1  # as the console's: less is noise
 _MOSTLY = 2 / 3  # of all waiting for slower ranks: that one is the slow one, not just unlucky
 _THROTTLED = 0.1  # of the steps
@@ -260,7 +261,7 @@ def _waiting(found: Bottleneck, setup: RunSetup) -> str:
 
 
 def _network(found: Bottleneck) -> str:
-    return f"network ({_megabytes(found.bytes_per_step)} a step, {_megabytes(found.bytes_per_s)}/s)"
+    return f"network ({_amount(found.bytes_per_step)} a step, {_amount(found.bytes_per_s)}/s)"
 
 
 def _advice(found: Bottleneck, setup: RunSetup) -> str:
@@ -277,7 +278,7 @@ def _advice(found: Bottleneck, setup: RunSetup) -> str:
         return "try quantization=int8" if setup.can_quantize else ""
     if found.network >= _WORTH:
         can_hide = setup.staleness == 0 and found.network <= found.computing
-        if setup.can_quantize and not can_hide:
+        if setup.can_quantize and not can_hide and found.bytes_per_step >= _FEW_BYTES:
             return "try quantization=int8"
         if setup.staleness == 0:
             return "try staleness.bound=1, which hides the network behind the next step"
@@ -305,8 +306,9 @@ def _named(rank: int, setup: RunSetup) -> str:
     return f"rank {rank} on {host}" if len(set(setup.hosts)) > 1 else f"rank {rank}"
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"
+def _amount(size: float) -> str:
+    unit, size = ("MB", size / 1e6) if size >= 0.1e6 else ("kB", size / 1e3)
+    return f"{size:.0f} {unit}" if size >= 10 else f"{size:.1f} {unit}"
 
 
 def _add(sums: dict[int, Any], rank: int, value: float) -> None:

@@ -63,7 +63,7 @@ def test_a_slow_rank_is_named_and_given_its_share() -> None:
     assert (found.slow_rank, found.slow_factor) == (1, pytest.approx(2.3))
     assert found.line == (
         "59 % computing, 23 % waiting for rank 1 on pi5 (2.3x slower), "
-        "18 % network (0.0 MB a step, 0.0 MB/s); try cluster.hosts[1].speed=0.43"
+        "18 % network (0.0 kB a step, 0.0 kB/s); try cluster.hosts[1].speed=0.43"
     )
 
 
@@ -106,8 +106,11 @@ def test_what_computing_cannot_hide_should_be_smaller(
     staleness: int | None, wait_s: float, advice: str
 ) -> None:
     where = setup(["local"] * 2, staleness=staleness, can_quantize=True)
-    found = verdict([(1.0, wait_s), (1.0, wait_s)], where, step_s=1.0 + wait_s)
-    assert found.advice == advice
+    ranks, step_s = [(1.0, wait_s), (1.0, wait_s)], 1.0 + wait_s
+    assert verdict(ranks, where, step_s=step_s, sent=200_000).advice == advice
+    few = verdict(ranks, where, step_s=step_s, sent=2_000)
+    assert "2.0 kB a step" in few.line or wait_s < 0.1
+    assert "int8" not in few.advice, "smaller messages are as many"
 
 
 def test_a_rank_that_its_machine_slows_down_is_told_whatever_else_there_is() -> None:
