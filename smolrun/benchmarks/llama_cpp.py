@@ -20,6 +20,8 @@ from torch import Tensor
 
 from smolrun.errors import SmolrunError
 from smolrun.models.shape import DecoderShape, parameter_shapes
+from smolrun.serving.messages import ServingDtype
+from smolrun.serving.source import stored_as
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 PROGRAM = "llama-server"
 _START_S = 120.0
 _ANSWER_S = 600.0
+_TYPES: dict[ServingDtype, str] = {
+    "float32": "F32",
+    "bf16": "BF16",
+    "int8": "Q8_0",
+    "int4": "Q4_0",
+}
 _NAMES = {
     "token_embedding": "token_embd",
     "norm": "output_norm",
@@ -51,7 +59,7 @@ class LlamaCppPeer:
     """`llama-server` with as many threads as torch has here; `decode` as of BenchEngine."""
 
     def __init__(
-        self, shape: DecoderShape, vocab_size: int, dtype: torch.dtype, slots: int, capacity: int
+        self, shape: DecoderShape, vocab_size: int, dtype: ServingDtype, slots: int, capacity: int
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="smolrun-llama-cpp-")
         self._log = Path(self._folder.name) / "log"
@@ -116,7 +124,7 @@ class LlamaCppPeer:
         raise SmolrunError(f"{PROGRAM} did not start; its last line: {lines[-1]}")
 
 
-def _write_gguf(path: Path, shape: DecoderShape, vocab_size: int, dtype: torch.dtype) -> None:
+def _write_gguf(path: Path, shape: DecoderShape, vocab_size: int, dtype: ServingDtype) -> None:
     """Random weights, and a vocabulary of numbers: prompts are token ids."""
     from gguf import GGUFWriter
 
@@ -124,7 +132,8 @@ def _write_gguf(path: Path, shape: DecoderShape, vocab_size: int, dtype: torch.d
     _add_keys(writer, shape, vocab_size)
     shapes = parameter_shapes(shape, vocab_size, 0, shape.layers - 1, True, True)
     for name, size in shapes.items():
-        _add(writer, _gguf_name(name), torch.empty(size).normal_(0, 0.02), dtype)
+        kind = _TYPES[stored_as(name, size, dtype)]
+        _add(writer, _gguf_name(name), torch.empty(size).normal_(0, 0.02), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -151,15 +160,16 @@ def _add_keys(writer: GGUFWriter, shape: DecoderShape, vocab_size: int) -> None:
     writer.add_token_merges(["t 0"])
 
 
-def _add(writer: GGUFWriter, name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """A matrix in `dtype`; norms are float32 in every file."""
+def _add(writer: GGUFWriter, name: str, values: Tensor, kind: str) -> None:
+    """A matrix in a type of llama.cpp; norms are float32 in every file."""
     from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
 
-    if values.ndim == 1 or dtype == torch.float32:
+    if values.ndim == 1:
         writer.add_tensor(name, values.numpy())
         return
-    halves = values.to(torch.bfloat16).view(torch.uint8).numpy()
-    writer.add_tensor(name, halves, raw_dtype=GGMLQuantizationType.BF16)
+    packed = GGMLQuantizationType[kind]
+    writer.add_tensor(name, quantize(values.numpy(), packed), raw_dtype=packed)
 
 
 def _gguf_name(name: str) -> str:

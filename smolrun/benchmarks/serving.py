@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smolrun.benchmarks import llama_cpp
 from smolrun.benchmarks.compare import compare
@@ -28,11 +29,12 @@ from smolrun.serving.engine import Engine
 from smolrun.serving.messages import FromEngine, ServingDtype, StageStats, StepOutput, Submit
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
+from smolrun.serving.source import quantized, stored_as
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
+from smolrun.serving.weights import COMPUTE_DTYPES
 
 _log = logging.getLogger(__name__)
-_DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _VOCAB = 49152
 _STAGE = StageStats(0, "", 0, 0)  # a bench reads no figures of stages
 _WEIGHT = 0.02  # the standard deviation of a fresh decoder
@@ -195,9 +197,9 @@ def _peer(
     name: str, mesh: Mesh, shape: DecoderShape, dtype: ServingDtype, slots: int, capacity: int
 ) -> BenchEngine | HuggingFacePeer | llama_cpp.LlamaCppPeer:
     if name == "HF generate":
-        return HuggingFacePeer(shape, _DTYPES[dtype])
+        return HuggingFacePeer(shape, COMPUTE_DTYPES[dtype])
     if name == "llama.cpp":
-        return llama_cpp.LlamaCppPeer(shape, _VOCAB, _DTYPES[dtype], slots, capacity)
+        return llama_cpp.LlamaCppPeer(shape, _VOCAB, dtype, slots, capacity)
     whole = _runner(shape, 0, shape.layers - 1, dtype, slots, capacity)
     return BenchEngine(mesh, [0], whole, slots, capacity)
 
@@ -227,10 +229,10 @@ def _runner(
     """Layers first .. last with random weights."""
     ends = (first == 0, last == shape.layers - 1)
     shapes = parameter_shapes(shape, _VOCAB, first, last, *ends)
-    parameters = {
-        name: torch.empty(size, dtype=_DTYPES[dtype]).normal_(0, _WEIGHT)
-        for name, size in shapes.items()
-    }
-    sizes: dict[str, Any] = {"slots": slots, "capacity": capacity, "dtype": _DTYPES[dtype]}
+    parameters: dict[str, Tensor] = {}
+    for name, size in shapes.items():
+        values = torch.empty(size).normal_(0, _WEIGHT)
+        parameters |= quantized(name, values, stored_as(name, size, dtype))
+    sizes: dict[str, Any] = {"slots": slots, "capacity": capacity, "dtype": COMPUTE_DTYPES[dtype]}
     stage = Stage(shape, _VOCAB, first, last, *ends, parameters, **sizes)
     return DecoderRunner(stage, slots + max(slots, 256))

@@ -28,7 +28,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
     "mesh.kind": ("torch",),
     "serving": ("replicas",),
     "serving.mode": ("replicas",),
-    "serving.weights": ("int8", "int4"),
 }
 """Group or key -> choices that are planned, so that the error says so."""
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

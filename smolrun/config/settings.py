@@ -138,7 +138,7 @@ class ServingConfig(Section):
     layers: list[list[Natural]] | None = Field(
         json_schema_extra={"allowed": "null, or [first, last] of every rank, [] for none"}
     )
-    weights: Literal["auto", "float32", "bf16"]
+    weights: Literal["auto", "float32", "bf16", "int8", "int4"]
     context: Auto | Annotated[int, Field(ge=2)]
     slots: Auto | Annotated[int, Field(ge=1, le=1024)]
     prefill_chunk: Count
@@ -255,7 +255,7 @@ class ServingBenchConfig(Section):
 
     name: Literal["serving"]
     world_sizes: Annotated[list[Count], Field(min_length=1)]
-    dtype: Literal["float32", "bf16"]
+    dtype: Literal["float32", "bf16", "int8", "int4"]
     layers: Count
     streams: Annotated[list[Count], Field(min_length=1)]
     prompt_tokens: Count

@@ -47,7 +47,8 @@ from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
     ServingRank,
-    plan_for,
+    first_that_fits,
+    weights_line,
 )
 from smolrun.events import Event, Note
 from smolrun.launch.control import TaskMessage, decode_data, task_message
@@ -58,20 +59,19 @@ from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.mesh.addresses import is_loopback
 from smolrun.models.huggingface_folder import GENERATION_FILE, read_generation_config
 from smolrun.models.sampling import Sampling
-from smolrun.models.shape import completed_shape, model_bytes
+from smolrun.models.shape import completed_shape
 from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import TOPIC, FromEngine, Ready, ServingDtype, ToEngine
-from smolrun.serving.source import ModelSource
+from smolrun.serving.source import GROUP_SIZE, ModelSource, weight_options
 from smolrun.tracking.run_folder import RunFolder
 
 Progress = Callable[[str, int, int], None]
 _PROCESS_BYTES = 300e6  # of a rank, before it has a model
 _ANY_S = 1e-3  # where every rank is equally fast
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
-ITEM_BYTES = {"float32": 4, "bf16": 2}
 
 
 def serving_config(config: RunConfig) -> RunConfig:
@@ -94,21 +94,17 @@ def dry_run(config: RunConfig, progress: Progress) -> int:
     config = serving_config(config)
     model = config.model
     dtype: ServingDtype = "bf16"  # as all that are on the hub by these names
+    group_size = GROUP_SIZE
     if isinstance(model, DecoderConfig) and model.vocab_size is not None:
         name, vocab_size = PRETRAINED_NAMES[model.name], model.vocab_size
         keys = model.keywords()
         shape = completed_shape(**{key: keys[key] for key in keys if key != "vocab_size"})
     else:
         source = find_model(config, progress, lambda _: None)
-        name, shape, vocab_size, dtype = (
-            source.name,
-            source.shape,
-            source.vocab_size,
-            source.dtype,
-        )
-    dtype = dtype if config.serving.weights == "auto" else config.serving.weights
-    sizes = model_bytes(shape, vocab_size, ITEM_BYTES[dtype])
-    return report(config, name, sizes, shape.max_sequence_length, dtype)
+        name, shape, vocab_size = source.name, source.shape, source.vocab_size
+        dtype, group_size = source.dtype, source.group_size
+    models = weight_options(config.serving.weights, dtype, shape, vocab_size, group_size)
+    return report(config, name, models, shape.max_sequence_length)
 
 
 class ServingRun:
@@ -125,9 +121,9 @@ class ServingRun:
         bind = config.serving.bind
         self.is_open = bind != "localhost" and not is_loopback(bind)  # beyond this machine
         self.source = source = find_model(config, progress, say)
-        dtype = source.dtype if config.serving.weights == "auto" else config.serving.weights
-        sizes = model_bytes(source.shape, source.vocab_size, ITEM_BYTES[dtype])
-        self.spec = ServingSpec(source, sizes, dtype)
+        sizes = (source.shape, source.vocab_size, source.group_size)
+        models = weight_options(config.serving.weights, source.dtype, *sizes)
+        self.spec = ServingSpec(source, models)
         self._check_memory()
         for line in notes(source, machine_memory().available):
             say(line)
@@ -155,7 +151,8 @@ class ServingRun:
         free = room / len(hosts) - _PROCESS_BYTES
         found = [ServingRank(host, _ANY_S, _ANY_S, free) for host in hosts]
         try:
-            plan_for(self._config, self.spec.sizes, self.source.shape.max_sequence_length, found)
+            longest = self.source.shape.max_sequence_length
+            first_that_fits(self._config, list(self.spec.models.values()), longest, found)
         except DoesNotFit as error:
             raise ConfigError(f"model={self.source.name} does not fit: {error}") from error
         except ValueError as error:
@@ -324,9 +321,12 @@ class ServingRun:
 
     def _layers_file(self) -> Path:
         hosts = [rank.host for rank in ranks(self._config)]
-        return layers_file(self.source, self.spec.dtype, hosts)
+        return layers_file(self.source, self._config.serving.weights, hosts)
 
-    def _show_plan(self, plan: ServingPlan) -> None:
+    def _show_plan(self, plan: ServingPlan, number: int) -> None:
+        if self._config.serving.weights == "auto":
+            self._say(f"serving.weights=auto: {weights_line(self.spec.models, number)}")
+        self.spec = self.spec.only(number)
         for left in plan.left_out:
             self._say(
                 f"{left.host} left out: {left.with_it:.2g} tokens/s with it, {left.without:.2g} "

@@ -34,6 +34,8 @@ from smolrun.serving.messages import ServingDtype
 from smolrun.serving.source import ModelSource, part_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from smolrun.launch.remote.machine import Machine
 
 Progress = Callable[[str, int, int], None]
@@ -60,10 +62,10 @@ def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> Mo
     )
 
 
-def layers_file(source: ModelSource, dtype: ServingDtype, hosts: Sequence[str]) -> Path:
+def layers_file(source: ModelSource, weights: str, hosts: Sequence[str]) -> Path:
     """Where the layers of every rank are kept from start to start, as measurements differ and other
     layers would have to be sent. DataError where there can be no cache."""
-    key = json.dumps([source.folder, source.shape.layers, dtype, list(hosts)])
+    key = json.dumps([source.folder, source.shape.layers, weights, list(hosts)])
     return cache_folder("cuts") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
@@ -152,20 +154,18 @@ def _make(
     source: ModelSource, dtype: ServingDtype, root: Path, progress: Progress
 ) -> dict[str, str]:
     """Write every part, one in memory at a time."""
-    import torch
     from safetensors.torch import save_file
 
     from smolrun.serving.source import load_stage
 
-    kind = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype]
     last = source.shape.layers - 1
     stages = [(layer, layer, False, False) for layer in range(last + 1)]
     stages += [(0, 0, True, False), (last, last, False, True)]
     parts: dict[str, str] = {}
     for number, stage in enumerate(stages):
         progress("cutting the model into layers", number, len(stages))
-        by_part: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_stage(source, *stage, kind).items():
+        by_part: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_stage(source, *stage, dtype).items():
             by_part.setdefault(part_of(name), {})[name] = tensor
         for part, tensors in by_part.items():
             if part in parts:  # a layer beside an end, or a tied embedding

@@ -12,14 +12,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from smolrun.config import RunConfig, linked, ranks
 from smolrun.errors import HostError, HostErrors, ProtocolError, SmolrunError
-from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
+from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, first_that_fits
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.models.shape import ModelBytes
@@ -41,17 +41,33 @@ _CHANGE_S = 30.0  # within which a host that did not take its layers is seen to 
 
 @dataclass(frozen=True)
 class ServingSpec:
-    """What is to be loaded: the model, its sizes, and the type of its numbers."""
+    """What is to be loaded: the model, and its sizes by the types that its weights may have, in the
+    order in which they are tried."""
 
     source: ModelSource
-    sizes: ModelBytes
-    dtype: ServingDtype
+    models: Mapping[ServingDtype, ModelBytes]
+
+    @property
+    def dtype(self) -> ServingDtype:
+        """The first type, in which ranks measure."""
+        return next(iter(self.models))
+
+    @property
+    def sizes(self) -> ModelBytes:
+        """Of the first type."""
+        return self.models[self.dtype]
+
+    def only(self, number: int) -> ServingSpec:
+        """With one type left."""
+        dtype = list(self.models)[number]
+        return ServingSpec(self.source, {dtype: self.models[dtype]})
 
 
 class ModelLoader(Subscriber):
     """Has every rank measure, then load its part. `earlier` are the layers of an earlier start;
-    `on_plan` gets the plan before anything loads, `deliver(plan)` returns the source for the ranks
-    and the folder of the model on the host of each, in a thread."""
+    `on_plan` gets the plan before anything loads, and which type of weights it is for;
+    `deliver(plan)` returns the source for the ranks and the folder of the model on the host of
+    each, in a thread."""
 
     topic = LOADING
 
@@ -62,7 +78,7 @@ class ModelLoader(Subscriber):
         deliver: Callable[[ServingPlan], tuple[ModelSource, list[str]]],
         *,
         earlier: list[range] | None = None,
-        on_plan: Callable[[ServingPlan], None],
+        on_plan: Callable[[ServingPlan, int], None],
         progress: Progress,
     ) -> None:
         self._config = config
@@ -139,11 +155,13 @@ class ModelLoader(Subscriber):
         if not present or self._plan is not None or not present <= self._probed.keys():
             return
         try:
-            self._plan = self._plan_over(self._present)
+            number, self._plan = self._plan_over(self._present)
         except (SmolrunError, ValueError) as error:
             self._fail(error)
             return
-        self._on_plan(self._plan)
+        # From now on in this type: ranks that stay keep what they hold.
+        self._spec = self._spec.only(number)
+        self._on_plan(self._plan, number)
         thread = threading.Thread(
             target=self._bring,
             args=(self._plan, self._generation),
@@ -154,16 +172,16 @@ class ModelLoader(Subscriber):
 
     def plan_without(self, lost: int) -> ServingPlan:
         """What is done where this rank is lost; DoesNotFit."""
-        return self._plan_over([rank for rank in self._present if rank != lost])
+        return self._plan_over([rank for rank in self._present if rank != lost])[1]
 
     @property
     def plan(self) -> ServingPlan | None:
         """Of the ranks that are there; None while they measure."""
         return self._plan
 
-    def _plan_over(self, present: list[int]) -> ServingPlan:
-        """The plan for these ranks; `layers` of the others are empty. Given layers, and those of
-        an earlier start, are for all ranks."""
+    def _plan_over(self, present: list[int]) -> tuple[int, ServingPlan]:
+        """Which type of weights fits on these ranks, and the plan; `layers` of the others are empty.
+        Given layers, and those of an earlier start, are for all ranks."""
         hosts = Counter(self._ranks[rank].host for rank in present)
         found = [
             ServingRank(
@@ -175,15 +193,16 @@ class ModelLoader(Subscriber):
             for rank in present
         ]
         config, longest = self._config, self._spec.source.shape.max_sequence_length
+        models = list(self._spec.models.values())
         if len(present) == len(self._ranks):
-            return plan_for(config, self._spec.sizes, longest, found, self._earlier)
+            return first_that_fits(config, models, longest, found, self._earlier)
         serving = config.serving.model_copy(update={"layers": None})
         config = config.model_copy(update={"serving": serving})
-        made = plan_for(config, self._spec.sizes, longest, found)
+        number, made = first_that_fits(config, models, longest, found)
         layers = [range(0)] * len(self._ranks)
         for rank, part in zip(present, made.layers, strict=True):
             layers[rank] = part
-        return replace(made, layers=layers)
+        return number, replace(made, layers=layers)
 
     def _bring(self, plan: ServingPlan, generation: int) -> None:
         """On a thread of its own: the driver continues with leases, signals and the ranks."""

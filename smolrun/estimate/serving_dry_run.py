@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import rich.box
 import rich.table
@@ -14,28 +14,44 @@ import torch
 from smolrun.config import RunConfig, ranks
 from smolrun.config.cluster import HostConfig
 from smolrun.config.plan import THIS_MACHINE
-from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
+from smolrun.estimate.serving_plan import (
+    DoesNotFit,
+    ServingPlan,
+    ServingRank,
+    first_that_fits,
+    weights_line,
+)
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
 from smolrun.models.shape import ModelBytes
 from smolrun.sanitize import echo, one_line
+from smolrun.serving.messages import ServingDtype
+from smolrun.serving.source import quantized
+from smolrun.serving.weights import COMPUTE_DTYPES, linear_of
 from smolrun.tracking.console import Screen
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _MEASURE_S = 0.2
 _MATRIX_BYTES = 128 << 20  # larger than a processor's caches
+_MATRIX_WIDTH = 4096
 _SHOWN_WIDTH = 100
 
 
-def report(config: RunConfig, name: str, sizes: ModelBytes, longest: int, dtype: str) -> int:
-    """Print the plan; the exit code is that of a bad configuration where the model does not fit."""
-    places = _ranks(config, sizes, _bytes_per_s(_DTYPES[dtype]))
-    echo(one_line(f"{name}: {gb(sizes.weights)} of weights as {dtype}"))
+def report(
+    config: RunConfig, name: str, models: Mapping[ServingDtype, ModelBytes], longest: int
+) -> int:
+    """Print the plan of the first type of weights that fits; the exit code is that of a bad
+    configuration where none does."""
+    first = next(iter(models))
+    places = _ranks(config, models[first], _bytes_per_s(first))
     try:
-        made = plan_for(config, sizes, longest, places)
+        number, made = first_that_fits(config, list(models.values()), longest, places)
     except (DoesNotFit, ValueError) as error:
+        least, smallest = list(models.items())[-1]
+        echo(one_line(f"{name}: {gb(smallest.weights)} of weights as {least}"))
         echo(f"does not fit: {error}" if isinstance(error, DoesNotFit) else f"{error}")
         return EXIT_BAD_CONFIG
+    sizes = list(models.values())[number]
+    echo(one_line(f"{name}: {weights_line(models, number)}"))
     screen = Screen(highlight=False, markup=False, emoji=False)
     if not screen.is_terminal:
         screen.width = _SHOWN_WIDTH
@@ -78,15 +94,18 @@ def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[Ser
     return places
 
 
-def _bytes_per_s(dtype: torch.dtype) -> float:
+def _bytes_per_s(kind: ServingDtype) -> float:
     """How fast this machine multiplies a matrix with a vector, which is what a token costs."""
-    rows = _MATRIX_BYTES // 4096 // dtype.itemsize
-    matrix, vector = torch.zeros((rows, 4096), dtype=dtype), torch.zeros(4096, dtype=dtype)
+    dtype = COMPUTE_DTYPES[kind]
+    size = (_MATRIX_BYTES // _MATRIX_WIDTH // dtype.itemsize, _MATRIX_WIDTH)
+    tensors = quantized("m.weight", torch.zeros(size, dtype=dtype), kind)
+    matrix = linear_of(tensors, ["m"], dtype)
+    vector = torch.zeros((1, _MATRIX_WIDTH), dtype=dtype)
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < _MEASURE_S:
         before = time.perf_counter()
-        torch.mv(matrix, vector)
+        matrix(vector)
         times.append(time.perf_counter() - before)
     return matrix.nbytes / min(times)
 

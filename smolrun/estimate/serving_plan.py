@@ -5,7 +5,7 @@ Arithmetic on what the driver knows of the model and what the ranks measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ from smolrun.errors import SmolrunError
 from smolrun.launch.machine_memory import gb
 from smolrun.models.shape import ModelBytes
 from smolrun.parts.placement import checked_layers, cut
+from smolrun.serving.messages import ServingDtype
 
 HOP_S = 0.001  # a message between stages in a home network
 _MOST_SLOTS = 8
@@ -93,10 +94,12 @@ def plan(
     context: int,
     is_context_fixed: bool = False,
     earlier: Sequence[range] | None = None,
+    can_be_smaller: bool = False,
 ) -> ServingPlan:
     """The layers of every rank. None for `slots`: as many as fit, and a shorter context where even
     one does not fit, unless it is fixed. `earlier` layers are kept where they are about as fast as
-    the best. DoesNotFit; ValueError for wrong `layers`."""
+    the best. DoesNotFit, which suggests smaller weights where there are any; ValueError for wrong
+    `layers`."""
     if layers is not None:
         given = checked_layers(layers, model.layers, len(ranks))
     for tried_slots, capacity in _sizes(slots, context, is_context_fixed):
@@ -110,7 +113,40 @@ def plan(
         if found is not None:
             return found
     smallest = _sizes(slots, context, is_context_fixed)[-1]
-    raise DoesNotFit(_too_large(model, ranks, *smallest, mode))
+    raise DoesNotFit(_too_large(model, ranks, *smallest, mode, can_be_smaller))
+
+
+def first_that_fits(
+    config: RunConfig,
+    models: Sequence[ModelBytes],
+    longest: int,
+    found: Sequence[ServingRank],
+    earlier: Sequence[range] | None = None,
+) -> tuple[int, ServingPlan]:
+    """Which of a model's types of weights is the first that fits, and its plan, as of `plan_for`.
+
+    `found` was measured with the first type; times are taken to go with bytes. DoesNotFit of the
+    last one."""
+    first = models[0]
+    for number, model in enumerate(models):
+        layer, head = model.layer / first.layer, model.head / first.head
+        ranks = [
+            replace(rank, layer_s=rank.layer_s * layer, head_s=rank.head_s * head) for rank in found
+        ]
+        try:
+            return number, plan_for(config, model, longest, ranks, earlier)
+        except DoesNotFit:
+            if number == len(models) - 1:
+                raise
+    raise AssertionError("there is one type of weights at least")
+
+
+def weights_line(models: Mapping[ServingDtype, ModelBytes], number: int) -> str:
+    """Which type of weights is taken, and which ones before it do not fit."""
+    sizes = [f"{gb(model.weights)} of weights as {kind}" for kind, model in models.items()]
+    if not number:
+        return sizes[0]
+    return f"{sizes[number]}, as {' and '.join(sizes[:number])} would not fit"
 
 
 def plan_for(
@@ -134,6 +170,7 @@ def plan_for(
         context=min(context, longest),
         is_context_fixed=serving.context != "auto",
         earlier=earlier,
+        can_be_smaller=serving.weights not in ("auto", "int4"),
     )
 
 
@@ -256,14 +293,19 @@ class _Placing:
 
 
 def _too_large(
-    model: ModelBytes, ranks: Sequence[ServingRank], slots: int, capacity: int, mode: str
+    model: ModelBytes,
+    ranks: Sequence[ServingRank],
+    slots: int,
+    capacity: int,
+    mode: str,
+    can_be_smaller: bool,
 ) -> str:
     """What is missing, as a sentence."""
     cache = model.layers * slots * capacity * model.cache_per_token
     needed = (
         f"{gb(model.weights)} of weights and {gb(cache)} of cache ({slots} x {capacity} tokens)"
     )
-    tries = ["serving.weights=bf16"] if model.itemsize > 2 else []
+    tries = ["serving.weights=int4"] if can_be_smaller else []
     tries += ["a smaller serving.context or serving.slots"] if cache > model.weights / 10 else []
     tries += ["a smaller model"]
     if len(ranks) == 1 or mode == "local":

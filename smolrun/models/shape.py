@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -196,7 +196,6 @@ class ModelBytes:
     head: int
     shared: int
     cache_per_token: int  # of one layer
-    itemsize: int
 
     @property
     def weights(self) -> int:
@@ -204,12 +203,20 @@ class ModelBytes:
         return self.layers * self.layer + self.embedding + self.head - self.shared
 
 
-def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelBytes:
-    """The sizes of a decoder whose numbers have `itemsize` bytes."""
+def model_bytes(
+    shape: DecoderShape,
+    vocab_size: int,
+    itemsize: int,
+    size_of: Callable[[str, tuple[int, ...]], int] | None = None,
+) -> ModelBytes:
+    """The sizes of a decoder whose numbers have `itemsize` bytes; `size_of` says the bytes of a
+    parameter by name and shape where weights are smaller."""
 
     def size(has_embedding: bool, has_head: bool) -> int:
         shapes = parameter_shapes(shape, vocab_size, 0, 0, has_embedding, has_head)
-        return itemsize * sum(map(math.prod, shapes.values()))
+        if size_of is None:
+            return itemsize * sum(map(math.prod, shapes.values()))
+        return sum(size_of(name, one) for name, one in shapes.items())
 
     layer = size(False, False)
     return ModelBytes(
@@ -219,5 +226,4 @@ def model_bytes(shape: DecoderShape, vocab_size: int, itemsize: int) -> ModelByt
         head=size(False, True) - layer,
         shared=size(True, False) + size(False, True) - layer - size(True, True),
         cache_per_token=2 * shape.kv_heads * shape.head_width * itemsize,
-        itemsize=itemsize,
     )

@@ -35,7 +35,8 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 # A token's log-probability, and the likeliest ids in its place with theirs, best first.
 Score = tuple[float, list[tuple[TokenId, float]]]
-ServingDtype = Literal["float32", "bf16"]  # of weights, computation and the links between stages
+# Of weights; computation and links between stages are bf16 unless they are float32.
+ServingDtype = Literal["float32", "bf16", "int8", "int4"]
 
 
 class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submit"):

@@ -24,7 +24,7 @@ from smolrun.models.attention import rotation_of
 from smolrun.models.kv_cache import may_look
 from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.serving.batch import Batch, Row
-from smolrun.serving.weights import Layer, Linear, WeightReader
+from smolrun.serving.weights import AnyLinear, Layer, WeightReader
 
 # Rows of one token attend together if that computes at most so many products of a query's and a
 # key's element in vain a row: another call takes as long (128 keys of SmolLM2's 9 heads of 64).
@@ -64,7 +64,8 @@ class Stage:
     `slots` sequences of up to `capacity` tokens each.
 
     `parameters` have the names of models/decoder.py; the dict is emptied, so that joined weights
-    need memory for one layer twice only. Computes in `dtype`, on the device of the parameters.
+    need memory for one layer twice only; matrices may be quantized, as `load_stage` makes them.
+    Computes in `dtype`, on the device of the parameters.
     `batch_invariant`: what is computed for a token does not depend, to the last bit, on neighbours
     or chunks; prompts then take several times as long. `kept` is an earlier stage of the same
     model, dtype and device: the weights of its that this one needs are shared with it, and are not
@@ -267,7 +268,7 @@ class Stage:
         after = first + sum(row.count for row in group)
         return _Attention(first, after, group[0].slot, len(group), low, high, mask)
 
-    def _embed(self, embedding: Linear, token_ids: Sequence[int], positions_T: Tensor) -> Tensor:
+    def _embed(self, embedding: AnyLinear, token_ids: Sequence[int], positions_T: Tensor) -> Tensor:
         hidden_TD = embedding.rows(torch.tensor(token_ids, device=self.device))
         if self._position_embedding is not None:
             hidden_TD = hidden_TD + self._position_embedding.rows(positions_T)

@@ -6,6 +6,7 @@ Shape suffixes: O outputs, I inputs, T tokens, D width, H heads, G key/value hea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolrun.models.shape import DecoderShape
+from smolrun.serving.messages import ServingDtype
+from smolrun.serving.weight_quantization import Int4Weight, Int8Weight
+
+# What a stage computes in, and sends, by the type of its weights.
+COMPUTE_DTYPES: dict[ServingDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
+}
 
 # From how many rows on the product W x^T takes less time than x W^T; the results are the same. On
 # an x86 processor, [3072, 576] and 8 rows: bf16 0.25 against 0.32 ms, float32 0.71 against 0.88;
@@ -58,11 +69,10 @@ class Linear:
         return F.linear(inputs_TI, self.weight)
 
     def _invariant(self, inputs_TI: Tensor) -> Tensor:
-        """In blocks of _FIXED_ROWS, the last one filled up."""
-        num_rows = len(inputs_TI)
-        blocks = F.pad(inputs_TI, (0, 0, 0, -num_rows % _FIXED_ROWS)).split(_FIXED_ROWS)
-        outputs = [F.linear(block, self.weight, self.bias) for block in blocks]
-        return torch.cat(outputs)[:num_rows]
+        def product(block: Tensor) -> Tensor:
+            return F.linear(block, self.weight, self.bias)
+
+        return _in_blocks(inputs_TI, _FIXED_ROWS, product)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """Rows of the matrix, for one that is also an embedding."""
@@ -72,6 +82,49 @@ class Linear:
     def nbytes(self) -> int:
         """Memory of the weights."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class QuantizedLinear:
+    """As Linear, with a matrix in int8 or int4 and inputs in bf16."""
+
+    def __init__(
+        self,
+        weight: Int8Weight | Int4Weight,
+        bias_O: Tensor | None = None,
+        *,
+        is_invariant: bool = False,
+    ) -> None:
+        self.weight, self.bias = weight, bias_O
+        self._fixed_rows: int | None = None
+        if is_invariant:
+            # A kernel takes the time of one row times their number: nothing is gained by more.
+            self._fixed_rows = 1 if weight.has_kernel else _FIXED_ROWS
+
+    def __call__(self, inputs_TI: Tensor) -> Tensor:
+        if self._fixed_rows is None:
+            outputs_TO = self.weight.product(inputs_TI)
+        else:
+            outputs_TO = _in_blocks(inputs_TI, self._fixed_rows, self.weight.product)
+        return outputs_TO if self.bias is None else outputs_TO + self.bias
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, for one that is also an embedding."""
+        assert isinstance(self.weight, Int8Weight), "embeddings are int8"
+        return self.weight.rows(ids_T)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+AnyLinear = Linear | QuantizedLinear
+
+
+def _in_blocks(inputs_TI: Tensor, num_rows: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """A product in blocks of `num_rows`, the last one filled up: no row depends on the others."""
+    blocks = F.pad(inputs_TI, (0, 0, 0, -len(inputs_TI) % num_rows)).split(num_rows)
+    return torch.cat([product(block) for block in blocks])[: len(inputs_TI)]
 
 
 class Norm:
@@ -97,12 +150,12 @@ class Layer:
     """The weights of one layer. `head_norm` [H + G, K]: of queries and keys, if they are normed."""
 
     attention_norm: Norm
-    query_key_value: Linear
+    query_key_value: AnyLinear
     head_norm: Tensor | None
-    attention_output: Linear
+    attention_output: AnyLinear
     feed_forward_norm: Norm
-    gate_up: Linear  # only `up` where the activation is gelu
-    down: Linear
+    gate_up: AnyLinear  # only `up` where the activation is gelu
+    down: AnyLinear
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +169,10 @@ class Layer:
 
 
 class WeightReader:
-    """Takes the parameters of a decoder out of a dict, in the form in which a stage needs them."""
+    """Takes the parameters of a decoder out of a dict, in the form in which a stage needs them.
+
+    A quantized matrix has scales, and zeros, beside its weight; the rest is converted to `dtype`.
+    """
 
     def __init__(
         self,
@@ -130,25 +186,19 @@ class WeightReader:
         self._is_invariant = is_invariant
 
     def _take(self, name: str) -> Tensor | None:
-        tensor = self._parameters.pop(name, None)
-        return None if tensor is None else tensor.detach().to(self._dtype)
+        return _take(self._parameters, name, self._dtype)
 
-    def embedding(self, name: str) -> Linear | None:
-        weight = self._take(f"{name}.weight")
-        return None if weight is None else Linear(weight, is_invariant=self._is_invariant)
+    def embedding(self, name: str) -> AnyLinear | None:
+        return self.linear(name) if f"{name}.weight" in self._parameters else None
 
     def norm(self, name: str) -> Norm:
         weight = self._take(f"{name}.weight")
         assert weight is not None, name
         return Norm(weight, self._take(f"{name}.bias"), self._shape.norm_eps)
 
-    def linear(self, *names: str) -> Linear:
+    def linear(self, *names: str) -> AnyLinear:
         """The products of one input, side by side."""
-        weights = [self._take(f"{name}.weight") for name in names]
-        biases = [self._take(f"{name}.bias") for name in names]
-        weight = _joined(weights)
-        assert weight is not None, names
-        return Linear(weight, _joined(biases), is_invariant=self._is_invariant)
+        return linear_of(self._parameters, names, self._dtype, is_invariant=self._is_invariant)
 
     def layer(self, layer: int) -> Layer:
         block, shape = f"blocks.{layer}", self._shape
@@ -172,6 +222,32 @@ class WeightReader:
             return None
         shape = self._shape
         return torch.cat((query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)))
+
+
+def linear_of(
+    parameters: dict[str, Tensor],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    is_invariant: bool = False,
+) -> AnyLinear:
+    """The products of one input, side by side, taken out of the dict."""
+    weight, bias, scales, zeros = (
+        _joined([_take(parameters, f"{name}.{kind}", dtype) for name in names])
+        for kind in ("weight", "bias", "scales", "zeros")
+    )
+    assert weight is not None, names
+    if scales is None:
+        return Linear(weight, bias, is_invariant=is_invariant)
+    quantized = Int8Weight(weight, scales) if zeros is None else Int4Weight(weight, scales, zeros)
+    return QuantizedLinear(quantized, bias, is_invariant=is_invariant)
+
+
+def _take(parameters: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor | None:
+    tensor = parameters.pop(name, None)
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype)
 
 
 def _joined(tensors: list[Tensor | None]) -> Tensor | None:

@@ -28,21 +28,20 @@ from smolrun.serving.messages import (
     Probe,
     Probed,
     Recovering,
-    ServingDtype,
     StageStats,
     ToEngine,
     ToRank,
 )
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
-from smolrun.serving.source import ModelSource, load_stage
+from smolrun.serving.source import ModelSource, load_stage, quantized, serving_bytes, stored_as
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
+from smolrun.serving.weights import COMPUTE_DTYPES
 from smolrun.worker.memory_limit import limit_memory
 from smolrun.worker.process import regroup
 from smolrun.worker.train import late, pace_of, pick_device
 
-_DTYPES: dict[ServingDtype, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Layers that stay in a processor's cache would seem faster than those of a whole model.
 _PROBE_BYTES = 128 * 1024 * 1024
 _PROBE_S = 0.7
@@ -199,14 +198,15 @@ def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: f
 
     The head is a matrix like those of a layer, which take their time per weight."""
     source = msgspec.convert(probe.source, ModelSource)
-    dtype = _DTYPES[probe.dtype]
-    size = source.num_parameters(0, 0, False, False)
+    dtype = COMPUTE_DTYPES[probe.dtype]
+    sizes = serving_bytes(source.shape, source.vocab_size, probe.dtype, source.group_size)
     free_bytes = int(min(machine_memory().available, limit))
-    layers = max(1, min(source.shape.layers, _PROBE_BYTES // (size * dtype.itemsize)))
+    layers = max(1, min(source.shape.layers, _PROBE_BYTES // sizes.layer))
     shapes = source.parameter_shapes(0, layers - 1, False, False)
-    parameters = {
-        name: torch.zeros(one, dtype=dtype, device=device) for name, one in shapes.items()
-    }
+    parameters: dict[str, torch.Tensor] = {}
+    for name, one in shapes.items():
+        kind = stored_as(name, one, probe.dtype, source.group_size)
+        parameters |= quantized(name, torch.zeros(one, device=device), kind, source.group_size)
     stage = Stage(
         source.shape,
         source.vocab_size,
@@ -230,7 +230,7 @@ def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: f
         pace.end(0.0)
         times.append(time.perf_counter() - before)
     layer_s = sorted(times)[len(times) // 2] / layers
-    head_s = layer_s * source.vocab_size * source.shape.width / size
+    head_s = layer_s * sizes.head / sizes.layer
     return Probed(rank, layer_s, head_s, free_bytes)
 
 
@@ -255,9 +255,8 @@ def _load(
             channel.send_data(LOADING, Loading(rank, done, total))
             reported_s = now
 
-    dtype = _DTYPES[load.dtype]
     held = kept.parameter_names() if kept is not None else ()
-    parameters = load_stage(source, first, last, *ends, dtype, progress, held)
+    parameters = load_stage(source, first, last, *ends, load.dtype, progress, held)
     for name in parameters:
         parameters[name] = parameters[name].to(device)
     stage = Stage(
@@ -269,7 +268,7 @@ def _load(
         parameters,
         slots=load.slots,
         capacity=load.capacity,
-        dtype=dtype,
+        dtype=COMPUTE_DTYPES[load.dtype],
         batch_invariant=load.batch_invariant,
         kept=kept,
     )

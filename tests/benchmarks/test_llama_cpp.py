@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from smolrun.benchmarks.llama_cpp import LlamaCppPeer
 from smolrun.benchmarks.serving import smollm2_shape
 from smolrun.errors import SmolrunError
+from smolrun.serving.messages import ServingDtype
 
 _SERVER = """#!{python}
 import http.server, json, shutil, sys
@@ -49,9 +50,21 @@ def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "num_bytes"),
+    [
+        ("float32", "F32", 4),
+        ("bf16", "BF16", 2),
+        ("int8", "Q8_0", 34 / 32),
+        ("int4", "Q4_0", 18 / 32),
+    ],
+)
 def test_the_server_gets_our_shape_and_is_asked_for_our_tokens(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: ServingDtype,
+    kind: str,
+    num_bytes: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = _SERVER.format(python=sys.executable, folder=tmp_path, tokens=5)
     _install(tmp_path, monkeypatch, text)
@@ -71,10 +84,9 @@ def test_the_server_gets_our_shape_and_is_asked_for_our_tokens(
     assert len(tensors) == 2 + 2 * 9  # tied: no head
     matrix = tensors["blk.1.attn_k.weight"]
     assert matrix.shape.tolist() == [576, 192]
-    is_half = dtype == torch.bfloat16
-    assert matrix.tensor_type == GGMLQuantizationType["BF16" if is_half else "F32"]
+    assert matrix.tensor_type == GGMLQuantizationType[kind]
     assert tensors["blk.1.attn_norm.weight"].tensor_type == GGMLQuantizationType.F32
-    assert matrix.n_bytes == 576 * 192 * dtype.itemsize
+    assert matrix.n_bytes == 576 * 192 * num_bytes
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script")
@@ -83,4 +95,4 @@ def test_a_server_that_ends_is_reported_with_its_last_line(
 ) -> None:
     _install(tmp_path, monkeypatch, f"#!{sys.executable}\nprint('no room')\n")
     with pytest.raises(SmolrunError, match="did not start; its last line: no room"):
-        LlamaCppPeer(smollm2_shape(1), 300, torch.float32, slots=1, capacity=8)
+        LlamaCppPeer(smollm2_shape(1), 300, "float32", slots=1, capacity=8)

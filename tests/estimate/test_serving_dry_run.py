@@ -6,7 +6,7 @@ from smolrun.cli.compose import compose
 from smolrun.estimate.serving_dry_run import _ranks
 from smolrun.models.shape import ModelBytes
 
-MODEL = ModelBytes(10, 1000, 500, 500, 0, 1, 4)
+MODEL = ModelBytes(10, 1000, 500, 500, 0, 1)
 
 
 def test_hosts_are_as_fast_as_they_are_given_or_emulate() -> None:

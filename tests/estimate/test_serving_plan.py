@@ -19,7 +19,7 @@ from tests.models.tiny import TINY, make_tiny_decoder
 
 GB = 1e9
 # 10 layers of 1 GB, an embedding and a head of 0.5 GB, 1 MB of cache for a token of a layer.
-MODEL = ModelBytes(10, 10**9, 5 * 10**8, 5 * 10**8, 0, 10**6, 4)
+MODEL = ModelBytes(10, 10**9, 5 * 10**8, 5 * 10**8, 0, 10**6)
 
 
 def rank(host: str, gb: float = 100.0, layer_s: float = 0.001) -> ServingRank:

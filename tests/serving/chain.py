@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from smolrun.models.sampling import Sampling
 from smolrun.serving.batch import Batch, BatchResult, Fork, Opened, Row
+from smolrun.serving.messages import ServingDtype
 from smolrun.serving.sampler import Sampler
 from smolrun.serving.source import ModelSource, load_stage, source_of_folder
 from smolrun.serving.stage import Stage
+from smolrun.serving.weights import COMPUTE_DTYPES
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -27,7 +27,7 @@ class Chain:
         *,
         slots: int = 8,
         capacity: int = 128,
-        dtype: torch.dtype = torch.float32,
+        dtype: ServingDtype = "float32",
         batch_invariant: bool = False,
     ) -> None:
         if isinstance(source, Path):
@@ -46,7 +46,7 @@ class Chain:
                     parameters,
                     slots=slots,
                     capacity=capacity,
-                    dtype=dtype,
+                    dtype=COMPUTE_DTYPES[dtype],
                     batch_invariant=batch_invariant,
                 )
             )

@@ -148,11 +148,11 @@ def test_a_stage_reads_its_own_tensors_only(
         return look_up(self, name)
 
     monkeypatch.setattr(tensors, "__getitem__", noted)
-    middle = load_stage(source, 1, 2, False, False, torch.float32)
+    middle = load_stage(source, 1, 2, False, False, "float32")
     assert read and all(".1." in name or ".2." in name for name in read)
     assert set(middle) == set(source.parameter_shapes(1, 2, False, False))
     read.clear()
-    load_stage(source, 3, 3, False, True, torch.float32)
+    load_stage(source, 3, 3, False, True, "float32")
     assert not any(".1." in name or ".2." in name for name in read)
 
 
@@ -198,7 +198,7 @@ def test_bf16_weights_are_served_as_bf16(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2", torch.bfloat16)
     source = source_of_folder(tmp_path, "q")
     assert source.dtype == "bf16"
-    loaded = load_stage(source, 0, 3, True, True, torch.bfloat16)
+    loaded = load_stage(source, 0, 3, True, True, "bf16")
     assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
     half = tmp_path / "half"
     save_model(half, "qwen2", torch.float16)
@@ -221,7 +221,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named_before_loading(tmp_path: P
     source = source_of_folder(tmp_path, "tiny")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(SmolrunError, match="damaged"):
-        load_stage(source, 0, 3, True, True, torch.float32)
+        load_stage(source, 0, 3, True, True, "float32")
 
 
 def change_config(folder: Path, **keys: Any) -> None:
@@ -263,9 +263,7 @@ def test_progress_and_memory_of_loading(tmp_path: Path) -> None:
     source, seen = source_of_folder(tmp_path, "tiny"), []
     tracemalloc.start()
     try:
-        loaded = load_stage(
-            source, 0, 3, True, False, torch.float32, lambda *done: seen.append(done)
-        )
+        loaded = load_stage(source, 0, 3, True, False, "float32", lambda *done: seen.append(done))
         _, python_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
