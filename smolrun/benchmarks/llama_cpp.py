@@ -21,7 +21,7 @@ from torch import Tensor
 from smolrun.errors import SmolrunError
 from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.serving.messages import ServingDtype
-from smolrun.serving.source import stored_as
+from smolrun.serving.weight_types import stored_as
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

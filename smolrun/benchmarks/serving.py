@@ -29,9 +29,9 @@ from smolrun.serving.engine import Engine
 from smolrun.serving.messages import FromEngine, ServingDtype, StageStats, StepOutput, Submit
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
-from smolrun.serving.source import quantized, stored_as
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
+from smolrun.serving.weight_types import quantized, stored_as
 from smolrun.serving.weights import COMPUTE_DTYPES
 
 _log = logging.getLogger(__name__)

@@ -65,7 +65,8 @@ from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import TOPIC, FromEngine, Ready, ServingDtype, ToEngine
-from smolrun.serving.source import GROUP_SIZE, ModelSource, weight_options
+from smolrun.serving.source import ModelSource
+from smolrun.serving.weight_types import GROUP_SIZE, weight_options
 from smolrun.tracking.run_folder import RunFolder
 
 Progress = Callable[[str, int, int], None]

@@ -26,7 +26,7 @@ from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
 from smolrun.models.shape import ModelBytes
 from smolrun.sanitize import echo, one_line
 from smolrun.serving.messages import ServingDtype
-from smolrun.serving.source import quantized
+from smolrun.serving.weight_types import quantized
 from smolrun.serving.weights import COMPUTE_DTYPES, linear_of
 from smolrun.tracking.console import Screen
 

@@ -28,15 +28,16 @@ from smolrun.models.huggingface_conversion import (
     location_of,
 )
 from smolrun.models.huggingface_folder import end_ids, fetched, read_config, stored_tensors
-from smolrun.models.shape import (
-    DecoderShape,
-    ModelBytes,
-    completed_shape,
-    model_bytes,
-    parameter_shapes,
-)
+from smolrun.models.shape import DecoderShape, completed_shape, parameter_shapes
 from smolrun.models.trained import TrainedModel, is_network
 from smolrun.serving.messages import ServingDtype
+from smolrun.serving.weight_types import (
+    GROUP_SIZE,
+    mlx_type,
+    quantized,
+    stored_as,
+    tensor_names,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +46,7 @@ if TYPE_CHECKING:
 
 OURS = "smolrun"  # the family whose parameters have the names of models/decoder.py
 _DECODER = "smolrun.models.decoder"
-_ITEM_BYTES = {"float32": 4, "bf16": 2}
-_QUANTIZED: list[ServingDtype] = ["int8", "int4"]
 _MODEL, _NETWORK = "model/", "network."  # before the names in a checkpoint
-
-# Of weights in int4: 4.5 bits a weight, as MLX has it too. Larger groups lose accuracy.
-GROUP_SIZE = 64
-_MLX_GROUPS = (32, 64, 128)
 
 Progress = Callable[[int, int], None]
 
@@ -91,52 +86,6 @@ class ModelSource(msgspec.Struct, frozen=True):
         return sum(map(math.prod, shapes.values()))
 
 
-def stored_as(
-    name: str, shape: tuple[int, ...], dtype: ServingDtype, group_size: int = GROUP_SIZE
-) -> ServingDtype:
-    """The type of a parameter in a stage whose weights are `dtype`.
-
-    Vectors and positions are not quantized. Embedding and head are at least int8: rows are looked
-    up in one, and the other decides between tokens. So is a matrix that groups do not divide.
-    """
-    if dtype not in ("int8", "int4"):
-        return dtype
-    if len(shape) < 2 or name.startswith("position_embedding."):
-        return "bf16"
-    is_end = name.startswith(("token_embedding.", "head."))
-    return "int8" if is_end or shape[1] % group_size else dtype
-
-
-def serving_bytes(
-    shape: DecoderShape, vocab_size: int, dtype: ServingDtype, group_size: int = GROUP_SIZE
-) -> ModelBytes:
-    """The sizes of a decoder in stages whose weights are `dtype`."""
-
-    def size_of(name: str, size: tuple[int, ...]) -> int:
-        kind, count = stored_as(name, size, dtype, group_size), math.prod(size)
-        if kind == "int8":
-            return count + 2 * size[0]  # a scale a row
-        if kind == "int4":
-            return count // 2 + 4 * count // group_size  # a scale and a zero a group
-        return count * _ITEM_BYTES[kind]
-
-    return model_bytes(shape, vocab_size, 4 if dtype == "float32" else 2, size_of)
-
-
-def weight_options(
-    asked: Literal["auto"] | ServingDtype,
-    stored: ServingDtype,
-    shape: DecoderShape,
-    vocab_size: int,
-    group_size: int = GROUP_SIZE,
-) -> dict[ServingDtype, ModelBytes]:
-    """The sizes of a model by the types of weights that are tried, in this order, until one fits:
-    the asked one, or for auto that in which it is stored, then the smaller ones."""
-    first = _QUANTIZED.index(stored) + 1 if stored in _QUANTIZED else 0
-    kinds = [stored, *_QUANTIZED[first:]] if asked == "auto" else [asked]
-    return {kind: serving_bytes(shape, vocab_size, kind, group_size) for kind in kinds}
-
-
 def source_of_folder(folder: Path, name: str) -> ModelSource:
     """The source of a Hugging Face folder.
 
@@ -147,7 +96,7 @@ def source_of_folder(folder: Path, name: str) -> ModelSource:
     config, shape = _config(folder, name)
     stored = {key: (entry.dtype, entry.shape) for key, entry in stored_tensors(folder).items()}
     shapes = {key: shape for key, (_, shape) in stored.items()}
-    quantized_as = _quantization(config, name)
+    quantized_as = mlx_type(config, name)
     source = ModelSource(
         name=name,
         kind="huggingface",
@@ -249,32 +198,6 @@ def load_stage(
     return found
 
 
-def quantized(
-    name: str, weight: Tensor, kind: ServingDtype, group_size: int = GROUP_SIZE
-) -> dict[str, Tensor]:
-    """The tensors of a parameter in int8 or int4, or itself in another type, as a copy."""
-    import torch
-
-    from smolrun.serving import weight_quantization
-
-    if kind in ("float32", "bf16"):
-        # What safetensors gives is mapped from the file.
-        return {name: weight.to(torch.float32 if kind == "float32" else torch.bfloat16, copy=True)}
-    made: tuple[Tensor, ...] = (
-        weight_quantization.quantize_int8(weight)
-        if kind == "int8"
-        else weight_quantization.quantize_int4(weight, group_size)
-    )
-    return dict(zip(_names(name, kind), made, strict=True))
-
-
-def _names(name: str, kind: ServingDtype) -> list[str]:
-    """Of the tensors of a weight in this type: itself, its scales, its zeros."""
-    module = name.removesuffix("weight")
-    count = {"int8": 2, "int4": 3}.get(kind, 1)
-    return [name, f"{module}scales", f"{module}zeros"][:count]
-
-
 def _read(
     source: ModelSource,
     tensors: Mapping[str, Tensor],
@@ -284,7 +207,7 @@ def _read(
 ) -> dict[str, Tensor]:
     """A parameter as a stage has it. ConfigError says what is wrong with it."""
     if source.kind == "parts":  # which are in this type
-        return {one: tensors[one].clone() for one in _names(name, kind)}
+        return {one: tensors[one].clone() for one in tensor_names(name, kind)}
     if source.family == OURS:
         weight = tensors[name]
     elif _mlx_scales(location_of(name, source.family).name) in tensors:
@@ -315,7 +238,7 @@ def _read_mlx(
     if kind == "int4" and bits == 4 and scales.shape[1] * source.group_size == shape[1]:
         # Copies: what safetensors gives is mapped from the file.
         codes = [tensor.clone() for tensor in int4_from_mlx(words, scales, biases)]
-        return dict(zip(_names(name, kind), codes, strict=True))
+        return dict(zip(tensor_names(name, kind), codes, strict=True))
     return quantized(name, from_mlx(words, scales, biases, bits), kind, source.group_size)
 
 
@@ -470,25 +393,6 @@ def _narrowest(dtypes: Iterator[str]) -> ServingDtype:
     """bf16 if the weights are, or else float32, which holds fp16's values too."""
     counts = Counter(dtypes)
     return "bf16" if counts and counts.most_common(1)[0][0] == "BF16" else "float32"
-
-
-def _quantization(config: Mapping[str, Any], name: str) -> tuple[ServingDtype, int] | None:
-    """The type and the group size of a folder that is quantized as MLX does it; None for one that
-    is not quantized. ConfigError for other schemes."""
-    found = config.get("quantization") or config.get("quantization_config")
-    if not found:
-        return None
-    keys = found if isinstance(found, Mapping) else {}
-    scheme = keys.get("quant_method") or keys.get("mode", "affine")
-    bits, group_size = keys.get("bits"), keys.get("group_size")
-    if scheme == "affine" and bits in (4, 8) and group_size in _MLX_GROUPS:
-        return ("int4" if bits == 4 else "int8"), int(group_size)
-    what = f"quant_method {scheme}" if "quant_method" in keys else f"mode {scheme}"
-    raise ConfigError(
-        f"model {name}: its weights are quantized in a scheme that cannot be read ({what}, "
-        f"bits {bits}, group_size {group_size}); MLX's affine 4 and 8 bits in groups of 32, 64 or "
-        "128 can. Or take the model that it was made from, with serving.weights=int4"
-    )
 
 
 def _logical_shapes(

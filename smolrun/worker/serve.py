@@ -34,9 +34,10 @@ from smolrun.serving.messages import (
 )
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
-from smolrun.serving.source import ModelSource, load_stage, quantized, serving_bytes, stored_as
+from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
 from smolrun.serving.stage_runner import DecoderRunner, StageTimes
+from smolrun.serving.weight_types import quantized, serving_bytes, stored_as
 from smolrun.serving.weights import COMPUTE_DTYPES
 from smolrun.worker.memory_limit import limit_memory
 from smolrun.worker.process import regroup
