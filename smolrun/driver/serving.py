@@ -325,7 +325,7 @@ class ServingRun:
         return layers_file(self.source, self._config.serving.weights, hosts)
 
     def _show_plan(self, plan: ServingPlan, number: int) -> None:
-        if self._config.serving.weights == "auto":
+        if len(self.spec.models) > 1:
             self._say(f"serving.weights=auto: {weights_line(self.spec.models, number)}")
         self.spec = self.spec.only(number)
         for left in plan.left_out:

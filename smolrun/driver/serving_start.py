@@ -180,8 +180,8 @@ class ModelLoader(Subscriber):
         return self._plan
 
     def _plan_over(self, present: list[int]) -> tuple[int, ServingPlan]:
-        """Which type of weights fits on these ranks, and the plan; `layers` of the others are empty.
-        Given layers, and those of an earlier start, are for all ranks."""
+        """Which type of weights fits on these ranks, and the plan, whose `layers` of the others are
+        empty. Given layers, and those of an earlier start, are for all ranks."""
         hosts = Counter(self._ranks[rank].host for rank in present)
         found = [
             ServingRank(
