@@ -223,7 +223,7 @@ def test_a_stage_with_kept_weights_equals_one_that_loads_them_all(
     def made(layers: tuple[int, int], kept: Stage | None) -> tuple[Stage, int]:
         part = (*layers, layers[0] == 0, layers[1] == source.shape.layers - 1)
         held = kept.parameter_names() if kept else set()
-        parameters = load_stage(source, *part, torch.float32, held=held)
+        parameters = load_stage(source, *part, "float32", held=held)
         count = len(parameters)
         shape, vocab = source.shape, source.vocab_size
         return Stage(shape, vocab, *part, parameters, kept=kept, **size), count  # type: ignore[arg-type]
