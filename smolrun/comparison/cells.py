@@ -183,24 +183,28 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
     sizes = dict.fromkeys(str(run.world_size) for run in runs if run.world_size)
     if len(sizes) > 1:
         found.append(f"They have different numbers of ranks ({_list(sizes)}).")
+    labels: dict[str, list[str]] = {}
     for cell in cells:
         for run in cell.runs.values():
-            found += _about(run, cell.label if len(cell.runs) == 1 else run.name)
-    return found
+            for what in _about(run):
+                labels.setdefault(what, []).append(cell.label if len(cell.runs) == 1 else run.name)
+    return [*found, *(f"{what}: {_list(names, '; ')}." for what, names in labels.items())]
 
 
-def _about(run: RunFigures, label: str) -> Iterable[str]:
+def _about(run: RunFigures) -> Iterable[str]:
+    """What is to be known about a run; the same words for all of which it is true."""
     if run.state != "done":
-        ended = {"running": "is still running", "not started": "has not started"}
-        because = f": {run.reason}" if run.reason else ""
-        what = ended.get(run.state, run.state)
-        yield f"{label} {what}{because}; its figures are not in the verdict."
+        because = f" ({run.reason})" if run.reason else ""
+        state = {"running": "still running", "not started": "not started yet"}.get(
+            run.state, run.state
+        )
+        yield f"Not in the verdict, as {state}{because}"
     elif run.diverged:
-        yield f"{label} diverged ({run.reason}); it is not in the verdict."
+        yield f"Not in the verdict, as diverged ({run.reason})"
     if run.state != "not started":
-        yield from (f"{label}: {problem}." for problem in run.problems)
+        yield from (f"{problem[:1].upper()}{problem[1:]}" for problem in run.problems)
 
 
-def _list(values: Iterable[str], most: int = 5) -> str:
+def _list(values: Iterable[str], mark: str = ", ", most: int = 5) -> str:
     names = list(values)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+    return mark.join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")

@@ -35,6 +35,7 @@ _RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a `$` in a name is a `$`
     "axes.unicode_minus": False,
+    "axes.formatter.useoffset": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page sets its own font
     "font.size": 9,
     "text.color": _INK,

@@ -190,6 +190,14 @@ def test_a_job_that_does_not_get_to_the_loss_has_no_time_to_it(tmp_path: Path):
     assert column == ["20.0", "20.0", ""]
 
 
+def test_on_paper_nothing_scrolls(tmp_path: Path):
+    """Of two rules of one element the later one counts: all columns were not printed once."""
+    _, page, _, _ = written(selection(tmp_path, {}, EDP))
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert ".wide { overflow: visible; }" in style[style.index("@media print") :]
+    assert style.index("@media print") > style.index(".wide { overflow-x")
+
+
 def test_figures_of_classifiers_are_of_samples(tmp_path: Path):
     chosen = selection(tmp_path, {}, EDP)
     for one in chosen.jobs:
@@ -227,7 +235,7 @@ def test_jobs_that_have_not_started_or_have_no_metrics_are_in_the_table(tmp_path
     later = Job(RunFolder(tmp_path / "later"), "later")
     _, page, markdown, rows = written(Selection([*chosen.jobs, later], tmp_path, "A title"))
     assert [row[1] for row in rows[1:]] == ["done", "done", "not started"]
-    assert "later has not started" in page and "there is no metrics.jsonl" in page
+    assert "as not started yet: later." in page and "There is no metrics.jsonl: edp." in page
     assert "- | - | - |" in markdown
 
 
