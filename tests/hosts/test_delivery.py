@@ -91,7 +91,9 @@ def test_an_edit_is_on_three_hosts_and_little_travels(
     edited, edit_s, sent = timed(machines, order(tmp_path, "x = 2\n"))
     print(f"first {first_s:.2f} s, again {again_s:.2f} s, edit {edit_s:.2f} s, {sent:,} bytes")
     assert nothing == 0
-    assert 0 < sent / len(machines) < 1_000_000
+    # Our code and the user's, packed, once to each host, and nothing else.
+    assert sent == len(machines) * len(code_archive(tmp_path, ["my_code:build"]).pack())
+    assert sent / len(machines) < 1_500_000
     assert edit_s < SOON_S
     for name, machine in machines.items():
         was, now = (ready.hosts[name].cwd for ready in (first, edited))
