@@ -121,7 +121,7 @@ def test_a_job_that_is_none_ends_the_sweep(value: str, tmp_path: Path):
 
 def test_a_sweep_of_a_plugin_is_not_resumed_without_it(tmp_path: Path):
     record = {"id": "x", "version": "0", "started": "", "metric": "final_eval_loss"}
-    job = {"name": "optimizer.lr=0.1", "overrides": ["optimizer.lr=0.1"]}
+    job = {"name": "optimizer.lr=0.1", "overrides": ["optimizer.lr=0.1"], "differs": {}, "cell": 0}
     typed = ["hydra/sweeper=listed", LR]
     place = tmp_path / "outputs" / "sweeps" / "x"
     place.mkdir(parents=True)

@@ -213,7 +213,7 @@ def test_a_sweep_of_another_version_is_resumed_with_a_warning(
 
 def test_a_damaged_sweep_file_is_refused(run: Run, capsys: pytest.CaptureFixture[str]):
     assert run("-m", "seed=1,2") == 0
-    damage({"jobs": [{"name": "../../elsewhere", "overrides": []}]})
+    damage({"jobs": [{"name": "../../elsewhere", "overrides": [], "differs": {}, "cell": 0}]})
     assert run("-m", "sweep.resume=latest") == 2
     assert "sweep.yaml cannot be used" in capsys.readouterr().err
 
