@@ -131,7 +131,9 @@ class Generations(Listener):
 
 @posix_only
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("security", ["tls", "loopback_plain"])
+@pytest.mark.parametrize(
+    "security", ["tls", pytest.param("loopback_plain", marks=pytest.mark.soak)]
+)
 def test_survivors_keep_their_process_and_add_up_with_those_that_are_there(
     security: Security, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
