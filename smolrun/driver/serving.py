@@ -298,19 +298,16 @@ class ServingRun:
     def _prepare_for_losses(self, loader: ModelLoader) -> None:
         """Say whose loss the others cannot make good, and with serving.spare have each layer on
         the host that would take it over."""
-        now, plans = loader.plan, []
-        hosts = [rank.host for rank in ranks(self._config)]
-        for rank in [] if now is None or len(now.stages) < 2 else now.stages:
-            try:
-                plans += [loader.plan_without(rank)] if rank else []
-            except DoesNotFit:
-                text = f"without rank {rank} on {hosts[rank]} the model would not fit on the others"
-                if text not in self._warned:
-                    self._warned.add(text)
-                    self._say(f"{text}: its loss would end all answers")
-        if plans and self._config.serving.spare and self._fleet.machines:
+        hosts, plans = [rank.host for rank in ranks(self._config)], loader.if_lost()
+        for rank in [rank for rank, plan in plans.items() if plan is None]:
+            text = f"without rank {rank} on {hosts[rank]} the model would not fit on the others"
+            if text not in self._warned:
+                self._warned.add(text)
+                self._say(f"{text}: its loss would end all answers")
+        made = [plan for plan in plans.values() if plan is not None]
+        if made and self._config.serving.spare and self._fleet.machines:
             threading.Thread(
-                target=self._spread, args=(plans,), name="smolrun-spare", daemon=True
+                target=self._spread, args=(made,), name="smolrun-spare", daemon=True
             ).start()
 
     def _spread(self, plans: Sequence[ServingPlan]) -> None:

@@ -170,14 +170,17 @@ class ModelLoader(Subscriber):
         )
         thread.start()
 
-    def plan_without(self, lost: int) -> ServingPlan:
-        """What is done where this rank is lost; DoesNotFit."""
-        return self._plan_over([rank for rank in self._present if rank != lost])[1]
-
-    @property
-    def plan(self) -> ServingPlan | None:
-        """Of the ranks that are there; None while they measure."""
-        return self._plan
+    def if_lost(self) -> dict[int, ServingPlan | None]:
+        """By stage: the plan for the others, or None where the model would not fit on them. Rank 0
+        is needed."""
+        stages = self._plan.stages if self._plan is not None else []
+        plans: dict[int, ServingPlan | None] = {}
+        for lost in [rank for rank in stages if rank != 0]:
+            try:
+                plans[lost] = self._plan_over([one for one in self._present if one != lost])[1]
+            except DoesNotFit:
+                plans[lost] = None
+        return plans
 
     def _plan_over(self, present: list[int]) -> tuple[int, ServingPlan]:
         """Which type of weights fits on these ranks, and the plan, whose `layers` of the others are

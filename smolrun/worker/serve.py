@@ -176,6 +176,9 @@ class _Server:
             engine = self._engine = self._new_engine(scheduler)
         else:
             engine.recover(scheduler)
+        # A stage that is alone receives nothing by which it would see the end of its generation.
+        end = mesh.submit("the end of the generation", lambda work: None)
+        end.add_done_callback(lambda work: engine.on_result(work.error))
         engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
 
     def _new_engine(self, scheduler: Scheduler) -> Engine:

@@ -12,7 +12,7 @@ from smolrun.config import RunConfig
 from smolrun.driver import serving_start
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
 from smolrun.errors import HostError
-from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan
+from smolrun.estimate.serving_plan import ServingPlan
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.models.shape import ModelBytes
 from smolrun.serving.messages import LOADING, Load, Probe, Probed, ToRank
@@ -107,7 +107,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 def test_nothing_loads_before_the_ranks_are_linked(ranks: Ranks) -> None:
-    assert ranks.loader.plan is None
+    assert ranks.loader.if_lost() == {}
     ranks.loader.on_regrouped([0, 1, 2], 0)
     loads = ranks.loads()
     assert loads.keys() == {0, 1, 2}
@@ -149,7 +149,7 @@ def test_a_rank_lost_before_it_has_measured_is_asked_again(monkeypatch: pytest.M
     ranks.probed()
     ranks.measure(0, 1)
     ranks.loader.on_regrouped([0, 1, 2], 0)
-    assert ranks.loader.plan is None
+    assert ranks.loader.if_lost() == {}
     ranks.loader.on_restart(2)
     assert ranks.probed() == [2]
     ranks.loader.on_regrouped([0, 1], 1)  # until it is back
@@ -160,12 +160,24 @@ def test_what_fits_on_no_ranks_that_are_left_ends_the_server(ranks: Ranks) -> No
     ranks.loader.on_regrouped([0, 1, 2], 0)
     ranks.loads()
     ranks.measure(0, free=350 * 10**6)
-    with pytest.raises(DoesNotFit):
-        ranks.loader._present = [0, 1]
-        ranks.loader.plan_without(1)
     ranks.loader.on_regrouped([0], 1)
     assert ranks.loads() == {}
     assert "tiny does not fit" in ranks.problems[0]
+
+
+def test_what_every_loss_would_mean_is_known_before(ranks: Ranks) -> None:
+    """With serving.spare hosts get their layers of these plans."""
+    ranks.loader.on_regrouped([0, 1, 2], 0)
+    ranks.loads()
+    plans = ranks.loader.if_lost()
+    assert {rank: plan.layers for rank, plan in plans.items() if plan} == {
+        1: [range(3), range(0), range(3, 6)],
+        2: [range(3), range(3, 6), range(0)],
+    }
+    ranks.measure(1, free=500 * 10**6)  # without rank 2 it has to hold some layers: too few
+    ranks.measure(0, free=700 * 10**6)
+    plans = ranks.loader.if_lost()
+    assert plans[2] is None and plans[1] is not None
 
 
 @pytest.mark.parametrize("error", [HostError("mini2", "its disk is full"), OSError("no cache")])

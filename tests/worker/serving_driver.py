@@ -12,7 +12,7 @@ import msgspec
 
 from smolrun.events import Event
 from smolrun.launch.channel import WorkerChannel
-from smolrun.launch.control import TaskMessage, decode_data, task_message
+from smolrun.launch.control import Links, TaskMessage, decode_data, task_message
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.sampling import Sampling
 from smolrun.serving.messages import (
@@ -26,6 +26,7 @@ from smolrun.serving.messages import (
     Probe,
     Probed,
     Ready,
+    Recovering,
     StepOutput,
     Submit,
     ToEngine,
@@ -101,6 +102,8 @@ class ServingDriver:
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finished: dict[tuple[str, int], Finished] = {}
         self.output: list[StepOutput] = []
+        self.pauses: list[str] = []
+        self.meshes: dict[int, Mesh] = {}  # of the first generation
 
     def probe(self, source: ModelSource, dtype: str = "float32") -> None:
         """Every rank measures."""
@@ -139,6 +142,9 @@ class ServingDriver:
         if isinstance(output, Ready):
             self.ready = output
             return
+        if isinstance(output, Recovering):
+            self.pauses.append(output.reason)
+            return
         self.output.append(output)
         for token in output.tokens:
             self.tokens[token.request, token.choice].append(token.id)
@@ -164,7 +170,11 @@ def load_of(source: ModelSource, stages: list[int], world_size: int, **more: obj
 
 
 def serve_with(
-    script: Callable[[ServingDriver], None], world_size: int, *, kind: str = "memory"
+    script: Callable[[ServingDriver], None],
+    world_size: int,
+    *,
+    kind: str = "memory",
+    links: Links = "all",
 ) -> ServingDriver:
     """Run `script` beside so many ranks of a server, then stop them."""
     driver = ServingDriver(world_size)
@@ -179,7 +189,9 @@ def serve_with(
             channel.stop()
 
     def work(mesh: Mesh) -> None:
-        start = msgspec.structs.replace(START, rank=mesh.rank, host="here", device="cpu")
+        driver.meshes[mesh.rank] = mesh
+        facts = {"rank": mesh.rank, "host": "here", "device": "cpu", "links": links}
+        start = msgspec.structs.replace(START, **facts)
         summary = serve(start, mesh, cast(WorkerChannel, driver.channels[mesh.rank]))
         assert summary == {"was_stopped": True}
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from smolrun.errors import StopRequested
+from smolrun.errors import GenerationEnded, StopRequested
+from smolrun.mesh.memory import MemoryWorld
 from smolrun.parts.step_clock import Pace
-from smolrun.serving.messages import Submit
+from smolrun.serving.messages import LOADING, TOPIC, Submit
 from smolrun.serving.source import source_of_folder
 from tests.serving.references import LEAST_MARGIN, Text, save_model, texts_of
 from tests.worker.serving_driver import GREEDY, ServingDriver, load_of, serve_with
@@ -144,6 +145,36 @@ def test_a_slower_machine_is_emulated_when_it_measures_and_when_it_serves(
     assert [pace.computed - before for pace, before in zip(paces, measured, strict=True)] == [7, 7]
     assert driver.ready is not None
     assert all(stage.compute_s > 0.02 for stage in driver.ready.stages)
+
+
+def test_a_stage_that_is_alone_sees_the_end_of_its_generation(
+    model: tuple[Path, list[Text]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It receives nothing by which it would see it; a rank that is back waits for it."""
+    source = source_of_folder(model[0], "tiny")
+    world = MemoryWorld(1)
+    world.meshes[0].generation = 1
+    monkeypatch.setattr("smolrun.worker.serve.regroup", lambda *_: world.meshes[0])
+    asked = {name: Submit(name, [5, 6, 7], 100, sampling=GREEDY) for name in ("over", "after")}
+
+    def script(driver: ServingDriver) -> None:
+        driver.load(load_of(source, [0], 1))
+        driver.channels[0].tell(TOPIC, asked["over"])
+        while len(driver.tokens["over", 0]) < 3:
+            driver.take()
+        mesh, driver.ready = driver.meshes[0], None
+        mesh.post(lambda: mesh.fail(GenerationEnded("rank 1 is back")))
+        while not driver.pauses:
+            driver.take()
+        driver.channels[0].tell(LOADING, load_of(source, [0], 1))  # of the generation before
+        driver.load(load_of(source, [0], 1, generation=1, slots=2))
+        driver.run(asked["after"])
+
+    driver = serve_with(script, 1, links="group")
+    assert driver.pauses == ["rank 1 is back"]
+    assert driver.ready is not None and driver.ready.max_running == 2
+    over = driver.tokens["over", 0]
+    assert len(over) == 100 and over == driver.tokens["after", 0]
 
 
 def test_a_server_that_is_stopped_before_it_loads_ends() -> None:
