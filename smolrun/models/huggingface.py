@@ -20,6 +20,7 @@ from smolrun.models.huggingface_folder import (
     ModelFolder,
     check_fit,
     fetched,
+    gguf_refused,
     no_safetensors,
     read_config,
 )
@@ -50,6 +51,8 @@ def prepare(
     """
     folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
+        if name.lower().endswith(".gguf"):
+            raise ConfigError(gguf_refused(name, folder.name))
         if _is_path(name):
             raise ConfigError(f"model.name={name}: there is no such folder {folder.absolute()}")
         folder = download(name, revision, needs_weights=pretrained, progress=progress)

@@ -143,6 +143,11 @@ def check_fit(config: Mapping[str, Any], name: str, spec: ModelSpec) -> None:
             "use data=python_stdlib or data=text"
         )
     problems = []
+    if config.get("quantization_config") or config.get("quantization"):
+        problems.append(
+            f"model.name={name}: its weights are quantized, which cannot be trained; "
+            "take the model they were made from"
+        )
     vocabulary, longest = vocabulary_size(config), longest_sequence(config)
     if vocabulary is not None and spec.num_outputs > vocabulary:
         problems.append(
@@ -169,6 +174,10 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _problems(folder: Path, name: str, needs_weights: bool) -> Iterator[str]:
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs and not (folder / CONFIG_FILE).exists():
+        yield gguf_refused(name, ggufs[0])
+        return
     config = read_config(folder)
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -183,11 +192,6 @@ def _problems(folder: Path, name: str, needs_weights: bool) -> Iterator[str]:
     elif not _looks_causal(config) and not _is_known(kind):
         yield (
             f"model.name={name}: transformers has no class that writes text for model_type={kind!r}"
-        )
-    if config.get("quantization_config"):
-        yield (
-            f"model.name={name}: its weights are quantized, which cannot be trained; "
-            "take the model they were made from"
         )
     if needs_weights:
         yield from _weight_problems(folder, name)
@@ -221,6 +225,8 @@ def _weight_problems(folder: Path, name: str) -> Iterator[str]:
 
 def no_safetensors(name: str, files: list[str]) -> str:
     """Why there is nothing to load, and how to make it."""
+    if ggufs := [file for file in files if file.lower().endswith(".gguf")]:
+        return gguf_refused(name, ggufs[0])
     pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if not pickled:
         return (
@@ -231,6 +237,18 @@ def no_safetensors(name: str, files: list[str]) -> str:
         "smolrun reads safetensors. If you trust it, convert it in Python: "
         f"transformers.AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER'), "
         "then model.name=FOLDER"
+    )
+
+
+def gguf_refused(name: str, file: str) -> str:
+    """Why a GGUF file is not read, and how to make what is."""
+    folder = str(Path(name).parent) if name.lower().endswith(".gguf") else name
+    options = f"({folder!r}, gguf_file={file!r}).save_pretrained('FOLDER')"
+    return (
+        f"model.name={name}: {file} is GGUF, which is not read. Convert it in Python, with the "
+        f"packages gguf and accelerate: transformers.AutoModelForCausalLM.from_pretrained{options} "
+        f"and transformers.AutoTokenizer.from_pretrained{options}; then model=hf "
+        "model.name=FOLDER, with serving.weights=int4 to serve it as small"
     )
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from smolrun.driver import serving_parts
 from smolrun.driver.serving_parts import (
@@ -16,7 +17,7 @@ from smolrun.driver.serving_parts import (
     read_layers,
     write_layers,
 )
-from smolrun.serving.source import ModelSource, source_of_folder
+from smolrun.serving.source import ModelSource, load_stage, source_of_folder
 from tests.serving.references import save_model
 
 
@@ -82,3 +83,17 @@ def test_layers_are_kept_for_a_model_and_its_hosts(tmp_path: Path, root: Path) -
     assert layers_file(source, "bf16", ["a", "b"]) != file
     file.write_text("[[0]]")
     assert read_layers(file) is None
+
+
+def test_parts_in_int4_hold_the_codes_that_a_stage_takes(tmp_path: Path, root: Path) -> None:
+    """A host quantizes nothing, and gets as few bytes as it keeps."""
+    source = source_in(tmp_path / "model", 64)
+    parts = parts_of(source, "int4", unused)
+    assert parts.parts != parts_of(source, "int8", unused).parts
+    stage = (1, 3, False, True)
+    expected, found = (load_stage(one, *stage, "int4") for one in (source, parts))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+    sent = [root / parts.parts[name] / name for name in needed_parts(parts, range(1, 4))]
+    held = sum(tensor.nbytes for tensor in found.values())
+    assert sum(path.stat().st_size for path in sent) < held + 3000 * len(sent)  # and headers

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from smolrun.cli.compose import compose
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
     ServingRank,
+    first_that_fits,
     plan,
+    weights_line,
 )
 from smolrun.models.decoder import Decoder
 from smolrun.models.shape import DecoderShape, ModelBytes, model_bytes
+from smolrun.serving.messages import ServingDtype
+from smolrun.serving.weight_types import weight_options
 from tests.models.tiny import TINY, make_tiny_decoder
 
 GB = 1e9
@@ -154,3 +160,47 @@ def test_wrong_layers_are_named(layers: list[list[int]], wrong: str):
 def test_given_layers_must_fit():
     with pytest.raises(DoesNotFit, match="one more host"):
         of(rank("a", gb=3), rank("b"), mode="pipeline", layers=[[0, 5], [6, 9]])
+
+
+@pytest.mark.parametrize(("gb", "number"), [(14, 0), (9, 1), (6.5, 2)])
+def test_the_first_type_of_weights_that_fits_is_taken(gb: float, number: int) -> None:
+    models = [MODEL] + [
+        replace(MODEL, layer=MODEL.layer // by, embedding=MODEL.embedding // by) for by in (2, 4)
+    ]
+    config = compose(["task=serve", "serving.slots=1", "serving.context=256"])
+    found = [rank("a", gb, layer_s=0.01)]
+    taken, made = first_that_fits(config, models, 256, found)
+    assert (taken, made.layers) == (number, [range(10)])
+    # The time of a layer, measured in the first type, goes with its bytes; the head stays.
+    assert made.tokens_per_s == pytest.approx(1 / (0.1 / 2**number + 0.001))
+    with pytest.raises(DoesNotFit, match=r"2\.9 GB of weights .* available: 1\.9 GB"):
+        first_that_fits(config, models, 256, [rank("a", 2)])
+
+
+def test_the_choice_of_a_type_is_said_with_its_reason() -> None:
+    models: dict[ServingDtype, ModelBytes] = {"bf16": MODEL, "int8": replace(MODEL, layer=10**8)}
+    assert weights_line(models, 0) == "10.2 GB of weights as bf16"
+    assert weights_line(models, 1) == (
+        "1.9 GB of weights as int8, as 10.2 GB of weights as bf16 would not fit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "tried"),
+    [
+        ("auto", "float32", ["float32", "int8", "int4"]),
+        ("auto", "bf16", ["bf16", "int8", "int4"]),
+        ("auto", "int8", ["int8", "int4"]),
+        ("auto", "int4", ["int4"]),
+        ("bf16", "float32", ["bf16"]),
+        ("float32", "int4", ["float32"]),
+    ],
+)
+def test_types_that_are_tried(
+    asked: ServingDtype, stored: ServingDtype, tried: list[ServingDtype]
+) -> None:
+    shape = make_tiny_decoder(**TINY).shape
+    options = weight_options(asked, stored, shape, 61)
+    assert list(options) == tried
+    sizes = [model.weights for model in options.values()]
+    assert sizes == sorted(sizes, reverse=True)

@@ -13,8 +13,9 @@ import pytest
 
 from smolrun.errors import ConfigError
 from smolrun.models import huggingface
-from smolrun.models.huggingface_folder import ModelFolder
+from smolrun.models.huggingface_folder import ModelFolder, check_fit
 from tests.models.model_folders import change_config, save_model
+from tests.models.tiny import Spec
 
 KEYS: dict[str, Any] = {"pretrained": True, "revision": None, "attention": "auto", "dropout": 0.0}
 
@@ -64,8 +65,9 @@ def no_writer(folder: Path) -> None:
     change_config(folder, model_type="clip", architectures=["CLIPModel"])
 
 
-def quantized(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+def gguf(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "tiny-Q4_0.gguf")
 
 
 def no_weights(folder: Path) -> None:
@@ -100,7 +102,7 @@ def half(folder: Path) -> None:
         (no_type, "has no model_type"),
         (remote_code, "model_type='strange' needs Python code that comes with the weights"),
         (no_writer, "no class that writes text for model_type='clip'"),
-        (quantized, "its weights are quantized"),
+        (gguf, r"tiny-Q4_0\.gguf is GGUF, which is not read.*save_pretrained"),
         (no_weights, r"has no weights .*model\.pretrained=false"),
         (pickled, r"in pytorch_model\.bin only, .*save_pretrained"),
         (truncated, r"is damaged: it has \d+ bytes, expected \d+"),
@@ -128,3 +130,15 @@ def test_preparing_loads_no_torch(folder: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+    ],
+)
+def test_quantized_weights_are_not_trained(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="quantized, which cannot be trained"):
+        check_fit(keys, "tiny", Spec())

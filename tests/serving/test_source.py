@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ from smolrun.checkpoints.writer import write_shard
 from smolrun.data.tokenizer import load_tokenizer, train_bpe
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.models.decoder import Decoder
+from smolrun.models.huggingface_conversion import from_huggingface
 from smolrun.models.huggingface_network import load
 from smolrun.models.shape import parameter_shapes
 from smolrun.models.trained import TrainedModel
@@ -31,6 +33,7 @@ from smolrun.serving.source import (
     source_of_checkpoint,
     source_of_folder,
 )
+from smolrun.serving.weight_quantization import dequantize
 from tests.models.test_export import save
 from tests.models.tiny import KINDS, TINY, enliven, make_tiny_decoder
 from tests.serving.chain import Chain
@@ -235,7 +238,12 @@ def change_config(folder: Path, **keys: Any) -> None:
         ({"model_type": "gpt_neox"}, "model tiny cannot be served: model_type='gpt_neox'"),
         ({"hidden_act": "gelu"}, "model tiny cannot be served: hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "a scheme that cannot be read .quant_method gptq, bits 4.*serving.weights=int4",
+        ),
+        ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, "mode mxfp4, bits 4"),
+        ({"quantization": {"bits": 3, "group_size": 64}}, "mode affine, bits 3, group_size 64"),
         ({"num_hidden_layers": 5}, r"model\.layers\.4\.input_layernorm\.weight is missing"),
         ({"vocab_size": 210}, r"embed_tokens\.weight has shape \[211, 64\], expected \[210, 64\]"),
     ],
@@ -247,6 +255,58 @@ def test_models_that_cannot_be_served_are_refused(
     change_config(tmp_path, **keys)
     with pytest.raises(ConfigError, match=message):
         source_of_folder(tmp_path, "tiny")
+
+
+def write_as_mlx(folder: Path, bits: int, group_size: int) -> dict[str, torch.Tensor]:
+    """Quantizes the matrices of a folder with numpy, as mlx.core.quantize stores them; returns what
+    all weights are then."""
+    stored, values = load_file(folder / "model.safetensors"), {}
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        if tensor.ndim == 1:
+            values[name] = packed[name] = tensor
+            continue
+        groups = tensor.numpy().reshape(len(tensor), -1, group_size)
+        biases = groups.min(-1)
+        scales = (groups.max(-1) - biases) / (2**bits - 1)
+        codes = np.rint((groups - biases[..., None]) / scales[..., None]).astype(np.uint64)
+        whole = codes * scales[..., None] + biases[..., None]
+        values[name] = torch.from_numpy(whole.reshape(tensor.shape).astype(np.float32))
+        words = codes.reshape(len(tensor), -1, 32 // bits)
+        words = (words << np.arange(0, 32, bits, dtype=np.uint64)).sum(-1).astype(np.uint32)
+        module = name.removesuffix("weight")
+        packed[name] = torch.from_numpy(words)
+        packed[f"{module}scales"] = torch.from_numpy(scales)
+        packed[f"{module}biases"] = torch.from_numpy(biases)
+    save_file(packed, folder / "model.safetensors")
+    change_config(folder, quantization={"group_size": group_size, "bits": bits})
+    return values
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 64)])
+def test_folders_of_mlx_are_read(tmp_path: Path, bits: int, group_size: int) -> None:
+    save_model(tmp_path, "qwen3", intermediate_size=128)
+    written = write_as_mlx(tmp_path, bits, group_size)
+    source = source_of_folder(tmp_path, "mlx")
+    assert (source.dtype, source.group_size) == (f"int{bits}", group_size)
+    plain = load_stage(source, 0, 3, True, True, "float32")
+    values = from_huggingface(written, plain, "qwen3")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, values[name], rtol=1e-5, atol=1e-5)
+    stored = load_stage(source, 0, 3, True, True, source.dtype)
+    for name in (one for one in stored if f"{one.removesuffix('weight')}scales" in stored):
+        module = name.removesuffix("weight")
+        found = dequantize(stored[name], stored[f"{module}scales"], stored.get(f"{module}zeros"))
+        error = (found - values[name]).norm() / values[name].norm()
+        assert error < (0.003 if bits == 4 and stored[name].dtype == torch.uint8 else 0.01)
+
+
+def test_a_packed_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3", intermediate_size=128)
+    write_as_mlx(tmp_path, 4, 32)
+    change_config(tmp_path, hidden_size=128)
+    with pytest.raises(ConfigError, match="has shape"):
+        source_of_folder(tmp_path, "mlx")
 
 
 def test_end_tokens_of_both_files(tmp_path: Path) -> None:

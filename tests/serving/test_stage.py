@@ -16,6 +16,7 @@ from smolrun.serving.messages import ServingDtype
 from smolrun.serving.source import load_stage, source_of_folder
 from smolrun.serving.stage import Stage
 from smolrun.serving.weight_quantization import dequantize
+from smolrun.serving.weight_types import serving_bytes
 from tests.serving.chain import Chain
 from tests.serving.references import FAMILIES, LEAST_MARGIN, Text, save_model, texts_of
 
@@ -330,6 +331,21 @@ def test_a_quantized_stage_computes_with_the_values_of_its_codes(
         batch = Batch(0, [Row(0, 0, count, True, True)], prompt[:count])
         error = (stage.run(batch, None) - exact.run(batch, None)).abs().mean()
         assert error < 0.2, "as bf16 rounds"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["gpt2", "mistral"])  # tied, and with a head
+def test_planned_bytes_are_those_of_the_stages(
+    references: dict[str, tuple[Path, list[Text]]], kind: str, dtype: ServingDtype
+) -> None:
+    folder, _ = references[kind]
+    source = source_of_folder(folder, kind)
+    sizes = serving_bytes(source.shape, source.vocab_size, dtype)
+    whole, (first, last) = Chain(folder, dtype=dtype), Chain(folder, 2, dtype=dtype).stages
+    assert whole.stages[0].weight_bytes == sizes.weights
+    assert first.weight_bytes == sizes.embedding + 2 * sizes.layer
+    assert last.weight_bytes == sizes.head + 2 * sizes.layer
+    assert first.bytes_per_token == 2 * sizes.cache_per_token
 
 
 def test_a_batch_invariant_stage_gives_equal_bits_on_several_threads(tmp_path: Path) -> None:
