@@ -44,12 +44,12 @@ class Ranks:
         )
         monkeypatch.setattr(serving_start, "_CHANGE_S", 0.0)
         # Layers of 50 MB, beside 200 MB that a rank needs anyway.
-        sizes = ModelBytes(LAYERS, 50 * 10**6, 0, 0, 0, 1000, 4)
+        sizes = ModelBytes(LAYERS, 50 * 10**6, 1, 1, 0, 1000)
         self.loader = ModelLoader(
             config,
-            ServingSpec(source, sizes, "float32"),
+            ServingSpec(source, {"float32": sizes}),
             self._deliver,
-            on_plan=lambda _: None,
+            on_plan=lambda *_: None,
             progress=lambda *_: None,
         )
         self.loader.on_start(self)  # type: ignore[arg-type]
