@@ -62,21 +62,25 @@ class _Served:
         self._folder = folder
         self._console = console
         self._began = time.monotonic()
-        self._stages: list[StageStats] = []
+        self._stages: dict[int, StageStats] = {}  # by rank
 
     def begin(self, ready: Ready) -> None:
-        """Requests are answered from now on."""
+        """An engine answers requests from now on: the first one, another replica, or a pipeline
+        again."""
         from smolrun.driver.serving_model import example
 
         run, say = self._run, self._console.say
-        is_first, self._stages = not self._stages, ready.stages
+        is_first, old = not self._stages, self._stages
+        new = {stage.rank: stage for stage in ready.stages}
+        self._stages = {**old, **new} if run.has_replicas else new
         self._console.close()
-        try:
-            self._folder.write_summary({"status": "serving", **self._facts()})
-        except OSError as error:  # a server does not need its disk
-            say(f"warning: summary.json cannot be written: {error}")
-        if not is_first:
+        self._write_summary({"status": "serving"})
+        if not is_first and run.has_replicas:
+            for stage in ready.stages:
+                say(f"rank {stage.rank} on {stage.host} answers requests")
+        elif not is_first:
             say("answers go on")
+        if not is_first:
             return
         say(
             f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
@@ -103,6 +107,12 @@ class _Served:
         self._console.say(f"{outcome.status}, served for {duration(wall_s)}")
         self._console.say(f"run folder: {self._folder.path}")
 
+    def _write_summary(self, state: dict[str, Any]) -> None:
+        try:
+            self._folder.write_summary({**state, **self._facts()})
+        except OSError as error:  # a server does not need its disk
+            self._console.say(f"warning: summary.json cannot be written: {error}")
+
     def _facts(self) -> dict[str, Any]:
         stages = [
             {
@@ -112,7 +122,7 @@ class _Served:
                 "weight_bytes": stage.weight_bytes,
                 "cache_bytes": stage.cache_bytes,
             }
-            for stage in self._stages
+            for _, stage in sorted(self._stages.items())
         ]
         run = self._run
         memory = {"model_bytes": run.spec.sizes.weights, "stages": stages}

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from smolrun.config import checks, problems
 from smolrun.config.plan import (
     RankPlan,
+    are_replicas,
     has_dedicated_server,
     linked,
     min_ranks_left,
@@ -28,6 +29,7 @@ from smolrun.errors import ConfigError
 __all__ = [
     "RankPlan",
     "RunConfig",
+    "are_replicas",
     "config_hash",
     "has_dedicated_server",
     "linked",

@@ -26,8 +26,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
     "model": ("moe",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
-    "serving": ("replicas",),
-    "serving.mode": ("replicas",),
 }
 """Group or key -> choices that are planned, so that the error says so."""
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

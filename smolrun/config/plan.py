@@ -45,13 +45,22 @@ def world_size(config: RunConfig) -> int:
     return cluster_size(config.cluster, config.algorithm)
 
 
+def are_replicas(config: RunConfig) -> bool:
+    """Whether every rank serves the whole model: they have no links, and none needs another."""
+    return config.task == "serve" and config.serving.mode == "replicas"
+
+
 def min_ranks_left(config: RunConfig) -> int | None:
-    """The ranks that an elastic run needs at least; None: all. Only training is elastic."""
+    """The ranks that a run needs at least, which continues without the others; None: all."""
+    if are_replicas(config):
+        return 1
     return config.algorithm.min_ranks_left if config.task == "train" else None
 
 
 def linked(config: RunConfig) -> Literal["all", "group", "star", "none"]:
     """Which ranks are linked, and what the loss of one means: `Links` of launch/control.py."""
+    if are_replicas(config):
+        return "none"
     if config.task == "serve":
         return "group" if world_size(config) > 1 else "all"
     return "all" if min_ranks_left(config) is None else "star"

@@ -132,7 +132,7 @@ Origin = Annotated[
 class ServingConfig(Section):
     """Group `serving`: the inference server, and what generates text in the terminal."""
 
-    mode: Literal["auto", "local", "pipeline"]
+    mode: Literal["auto", "local", "pipeline", "replicas"]
     hosts: Literal["auto", "all"]
     spare: Literal[0, 1]
     layers: list[list[Natural]] | None = Field(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import platformdirs
 
-from smolrun.config import RankPlan, RunConfig, min_ranks_left, ranks
+from smolrun.config import RankPlan, RunConfig, are_replicas, min_ranks_left, ranks
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.config.suggest import problem
@@ -220,7 +220,7 @@ def open_fleet(config: RunConfig) -> Fleet:
 def _is_enough(config: RunConfig, missing: Collection[str]) -> bool:
     """Whether an elastic run can begin without these hosts."""
     there = [rank.rank for rank in ranks(config) if rank.host not in missing]
-    return 0 in there and len(there) >= (min_ranks_left(config) or 0)
+    return (0 in there or are_replicas(config)) and len(there) >= (min_ranks_left(config) or 0)
 
 
 def host_specs(config: RunConfig) -> list[HostSpec]:

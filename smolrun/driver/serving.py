@@ -16,6 +16,7 @@ import platform
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import msgspec
 import platformdirs
 
-from smolrun.config import RunConfig, ranks
+from smolrun.config import RunConfig, are_replicas, ranks, world_size
 from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
 from smolrun.config.plan import addresses
 from smolrun.config.settings import ServingConfig
@@ -41,6 +42,7 @@ from smolrun.driver.serving_parts import (
     read_layers,
     write_layers,
 )
+from smolrun.driver.serving_replicas import ReplicaLoader, Silence
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
 from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError, SmolrunError
 from smolrun.estimate.serving_plan import (
@@ -51,7 +53,7 @@ from smolrun.estimate.serving_plan import (
     weights_line,
 )
 from smolrun.events import Event, Note
-from smolrun.launch.control import TaskMessage, decode_data, task_message
+from smolrun.launch.control import SILENCE_S, TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor import Limits
@@ -64,7 +66,7 @@ from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
-from smolrun.serving.messages import TOPIC, FromEngine, Ready, ServingDtype, ToEngine
+from smolrun.serving.messages import TOPIC, FromEngine, Ping, Ready, ServingDtype, ToEngine
 from smolrun.serving.source import ModelSource
 from smolrun.serving.weight_types import GROUP_SIZE, weight_options
 from smolrun.tracking.run_folder import RunFolder
@@ -72,6 +74,7 @@ from smolrun.tracking.run_folder import RunFolder
 Progress = Callable[[str, int, int], None]
 _PROCESS_BYTES = 300e6  # of a rank, before it has a model
 _ANY_S = 1e-3  # where every rank is equally fast
+_PING_EVERY_S = 0.25
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 
 
@@ -81,7 +84,7 @@ def serving_config(config: RunConfig) -> RunConfig:
     A machine that holds the model gains nothing from two processes, so auto has one on it."""
     cluster, mode = config.cluster, config.serving.mode
     update: dict[str, Any] = {}
-    if cluster.hosts is None and mode != "pipeline":
+    if cluster.hosts is None and mode not in ("pipeline", "replicas"):
         update = {"ranks": 1}
     elif cluster.hosts is not None and mode == "local":
         update = {"hosts": [cluster.hosts[0].model_copy(update={"ranks": 1})]}
@@ -125,13 +128,16 @@ class ServingRun:
         sizes = (source.shape, source.vocab_size, source.group_size)
         models = weight_options(config.serving.weights, source.dtype, *sizes)
         self.spec = ServingSpec(source, models)
+        self.has_replicas = are_replicas(config)
+        if self.has_replicas:  # alike, or an answer would change where it goes on elsewhere
+            self.spec = self.spec.only(0)
         self._check_memory()
         for line in notes(source, machine_memory().available):
             say(line)
         self._run_id = ""
         self._warned: set[str] = set()
         self._has_cut = False
-        self.bridge = EngineBridge(config.serving.max_queue)
+        self.bridge = EngineBridge(config, say)
         self.server = self._http_server()
         self._closing.callback(self.server.stop, 0.0)
         try:
@@ -231,18 +237,12 @@ class ServingRun:
         for line in start_notes(config):
             self._say(line)
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
-        loader = ModelLoader(
-            config,
-            self.spec,
-            self._deliver,
-            earlier=read_layers(self._layers_file()) if self._fleet.machines else None,
-            on_plan=self._show_plan,
-            progress=self._progress,
-        )
+        loader = self._loader()
 
         def ready(news: Ready) -> None:
             on_ready(news)
-            self._prepare_for_losses(loader)
+            if isinstance(loader, ModelLoader):
+                self._prepare_for_losses(loader)
 
         self.bridge.on_ready = ready
         try:
@@ -266,6 +266,33 @@ class ServingRun:
         if outcome.status == "failed":
             self.bridge.frontend.fail(f"the server ended: {outcome.reason}")
         return outcome
+
+    def _loader(self) -> ModelLoader | ReplicaLoader:
+        if are_replicas(self._config):
+            return ReplicaLoader(
+                self._config, self.spec, self._deliver_whole, progress=self._progress
+            )
+        return ModelLoader(
+            self._config,
+            self.spec,
+            self._deliver,
+            earlier=read_layers(self._layers_file()) if self._fleet.machines else None,
+            on_plan=self._show_plan,
+            progress=self._progress,
+        )
+
+    def _deliver_whole(self, host: str) -> tuple[ModelSource, str]:
+        """All parts for a host elsewhere; ranks of this machine read the model where it is."""
+        machine = self._fleet.machines.get(host)
+        if machine is None:
+            return self.source, self.source.folder
+        source = parts_of(self.source, self.spec.dtype, self._progress)
+        whole = needed_parts(source, range(source.shape.layers))
+        folders, sent = deliver_parts(
+            source, {host: {*whole}}, {host: machine}, self._run_id, self._progress
+        )
+        self._say(f"{sent:,} bytes of weights sent to {host}")
+        return source, folders[host]
 
     def _deliver(self, plan: ServingPlan) -> tuple[ModelSource, list[str]]:
         """Parts for hosts elsewhere; ranks of this machine read the model where it is."""
@@ -343,14 +370,24 @@ class ServingRun:
 
 
 class EngineBridge(Subscriber):
-    """The task messages between the HTTP server and rank 0."""
+    """The task messages between the HTTP server and the engines: rank 0's, or every replica's."""
 
     topic = TOPIC
 
-    def __init__(self, max_waiting: int) -> None:
-        self.frontend = Frontend(self._send, max_waiting=max_waiting)
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        self._has_replicas = are_replicas(config)
+        self.frontend = Frontend(
+            self._send,
+            num_replicas=world_size(config) if self._has_replicas else 1,
+            max_waiting=config.serving.max_queue,
+        )
         self.on_ready: Callable[[Ready], None] = lambda _: None
+        self._say = say
         self._driver: Driver | None = None
+        self._ready: dict[int, Ready] = {}  # of the replicas that are loaded
+        self._limit_s = SILENCE_S[config.mesh.liveness]
+        self._silence = Silence(self._limit_s)
+        self._asked_s = 0.0
 
     def on_start(self, driver: Driver) -> None:
         """Requests can be sent from now on."""
@@ -358,16 +395,48 @@ class EngineBridge(Subscriber):
 
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """New tokens, or the news that tokens can flow."""
-        if rank != 0:
+        if rank >= self.frontend.num_replicas:
             raise ProtocolError("sent tokens, which only rank 0 does")
         news: FromEngine = decode_data(message, FromEngine)  # type: ignore[arg-type]  # a union is fine
-        self.frontend.on_message(news)
+        self._heard(rank)
+        self.frontend.on_message(news, rank)
         if isinstance(news, Ready):
+            self._ready[rank] = news
             self.on_ready(news)
 
-    def _send(self, message: ToEngine) -> None:
+    def on_poll(self) -> None:
+        """Ask the replicas whether they are alive, and move the requests of those that are not."""
+        now = time.monotonic()
+        if not self._has_replicas or now < self._asked_s + _PING_EVERY_S:
+            return
+        self._asked_s = now
+        for rank in self._ready:
+            self._send(rank, Ping())
+        for rank in self._silence.lost(2 * _PING_EVERY_S):
+            reason = f"rank {rank} has not answered for {self._limit_s:g} s"
+            self._say(f"warning: {reason}; its requests move to other replicas")
+            self.frontend.lose(rank, reason)
+            self._answers(rank, is_answering=False)
+
+    def on_exit(self, rank: int) -> None:
+        """Its requests continue elsewhere; the supervisor says why it has ended."""
+        if self._ready.pop(rank, None) is not None:
+            self._silence.forget(rank)
+            self.frontend.lose(rank, f"rank {rank} has ended")
+
+    def _heard(self, rank: int) -> None:
+        if self._has_replicas and self._silence.heard(rank) and rank in self._ready:
+            self._say(f"rank {rank} answers again")
+            self.frontend.on_message(self._ready[rank], rank)
+            self._answers(rank, is_answering=True)
+
+    def _answers(self, rank: int, *, is_answering: bool) -> None:
+        assert self._driver is not None, "the driver has started"
+        self._driver.note_answering(rank, is_answering=is_answering)
+
+    def _send(self, rank: int, message: ToEngine) -> None:
         if self._driver is not None:
-            self._driver.send(0, task_message(TOPIC, message))
+            self._driver.send(rank, task_message(TOPIC, message))
 
 
 class RankNotes(Subscriber):

@@ -87,7 +87,7 @@ def plan(
     model: ModelBytes,
     ranks: Sequence[ServingRank],
     *,
-    mode: Literal["auto", "local", "pipeline"],
+    mode: Literal["auto", "local", "pipeline", "replicas"],
     hosts: Literal["auto", "all"] = "auto",
     layers: Sequence[Sequence[int]] | None = None,
     slots: int | None = None,
@@ -199,7 +199,7 @@ class _Placing:
         alone = [made for rank in everyone if (made := self.over([rank])) is not None]
         if mode != "pipeline" and alone:
             return max(alone, key=lambda made: made.tokens_per_s)
-        if mode == "local":
+        if mode in ("local", "replicas"):
             return None
         if hosts == "all":
             return self.over(everyone)
@@ -308,7 +308,7 @@ def _too_large(
     tries = ["serving.weights=int4"] if can_be_smaller else []
     tries += ["a smaller serving.context or serving.slots"] if cache > model.weights / 10 else []
     tries += ["a smaller model"]
-    if len(ranks) == 1 or mode == "local":
+    if len(ranks) == 1 or mode in ("local", "replicas"):
         free = gb(ranks[0].free_bytes)
         tries.insert(0, "more hosts (cluster=NAME)")
     else:

@@ -39,6 +39,9 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_TASK_BYTES = 1024 * 1024  # of the data of a worker's task message
 LEASE_EVERY_S = 2.0
 LEASE_LIMIT_S = 15.0
+# `mesh.liveness`: seconds without any byte from a peer until it counts as lost. With the report to
+# the driver, a run ends within 10 and 4 seconds.
+SILENCE_S = {"normal": 9.0, "fast": 3.0}
 
 # How a worker process ends. 3 is also the driver's own exit code for "a host or rank failed".
 EXIT_DONE = 0

@@ -33,13 +33,16 @@ from smolrun.launch.root_cause import RankState
 from smolrun.launch.supervisor import Limits, RunPhase, Supervisor
 from smolrun.launch.supervisor_events import (
     Action,
+    Answering,
     DriverFailed,
+    Exited,
     Finish,
     HostSilent,
     Input,
     Interrupted,
     Kill,
     Notify,
+    NotStarted,
     ProtocolViolation,
     Regrouped,
     Reported,
@@ -149,6 +152,9 @@ class Subscriber:
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """A rank sent a task message. A ProtocolError ends the run, with that rank as the cause."""
 
+    def on_exit(self, rank: int) -> None:
+        """The process of a rank has ended, or none could be started."""
+
     def on_restart(self, rank: int) -> None:
         """A rank is about to get a new process: its old one has ended, and what it had is lost."""
 
@@ -225,6 +231,11 @@ class Driver:
         another thread once the rank's pipe has taken all of it."""
         self._monitors[rank].send(message, on_sent)
 
+    def note_answering(self, rank: int, *, is_answering: bool) -> None:
+        """Whether a rank answers what it is asked; from any thread. One of a run that continues
+        without it is ended where it stays silent."""
+        self._post(Answering(rank, is_answering))
+
     def fail(self, problem: str) -> None:
         """End the run as failed, with no rank as the cause; from any thread."""
         self._post(DriverFailed(problem))
@@ -251,6 +262,9 @@ class Driver:
                 subscriber.on_poll()
             if isinstance(item, Reported):
                 self._publish(item.event)
+            elif isinstance(item, Exited | NotStarted):
+                for subscriber in self._subscribers:
+                    subscriber.on_exit(item.rank)
             asked = self._asked_to_stop()
             if asked > num_interrupts and (self._may_stop() or asked > 1):
                 num_interrupts += 1

@@ -25,6 +25,7 @@ from smolrun.launch.root_cause import RankState, RootCause, names, not_ready, pi
 from smolrun.launch.supervisor import Limits, RunPhase, Supervisor, ended, failed_by
 from smolrun.launch.supervisor_events import (
     Action,
+    Answering,
     Input,
     Kill,
     Notify,
@@ -65,6 +66,8 @@ class ElasticSupervisor(Supervisor):
             # A process that joins comes after the loss of the one before it, also in this order.
             worker = self._elastic[item.event.rank]
             worker.unlinked = None if item.event.is_here else now
+        elif isinstance(item, Answering):
+            self._elastic[item.rank].unlinked = None if item.is_answering else now
         return super().handle(item, now)
 
     def advance(self, now: float) -> list[Action]:

@@ -71,6 +71,13 @@ class Exited(RankInput, frozen=True):
     lost: str | None = None
 
 
+class Answering(RankInput, frozen=True):
+    """Whether a worker that should answer the driver's questions does; only a run that continues
+    without it asks."""
+
+    is_answering: bool
+
+
 class HostSilent(RankInput, frozen=True):
     """A worker's host does not answer the driver; it may be nothing, or the end of it."""
 

@@ -75,7 +75,9 @@ class AccessControl:
                 answer["x-content-type-options"] = "nosniff"
                 if is_listed and origin:
                     answer["access-control-allow-origin"] = origin
-                    answer["access-control-expose-headers"] = "x-request-id, retry-after"
+                    answer["access-control-expose-headers"] = (
+                        "x-request-id, x-smolrun-rank, retry-after"
+                    )
                     answer["vary"] = "origin"
             await send(message)
 

@@ -27,7 +27,7 @@ class ChatCompletion(Completion[ChatRequest]):
     async def begin(self) -> list[Generation]:
         """One, of the whole conversation."""
         service, body = self.service, self.body
-        service.check(body.model, self.n)
+        service.check(body.model, self.n, body.worker_rank)
         _check_supported(body)
         messages = [
             {"role": "system" if m.role == "developer" else m.role, "content": m.text}

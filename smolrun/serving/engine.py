@@ -124,9 +124,8 @@ class Engine:
             raise SmolrunError(f"the model computes no tokens: {finished.message}")
         self._scheduler.reset_totals()
         slots = self._scheduler.slots
-        self._send(
-            Ready(slots.capacity, len(slots) * slots.capacity, len(slots), stages=self._stages)
-        )
+        cache_tokens, stages = len(slots) * slots.capacity, self._stages
+        self._send(Ready(slots.capacity, cache_tokens, len(slots), stages, self._version))
         if self._lost is not None:
             self._scheduler.take_over(self._lost)
             self._lost = None

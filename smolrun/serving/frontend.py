@@ -1,12 +1,14 @@
-"""The bridge between the HTTP server's event loop and the engine on rank 0.
+"""The bridge between the HTTP server's event loop and the engines: rank 0's, or every replica's.
 
     HTTP thread                                              driver's thread
-      submit() -> OutputStream  -- send(Submit), any thread -->    rank 0
+      submit() -> OutputStream  -- send(Submit), any thread -->    a rank
       async for output    <-- call_soon_threadsafe ------    on_message(StepOutput)
 
-Everything but `on_message` and `fail` runs on the event loop. Requests that wait are counted and
-bounded here, so that a refusal takes no work; a stream whose reader is slow has a bounded buffer.
-Knows nothing of HTTP, text or sockets.
+Everything but `on_message`, `lose`, `set_open` and `fail` runs on the event loop. Requests that
+wait are counted and bounded here, so that a refusal takes no work; a stream whose reader is slow
+has a bounded buffer. The requests of a lost replica are submitted to another one, with the tokens
+that they have; an engine draws the same ones next, as noise is a function of seed, choice and
+position. Knows nothing of HTTP, text or sockets.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,12 +36,14 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
+from smolrun.serving.replicas import Replicas, continued
 
 Output = Token | Finished | Prefill | Recovering
 State = Literal["starting", "ready", "recovering", "draining", "failed"]
 
 _RATE_WINDOW = 32  # finished choices that the rate is measured over
 _MAX_RETRY_S = 60
+_MOST_LOSSES = 3  # of the replicas of a request: it may be what ends them
 
 
 class Unavailable(Exception):
@@ -68,6 +72,12 @@ class OutputStream:
         self.generated_tokens = 0
         self.cached_tokens = 0
         self.open_choices = set(range(submit.choices))
+        self.rank: int | None = None  # where it runs; None while no replica can take it
+        self.ranks: list[int] = []  # all that it ran on
+        self.version: int | None = None  # of the weights that its tokens are from
+        self.sent_as = submit.request  # another name on each replica: late outputs have the old one
+        self.tokens: dict[int, list[int]] = {choice: [] for choice in self.open_choices}
+        self._scores = 0  # log-probabilities of the prompt that have come
         self._max_buffered = max_buffered
         self._outputs: deque[Output] = deque()
         self._failure: str | None = None
@@ -100,6 +110,28 @@ class OutputStream:
         """Whether no more outputs will come."""
         return self._failure is not None or not self.open_choices
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an answer has begun."""
+        return any(self.tokens.values())
+
+    def rest(self) -> Submit:
+        """What is left to do, for another replica."""
+        if not self.ranks:
+            return self.submit
+        tokens = {choice: self.tokens[choice] for choice in self.open_choices}
+        rest = continued(self.submit, tokens, self._scores)
+        return msgspec.structs.replace(rest, request=self.sent_as)
+
+    def without_repeats(self, prefill: Prefill) -> Prefill:
+        """Without the log-probabilities that an earlier replica has reported."""
+        if prefill.logprobs is None:
+            return prefill
+        first = prefill.done - len(prefill.logprobs)
+        new = prefill.logprobs[max(0, self._scores - first) :]
+        self._scores = max(self._scores, prefill.done)
+        return msgspec.structs.replace(prefill, logprobs=new)
+
     def elapsed_s(self) -> float:
         """From the request to its last token."""
         return (self.last_token_at or self.submitted_at) - self.submitted_at
@@ -119,15 +151,17 @@ class OutputStream:
 
 
 class Frontend:
-    """Requests of all clients. `send` takes a message for rank 0 from any thread and never blocks.
+    """Requests of all clients. `send` takes a message for a rank from any thread and never blocks.
 
-    At most `max_waiting` choices wait beside those that the engine runs at once.
+    At most `max_waiting` choices wait beside those that the engines run at once. `num_replicas`:
+    ranks 0 and up that have an engine.
     """
 
     def __init__(
         self,
-        send: Callable[[ToEngine], None],
+        send: Callable[[int, ToEngine], None],
         *,
+        num_replicas: int = 1,
         max_waiting: int = 64,
         max_buffered: int = 8192,
         clock: Callable[[], float] = time.monotonic,
@@ -137,31 +171,41 @@ class Frontend:
         self._max_buffered = max_buffered
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, OutputStream] = {}
+        self.num_replicas = num_replicas
+        self.replicas = Replicas()
+        self._streams: dict[str, OutputStream] = {}  # by their names on the replicas
         self._ends: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._idle = asyncio.Event()
         self._idle.set()
         self.state: State = "starting"
         self.reason = "the model is being loaded"
-        self.ready: Ready | None = None
         self.metrics = ServingMetrics()
 
     # --- the driver's thread ---------------------------------------------------------------------
 
-    def on_message(self, message: FromEngine) -> None:
-        """A message of rank 0; from any thread, never blocks."""
-        self._call(self._deliver, message)
+    def on_message(self, message: FromEngine, rank: int = 0) -> None:
+        """A message of a rank; from any thread, never blocks."""
+        self._call(self._deliver, message, rank)
+
+    def lose(self, rank: int, reason: str) -> None:
+        """A replica is gone: its requests continue on others; from any thread."""
+        self._call(self._lose, rank, reason)
+
+    def set_open(self, rank: int, is_open: bool) -> None:
+        """Whether a replica takes requests; those that it runs go on. From any thread."""
+        self._call(self._set_open, rank, is_open)
 
     def fail(self, reason: str) -> None:
-        """The engine is lost: every running request ends with an error; from any thread."""
+        """No engine will answer any more: every running request ends with an error; from any
+        thread."""
         self._call(self._fail, reason)
 
-    def _call(self, function: Callable[..., None], argument: object) -> None:
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
         loop = self._loop
         if loop is None:
             raise RuntimeError("the HTTP server has not been started")
         try:
-            loop.call_soon_threadsafe(function, argument)
+            loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed, and with it every connection
             pass
 
@@ -182,18 +226,39 @@ class Frontend:
         return sum(len(stream.open_choices) for stream in self._streams.values())
 
     @property
-    def waiting(self) -> int:
-        """Choices beyond those that the engine can run at once."""
-        return max(0, self.in_flight - (self.ready.max_running if self.ready else 0))
+    def ready(self) -> Ready | None:
+        """All engines that take requests, as one; None where there is none."""
+        return self.replicas.ready
 
-    def check_room(self, choices: int = 1) -> None:
-        """Raises Unavailable where there is no room for a request; for no choices only where the
-        engine is not ready."""
-        if self.state != "ready" or self.ready is None:
+    @property
+    def load(self) -> Counter[int]:
+        """Choices that run or wait on every rank."""
+        counts: Counter[int] = Counter()
+        for stream in self._streams.values():
+            if stream.rank is not None and not stream.has_ended:
+                counts[stream.rank] += len(stream.open_choices)
+        return counts
+
+    @property
+    def waiting(self) -> int:
+        """Choices beyond those that the engines can run at once."""
+        ready = self.ready
+        return max(0, self.in_flight - (ready.max_running if ready else 0))
+
+    def check_room(self, choices: int = 1, rank: int | None = None) -> None:
+        """Raises Unavailable where there is no room for a request, on any replica or on that of
+        `rank`; for no choices only where no engine is ready."""
+        ready = self.ready
+        if self.state != "ready" or ready is None:
             self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(self.reason, 1 if self.state == "draining" else 5)
+        if rank is not None and not (
+            rank in self.replicas.there and self.replicas.there[rank].is_open
+        ):
+            self.metrics.refused.labels("not_ready").inc()
+            raise Unavailable(f"rank {rank} takes no requests now; leave worker_rank out", 5)
         # A single request may be larger than the queue when nothing else is there.
-        most = self.ready.max_running + self._max_waiting
+        most = ready.max_running + self._max_waiting
         if choices and self._streams and self.in_flight + choices > most:
             self.metrics.refused.labels("queue_full").inc()
             raise Unavailable(
@@ -202,24 +267,54 @@ class Frontend:
                 is_full=True,
             )
 
-    def submit(self, submit: Submit) -> OutputStream:
-        """Send a request to the engine, after `check_room`. `close` must follow in the end."""
+    def submit(self, submit: Submit, rank: int | None = None) -> OutputStream:
+        """Send a request to the replica of `rank`, else to the least loaded, after `check_room`.
+        `close` must follow in the end."""
         stream = OutputStream(submit, self._clock(), self._max_buffered)
-        self._streams[submit.request] = stream
         self._idle.clear()
         self.metrics.prompt_tokens.inc(len(submit.prompt_ids))
         self.metrics.cache_queries.inc(len(submit.prompt_ids))
         self.metrics.request_prompt.observe(len(submit.prompt_ids))
-        self._send(submit)
+        self._streams[stream.sent_as] = stream
+        if rank is None:
+            self._place(stream)
+        else:
+            self.replicas.take_turn(rank)
+            self._send_to(stream, rank)
         return stream
+
+    def _place(self, stream: OutputStream) -> None:
+        """Send a request to the best replica; it waits while there is none, and fails where none
+        that is there could run it."""
+        version = stream.version if stream.has_tokens else None
+        rank = self.replicas.choose(stream.submit, self.load, version=version)
+        if rank is not None:
+            self._send_to(stream, rank)
+        elif self.replicas.is_hopeless(stream.submit, version):
+            stream.fail(
+                "its replica is lost, and no other one has the same weights and room for its tokens"
+            )
+
+    def _send_to(self, stream: OutputStream, rank: int) -> None:
+        self._streams.pop(stream.sent_as, None)
+        if stream.ranks:
+            stream.sent_as = f"{stream.submit.request}~{len(stream.ranks) + 1}"
+        self._streams[stream.sent_as] = stream
+        message = stream.rest()
+        stream.rank, stream.version = rank, self.replicas.there[rank].ready.version
+        stream.ranks.append(rank)
+        self._send(rank, message)
+
+    def _cancel(self, stream: OutputStream, choice: int | None = None) -> None:
+        if stream.rank is not None:
+            self._send(stream.rank, Cancel(stream.sent_as, choice))
 
     def close(self, stream: OutputStream) -> None:
         """The client is gone, or has its whole answer: cancel what still runs."""
-        request = stream.submit.request
-        if self._streams.pop(request, None) is None:
+        if self._streams.pop(stream.sent_as, None) is None:
             return
         if not stream.has_ended:
-            self._send(Cancel(request))
+            self._cancel(stream)
         for _ in stream.open_choices:
             self.metrics.finished.labels("abort").inc()
         self.metrics.cached_tokens.inc(stream.cached_tokens)
@@ -231,7 +326,7 @@ class Frontend:
     def stop_choice(self, stream: OutputStream, choice: int) -> None:
         """End one choice, because a stop string was found; its later outputs are dropped."""
         if choice in stream.open_choices:
-            self._send(Cancel(stream.submit.request, choice))
+            self._cancel(stream, choice)
             self._end_choice(stream, choice, "stop")
 
     def retry_after_s(self) -> int:
@@ -247,20 +342,21 @@ class Frontend:
         self.metrics.ready.set(self.state == "ready")
         self.metrics.running.set(self.in_flight - self.waiting)
         self.metrics.waiting.set(self.waiting)
+        self.metrics.stats = self.replicas.stats
+        self.metrics.note_ranks(range(self.num_replicas), self.replicas.there, self.load)
         return self.metrics.text()
 
     def cluster(self) -> dict[str, Any]:
         """The state, the load and the stages, for the page."""
-        stats, ready = self.metrics.stats, self.ready
-        stages = stats.stages if stats and stats.stages else ready.stages if ready else []
+        stats = self.replicas.stats.values()
         return {
             "status": self.state,
             "reason": self.reason,
             "running": self.in_flight - self.waiting,
             "waiting": self.waiting,
-            "cache_usage": stats.cache_usage if stats else 0.0,
-            "generated_tokens": stats.generated_tokens if stats else 0,
-            "stages": [msgspec.structs.asdict(stage) for stage in stages],
+            "cache_usage": sum(one.cache_usage for one in stats) / max(1, len(stats)),
+            "generated_tokens": sum(one.generated_tokens for one in stats),
+            "stages": [msgspec.structs.asdict(stage) for stage in self.replicas.stages],
         }
 
     def drain(self) -> None:
@@ -279,25 +375,26 @@ class Frontend:
         """End all running requests with an error, and cancel them."""
         for stream in list(self._streams.values()):
             if not stream.has_ended:
-                self._send(Cancel(stream.submit.request))
+                self._cancel(stream)
                 stream.fail(reason)
 
     def _fail(self, reason: str) -> None:
         if self.state != "draining":
             self.state = "failed"
             self.reason = reason
+        self.replicas.there.clear()
         for stream in self._streams.values():
             stream.fail(reason)
 
-    def _deliver(self, message: FromEngine) -> None:
+    def _deliver(self, message: FromEngine, rank: int) -> None:
         if isinstance(message, Ready):
-            self.ready = message
-            if self.state != "draining":
-                self.state, self.reason = "ready", ""
+            self.replicas.add(rank, message)
+            self._place_waiting()
         elif isinstance(message, Recovering):
             self._pause(message)
         elif isinstance(message, StepOutput):
-            self.metrics.stats = message.stats or self.metrics.stats
+            if message.stats is not None:
+                self.replicas.note(rank, message.stats)
             outputs: list[Token | Finished | Prefill] = [
                 *message.prefill,
                 *message.tokens,
@@ -314,20 +411,59 @@ class Frontend:
             if not stream.has_ended:
                 stream.push(message)
 
+    def _set_open(self, rank: int, is_open: bool) -> None:
+        self.replicas.set_open(rank, is_open=is_open)
+        self._place_waiting("its weights are being replaced")
+
+    def _place_waiting(self, reason: str = "") -> None:
+        """The replicas have changed: those that wait for one may find one."""
+        if self.state != "draining":
+            is_ready = self.ready is not None
+            self.state, self.reason = ("ready", "") if is_ready else ("starting", reason)
+        for stream in list(self._streams.values()):
+            if stream.rank is None and not stream.has_ended:
+                self._place(stream)
+
+    def _lose(self, rank: int, reason: str) -> None:
+        self.replicas.lose(rank)
+        self.metrics.lost_replicas.labels(str(rank)).inc()
+        lost = [one for one in self._streams.values() if one.rank == rank and not one.has_ended]
+        for stream in lost:
+            self._cancel(stream)  # one that was frozen gets this when it wakes up
+            stream.rank = None
+            self._end_complete_choices(stream)
+            if len(stream.ranks) >= _MOST_LOSSES and not stream.has_ended:
+                stream.fail(f"{len(stream.ranks)} replicas were lost while they ran it: {reason}")
+        self._place_waiting(f"no replica is there: {reason}")
+        for stream in lost:
+            if not stream.has_ended:
+                self.metrics.moved.inc()
+                stream.push(Recovering(f"rank {rank} is lost, {_who(stream.rank)}"))
+
+    def _end_complete_choices(self, stream: OutputStream) -> None:
+        """Choices whose last token has come, and the message that says so has not."""
+        for choice in sorted(stream.open_choices):
+            tokens = stream.tokens[choice]
+            if tokens and tokens[-1] in stream.submit.stop_ids:
+                self._route(Finished(stream.sent_as, choice, "stop"))
+            elif len(tokens) >= stream.submit.max_tokens:
+                self._route(Finished(stream.sent_as, choice, "length"))
+
     def _route(self, output: Token | Finished | Prefill) -> None:
         stream = self._streams.get(output.request)
         if stream is None or stream.has_ended:
             return
         if isinstance(output, Prefill):
             stream.cached_tokens = output.cached_tokens
-            stream.push(output)
+            stream.push(stream.without_repeats(output))
         elif output.choice in stream.open_choices:
             if isinstance(output, Token):
+                stream.tokens[output.choice].append(output.id)
                 self._count_token(stream)
             else:
                 stream.cached_tokens = max(stream.cached_tokens, output.cached_tokens)
             if not stream.push(output):
-                self._send(Cancel(output.request))
+                self._cancel(stream)
                 stream.fail("the client reads too slowly; the answer was cancelled")
             elif isinstance(output, Finished):
                 self._end_choice(stream, output.choice, output.reason)
@@ -347,3 +483,7 @@ class Frontend:
         self.metrics.finished.labels(reason).inc()
         stream.open_choices.discard(choice)
         self._ends.append(self._clock())
+
+
+def _who(rank: int | None) -> str:
+    return "waiting for a replica" if rank is None else f"rank {rank} continues"

@@ -84,12 +84,15 @@ class Service:
         """End the thread that encodes prompts."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    def check(self, model: str | None, choices: int) -> None:
-        """Before any work: 404 for any other model, where one is named; raises Unavailable where
-        there is no room."""
+    def check(self, model: str | None, choices: int, rank: int | None = None) -> None:
+        """Before any work: 404 for any other model, where one is named, 400 for a rank that does
+        not exist; raises Unavailable where there is no room."""
         if model:
             self.check_model(model)
-        self.frontend.check_room(choices)
+        if rank is not None and rank >= self.frontend.num_replicas:
+            message = f"worker_rank: {rank} is none of the {self.frontend.num_replicas} replicas"
+            raise ApiError(400, message, param="worker_rank", code="invalid_value")
+        self.frontend.check_room(choices, rank)
 
     def check_model(self, name: str) -> None:
         """404 for any other model."""
@@ -167,8 +170,9 @@ class Service:
             )
             for ids in prompts
         ]
-        self.frontend.check_room(choices * len(prompts))
-        return [Generation(self, submit, request.stops) for submit in submits]
+        rank = request.worker_rank
+        self.frontend.check_room(choices * len(prompts), rank)
+        return [Generation(self, submit, request.stops, rank) for submit in submits]
 
     def _room(self, prompt_ids: list[int], param: str) -> int:
         """For the tokens of an answer."""
@@ -203,14 +207,16 @@ class Service:
 class Generation:
     """A running request, until it is closed."""
 
-    def __init__(self, service: Service, submit: Submit, stops: list[str]) -> None:
+    def __init__(
+        self, service: Service, submit: Submit, stops: list[str], rank: int | None = None
+    ) -> None:
         self._service = service
         self._answers = [
             AnswerText(service.prompts.token_bytes, stops, submit.stop_ids)
             for _ in range(submit.choices)
         ]
         self.usage = Usage(len(submit.prompt_ids))
-        self.stream: OutputStream = service.frontend.submit(submit)
+        self.stream: OutputStream = service.frontend.submit(submit, rank)
 
     def close(self) -> None:
         """Cancel what still runs."""

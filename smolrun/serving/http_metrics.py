@@ -6,7 +6,7 @@ the frontend's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -76,7 +76,22 @@ class ServingMetrics:
         self.request_seconds = histogram("request_seconds", "From its start to its end", _SECONDS)
         self.request_prompt = histogram("request_prompt_tokens", "Of a request", _TOKENS)
         self.request_generated = histogram("request_generated_tokens", "Of a request", _TOKENS)
-        self.stats: Stats | None = None
+        self.lost_replicas = counter("replica_losses", "Times that a replica was lost", ("rank",))
+        self.moved = counter("requests_moved", "Requests that another replica continued")
+        gauge, ranks = Gauge, ("rank",)
+        self._up = gauge("smolrun_rank_up", "Whether it takes requests", ranks, registry=registry)
+        self._running_on = gauge(
+            "smolrun_rank_choices", "Choices that run or wait on it", ranks, registry=registry
+        )
+        self.stats: Mapping[int, Stats] = {}  # by rank
+
+    def note_ranks(
+        self, ranks: Iterable[int], there: Collection[int], load: Mapping[int, int]
+    ) -> None:
+        """Which engines are there, and the choices of each."""
+        for rank in ranks:
+            self._up.labels(str(rank)).set(rank in there)
+            self._running_on.labels(str(rank)).set(load.get(rank, 0))
 
     def text(self) -> bytes:
         """All of it, in the format of Prometheus."""
@@ -86,7 +101,7 @@ class ServingMetrics:
 
 
 class _WithAliases(Collector):
-    def __init__(self, registry: CollectorRegistry, stats: Stats | None) -> None:
+    def __init__(self, registry: CollectorRegistry, stats: Mapping[int, Stats]) -> None:
         self._registry = registry
         self._stats = stats
 
@@ -105,11 +120,12 @@ class _WithAliases(Collector):
                 yield copy
 
 
-def _engine_metrics(stats: Stats | None) -> Iterator[Metric]:
-    """Of rank 0 and of the stages, labelled by rank and host."""
-    if stats is None:
+def _engine_metrics(stats: Mapping[int, Stats]) -> Iterator[Metric]:
+    """Of the engines, and of their stages, labelled by rank and host."""
+    if not stats:
         return
-    yield GaugeMetricFamily("smolrun_cache_usage_ratio", "Of keys and values", stats.cache_usage)
+    usage = sum(one.cache_usage for one in stats.values()) / len(stats)
+    yield GaugeMetricFamily("smolrun_cache_usage_ratio", "Of keys and values", usage)
     labels = ("rank", "host", "stage")
     families: list[tuple[CounterMetricFamily | GaugeMetricFamily, str]] = [
         (CounterMetricFamily(f"smolrun_stage_{name}", text, labels=labels), key)
@@ -120,7 +136,7 @@ def _engine_metrics(stats: Stats | None) -> Iterator[Metric]:
         for key, text in _STAGE_GAUGES
     ]
     for family, key in families:
-        for stage in stats.stages:
+        for stage in (stage for one in stats.values() for stage in one.stages):
             name = f"{stage.first_layer}-{stage.last_layer}"
             family.add_metric([str(stage.rank), stage.host, name], getattr(stage, key))
         yield family

@@ -1,4 +1,4 @@
-"""The task messages of task=serve. Between the driver and rank 0, topic `TOPIC`:
+"""The task messages of task=serve. Between the driver and rank 0, or every replica, topic `TOPIC`:
 
     driver                                          rank 0
       | <------------------------------ Ready ------- |   a token has flowed through all stages
@@ -45,6 +45,9 @@ class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submi
     A choice ends at a token of `stop_ids`, which is reported too. `top_logprobs`: None reports no
     log-probabilities, n those of the chosen token and of the n likeliest ones. `echo_logprobs`
     reports them for the tokens of the prompt as well.
+
+    `continued`: the request ran elsewhere, and these choices go on after the tokens that they have
+    so far; others have ended, unless it is empty.
     """
 
     request: RequestId
@@ -55,6 +58,7 @@ class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submi
     stop_ids: list[TokenId] = []
     top_logprobs: int | None = None
     echo_logprobs: bool = False
+    continued: dict[int, list[TokenId]] = {}
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cancel"):
@@ -64,7 +68,12 @@ class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cance
     choice: int | None = None
 
 
-ToEngine = Submit | Cancel
+class Ping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ping"):
+    """To a replica, a few times a second: answered at once by an empty StepOutput, also while its
+    engine computes. There is no mesh whose heartbeats would show that it is frozen."""
+
+
+ToEngine = Submit | Cancel | Ping
 
 
 class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,12 +142,14 @@ class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
-    """Requests are taken from now on. `cache_tokens`: of all sequences together."""
+    """Requests are taken from now on. `cache_tokens`: of all sequences together; `version`: as of
+    Load."""
 
     max_sequence_length: int
     cache_tokens: int
     max_running: int
     stages: list[StageStats] = []
+    version: int = 0
 
 
 class Recovering(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="recovering"):
@@ -184,7 +195,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     each. A rank that is not among them waits for the end of the run. `folders`: where the model is
     on the host of each rank. Every stage keeps `slots` sequences of up to `capacity` tokens, and
     computes at most `chunk_tokens` tokens of prompts at once. `generation`: of the mesh; a rank
-    drops what is for another one.
+    drops what is for another one. `head`: the rank whose engine schedules; a replica is the only
+    stage and its own head. `version` numbers the weights.
     """
 
     source: dict[str, Any]
@@ -198,6 +210,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     prefix_reuse: bool = True
     batch_invariant: bool = False
     generation: int = 0
+    head: int = 0
+    version: int = 0
 
 
 class Loading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loading"):

@@ -49,6 +49,7 @@ Temperature = Annotated[Number, Field(ge=0, le=2)]
 TopP = Annotated[Number, Field(gt=0, le=1)]
 TopK = Annotated[StrictInt, Field(ge=-1, le=MAX_TOKENS)]
 Seed = Annotated[StrictInt, Field(ge=-_MAX_SEED, le=_MAX_SEED)]
+WorkerRank = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenNumber], Field(min_length=1)]
 T = TypeVar("T")
 Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -138,6 +139,9 @@ class CompletionFields(ApiRequest):
     ignore_eos: StrictBool | None = Field(
         None, description="Do not end the answer where the model would; for measurements"
     )
+    worker_rank: WorkerRank | None = Field(
+        None, description="The replica that is to answer; another one continues if it is lost"
+    )
 
     @property
     def stops(self) -> list[str]:
@@ -221,6 +225,7 @@ class SimpleRequest(ApiRequest):
     top_p: TopP | None = Field(None, description="As in /v1/chat/completions")
     top_k: TopK | None = Field(None, description="As in /v1/chat/completions")
     seed: Seed | None = Field(None, description="The same seed and text give the same answer")
+    worker_rank: WorkerRank | None = Field(None, description="As in /v1/chat/completions")
     decoding_strategy: Literal["greedy", "sampling", "top_k", "top_p"] | None = Field(
         None, description="greedy is temperature 0; the others follow from the keys above"
     )

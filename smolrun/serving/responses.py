@@ -51,6 +51,12 @@ def comments(piece: Piece) -> Iterator[bytes]:
         yield f": recovering {' '.join(piece.recovering.split())}\n\n".encode()
 
 
+def rank_header(generations: Sequence[Generation]) -> dict[str, str]:
+    """The ranks that have answered so far, in order."""
+    ranks = [rank for one in generations for rank in one.stream.ranks]
+    return {"x-smolrun-rank": ",".join(map(str, dict.fromkeys(ranks)))}
+
+
 class EventStream(EventSourceResponse):
     """The events of generations as they come, with comments while none come.
 
@@ -67,7 +73,7 @@ class EventStream(EventSourceResponse):
         self._generations = generations
         super().__init__(
             events,
-            headers={"cache-control": "no-cache", **(headers or {})},
+            headers={"cache-control": "no-cache", **rank_header(generations), **(headers or {})},
             sep="\n",
             ping=_KEEP_ALIVE_S,
         )
@@ -158,7 +164,8 @@ class Completion(ABC, Generic[Body]):
             for entry in self.entries(prompt, piece):
                 _extend(choices[entry["index"]], entry)
         answer = {"choices": choices, "usage": _usage(generations)}
-        return json_response(self._head(self.kind) | answer, headers=self.headers)
+        headers = rank_header(generations) | self.headers
+        return json_response(self._head(self.kind) | answer, headers=headers)
 
     async def _events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
         wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)

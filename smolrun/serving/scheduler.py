@@ -165,11 +165,14 @@ class Scheduler:
         length, capacity = len(request.prompt_ids), self.slots.capacity
         if not 1 <= length <= capacity:
             return f"the prompt has {length} tokens; 1 to {capacity} are possible"
-        token = max([*request.prompt_ids, *request.sampling.logit_bias])
+        given = [token for tokens in request.continued.values() for token in tokens]
+        token = max([*request.prompt_ids, *given, *request.sampling.logit_bias])
         if token >= self._vocab_size:
             return f"token {token} is not in the vocabulary of {self._vocab_size} tokens"
         if request.choices < 1 or request.max_tokens < 0:
             return f"choices={request.choices}, max_tokens={request.max_tokens} are not possible"
+        if any(len(tokens) >= request.max_tokens for tokens in request.continued.values()):
+            return f"a choice has {request.max_tokens} tokens already, or more"
         known = [*self._running, *self._waiting]
         if any(sequence.request.request == request.request for sequence in known):
             return f"a request {request.request} is running already"
@@ -187,7 +190,7 @@ class Scheduler:
         request = sequence.request.request
         if sequence in self._held.get(request, []):
             self._held[request].remove(sequence)
-        elif sequence.choice == 0:
+        elif sequence.is_first:
             self._admit_other_choices(sequence)
         if not self._held.get(request, [True]):
             del self._held[request]
@@ -223,7 +226,7 @@ class Scheduler:
             sequence = self._waiting.popleft()
             request = sequence.request
             # Log-probabilities of a prompt need all its logits.
-            reuse = sequence.choice > 0 or (self._prefix_reuse and not request.echo_logprobs)
+            reuse = not sequence.is_first or (self._prefix_reuse and not request.echo_logprobs)
             slot, cached, fork = self.slots.take(sequence.tokens, reuse=reuse)
             sequence.slot, sequence.scheduled = slot, cached
             if fork is not None:
@@ -240,7 +243,7 @@ class Scheduler:
                 )
             )
             self._running.append(sequence)
-            if sequence.choice == 0 and not sequence.was_admitted:
+            if sequence.is_first and not sequence.was_admitted:
                 self._prompt_tokens += sequence.prompt_length
                 self._cached_tokens += cached
                 sequence.cached = cached
@@ -277,12 +280,12 @@ class Scheduler:
         request = sequence.request
         self.slots.append(sequence.slot, sequence.tokens[start:end])
         sequence.scheduled, sequence.last_batch = end, number
-        if start < sequence.prompt_length <= end and sequence.choice == 0:
+        if sequence.is_first and end >= sequence.prompt_length:
             self._admit_other_choices(sequence)
         is_sampled = end == len(sequence.tokens) < sequence.max_length
         is_echoed = (
             request.echo_logprobs
-            and sequence.choice == 0
+            and sequence.is_first
             and sequence.reported <= start < sequence.prompt_length
         )
         following = request.prompt_ids[end : end + 1] if is_echoed else []
@@ -313,7 +316,7 @@ class Scheduler:
             if sequence.is_finished:
                 continue  # it was cancelled meanwhile
             done = min(row.start + row.count, sequence.prompt_length)
-            if done > max(row.start, sequence.reported) and sequence.choice == 0:
+            if done > max(row.start, sequence.reported) and sequence.is_first:
                 self._report_prefill(sequence, row, logprobs.get(row.slot))
             if row.is_sampled:
                 self._add_token(sequence, sampled[row.slot])
@@ -347,7 +350,7 @@ class Scheduler:
 def _chunk_left(sequence: Sequence) -> int:
     """The longest chunk; where log-probabilities of the prompt are asked for, all or none of its
     tokens have them, and none twice."""
-    if not sequence.request.echo_logprobs or sequence.choice:
+    if not (sequence.request.echo_logprobs and sequence.is_first):
         return sequence.prefill_left
     ends = [sequence.reported, sequence.prompt_length, len(sequence.tokens)]
     return next(end for end in ends if end > sequence.scheduled) - sequence.scheduled

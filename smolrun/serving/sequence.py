@@ -25,6 +25,10 @@ class Sequence:
     choice: int
     tokens: list[int]
     max_length: int  # of prompt and generated tokens
+    # Tokens generated before its stages or its replica were lost: they are computed again as the
+    # prompt is.
+    replayed: int = 0
+    is_first: bool = True  # of its request: it brings the prompt, which the other choices share
     slot: int | None = None
     scheduled: int = 0
     # Tokens of the prompt that another request has computed; of the first choice, as the others
@@ -33,8 +37,6 @@ class Sequence:
     last_batch: int = -1  # the number of the batch that it was in last
     was_admitted: bool = False  # by a scheduler whose stages are lost
     reported: int = 0  # tokens of the prompt whose progress was reported
-    # Tokens generated before its stages were lost: they are computed again as the prompt is.
-    replayed: int = 0
     is_finished: bool = False
 
     @property
@@ -66,7 +68,9 @@ class Sequence:
 def sequences_of(request: Submit, capacity: int) -> list[Sequence]:
     """One sequence per choice. A slot of `capacity` tokens ends a sequence early."""
     max_length = min(len(request.prompt_ids) + request.max_tokens, capacity)
-    return [
-        Sequence(request, choice, list(request.prompt_ids), max_length)
-        for choice in range(max(1, request.choices))  # there is one to be refused
-    ]
+    sequences: list[Sequence] = []
+    for choice in sorted(request.continued) or range(max(1, request.choices)):  # one to be refused
+        replayed = request.continued.get(choice, [])
+        tokens, is_first = [*request.prompt_ids, *replayed], not sequences
+        sequences.append(Sequence(request, choice, tokens, max_length, len(replayed), is_first))
+    return sequences

@@ -15,9 +15,7 @@ from starlette.responses import Response
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.generation import Generation, Service
 from smolrun.serving.protocol import CompletionFields, SimpleRequest
-from smolrun.serving.responses import EventStream, comments, event, unless_gone
-
-_SCHEDULER_RANK = 0
+from smolrun.serving.responses import EventStream, comments, event, rank_header, unless_gone
 
 
 def simple_routes(service: Service) -> APIRouter:
@@ -52,7 +50,7 @@ def simple_routes(service: Service) -> APIRouter:
 
 
 async def _begin(service: Service, body: SimpleRequest, request: Request) -> Generation:
-    service.check(service.model, 1)
+    service.check(service.model, 1, body.worker_rank)
     messages = [{"role": "user", "content": body.text}]
     ids, _ = await service.encoded(
         len(body.text), lambda: service.prompts.chat(messages, {}), "text"
@@ -87,7 +85,8 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
 async def _whole(generation: Generation) -> Response:
     texts = [piece.delta.text async for piece in generation.pieces()]
     return json_response(
-        {"generated_text": "".join(texts), "success": True, "error": None} | _times(generation)
+        {"generated_text": "".join(texts), "success": True, "error": None} | _times(generation),
+        headers=rank_header([generation]),
     )
 
 
@@ -102,7 +101,7 @@ def _times(generation: Generation) -> dict[str, Any]:
         else round(1000 * (stream.first_token_at - stream.submitted_at), 3),
         "tokens_per_second": round(count / total_s, 3) if total_s else None,
         "num_tokens": count,
-        "worker_rank": _SCHEDULER_RANK,
+        "worker_rank": stream.ranks[-1] if stream.ranks else None,
     }
 
 

@@ -63,7 +63,7 @@ class TextCompletion(Completion[CompletionRequest]):
         """One a prompt."""
         body, service = self.body, self.service
         prompts = _prompts(body.prompt)
-        service.check(body.model, self.n * len(prompts))
+        service.check(body.model, self.n * len(prompts), body.worker_rank)
         refuse(
             suffix=bool(body.suffix),
             best_of=body.best_of is not None and body.best_of != self.n,

@@ -32,6 +32,7 @@ from smolrun.launch.control import (
     EXIT_DONE,
     EXIT_FAILED,
     OUT_OF_MEMORY,
+    SILENCE_S,
     Address,
     ErrorReport,
     RegroupMessage,
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 
 _START_S = 60.0  # the driver sends the start message before anything else
 _REGROUP_S = 30.0  # to link up as a later generation: every rank of it listens already
-# `mesh.liveness`: seconds without any byte from a peer until it counts as lost. With the report to
-# the driver, the run ends within 10 and 4 seconds.
-_SILENCE_S = {"normal": 9.0, "fast": 3.0}
 
 _log = logging.getLogger(__name__)
 
@@ -228,7 +226,7 @@ def _connect(
             for peer in peers
         ],
         timeout_s=float(settings["timeout_s"]),
-        silence_s=_SILENCE_S[settings["liveness"]],
+        silence_s=SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
         start_timeout_s=timeout_s,
         security=_transport_security(start, identity),

@@ -1,5 +1,5 @@
 """What each rank of task=serve does: it measures a layer, loads its part of the model, and then is
-one stage of the pipeline; rank 0 runs the engine. Only wiring."""
+one stage of the pipeline; rank 0, and every replica, runs an engine. Only wiring."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from smolrun.serving.messages import (
     Load,
     Loaded,
     Loading,
+    Ping,
     Probe,
     Probed,
     Recovering,
     StageStats,
+    StepOutput,
     ToEngine,
     ToRank,
 )
@@ -96,7 +98,7 @@ class _Server:
         source = msgspec.convert(load.source, ModelSource)
         source = msgspec.structs.replace(source, folder=load.folders[self._rank])
         runner, times = self._prepare(load, source)
-        if self._rank == 0:
+        if self._rank == load.head:
             self._run_engine(load, source, runner, times, mesh)
         elif runner is not None:
             run_stage(mesh, load.stages, runner, times)
@@ -162,7 +164,7 @@ class _Server:
         times: StageTimes,
         mesh: Mesh,
     ) -> None:
-        """Rank 0: requests from the driver, tokens to it; blocks until the driver stops the run."""
+        """Requests from the driver, tokens to it; blocks until the driver stops the run."""
         scheduler = Scheduler(
             slots=load.slots,
             capacity=load.capacity,
@@ -173,7 +175,7 @@ class _Server:
         )
         engine = self._engine
         if engine is None:
-            engine = self._engine = self._new_engine(scheduler)
+            engine = self._engine = self._new_engine(scheduler, load.version)
         else:
             engine.recover(scheduler)
         # A stage that is alone receives nothing by which it would see the end of its generation.
@@ -181,16 +183,23 @@ class _Server:
         end.add_done_callback(lambda work: engine.on_result(work.error))
         engine.run(PipelineHead(mesh, load.stages, runner, times, engine.on_result))
 
-    def _new_engine(self, scheduler: Scheduler) -> Engine:
+    def _new_engine(self, scheduler: Scheduler, version: int) -> Engine:
         channel = self._channel
         # The message around the data needs a few bytes too.
         limit = MAX_TASK_BYTES - 1024
         engine = Engine(
-            scheduler, lambda message: channel.send_data(TOPIC, message), max_message_bytes=limit
+            scheduler,
+            lambda message: channel.send_data(TOPIC, message),
+            max_message_bytes=limit,
+            version=version,
         )
 
         def take(message: TaskMessage) -> None:
-            engine.submit(decode_data(message, ToEngine))  # type: ignore[arg-type]  # a union
+            request: ToEngine = decode_data(message, ToEngine)  # type: ignore[arg-type]  # a union
+            if isinstance(request, Ping):
+                channel.send_data(TOPIC, StepOutput())
+            else:
+                engine.submit(request)
 
         channel.subscribe(TOPIC, take)
         channel.on_stop(engine.stop)

@@ -85,7 +85,7 @@ class FakeEngine:
         with self._changed:
             return len(self._running) + len(self._waiting)
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, _: int, message: ToEngine) -> None:
         with self._changed:
             if isinstance(message, Submit):
                 self.submitted.append(message)

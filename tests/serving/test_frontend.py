@@ -28,7 +28,7 @@ class Bench:
     def __init__(self, **fields: int) -> None:
         self.sent: list[ToEngine] = []
         self.now = 0.0
-        self.frontend = Frontend(self.sent.append, clock=lambda: self.now, **fields)
+        self.frontend = Frontend(lambda _, m: self.sent.append(m), clock=lambda: self.now, **fields)
 
     async def begin(self) -> None:
         self.frontend.attach(asyncio.get_running_loop())

@@ -14,7 +14,7 @@ def test_every_stage_has_its_figures() -> None:
         StageStats(0, "mini1", 0, 9, 1000, 200, 3000, 1.5, 2.5, 0.5, 70, 9000),
         StageStats(2, "mini2", 10, 29, 2000, 400, 5000, 2.5, 1.5, 0.25, 70, 80),
     ]
-    metrics.stats = Stats(1, 0, 0.5, 10, 20, 30, stages)
+    metrics.stats = {0: Stats(1, 0, 0.5, 10, 20, 30, stages)}
     found: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(metrics.text().decode()):
         for sample in family.samples:

@@ -404,7 +404,7 @@ def test_a_port_that_is_taken_is_refused_and_its_owner_named():
 def test_before_the_engine_is_ready_requests_are_refused(tmp_path: Path):
     with served(FakeEngine(echoes), tmp_path) as reference:
         service = reference.service
-        frontend = Frontend(lambda _: None)
+        frontend = Frontend(lambda *_: None)
         service.frontend = frontend
         server = HttpServer(build_app(service), frontend)
         with httpx.Client(base_url=server.start()) as client:
