@@ -11,6 +11,7 @@ from smolrun.launch.root_cause import RankState
 from smolrun.launch.supervisor import RunPhase
 from smolrun.launch.supervisor_events import (
     Action,
+    Answering,
     Exited,
     Kill,
     Notify,
@@ -259,3 +260,38 @@ def test_workers_that_never_come_end_a_run_that_needs_them() -> None:
     outcome = bury(supervisor, supervisor.advance(120.0), 120.1)
     assert (outcome.status, outcome.failed_rank) == ("failed", 2)
     assert "rank 2 on host2 never joined" in outcome.reason
+
+
+def replicas(count: int) -> ElasticSupervisor:
+    """Ranks without links, all at work."""
+    supervisor = starting(count, Elasticity(links="none", wait_s=60))
+    for rank in range(count):
+        supervisor.handle(WorkerReady(rank, at(5000 + rank)), 1.0)
+    return supervisor
+
+
+def test_a_rank_that_answers_nobody_is_ended_unless_it_wakes_up() -> None:
+    supervisor = replicas(2)
+    assert supervisor.handle(Answering(0, is_answering=False), 10.0) == []
+    assert supervisor.deadline == 40.0
+    assert supervisor.handle(Answering(0, is_answering=True), 39.0) == []
+    assert supervisor.advance(41.0) == []
+    supervisor.handle(Answering(0, is_answering=False), 50.0)
+    assert supervisor.advance(80.0) == [Kill(0)]
+    (line,) = told(supervisor.handle(Exited(0, -9), 80.1))
+    assert "rank 0 on host0 stood still, and was ended after 30 s" in line
+    assert supervisor.advance(81.1) == [RestartWorker(0)]
+
+
+def test_replicas_end_only_when_all_are_lost_for_too_long() -> None:
+    supervisor = replicas(2)
+    for rank in (0, 1):
+        supervisor.handle(Exited(rank, -9), 10.0)
+    assert supervisor.phase is RunPhase.RUNNING
+    for rank in (0, 1):  # they are started again, and do not come
+        assert supervisor.advance(11.0 + rank) in ([RestartWorker(0), RestartWorker(1)], [])
+    assert supervisor.advance(71.0) == [Kill(0), Kill(1)]
+    supervisor.handle(Exited(0, -9), 71.5)
+    outcome = outcome_of(supervisor.handle(Exited(1, -9), 71.5))
+    assert outcome.status == "failed"
+    assert "only 0 of the 1 ranks that it needs were there for 60 s" in outcome.reason

@@ -290,6 +290,45 @@ def test_a_full_slot_ends_a_sequence() -> None:
     assert client.finished["long", 0].reason == "length"
 
 
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_request_that_ran_elsewhere_continues_with_the_same_tokens(stages: int) -> None:
+    whole = request("whole", 21, 9, choices=3)
+    texts = [expected_text(whole.prompt_ids, 9, stages=stages, choice=c) for c in range(3)]
+    again = [
+        msgspec.structs.replace(
+            whole,
+            request=f"again{done}",
+            continued={1: texts[1][:done], 2: texts[2][: 8 - done]},  # choice 0 has ended
+        )
+        for done in range(9)
+    ]
+
+    def script(client: Client) -> None:
+        client.engine.submit(again[4])  # in an empty cache, and below beside others like it
+        while len(client.finished) < 2:
+            client.take()
+        for one in again:
+            client.engine.submit(msgspec.structs.replace(one, request=f"{one.request}-b"))
+        while len(client.finished) < 2 + 2 * 9:
+            client.take()
+
+    client = serve(script, stages=stages)
+    for done in range(9):
+        name = f"again{done}-b"
+        assert client.tokens[name, 1] == texts[1][done:]
+        assert client.tokens[name, 2] == texts[2][8 - done :]
+        assert client.finished[name, 1].reason == client.finished[name, 2].reason == "length"
+        assert (name, 0) not in client.finished
+    assert client.tokens["again4", 1] == texts[1][4:]
+
+
+def test_a_continued_choice_without_room_for_a_token_is_refused() -> None:
+    wanted = request("full", 9, 2, continued={0: [5, 6]})
+    client = serve(lambda client: client.run(wanted))
+    assert client.finished["full", 0].reason == "error"
+    assert "2 tokens already" in client.finished["full", 0].message
+
+
 @pytest.mark.parametrize("max_tokens", [0, 2])
 def test_log_probabilities_of_a_prompt_are_of_all_its_tokens(max_tokens: int) -> None:
     wanted = request("echo", 20, max_tokens, echo_logprobs=True, top_logprobs=0)

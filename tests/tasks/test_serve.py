@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
@@ -101,8 +102,8 @@ def stage_rows(url: str) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
         for sample in family.samples:
-            name = sample.name.removeprefix("smolrun_stage_").removesuffix("_total")
-            if name != sample.name and "rank" in sample.labels:
+            if sample.name.startswith("smolrun_stage_") and sample.labels:
+                name = sample.name.removeprefix("smolrun_stage_").removesuffix("_total")
                 row = rows.setdefault(sample.labels["rank"], dict(sample.labels))
                 row[name] = sample.value
     return [rows[rank] for rank in sorted(rows)]
@@ -191,6 +192,48 @@ def noted(lines: Iterator[str], comments: list[str]) -> Iterator[str]:
         if line.startswith(":"):
             comments.append(line)
         yield line
+
+
+def rank_up(url: str) -> dict[str, float]:
+    """Which ranks take requests, by /metrics."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    return {s.labels["rank"]: s.value for s in samples if s.name == "smolrun_rank_up"}
+
+
+def test_a_killed_replica_s_answer_goes_on_at_another_with_the_same_text(
+    tmp_path: Path, model: Path
+) -> None:
+    asked = {"temperature": 1.0, "seed": 7, "max_tokens": 400, "logit_bias": LONG["logit_bias"]}
+    with serving(tmp_path, *choice(model), "serving=replicas", "cluster.ranks=2") as server:
+        until(lambda: rank_up(server.url) == {"0": 1.0, "1": 1.0}, START_S)
+        chat = f"{server.url}/v1/chat/completions"
+        answers = [
+            httpx.post(chat, json=server.body(**asked, worker_rank=rank), timeout=60)
+            for rank in (0, 1)
+        ]
+        assert [answer.headers["x-smolrun-rank"] for answer in answers] == ["0", "1"]
+        assert all(row["tokens"] > 0 for row in stage_rows(server.url))
+        text, other = (one.json()["choices"][0]["message"]["content"] for one in answers)
+        assert text == other
+        refused = httpx.post(chat, json=server.body(worker_rank=2))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "worker_rank")
+        with server.stream(**asked, worker_rank=1) as lines:
+            kept: list[str] = []
+            got = events(noted(lines, kept))
+            told = text_of(itertools.islice(got, 20))
+            server.worker(1).kill()
+            told += text_of(got)
+        assert ": recovering rank 1 is lost, rank 0 continues" in kept
+        assert told == text
+        until(lambda: rank_up(server.url) == {"0": 1.0, "1": 1.0}, START_S)  # a new process
+        again = httpx.post(chat, json=server.body(**asked, worker_rank=1), timeout=60)
+        assert again.json()["choices"][0]["message"]["content"] == text
+        server.driver.send_signal(signal.SIGTERM)
+        code, out, err = server.end()
+        assert (code, err) == (130, "")
+        assert "rank 1 on local answers requests" in out
+        assert [one["rank"] for one in server.summary()["stages"]] == [0, 1]
 
 
 def test_a_killed_driver_leaves_nobody_and_its_port_was_its_own(
