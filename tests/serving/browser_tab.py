@@ -91,7 +91,7 @@ def scripted(answers: Callable[[int], Response]) -> Iterator[tuple[str, list[dic
         Route("/config", lambda request: JSONResponse(config)),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]
-    server = HttpServer(Starlette(routes=routes), Frontend(lambda message: None))
+    server = HttpServer(Starlette(routes=routes), Frontend(lambda *_: None))
     try:
         yield server.start(), asked
     finally:
