@@ -53,9 +53,13 @@ class Engine:
     """The requests of a server, from submission to their last token. `submit`, `cancel` and `stop`
     are for any thread and do not block; `run` is the loop."""
 
-    def __init__(self, scheduler: Scheduler, send: Send, *, max_message_bytes: int) -> None:
-        """`send` may block; a message is at most `max_message_bytes` of JSON."""
+    def __init__(
+        self, scheduler: Scheduler, send: Send, *, max_message_bytes: int, version: int = 0
+    ) -> None:
+        """`send` may block; a message is at most `max_message_bytes` of JSON. `version` of the
+        weights, for Ready."""
         self._scheduler = scheduler
+        self._version = version
         self._send = send
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
