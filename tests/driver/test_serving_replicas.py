@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from smolrun.cli.compose import compose
-from smolrun.driver.serving import ITEM_BYTES, serving_config
+from smolrun.driver.serving import serving_config
 from smolrun.driver.serving_replicas import ReplicaLoader, Silence
 from smolrun.driver.serving_start import ServingSpec
 from smolrun.launch.control import TaskMessage, task_message
@@ -65,7 +65,7 @@ def start() -> Start:
         config = serving_config(
             compose(["task=serve", "serving=replicas", "cluster.ranks=3", *chosen])
         )
-        spec = ServingSpec(SOURCE, model_bytes(SHAPE, 258, ITEM_BYTES["float32"]), "float32")
+        spec = ServingSpec(SOURCE, {"float32": model_bytes(SHAPE, 258, 4)})
         deliver = deliver or (lambda host: (SOURCE, f"on {host}"))
         loader = ReplicaLoader(config, spec, deliver, progress=lambda *_: None)
         driver = FakeDriver()
