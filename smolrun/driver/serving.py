@@ -16,7 +16,6 @@ import platform
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from typing import Any
 import msgspec
 import platformdirs
 
-from smolrun.config import RunConfig, are_replicas, ranks, world_size
+from smolrun.config import RunConfig, are_replicas, ranks
 from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
 from smolrun.config.plan import addresses
 from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
+from smolrun.driver.engine_bridge import EngineBridge
 from smolrun.driver.fleet import is_elsewhere, open_fleet
 from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
@@ -42,9 +42,9 @@ from smolrun.driver.serving_parts import (
     read_layers,
     write_layers,
 )
-from smolrun.driver.serving_replicas import ReplicaLoader, Silence
+from smolrun.driver.serving_replicas import ReplicaLoader
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
-from smolrun.errors import ConfigError, HostError, HostErrors, ProtocolError, SmolrunError
+from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
     ServingPlan,
@@ -53,8 +53,7 @@ from smolrun.estimate.serving_plan import (
     weights_line,
 )
 from smolrun.events import Event, Note
-from smolrun.launch.control import SILENCE_S, TaskMessage, decode_data, task_message
-from smolrun.launch.driver import Driver, Subscriber
+from smolrun.launch.driver import Subscriber
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
@@ -66,7 +65,7 @@ from smolrun.serving.access import AccessPolicy
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
-from smolrun.serving.messages import TOPIC, FromEngine, Ping, Ready, ServingDtype, ToEngine
+from smolrun.serving.messages import Ready, ServingDtype
 from smolrun.serving.source import ModelSource
 from smolrun.serving.weight_types import GROUP_SIZE, weight_options
 from smolrun.tracking.run_folder import RunFolder
@@ -74,7 +73,6 @@ from smolrun.tracking.run_folder import RunFolder
 Progress = Callable[[str, int, int], None]
 _PROCESS_BYTES = 300e6  # of a rank, before it has a model
 _ANY_S = 1e-3  # where every rank is equally fast
-_PING_EVERY_S = 0.25
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 
 
@@ -367,76 +365,6 @@ class ServingRun:
             ]
             whole = gb(self.spec.sizes.weights)
             self._say(f"pipeline: {'; '.join(parts)}; the whole model has {whole} of weights")
-
-
-class EngineBridge(Subscriber):
-    """The task messages between the HTTP server and the engines: rank 0's, or every replica's."""
-
-    topic = TOPIC
-
-    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
-        self._has_replicas = are_replicas(config)
-        self.frontend = Frontend(
-            self._send,
-            num_replicas=world_size(config) if self._has_replicas else 1,
-            max_waiting=config.serving.max_queue,
-        )
-        self.on_ready: Callable[[Ready], None] = lambda _: None
-        self._say = say
-        self._driver: Driver | None = None
-        self._ready: dict[int, Ready] = {}  # of the replicas that are loaded
-        self._limit_s = SILENCE_S[config.mesh.liveness]
-        self._silence = Silence(self._limit_s)
-        self._asked_s = 0.0
-
-    def on_start(self, driver: Driver) -> None:
-        """Requests can be sent from now on."""
-        self._driver = driver
-
-    def on_message(self, rank: int, message: TaskMessage) -> None:
-        """New tokens, or the news that tokens can flow."""
-        if rank >= self.frontend.num_replicas:
-            raise ProtocolError("sent tokens, which only rank 0 does")
-        news: FromEngine = decode_data(message, FromEngine)  # type: ignore[arg-type]  # a union is fine
-        self._heard(rank)
-        self.frontend.on_message(news, rank)
-        if isinstance(news, Ready):
-            self._ready[rank] = news
-            self.on_ready(news)
-
-    def on_poll(self) -> None:
-        """Ask the replicas whether they are alive, and move the requests of those that are not."""
-        now = time.monotonic()
-        if not self._has_replicas or now < self._asked_s + _PING_EVERY_S:
-            return
-        self._asked_s = now
-        for rank in self._ready:
-            self._send(rank, Ping())
-        for rank in self._silence.lost(2 * _PING_EVERY_S):
-            reason = f"rank {rank} has not answered for {self._limit_s:g} s"
-            self._say(f"warning: {reason}; its requests move to other replicas")
-            self.frontend.lose(rank, reason)
-            self._answers(rank, is_answering=False)
-
-    def on_exit(self, rank: int) -> None:
-        """Its requests continue elsewhere; the supervisor says why it has ended."""
-        if self._ready.pop(rank, None) is not None:
-            self._silence.forget(rank)
-            self.frontend.lose(rank, f"rank {rank} has ended")
-
-    def _heard(self, rank: int) -> None:
-        if self._has_replicas and self._silence.heard(rank) and rank in self._ready:
-            self._say(f"rank {rank} answers again")
-            self.frontend.on_message(self._ready[rank], rank)
-            self._answers(rank, is_answering=True)
-
-    def _answers(self, rank: int, *, is_answering: bool) -> None:
-        assert self._driver is not None, "the driver has started"
-        self._driver.note_answering(rank, is_answering=is_answering)
-
-    def _send(self, rank: int, message: ToEngine) -> None:
-        if self._driver is not None:
-            self._driver.send(rank, task_message(TOPIC, message))
 
 
 class RankNotes(Subscriber):

@@ -5,15 +5,13 @@ rank 1  <-- Probe ---  driver       once a host: all its ranks share its memory
         --- Probed ->  plan         slots and context that fit beside the weights
 host    <-- parts ---  (a thread)   by hash; a host that comes back has them already
 rank 1  <-- Load ----
-        --- Ready -->  frontend     routes requests to it
-        <-- Ping ----               a few times a second; no answer: its requests move on
+        --- Ready -->  frontend     routes requests to it (engine_bridge.py)
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -151,35 +149,3 @@ class ReplicaLoader(Subscriber):
             host = self._ranks[rank].host
             what = f"{self._spec.source.name} does not fit on {host}: {error}"
         self._driver.fail(what)
-
-
-class Silence:
-    """How long each rank has not answered, in time that the driver itself was awake."""
-
-    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit_s = limit_s
-        self._clock = clock
-        self._before_s = clock()
-        self._silent_s: dict[int, float] = {}
-
-    def heard(self, rank: int) -> bool:
-        """A message of it has come; whether it had been silent for too long."""
-        was_lost = self._silent_s.get(rank, 0.0) >= self._limit_s
-        self._silent_s[rank] = 0.0
-        return was_lost
-
-    def forget(self, rank: int) -> None:
-        """It is not asked any more."""
-        self._silent_s.pop(rank, None)
-
-    def lost(self, longest_tick_s: float) -> list[int]:
-        """Those who have just become silent for too long. A tick counts for `longest_tick_s` at
-        most: while this machine slept nobody could be heard."""
-        now = self._clock()
-        tick_s = min(now - self._before_s, longest_tick_s)
-        self._before_s, found = now, []
-        for rank, silent_s in self._silent_s.items():
-            self._silent_s[rank] = silent_s + tick_s
-            if silent_s < self._limit_s <= silent_s + tick_s:
-                found.append(rank)
-        return found

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from smolrun.cli.compose import compose
+from smolrun.driver.engine_bridge import Silence
 from smolrun.driver.serving import serving_config
-from smolrun.driver.serving_replicas import ReplicaLoader, Silence
+from smolrun.driver.serving_replicas import ReplicaLoader
 from smolrun.driver.serving_start import ServingSpec
 from smolrun.launch.control import TaskMessage, task_message
 from smolrun.models.shape import DecoderShape, model_bytes
