@@ -359,8 +359,10 @@ def test_a_dry_run_prints_the_cut_and_starts_nothing(
     assert said.startswith("Qwen/Qwen3-14B: 27.5 GB of weights as bf16\n")
     assert "mini3" in said and "39 " in said and "tokens/s" in said
     assert re.search(r"\n *all +27\.5 GB +\d", said)
-    assert drive(compose([*asked, "model=qwen3_32b"])) == 2
+    assert drive(compose([*asked, "model=qwen3_32b", "serving.weights=bf16"])) == 2
     assert "does not fit: it needs 61.0 GB" in capsys.readouterr().out
+    assert drive(compose([*asked, "model=qwen3_32b"])) == 0
+    assert "of weights as int8" in capsys.readouterr().out
     assert not (tmp_path / "outputs").exists()
 
 
