@@ -40,7 +40,7 @@ def test_quantization_is_advised_where_gradients_travel_whole(
     overrides: list[str], is_advised: bool
 ) -> None:
     teller = time_report(compose(overrides), lambda said: None)
-    train(teller, range(5), 2.0, 1.0)
+    train(teller, range(5), 2.0, 1.0, bytes_sent=10**6)
     assert ("quantization=int8" in teller.line) is is_advised
 
 

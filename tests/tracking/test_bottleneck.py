@@ -238,10 +238,12 @@ def teller(said: list[str]) -> TimeReport:
     return TimeReport(setup, said.append)
 
 
-def train(reader: TimeReport, steps: range, step_s: float, wait_s: float) -> None:
+def train(
+    reader: TimeReport, steps: range, step_s: float, wait_s: float, bytes_sent: int = 0
+) -> None:
     for step in steps:
         for rank in (0, 1):
-            reader.record(RankStep(step, rank, step_s - wait_s, wait_s, None, 0, 0))
+            reader.record(RankStep(step, rank, step_s - wait_s, wait_s, None, bytes_sent, 0))
         time_s = step * step_s
         reader.record(StepDone(step, time_s, 1.0, 1.0, 0.1, 10, 10.0, 0, 0, 0.0, 0.0))
 

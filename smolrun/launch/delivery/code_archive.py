@@ -89,7 +89,9 @@ def _digest(files: Mapping[str, bytes]) -> str:
 
 # In a checkout these lie beside the package and not in it.
 _PACKAGES = ("smolrun", "smolrun.tasks", "smolrun.conf")
-_OWN_SUFFIXES = (".py", ".yaml", ".css", ".html", ".js", ".svg")  # modules, and what they read
+# Modules, and what they read.
+_OWN_SUFFIXES = (".py", ".yaml", ".css", ".html", ".js", ".svg", ".png", ".webmanifest")
+_SOURCES = "ui/"  # of pages, which are built in the checkout alone
 _SKIPPED = frozenset({"__pycache__", "node_modules"})
 _MOST_BYTES = 20_000_000
 
@@ -102,6 +104,8 @@ def package_files() -> dict[str, Path]:
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in _walk(Path(folder), _OWN_SUFFIXES):
                 name = file.relative_to(folder).as_posix()
+                if name.startswith(_SOURCES):
+                    continue
                 files[f"{package.replace('.', '/')}/{name}"] = file
     return files
 
