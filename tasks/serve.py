@@ -79,7 +79,7 @@ class _Served:
             for stage in ready.stages:
                 say(f"rank {stage.rank} on {stage.host} answers requests")
         elif not is_first:
-            say("answers go on")
+            say("answers continue")
         if not is_first:
             return
         say(

@@ -111,7 +111,7 @@ class Silence:
 
     def lost(self, longest_tick_s: float) -> list[int]:
         """Those who have just become silent for too long. A tick counts for `longest_tick_s` at
-        most: while this machine slept nobody could be heard."""
+        most: while this machine slept, no answer could arrive."""
         now = self._clock()
         tick_s = min(now - self._before_s, longest_tick_s)
         self._before_s, found = now, []

@@ -127,7 +127,7 @@ class ServingRun:
         models = weight_options(config.serving.weights, source.dtype, *sizes)
         self.spec = ServingSpec(source, models)
         self.has_replicas = are_replicas(config)
-        if self.has_replicas:  # alike, or an answer would change where it goes on elsewhere
+        if self.has_replicas:  # alike, or an answer would change where it continues elsewhere
             self.spec = self.spec.only(0)
         self._check_memory()
         for line in notes(source, machine_memory().available):

@@ -154,7 +154,7 @@ class RegroupSupervisor(ElasticSupervisor):
         return [SendRegroup(rank, self._generation) for rank in sorted(there & self._used)]
 
     def _complete(self, forming: _Forming, now: float) -> list[Action]:
-        """All listen: they are told where, and connect."""
+        """All listen: each gets the roster, and they connect."""
         ranks = sorted(forming.ranks)
         peers = [
             RosterPeer(rank, self._states[rank].host, forming.listening[rank]) for rank in ranks

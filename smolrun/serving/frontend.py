@@ -404,7 +404,7 @@ class Frontend:
                 self._route(output)
 
     def _pause(self, message: Recovering) -> None:
-        """No request is taken until Ready; those that run are told, and go on then."""
+        """No request is taken until Ready; those that run learn of it, and continue then."""
         if self.state == "ready":
             self.state, self.reason = "recovering", f"recovering: {message.reason}"
         for stream in self._streams.values():

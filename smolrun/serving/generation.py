@@ -218,6 +218,12 @@ class Generation:
         self.usage = Usage(len(submit.prompt_ids))
         self.stream: OutputStream = service.frontend.submit(submit, rank)
 
+    @property
+    def replicas(self) -> list[int]:
+        """The ranks that have answered so far, in order; none where there is one engine, whose
+        rank has a part of the model only."""
+        return self.stream.ranks if self._service.frontend.num_replicas > 1 else []
+
     def close(self) -> None:
         """Cancel what still runs."""
         self._service.frontend.close(self.stream)

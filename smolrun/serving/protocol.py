@@ -169,7 +169,7 @@ class ChatRequest(CompletionFields):
         None, description="Switches of the model's template, such as enable_thinking"
     )
     continue_final_message: StrictBool | None = Field(
-        None, description="Go on with the last message, which is an answer that was cut"
+        None, description="Continue the last message, which is an answer that was cut"
     )
     tools: list[Any] | None = Field(
         None, description="Refused for now, unless empty", json_schema_extra=_NONE

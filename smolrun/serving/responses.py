@@ -52,9 +52,9 @@ def comments(piece: Piece) -> Iterator[bytes]:
 
 
 def rank_header(generations: Sequence[Generation]) -> dict[str, str]:
-    """The ranks that have answered so far, in order."""
-    ranks = [rank for one in generations for rank in one.stream.ranks]
-    return {"x-smolrun-rank": ",".join(map(str, dict.fromkeys(ranks)))}
+    """The replicas that have answered so far, in order."""
+    ranks = dict.fromkeys(rank for one in generations for rank in one.replicas)
+    return {"x-smolrun-rank": ",".join(map(str, ranks))} if ranks else {}
 
 
 class EventStream(EventSourceResponse):

@@ -1,5 +1,5 @@
 """A stage as a real process with real sockets, killed or frozen in the middle of an answer: the
-other ranks end with its name. The engine then goes on over others. And stages end in order when
+other ranks end with its name. The engine then continues over others. And stages end in order when
 nothing is lost."""
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def test_a_chat_is_answered_as_a_whole_and_as_a_stream(echo: Served):
     answer = echo.chat("Grüße", stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
+    assert "x-smolrun-rank" not in answer.headers  # one engine, which may be a pipeline
     chunks = events(answer.text)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
@@ -86,7 +87,7 @@ def test_a_stop_string_ends_the_answer_and_the_work(echo: Served):
             assert answer.json()["usage"]["completion_tokens"] == len("one, two")
         assert (text, reason) == ("one, ", "stop")
     mine = [submit.request for submit in echo.engine.submitted[-2:]]
-    # An answer may leave before the engine is told.
+    # An answer may leave before the engine is asked to stop it.
     until(lambda: [one.request for one in echo.engine.cancelled if one.choice == 0][-2:] == mine)
     until(echo.is_at_rest)
 
@@ -307,9 +308,7 @@ def test_no_character_of_an_answer_ends_a_line_of_its_stream(echo: Served):
 def test_a_client_that_leaves_before_the_first_event_is_cancelled():
     """Its connection takes no byte, so that its events never begin."""
     closed: list[str] = []
-    generation: Any = SimpleNamespace(
-        close=lambda: closed.append("closed"), stream=SimpleNamespace(ranks=[0])
-    )
+    generation: Any = SimpleNamespace(close=lambda: closed.append("closed"), replicas=[])
 
     async def events() -> AsyncIterator[bytes]:
         closed.append("begun")

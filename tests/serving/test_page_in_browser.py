@@ -198,6 +198,15 @@ def test_an_error_within_the_stream_is_told(opened):
         assert "stage 2 on pi is lost" in tab.page.locator(".failure").inner_text()
 
 
+def test_the_replica_that_answered_is_named(opened):
+    answer = streamed(frame("Yes"), *END)
+    answer.headers["x-smolrun-rank"] = "2"
+    with scripted(lambda n: answer) as (url, _):
+        tab = opened(url)
+        tab.ask()
+        assert "by rank 2" in tab.page.locator(".status").inner_text()
+
+
 def test_frames_may_be_cut_anywhere(opened):
     whole = b"".join(
         [b": queued 2\n\n", b": prefill 10/20\n\n", frame("Grüße 🎉"), frame(" 漢字"), *END]
@@ -384,7 +393,6 @@ def test_a_long_answer_never_blocks_the_page(opened):
         # innerText leaves out what is far from the screen.
         until(lambda: tab.page.locator(".prose").text_content().count("word") == 19_500)
         longest = tab.page.evaluate("window.longest")
-        print("longest task:", longest, "ms")
         assert longest <= 100
 
 

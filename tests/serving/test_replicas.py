@@ -213,7 +213,7 @@ def test_requests_wait_while_all_replicas_are_lost_and_new_ones_are_refused() ->
         assert bench.last(0).continued == {0: [5]}
         moved = [await anext(stream) for _ in range(2)][-1]
         assert moved == Recovering("rank 1 is lost, waiting for a replica")
-        bench.frontend.fail("no rank is left")  # of no use any more: told, not dropped
+        bench.frontend.fail("no rank is left")  # of no use any more: an error, not dropped
         await asyncio.sleep(0)
         with pytest.raises(StreamFailed, match="no rank is left"):
             await anext(stream)

@@ -16,12 +16,11 @@ export interface Sampling {
 export interface ChatRequest extends Sampling {
   messages: { role: string; content: string }[]
   think?: boolean
-  continues?: boolean // go on with the last message, which is an answer
+  continues?: boolean // the last message is an answer, which is continued
 }
 
 export type AnswerEvent =
-  | { kind: "open"; answer: string | null; ranks: string | null }
-  | { kind: "place"; event: string }
+  | { kind: "open"; ranks: string | null }
   | { kind: "alive" }
   | { kind: "queued"; position: number }
   | { kind: "prefill"; done: number; total: number }
@@ -124,7 +123,7 @@ export async function* answer(request: ChatRequest, signal: AbortSignal): AsyncG
       ...(continues && { continue_final_message: true }),
     }),
   })
-  yield { kind: "open", answer: response.headers.get("x-request-id"), ranks: response.headers.get("x-smolrun-ranks") }
+  yield { kind: "open", ranks: response.headers.get("x-smolrun-rank") }
   yield* events(response)
 }
 
@@ -137,7 +136,6 @@ async function* events(response: Response): AsyncGenerator<AnswerEvent> {
   const parser = createParser({
     onComment: comment => ready.push(ofComment(comment)),
     onEvent: event => {
-      if (event.id) ready.push({ kind: "place", event: event.id })
       if (event.data === "[DONE]") isWhole = true
       else if (!failure) failure = take(event.data, ready)
     },

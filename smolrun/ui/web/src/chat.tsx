@@ -39,7 +39,7 @@ export function Chat() {
           <Icon name="down" />
         </button>
       )}
-      {/* A screen reader hears an answer once, when it is whole. */}
+      {/* A screen reader reads an answer once, when it is whole. */}
       <div className="off-screen" aria-live="polite">
         {running ? "An answer is coming." : last?.role === "assistant" ? (last.error ?? last.text.slice(0, MOST_READ)) : ""}
       </div>

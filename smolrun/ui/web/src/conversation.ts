@@ -6,7 +6,7 @@ export type Role = "user" | "assistant"
 /** Why an answer ended. `length`: it may be continued. `stopped`: by the person at the page. */
 export type End = "stop" | "length" | "stopped" | "failed"
 
-/** Of an answer. Seconds; the tokens of the prompt and those found in the cache are null unless the server told. */
+/** Of an answer. Seconds; the tokens of the prompt and those found in the cache are null unless the server says. */
 export interface Figures {
   firstTokenSeconds: number | null
   seconds: number
@@ -26,13 +26,6 @@ export interface Message {
   error?: string
   figures?: Figures
   ranks?: string // which ranks computed it
-  stream?: Place // where an answer that still runs can be taken up again
-}
-
-/** The server's id of an answer, and the last event of it that came. */
-export interface Place {
-  answer: string
-  event: string
 }
 
 export interface Conversation {

@@ -9,7 +9,7 @@ import remend from "remend"
 import { languages } from "./languages"
 import { CopyButton } from "./parts"
 
-// A paragraph becomes a heading or a table by the line below it, a list goes on after an empty line.
+// A paragraph becomes a heading or a table by the line below it, a list continues after an empty line.
 const UNSETTLED = 2
 const STEP = 8 // blocks that are drawn at once
 

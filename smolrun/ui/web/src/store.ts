@@ -227,7 +227,7 @@ export class Store {
     this.begin(this.current.id, message, "")
   }
 
-  /** Go on with an answer that was cut. */
+  /** Continue an answer that was cut. */
   resume(message: Message): void {
     this.put(withChange(this.current, message.id, { end: undefined, error: undefined }))
     this.begin(this.current.id, message, message.text)
