@@ -30,6 +30,7 @@ class EngineBridge(Subscriber):
         self.frontend = Frontend(
             self._send,
             num_replicas=world_size(config) if self._has_replicas else 1,
+            prefix_reuse=config.serving.prefix_reuse,
             max_waiting=config.serving.max_queue,
         )
         self.on_ready: Callable[[Ready], None] = lambda _: None

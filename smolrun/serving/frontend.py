@@ -154,7 +154,7 @@ class Frontend:
     """Requests of all clients. `send` takes a message for a rank from any thread and never blocks.
 
     At most `max_waiting` choices wait beside those that the engines run at once. `num_replicas`:
-    ranks 0 and up that have an engine.
+    ranks 0 and up that have an engine. `prefix_reuse`: as of Load.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class Frontend:
         send: Callable[[int, ToEngine], None],
         *,
         num_replicas: int = 1,
+        prefix_reuse: bool = True,
         max_waiting: int = 64,
         max_buffered: int = 8192,
         clock: Callable[[], float] = time.monotonic,
@@ -172,7 +173,7 @@ class Frontend:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self.num_replicas = num_replicas
-        self.replicas = Replicas()
+        self.replicas = Replicas(prefix_reuse=prefix_reuse)
         self._streams: dict[str, OutputStream] = {}  # by their names on the replicas
         self._ends: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._idle = asyncio.Event()
@@ -279,7 +280,6 @@ class Frontend:
         if rank is None:
             self._place(stream)
         else:
-            self.replicas.take_turn(rank)
             self._send_to(stream, rank)
         return stream
 
@@ -302,6 +302,7 @@ class Frontend:
         self._streams[stream.sent_as] = stream
         message = stream.rest()
         stream.rank, stream.version = rank, self.replicas.there[rank].ready.version
+        self.replicas.assign(rank, stream.submit.prompt_ids, stream.tokens[0])
         stream.ranks.append(rank)
         self._send(rank, message)
 
@@ -395,6 +396,8 @@ class Frontend:
         elif isinstance(message, StepOutput):
             if message.stats is not None:
                 self.replicas.note(rank, message.stats)
+            if rank in self.replicas.there and message.tokens:
+                self.replicas.there[rank].note_tokens(message.tokens, self._clock())
             outputs: list[Token | Finished | Prefill] = [
                 *message.prefill,
                 *message.tokens,

@@ -1,8 +1,9 @@
-"""The engines of a server, and which one a request runs on: the one with the least load.
+"""The engines of a server, and which one a request runs on: where its answer would end first.
 
-    rank 0   8 slots, 3 choices   weights 1   <-- a new request
-    rank 1   8 slots, 7 choices   weights 1
-    rank 2   lost                             its requests continue on rank 0 or 1
+    rank 0   8 slots, 3 choices, 20 ms a token   weights 300   <-- a new request
+    rank 1   8 slots, 7 choices, 20 ms a token   weights 300   unless this one holds its long prompt
+    rank 2   8 slots, 1 choice, 200 ms a token   weights 200
+    rank 3   lost                                              its requests continue elsewhere
 
 Every replica is a rank with the whole model and an engine of its own; a pipeline is one engine,
 that of rank 0. Replicas do not know each other: the driver has the token ids of every request, so
@@ -11,12 +12,21 @@ it can submit a request again, with the tokens that it has so far. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from smolrun.serving.messages import Ready, StageStats, Stats, Submit
+from smolrun.serving.cache_slots import common_prefix
+from smolrun.serving.messages import Ready, StageStats, Stats, Submit, Token
+
+_ANSWER_TOKENS = 128  # that an answer is taken to have
+_PROMPT_TOKEN = 0.1  # of the time of an answer's token: prompts are computed many at once
+_MEASURED_GAPS = 32  # of the last ones, whose median is the time of a token
+_LEAST_GAPS = 4
+_ALIKE = 1.25  # a replica that takes so much longer is as fast: two measurements differ by as much
 
 
 @dataclass
@@ -27,6 +37,35 @@ class Replica:
     is_open: bool = True
     stats: Stats | None = None
     last_turn: int = 0  # the higher, the later it got its last request
+    gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_MEASURED_GAPS))
+    _held: deque[tuple[Sequence[int], Sequence[int]]] = field(default_factory=deque)
+    _last_step: tuple[float, set[tuple[str, int]]] = (0.0, set())
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds from a token of an answer to its next, if nothing else ran; None: not known."""
+        return statistics.median(self.gaps_s) if len(self.gaps_s) >= _LEAST_GAPS else None
+
+    def note_tokens(self, tokens: Sequence[Token], now_s: float) -> None:
+        """The tokens of one step of the engine. A step of all slots is taken to last twice as long
+        as that of one."""
+        before_s, before = self._last_step
+        choices = {(token.request, token.choice) for token in tokens}
+        if choices & before:  # else prompts were computed meanwhile, or nothing
+            share = len(choices) / self.ready.max_running
+            self.gaps_s.append((now_s - before_s) / (1 + share))
+        self._last_step = now_s, choices
+
+    def hold(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        """A request begins here; its slot will hold the prompt and `tokens`, to which later ones
+        are added. The oldest one's slot is taken."""
+        self._held.append((prompt, tokens))
+        while len(self._held) > self.ready.max_running:
+            self._held.popleft()
+
+    def cached(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that would not be computed here: those that a slot begins with."""
+        return max((_prefix(prompt, *held) for held in self._held), default=0)
 
     def can_run(self, submit: Submit, version: int | None) -> bool:
         """Whether a request fits, and would continue with the weights that it began with."""
@@ -36,9 +75,10 @@ class Replica:
 
 @dataclass
 class Replicas:
-    """The engines that are there, by rank."""
+    """The engines that are there, by rank. `prefix_reuse`: they keep what they have computed."""
 
     there: dict[int, Replica] = field(default_factory=dict)
+    prefix_reuse: bool = True
     _turn: int = 0
 
     @property
@@ -89,27 +129,30 @@ class Replicas:
     def choose(
         self, submit: Submit, load: Mapping[int, int], *, version: int | None = None
     ) -> int | None:
-        """The rank for a request, least loaded for its slots; of equals, the one whose turn was
-        longest ago. `load`: choices of every rank. None: no open one can run it."""
+        """The rank where a request would end first, by the speed of each, its load, and the part of
+        the prompt that it holds; of equals, the one whose turn was longest ago. `load`: choices of
+        every rank. None: no open one can run it."""
         able = {
             rank: one
             for rank, one in self.there.items()
             if one.is_open and one.can_run(submit, version)
         }
-        if not able:
-            return None
+        fastest_s = min((one.token_s for one in able.values() if one.token_s), default=None)
 
         def wait(rank: int) -> tuple[float, int]:
-            return load.get(rank, 0) / able[rank].ready.max_running, able[rank].last_turn
+            one = able[rank]
+            cached = one.cached(submit.prompt_ids) if self.prefix_reuse else 0
+            tokens = _ANSWER_TOKENS + _PROMPT_TOKEN * (len(submit.prompt_ids) - cached)
+            busy = 1 + load.get(rank, 0) / one.ready.max_running
+            return tokens * busy * _slowness(one.token_s, fastest_s), one.last_turn
 
-        best = min(able, key=wait)
-        self.take_turn(best)
-        return best
+        return min(able, key=wait, default=None)
 
-    def take_turn(self, rank: int) -> None:
-        """It gets a request now."""
+    def assign(self, rank: int, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        """It gets a request now; `tokens` of its answer, to which later ones are added."""
         self._turn += 1
         self.there[rank].last_turn = self._turn
+        self.there[rank].hold(prompt, tokens)
 
     def is_hopeless(self, submit: Submit, version: int | None) -> bool:
         """Whether waiting is in vain: engines are there, and none of them can run the request."""
@@ -123,3 +166,16 @@ def continued(submit: Submit, tokens: Mapping[int, list[int]], scores: int) -> S
     the prompt are asked for again unless all of them have come (`scores`)."""
     has_echo = submit.echo_logprobs and scores < len(submit.prompt_ids)
     return msgspec.structs.replace(submit, continued=dict(tokens), echo_logprobs=has_echo)
+
+
+def _prefix(prompt: Sequence[int], held: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a prompt are those of another one and of its answer."""
+    alike = common_prefix(held, prompt)
+    return alike + (common_prefix(tokens, prompt[alike:]) if alike == len(held) else 0)
+
+
+def _slowness(token_s: float | None, fastest_s: float | None) -> float:
+    """How much longer a token takes than on the fastest replica; 1 for what is not known yet."""
+    if token_s is None or not fastest_s or token_s <= _ALIKE * fastest_s:
+        return 1.0
+    return token_s / fastest_s
