@@ -5,6 +5,7 @@ Only reads; Ctrl-C ends the command, not the run.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -27,13 +28,17 @@ def drive(config: RunConfig) -> int:
     if (sweep := meant_sweep(config.attach.run)) is not None:
         return attach(sweep)
     with opened(find_run("attach.run", config.attach.run)) as run:
-        view = run.ask(Request("", reads=True))
+        view = run.ask(Request("", reads=True, link=sys.stdout.isatty()))
         if view.has_ended:
             Show(run, view).show_end(view)
             return run_summary.exit_code(view)
         url = url_of(run, view)
         how = f"serving at {one_line(url)}" if url is not None else "running"
         echo(f"{run.folder.run_id} is {how}; Ctrl-C detaches from it")
+        if view.link is not None:
+            from smolrun.driver.lan import show_link  # not above: other runs do without
+
+            show_link(view.link)
         return Show(run, view).follow(view)
 
 

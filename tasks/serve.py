@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from smolrun.tracking.formatting import duration
 
 if TYPE_CHECKING:
     from smolrun.config import RunConfig
+    from smolrun.driver.lan import LanNames
     from smolrun.driver.serving import ServingRun
     from smolrun.launch.channel import WorkerChannel
     from smolrun.launch.control import StartMessage
@@ -87,7 +89,24 @@ class _Served:
             f"context {ready.max_sequence_length:,} tokens, {gb(run.spec.sizes.weights)} of weights"
         )
         say(example(run.source, run.url, needs_key=run.is_open))
+        if run.lan is not None:
+            self._show_link(run.lan)
         say(f"to stop it: Ctrl-C, or smolrun task=stop stop.run={self._folder.run_id}")
+
+    def _show_link(self, names: LanNames) -> None:
+        """How a phone opens the page; the link with the key on a terminal alone."""
+        from smolrun.driver.lan import show_link
+        from smolrun.tracking.api_key import link
+
+        for line in names.notes(int(self._run.url.rpartition(":")[2])):
+            self._console.say(line)
+        if sys.stdout.isatty():
+            show_link(link(self._run.url))
+        else:
+            name = self._folder.run_id
+            self._console.say(
+                f"a terminal shows its QR code: smolrun task=attach attach.run={name}"
+            )
 
     def end(self, outcome: RunOutcome) -> None:
         """The last lines, and how it ended for those who look at the run later."""
@@ -126,7 +145,13 @@ class _Served:
         ]
         run = self._run
         memory = {"model_bytes": run.spec.sizes.weights, "stages": stages}
-        return {"url": run.url, "model": run.source.name, "emulated": run.emulated, **memory}
+        return {
+            "url": run.url,
+            "model": run.source.name,
+            "bind": run.bind,
+            "emulated": run.emulated,
+            **memory,
+        }
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
 import platform
-import secrets
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import platformdirs
 
 from smolrun.config import RunConfig, are_replicas, ranks
 from smolrun.config.models import PRETRAINED_NAMES, DecoderConfig
@@ -30,6 +27,7 @@ from smolrun.config.settings import ServingConfig
 from smolrun.config.suggest import problem
 from smolrun.driver.engine_bridge import EngineBridge
 from smolrun.driver.fleet import is_elsewhere, open_fleet
+from smolrun.driver.lan import lan_names
 from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
@@ -68,6 +66,7 @@ from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import Ready, ServingDtype
 from smolrun.serving.source import ModelSource
 from smolrun.serving.weight_types import GROUP_SIZE, weight_options
+from smolrun.tracking.api_key import LAN, api_key, api_key_file
 from smolrun.tracking.run_folder import RunFolder
 
 Progress = Callable[[str, int, int], None]
@@ -120,8 +119,9 @@ class ServingRun:
         self._progress = progress
         self._closing = contextlib.ExitStack()
         self.emulated = emulated(config)
-        bind = config.serving.bind
+        self.bind = bind = config.serving.bind
         self.is_open = bind != "localhost" and not is_loopback(bind)  # beyond this machine
+        self.lan = lan_names() if bind == LAN else None
         self.source = source = find_model(config, progress, say)
         sizes = (source.shape, source.vocab_size, source.group_size)
         models = weight_options(config.serving.weights, source.dtype, *sizes)
@@ -180,7 +180,8 @@ class ServingRun:
         )
         self._closing.callback(service.close)
         app = build_app(service, self._policy())
-        server = HttpServer(app, self.bridge.frontend, host=serving.bind, port=serving.port)
+        host = "0.0.0.0" if self.lan else serving.bind  # noqa: S104  (the key is needed then)
+        server = HttpServer(app, self.bridge.frontend, host=host, port=serving.port)
         try:
             self.url = self._reached_at(server.start())
         except OSError as error:
@@ -193,9 +194,11 @@ class ServingRun:
         return server
 
     def _reached_at(self, url: str) -> str:
-        """The URL of a server that listens on all addresses: by the one that the cluster file gives
-        this machine, else by its name."""
+        """The URL of a server that listens on all addresses: by its name in the LAN, by the address
+        that the cluster file gives this machine, else by its name."""
         serving = self._config.serving
+        if self.lan is not None:
+            return self.lan.urls(int(url.rpartition(":")[2]))[0]
         if serving.bind not in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
             return url
         hosts = self._config.cluster.hosts or []
@@ -208,10 +211,14 @@ class ServingRun:
         """Without a key only this machine may ask, by its own names; with one, a foreign page that
         gets here by another name cannot know the key."""
         serving = self._config.serving
-        key = api_key(self._say, is_terminal=sys.stdout.isatty()) if self.is_open else None
+        key = needed_key(self._say, is_terminal=sys.stdout.isatty()) if self.is_open else None
+        any_host = ["*"] if self.is_open and self.lan is None else []
         return AccessPolicy(
             api_key=key,
-            hosts=serving.allowed_hosts or (["*"] if self.is_open else []),
+            hosts=[*self.lan.hosts, *serving.allowed_hosts]
+            if self.lan is not None
+            else serving.allowed_hosts or any_host,
+            own_address=self.lan is not None,
             origins=serving.cors_origins,
         )
 
@@ -423,24 +430,15 @@ def sampling_defaults(serving: ServingConfig, folder: Path) -> Sampling:
         raise ConfigError(f"{folder / GENERATION_FILE}: {error}") from error
 
 
-def api_key(say: Callable[[str], None], *, is_terminal: bool) -> str:
-    """The key that every request beyond this machine needs: made once for this account, in a file
-    that it alone can read, and shown then on a terminal: what is said elsewhere ends in a log."""
-    path = platformdirs.user_config_path("smolrun") / "serving.key"
+def needed_key(say: Callable[[str], None], *, is_terminal: bool) -> str:
+    """The key that every request beyond this machine needs; it is shown once, on a terminal: what
+    is said elsewhere ends in a log. ConfigError if there can be none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(key := secrets.token_urlsafe(32))
-        except FileExistsError:
-            key = path.read_text(encoding="ascii").strip()
-            if not key:
-                raise ConfigError(f"the API key {path} is empty; delete it") from None
-            is_terminal = False
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the API key {path} cannot be read or made: {error}") from error
-    if is_terminal:
-        say(f"clients need this API key, shown only now and kept in {path}: {key}")
+        key, is_new = api_key()
+    except SmolrunError as error:
+        raise ConfigError(str(error)) from error
+    if is_new and is_terminal:
+        say(f"clients need this API key, shown only now and kept in {api_key_file()}: {key}")
     else:
-        say(f"clients need the API key in {path}")
+        say(f"clients need the API key in {api_key_file()}")
     return key

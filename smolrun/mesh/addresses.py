@@ -14,6 +14,7 @@ import psutil
 from smolrun.errors import HostError
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+_ANYWHERE = ("198.51.100.1", 9)  # of the range for documentation: nobody's
 
 
 def resolve(host: str, names: Sequence[str]) -> list[str]:
@@ -50,6 +51,16 @@ def own_addresses() -> list[str]:
         for one in addresses
         if one.family in families
     ]
+
+
+def outgoing_address() -> str | None:
+    """This host's IPv4 address on the interface of the default route; None without one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(_ANYWHERE)  # of UDP: it sends nothing
+        except OSError:
+            return None
+        return str(sock.getsockname()[0])
 
 
 def reachable_as(address: str, *, own: bool = False) -> list[str]:

@@ -35,10 +35,12 @@ _BODIES_BYTES = 64 << 20  # of all requests whose bodies are just coming in
 @dataclass(frozen=True)
 class AccessPolicy:
     """Who may ask. `hosts` are allowed in the Host header beside the loopback names, without a
-    port; "*" allows all. `origins` are pages of other sites, such as https://example.org."""
+    port; "*" allows all. `own_address`: so is the address that the request came to. `origins` are
+    pages of other sites, such as https://example.org."""
 
     api_key: str | None = None
     hosts: Sequence[str] = ()
+    own_address: bool = False
     origins: Sequence[str] = ()
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 20.0
@@ -93,7 +95,7 @@ class AccessControl:
 
     def _preflight(self, scope: Scope, headers: Headers, is_listed: bool) -> Response | None:
         """The answer to a browser that asks whether a listed page may send a request."""
-        if scope["method"] != "OPTIONS" or not is_listed or not self._is_known_host(headers):
+        if scope["method"] != "OPTIONS" or not is_listed or not self._is_known_host(scope, headers):
             return None
         wanted = headers.get("access-control-request-headers")  # OpenAI's client sends its own
         allowed = {
@@ -103,13 +105,15 @@ class AccessControl:
         }
         return Response(status_code=204, headers=allowed)
 
-    def _is_known_host(self, headers: Headers) -> bool:
+    def _is_known_host(self, scope: Scope, headers: Headers) -> bool:
         host = re.sub(r":\d*$", "", headers.get("host", "").lower())
-        return "*" in self._hosts or host in self._hosts
+        # It may have changed since the start, and a number is no name that leads here by DNS.
+        is_own = self._policy.own_address and host == (scope.get("server") or [""])[0]
+        return is_own or "*" in self._hosts or host in self._hosts
 
     def _check(self, scope: Scope, headers: Headers, is_listed: bool) -> None:
         """Raises ApiError for a foreign Host or Origin and for a wrong key."""
-        if not self._is_known_host(headers):
+        if not self._is_known_host(scope, headers):
             message = "this Host is not served; add it to serving.allowed_hosts"
             raise ApiError(403, message, code="host_not_allowed")
         origin = headers.get("origin")

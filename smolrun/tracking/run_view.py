@@ -15,9 +15,11 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from smolrun.errors import SmolrunError
 from smolrun.files import open_regular
+from smolrun.tracking.api_key import LAN, link
 from smolrun.tracking.past_runs import State, has_begun, look, state_of
-from smolrun.tracking.run_folder import DriverRecord, RunFolder
+from smolrun.tracking.run_folder import SERVING, DriverRecord, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
 _HISTORY_BYTES = 16 << 10
@@ -44,7 +46,8 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A request about the run in `folder`; `stop` asks its driver to stop.
+    """A request about the run in `folder`; `stop` asks its driver to stop, `link` for the link of a
+    server, which holds the API key.
 
     A file is read from the position given, or, without one, from its last few lines.
     """
@@ -52,6 +55,7 @@ class Request(msgspec.Struct, frozen=True):
     folder: str
     stop: bool = False
     figures: bool = False
+    link: bool = False
     reads: bool = False
     metrics: FilePosition | None = None
     log: FilePosition | None = None
@@ -105,6 +109,7 @@ class View(msgspec.Struct, frozen=True):
     asked: int = 0
     has_begun: bool = False  # a step was made
     figures: Figures = {}
+    link: str | None = None  # to be shown on a terminal alone
     metrics: Chunk = Chunk()
     log: Chunk = Chunk()
 
@@ -133,6 +138,7 @@ def answer(request: Request) -> View:
         asked=folder.stop_requests(),
         has_begun=has_begun(folder),
         figures=_figures(folder) if request.figures else {},
+        link=_link(folder) if request.link and state == SERVING else None,
         metrics=read_on(folder.metrics, request.metrics) if request.reads else Chunk(),
         log=read_on(folder.driver_log, request.log)
         if request.reads and driver.get("has_log")
@@ -164,6 +170,16 @@ def _figures(folder: RunFolder) -> Figures:
     run = look(folder)
     found: Figures = {name: getattr(run, name) for name in Figures.__annotations__}  # type: ignore[assignment]
     return found
+
+
+def _link(folder: RunFolder) -> str | None:
+    """The link of a server that serves the LAN; None of another."""
+    summary = folder.summary()
+    if summary.get("bind") != LAN:
+        return None
+    with contextlib.suppress(SmolrunError):  # the server has its key, and nobody shows it
+        return link(str(summary.get("url")))
+    return None
 
 
 def decode(output: str) -> View | None:

@@ -370,22 +370,23 @@ def test_a_bind_beyond_this_machine_makes_a_key_that_is_needed(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from smolrun.driver import serving as driver
+    from smolrun.tracking import api_key as keys
 
-    monkeypatch.setattr(driver.platformdirs, "user_config_path", lambda _: tmp_path / "config")
+    monkeypatch.setattr(keys.platformdirs, "user_config_path", lambda _: tmp_path / "config")
     said: list[str] = []
-    key = driver.api_key(said.append, is_terminal=True)
+    key = driver.needed_key(said.append, is_terminal=True)
     path = tmp_path / "config" / "serving.key"
     assert path.stat().st_mode & 0o077 == 0
     assert key in said[0] and len(key) > 40
-    assert driver.api_key(said.append, is_terminal=True) == key
+    assert driver.needed_key(said.append, is_terminal=True) == key
     assert key not in said[1] and str(path) in said[1]
     path.unlink()
-    key = driver.api_key(said.append, is_terminal=False)  # detached, all that is said is in a log
+    key = driver.needed_key(said.append, is_terminal=False)  # detached, all of it is in a log
     assert path.read_text() == key
     assert key not in said[2] and str(path) in said[2]
     path.write_text("")
     with pytest.raises(ConfigError, match="is empty; delete it"):
-        driver.api_key(said.append, is_terminal=True)
+        driver.needed_key(said.append, is_terminal=True)
     path.write_text(key)
     config = compose(["task=serve", *choice(model), "serving.bind=0.0.0.0"])
     with driver.ServingRun(config, lambda _: None, lambda *_: None) as run:
@@ -411,8 +412,8 @@ def test_the_first_request_is_a_question_or_a_text_that_goes_on(tmp_path: Path) 
 def test_an_address_that_is_not_here_is_named(
     tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smolrun.driver import serving as driver
+    from smolrun.tracking import api_key as keys
 
-    monkeypatch.setattr(driver.platformdirs, "user_config_path", lambda _: tmp_path / "config")
+    monkeypatch.setattr(keys.platformdirs, "user_config_path", lambda _: tmp_path / "config")
     said = refused(monkeypatch, tmp_path, capsys, *choice(model), "serving.bind=::2")
     assert "serving.bind = ::2: cannot listen on ::2 port 0" in said and "end that" not in said
