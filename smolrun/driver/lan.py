@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import segno
 from rich.text import Text
 
 from smolrun.config.suggest import problem
@@ -125,6 +124,8 @@ def show_link(link: str) -> None:
 
 def qr_code(text: str) -> str:
     """A QR code as lines of half blocks, two rows of modules a line."""
+    import segno  # not above: a host that was set up earlier may not have it, and does without
+
     rows = [[*row] for row in segno.make(text, error="l", micro=False).matrix_iter(border=_BORDER)]
     below = itertools.chain(rows[1::2], [[0] * len(rows)])
     pairs = zip(rows[::2], below, strict=False)

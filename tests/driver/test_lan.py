@@ -186,7 +186,7 @@ def test_key_and_port_survive_a_restart_and_a_port_that_is_taken_is_named(
             links.append(keys.link(run.url))
             if len(links) == 2:
                 with (
-                    pytest.raises(ConfigError, match="listens there.*; end that process, or set"),
+                    pytest.raises(ConfigError, match=r"listens there.*; end that process, or set"),
                     listening(monkeypatch, model, port),
                 ):
                     pass
