@@ -29,7 +29,8 @@ from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
 from smolrun.tracking.sweep_folder import sweep_folders
 
 _DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
-_CACHES = ("data", "models")
+_CACHES = ("data", "models", "parts")
+_HUB_MODELS = "models--"  # before a name in the hub's cache, with -- for its slash
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,26 @@ def _cache(runs: list[PastRun]) -> Iterator[Item]:
         echo(f"a run is going on, so the cache in {cache} stays as it is")
         return
     for folder in (cache / name for name in _CACHES):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            with contextlib.suppress(OSError):  # another run may have taken it away
-                idle_s = max(0.0, time.time() - path.stat().st_mtime)
-                what = f"cached {folder.name}/{one_line(path.name)} ({duration(idle_s)} old)"
-                yield Item(path, what, bytes_below(path))
+        for path in _below(folder):
+            yield from _cached(path, f"cached {folder.name}/{one_line(path.name)}")
+    from huggingface_hub.constants import HF_HUB_CACHE  # where other programs find them too
+
+    for path in _below(Path(HF_HUB_CACHE)):
+        if path.name.startswith(_HUB_MODELS) and path.is_dir():
+            name = one_line(path.name.removeprefix(_HUB_MODELS).replace("--", "/"))
+            yield from _cached(path, f"model {name} of the hub's cache")
+
+
+def _below(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _cached(path: Path, what: str) -> Iterator[Item]:
+    with contextlib.suppress(OSError):  # another run may have taken it away
+        idle_s = max(0.0, time.time() - path.stat().st_mtime)
+        yield Item(path, f"{what} ({duration(idle_s)} old)", bytes_below(path))
 
 
 def _delete(item: Item) -> int:

@@ -28,22 +28,21 @@ if TYPE_CHECKING:
 
 def drive(config: RunConfig) -> int:
     """Serve as configured; returns the exit code. ConfigError, HostError: nothing was started."""
-    from smolrun.driver.detach import begin_driving  # not above: workers do without the driver
-    from smolrun.driver.fleet import is_elsewhere
+    from smolrun.driver import service  # not above: workers do without the driver
+    from smolrun.driver.detach import begin_driving
     from smolrun.driver.outputs import make_folder, nothing_started
     from smolrun.driver.preflight import check_before_start
     from smolrun.driver.serving import ServingRun, dry_run
-    from smolrun.launch.wake import keep_awake
     from smolrun.tracking.console import Console
 
     check_before_start(config)
     console = Console(steps=1, world_size=1)
     if config.training.dry_run:
         return dry_run(config, console.preparing)
+    if config.serving.service:
+        return service.drive(config)
     with contextlib.ExitStack() as closing:
         closing.callback(console.close)
-        if is_elsewhere(config):  # this machine renews the leases of the workers
-            closing.enter_context(keep_awake())
         run = closing.enter_context(ServingRun(config, console.say, console.preparing))
         with nothing_started():
             # outputs/latest stays with what was trained, which model.run=latest means.

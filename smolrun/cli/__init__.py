@@ -15,6 +15,7 @@ _DRIVERS = {
     "--sweep": "sweep_main",
     "--job": "job_main",
     "--estimate": "estimate_main",
+    "--service": "service_main",
     "--start-driver": "start_main",
 }
 _READER_LEFT = 141  # what a shell reports of a program that SIGPIPE ended

@@ -4,6 +4,7 @@
 `smolrun --sweep`: be that of a sweep, whose folder is written (driver/detach.py).
 `smolrun --job`: be that of a job of a sweep (sweep/runner.py).
 `smolrun --estimate`: how long runs would take, for a sweep (cli/sweep.py).
+`smolrun --service`: serve, as launchd or systemd starts it (driver/service.py).
 `smolrun --start-driver`: start one here for another machine (driver/remote_driver.py).
 """
 
@@ -27,6 +28,7 @@ from smolrun.config import validate
 from smolrun.driver.outputs import JOB_FOLDER
 from smolrun.errors import ConfigError, SmolrunError
 from smolrun.files import to_null_device
+from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED, EXIT_STOPPED_NOW
 from smolrun.sanitize import echo
 
 _BETWEEN_S = 0.1  # two that come at once count as one
@@ -54,6 +56,18 @@ def sweep_main() -> int:
     words = msgspec.json.decode(sys.stdin.buffer.read(), type=list[str])
     to_null_device(sys.stdin.fileno())
     return run(["-m", *words])
+
+
+def service_main() -> int:
+    """Serve as the other words of this command line say; returns its exit code, 0 also where the
+    user has stopped it: a service manager would start it again."""
+    _be_a_driver()
+    from smolrun.driver.detach import log_into_run_folder
+    from smolrun.driver.service import FLAG
+
+    log_into_run_folder()
+    code = run([word for word in sys.argv[1:] if word != FLAG])
+    return EXIT_DONE if code in (EXIT_STOPPED, EXIT_STOPPED_NOW) else code
 
 
 def _be_a_driver() -> None:

@@ -109,6 +109,7 @@ def drive(config: RunConfig) -> int:
 def _goes_away(config: RunConfig) -> bool:
     """Whether the driver shall be another process; a dry run is over before that."""
     is_run = config.task in ("train", "serve") and not config.training.dry_run
+    is_run = is_run and not config.serving.service  # which is of this machine
     return is_run and (config.detach or config.driver is not None)
 
 

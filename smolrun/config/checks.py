@@ -27,7 +27,12 @@ from smolrun.config.models import (
 )
 from smolrun.config.optimizers import Optimizer, SGDConfig
 from smolrun.config.plan import cluster_size
-from smolrun.config.settings import QuantizationConfig, StalenessConfig, TrainingConfig
+from smolrun.config.settings import (
+    QuantizationConfig,
+    ServingConfig,
+    StalenessConfig,
+    TrainingConfig,
+)
 from smolrun.config.suggest import absent, closest, problem
 
 SERVING_TASKS = ("serve", "generate", "chat")
@@ -178,11 +183,15 @@ def model_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
         )
 
 
-def driver_fits_task(*, task: str, driver: str | None) -> Iterator[str]:
+def driver_fits_task(*, task: str, driver: str | None, serving: ServingConfig) -> Iterator[str]:
     """What answers in this terminal is driven by this machine."""
     if task in ("generate", "chat") and driver is not None:
         what = f"task={task} is driven by this machine"
         yield problem("driver", driver, what, allowed="null; or run the command on that host")
+    if task == "serve" and serving.service and driver is not None:
+        what = "a service belongs to the machine that runs it"
+        allowed = f"null, in a terminal on {driver}; and driver=null"
+        yield problem("driver", driver, what, allowed=allowed)
 
 
 def heads_fit_width(*, model: ModelConfig) -> Iterator[str]:

@@ -158,6 +158,9 @@ class ServingConfig(Section):
     )
     request_timeout_s: Positive
     drain_s: NotNegative
+    unload_after_min: Positive | None
+    min_free_gb: Auto | NotNegative
+    service: bool | Literal["install"]
     temperature: Auto | Annotated[float, Field(ge=0, le=2)]
     top_p: Auto | Annotated[float, Field(gt=0, le=1)]
     max_tokens: Auto | Count

@@ -12,6 +12,7 @@ argument or environment beyond what this process has in its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import secrets
@@ -162,6 +163,17 @@ def _end(driver: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         driver.kill()  # its workers, if there are any by now, end with it
         driver.wait(_END_S)
+
+
+def log_into_run_folder() -> None:
+    """What this process says goes into its run's own log once that begins, as if another one had
+    started it; nothing of what it says before."""
+    empty = OUTPUTS / f".driver-{secrets.token_hex(4)}.log"
+    with nothing_started():
+        OUTPUTS.mkdir(parents=True, exist_ok=True)
+        empty.touch()
+    os.environ[_LOG] = str(empty.absolute())
+    atexit.register(empty.unlink, missing_ok=True)  # where no run begins
 
 
 def begin_driving(folder: RunFolder, *, steps: int, unit: str) -> None:

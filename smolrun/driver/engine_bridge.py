@@ -27,11 +27,13 @@ class EngineBridge(Subscriber):
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self._has_replicas = are_replicas(config)
+        least_gb = config.serving.min_free_gb
         self.frontend = Frontend(
             self._send,
             num_replicas=world_size(config) if self._has_replicas else 1,
             prefix_reuse=config.serving.prefix_reuse,
             max_waiting=config.serving.max_queue,
+            min_free_gb=None if least_gb == "auto" else least_gb,
         )
         self.on_ready: Callable[[Ready], None] = lambda _: None
         self._say = say
@@ -42,8 +44,14 @@ class EngineBridge(Subscriber):
         self._asked_s = 0.0
 
     def on_start(self, driver: Driver) -> None:
-        """Requests can be sent from now on."""
+        """Requests can be sent from now on; none of these ranks is loaded yet."""
         self._driver = driver
+        self._ready.clear()
+        self._silence = Silence(self._limit_s)
+
+    def on_end(self) -> None:
+        """There is nobody to send to any more."""
+        self._driver = None
 
     def on_message(self, rank: int, message: TaskMessage) -> None:
         """New tokens, or the news that tokens can flow."""
@@ -87,8 +95,8 @@ class EngineBridge(Subscriber):
         self._driver.note_answering(rank, is_answering=is_answering)
 
     def _send(self, rank: int, message: ToEngine) -> None:
-        if self._driver is not None:
-            self._driver.send(rank, task_message(TOPIC, message))
+        if (driver := self._driver) is not None:  # another thread may set it to None meanwhile
+            driver.send(rank, task_message(TOPIC, message))
 
 
 class Silence:

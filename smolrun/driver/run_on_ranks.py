@@ -54,12 +54,14 @@ def run_on_ranks(
     prepared: Prepared | None = None,
     checkpoint: Path | None = None,
     saving: Saving | None = None,
+    stop_requests: Callable[[], int] | None = None,
 ) -> RunOutcome:
     """Run the configured task on all ranks of `fleet`, until the last one has ended. HostError or
     HostErrors: a host cannot be equipped, no rank was started.
 
     `subscribers` get what happens, in this order, on this thread. `prepared` data and a
-    `checkpoint` to resume from are delivered to the hosts; `saving` says where ranks save.
+    `checkpoint` to resume from are delivered to the hosts; `saving` says where ranks save;
+    `stop_requests` counts as of Driver, those in the folder unless it is given.
     """
     try:
         fleet.equip(folder.unique_id, prepared, checkpoint, progress=progress, say=say)
@@ -69,7 +71,7 @@ def run_on_ranks(
             reconnector.place,
             [reconnector, *subscribers],
             limits=limits,
-            stop_requests=folder.stop_requests,
+            stop_requests=stop_requests or folder.stop_requests,
             elastic=reconnector.elasticity,
         )
         return driver.run()

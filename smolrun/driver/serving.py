@@ -31,6 +31,7 @@ from smolrun.driver.lan import lan_names
 from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
+from smolrun.driver.serving_hosts import ServingHosts, Unloading
 from smolrun.driver.serving_model import find_model, notes
 from smolrun.driver.serving_parts import (
     deliver_parts,
@@ -143,7 +144,7 @@ class ServingRun:
         except BaseException:
             self._closing.close()
             raise
-        self._closing.callback(self._fleet.close)
+        self._closing.callback(lambda: self._fleet.close())  # the one that is there then
 
     def _check_memory(self) -> None:
         """ConfigError where the model does not fit on this machine alone; other hosts are asked
@@ -233,15 +234,53 @@ class ServingRun:
         folder: RunFolder,
         *,
         on_ready: Callable[[Ready], None],
-        stop_requests: Callable[[], int] | None = None,
     ) -> RunOutcome:
         """Start the ranks and serve until the user stops them or one is lost. `on_ready` is called
-        on this thread once a token has flowed."""
+        on this thread once a token has flowed, for the first time."""
         config = self._config
         self._run_id = folder.run_id
         for line in start_notes(config):
             self._say(line)
+        frontend = self.bridge.frontend
+        unloading = Unloading(
+            frontend, config.serving.unload_after_min, folder.stop_requests, self._say
+        )
+        hosts = ServingHosts(frontend)
+
+        def run(ready: Callable[[Ready], None]) -> RunOutcome:
+            return self._on_ranks(folder, hosts, unloading, ready)
+
+        def run_again(ready: Callable[[Ready], None]) -> RunOutcome:
+            try:
+                self._fleet = open_fleet(config)
+                return run(ready)
+            except (HostError, HostErrors) as error:
+                return not_equipped(error)
+            finally:
+                self._fleet.close()
+
+        with contextlib.closing(hosts), unloading.interrupts.installed():
+            outcome = run(on_ready)
+            self._fleet.close()
+            while unloading.has_unloaded(outcome):
+                outcome = unloading.load_again(run_again)
+        if outcome.status == "stopped":
+            return dataclasses.replace(outcome, reason="stopped by the user")
+        if outcome.status == "failed":
+            frontend.fail(f"the server ended: {outcome.reason}")
+        return outcome
+
+    def _on_ranks(
+        self,
+        folder: RunFolder,
+        hosts: ServingHosts,
+        unloading: Unloading,
+        on_ready: Callable[[Ready], None],
+    ) -> RunOutcome:
+        """Start the ranks, load, and serve until they end."""
+        config = self._config
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
+        drain.is_unloading = lambda: unloading.is_unloading
         loader = self._loader()
 
         def ready(news: Ready) -> None:
@@ -251,11 +290,11 @@ class ServingRun:
 
         self.bridge.on_ready = ready
         try:
-            outcome = run_on_ranks(
+            return run_on_ranks(
                 config,
                 folder,
                 self._fleet,
-                [loader, self.bridge, drain, RankNotes(self._say)],
+                [loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
                 limits=Limits(
                     start_s=config.cluster.start_timeout_s,
                     finish_s=config.mesh.timeout_s,
@@ -263,14 +302,10 @@ class ServingRun:
                 ),
                 say=self._say,
                 progress=self._progress,
+                stop_requests=unloading.num_stops,
             )
         except (HostError, HostErrors) as error:
-            outcome = not_equipped(error)
-        if outcome.status == "stopped":
-            return dataclasses.replace(outcome, reason="stopped by the user")
-        if outcome.status == "failed":
-            self.bridge.frontend.fail(f"the server ended: {outcome.reason}")
-        return outcome
+            return not_equipped(error)
 
     def _loader(self) -> ModelLoader | ReplicaLoader:
         if are_replicas(self._config):
@@ -392,6 +427,8 @@ class Draining(Subscriber):
     def __init__(
         self, server: HttpServer, frontend: Frontend, drain_s: float, say: Callable[[str], None]
     ) -> None:
+        # Whether no user has asked for the stop, and the server stays.
+        self.is_unloading: Callable[[], bool] = lambda: False
         self._server = server
         self._frontend = frontend
         self._drain_s = drain_s
@@ -400,6 +437,8 @@ class Draining(Subscriber):
 
     def may_stop(self) -> bool:
         """Once no answer runs any more, or the time for that is over."""
+        if self.is_unloading():
+            return True
         if self._thread is None:
             if self._frontend.num_requests:  # a length: this is not the event loop's thread
                 self._say(

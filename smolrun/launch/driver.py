@@ -210,6 +210,11 @@ class Driver:
         """All ranks of the run."""
         return [plan.rank for plan in self._plans]
 
+    @property
+    def num_interrupts(self) -> int:
+        """How often the user has pressed Ctrl-C, or sent what means the same."""
+        return self._interrupts.count
+
     def run(self) -> RunOutcome:
         """Run all workers to their end; none is left when this returns or raises."""
         try:

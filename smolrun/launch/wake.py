@@ -44,6 +44,29 @@ def keep_awake(platform: str = sys.platform) -> Iterator[None]:
         yield
 
 
+class AwakeSwitch:
+    """Keeps the machine awake while it is on, for those who need that at times only; off at the end
+    of the `with`. `set` is for one thread."""
+
+    def __init__(self) -> None:
+        self._stack: contextlib.ExitStack | None = None
+
+    def set(self, is_on: bool) -> None:
+        """Switch it; does nothing where it is so already."""
+        if is_on and self._stack is None:
+            self._stack = contextlib.ExitStack()
+            self._stack.enter_context(keep_awake())
+        elif not is_on and self._stack is not None:
+            stack, self._stack = self._stack, None
+            stack.close()
+
+    def __enter__(self) -> AwakeSwitch:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.set(False)
+
+
 def command(platform: str) -> list[str]:
     """What keeps such a system awake; OSError if it has none."""
     if platform == "darwin":

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from smolrun.serving import api_errors, api_reference
 from smolrun.serving.access import AccessControl, AccessPolicy
 from smolrun.serving.api_errors import ERRORS, json_response
+from smolrun.serving.frontend import ANSWERING
 from smolrun.serving.generation import Service
 from smolrun.serving.http_metrics import CONTENT_TYPE
 from smolrun.serving.openai_api import openai_routes
@@ -74,12 +75,16 @@ def _add_server_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", tags=["server"], response_class=Response, responses={503: ERRORS[503]})
     async def readyz() -> Response:
-        """200 from the moment a token has flowed through all stages; 503 otherwise."""
+        """200 from the moment a token has flowed through all stages, also while an idle server has
+        unloaded its model; 503 otherwise, and while a host lacks memory."""
         body: dict[str, Any] = {"status": frontend.state, "model": service.model}
-        if frontend.state == "ready":
+        low = frontend.memory_low()
+        if frontend.state == "ready" and low is None:
             return json_response(body)
-        error = api_errors.ApiError(503, frontend.reason, code="not_ready")
-        body["reason"] = frontend.reason
+        body["reason"] = reason = low or frontend.reason
+        if frontend.state in ANSWERING and low is None:
+            return json_response(body)
+        error = api_errors.ApiError(503, reason, code="not_ready")
         return json_response(body | error.body, 503, {"retry-after": "1"})
 
     @app.get("/cluster", tags=["server"], response_class=Response, responses={401: ERRORS[401]})

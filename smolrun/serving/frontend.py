@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from smolrun.serving.messages import (
     Finished,
     FinishReason,
     FromEngine,
+    HostMemory,
     Prefill,
     Ready,
     Recovering,
@@ -36,14 +38,17 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.replicas import Replicas, continued
+from smolrun.serving.output_stream import OutputStream
+from smolrun.serving.replicas import Replicas
 
-Output = Token | Finished | Prefill | Recovering
-State = Literal["starting", "ready", "recovering", "draining", "failed"]
+State = Literal["starting", "ready", "recovering", "unloaded", "loading", "draining", "failed"]
+# Requests are taken in these; in all but the first they wait until the model is loaded again.
+ANSWERING: tuple[State, ...] = ("ready", "unloaded", "loading")
 
 _RATE_WINDOW = 32  # finished choices that the rate is measured over
 _MAX_RETRY_S = 60
 _MOST_LOSSES = 3  # of the replicas of a request: it may be what ends them
+_MEMORY_RETRY_S = 10
 
 
 class Unavailable(Exception):
@@ -54,100 +59,6 @@ class Unavailable(Exception):
         self.retry_after_s = retry_after_s
         self.is_full = is_full
         super().__init__(message)
-
-
-class StreamFailed(Exception):
-    """A request ended before its last token; the text is for the client."""
-
-
-class OutputStream:
-    """The outputs of one request, in order. Iterating ends after the last choice has finished, and
-    raises StreamFailed where the engine fails or the reader falls behind by `max_buffered`."""
-
-    def __init__(self, submit: Submit, now: float, max_buffered: int) -> None:
-        self.submit = submit
-        self.submitted_at = now
-        self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
-        self.generated_tokens = 0
-        self.cached_tokens = 0
-        self.open_choices = set(range(submit.choices))
-        self.rank: int | None = None  # where it runs; None while no replica can take it
-        self.ranks: list[int] = []  # all that it ran on
-        self.version: int | None = None  # of the weights that its tokens are from
-        self.sent_as = submit.request  # another name on each replica: late outputs have the old one
-        self.tokens: dict[int, list[int]] = {choice: [] for choice in self.open_choices}
-        self._scores = 0  # log-probabilities of the prompt that have come
-        self._max_buffered = max_buffered
-        self._outputs: deque[Output] = deque()
-        self._failure: str | None = None
-        self._changed = asyncio.Event()
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> Output:
-        while not self._outputs:
-            if self._failure is not None:
-                raise StreamFailed(self._failure)
-            if not self.open_choices:
-                raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
-        if len(self._outputs) > 1:
-            # Nothing else suspends a reader that lags: other clients, and the news that its own
-            # client has left, would wait until it has caught up.
-            await asyncio.sleep(0)
-        return self._outputs.popleft()
-
-    @property
-    def has_outputs(self) -> bool:
-        """Whether the next output is there already."""
-        return bool(self._outputs)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether no more outputs will come."""
-        return self._failure is not None or not self.open_choices
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether an answer has begun."""
-        return any(self.tokens.values())
-
-    def rest(self) -> Submit:
-        """What is left to do, for another replica."""
-        if not self.ranks:
-            return self.submit
-        tokens = {choice: self.tokens[choice] for choice in self.open_choices}
-        rest = continued(self.submit, tokens, self._scores)
-        return msgspec.structs.replace(rest, request=self.sent_as)
-
-    def without_repeats(self, prefill: Prefill) -> Prefill:
-        """Without the log-probabilities that an earlier replica has reported."""
-        if prefill.logprobs is None:
-            return prefill
-        first = prefill.done - len(prefill.logprobs)
-        new = prefill.logprobs[max(0, self._scores - first) :]
-        self._scores = max(self._scores, prefill.done)
-        return msgspec.structs.replace(prefill, logprobs=new)
-
-    def elapsed_s(self) -> float:
-        """From the request to its last token."""
-        return (self.last_token_at or self.submitted_at) - self.submitted_at
-
-    def push(self, output: Output) -> bool:
-        """Add an output; False if the reader is too far behind."""
-        if len(self._outputs) >= self._max_buffered and not isinstance(output, Finished):
-            return False
-        self._outputs.append(output)
-        self._changed.set()
-        return True
-
-    def fail(self, message: str) -> None:
-        """End the stream after the outputs that are there."""
-        self._failure = message
-        self._changed.set()
 
 
 class Frontend:
@@ -165,6 +76,7 @@ class Frontend:
         prefix_reuse: bool = True,
         max_waiting: int = 64,
         max_buffered: int = 8192,
+        min_free_gb: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._send = send
@@ -173,7 +85,9 @@ class Frontend:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self.num_replicas = num_replicas
-        self.replicas = Replicas(prefix_reuse=prefix_reuse)
+        self.replicas = Replicas(prefix_reuse=prefix_reuse, min_free_gb=min_free_gb)
+        self._unloaded: Ready | None = None  # what the engines were that are to be loaded again
+        self.is_wanted = threading.Event()  # a request has come since the model was unloaded
         self._streams: dict[str, OutputStream] = {}  # by their names on the replicas
         self._ends: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._idle = asyncio.Event()
@@ -181,6 +95,7 @@ class Frontend:
         self.state: State = "starting"
         self.reason = "the model is being loaded"
         self.metrics = ServingMetrics()
+        self._idle_since_s = clock()
 
     # --- the driver's thread ---------------------------------------------------------------------
 
@@ -200,6 +115,26 @@ class Frontend:
         """No engine will answer any more: every running request ends with an error; from any
         thread."""
         self._call(self._fail, reason)
+
+    def note_memory(self, report: HostMemory) -> None:
+        """How much memory the host of a rank has; from any thread."""
+        engine = report.rank if self.num_replicas > 1 else 0
+        self._call(self.replicas.note_memory, engine, report)
+
+    def unload(self, after_s: float, begin: Callable[[], None]) -> None:
+        """Where nothing was asked for `after_s`: from now on requests wait until the model is
+        loaded again, and `begin()` is called on the event loop. From any thread."""
+        self._call(self._unload, after_s, begin)
+
+    def begin_loading(self) -> None:
+        """The model is being loaded again; from any thread."""
+        self.is_wanted.clear()
+        self._call(self._begin_loading)
+
+    def stay_unloaded(self, reason: str) -> None:
+        """The model could not be loaded again: requests that wait for it end with an error, and the
+        next one tries again. From any thread."""
+        self._call(self._stay_unloaded, reason)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         loop = self._loop
@@ -228,8 +163,9 @@ class Frontend:
 
     @property
     def ready(self) -> Ready | None:
-        """All engines that take requests, as one; None where there is none."""
-        return self.replicas.ready
+        """All engines that take requests, or will once they are loaded again, as one; None where
+        there is none."""
+        return self.replicas.ready or self._unloaded
 
     @property
     def load(self) -> Counter[int]:
@@ -250,7 +186,7 @@ class Frontend:
         """Raises Unavailable where there is no room for a request, on any replica or on that of
         `rank`; for no choices only where no engine is ready."""
         ready = self.ready
-        if self.state != "ready" or ready is None:
+        if self.state not in ANSWERING or ready is None:
             self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(self.reason, 1 if self.state == "draining" else 5)
         if rank is not None and not (
@@ -258,6 +194,9 @@ class Frontend:
         ):
             self.metrics.refused.labels("not_ready").inc()
             raise Unavailable(f"rank {rank} takes no requests now; leave worker_rank out", 5)
+        if choices and (reason := self.memory_low(rank)):
+            self.metrics.refused.labels("memory").inc()
+            raise Unavailable(reason, _MEMORY_RETRY_S)
         # A single request may be larger than the queue when nothing else is there.
         most = ready.max_running + self._max_waiting
         if choices and self._streams and self.in_flight + choices > most:
@@ -268,10 +207,17 @@ class Frontend:
                 is_full=True,
             )
 
+    def memory_low(self, rank: int | None = None) -> str | None:
+        """Why no engine, or not that of `rank`, has memory for another request; None: one has."""
+        return self.replicas.memory_low(self.load, rank)
+
     def submit(self, submit: Submit, rank: int | None = None) -> OutputStream:
         """Send a request to the replica of `rank`, else to the least loaded, after `check_room`.
         `close` must follow in the end."""
         stream = OutputStream(submit, self._clock(), self._max_buffered)
+        stream.waits_for_model = self._unloaded is not None
+        if self.state == "unloaded":
+            self.is_wanted.set()
         self._idle.clear()
         self.metrics.prompt_tokens.inc(len(submit.prompt_ids))
         self.metrics.cache_queries.inc(len(submit.prompt_ids))
@@ -323,6 +269,7 @@ class Frontend:
         self.metrics.request_seconds.observe(self._clock() - stream.submitted_at)
         if not self._streams:
             self._idle.set()
+            self._idle_since_s = self._clock()
 
     def stop_choice(self, stream: OutputStream, choice: int) -> None:
         """End one choice, because a stop string was found; its later outputs are dropped."""
@@ -340,7 +287,9 @@ class Frontend:
     def metrics_text(self) -> bytes:
         """What is measured, for Prometheus."""
         self.metrics.open.set(self.num_requests)
-        self.metrics.ready.set(self.state == "ready")
+        self.metrics.ready.set(self.state in ANSWERING)
+        self.metrics.loaded.set(self.state == "ready")
+        self.metrics.memory_low.set(self.memory_low() is not None)
         self.metrics.running.set(self.in_flight - self.waiting)
         self.metrics.waiting.set(self.waiting)
         self.metrics.stats = self.replicas.stats
@@ -383,12 +332,38 @@ class Frontend:
         if self.state != "draining":
             self.state = "failed"
             self.reason = reason
+        self._unloaded = None
         self.replicas.there.clear()
         for stream in self._streams.values():
             stream.fail(reason)
 
+    def _unload(self, after_s: float, begin: Callable[[], None]) -> None:
+        idle_s = self._clock() - self._idle_since_s
+        if self.state == "ready" and not self._streams and idle_s >= after_s:
+            self._unloaded = self.replicas.ready
+            self.replicas.there.clear()
+            self.is_wanted.clear()
+            self._set_unloaded(f"no request came for {after_s / 60:g} min")
+            begin()
+
+    def _set_unloaded(self, why: str) -> None:
+        self.state, self.reason = "unloaded", f"{why}; the next one loads the model, and waits"
+
+    def _begin_loading(self) -> None:
+        if self.state == "unloaded":
+            self.state, self.reason = "loading", "the model is being loaded again"
+
+    def _stay_unloaded(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream.fail(reason)
+        if self.state == "loading":
+            self._set_unloaded(reason)
+
     def _deliver(self, message: FromEngine, rank: int) -> None:
         if isinstance(message, Ready):
+            if self.state == "unloaded":
+                return  # of a rank that is being stopped
+            self._unloaded, self._idle_since_s = None, self._clock()
             self.replicas.add(rank, message)
             self._place_waiting()
         elif isinstance(message, Recovering):
@@ -428,6 +403,8 @@ class Frontend:
                 self._place(stream)
 
     def _lose(self, rank: int, reason: str) -> None:
+        if rank not in self.replicas.there:
+            return
         self.replicas.lose(rank)
         self.metrics.lost_replicas.labels(str(rank)).inc()
         lost = [one for one in self._streams.values() if one.rank == rank and not one.has_ended]

@@ -21,8 +21,9 @@ import msgspec
 from smolrun.errors import DataError
 from smolrun.models.sampling import Sampling
 from smolrun.serving.api_errors import ApiError
-from smolrun.serving.frontend import Frontend, OutputStream, StreamFailed
+from smolrun.serving.frontend import Frontend
 from smolrun.serving.messages import Finished, FinishReason, Prefill, Recovering, Submit
+from smolrun.serving.output_stream import OutputStream, StreamFailed
 from smolrun.serving.protocol import CompletionFields
 from smolrun.serving.text import AnswerText, Delta, Prompts
 

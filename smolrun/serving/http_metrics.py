@@ -62,6 +62,10 @@ class ServingMetrics:
             return Histogram(f"smolrun_{name}", text, buckets=buckets, registry=registry)
 
         self.ready = Gauge("smolrun_ready", "Whether requests are answered", registry=registry)
+        self.loaded = Gauge("smolrun_loaded", "Whether the model is in memory", registry=registry)
+        self.memory_low = Gauge(
+            "smolrun_memory_low", "Whether a host lacks memory for a request", registry=registry
+        )
         self.open = Gauge("smolrun_requests_open", "Answers not delivered", registry=registry)
         self.running = Gauge("smolrun_requests_running", "Choices that run", registry=registry)
         self.waiting = Gauge("smolrun_requests_waiting", "Choices that wait", registry=registry)

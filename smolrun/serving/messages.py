@@ -29,6 +29,7 @@ from smolrun.models.sampling import Sampling
 
 TOPIC = "serving"
 LOADING = "serving.loading"
+HOSTS = "serving.hosts"
 
 RequestId = Annotated[str, Meta(max_length=100)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -228,6 +229,23 @@ class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loade
     rank: int
     weight_bytes: int
     cache_bytes: int
+
+
+class HostMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Memory of a rank's host, available and in all, and of the rank's own process; topic `HOSTS`,
+    to the driver, once a second where it has changed."""
+
+    rank: int
+    host: str
+    available_bytes: int
+    total_bytes: int
+    process_bytes: int
+
+
+class StayAwake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keep the machine awake, or let it sleep; topic `HOSTS`, to every rank."""
+
+    is_on: bool
 
 
 ToRank = Probe | Load

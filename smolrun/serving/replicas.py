@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from smolrun.serving.cache_slots import common_prefix
-from smolrun.serving.messages import Ready, StageStats, Stats, Submit, Token
+from smolrun.serving.memory_pressure import MemoryPressure
+from smolrun.serving.messages import HostMemory, Ready, StageStats, Stats, Submit, Token
 
 _ANSWER_TOKENS = 128  # that an answer is taken to have
 _PROMPT_TOKEN = 0.1  # of the time of an answer's token: prompts are computed many at once
@@ -35,6 +36,7 @@ class Replica:
 
     ready: Ready
     is_open: bool = True
+    pressure: MemoryPressure = field(default_factory=MemoryPressure)  # on its hosts
     stats: Stats | None = None
     last_turn: int = 0  # the higher, the later it got its last request
     gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_MEASURED_GAPS))
@@ -79,6 +81,7 @@ class Replicas:
 
     there: dict[int, Replica] = field(default_factory=dict)
     prefix_reuse: bool = True
+    min_free_gb: float | None = None  # as MemoryPressure takes it
     _turn: int = 0
 
     @property
@@ -110,7 +113,8 @@ class Replicas:
 
     def add(self, rank: int, ready: Ready) -> None:
         """An engine takes requests from now on: a new one, or one with other weights."""
-        self.there[rank] = Replica(ready)
+        pressure = MemoryPressure(self.min_free_gb, ready.stages, ready.max_running)
+        self.there[rank] = Replica(ready, pressure=pressure)
 
     def lose(self, rank: int) -> None:
         """It is gone, or does not answer."""
@@ -126,12 +130,27 @@ class Replicas:
         if (replica := self.there.get(rank)) is not None:
             replica.stats = stats
 
+    def note_memory(self, rank: int, report: HostMemory) -> None:
+        """The memory of one of its hosts."""
+        if (replica := self.there.get(rank)) is not None:
+            replica.pressure.note(report)
+
+    def memory_low(self, load: Mapping[int, int], rank: int | None = None) -> str | None:
+        """Why no open replica, or not that of `rank`, has memory for a request; None: one has."""
+        reasons = [
+            one.pressure.reason(load.get(number, 0))
+            for number, one in sorted(self.there.items())
+            if one.is_open and rank in (None, number)
+        ]
+        return reasons[0] if all(reasons) and reasons else None
+
     def choose(
         self, submit: Submit, load: Mapping[int, int], *, version: int | None = None
     ) -> int | None:
         """The rank where a request would end first, by the speed of each, its load, and the part of
-        the prompt that it holds; of equals, the one whose turn was longest ago. `load`: choices of
-        every rank. None: no open one can run it."""
+        the prompt that it holds; of equals, the one whose turn was longest ago; one whose hosts
+        lack memory only if all others do too. `load`: choices of every rank. None: no open one can
+        run it."""
         able = {
             rank: one
             for rank, one in self.there.items()
@@ -139,12 +158,13 @@ class Replicas:
         }
         fastest_s = min((one.token_s for one in able.values() if one.token_s), default=None)
 
-        def wait(rank: int) -> tuple[float, int]:
-            one = able[rank]
+        def wait(rank: int) -> tuple[bool, float, int]:
+            one, choices = able[rank], load.get(rank, 0)
+            is_low = one.pressure.reason(choices) is not None
             cached = one.cached(submit.prompt_ids) if self.prefix_reuse else 0
             tokens = _ANSWER_TOKENS + _PROMPT_TOKEN * (len(submit.prompt_ids) - cached)
-            busy = 1 + load.get(rank, 0) / one.ready.max_running
-            return tokens * busy * _slowness(one.token_s, fastest_s), one.last_turn
+            busy = 1 + choices / one.ready.max_running
+            return is_low, tokens * busy * _slowness(one.token_s, fastest_s), one.last_turn
 
         return min(able, key=wait, default=None)
 

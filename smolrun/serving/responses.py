@@ -28,6 +28,7 @@ Body = TypeVar("Body", bound=ChatRequest | CompletionRequest)
 _KEEP_ALIVE_S = 15
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that is gone: it is never sent
 DONE = b"data: [DONE]\n\n"
+LOADING = b": loading the model, which was unloaded while nothing was asked\n\n"
 
 
 # JSON leaves them as they are, but clients that split text into lines as Python does (httpx's
@@ -171,6 +172,8 @@ class Completion(ABC, Generic[Body]):
         wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head, last = self._head(self.chunk_kind), {"usage": None} if wants_usage else {}
         try:
+            if any(one.stream.waits_for_model for one in generations):
+                yield LOADING
             for entry in self.first_entries():
                 yield event(head | {"choices": [entry]} | last)
             async for prompt, piece in merged(generations):

@@ -15,7 +15,14 @@ from starlette.responses import Response
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.generation import Generation, Service
 from smolrun.serving.protocol import CompletionFields, SimpleRequest
-from smolrun.serving.responses import EventStream, comments, event, rank_header, unless_gone
+from smolrun.serving.responses import (
+    LOADING,
+    EventStream,
+    comments,
+    event,
+    rank_header,
+    unless_gone,
+)
 
 
 def simple_routes(service: Service) -> APIRouter:
@@ -71,6 +78,8 @@ async def _begin(service: Service, body: SimpleRequest, request: Request) -> Gen
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
     texts: list[str] = []
     try:
+        if generation.stream.waits_for_model:
+            yield LOADING
         async for piece in generation.pieces():
             for comment in comments(piece):
                 yield comment

@@ -68,8 +68,7 @@ def main() -> int:
     )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
-    with keep_awake():
-        code = run(channel)
+    code = run(channel)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -118,6 +117,8 @@ def _run_task(
     # The start deadline is the driver's; this one ends the wait for a driver that says no more.
     start_timeout_s = float(start.config["cluster"]["start_timeout_s"]) + 30.0
     _log.info("rank %d of %d is process %d", start.rank, start.world_size, os.getpid())
+    if start.config["task"] != "serve":  # which may be idle for days, and sees to it itself
+        closing.enter_context(keep_awake())
     import torch  # seconds, on a small machine
 
     torch.set_num_threads(start.threads)

@@ -43,6 +43,7 @@ from smolrun.serving.weight_types import quantized, serving_bytes, stored_as
 from smolrun.serving.weights import COMPUTE_DTYPES
 from smolrun.worker.memory_limit import limit_memory
 from smolrun.worker.process import regroup
+from smolrun.worker.serving_host import host_watched
 from smolrun.worker.train import late, pace_of, pick_device
 
 # Layers that stay in a processor's cache would seem faster than those of a whole model.
@@ -57,18 +58,19 @@ def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, 
     """From the measurement to the end of the server; returns the rank's summary. Where ranks are
     lost or come back, the rank keeps its process and the weights that it needs again. Raises
     PeerLost where that ends the run, and StopRequested if the driver stops it before it serves."""
-    server = _Server(start, channel)
-    while True:
-        try:
-            server.run(mesh)
-            break
-        except (PeerLost, GenerationEnded) as error:
-            if start.links != "group":
-                raise
-            server.pause(error)
-            mesh = regroup(start, mesh, channel)
-    if mesh.generation > 0:
-        mesh.close()
+    with host_watched(start, channel):
+        server = _Server(start, channel)
+        while True:
+            try:
+                server.run(mesh)
+                break
+            except (PeerLost, GenerationEnded) as error:
+                if start.links != "group":
+                    raise
+                server.pause(error)
+                mesh = regroup(start, mesh, channel)
+        if mesh.generation > 0:
+            mesh.close()
     return {"was_stopped": True}
 
 

@@ -71,6 +71,25 @@ def test_linux_holds_a_lock_that_ends_with_the_block(tools: Path):
     assert is_gone(int(pid))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the fake tool is that of Linux")
+def test_a_switch_holds_a_lock_while_it_is_on(tools: Path):
+    make_tool(tools, "systemd-inhibit", INHIBIT)
+    with wake.AwakeSwitch() as switch:
+        switch.set(False)
+        switch.set(True)
+        first = int(said(tools)[0])
+        switch.set(True)
+        assert not is_gone(first)
+        assert int(said(tools)[0]) == first
+        switch.set(False)
+        assert is_gone(first)
+        (tools.parent / "said").unlink()
+        switch.set(True)
+        second = int(said(tools)[0])
+        assert not is_gone(second)
+    assert is_gone(second)
+
+
 def test_macos_watches_our_process(tools: Path):
     make_tool(tools, "caffeinate", "exec sleep 60")
     with wake.keep_awake("darwin"):

@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from smolrun.serving.frontend import Frontend, Output, StreamFailed, Unavailable
+from smolrun.serving.frontend import Frontend, Unavailable
 from smolrun.serving.messages import (
     Cancel,
     Finished,
     FromEngine,
+    HostMemory,
     Prefill,
     Ready,
     Recovering,
@@ -20,6 +21,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
+from smolrun.serving.output_stream import Output, StreamFailed
 
 
 class Bench:
@@ -225,6 +227,101 @@ def test_draining_ends_with_the_last_request():
         assert await bench.frontend.wait_idle(5)
         await bench.receive(Ready(100, 1000, 2))  # a regrouping that comes too late
         assert bench.frontend.state == "draining"
+
+    run(test)
+
+
+def test_an_idle_model_is_unloaded_only_while_nothing_is_asked_and_requests_then_wait():
+    async def test(bench: Bench) -> None:
+        front, begun = bench.frontend, []
+
+        async def unload(after_s: float) -> bool:
+            front.unload(after_s, lambda: begun.append(bench.now))
+            await asyncio.sleep(0)
+            return front.state == "unloaded"
+
+        first = front.submit(submit("a"))
+        assert not first.waits_for_model
+        bench.now = 100.0
+        assert not await unload(60.0)  # it still runs
+        await bench.receive(StepOutput(finished=[Finished("a", 0, "stop")]))
+        assert not await unload(60.0)  # its reader has not taken all
+        front.close(first)
+        bench.now = 159.0
+        assert not await unload(60.0)
+        bench.now = 160.0
+        assert await unload(60.0)
+        assert begun == [160.0]
+        assert "no request came for 1 min" in front.reason
+        assert front.cluster()["stages"] == []
+        front.check_room()
+        metrics = front.metrics_text().decode()
+        assert "smolrun_ready 1.0" in metrics and "smolrun_loaded 0.0" in metrics
+        bench.sent.clear()
+        await bench.receive(Ready(100, 1000, 2))  # of a rank that is being stopped
+        assert front.state == "unloaded" and not front.is_wanted.is_set()
+        second, gone = front.submit(submit("b")), front.submit(submit("c"))
+        assert second.waits_for_model and front.is_wanted.is_set()
+        front.close(gone)
+        front.lose(0, "rank 0 has ended")
+        front.begin_loading()
+        await asyncio.sleep(0)
+        assert (front.state, second.has_ended) == ("loading", False)
+        assert bench.sent == [] and not front.is_wanted.is_set()
+        third = front.submit(submit("d"))
+        await bench.receive(Ready(100, 1000, 2))
+        assert (front.state, front.reason) == ("ready", "")
+        assert bench.sent == [second.submit, third.submit]  # in order, without "c"
+        assert not front.is_wanted.is_set() and not front.submit(submit("e")).waits_for_model
+        for request in ("d", "e"):
+            await bench.receive(StepOutput(finished=[Finished(request, 0, "stop")]))
+        for stream in list(front._streams.values()):
+            front.close(stream)
+        bench.now = 219.0
+        assert not await unload(60.0)  # a new minute
+
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_again_fails_those_who_wait_and_takes_the_next():
+    async def test(bench: Bench) -> None:
+        front = bench.frontend
+        front.unload(0.0, lambda: None)
+        await asyncio.sleep(0)
+        waits = front.submit(submit("a"))
+        front.begin_loading()
+        front.stay_unloaded("mini2 does not answer")
+        await asyncio.sleep(0)
+        with pytest.raises(StreamFailed, match="mini2 does not answer"):
+            await anext(waits)
+        assert front.state == "unloaded" and front.reason.startswith("mini2 does not answer; ")
+        front.check_room()
+        front.drain()
+        front.stay_unloaded("again")
+        await asyncio.sleep(0)
+        assert front.state == "draining"  # the end of a server is the end
+
+    run(test)
+
+
+def test_a_host_without_memory_refuses_what_is_new_and_keeps_what_runs():
+    async def test(bench: Bench) -> None:
+        front = bench.frontend
+        runs = front.submit(submit("a"))
+        front.note_memory(HostMemory(0, "mini1", 2**28, 2**34, 2**30))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match=r"mini1 has 0\.2 GB of memory available") as refused:
+            front.check_room()
+        assert (refused.value.retry_after_s, refused.value.is_full) == (10, False)
+        front.check_room(0)
+        await bench.tokens("a", 7)
+        assert isinstance(await anext(runs), Token)
+        metrics = front.metrics_text().decode()
+        assert 'requests_refused_total{code="memory"} 1.0' in metrics
+        assert "smolrun_memory_low 1.0" in metrics
+        front.note_memory(HostMemory(0, "mini1", 2**33, 2**34, 2**30))
+        await asyncio.sleep(0)
+        front.check_room()
 
     run(test)
 

@@ -12,16 +12,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from smolrun.models.sampling import Sampling
-from smolrun.serving.frontend import (
-    Frontend,
-    Output,
-    OutputStream,
-    StreamFailed,
-    Unavailable,
-)
+from smolrun.serving.frontend import Frontend, Unavailable
 from smolrun.serving.messages import (
     Cancel,
     Finished,
+    HostMemory,
     Prefill,
     Ready,
     Recovering,
@@ -30,6 +25,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
+from smolrun.serving.output_stream import Output, OutputStream, StreamFailed
 from smolrun.serving.replicas import Replicas
 
 LONG, SHORT = Ready(100, 1000, 2), Ready(20, 1000, 4)
@@ -195,6 +191,25 @@ def test_chats_compute_far_fewer_tokens_of_prompts_and_no_replica_idles() -> Non
                 used[rank] += reuses
     assert computed[True] < computed[False] / 3
     assert min(used.values()) >= 18  # of 72
+
+
+def test_a_replica_whose_host_lacks_memory_is_the_last_choice_and_refuses_only_if_all_lack_it() -> (
+    None
+):
+    replicas = Replicas()
+    for rank in (0, 1):
+        replicas.add(rank, LONG)
+    replicas.note_memory(0, HostMemory(0, "mini1", 2**28, 2**34, 2**30))
+    assert replicas.choose(submit(), {1: 9}) == 1
+    assert replicas.memory_low({}) is None and "mini1" in (replicas.memory_low({}, 0) or "")
+    replicas.note_memory(1, HostMemory(1, "mini2", 2**28, 2**34, 2**30))
+    replicas.note_memory(2, HostMemory(2, "mini3", 2**28, 2**34, 2**30))  # it has no engine
+    assert "mini1" in (replicas.memory_low({}) or "")
+    assert replicas.choose(submit(), {}) is not None  # of a lost replica: it runs already
+    replicas.set_open(0, is_open=False)
+    assert "mini2" in (replicas.memory_low({}) or "")
+    replicas.add(1, LONG)  # loaded again
+    assert replicas.memory_low({}) is None
 
 
 def test_together_they_take_what_fits_on_each() -> None:

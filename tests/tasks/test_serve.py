@@ -70,10 +70,11 @@ def test_it_answers_says_where_and_drains(tmp_path: Path, model: Path) -> None:
         assert not (tmp_path / "outputs" / "latest").exists()
 
 
-def test_a_detached_server_is_seen_and_stopped_by_the_commands_for_runs(
+def test_a_detached_server_is_seen_unloads_and_is_stopped_by_the_commands_for_runs(
     tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, err = finish(start(tmp_path, "task=serve", *choice(model), "detach=true"))
+    asked = ["detach=true", "serving.unload_after_min=0.02"]
+    code, out, err = finish(start(tmp_path, "task=serve", *choice(model), *asked))
     assert code == 0, err
     run_id = out.split(" runs in the background")[0]
     assert "-serve-tiny-" in run_id
@@ -84,9 +85,19 @@ def test_a_detached_server_is_seen_and_stopped_by_the_commands_for_runs(
     try:
         until(lambda: state_of(folder) == "serving", START_S)
         processes = [driver, *driver.children(recursive=True)]
+        body = {"prompt": "Once", "temperature": 0, "max_tokens": 8}
+        before = httpx.post(f"{url}/v1/completions", json=body, timeout=START_S).json()["choices"]
+        until(lambda: httpx.get(f"{url}/readyz").json()["status"] == "unloaded", START_S)
+        until(lambda: not driver.children(), START_S)  # which gives all their memory back
+        body["stream"] = True
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=START_S) as response:
+            lines = list(response.iter_lines())
+        assert lines[0].startswith(": loading the model")
+        after = [event["choices"][0] for event in events(iter(lines))]
+        assert "".join(one["text"] for one in after) == before[0]["text"]
+        processes += driver.children(recursive=True)
         assert drive(compose(["task=status"])) == 0
         assert f"{run_id}  serving at {url}" in capsys.readouterr().out
-        assert httpx.get(f"{url}/readyz").status_code == 200
         assert drive(compose(["task=stop"])) == 0  # the only one that is alive
         assert "stop requested, once running answers have ended" in capsys.readouterr().out
         until(lambda: not any(map(is_alive, processes)))
