@@ -142,7 +142,8 @@ class Unloading(Subscriber):
 
     def _wait(self) -> bool:
         """Until a request comes; False where the user stops the server before."""
-        while not self._frontend.is_wanted.wait(_POLL_S):
+        while not self._frontend.is_wanted:
             if self.interrupts.count or self._stop_requests():
                 return False
+            time.sleep(_POLL_S)
         return True

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -87,7 +86,7 @@ class Frontend:
         self.num_replicas = num_replicas
         self.replicas = Replicas(prefix_reuse=prefix_reuse, min_free_gb=min_free_gb)
         self._unloaded: Ready | None = None  # what the engines were that are to be loaded again
-        self.is_wanted = threading.Event()  # a request has come since the model was unloaded
+        self.is_wanted = False  # a request has come since the model was unloaded
         self._streams: dict[str, OutputStream] = {}  # by their names on the replicas
         self._ends: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._idle = asyncio.Event()
@@ -128,7 +127,7 @@ class Frontend:
 
     def begin_loading(self) -> None:
         """The model is being loaded again; from any thread."""
-        self.is_wanted.clear()
+        self.is_wanted = False
         self._call(self._begin_loading)
 
     def stay_unloaded(self, reason: str) -> None:
@@ -217,7 +216,7 @@ class Frontend:
         stream = OutputStream(submit, self._clock(), self._max_buffered)
         stream.waits_for_model = self._unloaded is not None
         if self.state == "unloaded":
-            self.is_wanted.set()
+            self.is_wanted = True
         self._idle.clear()
         self.metrics.prompt_tokens.inc(len(submit.prompt_ids))
         self.metrics.cache_queries.inc(len(submit.prompt_ids))
@@ -342,7 +341,7 @@ class Frontend:
         if self.state == "ready" and not self._streams and idle_s >= after_s:
             self._unloaded = self.replicas.ready
             self.replicas.there.clear()
-            self.is_wanted.clear()
+            self.is_wanted = False
             self._set_unloaded(f"no request came for {after_s / 60:g} min")
             begin()
 

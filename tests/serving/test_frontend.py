@@ -259,20 +259,20 @@ def test_an_idle_model_is_unloaded_only_while_nothing_is_asked_and_requests_then
         assert "smolrun_ready 1.0" in metrics and "smolrun_loaded 0.0" in metrics
         bench.sent.clear()
         await bench.receive(Ready(100, 1000, 2))  # of a rank that is being stopped
-        assert front.state == "unloaded" and not front.is_wanted.is_set()
+        assert front.state == "unloaded" and not front.is_wanted
         second, gone = front.submit(submit("b")), front.submit(submit("c"))
-        assert second.waits_for_model and front.is_wanted.is_set()
+        assert second.waits_for_model and front.is_wanted
         front.close(gone)
         front.lose(0, "rank 0 has ended")
         front.begin_loading()
         await asyncio.sleep(0)
         assert (front.state, second.has_ended) == ("loading", False)
-        assert bench.sent == [] and not front.is_wanted.is_set()
+        assert bench.sent == [] and not front.is_wanted
         third = front.submit(submit("d"))
         await bench.receive(Ready(100, 1000, 2))
         assert (front.state, front.reason) == ("ready", "")
         assert bench.sent == [second.submit, third.submit]  # in order, without "c"
-        assert not front.is_wanted.is_set() and not front.submit(submit("e")).waits_for_model
+        assert not front.is_wanted and not front.submit(submit("e")).waits_for_model
         for request in ("d", "e"):
             await bench.receive(StepOutput(finished=[Finished(request, 0, "stop")]))
         for stream in list(front._streams.values()):

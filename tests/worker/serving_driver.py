@@ -16,6 +16,7 @@ from smolrun.launch.control import Links, TaskMessage, decode_data, task_message
 from smolrun.mesh.mesh import Mesh
 from smolrun.models.sampling import Sampling
 from smolrun.serving.messages import (
+    HOSTS,
     LOADING,
     TOPIC,
     Finished,
@@ -131,6 +132,8 @@ class ServingDriver:
     def take(self) -> None:
         """The next message of a rank."""
         rank, message = self.inbox.get(timeout=SOON_S)
+        if message.topic == HOSTS:  # the memory of its host
+            return
         if message.topic == LOADING:
             news = decode_data(message, FromRank)  # type: ignore[arg-type, var-annotated]
             if isinstance(news, Probed):
