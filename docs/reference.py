@@ -479,6 +479,11 @@ at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
 - 429 and 503 have `Retry-After`, in seconds, from the rate of the last answers.
 - Fields that are not in these tables are ignored. A value that a table does not allow is refused.
 - `x-request-id` of a request is that of its answer; without one, the server makes it.
+- The header `x-smolrun-stream: ID` on `/v1/chat/completions` or `/v1/completions` with
+  `stream=true` keeps the answer for 120 s after a lost connection. ID is 16 to 64 random letters,
+  digits, `-` and `_`, chosen by the client and new for every request. Each event then has an
+  `id:` line; `GET /v1/streams/ID` with `Last-Event-ID` gives those after it, and
+  `DELETE /v1/streams/ID` stops the answer.
 - `/metrics` needs no client: `smolrun_*`, and the same under the names of vLLM (`vllm:*`).
 - What a model thinks before it answers is `reasoning_content`, beside `content`.
 - In `/v1/completions` with `logprobs`, `top_logprobs` of a token also has the token itself; with

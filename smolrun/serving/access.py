@@ -78,7 +78,7 @@ class AccessControl:
                 if is_listed and origin:
                     answer["access-control-allow-origin"] = origin
                     answer["access-control-expose-headers"] = (
-                        "x-request-id, x-smolrun-rank, retry-after"
+                        "x-request-id, x-smolrun-rank, x-smolrun-stream, retry-after"
                     )
                     answer["vary"] = "origin"
             await send(message)
@@ -99,7 +99,7 @@ class AccessControl:
             return None
         wanted = headers.get("access-control-request-headers")  # OpenAI's client sends its own
         allowed = {
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": "GET, POST, DELETE",
             "access-control-allow-headers": wanted or "authorization, content-type, x-request-id",
             "access-control-max-age": "600",
         }

@@ -16,6 +16,7 @@ from smolrun.serving.generation import Service
 from smolrun.serving.http_metrics import CONTENT_TYPE
 from smolrun.serving.openai_api import openai_routes
 from smolrun.serving.page import add_page
+from smolrun.serving.resumable_streams import KeptStreams, stream_routes
 from smolrun.serving.simple_api import simple_routes
 
 _REFERENCE_HEADERS = {
@@ -43,7 +44,9 @@ def build_routes(service: Service) -> FastAPI:
         separate_input_output_schemas=False,
     )
     api_errors.install(app)
-    app.include_router(openai_routes(service))
+    streams = KeptStreams(service.frontend.metrics)
+    app.include_router(openai_routes(service, streams))
+    app.include_router(stream_routes(streams))
     app.include_router(simple_routes(service))
     _add_server_routes(app, service)
     _add_reference(app)

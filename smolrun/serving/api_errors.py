@@ -6,6 +6,7 @@ no request is answered by a 500 but for a defect of this program.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -26,6 +27,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (403, "This Host or Origin is not served"),
         (404, "There is no such model or path"),
         (408, "The request came too slowly"),
+        (409, "An answer is kept under this id already"),
+        (410, "The events that are asked for are no longer kept"),
         (413, "The request is too large"),
         (429, "The queue is full; see Retry-After"),
         (503, "The server is not ready, or the engine failed; see Retry-After"),
@@ -132,7 +135,7 @@ def _field(location: tuple[int | str, ...]) -> str | None:
     for part in location[1:]:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.replace("_", "").isalnum() and part not in _ALTERNATIVES:
+        elif re.fullmatch(r"[\w-]+", part) and part not in _ALTERNATIVES:
             text += f".{part}" if text else part
     return text or None
 

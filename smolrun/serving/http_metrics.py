@@ -82,6 +82,13 @@ class ServingMetrics:
         self.request_generated = histogram("request_generated_tokens", "Of a request", _TOKENS)
         self.lost_replicas = counter("replica_losses", "Times that a replica was lost", ("rank",))
         self.moved = counter("requests_moved", "Requests that another replica continued")
+        self.resumed_streams = counter("streams_resumed", "Answers that a client resumed")
+        self.kept_streams = Gauge(
+            "smolrun_streams_kept", "Answers kept without a connection", registry=registry
+        )
+        self.kept_bytes = Gauge(
+            "smolrun_streams_bytes", "Of the events of all that may be resumed", registry=registry
+        )
         gauge, ranks = Gauge, ("rank",)
         self._up = gauge("smolrun_rank_up", "Whether it takes requests", ranks, registry=registry)
         self._running_on = gauge(

@@ -14,6 +14,7 @@ from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.chat_completions import ChatCompletion
 from smolrun.serving.generation import Service
 from smolrun.serving.protocol import ChatRequest, CompletionRequest
+from smolrun.serving.resumable_streams import KeptStreams, StreamId
 from smolrun.serving.text_completions import TextCompletion
 
 _NOT_THERE = (
@@ -22,19 +23,25 @@ _NOT_THERE = (
 )
 
 
-def openai_routes(service: Service) -> APIRouter:
+def openai_routes(service: Service, streams: KeptStreams) -> APIRouter:
     """The routes of one served model."""
     routes = APIRouter(tags=["OpenAI"], responses=ERRORS)
 
     @routes.post("/v1/chat/completions", response_class=Response)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(
+        body: ChatRequest, request: Request, x_smolrun_stream: StreamId = None
+    ) -> Response:
         """Answer a conversation; `stream=true` sends the answer as server-sent events."""
-        return await ChatCompletion(service, body, request).response()
+        completion = ChatCompletion(service, body, request)
+        return await streams.response(completion, request, x_smolrun_stream)
 
     @routes.post("/v1/completions", response_class=Response)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    async def completions(
+        body: CompletionRequest, request: Request, x_smolrun_stream: StreamId = None
+    ) -> Response:
         """Continue a text; `stream=true` sends the continuation as server-sent events."""
-        return await TextCompletion(service, body, request).response()
+        completion = TextCompletion(service, body, request)
+        return await streams.response(completion, request, x_smolrun_stream)
 
     @routes.get("/v1/models", response_class=Response)
     async def models() -> Response:

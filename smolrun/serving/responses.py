@@ -132,7 +132,7 @@ class Completion(ABC, Generic[Body]):
         """The answer or its events; raises ApiError and Unavailable before anything is sent."""
         generations = await self.begin()
         if self.body.stream:
-            return EventStream(generations, self._events(generations), self.headers)
+            return EventStream(generations, self.events(generations), self.headers)
         return await unless_gone(self._request, generations, self._whole(generations))
 
     @abstractmethod
@@ -168,7 +168,8 @@ class Completion(ABC, Generic[Body]):
         headers = rank_header(generations) | self.headers
         return json_response(self._head(self.kind) | answer, headers=headers)
 
-    async def _events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
+    async def events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
+        """Of the whole stream, and comments; errors are events too."""
         wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head, last = self._head(self.chunk_kind), {"usage": None} if wants_usage else {}
         try:

@@ -74,9 +74,10 @@ def test_the_default_of_max_tokens_is_what_the_context_has_room_for(echo: Served
     assert echo.engine.submitted[-1].max_tokens == 512 - 500
 
 
-def test_a_stop_string_ends_the_answer_and_the_work(echo: Served):
+def test_a_stop_string_ends_the_answer_and_the_work(echo: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(echo.engine, "step_s", 0.005)  # so that much is left when it is found
     for stream in (False, True):
-        answer = echo.chat("one, two, three", stop=["two", "zzz"], stream=stream)
+        answer = echo.chat("one, two, three" + "x" * 400, stop=["two", "zzz"], stream=stream)
         if stream:
             chunks = [chunk["choices"][0] for chunk in events(answer.text)]
             text = "".join(chunk["delta"].get("content", "") for chunk in chunks)
