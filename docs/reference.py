@@ -473,7 +473,8 @@ at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
 - Programs for OpenAI's API work with `base_url="http://127.0.0.1:7665/v1"` and any `api_key`, or
   the server's own where it has one.
 - Streams are server-sent events and end with `data: [DONE]`. Lines that begin with a colon are
-  comments: how far a long prompt is, and that the connection is alive.
+  comments: how many requests are before it in the queue (`: queued 2`), that the model is being
+  loaded, how far a long prompt is (`: prefill 512/2048`), that the connection is alive.
 - Every error is `{"error": {"message", "type", "param", "code"}}` with a status of 400 or more;
   `param` names the field. In a stream that has begun it is an event, and `[DONE]` follows.
 - 429 and 503 have `Retry-After`, in seconds, from the rate of the last answers.

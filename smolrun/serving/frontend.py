@@ -37,7 +37,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.output_stream import OutputStream
+from smolrun.serving.output_stream import OutputStream, Queued, queued
 from smolrun.serving.replicas import Replicas
 
 State = Literal["starting", "ready", "recovering", "unloaded", "loading", "draining", "failed"]
@@ -226,6 +226,7 @@ class Frontend:
             self._place(stream)
         else:
             self._send_to(stream, rank)
+        self._note_queue()
         return stream
 
     def _place(self, stream: OutputStream) -> None:
@@ -266,6 +267,7 @@ class Frontend:
         self.metrics.cached_tokens.inc(stream.cached_tokens)
         self.metrics.request_generated.observe(stream.generated_tokens)
         self.metrics.request_seconds.observe(self._clock() - stream.submitted_at)
+        self._note_queue()
         if not self._streams:
             self._idle.set()
             self._idle_since_s = self._clock()
@@ -400,6 +402,7 @@ class Frontend:
         for stream in list(self._streams.values()):
             if stream.rank is None and not stream.has_ended:
                 self._place(stream)
+        self._note_queue()
 
     def _lose(self, rank: int, reason: str) -> None:
         if rank not in self.replicas.there:
@@ -462,6 +465,15 @@ class Frontend:
         self.metrics.finished.labels(reason).inc()
         stream.open_choices.discard(choice)
         self._ends.append(self._clock())
+        self._note_queue()
+
+    def _note_queue(self) -> None:
+        """Those that wait for a slot learn how many are before them, where that has changed."""
+        slots = {rank: one.ready.max_running for rank, one in self.replicas.there.items()}
+        for stream, before in queued(self._streams.values(), slots):
+            if stream.queued != before:
+                stream.queued = before
+                stream.push(Queued(before))
 
 
 def _who(rank: int | None) -> str:

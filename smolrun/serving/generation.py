@@ -23,7 +23,7 @@ from smolrun.models.sampling import Sampling
 from smolrun.serving.api_errors import ApiError
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.messages import Finished, FinishReason, Prefill, Recovering, Submit
-from smolrun.serving.output_stream import OutputStream, StreamFailed
+from smolrun.serving.output_stream import OutputStream, Queued, StreamFailed
 from smolrun.serving.protocol import CompletionFields
 from smolrun.serving.text import AnswerText, Delta, Prompts
 
@@ -40,14 +40,20 @@ _SAMPLING_KEYS = (
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one choice; `reason` with its last piece. Without a choice: the progress of
-    the prompt, or that the answer pauses, and why."""
+    """What is new of one choice; `reason` with its last piece. Without a choice: how many
+    are before it in the queue, the progress of the prompt, or that the answer pauses, and why."""
 
     choice: int
     delta: Delta
     reason: FinishReason | None = None
     prefill: Prefill | None = None
     recovering: str | None = None
+    queued: int | None = None
+
+    @property
+    def is_progress(self) -> bool:
+        """Whether nothing of any choice is in it."""
+        return not (self.prefill is None and self.recovering is None and self.queued is None)
 
 
 @dataclass
@@ -250,6 +256,9 @@ class Generation:
                 continue
             if isinstance(output, Recovering):
                 yield Piece(0, Delta(), recovering=output.reason)
+                continue
+            if isinstance(output, Queued):
+                yield Piece(0, Delta(), queued=output.before)
                 continue
             answer = self._answers[output.choice]
             if answer.is_stopped():

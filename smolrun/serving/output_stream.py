@@ -6,14 +6,24 @@ Also what another replica needs to continue the request. Everything runs on the 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import msgspec
 
 from smolrun.serving.messages import Finished, Prefill, Recovering, Submit, Token
 from smolrun.serving.replicas import continued
 
-Output = Token | Finished | Prefill | Recovering
+
+@dataclass(frozen=True)
+class Queued:
+    """A request waits for a slot, after `before` others."""
+
+    before: int
+
+
+Output = Token | Finished | Prefill | Recovering | Queued
 
 
 class StreamFailed(Exception):
@@ -31,6 +41,7 @@ class OutputStream:
         self.last_token_at: float | None = None
         self.generated_tokens = 0
         self.cached_tokens = 0
+        self.queued: int | None = None  # how many were before it when it was last counted
         self.waits_for_model = False  # it was unloaded when the request came
         self.open_choices = set(range(submit.choices))
         self.rank: int | None = None  # where it runs; None while no replica can take it
@@ -109,3 +120,19 @@ class OutputStream:
         """End the stream after the outputs that are there."""
         self._failure = message
         self._changed.set()
+
+
+def queued(
+    streams: Iterable[OutputStream], slots: Mapping[int, int]
+) -> Iterator[tuple[OutputStream, int]]:
+    """The requests that wait for a slot, in their order, each with how many are before it. `slots`:
+    of every rank, which takes its requests in order."""
+    running, waiting = Counter[int](), Counter[int]()
+    for stream in streams:
+        rank = stream.rank
+        if rank is None or stream.has_ended or rank not in slots:
+            continue
+        if running[rank] >= slots[rank] and not stream.has_tokens:
+            yield stream, waiting[rank]
+            waiting[rank] += 1
+        running[rank] += len(stream.open_choices)

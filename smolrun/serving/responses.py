@@ -45,7 +45,9 @@ def event(body: Any) -> bytes:
 
 
 def comments(piece: Piece) -> Iterator[bytes]:
-    """How far the prompt is, or why the answer pauses, as comments, which every client skips."""
+    """What an answer waits for, or how far its prompt is, as comments, which every client skips."""
+    if piece.queued is not None:
+        yield f": queued {piece.queued}\n\n".encode()
     if piece.prefill is not None:
         yield f": prefill {piece.prefill.done}/{piece.prefill.total}\n\n".encode()
     if piece.recovering is not None:
@@ -173,10 +175,10 @@ class Completion(ABC, Generic[Body]):
         wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head, last = self._head(self.chunk_kind), {"usage": None} if wants_usage else {}
         try:
-            if any(one.stream.waits_for_model for one in generations):
-                yield LOADING
             for entry in self.first_entries():
                 yield event(head | {"choices": [entry]} | last)
+            if any(one.stream.waits_for_model for one in generations):
+                yield LOADING
             async for prompt, piece in merged(generations):
                 for comment in comments(piece):
                     yield comment

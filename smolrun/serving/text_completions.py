@@ -98,11 +98,9 @@ class TextCompletion(Completion[CompletionRequest]):
 
     def entries(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """The text, with the end in its last entry."""
-        if piece.prefill is not None:
-            if self._echoes and piece.prefill.logprobs:
-                self._echoes[prompt].scores += piece.prefill.logprobs
-            return
-        if piece.recovering is not None:
+        if piece.prefill is not None and self._echoes and piece.prefill.logprobs:
+            self._echoes[prompt].scores += piece.prefill.logprobs
+        if piece.is_progress:
             return
         index, delta = prompt * self.n + piece.choice, self._delta(prompt, piece)
         logprobs = None if self.body.logprobs is None else self._logprobs(index, delta)

@@ -21,7 +21,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.output_stream import Output, StreamFailed
+from smolrun.serving.output_stream import Output, Queued, StreamFailed
 
 
 class Bench:
@@ -335,3 +335,37 @@ def test_messages_before_the_loop_runs_wait_for_it():
     assert bench.frontend.state == "ready"
     loop.close()
     bench.frontend.on_message(StepOutput())  # nobody is left: it is dropped
+
+
+def test_those_that_wait_learn_how_many_are_before_them():
+    async def test(bench: Bench) -> None:
+        running = [bench.frontend.submit(submit(name)) for name in "ab"]
+        one, two, three = (bench.frontend.submit(submit(name)) for name in "cde")
+        assert not any(stream.has_outputs for stream in running)
+        assert [await anext(stream) for stream in (one, two, three)] == [
+            Queued(n) for n in (0, 1, 2)
+        ]
+        bench.frontend.close(two)
+        assert await anext(three) == Queued(1) and not one.has_outputs
+        await bench.tokens("a", 5)
+        await bench.receive(StepOutput(finished=[Finished("a", 0, "stop")]))
+        assert await anext(three) == Queued(0)
+        assert not one.has_outputs  # it has a slot, and its first token says so
+
+    run(test)
+
+
+def test_the_queue_of_a_lost_replica_is_counted_again_where_it_goes():
+    async def test(bench: Bench) -> None:
+        bench.frontend.on_message(Ready(100, 1000, 2), 1)
+        await asyncio.sleep(0)
+        streams = [bench.frontend.submit(submit(name)) for name in "abcd"]
+        assert not any(stream.has_outputs for stream in streams)
+        moved = [stream for stream in streams if stream.rank == 1]
+        bench.frontend.lose(1, "gone")
+        await asyncio.sleep(0)
+        found = [[await anext(stream), await anext(stream)] for stream in moved]
+        assert [{type(one) for one in outputs} for outputs in found] == [{Queued, Recovering}] * 2
+        assert [stream.queued for stream in moved] == [0, 1]
+
+    run(test, num_replicas=2)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,24 @@ def test_what_finds_no_room_is_refused_at_once(tmp_path: Path):
         assert 'smolrun_requests_refused_total{code="queue_full"} 4.0' in text
         assert "\nvllm:num_requests_running 1.0\n" in text
         assert "\nvllm:num_requests_waiting 2.0\n" in text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/chat"])
+def test_a_stream_says_how_many_are_before_it(tmp_path: Path, path: str):
+    fields = {"text": "Hi", "prompt": "Hi", "max_tokens": 2}
+    with served(slow(slots=1), tmp_path) as server, ExitStack() as stack:
+        others = [ExitStack(), ExitStack()]
+        for count, other in enumerate(others):
+            stack.enter_context(other)
+            other.enter_context(lines_of(server))
+            until(lambda count=count: server.engine.load == count + 1)  # type: ignore[misc]
+        lines = stack.enter_context(lines_of(server, path, **fields)).iter_lines()
+        assert ": queued 1" in takewhile(lambda line: line != ": queued 0", lines)
+        for other in others:
+            other.close()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        text = json.dumps(chunks)
+        assert text.count("x") >= 2 and "queued" not in text
 
 
 def test_a_request_has_a_deadline(tmp_path: Path):
