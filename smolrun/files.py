@@ -104,11 +104,16 @@ def decode_json(data: bytes) -> Any:
         found = json.loads(data)
     except RecursionError:
         raise LimitPassed(f"nested deeper than {MAX_DEPTH} levels") from None
-    level: list[Any] = [found]
+    return not_too_deep(found)
+
+
+def not_too_deep(value: Any) -> Any:
+    """The JSON value itself; ValueError where it is nested deeper than MAX_DEPTH levels."""
+    level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [child for item in level for child in _children(item)]
         if not level:
-            return found
+            return value
     raise LimitPassed(f"nested deeper than {MAX_DEPTH} levels")
 
 

@@ -55,7 +55,11 @@ class ChatTemplate:
         try:
             writer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._names: dict[str, str] = writer.special_tokens_map
-            self._template = LimitedTemplate(writer.get_chat_template())
+            texts = writer.get_chat_template(), writer.get_chat_template(tools=[{}])
+            self._template = LimitedTemplate(texts[0])
+            # Few models have a template of its own for that.
+            differs = texts[0] != texts[1]
+            self._with_tools = LimitedTemplate(texts[1]) if differs else self._template
         except Exception as error:  # whatever the library meets in a foreign folder
             raise DataError(
                 f"cannot use the chat template of {folder}: {error}; set data.template=plain"
@@ -63,17 +67,26 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def write(
-        self, messages: Messages, *, asks: bool, names: Mapping[str, Any] = MappingProxyType({})
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        asks: bool,
+        names: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The conversation as text; `asks`: with the beginning of an answer that is to come.
 
-        `names` are switches that a template of its own may read, such as enable_thinking.
-        LimitPassed for a template that does not come to an end.
+        `names` are switches that a template of its own may read, such as enable_thinking; `tools`
+        are functions as OpenAI's API describes them. LimitPassed for a template that does not come
+        to an end.
         """
-        return self._template.render(
-            MAX_WORK + 100 * sum(len(message["content"]) for message in messages),
+        size = sum(len(message["content"]) for message in messages)
+        calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        size += len(json.dumps([tools, calls])) if tools or calls else 0
+        return (self._with_tools if tools else self._template).render(
+            MAX_WORK + 100 * size,
             messages=messages,
-            tools=None,
+            tools=tools or None,
             documents=None,
             add_generation_prompt=asks,
             **{**names, **self._names},

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from smolrun.serving.api_errors import ApiError, refuse
 from smolrun.serving.generation import Generation, Piece
 from smolrun.serving.protocol import ChatRequest
 from smolrun.serving.responses import Completion
 from smolrun.serving.text import ThinkingSplitter, TokenText
+from smolrun.serving.tool_calls import ToolCallSplitter, template_message, tool_use
 
 CONTINUES_TEXT = "this base model has no chat template: it continues the text of the messages"
 NO_LOGPROB = -9999.0  # as in OpenAI's API, for a token that is too unlikely to be reported
@@ -23,25 +26,30 @@ class ChatCompletion(Completion[ChatRequest]):
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     _splitters: list[ThinkingSplitter] | None = None  # one a choice, for a model that thinks
+    _tools: list[ToolCallSplitter] | None = None  # one a choice, where there are tools
 
     async def begin(self) -> list[Generation]:
         """One, of the whole conversation."""
         service, body = self.service, self.body
         service.check(body.model, self.n, body.worker_rank)
         _check_supported(body)
+        use = tool_use(body, service.prompts)
         messages = [
-            {"role": "system" if m.role == "developer" else m.role, "content": m.text}
-            for m in body.messages
+            template_message(message, f"messages[{at}]") for at, message in enumerate(body.messages)
         ]
         switches = _checked_switches(body.chat_template_kwargs or {})
         begun = _begun_answer(messages) if body.continue_final_message else None
+        if use.begun:
+            begun = (begun or "") + use.begun
         ids, is_thinking = await service.encoded(
-            sum(len(message.text) for message in body.messages),
-            lambda: service.prompts.chat(messages, switches, begun),
+            _num_characters(body),
+            lambda: service.prompts.chat(messages, switches, begun, use.tools),
             "messages",
         )
         if service.prompts.thinks:
             self._splitters = [ThinkingSplitter(is_thinking=is_thinking) for _ in range(self.n)]
+        if use.tools:
+            self._tools = [ToolCallSplitter(use.begun) for _ in range(self.n)]
         if service.continues_text:
             self.headers["x-smolrun-note"] = CONTINUES_TEXT
         return service.begin(
@@ -51,6 +59,7 @@ class ChatCompletion(Completion[ChatRequest]):
             request_id=self.request_id,
             param="messages",
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            stops=use.stops,
         )
 
     def empty_choice(self, index: int) -> dict[str, Any]:
@@ -75,23 +84,41 @@ class ChatCompletion(Completion[ChatRequest]):
         if delta or logprobs:
             yield _entry(piece.choice, delta, logprobs)
         if piece.reason:
-            yield _entry(piece.choice, {}, reason=piece.reason)
+            is_call = self._tools and self._tools[piece.choice].num_calls
+            reason = "tool_calls" if is_call and piece.reason == "stop" else piece.reason
+            yield _entry(piece.choice, {}, reason=reason)
 
-    def _message(self, piece: Piece) -> dict[str, str]:
-        """content and reasoning_content that a piece adds."""
-        thought, said = "", piece.delta.text
+    def _message(self, piece: Piece) -> dict[str, Any]:
+        """content, reasoning_content and tool_calls that a piece adds."""
+        thought, said, calls = "", piece.delta.text, list[dict[str, Any]]()
         if self._splitters:
             splitter = self._splitters[piece.choice]
             thought, said = splitter.push(said)
             if piece.reason:
                 last_thought, last_said = splitter.finish()
                 thought, said = thought + last_thought, said + last_said
-        parts = {"reasoning_content": thought, "content": said}
-        return {key: text for key, text in parts.items() if text}
+        if self._tools:
+            said, calls = self._called(self._tools[piece.choice], said, is_last=bool(piece.reason))
+        parts = {"reasoning_content": thought, "content": said, "tool_calls": calls}
+        return {key: part for key, part in parts.items() if part}
+
+    def _called(
+        self, splitter: ToolCallSplitter, said: str, *, is_last: bool
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The text, and the calls that are complete now; a stream numbers them."""
+        first = splitter.num_calls
+        said, calls = splitter.push(said)
+        if is_last:
+            last_said, last_calls = splitter.finish()
+            said, calls = said + last_said, calls + last_calls
+        entries = [call.entry() for call in calls]
+        if self.body.stream:
+            entries = [{"index": first + at, **entry} for at, entry in enumerate(entries)]
+        return said, entries
 
 
 def _entry(
-    index: int, delta: dict[str, str], logprobs: Any = None, reason: str | None = None
+    index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
@@ -106,19 +133,25 @@ def _logprobs(tokens: list[TokenText]) -> list[dict[str, Any]]:
     ]
 
 
-def _begun_answer(messages: list[dict[str, str]]) -> str:
+def _num_characters(body: ChatRequest) -> int:
+    """Of all that goes into the prompt."""
+    calls = [message.tool_calls for message in body.messages if message.tool_calls]
+    size = len(msgspec.json.encode([tool.model_dump() for tool in body.tools or []]))
+    size += sum(len(call.function.arguments) for some in calls for call in some)
+    return size + sum(len(message.text) for message in body.messages)
+
+
+def _begun_answer(messages: list[dict[str, Any]]) -> str:
     """The last message, which is taken from the list."""
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         message = "continue_final_message needs a last message of role assistant that has text"
         raise ApiError(400, message, param="continue_final_message", code="invalid_value")
-    return messages.pop()["content"]
+    return str(messages.pop()["content"])
 
 
 def _check_supported(body: ChatRequest) -> None:
     refuse(
-        tools=bool(body.tools),
         functions=bool(body.functions),
-        tool_choice=body.tool_choice not in (None, "none", "auto"),
         function_call=body.function_call not in (None, "none", "auto"),
         response_format=(body.response_format or {}).get("type", "text") != "text",
         modalities=any(kind != "text" for kind in body.modalities or []),

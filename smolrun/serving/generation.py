@@ -160,9 +160,11 @@ class Service:
         param: str,
         top_logprobs: int | None = None,
         echo_logprobs: bool = False,
+        stops: Sequence[str] = (),
     ) -> list[Generation]:
-        """Submit one request to the engine for each prompt, all of them or none. 400 for a prompt
-        that is too long; raises Unavailable."""
+        """Submit one request to the engine for each prompt, all of them or none. `stops`: stop
+        strings beside those of the request. 400 for a prompt that is too long; raises
+        Unavailable."""
         choices, stop_ids = request.n or 1, self._stop_ids(request)
         submits = [
             Submit(
@@ -179,7 +181,7 @@ class Service:
         ]
         rank = request.worker_rank
         self.frontend.check_room(choices * len(prompts), rank)
-        return [Generation(self, submit, request.stops, rank) for submit in submits]
+        return [Generation(self, submit, [*request.stops, *stops], rank) for submit in submits]
 
     def _room(self, prompt_ids: list[int], param: str) -> int:
         """For the tokens of an answer."""

@@ -21,6 +21,8 @@ from pydantic import (
     StrictStr,
 )
 
+from smolrun.files import not_too_deep
+
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
@@ -57,7 +59,10 @@ Switch = StrictBool | StrictInt | StrictFloat | Text | None
 _NONE: dict[str, JsonValue] = {
     "maxItems": 0
 }  # for the description; that it is refused by name is said elsewhere
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+MAX_TOOLS = 256
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+JsonSchema = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
 
 
 class ApiRequest(BaseModel):
@@ -73,18 +78,67 @@ class TextPart(ApiRequest):
     text: Text = Field(description="The text")
 
 
+class CalledFunction(ApiRequest):
+    """A function with the arguments of a call."""
+
+    name: FunctionName = Field(description="Its name")
+    arguments: Text = Field(description="A JSON object as text")
+
+
+class AnsweredCall(ApiRequest):
+    """A call in an earlier answer."""
+
+    id: Text = Field(description="As the answer had it")
+    type: Literal["function"] = Field("function", description="No other types are supported")
+    function: CalledFunction = Field(description="What was called")
+
+
 class ChatMessage(ApiRequest):
     """One message of a conversation."""
 
-    role: Role = Field(description="developer is the same as system")
-    content: Text | list[TextPart] = Field(description="The text, or a list of parts of type text")
+    role: Role = Field(description="developer is the same as system; tool: what a call returned")
+    content: Text | list[TextPart] | None = Field(
+        None, description="The text, or a list of parts of type text; not needed beside tool_calls"
+    )
+    tool_calls: Annotated[list[AnsweredCall], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="The calls of an answer (role assistant)"
+    )
+    tool_call_id: Text | None = Field(None, description="Of the call (role tool)")
 
     @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content
+        return self.content or ""
+
+
+class Function(ApiRequest):
+    """A function that the model may call."""
+
+    name: FunctionName = Field(description="Its name")
+    description: Text | None = Field(None, description="What it does")
+    parameters: JsonSchema | None = Field(None, description="The JSON Schema of its arguments")
+
+
+class Tool(ApiRequest):
+    """What the model may use."""
+
+    type: Literal["function"] = Field(description="No other types are supported")
+    function: Function = Field(description="The function")
+
+
+class NamedFunction(ApiRequest):
+    """One of the functions."""
+
+    name: FunctionName = Field(description="Its name")
+
+
+class NamedTool(ApiRequest):
+    """The tool that must be used."""
+
+    type: Literal["function"] = Field(description="No other types are supported")
+    function: NamedFunction = Field(description="The function")
 
 
 class StreamOptions(ApiRequest):
@@ -171,16 +225,17 @@ class ChatRequest(CompletionFields):
     continue_final_message: StrictBool | None = Field(
         None, description="Continue the last message, which is an answer that was cut"
     )
-    tools: list[Any] | None = Field(
-        None, description="Refused for now, unless empty", json_schema_extra=_NONE
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call, if its chat template has tools"
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="required and a named function make the answer begin as a call"
+    )
+    parallel_tool_calls: StrictBool | None = Field(
+        None, description="false: the answer ends with its first call"
     )
     functions: list[Any] | None = Field(
         None, description="Refused for now, unless empty", json_schema_extra=_NONE
-    )
-    tool_choice: Any = Field(
-        None,
-        description="Refused for now, but none and auto",
-        json_schema_extra={"enum": [None, "none", "auto"]},
     )
     function_call: Any = Field(
         None,

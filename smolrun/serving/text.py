@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolrun.data.chat_template import ChatTemplate, Messages
+from smolrun.data.chat_template import ChatTemplate
 from smolrun.data.tokenizer import load_tokenizer
 from smolrun.errors import DataError
 from smolrun.files import read_json
 
 THINK_START, THINK_END = "<think>", "</think>"
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 # Marks where the name of a control token that a user wrote is cut; random, so no text has it.
 _BREAK = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
 
@@ -210,6 +211,7 @@ class Prompts:
             for id in range(self.tokenizer.vocab_size)
         ]
         self.template = ChatTemplate(folder, self.tokenizer) if has_template(folder) else None
+        self.lacks_tools = _without_tools(template_source(folder))
         self.thinks = self.template is not None and THINK_END in template_source(folder)
         names = sorted(self.tokenizer.role_markers(), key=len, reverse=True)
         # A match has no length, so that names that overlap are all found.
@@ -220,7 +222,11 @@ class Prompts:
         return self.tokenizer.encode_prompt(text) or [self.tokenizer.end_id]
 
     def chat(
-        self, messages: Messages, names: Mapping[str, Any], begun: str | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        names: Mapping[str, Any],
+        begun: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[int], bool]:
         """The ids of a conversation, and whether the answer begins within a <think> block.
 
@@ -231,15 +237,9 @@ class Prompts:
         if self.template is None:
             text = "\n".join(message["content"] for message in messages)
             return self.text(text + (begun or "")), False
-        messages = [
-            {key: self._broken(value) for key, value in message.items()} for message in messages
-        ]
-        names = {
-            key: self._broken(value) if isinstance(value, str) else value
-            for key, value in names.items()
-        }
+        messages, names, tools = map(self._all_broken, ([*messages], dict(names), [*tools]))
         try:
-            text = self.template.write(messages, asks=True, names=names)
+            text = self.template.write(messages, asks=True, names=names, tools=tools)
         except Exception as error:  # a template may raise what it likes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"the model's chat template refuses these messages: {reason}") from None
@@ -251,6 +251,16 @@ class Prompts:
         ids = self.tokenizer.encode_markup(text.split(_BREAK))
         return [id for part in ids for id in part], is_thinking
 
+    def _all_broken(self, value: Any) -> Any:
+        """As `_broken`, of every text in a JSON value."""
+        if isinstance(value, str):
+            return self._broken(value)
+        if isinstance(value, list):
+            return [self._all_broken(item) for item in value]
+        if isinstance(value, dict):
+            return {self._broken(key): self._all_broken(item) for key, item in value.items()}
+        return value
+
     def _broken(self, text: str) -> str:
         """With a mark within the name of every control token, where the text is to be cut."""
         if self._names is None or not self._names.search(text):
@@ -258,6 +268,18 @@ class Prompts:
         places = [match.start() + 1 for match in self._names.finditer(text)]
         parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
         return _BREAK.join(parts)
+
+
+def _without_tools(template: str) -> str:
+    """Why a model with this chat template cannot be given tools; empty if it can."""
+    if not re.search(r"\btools\b", template):
+        return "this model has no tools in its chat template, so it cannot call functions"
+    if CALL_START not in template:
+        return (
+            f"this model writes calls of functions in a format other than {CALL_START} (Hermes, "
+            "Qwen2.5, Qwen3), which this server does not read"
+        )
+    return ""
 
 
 def has_template(folder: Path) -> bool:

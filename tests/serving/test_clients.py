@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from smolrun.serving.access import AccessPolicy
-from tests.serving.chat_model import chat_model
+from smolrun.serving.messages import Submit
+from tests.serving.chat_model import TOOLS_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import Served, says, served
 from tests.waiting import SOON_S, until
@@ -91,6 +92,49 @@ def test_openai_knows_our_errors(server: Served):
             assert lost.value.status_code == 503
         finally:
             server.engine.say_ready()
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def calls_then_answers(submit: Submit, _: int) -> list[int]:
+    """The script of a model that calls a function, and answers once it has its result."""
+    has_result = b"<tool_response>\n12 degrees" in bytes(id for id in submit.prompt_ids if id < 256)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+    return [*("It has 12 degrees." if has_result else call).encode(), 256]
+
+
+@pytest.fixture(scope="module")
+def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("tools")
+    chat_model(folder, TOOLS_TEMPLATE)
+    engine = FakeEngine(calls_then_answers, max_sequence_length=4096)
+    with served(engine, folder, AccessPolicy(api_key=KEY)) as found:
+        yield found
+
+
+def test_openai_calls_a_function_and_answers_with_its_result(tool_server: Served):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=tool_server.url + "/v1", api_key=KEY, timeout=SOON_S) as client:
+        messages: list[Any] = [{"role": "user", "content": "What is the weather in Bonn?"}]
+        chat = client.chat.completions
+        with chat.stream(model="fake", messages=messages, tools=[WEATHER]) as stream:
+            finals = [e for e in stream if e.type == "tool_calls.function.arguments.done"]
+            choice = stream.get_final_completion().choices[0]
+        assert [(event.name, event.arguments) for event in finals] == [
+            ("weather", '{"city": "Bonn"}')
+        ]
+        assert choice.finish_reason == "tool_calls"
+        whole = chat.create(model="fake", messages=messages, tools=[WEATHER]).choices[0].message
+        (call,) = whole.tool_calls
+        assert call.function.arguments == '{"city": "Bonn"}'
+        messages += [whole, {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"}]
+        answer = chat.create(model="fake", messages=messages, tools=[WEATHER]).choices[0]
+        assert (answer.message.content, answer.finish_reason) == ("It has 12 degrees.", "stop")
+        assert answer.message.tool_calls is None
 
 
 def test_openai_raises_the_error_of_a_stream(server: Served):
