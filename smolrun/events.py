@@ -153,6 +153,18 @@ class Norms(Event, frozen=True, tag="norms"):
     rank: None = None
 
 
+class ExpertTokens(Event, frozen=True, tag="expert_tokens"):
+    """What the experts of a model got in one step, all ranks together: `tokens[layer][expert]`, and
+    how many tokens an expert has dropped for lack of capacity. `imbalance` is the largest number of
+    tokens in any layer, as a multiple of that layer's mean: 1 is balanced."""
+
+    step: Count
+    tokens: list[list[Count]]
+    dropped: Count
+    imbalance: NonNegative
+    rank: None = None
+
+
 class ShardSaved(Event, frozen=True, tag="shard_saved"):
     """A rank wrote its part of the checkpoint after `updates` updates; the driver makes the whole.
 

@@ -19,6 +19,7 @@ Knows nothing of where data comes from, of files, or of configs.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
@@ -42,6 +43,7 @@ from smolrun.algorithms.contract import (
     StepStats,
     check_answer,
 )
+from smolrun.algorithms.experts import ExpertLoad, expert_columns, with_auxiliary_loss
 from smolrun.checkpoints.reader import CheckpointReader
 from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
 from smolrun.collectives.api import new_group
@@ -75,7 +77,6 @@ class Algorithm(ABC):
     has_checkpoint_state = True  # whether this rank writes a part of a checkpoint
     is_lockstep = True  # whether all ranks begin every step together
     replicas_may_differ = False  # in last bits: unlike machines, each updating its own replica
-    step_stats: tuple[str, ...] = STEP_STATS  # what `synchronize` reports of every step
     # The index within the group of the rank whose `forward` returns logits; None: all ranks' do.
     logits_index: int | None = None
     note = ""  # what `place` has decided that the user should know
@@ -86,6 +87,8 @@ class Algorithm(ABC):
         self.context = context
         self.collectives = new_group(context.mesh)
         self.clock = StepClock(context.pace)
+        self.loss_scale = context.precision.loss_scale(context.expected_weight)
+        self.expert_load = ExpertLoad()
         # Set by this rank's trainer; all ranks know after the next step at which they meet.
         self.wants_stop = False
         self.steps_begun = 0
@@ -103,7 +106,11 @@ class Algorithm(ABC):
         named = model.named_parameters()
         self.optimized_params = [own for own in named if self.writer(own[0]) != "other"]
         self.optimizer = self.context.make_optimizer(self.optimized_params)
-        self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
+
+    @functools.cached_property
+    def step_stats(self) -> tuple[str, ...]:
+        """What `synchronize` reports of every step, of the model that `place` was given."""
+        return (*STEP_STATS, *expert_columns(self.model))
 
     def start_barrier(self) -> None:
         """Blocks until all ranks are ready to train; called once, after `place` and `restore`."""
@@ -128,6 +135,7 @@ class Algorithm(ABC):
         self.context.mesh.progress = self.steps_begun
         with self.clock.compute():
             stats = self.watched_forward_backward(micro_batches)
+        stats |= self.expert_load.take(self.step_stats[len(STEP_STATS) :])
         stats["samples"] = sum(len(batch.inputs) for batch in micro_batches)
         stats["changed_buffer"] = float(bool(self._changed_buffer))
         stats["compute_s"] = self.clock.compute_s
@@ -319,19 +327,17 @@ class Algorithm(ABC):
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be, all ranks together."""
         parameters = list(self.whole_parameters())
-        buffers = persistent_buffers(self.model).values()
-        held = sum(tensor.nbytes for tensor in chain(parameters, buffers))
+        held = sum(own.nbytes for own in (*parameters, *persistent_buffers(self.model).values()))
         late = self.context.staleness * sum(p.nbytes for p in parameters if p.requires_grad)
         return held + late + expected_bytes(self.optimizer, parameters)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, as JSON; equal on all ranks."""
-        scale = self.loss_scale
         return {
             "steps_begun": self.steps_begun,
             "in_flight": [pending.step for pending in self.pending_updates],
             "step_stats": list(self.step_stats),
-            "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+            "loss_scale": self.loss_scale.state(),
             "buffers_change": self.buffers_change,
         }
 
@@ -357,8 +363,7 @@ class Algorithm(ABC):
 
     def restore_progress(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Restores numbers, and pending updates as far as their gradients can be loaded."""
-        self.loss_scale.value = state["loss_scale"]["value"]
-        self.loss_scale.good_steps = state["loss_scale"]["good_steps"]
+        self.loss_scale.restore(state["loss_scale"])
         self.steps_begun = state["steps_begun"]
         self.buffers_change = state.get("buffers_change", False)  # older checkpoints: not known
         # Fewer is right too: a run that came to its end has applied them all.
@@ -367,24 +372,20 @@ class Algorithm(ABC):
                 f"{checkpoint.folder} has {len(state['in_flight'])} gradients in flight, more than "
                 f"staleness.bound = {self.context.staleness}; resume with the bound that it had"
             )
-        ranks = self.collectives.ranks
         for number, step in enumerate(state["in_flight"]):
             table = checkpoint.read(f"in_flight/{number}/facts")
-            names = state.get("step_stats", STEP_STATS[: table.shape[1]])
-            saved = StepStats(names, range(len(table)), table)
-            update = PendingUpdate(step, saved.resumed(self.step_stats, ranks), [])
-            self.pending_updates.append(update)
+            saved = StepStats.saved(table, state.get("step_stats"))
+            stats = saved.resumed(self.step_stats, self.collectives.ranks)
+            self.pending_updates.append(PendingUpdate(step, stats, []))
 
     # -- shared by all ----
 
     def share_stats(self, stats: Mapping[str, float]) -> tuple[StepStats, list[Work]]:
-        """Starts to gather the statistics of all ranks, where they meet at this step; complete when
-        the works are done. Else this rank's own."""
-        values = {name: stats[name] for name in self.step_stats}
-        own = StepStats.of_rank(self.context.mesh.rank, values)
+        """Starts to gather the statistics of all ranks, at a step at which they meet; else own."""
+        own = StepStats.of_rank(self.context.mesh.rank, {n: stats[n] for n in self.step_stats})
         if not self.is_sync_step(self.steps_begun):
             return own, []
-        table = own.table.new_zeros((self.collectives.size, len(values)))
+        table = own.table.new_zeros((self.collectives.size, len(self.step_stats)))
         work = self.collectives.all_gather(table, own.table[0], async_op=True)
         return StepStats(self.step_stats, self.collectives.ranks, table), [work]
 
@@ -405,7 +406,9 @@ class Algorithm(ABC):
         """What a model, or a stage of it, returns for a batch, unchecked."""
         self.context.reseed(FORWARD, batch.position, *self.seed_words)
         with self.context.precision.context(self.context.device):
-            return model(self.to_device(batch.inputs))
+            output = model(self.to_device(batch.inputs))
+        self.expert_load.add(model)
+        return with_auxiliary_loss(output, model, batch.targets, self.loss_scale.value)
 
     def to_device(self, inputs: Tensor) -> Tensor:
         """Inputs where the model is; numbers (not token ids) in the model's own dtype."""
@@ -478,11 +481,8 @@ class Algorithm(ABC):
         is_shared = self.is_sync_step(pending.step)
         if is_shared:
             self._share_buffers(stats)
-        computed_s = stats.column("compute_s")
-        slowest = stats.ranks[max(range(len(computed_s)), key=computed_s.__getitem__)]
-        compute_s, wait_s = self.clock.take()
+        slowest, (compute_s, wait_s) = stats.slowest, self.clock.take()
         has_waited = slowest != self.context.mesh.rank and wait_s > 0.05 * compute_s
-        are_finite = zip(stats.ranks, stats.column("is_finite"), strict=True)
         return StepResult(
             step=pending.step,
             loss=stats.total("loss_sum") / weight if weight else math.nan,
@@ -492,7 +492,7 @@ class Algorithm(ABC):
             compute_s=compute_s,
             wait_s=wait_s,
             waited_for=slowest if has_waited else None,
-            nonfinite_ranks=tuple(rank for rank, is_finite in are_finite if not is_finite),
+            nonfinite_ranks=stats.nonfinite_ranks,
             wants_stop=is_shared and any(stats.column("wants_stop")),
             norms=self._norms,
             stats=stats,

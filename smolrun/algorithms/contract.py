@@ -140,6 +140,11 @@ class StepStats:
         row = torch.tensor([list(values.values())], dtype=torch.float64)
         return cls(tuple(values), [rank], row)
 
+    @classmethod
+    def saved(cls, table: Tensor, names: Sequence[str] | None) -> StepStats:
+        """Of a checkpoint; older ones do not have the names."""
+        return cls(names or STEP_STATS[: table.shape[1]], range(len(table)), table)
+
     def column(self, name: str) -> list[float]:
         """Of every rank in `ranks`; empty if `name` is not reported."""
         if name not in self.names:
@@ -158,6 +163,18 @@ class StepStats:
     def total(self, name: str) -> float:
         """The sum over ranks."""
         return sum(self.column(name))
+
+    @property
+    def slowest(self) -> int:
+        """The rank that computed longest."""
+        computed_s = self.column("compute_s")
+        return self.ranks[max(range(len(computed_s)), key=computed_s.__getitem__)]
+
+    @property
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        """Ranks whose own gradient was not finite."""
+        are_finite = zip(self.ranks, self.column("is_finite"), strict=True)
+        return tuple(rank for rank, is_finite in are_finite if not is_finite)
 
     def resumed(self, names: Sequence[str], ranks: Sequence[int]) -> StepStats:
         """The same step for other ranks, which resume it from a checkpoint: sums stay sums, no rank

@@ -66,7 +66,6 @@ class OptimizerShards(BucketedAlgorithm):
         self.optimizer = self.context.make_optimizer(
             self.optimized_params or [("", nn.Parameter(nothing))]
         )
-        self.loss_scale = self.context.precision.loss_scale(self.context.expected_weight)
 
     # -- a step ----
 

@@ -11,6 +11,7 @@ from smolrun.config.base import (
     CustomTargetConfig,
     Kind,
     Name,
+    NotNegative,
     Positive,
     Section,
     Share,
@@ -66,8 +67,25 @@ class RopeScalingConfig(Section):
         return self
 
 
+class MoeConfig(Section):
+    """Experts in place of the feed-forward layer of every block."""
+
+    experts: Count
+    experts_per_token: Count
+    norm_topk_prob: bool
+    capacity_factor: Positive | None
+    balance_loss: NotNegative
+    z_loss: NotNegative
+
+    @model_validator(mode="after")
+    def _there_are_as_many(self) -> MoeConfig:
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token must be at most experts = {self.experts}")
+        return self
+
+
 class DecoderConfig(ModelConfig):
-    """A GPT-like decoder: the models `gpt_*`."""
+    """A GPT-like decoder: the models `gpt_*` and `moe_*`."""
 
     consumes: ClassVar[Kind | None] = "tokens"
     target: Literal["smolrun.models.decoder:build"]
@@ -90,6 +108,7 @@ class DecoderConfig(ModelConfig):
     rope_theta: Positive
     rope_scaling: RopeScalingConfig | None
     norm_eps: Positive
+    moe: MoeConfig | None = None  # runs of earlier versions have no such key
 
 
 class MlpConfig(ModelConfig):

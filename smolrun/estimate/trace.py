@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from smolrun.errors import SmolrunError
 from smolrun.models.base import ModelSpec, StagedModel
+from smolrun.models.feed_forward import MixtureOfExperts
 from smolrun.models.initialise import meta_device
 from smolrun.parts.precision import Precision
 
@@ -103,6 +104,7 @@ def trace(
         with _fake(model.to(precision.parameters)):
             if recompute:
                 setattr(model, "recompute", True)  # noqa: B010  (nn.Module has no such name)
+            _balance(model)
             inputs, targets = _batch(spec, batch_size, precision.parameters)
             counter.pass_over([*_tensors(model), inputs, targets])
             with counter:
@@ -112,6 +114,19 @@ def trace(
     except Exception as error:
         raise CannotTrace(f"it cannot be run without values ({error})") from error
     return counter.trace()
+
+
+def _balance(model: nn.Module) -> None:
+    """Where tokens go is not known without values: experts get equally many, none is dropped."""
+    for layer in model.modules():
+        if isinstance(layer, MixtureOfExperts):
+            layer.moe = replace(layer.moe, capacity_factor=None)
+            layer.run_experts = functools.partial(_run_evenly, layer)
+
+
+def _run_evenly(layer: MixtureOfExperts, rows_AD: Tensor, tokens_E: Tensor) -> Tensor:
+    parts = rows_AD.tensor_split(len(tokens_E))
+    return torch.cat([run(part) for run, part in zip(layer.experts.values(), parts, strict=True)])
 
 
 def _received(model: nn.Module, tokens: Tensor, precision: Precision) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from smolrun.errors import ConfigError
 from smolrun.models.attention import Attention, AttentionInputs, rotation_of
 from smolrun.models.base import Init, Kind, ModelSpec
+from smolrun.models.feed_forward import FeedForward, MixtureOfExperts, Routing
 from smolrun.models.kv_cache import KVCache, may_look
 from smolrun.models.shape import DecoderShape, completed_shape
 
@@ -35,44 +36,24 @@ def norm_of(shape: DecoderShape) -> nn.Module:
     return kind(shape.width, eps=shape.norm_eps)
 
 
-class FeedForward(nn.Module):
-    """Feed-forward of each token: width -> ffn_width -> width.
-
-    Source: arXiv:2002.05202 (SwiGLU), 1606.08415 (GELU).
-    """
-
-    def __init__(self, shape: DecoderShape) -> None:
-        super().__init__()
-        self.is_gated = shape.activation == "swiglu"
-        if self.is_gated:
-            self.gate = nn.Linear(shape.width, shape.ffn_width, bias=shape.mlp_bias)
-        self.up = nn.Linear(shape.width, shape.ffn_width, bias=shape.mlp_bias)
-        self.down = nn.Linear(shape.ffn_width, shape.width, bias=shape.mlp_bias)
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        if self.is_gated:
-            inner_BTF = F.silu(self.gate(hidden_BTD)) * self.up(hidden_BTD)
-        else:
-            # GPT-2's GELU is the tanh approximation; its checkpoints need exactly this one.
-            inner_BTF = F.gelu(self.up(hidden_BTD), approximate="tanh")
-        output_BTD: Tensor = self.down(inner_BTF)
-        return output_BTD
-
-
 class Block(nn.Module):
-    """Attention, then feed-forward; each reads a normed copy and adds to the residual stream."""
+    """Attention, then feed-forward or experts; each reads a normed copy and adds to the residual
+    stream."""
 
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
         self.attention_norm = norm_of(shape)
         self.attention = Attention(shape, layer)
         self.feed_forward_norm = norm_of(shape)
-        self.feed_forward = FeedForward(shape)
+        kind = FeedForward if shape.moe is None else MixtureOfExperts
+        self.feed_forward = kind(shape)
 
-    def forward(self, hidden_BTD: Tensor, shared: AttentionInputs) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, shared: AttentionInputs) -> tuple[Tensor, Routing | None]:
         hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), shared)
-        output_BTD: Tensor = hidden_BTD + self.feed_forward(self.feed_forward_norm(hidden_BTD))
-        return output_BTD
+        added, routing = self.feed_forward(self.feed_forward_norm(hidden_BTD)), None
+        if isinstance(added, tuple):
+            added, routing = added
+        return hidden_BTD + added, routing
 
 
 class Decoder(nn.Module):
@@ -99,6 +80,7 @@ class Decoder(nn.Module):
         self.has_embedding, self.has_head = has_embedding, has_head
         # True: keep only each block's input for backward and compute the rest again then.
         self.recompute = False
+        self.routing: dict[str, Routing] = {}  # of the last forward, by layer: what experts got
         if has_embedding or (has_head and shape.tie_embeddings):
             self.token_embedding = nn.Embedding(vocab_size, shape.width)
         if has_embedding and shape.position == "learned":
@@ -128,6 +110,12 @@ class Decoder(nn.Module):
     def tied_parameter(self) -> str | None:
         """The parameter that both the first and the last stage hold."""
         return "token_embedding.weight" if self.shape.tie_embeddings else None
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """Of the last forward, [B]: the losses of all routers held here for each sequence."""
+        losses = [routing.auxiliary_B for routing in self.routing.values()]
+        return torch.stack(losses).sum(0) if losses else None
 
     def forward(
         self, inputs: Tensor, cache: KVCache | None = None, counts: Sequence[int] | None = None
@@ -187,14 +175,17 @@ class Decoder(nn.Module):
 
     def _run_blocks(self, hidden_BTD: Tensor, shared: AttentionInputs) -> Tensor:
         recompute = self.recompute and torch.is_grad_enabled() and shared.step is None
-        for block in self.blocks.values():
+        self.routing = {}
+        for layer, block in self.blocks.items():
             if recompute:
                 # Nothing in a block is random, so there is no random state to keep for later.
-                hidden_BTD = checkpoint(
+                hidden_BTD, routing = checkpoint(
                     block, hidden_BTD, shared, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden_BTD = block(hidden_BTD, shared)
+                hidden_BTD, routing = block(hidden_BTD, shared)
+            if routing is not None:
+                self.routing[layer] = routing
         return hidden_BTD
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -222,7 +213,7 @@ class Decoder(nn.Module):
             return Init("zeros")
         if name.endswith("norm.weight"):
             return Init("ones")
-        if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        if name.endswith(("attention.output.weight", ".down.weight")):
             return Init("normal", 0.02 / math.sqrt(2 * self.shape.layers))
         return Init("normal", 0.02)
 
@@ -253,10 +244,12 @@ def build(
     rope_theta: float,
     rope_scaling: Mapping[str, float] | None,
     norm_eps: float,
+    moe: Mapping[str, Any] | None,
 ) -> Decoder:
     """The decoder for `spec`, or the stage of it that the parameters before the star ask for.
 
-    The keys are explained in conf/model/gpt_tiny.yaml. Raises ConfigError with every problem.
+    The keys are explained in conf/model/gpt_tiny.yaml and moe_tiny.yaml. Raises ConfigError with
+    every problem.
     """
     _check_fit(spec, max_sequence_length, vocab_size)
     shape = completed_shape(
@@ -278,6 +271,7 @@ def build(
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         norm_eps=norm_eps,
+        moe=moe,
     )
     num_outputs = vocab_size or spec.num_outputs
     return Decoder(shape, num_outputs, first_layer, last_layer, has_embedding, has_head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,22 @@ def write_end_token(folder: Path, config: dict[str, Any], end_id: int | None) ->
 
 
 def check_loads(folder: Path) -> None:
-    """Raises ConfigError unless transformers' class has exactly the tensors that were written."""
+    """Raises ConfigError unless transformers' class has exactly the tensors that were written. One
+    with experts is loaded for that, as transformers joins their matrices while it loads them."""
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if "num_experts_per_tok" in read_json(folder / "config.json"):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it lists them; else it raises an error of its own
+        )
+        keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        _refuse_misfits(model, *(sorted(map(str, told[key])) for key in keys))
+        return
     found: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -208,6 +220,13 @@ def check_loads(folder: Path) -> None:
     wanted = {name: list(value.shape) for name, value in model.named_parameters()}
     wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
     unknown = sorted(set(found) - set(model.state_dict()))
+    _refuse_misfits(model, wrong, unknown)
+
+
+def _refuse_misfits(
+    model: object, wrong: list[str], unknown: list[str], mismatched: Sequence[str] = ()
+) -> None:
+    wrong = [*wrong, *mismatched]
     if wrong or unknown:
         name = (wrong or unknown)[0]
         raise ConfigError(

@@ -4,8 +4,8 @@
     gpt2         h.3.attn.c_attn.weight, the second third, transposed (Conv1D; q, k, v in one)
     the others   layers.3.self_attn.k_proj.weight
 
-Pure name maps for gpt2, llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3: it reads no files
-and needs no transformers.
+Pure name maps for gpt2, llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3, and with experts
+mixtral and qwen3_moe: it reads no files and needs no transformers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import ConfigError
-from smolrun.models.shape import DecoderShape, RopeScaling
+from smolrun.models.shape import DecoderShape, MoeShape, RopeScaling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ _LLAMA_INSIDE = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
 }
+# Of one expert, behind its number; the module of a block that holds router and experts.
+_EXPERT = {
+    "mixtral": {"gate": "w1", "up": "w3", "down": "w2"},
+    "qwen3_moe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+}
+_MOE = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
 
 
 def location_of(name: str, family: str) -> TensorLocation:
@@ -84,6 +90,8 @@ def location_of(name: str, family: str) -> TensorLocation:
             )
         if family == "gpt2":
             return TensorLocation(f"{_GPT2_OUTSIDE[module]}.{leaf}")
+        if family in _MOE and module.startswith("feed_forward."):
+            return TensorLocation(f"model.layers.{layer}.{_of_experts(module, family)}.{leaf}")
         if family in FAMILIES and layer:
             return TensorLocation(f"model.layers.{layer}.{_LLAMA_INSIDE[module]}.{leaf}")
         if family in FAMILIES:
@@ -91,6 +99,15 @@ def location_of(name: str, family: str) -> TensorLocation:
     except KeyError:
         raise ConfigError(f"a {family} checkpoint has no place for the parameter {name}") from None
     raise ConfigError(f"unknown model family {family!r}: must be one of {', '.join(FAMILIES)}")
+
+
+def _of_experts(module: str, family: str) -> str:
+    """Of feed_forward.router, or of feed_forward.experts.7.up."""
+    _, kind, *place = module.split(".")
+    if kind == "router":
+        return f"{_MOE[family]}.gate"
+    number, part = place
+    return f"{_MOE[family]}.experts.{number}.{_EXPERT[family][part]}"
 
 
 def from_huggingface(
@@ -161,11 +178,13 @@ def _gpt2_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "moe": None,
     }
 
 
 def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     _refuse_unless(config, "hidden_act", "silu")
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     return {
         "vocab_size": config["vocab_size"],
         "layers": config["num_hidden_layers"],
@@ -173,7 +192,7 @@ def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         "heads": config["num_attention_heads"],
         "kv_heads": config.get("num_key_value_heads"),
         "head_width": config.get("head_dim"),
-        "ffn_width": config["intermediate_size"],
+        "ffn_width": config[width],
         "max_sequence_length": config["max_position_embeddings"],
         "position": "rope",
         "norm": "rmsnorm",
@@ -182,11 +201,28 @@ def _llama_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         # Qwen2 always has biases on query, key and value and never on the output.
         "attention_bias": "qkv" if family == "qwen2" else config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
-        "qk_norm": family == "qwen3",
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
         "sliding_window": _sliding_window(config, family),
         "rope_theta": _rope_theta(config),
         "rope_scaling": _rope_scaling(config),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "moe": _moe_keys(config, family) if family in _MOE else None,
+    }
+
+
+def _moe_keys(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The section `moe`; a file says nothing of a z-loss."""
+    _refuse_unless(config, "router_jitter_noise", 0.0)
+    _refuse_unless(config, "decoder_sparse_step", 1)
+    _refuse_unless(config, "mlp_only_layers", [], None)
+    names = ("num_experts", "num_local_experts")  # both occur, in files of either family
+    return {
+        "experts": next(config[name] for name in names if config.get(name) is not None),
+        "experts_per_token": config["num_experts_per_tok"],
+        "norm_topk_prob": family == "mixtral" or config.get("norm_topk_prob", False),
+        "capacity_factor": None,
+        "balance_loss": config.get("router_aux_loss_coef", 0.001),
+        "z_loss": 0.0,
     }
 
 
@@ -220,7 +256,7 @@ def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
     window = config.get("sliding_window")
     if window is None or family == "llama":
         return None
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         return int(window)
     if not config.get("use_sliding_window", False):
         return None
@@ -246,6 +282,8 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _Rules = dict[str, list[Any]]
 # What each family allows; an empty list allows everything.
@@ -274,12 +312,23 @@ _FAMILIES: dict[str, _Rules] = {
     "mistral": _MISTRAL,
     "qwen2": {**_MISTRAL, "attention_bias": ["qkv"]},
     "qwen3": {**_MISTRAL, "attention_bias": [True, False], "qk_norm": [True]},
+    "mixtral": {**_MISTRAL, "mlp_bias": [False]},
+    "qwen3_moe": {
+        **_MISTRAL,
+        "attention_bias": [True, False],
+        "mlp_bias": [False],
+        "qk_norm": [True],
+    },
 }
 
 
 def family_of(shape: DecoderShape) -> str:
     """The first family that the decoder fits; ConfigError names the keys that fit none."""
-    misfits = {family: _misfits(shape, rules) for family, rules in _FAMILIES.items()}
+    misfits = {
+        family: _misfits(shape, rules)
+        for family, rules in _FAMILIES.items()
+        if (family in _MOE) == (shape.moe is not None)
+    }
     for family, wrong in misfits.items():
         if not wrong:
             return family
@@ -315,6 +364,8 @@ def _misfits(shape: DecoderShape, rules: _Rules) -> list[str]:
         wrong += [f"kv_heads={shape.kv_heads}"] if shape.kv_heads != shape.heads else []
         is_even = shape.head_width * shape.heads == shape.width
         wrong += [] if is_even else [f"head_width={shape.head_width}"]
+    if rules is _FAMILIES["mixtral"] and shape.moe and not shape.moe.norm_topk_prob:
+        wrong.append("moe.norm_topk_prob=False")
     return wrong
 
 
@@ -358,10 +409,26 @@ def _llama(shape: DecoderShape, family: str) -> dict[str, Any]:
         keys["mlp_bias"] = shape.mlp_bias
     if family != "llama":
         keys["sliding_window"] = shape.sliding_window
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         has_window = shape.sliding_window is not None
         keys |= {
             "use_sliding_window": has_window,
             "max_window_layers": 0 if has_window else shape.layers,
         }
-    return keys
+    return keys | ({} if shape.moe is None else _moe(shape.moe, shape.ffn_width, family))
+
+
+def _moe(moe: MoeShape, expert_width: int, family: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "num_experts_per_tok": moe.experts_per_token,
+        "router_aux_loss_coef": moe.balance_loss,
+    }
+    if family == "mixtral":
+        return keys | {"num_local_experts": moe.experts, "router_jitter_noise": 0.0}
+    return keys | {
+        "num_experts": moe.experts,
+        "moe_intermediate_size": expert_width,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }

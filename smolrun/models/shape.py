@@ -25,6 +25,25 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MoeShape:
+    """Experts in place of the feed-forward layer of every block; see conf/model/moe_tiny.yaml."""
+
+    experts: int
+    experts_per_token: int
+    norm_topk_prob: bool
+    capacity_factor: float | None
+    balance_loss: float
+    z_loss: float
+
+    def capacity(self, tokens: int) -> int | None:
+        """Tokens of one sequence that an expert takes at most; None: all of them."""
+        if self.capacity_factor is None:
+            return None
+        even = self.experts_per_token * tokens / self.experts
+        return max(1, math.ceil(self.capacity_factor * even))
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """A decoder's keys with every null replaced by its number; see conf/model/gpt_tiny.yaml.
 
@@ -49,6 +68,7 @@ class DecoderShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     norm_eps: float
+    moe: MoeShape | None = None
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -85,6 +105,7 @@ def completed_shape(
     head_width: int | None,
     ffn_width: int | None,
     rope_scaling: Mapping[str, float] | None,
+    moe: Mapping[str, Any] | None = None,  # runs of earlier versions have no such key
     **keys: Any,
 ) -> DecoderShape:
     """The shape that the keys of `decoder.build` mean, all but vocab_size; ConfigError as there."""
@@ -94,6 +115,7 @@ def completed_shape(
         head_width=default_head_width(width, heads) if head_width is None else head_width,
         ffn_width=default_ffn_width(width, keys["activation"]) if ffn_width is None else ffn_width,
         rope_scaling=rope_scaling_of(rope_scaling),
+        moe=None if moe is None else MoeShape(**moe),
         **keys,
     )
 
@@ -135,7 +157,26 @@ def _problems(shape: DecoderShape) -> list[str]:
         problems.append(f"model.head_width={shape.head_width}: must be even, as rope turns pairs")
     if shape.sliding_window is not None and shape.sliding_window < 1:
         problems.append(f"model.sliding_window={shape.sliding_window}: must be at least 1, or null")
-    return problems
+    return problems + ([] if shape.moe is None else _moe_problems(shape.moe))
+
+
+def _moe_problems(moe: MoeShape) -> list[str]:
+    problems = []
+    if not 1 <= moe.experts_per_token <= moe.experts:
+        problems.append(
+            f"model.moe.experts_per_token={moe.experts_per_token}: must be within 1 .. "
+            f"model.moe.experts={moe.experts}"
+        )
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        problems.append(
+            f"model.moe.capacity_factor={moe.capacity_factor}: experts would take no token; must "
+            "be above 0, or null to drop none"
+        )
+    losses = {"balance_loss": moe.balance_loss, "z_loss": moe.z_loss}
+    negative = {key: value for key, value in losses.items() if value < 0}
+    return problems + [
+        f"model.moe.{key}={value}: must be at least 0" for key, value in negative.items()
+    ]
 
 
 def parameter_shapes(
@@ -175,14 +216,24 @@ def parameter_shapes(
             found[f"{block}.attention.query_norm.weight"] = (shape.head_width,)
             found[f"{block}.attention.key_norm.weight"] = (shape.head_width,)
         norm(f"{block}.feed_forward_norm")
-        for name in ("gate", "up") if shape.activation == "swiglu" else ("up",):
-            linear(f"{block}.feed_forward.{name}", shape.ffn_width, width, shape.mlp_bias)
-        linear(f"{block}.feed_forward.down", width, shape.ffn_width, shape.mlp_bias)
+        if shape.moe is not None:
+            linear(f"{block}.feed_forward.router", shape.moe.experts, width, has_bias=False)
+        for part in feed_forwards(shape):
+            for name in ("gate", "up") if shape.activation == "swiglu" else ("up",):
+                linear(f"{block}.{part}.{name}", shape.ffn_width, width, shape.mlp_bias)
+            linear(f"{block}.{part}.down", width, shape.ffn_width, shape.mlp_bias)
     if has_head:
         norm("norm")
         if not shape.tie_embeddings:
             linear("head", vocab_size, width, has_bias=False)
     return found
+
+
+def feed_forwards(shape: DecoderShape) -> list[str]:
+    """The names of the feed-forward layers of a block: one, or one for each expert."""
+    if shape.moe is None:
+        return ["feed_forward"]
+    return [f"feed_forward.experts.{expert}" for expert in range(shape.moe.experts)]
 
 
 @dataclass(frozen=True)

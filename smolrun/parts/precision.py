@@ -15,6 +15,7 @@ Source: Micikevicius et al., "Mixed precision training", 2018.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -82,3 +83,11 @@ class LossScale:
         self.good_steps += 1
         if self.good_steps == self.growth_interval:
             self.value, self.good_steps = self.value * 2, 0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """As it was saved."""
+        self.value, self.good_steps = state["value"], int(state["good_steps"])

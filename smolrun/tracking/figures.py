@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_PREFIXES = {"step": "train", "norms": "norm"}
+_PREFIXES = {"step": "train", "norms": "norm", "expert_tokens": "experts"}
 # Keys that are no numbers of a chart, and those that rank 0 sends again in its rank_step.
 _NOT_FIGURES = frozenset(["event", "step", "rank", "is_answer"])
 _OF_RANK_0 = frozenset(["bytes_sent", "bytes_received", "compute_s", "wait_s"])

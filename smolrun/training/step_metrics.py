@@ -13,8 +13,17 @@ import psutil
 import torch
 
 from smolrun.algorithms.base import Algorithm, StepResult
+from smolrun.algorithms.experts import expert_tokens
 from smolrun.errors import TrainingError
-from smolrun.events import Event, GradientDropped, Norms, RankStep, StepDone, StepSkipped
+from smolrun.events import (
+    Event,
+    ExpertTokens,
+    GradientDropped,
+    Norms,
+    RankStep,
+    StepDone,
+    StepSkipped,
+)
 from smolrun.training.trainer import Callback
 
 # A float16 run skips a few steps while its loss scale settles; more in a row means that something
@@ -31,7 +40,8 @@ _CPU = Path("/sys/devices/system/cpu")
 
 class StepMetrics(Callback):
     """Emits the events of every update: `RankStep` of this rank, `StepDone` of the run, `Norms`
-    where they were taken, `GradientDropped` and the algorithm's own."""
+    where they were taken, `ExpertTokens` of a model with experts, `GradientDropped` and the
+    algorithm's own."""
 
     def __init__(self, algorithm: Algorithm, emit: Callable[[Event], None]) -> None:
         self._mesh = algorithm.context.mesh
@@ -91,6 +101,10 @@ class StepMetrics(Callback):
         if (norms := result.norms) is not None:
             by_kind = (norms["gradients"], norms.get("parameters"), norms.get("updates"))
             self._emit(Norms(result.step, *by_kind))
+        if (experts := expert_tokens(result.stats)) is not None:
+            tokens, dropped = experts
+            imbalance = max(max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens)
+            self._emit(ExpertTokens(result.step, tokens, dropped, imbalance))
         for rank, so_far in result.late.items():
             self._emit(GradientDropped(result.step, rank, so_far))
 

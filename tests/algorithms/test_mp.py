@@ -330,7 +330,7 @@ def noisy() -> torch.nn.Module:
         return output * torch.rand(output.shape, generator=generator, dtype=output.dtype)
 
     for block in model.blocks.values():
-        block.register_forward_hook(drop)
+        block.feed_forward.register_forward_hook(drop)
     return model
 
 

@@ -31,7 +31,7 @@ from smolrun.parts.replicas import parameter_hash
 from smolrun.targets import keywords, load_target
 from smolrun.testing import run_ranks
 from smolrun.training.optimizer import make_optimizer
-from tests.models.tiny import TINY
+from tests.models.tiny import MOE, TINY
 
 CONF = Path(__file__).parents[2] / "conf"
 # edp is equal to a replay of its own log and to nothing else: test_edp.py.
@@ -80,11 +80,17 @@ class Noisy(TinyLanguageModel):
         return logits * torch.rand(logits.shape, generator=_of_this_rank.generator)
 
 
-def decoder(layers: int = 3, *, tie_embeddings: bool = False, recompute: bool = False) -> nn.Module:
+def decoder(
+    layers: int = 3,
+    *,
+    tie_embeddings: bool = False,
+    recompute: bool = False,
+    moe: dict[str, Any] | None = None,
+) -> nn.Module:
     """Of the tokens of `sample`; learned positions if it is tied, so that those are cut too."""
     learned = {"position": "learned", "norm": "layernorm", "mlp_bias": True}
     keys = {**TINY, "layers": layers, "width": 12, "heads": 2, "kv_heads": 1, "ffn_width": 16}
-    keys |= {"max_sequence_length": 8, "tie_embeddings": tie_embeddings}
+    keys |= {"max_sequence_length": 8, "tie_embeddings": tie_embeddings, "moe": moe}
     keys |= learned if tie_embeddings else {}
     del keys["vocab_size"]
     shape = completed_shape(**keys)
@@ -93,12 +99,19 @@ def decoder(layers: int = 3, *, tie_embeddings: bool = False, recompute: bool = 
     return model
 
 
+def experts(**keys: Any) -> nn.Module:
+    """Routers whose losses weigh so much that an error of theirs is seen."""
+    return decoder(2, moe={**MOE, "balance_loss": 0.3, "z_loss": 0.1, **keys})
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "decoder": decoder,
     "tied": functools.partial(decoder, tie_embeddings=True),
     "recomputed": functools.partial(decoder, recompute=True),
     "tied_recomputed": functools.partial(decoder, tie_embeddings=True, recompute=True),
+    "experts": functools.partial(decoder, moe={**MOE, "balance_loss": 0.3, "z_loss": 0.1}),
+    "dropping": functools.partial(experts, capacity_factor=0.7),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.models.decoder import build
 from smolrun.models.mlp import MLP
 from smolrun.parts.precision import PRECISIONS
-from tests.models.tiny import TINY
+from tests.models.tiny import MOE, TINY
 
 FLOAT32 = PRECISIONS["float32"]
 
@@ -33,9 +34,11 @@ def of_mlp(batch: int) -> Trace:
     return trace(model, spec, batch, precision=FLOAT32, recompute=False)
 
 
-def of_decoder(batch: int = 4, *, precision: str = "float32", recompute: bool = False) -> Trace:
+def of_decoder(
+    batch: int = 4, *, precision: str = "float32", recompute: bool = False, **keys: Any
+) -> Trace:
     spec = Spec(50, sequence_length=40)
-    model = build_on_meta(lambda: build(spec, **{**TINY, "layers": 8}))
+    model = build_on_meta(lambda: build(spec, **{**TINY, "layers": 8, **keys}))
     return trace(model, spec, batch, precision=PRECISIONS[precision], recompute=recompute)
 
 
@@ -55,6 +58,15 @@ def test_activations_grow_with_the_batch_alone() -> None:
     one, two, three = (of_decoder(batch) for batch in (8, 16, 24))
     assert two.peak - one.peak == pytest.approx(three.peak - two.peak, rel=0.02)
     assert two.flops == 2 * one.flops
+
+
+def test_a_token_is_computed_by_its_experts_only() -> None:
+    wide = of_decoder(ffn_width=64)
+    chosen = {"experts": 8, "experts_per_token": 2, "capacity_factor": 1.25}
+    both = of_decoder(ffn_width=32, moe={**MOE, **chosen})
+    router = 3 * 2 * 4 * 40 * 32 * 8 * 8
+    assert both.flops == pytest.approx(wide.flops + router, rel=1e-3)
+    assert of_decoder(ffn_width=32, moe={**MOE, **chosen}, recompute=True).peak < both.peak
 
 
 def of_stage(kind: StageKind, batch: int = 4) -> Trace:

@@ -24,7 +24,7 @@ from smolrun.models.huggingface_conversion import config_of, decoder_keys_from_h
 from tests.models.model_folders import FAMILIES, save_model
 from tests.models.test_huggingface import make
 from tests.models.test_rope_scaling import LLAMA_32
-from tests.models.tiny import TINY, enliven, make_tiny_decoder
+from tests.models.tiny import MOE, TINY, enliven, make_tiny_decoder
 
 TOKENS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(1))
 GPT2 = {
@@ -34,6 +34,7 @@ GPT2 = {
     "attention_bias": True,
     "mlp_bias": True,
 }
+IN_FILES = {**MOE, "z_loss": 0.0}  # which config.json does not have
 SHAPES = [
     pytest.param("gpt2", GPT2, id="gpt2"),
     pytest.param("gpt2", {**GPT2, "tie_embeddings": False, "ffn_width": 40}, id="gpt2-untied"),
@@ -45,6 +46,12 @@ SHAPES = [
     pytest.param("qwen2", {"attention_bias": "qkv", "rope_theta": 300.0}, id="qwen2"),
     pytest.param("qwen2", {"attention_bias": "qkv", "sliding_window": 5}, id="qwen2-window"),
     pytest.param("qwen3", {"qk_norm": True, "head_width": 16}, id="qwen3"),
+    pytest.param("mixtral", {"moe": IN_FILES, "sliding_window": 6, "kv_heads": 2}, id="mixtral"),
+    pytest.param(
+        "qwen3_moe",
+        {"qk_norm": True, "moe": {**IN_FILES, "norm_topk_prob": False}, "ffn_width": 24},
+        id="qwen3_moe",
+    ),
 ]
 
 
@@ -143,6 +150,10 @@ def test_large_models_come_in_several_files(tmp_path: Path) -> None:
             {"attention_bias": "qkv", "mlp_bias": True},
             "LlamaForCausalLM, which cannot have attention_bias=qkv",
         ),
+        (
+            {"moe": {**MOE, "norm_topk_prob": False}},
+            "MixtralForCausalLM, which cannot have moe.norm_topk_prob=False",
+        ),
     ],
 )
 def test_shapes_without_a_class_are_named(keys: dict[str, Any], message: str) -> None:
@@ -157,6 +168,15 @@ def test_a_checkpoint_of_another_model_is_seen(tmp_path: Path) -> None:
     export.write_json(out / "config.json", config_of(shape, 61, "float32"))
     with pytest.raises(ConfigError, match=r"does not fit the checkpoint: model\.layers\.4"):
         export.check_loads(out)
+
+
+def test_a_checkpoint_of_other_experts_is_seen(tmp_path: Path) -> None:
+    out = export_decoder(tmp_path, make_tiny_decoder(moe=MOE), {**TINY, "moe": MOE})
+    for other in ({"layers": 5}, {"ffn_width": 40}):
+        shape = make_tiny_decoder(moe=MOE, **other).shape
+        export.write_json(out / "config.json", config_of(shape, 61, "float32"))
+        with pytest.raises(ConfigError, match="MixtralForCausalLM does not fit the checkpoint"):
+            export.check_loads(out)
 
 
 def test_our_tokenizers_are_read_by_transformers(tmp_path: Path) -> None:

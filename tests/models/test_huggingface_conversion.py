@@ -38,6 +38,7 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # As Llama 3.1 has it, but for a text of 16 tokens, so that every kind of angle is there.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -144,6 +145,12 @@ def test_a_config_file_made_before_transformers_5_is_read() -> None:
     [
         ({"model_type": "bert"}, "model_type='bert'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (
+            {**EXPERTS, "model_type": "qwen3_moe", "mlp_only_layers": [0]},
+            r"mlp_only_layers=\[0\]",
+        ),
+        ({**EXPERTS, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({**EXPERTS, "model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type='yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
         (

@@ -32,6 +32,7 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "norm_eps": 1e-5,
+    "moe": None,
 }
 GPT2 = {
     "position": "learned",
@@ -42,9 +43,17 @@ GPT2 = {
 }
 QWEN = {"kv_heads": 2, "qk_norm": True, "head_width": 16, "tie_embeddings": False}
 MISTRAL = {"kv_heads": 1, "sliding_window": 5}
+MOE = {
+    "experts": 4,
+    "experts_per_token": 2,
+    "norm_topk_prob": True,
+    "capacity_factor": None,
+    "balance_loss": 0.01,
+    "z_loss": 0.001,
+}
 KINDS = [
     pytest.param(keys, id=name)
-    for name, keys in (("gpt2", GPT2), ("qwen3", QWEN), ("mistral", MISTRAL))
+    for name, keys in (("gpt2", GPT2), ("qwen3", QWEN), ("mistral", MISTRAL), ("moe", {"moe": MOE}))
 ]
 
 
