@@ -200,7 +200,7 @@ def check_loads(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if "num_experts_per_tok" in read_json(folder / "config.json"):
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             dtype="auto",
@@ -208,7 +208,7 @@ def check_loads(folder: Path) -> None:
             ignore_mismatched_sizes=True,  # it lists them; else it raises an error of its own
         )
         keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        _refuse_misfits(model, *(sorted(map(str, told[key])) for key in keys))
+        _refuse_misfits(loaded[0], *(sorted(map(str, loaded[1][key])) for key in keys))
         return
     found: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):

@@ -133,7 +133,7 @@ def _within(chosen_BTKE: Tensor, capacity: int) -> Tensor:
     """[B, T, K]: whether an assignment is among the first `capacity` of its sequence and expert."""
     in_order_BAE = chosen_BTKE.transpose(1, 2).flatten(1, 2)
     place_BA = (in_order_BAE.cumsum(1) * in_order_BAE).sum(-1)
-    kept_BKT = (place_BA <= capacity).unflatten(1, chosen_BTKE.shape[2:0:-1])
+    kept_BKT: Tensor = (place_BA <= capacity).unflatten(1, chosen_BTKE.shape[2:0:-1])
     return kept_BKT.transpose(1, 2)
 
 
