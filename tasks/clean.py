@@ -6,11 +6,12 @@ Deletes what you say, nothing without an answer, and never a run that may be run
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from smolrun.errors import CheckpointError
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_STOPPED
 from smolrun.sanitize import echo, indented, one_line
 from smolrun.sweep.attach import all_runs, is_sweep, look_at
+from smolrun.tracking.drivers import LivingDriver, living_drivers
 from smolrun.tracking.formatting import duration, size
 from smolrun.tracking.past_runs import PastRun, bytes_below, look, run_folders
 from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
 from smolrun.tracking.sweep_folder import sweep_folders
 
 _DOOMED = ".deleting-"  # in front of a name: half a folder is never taken for a whole one
-_CACHES = ("data", "models", "parts")
+_CACHES = ("data", "models")
 _HUB_MODELS = "models--"  # before a name in the hub's cache, with -- for its slash
 
 
@@ -48,8 +50,8 @@ def drive(config: RunConfig) -> int:
     runs = [look_at(folder) for folder in all_runs()]
     lists = {
         "unfinished": list(_unfinished(runs)),
-        "cache": list(_cache(runs)),
-        "runs": [_run_item(run) for run in runs if not run.may_be_running],
+        "cache": list(_unused(_cache(runs))),
+        "runs": list(_unused(_run_item(run) for run in runs if not run.may_be_running)),
     }
     _show(runs, lists)
     if not any(lists.values()):
@@ -99,9 +101,33 @@ def _show(runs: list[PastRun], lists: dict[str, list[Item]]) -> None:
     echo(f"{size(total):>8}  in all" if found else "there is nothing to delete")
 
 
+def _unused(items: Iterable[Item]) -> Iterator[Item]:
+    """Without those that must stay, which are shown."""
+    for item in items:
+        if reason := item.keep():
+            echo(f"{size(item.num_bytes):>8}  {item.what}: {reason}, so it stays")
+        else:
+            yield item
+
+
+def _why_used(path: Path, caches_of: Sequence[RunFolder] | None = None) -> str | None:
+    """Which living driver of this account uses a file or folder. `caches_of`: it is a cache, and
+    these runs, which may be of drivers that have not said what they use, may need it."""
+    drivers = living_drivers()
+    known = {driver.folder for driver in drivers}
+    others = [str(one.path.resolve()) for one in caches_of or () if one.driver_lives()]
+    drivers += [LivingDriver(one) for one in others if one not in known]
+    for driver in drivers:
+        if driver.needs(path.resolve()) or (caches_of is not None and driver.uses is None):
+            return f"{Path(driver.folder).name} uses it"
+    return None
+
+
 def _run_item(run: PastRun) -> Item:
     def keep() -> str | None:
-        return "it is running now" if look_at(run.folder).may_be_running else None
+        if look_at(run.folder).may_be_running:
+            return "it is running now"
+        return _why_used(run.folder.path)
 
     kind = "sweep" if is_sweep(run.folder) else "run"
     what = f"{kind} {run.folder.run_id} ({run.state}, {duration(run.age_s)} old)"
@@ -128,18 +154,18 @@ def _unfinished(runs: list[PastRun]) -> Iterator[Item]:
 def _cache(runs: list[PastRun]) -> Iterator[Item]:
     """Prepared data and fetched models; what a run needs again is made again."""
     cache = platformdirs.user_cache_path("smolrun")
-    if any(run.may_be_running for run in runs):
-        echo(f"a run is going on, so the cache in {cache} stays as it is")
-        return
+    folders = [run.folder for run in runs]
     for folder in (cache / name for name in _CACHES):
         for path in _below(folder):
-            yield from _cached(path, f"cached {folder.name}/{one_line(path.name)}")
+            yield from _cached(path, f"cached {folder.name}/{one_line(path.name)}", folders)
+    if _below(cache / "parts"):
+        yield from _cached(cache / "parts", "layers of served models", folders)
     from huggingface_hub.constants import HF_HUB_CACHE  # where other programs find them too
 
     for path in _below(Path(HF_HUB_CACHE)):
         if path.name.startswith(_HUB_MODELS) and path.is_dir():
             name = one_line(path.name.removeprefix(_HUB_MODELS).replace("--", "/"))
-            yield from _cached(path, f"model {name} of the hub's cache")
+            yield from _cached(path, f"model {name} of the hub's cache", folders)
 
 
 def _below(folder: Path) -> list[Path]:
@@ -148,10 +174,11 @@ def _below(folder: Path) -> list[Path]:
     return []
 
 
-def _cached(path: Path, what: str) -> Iterator[Item]:
+def _cached(path: Path, what: str, runs: Sequence[RunFolder]) -> Iterator[Item]:
     with contextlib.suppress(OSError):  # another run may have taken it away
         idle_s = max(0.0, time.time() - path.stat().st_mtime)
-        yield Item(path, f"{what} ({duration(idle_s)} old)", bytes_below(path))
+        keep = functools.partial(_why_used, path, runs)
+        yield Item(path, f"{what} ({duration(idle_s)} old)", bytes_below(path), keep)
 
 
 def _delete(item: Item) -> int:

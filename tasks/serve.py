@@ -48,7 +48,7 @@ def drive(config: RunConfig) -> int:
             # outputs/latest stays with what was trained, which model.run=latest means.
             folder = make_folder(config, f"serve-{run.source.name}")
             console.say(f"{run.source.name} is loaded, then served at {run.url}")
-            begin_driving(folder, steps=0, unit="tokens")
+            begin_driving(folder, steps=0, unit="tokens", uses=run.cached_files())
         served = _Served(run, folder, console)
         outcome = run.serve(folder, on_ready=served.begin)
         served.end(outcome)

@@ -31,6 +31,7 @@ from smolrun.driver.outputs import nothing_started
 from smolrun.driver.prepare import with_pinned_model
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from smolrun.sanitize import echo
+from smolrun.tracking.drivers import note_driver
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli"]
@@ -176,13 +177,17 @@ def log_into_run_folder() -> None:
     atexit.register(empty.unlink, missing_ok=True)  # where no run begins
 
 
-def begin_driving(folder: RunFolder, *, steps: int, unit: str) -> None:
+def begin_driving(
+    folder: RunFolder, *, steps: int, unit: str, uses: Sequence[Path] | None = None
+) -> None:
     """This process drives the run from now on; in the background, it now says so to whoever
-    started it, and all else into the run's own log."""
+    started it, and all else into the run's own log. `uses`: what task=clean must keep meanwhile;
+    None: all caches."""
     log = os.environ.pop(_LOG, None)
     # A run that was started again says it there already.
     has_log = log is not None or _is_ours(folder.driver_log)
     folder.write_driver(steps, unit=unit, has_log=has_log)
+    note_driver(folder, uses)
     if log is None:
         return
     with contextlib.suppress(OSError), folder.driver_log.open("ab") as own, open(log, "rb") as said:

@@ -37,6 +37,7 @@ from smolrun.driver.serving_parts import (
     deliver_parts,
     layers_file,
     needed_parts,
+    parts_folder,
     parts_of,
     read_layers,
     write_layers,
@@ -145,6 +146,11 @@ class ServingRun:
             self._closing.close()
             raise
         self._closing.callback(lambda: self._fleet.close())  # the one that is there then
+
+    def cached_files(self) -> list[Path]:
+        """What must stay on this machine as long as the server lives."""
+        folders = (self.source.folder, self.source.tokenizer_folder)
+        return [*(Path(one) for one in folders if one is not None), parts_folder()]
 
     def _check_memory(self) -> None:
         """ConfigError where the model does not fit on this machine alone; other hosts are asked

@@ -45,7 +45,7 @@ _YOUNG_S = 24 * 3600.0
 
 def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> ModelSource:
     """The same model as parts in this user's cache, in `dtype`; made if they are not there."""
-    root = cache_folder("parts")
+    root = parts_folder()
     listing = root / f"{_identity(source, dtype)}.json"
     parts = _read(listing, root)
     try:
@@ -60,6 +60,11 @@ def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> Mo
     return msgspec.structs.replace(
         source, kind="parts", folder=str(root), family="smolrun", parts=parts, dtype=dtype
     )
+
+
+def parts_folder() -> Path:
+    """Of this user's cache; DataError where there can be none."""
+    return cache_folder("parts")
 
 
 def layers_file(source: ModelSource, weights: str, hosts: Sequence[str]) -> Path:

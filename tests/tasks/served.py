@@ -44,6 +44,7 @@ class Server:
         self._process = start(folder, "task=serve", *overrides)
         self.driver = psutil.Process(self._process.pid)
         self._outputs = folder / "outputs"
+        self._earlier = {*self._outputs.glob("2*")}
         until(lambda: self.summary().get("status") == "serving" or not self.runs(), START_S)
         assert self.runs(), self.end()
         self.url = str(self.summary()["url"])
@@ -51,8 +52,8 @@ class Server:
 
     @property
     def run(self) -> Path:
-        """The newest run's folder."""
-        return max(self._outputs.glob("2*"))
+        """Its folder."""
+        return min({*self._outputs.glob("2*")} - self._earlier)
 
     def runs(self) -> bool:
         return self._process.poll() is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolrun.tasks import clean
+from smolrun.tracking.drivers import note_driver
 from smolrun.tracking.past_runs import run_folders
 from tests.cli.command import smolrun
 from tests.tracking.test_past_runs import a_run, write_steps
@@ -63,7 +65,8 @@ def left(folder: Path) -> list[str]:
     """What is still there of what could go."""
     found = [run.run_id[16] for run in run_folders(folder / "outputs")]
     found += {path.name for path in folder.glob("outputs/*/checkpoints/*.part-*")}
-    return sorted(found + [path.name for path in folder.glob("cache/smolrun/*/*")])
+    cached = [path for path in folder.glob("cache/smolrun/*/*") if path.parent.name != "drivers"]
+    return sorted(found + [path.name for path in cached])
 
 
 ALL = sorted(["n", "o", "step-00000020.part-dead", "text-1", "small-1"])
@@ -152,6 +155,72 @@ def test_a_running_run_stays_and_so_does_the_cache(
     assert drive() == 0
     assert left(folder) == sorted(["r", "step-00000005.part-t", "small-1", "text-1"])
     assert f"run {RUNNING}: running, so it stays" in capsys.readouterr().out
+
+
+def test_what_a_server_of_another_folder_uses_stays_and_nothing_else(
+    folder: Path, answers: Callable[..., list[str]], capsys: pytest.CaptureFixture
+):
+    cache = folder / "cache" / "smolrun"
+    (cache / "models" / "large-1").mkdir()
+    (cache / "parts" / "aaaa").mkdir(parents=True)
+    server = a_run(folder / "elsewhere" / "outputs", RUNNING)
+    server.write_driver(steps=0)
+    checkpoint = folder / "outputs" / OLD / "checkpoints" / "step-00000010"
+    note_driver(server, [checkpoint, cache / "models" / "small-1" / "file", cache / "parts"])
+    asked = answers("all", "all", "all")
+    assert drive() == 0
+    assert left(folder) == ["aaaa", "o", "small-1"]
+    assert not [one for one in asked if OLD in one or "small-1" in one or "layers" in one]
+    out = capsys.readouterr().out
+    stays = re.findall(rf"B  (.*) \(.* old\): {RUNNING} uses it, so it stays\n", out)
+    assert stays == ["cached models/small-1", "layers of served models", f"run {OLD}"]
+    server.write_summary({"status": "stopped"})
+    answers("all", "all")
+    assert drive() == 0
+    assert left(folder) == []
+    assert list((cache / "drivers").iterdir()) == []
+
+
+def test_a_server_that_starts_while_it_asks_keeps_its_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    server = a_run(folder / "elsewhere" / "outputs", RUNNING)
+
+    def ask(question: str) -> str:
+        if "small-1" in question:
+            server.write_driver(steps=0)
+            note_driver(server, [folder / "cache" / "smolrun" / "models" / "small-1"])
+            return "y"
+        return "n"
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(clean.sys.stdin, "isatty", lambda: True)
+    assert drive() == 0
+    assert left(folder) == ALL
+    assert f"stays: {RUNNING} uses it" in capsys.readouterr().out
+
+
+def test_a_training_run_of_another_folder_keeps_all_caches(
+    folder: Path, answers: Callable[..., list[str]]
+):
+    training = a_run(folder / "elsewhere" / "outputs", RUNNING)
+    training.write_driver(steps=10)
+    note_driver(training)
+    answers("all", "all")
+    assert drive() == 0
+    assert left(folder) == ["small-1", "text-1"]
+
+
+def test_a_run_that_another_machine_drives_keeps_no_cache_of_this_one(
+    folder: Path, answers: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        clean.platformdirs, "user_config_path", lambda name: folder / "config" / name
+    )
+    a_run(folder / "outputs", RUNNING).write_remote({})
+    answers("all", "all", "n", "n")
+    assert drive() == 0
+    assert left(folder) == ["n", "o", "r"]
 
 
 def test_a_run_that_starts_again_while_it_asks(

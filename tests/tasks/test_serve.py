@@ -28,6 +28,7 @@ from smolrun.errors import ConfigError, HostError
 from smolrun.launch.supervisor_events import RunOutcome
 from smolrun.serving.messages import Ready
 from smolrun.serving.source import source_of_folder
+from smolrun.tracking.drivers import living_drivers
 from smolrun.tracking.past_runs import state_of
 from smolrun.tracking.run_folder import RunFolder
 from tests.tasks.served import LONG, START_S, Server, events, model_in, serving
@@ -85,6 +86,8 @@ def test_a_detached_server_is_seen_unloads_and_is_stopped_by_the_commands_for_ru
     try:
         until(lambda: state_of(folder) == "serving", START_S)
         processes = [driver, *driver.children(recursive=True)]
+        (known,) = [one for one in living_drivers() if one.folder == str(folder.path)]
+        assert known.needs(model)  # task=clean keeps it
         body = {"prompt": "Once", "temperature": 0, "max_tokens": 8}
         before = httpx.post(f"{url}/v1/completions", json=body, timeout=START_S).json()["choices"]
         until(lambda: httpx.get(f"{url}/readyz").json()["status"] == "unloaded", START_S)
@@ -104,8 +107,35 @@ def test_a_detached_server_is_seen_unloads_and_is_stopped_by_the_commands_for_ru
     finally:
         with suppress(psutil.NoSuchProcess):
             driver.kill()
+    assert not [one for one in living_drivers() if one.folder == str(folder.path)]
     assert drive(compose(["task=attach", f"attach.run={run_id}"])) == 130
     assert "stopped (stopped by the user): served for" in capsys.readouterr().out
+
+
+@pytest.mark.soak  # its parts: test_runs.py, tests/cli/test_run.py
+def test_two_servers_on_one_machine_are_told_apart(
+    tmp_path: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, *choice(model)) as first:
+        port = first.url.rpartition(":")[2]
+        asked = [*choice(model), f"serving.port={port}"]
+        code, _, err = finish(start(tmp_path, "task=serve", *asked), START_S)
+        assert code == 2 and f"serving.port = {port}: cannot listen on 127.0.0.1" in err
+        assert len(list((tmp_path / "outputs").glob("2*"))) == 1
+        with serving(tmp_path, *choice(model)) as second:
+            monkeypatch.chdir(tmp_path)
+            assert drive(compose(["task=status"])) == 0
+            listed = capsys.readouterr().out
+            for server in (first, second):
+                assert f"{server.run.name}  serving at {server.url}" in listed
+            assert drive(compose(["task=stop"])) == 2  # not a terminal, so nobody can be asked
+            refused = capsys.readouterr().err
+            assert first.run.name in refused and second.run.name in refused
+            assert drive(compose(["task=stop", f"stop.run={first.run.name}"])) == 0
+            until(first.is_gone)
+            assert httpx.get(f"{second.url}/readyz").status_code == 200
+            assert drive(compose(["task=stop"])) == 0
+            until(second.is_gone)
 
 
 def stage_rows(url: str) -> list[dict[str, Any]]:
