@@ -303,7 +303,8 @@ def _too_large(
     """What is missing, as a sentence."""
     cache = model.layers * slots * capacity * model.cache_per_token
     needed = (
-        f"{gb(model.weights)} of weights and {gb(cache)} of cache ({slots} x {capacity} tokens)"
+        f"{gb(model.weights)} of weights, {gb(cache)} of cache ({slots} x {capacity} tokens) and "
+        f"{gb(_SPARE_BYTES)} a rank to compute in"
     )
     tries = ["serving.weights=int4"] if can_be_smaller else []
     tries += ["a smaller serving.context or serving.slots"] if cache > model.weights / 10 else []

@@ -69,7 +69,7 @@ def machine_memory(root: Path = Path("/")) -> MachineMemory:
             if limit is not None and limit < total:
                 total = limit
                 # Pages of files count as used, but are let go when others need the room.
-                cache = _field(group / "memory.stat", "inactive_file")
+                cache = _field(group / "memory.stat", "inactive_file", "active_file")
                 available = min(available, max(0, limit - (used or 0) + cache))
             if kills is None and (group / events_file).exists():
                 kills = _count(group / events_file)
@@ -108,11 +108,11 @@ def _count(path: Path) -> int:
     return _field(path, "oom_kill")
 
 
-def _field(path: Path, name: str) -> int:
-    """The number behind a name in a file of such lines; 0 where there is none."""
+def _field(path: Path, *names: str) -> int:
+    """The sum of the numbers behind names in a file of such lines; 0 where there are none."""
     try:
         fields = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
-        return int(fields.get(name, 0))
+        return sum(int(fields.get(name, 0)) for name in names)
     except (OSError, ValueError):
         return 0
 

@@ -63,9 +63,7 @@ def test_what_fits_on_one_host_stays_on_the_fastest():
 
 def test_local_uses_the_first_host_alone_or_refuses():
     assert of(rank("a"), mode="local").stages == [0]
-    with pytest.raises(
-        DoesNotFit, match=r"10.2 GB of weights and .* available: 7.5 GB; try more hosts"
-    ):
+    with pytest.raises(DoesNotFit, match=r"10.2 GB of weights.* available: 7.5 GB; try more hosts"):
         of(rank("a", gb=8), mode="local")
 
 
@@ -173,7 +171,7 @@ def test_the_first_type_of_weights_that_fits_is_taken(gb: float, number: int) ->
     assert (taken, made.layers) == (number, [range(10)])
     # The time of a layer, measured in the first type, goes with its bytes; the head stays.
     assert made.tokens_per_s == pytest.approx(1 / (0.1 / 2**number + 0.001))
-    with pytest.raises(DoesNotFit, match=r"2\.9 GB of weights .* available: 1\.9 GB"):
+    with pytest.raises(DoesNotFit, match=r"2\.9 GB of weights.* available: 1\.9 GB"):
         first_that_fits(config, models, 256, [rank("a", 2)])
 
 

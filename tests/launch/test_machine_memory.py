@@ -78,7 +78,7 @@ def test_the_tightest_limit_on_the_way_up_counts(tmp_path: Path, version: int) -
             f"{top}/outer/inner/{events}": "low 0\noom_kill 2\n",
             f"{top}/outer/{limit}": str(100 * MB),
             f"{top}/outer/{used}": str(80 * MB),
-            f"{top}/outer/memory.stat": f"inactive_file {30 * MB}\n",
+            f"{top}/outer/memory.stat": f"inactive_file {10 * MB}\nactive_file {20 * MB}\n",
         },
     )
     memory = machine_memory(root)
