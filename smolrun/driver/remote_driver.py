@@ -21,13 +21,14 @@ from typing import Any
 
 import msgspec
 
-from smolrun.checkpoints.run_names import latest_name
+from smolrun.checkpoints.run_names import latest_name, run_folder
 from smolrun.config import RunConfig, redacted
+from smolrun.config.models import HuggingFaceConfig, TrainedConfig
 from smolrun.driver.detach import FOLDER, how_to_go_on, with_words
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import become_latest
 from smolrun.driver.prepare import with_pinned_model
-from smolrun.errors import HostError, SmolrunError
+from smolrun.errors import CheckpointError, HostError, SmolrunError
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import (
     ProvisionedHost,
@@ -39,7 +40,7 @@ from smolrun.launch.remote.connection import error_tail
 from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.ssh.connect import open_machine
-from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED
+from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED
 from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
 from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, OUTPUTS, RUN_ID, RunFolder, sign
@@ -70,6 +71,11 @@ def drive(config: RunConfig) -> int:
             raise
         if folder is None:
             clear_all(machines, code_of)
+            if code == EXIT_BAD_CONFIG and (model := _model_here(config)):
+                _say(
+                    f"{model} is on this machine, and {spec.name} has only its own files: copy it "
+                    "there, or leave driver= out"
+                )
             if code == EXIT_FAILED and len(config.cluster.hosts or []) > 1:
                 _say(
                     f"{spec.name} drives the run, so it has to reach the other hosts over SSH by "
@@ -79,6 +85,16 @@ def drive(config: RunConfig) -> int:
         run = _keep(config, spec, ready, folder, code_of)
     echo("\n".join(how_to_go_on(run.run_id)))
     return EXIT_DONE
+
+
+def _model_here(config: RunConfig) -> str | None:
+    """The model where it is a folder, or a run, of this machine."""
+    model = config.model
+    if isinstance(model, TrainedConfig):
+        with contextlib.suppress(CheckpointError):
+            return str(run_folder(model.run, OUTPUTS))
+    is_folder = isinstance(model, HuggingFaceConfig) and Path(model.name).expanduser().is_dir()
+    return model.name if is_folder else None
 
 
 def _say(line: str) -> None:
@@ -248,8 +264,8 @@ class RemoteRun:
 
     def _bring_back(self, machine: Machine, view: View) -> None:
         """So that the run can be looked at here, also when that machine is off; its code there is
-        needed no longer."""
-        if not view.summary or self._folder.summary():
+        needed no longer. The summary of a server whose driver has died says that it serves."""
+        if view.state == "died" or not view.summary or self._folder.summary():
             return
         clear_all({machine.name: machine}, self._remote.code_of)
         for name, most_bytes in _AFTERWARDS.items():

@@ -27,6 +27,7 @@ from smolrun.sanitize import echo, indented, one_line
 from smolrun.tracking.bottleneck import TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.formatting import accuracy, clock, counted, number, rate
+from smolrun.tracking.past_runs import is_server
 from smolrun.tracking.run_end import RunEnd
 from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 from smolrun.tracking.run_record import RunRecord
@@ -227,7 +228,8 @@ def end_of(folder: RunFolder, view: View, *, is_short: bool = False) -> RunEnd:
     with the commands that are right here. `is_short`: with short names of runs."""
     ended = view.ended
     if view.state == "died":
-        return RunEnd("died", _died(folder, view), commands=[("to resume", resume_command(folder))])
+        resume = [] if is_server(folder) else [("to resume", resume_command(folder))]
+        return RunEnd("died", _died(folder, view), commands=resume)
     reason = f" ({ended.reason})" if ended.reason else ""
     if ended.url is not None:  # a server saves nothing
         served = f"served for {clock(ended.wall_s)}" if ended.wall_s is not None else "served"

@@ -67,6 +67,15 @@ def test_a_driver_that_is_gone_is_named_with_the_command_that_resumes() -> None:
     assert "has no driver" in terminal.getvalue()
 
 
+def test_a_server_whose_driver_is_gone_is_not_resumed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config("task: serve\n")
+    summary = {"status": "serving", "url": "http://mini1:7665"}
+    end = end_of(folder, View("died", summary=summary, driver={"host": "mini1"}))
+    assert "its process on mini1 was killed" in end.headline
+    assert not end.commands
+
+
 @pytest.mark.parametrize(
     ("state", "summary", "code"),
     [("done", {}, 0), ("stopped", {}, 130), ("stopped", {"exit_code": 131}, 131),

@@ -197,6 +197,25 @@ def test_other_hosts_must_be_reached_from_there(
     assert "has to reach the other hosts over SSH by itself" in told
 
 
+def test_a_model_of_this_machine_is_named_where_the_host_has_none(box: Box) -> None:
+    Path("mine").mkdir()
+    folder = RunFolder(Path("outputs") / "20260131-142501-x-aaaa")
+    folder.path.mkdir(parents=True)
+    folder.write_config("{}")
+    found = [
+        remote_driver._model_here(compose(["task=serve", *model]))
+        for model in (
+            ["model=hf", "model.name=mine"],
+            ["model=hf", "model.name=me/other"],
+            ["model.run=142501-x"],
+            ["model.run=142502-x"],
+            [],
+        )
+    ]
+    assert found[0] == "mine" and (found[2] or "").endswith(folder.run_id)
+    assert found[1] is found[3] is found[4] is None
+
+
 @pytest.mark.parametrize("folder", ["/home/me/..", "/"])
 def test_a_host_does_not_choose_where_we_write(box: Box, folder: str) -> None:
     ready: Any = SimpleNamespace(argv=["python"], env={})
@@ -264,6 +283,9 @@ def test_each_file_that_is_brought_back_has_its_own_limit(
     remote = remote_driver._Remote(spec, "/x", "python", {}, "driver-x")
     machine: Any = SimpleNamespace(name="box", get=get)
     question = remote_driver.RemoteRun(RunFolder(tmp_path), remote)
+    # The summary of a server whose driver has died is not that of its end.
+    question._bring_back(machine, View(state="died", summary={"status": "serving"}))
+    assert not limits
     question._bring_back(machine, View(state="done", summary={"status": "done"}))
     assert list(limits) == ["metrics.jsonl", "driver.log", "summary.json"]
     assert limits["summary.json"] < limits["driver.log"] < limits["metrics.jsonl"]
