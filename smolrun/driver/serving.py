@@ -251,7 +251,7 @@ class ServingRun:
         unloading = Unloading(
             frontend, config.serving.unload_after_min, folder.stop_requests, self._say
         )
-        hosts = ServingHosts(frontend)
+        hosts = ServingHosts(frontend, is_spread=is_elsewhere(config))
 
         def run(ready: Callable[[Ready], None]) -> RunOutcome:
             return self._on_ranks(folder, hosts, unloading, ready)

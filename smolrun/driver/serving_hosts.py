@@ -28,12 +28,21 @@ _POLL_S = 0.1
 
 
 class ServingHosts(Subscriber):
-    """The memory of the hosts, and whether they are kept awake."""
+    """The memory of the hosts, and whether they are kept awake: while there are requests, and with
+    `is_spread`, ranks on other machines than the driver's, as long as the model is loaded. One that
+    falls asleep would be a lost host, and without the driver all ranks end."""
 
     topic = HOSTS
 
-    def __init__(self, frontend: Frontend, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        *,
+        is_spread: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._frontend = frontend
+        self._is_spread = is_spread
         self._clock = clock
         self._driver: Driver | None = None
         self._busy_until_s = 0.0
@@ -54,9 +63,11 @@ class ServingHosts(Subscriber):
         self._frontend.note_memory(report)
 
     def on_poll(self) -> None:
-        """Keep the machines awake while there are requests, and a while longer."""
+        """Keep the machines awake while they are needed, and a while longer."""
         now = self._clock()
-        if self._frontend.num_requests:  # a length: this is not the event loop's thread
+        if (
+            self._is_spread or self._frontend.num_requests
+        ):  # a length: this is not the event loop's thread
             self._busy_until_s = now + _LINGER_S
         if (is_busy := now < self._busy_until_s) != self._is_awake:
             self._is_awake = is_busy
@@ -64,6 +75,11 @@ class ServingHosts(Subscriber):
             assert self._driver is not None, "the driver has started"
             for rank in self._driver.ranks:
                 self._driver.send(rank, task_message(HOSTS, StayAwake(is_busy)))
+
+    def on_restart(self, rank: int) -> None:
+        """Its new process keeps no machine awake yet."""
+        if self._is_awake and self._driver is not None:
+            self._driver.send(rank, task_message(HOSTS, StayAwake(is_on=True)))
 
     def on_end(self) -> None:
         """The ranks are gone; this machine need not stay awake for them."""

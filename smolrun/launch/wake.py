@@ -51,6 +51,11 @@ class AwakeSwitch:
     def __init__(self) -> None:
         self._stack: contextlib.ExitStack | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it was switched on."""
+        return self._stack is not None
+
     def set(self, is_on: bool) -> None:
         """Switch it; does nothing where it is so already."""
         if is_on and self._stack is None:

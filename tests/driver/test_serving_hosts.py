@@ -54,7 +54,7 @@ class Driver:
 
 def test_all_machines_stay_awake_from_a_request_to_a_minute_after_it() -> None:
     now, frontend, driver = [100.0], SimpleNamespace(num_requests=0), Driver(2)
-    hosts = ServingHosts(frontend, lambda: now[0])  # type: ignore[arg-type]
+    hosts = ServingHosts(frontend, clock=lambda: now[0])  # type: ignore[arg-type]
 
     def told() -> list[tuple[int, bool]]:
         hosts.on_poll()
@@ -77,6 +77,23 @@ def test_all_machines_stay_awake_from_a_request_to_a_minute_after_it() -> None:
     assert told() == []
     now[0] = 1060.0
     assert told() == [(0, False), (1, False)]
+    hosts.close()
+
+
+def test_hosts_beside_that_of_the_driver_stay_awake_as_long_as_they_hold_the_model() -> None:
+    now, driver = [100.0], Driver(2)
+    idle: Any = SimpleNamespace(num_requests=0)
+    hosts = ServingHosts(idle, is_spread=True, clock=lambda: now[0])
+    hosts.on_start(driver)  # type: ignore[arg-type]
+    for now[0] in (100.0, 1000.0, 100_000.0):
+        hosts.on_poll()
+    assert [rank for rank, _ in driver.sent] == [0, 1]
+    hosts.on_restart(1)
+    assert [rank for rank, _ in driver.sent] == [0, 1, 1]
+    assert all(decode_data(message, StayAwake).is_on for _, message in driver.sent)
+    assert hosts._switch.is_on
+    hosts.on_end()  # unloaded: the ranks are gone, and with them what kept their machines awake
+    assert not hosts._switch.is_on
     hosts.close()
 
 
