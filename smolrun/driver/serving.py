@@ -107,7 +107,7 @@ def dry_run(config: RunConfig, progress: Progress) -> int:
         name, shape, vocab_size = source.name, source.shape, source.vocab_size
         dtype, group_size = source.dtype, source.group_size
     models = weight_options(config.serving.weights, dtype, shape, vocab_size, group_size)
-    return report(config, name, models, shape.max_sequence_length)
+    return report(config, name, shape, models, group_size)
 
 
 class ServingRun:

@@ -4,7 +4,6 @@ fast one stream would be, before anything is started."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 
 import rich.box
@@ -23,26 +22,27 @@ from smolrun.estimate.serving_plan import (
 )
 from smolrun.launch.machine_memory import gb, machine_memory
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE
-from smolrun.models.shape import ModelBytes
+from smolrun.models.shape import DecoderShape, ModelBytes
 from smolrun.sanitize import echo, one_line
 from smolrun.serving.messages import ServingDtype
-from smolrun.serving.weight_types import quantized
-from smolrun.serving.weights import COMPUTE_DTYPES, linear_of
+from smolrun.serving.stage_runner import layer_seconds
 from smolrun.tracking.console import Screen
 
-_MEASURE_S = 0.2
-_MATRIX_BYTES = 128 << 20  # larger than a processor's caches
-_MATRIX_WIDTH = 4096
 _SHOWN_WIDTH = 100
 
 
 def report(
-    config: RunConfig, name: str, models: Mapping[ServingDtype, ModelBytes], longest: int
+    config: RunConfig,
+    name: str,
+    shape: DecoderShape,
+    models: Mapping[ServingDtype, ModelBytes],
+    group_size: int,
 ) -> int:
     """Print the plan of the first type of weights that fits; the exit code is that of a bad
     configuration where none does."""
-    first = next(iter(models))
-    places = _ranks(config, models[first], _bytes_per_s(first))
+    first, longest = next(iter(models)), shape.max_sequence_length
+    layer_s = layer_seconds(shape, first, group_size, torch.device("cpu"))
+    places = _ranks(config, models[first], layer_s)
     try:
         number, made = first_that_fits(config, list(models.values()), longest, places)
     except (DoesNotFit, ValueError) as error:
@@ -65,14 +65,14 @@ def report(
         echo(f"memory unknown: {names}; set memory_gb: in the cluster file")
     echo(
         f"fits: {made.slots} requests at once of up to {made.capacity:,} tokens; one stream about "
-        f"{made.tokens_per_s:.2g} tokens/s, by the speed of this machine's memory"
+        f"{made.tokens_per_s:.2g} tokens/s, by a layer on this machine"
         + (" and the speed: of the hosts" if len(places) > 1 else "")
     )
     return EXIT_DONE
 
 
-def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[ServingRank]:
-    """What the cluster file and this machine say of each rank."""
+def _ranks(config: RunConfig, sizes: ModelBytes, layer_s: float) -> list[ServingRank]:
+    """What the cluster file and this machine, which takes `layer_s`, say of each rank."""
     hosts = {host.name: host for host in config.cluster.hosts or []}
     places = []
     for rank in ranks(config):
@@ -86,28 +86,12 @@ def _ranks(config: RunConfig, sizes: ModelBytes, bytes_per_s: float) -> list[Ser
         places.append(
             ServingRank(
                 host=rank.host,
-                layer_s=sizes.layer / bytes_per_s / speed,
-                head_s=sizes.head / bytes_per_s / speed,
+                layer_s=layer_s / speed,
+                head_s=layer_s * sizes.head / sizes.layer / speed,
                 free_bytes=memory / rank.local_world_size,
             )
         )
     return places
-
-
-def _bytes_per_s(kind: ServingDtype) -> float:
-    """How fast this machine multiplies a matrix with a vector, which is what a token costs."""
-    dtype = COMPUTE_DTYPES[kind]
-    size = (_MATRIX_BYTES // _MATRIX_WIDTH // dtype.itemsize, _MATRIX_WIDTH)
-    tensors = quantized("m.weight", torch.zeros(size, dtype=dtype), kind)
-    matrix = linear_of(tensors, ["m"], dtype)
-    vector = torch.zeros((1, _MATRIX_WIDTH), dtype=dtype)
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - began < _MEASURE_S:
-        before = time.perf_counter()
-        matrix(vector)
-        times.append(time.perf_counter() - before)
-    return matrix.nbytes / min(times)
 
 
 def _table(made: ServingPlan, sizes: ModelBytes, places: Sequence[ServingRank]) -> rich.table.Table:

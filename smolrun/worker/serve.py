@@ -17,7 +17,6 @@ from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, de
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.step_clock import Pace
-from smolrun.serving.batch import Batch, Row
 from smolrun.serving.engine import Engine
 from smolrun.serving.messages import (
     LOADING,
@@ -38,18 +37,14 @@ from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
 from smolrun.serving.source import ModelSource, load_stage
 from smolrun.serving.stage import Stage
-from smolrun.serving.stage_runner import DecoderRunner, StageTimes
-from smolrun.serving.weight_types import quantized, serving_bytes, stored_as
+from smolrun.serving.stage_runner import DecoderRunner, StageTimes, layer_seconds
+from smolrun.serving.weight_types import serving_bytes
 from smolrun.serving.weights import COMPUTE_DTYPES
 from smolrun.worker.memory_limit import limit_memory
 from smolrun.worker.process import regroup
 from smolrun.worker.serving_host import host_watched
 from smolrun.worker.train import late, pace_of, pick_device
 
-# Layers that stay in a processor's cache would seem faster than those of a whole model.
-_PROBE_BYTES = 128 * 1024 * 1024
-_PROBE_S = 0.7
-_PROBE_CONTEXT = 128  # tokens in the cache
 _PROGRESS_EVERY_S = 0.2
 _LOOK_S = 0.2  # how late a rank that waits for the driver sees that its mesh has failed
 
@@ -209,44 +204,13 @@ class _Server:
 
 
 def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: float) -> Probed:
-    """The time of one layer for one token, over layers of zeros that no processor's cache holds.
-
-    The head is a matrix like those of a layer, which take their time per weight."""
+    """The time of one layer for one token. The head is a matrix like those of a layer, which take
+    their time per weight."""
     source = msgspec.convert(probe.source, ModelSource)
-    dtype = COMPUTE_DTYPES[probe.dtype]
     sizes = serving_bytes(source.shape, source.vocab_size, probe.dtype, source.group_size)
     free_bytes = int(min(machine_memory().available, limit))
-    layers = max(1, min(source.shape.layers, _PROBE_BYTES // sizes.layer))
-    shapes = source.parameter_shapes(0, layers - 1, False, False)
-    parameters: dict[str, torch.Tensor] = {}
-    for name, one in shapes.items():
-        kind = stored_as(name, one, probe.dtype, source.group_size)
-        parameters |= quantized(name, torch.zeros(one, device=device), kind, source.group_size)
-    stage = Stage(
-        source.shape,
-        source.vocab_size,
-        0,
-        layers - 1,
-        False,
-        False,
-        parameters,
-        slots=1,
-        capacity=min(_PROBE_CONTEXT, source.shape.max_sequence_length),
-        dtype=dtype,
-    )
-    hidden_TD = torch.zeros((1, source.shape.width), dtype=dtype)
-    batch = Batch(0, [Row(0, stage.capacity - 1, 1, False)], [0])
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - began < _PROBE_S:
-        before = time.perf_counter()
-        pace.begin(0.0)
-        stage.run(batch, hidden_TD).cpu()
-        pace.end(0.0)
-        times.append(time.perf_counter() - before)
-    layer_s = sorted(times)[len(times) // 2] / layers
-    head_s = layer_s * sizes.head / sizes.layer
-    return Probed(rank, layer_s, head_s, free_bytes)
+    layer_s = layer_seconds(source.shape, probe.dtype, source.group_size, device, pace)
+    return Probed(rank, layer_s, layer_s * sizes.head / sizes.layer, free_bytes)
 
 
 def _load(

@@ -16,6 +16,6 @@ def test_hosts_are_as_fast_as_they_are_given_or_emulate() -> None:
         "{name: mini, ssh: mini, speed: 2}",
     ]
     config = compose(["task=serve", f"cluster.hosts=[{', '.join(hosts)}]"])
-    found = _ranks(config, MODEL, bytes_per_s=1e6)
+    found = _ranks(config, MODEL, layer_s=0.001)
     assert [rank.layer_s for rank in found] == [0.001, 0.004, 0.0005]
     assert [rank.head_s for rank in found] == [0.0005, 0.002, 0.00025]
