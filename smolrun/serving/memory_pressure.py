@@ -1,8 +1,8 @@
 """Whether the hosts of a server have memory for another request. Pure.
 
-A slot of the cache takes its memory as tokens come, so beside what must stay free a host needs room
-for the slots that the running requests, and the new one, may still fill. Low is left later than it
-is entered: a host at the limit would else change with every page.
+On a CPU a slot of the cache takes its memory as tokens come, so beside what must stay free a host
+needs room for the slots that the running requests, and the new one, may still fill. Low is left
+later than it is entered: a host at the limit would else change with every page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class MemoryPressure:
         room on every host."""
         for rank, report in self._reports.items():
             reserve = self._reserve(report)
-            left = report.available_bytes - self._growth(rank, running + 1)
+            here = [one for one, other in self._reports.items() if other.host == report.host]
+            growth = sum(self._growth(one, running + 1) for one in here)
+            left = report.available_bytes - growth
             is_low = left < reserve * (_LEFT_FACTOR if rank in self._low else 1.0)
             (self._low.add if is_low else self._low.discard)(rank)
         if not self._low:
@@ -63,11 +65,11 @@ class MemoryPressure:
         return max(_LEAST_BYTES, _SHARE * report.total_bytes)
 
     def _growth(self, rank: int, sequences: int) -> float:
-        """Bytes that so many sequences may still take on a host."""
+        """Bytes that so many sequences may still take of a rank's host."""
         stage = self._stages.get(rank)
-        if stage is None:
-            return 0.0
         report = self._reports[rank]
+        if stage is None or not report.cache_grows:
+            return 0.0
         filled = max(0, report.process_bytes - self._begin_bytes[rank])
         slots = min(sequences, self._slots) * stage.cache_bytes / self._slots
         return max(0.0, min(slots, stage.cache_bytes - filled))

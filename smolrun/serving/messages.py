@@ -233,13 +233,15 @@ class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loade
 
 class HostMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of a rank's host, available and in all, and of the rank's own process; topic `HOSTS`,
-    to the driver, once a second where it has changed."""
+    to the driver, once a second where it has changed. `cache_grows`: a slot of the cache takes
+    memory as tokens come, as on a CPU; elsewhere it has had all of it from the start."""
 
     rank: int
     host: str
     available_bytes: int
     total_bytes: int
     process_bytes: int
+    cache_grows: bool = True
 
 
 class StayAwake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

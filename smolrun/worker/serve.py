@@ -53,7 +53,7 @@ def serve(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, 
     """From the measurement to the end of the server; returns the rank's summary. Where ranks are
     lost or come back, the rank keeps its process and the weights that it needs again. Raises
     PeerLost where that ends the run, and StopRequested if the driver stops it before it serves."""
-    with host_watched(start, channel):
+    with host_watched(start, channel, pick_device(start.device)):
         server = _Server(start, channel)
         while True:
             try:

@@ -23,9 +23,9 @@ _WORTH = 0.01  # of all memory: a smaller change is not reported
 
 
 @contextlib.contextmanager
-def host_watched(start: StartMessage, channel: WorkerChannel) -> Iterator[None]:
-    """Report the memory, and obey StayAwake, inside the `with`."""
-    watch = _Watch(start, channel)
+def host_watched(start: StartMessage, channel: WorkerChannel, device: str) -> Iterator[None]:
+    """Report the memory, and obey StayAwake, inside the `with`. `device`: type of the rank's."""
+    watch = _Watch(start, channel, device)
     channel.subscribe(HOSTS, watch.obey)
     thread = threading.Thread(target=watch.run, name="smolrun-host", daemon=True)
     thread.start()
@@ -39,8 +39,9 @@ def host_watched(start: StartMessage, channel: WorkerChannel) -> Iterator[None]:
 class _Watch:
     """One thread, as letting a machine sleep may take a while."""
 
-    def __init__(self, start: StartMessage, channel: WorkerChannel) -> None:
+    def __init__(self, start: StartMessage, channel: WorkerChannel, device: str) -> None:
         self._start = start
+        self._device = device
         self._channel = channel
         self._is_awake_wanted = False
         self._last: HostMemory | None = None
@@ -67,6 +68,7 @@ class _Watch:
             memory.available,
             memory.total,
             psutil.Process().memory_info().rss,
+            cache_grows=self._device == "cpu",
         )
         if self._last is None or now - self._sent_s > _SEND_EVERY_S or _differs(report, self._last):
             self._channel.send_data(HOSTS, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from smolrun.serving.memory_pressure import MemoryPressure
@@ -49,5 +50,23 @@ def test_room_is_kept_for_what_running_answers_may_still_fill() -> None:
     assert low(pressure, 2.1, running=1)
     pressure = MemoryPressure(1.0, stages, slots=4)
     assert not low(pressure, 5.1, running=100)  # all slots, and no more
+    there = msgspec.structs.replace(report(2.1), cache_grows=False)  # on a GPU, or filled already
+    pressure.note(there)
+    assert pressure.reason(100) is None
     pressure.note(report(2.1, process_gb=4.5))  # of which 3.5 GB are filled
     assert pressure.reason(100) is None
+
+
+def test_the_stages_of_one_host_share_its_memory() -> None:
+    stages = [StageStats(rank, "mini0", rank, rank, cache_bytes=4 * GB) for rank in (0, 1)]
+
+    def is_low(available_gb: float, *hosts: str) -> bool:
+        pressure = MemoryPressure(1.0, stages, slots=4)
+        for rank, host in enumerate(hosts):
+            found = report(available_gb, rank=rank)
+            pressure.note(msgspec.structs.replace(found, host=host))
+        return pressure.reason(0) is not None
+
+    assert is_low(2.9, "mini0", "mini0")  # two slots of 1 GB beside 1 GB
+    assert not is_low(3.1, "mini0", "mini0")
+    assert not is_low(2.9, "mini0", "mini1")

@@ -56,11 +56,11 @@ def test_it_reports_memory_and_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_host, "_SEND_EVERY_S", 1e6)
     start: Any = SimpleNamespace(rank=2, host="mini2")
     channel: Any = Channel()
-    with serving_host.host_watched(start, channel):
+    with serving_host.host_watched(start, channel, "cuda"):
         channel.tell(task_message(HOSTS, StayAwake(True)))
         until(lambda: switched == [True] and channel.reports)
         first = channel.reports[0]
-        assert (first.rank, first.host) == (2, "mini2")
+        assert (first.rank, first.host, first.cache_grows) == (2, "mini2", False)
         assert (first.available_bytes, first.total_bytes) == (8 * GB, 16 * GB)
         assert 0 < first.process_bytes < psutil.virtual_memory().total
         memory[0] = MachineMemory(16 * GB, 7 * GB, 0)
