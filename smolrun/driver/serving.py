@@ -446,12 +446,12 @@ class Draining(Subscriber):
         if self.is_unloading():
             return True
         if self._thread is None:
-            if self._frontend.num_requests:  # a length: this is not the event loop's thread
-                self._say(
-                    f"running answers get up to {self._drain_s:g} s to end; Ctrl-C again: at once"
-                )
+            # No answer comes of what waits for a model: loading it ends with the stop.
+            drain_s = 0.0 if self._frontend.state == "loading" else self._drain_s
+            if self._frontend.num_requests and drain_s:  # a length, read by another thread
+                self._say(f"running answers get up to {drain_s:g} s to end; Ctrl-C again: at once")
             self._thread = threading.Thread(
-                target=self._server.stop, args=(self._drain_s,), name="smolrun-drain", daemon=True
+                target=self._server.stop, args=(drain_s,), name="smolrun-drain", daemon=True
             )
             self._thread.start()
         return not self._thread.is_alive()

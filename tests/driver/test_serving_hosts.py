@@ -136,6 +136,10 @@ class Ranks:
     def serve(self) -> RunOutcome:
         """Answer each request by one token, until a stop is asked for and allowed."""
         self.say(Ready(64, 512, 8))
+        return self.load()
+
+    def load(self) -> RunOutcome:
+        """As `serve`, without a model, so nothing is answered."""
         answered: set[str] = set()
         give_up = time.monotonic() + SOON_S
         while time.monotonic() < give_up:
@@ -232,6 +236,20 @@ def test_a_model_that_no_longer_fits_is_said_and_tried_again_by_the_next(started
         assert any(what in line and "the next request tries" in line for line in said)
     assert ask(url).status_code == 200
     assert ranks.num_starts == 4 and not outcomes
+
+
+def test_a_stop_does_not_wait_for_answers_of_a_model_that_is_still_loaded(started: Any) -> None:
+    url, folder, outcomes, said = started(Ranks(Ranks.serve, Ranks.load))
+    until(lambda: status(url) == "200 unloaded")
+    refused: list[int] = []
+    client = threading.Thread(target=lambda: refused.append(ask(url).status_code))
+    client.start()
+    until(lambda: status(url) == "200 loading")
+    folder.ask_to_stop()
+    until(lambda: bool(outcomes))
+    client.join(SOON_S)
+    assert refused == [503] and outcomes[0].status == "stopped"
+    assert not [line for line in said if line.startswith("running answers get up to")]
 
 
 def test_a_rank_that_is_lost_after_the_model_was_loaded_again_ends_the_server(started: Any) -> None:
