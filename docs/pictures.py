@@ -19,6 +19,7 @@ from smolrun.collectives.schedule import (
     Hop,
     Schedule,
     direct_all_gather,
+    direct_all_to_all,
     dissemination_barrier,
     elements_sent,
     even_ranges,
@@ -179,6 +180,7 @@ DRAWN = {
     "classicdp": table([ring_all_reduce(rank, 3) for rank in range(3)]),
     "fsdp": table([ring_reduce_scatter(rank, 3) for rank in range(3)]),
     "syncps": table([syncps_schedule(rank, 3) for rank in range(3)]),
+    "ep": table([direct_all_to_all(rank, 3) for rank in range(3)]),
     "mp": pipeline("1f1b", 3, 1),
     "mp_pipeline": [*pipeline("1f1b", 3, 4), "", *pipeline("gpipe", 3, 4)],
 }

@@ -71,6 +71,7 @@ class Algorithm(ABC):
     """One way to distribute training. `place` first, then `train_step` again and again, then
     `drain`. One thread calls it."""
 
+    runs_empty_batches = False  # a forward is collective, so a rank without samples runs it too
     needs_full_model = True  # otherwise `place` gets a model whose parameters only have shapes
     can_evaluate = True  # whether this rank takes part in evaluations
     evaluates_locally = False  # whether this rank evaluates without the others
@@ -164,7 +165,7 @@ class Algorithm(ABC):
         sums = torch.zeros(3, dtype=torch.float64)
         is_classes = all(batch.targets.ndim == 1 for batch in micro_batches)
         for batch in micro_batches:
-            logits = self.forward(batch) if len(batch.inputs) else None
+            logits = self.forward(batch) if len(batch.inputs) or self.runs_empty_batches else None
             if logits is not None:
                 sums[0] += self.context.loss_sum(logits, batch.targets).item()
                 sums[1] += int((batch.targets != IGNORE_INDEX).sum())
@@ -211,7 +212,7 @@ class Algorithm(ABC):
         for index, batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
                 self.before_last_backward()
-            logits = self.forward(batch) if len(batch.inputs) else None
+            logits = self.forward(batch) if len(batch.inputs) or self.runs_empty_batches else None
             if logits is not None:
                 loss = self.context.loss_sum(logits, batch.targets)
                 (loss * self.loss_scale.value).backward()
@@ -259,7 +260,7 @@ class Algorithm(ABC):
             gradient.mul_(clip_coef / weight)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        measured = self.context.norms.begin(pending.step, self.optimized_params, clip_coef)
+        measured = self.context.norms.begin(pending.step, self.measured_params(), clip_coef)
         self.optimizer.step()
         self._norms = self.whole_norms(measured.finish()) if measured else None
         return norm
@@ -267,6 +268,10 @@ class Algorithm(ABC):
     def norm_squared(self, gradients: list[Tensor]) -> float:
         """Squared norm of the whole gradient; where ranks hold parts, an override adds them up."""
         return squared_norm(gradients)
+
+    def measured_params(self) -> list[tuple[str, nn.Parameter]]:
+        """Those whose norms this rank takes."""
+        return self.optimized_params
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Norms by layer; where ranks step parts of the model, an override joins them."""
@@ -483,18 +488,12 @@ class Algorithm(ABC):
             self._share_buffers(stats)
         slowest, (compute_s, wait_s) = stats.slowest, self.clock.take()
         has_waited = slowest != self.context.mesh.rank and wait_s > 0.05 * compute_s
-        return StepResult(
-            step=pending.step,
-            loss=stats.total("loss_sum") / weight if weight else math.nan,
-            num_targets=int(weight),
+        return pending.result(
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compute_s=compute_s,
             wait_s=wait_s,
             waited_for=slowest if has_waited else None,
-            nonfinite_ranks=stats.nonfinite_ranks,
             wants_stop=is_shared and any(stats.column("wants_stop")),
             norms=self._norms,
-            stats=stats,
-            late=pending.late,
         )

@@ -52,13 +52,17 @@ class BucketedAlgorithm(Algorithm):
     def place(self, model: nn.Module) -> None:
         """Keeps a replica; makes sure that all start from the same bytes. Collective."""
         super().place(model)
-        sync_replicas(self.collectives, [*model.parameters(), *model.buffers()])
+        sync_replicas(self.collectives, [*self.replicated(), *model.buffers()])
         self.catch_gradients()
+
+    def replicated(self) -> list[nn.Parameter]:
+        """The parameters that all ranks hold, whose gradients are in the buckets."""
+        return list(self.model.parameters())
 
     def catch_gradients(self) -> None:
         """From now on backward writes into buckets."""
         self.buckets = GradientBuckets(
-            self.model.parameters(),
+            self.replicated(),
             bucket_bytes=self._bucket_bytes,
             slots=self.context.staleness + 1,
             on_full=self._on_full,

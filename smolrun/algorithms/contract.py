@@ -3,6 +3,7 @@ step returns. How they are used is in base.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,6 +244,19 @@ class PendingUpdate:
     stats: StepStats
     works: list[Work]
     late: dict[int, int] = field(default_factory=dict)  # as in StepResult
+
+    def result(self, **of_rank: Any) -> StepResult:
+        """The update that this has become, with what its rank knows of it."""
+        weight = self.stats.total("num_targets")
+        return StepResult(
+            step=self.step,
+            loss=self.stats.total("loss_sum") / weight if weight else math.nan,
+            num_targets=int(weight),
+            nonfinite_ranks=self.stats.nonfinite_ranks,
+            stats=self.stats,
+            late=self.late,
+            **of_rank,
+        )
 
 
 def never_empty(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ Source: Dean et al., "Large Scale Distributed Deep Networks", 2012 (model parall
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,21 @@ from torch import Tensor, nn
 
 from smolrun.algorithms import layer_cut
 from smolrun.algorithms.base import Context, PendingUpdate
+from smolrun.algorithms.partial_model import PartialModel
 from smolrun.algorithms.single import Single
 from smolrun.algorithms.stage_gradients import OpenStep, StageGradients
 from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
+from smolrun.checkpoints.tensor_slice import Writer
 from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.models.base import StagedModel
 from smolrun.parts.norms import combine_norms
 from smolrun.parts.placement import DataCoordinates
-from smolrun.parts.replicas import model_tensors
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
 
 
-class ModelParallel(Single):
+class ModelParallel(PartialModel, Single):
     """One stage of layers; gradients wait for their update as in `single`."""
 
-    needs_full_model = False
     more_copies = 0  # of the weights, beside those that every stage needs
 
     def __init__(self, context: Context, *, layers: Sequence[Sequence[int]] | None) -> None:
@@ -71,11 +70,8 @@ class ModelParallel(Single):
         if is_measured:
             self.note = f"speeds as measured: {layer_cut.cut_text(layers)}"
         self.width, tied = model.shape.width, model.tied_parameter
-        self._whole, self.layers = layer_cut.without_values(model), layers[self.stage]
-        model.keep_stage(self.layers, self.is_first, self.is_last)
-        for name, parameter in model.named_parameters():
-            value = context.first_value(model, name, parameter)
-            parameter.data = value.to(parameter.device, parameter.dtype)
+        self.layers = layers[self.stage]
+        self.keep_part(model, lambda: model.keep_stage(self.layers, self.is_first, self.is_last))
         layer_cut.check_stage(model, context.mesh.rank)
         self._copied = tied if self.is_last and not self.is_first else None
         super().place(model)
@@ -191,8 +187,7 @@ class ModelParallel(Single):
 
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Of all layers, on all ranks."""
-        trained = [name for name, parameter in self._whole.items() if parameter.requires_grad]
-        return combine_norms(norms, trained, self.all_ranks)
+        return combine_norms(norms, self.trained_names(), self.all_ranks)
 
     def wait_for_transfers(self) -> None:
         """Of a tied embedding."""
@@ -204,25 +199,8 @@ class ModelParallel(Single):
         """The first stage writes what the last one has a copy of."""
         return "other" if name == self._copied else "this"
 
-    def model_slices(self) -> Iterator[TensorSlice]:
-        """This stage's, and no element of the others."""
-        yield from super().model_slices()
-        held = dict(model_tensors(self.model))
-        for name, parameter in self._whole.items():
-            if name not in held:
-                nothing = torch.empty(0, dtype=parameter.dtype)
-                yield TensorSlice(f"model/{name}", tuple(parameter.shape), 0, nothing, "other")
-
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Gradients in flight are those of all stages; their norm is not in a checkpoint."""
         super().restore(checkpoint, state)
         for pending in self.pending_updates:
             self.stage_gradients.resume(pending.step, self.pending_gradients(pending))
-
-    def is_on_other_rank(self, name: str) -> bool:
-        """Whether this rank has no part of a parameter."""
-        return name in self._whole and name not in dict(self.optimized_params)
-
-    def whole_parameters(self) -> Iterator[nn.Parameter]:
-        """Of all stages, without values."""
-        yield from self._whole.values()

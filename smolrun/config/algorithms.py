@@ -23,7 +23,7 @@ from smolrun.config.base import (
 )
 from smolrun.config.cluster import ClusterConfig
 from smolrun.config.data import DataConfig
-from smolrun.config.models import DecoderConfig, MlpConfig, ModelConfig
+from smolrun.config.models import CustomModelConfig, DecoderConfig, MlpConfig, ModelConfig
 from smolrun.config.optimizers import Optimizer
 from smolrun.config.settings import StalenessConfig, TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding, StagesConfig
@@ -42,6 +42,7 @@ class AlgorithmConfig(TargetConfig):
 
     max_ranks: ClassVar[int | None] = None
     is_asynchronous: ClassVar[bool] = False  # workers never wait for each other
+    places_experts: ClassVar[bool] = False  # a rank has some of the experts of a model
     has_server: ClassVar[bool] = False  # rank 0 holds the parameters for all
     quantizes_gradients: ClassVar[bool] = False  # it obeys the group `quantization`
 
@@ -440,6 +441,26 @@ class PipelineConfig(ModelParallelConfig):
             yield problem("algorithm.micro_batches", count, what, allowed=f"auto or 1 to {batch}")
 
 
+class EPConfig(AlgorithmConfig):
+    """Every rank holds some of a model's experts and a replica of all else; tokens travel."""
+
+    quantizes_gradients: ClassVar[bool] = True  # of the replicas
+    places_experts: ClassVar[bool] = True
+    target: Literal["smolrun.algorithms.ep:ep"]
+    bucket_mb: Positive
+
+    def check_model(self, *, model: ModelConfig, world_size: int) -> Iterator[str]:
+        """It has experts, one for every rank at least."""
+        moe = model.moe if isinstance(model, DecoderConfig) else None
+        if moe is None and not isinstance(model, CustomModelConfig):
+            allowed = "model=moe_tiny or moe_small, or algorithm=classicdp"
+            yield problem("model", model.name, "has no experts to place", allowed=allowed)
+        elif moe is not None and moe.experts < world_size:
+            what = f"too few for {world_size} ranks, of which each needs one"
+            allowed = f"{world_size} or more, or fewer ranks"
+            yield problem("model.moe.experts", moe.experts, what, allowed=allowed)
+
+
 class CustomAlgorithmConfig(CustomTargetConfig, AlgorithmConfig, extra="allow"):
     """The user's own algorithm."""
 
@@ -456,6 +477,7 @@ else:
         FSDPConfig,
         SyncPSConfig,
         EDPConfig,
+        EPConfig,
         ModelParallelConfig,
         PipelineConfig,
     )

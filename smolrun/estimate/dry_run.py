@@ -7,17 +7,12 @@ arithmetic (estimate/memory.py); dry_run_text.py puts it into words.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
-from torch import nn
 
 from smolrun.config import RunConfig, has_dedicated_server, ranks, resolved, validate, world_size
 from smolrun.config.sharding import RankSizes, StagesConfig
@@ -35,7 +30,9 @@ from smolrun.estimate.memory import (
     sent_bytes,
     smallest_change,
 )
+from smolrun.estimate.process import USUAL_PROCESS, Process, end_probe, start_probe
 from smolrun.estimate.stages import (
+    ExpertShare,
     StageKind,
     StageShare,
     build,
@@ -45,6 +42,7 @@ from smolrun.estimate.stages import (
     model_maker,
     more_copies,
     numbers_of,
+    place_experts,
 )
 from smolrun.estimate.trace import CannotTrace, Trace, build_on_meta, trace
 from smolrun.launch.machine_memory import machine_memory
@@ -61,26 +59,10 @@ from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
 from smolrun.parts.stage_links import RECEIVES_AHEAD
 from smolrun.parts.unshard_on_access import layers_of
-from smolrun.sanitize import echo
 
 GB = 2**30
 # Measured runs needed up to so much more than was promised (tests/tasks/test_dry_run_measured.py).
 MARGIN = 1.15
-# Of a process with torch 2.13 on Linux, where a process of our own could not be started to look.
-_USUAL_PROCESS = 300 * 2**20
-_PROBE = (  # a rank's process imports smolrun.worker.train
-    "import smolrun.worker.train; "
-    "from smolrun.estimate.dry_run import print_process; print_process()"
-)
-_PROBE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Process:
-    """Memory of a rank before it has a model: all of it, and what ranks of one host share."""
-
-    size: int
-    shared: int
 
 
 @dataclass(frozen=True)
@@ -116,12 +98,15 @@ class Estimate:
         default_factory=dict
     )
     _stages: dict[tuple[str, str], list[StageShare]] = field(default_factory=dict, init=False)
+    _experts: dict[tuple[str, str], list[ExpertShare]] = field(default_factory=dict, init=False)
 
     def rank(self, place: Place, local_rank: int = 0, setting: Setting | None = None) -> Rank:
         """One rank of a host, in numbers; with stages it depends on the setting."""
         stages = self.stages(setting or self.setting)
         number = place.first_rank + local_rank
-        shapes, frozen = stages[number].numbers if stages else (self.shapes, self.frozen)
+        share = self.expert_share(number, setting or self.setting)
+        held = stages[number] if stages else share
+        shapes, frozen = (self.shapes, self.frozen) if held is None else held.numbers
         bound = self.config.staleness.bound
         algorithm = self.config.algorithm
         sizes = RankSizes(
@@ -141,7 +126,9 @@ class Estimate:
             slots=1 + algorithm.pending_gradients(0 if bound == "auto" else bound),
             is_on_device=place.device != "cpu",
             is_staged=place.device != "cpu" and world_size(self.config) > 1 and not stages,
-            is_stage=bool(stages),
+            is_stage=held is not None,
+            experts=share.experts if share else 0,
+            token_bytes=share.token_bytes(self.tokens, world_size(self.config)) if share else 0,
             weight_copies=0
             if not stages or stages[number].kind.has_head
             else more_copies(self.config),
@@ -170,6 +157,19 @@ class Estimate:
         if key not in self._stages and self.keys is not None:
             self._stages[key] = cut_into_stages(self.config, self.spec, *key)
         return self._stages.get(key, [])
+
+    def expert_share(self, number: int, setting: Setting) -> ExpertShare | None:
+        """What a rank holds where ranks hold experts, as the run places them; else None."""
+        key = (setting.precision, setting.optimizer)
+        if key not in self._experts and self.config.algorithm.places_experts:
+            self._experts[key] = place_experts(self.config, self.spec, *key)
+        return self._experts[key][number] if self._experts else None
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank in a step."""
+        samples = self.setting.micro_batch_size * self.micro_batches
+        return samples * (self.spec.sequence_length or 1)
 
     def count(self, setting: Setting) -> int:
         """Micro-batches of a step."""
@@ -373,7 +373,7 @@ def estimate(
     """What the run would need, for data with the sizes `spec`. ConfigError where the model cannot
     be what the keys say. `notes` are assumptions about `spec`. `measure_process` starts
     a process like an empty rank's, which takes seconds."""
-    probe = _start_probe() if measure_process else None
+    probe = start_probe() if measure_process else None
     try:
         shapes, frozen, can_recompute, largest_layer, reason = _sizes(config, spec)
         plan = largest_plan(config)
@@ -384,7 +384,7 @@ def estimate(
             config,
             spec,
             _places(config),
-            Process(_USUAL_PROCESS, 0),
+            Process(USUAL_PROCESS, 0),
             shapes,
             frozen,
             setting,
@@ -397,7 +397,7 @@ def estimate(
         for place in made.places:
             made.need(place, setting)
     finally:
-        process = _end_probe(probe)
+        process = end_probe(probe)
     made.process = process or made.process
     made.notes += [] if process else ["the size of an empty process could not be measured"]
     return made
@@ -448,41 +448,3 @@ def _free(device: str, here: int) -> int:
     if device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return here
-
-
-# -- measured here --
-
-
-def print_process() -> None:
-    """For the probe: use torch a little, and print the memory of this process as JSON."""
-    layer = nn.Linear(256, 256)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    for _ in range(2):
-        layer(torch.ones(64, 256)).logsumexp(-1).sum().backward()
-        optimizer.step()
-    memory: Any = psutil.Process().memory_info()
-    echo(json.dumps([memory.rss, getattr(memory, "shared", 0)]))
-
-
-def _start_probe() -> subprocess.Popen[bytes] | None:
-    try:
-        return subprocess.Popen(  # noqa: S603  (our own interpreter, our own code)
-            [sys.executable, "-P", "-c", _PROBE],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError:
-        return None
-
-
-def _end_probe(probe: subprocess.Popen[bytes] | None) -> Process | None:
-    if probe is None:
-        return None
-    try:
-        output, _ = probe.communicate(timeout=_PROBE_S)
-        size, shared = json.loads(output)
-        return Process(int(size), int(shared))
-    except (subprocess.TimeoutExpired, ValueError):
-        probe.kill()
-        probe.wait()
-        return None

@@ -65,8 +65,10 @@ class Rank:
     has_momentum: bool = True
     copies_for_norms: bool = False
     saves: bool = False
-    is_stage: bool = False  # it holds a stage of layers, and saves all of that
+    is_stage: bool = False  # it holds a stage of layers, or experts, and saves all of that
     weight_copies: int = 0  # of other steps
+    experts: int = 0  # numbers in experts that it alone has, whose gradients stay
+    token_bytes: int = 0  # of tokens that go to experts of other ranks in a step, and back
     sharding: Sharding = NOT_CUT
     quantization: Quantization = NO_QUANTIZATION
 
@@ -186,9 +188,9 @@ def sent_bytes(rank: Rank, setting: Setting, micro_batches: int) -> int:
     if links := rank.sharding.links:  # a server sends weights, a worker gradients
         return int(links * rank.trained * (size if rank.sharding.push_buffers else gradient))
     cut = rank.sharding
-    moved = rank.trained * cut.moved(size, used, gradient, micro_batches)
+    moved = (rank.trained - rank.experts) * cut.moved(size, used, gradient, micro_batches)
     moved += rank.frozen * cut.gathered(used, micro_batches)
-    return int((rank.world_size - 1) / rank.world_size * moved)
+    return int((rank.world_size - 1) / rank.world_size * moved) + rank.token_bytes
 
 
 def _used_bytes(setting: Setting) -> int:

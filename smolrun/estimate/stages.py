@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from smolrun.algorithms.ep import expert_ranges, layers_of_experts
 from smolrun.algorithms.layer_cut import copies_held, cut_layers, cut_text
 from smolrun.algorithms.mp_pipeline import PipelineWithoutFlush
 from smolrun.config import RunConfig, ranks, resolved, world_size
@@ -77,23 +78,72 @@ def cut_of(
     section, size = resolved(config), world_size(config)
     keys = config.algorithm.stages(size)
     assert keys is not None, "the algorithm has no stages"
-    optimizer = section["optimizer"]
-    if optimizer_name != optimizer["name"]:  # with the keys that it has by default
-        optimizer = {"name": optimizer_name}
-        optimizer |= {"momentum": 0.9} if optimizer_name == "sgd" else {}
-    precision = PRECISIONS[precision_name]
     return cut_layers(
         model,
         keys.layers,
         size,
-        precision=precision,
-        copies=more_copies(config)
-        + copies_held(
-            functools.partial(make_optimizer, **optimizer), precision, staleness_of(config)
-        ),
+        precision=PRECISIONS[precision_name],
+        copies=more_copies(config) + _copies(config, precision_name, optimizer_name),
         speeds=known_speeds(rank_speeds(section["cluster"], size)),
         memory_bytes=memory_limits(section["cluster"]["hosts"]) if is_limited else (),
     )
+
+
+def _copies(config: RunConfig, precision_name: str, optimizer_name: str) -> int:
+    """Numbers in memory for each parameter."""
+    optimizer = resolved(config)["optimizer"]
+    if optimizer_name != optimizer["name"]:  # with the keys that it has by default
+        optimizer = {"name": optimizer_name}
+        optimizer |= {"momentum": 0.9} if optimizer_name == "sgd" else {}
+    make = functools.partial(make_optimizer, **optimizer)
+    return copies_held(make, PRECISIONS[precision_name], staleness_of(config))
+
+
+@dataclass(frozen=True)
+class ExpertShare:
+    """What one rank holds where ranks hold experts: `numbers` of all, `experts` of these in its
+    experts; `row` bytes travel for each token, one way."""
+
+    numbers: Numbers
+    experts: int
+    row: int
+
+    def token_bytes(self, tokens: int, size: int) -> int:
+        """What leaves a rank if experts get equally many of its tokens: to the experts and back,
+        and the same for the gradients."""
+        return 4 * tokens * self.row * (size - 1) // size
+
+
+def place_experts(
+    config: RunConfig, spec: ModelSpec, precision: str, optimizer: str
+) -> list[ExpertShare]:
+    """What every rank holds; where nothing fits into the memory that is given, what is fastest.
+    ConfigError where the model has no experts, or too few."""
+    model, _ = build(model_maker(config, spec))
+    size, cluster = world_size(config), resolved(config)["cluster"]
+    place = functools.partial(
+        expert_ranges,
+        model,
+        size,
+        number_bytes=PRECISIONS[precision].parameters.itemsize
+        * _copies(config, precision, optimizer),
+        speeds=known_speeds(rank_speeds(cluster, size)),
+    )
+    try:
+        placed = place(memory_bytes=memory_limits(cluster["hosts"]))
+    except ConfigError:
+        placed = place()
+    layers = layers_of_experts(model)
+    row = sum(one.moe.experts_per_token * one.router.in_features for one in layers)
+    row *= PRECISIONS[precision].parameters.itemsize
+    found = []
+    for part in placed:
+        mine, _ = build(model_maker(config, spec))
+        for layer in layers_of_experts(mine):
+            layer.keep(part)
+        own = (p for layer in layers_of_experts(mine) for p in layer.experts.parameters())
+        found.append(ExpertShare(numbers_of(mine), sum(p.numel() for p in own), row))
+    return found
 
 
 def staleness_of(config: RunConfig) -> int:

@@ -89,6 +89,11 @@ class MixtureOfExperts(nn.Module):
         added_TD = added_TD.index_add(0, assignments.token_A, made_AD)
         return added_TD.view_as(hidden_BTD), routing
 
+    def keep(self, experts: range) -> None:
+        """Drops all others, in place."""
+        for number in [number for number in self.experts if int(number) not in experts]:
+            del self.experts[number]
+
     def run_own(self, rows_AD: Tensor, tokens_E: Tensor) -> Tensor:
         """All experts held here, each on its rows. One without rows runs too: so its gradients are
         zeros, and the graph is the same on all ranks."""

@@ -106,6 +106,21 @@ def test_the_page_of_pipelines_is_right(world_size: int, monkeypatch: pytest.Mon
         assert torch.allclose(real[name], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_page_of_experts_is_right(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "context", plainly)
+    make = functools.partial(worlds.experts, balance_loss=0.0, z_loss=0.0)
+    monkeypatch.setitem(worlds.MODELS, "language_model", make)
+    single = worlds.train("single", "language_model", 1)[0].parameters
+    found: State = {}
+    for rank in run_naive("ep", "language_model", world_size):
+        assert len(rank) < len(single) or world_size == 1
+        found |= rank
+    assert found.keys() == single.keys()
+    for name, value in single.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-12)
+
+
 def test_the_page_of_classicdp_is_right_about_late_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -38,7 +38,8 @@ CONF = Path(__file__).parents[2] / "conf"
 EVERY = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml") if path.stem != "edp")
 # Ranks hold stages of a decoder; all other algorithms train any model.
 SPLIT = [name for name in EVERY if name.startswith("mp")]
-ALGORITHMS = [name for name in EVERY if name not in SPLIT]
+# ep trains models with experts only: test_ep.py.
+ALGORITHMS = [name for name in EVERY if name not in (*SPLIT, "ep")]
 GLOBAL_BATCH = 12
 
 
@@ -101,7 +102,8 @@ def decoder(
 
 def experts(**keys: Any) -> nn.Module:
     """Routers whose losses weigh so much that an error of theirs is seen."""
-    return decoder(2, moe={**MOE, "balance_loss": 0.3, "z_loss": 0.1, **keys})
+    of_decoder = {key: keys.pop(key) for key in ("tie_embeddings", "recompute") if key in keys}
+    return decoder(2, moe={**MOE, "balance_loss": 0.3, "z_loss": 0.1, **keys}, **of_decoder)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": TinyLanguageModel, "mlp": mlp}

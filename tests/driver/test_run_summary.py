@@ -129,7 +129,7 @@ def outcome(is_memory: bool) -> RunOutcome:
 def test_a_run_that_ran_out_of_memory_gets_the_two_best_remedies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dry_run, "_start_probe", lambda: None)
+    monkeypatch.setattr(dry_run, "start_probe", lambda: None)
     told = with_advice(compose(["model=gpt_small", "data.sequence_length=512"]), outcome(True))
     start, _, advice = told.reason.partition("; try ")
     assert start == "rank 0 on local ran out of memory"

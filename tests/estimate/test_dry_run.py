@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ LLAMA = ("cluster=macmini3", "cluster.memory_gb=16", "model=llama32_1b", "data.s
 @pytest.fixture(autouse=True)
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading torch in another process takes seconds; one test does it."""
-    monkeypatch.setattr(dry_run, "_start_probe", lambda: None)
+    monkeypatch.setattr(dry_run, "start_probe", lambda: None)
 
 
 def made(*overrides: str) -> Estimate:
@@ -263,7 +264,7 @@ def test_emulated_links_are_reckoned_with() -> None:
 
 def test_an_empty_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    process = dry_run._end_probe(dry_run._start_probe())
+    process = dry_run.end_probe(dry_run.start_probe())
     assert process is not None
     assert 0 <= process.shared < process.size
     assert 0.1 * GB < process.size < GB
@@ -446,3 +447,21 @@ def test_a_cut_by_hand_that_does_not_fit_is_answered_by_one_that_does(
     assert [line.split(":")[0] for line in dry_run_text._lighter(gpipe)] == [
         "  algorithm.schedule=1f1b"
     ]
+
+
+def test_a_rank_of_experts_has_its_own_and_sends_their_tokens() -> None:
+    keys = ("model=moe_tiny", "algorithm=ep", "model.vocab_size=2048")
+    run = made(*keys, "cluster.ranks=3")
+    (place,) = run.places
+    ranks = [run.rank(place, number) for number in range(3)]
+    whole = sum(map(math.prod, run.shapes))
+    expert = 3 * 3 * 128 * 192
+    assert sorted(rank.experts for rank in ranks) == [2 * expert, 3 * expert, 3 * expert]
+    shared = whole - 8 * expert
+    assert all(rank.trained == shared + rank.experts for rank in ranks)
+    assert sum(rank.experts for rank in ranks) == 8 * expert
+    tokens, length = run.tokens, 64
+    assert tokens == 11 * length  # the largest share of 32 sequences
+    exchanged = 4 * tokens * 2 * 128 * 3 * 4 * 2 // 3
+    assert run.wire() == pytest.approx(exchanged + 2 * 4 * shared * 2 / 3, rel=1e-6)
+    assert total(made(*keys, "cluster.ranks=3")) < total(made(*keys[::2], "cluster.ranks=3"))
