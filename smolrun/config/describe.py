@@ -22,8 +22,7 @@ PLAIN = {
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "task": ("logs",),
-    "algorithm": ("ep", "diloco"),
-    "model": ("moe",),
+    "algorithm": ("diloco",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),
 }

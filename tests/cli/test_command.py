@@ -31,7 +31,7 @@ def refused(folder: Path, *arguments: str) -> list[str]:
     return [line.removeprefix("  ") for line in lines]
 
 
-ALGORITHMS = "classicdp, edp, fsdp, mp, mp_pipeline, single, syncps"
+ALGORITHMS = "classicdp, edp, ep, fsdp, mp, mp_pipeline, single, syncps"
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ ALGORITHMS = "classicdp, edp, fsdp, mp, mp_pipeline, single, syncps"
             f"algorithm = clasicdp: no such choice; allowed: {ALGORITHMS}; did you mean classicdp?",
         ),
         (
-            "algorithm=ep",
-            f"algorithm = ep: not built yet; allowed: {ALGORITHMS}",
+            "algorithm=diloco",
+            f"algorithm = diloco: not built yet; allowed: {ALGORITHMS}",
         ),
         ("task=logs", "task = logs: not built yet; allowed: attach, bench, chat, clean, "),
         (

@@ -60,10 +60,10 @@ def test_one_bad_job_stops_all_of_them(
 
 
 def test_a_wrong_choice_in_one_job_is_told_with_the_rest(tmp_path: Path):
-    done = smolrun(tmp_path, "-m", "algorithm=single,ep", "optimizer.lr=0.1,-1")
+    done = smolrun(tmp_path, "-m", "algorithm=single,diloco", "optimizer.lr=0.1,-1")
     assert done.code == 2
-    allowed = "allowed: classicdp, edp, fsdp, mp, mp_pipeline, single, syncps"
-    assert f"algorithm = ep: not built yet; {allowed} (job 3, 4 of 4)" in done.error
+    allowed = "allowed: classicdp, edp, ep, fsdp, mp, mp_pipeline, single, syncps"
+    assert f"algorithm = diloco: not built yet; {allowed} (job 3, 4 of 4)" in done.error
     assert "optimizer.lr = -1: too small; allowed: a number > 0 (job 2, 4 of 4)" in done.error
     assert done.seen == "['import hydra']"
     assert list(tmp_path.iterdir()) == []

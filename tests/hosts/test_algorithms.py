@@ -31,7 +31,9 @@ STAGES = ["model=gpt_tiny", "data.max_mb=1", "data.sequence_length=64", "trainin
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
 def test_it_trains_and_leaves_what_it_promises(driver: Driver, algorithm: str) -> None:
-    model = [*STAGES, *SMALL[2:]] if algorithm.startswith("mp") else SMALL
+    cut = [*STAGES, *SMALL[2:]]
+    models = {"mp": cut, "mp_pipeline": cut, "ep": ["model=moe_tiny", *cut[1:]]}
+    model = models.get(algorithm, SMALL)
     code, out, err = driver.run(*model, f"algorithm={algorithm}")
     assert code == 0, out + err
     losses = [row["loss"] for row in driver.rows("step")]

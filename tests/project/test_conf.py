@@ -25,6 +25,7 @@ ALSO = {
     "model/mlp": ["data=digits"],
     "model/hf": ["model.name=some/model"],
     "model/trained": ["task=export"],
+    "algorithm/ep": ["model=moe_tiny"],
     "data/digits": ["model=mlp"],
     "data/fashion_mnist": ["model=mlp"],
     "data/mnist": ["model=mlp"],

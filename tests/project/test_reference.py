@@ -61,7 +61,7 @@ def test_the_page_of_keys_has_every_group_and_what_is_not_built():
     for group in ("cluster", "algorithm", "model", "data", "training", "experiment"):
         assert f"\n## {group}\n" in text
     assert "| `cluster.hosts[].speed` | `1.0` | a number > 0 or auto |" in text
-    assert "Planned, not built yet: ep" in text
+    assert "Planned, not built yet: diloco" in text
     assert "| `data.path` |  | text or a list of text |" in text
 
 
