@@ -114,11 +114,7 @@ def route(logits_BTE: Tensor, moe: MoeShape, capacity: int | None) -> tuple[_Ass
     """The experts of every token. Of each sequence an expert takes `capacity` tokens at most: first
     choices before second ones, earlier tokens before later ones. So what is dropped does not depend
     on the other sequences of a batch, nor on how many ranks share it."""
-    dtype = torch.promote_types(logits_BTE.dtype, torch.float32)
-    prob_BTE = logits_BTE.softmax(-1, dtype=dtype)
-    weight_BTK, expert_BTK = prob_BTE.topk(moe.experts_per_token)
-    if moe.norm_topk_prob:
-        weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+    prob_BTE, weight_BTK, expert_BTK = choose(logits_BTE, moe)
     chosen_BTKE = F.one_hot(expert_BTK, moe.experts)
     token = torch.arange(expert_BTK[..., 0].numel(), device=expert_BTK.device)
     token_A = token.repeat_interleave(moe.experts_per_token)
@@ -130,8 +126,18 @@ def route(logits_BTE: Tensor, moe: MoeShape, capacity: int | None) -> tuple[_Ass
     return _Assignments(token_A[order], weight_A[order]), Routing(
         F.one_hot(expert_A, moe.experts).sum(0),
         expert_BTK.numel() - len(expert_A),
-        auxiliary_loss(logits_BTE.to(dtype), prob_BTE, chosen_BTKE, moe),
+        auxiliary_loss(logits_BTE.to(prob_BTE.dtype), prob_BTE, chosen_BTKE, moe),
     )
+
+
+def choose(logits_E: Tensor, moe: MoeShape) -> tuple[Tensor, Tensor, Tensor]:
+    """For logits [..., E]: the probabilities, and [..., K] weights and numbers of the experts."""
+    dtype = torch.promote_types(logits_E.dtype, torch.float32)
+    prob_E = logits_E.softmax(-1, dtype=dtype)
+    weight_K, expert_K = prob_E.topk(moe.experts_per_token)
+    if moe.norm_topk_prob:
+        weight_K = weight_K / weight_K.sum(-1, keepdim=True)
+    return prob_E, weight_K, expert_K
 
 
 def _within(chosen_BTKE: Tensor, capacity: int) -> Tensor:

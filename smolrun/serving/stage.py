@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolrun.models.attention import rotation_of
+from smolrun.models.feed_forward import choose
 from smolrun.models.kv_cache import may_look
 from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.serving.batch import Batch, Row
-from smolrun.serving.weights import AnyLinear, Layer, WeightReader
+from smolrun.serving.weights import AnyLinear, FeedForwardWeights, Layer, WeightReader
 
 # Rows of one token attend together if that computes at most so many products of a query's and a
 # key's element in vain a row: another call takes as long (128 keys of SmolLM2's 9 heads of 64).
@@ -318,12 +319,25 @@ class Stage:
         return mixed.permute(2, 0, 1, 3).reshape(after - first, -1)
 
     def _feed_forward(self, layer: Layer, hidden_TD: Tensor) -> Tensor:
-        inner = layer.gate_up(layer.feed_forward_norm(hidden_TD))
+        hidden_TD = layer.feed_forward_norm(hidden_TD)
+        if layer.router is None or self.shape.moe is None:
+            return self._run(layer.feed_forwards[0], hidden_TD)
+        _, weight_TK, expert_TK = choose(layer.router(hidden_TD), self.shape.moe)
+        added_TD = torch.zeros_like(hidden_TD)
+        for expert in expert_TK.unique().tolist():  # in one order, whatever else is in the batch
+            token_R, place_R = (expert_TK == expert).nonzero(as_tuple=True)
+            made_RD = self._run(layer.feed_forwards[expert], hidden_TD[token_R])
+            weight_R1 = weight_TK[token_R, place_R, None].to(made_RD.dtype)
+            added_TD.index_add_(0, token_R, made_RD * weight_R1)
+        return added_TD
+
+    def _run(self, weights: FeedForwardWeights, hidden_TD: Tensor) -> Tensor:
+        inner = weights.gate_up(hidden_TD)
         if not self._is_invariant:
-            return layer.down(self._activated(inner))
+            return weights.down(self._activated(inner))
         # Threads divide many rows anywhere, and the last few elements of each part are computed by
         # other instructions: the bits would depend on the number of rows.
-        return layer.down(torch.cat([self._activated(row) for row in inner.split(1)]))
+        return weights.down(torch.cat([self._activated(row) for row in inner.split(1)]))
 
     def _activated(self, inner: Tensor) -> Tensor:
         """[T, F] of what `gate_up` gave."""

@@ -28,12 +28,13 @@ def stored_as(
 ) -> ServingDtype:
     """The type of a parameter in a stage whose weights are `dtype`.
 
-    Vectors and positions are not quantized. Embedding and head are at least int8: rows are looked
-    up in one, and the other decides between tokens. So is a matrix that groups do not divide.
+    Vectors, positions and routers are not quantized. Embedding and head are at least int8: rows
+    are looked up in one, and the other decides between tokens. So is a matrix that groups do not
+    divide.
     """
     if dtype not in ("int8", "int4"):
         return dtype
-    if len(shape) < 2 or name.startswith("position_embedding."):
+    if len(shape) < 2 or name.startswith("position_embedding.") or ".router." in name:
         return "bf16"
     is_end = name.startswith(("token_embedding.", "head."))
     return "int8" if is_end or shape[1] % group_size else dtype

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolrun.models.shape import DecoderShape
+from smolrun.models.shape import DecoderShape, feed_forwards
 from smolrun.serving.messages import ServingDtype
 from smolrun.serving.weight_quantization import Int4Weight, Int8Weight
 
@@ -146,26 +146,36 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class FeedForwardWeights:
+    """Of one feed-forward layer, or of one expert; `gate_up` is `up` where the activation is
+    gelu."""
+
+    gate_up: AnyLinear
+    down: AnyLinear
+
+
+@dataclass(frozen=True)
 class Layer:
-    """The weights of one layer. `head_norm` [H + G, K]: of queries and keys, if they are normed."""
+    """The weights of one layer. `head_norm` [H + G, K]: of queries and keys, if they are normed.
+    `router` chooses among several feed-forward layers, None: there is one."""
 
     attention_norm: Norm
     query_key_value: AnyLinear
     head_norm: Tensor | None
     attention_output: AnyLinear
     feed_forward_norm: Norm
-    gate_up: AnyLinear  # only `up` where the activation is gelu
-    down: AnyLinear
+    router: AnyLinear | None
+    feed_forwards: Sequence[FeedForwardWeights]
 
     @property
     def nbytes(self) -> int:
         """Memory of the weights."""
         parts = (
             *(self.attention_norm, self.query_key_value, self.attention_output),
-            *(self.feed_forward_norm, self.gate_up, self.down),
+            *(self.feed_forward_norm, self.head_norm, self.router),
+            *(part for one in self.feed_forwards for part in (one.gate_up, one.down)),
         )
-        own = 0 if self.head_norm is None else self.head_norm.nbytes
-        return own + sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class WeightReader:
@@ -211,8 +221,14 @@ class WeightReader:
             head_norm=self._head_norm(block),
             attention_output=self.linear(f"{block}.attention.output"),
             feed_forward_norm=self.norm(f"{block}.feed_forward_norm"),
-            gate_up=self.linear(*(f"{block}.feed_forward.{name}" for name in names)),
-            down=self.linear(f"{block}.feed_forward.down"),
+            router=None if shape.moe is None else self.linear(f"{block}.feed_forward.router"),
+            feed_forwards=[
+                FeedForwardWeights(
+                    self.linear(*(f"{block}.{one}.{name}" for name in names)),
+                    self.linear(f"{block}.{one}.down"),
+                )
+                for one in feed_forwards(shape)
+            ],
         )
 
     def _head_norm(self, block: str) -> Tensor | None:

@@ -190,6 +190,7 @@ def test_completion_offers_groups_choices_and_keys(tmp_path: Path):
     assert offered("smolrun algorithm=") == [
         "algorithm=classicdp",
         "algorithm=edp",
+        "algorithm=ep",
         "algorithm=fsdp",
         "algorithm=mp",
         "algorithm=mp_pipeline",

@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", SMALL),
     "qwen3": ("qwen3", {**SMALL, "head_dim": 32}),
     "mistral": ("mistral", {**SMALL, "sliding_window": 20}),
+    "mixtral": ("mixtral", {**SMALL, "num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {**SMALL, "num_experts": 6, "num_experts_per_tok": 2}),
 }
 LEAST_MARGIN = 1e-4  # between the two largest logits: below it rounding may decide
 

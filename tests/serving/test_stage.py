@@ -280,7 +280,7 @@ def test_bf16_follows_float32(references: dict[str, tuple[Path, list[Text]]]) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mistral", "llama3"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mistral", "llama3", "mixtral"])
 def test_a_batch_invariant_stage_gives_equal_bits(
     references: dict[str, tuple[Path, list[Text]]], kind: str, dtype: ServingDtype
 ) -> None:
