@@ -24,6 +24,7 @@ PRETRAINED_NAMES = {
     "llama32_1b": "meta-llama/Llama-3.2-1B-Instruct",
     "qwen3_4b": "Qwen/Qwen3-4B",
     "qwen3_14b": "Qwen/Qwen3-14B",
+    "qwen3_30b_a3b": "Qwen/Qwen3-30B-A3B",
     "qwen3_32b": "Qwen/Qwen3-32B",
 }
 """Shipped shape -> the name of its weights on the hub, which task=serve loads."""
@@ -32,6 +33,7 @@ PRETRAINED_PARAMETERS = {
     "llama32_1b": 1.24e9,
     "qwen3_4b": 4.02e9,
     "qwen3_14b": 14.8e9,
+    "qwen3_30b_a3b": 30.5e9,
     "qwen3_32b": 32.8e9,
 }
 """Of these, smallest first."""
