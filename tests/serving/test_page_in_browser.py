@@ -3,27 +3,16 @@ misbehaves. Needs `pip install playwright axe-playwright-python` and a chromium.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from smolrun.serving.access import AccessPolicy
-from tests.serving.browser_tab import END, Tab, broken, frame, refused, scripted, streamed
-from tests.serving.fake_engine import FakeEngine
-from tests.serving.server import Served, says, served
+from tests.serving.browser_tab import END, broken, frame, refused, scripted, streamed
 from tests.waiting import until
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.soak,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium"),
-]
+pytestmark = pytest.mark.soak
 
-TEXT = "One **two** 🎉 漢字. " * 12
 MARKDOWN = """# Title
 
 A [link](https://example.org) and `code`.
@@ -56,49 +45,6 @@ HOSTILE = [
     "[x]: javascript:alert(1)\n\n[x]",
     "<math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        one = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield one
-        one.close()
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[..., Tab]]:
-    """Tabs, each of a browser of its own unless `beside` another."""
-    contexts: list[Any] = []
-
-    def open_tab(url: str, beside: Tab | None = None, **settings: Any) -> Tab:
-        if beside is not None:
-            return Tab(beside.page.context, url).open()
-        script = settings.pop("script", None)
-        contexts.append(browser.new_context(**settings))
-        if script:
-            contexts[-1].add_init_script(script)
-        return Tab(contexts[-1], url).open()
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Whole servers with a scripted engine, one a test."""
-    running: list[Any] = []
-
-    def start(text: str = TEXT, policy: AccessPolicy | None = None, **engine: Any) -> Served:
-        context = served(FakeEngine(says(text), **engine), tmp_path, policy)
-        running.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in running:
-        context.__exit__(None, None, None)
 
 
 def test_an_answer_grows_before_the_eyes_and_is_whole_in_the_end(serve, opened):

@@ -20,9 +20,11 @@ export interface ChatRequest extends Sampling {
 }
 
 export type AnswerEvent =
-  | { kind: "open"; ranks: string | null }
+  | { kind: "open"; ranks: string | null; isKept: boolean } // kept: it can be resumed after a lost connection
+  | { kind: "seen"; number: number } // of the last event, for `resume`
   | { kind: "alive" }
-  | { kind: "queued"; position: number }
+  | { kind: "loading" }
+  | { kind: "queued"; before: number }
   | { kind: "prefill"; done: number; total: number }
   | { kind: "recovering"; text: string }
   | { kind: "text"; text: string }
@@ -109,12 +111,15 @@ export async function cluster(): Promise<Cluster> {
   return (await ask("cluster")).json() as Promise<Cluster>
 }
 
-/** Ask for an answer; its events end with `end`. Throws ServerError, Interrupted, or AbortError by `signal`. */
-export async function* answer(request: ChatRequest, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
+const STREAM = "x-smolrun-stream"
+
+/** Ask for an answer, kept under the id `stream`; its events end with `end`. Throws ServerError, Interrupted, or AbortError by `signal`. */
+export async function* answer(request: ChatRequest, stream: string, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
   const { think, continues, ...body } = request
   const response = await ask("v1/chat/completions", {
     method: "POST",
     signal,
+    headers: { [STREAM]: stream },
     body: JSON.stringify({
       ...body,
       stream: true,
@@ -123,13 +128,24 @@ export async function* answer(request: ChatRequest, signal: AbortSignal): AsyncG
       ...(continues && { continue_final_message: true }),
     }),
   })
-  yield { kind: "open", ranks: response.headers.get("x-smolrun-rank") }
   yield* events(response)
+}
+
+/** The events of a kept answer after number `seen`. Throws as `answer`. */
+export async function* resume(stream: string, seen: number, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
+  const response = await ask(`v1/streams/${stream}`, { signal, headers: { "last-event-id": String(seen) } })
+  if (response.status !== 204) yield* events(response) // else there are none: it has ended
+}
+
+/** Cancel a kept answer. */
+export async function stop(stream: string): Promise<void> {
+  await ask(`v1/streams/${stream}`, { method: "DELETE" })
 }
 
 const MOST_BUSY_MS = 20
 
 async function* events(response: Response): AsyncGenerator<AnswerEvent> {
+  yield { kind: "open", ranks: response.headers.get("x-smolrun-rank"), isKept: response.headers.has(STREAM) }
   const ready: AnswerEvent[] = []
   let isWhole = false
   let failure: Error | null = null
@@ -138,6 +154,7 @@ async function* events(response: Response): AsyncGenerator<AnswerEvent> {
     onEvent: event => {
       if (event.data === "[DONE]") isWhole = true
       else if (!failure) failure = take(event.data, ready)
+      if (event.id) ready.push({ kind: "seen", number: Number(event.id) })
     },
   })
   let busySince = performance.now()
@@ -167,7 +184,8 @@ function ofComment(comment: string): AnswerEvent {
   const [word, rest = ""] = [comment.trim().split(" ")[0], comment.trim().split(" ").slice(1).join(" ")]
   const [done, total] = rest.split("/").map(Number)
   if (word === "prefill" && total) return { kind: "prefill", done: done ?? 0, total }
-  if (word === "queued") return { kind: "queued", position: Number(rest) || 0 }
+  if (word === "queued") return { kind: "queued", before: Number(rest) || 0 }
+  if (word === "loading") return { kind: "loading" }
   if (word === "recovering") return { kind: "recovering", text: rest }
   return { kind: "alive" }
 }

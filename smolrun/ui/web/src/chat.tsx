@@ -27,7 +27,7 @@ export function Chat() {
         <div className="column">
           {messages.length === 0 && <Welcome />}
           {messages.map(message => {
-            const shared = { message, others: siblings(store.current, message), canChange: !running }
+            const shared = { message, others: siblings(store.current, message), canChange: !store.isBusy() }
             if (message.role === "user") return <Question key={message.id} {...shared} />
             const answering = store.answering.get(message.id)
             return <Answer key={message.id} {...shared} answering={answering} version={answering ? store.snapshot() : 0} />

@@ -32,7 +32,7 @@ export function Composer() {
     remember(draft, value)
   }
   const send = () => {
-    if (!text.trim() || running) return
+    if (!text.trim() || store.isBusy()) return
     store.send(text.trim())
     remember(draft, "")
     setText("")
@@ -73,7 +73,7 @@ export function Composer() {
             <Icon name="stop" />
           </button>
         ) : (
-          <button className="round" aria-label="Send" title="Send" disabled={!text.trim() || store.connection !== "ready"}>
+          <button className="round" aria-label="Send" title="Send" disabled={!text.trim() || store.connection !== "ready" || store.isBusy()}>
             <Icon name="send" />
           </button>
         )}

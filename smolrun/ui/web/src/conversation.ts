@@ -26,6 +26,8 @@ export interface Message {
   error?: string
   figures?: Figures
   ranks?: string // which ranks computed it
+  stream?: string // while it runs: where the server keeps it
+  seen?: number // the last of its events that is in the text
 }
 
 export interface Conversation {
@@ -42,6 +44,11 @@ export function newId(): string {
   // crypto.randomUUID is missing where a page comes over plain http.
   const bytes = crypto.getRandomValues(new Uint8Array(12))
   return Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join("")
+}
+
+/** An answer that has not ended. */
+export function isOpen(message: Message | undefined): boolean {
+  return message?.role === "assistant" && !message.end
 }
 
 export function newConversation(now: number, system = ""): Conversation {

@@ -2,10 +2,10 @@
 
 import { memo, useState } from "react"
 import type { Answering } from "./answering"
-import type { Message } from "./conversation"
+import { isOpen, type Message } from "./conversation"
 import { Markdown } from "./markdown"
 import { CopyButton, Icon, IconButton } from "./parts"
-import { FinalStatus, RunningStatus } from "./status"
+import { DistantStatus, FinalStatus, RunningStatus } from "./status"
 import { store } from "./store"
 
 interface Props {
@@ -52,20 +52,21 @@ function Editor({ message, onDone }: { message: Message; onDone: () => void }) {
 export const Answer = memo(function Answer({ message, others, canChange, answering }: Props & { answering?: Answering; version: number }) {
   const text = answering?.text ?? message.text
   const thoughts = answering?.thoughts ?? message.thoughts ?? ""
+  const isElsewhere = !answering && isOpen(message)
   return (
-    <article className="answer" aria-label="Answer" aria-busy={answering !== undefined}>
+    <article className="answer" aria-label="Answer" aria-busy={isOpen(message)}>
       {thoughts && <Thoughts text={thoughts} isOpen={answering !== undefined && !text} />}
       <div className="prose">
         <Markdown text={text} isGrowing={answering !== undefined} />
       </div>
       {message.error && !answering && <Failure message={message} canChange={canChange} />}
-      {answering ? <RunningStatus answering={answering} /> : <FinalStatus message={message} />}
-      {!answering && (
+      {answering ? <RunningStatus answering={answering} /> : isElsewhere ? <DistantStatus /> : <FinalStatus message={message} />}
+      {!answering && !isElsewhere && (
         <div className="actions">
           <Branches message={message} others={others} canChange={canChange} />
           <CopyButton text={text} />
           <IconButton name="again" label="Another answer" disabled={!canChange} onClick={() => store.regenerate(message)} />
-          {(message.end === "length" || message.end === "stopped") && text && (
+          {message.end !== "stop" && text && (
             <button type="button" className="quiet" disabled={!canChange} onClick={() => store.resume(message)}>
               <Icon name="resume" /> Continue
             </button>

@@ -1,16 +1,15 @@
 // The line below an answer: what happens now, and its figures in the end.
 
-import type { Answering } from "./answering"
+import { SILENT_MS, type Answering } from "./answering"
 import type { Message } from "./conversation"
 import { useTick } from "./parts"
-
-const SILENT_MS = 20_000 // the server sends a sign of life every 15 s
 
 export function RunningStatus({ answering }: { answering: Answering }) {
   useTick(500, true)
   const now = performance.now()
   const silentMs = now - answering.lastByteAt
-  const words = silentMs > SILENT_MS && answering.phase !== "waiting" ? `no word from the server for ${Math.round(silentMs / 1000)} s` : phaseWords(answering, now)
+  const isAway = answering.phase === "waiting" || answering.phase === "reconnecting"
+  const words = silentMs > SILENT_MS && !isAway ? `no word from the server for ${Math.round(silentMs / 1000)} s` : phaseWords(answering, now)
   const share = answering.phase === "prefill" ? answering.prefill.done / answering.prefill.total : null
   return (
     <p className={`status ${answering.phase}`}>
@@ -28,7 +27,9 @@ function phaseWords(answering: Answering, now: number): string {
     case "sent":
       return `sent ${seconds((now - answering.startedAt) / 1000)} ago`
     case "queued":
-      return answering.position ? `waiting, number ${answering.position} in the queue` : "waiting in the queue"
+      return answering.before ? `queued, ${answering.before} before you` : "queued, you are next"
+    case "loading":
+      return "loading the model, which had been idle"
     case "prefill":
       return `reading the prompt: ${answering.prefill.done} of ${answering.prefill.total} tokens`
     case "thinking":
@@ -37,9 +38,21 @@ function phaseWords(answering: Answering, now: number): string {
       return `writing${speed}`
     case "recovering":
       return `recovering: ${answering.recovering || "a stage was lost, its layers are loaded elsewhere"}`
+    case "reconnecting":
+      return `connection lost ${seconds((now - answering.lostAt) / 1000)} ago, reconnecting`
     case "waiting":
       return `the server is busy; asking again in ${Math.max(0, Math.ceil((answering.retryAt - now) / 1000))} s`
   }
+}
+
+/** Below an answer that this tab does not read. */
+export function DistantStatus() {
+  return (
+    <p className="status">
+      <span className="pulse" aria-hidden="true" />
+      <span>being written; another tab shows it as it comes</span>
+    </p>
+  )
 }
 
 export function FinalStatus({ message }: { message: Message }) {

@@ -4,18 +4,19 @@ import { useSyncExternalStore } from "react"
 import { Answering } from "./answering"
 import * as api from "./api"
 import {
-  asRequest, choose, fromExport, newConversation, newId, thread, withChange, withMessage, without,
+  asRequest, choose, fromExport, isOpen, newConversation, newId, thread, withChange, withMessage, without,
   type Conversation, type Message,
 } from "./conversation"
 import { recall, remember } from "./memory"
 import { Storage } from "./storage"
+import { Tabs } from "./tabs"
 
 /** A server that answers, one that wants a key, and one that is away or not ready yet. */
 export type Connection = "ready" | "locked" | "away"
 
 const SHOW_MS = 50 // tokens that come within are drawn at once
 const SAVE_MS = 1000
-const ASK_MS = 2000 // whether the server is back
+const ASK_MS = 2000 // whether the server is back, or another tab still reads an answer
 
 export class Store {
   conversations = new Map<string, Conversation>()
@@ -27,6 +28,8 @@ export class Store {
   sampling: api.Sampling = parsed(recall("sampling"))
   thinks = recall("think") !== "no"
   private readonly storage = new Storage(id => void this.reread(id))
+  private readonly tabs = new Tabs(message => this.answering.has(message))
+  private readonly distant = new Set<string>() // open answers that other tabs read
   private readonly listeners = new Set<() => void>()
   private version = 0
   private drawing: ReturnType<typeof setTimeout> | null = null
@@ -35,6 +38,7 @@ export class Store {
   async start(): Promise<void> {
     api.takeKeyFromAddress()
     for (const one of await this.storage.open()) this.conversations.set(one.id, interrupted(one))
+    for (const one of this.conversations.values()) this.takeUpOpen(one)
     this.follow()
     addEventListener("hashchange", () => this.follow())
     addEventListener("pagehide", () => this.saveAll())
@@ -65,6 +69,11 @@ export class Store {
     const leaf = thread(this.current).at(-1)
     const one = leaf && this.answering.get(leaf.id)
     return one?.isRunning ? one : undefined
+  }
+
+  /** Whether an answer comes, in this tab or another one. */
+  isBusy(): boolean {
+    return isOpen(thread(this.current).at(-1))
   }
 
   private draw(): void {
@@ -153,6 +162,7 @@ export class Store {
     if (found) this.conversations.set(id, found)
     else this.conversations.delete(id)
     if (found && this.current.id === id) this.current = found
+    if (found) this.takeUpOpen(found)
     this.draw()
   }
 
@@ -179,7 +189,7 @@ export class Store {
     let one = conversation
     for (const { id } of conversation.messages) {
       const running = this.answering.get(id)
-      if (running?.isRunning) one = withChange(one, id, { text: running.text, thoughts: running.thoughts })
+      if (running?.isRunning) one = withChange(one, id, running.progress())
     }
     return one
   }
@@ -229,7 +239,6 @@ export class Store {
 
   /** Continue an answer that was cut. */
   resume(message: Message): void {
-    this.put(withChange(this.current, message.id, { end: undefined, error: undefined }))
     this.begin(this.current.id, message, message.text)
   }
 
@@ -241,31 +250,58 @@ export class Store {
       continues: text !== "",
       ...(this.config?.thinks && { think: this.thinks && !text }),
     }
-    const answering = new Answering(request, () => this.changed(conversation, message.id))
-    answering.text = text
-    answering.thoughts = message.thoughts ?? ""
+    const opened = { ...message, text, end: undefined, error: undefined, figures: undefined, stream: newId(), seen: 0 }
+    this.put(withChange(this.current, message.id, opened))
+    void this.save(conversation) // so that the page knows the stream if it is loaded again
+    this.read(conversation, opened, request)
+  }
+
+  private read(conversation: string, message: Message, request: api.ChatRequest | null): void {
+    const answering = new Answering(request, message, () => this.changed(conversation, message.id))
     this.answering.set(message.id, answering)
     void answering.run()
     this.draw()
+  }
+
+  /** Read the open answers of a stored conversation on, once no other tab does. */
+  private takeUpOpen(conversation: Conversation): void {
+    for (const message of conversation.messages) if (isOpen(message)) void this.takeUp(conversation.id, message.id)
+  }
+
+  private async takeUp(conversation: string, id: string): Promise<void> {
+    if (this.distant.has(id)) return
+    this.distant.add(id)
+    const found = () => this.conversations.get(conversation)?.messages.find(one => one.id === id)
+    while (!this.answering.has(id) && isOpen(found()) && (await this.tabs.isElsewhere(id))) await new Promise(resolve => setTimeout(resolve, ASK_MS))
+    this.distant.delete(id)
+    const message = found()
+    if (message && isOpen(message) && !this.answering.has(id)) this.read(conversation, message, null)
   }
 
   private changed(id: string, message: string): void {
     const conversation = this.conversations.get(id)
     const one = this.answering.get(message)
     if (!conversation || !one) return
-    this.saveSoon(id)
-    if (one.isRunning) return this.drawSoon()
-    const { text, thoughts, end, error, ranks } = one
+    const { end, error, ranks } = one
+    if (one.isRunning) {
+      this.saveSoon(id)
+      return this.drawSoon()
+    }
     this.answering.delete(message)
-    this.put(withChange(conversation, message, { text, thoughts, end: end!, error, ranks, figures: one.figures() }))
+    if (end === "elsewhere") {
+      clearTimeout(this.saving.get(id)) // the other tab's is newer
+      this.saving.delete(id)
+      return void this.reread(id)
+    }
+    this.put(withChange(conversation, message, { ...one.progress(), end: end!, error, ranks, stream: undefined, seen: undefined }))
     void this.save(id)
     if (end === "failed") void this.connect()
   }
 }
 
-/** As it was read: no answer of it runs any more. */
+/** As it was read: answers that the server does not keep have ended with the page that read them. */
 function interrupted(conversation: Conversation): Conversation {
-  const open = conversation.messages.filter(message => message.role === "assistant" && !message.end)
+  const open = conversation.messages.filter(message => isOpen(message) && !message.stream)
   return open.reduce((one, { id }) => withChange(one, id, { end: "stopped" }), conversation)
 }
 
