@@ -13,6 +13,8 @@ const EXAMPLES = [
   "Give me five questions that test whether I understand recursion.",
 ]
 const NEAR_END_PX = 60
+const INPUTS = ["wheel", "touchmove", "pointerdown", "keydown"] // that may scroll
+const TOUCH_MS = 1000
 const MOST_READ = 5000 // characters: the whole answer can be read in its place
 
 export function Chat() {
@@ -82,16 +84,24 @@ function useFollow(conversation: string, numMessages: number) {
   useEffect(() => {
     const element = log.current!
     let lastTop = element.scrollTop
+    let touchedAt = -Infinity
+    const onTouch = () => (touchedAt = performance.now())
     const onScroll = () => {
       const left = element.scrollHeight - element.scrollTop - element.clientHeight
-      // Content that grows makes `left` larger too; only a move upwards is a person's.
-      if (element.scrollTop < lastTop - 1) follows.current = left < NEAR_END_PX / 10
+      // Content that grows makes `left` larger too, and content whose real height is less than was
+      // guessed moves all upwards: only a move upwards right after an input is a person's.
+      const isPerson = performance.now() - touchedAt < TOUCH_MS
+      if (isPerson && element.scrollTop < lastTop - 1) follows.current = left < NEAR_END_PX / 10
       else if (left < NEAR_END_PX) follows.current = true
       lastTop = element.scrollTop
       setAtEnd(left < NEAR_END_PX || follows.current)
     }
     element.addEventListener("scroll", onScroll, { passive: true })
-    return () => element.removeEventListener("scroll", onScroll)
+    for (const name of INPUTS) element.addEventListener(name, onTouch, { passive: true })
+    return () => {
+      element.removeEventListener("scroll", onScroll)
+      for (const name of INPUTS) element.removeEventListener(name, onTouch)
+    }
   }, [])
   useEffect(() => {
     const observer = new ResizeObserver(() => follows.current && toEnd())
