@@ -64,6 +64,10 @@ class EngineBridge(Subscriber):
             self._ready[rank] = news
             self.on_ready(news)
 
+    def may_join(self) -> bool:
+        """While no answer would have to pause."""
+        return self.frontend.state != "ready" or not self.frontend.num_requests
+
     def on_poll(self) -> None:
         """Ask the replicas whether they are alive, and move the requests of those that are not."""
         now = time.monotonic()

@@ -73,6 +73,7 @@ def run_on_ranks(
             limits=limits,
             stop_requests=stop_requests or folder.stop_requests,
             elastic=reconnector.elasticity,
+            has_steps=config.task == "train",
         )
         return driver.run()
     finally:

@@ -14,6 +14,7 @@ import errno
 import platform
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ from smolrun.tracking.run_folder import RunFolder
 Progress = Callable[[str, int, int], None]
 _PROCESS_BYTES = 300e6  # of a rank, before it has a model
 _ANY_S = 1e-3  # where every rank is equally fast
+_COMES_BACK_S = 60.0  # within which a lost rank is mostly back; copies for others would be in vain
+_GIVES_WAY_S = 5.0  # so long a layer that is copied ahead of time waits while answers run
+_LOOK_S = 0.1
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 
 
@@ -340,21 +344,27 @@ class ServingRun:
         self._say(f"{sent:,} bytes of weights sent to {host}")
         return source, folders[host]
 
-    def _deliver(self, plan: ServingPlan) -> tuple[ModelSource, list[str]]:
+    def _deliver(
+        self, plan: ServingPlan, is_wanted: Callable[[], bool]
+    ) -> tuple[ModelSource, list[str]]:
         """Parts for hosts elsewhere; ranks of this machine read the model where it is."""
         machines = self._fleet.machines
         hosts = [rank.host for rank in ranks(self._config)]
         if not any(hosts[rank] in machines for rank in plan.stages):
             return self.source, [self.source.folder] * len(hosts)
         source = parts_of(self.source, self.spec.dtype, self._progress)
-        folders = self._send_parts(source, [plan], self._progress)
+        folders = self._send_parts(source, [plan], self._progress, is_wanted)
         if not self._has_cut:  # the first plan is of all ranks: the next start keeps it
             write_layers(self._layers_file(), plan.layers)
         self._has_cut = True
         return source, [folders.get(host, source.folder) for host in hosts]
 
     def _send_parts(
-        self, source: ModelSource, plans: Sequence[ServingPlan], progress: Progress
+        self,
+        source: ModelSource,
+        plans: Sequence[ServingPlan],
+        progress: Progress,
+        is_wanted: Callable[[], bool],
     ) -> dict[str, str]:
         """Bring every host elsewhere what it needs in any of the plans; by host, where it is."""
         hosts = [rank.host for rank in ranks(self._config)]
@@ -364,8 +374,9 @@ class ServingRun:
                 parts = needed_parts(source, plan.layers[rank])
                 needed.setdefault(hosts[rank], set()).update(parts)
         machines = {name: one for name, one in self._fleet.machines.items() if name in needed}
-        folders, sent = deliver_parts(source, needed, machines, self._run_id, progress)
-        self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
+        folders, sent = deliver_parts(source, needed, machines, self._run_id, progress, is_wanted)
+        if sent or is_wanted():
+            self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
         return folders
 
     def _prepare_for_losses(self, loader: ModelLoader) -> None:
@@ -379,16 +390,38 @@ class ServingRun:
                 self._say(f"{text}: its loss would end all answers")
         made = [plan for plan in plans.values() if plan is not None]
         if made and self._config.serving.spare and self._fleet.machines:
+            pause_s = 0.0 if loader.is_whole else _COMES_BACK_S
             threading.Thread(
-                target=self._spread, args=(made,), name="smolrun-spare", daemon=True
+                target=self._spread,
+                args=(made, pause_s, loader.while_unchanged()),
+                name="smolrun-spare",
+                daemon=True,
             ).start()
 
-    def _spread(self, plans: Sequence[ServingPlan]) -> None:
+    def _spread(
+        self, plans: Sequence[ServingPlan], pause_s: float, is_wanted: Callable[[], bool]
+    ) -> None:
+        """Copy the parts of these plans, when that delays no answer."""
+
+        def gives_way(limit_s: float, is_busy: Callable[[], bool]) -> bool:
+            begun = time.monotonic()
+            while is_wanted() and is_busy() and time.monotonic() < begun + limit_s:
+                time.sleep(_LOOK_S)
+            return is_wanted()
+
+        answers = self.bridge.frontend
         try:
-            source = parts_of(self.source, self.spec.dtype, lambda *_: None)
-            self._send_parts(source, plans, lambda *_: None)
+            if gives_way(pause_s, lambda: True):
+                source = parts_of(self.source, self.spec.dtype, lambda *_: None)
+                self._send_parts(
+                    source,
+                    plans,
+                    lambda *_: None,
+                    lambda: gives_way(_GIVES_WAY_S, lambda: answers.num_requests > 0),
+                )
         except SmolrunError as error:  # a host that is lost now, or has no room
-            self._say(f"warning: layers could not be copied for the loss of a host: {error}")
+            for one in error.errors if isinstance(error, HostErrors) else [error]:
+                self._say(f"warning: no copies of other hosts' layers: {one}")
 
     def _layers_file(self) -> Path:
         hosts = [rank.host for rank in ranks(self._config)]

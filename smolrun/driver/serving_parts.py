@@ -104,12 +104,14 @@ def deliver_parts(
     machines: Mapping[str, Machine],
     run_id: str,
     progress: Progress,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> tuple[dict[str, str], int]:
     """Have the parts of each host there: the folder of every host, and the bytes that were sent.
+    Once they are not wanted any more no other part is begun.
 
     HostError or HostErrors."""
     root = Path(source.folder)
-    transfer = TransferProgress("sending layers to hosts", progress)
+    transfer = TransferProgress("sending layers to hosts", progress, is_wanted)
 
     def deliver(machine: Machine) -> str:
         bundles = []
@@ -120,7 +122,7 @@ def deliver_parts(
         return deliver_files(machine, bundles, transfer, run_on_host(machine, run_id))
 
     folders = run_on_all(machines, deliver, "layers")
-    return folders, transfer.total
+    return folders, transfer.done
 
 
 def _identity(source: ModelSource, dtype: ServingDtype) -> str:

@@ -66,8 +66,8 @@ class ServingSpec:
 class ModelLoader(Subscriber):
     """Has every rank measure, then load its part. `earlier` are the layers of an earlier start;
     `on_plan` gets the plan before anything loads, and which type of weights it is for;
-    `deliver(plan)` returns the source for the ranks and the folder of the model on the host of
-    each, in a thread."""
+    `deliver(plan, is_wanted)` returns the source for the ranks and the folder of the model on the
+    host of each, in a thread; it may stop once `is_wanted()` is false."""
 
     topic = LOADING
 
@@ -75,7 +75,7 @@ class ModelLoader(Subscriber):
         self,
         config: RunConfig,
         spec: ServingSpec,
-        deliver: Callable[[ServingPlan], tuple[ModelSource, list[str]]],
+        deliver: Callable[[ServingPlan, Callable[[], bool]], tuple[ModelSource, list[str]]],
         *,
         earlier: list[range] | None = None,
         on_plan: Callable[[ServingPlan, int], None],
@@ -98,6 +98,7 @@ class ModelLoader(Subscriber):
         self._has_loaded = False
         self._present: list[int] = []  # the ranks of the generation, once they are linked
         self._generation = -1
+        self._returned: set[int] = set()  # ranks that are in a later process
 
     def on_start(self, driver: Driver) -> None:
         """Ask every rank to measure."""
@@ -108,9 +109,14 @@ class ModelLoader(Subscriber):
             self._probe(rank)
 
     def on_restart(self, rank: int) -> None:
-        """Its old process had measured, with nothing loaded, what is true of the new one too."""
-        if rank not in self._probed:
-            self._probe(rank)
+        """What its old process measured may not be true any more, unless others of its host hold
+        layers, whose memory would count as taken."""
+        self._returned.add(rank)
+        hosts = Counter(one.host for one in self._ranks)
+        if rank in self._probed and hosts[self._ranks[rank].host] > 1:
+            return
+        self._probed.pop(rank, None)
+        self._probe(rank)
 
     def on_regrouped(self, ranks: list[int], generation: int) -> None:
         """Cut the layers over the ranks that are there now."""
@@ -155,16 +161,18 @@ class ModelLoader(Subscriber):
         if not present or self._plan is not None or not present <= self._probed.keys():
             return
         try:
-            number, self._plan = self._plan_over(self._present)
+            number, self._plan = self._plan_over_present()
         except (SmolrunError, ValueError) as error:
             self._fail(error)
             return
         # From now on in this type: ranks that stay keep what they hold.
         self._spec = self._spec.only(number)
+        if self.is_whole:
+            self._earlier = self._plan.layers
         self._on_plan(self._plan, number)
         thread = threading.Thread(
             target=self._bring,
-            args=(self._plan, self._generation),
+            args=(self._plan, self._generation, self.while_unchanged()),
             name="smolrun-parts",
             daemon=True,
         )
@@ -173,7 +181,8 @@ class ModelLoader(Subscriber):
     def if_lost(self) -> dict[int, ServingPlan | None]:
         """By stage: the plan for the others, or None where the model would not fit on them. Rank 0
         is needed."""
-        stages = self._plan.stages if self._plan is not None else []
+        is_known = self._plan is not None and set(self._present) <= self._probed.keys()
+        stages = self._plan.stages if self._plan is not None and is_known else []
         plans: dict[int, ServingPlan | None] = {}
         for lost in [rank for rank in stages if rank != 0]:
             try:
@@ -181,6 +190,16 @@ class ModelLoader(Subscriber):
             except DoesNotFit:
                 plans[lost] = None
         return plans
+
+    def _plan_over_present(self) -> tuple[int, ServingPlan]:
+        """Without the ranks that are back where they have no room for a layer any more."""
+        settled = [rank for rank in self._present if rank not in self._returned]
+        try:
+            return self._plan_over(self._present)
+        except DoesNotFit:
+            if len(settled) in (0, len(self._present)):
+                raise
+            return self._plan_over(settled)
 
     def _plan_over(self, present: list[int]) -> tuple[int, ServingPlan]:
         """Which type of weights fits on these ranks, and the plan, whose `layers` of the others are
@@ -207,10 +226,20 @@ class ModelLoader(Subscriber):
             layers[rank] = part
         return number, replace(made, layers=layers)
 
-    def _bring(self, plan: ServingPlan, generation: int) -> None:
+    def while_unchanged(self) -> Callable[[], bool]:
+        """Whether the ranks are still those of now; for any thread."""
+        generation = self._generation
+        return lambda: self._generation == generation
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all ranks are there."""
+        return len(self._present) == len(self._ranks)
+
+    def _bring(self, plan: ServingPlan, generation: int, is_wanted: Callable[[], bool]) -> None:
         """On a thread of its own: the driver continues with leases, signals and the ranks."""
         try:
-            self._delivered[generation] = self._deliver(plan)
+            self._delivered[generation] = self._deliver(plan, is_wanted)
         except Exception as error:  # of a host, a disk or a library; the driver reports it
             self._delivered[generation] = error
 

@@ -167,6 +167,11 @@ class Subscriber:
         every poll; a second Ctrl-C does not wait for it."""
         return True
 
+    def may_join(self) -> bool:
+        """A rank is back, and its joining would interrupt all others: whether it may now. It is
+        asked again at every poll, for a while."""
+        return True
+
     def on_end(self) -> None:
         """No worker runs any more. Called once, also when the run failed."""
 
@@ -183,12 +188,14 @@ class Driver:
         limits: Limits | None = None,
         stop_requests: Callable[[], int] = lambda: 0,
         elastic: Elasticity | None = None,
+        has_steps: bool = True,
     ) -> None:
         """`plans` are in rank order. `place(plan)` gives the host to start a worker on, with the
         plan as it is now; it is called again for each new process of a rank.
 
         `stop_requests()` is the number of stop requests by other processes, each like one Ctrl-C.
-        With `elastic` the run continues without lost ranks, and starts them again.
+        With `elastic` the run continues without lost ranks, and starts them again. `has_steps`: the
+        ranks report steps, so that a failure before the first one can be named so.
         """
         self._plans = plans
         self._place = place
@@ -197,6 +204,7 @@ class Driver:
         self._inputs = InputQueue()
         self._over = threading.Event()
         self._elastic = elastic
+        self._has_steps = has_steps
         self._monitors: list[WorkerMonitor] = []
         for plan in plans:
             self._monitors.append(self._monitor(plan))
@@ -258,7 +266,7 @@ class Driver:
             subscriber.on_event(event)
 
     def _loop(self) -> RunOutcome:
-        states = [RankState(p.rank, p.host, str(p.log_path)) for p in self._plans]
+        states = [RankState(p.rank, p.host, str(p.log_path), self._has_steps) for p in self._plans]
         supervisor = self._supervisor(states)
         num_interrupts = 0
         while True:
@@ -287,7 +295,13 @@ class Driver:
         if self._elastic is None:
             return Supervisor(states, now=now, limits=self._limits)
         if self._elastic.links == "group":
-            return RegroupSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
+            return RegroupSupervisor(
+                states,
+                now=now,
+                limits=self._limits,
+                policy=self._elastic,
+                may_join=lambda: all(one.may_join() for one in self._subscribers),
+            )
         return ElasticSupervisor(states, now=now, limits=self._limits, policy=self._elastic)
 
     def _monitor(self, plan: WorkerPlan) -> WorkerMonitor:

@@ -207,7 +207,7 @@ class ElasticSupervisor(Supervisor):
 
     def _start_again(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:
         worker.starts_again(now)
-        self._states[state.rank] = RankState(state.rank, state.host, state.log)
+        self._states[state.rank] = RankState(state.rank, state.host, state.log, state.has_steps)
         return [RestartWorker(state.rank)]
 
     def _let_join(self, state: RankState, worker: ElasticWorker, now: float) -> list[Action]:

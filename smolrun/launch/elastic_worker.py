@@ -24,7 +24,8 @@ class Elasticity:
     in a row it is given up. One whose host is out of reach is never given up, and asked for every
     `ask_s`. A process that the server has lost ends by itself once it notices; one that has not
     within `wake_s`, because it is suspended, is ended. `farewell_s`: from the server's result to
-    the others'.
+    the others'. `join_wait_s`: a rank of a group that is back waits at most so long until the
+    others can pause.
     """
 
     min_ranks: int = 1
@@ -37,6 +38,7 @@ class Elasticity:
     quick_s: float = 10.0
     max_quick: int = 5
     farewell_s: float = 15.0
+    join_wait_s: float = 60.0
 
 
 @dataclass

@@ -7,22 +7,24 @@ decides about the processes.
        roster of generation g + 1 to all that are there  <-- all listen --  regroup to the others
 
 Survivors keep their process and what it holds. A change while a generation forms begins the next
-one. Rank 0 is needed to the end.
+one. A rank that is back interrupts all others, so it waits until they can pause, for a while, or
+for the next loss. Rank 0 is needed to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from smolrun.launch.control import Address, RosterPeer
 from smolrun.launch.elastic import ElasticSupervisor
 from smolrun.launch.elastic_worker import Elasticity
-from smolrun.launch.root_cause import RankState, RootCause, not_ready, pick_cause
+from smolrun.launch.root_cause import RankState, RootCause, names, not_ready, pick_cause
 from smolrun.launch.supervisor import Limits, RunPhase
 from smolrun.launch.supervisor_events import (
     Action,
     Kill,
+    Notify,
     PeerReported,
     RankInput,
     Regrouped,
@@ -51,8 +53,12 @@ class RegroupSupervisor(ElasticSupervisor):
         now: float,
         limits: Limits | None = None,
         policy: Elasticity | None = None,
+        may_join: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`may_join()`: whether the ranks that are linked can pause now for one that is back."""
         super().__init__(states, now=now, limits=limits, policy=policy)
+        self._may_join = may_join
+        self._join_due: float | None = None  # until when a rank that is back waits
         self._generation = -1  # the latest that was announced
         self._members: frozenset[int] = frozenset()  # of the last one that was complete
         self._newcomers: frozenset[int] = frozenset()  # of these, who was not in the one before
@@ -116,6 +122,8 @@ class RegroupSupervisor(ElasticSupervisor):
 
     def _times(self) -> list[float]:
         times = super()._times()
+        if self._join_due is not None:
+            times.append(self._join_due)
         if self._forming is not None:
             times.append(self._forming.since + self._limits.start_s)
         elif self._reported_since is not None:
@@ -129,10 +137,14 @@ class RegroupSupervisor(ElasticSupervisor):
         actions: list[Action] = []
         there = frozenset(state.rank for state in self._states if _is_there(state))
         forming = self._forming
+        if forming is None and self._members and self._members < there:
+            actions += self._look_whether_to_wait(there - self._members, now)
+            if self._join_due is not None:
+                there = self._members
         if there != (self._members if forming is None else forming.ranks):
             actions += self._announce(there, now)
         elif forming is None:
-            return self._judge(now)
+            return [*actions, *self._judge(now)]
         forming = self._forming
         assert forming is not None, "one was just announced, or forms already"
         if forming.listening.keys() == forming.ranks:
@@ -145,8 +157,23 @@ class RegroupSupervisor(ElasticSupervisor):
             actions += self._end(late, waited, now)
         return actions
 
+    def _look_whether_to_wait(self, back: frozenset[int], now: float) -> list[Action]:
+        """Sets until when these wait; None: they join now."""
+        if self._may_join() or (self._join_due is not None and now >= self._join_due):
+            self._join_due = None
+            return []
+        if self._join_due is not None:
+            return []
+        # Its worker waits for a roster a little longer than a start may take.
+        wait_s = min(self._policy.join_wait_s, self._limits.start_s)
+        self._join_due = now + wait_s
+        who = names([self._states[rank] for rank in sorted(back)])
+        text = f"{who} can join again; that waits until the others can pause, {wait_s:g} s at most"
+        return [Notify("info", text)]
+
     def _announce(self, there: frozenset[int], now: float) -> list[Action]:
         """A new process listens already; the others are asked to."""
+        self._join_due = None
         self._generation += 1
         new = {rank: self._states[rank].addresses for rank in there - self._used}
         self._forming = _Forming(there, now, new)

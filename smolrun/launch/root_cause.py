@@ -34,6 +34,7 @@ class RankState:
     rank: int
     host: str
     log: str
+    has_steps: bool = True  # what it does is counted in steps
     addresses: list[Address] = field(default_factory=list)  # where it listens, once it does
     versions: dict[str, str] = field(default_factory=dict)
     steps: int = 0
@@ -233,7 +234,9 @@ def describe_exit(code: int) -> str:
 def _when(state: RankState) -> str:
     if state.steps:
         return f" at step {state.steps}"  # the one it was busy with, as steps are numbered from 0
-    return " before its first step" if state.addresses else " while it started"
+    if not state.addresses:
+        return " while it started"
+    return " before its first step" if state.has_steps else ""
 
 
 def _cause(

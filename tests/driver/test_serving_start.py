@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ class Ranks:
         self.sent: list[tuple[int, Probe | Load]] = []
         self.problems: list[str] = []
         self.delivered: list[ServingPlan] = []
+        self.wanted: list[bool] = []
         self.hold, self.failure = threading.Event(), None
         self.hold.set()
         shape = make_tiny_decoder(**{**TINY, "layers": LAYERS}).shape
@@ -40,7 +42,7 @@ class Ranks:
             "tiny", "huggingface", "folder", "smolrun", shape, 61, "float32", [], None
         )
         config: RunConfig = compose(
-            ["task=serve", "serving=pipeline", f"cluster.ranks={RANKS}", *overrides]
+            ["task=serve", "serving=pipeline", *(overrides or [f"cluster.ranks={RANKS}"])]
         )
         monkeypatch.setattr(serving_start, "_CHANGE_S", 0.0)
         # Layers of 50 MB, beside 200 MB that a rank needs anyway.
@@ -62,10 +64,13 @@ class Ranks:
     def fail(self, problem: str) -> None:
         self.problems.append(problem)
 
-    def _deliver(self, plan: ServingPlan) -> tuple[ModelSource, list[str]]:
+    def _deliver(
+        self, plan: ServingPlan, is_wanted: Callable[[], bool]
+    ) -> tuple[ModelSource, list[str]]:
         failure = self.failure
         assert self.hold.wait(20)
         self.delivered.append(plan)
+        self.wanted.append(is_wanted())
         if failure is not None:
             raise failure
         return self.loader._spec.source, ["folder"] * RANKS
@@ -100,7 +105,7 @@ def cut_of(load: Load) -> dict[int, int]:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    ranks = Ranks(monkeypatch, "serving.layers=[[0,0],[1,2],[3,5]]")
+    ranks = Ranks(monkeypatch, f"cluster.ranks={RANKS}", "serving.layers=[[0,0],[1,2],[3,5]]")
     assert ranks.probed() == [0, 1, 2]
     ranks.measure(0, 1, 2)
     return ranks
@@ -124,9 +129,45 @@ def test_the_layers_are_cut_over_those_that_are_left_and_given_ones_return(ranks
     assert cut_of(loads[0]) == {0: 2, 2: 5}
     assert loads[2].generation == 1
     ranks.loader.on_restart(1)
-    assert ranks.probed() == [], "its old process has measured this host with nothing loaded"
+    assert ranks.probed() == [], "the others of its machine hold layers now: it would find less"
     ranks.loader.on_regrouped([0, 1, 2], 2)
     assert cut_of(ranks.loads()[1]) == {0: 0, 1: 2, 2: 5}
+
+
+HOSTS = (
+    f"cluster.hosts=[{','.join(f'{{name:mini{rank},ssh:mini{rank}}}' for rank in range(RANKS))}]"
+)
+
+
+def on_hosts(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """A loaded server on a host a rank, without rank 1, which is being started again."""
+    ranks = Ranks(monkeypatch, HOSTS, "serving.hosts=all")
+    ranks.probed()
+    ranks.measure(0, 1, 2)
+    ranks.loader.on_regrouped([0, 1, 2], 0)
+    assert cut_of(ranks.loads()[0]) == {0: 1, 1: 3, 2: 5}
+    ranks.loader.on_regrouped([0, 2], 1)
+    assert cut_of(ranks.loads()[0]) == {0: 2, 2: 5}
+    ranks.loader.on_restart(1)
+    assert ranks.probed() == [1]
+    ranks.loader.on_regrouped([0, 1, 2], 2)
+    return ranks
+
+
+def test_a_host_that_is_back_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = on_hosts(monkeypatch)
+    assert ranks.loader.if_lost() == {}, "it has not measured yet"
+    ranks.measure(1)
+    assert cut_of(ranks.loads()[0]) == {0: 1, 1: 3, 2: 5}, "the layers that it had before"
+
+
+def test_a_host_that_is_back_with_less_memory_ends_no_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = on_hosts(monkeypatch)
+    ranks.measure(1, free=210 * 10**6)
+    assert cut_of(ranks.loads()[0]) == {0: 2, 2: 5}
+    assert ranks.problems == []
 
 
 def test_what_was_on_its_way_to_ranks_that_have_changed_is_dropped(ranks: Ranks) -> None:
@@ -142,6 +183,7 @@ def test_what_was_on_its_way_to_ranks_that_have_changed_is_dropped(ranks: Ranks)
     assert loads.keys() == {0, 1}
     assert {load.generation for load in loads.values()} == {2}
     assert ranks.problems == []
+    assert sorted(ranks.wanted) == [False, False, True], "what is left of it is not sent"
 
 
 def test_a_rank_lost_before_it_has_measured_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@ listens for which generation, who gets which roster, who is taken for lost. With
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from smolrun.launch.control import RosterPeer
 from smolrun.launch.elastic_worker import Elasticity
 from smolrun.launch.regroup import RegroupSupervisor
-from smolrun.launch.supervisor import RunPhase
+from smolrun.launch.supervisor import Limits, RunPhase
 from smolrun.launch.supervisor_events import (
     Action,
     Exited,
@@ -79,6 +81,66 @@ def test_survivors_are_linked_anew_and_the_lost_rank_is_added_when_it_is_back() 
     # Its process is new, and listens since it began.
     assert without_notes(actions) == rosters({0: 5020, 1: 5001, 2: 5022}, 2)
     assert told(actions) == ["rank 1 on host1 is back after 5 s; 3 of 3 ranks are at work"]
+
+
+def waiting_to_join(may_join: list[bool], limits: Limits = LIMITS) -> RegroupSupervisor:
+    """Ranks 0 and 2 of three are linked, and rank 1 has been back since 15 s."""
+    supervisor = RegroupSupervisor(
+        states(3), now=0.0, limits=limits, policy=POLICY, may_join=lambda: may_join[0]
+    )
+    for rank in range(3):
+        supervisor.handle(ready(rank), 1.0)
+    supervisor.handle(Exited(1, -9), 10.0)
+    supervisor.handle(ready(0, 1), 10.1)
+    supervisor.handle(ready(2, 1), 10.1)
+    assert supervisor.advance(11.0) == [RestartWorker(1)]
+    actions = supervisor.handle(ready(1), 15.0)
+    assert without_notes(actions) == []
+    (line,) = told(actions)
+    wait_s = min(POLICY.join_wait_s, limits.start_s)
+    assert line == (
+        "rank 1 on host1 can join again; that waits until the others can pause, "
+        f"{wait_s:g} s at most"
+    )
+    assert supervisor.deadline == 15.0 + wait_s
+    assert supervisor.advance(16.0) == []
+    return supervisor
+
+
+def test_a_rank_that_is_back_joins_once_the_others_can_pause() -> None:
+    may_join = [False]
+    supervisor = waiting_to_join(may_join)
+    may_join[0] = True
+    assert supervisor.advance(20.1) == [SendRegroup(0, 2), SendRegroup(2, 2)]
+    supervisor.handle(ready(0, 2), 20.2)
+    actions = supervisor.handle(ready(2, 2), 20.3)
+    assert without_notes(actions) == rosters({0: 5020, 1: 5001, 2: 5022}, 2)
+
+
+@pytest.mark.parametrize("start_s", [LIMITS.start_s, 5.0])
+def test_a_rank_that_is_back_does_not_wait_for_ever(start_s: float) -> None:
+    """Nor longer than its worker waits."""
+    supervisor = waiting_to_join([False], replace(LIMITS, start_s=start_s))
+    assert supervisor.deadline is not None
+    assert supervisor.advance(supervisor.deadline - 0.1) == []
+    assert without_notes(supervisor.advance(supervisor.deadline)) == [
+        SendRegroup(0, 2),
+        SendRegroup(2, 2),
+    ]
+
+
+def test_a_rank_that_is_back_joins_with_the_next_loss() -> None:
+    supervisor = waiting_to_join([False])
+    actions = supervisor.handle(Exited(2, -9), 21.0)
+    assert without_notes(actions) == [SendRegroup(0, 2)]
+    actions = supervisor.handle(ready(0, 2), 21.1)
+    assert without_notes(actions) == rosters({0: 5020, 1: 5001}, 2)
+
+
+def test_a_rank_that_waits_to_join_and_ends_interrupts_nobody() -> None:
+    supervisor = waiting_to_join([False])
+    assert without_notes(supervisor.handle(Exited(1, -9), 21.0)) == []
+    assert without_notes(supervisor.advance(25.0)) == [RestartWorker(1)]
 
 
 def test_a_loss_while_a_generation_forms_begins_the_next_one() -> None:

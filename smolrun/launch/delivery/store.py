@@ -7,7 +7,7 @@ before a bundle gets its place (`on_host/store.py`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,8 @@ def deliver_bundles(
     machine: Machine, root: str, bundles: list[Bundle], transfer: TransferProgress, **keys: Any
 ) -> None:
     """Have these bundles at `root`/<key> on the host, whole; `keys` go to the host's `look` and
-    `finish` (run, keep, younger_s). HostError says what is in the way."""
+    `finish` (run, keep, younger_s). HostError says what is in the way. Once the transfer is not
+    wanted any more, no other bundle is begun; those that have arrived stay."""
     wanted = {bundle.key: bundle.listing for bundle in bundles}
     look = {"do": "look", "root": root, "wanted": wanted, **keys}
     answer = ask(machine, "store", look, num_bytes=sum(bundle.size for bundle in bundles))
@@ -70,11 +71,15 @@ def deliver_bundles(
     place = {"root": root, "incoming": answer["incoming"]}
     with dropped_on_error(machine, "store", place):
         check_room(machine, root, size, answer["free"])
+        arrived = []
         for bundle in missing:
+            if not transfer.is_wanted():
+                break
             for name, file in bundle.files.items():
                 path = f"{answer['incoming']}/{bundle.key}/{name}"
                 put(machine, file.source, path, size, transfer.on_bytes)
-        wanted = {bundle.key: bundle.listing for bundle in missing}
+            arrived.append(bundle)
+        wanted = {bundle.key: bundle.listing for bundle in arrived}
         finish = {"do": "finish", **place, "wanted": wanted, **keys}
         check_whole(machine, ask(machine, "store", finish, num_bytes=size))
 
@@ -153,9 +158,17 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class TransferProgress:
-    """Adds up for `progress`; any thread may call, and only one at a time reaches `progress`."""
+    """Adds up for `progress`; any thread may call, and only one at a time reaches `progress`.
 
-    def __init__(self, what: str, progress: Progress = silent) -> None:
+    `is_wanted()`: whether it shall continue; asked by the threads that copy, and may block."""
+
+    def __init__(
+        self,
+        what: str,
+        progress: Progress = silent,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.is_wanted = is_wanted
         self._what = what
         self._progress = progress
         self._lock = threading.Lock()
@@ -165,6 +178,11 @@ class TransferProgress:
     def total(self) -> int:
         """Bytes that are to be copied, or were."""
         return self._total
+
+    @property
+    def done(self) -> int:
+        """Bytes that were copied."""
+        return self._done
 
     def add(self, num_bytes: int) -> None:
         """So much more is to be copied."""
