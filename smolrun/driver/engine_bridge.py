@@ -84,7 +84,7 @@ class EngineBridge(Subscriber):
 
     def on_exit(self, rank: int) -> None:
         """Its requests continue elsewhere; the supervisor says why it has ended."""
-        if self._ready.pop(rank, None) is not None:
+        if self._ready.pop(rank, None) is not None and self._has_replicas:
             self._silence.forget(rank)
             self.frontend.lose(rank, f"rank {rank} has ended")
 

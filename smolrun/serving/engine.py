@@ -105,6 +105,7 @@ class Engine:
         self._lost = self._lost or self._scheduler
         self._scheduler = scheduler
         self._started.clear()
+        self._stages, self._stages_asked_s = [], -math.inf
         scheduler.limit_chunks(int(self._chunk_tokens))
         kept = []
         while not self._inbox.empty():

@@ -3,18 +3,27 @@ writes (S1), over 1 to 4 stages, alone and in company."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from torch import Tensor
 
-from smolrun.errors import GenerationEnded, StopRequested
+from smolrun.errors import GenerationEnded, PeerLost, StopRequested
+from smolrun.launch.control import StartMessage
 from smolrun.mesh.memory import MemoryWorld
+from smolrun.mesh.mesh import Mesh
 from smolrun.parts.step_clock import Pace
+from smolrun.serving.batch import Batch
 from smolrun.serving.messages import LOADING, TOPIC, Submit
 from smolrun.serving.source import source_of_folder
+from smolrun.serving.stage_runner import DecoderRunner
 from tests.serving.references import LEAST_MARGIN, Text, save_model, texts_of
+from tests.waiting import SOON_S, until
 from tests.worker.serving_driver import GREEDY, ServingDriver, load_of, serve_with
 
 
@@ -175,6 +184,70 @@ def test_a_stage_that_is_alone_sees_the_end_of_its_generation(
     assert driver.ready is not None and driver.ready.max_running == 2
     over = driver.tokens["over", 0]
     assert len(over) == 100 and over == driver.tokens["after", 0]
+
+
+def test_an_answer_survives_a_loss_in_its_prompt_and_one_before_others_have_taken_over(
+    model: tuple[Path, list[Text]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 3 is lost in the middle of the prompt, and rank 2 before anything has loaded again."""
+    source, lost = source_of_folder(model[0], "tiny"), threading.Event()
+    left: set[tuple[int, int]] = set()  # ranks, and the generation that they have left
+    worlds = [MemoryWorld(4) for _ in range(2)]
+    for generation, world in enumerate(worlds, start=1):
+        for mesh in world.meshes:
+            mesh.generation = generation
+    run = DecoderRunner.run
+
+    def run_until_lost(self: DecoderRunner, batch: Batch, hidden_TD: Tensor | None) -> Any:
+        if batch.number == 4 and self._stage.has_head:  # two warm it up, two bring 64 tokens
+            assert lost.wait(SOON_S)
+        return run(self, batch, hidden_TD)
+
+    def regroup(start: StartMessage, mesh: Mesh, channel: Any) -> Mesh:
+        mesh.close()  # nothing of this generation reaches the next one
+        left.add((start.rank, mesh.generation))
+        if start.rank >= 3 - mesh.generation:
+            assert channel.stop_requested.wait(SOON_S)
+            raise StopRequested("it is lost")
+        return worlds[mesh.generation].meshes[start.rank]
+
+    monkeypatch.setattr(DecoderRunner, "run", run_until_lost)
+    monkeypatch.setattr("smolrun.worker.serve.regroup", regroup)
+    prompt = [1 + token % 50 for token in range(100)]
+    asked = {name: Submit(name, prompt, 28, sampling=GREEDY) for name in ("over", "after")}
+    drivers: list[ServingDriver] = []
+
+    def lose(driver: ServingDriver, meshes: Iterable[Mesh], rank: int) -> None:
+        pauses = len(driver.pauses)
+        for mesh in meshes:
+            error = PeerLost(rank, mesh.generation, "it died")
+            mesh.post(lambda mesh=mesh, error=error: mesh.fail(error))  # type: ignore[misc]
+        lost.set()
+        while len(driver.pauses) == pauses:
+            driver.take()
+
+    def script(driver: ServingDriver) -> None:
+        drivers.append(driver)
+        driver.load(load_of(source, [0, 1, 2, 3], 4, chunk_tokens=32))
+        driver.channels[0].tell(TOPIC, asked["over"])
+        while sum(len(output.prefill) for output in driver.output) < 2:
+            driver.take()
+        lose(driver, driver.meshes.values(), 3)
+        lose(driver, worlds[0].meshes[:3], 2)
+        until(lambda: left >= {(0, 1), (1, 1)})  # as the driver waits, until all listen
+        driver.ready = None
+        driver.load(load_of(source, [0, 1], 4, generation=2))
+        driver.run(*asked.values())
+
+    with pytest.raises(StopRequested, match="it is lost"):
+        serve_with(script, 4, links="group")
+    (driver,) = drivers
+    assert len(driver.pauses) == 2
+    assert driver.ready is not None and [one.rank for one in driver.ready.stages] == [0, 1]
+    over = driver.tokens["over", 0]
+    assert len(over) == 28 and over == driver.tokens["after", 0]
+    done = [one.done for output in driver.output for one in output.prefill if one.request == "over"]
+    assert done[:2] == [32, 64] and done[-1] == 100 and done == sorted(set(done))
 
 
 def test_a_server_that_is_stopped_before_it_loads_ends() -> None:
