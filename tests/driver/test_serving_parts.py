@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from smolrun.cli.compose import compose
 from smolrun.driver import serving_parts
+from smolrun.driver.serving import ServingRun
 from smolrun.driver.serving_parts import (
     layers_file,
     needed_parts,
@@ -17,7 +22,10 @@ from smolrun.driver.serving_parts import (
     read_layers,
     write_layers,
 )
+from smolrun.errors import HostError
+from smolrun.estimate.serving_plan import ServingPlan
 from smolrun.serving.source import ModelSource, load_stage, source_of_folder
+from tests.launch.here import HereMachine
 from tests.serving.references import save_model
 
 
@@ -97,3 +105,40 @@ def test_parts_in_int4_hold_the_codes_that_a_stage_takes(tmp_path: Path, root: P
     sent = [root / parts.parts[name] / name for name in needed_parts(parts, range(1, 4))]
     held = sum(tensor.nbytes for tensor in found.values())
     assert sum(path.stat().st_size for path in sent) < held + 3000 * len(sent)  # and headers
+
+
+def test_hosts_without_room_for_copies_are_named_and_the_others_get_theirs(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each; the server goes on."""
+    source = source_in(tmp_path / "model", 32)
+    names = ["mini1", "mini2", "mini3"]
+    machines = {name: HereMachine(tmp_path / name, name) for name in names}
+    for name in names[1:]:
+
+        def full(script: str, request: dict[str, Any], name: str = name) -> None:
+            raise HostError(name, "0.2 GB do not fit on its disk", "make room there")
+
+        machines[name].before_call = full
+    hosts = ",".join(f"{{name:{name},ssh:{name}}}" for name in names)
+    said: list[str] = []
+    run = SimpleNamespace(
+        source=source,
+        spec=SimpleNamespace(dtype="float32"),
+        bridge=SimpleNamespace(frontend=SimpleNamespace(num_requests=0)),
+        _config=compose(["task=serve", "serving=pipeline", f"cluster.hosts=[{hosts}]"]),
+        _fleet=SimpleNamespace(machines=machines),
+        _run_id="r1",
+        _say=said.append,
+    )
+    run._send_parts = partial(ServingRun._send_parts, run)  # type: ignore[arg-type]
+    plan = ServingPlan([range(1), range(1, 2), range(2, 4)], 1, 16, 1.0)
+    ServingRun._spread(run, [plan], 0.0, lambda: True)  # type: ignore[arg-type]
+    made = parts_of(source, "float32", unused)
+    for part in needed_parts(made, range(1)):
+        assert Path(machines["mini1"].workdir, "files", made.parts[part], part).is_file()
+    assert said == [
+        f"warning: no copies of other hosts' layers: {name}: 0.2 GB do not fit on its disk; make "
+        "room there"
+        for name in names[1:]
+    ]

@@ -6,7 +6,7 @@ import pytest
 
 from smolrun.errors import BROKE_PROTOCOL, PeerLost
 from smolrun.launch.control import EXIT_ABANDONED, OUT_OF_MEMORY, ErrorReport, ResultMessage
-from smolrun.launch.root_cause import describe_exit
+from smolrun.launch.root_cause import RankState, describe_exit, pick_cause
 from smolrun.launch.supervisor_events import (
     Exited,
     Finish,
@@ -19,7 +19,16 @@ from smolrun.launch.supervisor_events import (
     RunOutcome,
     WorkerFinished,
 )
-from tests.launch.test_supervisor import bury, done, failed, outcome_of, running, starting, training
+from tests.launch.test_supervisor import (
+    at,
+    bury,
+    done,
+    failed,
+    outcome_of,
+    running,
+    starting,
+    training,
+)
 
 
 def test_a_rank_that_died_without_a_word_beats_an_error_that_was_reported_before() -> None:
@@ -27,6 +36,13 @@ def test_a_rank_that_died_without_a_word_beats_an_error_that_was_reported_before
     supervisor.handle(failed(0, "ValueError", "no answer from the other"), 2.0)
     supervisor.handle(Exited(1, -9), 2.1)
     assert outcome_of(supervisor.handle(Exited(0, 3), 2.2)).failed_rank == 1
+
+
+@pytest.mark.parametrize(("has_steps", "when"), [(True, " before its first step"), (False, "")])
+def test_what_has_no_steps_does_not_fail_before_the_first_one(has_steps: bool, when: str) -> None:
+    state = RankState(1, "mini2", "log", has_steps, at(5001), exit_code=-9)
+    reason = pick_cause([state]).reason
+    assert reason.startswith(f"rank 1 on mini2 died from signal 9 (killed){when}; was its memory")
 
 
 def test_two_ranks_that_lost_each_other_still_give_one_culprit() -> None:

@@ -12,7 +12,13 @@ import pytest
 from smolrun.data.prepared import Prepared
 from smolrun.errors import HostError
 from smolrun.launch.delivery import store
-from smolrun.launch.delivery.files import FileHashes, PreparedFiles, folder_bundle
+from smolrun.launch.delivery.files import (
+    FileHashes,
+    PreparedFiles,
+    deliver_files,
+    file_bundle,
+    folder_bundle,
+)
 from smolrun.launch.delivery.store import TransferProgress
 from tests.launch.here import HereMachine
 
@@ -110,6 +116,23 @@ def test_data_alone(mini1: HereMachine, prepared: Prepared) -> None:
     there = deliver(mini1, alone)
     assert (there.tokenizer, there.model_folder) == (None, None)
     assert len(mini1.puts) == 1
+
+
+def test_what_is_not_wanted_any_more_is_not_begun_and_what_came_stays(
+    mini1: HereMachine, tmp_path: Path
+) -> None:
+    bundles = []
+    for number in range(3):
+        (tmp_path / f"layer-{number}").write_bytes(bytes([number]) * 1000)
+        bundles.append(file_bundle(tmp_path / f"layer-{number}", FileHashes()))
+    transfer = TransferProgress("layers", is_wanted=lambda: len(mini1.puts) < 2)
+    root = deliver_files(mini1, bundles, transfer, None)  # type: ignore[arg-type]
+    assert [os.path.isdir(f"{root}/{one.key}") for one in bundles] == [True, True, False]
+    assert transfer.done == 2000
+    mini1.puts.clear()
+    deliver_files(mini1, bundles, TransferProgress("layers"), None)  # type: ignore[arg-type]
+    assert [size for _, size in mini1.puts] == [1000]
+    assert not [name for name in os.listdir(root) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("damage", ["bytes", "cut", "gone", "link"])
