@@ -14,8 +14,7 @@ import errno
 import platform
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,7 @@ from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
 from smolrun.driver.serving_hosts import ServingHosts, Unloading
 from smolrun.driver.serving_model import find_model, notes
-from smolrun.driver.serving_parts import (
-    deliver_parts,
-    layers_file,
-    needed_parts,
-    parts_folder,
-    parts_of,
-    read_layers,
-    write_layers,
-)
+from smolrun.driver.serving_parts import PartsDelivery, parts_folder
 from smolrun.driver.serving_replicas import ReplicaLoader
 from smolrun.driver.serving_start import ModelLoader, ServingSpec
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
@@ -67,7 +58,6 @@ from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
 from smolrun.serving.messages import Ready, ServingDtype
-from smolrun.serving.source import ModelSource
 from smolrun.serving.weight_types import GROUP_SIZE, weight_options
 from smolrun.tracking.api_key import LAN, api_key, api_key_file
 from smolrun.tracking.run_folder import RunFolder
@@ -76,8 +66,6 @@ Progress = Callable[[str, int, int], None]
 _PROCESS_BYTES = 300e6  # of a rank, before it has a model
 _ANY_S = 1e-3  # where every rank is equally fast
 _COMES_BACK_S = 60.0  # within which a lost rank is mostly back; copies for others would be in vain
-_GIVES_WAY_S = 5.0  # so long a layer that is copied ahead of time waits while answers run
-_LOOK_S = 0.1
 _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 
 
@@ -138,9 +126,7 @@ class ServingRun:
         self._check_memory()
         for line in notes(source, machine_memory().available):
             say(line)
-        self._run_id = ""
         self._warned: set[str] = set()
-        self._has_cut = False
         self.bridge = EngineBridge(config, say)
         self.server = self._http_server()
         self._closing.callback(self.server.stop, 0.0)
@@ -248,7 +234,6 @@ class ServingRun:
         """Start the ranks and serve until the user stops them or one is lost. `on_ready` is called
         on this thread once a token has flowed, for the first time."""
         config = self._config
-        self._run_id = folder.run_id
         for line in start_notes(config):
             self._say(line)
         frontend = self.bridge.frontend
@@ -291,12 +276,21 @@ class ServingRun:
         config = self._config
         drain = Draining(self.server, self.bridge.frontend, config.serving.drain_s, self._say)
         drain.is_unloading = lambda: unloading.is_unloading
-        loader = self._loader()
+        delivery = PartsDelivery(
+            config,
+            self.source,
+            self._fleet.machines,
+            folder.run_id,
+            is_busy=lambda: self.bridge.frontend.num_requests > 0,
+            say=self._say,
+            progress=self._progress,
+        )
+        loader = self._loader(delivery)
 
         def ready(news: Ready) -> None:
             on_ready(news)
             if isinstance(loader, ModelLoader):
-                self._prepare_for_losses(loader)
+                self._prepare_for_losses(loader, delivery)
 
         self.bridge.on_ready = ready
         try:
@@ -317,69 +311,24 @@ class ServingRun:
         except (HostError, HostErrors) as error:
             return not_equipped(error)
 
-    def _loader(self) -> ModelLoader | ReplicaLoader:
+    def _loader(self, delivery: PartsDelivery) -> ModelLoader | ReplicaLoader:
         if are_replicas(self._config):
             return ReplicaLoader(
-                self._config, self.spec, self._deliver_whole, progress=self._progress
+                self._config,
+                self.spec,
+                lambda host: delivery.whole(host, self.spec.dtype),
+                progress=self._progress,
             )
         return ModelLoader(
             self._config,
             self.spec,
-            self._deliver,
-            earlier=read_layers(self._layers_file()) if self._fleet.machines else None,
+            lambda plan, is_wanted: delivery.bring(plan, self.spec.dtype, is_wanted),
+            earlier=delivery.earlier_layers(),
             on_plan=self._show_plan,
             progress=self._progress,
         )
 
-    def _deliver_whole(self, host: str) -> tuple[ModelSource, str]:
-        """All parts for a host elsewhere; ranks of this machine read the model where it is."""
-        machine = self._fleet.machines.get(host)
-        if machine is None:
-            return self.source, self.source.folder
-        source = parts_of(self.source, self.spec.dtype, self._progress)
-        whole = needed_parts(source, range(source.shape.layers))
-        folders, sent = deliver_parts(
-            source, {host: {*whole}}, {host: machine}, self._run_id, self._progress
-        )
-        self._say(f"{sent:,} bytes of weights sent to {host}")
-        return source, folders[host]
-
-    def _deliver(
-        self, plan: ServingPlan, is_wanted: Callable[[], bool]
-    ) -> tuple[ModelSource, list[str]]:
-        """Parts for hosts elsewhere; ranks of this machine read the model where it is."""
-        machines = self._fleet.machines
-        hosts = [rank.host for rank in ranks(self._config)]
-        if not any(hosts[rank] in machines for rank in plan.stages):
-            return self.source, [self.source.folder] * len(hosts)
-        source = parts_of(self.source, self.spec.dtype, self._progress)
-        folders = self._send_parts(source, [plan], self._progress, is_wanted)
-        if not self._has_cut:  # the first plan is of all ranks: the next start keeps it
-            write_layers(self._layers_file(), plan.layers)
-        self._has_cut = True
-        return source, [folders.get(host, source.folder) for host in hosts]
-
-    def _send_parts(
-        self,
-        source: ModelSource,
-        plans: Sequence[ServingPlan],
-        progress: Progress,
-        is_wanted: Callable[[], bool],
-    ) -> dict[str, str]:
-        """Bring every host elsewhere what it needs in any of the plans; by host, where it is."""
-        hosts = [rank.host for rank in ranks(self._config)]
-        needed: dict[str, set[str]] = {}
-        for plan in plans:
-            for rank in plan.stages:
-                parts = needed_parts(source, plan.layers[rank])
-                needed.setdefault(hosts[rank], set()).update(parts)
-        machines = {name: one for name, one in self._fleet.machines.items() if name in needed}
-        folders, sent = deliver_parts(source, needed, machines, self._run_id, progress, is_wanted)
-        if sent or is_wanted():
-            self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
-        return folders
-
-    def _prepare_for_losses(self, loader: ModelLoader) -> None:
+    def _prepare_for_losses(self, loader: ModelLoader, delivery: PartsDelivery) -> None:
         """Say whose loss the others cannot make good, and with serving.spare have each layer on
         the host that would take it over."""
         hosts, plans = [rank.host for rank in ranks(self._config)], loader.if_lost()
@@ -392,40 +341,11 @@ class ServingRun:
         if made and self._config.serving.spare and self._fleet.machines:
             pause_s = 0.0 if loader.is_whole else _COMES_BACK_S
             threading.Thread(
-                target=self._spread,
-                args=(made, pause_s, loader.while_unchanged()),
+                target=delivery.copy,
+                args=(made, self.spec.dtype, pause_s, loader.while_unchanged()),
                 name="smolrun-spare",
                 daemon=True,
             ).start()
-
-    def _spread(
-        self, plans: Sequence[ServingPlan], pause_s: float, is_wanted: Callable[[], bool]
-    ) -> None:
-        """Copy the parts of these plans, when that delays no answer."""
-
-        def gives_way(limit_s: float, is_busy: Callable[[], bool]) -> bool:
-            begun = time.monotonic()
-            while is_wanted() and is_busy() and time.monotonic() < begun + limit_s:
-                time.sleep(_LOOK_S)
-            return is_wanted()
-
-        answers = self.bridge.frontend
-        try:
-            if gives_way(pause_s, lambda: True):
-                source = parts_of(self.source, self.spec.dtype, lambda *_: None)
-                self._send_parts(
-                    source,
-                    plans,
-                    lambda *_: None,
-                    lambda: gives_way(_GIVES_WAY_S, lambda: answers.num_requests > 0),
-                )
-        except SmolrunError as error:  # a host that is lost now, or has no room
-            for one in error.errors if isinstance(error, HostErrors) else [error]:
-                self._say(f"warning: no copies of other hosts' layers: {one}")
-
-    def _layers_file(self) -> Path:
-        hosts = [rank.host for rank in ranks(self._config)]
-        return layers_file(self.source, self._config.serving.weights, hosts)
 
     def _show_plan(self, plan: ServingPlan, number: int) -> None:
         if len(self.spec.models) > 1:

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import platformdirs
 
+from smolrun.config import RunConfig, ranks
 from smolrun.data.cache import cache_folder
-from smolrun.errors import DataError
+from smolrun.errors import DataError, HostErrors, SmolrunError
+from smolrun.estimate.serving_plan import ServingPlan
 from smolrun.files import atomic_write, file_hash
 from smolrun.launch.delivery.files import FileHashes, deliver_files, folder_bundle
 from smolrun.launch.delivery.run_folder import run_on_host
@@ -41,6 +43,108 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 _KEPT_MODELS = 3
 _YOUNG_S = 24 * 3600.0
+_GIVES_WAY_S = 5.0  # so long a layer that is copied ahead of time waits while answers run
+_LOOK_S = 0.1
+
+
+class PartsDelivery:
+    """Brings the hosts of a server the parts that they need; ranks of this machine read the model
+    where it is. `is_busy()`: whether answers run. Any thread may call."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: ModelSource,
+        machines: Mapping[str, Machine],
+        run_id: str,
+        *,
+        is_busy: Callable[[], bool],
+        say: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        self._source, self._machines, self._run_id = source, machines, run_id
+        self._hosts = [rank.host for rank in ranks(config)]
+        self._weights = config.serving.weights
+        self._is_busy = is_busy
+        self._say, self._progress = say, progress
+        self._has_cut = False
+
+    def earlier_layers(self) -> list[range] | None:
+        """Of every rank at an earlier start, if they had to be sent."""
+        return read_layers(self._layers_file()) if self._machines else None
+
+    def whole(self, host: str, dtype: ServingDtype) -> tuple[ModelSource, str]:
+        """All parts for a host: the source, and the folder there."""
+        machine = self._machines.get(host)
+        if machine is None:
+            return self._source, self._source.folder
+        source = parts_of(self._source, dtype, self._progress)
+        needed = {host: {*needed_parts(source, range(source.shape.layers))}}
+        folders, sent = deliver_parts(source, needed, {host: machine}, self._run_id, self._progress)
+        self._say(f"{sent:,} bytes of weights sent to {host}")
+        return source, folders[host]
+
+    def bring(
+        self, plan: ServingPlan, dtype: ServingDtype, is_wanted: Callable[[], bool]
+    ) -> tuple[ModelSource, list[str]]:
+        """What each rank of a plan needs: the source, and the folder on the host of every rank."""
+        if not any(self._hosts[rank] in self._machines for rank in plan.stages):
+            return self._source, [self._source.folder] * len(self._hosts)
+        source = parts_of(self._source, dtype, self._progress)
+        folders = self._send(source, [plan], self._progress, is_wanted)
+        if not self._has_cut:  # the first plan is of all ranks: the next start keeps it
+            write_layers(self._layers_file(), plan.layers)
+        self._has_cut = True
+        return source, [folders.get(host, source.folder) for host in self._hosts]
+
+    def copy(
+        self,
+        plans: Sequence[ServingPlan],
+        dtype: ServingDtype,
+        pause_s: float,
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        """After a pause, bring what each rank needs in any of the plans, when that delays no
+        answer; blocks. A host that has no room is named."""
+
+        def gives_way(limit_s: float, is_busy: Callable[[], bool]) -> bool:
+            begun = time.monotonic()
+            while is_wanted() and is_busy() and time.monotonic() < begun + limit_s:
+                time.sleep(_LOOK_S)
+            return is_wanted()
+
+        def unseen(*_: object) -> None:
+            """Nobody waits for it."""
+
+        try:
+            if gives_way(pause_s, lambda: True):
+                source = parts_of(self._source, dtype, unseen)
+                self._send(source, plans, unseen, lambda: gives_way(_GIVES_WAY_S, self._is_busy))
+        except SmolrunError as error:  # a host that is lost now, or has no room
+            for one in error.errors if isinstance(error, HostErrors) else [error]:
+                self._say(f"warning: no copies of other hosts' layers: {one}")
+
+    def _send(
+        self,
+        source: ModelSource,
+        plans: Sequence[ServingPlan],
+        progress: Progress,
+        is_wanted: Callable[[], bool],
+    ) -> dict[str, str]:
+        """Bring every host elsewhere what it needs in any of the plans; by host, where it is."""
+        needed: dict[str, set[str]] = {}
+        for plan in plans:
+            for rank in plan.stages:
+                parts = needed_parts(source, plan.layers[rank])
+                needed.setdefault(self._hosts[rank], set()).update(parts)
+        machines = {name: one for name, one in self._machines.items() if name in needed}
+        folders, sent = deliver_parts(source, needed, machines, self._run_id, progress, is_wanted)
+        if sent or is_wanted():
+            self._say(f"{sent:,} bytes of weights sent to {', '.join(machines)}")
+        return folders
+
+    def _layers_file(self) -> Path:
+        return layers_file(self._source, self._weights, self._hosts)
 
 
 def parts_of(source: ModelSource, dtype: ServingDtype, progress: Progress) -> ModelSource:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +12,8 @@ import torch
 
 from smolrun.cli.compose import compose
 from smolrun.driver import serving_parts
-from smolrun.driver.serving import ServingRun
 from smolrun.driver.serving_parts import (
+    PartsDelivery,
     layers_file,
     needed_parts,
     parts_of,
@@ -122,18 +120,17 @@ def test_hosts_without_room_for_copies_are_named_and_the_others_get_theirs(
         machines[name].before_call = full
     hosts = ",".join(f"{{name:{name},ssh:{name}}}" for name in names)
     said: list[str] = []
-    run = SimpleNamespace(
-        source=source,
-        spec=SimpleNamespace(dtype="float32"),
-        bridge=SimpleNamespace(frontend=SimpleNamespace(num_requests=0)),
-        _config=compose(["task=serve", "serving=pipeline", f"cluster.hosts=[{hosts}]"]),
-        _fleet=SimpleNamespace(machines=machines),
-        _run_id="r1",
-        _say=said.append,
+    delivery = PartsDelivery(
+        compose(["task=serve", "serving=pipeline", f"cluster.hosts=[{hosts}]"]),
+        source,
+        machines,  # type: ignore[arg-type]
+        "r1",
+        is_busy=lambda: False,
+        say=said.append,
+        progress=unused,
     )
-    run._send_parts = partial(ServingRun._send_parts, run)  # type: ignore[arg-type]
     plan = ServingPlan([range(1), range(1, 2), range(2, 4)], 1, 16, 1.0)
-    ServingRun._spread(run, [plan], 0.0, lambda: True)  # type: ignore[arg-type]
+    delivery.copy([plan], "float32", 0.0, lambda: True)
     made = parts_of(source, "float32", unused)
     for part in needed_parts(made, range(1)):
         assert Path(machines["mini1"].workdir, "files", made.parts[part], part).is_file()

@@ -186,6 +186,17 @@ def test_a_stage_that_is_alone_sees_the_end_of_its_generation(
     assert len(over) == 100 and over == driver.tokens["after", 0]
 
 
+def lose(driver: ServingDriver, meshes: Iterable[Mesh], rank: int, lost: threading.Event) -> None:
+    """All see that a rank is gone, until rank 0 has told the clients."""
+    pauses = len(driver.pauses)
+    for mesh in meshes:
+        error = PeerLost(rank, mesh.generation, "it died")
+        mesh.post(lambda mesh=mesh, error=error: mesh.fail(error))  # type: ignore[misc]
+    lost.set()
+    while len(driver.pauses) == pauses:
+        driver.take()
+
+
 def test_an_answer_survives_a_loss_in_its_prompt_and_one_before_others_have_taken_over(
     model: tuple[Path, list[Text]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,23 +228,14 @@ def test_an_answer_survives_a_loss_in_its_prompt_and_one_before_others_have_take
     asked = {name: Submit(name, prompt, 28, sampling=GREEDY) for name in ("over", "after")}
     drivers: list[ServingDriver] = []
 
-    def lose(driver: ServingDriver, meshes: Iterable[Mesh], rank: int) -> None:
-        pauses = len(driver.pauses)
-        for mesh in meshes:
-            error = PeerLost(rank, mesh.generation, "it died")
-            mesh.post(lambda mesh=mesh, error=error: mesh.fail(error))  # type: ignore[misc]
-        lost.set()
-        while len(driver.pauses) == pauses:
-            driver.take()
-
     def script(driver: ServingDriver) -> None:
         drivers.append(driver)
         driver.load(load_of(source, [0, 1, 2, 3], 4, chunk_tokens=32))
         driver.channels[0].tell(TOPIC, asked["over"])
         while sum(len(output.prefill) for output in driver.output) < 2:
             driver.take()
-        lose(driver, driver.meshes.values(), 3)
-        lose(driver, worlds[0].meshes[:3], 2)
+        lose(driver, driver.meshes.values(), 3, lost)
+        lose(driver, worlds[0].meshes[:3], 2, lost)
         until(lambda: left >= {(0, 1), (1, 1)})  # as the driver waits, until all listen
         driver.ready = None
         driver.load(load_of(source, [0, 1], 4, generation=2))
