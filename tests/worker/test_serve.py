@@ -156,13 +156,20 @@ def test_a_slower_machine_is_emulated_when_it_measures_and_when_it_serves(
     assert all(stage.compute_s > 0.02 for stage in driver.ready.stages)
 
 
+def world_of(generation: int, world_size: int) -> MemoryWorld:
+    """The ranks of a later generation."""
+    world = MemoryWorld(world_size)
+    for mesh in world.meshes:
+        mesh.generation = generation
+    return world
+
+
 def test_a_stage_that_is_alone_sees_the_end_of_its_generation(
     model: tuple[Path, list[Text]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It receives nothing by which it would see it; a rank that is back waits for it."""
     source = source_of_folder(model[0], "tiny")
-    world = MemoryWorld(1)
-    world.meshes[0].generation = 1
+    world = world_of(1, 1)
     monkeypatch.setattr("smolrun.worker.serve.regroup", lambda *_: world.meshes[0])
     asked = {name: Submit(name, [5, 6, 7], 100, sampling=GREEDY) for name in ("over", "after")}
 
@@ -203,10 +210,7 @@ def test_an_answer_survives_a_loss_in_its_prompt_and_one_before_others_have_take
     """Rank 3 is lost in the middle of the prompt, and rank 2 before anything has loaded again."""
     source, lost = source_of_folder(model[0], "tiny"), threading.Event()
     left: set[tuple[int, int]] = set()  # ranks, and the generation that they have left
-    worlds = [MemoryWorld(4) for _ in range(2)]
-    for generation, world in enumerate(worlds, start=1):
-        for mesh in world.meshes:
-            mesh.generation = generation
+    worlds = [world_of(generation, 4) for generation in (1, 2)]
     run = DecoderRunner.run
 
     def run_until_lost(self: DecoderRunner, batch: Batch, hidden_TD: Tensor | None) -> Any:
