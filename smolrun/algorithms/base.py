@@ -136,7 +136,7 @@ class Algorithm(ABC):
         self.context.mesh.progress = self.steps_begun
         with self.clock.compute():
             stats = self.watched_forward_backward(micro_batches)
-        stats |= self.expert_load.take(self.step_stats[len(STEP_STATS) :])
+        stats = self.expert_load.take(self.step_stats[len(STEP_STATS) :]) | stats
         stats["samples"] = sum(len(batch.inputs) for batch in micro_batches)
         stats["changed_buffer"] = float(bool(self._changed_buffer))
         stats["compute_s"] = self.clock.compute_s

@@ -56,7 +56,7 @@ def test_a_running_sweep_is_never_deleted(run: Run, capsys: pytest.CaptureFixtur
     assert run("task=clean") == 0
     out = capsys.readouterr().out
     assert f"{sweep.path.name}: running, so it stays" in out
-    assert "so the cache" in out  # the next jobs need it
+    assert out.count("uses it, so it stays") == 2  # the next jobs need the data and the model
 
 
 def test_a_name_that_a_run_has_is_no_sweep(run: Run):
