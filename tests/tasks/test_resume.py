@@ -157,6 +157,7 @@ def test_a_hundred_kills(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tens
         ("algorithm=fsdp", "algorithm.stage=3", "staleness.bound=0"),
         ("algorithm.shard_optimizer=true",),
         ("algorithm=mp", "model.layers=3"),
+        ("algorithm=ep", "model=moe_tiny"),
         ("algorithm=mp_pipeline", "model.layers=3", "model.tie_embeddings=true"),
         ("algorithm=mp_pipeline", "model.layers=3", "staleness.bound=0", "quantization=int8"),
         ("optimizer=adafactor", "training.resync_every=5"),
