@@ -41,6 +41,13 @@ def ends(server: Served, tab: Tab) -> None:
     tab.check()
 
 
+def lose_network(server: Served, tab: Tab) -> None:
+    tab.page.context.set_offline(True)
+    # Chromium keeps open connections; the server's end is what breaks.
+    for connection in list(server.server._server.server_state.connections):
+        server.server._loop.call_soon_threadsafe(connection.transport.abort)
+
+
 def test_a_page_that_is_loaded_again_shows_the_same_answer_to_its_end(serve, opened):
     server, tab = begin(serve, opened)
     for _ in range(3):
@@ -63,10 +70,7 @@ def test_an_answer_that_ended_while_the_page_was_away_is_fetched(serve, opened):
 
 def test_a_device_without_network_for_a_while_gets_the_rest(serve, opened):
     server, tab = begin(serve, opened)
-    tab.page.context.set_offline(True)
-    # Chromium keeps open connections; the server's end is what breaks.
-    for connection in list(server.server._server.server_state.connections):
-        server.server._loop.call_soon_threadsafe(connection.transport.abort)
+    lose_network(server, tab)
     tab.page.wait_for_selector(".status.reconnecting")
     assert "reconnecting" in tab.page.locator(STATUS).inner_text()
     before, text = server.engine.generated, tab.answer()
@@ -74,6 +78,22 @@ def test_a_device_without_network_for_a_while_gets_the_rest(serve, opened):
     assert tab.answer() == text
     tab.page.context.set_offline(False)
     ends(server, tab)
+
+
+def test_a_device_without_network_for_too_long_is_told_and_can_continue(serve, opened):
+    server, tab = begin(serve, opened)
+    tab.page.clock.install()
+    tab.page.reload()
+    until(lambda: (tab.page.clock.run_for(500), len(tab.answer()) > 30)[1])
+    lose_network(server, tab)
+    until(lambda: (tab.page.clock.run_for(500), tab.page.locator(".reconnecting").count())[1] > 0)
+    tab.page.clock.fast_forward(100_000)
+    assert tab.page.locator(".reconnecting").count() == 1
+    tab.page.clock.fast_forward(25_000)
+    until(lambda: (tab.page.clock.run_for(500), tab.page.locator(".failure").count())[1] > 0)
+    assert "connection" in tab.page.locator(".failure").inner_text()
+    assert tab.page.locator("button >> text=Continue").is_enabled()
+    assert tab.answer().startswith("word0 word1")
 
 
 def test_a_connection_that_is_silent_for_long_is_replaced(serve, opened):
