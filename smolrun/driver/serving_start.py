@@ -36,6 +36,9 @@ from smolrun.serving.messages import (
 from smolrun.serving.source import ModelSource
 
 Progress = Callable[[str, int, int], None]
+# A second beside others that load or receive: times within this factor may be those of before, and
+# other times would move layers and copies of layers between all hosts.
+_SAME_SPEED = 2.0
 _CHANGE_S = 30.0  # within which a host that did not take its layers is seen to be lost
 
 
@@ -99,6 +102,7 @@ class ModelLoader(Subscriber):
         self._present: list[int] = []  # the ranks of the generation, once they are linked
         self._generation = -1
         self._returned: set[int] = set()  # ranks that are in a later process
+        self._before: dict[int, Probed] = {}  # what earlier processes measured
 
     def on_start(self, driver: Driver) -> None:
         """Ask every rank to measure."""
@@ -115,7 +119,8 @@ class ModelLoader(Subscriber):
         hosts = Counter(one.host for one in self._ranks)
         if rank in self._probed and hosts[self._ranks[rank].host] > 1:
             return
-        self._probed.pop(rank, None)
+        if rank in self._probed:
+            self._before[rank] = self._probed.pop(rank)
         self._probe(rank)
 
     def on_regrouped(self, ranks: list[int], generation: int) -> None:
@@ -136,7 +141,7 @@ class ModelLoader(Subscriber):
         if news.rank != rank:
             raise ProtocolError(f"sent a message of rank {news.rank}")
         if isinstance(news, Probed):
-            self._probed[rank] = news
+            self._probed[rank] = _with_earlier_times(news, self._before.get(rank))
             self._decide()
         elif isinstance(news, Loading):
             self._show(rank, news.done, news.total)
@@ -283,3 +288,10 @@ class ModelLoader(Subscriber):
             else f"{type(error).__name__}: {error}"
         )
         self._driver.fail(str(what))
+
+
+def _with_earlier_times(new: Probed, old: Probed | None) -> Probed:
+    """With the times of an earlier measurement, unless they differ by far."""
+    if old is None or not 1 / _SAME_SPEED < new.layer_s / max(old.layer_s, 1e-9) < _SAME_SPEED:
+        return new
+    return msgspec.structs.replace(new, layer_s=old.layer_s, head_s=old.head_s)

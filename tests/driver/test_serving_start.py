@@ -77,9 +77,9 @@ class Ranks:
 
     # -- for tests ----
 
-    def measure(self, *ranks: int, free: int = FREE) -> None:
+    def measure(self, *ranks: int, free: int = FREE, layer_s: float = 1.0) -> None:
         for rank in ranks:
-            message = task_message(LOADING, Probed(rank, 1.0, 0.1, free))
+            message = task_message(LOADING, Probed(rank, layer_s, 0.1, free))
             self.loader.on_message(rank, message)
 
     def loads(self) -> dict[int, Load]:
@@ -154,11 +154,15 @@ def on_hosts(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return ranks
 
 
-def test_a_host_that_is_back_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("layer_s", "cut"), [(1.9, {0: 1, 1: 3, 2: 5}), (4.0, {0: 1, 1: 2, 2: 5})])
+def test_a_host_that_is_back_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, layer_s: float, cut: dict[int, int]
+) -> None:
+    """It gets the layers that it had before, unless it is far slower now."""
     ranks = on_hosts(monkeypatch)
     assert ranks.loader.if_lost() == {}, "it has not measured yet"
-    ranks.measure(1)
-    assert cut_of(ranks.loads()[0]) == {0: 1, 1: 3, 2: 5}, "the layers that it had before"
+    ranks.measure(1, layer_s=layer_s)
+    assert cut_of(ranks.loads()[0]) == cut
 
 
 def test_a_host_that_is_back_with_less_memory_ends_no_server(
