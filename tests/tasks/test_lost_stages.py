@@ -168,9 +168,8 @@ def test_a_model_that_fits_on_no_hosts_that_are_left_ends_answers_with_an_error(
     """Each of two hosts has room for the cache of three of four layers."""
     hosts = "cluster.hosts=[{name: one, memory_gb: 1}, {name: two, memory_gb: 1}]"
     sizes = ["serving.slots=240", "serving.context=8192"]
-    keys = [key for key in pipeline(model, 2, *sizes) if not key.startswith("cluster.ranks")]
-    keys = [key for key in keys if not key.startswith("serving.slots=2")]
-    with serving(tmp_path, *keys, hosts) as server:
+    keys = [key for key in pipeline(model, 2) if key not in ("cluster.ranks=2", "serving.slots=2")]
+    with serving(tmp_path, *keys, *sizes, hosts) as server:
         began = time.monotonic()
         lines = answer(server, Kill(server, ("data: {", 1)), max_tokens=8000)
         assert time.monotonic() - began < START_S
