@@ -35,7 +35,7 @@ from smolrun.driver.serving_hosts import ServingHosts, Unloading
 from smolrun.driver.serving_model import find_model, notes
 from smolrun.driver.serving_parts import PartsDelivery, parts_folder
 from smolrun.driver.serving_replicas import ReplicaLoader
-from smolrun.driver.serving_start import ModelLoader, ServingSpec
+from smolrun.driver.serving_start import ModelLoader, ServingSpec, VocabularySender
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.estimate.serving_plan import (
     DoesNotFit,
@@ -166,9 +166,10 @@ class ServingRun:
 
         serving, source = self._config.serving, self.source
         assert source.tokenizer_folder is not None, "find_model has refused that"
+        self._prompts = Prompts(Path(source.tokenizer_folder))
         service = Service(
             source.name,
-            Prompts(Path(source.tokenizer_folder)),
+            self._prompts,
             self.bridge.frontend,
             source.end_ids,
             defaults=sampling_defaults(serving, Path(source.folder)),
@@ -293,12 +294,13 @@ class ServingRun:
                 self._prepare_for_losses(loader, delivery)
 
         self.bridge.on_ready = ready
+        vocabulary = VocabularySender(self._prompts.token_bytes)
         try:
             return run_on_ranks(
                 config,
                 folder,
                 self._fleet,
-                [loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
+                [vocabulary, loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
                 limits=Limits(
                     start_s=config.cluster.start_timeout_s,
                     finish_s=config.mesh.timeout_s,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -23,8 +23,10 @@ from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, 
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
 from smolrun.models.shape import ModelBytes
+from smolrun.serving.json_grammar import vocabulary_messages
 from smolrun.serving.messages import (
     LOADING,
+    VOCABULARY,
     FromRank,
     Load,
     Loading,
@@ -64,6 +66,27 @@ class ServingSpec:
         """With one type left."""
         dtype = list(self.models)[number]
         return ServingSpec(self.source, {dtype: self.models[dtype]})
+
+
+class VocabularySender(Subscriber):
+    """Sends the bytes of all tokens to every new process of a rank, before its weights: ranks have
+    no tokenizer, and grammars of answers need them."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self._messages = [
+            task_message(VOCABULARY, message) for message in vocabulary_messages(token_bytes)
+        ]
+
+    def on_start(self, driver: Driver) -> None:
+        """To the first processes."""
+        self._driver = driver
+        for rank in driver.ranks:
+            self.on_restart(rank)
+
+    def on_restart(self, rank: int) -> None:
+        """To a later one."""
+        for message in self._messages:
+            self._driver.send(rank, message)
 
 
 class ModelLoader(Subscriber):

@@ -35,7 +35,8 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a token is drawn from logits; the defaults leave the distribution as it is.
 
     temperature 0 takes the likeliest token; top_k 0 allows every token. repetition_penalty counts
-    the prompt too, presence_penalty and frequency_penalty the generated tokens only.
+    the prompt too, presence_penalty and frequency_penalty the generated tokens only. `grammar`: of
+    llguidance, which the generated text obeys; empty for any text.
     """
 
     temperature: float = 1.0
@@ -47,6 +48,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
+    grammar: str = ""
 
     @property
     def has_penalties(self) -> bool:
@@ -86,14 +88,18 @@ def sample(
     choice: int = 0,
     history: TokenHistory | None = None,
     top_logprobs: int | None = None,
+    allowed_V: NDArray[np.bool_] | None = None,
 ) -> Draw:
-    """Draw the token at `position` of a sequence.
+    """Draw the token at `position` of a sequence, one of those that are allowed.
 
     Raises NonFiniteLogits for logits of which one is NaN, or none is finite.
     """
     if not np.isfinite(logits_V.max()):  # max is NaN where any logit is
         raise NonFiniteLogits(f"the model's logits for position {position} are not finite numbers")
-    token_id = _draw(_adjusted(logits_V, sampling, history), sampling, choice, position)
+    adjusted_V = _adjusted(logits_V, sampling, history)
+    if allowed_V is not None:
+        adjusted_V = np.where(allowed_V, adjusted_V, -np.inf)
+    token_id = _draw(adjusted_V, sampling, choice, position)
     if top_logprobs is None:
         return Draw(token_id)
     return Draw(token_id, *score(token_id, logits_V, top_logprobs))

@@ -12,10 +12,11 @@ import msgspec
 
 from smolrun.serving.api_errors import ApiError, refuse
 from smolrun.serving.generation import Generation, Piece
+from smolrun.serving.json_grammar import INSTALL, is_installed, json_grammar
 from smolrun.serving.protocol import ChatRequest
 from smolrun.serving.responses import Completion
 from smolrun.serving.text import ThinkingSplitter, TokenText
-from smolrun.serving.tool_calls import ToolCallSplitter, template_message, tool_use
+from smolrun.serving.tool_calls import ToolCallSplitter, ToolUse, template_message, tool_use
 
 CONTINUES_TEXT = "this base model has no chat template: it continues the text of the messages"
 NO_LOGPROB = -9999.0  # as in OpenAI's API, for a token that is too unlikely to be reported
@@ -39,6 +40,8 @@ class ChatCompletion(Completion[ChatRequest]):
         ]
         switches = _checked_switches(body.chat_template_kwargs or {})
         begun = _begun_answer(messages) if body.continue_final_message else None
+        if grammar := await self._grammar(use):
+            begun = ""  # the answer is not a thought, even where the template has begun one
         if use.begun:
             begun = (begun or "") + use.begun
         ids, is_thinking = await service.encoded(
@@ -60,7 +63,33 @@ class ChatCompletion(Completion[ChatRequest]):
             param="messages",
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             stops=use.stops,
+            grammar=grammar,
         )
+
+    async def _grammar(self, use: ToolUse) -> str:
+        """What the answer must obey; empty for any text. ApiError where it cannot."""
+        body, wanted = self.body, self.body.response_format
+        if wanted is None or wanted.type == "text":
+            return ""
+        beside = {
+            "tools": bool(use.tools),
+            "continue_final_message": body.continue_final_message,
+            "ignore_eos": body.ignore_eos,
+        }
+        wrong = [f"is not supported beside {name}" for name, is_there in beside.items() if is_there]
+        if not self.service.stop_ids:
+            wrong.append("is not supported by this model, as no token ends its answers")
+        if not is_installed():
+            wrong = [f"{wanted.type} needs llguidance on the server: {INSTALL}"]
+        schema = wanted.json_schema.json_schema if wanted.json_schema is not None else None
+        if wanted.type == "json_schema" and schema is None:
+            wrong.append("json_schema is required")
+        if wrong:
+            message, param = f"response_format: {wrong[0]}", "response_format"
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
+        schema = schema if wanted.type == "json_schema" else None
+        size = len(msgspec.json.encode(schema))
+        return await self.service.encoded(size, lambda: json_grammar(schema), "response_format")
 
     def empty_choice(self, index: int) -> dict[str, Any]:
         """With a message."""
@@ -153,7 +182,6 @@ def _check_supported(body: ChatRequest) -> None:
     refuse(
         functions=bool(body.functions),
         function_call=body.function_call not in (None, "none", "auto"),
-        response_format=(body.response_format or {}).get("type", "text") != "text",
         modalities=any(kind != "text" for kind in body.modalities or []),
     )
     if body.top_logprobs is not None and not body.logprobs:

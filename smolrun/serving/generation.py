@@ -161,10 +161,11 @@ class Service:
         top_logprobs: int | None = None,
         echo_logprobs: bool = False,
         stops: Sequence[str] = (),
+        grammar: str = "",
     ) -> list[Generation]:
         """Submit one request to the engine for each prompt, all of them or none. `stops`: stop
-        strings beside those of the request. 400 for a prompt that is too long; raises
-        Unavailable."""
+        strings beside those of the request; `grammar`: as of Sampling. 400 for a prompt that is too
+        long; raises Unavailable."""
         choices, stop_ids = request.n or 1, self._stop_ids(request)
         submits = [
             Submit(
@@ -172,7 +173,7 @@ class Service:
                 prompt_ids=ids,
                 max_tokens=min(max_tokens or self.default_max_tokens, self._room(ids, param)),
                 choices=choices,
-                sampling=self._sampling(request),
+                sampling=self._sampling(request, grammar),
                 stop_ids=stop_ids,
                 top_logprobs=top_logprobs,
                 echo_logprobs=echo_logprobs,
@@ -194,7 +195,7 @@ class Service:
         given = request.stop_token_ids or []
         return sorted({*given, *([] if request.ignore_eos else self.stop_ids)})
 
-    def _sampling(self, request: CompletionFields) -> Sampling:
+    def _sampling(self, request: CompletionFields, grammar: str) -> Sampling:
         given = {key: getattr(request, key) for key in _SAMPLING_KEYS}
         values = {key: value for key, value in given.items() if value is not None}
         if values.get("top_k") == -1:
@@ -210,6 +211,7 @@ class Service:
             **values,
             logit_bias={int(key): float(value) for key, value in bias.items()},
             seed=seed,
+            grammar=grammar,
         )
 
 

@@ -30,6 +30,8 @@ from smolrun.models.sampling import Sampling
 TOPIC = "serving"
 LOADING = "serving.loading"
 HOSTS = "serving.hosts"
+VOCABULARY = "serving.vocabulary"
+VOCABULARY_TOKENS = 20_000  # in one message
 
 RequestId = Annotated[str, Meta(max_length=100)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -248,6 +250,14 @@ class StayAwake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keep the machine awake, or let it sleep; topic `HOSTS`, to every rank."""
 
     is_on: bool
+
+
+class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bytes of the tokens `first` and after; topic `VOCABULARY`, to every rank before it loads.
+    Grammars of answers need them."""
+
+    first: TokenId
+    token_bytes: list[bytes]
 
 
 ToRank = Probe | Load

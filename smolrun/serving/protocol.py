@@ -7,6 +7,7 @@ page docs/serving_api.md is made from these classes.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -62,7 +63,15 @@ _NONE: dict[str, JsonValue] = {
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 MAX_TOOLS = 256
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
-JsonSchema = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
+
+
+def _schema(value: dict[str, Any]) -> dict[str, Any]:
+    """Texts in it may hold what `_encodable` refuses; libraries walk it by recursion."""
+    json.dumps(not_too_deep(value), ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_schema)]
 
 
 class ApiRequest(BaseModel):
@@ -139,6 +148,22 @@ class NamedTool(ApiRequest):
 
     type: Literal["function"] = Field(description="No other types are supported")
     function: NamedFunction = Field(description="The function")
+
+
+class NamedSchema(ApiRequest):
+    """The schema of an answer."""
+
+    name: Text | None = Field(None, description="Not used")
+    json_schema: JsonSchema = Field(
+        alias="schema", description="JSON Schema; parts that cannot be obeyed are refused"
+    )
+
+
+class ResponseFormat(ApiRequest):
+    """The form of an answer; json_object and json_schema need llguidance on the server."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="json_object: any")
+    json_schema: NamedSchema | None = Field(None, description="For the type json_schema")
 
 
 class StreamOptions(ApiRequest):
@@ -242,10 +267,8 @@ class ChatRequest(CompletionFields):
         description="Refused for now, but none and auto",
         json_schema_extra={"enum": [None, "none", "auto"]},
     )
-    response_format: dict[str, Any] | None = Field(
-        None,
-        description="Refused for now, but text",
-        json_schema_extra={"properties": {"type": {"const": "text"}}},
+    response_format: ResponseFormat | None = Field(
+        None, description="The answer is JSON, of a schema if one is given"
     )
     modalities: list[Any] | None = Field(
         None,

@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from smolrun.errors import NonFiniteLogits
 from smolrun.models.sampling import TokenHistory, sample, score
 from smolrun.serving.batch import Batch, BatchResult, Opened, PromptLogprobs, Row, Sampled
+from smolrun.serving.json_grammar import INSTALL, GrammarError, Grammars
 
 
 class _Sequence:
     """A sequence in a slot: how it is sampled, and its tokens so far."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, grammars: Grammars | None) -> None:
         self.opened = opened
         self.history = TokenHistory()
+        grammar = opened.sampling.grammar
+        self.matcher = grammars.matcher(grammar) if grammar and grammars is not None else None
         self.add(0, opened.history)
 
     def add(self, start: int, token_ids: list[int]) -> None:
@@ -27,10 +30,16 @@ class _Sequence:
             prompt = max(0, self.opened.prompt_tokens - start)
             self.history.add(token_ids[:prompt], is_generated=False)
             self.history.add(token_ids[prompt:], is_generated=True)
+        if self.matcher is not None:
+            self.matcher.add(token_ids[max(0, self.opened.prompt_tokens - start) :])
 
     def next_token(self, row: Row, logits_V: NDArray[np.float32]) -> Sampled:
         """The token after the row's last one."""
+        if self.opened.sampling.grammar and self.matcher is None:
+            what = f"the host of the last layers has no llguidance: {INSTALL}"
+            return Sampled(row.slot, 0, error=what)
         try:
+            allowed_V = self.matcher.allowed() if self.matcher is not None else None
             drawn = sample(
                 logits_V,
                 self.opened.sampling,
@@ -38,8 +47,9 @@ class _Sequence:
                 choice=self.opened.choice,
                 history=self.history,
                 top_logprobs=self.opened.top_logprobs,
+                allowed_V=allowed_V,
             )
-        except NonFiniteLogits as error:
+        except (NonFiniteLogits, GrammarError) as error:
             return Sampled(row.slot, 0, error=str(error))
         return Sampled(row.slot, *drawn)
 
@@ -56,7 +66,9 @@ class _Sequence:
 class Sampler:
     """The sequences in the slots of a server, as sampling needs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars | None = None) -> None:
+        """Without `grammars` a sequence that has one gets an error."""
+        self._grammars = grammars
         self._sequences: dict[int, _Sequence] = {}
 
     def sample(self, batch: Batch, logits_RV: NDArray[np.float32]) -> BatchResult:
@@ -66,7 +78,7 @@ class Sampler:
         an error; the others are sampled.
         """
         for opened in batch.opened:
-            self._sequences[opened.slot] = _Sequence(opened)
+            self._sequences[opened.slot] = _Sequence(opened, self._grammars)
         result = BatchResult(batch.number)
         token, done = 0, 0  # of the batch's tokens and of the rows of logits
         for row in batch.rows:

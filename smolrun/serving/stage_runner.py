@@ -18,6 +18,7 @@ from torch import Tensor
 from smolrun.models.shape import DecoderShape, parameter_shapes
 from smolrun.parts.step_clock import FULL_SPEED, Pace
 from smolrun.serving.batch import Batch, BatchResult, Row
+from smolrun.serving.json_grammar import Grammars
 from smolrun.serving.messages import ServingDtype, StageStats
 from smolrun.serving.sampler import Sampler
 from smolrun.serving.stage import Stage
@@ -45,12 +46,12 @@ class StageRunner(Protocol):
 class DecoderRunner:
     """A stage of a decoder, and the sampler if it is the last one; a StageRunner."""
 
-    def __init__(self, stage: Stage, max_tokens: int) -> None:
+    def __init__(self, stage: Stage, max_tokens: int, grammars: Grammars | None = None) -> None:
         self.width = stage.shape.width
         self.dtype = stage.dtype
         self.max_tokens = max_tokens
         self._stage = stage
-        self._sampler = Sampler()
+        self._sampler = Sampler(grammars)
 
     def run(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor | BatchResult:
         """Hidden states on the CPU, or what was sampled."""

@@ -18,9 +18,11 @@ from smolrun.launch.machine_memory import machine_memory
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.step_clock import Pace
 from smolrun.serving.engine import Engine
+from smolrun.serving.json_grammar import Grammars, is_installed
 from smolrun.serving.messages import (
     LOADING,
     TOPIC,
+    VOCABULARY,
     Load,
     Loaded,
     Loading,
@@ -32,6 +34,7 @@ from smolrun.serving.messages import (
     StepOutput,
     ToEngine,
     ToRank,
+    Vocabulary,
 )
 from smolrun.serving.pipeline import PipelineHead, run_stage
 from smolrun.serving.scheduler import Scheduler
@@ -79,12 +82,18 @@ class _Server:
         self._pace = pace_of(start.config, start.rank)
         self._limit = limit_memory(start, self._device.type, channel.emit)
         self._inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+        self._vocabulary: list[bytes] = []
         self._stage: Stage | None = None
         self._engine: Engine | None = None
 
         def take(message: TaskMessage) -> None:
             self._inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union
 
+        def keep(message: TaskMessage) -> None:
+            part = decode_data(message, Vocabulary)
+            self._vocabulary = self._vocabulary[: part.first] + part.token_bytes
+
+        channel.subscribe(VOCABULARY, keep)
         channel.subscribe(LOADING, take)
         channel.on_stop(lambda: self._inbox.put(None))
 
@@ -150,8 +159,16 @@ class _Server:
         sizes = (stage.weight_bytes, stage.cache_bytes)
         first, last = stage.layers.start, stage.layers.stop - 1
         figures = StageStats(self._rank, self._start.host, first, last, *sizes)
-        runner = DecoderRunner(stage, max(load.chunk_tokens, load.slots) + load.slots)
+        chunk = max(load.chunk_tokens, load.slots) + load.slots
+        runner = DecoderRunner(stage, chunk, self._grammars(load, source))
         return runner, StageTimes(figures, self._pace)
+
+    def _grammars(self, load: Load, source: ModelSource) -> Grammars | None:
+        """For the rank that samples, where the driver and this host have the library."""
+        can_end = self._vocabulary and source.end_ids and is_installed()
+        if self._rank != load.stages[-1] or not can_end:
+            return None
+        return Grammars(self._vocabulary, source.vocab_size, source.end_ids)
 
     def _run_engine(
         self,

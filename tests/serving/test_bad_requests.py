@@ -96,8 +96,11 @@ WRONG = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        "response_format.json_schema.schema",
+    ),
     ({"modalities": ["audio"]}, "modalities"),
     ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs"),

@@ -32,6 +32,7 @@ from smolrun.serving.messages import (
     Submit,
     ToEngine,
     ToRank,
+    Vocabulary,
 )
 from smolrun.serving.source import ModelSource
 from smolrun.testing import run_ranks
@@ -73,7 +74,7 @@ class Channel:
     def send_data(self, topic: str, data: msgspec.Struct) -> None:
         self._inbox.put((self._rank, task_message(topic, data)))
 
-    def tell(self, topic: str, data: ToRank | ToEngine) -> None:
+    def tell(self, topic: str, data: ToRank | ToEngine | Vocabulary) -> None:
         """From the driver."""
         message = task_message(topic, data)
         with self._lock:

@@ -17,12 +17,16 @@ from smolrun.errors import GenerationEnded, PeerLost, StopRequested
 from smolrun.launch.control import StartMessage
 from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
+from smolrun.models.sampling import Sampling
 from smolrun.parts.step_clock import Pace
 from smolrun.serving.batch import Batch
-from smolrun.serving.messages import LOADING, TOPIC, Submit
+from smolrun.serving.json_grammar import json_grammar, vocabulary_messages
+from smolrun.serving.messages import LOADING, TOPIC, VOCABULARY, Submit
 from smolrun.serving.source import source_of_folder
 from smolrun.serving.stage_runner import DecoderRunner
 from tests.serving.references import LEAST_MARGIN, Text, save_model, texts_of
+from tests.serving.test_json_grammar import PERSON, is_person
+from tests.tasks.served import model_in
 from tests.waiting import SOON_S, until
 from tests.worker.serving_driver import GREEDY, ServingDriver, load_of, serve_with
 
@@ -259,3 +263,36 @@ def test_an_answer_survives_a_loss_in_its_prompt_and_one_before_others_have_take
 def test_a_server_that_is_stopped_before_it_loads_ends() -> None:
     with pytest.raises(StopRequested, match="before it began"):
         serve_with(lambda driver: None, 2)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_answers_obey_their_schema_whatever_the_stages(tmp_path: Path, stages: int) -> None:
+    pytest.importorskip("llguidance")
+    source = source_of_folder(model_in(tmp_path), "tiny")
+    vocabulary = vocabulary_messages([bytes([id]) for id in range(256)])
+    grammar = json_grammar(PERSON)
+    asked = [
+        Submit(
+            f"{number}",
+            [1, 2, 3, number],
+            900,
+            sampling=Sampling(temperature=float(number % 2), seed=number, grammar=grammar),
+            stop_ids=source.end_ids,
+        )
+        for number in range(6)
+    ]
+    free = Submit("free", [1, 2, 3], 20, sampling=GREEDY)  # beside them, and not touched
+
+    def script(driver: ServingDriver) -> None:
+        for channel in driver.channels:
+            for message in vocabulary:
+                channel.tell(VOCABULARY, message)
+        driver.load(load_of(source, list(range(stages)), stages, capacity=1000))
+        driver.run(*asked, free)
+
+    driver = serve_with(script, stages)
+    for one in asked:
+        assert driver.finished[one.request, 0].reason == "stop"
+        *ids, end = driver.tokens[one.request, 0]
+        assert end in source.end_ids and is_person(bytes(ids).decode())
+    assert len(driver.tokens["free", 0]) == 20
