@@ -323,6 +323,13 @@ def test_a_wrong_key_is_asked_for_again(serve, opened):
     assert with_key.ask() == "Hello" and "key" not in with_key.page.url
 
 
+def test_a_link_with_a_key_works_in_an_open_tab(serve, opened):
+    tab = opened(serve("Hello", AccessPolicy(api_key="right")).url)
+    tab.page.wait_for_selector("input[type=password]")
+    tab.page.evaluate("location.hash = 'key=right'")
+    assert tab.ask() == "Hello" and "key" not in tab.page.url
+
+
 def test_a_long_answer_never_blocks_the_page(opened):
     """Goal S8: 20,000 tokens at full speed; the longest task in ms."""
     words = [

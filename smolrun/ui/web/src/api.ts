@@ -79,11 +79,12 @@ export class ServerError extends Error {
 export class Interrupted extends Error {}
 
 // From `http://host:port/#key=...`, which `serving.bind=lan` prints: a fragment is not sent to anybody.
-export function takeKeyFromAddress(): void {
+export function takeKeyFromAddress(): boolean {
   const key = new URLSearchParams(location.hash.slice(1)).get("key")
-  if (!key) return
+  if (!key) return false
   remember("key", key)
   history.replaceState(null, "", location.pathname)
+  return true
 }
 
 export async function ask(path: string, init: RequestInit = {}): Promise<Response> {

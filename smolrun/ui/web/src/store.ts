@@ -40,7 +40,7 @@ export class Store {
     for (const one of await this.storage.open()) this.conversations.set(one.id, interrupted(one))
     for (const one of this.conversations.values()) this.takeUpOpen(one)
     this.follow()
-    addEventListener("hashchange", () => this.follow())
+    addEventListener("hashchange", () => void (api.takeKeyFromAddress() ? this.connect() : this.follow()))
     addEventListener("pagehide", () => this.saveAll())
     addEventListener("online", () => void this.connect())
     await this.connect()
