@@ -68,21 +68,24 @@ class _Served:
     def begin(self, ready: Ready) -> None:
         """An engine answers requests from now on: the first one, another replica, or a pipeline
         again."""
-        from smolrun.driver.serving_model import example
-
         run, say = self._run, self._console.say
         is_first, old = not self._stages, self._stages
         new = {stage.rank: stage for stage in ready.stages}
         self._stages = {**old, **new} if run.has_replicas else new
         self._console.close()
         self._write_summary({"status": "serving"})
-        if not is_first and run.has_replicas:
-            for stage in ready.stages:
-                say(f"rank {stage.rank} on {stage.host} answers requests")
-        elif not is_first:
+        if is_first:
+            self._say_how(ready)
+        elif not run.has_replicas:
             say("answers continue")
-        if not is_first:
-            return
+        for stage in ready.stages if run.has_replicas else ():
+            step = f", with step {ready.version}" if ready.version else ""
+            say(f"rank {stage.rank} on {stage.host} answers requests{step}")
+
+    def _say_how(self, ready: Ready) -> None:
+        from smolrun.driver.serving_model import example
+
+        run, say = self._run, self._console.say
         say(
             f"{run.source.name} is served at {run.url}: {ready.max_running} requests at once, "
             f"context {ready.max_sequence_length:,} tokens, {gb(run.spec.sizes.weights)} of weights"
@@ -154,7 +157,11 @@ class _Served:
 
 
 def work(start: StartMessage, mesh: Mesh, channel: WorkerChannel) -> dict[str, Any]:
-    """Hold a stage of the model on this rank; rank 0 also schedules. Returns its summary."""
+    """Hold the model, or a stage of it, on this rank. Returns its summary."""
+    if start.links == "none":
+        from smolrun.worker.replica import serve_replica
+
+        return serve_replica(start, mesh, channel)
     from smolrun.worker.serve import serve
 
     return serve(start, mesh, channel)

@@ -135,6 +135,9 @@ class ServingConfig(Section):
     mode: Literal["auto", "local", "pipeline", "replicas"]
     hosts: Literal["auto", "all"]
     spare: Literal[0, 1]
+    follow: Literal["run"] | None = Field(
+        json_schema_extra={"allowed": "null, or run: newer checkpoints of model.run are taken up"}
+    )
     layers: list[list[Natural]] | None = Field(
         json_schema_extra={"allowed": "null, or [first, last] of every rank, [] for none"}
     )

@@ -39,6 +39,8 @@ class EngineBridge(Subscriber):
         self._say = say
         self._driver: Driver | None = None
         self._ready: dict[int, Ready] = {}  # of the replicas that are loaded
+        self._vacant: set[int] = set()  # that take no requests, as their weights are replaced
+        self._drain_s = config.serving.drain_s
         self._limit_s = SILENCE_S[config.mesh.liveness]
         self._silence = Silence(self._limit_s)
         self._asked_s = 0.0
@@ -62,6 +64,7 @@ class EngineBridge(Subscriber):
         self.frontend.on_message(news, rank)
         if isinstance(news, Ready):
             self._ready[rank] = news
+            self._vacant.discard(rank)
             self.on_ready(news)
 
     def may_join(self) -> bool:
@@ -86,12 +89,25 @@ class EngineBridge(Subscriber):
         """Its requests continue elsewhere; the supervisor says why it has ended."""
         if self._ready.pop(rank, None) is not None and self._has_replicas:
             self._silence.forget(rank)
+            self._vacant.discard(rank)
             self.frontend.lose(rank, f"rank {rank} has ended")
+
+    def vacate(self, rank: int, then: Callable[[], None]) -> None:
+        """Take a replica out of use; `then` is called, on any thread, once it runs no request."""
+        self._vacant.add(rank)
+        self.frontend.vacate(rank, self._drain_s, then)
+
+    def reopen(self, rank: int) -> None:
+        """Use a replica again with the weights that it has; nothing where it is in use."""
+        if rank in self._vacant and rank in self._ready:
+            self._vacant.discard(rank)
+            self.frontend.on_message(self._ready[rank], rank)
 
     def _heard(self, rank: int) -> None:
         if self._has_replicas and self._silence.heard(rank) and rank in self._ready:
             self._say(f"rank {rank} answers again")
-            self.frontend.on_message(self._ready[rank], rank)
+            if rank not in self._vacant:
+                self.frontend.on_message(self._ready[rank], rank)
             self._answers(rank, is_answering=True)
 
     def _answers(self, rank: int, *, is_answering: bool) -> None:

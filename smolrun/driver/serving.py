@@ -31,6 +31,7 @@ from smolrun.driver.lan import lan_names
 from smolrun.driver.preflight import emulated, start_notes
 from smolrun.driver.run_on_ranks import run_on_ranks
 from smolrun.driver.run_summary import not_equipped
+from smolrun.driver.serving_follow import check_follow, rolling_reload
 from smolrun.driver.serving_hosts import ServingHosts, Unloading
 from smolrun.driver.serving_model import find_model, notes
 from smolrun.driver.serving_parts import PartsDelivery, parts_folder
@@ -72,14 +73,20 @@ _STOP_S = 30.0  # for the ranks to end, once no answer runs any more
 def serving_config(config: RunConfig) -> RunConfig:
     """The configuration with the ranks that serving needs: one where the model is not to be cut.
 
-    A machine that holds the model gains nothing from two processes, so auto has one on it."""
-    cluster, mode = config.cluster, config.serving.mode
+    A machine that holds the model gains nothing from two processes, so auto has one on it. What
+    follows a run is a replica, also where it is alone; ConfigError for what cannot."""
+    cluster, serving, mode = config.cluster, config.serving, config.serving.mode
     update: dict[str, Any] = {}
+    if serving.follow:
+        check_follow(config)
+        mode = "local" if mode == "auto" else mode
+        serving = serving.model_copy(update={"mode": "replicas"})
     if cluster.hosts is None and mode not in ("pipeline", "replicas"):
         update = {"ranks": 1}
     elif cluster.hosts is not None and mode == "local":
         update = {"hosts": [cluster.hosts[0].model_copy(update={"ranks": 1})]}
-    return config.model_copy(update={"task": "serve", "cluster": cluster.model_copy(update=update)})
+    cluster = cluster.model_copy(update=update)
+    return config.model_copy(update={"task": "serve", "serving": serving, "cluster": cluster})
 
 
 def dry_run(config: RunConfig, progress: Progress) -> int:
@@ -287,9 +294,12 @@ class ServingRun:
             progress=self._progress,
         )
         loader = self._loader(delivery)
+        roll = rolling_reload(config, self.source, folder.path, loader, self.bridge, self._say)
 
         def ready(news: Ready) -> None:
             on_ready(news)
+            if roll is not None:
+                roll.on_ready(news)
             if isinstance(loader, ModelLoader):
                 self._prepare_for_losses(loader, delivery)
 
@@ -300,7 +310,10 @@ class ServingRun:
                 config,
                 folder,
                 self._fleet,
-                [vocabulary, loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
+                [
+                    *[vocabulary, loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
+                    *([roll] if roll else []),
+                ],
                 limits=Limits(
                     start_s=config.cluster.start_timeout_s,
                     finish_s=config.mesh.timeout_s,
@@ -318,8 +331,9 @@ class ServingRun:
             return ReplicaLoader(
                 self._config,
                 self.spec,
-                lambda host: delivery.whole(host, self.spec.dtype),
+                lambda host, source: delivery.whole(host, source, self.spec.dtype),
                 progress=self._progress,
+                say=self._say,
             )
         return ModelLoader(
             self._config,

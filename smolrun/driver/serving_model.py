@@ -21,7 +21,13 @@ from smolrun.config.models import (
 from smolrun.driver.prepare import prepare_model
 from smolrun.driver.resume import below_outputs
 from smolrun.errors import ConfigError, SmolrunError
-from smolrun.models.trained import TrainedModel, find, is_network, network_folder
+from smolrun.models.trained import (
+    TrainedModel,
+    find,
+    is_network,
+    network_folder,
+    trained_model,
+)
 from smolrun.serving.source import ModelSource, source_of_checkpoint, source_of_folder
 from smolrun.serving.text import has_template
 from smolrun.tracking.run_folder import OUTPUTS
@@ -106,6 +112,17 @@ def _trained(run: str, progress: Progress, say: Callable[[str], None]) -> ModelS
     except SmolrunError as error:
         raise ConfigError(f"model.run = {run}: {error}") from error
     return source_of_checkpoint(trained, trained.run_folder.name, _network(trained, progress))
+
+
+def other_checkpoint(source: ModelSource, run_folder: Path, checkpoint: Path) -> ModelSource:
+    """The model of `source` as another checkpoint of its run has it. CheckpointError, and
+    ConfigError where that is of another architecture."""
+    trained = trained_model(run_folder, checkpoint)
+    found = source_of_checkpoint(trained, source.name, _network(trained, lambda *_: None))
+    for key in ("family", "vocab_size", "shape"):
+        if getattr(found, key) != getattr(source, key):
+            raise ConfigError(f"it is of another architecture: its {key} has changed")
+    return found
 
 
 def _network(trained: TrainedModel, progress: Progress) -> Path | None:

@@ -73,12 +73,15 @@ class PartsDelivery:
         """Of every rank at an earlier start, if they had to be sent."""
         return read_layers(self._layers_file()) if self._machines else None
 
-    def whole(self, host: str, dtype: ServingDtype) -> tuple[ModelSource, str]:
-        """All parts for a host: the source, and the folder there."""
+    def whole(
+        self, host: str, source: ModelSource, dtype: ServingDtype
+    ) -> tuple[ModelSource, str]:
+        """All parts of the model for a host, or of another checkpoint of it: the source, and the
+        folder there."""
         machine = self._machines.get(host)
         if machine is None:
-            return self._source, self._source.folder
-        source = parts_of(self._source, dtype, self._progress)
+            return source, source.folder
+        source = parts_of(source, dtype, self._progress)
         needed = {host: {*needed_parts(source, range(source.shape.layers))}}
         folders, sent = deliver_parts(source, needed, {host: machine}, self._run_id, self._progress)
         self._say(f"{sent:,} bytes of weights sent to {host}")

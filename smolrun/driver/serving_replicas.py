@@ -12,25 +12,45 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
 from smolrun.config import RunConfig, ranks
-from smolrun.driver.serving_start import Progress, ServingSpec
-from smolrun.errors import ProtocolError, SmolrunError
-from smolrun.estimate.serving_plan import DoesNotFit, ServingPlan, ServingRank, plan_for
+from smolrun.driver.serving_start import Progress, ServingSpec, load_message, problem_text
+from smolrun.errors import HostError, HostErrors, ProtocolError, SmolrunError
+from smolrun.estimate.serving_plan import ServingPlan, ServingRank, plan_for
 from smolrun.launch.control import TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
-from smolrun.serving.messages import LOADING, FromRank, Load, Loading, Probe, Probed, ToRank
+from smolrun.serving.messages import LOADING, FromRank, Loading, NotLoaded, Probe, Probed, ToRank
 from smolrun.serving.source import ModelSource
 
-Delivery = tuple[ModelSource, str]
+_AGAIN_S = 10.0  # after a host could not be brought the model
+
+
+@dataclass
+class _Delivery:
+    """A model for a rank, or why its host does not have it. `reload`: the rank answers, or did so
+    until now, with other weights; `process`: which one of the rank it is for."""
+
+    rank: int
+    source: ModelSource
+    process: int
+    reload: Literal["beside", "alone"] | None = None
+    folder: str = ""
+    error: Exception | None = None
 
 
 class ReplicaLoader(Subscriber):
-    """Has every rank load the whole model. `deliver(host)` returns the source for the ranks of a
-    host and its folder there; it is called in a thread, and may raise any error."""
+    """Has every rank load the whole model. `deliver(host, source)` returns the source for the ranks
+    of a host and its folder there; it is called in a thread, and may raise any error.
+
+    `source_of(rank)` is what a new process loads. `on_refused` hears why a rank that answers has
+    not loaded a newer one."""
 
     topic = LOADING
 
@@ -38,20 +58,27 @@ class ReplicaLoader(Subscriber):
         self,
         config: RunConfig,
         spec: ServingSpec,
-        deliver: Callable[[str], Delivery],
+        deliver: Callable[[str, ModelSource], tuple[ModelSource, str]],
         *,
         progress: Progress,
+        say: Callable[[str], None],
     ) -> None:
         self._config = config
         self._spec = spec
         self._deliver = deliver
         self._progress = progress
+        self._say = say
+        self.source_of: Callable[[int], ModelSource] = lambda rank: spec.source
+        self.on_refused: Callable[[NotLoaded], None] = lambda news: None
         self._ranks = ranks(config)
         self._driver: Driver | None = None
         self._probed: dict[int, Probed] = {}
         self._plans: dict[int, ServingPlan] = {}
-        self._delivered: queue.SimpleQueue[tuple[int, Delivery | Exception]] = queue.SimpleQueue()
+        self._delivered: queue.SimpleQueue[_Delivery] = queue.SimpleQueue()
+        self._processes: Counter[int] = Counter()  # of every rank that have ended
+        self._again: dict[int, float] = {}  # when to bring a rank the model again
         self._loading: dict[int, tuple[int, int]] = {}
+        self._has_loaded = False  # any rank
 
     def on_start(self, driver: Driver) -> None:
         """Ask every rank to measure."""
@@ -63,7 +90,7 @@ class ReplicaLoader(Subscriber):
         """A new process has no weights; what fits on its host is known from the first one, as the
         other ranks there now hold theirs."""
         if rank in self._plans:
-            self._bring(rank)
+            self.bring(rank, self.source_of(rank))
         else:
             source = msgspec.to_builtins(self._spec.source)
             self._send(rank, Probe(source=source, dtype=self._spec.dtype))
@@ -76,19 +103,38 @@ class ReplicaLoader(Subscriber):
         if isinstance(news, Probed):
             self._probed[rank] = news
             self._decide(self._ranks[rank].host)
+        elif isinstance(news, NotLoaded):
+            self.on_refused(news)
         elif isinstance(news, Loading):
-            self._loading[rank] = (news.done, news.total)
-            together = [sum(column) for column in zip(*self._loading.values(), strict=True)]
-            self._progress("loading the model", *together)
+            self._show(rank, news)
+
+    def on_exit(self, rank: int) -> None:
+        """What was under way was for this process."""
+        self._processes[rank] += 1
+        self._again.pop(rank, None)
 
     def on_poll(self) -> None:
         """Ranks whose host has the model load it."""
         while not self._delivered.empty():
-            rank, found = self._delivered.get()
-            if isinstance(found, Exception):
-                self._fail(rank, found)
+            found = self._delivered.get()
+            if found.process != self._processes[found.rank]:
+                continue  # it has ended meanwhile
+            if found.error is None:
+                self._load(found)
             else:
-                self._load(rank, *found)
+                self._not_delivered(found, found.error)
+        now = time.monotonic()
+        for rank in [rank for rank, due in self._again.items() if due <= now]:
+            del self._again[rank]
+            self.bring(rank, self.source_of(rank))
+
+    def _show(self, rank: int, news: Loading) -> None:
+        """How far the first start is; later ones are not waited for."""
+        self._loading[rank] = (news.done, news.total)
+        together = [sum(column) for column in zip(*self._loading.values(), strict=True)]
+        if not self._has_loaded:
+            self._progress("loading the model", *together)
+        self._has_loaded = self._has_loaded or together[0] == together[1]
 
     def _decide(self, host: str) -> None:
         """Once all ranks of a host have measured; none of them has loaded anything before."""
@@ -105,37 +151,43 @@ class ReplicaLoader(Subscriber):
             except (SmolrunError, ValueError) as error:
                 self._fail(one.rank, error)
                 return
-            self._bring(one.rank)
+            self.bring(one.rank, self.source_of(one.rank))
 
-    def _bring(self, rank: int) -> None:
+    def bring(
+        self, rank: int, source: ModelSource, reload: Literal["beside", "alone"] | None = None
+    ) -> None:
+        """Have a rank load a model, once its host has it; `beside` the one that it answers with, or
+        in its place."""
         host = self._ranks[rank].host
+        delivery = _Delivery(rank, source, self._processes[rank], reload)
 
         def bring() -> None:
             try:
-                self._delivered.put((rank, self._deliver(host)))
+                delivery.source, delivery.folder = self._deliver(host, source)
             except Exception as error:  # of a host, a disk or a library; the driver reports it
-                self._delivered.put((rank, error))
+                delivery.error = error
+            self._delivered.put(delivery)
 
         threading.Thread(target=bring, name=f"smolrun-parts-{host}", daemon=True).start()
 
-    def _load(self, rank: int, source: ModelSource, folder: str) -> None:
-        plan, serving = self._plans[rank], self._config.serving
-        self._send(
-            rank,
-            Load(
-                source=msgspec.to_builtins(source),
-                dtype=self._spec.dtype,
-                stages=[rank],
-                last_layers=[source.shape.layers - 1],
-                folders=[folder] * len(self._ranks),
-                slots=plan.slots,
-                capacity=plan.capacity,
-                chunk_tokens=serving.prefill_chunk,
-                prefix_reuse=serving.prefix_reuse,
-                batch_invariant=serving.batch_invariant,
-                head=rank,
-            ),
-        )
+    def _load(self, found: _Delivery) -> None:
+        rank, dtype, folders = found.rank, self._spec.dtype, [found.folder] * len(self._ranks)
+        load = load_message(self._config, dtype, found.source, self._plans[rank], folders)
+        # Its plan is of one rank, which is called 0 there.
+        beside = found.reload == "beside"
+        load = msgspec.structs.replace(load, stages=[rank], head=rank, beside=beside)
+        self._send(rank, load)
+
+    def _not_delivered(self, found: _Delivery, error: Exception) -> None:
+        """Of newer weights, or to a host that is away again, it is no reason to end the others."""
+        rank, text = found.rank, problem_text(error, found.source.name)
+        if found.reload:
+            self.on_refused(NotLoaded(rank, found.source.step, text))
+        elif self._has_loaded and isinstance(error, HostError | HostErrors):
+            self._say(f"warning: rank {rank} does not have the model yet: {text}")
+            self._again[rank] = time.monotonic() + _AGAIN_S
+        else:
+            self._fail(rank, error)
 
     def _send(self, rank: int, message: ToRank) -> None:
         assert self._driver is not None, "the driver has started"
@@ -144,8 +196,5 @@ class ReplicaLoader(Subscriber):
     def _fail(self, rank: int, error: Exception) -> None:
         """The server cannot be as configured."""
         assert self._driver is not None, "the driver has started"
-        what = str(error) if isinstance(error, SmolrunError | ValueError) else repr(error)
-        if isinstance(error, DoesNotFit):
-            host = self._ranks[rank].host
-            what = f"{self._spec.source.name} does not fit on {host}: {error}"
-        self._driver.fail(what)
+        where = f" on {self._ranks[rank].host}"
+        self._driver.fail(problem_text(error, self._spec.source.name, where))

@@ -89,6 +89,40 @@ class VocabularySender(Subscriber):
             self._driver.send(rank, message)
 
 
+def load_message(
+    config: RunConfig,
+    dtype: ServingDtype,
+    source: ModelSource,
+    plan: ServingPlan,
+    folders: list[str],
+    generation: int = 0,
+) -> Load:
+    """What ranks have to load."""
+    serving = config.serving
+    return Load(
+        source=msgspec.to_builtins(source),
+        dtype=dtype,
+        stages=plan.stages,
+        last_layers=[plan.layers[rank].stop - 1 for rank in plan.stages],
+        folders=folders,
+        slots=plan.slots,
+        capacity=plan.capacity,
+        chunk_tokens=serving.prefill_chunk,
+        prefix_reuse=serving.prefix_reuse,
+        batch_invariant=serving.batch_invariant,
+        generation=generation,
+        version=source.step,
+    )
+
+
+def problem_text(error: Exception, name: str, where: str = "") -> str:
+    """Why a model cannot be loaded, for the end of the run."""
+    if isinstance(error, DoesNotFit):
+        return f"{name} does not fit{where}: {error}"
+    known = isinstance(error, SmolrunError | ValueError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
 class ModelLoader(Subscriber):
     """Has every rank measure, then load its part. `earlier` are the layers of an earlier start;
     `on_plan` gets the plan before anything loads, and which type of weights it is for;
@@ -273,20 +307,8 @@ class ModelLoader(Subscriber):
 
     def _load(self, source: ModelSource, folders: list[str]) -> None:
         assert self._plan is not None, "the parts follow the plan"
-        serving = self._config.serving
-        load = Load(
-            source=msgspec.to_builtins(source),
-            dtype=self._spec.dtype,
-            stages=self._plan.stages,
-            last_layers=[self._plan.layers[rank].stop - 1 for rank in self._plan.stages],
-            folders=folders,
-            slots=self._plan.slots,
-            capacity=self._plan.capacity,
-            chunk_tokens=serving.prefill_chunk,
-            prefix_reuse=serving.prefix_reuse,
-            batch_invariant=serving.batch_invariant,
-            generation=self._generation,
-        )
+        dtype, plan = self._spec.dtype, self._plan
+        load = load_message(self._config, dtype, source, plan, folders, self._generation)
         for rank in self._present:
             self._send(rank, load)
 
@@ -303,14 +325,7 @@ class ModelLoader(Subscriber):
 
     def _fail(self, error: Exception) -> None:
         assert self._driver is not None, "the driver has started"
-        if isinstance(error, DoesNotFit):
-            error = DoesNotFit(f"{self._spec.source.name} does not fit: {error}")
-        what = (
-            error
-            if isinstance(error, SmolrunError | ValueError)
-            else f"{type(error).__name__}: {error}"
-        )
-        self._driver.fail(str(what))
+        self._driver.fail(problem_text(error, self._spec.source.name))
 
 
 def _with_earlier_times(new: Probed, old: Probed | None) -> Probed:

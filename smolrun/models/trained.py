@@ -66,7 +66,11 @@ def find(outputs: Path, warn: Callable[[str], None], *, run: str) -> TrainedMode
     Damaged checkpoints are skipped, each reported by `warn`. Raises CheckpointError where there is
     no whole one, or where the run's configuration cannot be read.
     """
-    run_folder, checkpoint = locate(run, outputs, warn)
+    return trained_model(*locate(run, outputs, warn))
+
+
+def trained_model(run_folder: Path, checkpoint: Path) -> TrainedModel:
+    """A checkpoint of a run with its configuration; CheckpointError where that cannot be read."""
     path = run_folder / CONFIG_FILE
     try:
         config = msgspec.yaml.decode(read_yaml(path))

@@ -42,7 +42,7 @@ _CHUNK_S = 0.15
 _FIRST_CHUNK_TOKENS = 64
 _MEASURED_TOKENS = 32  # with fewer, a batch takes its time for other things
 _SCORES_A_MESSAGE = 256  # log-probabilities of a prompt: 150 kB with 20 likely tokens each
-_STOP = object()
+_STOP, _FINISH = object(), object()
 _PIPELINE_ENDED = None
 _WARM_UP = Submit(request="warm-up", prompt_ids=[0], max_tokens=2)
 
@@ -66,7 +66,7 @@ class Engine:
         self._stages: list[StageStats] = []
         self._stages_asked_s = self._stats_sent_s = -math.inf
         self._has_news = False  # since statistics were sent
-        self._is_stopping = False
+        self._is_stopping = self._is_finishing = False
         scheduler.limit_chunks(_FIRST_CHUNK_TOKENS)
         self._chunk_tokens = float(scheduler.chunk_tokens)
         self._started: dict[int, tuple[int, float]] = {}  # batches in flight: tokens, and when
@@ -85,6 +85,10 @@ class Engine:
         """End all requests, then the stages, then `run`."""
         self._inbox.put(_STOP)
 
+    def finish(self) -> None:
+        """As `stop`, once the requests that are there have ended."""
+        self._inbox.put(_FINISH)
+
     def run(self, pipeline: PipelineHead) -> None:
         """Send Ready once a token has flowed through all stages, then serve until `stop`. Raises
         PeerLost and GenerationEnded, after which it may run again (`recover`), and SmolrunError if
@@ -96,6 +100,8 @@ class Engine:
             self._take_events(pipeline, wait=not has_started)
             self._report()
             has_started = self._start_batch(pipeline)
+            if self._is_finishing and not self._scheduler.has_requests:
+                break
         self._end(pipeline)
 
     def recover(self, scheduler: Scheduler) -> None:
@@ -197,6 +203,8 @@ class Engine:
             self._stages = event.stages or self._stages
         elif event is _STOP:
             self._is_stopping = True
+        elif event is _FINISH:
+            self._is_finishing = True
         self._has_news = True
 
     def _end(self, pipeline: PipelineHead) -> None:

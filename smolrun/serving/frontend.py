@@ -4,7 +4,7 @@
       submit() -> OutputStream  -- send(Submit), any thread -->    a rank
       async for output    <-- call_soon_threadsafe ------    on_message(StepOutput)
 
-Everything but `on_message`, `lose`, `set_open` and `fail` runs on the event loop. Requests that
+Everything but `on_message`, `lose`, `vacate` and `fail` runs on the event loop. Requests that
 wait are counted and bounded here, so that a refusal takes no work; a stream whose reader is slow
 has a bounded buffer. The requests of a lost replica are submitted to another one, with the tokens
 that they have; an engine draws the same ones next, as noise is a function of seed, choice and
@@ -32,6 +32,7 @@ from smolrun.serving.messages import (
     Prefill,
     Ready,
     Recovering,
+    Retire,
     StepOutput,
     Submit,
     ToEngine,
@@ -46,6 +47,7 @@ ANSWERING: tuple[State, ...] = ("ready", "unloaded", "loading")
 
 _RATE_WINDOW = 32  # finished choices that the rate is measured over
 _MAX_RETRY_S = 60
+_LOOK_S = 0.1
 _MOST_LOSSES = 3  # of the replicas of a request: it may be what ends them
 _MEMORY_RETRY_S = 10
 
@@ -106,9 +108,11 @@ class Frontend:
         """A replica is gone: its requests continue on others; from any thread."""
         self._call(self._lose, rank, reason)
 
-    def set_open(self, rank: int, is_open: bool) -> None:
-        """Whether a replica takes requests; those that it runs go on. From any thread."""
-        self._call(self._set_open, rank, is_open)
+    def vacate(self, rank: int, wait_s: float, then: Callable[[], None]) -> None:
+        """A replica takes no requests until it is ready again. Those that it has not begun to
+        answer move to others at once, the rest after `wait_s`, where others have the same weights;
+        `then` is called on the event loop once it runs none. From any thread."""
+        self._call(self._vacate, rank, wait_s, then)
 
     def fail(self, reason: str) -> None:
         """No engine will answer any more: every running request ends with an error; from any
@@ -232,7 +236,7 @@ class Frontend:
     def _place(self, stream: OutputStream) -> None:
         """Send a request to the best replica; it waits while there is none, and fails where none
         that is there could run it."""
-        version = stream.version if stream.has_tokens else None
+        version = stream.version if stream.has_begun else None
         rank = self.replicas.choose(stream.submit, self.load, version=version)
         if rank is not None:
             self._send_to(stream, rank)
@@ -246,8 +250,8 @@ class Frontend:
         if stream.ranks:
             stream.sent_as = f"{stream.submit.request}~{len(stream.ranks) + 1}"
         self._streams[stream.sent_as] = stream
-        message = stream.rest()
         stream.rank, stream.version = rank, self.replicas.there[rank].ready.version
+        message = stream.rest()
         self.replicas.assign(rank, stream.submit.prompt_ids, stream.tokens[0])
         stream.ranks.append(rank)
         self._send(rank, message)
@@ -308,6 +312,7 @@ class Frontend:
             "cache_usage": sum(one.cache_usage for one in stats) / max(1, len(stats)),
             "generated_tokens": sum(one.generated_tokens for one in stats),
             "stages": [msgspec.structs.asdict(stage) for stage in self.replicas.stages],
+            "replicas": self.replicas.summary(self.load),
         }
 
     def drain(self) -> None:
@@ -365,6 +370,7 @@ class Frontend:
             if self.state == "unloaded":
                 return  # of a rank that is being stopped
             self._unloaded, self._idle_since_s = None, self._clock()
+            self._retire(rank, message.version)
             self.replicas.add(rank, message)
             self._place_waiting()
         elif isinstance(message, Recovering):
@@ -390,9 +396,40 @@ class Frontend:
             if not stream.has_ended:
                 stream.push(message)
 
-    def _set_open(self, rank: int, is_open: bool) -> None:
-        self.replicas.set_open(rank, is_open=is_open)
-        self._place_waiting("its weights are being replaced")
+    def _retire(self, rank: int, version: int) -> None:
+        """From here on a replica gets requests for other weights alone."""
+        if (replica := self.replicas.there.get(rank)) and replica.ready.version != version:
+            self._send(rank, Retire(replica.ready.version))
+
+    def _vacate(self, rank: int, wait_s: float, then: Callable[[], None]) -> None:
+        self.replicas.set_open(rank, is_open=False)
+        self._place_waiting("newer weights are being loaded")
+        self._move_from(rank, self._clock() + wait_s, then)
+
+    def _move_from(self, rank: int, deadline: float, then: Callable[[], None]) -> None:
+        is_late = self._clock() >= deadline
+        running = [one for one in self._streams.values() if one.rank == rank and not one.has_ended]
+        for stream in running:
+            if is_late or not stream.has_begun:
+                self._move(stream)
+        if self.load[rank]:
+            asyncio.get_running_loop().call_later(_LOOK_S, self._move_from, rank, deadline, then)
+        else:
+            then()
+
+    def _move(self, stream: OutputStream) -> None:
+        """To another replica, where one can take it."""
+        self._end_complete_choices(stream)
+        if stream.has_ended:
+            return
+        version, old = stream.version if stream.has_begun else None, stream.rank
+        rank = self.replicas.choose(stream.submit, self.load, version=version)
+        if rank is None:
+            return
+        self._cancel(stream)
+        self._send_to(stream, rank)
+        self.metrics.moved.inc()
+        stream.push(Recovering(f"rank {old} loads newer weights, {_who(rank)}"))
 
     def _place_waiting(self, reason: str = "") -> None:
         """The replicas have changed: those that wait for one may find one."""
@@ -413,9 +450,10 @@ class Frontend:
         for stream in lost:
             self._cancel(stream)  # one that was frozen gets this when it wakes up
             stream.rank = None
+            stream.losses += 1
             self._end_complete_choices(stream)
-            if len(stream.ranks) >= _MOST_LOSSES and not stream.has_ended:
-                stream.fail(f"{len(stream.ranks)} replicas were lost while they ran it: {reason}")
+            if stream.losses >= _MOST_LOSSES and not stream.has_ended:
+                stream.fail(f"{stream.losses} replicas were lost while they ran it: {reason}")
         self._place_waiting(f"no replica is there: {reason}")
         for stream in lost:
             if not stream.has_ended:

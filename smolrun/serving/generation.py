@@ -235,6 +235,11 @@ class Generation:
         rank has a part of the model only."""
         return self.stream.ranks if self._service.frontend.num_replicas > 1 else []
 
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint whose weights answer; None where they are of none."""
+        return self.stream.version or None
+
     def close(self) -> None:
         """Cancel what still runs."""
         self._service.frontend.close(self.stream)

@@ -50,7 +50,7 @@ class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submi
     reports them for the tokens of the prompt as well.
 
     `continued`: the request ran elsewhere, and these choices go on after the tokens that they have
-    so far; others have ended, unless it is empty.
+    so far; others have ended, unless it is empty. `version`: of the weights, as of Load.
     """
 
     request: RequestId
@@ -62,6 +62,7 @@ class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="submi
     top_logprobs: int | None = None
     echo_logprobs: bool = False
     continued: dict[int, list[TokenId]] = {}
+    version: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cancel"):
@@ -76,7 +77,14 @@ class Ping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ping"):
     engine computes. There is no mesh whose heartbeats would show that it is frozen."""
 
 
-ToEngine = Submit | Cancel | Ping
+class Retire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="retire"):
+    """To a replica: no more requests for weights of this version come. Their engine ends with its
+    last answer, and gives its memory back."""
+
+    version: int
+
+
+ToEngine = Submit | Cancel | Ping | Retire
 
 
 class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,6 +223,7 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load"):
     generation: int = 0
     head: int = 0
     version: int = 0
+    beside: bool = False
 
 
 class Loading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="loading"):
@@ -260,5 +269,14 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_bytes: list[bytes]
 
 
+class NotLoaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="not_loaded"):
+    """A replica continues with its old weights; `lacks_memory`: these would not fit beside them."""
+
+    rank: int
+    version: int
+    reason: str
+    lacks_memory: bool = False
+
+
 ToRank = Probe | Load
-FromRank = Probed | Loading | Loaded
+FromRank = Probed | Loading | Loaded | NotLoaded

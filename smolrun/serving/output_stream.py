@@ -46,6 +46,7 @@ class OutputStream:
         self.open_choices = set(range(submit.choices))
         self.rank: int | None = None  # where it runs; None while no replica can take it
         self.ranks: list[int] = []  # all that it ran on
+        self.losses = 0  # of replicas while they ran it
         self.version: int | None = None  # of the weights that its tokens are from
         self.sent_as = submit.request  # another name on each replica: late outputs have the old one
         self.tokens: dict[int, list[int]] = {choice: [] for choice in self.open_choices}
@@ -83,17 +84,15 @@ class OutputStream:
         return self._failure is not None or not self.open_choices
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether an answer has begun."""
-        return any(self.tokens.values())
+    def has_begun(self) -> bool:
+        """Whether the client may have seen what these weights have computed."""
+        return any(self.tokens.values()) or self._scores > 0
 
     def rest(self) -> Submit:
-        """What is left to do, for another replica."""
-        if not self.ranks:
-            return self.submit
+        """What is left to do, for another replica, or all of it for the first one."""
         tokens = {choice: self.tokens[choice] for choice in self.open_choices}
-        rest = continued(self.submit, tokens, self._scores)
-        return msgspec.structs.replace(rest, request=self.sent_as)
+        rest = continued(self.submit, tokens, self._scores) if self.ranks else self.submit
+        return msgspec.structs.replace(rest, request=self.sent_as, version=self.version or 0)
 
     def without_repeats(self, prefill: Prefill) -> Prefill:
         """Without the log-probabilities that an earlier replica has reported."""

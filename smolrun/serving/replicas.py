@@ -16,6 +16,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -111,10 +112,26 @@ class Replicas:
             stage for one in found for stage in (one.stats and one.stats.stages) or one.ready.stages
         ]
 
+    def summary(self, load: Mapping[int, int]) -> list[dict[str, Any]]:
+        """Of every engine that is there; `step` of the checkpoint that its weights are from."""
+        return [
+            {
+                "rank": rank,
+                "step": one.ready.version or None,
+                "takes_requests": one.is_open,
+                "choices": load.get(rank, 0),
+                "tokens_per_s": None if one.token_s is None else round(1 / one.token_s, 2),
+            }
+            for rank, one in sorted(self.there.items())
+        ]
+
     def add(self, rank: int, ready: Ready) -> None:
         """An engine takes requests from now on: a new one, or one with other weights."""
         pressure = MemoryPressure(self.min_free_gb, ready.stages, ready.max_running)
-        self.there[rank] = Replica(ready, pressure=pressure)
+        new = Replica(ready, pressure=pressure)
+        if (old := self.there.get(rank)) is not None:
+            new.gaps_s = old.gaps_s
+        self.there[rank] = new
 
     def lose(self, rank: int) -> None:
         """It is gone, or does not answer."""

@@ -54,10 +54,18 @@ def comments(piece: Piece) -> Iterator[bytes]:
         yield f": recovering {' '.join(piece.recovering.split())}\n\n".encode()
 
 
-def rank_header(generations: Sequence[Generation]) -> dict[str, str]:
-    """The replicas that have answered so far, in order."""
+def origin_headers(generations: Sequence[Generation]) -> dict[str, str]:
+    """The replicas that have answered so far, in order, and the steps of their weights."""
     ranks = dict.fromkeys(rank for one in generations for rank in one.replicas)
-    return {"x-smolrun-rank": ",".join(map(str, ranks))} if ranks else {}
+    steps = dict.fromkeys(one.step for one in generations if one.step)
+    found = {"x-smolrun-rank": ranks, "x-smolrun-step": steps}
+    return {name: ",".join(map(str, values)) for name, values in found.items() if values}
+
+
+def _fingerprint(generations: Sequence[Generation]) -> dict[str, str]:
+    """OpenAI's name of the weights that an answer is from; nothing where they never change."""
+    steps = sorted({one.step for one in generations if one.step})
+    return {"system_fingerprint": "step-" + ",".join(map(str, steps))} if steps else {}
 
 
 class EventStream(EventSourceResponse):
@@ -76,7 +84,7 @@ class EventStream(EventSourceResponse):
         self._generations = generations
         super().__init__(
             events,
-            headers={"cache-control": "no-cache", **rank_header(generations), **(headers or {})},
+            headers={"cache-control": "no-cache", **origin_headers(generations), **(headers or {})},
             sep="\n",
             ping=_KEEP_ALIVE_S,
         )
@@ -167,8 +175,9 @@ class Completion(ABC, Generic[Body]):
             for entry in self.entries(prompt, piece):
                 _extend(choices[entry["index"]], entry)
         answer = {"choices": choices, "usage": _usage(generations)}
-        headers = rank_header(generations) | self.headers
-        return json_response(self._head(self.kind) | answer, headers=headers)
+        headers = origin_headers(generations) | self.headers
+        head = self._head(self.kind) | _fingerprint(generations)
+        return json_response(head | answer, headers=headers)
 
     async def events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
         """Of the whole stream, and comments; errors are events too."""
@@ -183,8 +192,9 @@ class Completion(ABC, Generic[Body]):
                 for comment in comments(piece):
                     yield comment
                 for entry in self.entries(prompt, piece):
-                    yield event(head | {"choices": [entry]} | last)
+                    yield event(head | _fingerprint(generations) | {"choices": [entry]} | last)
             if wants_usage:
+                head |= _fingerprint(generations)
                 yield event(head | {"choices": [], "usage": _usage(generations)})
         except ApiError as error:
             yield event(error.body)

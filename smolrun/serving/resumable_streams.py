@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from smolrun.serving.api_errors import ERRORS, ApiError
 from smolrun.serving.generation import Generation
 from smolrun.serving.http_metrics import ServingMetrics
-from smolrun.serving.responses import DONE, Completion, EventStream, event, rank_header
+from smolrun.serving.responses import DONE, Completion, EventStream, event, origin_headers
 
 HEADER = "x-smolrun-stream"
 KEEP_S = 120.0  # without a connection
@@ -64,7 +64,7 @@ class _KeptStream:
     @property
     def headers(self) -> dict[str, str]:
         """Of an answer with these events."""
-        return rank_header(self._generations) | self._headers
+        return origin_headers(self._generations) | self._headers
 
     async def _keep(self, events: AsyncIterator[bytes]) -> None:
         async for part in events:

@@ -20,7 +20,7 @@ from smolrun.serving.responses import (
     EventStream,
     comments,
     event,
-    rank_header,
+    origin_headers,
     unless_gone,
 )
 
@@ -95,7 +95,7 @@ async def _whole(generation: Generation) -> Response:
     texts = [piece.delta.text async for piece in generation.pieces()]
     return json_response(
         {"generated_text": "".join(texts), "success": True, "error": None} | _times(generation),
-        headers=rank_header([generation]),
+        headers=origin_headers([generation]),
     )
 
 
@@ -111,6 +111,7 @@ def _times(generation: Generation) -> dict[str, Any]:
         "tokens_per_second": round(count / total_s, 3) if total_s else None,
         "num_tokens": count,
         "worker_rank": stream.ranks[-1] if stream.ranks else None,
+        **({"step": generation.step} if generation.step else {}),
     }
 
 

@@ -70,6 +70,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     tokenizer_folder: str | None
     parts: dict[str, str] = {}  # name -> sha256 of its bytes, which is the name of its folder
     group_size: int = GROUP_SIZE
+    step: int = 0  # of the checkpoint, 0 for what is none
 
     def parameter_shapes(
         self, first_layer: int, last_layer: int, has_embedding: bool, has_head: bool
@@ -145,6 +146,7 @@ def source_of_checkpoint(
         keys = checkpoint.keys(prefix)
         shapes = {key.removeprefix(prefix): checkpoint.shape(key) for key in keys}
         dtype = _narrowest(checkpoint.manifest.tensors[key].dtype for key in keys)
+        step = checkpoint.manifest.step
     if tokenizer is not None and not (tokenizer / TOKENIZER_FILE).is_file():
         tokenizer = None
     if tokenizer is not None and not ids:
@@ -159,6 +161,7 @@ def source_of_checkpoint(
         dtype=dtype,
         end_ids=ids,
         tokenizer_folder=None if tokenizer is None else str(tokenizer),
+        step=step,
     )
     _check_shapes(source, shapes)
     return source

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
 import torch
 
 from smolrun.events import Event, Note
@@ -42,6 +43,17 @@ def limit_memory(start: StartMessage, device: str, emit: Callable[[Event], None]
         )
         emit(Note("info", text))
     return float(limit)
+
+
+def free_memory(start: StartMessage, device: str, limit: float) -> float:
+    """Bytes that this rank may still use, of the `limit` for the ranks of its host together."""
+    hosts = ranked_hosts(start.config.get("cluster") or {})
+    here = sum(host["name"] == start.host for host in hosts) if hosts else start.world_size
+    free = float(machine_memory().available)
+    if device == "cuda":
+        free = float(torch.cuda.mem_get_info()[0])
+        return min(free, limit / here - torch.cuda.memory_reserved())
+    return min(free, limit / here - psutil.Process().memory_info().rss)
 
 
 def _device_memory(device: str) -> float:

@@ -1,5 +1,5 @@
 """What each rank of task=serve does: it measures a layer, loads its part of the model, and then is
-one stage of the pipeline; rank 0, and every replica, runs an engine. Only wiring."""
+one stage of the pipeline, of which rank 0 runs the engine. Replicas: replica.py. Only wiring."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from smolrun.launch.control import MAX_TASK_BYTES, StartMessage, TaskMessage, de
 from smolrun.launch.machine_memory import machine_memory
 from smolrun.mesh.mesh import Mesh
 from smolrun.parts.step_clock import Pace
-from smolrun.serving.engine import Engine
+from smolrun.serving.engine import Engine, Send
 from smolrun.serving.json_grammar import Grammars, is_installed
 from smolrun.serving.messages import (
     LOADING,
     TOPIC,
     VOCABULARY,
+    Cancel,
     Load,
     Loaded,
     Loading,
-    Ping,
     Probe,
     Probed,
     Recovering,
     StageStats,
-    StepOutput,
+    Submit,
     ToEngine,
     ToRank,
     Vocabulary,
@@ -82,18 +82,13 @@ class _Server:
         self._pace = pace_of(start.config, start.rank)
         self._limit = limit_memory(start, self._device.type, channel.emit)
         self._inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
-        self._vocabulary: list[bytes] = []
+        self._vocabulary = vocabulary_from(channel)
         self._stage: Stage | None = None
         self._engine: Engine | None = None
 
         def take(message: TaskMessage) -> None:
             self._inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union
 
-        def keep(message: TaskMessage) -> None:
-            part = decode_data(message, Vocabulary)
-            self._vocabulary = self._vocabulary[: part.first] + part.token_bytes
-
-        channel.subscribe(VOCABULARY, keep)
         channel.subscribe(LOADING, take)
         channel.on_stop(lambda: self._inbox.put(None))
 
@@ -125,7 +120,7 @@ class _Server:
             if message is None:
                 raise StopRequested("the driver asked this rank to stop before it began")
             if isinstance(message, Probe):
-                probed = _measure(message, self._rank, self._device, self._pace, self._limit)
+                probed = measure(message, self._rank, self._device, self._pace, self._limit)
                 self._channel.send_data(LOADING, probed)
             elif message.generation == mesh.generation:
                 return message
@@ -154,21 +149,10 @@ class _Server:
         kept = self._stage
         if kept is not None:
             kept.shrink(_layers_of(load, self._rank))
-        stage = _load(load, source, self._rank, self._channel, self._device, kept)
+        stage = load_part(load, source, self._rank, self._channel, self._device, kept)
         self._stage = stage
-        sizes = (stage.weight_bytes, stage.cache_bytes)
-        first, last = stage.layers.start, stage.layers.stop - 1
-        figures = StageStats(self._rank, self._start.host, first, last, *sizes)
-        chunk = max(load.chunk_tokens, load.slots) + load.slots
-        runner = DecoderRunner(stage, chunk, self._grammars(load, source))
-        return runner, StageTimes(figures, self._pace)
-
-    def _grammars(self, load: Load, source: ModelSource) -> Grammars | None:
-        """For the rank that samples, where the driver and this host have the library."""
-        can_end = self._vocabulary and source.end_ids and is_installed()
-        if self._rank != load.stages[-1] or not can_end:
-            return None
-        return Grammars(self._vocabulary, source.vocab_size, source.end_ids)
+        grammars = grammars_of(self._vocabulary, source) if self._rank == load.stages[-1] else None
+        return runner_of(load, stage, self._rank, self._start.host, self._pace, grammars)
 
     def _run_engine(
         self,
@@ -179,14 +163,7 @@ class _Server:
         mesh: Mesh,
     ) -> None:
         """Requests from the driver, tokens to it; blocks until the driver stops the run."""
-        scheduler = Scheduler(
-            slots=load.slots,
-            capacity=load.capacity,
-            vocab_size=source.vocab_size,
-            stages=len(load.stages),
-            chunk_tokens=load.chunk_tokens,
-            prefix_reuse=load.prefix_reuse,
-        )
+        scheduler = scheduler_for(load, source)
         engine = self._engine
         if engine is None:
             engine = self._engine = self._new_engine(scheduler, load.version)
@@ -199,20 +176,11 @@ class _Server:
 
     def _new_engine(self, scheduler: Scheduler, version: int) -> Engine:
         channel = self._channel
-        # The message around the data needs a few bytes too.
-        limit = MAX_TASK_BYTES - 1024
-        engine = Engine(
-            scheduler,
-            lambda message: channel.send_data(TOPIC, message),
-            max_message_bytes=limit,
-            version=version,
-        )
+        engine = engine_for(scheduler, lambda message: channel.send_data(TOPIC, message), version)
 
         def take(message: TaskMessage) -> None:
             request: ToEngine = decode_data(message, ToEngine)  # type: ignore[arg-type]  # a union
-            if isinstance(request, Ping):
-                channel.send_data(TOPIC, StepOutput())
-            else:
+            if isinstance(request, Submit | Cancel):  # others are for replicas
                 engine.submit(request)
 
         channel.subscribe(TOPIC, take)
@@ -220,7 +188,54 @@ class _Server:
         return engine
 
 
-def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: float) -> Probed:
+def vocabulary_from(channel: WorkerChannel) -> list[bytes]:
+    """The bytes of all tokens, which the driver sends; empty until they have come."""
+    known: list[bytes] = []
+
+    def keep(message: TaskMessage) -> None:
+        part = decode_data(message, Vocabulary)
+        known[part.first :] = part.token_bytes
+
+    channel.subscribe(VOCABULARY, keep)
+    return known
+
+
+def grammars_of(vocabulary: list[bytes], source: ModelSource) -> Grammars | None:
+    """For a rank that samples, where the driver and this host have the library."""
+    if not vocabulary or not source.end_ids or not is_installed():
+        return None
+    return Grammars(vocabulary, source.vocab_size, source.end_ids)
+
+
+def scheduler_for(load: Load, source: ModelSource) -> Scheduler:
+    """For the stages of a Load."""
+    return Scheduler(
+        slots=load.slots,
+        capacity=load.capacity,
+        vocab_size=source.vocab_size,
+        stages=len(load.stages),
+        chunk_tokens=load.chunk_tokens,
+        prefix_reuse=load.prefix_reuse,
+    )
+
+
+def engine_for(scheduler: Scheduler, send: Send, version: int) -> Engine:
+    """An engine whose messages fit into one to the driver."""
+    limit = MAX_TASK_BYTES - 1024  # the message around the data needs a few bytes too
+    return Engine(scheduler, send, max_message_bytes=limit, version=version)
+
+
+def runner_of(
+    load: Load, stage: Stage, rank: int, host: str, pace: Pace, grammars: Grammars | None
+) -> tuple[DecoderRunner, StageTimes]:
+    """What runs a stage, and counts."""
+    sizes, layers = (stage.weight_bytes, stage.cache_bytes), stage.layers
+    figures = StageStats(rank, host, layers.start, layers.stop - 1, *sizes)
+    chunk = max(load.chunk_tokens, load.slots) + load.slots
+    return DecoderRunner(stage, chunk, grammars), StageTimes(figures, pace)
+
+
+def measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: float) -> Probed:
     """The time of one layer for one token. The head is a matrix like those of a layer, which take
     their time per weight."""
     source = msgspec.convert(probe.source, ModelSource)
@@ -230,7 +245,7 @@ def _measure(probe: Probe, rank: int, device: torch.device, pace: Pace, limit: f
     return Probed(rank, layer_s, layer_s * sizes.head / sizes.layer, free_bytes)
 
 
-def _load(
+def load_part(
     load: Load,
     source: ModelSource,
     rank: int,

@@ -67,8 +67,8 @@ def start() -> Start:
             compose(["task=serve", "serving=replicas", "cluster.ranks=3", *chosen])
         )
         spec = ServingSpec(SOURCE, {"float32": model_bytes(SHAPE, 258, 4)})
-        deliver = deliver or (lambda host: (SOURCE, f"on {host}"))
-        loader = ReplicaLoader(config, spec, deliver, progress=lambda *_: None)
+        deliver = deliver or (lambda host, source: (source, f"on {host}"))
+        loader = ReplicaLoader(config, spec, deliver, progress=lambda *_: None, say=print)
         driver = FakeDriver()
         loader.on_start(driver)  # type: ignore[arg-type]
         assert [(rank, type(m)) for rank, m in driver.take()] == [(r, Probe) for r in range(3)]
@@ -120,7 +120,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_host(start: Start) -> Non
 
 
 def test_parts_that_cannot_be_brought_end_the_start_with_the_reason(start: Start) -> None:
-    def deliver(host: str) -> Any:
+    def deliver(host: str, source: ModelSource) -> Any:
         raise OSError(28, "No space left on device")
 
     loader, driver = start(deliver)

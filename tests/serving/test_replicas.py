@@ -403,7 +403,7 @@ def test_a_rank_may_be_asked_for_while_it_is_there() -> None:
         await bench.lose(1)
         with pytest.raises(Unavailable, match="rank 1 takes no requests now"):
             bench.frontend.check_room(1, 1)
-        bench.frontend.set_open(2, False)
+        bench.frontend.vacate(2, 99.0, lambda: None)
         await asyncio.sleep(0)
         with pytest.raises(Unavailable, match="rank 2 takes no requests now"):
             bench.frontend.check_room(1, 2)
