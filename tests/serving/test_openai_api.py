@@ -309,7 +309,7 @@ def test_no_character_of_an_answer_ends_a_line_of_its_stream(echo: Served):
 def test_a_client_that_leaves_before_the_first_event_is_cancelled():
     """Its connection takes no byte, so that its events never begin."""
     closed: list[str] = []
-    generation: Any = SimpleNamespace(close=lambda: closed.append("closed"), replicas=[])
+    generation: Any = SimpleNamespace(close=lambda: closed.append("closed"), replicas=[], step=None)
 
     async def events() -> AsyncIterator[bytes]:
         closed.append("begun")
