@@ -78,7 +78,8 @@ class AccessControl:
                 if is_listed and origin:
                     answer["access-control-allow-origin"] = origin
                     answer["access-control-expose-headers"] = (
-                        "x-request-id, x-smolrun-rank, x-smolrun-stream, retry-after"
+                        "x-request-id, x-smolrun-rank, x-smolrun-step, x-smolrun-stream, "
+                        "retry-after"
                     )
                     answer["vary"] = "origin"
             await send(message)

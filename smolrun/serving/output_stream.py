@@ -131,7 +131,7 @@ def queued(
         rank = stream.rank
         if rank is None or stream.has_ended or rank not in slots:
             continue
-        if running[rank] >= slots[rank] and not stream.has_tokens:
+        if running[rank] >= slots[rank] and not stream.has_begun:
             yield stream, waiting[rank]
             waiting[rank] += 1
         running[rank] += len(stream.open_choices)

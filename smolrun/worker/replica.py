@@ -124,7 +124,8 @@ class _Replica:
         self._rank = start.rank
         self._device = torch.device(pick_device(start.device))
         self._limit = limit_memory(start, self._device.type, channel.emit)
-        self._engines: dict[int, _EngineThread] = {}  # by version, the newest last
+        self._engines: dict[int, _EngineThread] = {}  # by version, those that take requests
+        self._retired: set[_EngineThread] = set()  # that have answers to end
 
         def take(message: TaskMessage) -> None:
             self.inbox.put(decode_data(message, ToRank))  # type: ignore[arg-type]  # a union
@@ -144,8 +145,8 @@ class _Replica:
                 self._load(message)
             elif message.failure is not None:
                 raise message.failure
-            elif self._engines.get(message.version) is message:
-                del self._engines[message.version]
+            else:
+                self._retired.discard(message)
         newest = next(reversed(self._engines.values()), None)
         if newest is None:
             raise StopRequested("the driver asked this rank to stop before it began")
@@ -194,11 +195,13 @@ class _Replica:
         self.channel.send_data(LOADING, message)
 
     def _stop_engines(self) -> None:
-        for one in self._engines.values():
+        running = [*self._engines.values(), *self._retired]
+        for one in running:
             one.engine.stop()
-        for one in self._engines.values():
+        for one in running:
             one.join(_LAST_S)
         self._engines.clear()
+        self._retired.clear()
 
     def _take_request(self, message: TaskMessage) -> None:
         """On the thread that reads what the driver sends."""
@@ -206,14 +209,15 @@ class _Replica:
         if isinstance(request, Ping):
             self.channel.send_data(TOPIC, StepOutput())
         elif isinstance(request, Cancel):
-            for one in list(self._engines.values()):
+            for one in (*self._engines.values(), *self._retired):
                 one.engine.submit(request)
-        elif (thread := self._engines.get(request.version)) is not None:
-            if isinstance(request, Retire):
-                thread.engine.finish()
-            else:
-                thread.engine.submit(request)
-        elif isinstance(request, Submit):
+        elif isinstance(request, Retire):
+            if (retired := self._engines.pop(request.version, None)) is not None:
+                self._retired.add(retired)
+                retired.engine.finish()
+        elif (asked := self._engines.get(request.version)) is not None:
+            asked.engine.submit(request)
+        else:
             self.channel.send_data(TOPIC, _not_here(request))
 
 

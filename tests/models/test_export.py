@@ -55,9 +55,9 @@ SHAPES = [
 ]
 
 
-def save(folder: Path, model: nn.Module, state: Any = None) -> Path:
+def save(folder: Path, model: nn.Module, state: Any = None, step: int = 7) -> Path:
     """A checkpoint of the model, cut into two ranks' pieces."""
-    part = part_folder(folder, 7, "t")
+    part = part_folder(folder, step, "t")
     reports = []
     for rank in (0, 1):
         pieces = []
@@ -69,7 +69,9 @@ def save(folder: Path, model: nn.Module, state: Any = None) -> Path:
                 TensorSlice(f"optimizer/m/{name}", tuple(value.shape), rank * middle, half)
             )
         reports.append(write_shard(part, rank, pieces))
-    manifest = merge(reports, step=7, run_id="r", config_hash="c", world_size=2, state=state or {})
+    manifest = merge(
+        reports, step=step, run_id="r", config_hash="c", world_size=2, state=state or {}
+    )
     return commit(part, manifest)
 
 

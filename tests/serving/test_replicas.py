@@ -20,6 +20,7 @@ from smolrun.serving.messages import (
     Prefill,
     Ready,
     Recovering,
+    Retire,
     StepOutput,
     Submit,
     ToEngine,
@@ -263,6 +264,11 @@ def run(test: Callable[[Bench], Awaitable[None]], count: int = 3) -> None:
     asyncio.run(whole())
 
 
+async def until_true(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
 async def rest(stream: OutputStream) -> list[Output]:
     return [output async for output in stream]
 
@@ -422,6 +428,78 @@ def test_an_answer_never_mixes_weights_of_two_versions() -> None:
         assert fresh.rank == 1 and fresh.version == 1  # it had no token yet
         with pytest.raises(StreamFailed, match="no other one has the same weights"):
             await rest(old)
+
+    run(test)
+
+
+def test_a_replica_that_is_to_load_gives_its_requests_away_and_keeps_those_of_its_own_weights() -> (
+    None
+):
+    async def test(bench: Bench) -> None:
+        gone = list[str]()
+        begun = bench.frontend.submit(submit("begun"), 0)
+        fresh = bench.frontend.submit(submit("fresh"), 0)
+        await bench.tokens(0, "begun", 5)
+        bench.frontend.vacate(0, 60.0, lambda: gone.append("first"))
+        await asyncio.sleep(0)
+        assert (begun.rank, fresh.rank, gone) == (0, 1, [])
+        assert bench.sent[0][-1] == Cancel("fresh") and bench.last(1).version == 0
+        await bench.say(0, StepOutput(finished=[Finished("begun", 0, "stop")]))
+        await until_true(lambda: gone == ["first"])
+        await bench.ready(0, version=1)
+        assert not any(isinstance(one, Retire) and one.version == 1 for one in bench.sent[0])
+        # The last one of its version: what it has begun can end nowhere else.
+        await bench.ready(2, version=1)
+        assert bench.sent[2][-1] == Retire(0)
+        await bench.tokens(1, fresh.sent_as, 6)
+        bench.frontend.vacate(1, 0.0, lambda: gone.append("second"))
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+        assert (fresh.rank, fresh.version, gone) == (1, 0, ["first"])
+        bench.frontend.close(fresh)
+        await until_true(lambda: gone == ["first", "second"])
+        assert bench.frontend.submit(submit("new")).version == 1
+
+    run(test)
+
+
+def test_what_takes_too_long_moves_to_a_replica_with_the_same_weights() -> None:
+    async def test(bench: Bench) -> None:
+        stream = bench.frontend.submit(submit(), 0)
+        await bench.tokens(0, "a", 5)
+        bench.frontend.vacate(0, 0.0, lambda: None)
+        await asyncio.sleep(0)
+        assert stream.rank in (1, 2) and bench.last(stream.rank).continued == {0: [5]}
+        got = [await anext(stream) for _ in range(2)]
+        assert got[1] == Recovering(f"rank 0 loads newer weights, rank {stream.rank} continues")
+
+    run(test)
+
+
+def test_requests_are_refused_while_the_only_replica_loads() -> None:
+    async def test(bench: Bench) -> None:
+        bench.frontend.vacate(0, 0.0, lambda: None)
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="newer weights are being loaded") as refused:
+            bench.frontend.check_room()
+        assert refused.value.retry_after_s > 0
+        await bench.ready(0, version=1)
+        bench.frontend.check_room()
+
+    run(test, count=1)
+
+
+def test_scores_of_a_prompt_are_of_one_version_too() -> None:
+    async def test(bench: Bench) -> None:
+        wanted = Submit("a", [1] * 5, 4, top_logprobs=0, echo_logprobs=True)
+        stream = bench.frontend.submit(wanted, 0)
+        scores = [None, (-1.0, []), (-2.0, [])]
+        await bench.say(0, StepOutput(prefill=[Prefill("a", 3, 5, scores)]))
+        await bench.ready(1, version=1)
+        await bench.ready(2, version=1)
+        await bench.lose(0)
+        with pytest.raises(StreamFailed, match="no other one has the same weights"):
+            await rest(stream)
 
     run(test)
 

@@ -24,6 +24,7 @@ from smolrun.serving.messages import (
     FromRank,
     Load,
     Loaded,
+    NotLoaded,
     Probe,
     Probed,
     Ready,
@@ -36,6 +37,7 @@ from smolrun.serving.messages import (
 )
 from smolrun.serving.source import ModelSource
 from smolrun.testing import run_ranks
+from smolrun.worker.replica import serve_replica
 from smolrun.worker.serve import serve
 from tests.launch.test_control import START
 from tests.waiting import SOON_S
@@ -100,6 +102,7 @@ class ServingDriver:
         self.channels = [Channel(rank, self.inbox) for rank in range(world_size)]
         self.probed: dict[int, Probed] = {}
         self.loaded: dict[int, Loaded] = {}
+        self.not_loaded: list[NotLoaded] = []
         self.ready: Ready | None = None
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finished: dict[tuple[str, int], Finished] = {}
@@ -141,6 +144,8 @@ class ServingDriver:
                 self.probed[rank] = news
             elif isinstance(news, Loaded):
                 self.loaded[rank] = news
+            elif isinstance(news, NotLoaded):
+                self.not_loaded.append(news)
             return
         output = decode_data(message, FromEngine)  # type: ignore[arg-type, var-annotated]
         if isinstance(output, Ready):
@@ -196,7 +201,8 @@ def serve_with(
         driver.meshes[mesh.rank] = mesh
         facts = {"rank": mesh.rank, "host": "here", "device": "cpu", "links": links}
         start = msgspec.structs.replace(START, **facts)
-        summary = serve(start, mesh, cast(WorkerChannel, driver.channels[mesh.rank]))
+        begin = serve_replica if links == "none" else serve
+        summary = begin(start, mesh, cast(WorkerChannel, driver.channels[mesh.rank]))
         assert summary == {"was_stopped": True}
 
     thread = threading.Thread(target=run_script, name="script", daemon=True)
