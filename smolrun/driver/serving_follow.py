@@ -20,8 +20,13 @@ from pathlib import Path
 from typing import Literal
 
 from smolrun.checkpoints.find import CHECKPOINTS, checkpoints_in, verify
+from smolrun.config import RunConfig, world_size
+from smolrun.config.models import TrainedConfig
+from smolrun.config.suggest import problem
 from smolrun.driver.engine_bridge import EngineBridge
+from smolrun.driver.serving_model import other_checkpoint
 from smolrun.driver.serving_replicas import ReplicaLoader
+from smolrun.driver.serving_start import ModelLoader
 from smolrun.errors import CheckpointError, ConfigError
 from smolrun.launch.driver import Subscriber
 from smolrun.serving.messages import NotLoaded, Ready
@@ -221,3 +226,43 @@ class RollingReload(Subscriber):
         needed.add(max(self._proven))
         self._proven = {step: one for step, one in self._proven.items() if step in needed}
         self._run.release(needed)
+
+    def on_end(self) -> None:
+        """No rank reads anything any more."""
+        self._run.release(())
+
+
+def check_follow(config: RunConfig) -> None:
+    """ConfigError where no run can be followed."""
+    if not isinstance(config.model, TrainedConfig):
+        raise ConfigError(problem("serving.follow", "run", "it needs model.run=RUN"))
+    if config.serving.mode == "pipeline":
+        what = "the stages of a pipeline cannot change their weights while answers run"
+        raise ConfigError(problem("serving.follow", "run", what, allowed="serving=replicas"))
+
+
+def rolling_reload(
+    config: RunConfig,
+    source: ModelSource,
+    folder: Path,
+    loader: ReplicaLoader | ModelLoader,
+    bridge: EngineBridge,
+    say: Callable[[str], None],
+) -> RollingReload | None:
+    """With serving.follow, for the run that a source is from; `folder` is the server's. ConfigError
+    where it is of none."""
+    if not config.serving.follow or not isinstance(loader, ReplicaLoader):
+        return None
+    checkpoints = Path(source.folder).parent
+    if checkpoints.name != CHECKPOINTS:
+        what = f"{source.folder} does not lie in the folder of a run"
+        raise ConfigError(problem("serving.follow", "run", what))
+    place = checkpoints.parent
+
+    def read(checkpoint: Path) -> ModelSource:
+        return other_checkpoint(source, place, checkpoint)
+
+    run = FollowedRun(place, folder / "weights", read, say)
+    if (first := run.newest(source.step - 1)) is None:
+        raise ConfigError(problem("serving.follow", "run", f"{source.folder} is gone"))
+    return RollingReload(run, first, loader, bridge, num_ranks=world_size(config), say=say)

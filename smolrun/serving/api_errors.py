@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from smolrun.serving.frontend import Unavailable
+from smolrun.serving.output_stream import Unavailable
 from smolrun.serving.protocol import ErrorAnswer
 
 # For the description of the API: what any of its paths may answer.

@@ -38,7 +38,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.output_stream import OutputStream, Queued, queued
+from smolrun.serving.output_stream import OutputStream, Queued, Unavailable, queued
 from smolrun.serving.replicas import Replicas
 
 State = Literal["starting", "ready", "recovering", "unloaded", "loading", "draining", "failed"]
@@ -50,16 +50,6 @@ _MAX_RETRY_S = 60
 _LOOK_S = 0.1
 _MOST_LOSSES = 3  # of the replicas of a request: it may be what ends them
 _MEMORY_RETRY_S = 10
-
-
-class Unavailable(Exception):
-    """The engine takes no request now. `retry_after_s`: when to try again, in whole seconds;
-    `is_full`: too many are waiting, otherwise it is not ready or is being shut down."""
-
-    def __init__(self, message: str, retry_after_s: int, *, is_full: bool = False) -> None:
-        self.retry_after_s = retry_after_s
-        self.is_full = is_full
-        super().__init__(message)
 
 
 class Frontend:
@@ -236,14 +226,16 @@ class Frontend:
     def _place(self, stream: OutputStream) -> None:
         """Send a request to the best replica; it waits while there is none, and fails where none
         that is there could run it."""
-        version = stream.version if stream.has_begun else None
-        rank = self.replicas.choose(stream.submit, self.load, version=version)
+        rank = self._best(stream)
         if rank is not None:
             self._send_to(stream, rank)
-        elif self.replicas.is_hopeless(stream.submit, version):
+        elif self.replicas.is_hopeless(stream.submit, stream.bound_to):
             stream.fail(
                 "its replica is lost, and no other one has the same weights and room for its tokens"
             )
+
+    def _best(self, stream: OutputStream) -> int | None:
+        return self.replicas.choose(stream.submit, self.load, version=stream.bound_to)
 
     def _send_to(self, stream: OutputStream, rank: int) -> None:
         self._streams.pop(stream.sent_as, None)
@@ -370,7 +362,9 @@ class Frontend:
             if self.state == "unloaded":
                 return  # of a rank that is being stopped
             self._unloaded, self._idle_since_s = None, self._clock()
-            self._retire(rank, message.version)
+            old = self.replicas.there.get(rank)
+            if old is not None and old.ready.version != message.version:
+                self._send(rank, Retire(old.ready.version))  # from here on they are for the new one
             self.replicas.add(rank, message)
             self._place_waiting()
         elif isinstance(message, Recovering):
@@ -396,11 +390,6 @@ class Frontend:
             if not stream.has_ended:
                 stream.push(message)
 
-    def _retire(self, rank: int, version: int) -> None:
-        """From here on a replica gets requests for other weights alone."""
-        if (replica := self.replicas.there.get(rank)) and replica.ready.version != version:
-            self._send(rank, Retire(replica.ready.version))
-
     def _vacate(self, rank: int, wait_s: float, then: Callable[[], None]) -> None:
         self.replicas.set_open(rank, is_open=False)
         self._place_waiting("newer weights are being loaded")
@@ -419,12 +408,10 @@ class Frontend:
 
     def _move(self, stream: OutputStream) -> None:
         """To another replica, where one can take it."""
-        self._end_complete_choices(stream)
-        if stream.has_ended:
-            return
-        version, old = stream.version if stream.has_begun else None, stream.rank
-        rank = self.replicas.choose(stream.submit, self.load, version=version)
-        if rank is None:
+        for finished in stream.completed():
+            self._route(finished)
+        old, rank = stream.rank, self._best(stream)
+        if stream.has_ended or rank is None:
             return
         self._cancel(stream)
         self._send_to(stream, rank)
@@ -451,7 +438,8 @@ class Frontend:
             self._cancel(stream)  # one that was frozen gets this when it wakes up
             stream.rank = None
             stream.losses += 1
-            self._end_complete_choices(stream)
+            for finished in stream.completed():
+                self._route(finished)
             if stream.losses >= _MOST_LOSSES and not stream.has_ended:
                 stream.fail(f"{stream.losses} replicas were lost while they ran it: {reason}")
         self._place_waiting(f"no replica is there: {reason}")
@@ -459,15 +447,6 @@ class Frontend:
             if not stream.has_ended:
                 self.metrics.moved.inc()
                 stream.push(Recovering(f"rank {rank} is lost, {_who(stream.rank)}"))
-
-    def _end_complete_choices(self, stream: OutputStream) -> None:
-        """Choices whose last token has come, and the message that says so has not."""
-        for choice in sorted(stream.open_choices):
-            tokens = stream.tokens[choice]
-            if tokens and tokens[-1] in stream.submit.stop_ids:
-                self._route(Finished(stream.sent_as, choice, "stop"))
-            elif len(tokens) >= stream.submit.max_tokens:
-                self._route(Finished(stream.sent_as, choice, "length"))
 
     def _route(self, output: Token | Finished | Prefill) -> None:
         stream = self._streams.get(output.request)

@@ -30,6 +30,16 @@ class StreamFailed(Exception):
     """A request ended before its last token; the text is for the client."""
 
 
+class Unavailable(Exception):
+    """The engine takes no request now. `retry_after_s`: when to try again, in whole seconds;
+    `is_full`: too many are waiting, otherwise it is not ready or is being shut down."""
+
+    def __init__(self, message: str, retry_after_s: int, *, is_full: bool = False) -> None:
+        self.retry_after_s = retry_after_s
+        self.is_full = is_full
+        super().__init__(message)
+
+
 class OutputStream:
     """The outputs of one request, in order. Iterating ends after the last choice has finished, and
     raises StreamFailed where the engine fails or the reader falls behind by `max_buffered`."""
@@ -87,6 +97,22 @@ class OutputStream:
     def has_begun(self) -> bool:
         """Whether the client may have seen what these weights have computed."""
         return any(self.tokens.values()) or self._scores > 0
+
+    @property
+    def bound_to(self) -> int | None:
+        """The version of weights that it has to continue with; None: any."""
+        return self.version if self.has_begun else None
+
+    def completed(self) -> list[Finished]:
+        """Of open choices whose last token has come, and the message that says so has not."""
+        found = []
+        for choice in sorted(self.open_choices):
+            tokens = self.tokens[choice]
+            if tokens and tokens[-1] in self.submit.stop_ids:
+                found.append(Finished(self.sent_as, choice, "stop"))
+            elif len(tokens) >= self.submit.max_tokens:
+                found.append(Finished(self.sent_as, choice, "length"))
+        return found
 
     def rest(self) -> Submit:
         """What is left to do, for another replica, or all of it for the first one."""

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from smolrun.serving.frontend import Frontend, Unavailable
+from smolrun.serving.frontend import Frontend
 from smolrun.serving.messages import (
     Cancel,
     Finished,
@@ -21,7 +21,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.output_stream import Output, Queued, StreamFailed
+from smolrun.serving.output_stream import Output, Queued, StreamFailed, Unavailable
 
 
 class Bench:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from smolrun.models.sampling import Sampling
-from smolrun.serving.frontend import Frontend, Unavailable
+from smolrun.serving.frontend import Frontend
 from smolrun.serving.messages import (
     Cancel,
     Finished,
@@ -26,7 +26,7 @@ from smolrun.serving.messages import (
     ToEngine,
     Token,
 )
-from smolrun.serving.output_stream import Output, OutputStream, StreamFailed
+from smolrun.serving.output_stream import Output, OutputStream, StreamFailed, Unavailable
 from smolrun.serving.replicas import Replicas
 
 LONG, SHORT = Ready(100, 1000, 2), Ready(20, 1000, 4)
