@@ -73,9 +73,7 @@ class PartsDelivery:
         """Of every rank at an earlier start, if they had to be sent."""
         return read_layers(self._layers_file()) if self._machines else None
 
-    def whole(
-        self, host: str, source: ModelSource, dtype: ServingDtype
-    ) -> tuple[ModelSource, str]:
+    def whole(self, host: str, source: ModelSource, dtype: ServingDtype) -> tuple[ModelSource, str]:
         """All parts of the model for a host, or of another checkpoint of it: the source, and the
         folder there."""
         machine = self._machines.get(host)
