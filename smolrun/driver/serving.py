@@ -298,22 +298,20 @@ class ServingRun:
 
         def ready(news: Ready) -> None:
             on_ready(news)
-            if roll is not None:
-                roll.on_ready(news)
+            for one in roll:
+                one.on_ready(news)
             if isinstance(loader, ModelLoader):
                 self._prepare_for_losses(loader, delivery)
 
         self.bridge.on_ready = ready
         vocabulary = VocabularySender(self._prompts.token_bytes)
+        others = [RankNotes(self._say), hosts, unloading, *roll]
         try:
             return run_on_ranks(
                 config,
                 folder,
                 self._fleet,
-                [
-                    *[vocabulary, loader, self.bridge, drain, RankNotes(self._say), hosts, unloading],
-                    *([roll] if roll else []),
-                ],
+                [vocabulary, loader, self.bridge, drain, *others],
                 limits=Limits(
                     start_s=config.cluster.start_timeout_s,
                     finish_s=config.mesh.timeout_s,

@@ -248,11 +248,11 @@ def rolling_reload(
     loader: ReplicaLoader | ModelLoader,
     bridge: EngineBridge,
     say: Callable[[str], None],
-) -> RollingReload | None:
-    """With serving.follow, for the run that a source is from; `folder` is the server's. ConfigError
+) -> list[RollingReload]:
+    """With serving.follow one, for the run that a source is from; `folder` is the server's. ConfigError
     where it is of none."""
     if not config.serving.follow or not isinstance(loader, ReplicaLoader):
-        return None
+        return []
     checkpoints = Path(source.folder).parent
     if checkpoints.name != CHECKPOINTS:
         what = f"{source.folder} does not lie in the folder of a run"
@@ -265,4 +265,4 @@ def rolling_reload(
     run = FollowedRun(place, folder / "weights", read, say)
     if (first := run.newest(source.step - 1)) is None:
         raise ConfigError(problem("serving.follow", "run", f"{source.folder} is gone"))
-    return RollingReload(run, first, loader, bridge, num_ranks=world_size(config), say=say)
+    return [RollingReload(run, first, loader, bridge, num_ranks=world_size(config), say=say)]
