@@ -249,7 +249,7 @@ def rolling_reload(
     bridge: EngineBridge,
     say: Callable[[str], None],
 ) -> list[RollingReload]:
-    """With serving.follow one, for the run that a source is from; `folder` is the server's. ConfigError
+    """With serving.follow one, for the run of a source; `folder` is the server's. ConfigError
     where it is of none."""
     if not config.serving.follow or not isinstance(loader, ReplicaLoader):
         return []

@@ -1,4 +1,4 @@
-"""serving.follow=run as a user runs it: real processes, and checkpoints that come while it answers."""
+"""serving.follow=run as a user runs it: checkpoints come while real processes answer."""
 
 from __future__ import annotations
 
