@@ -4,10 +4,13 @@ event that says why there is none."""
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 
 from tests.tasks.background import process_of
 from tests.tasks.served import LONG, START_S, Server, model_in, serving
-from tests.tasks.test_serve import choice, stage_rows
+from tests.tasks.test_serve import choice, rank_up, stage_rows
 from tests.waiting import until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
@@ -180,3 +183,50 @@ def test_a_model_that_fits_on_no_hosts_that_are_left_ends_answers_with_an_error(
         assert "without rank 1 on two the model would not fit on the others" in out + err
         assert "does not fit" in err
         until(server.is_gone)
+
+
+@pytest.mark.timeout(1800)
+def test_short_requests_while_replicas_are_killed(tmp_path: Path, model: Path) -> None:
+    """10,000 requests, 20 kills, and every request gets the text of its seed."""
+    total, kills, seeds = 10_000, 20, 8
+    counts: Counter[str] = Counter()
+    counting = threading.Lock()
+    up = {str(rank): 1.0 for rank in range(3)}
+    keys = ["serving=replicas", "cluster.ranks=3", "mesh.liveness=fast"]
+    with serving(tmp_path, *choice(model), *keys) as server:
+        until(lambda: rank_up(server.url) == up, START_S)
+        chat = f"{server.url}/v1/chat/completions"
+        fields = {"temperature": 1.0, "max_tokens": 8, "logit_bias": LONG["logit_bias"]}
+        bodies = [server.body(**fields, seed=seed) for seed in range(seeds)]
+
+        def text_of(answer: httpx.Response) -> str:
+            text: str = answer.json()["choices"][0]["message"]["content"]
+            return text
+
+        with httpx.Client(timeout=START_S) as client:
+            texts = [text_of(client.post(chat, json=body)) for body in bodies]
+        assert len(set(texts)) == seeds
+
+        def ask(first: int) -> None:
+            with httpx.Client(timeout=START_S) as client:
+                for number in range(first, total, 6):
+                    answer = client.post(chat, json=bodies[number % seeds])
+                    while answer.status_code == 503 and "retry-after" in answer.headers:
+                        time.sleep(0.2)
+                        answer = client.post(chat, json=bodies[number % seeds])
+                    assert answer.status_code == 200, answer.text
+                    is_right = text_of(answer) == texts[number % seeds]
+                    with counting:
+                        counts["right" if is_right else "wrong"] += 1
+
+        def is_due(kill: int) -> bool:
+            return counts.total() >= kill * total // kills and rank_up(server.url) == up
+
+        with ThreadPoolExecutor(6) as clients:
+            asked = [clients.submit(ask, first) for first in range(6)]
+            for kill in range(kills):
+                until(functools.partial(is_due, kill), 600)
+                server.worker(kill % 3).kill()
+            for one in asked:
+                one.result(timeout=600)
+        assert counts == {"right": total}
