@@ -65,7 +65,7 @@ class ExpertParallel(PartialModel, ClassicDP):
             memory_bytes=context.memory_bytes,
         )
         own = self.experts[self.collectives.index]
-        placed = (f"rank {rank} {one[0]} to {one[-1]}" for rank, one in enumerate(self.experts))
+        placed = (f"{one[0]} to {one[-1]} on rank {rank}" for rank, one in enumerate(self.experts))
         self.note = f"experts of every block: {', '.join(placed)}"
         group = new_group(self.context.mesh, self.collectives.ranks, "tokens")
         exchange = TokenExchange(group, self.experts, self.clock.wait)

@@ -52,7 +52,7 @@ class EngineBridge(Subscriber):
         self._silence = Silence(self._limit_s)
 
     def on_end(self) -> None:
-        """There is nobody to send to any more."""
+        """Requests have no rank left that takes them."""
         self._driver = None
 
     def on_message(self, rank: int, message: TaskMessage) -> None:

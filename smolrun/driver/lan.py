@@ -71,7 +71,7 @@ class LanNames:
         )
         if public := [one for one in self.addresses if ipaddress.ip_address(one).is_global]:
             yield (
-                f"warning: {public[0]} is a public address: whoever has the key may ask from the "
+                f"warning: {public[0]} is a public address: anyone with the key may ask from the "
                 "internet, and requests are not encrypted"
             )
 

@@ -49,8 +49,8 @@ class ReplicaLoader(Subscriber):
     """Has every rank load the whole model. `deliver(host, source)` returns the source for the ranks
     of a host and its folder there; it is called in a thread, and may raise any error.
 
-    `source_of(rank)` is what a new process loads. `on_refused` hears why a rank that answers has
-    not loaded a newer one."""
+    `source_of(rank)` is what a new process loads. `on_refused` gets the reason why a
+    rank that answers has not loaded a newer one."""
 
     topic = LOADING
 

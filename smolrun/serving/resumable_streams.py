@@ -217,7 +217,7 @@ class KeptStreams:
         if stream is not None and stream.reader is reader:
             stream.reader = None
             loop = asyncio.get_running_loop()
-            message = f"nobody came back for the answer within {KEEP_S:g} s"
+            message = f"the answer had no connection for {KEEP_S:g} s"
             stream.expiry = loop.call_later(KEEP_S, self._drop, key, message)
 
     def _check_new(self, key: _Key) -> None:

@@ -177,7 +177,7 @@ def _link(folder: RunFolder) -> str | None:
     summary = folder.summary()
     if summary.get("bind") != LAN:
         return None
-    with contextlib.suppress(SmolrunError):  # the server has its key, and nobody shows it
+    with contextlib.suppress(SmolrunError):  # the server has its key, which is not shown
         return link(str(summary.get("url")))
     return None
 
