@@ -44,6 +44,7 @@ _MOST_RANKS = 10_000
 _LOOK_S = 1.0  # between two looks at this machine's own addresses
 _REQUEST_MS = 500  # for what a short announcement left out
 _CLOSE_S = 3.0
+_ROLES: dict[str, Role] = {"coordinator": "coordinator", "joiner": "joiner"}
 _ID = re.compile(r"[0-9a-f]{8}")
 
 # Its warnings are about single interfaces; what matters becomes `problem`.
@@ -90,8 +91,8 @@ def parse(
         key.decode("ascii", "replace"): (value or b"").decode("utf-8", "replace")
         for key, value in properties.items()
     }
-    role = texts.get("role")
-    if texts.get("v") != "1" or (role != "coordinator" and role != "joiner"):
+    role = _ROLES.get(texts.get("role", ""))
+    if texts.get("v") != "1" or role is None:
         return None
     if not _ID.fullmatch(texts.get("id", "")) or not addresses:
         return None

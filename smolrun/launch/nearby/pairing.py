@@ -22,8 +22,10 @@ Protocols" (2005), as the package spake2 implements it (Ed25519's group).
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import hmac
+import platform
 import secrets
 import socket
 import ssl
@@ -35,8 +37,8 @@ from spake2 import SPAKE2_A, SPAKE2_B, SPAKEError
 
 from smolrun.errors import SmolrunError
 from smolrun.launch.nearby.codes import CodeKeeper, normalized
-from smolrun.launch.nearby.identity import (
-    Identity,
+from smolrun.launch.nearby.machine_key import (
+    MachineKey,
     client_context,
     fingerprint,
     is_signed,
@@ -81,72 +83,79 @@ class Paired:
     socket: ssl.SSLSocket
 
 
+@dataclass(frozen=True)
+class ThisMachine:
+    """What this side is, and whom it knows. `name` is USER@HOST, shown to the other side."""
+
+    key: MachineKey
+    remembered: RememberedMachines
+    name: str
+
+    @classmethod
+    def load(cls) -> ThisMachine:
+        """Of this account. SmolrunError as `MachineKey.load`."""
+        host = platform.node().partition(".")[0] or "unnamed"
+        try:
+            user = getpass.getuser()
+        except (KeyError, ImportError, OSError):  # an account without a name
+            user = "user"
+        return cls(MachineKey.load(), RememberedMachines(), f"{user}@{host}")
+
+
 def pair_as_joiner(
     sock: ssl.SSLSocket,
-    identity: Identity,
-    remembered: RememberedMachines,
+    me: ThisMachine,
     *,
-    machine: str,
     code: str | None,
-    remember: bool,
+    remember: bool = False,
     address: str = "",
     timeout_s: float = 20.0,
 ) -> Paired:
     """The joiner's side, after TLS's handshake. `code` as typed; None: try without.
 
-    CodeNeeded, WrongCode, PairingError. Nothing is closed here.
+    CodeNeeded, WrongCode, PairingError; SmolrunError if the coordinator has to be remembered and
+    cannot. Nothing is closed here.
     """
-    typed = None if code is None else normalized(code)
     messages = Messages(sock, timeout_s)
-    try:
-        server_key = public_key_of(sock)
-    except ValueError:
-        raise PairingError("the other side shows a certificate that cannot be read") from None
+    server_key = _key_of_server(sock)
     challenge = messages.receive(Challenge)
-    _require_same_version(challenge)
-    knows = remembered.has("coordinator", fingerprint(server_key))
+    if challenge.protocol != PROTOCOL or challenge.smolrun != version("smolrun"):
+        raise PairingError(_other_version(challenge.machine, challenge.smolrun))
+    knows = me.remembered.has("coordinator", fingerprint(server_key))
     pake = None
-    if typed is not None:
-        pake = SPAKE2_A(typed.encode(), *_identities(identity.public_key, server_key))
+    if code is not None:
+        names = _identities(me.key.public_key, server_key)
+        pake = SPAKE2_A(normalized(code).encode(), *names)
     hello = Hello(
         smolrun=version("smolrun"),
-        machine=machine,
-        public_key=identity.public_key,
-        signature=identity.sign(_signed_text(challenge.nonce, server_key)),
+        machine=me.name,
+        public_key=me.key.public_key,
+        signature=me.key.sign(_signed_text(challenge.nonce, server_key)),
         knows=knows,
         remember=remember,
         share=None if pake is None else pake.start(),
     )
     messages.send(hello)
-    if pake is None:
-        welcome = messages.receive(Welcome)
-        if not knows:
-            # Whoever answers so has no proof of anything.
-            raise CodeNeeded("the coordinator's key is not remembered here")
-    else:
+    if pake is not None:
         welcome = _exchange_as_joiner(messages, pake)
-    is_remembered = (welcome.remembers and remember) or (pake is None and knows)
-    if is_remembered and not knows:
-        remembered.add("coordinator", challenge.machine, fingerprint(server_key))
-    sock.settimeout(None)
-    return Paired(
-        machine=shown_name(challenge.machine),
-        cluster=shown_name(challenge.cluster),
-        fingerprint=fingerprint(server_key),
-        address=address,
-        by_code=pake is not None,
-        is_remembered=is_remembered,
-        socket=sock,
+    elif knows:
+        welcome = messages.receive(Welcome)
+    else:
+        messages.receive(Welcome)  # raises what an honest coordinator answers
+        raise CodeNeeded("the coordinator's key is not remembered here")
+    if remember and welcome.remembers and not knows:
+        me.remembered.add("coordinator", challenge.machine, fingerprint(server_key))
+    is_remembered = welcome.remembers and (remember or knows)
+    return _paired(
+        sock, hello, challenge.machine, challenge.cluster, server_key, address, is_remembered
     )
 
 
 def pair_as_coordinator(
     sock: ssl.SSLSocket,
-    identity: Identity,
-    remembered: RememberedMachines,
+    me: ThisMachine,
     *,
     cluster: str,
-    machine: str,
     codes: CodeKeeper,
     may_remember: bool = True,
     address: str = "",
@@ -156,36 +165,56 @@ def pair_as_coordinator(
     here."""
     messages = Messages(sock, timeout_s)
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    messages.send(Challenge(PROTOCOL, version("smolrun"), cluster, machine, nonce))
+    messages.send(Challenge(PROTOCOL, version("smolrun"), cluster, me.name, nonce))
     hello = messages.receive(Hello)
-    if not is_signed(hello.public_key, hello.signature, _signed_text(nonce, identity.public_key)):
+    if not is_signed(hello.public_key, hello.signature, _signed_text(nonce, me.key.public_key)):
         raise PairingError("the joiner does not hold the key that it names")
     if hello.smolrun != version("smolrun"):
         messages.send(Refused("version"))
         raise PairingError(_other_version(hello.machine, hello.smolrun))
-    knows = remembered.has("joiner", fingerprint(hello.public_key))
+    knows = me.remembered.has("joiner", fingerprint(hello.public_key))
     mac = None
     if hello.share is not None:
-        mac = _exchange_as_coordinator(messages, identity, hello, codes, address)
+        mac = _exchange_as_coordinator(messages, me.key, hello, codes, address)
     elif not (knows and hello.knows):
         messages.send(Refused("code_needed"))
         raise CodeNeeded(f"{shown_name(hello.machine)} has to type the code")
     remembers = knows
     if hello.remember and may_remember and not knows:
         with contextlib.suppress(SmolrunError):  # the joiner sees that it needs a code next time
-            remembered.add("joiner", hello.machine, fingerprint(hello.public_key))
+            me.remembered.add("joiner", hello.machine, fingerprint(hello.public_key))
             remembers = True
     messages.send(Welcome(mac, remembers))
+    is_remembered = remembers and (hello.remember or hello.knows)
+    return _paired(sock, hello, hello.machine, cluster, hello.public_key, address, is_remembered)
+
+
+def _paired(
+    sock: ssl.SSLSocket,
+    hello: Hello,
+    machine: str,
+    cluster: str,
+    public_key: bytes,
+    address: str,
+    is_remembered: bool,
+) -> Paired:
     sock.settimeout(None)
     return Paired(
-        machine=shown_name(hello.machine),
-        cluster=cluster,
-        fingerprint=fingerprint(hello.public_key),
+        machine=shown_name(machine),
+        cluster=shown_name(cluster),
+        fingerprint=fingerprint(public_key),
         address=address,
-        by_code=mac is not None,
-        is_remembered=remembers and (hello.remember or hello.knows),
+        by_code=hello.share is not None,
+        is_remembered=is_remembered,
         socket=sock,
     )
+
+
+def _key_of_server(sock: ssl.SSLSocket) -> bytes:
+    try:
+        return public_key_of(sock)
+    except ValueError:
+        raise PairingError("the other side shows a certificate that cannot be read") from None
 
 
 def _exchange_as_joiner(messages: Messages, pake: SPAKE2_A) -> Welcome:
@@ -200,7 +229,7 @@ def _exchange_as_joiner(messages: Messages, pake: SPAKE2_A) -> Welcome:
 
 
 def _exchange_as_coordinator(
-    messages: Messages, identity: Identity, hello: Hello, codes: CodeKeeper, address: str
+    messages: Messages, own_key: MachineKey, hello: Hello, codes: CodeKeeper, address: str
 ) -> bytes:
     """The HMAC for Welcome, once the joiner's is right."""
     try:
@@ -210,7 +239,7 @@ def _exchange_as_coordinator(
         raise
     is_right = False
     try:
-        names = _identities(hello.public_key, identity.public_key)
+        names = _identities(hello.public_key, own_key.public_key)
         pake = SPAKE2_B(code.encode(), *names)
         share = pake.start()
         key = _key(pake, hello.share or b"")
@@ -229,10 +258,8 @@ def _exchange_as_coordinator(
 def connect(
     addresses: Sequence[str],
     port: int,
-    identity: Identity,
-    remembered: RememberedMachines,
+    me: ThisMachine,
     *,
-    machine: str,
     code: str | None,
     remember: bool = False,
     timeout_s: float = 20.0,
@@ -240,35 +267,30 @@ def connect(
     """Join the coordinator at the first of its addresses that answers; as `pair_as_joiner`, and
     the connection is closed on an error. WrongCode at once for what cannot be a code."""
     code = None if code is None else normalized(code)
-    context = client_context()
     reasons = []
     for address in addresses:
         try:
-            plain = socket.create_connection((address, port), timeout=_CONNECT_S)
+            sock = _tls_to(address, port)
         except OSError as error:
             reasons.append(f"{address} port {port}: {reason(error)}")
             continue
         try:
-            sock = context.wrap_socket(plain)  # within the same timeout
-        except OSError as error:
-            plain.close()
-            reasons.append(f"{address} port {port}: no TLS: {reason(error)}")
-            continue
-        try:
             return pair_as_joiner(
-                sock,
-                identity,
-                remembered,
-                machine=machine,
-                code=code,
-                remember=remember,
-                address=address,
-                timeout_s=timeout_s,
+                sock, me, code=code, remember=remember, address=address, timeout_s=timeout_s
             )
         except BaseException:
             sock.close()
             raise
     raise PairingError("; ".join(reasons) or "it announces no address")
+
+
+def _tls_to(address: str, port: int) -> ssl.SSLSocket:
+    plain = socket.create_connection((address, port), timeout=_CONNECT_S)
+    try:
+        return client_context().wrap_socket(plain)  # within the same timeout
+    except BaseException:
+        plain.close()
+        raise
 
 
 def _key(pake: SPAKE2_A | SPAKE2_B, share: bytes) -> bytes:
@@ -288,11 +310,6 @@ def _signed_text(nonce: bytes, coordinator_key: bytes) -> bytes:
 
 def _mac(key: bytes, role: Role, digest: bytes) -> bytes:
     return hmac.digest(key, role.encode() + digest, "sha256")
-
-
-def _require_same_version(challenge: Challenge) -> None:
-    if challenge.protocol != PROTOCOL or challenge.smolrun != version("smolrun"):
-        raise PairingError(_other_version(challenge.machine, challenge.smolrun))
 
 
 def _other_version(machine: str, theirs: str) -> str:

@@ -1,7 +1,6 @@
 """The coordinator's port for machines that want to join: codes, limits, and a thread for each.
 
-    server = PairingServer(identity, remembered, cluster=..., machine=..., on_code=print,
-                           on_paired=take)
+    server = PairingServer(ThisMachine.load(), cluster="home", on_code=print, on_paired=take)
     server.port, server.code
     server.close()
 
@@ -23,9 +22,7 @@ from collections.abc import Callable
 
 from smolrun.errors import SmolrunError
 from smolrun.launch.nearby.codes import CodeKeeper
-from smolrun.launch.nearby.identity import Identity
-from smolrun.launch.nearby.pairing import Paired, pair_as_coordinator
-from smolrun.launch.nearby.remembered import RememberedMachines
+from smolrun.launch.nearby.pairing import Paired, ThisMachine, pair_as_coordinator
 
 _OPEN = 32  # connections that are not paired yet
 _OPEN_PER_ADDRESS = 4
@@ -42,11 +39,9 @@ class PairingServer:
 
     def __init__(
         self,
-        identity: Identity,
-        remembered: RememberedMachines,
+        me: ThisMachine,
         *,
         cluster: str,
-        machine: str,
         on_code: Callable[[str], None],
         on_paired: Callable[[Paired], None],
         on_refused: Callable[[str], None] = lambda why: None,
@@ -54,15 +49,13 @@ class PairingServer:
         port: int = 0,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        self._identity = identity
-        self._remembered = remembered
+        self._me = me
         self._cluster = cluster
-        self._machine = machine
         self._on_paired = on_paired
         self._on_refused = on_refused
         self._may_remember = may_remember
         self._timeout_s = timeout_s
-        self._context = identity.server_context()
+        self._context = me.key.server_context()
         self._lock = threading.Lock()
         self._open: OrderedDict[ssl.SSLSocket, str] = OrderedDict()  # oldest first -> its address
         self._last_refusal = float("-inf")
@@ -130,10 +123,8 @@ class PairingServer:
             sock.do_handshake()
             paired = pair_as_coordinator(
                 sock,
-                self._identity,
-                self._remembered,
+                self._me,
                 cluster=self._cluster,
-                machine=self._machine,
                 codes=self._codes,
                 may_remember=self._may_remember,
                 address=host,

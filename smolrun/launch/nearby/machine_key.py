@@ -1,7 +1,7 @@
 """The key of this account on this machine, which paired machines may remember.
 
-    Identity.load()  -> the key of the configuration folder, made at the first use
-    Identity.make()  -> a key that is gone with this process
+    MachineKey.load()  -> the key of the configuration folder, made at the first use
+    MachineKey.make()  -> a key that is gone with this process
 
 A coordinator shows it as a self-signed TLS certificate. A joiner proves it by a signature, since
 Python's ssl gives a server no certificate of a client that no known authority signed. The
@@ -33,7 +33,7 @@ _MAX_FILE_BYTES = 16 << 10  # a key and a certificate of P-256 take 1 KiB
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
 
-class Identity:
+class MachineKey:
     """A private key (P-256) and its certificate. `public_key` is DER (SubjectPublicKeyInfo)."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
@@ -42,7 +42,7 @@ class Identity:
         self.public_key = _der(key.public_key())
 
     @classmethod
-    def make(cls) -> Identity:
+    def make(cls) -> MachineKey:
         """A new one, in memory."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "smolrun")])
@@ -57,7 +57,7 @@ class Identity:
         return cls(key, builder.sign(key, hashes.SHA256()))
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Identity:
+    def load(cls, path: Path | None = None) -> MachineKey:
         """The one of this account, made if there is none. SmolrunError if it cannot be kept."""
         path = path or platformdirs.user_config_path("smolrun") / "nearby" / "identity.pem"
         try:
@@ -121,7 +121,7 @@ def public_key_of(sock: ssl.SSLSocket) -> bytes:
 
 
 def is_signed(public_key: bytes, signature: bytes, data: bytes) -> bool:
-    """Whether `Identity.sign` of that key's owner returned `signature` for `data`."""
+    """Whether `MachineKey.sign` of that key's owner returned `signature` for `data`."""
     try:
         key = serialization.load_der_public_key(public_key)
         if not isinstance(key, ec.EllipticCurvePublicKey):
