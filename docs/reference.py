@@ -101,6 +101,8 @@ jobs of sweeps |
 | `model/` | The shape of a model of transformers, for `task=export` |
 | `logs/rank0-local.log` | What each rank printed, one file a rank, with the name of its host; \
 the newest 32 MiB, and the 32 MiB before them in `rank0-local.log.1` |
+| `logs/rank0-local.jsonl`, `logs/driver.jsonl` | The same as JSON, a record a line, and what the \
+driver said: `task=logs` shows all in one order, see [logging](logging.md) |
 | `wandb/`, `tensorboard/` | Only with these trackers, see [tracking](tracking.md) |
 | `bench.jsonl` | Only for `task=bench`, instead of metrics and summary: one result a line |
 | `comparison.html`, `.md`, `.csv` | Not in the folder but beside the runs, or in the sweep's: see \

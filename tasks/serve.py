@@ -33,6 +33,7 @@ def drive(config: RunConfig) -> int:
     from smolrun.driver.outputs import make_folder, nothing_started
     from smolrun.driver.preflight import check_before_start
     from smolrun.driver.serving import ServingRun, dry_run
+    from smolrun.launch.rank_log import DriverLog
     from smolrun.tracking.console import Console
 
     check_before_start(config)
@@ -47,6 +48,7 @@ def drive(config: RunConfig) -> int:
         with nothing_started():
             # outputs/latest stays with what was trained, which model.run=latest means.
             folder = make_folder(config, f"serve-{run.source.name}")
+            console.log = DriverLog(folder.driver_records).write
             console.say(f"{run.source.name} is loaded, then served at {run.url}")
             begin_driving(folder, steps=0, unit="tokens", uses=run.cached_files())
         served = _Served(run, folder, console)
@@ -122,6 +124,7 @@ class _Served:
         with contextlib.suppress(OSError):
             self._folder.write_summary({**how, **why, **self._facts()})
         if outcome.exit_code == EXIT_FAILED:
+            self._console.log(f"error: {outcome.reason}")
             echo(indented(f"smolrun: {outcome.reason}"), error=True)
             for line in outcome.log_tail:
                 echo(f"  | {one_line(line)}", error=True)

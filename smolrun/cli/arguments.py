@@ -34,8 +34,10 @@ HOME = re.compile(r"(?<=[=,\[])~((?:/[^,\]]*)?)(?=[,\]]|$)")
 PLAIN = re.compile(r"^[\w./-]+$", re.ASCII)  # Hydra reads this as it is
 VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
 # Whatever is typed is text.
-VERBATIM = ("chat.system", "compare.runs", "compare.sweep", "generate.prompt")
-RUNS = ("attach.run", "checkpoint.resume", "model.run", "stop.run", "sweep.resume")  # names of runs
+VERBATIM = ("chat.system", "compare.runs", "compare.sweep", "generate.prompt", "logs.since")
+RUNS = (  # names of runs
+    *("attach.run", "checkpoint.resume", "logs.run", "model.run", "stop.run", "sweep.resume"),
+)
 # Hydra's marks of calls, mappings, quotes, escapes and interpolations.
 MARKS = re.compile(r"""[(){}'"\\$]""")
 ENTRY = re.compile(r"[^\[\],\s](?:[^\[\],]*[^\[\],\s])?")  # between the marks of a list

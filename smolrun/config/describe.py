@@ -21,7 +21,6 @@ PLAIN = {
     type(None): "null",
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "task": ("logs",),
     "algorithm": ("diloco",),
     "mesh": ("torch",),
     "mesh.kind": ("torch",),

@@ -24,6 +24,7 @@ from smolrun.config.settings import (
     DoctorConfig,
     ExportConfig,
     GenerateConfig,
+    LogsConfig,
     MeshConfig,
     QuantizationConfig,
     ServingConfig,
@@ -56,6 +57,7 @@ class RunConfig(Section):
         "doctor",
         "status",
         "attach",
+        "logs",
         "stop",
         "clean",
         "compare",
@@ -90,6 +92,7 @@ class RunConfig(Section):
     compare: CompareConfig
     doctor: DoctorConfig
     generate: GenerateConfig
+    logs: LogsConfig
     status: StatusConfig
     stop: ChosenRunConfig
     trust: TrustConfig

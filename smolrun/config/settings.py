@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from smolrun.config.base import Auto, Count, Name, Natural, NotNegative, Positive, Section, Share
+from smolrun.log_records import since
 
 TensorSizes = Annotated[list[Count], Field(min_length=1)]  # bytes
 WorldSizes = Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
@@ -320,6 +322,24 @@ class DoctorConfig(Section):
 class StatusConfig(Section):
     """Keys of `task=status`."""
 
+    format: Literal["text", "json"]
+
+
+def _is_time(text: str) -> str:
+    since(text, datetime.now().astimezone())
+    return text
+
+
+class LogsConfig(Section):
+    """Keys of `task=logs`."""
+
+    run: Name
+    follow: bool
+    rank: Natural | list[Natural] | None
+    level: Literal["debug", "info", "warning", "error"] | None
+    since: Annotated[str, AfterValidator(_is_time)] | None = Field(
+        json_schema_extra={"allowed": "null, or a time like 10m, 2h, 1d or 2026-12-31T18:00"}
+    )
     format: Literal["text", "json"]
 
 

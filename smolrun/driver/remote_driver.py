@@ -15,20 +15,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import msgspec
 
 from smolrun.checkpoints.run_names import latest_name, run_folder
-from smolrun.config import RunConfig, redacted
+from smolrun.config import RunConfig, ranks, redacted, validate
 from smolrun.config.models import HuggingFaceConfig, TrainedConfig
 from smolrun.driver.detach import FOLDER, how_to_go_on, with_words
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import become_latest
 from smolrun.driver.prepare import with_pinned_model
-from smolrun.errors import CheckpointError, HostError, SmolrunError
+from smolrun.errors import CheckpointError, ConfigError, HostError, ProtocolError, SmolrunError
+from smolrun.files import read_yaml
+from smolrun.launch.control import LineSplitter
 from smolrun.launch.delivery.code_archive import code_archive
 from smolrun.launch.delivery.provision import (
     ProvisionedHost,
@@ -41,13 +43,17 @@ from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.shell import command, environment_input
 from smolrun.launch.ssh.connect import open_machine
 from smolrun.launch.supervisor_events import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED
+from smolrun.log_records import LogRecord
+from smolrun.log_records import decode as decode_record
 from smolrun.sanitize import echo, without_credentials_in
 from smolrun.tracking.jsonl import MAX_METRICS_BYTES
+from smolrun.tracking.logs import LogQuery, LogRequest
 from smolrun.tracking.run_folder import MAX_SUMMARY_BYTES, OUTPUTS, RUN_ID, RunFolder, sign
 from smolrun.tracking.run_view import Request, View, decode
 
 _ANSWER_S = 30.0
 _MAX_LOG_BYTES = 1 << 30
+_MAX_RANK_LOG_BYTES = 64 << 20
 # Files and their limits; the last one says that all are here.
 _AFTERWARDS = {
     "metrics.jsonl": MAX_METRICS_BYTES,
@@ -257,6 +263,31 @@ class RemoteRun:
             raise
         return view
 
+    def logs(self, query: LogQuery) -> Iterator[LogRecord | None]:
+        """As `read_logs` there. HostError if the host does not answer, or no longer."""
+        remote = self._remote
+        self._machine = machine = self._machine or open_machine(remote.host)
+        env = {**remote.host.env, **remote.env}
+        argv = [remote.python, "-P", "-m", "smolrun.tracking.logs"]
+        process = machine.connection.start(command(machine.shell, argv, env=env))
+        try:
+            request = msgspec.json.encode(LogRequest(remote.folder, query)) + b"\n"
+            process.write(environment_input(machine.shell, env) + request)
+            splitter = LineSplitter()
+            while data := process.read_out():
+                for line in splitter.feed(data):
+                    if not line or (record := decode_record(line)) is not None:
+                        yield record if line else None
+            if process.wait() != 0:
+                what = (
+                    f"the logs of {self._folder.run_id} end here: {error_tail(process.read_err())}"
+                )
+                raise HostError(remote.host.name, what)
+        except ProtocolError as error:
+            raise HostError(remote.host.name, str(error)) from None
+        finally:
+            process.close()
+
     def _become_latest(self) -> None:
         """It has begun to train. A newer run stays the latest."""
         if latest_name(OUTPUTS) < self._folder.run_id:
@@ -268,13 +299,23 @@ class RemoteRun:
         if view.state == "died" or not view.summary or self._folder.summary():
             return
         clear_all({machine.name: machine}, self._remote.code_of)
-        for name, most_bytes in _AFTERWARDS.items():
+        self._folder.logs.mkdir(exist_ok=True)
+        for name, most_bytes in {**self._log_files(), **_AFTERWARDS}.items():
             with contextlib.suppress(OSError, HostError):  # of no worth against an answer
                 machine.get(
                     f"{self._remote.folder}/{name}",
                     self._folder.path / name,
                     most_bytes=most_bytes,
                 )
+
+    def _log_files(self) -> dict[str, int]:
+        """The names of the newest logs, by the configuration that was sent there."""
+        with contextlib.suppress(OSError, ValueError, ConfigError):
+            config = validate(msgspec.yaml.decode(read_yaml(self._folder.config)))
+            paths = [self._folder.log(rank.rank, rank.host) for rank in ranks(config)]
+            records = [path.with_suffix(".jsonl") for path in [*paths, self._folder.driver_records]]
+            return {f"logs/{path.name}": _MAX_RANK_LOG_BYTES for path in [*paths, *records]}
+        return {}
 
     def close(self) -> None:
         """End the connection."""

@@ -100,6 +100,7 @@ class RunSummary:
             )
         console.show_end(dataclasses.replace(end, folder=str(self.folder.path), commands=commands))
         if outcome.status == "failed":
+            console.log(f"error: {outcome.reason}")
             with contextlib.suppress(OSError):  # stderr is closed
                 self._complain(outcome)
 

@@ -16,8 +16,10 @@ from smolrun.config import RunConfig, validate, world_size
 from smolrun.config.suggest import problem
 from smolrun.errors import CheckpointError, ConfigError, HostError
 from smolrun.files import read_yaml
+from smolrun.log_records import LogRecord
 from smolrun.sanitize import echo
 from smolrun.tracking import past_runs
+from smolrun.tracking.logs import LogQuery, read_logs
 from smolrun.tracking.past_runs import PastRun
 from smolrun.tracking.run_folder import LATEST, OUTPUTS, RunFolder
 from smolrun.tracking.run_view import Request, View, answer
@@ -128,13 +130,30 @@ def url_of(run: OpenRun, view: View) -> str | None:
 @contextmanager
 def opened(folder: RunFolder) -> Iterator[OpenRun]:
     """The run, to look at; HostError where another machine drives it and does not answer."""
-    if not folder.is_driven_elsewhere or folder.driver() or folder.summary():
+    if _is_here(folder):
         yield OpenRun(folder, lambda request: _ask_here(folder, request), _HERE_EVERY_S)
         return
     from smolrun.driver.remote_driver import remote_run  # loads the SSH library
 
     with closing(remote_run(folder)) as remote:
         yield OpenRun(folder, remote.ask, _THERE_EVERY_S, remote.host)
+
+
+def logs_of(folder: RunFolder, query: LogQuery) -> Iterator[LogRecord | None]:
+    """The records of a run as `read_logs` gives them, wherever its files are; HostError where
+    another machine drives it and does not answer."""
+    if _is_here(folder):
+        yield from read_logs(folder, query)
+        return
+    from smolrun.driver.remote_driver import remote_run  # loads the SSH library
+
+    with closing(remote_run(folder)) as remote:
+        yield from remote.logs(query)
+
+
+def _is_here(folder: RunFolder) -> bool:
+    """Whether its files are on this machine: the run was driven here, or they were fetched."""
+    return bool(not folder.is_driven_elsewhere or folder.driver() or folder.summary())
 
 
 def _ask_here(folder: RunFolder, request: Request) -> View:

@@ -36,6 +36,7 @@ from smolrun.driver.trackers import RunTrackers
 from smolrun.errors import HostError, HostErrors
 from smolrun.events import Event, RunStarted, StepDone
 from smolrun.launch.driver import Subscriber
+from smolrun.launch.rank_log import DriverLog
 from smolrun.launch.streams import StreamServer
 from smolrun.launch.supervisor import Limits
 from smolrun.launch.supervisor_events import RunOutcome
@@ -108,6 +109,7 @@ class TrainingRun(Subscriber):
             self._console.go_on(self._resume.time_s, world_size(self._config))
             folder = self._resume.folder
             restore_folder(self._resume, self._config, self._console.say, self._undo)
+        self._console.log = DriverLog(folder.driver_records).write
         begin_driving(folder, steps=self._config.training.steps, unit=self._console.unit)
         return folder
 

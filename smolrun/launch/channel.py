@@ -2,9 +2,9 @@
 
 A worker lives only as long as its driver wants it to. The end of stdin, a pipe that breaks, or too
 long a silence all mean that the driver is gone, and the process ends at once, so that no
-orphan ever stays on a host. Knows nothing of tasks, torch or the mesh. Two threads:
+orphan ever stays on a host. Knows nothing of tasks, torch or the mesh. Three threads:
 "smolrun-control" reads stdin by plain `os.read`, because Windows has no select on pipes;
-"smolrun-lease" watches the silence.
+"smolrun-lease" watches the silence; "smolrun-clock" answers leases, which may block.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from smolrun.launch.control import (
     LEASE_LIMIT_S,
     AbortMessage,
     Address,
+    ClockMessage,
     DriverMessage,
     ErrorReport,
     EventMessage,
+    LeaseMessage,
     LineSplitter,
     LogMessage,
     LostMessage,
@@ -45,11 +47,11 @@ from smolrun.launch.control import (
     StartMessage,
     StopMessage,
     TaskMessage,
-    cut,
     decode_from_driver,
     encode,
     task_message,
 )
+from smolrun.log_records import cut
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +88,11 @@ class WorkerChannel:
         self._unhandled: list[TaskMessage] = []
         self._stop_callbacks: list[Callable[[], None]] = []
         self._lease_renewed = threading.Event()
+        self._timed: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         threading.Thread(target=self._listen, name="smolrun-control", daemon=True).start()
         threading.Thread(target=self._watch_lease, name="smolrun-lease", daemon=True).start()
+        threading.Thread(target=self._answer_leases, name="smolrun-clock", daemon=True).start()
 
     @classmethod
     def take_stdio(cls, *, lease_limit_s: float = LEASE_LIMIT_S) -> WorkerChannel:
@@ -239,6 +243,9 @@ class WorkerChannel:
             self._heard.put(message)
             for callback in callbacks:
                 callback()
+        elif isinstance(message, LeaseMessage):
+            if message.sent_s is not None:
+                self._timed.put((message.sent_s, time.time()))
         elif isinstance(message, StartMessage | RosterMessage):
             self._heard.put(message)
         elif isinstance(message, RegroupMessage):
@@ -252,6 +259,11 @@ class WorkerChannel:
                     self._unhandled.append(message)
             if handler is not None:
                 handler(message)
+
+    def _answer_leases(self) -> None:
+        """The time of this host; a thread of its own, as the driver may read nothing for long."""
+        while (timed := self._timed.get()) is not None:
+            self._send(ClockMessage(*timed, answered_s=time.time()))
 
     def _watch_lease(self) -> None:
         """Sum up the silence in ticks of this thread, not by the clock.
@@ -278,6 +290,7 @@ class WorkerChannel:
         if self._ended.is_set():
             return
         self._ended.set()
+        self._timed.put(None)
         # A frozen driver does not empty the log pipe: do not wait for it.
         _at_most(_LAST_ACTS_S, lambda: _write_log(f"smolrun worker ends: {why}\n"))
         self._end_process(code)

@@ -8,6 +8,7 @@ processes, threads or clocks (`channel.py` is the worker's end, `worker_monitor.
       | <------------ ready (its addresses) --- |
       | -- roster (everybody's addresses) ----> |
       | -- lease, every 2 s ------------------> |   15 s without one: the worker ends itself
+      | <------------------------------ clock - |   what time it was here when that arrived
       | <---------------------- event, log ---- |
       | <------------------------------ task -> |   data of the running task, either way
       | -- stop (agree on a last step) -------> |
@@ -30,7 +31,7 @@ import msgspec
 from msgspec import Meta
 
 from smolrun.errors import ProtocolError
-from smolrun.events import MAX_TEXT_CHARS, AnyEvent, Count, NonNegative, Text
+from smolrun.events import AnyEvent, Count, NonNegative, Text
 from smolrun.mesh.certificates import Credentials
 
 # A start line holds a configuration and a roster, a few KiB; the largest honest line is a text
@@ -142,7 +143,9 @@ class RegroupMessage(Message, frozen=True, tag="regroup"):
 
 
 class LeaseMessage(Message, frozen=True, tag="lease"):
-    """The driver is alive."""
+    """The driver is alive. `sent_s`: its clock, which the worker answers with a ClockMessage."""
+
+    sent_s: NonNegative | None = None
 
 
 class StopMessage(Message, frozen=True, tag="stop"):
@@ -188,17 +191,20 @@ class TaskMessage(Message, frozen=True, tag="task"):
     data: msgspec.Raw
 
 
+class ClockMessage(Message, frozen=True, tag="clock"):
+    """Answers a lease: `sent_s` of that, and when the worker received and answered it by its own
+    clock, in seconds since 1970."""
+
+    sent_s: NonNegative
+    received_s: NonNegative
+    answered_s: NonNegative
+
+
 class LogMessage(Message, frozen=True, tag="log"):
     """A sentence for people; everything longer goes to stderr and so to the rank's log file."""
 
     level: Literal["debug", "info", "warning", "error"]
     message: Text
-
-
-def cut(text: str) -> str:
-    """The text, without its end where that is too long for a message; the rank's log has it."""
-    end = " ... (cut)"
-    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - len(end)] + end
 
 
 OUT_OF_MEMORY = "OutOfMemory"  # the kind of an ErrorReport that says that memory was full
@@ -255,7 +261,15 @@ DriverMessage = (
     | StopMessage
     | AbortMessage
 )
-WorkerMessage = ReadyMessage | LostMessage | EventMessage | TaskMessage | LogMessage | ResultMessage
+WorkerMessage = (
+    ReadyMessage
+    | LostMessage
+    | EventMessage
+    | TaskMessage
+    | ClockMessage
+    | LogMessage
+    | ResultMessage
+)
 
 _driver_decoder: msgspec.json.Decoder[DriverMessage] = msgspec.json.Decoder(DriverMessage)
 _worker_decoder: msgspec.json.Decoder[WorkerMessage] = msgspec.json.Decoder(WorkerMessage)

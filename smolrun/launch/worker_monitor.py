@@ -9,11 +9,10 @@ decides nothing.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
@@ -21,6 +20,7 @@ from smolrun.checkpoints.manifest import read_report
 from smolrun.errors import CheckpointError, ProtocolError
 from smolrun.events import Note, ShardSaved, check_sender
 from smolrun.launch.control import (
+    ClockMessage,
     EventMessage,
     LeaseMessage,
     LineSplitter,
@@ -36,6 +36,7 @@ from smolrun.launch.control import (
     encode,
 )
 from smolrun.launch.hosts import WorkerHost, WorkerPlan, WorkerProcess
+from smolrun.launch.rank_log import RankLog
 from smolrun.launch.supervisor_events import (
     Exited,
     Input,
@@ -48,17 +49,11 @@ from smolrun.launch.supervisor_events import (
     WorkerReady,
 )
 
-_TAIL_LINES = 20
-_TAIL_LINE_CHARS = 400
 # A pipe ends with its worker; only a child that left the process group could hold it longer.
 _DRAIN_S = 1.0
-_LEASE = encode(LeaseMessage())
 # Notes of one worker: an honest one sends a few. Each is printed and written to metrics.jsonl; the
 # worker's own log has all of them.
 _MOST_NOTES = 1000
-# Of a log file of a rank, before it is rotated: this one and the one before it are kept, with the
-# newest lines. An honest log of a day has a few MiB.
-_LOG_BYTES = 32 << 20
 
 
 class WorkerMonitor:
@@ -75,9 +70,10 @@ class WorkerMonitor:
         self._process: WorkerProcess | None = None
         self._doomed = False
         self._closing = False
-        self._outbox: deque[tuple[bytes, Callable[[], None] | None]] = deque()
+        # None is a lease, which is made when it is sent, as it holds the time.
+        self._outbox: deque[tuple[bytes | None, Callable[[], None] | None]] = deque()
         self._num_notes = 0
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._log = RankLog(plan.log_path, plan.rank, plan.host)
         self._life = self._thread("life", self._live)
 
     def begin(self) -> None:
@@ -92,8 +88,8 @@ class WorkerMonitor:
     def renew_lease(self) -> None:
         """Queue a lease, unless one still waits: a frozen worker must not fill the memory."""
         with self._lock:
-            if (_LEASE, None) not in self._outbox:
-                self._queue(_LEASE)
+            if (None, None) not in self._outbox:
+                self._queue(None)
 
     def kill(self) -> None:
         """End the worker now; if it is only just starting, as soon as it is there."""
@@ -117,15 +113,14 @@ class WorkerMonitor:
     @property
     def tail(self) -> list[str]:
         """The last lines of the rank's log."""
-        with self._lock:
-            return list(self._tail)
+        return self._log.tail
 
     def _thread(self, what: str, target: Callable[..., None], *args: object) -> threading.Thread:
         return threading.Thread(
             target=target, args=args, name=f"smolrun-rank{self.plan.rank}-{what}", daemon=True
         )
 
-    def _queue(self, line: bytes, on_sent: Callable[[], None] | None = None) -> None:
+    def _queue(self, line: bytes | None, on_sent: Callable[[], None] | None = None) -> None:
         with self._lock:
             self._outbox.append((line, on_sent))
             self._lock.notify_all()
@@ -161,13 +156,13 @@ class WorkerMonitor:
         with contextlib.suppress(OSError):  # the worker is gone: its exit code is reported
             while (next_line := self._next_line()) is not None:
                 line, on_sent = next_line
-                process.write(line)
+                process.write(encode(LeaseMessage(time.time())) if line is None else line)
                 if on_sent is not None:
                     on_sent()
         with contextlib.suppress(OSError):
             process.close_input()
 
-    def _next_line(self) -> tuple[bytes, Callable[[], None] | None] | None:
+    def _next_line(self) -> tuple[bytes | None, Callable[[], None] | None] | None:
         """The next line to write, waited for; None when the worker has ended."""
         with self._lock:
             self._lock.wait_for(lambda: self._outbox or self._closing)
@@ -185,7 +180,11 @@ class WorkerMonitor:
                 pass  # a full pipe would keep it from dying in its own way
 
     def _hear(self, line: bytes) -> None:
-        item = _checked(decode_from_worker(line), self.plan.start)
+        message = decode_from_worker(line)
+        if isinstance(message, ClockMessage):
+            self._log.clock.add(message, time.time())
+            return
+        item = _checked(message, self.plan.start)
         if isinstance(item, Reported) and isinstance(item.event, Note):
             self._num_notes += 1
             if self._num_notes > _MOST_NOTES:
@@ -193,31 +192,19 @@ class WorkerMonitor:
             if self._num_notes == _MOST_NOTES:
                 text = f"has sent {_MOST_NOTES:,} messages; further ones are in its log alone"
                 item = Reported(item.rank, Note("warning", text, item.rank))
+        if isinstance(item, WorkerReady):
+            self.renew_lease()  # its clock is known before it has much to say
         self._post(item, len(line))
 
     def _read_log(self, process: WorkerProcess) -> None:
-        file = self._open_log()
-        rest = ""
-        while data := process.read_log():
-            if file is not None and not file.write(data):
-                file = None  # a full disk ends the log, but neither the run nor the reading
-            *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
-            rest = _shown(rest)
-            with self._lock:
-                self._tail.extend(_shown(line) for line in lines)
-        if rest:
-            with self._lock:
-                self._tail.append(rest)
-        if file is not None:
-            file.close()
-
-    def _open_log(self) -> _LogFile | None:
         try:
-            return _LogFile(self.plan.log_path)
+            self._log.open()
         except OSError as error:
             note = f"no log of rank {self.plan.rank}: {error}"
             self._post(Reported(self.plan.rank, Note("warning", note, self.plan.rank)), 0)
-            return None
+        while data := process.read_log():
+            self._log.feed(data, time.time())
+        self._log.close(time.time())
 
 
 def _checked(message: WorkerMessage, start: StartMessage) -> Input:
@@ -244,6 +231,7 @@ def _checked(message: WorkerMessage, start: StartMessage) -> Input:
             raise ProtocolError(f"lost rank {message.peer}, which is no peer of it")
         known = (message.generation, message.reason, message.reported_by)
         return PeerReported(rank, message.peer, *known)
+    assert not isinstance(message, ClockMessage), "which is no input of the supervisor"
     for link in msgspec.convert(message.summary, Summary).links:
         if link.from_ != rank or link.to >= start.world_size:
             raise ProtocolError(f"measured a link of rank {link.from_} to rank {link.to}")
@@ -258,39 +246,3 @@ def _check_report(event: ShardSaved) -> None:
         raise ProtocolError(f"reports a checkpoint that cannot be: {error}") from None
     if reporter != event.rank:
         raise ProtocolError(f"reports what rank {reporter} saved")
-
-
-def _shown(line: str) -> str:
-    """What a terminal would still show of the line: progress bars overwrite themselves."""
-    return line.rstrip("\r").rsplit("\r", 1)[-1][-_TAIL_LINE_CHARS:]
-
-
-class _LogFile:
-    """The log of a rank. When it is full it becomes `<name>.1`, in the place of an older one."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it for appending; OSError if that is impossible."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, data: bytes) -> bool:
-        """False if the disk does not take it."""
-        try:
-            if self._file.tell() + len(data) > _LOG_BYTES:
-                self._rotate()
-            self._file.write(data)
-        except OSError:
-            return False
-        return True
-
-    def _rotate(self) -> None:
-        self._file.close()
-        older = self._path.with_name(f"{self._path.name}.1")
-        os.replace(self._path, older)
-        self._file = self._path.open("ab", buffering=0)
-        self._file.write(f"(continued from {older.name}; older lines were removed)\n".encode())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()

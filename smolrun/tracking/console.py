@@ -63,6 +63,7 @@ class Console:
     ) -> None:
         """`steps` of the whole run, of `batch_size` samples each. `names_slowest`: the slowest rank
         is shown, as the others wait for it."""
+        self.log: Callable[[str], object] = lambda text: None  # gets each line that is not a rank's
         self.unit = "tokens"  # what is counted per second; "samples" where there is no text
         self._steps = steps
         self._world_size = world_size
@@ -113,17 +114,19 @@ class Console:
         self._quietly(self._end_bar)
 
     def _quietly(self, act: Callable[[], None]) -> None:
-        if self._is_broken:
-            return
         try:
             act()
         except Exception:  # a closed terminal, a full disk, an encoding: none ends a run
             self._is_broken = True
+            self.is_live = False
             self._bar = None
             _let_go(self._stream)
 
-    def _print(self, text: str) -> None:
-        self._rich.print(self._encodable(indented(text)), soft_wrap=True)
+    def _print(self, text: str, *, is_logged: bool = True) -> None:
+        if is_logged:
+            self.log(text)
+        if not self._is_broken:
+            self._rich.print(self._encodable(indented(text)), soft_wrap=True)
 
     def _encodable(self, text: str) -> str:
         try:
@@ -137,6 +140,8 @@ class Console:
             for line in end.lines():
                 self._print(line)
             return
+        for line in end.lines():
+            self.log(line)
         has_blocks = (self._stream.encoding or "").lower().startswith("utf")
         for row in end.rows(self._rich.width, has_blocks=has_blocks):
             shown = self._encodable(row.plain)
@@ -176,7 +181,8 @@ class Console:
             self._show_membership(event)
         elif isinstance(event, Note) and event.level != "debug":
             whose = "" if event.rank is None else f" (rank {event.rank})"
-            self._print(f"{event.level}: {event.message}{whose}")
+            # The rank has it in its own log.
+            self._print(f"{event.level}: {event.message}{whose}", is_logged=event.rank is None)
 
     def _show_membership(self, event: Membership) -> None:
         where = f"step {event.step + 1}: rank {event.rank}"

@@ -179,6 +179,11 @@ def state_of(folder: RunFolder) -> State:
     return "bench" if (folder.path / "bench.jsonl").exists() else "died"
 
 
+def is_over(state: State) -> bool:
+    """Whether nothing more will come of the run."""
+    return state not in ("running", "serving", "elsewhere", "remote")
+
+
 def _quiet_s(folder: RunFolder) -> float:
     """Seconds since the run wrote something."""
     written = [_modified(folder.metrics), _modified(folder.path / "driver.json")]

@@ -132,8 +132,13 @@ class RunFolder:
         """The output of a driver without a terminal."""
         return self.path / "driver.log"
 
+    @property
+    def driver_records(self) -> Path:
+        """What the driver said, as LogRecords."""
+        return self.logs / "driver.jsonl"
+
     def log(self, rank: int, host: str) -> Path:
-        """The output of this rank."""
+        """The output of this rank; as LogRecords, with the suffix .jsonl beside it."""
         return self.logs / f"rank{rank}-{_for_names(host)}.log"
 
     @property

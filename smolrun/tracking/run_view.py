@@ -18,7 +18,7 @@ import msgspec
 from smolrun.errors import SmolrunError
 from smolrun.files import open_regular
 from smolrun.tracking.api_key import LAN, link
-from smolrun.tracking.past_runs import State, has_begun, look, state_of
+from smolrun.tracking.past_runs import State, has_begun, is_over, look, state_of
 from smolrun.tracking.run_folder import SERVING, DriverRecord, RunFolder
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
@@ -121,7 +121,7 @@ class View(msgspec.Struct, frozen=True):
     @property
     def has_ended(self) -> bool:
         """Whether the run has ended."""
-        return self.state not in ("running", "serving", "elsewhere", "remote")
+        return is_over(self.state)
 
 
 def answer(request: Request) -> View:

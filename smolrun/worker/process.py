@@ -11,7 +11,6 @@ import os
 import platform
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -38,10 +37,10 @@ from smolrun.launch.control import (
     RegroupMessage,
     RosterMessage,
     StartMessage,
-    cut,
 )
 from smolrun.launch.machine_memory import describe_out_of_memory, is_out_of_memory
 from smolrun.launch.wake import keep_awake
+from smolrun.log_records import RecordFormatter, cut
 
 if TYPE_CHECKING:
     from smolrun.mesh.connect import Endpoint
@@ -61,11 +60,10 @@ def main() -> int:
     channel = WorkerChannel.take_stdio()
     # Ctrl-C is the driver's: it makes all ranks stop at the same step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RecordFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.captureWarnings(True)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; last, so that it hides no library
     code = run(channel)
@@ -91,7 +89,7 @@ def run(channel: WorkerChannel) -> int:
             if isinstance(error, SmolrunError):
                 _log.error("%s: %s", type(error).__name__, error)
             else:
-                traceback.print_exc()
+                _log.exception("%s", type(error).__name__)
             channel.result("failed", error=_report(error))
             return EXIT_FAILED
         else:

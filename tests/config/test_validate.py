@@ -134,7 +134,6 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             "mesh.security = ssl: no such choice; allowed: auto or tls or loopback_plain or "
             "insecure",
         ),
-        ({"task": "logs"}, "task = logs: not built yet; allowed: train or serve"),
         (
             {"quantization__kind": "int4"},
             "quantization.kind = int4: no such choice; allowed: none or int8 or fp16 or bf16",

@@ -58,7 +58,7 @@ class Wires:
 
     def close(self) -> None:
         self.hang_up()
-        ours = {"smolrun-control", "smolrun-lease"}
+        ours = {"smolrun-control", "smolrun-lease", "smolrun-clock"}
         until(lambda: not ours & {thread.name for thread in threading.enumerate()})
         for fd in self._fds:
             with contextlib.suppress(OSError):  # a test has closed it
