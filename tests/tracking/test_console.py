@@ -241,6 +241,18 @@ def test_a_stream_that_is_gone_is_no_error() -> None:
     console.close()
 
 
+def test_the_log_gets_all_lines_but_a_ranks_own_also_where_nobody_sees_them() -> None:
+    stream, heard = io.StringIO(), list[str]()
+    console = Console(steps=2, world_size=1, stream=stream)
+    console.log = heard.append
+    console.say("warning: one")
+    stream.close()
+    console.record(Note("warning", "of a rank, which has it in its own log", rank=1))
+    console.record(Note("error", "two"))
+    console.say("three")
+    assert heard == ["warning: one", "error: two", "three"]
+
+
 def test_a_reader_that_has_left_does_not_spoil_the_exit_code() -> None:
     code = (
         "from smolrun.tracking.console import Console\n"
