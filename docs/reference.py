@@ -505,7 +505,7 @@ at `/docs`, as OpenAPI at `/openapi.json`, and a page to chat with at `/`.
 def serving_api() -> str:
     """docs/serving_api.md: every path of the HTTP API with its fields."""
     no_prompts: Any = None  # the routes are described, not called
-    service = Service("MODEL", no_prompts, Frontend(lambda _: None), [])
+    service = Service("MODEL", no_prompts, Frontend(lambda _: None), [], history=DOCS)
     return SERVING_API + api_reference.markdown(build_routes(service).openapi())
 
 

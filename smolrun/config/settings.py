@@ -155,6 +155,7 @@ class ServingConfig(Section):
     allowed_hosts: list[HostName] = Field(
         json_schema_extra={"allowed": "a list of names or addresses without a port, or * for any"}
     )
+    history: Literal["browser", "server"]
     cors_origins: list[Origin] = Field(
         json_schema_extra={
             "allowed": "a list of origins as browsers send them, without a path or a slash at the "

@@ -55,6 +55,7 @@ from smolrun.models.huggingface_folder import GENERATION_FILE, read_generation_c
 from smolrun.models.sampling import Sampling
 from smolrun.models.shape import completed_shape
 from smolrun.serving.access import AccessPolicy
+from smolrun.serving.conversations import history_folder
 from smolrun.serving.frontend import Frontend
 from smolrun.serving.generation import Service
 from smolrun.serving.http_server import HttpServer
@@ -182,6 +183,7 @@ class ServingRun:
             defaults=sampling_defaults(serving, Path(source.folder)),
             default_max_tokens=1024 if serving.max_tokens == "auto" else serving.max_tokens,
             request_timeout_s=serving.request_timeout_s,
+            history=self._history(),
         )
         self._closing.callback(service.close)
         app = build_app(service, self._policy())
@@ -197,6 +199,12 @@ class ServingRun:
                 line = problem("serving.bind", serving.bind, what)
             raise ConfigError(line) from error
         return server
+
+    def _history(self) -> Path | None:
+        if self._config.serving.history == "browser":
+            return None
+        self._say(f"conversations of the page are kept in {(folder := history_folder())}")
+        return folder
 
     def _reached_at(self, url: str) -> str:
         """The URL of a server that listens on all addresses: by its name in the LAN, by the address

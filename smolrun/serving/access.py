@@ -100,7 +100,7 @@ class AccessControl:
             return None
         wanted = headers.get("access-control-request-headers")  # OpenAI's client sends its own
         allowed = {
-            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-methods": "GET, POST, PUT, DELETE",
             "access-control-allow-headers": wanted or "authorization, content-type, x-request-id",
             "access-control-max-age": "600",
         }

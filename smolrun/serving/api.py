@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from smolrun.serving import api_errors, api_reference
 from smolrun.serving.access import AccessControl, AccessPolicy
 from smolrun.serving.api_errors import ERRORS, json_response
+from smolrun.serving.conversations import conversation_routes
 from smolrun.serving.frontend import ANSWERING
 from smolrun.serving.generation import Service
 from smolrun.serving.http_metrics import CONTENT_TYPE
@@ -48,6 +49,8 @@ def build_routes(service: Service) -> FastAPI:
     app.include_router(openai_routes(service, streams))
     app.include_router(stream_routes(streams))
     app.include_router(simple_routes(service))
+    if service.history is not None:
+        app.include_router(conversation_routes(service.history))
     _add_server_routes(app, service)
     _add_reference(app)
     add_page(app)

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -67,7 +68,8 @@ class Usage:
 
 @dataclass
 class Service:
-    """The served model and all that requests need. `continues_text`: it has no chat template."""
+    """The served model and all that requests need. `continues_text`: it has no chat template.
+    `history`: the folder of conversations, where the server keeps them."""
 
     model: str
     prompts: Prompts
@@ -76,6 +78,7 @@ class Service:
     defaults: Sampling = field(default_factory=Sampling)
     default_max_tokens: int = 1024
     request_timeout_s: float = 600.0
+    history: Path | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _tokenizer: threading.Lock = field(default_factory=threading.Lock)  # for one thread at a time
     _encoder: ThreadPoolExecutor = field(

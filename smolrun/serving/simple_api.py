@@ -130,4 +130,5 @@ def _config(service: Service) -> dict[str, Any]:
         "repetition_penalty": defaults.repetition_penalty,
         "answers_chats": not service.continues_text,
         "thinks": service.prompts.thinks,
+        "history": "server" if service.history else "browser",
     }

@@ -74,6 +74,7 @@ def served(
     policy: AccessPolicy | None = None,
     limits: ConnectionLimits | None = None,
     request_timeout_s: float = 600.0,
+    history: Path | None = None,
 ) -> Iterator[Served]:
     """A server for a test, on a free port; where the folder has none, its tokenizer has a token
     for each byte, and byte 0 ends a text."""
@@ -82,7 +83,12 @@ def served(
     prompts = Prompts(folder)
     stop_ids = [prompts.tokenizer.end_id]
     service = Service(
-        "fake", prompts, engine.frontend, stop_ids, request_timeout_s=request_timeout_s
+        "fake",
+        prompts,
+        engine.frontend,
+        stop_ids,
+        request_timeout_s=request_timeout_s,
+        history=history,
     )
     app = build_app(service, policy or AccessPolicy())
     server = HttpServer(app, engine.frontend, limits=limits)

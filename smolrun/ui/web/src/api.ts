@@ -1,6 +1,7 @@
 // The server's HTTP API, as this page uses it.
 
 import { createParser } from "eventsource-parser"
+import type { Conversation } from "./conversation"
 import { recall, remember } from "./memory"
 
 /** Values that a person may set; what is absent is the server's default. */
@@ -41,6 +42,7 @@ export interface Config {
   top_k: number
   answers_chats: boolean
   thinks: boolean
+  history?: "browser" | "server"
 }
 
 export interface Stage {
@@ -110,6 +112,43 @@ export async function config(): Promise<Config> {
 
 export async function cluster(): Promise<Cluster> {
   return (await ask("cluster")).json() as Promise<Cluster>
+}
+
+/** Which conversations the server keeps, and their versions; null where it is the list of `tag`. */
+export async function conversations(tag: string): Promise<{ versions: Map<string, string>; tag: string } | null> {
+  try {
+    const answer = await ask("v1/conversations", { headers: tag ? { "if-none-match": tag } : {} })
+    const { data } = (await answer.json()) as { data: { id: string; version: string }[] }
+    return { versions: new Map(data.map(({ id, version }) => [id, version])), tag: answer.headers.get("etag") ?? "" }
+  } catch (error) {
+    if (error instanceof ServerError && error.status === 304) return null
+    throw error
+  }
+}
+
+/** null where there is none. */
+export async function conversation(id: string): Promise<{ text: string; version: string } | null> {
+  try {
+    const answer = await ask(`v1/conversations/${id}`)
+    return { text: await answer.text(), version: (answer.headers.get("etag") ?? "").replaceAll('"', "") }
+  } catch (error) {
+    if (error instanceof ServerError && error.status === 404) return null
+    throw error
+  }
+}
+
+/** The version that it is now. ServerError 412 where the server has another one than it was made from. */
+export async function putConversation(one: Conversation): Promise<string> {
+  const { version, isChanged, ...body } = one
+  const headers: Record<string, string> = version ? { "if-match": `"${version}"` } : { "if-none-match": "*" }
+  const answer = await ask(`v1/conversations/${one.id}`, { method: "PUT", headers, body: JSON.stringify(body) })
+  return ((await answer.json()) as { version: string }).version
+}
+
+export async function removeConversation(id: string): Promise<void> {
+  await ask(`v1/conversations/${id}`, { method: "DELETE" }).catch((error: unknown) => {
+    if (!(error instanceof ServerError && error.status === 404)) throw error
+  })
 }
 
 const STREAM = "x-smolrun-stream"

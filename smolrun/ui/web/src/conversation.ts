@@ -28,6 +28,7 @@ export interface Message {
   ranks?: string // which ranks computed it
   stream?: string // while it runs: where the server keeps it
   seen?: number // the last of its events that is in the text
+  device?: string // which browser reads it
 }
 
 export interface Conversation {
@@ -38,12 +39,19 @@ export interface Conversation {
   system: string
   messages: Message[] // in order of their creation
   leaf: string | null
+  version?: string // of the server's copy that it was made from, where the server keeps conversations
+  isChanged?: boolean // since then
 }
 
 export function newId(): string {
   // crypto.randomUUID is missing where a page comes over plain http.
   const bytes = crypto.getRandomValues(new Uint8Array(12))
   return Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join("")
+}
+
+/** As `newId` makes them, which the server can keep. */
+export function isId(id: string): boolean {
+  return /^[0-9a-f]{24}$/.test(id)
 }
 
 /** An answer that has not ended. */
@@ -127,12 +135,44 @@ export function matches(conversation: Conversation, words: string): boolean {
   return words.toLowerCase().split(/\s+/).every(word => text.includes(word))
 }
 
+/**
+ * Both of `here` and `there`: messages of both, of one in both the longer text, as answers only grow.
+ * Title, system prompt and branch are those of `here`.
+ */
+export function merged(here: Conversation, there: Conversation): Conversation {
+  const ours = new Map(here.messages.map(message => [message.id, message]))
+  const theirs = new Set(there.messages.map(message => message.id))
+  const both = there.messages.map(message => {
+    const own = ours.get(message.id)
+    return own && isFurther(own, message) ? own : message
+  })
+  const messages = [...both, ...here.messages.filter(message => !theirs.has(message.id))]
+  const whole = { ...here, messages, changed: Math.max(here.changed, there.changed) }
+  const leaf = here.leaf ?? there.leaf
+  return leaf ? choose(whole, leaf) : whole // what was added below it is seen
+}
+
+function isFurther(one: Message, other: Message): boolean {
+  const sizes = [one, other].map(({ text, thoughts }) => text.length + (thoughts?.length ?? 0))
+  return sizes[0] === sizes[1] ? Boolean(one.end) : sizes[0]! > sizes[1]!
+}
+
+/** A conversation of the server; null where it is malformed. */
+export function received(text: string): Conversation | null {
+  try {
+    const found: unknown = JSON.parse(text)
+    return isConversation(found) ? repaired(found, true) : null
+  } catch {
+    return null
+  }
+}
+
 /** Conversations of an exported file; what is malformed is left out. Throws where it is no export. */
 export function fromExport(text: string): Conversation[] {
   const found: unknown = JSON.parse(text)
   const list = (found as { conversations?: unknown })?.conversations
   if (!Array.isArray(list)) throw new Error("this is no export of smolrun")
-  return list.filter(isConversation).map(repaired)
+  return list.filter(isConversation).map(one => repaired(one, false))
 }
 
 function isConversation(value: unknown): value is Conversation {
@@ -145,21 +185,15 @@ function isMessage(value: unknown): value is Message {
   return typeof one?.id === "string" && typeof one.text === "string" && (one.role === "user" || one.role === "assistant")
 }
 
-/** A parent stands before its child, so no file can make a loop. */
-function repaired(given: Conversation): Conversation {
+/** A parent stands before its child, so no file can make a loop. `keepsOpen`: answers may still come. */
+function repaired(given: Conversation, keepsOpen: boolean): Conversation {
   const known = new Set<string>()
   const messages: Message[] = []
-  for (const { id, parent, role, text, thoughts, created, end, figures } of given.messages) {
-    if (known.has(id)) continue
-    messages.push({
-      id,
-      parent: typeof parent === "string" && known.has(parent) ? parent : null,
-      role,
-      text,
-      created: Number(created) || 0,
-      ...(typeof thoughts === "string" && { thoughts }),
-      ...(role === "assistant" && { end: end ?? "stop", figures: figures && typeof figures === "object" ? figures : undefined }),
-    })
+  for (const one of given.messages) {
+    if (known.has(one.id)) continue
+    const parent = typeof one.parent === "string" && known.has(one.parent) ? one.parent : null
+    const { id, role, text } = one
+    messages.push({ id, parent, role, text, created: Number(one.created) || 0, ...(role === "assistant" && ofAnswer(one, keepsOpen)) })
     known.add(id)
   }
   const conversation: Conversation = {
@@ -171,7 +205,31 @@ function repaired(given: Conversation): Conversation {
     messages,
     leaf: null,
   }
-  if (given.leaf && known.has(given.leaf)) return { ...conversation, leaf: given.leaf }
+  if (typeof given.leaf === "string" && known.has(given.leaf)) return { ...conversation, leaf: given.leaf }
   const last = messages.at(-1)
   return last ? choose(conversation, last.id) : conversation
+}
+
+const ENDS: unknown[] = ["stop", "length", "stopped", "failed"]
+
+function ofAnswer(given: Message, keepsOpen: boolean): Partial<Message> {
+  const isStillOpen = keepsOpen && !given.end && typeof given.stream === "string"
+  const found: Partial<Message> = isStillOpen
+    ? { stream: given.stream, seen: Number(given.seen) || 0 }
+    : { end: ENDS.includes(given.end) ? given.end : "stop", figures: figuresOf(given.figures) }
+  for (const key of ["thoughts", "error", "ranks", "device"] as const) if (typeof given[key] === "string") found[key] = given[key]
+  return found
+}
+
+function figuresOf(given: unknown): Figures | undefined {
+  if (!given || typeof given !== "object") return undefined
+  const all = given as Partial<Record<keyof Figures, unknown>>
+  const number = (key: keyof Figures) => (Number.isFinite(all[key]) ? (all[key] as number) : null)
+  return {
+    firstTokenSeconds: number("firstTokenSeconds"),
+    seconds: number("seconds") ?? 0,
+    tokens: number("tokens") ?? 0,
+    promptTokens: number("promptTokens"),
+    cachedTokens: number("cachedTokens"),
+  }
 }

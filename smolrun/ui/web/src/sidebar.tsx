@@ -21,6 +21,7 @@ export function Sidebar({ onChosen }: { onChosen: () => void }) {
         ))}
         {listed.length === 0 && <li className="none">{words ? "Nothing found" : "No conversations yet"}</li>}
       </ul>
+      {store.isShared && !store.storageFailure && <p className="kept">Kept by the server, for all devices</p>}
       {store.storageFailure && <p className="refusal">{store.storageFailure}</p>}
       <Files />
     </nav>
@@ -48,7 +49,7 @@ function Entry({ conversation, isShown, onChosen }: { conversation: Conversation
       </button>
       <span className="entry-actions">
         <IconButton name="edit" label={`Rename ${conversation.title}`} onClick={() => setRenamed(true)} />
-        <IconButton name="remove" label={`Delete ${conversation.title}`} onClick={() => confirm(`Delete “${conversation.title}”? This cannot be undone.`) && store.remove(conversation.id)} />
+        <IconButton name="remove" label={`Delete ${conversation.title}`} onClick={() => confirm(`Delete “${conversation.title}”${store.isShared ? " on all devices" : ""}? This cannot be undone.`) && store.remove(conversation.id)} />
       </span>
     </li>
   )

@@ -50,7 +50,7 @@ export function DistantStatus() {
   return (
     <p className="status">
       <span className="pulse" aria-hidden="true" />
-      <span>being written; another tab shows it as it comes</span>
+      <span>being written; another tab or device shows it as it comes</span>
     </p>
   )
 }

@@ -4,9 +4,10 @@ import { useSyncExternalStore } from "react"
 import { Answering } from "./answering"
 import * as api from "./api"
 import {
-  asRequest, choose, fromExport, isOpen, newConversation, newId, thread, withChange, withMessage, without,
+  asRequest, choose, fromExport, isId, isOpen, newConversation, newId, thread, withChange, withMessage, without,
   type Conversation, type Message,
 } from "./conversation"
+import { History } from "./history"
 import { recall, remember } from "./memory"
 import { Storage } from "./storage"
 import { Tabs } from "./tabs"
@@ -16,6 +17,7 @@ export type Connection = "ready" | "locked" | "away"
 
 const SHOW_MS = 50 // tokens that come within are drawn at once
 const SAVE_MS = 1000
+const QUIET_MS = 15_000 // another device that reads an answer tells the server more often
 const ASK_MS = 2000 // whether the server is back, or another tab still reads an answer
 
 export class Store {
@@ -29,7 +31,10 @@ export class Store {
   thinks = recall("think") !== "no"
   private readonly storage = new Storage(id => void this.reread(id))
   private readonly tabs = new Tabs(message => this.answering.has(message))
-  private readonly distant = new Set<string>() // open answers that other tabs read
+  private readonly distant = new Set<string>() // open answers that others read
+  private readonly taken = new Set<string>() // answers that another device took from this one
+  private readonly heard = new Map<string, number>() // when the server had something new of a conversation
+  private readonly device = recall("device") || newId()
   private readonly listeners = new Set<() => void>()
   private version = 0
   private drawing: ReturnType<typeof setTimeout> | null = null
@@ -37,6 +42,7 @@ export class Store {
 
   async start(): Promise<void> {
     api.takeKeyFromAddress()
+    remember("device", this.device)
     for (const one of await this.storage.open()) this.conversations.set(one.id, interrupted(one))
     for (const one of this.conversations.values()) this.takeUpOpen(one)
     this.follow()
@@ -56,7 +62,12 @@ export class Store {
   snapshot = (): number => this.version
 
   get storageFailure(): string {
-    return this.storage.failure
+    return this.history.isOn ? this.history.failure : this.storage.failure
+  }
+
+  /** Whether conversations are those of all devices. */
+  get isShared(): boolean {
+    return this.history.isOn
   }
 
   /** Newest first. */
@@ -95,6 +106,7 @@ export class Store {
       await api.ask("readyz")
       this.config = await api.config()
       this.connection = "ready"
+      this.history.setOn(this.config.history === "server")
     } catch (error) {
       const status = error instanceof api.ServerError ? error.status : 0
       this.connection = status === 401 || status === 403 ? "locked" : "away"
@@ -112,10 +124,13 @@ export class Store {
   // --- conversations ---------------------------------------------------------------------------
 
   private follow(): void {
-    const id = new URLSearchParams(location.hash.slice(1)).get("c")
-    const known = this.conversations.get(id ?? "")
+    const known = this.conversations.get(this.shownId())
     this.current = known ?? newConversation(Date.now(), recall("system"))
     this.draw()
+  }
+
+  private shownId(): string {
+    return new URLSearchParams(location.hash.slice(1)).get("c") ?? ""
   }
 
   show(id: string | null): void {
@@ -124,7 +139,8 @@ export class Store {
     else location.hash = hash
   }
 
-  private put(conversation: Conversation, isShown = conversation.id === this.current.id): void {
+  private put(given: Conversation, isShown = given.id === this.current.id): void {
+    const conversation = this.history.isOn ? { ...given, isChanged: true } : given
     if (conversation.messages.length) this.conversations.set(conversation.id, conversation)
     if (isShown) this.current = conversation
     if (conversation.messages.length) this.saveSoon(conversation.id)
@@ -140,8 +156,31 @@ export class Store {
     for (const message of this.conversations.get(id)?.messages ?? []) this.answering.get(message.id)?.stop()
     this.conversations.delete(id)
     void this.storage.remove(id)
+    this.history.remove(id)
     if (this.current.id === id) this.show(null)
     this.draw()
+  }
+
+  private forget(id: string): void {
+    this.conversations.delete(id)
+    void this.storage.remove(id)
+    if (this.current.id === id) this.show(null)
+    this.draw()
+  }
+
+  /** Of the server. */
+  private async take(conversation: Conversation): Promise<void> {
+    const { id } = conversation
+    const old = this.conversations.get(id)
+    this.conversations.set(id, conversation)
+    if (this.current.id === id) this.current = conversation
+    if (old?.messages !== conversation.messages) {
+      this.heard.set(id, performance.now())
+      if (!old && this.shownId() === id) this.follow()
+      this.takeUpOpen(conversation)
+      this.draw()
+    }
+    await this.storage.write(this.upToDate(conversation))
   }
 
   setSystem(system: string): void {
@@ -152,7 +191,7 @@ export class Store {
   /** How many conversations were taken from an exported file. Throws where it is none. */
   import(text: string): number {
     const found = fromExport(text)
-    for (const one of found) this.put(this.conversations.has(one.id) ? { ...one, id: newId() } : one, false)
+    for (const one of found) this.put(this.conversations.has(one.id) || !isId(one.id) ? { ...one, id: newId() } : one, false)
     return found.length
   }
 
@@ -178,7 +217,20 @@ export class Store {
     const before = this.storage.failure
     if (one) await this.storage.write(this.upToDate(one))
     if (before !== this.storage.failure) this.draw()
+    if (one?.isChanged) void this.history.sync()
   }
+
+  /** Conversations as those of the server are kept beside them. */
+  private readonly history = new History({
+    all: () => [...this.conversations.values()],
+    find: id => this.conversations.get(id),
+    upToDate: one => this.upToDate(one),
+    isRunning: one => one.messages.some(({ id }) => this.answering.get(id)?.isRunning),
+    take: one => this.take(one),
+    forget: id => this.forget(id),
+    failed: status => void ([401, 404].includes(status) && this.connect()),
+    draw: () => this.draw(),
+  })
 
   private saveAll(): void {
     for (const id of this.saving.keys()) void this.save(id)
@@ -250,7 +302,7 @@ export class Store {
       continues: text !== "",
       ...(this.config?.thinks && { think: this.thinks && !text }),
     }
-    const opened = { ...message, text, end: undefined, error: undefined, figures: undefined, stream: newId(), seen: 0 }
+    const opened = { ...message, text, end: undefined, error: undefined, figures: undefined, stream: newId(), seen: 0, device: this.device }
     this.put(withChange(this.current, message.id, opened))
     void this.save(conversation) // so that the page knows the stream if it is loaded again
     this.read(conversation, opened, request)
@@ -271,8 +323,14 @@ export class Store {
   private async takeUp(conversation: string, id: string): Promise<void> {
     if (this.distant.has(id)) return
     this.distant.add(id)
+    const since = performance.now()
     const found = () => this.conversations.get(conversation)?.messages.find(one => one.id === id)
-    while (!this.answering.has(id) && isOpen(found()) && (await this.tabs.isElsewhere(id))) await new Promise(resolve => setTimeout(resolve, ASK_MS))
+    const isOthers = async (message: Message) => {
+      const isOfDevice = (message.device ?? this.device) === this.device && !this.taken.has(id)
+      const quietMs = performance.now() - Math.max(since, this.heard.get(conversation) ?? 0)
+      return (!isOfDevice && quietMs < QUIET_MS) || this.tabs.isElsewhere(id)
+    }
+    for (let message = found(); !this.answering.has(id) && isOpen(message) && (await isOthers(message!)); message = found()) await new Promise(resolve => setTimeout(resolve, ASK_MS))
     this.distant.delete(id)
     const message = found()
     if (message && isOpen(message) && !this.answering.has(id)) this.read(conversation, message, null)
@@ -289,11 +347,12 @@ export class Store {
     }
     this.answering.delete(message)
     if (end === "elsewhere") {
+      if (this.history.isOn) this.taken.add(message)
       clearTimeout(this.saving.get(id)) // the other tab's is newer
       this.saving.delete(id)
       return void this.reread(id)
     }
-    this.put(withChange(conversation, message, { ...one.progress(), end: end!, error, ranks, stream: undefined, seen: undefined }))
+    this.put(withChange(conversation, message, { ...one.progress(), end: end!, error, ranks, stream: undefined, seen: undefined, device: undefined }))
     void this.save(id)
     if (end === "failed") void this.connect()
   }
