@@ -129,7 +129,9 @@ class _Guarded:
             raise ApiError(503, message, code="storage_failed") from error
 
 
-_RESPONSES = {status: ERRORS[status] for status in (400, 401, 403, 404, 503)}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: ERRORS[status] for status in (400, 401, 403, 404, 503)
+}
 _PUT_RESPONSES: dict[int | str, dict[str, Any]] = {
     412: {"model": ErrorAnswer, "description": "There is another version"},
     413: ERRORS[413],
@@ -139,7 +141,7 @@ _PUT_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def conversation_routes(folder: Path) -> APIRouter:
     """The routes of the conversations in `folder`."""
-    routes = APIRouter(prefix="/v1/conversations", tags=["conversations"], responses={**_RESPONSES})
+    routes = APIRouter(prefix="/v1/conversations", tags=["conversations"], responses=_RESPONSES)
     files, guarded = ConversationFiles(folder), _Guarded()
 
     @routes.get("", response_class=Response)

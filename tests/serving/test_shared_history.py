@@ -51,6 +51,14 @@ def choose(tab: Tab, title: str) -> None:
     tab.page.click(f"{TITLES} >> text={title}")
 
 
+def rename(tab: Tab, title: str) -> None:
+    """The conversation that is shown."""
+    tab.page.hover(".sidebar li.shown")
+    tab.page.click(".shown button[aria-label^=Rename]")
+    tab.page.fill("input[aria-label=Name]", title)
+    tab.page.keyboard.press("Enter")
+
+
 def is_kept(server: Served, title: str) -> bool:
     ids = [one["id"] for one in server.client.get("/v1/conversations").json()["data"]]
     kept = [server.client.get(f"/v1/conversations/{id}").json() for id in ids]
@@ -70,10 +78,7 @@ def test_two_devices_have_the_same_conversations(shared, opened):
     look(macbook)
     until(lambda: (look(macbook), macbook.page.locator(".bubble").count() == 2)[1])
     assert macbook.page.locator(".bubble").last.inner_text() == "And from the iPad"
-    macbook.page.hover(".sidebar li")
-    macbook.page.click("button[aria-label^=Rename]")
-    macbook.page.fill("input[aria-label=Name]", "Ours")
-    macbook.page.keyboard.press("Enter")
+    rename(macbook, "Ours")
     shows(ipad, "Ours")
     ipad.page.on("dialog", lambda dialog: dialog.accept())
     ipad.page.hover(".sidebar li")
@@ -102,11 +107,7 @@ def test_what_two_devices_add_to_the_same_conversation_is_all_there(shared, open
     other.says("Hello")
     other.page.context.set_offline(True)
     until(lambda: is_kept(server, "Base"))
-    rename = "button[aria-label='Rename Base']"
-    other.page.hover(".sidebar li")
-    other.page.click(rename)
-    other.page.fill("input[aria-label=Name]", "Renamed without network")
-    other.page.keyboard.press("Enter")
+    rename(other, "Renamed without network")
     one.ask("More")
     until(lambda: is_kept(server, "Base"))
     other.page.context.set_offline(False)
