@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from smolrun.serving.output_stream import Unavailable
 from smolrun.serving.protocol import ErrorAnswer
@@ -147,11 +148,20 @@ _ALTERNATIVES = {"str", "int", "float", "bool", "nullable"}
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := _methods(request)):
+        headers = {"allow": ", ".join(methods)}
     message = f"{request.method} {request.url.path}: {error.detail}"
     return await _api_error(
         request,
         ApiError(error.status_code, message, code=_CODES.get(error.status_code), headers=headers),
     )
+
+
+def _methods(request: Request) -> list[str]:
+    """That a path of the description has; Starlette says those of its first route only."""
+    described = request.app.openapi()["paths"].items()
+    found = [ways for path, ways in described if compile_path(path)[0].match(request.url.path)]
+    return sorted({method.upper() for ways in found for method in ways})
 
 
 async def _defect(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ import msgspec
 
 from smolrun.serving.api_errors import ApiError, refuse
 from smolrun.serving.generation import Generation, Piece
-from smolrun.serving.json_grammar import INSTALL, is_installed, json_grammar
+from smolrun.serving.json_grammar import INSTALL, is_installed, json_grammar, lark_rule
 from smolrun.serving.protocol import ChatRequest
 from smolrun.serving.responses import Completion
 from smolrun.serving.text import ThinkingSplitter, TokenText
@@ -40,9 +40,8 @@ class ChatCompletion(Completion[ChatRequest]):
         ]
         switches = _checked_switches(body.chat_template_kwargs or {})
         begun = _begun_answer(messages) if body.continue_final_message else None
-        if grammar := await self._grammar(use):
-            begun = ""  # the answer is not a thought, even where the template has begun one
-        if use.begun:
+        grammar = await self._grammar(use)
+        if grammar or use.begun:  # not a thought, even where the template has begun one
             begun = (begun or "") + use.begun
         ids, is_thinking = await service.encoded(
             _num_characters(body),
@@ -53,8 +52,9 @@ class ChatCompletion(Completion[ChatRequest]):
             self._splitters = [ThinkingSplitter(is_thinking=is_thinking) for _ in range(self.n)]
         if use.tools:
             self._tools = [ToolCallSplitter(use.begun) for _ in range(self.n)]
-        if service.continues_text:
-            self.headers["x-smolrun-note"] = CONTINUES_TEXT
+        notes = [CONTINUES_TEXT * service.continues_text, use.note]
+        if any(notes):
+            self.headers["x-smolrun-note"] = "; ".join(filter(None, notes))
         return service.begin(
             [ids],
             body,
@@ -70,9 +70,8 @@ class ChatCompletion(Completion[ChatRequest]):
         """What the answer must obey; empty for any text. ApiError where it cannot."""
         body, wanted = self.body, self.body.response_format
         if wanted is None or wanted.type == "text":
-            return ""
+            return await self._call_grammar(use)
         beside = {
-            "tools": bool(use.tools),
             "continue_final_message": body.continue_final_message,
             "ignore_eos": body.ignore_eos,
         }
@@ -88,8 +87,18 @@ class ChatCompletion(Completion[ChatRequest]):
             message, param = f"response_format: {wrong[0]}", "response_format"
             raise ApiError(400, message, param=param, code="unsupported_parameter")
         schema = schema if wanted.type == "json_schema" else None
-        size = len(msgspec.json.encode(schema))
-        return await self.service.encoded(size, lambda: json_grammar(schema), "response_format")
+        size = len(msgspec.json.encode([schema, use.tools]))
+        return await self.service.encoded(
+            size, lambda: _answer_grammar(schema, use), "response_format"
+        )
+
+    async def _call_grammar(self, use: ToolUse) -> str:
+        """Of an answer that must be a call; any text follows where llguidance is missing."""
+        ends = self.service.stop_ids and not self.body.ignore_eos
+        if not (use.begun and ends and is_installed()):
+            return ""
+        size = len(msgspec.json.encode(use.tools))
+        return await self.service.encoded(size, use.grammar, "tools")
 
     def empty_choice(self, index: int) -> dict[str, Any]:
         """With a message."""
@@ -144,6 +153,12 @@ class ChatCompletion(Completion[ChatRequest]):
         if self.body.stream:
             entries = [{"index": first + at, **entry} for at, entry in enumerate(entries)]
         return said, entries
+
+
+def _answer_grammar(schema: dict[str, Any] | None, use: ToolUse) -> str:
+    """JSON of the schema, or calls where there are tools; GrammarError."""
+    grammar = json_grammar(schema)
+    return use.grammar(lark_rule(schema)) if use.tools else grammar
 
 
 def _entry(

@@ -1,6 +1,6 @@
 """Answers that are JSON of a schema: which tokens may come next, by llguidance.
 
-    driver       response_format -> grammar, as text        the schema is compiled once to check it
+    driver       schema -> grammar, as text                 compiled once to check it
     last stage   Vocabulary -> Grammars; a Matcher a sequence: its tokens so far -> allowed tokens
 
 llguidance is an optional package: `is_installed`. Source: github.com/guidance-ai/llguidance.
@@ -47,11 +47,33 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
 
     text = msgspec.json.encode(_ANY_OBJECT if schema is None else schema).decode()
     grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON)  # type: ignore[arg-type]
+    return _checked(grammar, "response_format")
+
+
+def lark_rule(schema: dict[str, Any] | None, *, is_strict: bool = True) -> str:
+    """JSON of a schema, None for any object, within a grammar for `lark_grammar`. Unless
+    `is_strict`, parts of the schema that llguidance does not know are left out."""
+    options = _JSON | {"lenient": not is_strict}
+    whole = {**(_ANY_OBJECT if schema is None else schema), "x-guidance": options}
+    return f"%json {msgspec.json.encode(whole).decode()}"
+
+
+def lark_grammar(rules: str, where: str, *, is_strict: bool = True) -> str:
+    """A grammar of llguidance's form of Lark; GrammarError, which begins with `where`, as
+    `json_grammar`. `is_strict`: also where it has parts that are left out."""
+    from llguidance import LLMatcher
+
+    return _checked(LLMatcher.grammar_from_lark(rules), where, is_strict=is_strict)
+
+
+def _checked(grammar: str, where: str, *, is_strict: bool = True) -> str:
+    from llguidance import LLMatcher
+
     if len(grammar.encode()) > _MOST_BYTES:
-        raise GrammarError(f"response_format: the schema is larger than {_MOST_BYTES:,} bytes")
+        raise GrammarError(f"{where}: the schema is larger than {_MOST_BYTES:,} bytes")
     is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar)
-    if is_wrong or reasons:
-        raise GrammarError(f"response_format: {' '.join(reasons[0].split())}")
+    if is_wrong or (is_strict and reasons):
+        raise GrammarError(f"{where}: {' '.join(reasons[0].split())}")
     return grammar
 
 

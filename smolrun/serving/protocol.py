@@ -128,6 +128,9 @@ class Function(ApiRequest):
     name: FunctionName = Field(description="Its name")
     description: Text | None = Field(None, description="What it does")
     parameters: JsonSchema | None = Field(None, description="The JSON Schema of its arguments")
+    strict: StrictBool | None = Field(
+        None, description="Refuse a schema with parts that cannot be obeyed, in calls that must be"
+    )
 
 
 class Tool(ApiRequest):
@@ -251,10 +254,10 @@ class ChatRequest(CompletionFields):
         None, description="Continue the last message, which is an answer that was cut"
     )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
-        None, description="Functions that the model may call, if its chat template has tools"
+        None, description="Functions that the model may call; it does if its template has tools"
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None, description="required and a named function make the answer begin as a call"
+        None, description="required and a named function make the answer a call"
     )
     parallel_tool_calls: StrictBool | None = Field(
         None, description="false: the answer ends with its first call"

@@ -19,8 +19,13 @@ from typing import Any
 import msgspec
 
 from smolrun.serving.api_errors import ApiError
-from smolrun.serving.protocol import ChatMessage, ChatRequest, NamedTool
+from smolrun.serving.json_grammar import lark_grammar, lark_rule
+from smolrun.serving.protocol import ChatMessage, ChatRequest, Function, NamedTool, Tool
 from smolrun.serving.text import CALL_END, CALL_START, Prompts, StopStrings
+
+_BEGUN = f'{CALL_START}\n{{"name": "'
+_AFTER_NAME = '", "arguments": '
+_ENDING = f"}}\n{CALL_END}"
 
 
 class _WrittenCall(msgspec.Struct):
@@ -45,7 +50,10 @@ class ToolCall:
             arguments = bytes(written.arguments)
             if arguments.startswith(b'"'):  # an object as text, as in OpenAI's API
                 arguments = msgspec.json.decode(arguments, type=str).encode()
-            msgspec.json.decode(arguments, type=dict[str, Any])
+            # Not msgspec, which refuses numbers of JSON that are too large for it.
+            found = json.loads(arguments, parse_int=str, parse_float=str, parse_constant=_refuse)
+            if not isinstance(found, dict):
+                return None
         except (ValueError, RecursionError):
             return None
         return cls(written.name, arguments.decode())
@@ -54,6 +62,10 @@ class ToolCall:
         """As OpenAI's API writes it, with a new id."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 class ToolCallSplitter:
@@ -116,40 +128,69 @@ class ToolCallSplitter:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request makes of tools. `begun`: how the answer must begin so that it is a call;
-    `is_single`: it ends with its first call."""
+    """What a request makes of tools. `begun`: how the answer must begin so that it is a call, of
+    one of `callable`; `is_single`: it ends with its first call; `note`: why there are no tools, for
+    the client."""
 
     tools: Sequence[dict[str, Any]] = ()
+    callable: Sequence[Tool] = ()
     begun: str = ""
     is_single: bool = False
+    note: str = ""
 
     @property
     def stops(self) -> list[str]:
         """What ends an answer, beside the stop strings of the request."""
         return [CALL_END] if self.is_single else []
 
+    def grammar(self, answer: str = "") -> str:
+        """Of what follows `begun`, so that the arguments obey their schemas; GrammarError. `answer`
+        is a rule for what may be said instead, where the answer need not be a call."""
+        is_strict = any(tool.function.strict for tool in self.callable)
+        calls = [_call_rule(tool.function, self.begun) for tool in self.callable]
+        more = "" if self.is_single else f" ({_literal(chr(10) + _BEGUN)} call)*"
+        start = "calls" if self.begun else f"{answer} | {_literal(_BEGUN)} calls"
+        rules = [f"start: {start}", f"calls: call{more}", f"call: {' | '.join(calls)}"]
+        return lark_grammar("\n".join(rules), "tools", is_strict=is_strict)
+
+
+def _call_rule(function: Function, begun: str) -> str:
+    """The rest of a call after <tool_call> and, where the tool is named, after its name."""
+    start = "" if begun.endswith(_AFTER_NAME) else _literal(function.name + _AFTER_NAME)
+    schema = {**(function.parameters or {}), "type": "object"}
+    return f"{start} {lark_rule(schema, is_strict=bool(function.strict))} {_literal(_ENDING)}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text)
+
 
 def tool_use(body: ChatRequest, prompts: Prompts) -> ToolUse:
-    """Without tools where none are to be used; ApiError where they cannot be."""
-    choice = body.tool_choice or "auto"
+    """Without tools where none are to be used, or the model may but cannot; ApiError where it must
+    and cannot."""
+    choice, offered = body.tool_choice or "auto", body.tools or []
     has_calls = any(message.role == "tool" or message.tool_calls for message in body.messages)
-    if not has_calls and (not body.tools or choice == "none"):
-        if body.tools or choice in ("none", "auto"):
+    if not has_calls and (not offered or choice == "none"):
+        if offered or choice in ("none", "auto"):
             return ToolUse()
         raise _wrong("tool_choice", "tool_choice needs tools")
     if prompts.lacks_tools:
-        raise _wrong("tools" if body.tools else "messages", prompts.lacks_tools)
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-    names = [tool["function"]["name"] for tool in tools]
-    if choice == "none" or not tools:  # the calls so far are written out
+        # Chat interfaces offer their own tools with every message, also to models without any.
+        if choice == "auto" and not has_calls:
+            return ToolUse(note=f"{prompts.lacks_tools}; it answers without")
+        raise _wrong("messages" if has_calls else "tool_choice", prompts.lacks_tools)
+    if choice == "none" or not offered:  # the calls so far are written out
         return ToolUse()
+    tools = [
+        tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in offered
+    ]
     if isinstance(choice, NamedTool):
-        if (name := choice.function.name) not in names:
+        name = choice.function.name
+        if not (named := [tool for tool in offered if tool.function.name == name]):
             raise _wrong("tool_choice", f"tool_choice: there is no tool {name}")
-        begun = f'{CALL_START}\n{{"name": {json.dumps(name)}, "arguments": '
-        return ToolUse(tools, begun, is_single=True)
-    begun = f'{CALL_START}\n{{"name": "' if choice == "required" else ""
-    return ToolUse(tools, begun, is_single=body.parallel_tool_calls is False)
+        return ToolUse(tools, named[:1], _BEGUN + name + _AFTER_NAME, is_single=True)
+    begun = _BEGUN if choice == "required" else ""
+    return ToolUse(tools, offered, begun, is_single=body.parallel_tool_calls is False)
 
 
 def _wrong(param: str, message: str) -> ApiError:

@@ -93,7 +93,10 @@ WRONG = [
     ({"logprobs": 5}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+        "tool_choice",
+    ),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -236,6 +239,12 @@ def test_paths_and_methods_that_are_not_there(echo: Served, method: str, path: s
         head, _, body = received(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), head
     assert b'"error":{"message":' in body
+
+
+def test_a_405_names_all_methods_of_its_path(echo: Served):
+    answer = echo.client.put("/v1/streams/0123456789abcdef")
+    assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET"
+    assert echo.client.delete("/v1/models").headers["allow"] == "GET"
 
 
 def received(connection: socket.socket) -> bytes:

@@ -80,6 +80,7 @@ def test_openai_knows_our_errors(server: Served):
                 model="fake",
                 messages=MESSAGES,
                 tools=[{"type": "function", "function": {"name": "f"}}],
+                tool_choice="required",
             )
         with pytest.raises(openai.NotFoundError):
             client.embeddings.create(model="fake", input="text")
@@ -213,5 +214,5 @@ def test_schemathesis(tmp_path: Path):
         command += ["--exclude-checks", "positive_data_acceptance"]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-2000:]
         until(found.is_at_rest)

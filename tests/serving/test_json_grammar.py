@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ from smolrun.serving.json_grammar import (
     GrammarError,
     Grammars,
     json_grammar,
+    lark_rule,
     vocabulary_messages,
 )
+from smolrun.serving.protocol import ChatRequest
 from smolrun.serving.sampler import Sampler
+from smolrun.serving.text import Prompts
+from smolrun.serving.tool_calls import ToolCall, ToolCallSplitter, ToolUse, tool_use
 from tests.serving.chat_model import THINKING_TEMPLATE, TOOLS_TEMPLATE, chat_model
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import says, served
@@ -27,6 +32,7 @@ from tests.serving.test_tool_calls import TOOLS, error_of
 
 pytest.importorskip("llguidance")
 END = 256
+CHAT = [{"role": "user", "content": "Hi"}]
 BYTES = [bytes([id]) for id in range(256)] + [b"", b'{"', b'"name"', b"Hi"]
 PERSON = {
     "type": "object",
@@ -151,10 +157,92 @@ def test_the_vocabulary_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vocabulary_messages(BYTES) == []
 
 
+# --- calls of functions ------------------------------------------------------------------------
+
+
+def tool(name: str, parameters: dict[str, Any] | None, **fields: Any) -> dict[str, Any]:
+    function = {"name": name, "parameters": parameters, **fields}
+    return {"type": "function", "function": function}
+
+
+def use_of(choice: object, *tools: dict[str, Any], **fields: object) -> ToolUse:
+    """What a request with these tools makes of them."""
+    body = {"messages": CHAT, "tools": tools, "tool_choice": choice, **fields}
+    prompts = SimpleNamespace(lacks_tools="")
+    return tool_use(ChatRequest.model_validate(body), cast(Prompts, prompts))
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def calls_of_noise(use: ToolUse, seed: int, temperature: float = 1.0) -> list[ToolCall]:
+    """As the server reads them from an answer that is drawn from noise."""
+    text = draw(use.grammar(), seed, temperature)[1].decode()
+    splitter = ToolCallSplitter(use.begun)
+    said, calls = splitter.push(text)
+    rest, last = splitter.finish()
+    assert not said + rest  # all of it is calls
+    return calls + last
+
+
+def test_arguments_of_noise_obey_the_schema_of_a_named_tool() -> None:
+    other = tool("other", {"type": "object", "properties": {}})
+    use = use_of(named("save"), other, tool("save", PERSON))
+    found = [calls_of_noise(use, seed, temperature) for seed in range(4) for temperature in (0, 1)]
+    assert all([one.name for one in calls] == ["save"] for calls in found)
+    texts = {calls[0].arguments for calls in found}
+    assert len(texts) == 8 and all(map(is_person, texts))
+
+
+def test_a_required_call_is_of_some_tool_and_obeys_its_schema() -> None:
+    count = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    count["additionalProperties"] = False
+    tools = tool("save", PERSON), tool("count", count), tool("stop", None)
+    several = use_of("required", *tools)
+    found = [calls_of_noise(several, seed) for seed in range(20, 32)]
+    assert max(map(len, found)) > 1
+    single = use_of("required", *tools, parallel_tool_calls=False)
+    found += [calls_of_noise(single, seed) for seed in range(6)]
+    assert all(len(calls) == 1 for calls in found[-6:])
+    calls = [call for calls in found for call in calls]
+    assert {call.name for call in calls} == {"save", "count", "stop"}
+    for call in calls:
+        arguments = json.loads(call.arguments)
+        assert isinstance(arguments, dict)
+        assert call.name != "save" or is_person(call.arguments)
+        assert call.name != "count" or arguments in ({"n": 1}, {"n": 2})
+
+
+def test_an_answer_of_a_schema_beside_tools_is_either() -> None:
+    use = use_of("auto", tool("save", PERSON))
+    grammar = use.grammar(lark_rule({"enum": ["no"]}))
+    texts = [draw(grammar, seed, 1.0)[1].decode() for seed in range(12)]
+    said = [text for text in texts if text == '"no"']
+    calls = [call for text in texts for call in ToolCallSplitter().push(text)[1]]
+    assert said and calls and all(is_person(call.arguments) for call in calls)
+    assert len(said) + sum("<tool_call>" in text for text in texts) == 12
+
+
+def test_numbers_that_no_machine_holds_are_arguments_all_the_same() -> None:
+    for number in ("1e999", "-1E+400", "9" * 500):
+        text = f'{{"name": "f", "arguments": {{"n": {number}}}}}'
+        assert ToolCall.read(text) == ToolCall("f", f'{{"n": {number}}}')
+
+
+def test_what_llguidance_does_not_know_of_a_schema_is_left_out_unless_strict() -> None:
+    odd = {"properties": {"a": {"type": "array", "maxItems": 2, "uniqueItems": True}}}
+    calls = calls_of_noise(use_of(named("f"), tool("f", odd)), 1)
+    assert [call.name for call in calls] == ["f"]
+    with pytest.raises(GrammarError, match=r"tools: .*uniqueItems"):
+        use_of(named("f"), tool("f", odd, strict=True)).grammar()
+    impossible = {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}}}
+    impossible["required"] = ["a"]  # type: ignore[assignment]
+    with pytest.raises(GrammarError, match="tools: "):
+        use_of(named("f"), tool("f", impossible)).grammar()
+
+
 # --- over HTTP --------------------------------------------------------------------------------
-
-
-CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def schema_of(schema: object) -> dict[str, Any]:
@@ -177,6 +265,32 @@ def test_the_engine_gets_the_grammar_and_no_thought_is_begun(tmp_path: Path) -> 
         assert server.engine.submitted[-1].sampling.grammar == ""
 
 
+def test_a_call_that_must_be_has_a_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_model(tmp_path, TOOLS_TEMPLATE)
+    rest = '{"city": "Bonn"}}\n</tool_call>'
+    with served(FakeEngine(says(rest, end=256), max_sequence_length=4096), tmp_path) as server:
+        must = {"tools": TOOLS, "tool_choice": named("weather")}
+        choice = server.chat(**must).json()["choices"][0]
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Bonn"}'
+        grammar = server.engine.submitted[-1].sampling.grammar
+        assert '"city"' in grammar and "time" not in grammar
+        server.chat(tools=TOOLS, tool_choice="required")
+        assert "time" in server.engine.submitted[-1].sampling.grammar
+        server.chat(tools=TOOLS, response_format=schema_of(PERSON))
+        both = server.engine.submitted[-1].sampling.grammar
+        assert '"age"' in both and '"city"' in both
+        free = {"tools": TOOLS}, {**must, "ignore_eos": True}
+        for fields in free:
+            server.chat(**fields, max_tokens=4)
+            assert server.engine.submitted[-1].sampling.grammar == ""
+        odd = [tool("f", {"properties": {"a": {"not": {}}}}, strict=True)]
+        param, message = error_of(server.chat(tools=odd, tool_choice="required"))
+        assert param == "tools" and "not" in message
+        monkeypatch.setattr("smolrun.serving.chat_completions.is_installed", lambda: False)
+        assert server.chat(**must).is_success  # begun as a call, its arguments not checked
+        assert server.engine.submitted[-1].sampling.grammar == ""
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat_model(tmp_path, TOOLS_TEMPLATE)
     with served(FakeEngine(says("{}", end=256), max_sequence_length=4096), tmp_path) as server:
@@ -193,7 +307,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert refused(schema_of("object"))[0] == where
         body = json.dumps({"messages": CHAT, "response_format": schema_of({"title": "\ud800"})})
         assert error_of(server.client.post("/v1/chat/completions", content=body))[0] == where
-        assert "beside tools" in refused(tools=TOOLS)[1]
         assert "beside ignore_eos" in refused(ignore_eos=True)[1]
         monkeypatch.setattr("smolrun.serving.chat_completions.is_installed", lambda: False)
         assert 'pip install "smolrun[json]"' in refused()[1]

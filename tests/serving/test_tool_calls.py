@@ -248,11 +248,18 @@ def test_wrong_tools_are_named(server: Served, fields: Body, param: str) -> None
         ("{{ tools }}" + THINKING_TEMPLATE, "in a format other than <tool_call>"),
     ],
 )
-def test_a_model_without_tools_says_so(tmp_path: Path, template: str, said: str) -> None:
+def test_a_model_without_tools_answers_without_unless_it_must(
+    tmp_path: Path, template: str, said: str
+) -> None:
     chat_model(tmp_path, template)
     with served(FakeEngine(lambda *_: [65, 256]), tmp_path) as server:
-        param, message = error_of(server.chat(tools=TOOLS))
-        assert param == "tools" and said in message
+        plain = server.chat()
+        assert "x-smolrun-note" not in plain.headers
+        answer = server.chat(tools=TOOLS)
+        assert said in answer.headers["x-smolrun-note"]
+        assert answer.json()["choices"] == plain.json()["choices"]
+        param, message = error_of(server.chat(tools=TOOLS, tool_choice="required"))
+        assert param == "tool_choice" and said in message
         asked = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "12"}]
         answer = server.client.post("/v1/chat/completions", json={"messages": asked})
         assert error_of(answer)[0] == "messages"
