@@ -1,4 +1,5 @@
-"""task=trust: shows the SSH host key of every host, and adds those that you confirm to known_hosts.
+"""task=trust: shows the SSH host key of every host, and adds those that you confirm to known_hosts;
+shows the nearby machines that are remembered, and forgets them (trust.forget).
 
 Nothing is logged in to, but for jump hosts, behind which one cannot look otherwise. A new key is
 added to your known_hosts file after a yes (or by trust.yes=true, unseen); one that has changed is
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING
 from smolrun.config import RunConfig
 from smolrun.driver.fleet import host_specs
 from smolrun.errors import ConfigError, HostError
+from smolrun.launch.nearby.remembered import RememberedMachine, RememberedMachines
 from smolrun.launch.run_on_all import run_on_all
 from smolrun.launch.ssh import host_keys
 from smolrun.launch.ssh.host_keys import KnownHosts
 from smolrun.launch.supervisor_events import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from smolrun.sanitize import echo
+from smolrun.sanitize import echo, one_line
+from smolrun.tracking.formatting import aligned
 
 if TYPE_CHECKING:
     from smolrun.launch.remote.machine import HostSpec
@@ -34,8 +37,19 @@ def drive(config: RunConfig) -> int:
     """Exit code 0 once every host is known, 3 if one is not, 130 where the answers end early."""
     cluster = config.cluster.name
     specs = host_specs(config)
+    known = RememberedMachines()
+    if config.trust.forget is not None:
+        return _forget(known, config.trust.forget)
+    machines = known.all()
+    for line in remembered_table(machines):
+        echo(line)
     if not specs:
-        raise ConfigError(f"no host of cluster={cluster} has an `ssh:`, so none has a key")
+        if machines:
+            return EXIT_DONE
+        raise ConfigError(
+            f"no host of cluster={cluster} has an `ssh:`, so none has a key; and no nearby machine "
+            "is remembered"
+        )
     rows: list[Row] = []
     try:
         # Behind a jump host that is trusted just now, there may be more to see.
@@ -49,6 +63,31 @@ def drive(config: RunConfig) -> int:
         echo("\nstopped; what you answered before is kept")
         return EXIT_STOPPED
     return EXIT_DONE if all(map(_is_known, rows)) else EXIT_FAILED
+
+
+def remembered_table(machines: Sequence[RememberedMachine]) -> list[str]:
+    """The nearby machines that need no code, and what each may do."""
+    if not machines:
+        return []
+    may = {"joiner": "joins your runs", "coordinator": "runs its code here"}
+    head = ("nearby machine", "may", "fingerprint", "since")
+    rows = [(one.name, may[one.role], one.fingerprint, one.since or "?") for one in machines]
+    return [*aligned([head, *rows]), "smolrun task=trust trust.forget=NAME forgets one", ""]
+
+
+def _forget(known: RememberedMachines, which: str) -> int:
+    """Forget all of that name or fingerprint, whatever they may do: less trust is the safe error.
+    ConfigError if there is none."""
+    found = [one for one in known.all() if which in ("all", one.name, one.fingerprint)]
+    if not found and which != "all":
+        raise ConfigError(
+            f"trust.forget = {one_line(which)}: no nearby machine of that name or fingerprint is "
+            "remembered; smolrun task=trust shows them"
+        )
+    for one in found:
+        known.forget(one)
+        echo(f"{one.name}: forgotten, it needs a code from now on")
+    return EXIT_DONE
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "doctor",
     "driver",
     "mesh",
+    "nearby",
     "quantization",
     "run_name",
     "serving",

@@ -26,6 +26,7 @@ from smolrun.config.settings import (
     GenerateConfig,
     LogsConfig,
     MeshConfig,
+    NearbyConfig,
     QuantizationConfig,
     ServingConfig,
     StalenessConfig,
@@ -61,6 +62,7 @@ class RunConfig(Section):
         "stop",
         "clean",
         "compare",
+        "nearby",
     ]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         json_schema_extra={"allowed": "an integer >= 0"}
@@ -93,6 +95,7 @@ class RunConfig(Section):
     doctor: DoctorConfig
     generate: GenerateConfig
     logs: LogsConfig
+    nearby: NearbyConfig
     status: StatusConfig
     stop: ChosenRunConfig
     trust: TrustConfig

@@ -348,6 +348,13 @@ class TrustConfig(Section):
     """Keys of `task=trust`."""
 
     yes: bool
+    forget: Name | None
+
+
+class NearbyConfig(Section):
+    """Key of `task=nearby`."""
+
+    wait_s: Positive
 
 
 class ConversationConfig(Section):

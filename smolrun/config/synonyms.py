@@ -33,7 +33,7 @@ TASK_KEY_ALIASES = {
     "generate": {"prompt": "generate.prompt"},
     "status": {"format": "status.format"},
     "stop": {"run": "stop.run"},
-    "trust": {"write": "trust.yes"},
+    "trust": {"write": "trust.yes", "forget": "trust.forget"},
 }
 """Task -> short name of a key -> the key."""
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from smolrun.cli.compose import compose
 from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.errors import ConfigError
 from smolrun.launch.remote.machine import HostSpec
@@ -30,6 +31,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The server, which nobody knows yet."""
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    monkeypatch.setattr("platformdirs.user_config_path", lambda name: Path("/nowhere") / name)
     running.known_hosts.unlink(missing_ok=True)
     running.configure()
     return running
@@ -54,7 +56,8 @@ def answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
             name="home", hosts=entries, ssh_config=str(server.config), connect_timeout_s=3
         )
         monkeypatch.setattr("sys.stdin", Terminal("".join(f"{one}\n" for one in answers)))
-        return trust.drive(SimpleNamespace(cluster=cluster, trust=SimpleNamespace(yes=write)))  # type: ignore[arg-type]
+        keys = SimpleNamespace(yes=write, forget=None)
+        return trust.drive(SimpleNamespace(cluster=cluster, trust=keys))  # type: ignore[arg-type]
 
     return run
 
@@ -165,7 +168,7 @@ def test_a_file_that_cannot_be_written(server: Server, answer, capsys):
 
 def test_a_cluster_of_this_machine_alone(answer):
     with pytest.raises(ConfigError, match="no host of cluster=local has an `ssh:`"):
-        trust.drive(SimpleNamespace(cluster=ClusterConfig(name="local")))  # type: ignore[arg-type]
+        trust.drive(compose(["task=trust"]))
 
 
 def command(server: Server, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -270,7 +270,7 @@ def connect(
     reasons = []
     for address in addresses:
         try:
-            sock = _tls_to(address, port)
+            sock = _tls_to(address, port, timeout_s)
         except OSError as error:
             reasons.append(f"{address} port {port}: {reason(error)}")
             continue
@@ -284,10 +284,11 @@ def connect(
     raise PairingError("; ".join(reasons) or "it announces no address")
 
 
-def _tls_to(address: str, port: int) -> ssl.SSLSocket:
+def _tls_to(address: str, port: int, timeout_s: float) -> ssl.SSLSocket:
     plain = socket.create_connection((address, port), timeout=_CONNECT_S)
     try:
-        return client_context().wrap_socket(plain)  # within the same timeout
+        plain.settimeout(timeout_s)
+        return client_context().wrap_socket(plain)
     except BaseException:
         plain.close()
         raise
