@@ -161,17 +161,23 @@ def syncps_schedule(rank: int, size: int) -> Schedule:
     return hops
 
 
-def pipeline(name: str, stages: int, micro_batches: int) -> list[str]:
-    """What every stage does when, if a forward takes as long as a backward and hops no time."""
+def pipeline(name: str, stages: int, micro_batches: int, replicas: int = 1) -> list[str]:
+    """What every stage does when, if a forward takes as long as a backward and hops no time; with
+    several replicas, when a stage sums with that of the others."""
     actions = [SCHEDULES[name](stage, stages, micro_batches) for stage in range(stages)]
     step = simulate(actions, [1.0] * stages, [1.0] * stages)
-    rows = [f"| {name} | " + " | ".join(str(slot) for slot in range(int(step.seconds))) + " |"]
-    rows.append("|---" * (int(step.seconds) + 1) + "|")
-    for stage, timed in enumerate(step.stages):
-        cells = ["."] * int(step.seconds)
+    slots = int(step.seconds) + (replicas > 1)
+    rows = [f"| {name} | " + " | ".join(str(slot) for slot in range(slots)) + " |"]
+    rows.append("|---" * (slots + 1) + "|")
+    for rank in range(stages * replicas):
+        timed = step.stages[rank % stages]
+        cells = ["."] * slots
         for (kind, number), begin_s in ((one.action, one.begin_s) for one in timed):
             cells[int(begin_s)] = f"{kind[0].upper()}{number}"
-        rows.append(f"| rank {stage} | " + " | ".join(cells) + " |")
+        if replicas > 1:
+            begun = int(timed[-1].end_s)
+            cells[begun:] = ["sum"] * (slots - begun)
+        rows.append(f"| rank {rank} | " + " | ".join(cells) + " |")
     return rows
 
 
@@ -182,7 +188,12 @@ DRAWN = {
     "syncps": table([syncps_schedule(rank, 3) for rank in range(3)]),
     "ep": table([direct_all_to_all(rank, 3) for rank in range(3)]),
     "mp": pipeline("1f1b", 3, 1),
-    "mp_pipeline": [*pipeline("1f1b", 3, 4), "", *pipeline("gpipe", 3, 4)],
+    "mp_pipeline": [
+        *(*pipeline("1f1b", 3, 4), "", *pipeline("gpipe", 3, 4), ""),
+        "Two pipelines of two stages, `algorithm.replicas=2`; sum is an all_reduce of gradients,",
+        *("between ranks 0 and 2, and between ranks 1 and 3:", ""),
+        *pipeline("1f1b", 2, 4, replicas=2),
+    ],
 }
 
 

@@ -87,6 +87,7 @@ class Algorithm(ABC):
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collectives = new_group(context.mesh)
+        self.replica_group = self.collectives  # the ranks that hold the same parameters
         self.clock = StepClock(context.pace)
         self.loss_scale = context.precision.loss_scale(context.expected_weight)
         self.expert_load = ExpertLoad()

@@ -142,10 +142,16 @@ def without_values(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def cut_text(layers: Sequence[range], notes: Sequence[str] = ()) -> str:
-    """Such as rank 0 layers 0 to 4, rank 1 layer 5; `notes` stand behind the ranks."""
-    noted = enumerate(zip(notes or [""] * len(layers), layers, strict=True))
-    return ", ".join(f"rank {rank}{note} {layers_text(stage)}" for rank, (note, stage) in noted)
+def cut_text(layers: Sequence[range], notes: Sequence[str] = (), replicas: int = 1) -> str:
+    """Such as rank 0 layers 0 to 4, rank 1 layer 5; `notes` stand behind the ranks. With several
+    replicas of the pipeline: ranks 0, 2 layers 0 to 4, ranks 1, 3 layer 5."""
+    size = len(layers) * replicas
+    noted = [f"{rank}{note}" for rank, note in enumerate(notes or [""] * size)]
+    what = "ranks" if replicas > 1 else "rank"
+    return ", ".join(
+        f"{what} {', '.join(noted[stage :: len(layers)])} {layers_text(held)}"
+        for stage, held in enumerate(layers)
+    )
 
 
 def layers_text(stage: range) -> str:

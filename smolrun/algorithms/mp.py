@@ -16,7 +16,8 @@ Source: Dean et al., "Large Scale Distributed Deep Networks", 2012 (model parall
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from smolrun.algorithms.partial_model import PartialModel
 from smolrun.algorithms.single import Single
 from smolrun.algorithms.stage_gradients import OpenStep, StageGradients
 from smolrun.checkpoints.reader import CheckpointReader
-from smolrun.checkpoints.tensor_slice import Writer
+from smolrun.checkpoints.tensor_slice import TensorSlice, Writer
+from smolrun.collectives.api import new_group
 from smolrun.data.splits import IGNORE_INDEX, Batch
 from smolrun.models.base import StagedModel
 from smolrun.parts.norms import combine_norms
-from smolrun.parts.placement import DataCoordinates
+from smolrun.parts.placement import DataCoordinates, least_of_stages, replica_weights
+from smolrun.parts.replicas import model_tensors, sync_replicas
 from smolrun.parts.stage_links import ACTIVATIONS, GRADIENTS, PendingReceive, StageLinks
 
 
@@ -41,21 +44,29 @@ class ModelParallel(PartialModel, Single):
 
     more_copies = 0  # of the weights, beside those that every stage needs
 
-    def __init__(self, context: Context, *, layers: Sequence[Sequence[int]] | None) -> None:
+    def __init__(
+        self, context: Context, replicas: int = 1, *, layers: Sequence[Sequence[int]] | None
+    ) -> None:
         super().__init__(context)
         self._layers = layers
-        self.stage, self.stages = self.collectives.index, self.collectives.size
+        self.replicas, self.stages = replicas, self.collectives.size // replicas
+        self.replica, self.stage = divmod(self.collectives.index, self.stages)
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
+        alike = range(self.stage, self.collectives.size, self.stages)
+        self.replica_group = new_group(context.mesh, alike, f"replicas of stage {self.stage}")
         self.logits_index = self.stages - 1
+        self._speeds: list[float] = []  # as measured
         self.seed_words = (self.stage,) if self.stage else ()  # stages draw differently
         dtype = context.precision.parameters  # of hidden states, also under autocast
-        self.links = StageLinks(context.mesh, self.clock, dtype, context.quantization)
+        first = self.replica * self.stages
+        self.links = StageLinks(context.mesh, self.clock, dtype, context.quantization, first)
 
     def place(self, model: nn.Module) -> None:
         """Keeps this rank's stage of the model, and gives it its first values."""
         context, speeds = self.context, list(self.context.speeds or ())
         if is_measured := context.speeds is None and self._layers is None:
             speeds = layer_cut.measured_speeds(model, self.output_of, self.clock, self.collectives)
+            self._speeds = speeds
         layers = layer_cut.cut_layers(
             model,
             self._layers,
@@ -63,27 +74,34 @@ class ModelParallel(PartialModel, Single):
             precision=context.precision,
             copies=self.more_copies
             + layer_cut.copies_held(context.make_optimizer, context.precision, context.staleness),
-            speeds=speeds,
-            memory_bytes=context.memory_bytes,
+            speeds=least_of_stages(speeds, self.stages),
+            memory_bytes=least_of_stages(context.memory_bytes, self.stages),
         )
         assert isinstance(model, StagedModel), "else there is no cut"
         if is_measured:
-            self.note = f"speeds as measured: {layer_cut.cut_text(layers)}"
+            cut = layer_cut.cut_text(layers, replicas=self.replicas)
+            self.note = f"speeds as measured: {cut}"
         self.width, tied = model.shape.width, model.tied_parameter
         self.layers = layers[self.stage]
         self.keep_part(model, lambda: model.keep_stage(self.layers, self.is_first, self.is_last))
         layer_cut.check_stage(model, context.mesh.rank)
         self._copied = tied if self.is_last and not self.is_first else None
         super().place(model)
+        sync_replicas(self.replica_group, list(model.parameters()))
         self.running: nn.Module = model  # what a forward uses
-        self.stage_gradients = StageGradients(context.mesh, self.links, self.clock)
+        self.stage_gradients = StageGradients(self.replica_group, self.links, self.clock)
         matrix = dict(model.named_parameters()).get(tied or "")
         if matrix is not None and matrix.requires_grad and self.stages > 1:
             self.stage_gradients.tie(matrix, self.trained())
 
     def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
-        """All stages read the same samples."""
-        return DataCoordinates(0, [1.0])
+        """All stages of a replica read the same samples."""
+        weights = replica_weights(self._speeds or speeds, self.stages)
+        return DataCoordinates(self.replica, weights)
+
+    def replica_tensors(self) -> dict[str, Tensor]:
+        """This stage, where others hold it too."""
+        return dict(model_tensors(self.model)) if self.replicas > 1 else {}
 
     # -- one micro-batch ----
 
@@ -169,9 +187,11 @@ class ModelParallel(PartialModel, Single):
 
     def wait_for(self, pending: PendingUpdate) -> None:
         """Blocks until the norms of all stages are known."""
-        self._squares = self.stage_gradients.wait(pending.step, self._gradients[pending.step])
+        self._squares, are_finite = self.stage_gradients.wait(
+            pending.step, self._gradients[pending.step]
+        )
         super().wait_for(pending)
-        pending.stats.replace("is_finite", torch.isfinite(self._squares))
+        pending.stats.replace("is_finite", are_finite)
 
     @torch.no_grad()
     def update(self, pending: PendingUpdate, weight: float, learning_rate: float) -> float | None:
@@ -185,6 +205,10 @@ class ModelParallel(PartialModel, Single):
         """Over all stages; `wait_for` has waited for it."""
         return float(self._squares.sum())
 
+    def measured_params(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of a stage, by one of its replicas."""
+        return self.optimized_params if self.replica == 0 else []
+
     def whole_norms(self, norms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Of all layers, on all ranks."""
         return combine_norms(norms, self.trained_names(), self.all_ranks)
@@ -196,8 +220,14 @@ class ModelParallel(PartialModel, Single):
     # -- what a checkpoint holds: the keys that the whole model would have ----
 
     def writer(self, name: str) -> Writer:
-        """The first stage writes what the last one has a copy of."""
-        return "other" if name == self._copied else "this"
+        """Any replica of its stage; the first stage writes what the last one has a copy of."""
+        return "other" if name == self._copied else "any"
+
+    def owned(self) -> Iterator[TensorSlice]:
+        """Statistics of pending updates are written by the replicas of the first stage."""
+        for part in super().owned():
+            is_theirs = part.key.endswith("/facts") and not self.is_first
+            yield replace(part, writer="other") if is_theirs else part
 
     def restore(self, checkpoint: CheckpointReader, state: Mapping[str, Any]) -> None:
         """Gradients in flight are those of all stages; their norm is not in a checkpoint."""

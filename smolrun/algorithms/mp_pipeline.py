@@ -20,6 +20,15 @@ its last micro-batches may go backward in the next step, and only the first step
 A micro-batch goes backward through the weights that it went forward through, so all stages but the
 last one have the weights three times: the newest, and those of this step and of the one before.
 
+With `replicas` the ranks are several pipelines with one cut, one after the other: of N stages, rank
+r is stage r % N of pipeline r // N. Each reads its own share of the samples, and when the gradient
+of a stage is whole, the ranks that hold that stage sum theirs, while other stages go backward.
+
+    replica 0   rank 0   F0 F1 .  B0 .  B1 [ all_reduce  ]        with rank 2
+                rank 1   .  F0 B0 F1 B1 [ all_reduce  ]           with rank 3
+    replica 1   rank 2   F0 F1 .  B0 .  B1 [ all_reduce  ]
+                rank 3   .  F0 B0 F1 B1 [ all_reduce  ]
+
 Source: as in parts/pipeline_schedule.py; weights in two versions: Narayanan et al.,
 "Memory-Efficient Pipeline-Parallel DNN Training", 2021 (PipeDream-2BW).
 """
@@ -29,12 +38,14 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from smolrun.algorithms.base import Algorithm, Context, PendingUpdate
+from smolrun.algorithms.classicdp import device_class, gather_classes
 from smolrun.algorithms.mp import ModelParallel
 from smolrun.data.splits import Batch
 from smolrun.parts.pipeline_schedule import SCHEDULES, StageAction, without_flush
@@ -50,11 +61,16 @@ def mp_pipeline(
     schedule: Literal["1f1b", "gpipe"],
     micro_batches: int | Literal["auto"],
     layers: Sequence[Sequence[int]] | None,
+    replicas: int,
 ) -> Algorithm:
-    """The pipeline of a schedule; 1f1b with stale gradients is not emptied between steps."""
-    if schedule == "1f1b" and context.staleness:
-        return PipelineWithoutFlush(context, schedule, micro_batches, layers)
-    return Pipeline(context, schedule, micro_batches, layers)
+    """The pipeline of a schedule, or one of `replicas`; 1f1b with stale gradients is not emptied
+    between steps. Collective where there are several."""
+    make = PipelineWithoutFlush if schedule == "1f1b" and context.staleness else Pipeline
+    algorithm = make(context, schedule, micro_batches, layers, replicas)
+    if replicas > 1:
+        classes = gather_classes(algorithm.collectives, device_class(context.device))
+        algorithm.replicas_may_differ = len(set(classes)) > 1
+    return algorithm
 
 
 class Pipeline(ModelParallel):
@@ -66,8 +82,9 @@ class Pipeline(ModelParallel):
         schedule: str,
         micro_batches: int | Literal["auto"],
         layers: Sequence[Sequence[int]] | None,
+        replicas: int = 1,
     ) -> None:
-        super().__init__(context, layers=layers)
+        super().__init__(context, replicas, layers=layers)
         self._schedule = SCHEDULES[schedule]
         is_auto = micro_batches == "auto"
         self._micro_batches = _PER_STAGE * self.stages if is_auto else int(micro_batches)
@@ -75,8 +92,8 @@ class Pipeline(ModelParallel):
         self.open: deque[tuple[Batch, Tensor, Tensor]] = deque()
 
     def data_coordinates(self, speeds: Sequence[float]) -> DataCoordinates:
-        """All stages read the same samples, in as many micro-batches at least."""
-        return DataCoordinates(0, [1.0], self._micro_batches)
+        """As in mp, in as many micro-batches at least."""
+        return replace(super().data_coordinates(speeds), micro_batches=self._micro_batches)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """All micro-batches through all stages and back."""
@@ -136,11 +153,17 @@ class PipelineWithoutFlush(Pipeline):
             parameter.grad = torch.zeros_like(parameter)
         # Those of a step before stay as they are: each step has its own.
         self._gradients[self.steps_begun] = [p.grad for p in trained if p.grad is not None]
-        actions = without_flush(self.stage, self.stages, len(batches), len(self.open))
-        stats = self.walk(actions, batches)
+        stats = self.walk(self._actions(len(batches)), batches)
+        if not batches:  # a replica too slow for a share of the samples: its sums are the others'
+            self.stage_gradients.complete(self.steps_begun, self._gradients[self.steps_begun])
         self.running = self.model
         self.links.prune()
         return stats
+
+    def _actions(self, micro_batches: int) -> list[StageAction]:
+        if not micro_batches:
+            return []
+        return without_flush(self.stage, self.stages, micro_batches, len(self.open))
 
     @torch.no_grad()
     def _version(self, step: int) -> nn.Module:

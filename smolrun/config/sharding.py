@@ -23,11 +23,14 @@ class RankSizes:
 
 @dataclass(frozen=True)
 class StagesConfig:
-    """Ranks hold stages of layers. `layers` are the keys; `schedule` None: one micro-batch after
-    the other goes through all stages and back. A step has `micro_batches` at least, where there
-    are as many samples."""
+    """Ranks hold stages of layers, `count` of them; `replicas` pipelines follow each other in the
+    order of ranks. `layers` are the keys; `schedule` None: one micro-batch after the other goes
+    through all stages and back. A step has `micro_batches` at least, where there are as many
+    samples."""
 
     layers: list[list[int]] | None
+    count: int
+    replicas: int = 1
     schedule: str | None = None
     micro_batches: int = 1
 

@@ -103,13 +103,14 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
 
 def _stage_micro_batches(config: RunConfig) -> int | None:
     """How many micro-batches follow each other through stages of a model before these are empty
-    again; None where ranks hold no stages, or these never are."""
+    again, of all pipelines together; None where ranks hold no stages, or these never are."""
     keys, training = config.algorithm.stages(world_size(config)), config.training
     if keys is None or (keys.schedule == "1f1b" and config.staleness.bound not in ("auto", 0)):
         return None
     size = None if training.micro_batch_size == "auto" else training.micro_batch_size
-    plan = plan_batches(training.global_batch_size, [1.0], 0, size, keys.micro_batches)
-    return len(plan.sizes) if keys.schedule is not None else 1
+    shares = [1.0] * keys.replicas
+    plan = plan_batches(training.global_batch_size, shares, 0, size, keys.micro_batches)
+    return keys.replicas * len(plan.sizes) if keys.schedule is not None else 1
 
 
 def can_quantize(config: RunConfig) -> bool:

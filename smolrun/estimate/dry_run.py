@@ -54,6 +54,7 @@ from smolrun.parts.placement import (
     memory_shares,
     plan_batches,
     rank_speeds,
+    replica_weights,
 )
 from smolrun.parts.precision import PRECISIONS
 from smolrun.parts.quantization import NO_QUANTIZATION, Quantization
@@ -102,10 +103,9 @@ class Estimate:
 
     def rank(self, place: Place, local_rank: int = 0, setting: Setting | None = None) -> Rank:
         """One rank of a host, in numbers; with stages it depends on the setting."""
-        stages = self.stages(setting or self.setting)
-        number = place.first_rank + local_rank
-        share = self.expert_share(number, setting or self.setting)
-        held = stages[number] if stages else share
+        stage = self.stage(place.first_rank + local_rank, setting or self.setting)
+        share = self.expert_share(place.first_rank + local_rank, setting or self.setting)
+        held = share if stage is None else stage
         shapes, frozen = (self.shapes, self.frozen) if held is None else held.numbers
         bound = self.config.staleness.bound
         algorithm = self.config.algorithm
@@ -125,19 +125,21 @@ class Estimate:
             process_bytes=self.process.size,
             slots=1 + algorithm.pending_gradients(0 if bound == "auto" else bound),
             is_on_device=place.device != "cpu",
-            is_staged=place.device != "cpu" and world_size(self.config) > 1 and not stages,
+            is_staged=self.has_replicas if stage else self._is_staged(place),
             is_stage=held is not None,
             experts=share.experts if share else 0,
             token_bytes=share.token_bytes(self.tokens, world_size(self.config)) if share else 0,
-            weight_copies=0
-            if not stages or stages[number].kind.has_head
-            else more_copies(self.config),
+            weight_copies=0 if stage is None or stage.kind.has_head else more_copies(self.config),
             has_momentum=getattr(self.config.optimizer, "momentum", 1.0) > 0,
             copies_for_norms=self.config.training.log_norms == "all",
             saves=self.config.checkpoint.every > 0,
             sharding=algorithm.sharding(sizes),
-            quantization=NO_QUANTIZATION if stages else self.quantization,
+            quantization=self.quantization if stage is None else NO_QUANTIZATION,
         )
+
+    def _is_staged(self, place: Place) -> bool:
+        """Gradients are copied to be sent."""
+        return place.device != "cpu" and world_size(self.config) > 1
 
     @property
     def quantization(self) -> Quantization:
@@ -149,10 +151,20 @@ class Estimate:
         """How the algorithm cuts the model into stages; None where it does not."""
         return self.config.algorithm.stages(world_size(self.config))
 
+    @property
+    def has_replicas(self) -> bool:
+        """Of a pipeline."""
+        return self.keys is not None and self.keys.replicas > 1
+
+    def stage(self, number: int, setting: Setting) -> StageShare | None:
+        """What a rank holds where ranks hold stages; else None."""
+        stages = self.stages(setting)
+        return stages[number % len(stages)] if stages else None
+
     def stages(self, setting: Setting) -> list[StageShare]:
-        """What every rank holds, cut as the run would cut it; empty where ranks hold no stages.
-        Where no cut fits into the memory that is given, the fastest one. ConfigError where the
-        model cannot be cut."""
+        """What every rank of a pipeline holds, cut as the run would cut it; empty where ranks hold
+        no stages. Where no cut fits into the memory that is given, the fastest one. ConfigError
+        where the model cannot be cut."""
         key = (setting.precision, setting.optimizer)
         if key not in self._stages and self.keys is not None:
             self._stages[key] = cut_into_stages(self.config, self.spec, *key)
@@ -172,14 +184,19 @@ class Estimate:
         return samples * (self.spec.sequence_length or 1)
 
     def count(self, setting: Setting) -> int:
-        """Micro-batches of a step."""
-        most = -(-self.config.training.global_batch_size // setting.micro_batch_size)
+        """Micro-batches of a step, of one pipeline."""
+        most = -(-self.samples // setting.micro_batch_size)
         return max(self.micro_batches, most) if self.keys is not None else self.micro_batches
+
+    @property
+    def samples(self) -> int:
+        """Of a step, of the largest share."""
+        return sum(largest_plan(self.config).sizes)
 
     def held(self, setting: Setting) -> list[int]:
         """Micro-batches whose activations each stage holds at one time."""
         assert self.keys is not None, "there are no stages"
-        return held_micro_batches(self.keys, world_size(self.config), self.count(setting))
+        return held_micro_batches(self.keys, self.keys.count, self.count(setting))
 
     def stage_works(self, setting: Setting) -> list[Trace] | None:
         """One micro-batch of every stage; None where they cannot be traced."""
@@ -197,16 +214,18 @@ class Estimate:
     def need(self, place: Place, setting: Setting, local_rank: int = 0) -> Need:
         """One rank of a host."""
         rank = self.rank(place, local_rank, setting)
-        if not self.stages(setting):
+        if not (stages := self.stages(setting)):
             return need(rank, setting, self.trace(setting))
-        return need(rank, setting, self._stage_need(setting, place.first_rank + local_rank))
+        number = (place.first_rank + local_rank) % len(stages)
+        return need(rank, setting, self._stage_need(setting, number))
 
     def _stage_need(self, setting: Setting, number: int) -> Trace | None:
         """Of a stage, with all micro-batches that it holds."""
-        work = self.trace(setting, self.stages(setting)[number].kind)
+        stages = self.stages(setting)
+        work = self.trace(setting, stages[number].kind)
         if work is None:
             return None
-        received = RECEIVES_AHEAD * self.hop_bytes(setting) if world_size(self.config) > 1 else 0
+        received = RECEIVES_AHEAD * self.hop_bytes(setting) if len(stages) > 1 else 0
         if number == 0:  # and the last stage's gradient of a tied embedding
             received += self.tied_bytes(setting)
         return work.with_others(self.held(setting)[number] - 1, received)
@@ -321,14 +340,23 @@ class Estimate:
         return checkpoint_bytes(whole, self.setting)
 
     def stage_wire(self, number: int) -> int:
-        """Bytes that a stage sends in a step, and receives: hidden states, their gradients, and the
-        gradient or the values of a tied embedding."""
+        """Bytes that a stage sends in a step, and receives: hidden states, their gradients, the
+        gradient or the values of a tied embedding, and the sums over replicas."""
         setting = self.setting
         stage = self.stages(setting)[number]
         neighbours = (not stage.kind.has_embedding) + (not stage.kind.has_head)
         tied = self.tied_bytes(setting) if neighbours == 1 else 0
-        moved = neighbours * self.hop_bytes(setting) * self.config.training.global_batch_size
-        return moved // setting.micro_batch_size + tied
+        moved = neighbours * self.hop_bytes(setting) * self.samples
+        return moved // setting.micro_batch_size + tied + self.replica_bytes(number)
+
+    def replica_bytes(self, number: int) -> int:
+        """Of these, for the sum of a stage's gradients over replicas, an all_reduce in a ring. A
+        tied embedding is summed by its owners, the first stages."""
+        assert self.keys is not None, "ranks hold stages"
+        stages, replicas = self.stages(self.setting), self.keys.replicas
+        held = item_bytes(self.setting.precision) * sum(map(math.prod, stages[number].numbers[0]))
+        held -= self.tied_bytes(self.setting) if number == len(stages) - 1 else 0
+        return 2 * held * (replicas - 1) // replicas
 
     def tied_bytes(self, setting: Setting) -> int:
         """Of the matrix that both the first and the last stage hold."""
@@ -349,7 +377,7 @@ def largest_plan(config: RunConfig) -> BatchPlan:
     parts = config.algorithm.batch_parts(world_size(config) - has_server)
     stages = config.algorithm.stages(world_size(config))
     if stages is not None:
-        weights = [1.0]  # all stages read all samples
+        weights = replica_weights(weights, stages.count)  # stages of a pipeline read the same
     elif parts is not None:
         weights = [1.0] * parts
     elif has_server:

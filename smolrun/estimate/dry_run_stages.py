@@ -16,7 +16,7 @@ from smolrun.estimate.speeds import (
     times_on_links,
 )
 from smolrun.estimate.stages import MEASURED_LATER, measures_speeds, more_copies, step_of
-from smolrun.parts.placement import known_speeds, rank_speeds
+from smolrun.parts.placement import known_speeds, least_of_stages, rank_speeds
 from smolrun.tracking.formatting import counted, duration
 
 
@@ -40,12 +40,16 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _hops(made: Estimate) -> str:
-    size = world_size(made.config)
-    if size == 1:
+    keys = made.keys
+    assert keys is not None, "ranks hold stages"
+    if world_size(made.config) == 1:
         return "nothing, there is one rank"
     hop = size_text(made.hop_bytes(made.setting))
-    most = size_text(max(made.stage_wire(number) for number in range(size)))
-    line = f"{hop} from stage to stage for a micro-batch, as much back; {most} per step at most"
+    line = f"{hop} from stage to stage for a micro-batch, as much back; "
+    if keys.replicas > 1:
+        sums = size_text(max(made.replica_bytes(number) for number in range(keys.count)))
+        line += f"sums over {keys.replicas} replicas: {sums} per step at most; in all "
+    line += f"{size_text(max(map(made.stage_wire, range(keys.count))))} per step at most"
     if len(made.places) == 1:
         return f"{line}, inside this machine"
     return f"{line}; a hop takes {times_on_links(made.config, functools.partial(_hop_s, made))}"
@@ -65,7 +69,8 @@ def _stage_time(made: Estimate) -> str:
     seconds, bubble = stage_step(made)
     if works is None or bubble is None:
         return "unknown"
-    flops = sum(work.flops for work in works) * made.count(made.setting)
+    replicas = made.keys.replicas if made.keys else 1
+    flops = sum(work.flops for work in works) * made.count(made.setting) * replicas
     idle = f"ranks wait for {bubble:.0%} of it (the bubble)"
     if seconds is None:
         hops = ", and longer where hops are slow" if len(made.places) > 1 else ""
@@ -88,10 +93,10 @@ def stage_step(made: Estimate) -> tuple[float | None, float | None]:
     keys, shares = made.keys, _cpu_shares(made)
     assert keys is not None, "ranks hold stages"
     speed, moved_per_s = measure_speed()
-    rates = shares or known_speeds(
-        rank_speeds(made.config.cluster.model_dump(), world_size(made.config))
-    )
-    hop_s = _hop_s(made, links_gbps(made.config)[0]) if shares else 0.0
+    given = known_speeds(rank_speeds(made.config.cluster.model_dump(), world_size(made.config)))
+    rates = least_of_stages(shares or given, keys.count)
+    gbps = links_gbps(made.config)[0]
+    hop_s = _hop_s(made, gbps) if shares else 0.0
     forward = [work.forward_flops / speed + work.forward_moved / moved_per_s for work in works]
     whole = [work.flops / speed + work.moved / moved_per_s for work in works]
     backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
@@ -112,7 +117,15 @@ def stage_step(made: Estimate) -> tuple[float | None, float | None]:
         return None, bubble
     # An update of float32 reads and writes four or five tensors as large as the parameters.
     update = [20 * sum(map(math.prod, stage.numbers[0])) for stage in made.stages(made.setting)]
-    return seconds + max(_over(update, shares)) / moved_per_s, bubble
+    return seconds + _sums_s(made, gbps) + max(_over(update, rates)) / moved_per_s, bubble
+
+
+def _sums_s(made: Estimate, gbps: float) -> float:
+    """Seconds to sum the gradients of a stage over replicas; the first stage has nothing left to
+    compute meanwhile. No time inside one machine."""
+    if len(made.places) == 1:
+        return 0.0
+    return 8 * max(map(made.replica_bytes, range(len(made.stages(made.setting))))) / (gbps * 1e9)
 
 
 def _over(values: Sequence[float], rates: Sequence[float]) -> list[float]:

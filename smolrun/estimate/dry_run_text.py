@@ -162,6 +162,8 @@ def _title(made: Estimate) -> str:
 
 
 def _where(made: Estimate) -> str:
+    if made.has_replicas:
+        return "through each of the pipelines"
     if made.keys is not None:
         return "through all ranks"
     return f"on each rank{' that trains' if has_dedicated_server(made.config) else ''}"
@@ -213,18 +215,20 @@ _PARTS = {
 
 def _columns(made: Estimate) -> list[tuple[str, Place, int]]:
     """A title, a host, and which of its ranks."""
-    stages = made.stages(made.setting)
-    if not stages:
+    if not made.stages(made.setting):
         return [("\n".join(p.name for p in alike), alike[0], 0) for alike in _kinds(made)]
     return [
-        (_stage_title(stages[place.first_rank + number].layers, place, number), place, number)
+        (_stage_title(made, place, number), place, number)
         for place in made.places
         for number in range(place.ranks)
     ]
 
 
-def _stage_title(layers: range, place: Place, number: int) -> str:
-    return f"rank {place.first_rank + number}\n{place.name}\n{layers_text(layers)}"
+def _stage_title(made: Estimate, place: Place, number: int) -> str:
+    rank = place.first_rank + number
+    stage = made.stage(rank, made.setting)
+    assert stage is not None, "ranks hold stages"
+    return f"rank {rank}\n{place.name}\n{layers_text(stage.layers)}"
 
 
 def _kinds(made: Estimate) -> list[list[Place]]:

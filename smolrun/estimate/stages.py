@@ -23,7 +23,12 @@ from smolrun.errors import ConfigError
 from smolrun.estimate.trace import CannotTrace, build_on_meta
 from smolrun.models.base import ModelSpec, StagedModel
 from smolrun.parts.pipeline_schedule import SCHEDULES, Simulation, simulate
-from smolrun.parts.placement import known_speeds, memory_limits, rank_speeds
+from smolrun.parts.placement import (
+    known_speeds,
+    least_of_stages,
+    memory_limits,
+    rank_speeds,
+)
 from smolrun.parts.precision import PRECISIONS
 from smolrun.targets import load_target, model_keywords
 from smolrun.training.optimizer import make_optimizer
@@ -78,14 +83,15 @@ def cut_of(
     section, size = resolved(config), world_size(config)
     keys = config.algorithm.stages(size)
     assert keys is not None, "the algorithm has no stages"
+    limits = memory_limits(section["cluster"]["hosts"]) if is_limited else ()
     return cut_layers(
         model,
         keys.layers,
-        size,
+        keys.count,
         precision=PRECISIONS[precision_name],
         copies=more_copies(config) + _copies(config, precision_name, optimizer_name),
-        speeds=known_speeds(rank_speeds(section["cluster"], size)),
-        memory_bytes=memory_limits(section["cluster"]["hosts"]) if is_limited else (),
+        speeds=least_of_stages(known_speeds(rank_speeds(section["cluster"], size)), keys.count),
+        memory_bytes=least_of_stages(limits, keys.count),
     )
 
 
@@ -162,7 +168,7 @@ def more_copies(config: RunConfig) -> int:
 def cut_line(config: RunConfig, spec: ModelSpec) -> str | None:
     """Which rank of a run has which layers; None where ranks hold no stages, or where that shows
     only with the model's values. ConfigError where the model cannot be cut."""
-    if config.algorithm.stages(world_size(config)) is None:
+    if (keys := config.algorithm.stages(world_size(config))) is None:
         return None
     try:
         model = build_on_meta(model_maker(config, spec))
@@ -174,7 +180,7 @@ def cut_line(config: RunConfig, spec: ModelSpec) -> str | None:
     if len({plan.host for plan in plans}) > 1:
         hosts = [f" ({plan.host})" for plan in plans]
     assumed = "; " + MEASURED_LATER if measures_speeds(config) else ""
-    return cut_text(layers, hosts) + assumed
+    return cut_text(layers, hosts, keys.replicas) + assumed
 
 
 MEASURED_LATER = "speed=auto counts as equal here; a run measures a layer on every rank first"
@@ -190,8 +196,8 @@ def measures_speeds(config: RunConfig) -> bool:
 def cut_into_stages(
     config: RunConfig, spec: ModelSpec, precision: str, optimizer: str
 ) -> list[StageShare]:
-    """What every rank holds; where no cut fits into the memory that is given, of the fastest cut.
-    ConfigError where the model cannot be cut."""
+    """What every rank of a pipeline holds; where no cut fits into the memory that is given, of the
+    fastest cut. ConfigError where the model cannot be cut."""
     make = model_maker(config, spec)
     model, _ = build(make)
     try:

@@ -11,10 +11,13 @@ a parameter got no gradient. Knows nothing of what launching means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+
+AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)
 
 
 @dataclass
@@ -135,10 +138,10 @@ class GradientBuckets:
             self._on_full(bucket, self._slot)
 
 
-def pack(parameters: list[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
+def pack(parameters: Sequence[AnyTensor], bucket_bytes: int) -> list[list[AnyTensor]]:
     """Parameters in reverse order, about the order of their gradients; a bucket has one dtype and
     one device."""
-    buckets: list[list[torch.nn.Parameter]] = []
+    buckets: list[list[AnyTensor]] = []
     room = 0
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.itemsize
@@ -169,7 +172,7 @@ def _allocate(bucket: Bucket, slots: int, stages: bool | None) -> None:
         bucket.views.append(views_of(flat, bucket.parameters))
 
 
-def views_of(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def views_of(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One after the other, each in its parameter's shape."""
     parts = flat.split([parameter.numel() for parameter in parameters])
     return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

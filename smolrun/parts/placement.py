@@ -72,6 +72,22 @@ class DataCoordinates:
     micro_batches: int = 1
 
 
+def least_of_stages(values: Sequence[float], stages: int) -> list[float]:
+    """Of the ranks that hold each stage, one in every replica of a pipeline: what all of them can
+    hold, or how fast the slowest is. `values` are in rank order, replica after replica."""
+    return [min(values[stage::stages]) for stage in range(stages)] if values else []
+
+
+def replica_weights(speeds: Sequence[float], stages: int) -> list[float]:
+    """Shares of the samples of every replica of a pipeline of so many stages, all cut alike: how
+    much faster than the slowest rank of each stage its own slowest one is."""
+    least = least_of_stages(speeds, stages)
+    return [
+        min(speed / slowest for speed, slowest in zip(speeds[first:], least, strict=False))
+        for first in range(0, len(speeds), stages)
+    ]
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How one rank walks its part of every global batch.

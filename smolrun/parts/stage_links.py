@@ -48,12 +48,19 @@ class PendingReceive:
 class StageLinks:
     """Sends to and receives from the stages before and after this one. Numbers in `dtype` travel in
     fewer bits where `quantization` says so, but for `exact` ones; what rounding takes away is lost,
-    as no other tensor could make up for it: the next one is of other samples."""
+    as no other tensor could make up for it: the next one is of other samples. Stage 0 of this
+    pipeline is rank `first_rank`."""
 
     def __init__(
-        self, mesh: Mesh, clock: StepClock, dtype: torch.dtype, quantization: Quantization
+        self,
+        mesh: Mesh,
+        clock: StepClock,
+        dtype: torch.dtype,
+        quantization: Quantization,
+        first_rank: int = 0,
     ) -> None:
         self._mesh, self._clock, self._dtype = mesh, clock, dtype
+        self._first_rank = first_rank
         self._quantizer = None if quantization.is_none else quantization.quantizer()
         self._working_dtype = quantization.working_dtype(dtype)
         kinds = (ACTIVATIONS, GRADIENTS, TIED)
@@ -64,14 +71,14 @@ class StageLinks:
     def post(
         self, kind: Stream, source: int, shape: Sequence[int], *, exact: bool = False
     ) -> PendingReceive:
-        """Starts to receive the next tensor of a kind from rank `source`; never blocks."""
+        """Starts to receive the next tensor of a kind from stage `source`; never blocks."""
         quantizer = None if exact else self._quantizer
         if quantizer is None:
             wire = torch.empty(tuple(shape), dtype=self._dtype)
         else:
             size = quantizer.wire_bytes(math.prod(shape), self._working_dtype)
             wire = torch.empty(size, dtype=torch.uint8)
-        work = self._mesh.recv(source, self._next_received[kind].take(), wire)
+        work = self._mesh.recv(self._first_rank + source, self._next_received[kind].take(), wire)
         return PendingReceive(tuple(shape), wire, work, quantizer)
 
     def take(self, pending: PendingReceive | None) -> Tensor | None:
@@ -87,14 +94,16 @@ class StageLinks:
         return values.to(self._dtype)
 
     def send(self, kind: Stream, target: int, tensor: Tensor, *, exact: bool = False) -> None:
-        """Starts to send a tensor, which must not change until `finish`; never blocks."""
+        """Starts to send a tensor to stage `target`, which must not change until `finish`; never
+        blocks."""
         self._clock.before_send()
         quantizer = None if exact else self._quantizer
         dtype = self._dtype if quantizer is None else self._working_dtype
         wire = tensor.detach().to("cpu", dtype).contiguous()
         if quantizer is not None:
             wire = quantizer.encode(wire.view(-1))
-        self._sent[kind].append(self._mesh.send(target, self._next_sent[kind].take(), wire))
+        to, tag = self._first_rank + target, self._next_sent[kind].take()
+        self._sent[kind].append(self._mesh.send(to, tag, wire))
 
     def prune(self) -> None:
         """Forgets what has been sent; never blocks."""

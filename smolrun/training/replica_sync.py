@@ -37,7 +37,7 @@ class ReplicaSync(Periodic):
 
     def run(self, step: int, due: int) -> None:
         """Collective."""
-        collectives = self._algorithm.collectives
+        collectives = self._algorithm.replica_group
         differences = sync_replicas(collectives, list(self._algorithm.replica_tensors().values()))
         apart = {
             rank: difference
@@ -57,14 +57,14 @@ class ReplicaCheck(Callback):
     emit: Callable[[Event], None]
 
     def after_update(self, result: StepResult) -> None:
-        """TrainingError if any tensor that must be equal on all ranks is not; collective."""
-        collectives, tensors = self.algorithm.collectives, self.algorithm.replica_tensors()
+        """TrainingError if any tensor that must be equal on all replicas is not; collective."""
+        group, tensors = self.algorithm.replica_group, self.algorithm.replica_tensors()
         if not tensors:
             return
-        hashes = gather_hashes(collectives, parameter_hash(tensors.values()))
+        hashes = gather_hashes(self.algorithm.collectives, parameter_hash(tensors.values()))
         self.emit(ReplicaHash(result.step, hashes))
-        if len(set(hashes)) > 1:
-            name = first_difference(collectives, tensors)
+        if len({hashes[rank] for rank in group.ranks}) > 1:
+            name = first_difference(group, tensors)
             raise TrainingError(
                 f"replicas differ after step {result.step} in {name}: {', '.join(hashes)}"
             )

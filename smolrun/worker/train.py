@@ -343,8 +343,8 @@ def share_work(
     micro = None if training["micro_batch_size"] == "auto" else training["micro_batch_size"]
     coordinates = coordinates_of(known_speeds(speeds))
     weights, index = coordinates.weights, coordinates.index
-    # Ranks that share all samples have no shares to change.
-    if "auto" not in speeds or len(weights) == 1:
+    # Shares of pipelines do not change: ranks that share samples follow one cut of the model.
+    if "auto" not in speeds or len(weights) < len(speeds):
         return plan_batches(size, weights, index, micro, coordinates.micro_batches), None
     counts = shares(size, weights)
     plans = BatchPlans(lambda now: plan_batches(size, now, index, micro), counts)
@@ -439,7 +439,7 @@ class RankCheckpoints(Periodic):
         """Starts to save the state after so many updates; on all ranks alike."""
         if not self._algorithm.has_checkpoint_state:
             return
-        group = self._algorithm.collectives
+        group = self._algorithm.replica_group
         slices = partition_keys(self._algorithm.owned(), group.size, group.index)
         state = {
             "training": self._trainer.state(),

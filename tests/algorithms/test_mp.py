@@ -132,7 +132,7 @@ def test_a_pipeline_with_a_delay_is_emptied_only_to_be_saved(model: str, precisi
 
     def rank_main(mesh: Mesh) -> tuple[list[int], list[float]]:
         context = worlds.context(mesh, precision, "sgd", 1)
-        runner = mp_pipeline(context, schedule="1f1b", micro_batches=4, layers=None)
+        runner = mp_pipeline(context, schedule="1f1b", micro_batches=4, layers=None, replicas=1)
         runner.place(copy.deepcopy(start))
         assert isinstance(runner, PipelineWithoutFlush)
         opened, losses = [], []
@@ -258,7 +258,8 @@ def test_a_model_of_transformers_is_cut_and_read_in_stages(
     def rank_main(mesh: Mesh) -> worlds.Trace:
         more = {"first_value": functools.partial(first_value, seed=0)}
         context = dataclasses.replace(worlds.context(mesh, "float64", "sgd", 0), **more)
-        runner = mp_pipeline(context, schedule="1f1b", micro_batches="auto", layers=None)
+        keys: dict[str, Any] = {"schedule": "1f1b", "micro_batches": "auto", "layers": None}
+        runner = mp_pipeline(context, **keys, replicas=1)
         shells[mesh.rank].recompute = recompute  # type: ignore[assignment]
         runner.place(shells[mesh.rank])
         return worlds.run(runner, "hf", worlds.plan_of(runner), 10)

@@ -20,13 +20,16 @@ STAGES, MICRO_BATCHES = 3, 4
 SHAPE = (2, 64)  # sequences and tokens of a micro-batch
 HOP = math.prod(SHAPE) * GPT_NARROW["width"] * 4
 KEYS: dict[str, Any] = {"schedule": "1f1b", "micro_batches": MICRO_BATCHES, "layers": None}
+KEYS |= {"replicas": 1}
 
 
 def placed(mesh: Mesh, algorithm: str, **keys: Any) -> ModelParallel:
     context = context_of(mesh)
-    made: Any = ModelParallel(context, layers=None)
+    made: Any
     if algorithm == "mp_pipeline":
         made = mp_pipeline(context, **{**KEYS, **keys})
+    else:
+        made = ModelParallel(context, layers=None)
     made.place(decoder(**GPT_NARROW, max_sequence_length=SHAPE[1]))
     return made
 

@@ -243,7 +243,8 @@ def run(runner: Algorithm, model: str, plan: BatchPlan, steps: int) -> Trace:
 
 def to_write(runner: Algorithm) -> list[TensorSlice]:
     """What this rank writes into a checkpoint."""
-    return partition_keys(runner.owned(), runner.collectives.size, runner.collectives.index)
+    group = runner.replica_group
+    return partition_keys(runner.owned(), group.size, group.index)
 
 
 @functools.cache

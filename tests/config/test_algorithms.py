@@ -41,6 +41,7 @@ from smolrun.estimate.dry_run import estimate, largest_plan
         (["algorithm=edp"], False, False, False),
         (["algorithm=mp"], True, False, False),
         (["algorithm=mp_pipeline"], True, False, False),
+        (["algorithm=mp_pipeline", "algorithm.replicas=2"], True, False, True),
         (["algorithm.target=json:loads"], True, True, True),
     ],
 )
@@ -181,6 +182,29 @@ def test_what_stages_refuse(overrides: list[str], why: str) -> None:
 )
 def test_what_stages_are_advised(overrides: list[str], advice: str | None) -> None:
     assert compose(overrides).algorithm.stage_advice(3, 32) == advice
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["algorithm.replicas=3"], r"replicas = 3: pipelines of equal length .*4 ranks.*: 1, 2, 4"),
+        (["algorithm.replicas=8"], r"algorithm.replicas = 8: .*4 ranks.*allowed: 1, 2, 4"),
+        (["algorithm.replicas=0"], r"algorithm.replicas = 0: "),
+        (["algorithm.replicas=1"], "model.layers = 3: too few for 4 ranks"),
+        (
+            ["algorithm.replicas=2", "cluster.ranks=8"],
+            r"too few for 2 pipelines of 4 ranks, each with a layer; .*>= 4, or at most 6 ranks",
+        ),
+        (["algorithm.replicas=2", "algorithm.layers=[[0,2]]"], "for each of 2 stages, layers 0 to"),
+        (
+            ["algorithm.replicas=2", "algorithm.micro_batches=17"],
+            "global_batch_size = 32 for 2 pipelines; allowed: auto or 1 to 16",
+        ),
+    ],
+)
+def test_what_pipelines_refuse(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compose(["algorithm=mp_pipeline", "cluster.ranks=4", *overrides])
 
 
 def test_a_micro_batch_has_a_sample() -> None:

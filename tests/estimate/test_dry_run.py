@@ -386,13 +386,38 @@ def test_it_cuts_as_the_run_does(keys: tuple[str, ...], line: str) -> None:
 
     def rank_main(mesh: Mesh) -> list[int]:
         algorithm = place_algorithm(config, estimate.spec, mesh, torch.device("cpu"))
-        micro_batches = algorithm.data_coordinates([1.0]).micro_batches
+        micro_batches = algorithm.data_coordinates([1.0] * 3).micro_batches
         assert micro_batches == (12 if config["algorithm"]["name"] == "mp_pipeline" else 1)
         return [int(name) for name in algorithm.model.blocks]
 
     promised = [list(stage.layers) for stage in estimate.stages(estimate.setting)]
     assert run_ranks(3, rank_main) == promised
     assert cut_line(estimate.config, estimate.spec) == line
+
+
+def test_pipelines_side_by_side_are_cut_and_counted_alike(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hosts = "cluster.hosts=[{name: a, speed: 2, ranks: 2}, {name: b, ranks: 2}]"
+    keys = ("algorithm=mp_pipeline", "model.layers=6", "data.tokenizer=bytes")
+    keys += ("model.tie_embeddings=true",)
+    one, two = made(*keys, "cluster.ranks=2"), made(*keys, hosts, "algorithm.replicas=2")
+    assert stage_parts(two, "optimizer") == 2 * stage_parts(one, "optimizer")
+    assert stage_parts(two, "staging") == stage_parts(two, "gradients")
+    assert stage_parts(one, "staging") == [0, 0]
+    assert two.checkpoint() == one.checkpoint() and two.tied_bytes(two.setting) > 0
+    # Twice as fast, so two thirds of 32 samples, in 8 micro-batches as for two ranks.
+    assert (two.samples, two.count(two.setting), two.setting.micro_batch_size) == (21, 8, 3)
+    held = stage_parts(two, "parameters")
+    copy = two.tied_bytes(two.setting)
+    assert [two.replica_bytes(stage) for stage in (0, 1)] == [held[0], held[1] - copy]
+    assert two.stage_wire(0) == 21 * two.hop_bytes(two.setting) // 3 + copy + held[0]
+    text = "ranks 0 (a), 2 (b) layers 0 to 2, ranks 1 (a), 3 (b) layers 3 to 5"
+    assert cut_line(two.config, two.spec) == text
+    assert report(two) == 0
+    shown = capsys.readouterr().out
+    assert "8 micro-batches of 3 sequences of 64 tokens through each of the pipelines" in shown
+    assert "sums over 2 replicas: " in shown
 
 
 def test_a_step_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
