@@ -314,14 +314,16 @@ def _shown(value: Any) -> str:
 
 
 def combination_rows() -> list[list[str]]:
-    """The choices of each row: every algorithm, with every stage where it has some."""
+    """The choices of each row: every algorithm, with every stage or several replicas where it has
+    some."""
     found = []
     with compose.composing(Arguments()):
         for name in sorted(choices.groups([choices.shipped_folder()])["algorithm"]):
             chosen = f"algorithm={name}"
-            has_stages = "stage" in compose.values(Arguments([chosen]))["algorithm"]
-            stages = [f"algorithm.stage={stage}" for stage in range(4)] if has_stages else []
+            keys = compose.values(Arguments([chosen]))["algorithm"]
+            stages = [f"algorithm.stage={stage}" for stage in range(4)] if "stage" in keys else []
             found += [[chosen, stage] for stage in stages] or [[chosen]]
+            found += [[chosen, "algorithm.replicas=2"]] if "replicas" in keys else []
     return found
 
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from smolrun.config.algorithms import AlgorithmConfig
+from smolrun.config.algorithm import AlgorithmConfig
 from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import ClusterConfig
 from smolrun.config.cluster_checks import CLUSTER_CHECKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from smolrun.config.algorithms import AlgorithmConfig
+from smolrun.config.algorithm import AlgorithmConfig
 from smolrun.config.base import Device
 from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.config.run import RunConfig

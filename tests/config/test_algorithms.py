@@ -19,7 +19,8 @@ from smolrun.config import (
     validate,
     world_size,
 )
-from smolrun.config.algorithms import AlgorithmConfig, CustomAlgorithmConfig
+from smolrun.config.algorithm import AlgorithmConfig
+from smolrun.config.algorithms import CustomAlgorithmConfig
 from smolrun.config.base import Count, chosen_by_target
 from smolrun.config.settings import TrainingConfig
 from smolrun.config.sharding import RankSizes, Sharding
