@@ -2,8 +2,8 @@
 
 What an algorithm is stands in its class here and nowhere else: its keys, its rules about other
 groups (methods `check_*`), and the facts that the driver, the plan and the dry run ask for. A new
-algorithm is a file of smolrun/algorithms/, a file of conf/algorithm/ and a class of this file, or of
-partial_models.py where ranks hold parts of a model.
+algorithm is a file of smolrun/algorithms/, a file of conf/algorithm/ and a class of this file, or
+of partial_models.py where ranks hold parts of a model.
 """
 
 from __future__ import annotations
