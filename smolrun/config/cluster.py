@@ -20,6 +20,7 @@ from smolrun.config.base import (
     TorchBuild,
 )
 
+THIS_MACHINE = "local"
 TWO_PORTS: JsonDict = {"allowed": "two ports such as 40000-40100, or null"}
 
 
@@ -57,6 +58,10 @@ class HostConfig(Section):
     name: Name = Field(description="Its name in logs and tables")
     ssh: Name | None = Field(
         default=None, description="SSH destination: user@address or an alias; null = this machine"
+    )
+    nearby: bool = Field(
+        default=False,
+        description="A machine of the local network that joins by `smolrun task=join`, without SSH",
     )
     address: Name | Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None,
@@ -99,6 +104,11 @@ class HostConfig(Section):
         default=None, description="Emulate a slower machine with slower links"
     )
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is the machine of the driver."""
+        return self.ssh is None and not self.nearby
+
 
 class ClusterConfig(Section):
     """Group `cluster`: where the ranks of a run live."""
@@ -110,6 +120,11 @@ class ClusterConfig(Section):
     ranks: Auto | Count = Field(
         default="auto",
         description="Ranks on this machine when no hosts are listed; auto = 2, for single 1",
+    )
+    nearby: bool = Field(
+        default=False,
+        description="Without `hosts`: this machine, and `ranks` - 1 machines that join by `smolrun "
+        "task=join`, one rank each",
     )
     hosts: list[HostConfig] | None = Field(
         default=None, min_length=1, description="The machines; null = this one alone"
@@ -127,6 +142,9 @@ class ClusterConfig(Section):
     )
     connect_timeout_s: Positive = Field(
         default=15.0, description="Seconds for SSH connection and login of a host"
+    )
+    join_timeout_s: Positive = Field(
+        default=3600.0, description="Seconds to wait for machines that join (nearby)"
     )
     deploy: Literal["none", "rsync", "wheel"] = Field(
         default="wheel",
@@ -168,6 +186,7 @@ class ClusterConfig(Section):
     def _hosts_as_they_run(cls, data: Any) -> Any:
         """Ranks go host after host, and the server is rank 0; `memory_gb` is that of every host
         without its own."""
+        data = _with_nearby(data)
         if not isinstance(data, Mapping) or not isinstance(data.get("hosts"), list):
             return data
 
@@ -197,3 +216,15 @@ class ClusterConfig(Section):
         left = {key: value for key, value in of_all.items() if key not in taken}
         emulate = EmulateConfig(**left) if left else None
         return self.model_copy(update={"hosts": hosts or None, "emulate": emulate})
+
+
+def _with_nearby(data: Any) -> Any:
+    """Where `nearby` asks for machines that join: a host for each. They get their names when they
+    have joined."""
+    if not isinstance(data, Mapping) or data.get("nearby") is not True or data.get("hosts"):
+        return data
+    ranks = data.get("ranks")
+    if type(ranks) is not int or ranks < 1:
+        return data
+    joining = [{"name": f"nearby{number}", "nearby": True} for number in range(1, ranks)]
+    return {**data, "ranks": "auto", "hosts": [{"name": THIS_MACHINE}, *joining]}

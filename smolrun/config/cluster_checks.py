@@ -50,9 +50,9 @@ def hosts_can_meet(*, cluster: ClusterConfig) -> Iterator[str]:
     """Beside machines elsewhere, this one needs an address that they can reach."""
     hosts = cluster.hosts or []
     if not any(host.ssh is not None for host in hosts):
-        return
+        return  # machines that join tell this one its address
     for index, host in enumerate(hosts):
-        if host.ssh is None and (host.address is None or _is_loopback(addresses(host)[0])):
+        if host.is_here and (host.address is None or _is_loopback(addresses(host)[0])):
             yield problem(
                 f"cluster.hosts[{index}].address",
                 host.address,
@@ -80,6 +80,8 @@ def keys_mean_something(*, cluster: ClusterConfig) -> Iterator[str]:
         for key, value in (("python", host.python), ("workdir", host.workdir), ("env", host.env)):
             if host.ssh is None and value:
                 what = f"{host.name} is this machine, which runs its ranks as it runs you"
+                if host.nearby:
+                    what = f"{host.name} joins, and runs its ranks as it runs its own smolrun"
                 allowed = "none of it, or its `ssh:` to be reached as another machine"
                 yield problem(f"cluster.hosts[{index}].{key}", value, what, allowed=allowed)
 
@@ -134,12 +136,29 @@ def restart_can_be(*, cluster: ClusterConfig, world_size: int) -> Iterator[str]:
 
 def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]:
     """An authenticated link without encryption stays on one machine, unless configured."""
-    others = [host.name for host in cluster.hosts or [] if host.ssh is not None]
+    others = [host.name for host in cluster.hosts or [] if not host.is_here]
     if mesh.security == "loopback_plain" and others:
         what = f"{', '.join(others)} would be reached over a network without encryption"
         yield problem(
             "mesh.security", mesh.security, what, allowed="auto or tls; insecure, if you must"
         )
+
+
+def joining_is_possible(*, cluster: ClusterConfig, detach: bool, driver: str | None) -> Iterator[str]:
+    """Somebody has to see the pairing code, which is in no file."""
+    hosts = cluster.hosts or []
+    for index, host in enumerate(hosts):
+        if host.nearby and host.ssh is not None:
+            where = f"cluster.hosts[{index}].ssh"
+            what = f"{host.name} is reached over SSH, or it joins (nearby: true)"
+            yield problem(where, host.ssh, what, allowed="one of the two")
+    if not any(host.nearby for host in hosts):
+        return
+    what = "machines that join need a pairing code, which is shown in a terminal and in no log"
+    if detach:
+        yield problem("detach", detach, what, allowed="false; `tmux` keeps a terminal open")
+    if driver is not None:
+        yield problem("driver", driver, what, allowed="null")
 
 
 def emulation_can_be(*, cluster: ClusterConfig) -> Iterator[str]:
@@ -178,5 +197,6 @@ CLUSTER_CHECKS = (
     named_hosts_exist,
     restart_can_be,
     links_are_safe,
+    joining_is_possible,
     emulation_can_be,
 )

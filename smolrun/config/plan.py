@@ -7,10 +7,10 @@ from typing import Literal
 
 from smolrun.config.algorithm import AlgorithmConfig
 from smolrun.config.base import Device
+from smolrun.config.cluster import THIS_MACHINE as THIS_MACHINE
 from smolrun.config.cluster import ClusterConfig, HostConfig
 from smolrun.config.run import RunConfig
 
-THIS_MACHINE = "local"
 LOOPBACK = "127.0.0.1"
 
 
@@ -108,6 +108,8 @@ def addresses(host: HostConfig) -> list[str]:
         return [host.address]
     if host.address is not None:
         return list(host.address)
+    if host.nearby:
+        return []  # known once it has joined
     return [LOOPBACK if host.ssh is None else host.ssh.rpartition("@")[2]]
 
 

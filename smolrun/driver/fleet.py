@@ -23,6 +23,7 @@ from smolrun.config.base import CustomTargetConfig
 from smolrun.config.cluster import HostConfig as HostConfig
 from smolrun.config.suggest import problem
 from smolrun.data.prepared import Progress
+from smolrun.driver.nearby import machine_of
 from smolrun.errors import ConfigError, HostError, HostErrors, SmolrunError
 from smolrun.launch.control import Saving
 from smolrun.launch.hosts import WorkerHost, WorkerPlan
@@ -86,7 +87,10 @@ class Fleet:
             code_archive(Path.cwd(), own_targets(self._config)),
             PreparedFiles(prepared, hashes, weights=weights) if prepared is not None else None,
             CheckpointFiles(checkpoint) if checkpoint is not None else None,
+            own_targets(self._config),
         )
+        if order.archive.own and any(one.installed for one in self.machines.values()):
+            say("waiting until the users of joined machines allow your own files there")
         ready = provision(self.machines, order, progress)
         self._ready = ready.hosts
         for line in ready.warnings:
@@ -116,8 +120,13 @@ class Fleet:
             return LocalHost(low_priority=is_low)
         from smolrun.launch.remote.machine import RemoteHost
 
-        ready = self._ready[plan.host]
-        return RemoteHost(self.machines[plan.host], ready.argv, ready.env, ready.cwd)
+        ready, machine = self._ready[plan.host], self.machines[plan.host]
+        if machine.installed is not None:
+            from smolrun.launch.nearby.joined import JoinedHost, JoinedMachine
+
+            assert isinstance(machine, JoinedMachine), "others get our smolrun"
+            return JoinedHost(machine, ready.cwd or None)
+        return RemoteHost(machine, ready.argv, ready.env, ready.cwd)
 
     def addresses(self, rank: RankPlan) -> list[str]:
         """Where the others reach a rank, as numbers, best first: as the cluster says, or as we do.
@@ -131,9 +140,9 @@ class Fleet:
         is_given = any(host.name == rank.host and host.address is not None for host in hosts)
         if machine is None or is_given:
             return resolve(rank.host, rank.addresses)
-        if machine.address is None:
+        if not machine.addresses:
             raise unknown_address(rank.host)
-        return [machine.address]
+        return machine.addresses
 
     def threads(self, rank: RankPlan) -> int:
         """Torch threads of one rank: the usable cores, shared by the ranks of the machine. Hosts
@@ -142,7 +151,7 @@ class Fleet:
             return rank.threads
         if machine := self.machines.get(rank.host):
             return max(1, machine.cores // rank.local_world_size)
-        elsewhere = {host.name for host in self._config.cluster.hosts or [] if host.ssh is not None}
+        elsewhere = {host.name for host in self._config.cluster.hosts or [] if not host.is_here}
         here = sum(other.host not in elsewhere for other in ranks(self._config))
         return max(1, (usable_cores() or 1) // max(1, here))
 
@@ -166,7 +175,6 @@ class Fleet:
         if saving is None or not self._ready:
             return None
         from smolrun.launch.delivery.shards import ShardFetcher, ShardOrigin
-        from smolrun.launch.ssh.connect import open_again
 
         origins = {
             rank.rank: ShardOrigin(
@@ -186,7 +194,6 @@ class Fleet:
         if not self._ready:
             return []
         from smolrun.launch.delivery.provision import clear_all
-        from smolrun.launch.ssh.connect import open_again
 
         return clear_all(self.machines, run_id, open_again)
 
@@ -202,19 +209,56 @@ def open_fleet(config: RunConfig) -> Fleet:
 
     An elastic run begins without some, as long as there are enough. Close it in the end."""
     specs = host_specs(config)
-    if not specs:
+    if not is_elsewhere(config):
         return Fleet(config, {})
-    from smolrun.launch.ssh.connect import open_machines
-
     missing: dict[str, SmolrunError] = {}
     is_elastic = min_ranks_left(config) is not None
-    machines = open_machines(specs, missing=missing if is_elastic else None)
+    machines = _joined_machines(config, missing if is_elastic else None)
+    if specs:
+        from smolrun.launch.ssh.connect import open_machines
+
+        machines |= open_machines(specs, missing=missing if is_elastic else None)
     fleet = Fleet(config, machines, missing)
     if missing and not _is_enough(config, missing):
         fleet.close()
         errors = list(missing.values())
         raise errors[0] if len(errors) == 1 else HostErrors(errors)
     return fleet
+
+
+def _joined_machines(
+    config: RunConfig, missing: dict[str, SmolrunError] | None
+) -> dict[str, Machine]:
+    """As `open_machines`, of those that join."""
+    found: dict[str, Machine] = {}
+    for host in config.cluster.hosts or []:
+        if host.nearby:
+            try:
+                found[host.name] = machine_of(host.name)
+            except HostError as error:
+                if missing is None:
+                    raise
+                missing[host.name] = error
+    return found
+
+
+def open_host(config: RunConfig, name: str) -> Machine:
+    """Connect to one host that is not this machine. HostError."""
+    if any(host.nearby and host.name == name for host in config.cluster.hosts or []):
+        return machine_of(name)
+    from smolrun.launch.ssh.connect import open_machine
+
+    (spec,) = [spec for spec in host_specs(config) if spec.name == name]
+    return open_machine(spec)
+
+
+def open_again(machine: Machine) -> Machine:
+    """Another connection to a host whose connection was lost. HostError within seconds."""
+    if machine.installed is not None:
+        return machine_of(machine.name)
+    from smolrun.launch.ssh import connect
+
+    return connect.open_again(machine)
 
 
 def _is_enough(config: RunConfig, missing: Collection[str]) -> bool:
@@ -273,7 +317,7 @@ def unknown_address(host: str) -> HostError:
 
 def is_elsewhere(config: RunConfig) -> bool:
     """Whether some rank is not on this machine."""
-    return any(host.ssh is not None for host in config.cluster.hosts or [])
+    return any(not host.is_here for host in config.cluster.hosts or [])
 
 
 def own_targets(config: RunConfig) -> list[str]:

@@ -55,7 +55,7 @@ def memory_warning(config: RunConfig, prepared: Prepared) -> str | None:
     ]
     for host in hosts:
         known = host.memory_gb * 2**30 if host.memory_gb else None
-        room = known or (here if host.ssh is None else None)
+        room = known or (here if host.is_here else None)
         if room is not None and host.ranks * needed > room:
             break
     else:
@@ -207,7 +207,7 @@ def misfits(group: str, target: str, make: Any, keys: Mapping[str, Any]) -> Iter
 
 
 def _devices(config: RunConfig) -> Iterator[str]:
-    elsewhere = {host.name for host in config.cluster.hosts or [] if host.ssh is not None}
+    elsewhere = {host.name for host in config.cluster.hosts or [] if not host.is_here}
     wanted = {rank.device for rank in ranks(config) if rank.host not in elsewhere}
     wanted &= {"cuda", "mps"}
     if not wanted:
@@ -250,7 +250,7 @@ def start_notes(config: RunConfig) -> Iterator[str]:
     if not (hosts := emulated(config)):
         return
     yield f"emulated: {'; '.join(hosts)}"
-    here = [host for host in config.cluster.hosts or [] if host.ssh is None]
+    here = [host for host in config.cluster.hosts or [] if host.is_here]
     needed = sum(host.emulate.compute if host.emulate else host.ranks for host in here)
     cores = os.cpu_count() or 1
     if needed > cores:

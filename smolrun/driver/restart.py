@@ -28,6 +28,7 @@ from smolrun.config import RunConfig, redacted
 from smolrun.config.cluster import RestartConfig
 from smolrun.config.plan import THIS_MACHINE
 from smolrun.driver.fleet import host_specs
+from smolrun.driver.nearby import machine_of
 from smolrun.driver.resume import ResumePoint, resume_point_of
 from smolrun.driver.run_summary import not_equipped
 from smolrun.driver.training_run import AttemptResult, TrainingRun
@@ -292,6 +293,13 @@ def _only(config: RunConfig, hosts: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"hosts": kept})})
 
 
+def _has_joined(host: str) -> bool:
+    try:
+        return not machine_of(host).connection.is_silent
+    except HostError:
+        return False
+
+
 def reachable_hosts(config: RunConfig) -> list[str]:
     """The names of the hosts that answer, in the order of the cluster; this machine is one of them.
 
@@ -302,7 +310,7 @@ def reachable_hosts(config: RunConfig) -> list[str]:
     if hosts is None:
         return [THIS_MACHINE]
     specs = {spec.name: spec for spec in host_specs(config)}
-    answers = {host.name: True for host in hosts if host.name not in specs}
+    answers = {host.name: host.is_here or _has_joined(host.name) for host in hosts}
     if specs:
         from smolrun.launch.remote.machine import HostSpec
         from smolrun.launch.run_on_all import run_on_all

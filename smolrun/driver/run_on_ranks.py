@@ -27,7 +27,7 @@ from smolrun.config import (
     redacted,
     world_size,
 )
-from smolrun.driver.fleet import Fleet, host_specs, is_elsewhere
+from smolrun.driver.fleet import Fleet, is_elsewhere, open_host
 from smolrun.errors import HostError, SmolrunError
 from smolrun.launch.control import Saving, Security, StartMessage
 from smolrun.launch.driver import Driver, Subscriber
@@ -186,11 +186,9 @@ class Reconnector(Subscriber):
 
     def _open_and_equip(self, host: str) -> None:
         from smolrun.launch.delivery.provision import provision
-        from smolrun.launch.ssh.connect import open_machine
 
         assert self._fleet.order is not None, "a host that is away was to be equipped"
-        (spec,) = [spec for spec in host_specs(self._config) if spec.name == host]
-        machine = open_machine(spec)
+        machine = open_host(self._config, host)
         try:
             ready = provision({host: machine}, self._fleet.order).hosts[host]
         except BaseException:

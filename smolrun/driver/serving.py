@@ -215,7 +215,7 @@ class ServingRun:
         if serving.bind not in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
             return url
         hosts = self._config.cluster.hosts or []
-        here = [addresses(host)[0] for host in hosts if host.ssh is None and host.address]
+        here = [addresses(host)[0] for host in hosts if host.is_here and host.address]
         name = here[0] if here else platform.node()
         host = f"[{name}]" if ":" in name else name
         return f"http://{host}:{url.rpartition(':')[2]}"

@@ -450,7 +450,7 @@ def _places(config: RunConfig) -> list[Place]:
     weights = memory_shares(resolved(config)["cluster"]["hosts"]) or (1.0,) * world_size(config)
     for rank in ranks(config):
         host = next((host for host in hosts or [] if host.name == rank.host), None)
-        is_here = host is None or host.ssh is None
+        is_here = host is None or host.is_here
         memory_gb = host.memory_gb if host is not None else config.cluster.memory_gb
         given = int(memory_gb * GB) if memory_gb else None
         device = _device(rank.device) if is_here else rank.device.replace("auto", "cpu")

@@ -78,10 +78,10 @@ def _ranks(config: RunConfig, sizes: ModelBytes, layer_s: float) -> list[Serving
     for rank in ranks(config):
         memory_gb = config.cluster.memory_gb
         host = hosts.get(rank.host) or HostConfig(name=THIS_MACHINE, memory_gb=memory_gb)
-        here = machine_memory().room if host.ssh is None else math.inf
+        here = machine_memory().room if host.is_here else math.inf
         memory = host.memory_gb * 2**30 if host.memory_gb else here
         speed = host.speed if isinstance(host.speed, float | int) else 1.0
-        if host.emulate and host.ssh is None:
+        if host.emulate and host.is_here:
             speed = host.emulate.compute
         places.append(
             ServingRank(

@@ -78,31 +78,45 @@ class LocalHost:
     `low_priority`: programs of people who work here come first."""
 
     def __init__(self, command: Sequence[str] | None = None, *, low_priority: bool = False) -> None:
-        self._command = list(command) if command is not None else worker_command()
+        self._command = command
         self._low_priority = low_priority
 
     def start(self, plan: WorkerPlan) -> LocalProcess:
         """Start one worker in the current directory; OSError if the interpreter cannot be run."""
-        owns_session = hasattr(os, "setsid")
-        kills = machine_memory().kills
-        # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
-        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-        if self._low_priority:
-            flags |= getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=worker_environment(os.environ, plan.start.threads),
-            start_new_session=owns_session,
-            creationflags=flags,
-        )
-        if self._low_priority:
-            _lower_priority(process.pid)
-        owns_group = owns_session and hasattr(os, "killpg")
-        return LocalProcess(process, owns_group=owns_group, kills_before=kills)
+        threads = plan.start.threads
+        return start_worker(self._command, threads=threads, low_priority=self._low_priority)
+
+
+def start_worker(
+    command: Sequence[str] | None,
+    *,
+    threads: int,
+    low_priority: bool = False,
+    cwd: Path | None = None,
+) -> LocalProcess:
+    """Start one worker on this machine, in the folder `cwd`; OSError if that cannot be done.
+    `command`: see LocalHost."""
+    owns_session = hasattr(os, "setsid")
+    kills = machine_memory().kills
+    # Windows has no sessions; a process group of its own keeps Ctrl-C away just as well.
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    if low_priority:
+        flags |= getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
+    process = subprocess.Popen(
+        list(command) if command is not None else worker_command(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=worker_environment(os.environ, threads),
+        cwd=cwd,
+        start_new_session=owns_session,
+        creationflags=flags,
+    )
+    if low_priority:
+        _lower_priority(process.pid)
+    owns_group = owns_session and hasattr(os, "killpg")
+    return LocalProcess(process, owns_group=owns_group, kills_before=kills)
 
 
 class LocalProcess:

@@ -50,6 +50,13 @@ class CodeArchive:
         prefix = f"{OWN}/"
         return [name[len(prefix) :] for name in self.files if name.startswith(prefix)][1:]
 
+    def own_only(self) -> CodeArchive:
+        """The user's own files alone."""
+        files = {
+            name: data for name, data in self.files.items() if name.startswith(f"{OWN}/")
+        }
+        return CodeArchive(files, _digest(files))
+
     def pack(self, names: Iterable[str] | None = None) -> bytes:
         """A zip file of these files, or of all."""
         buffer = io.BytesIO()

@@ -7,7 +7,7 @@ host that cannot do its part is named, not only the first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class ProvisionRequest:
     archive: CodeArchive
     prepared: PreparedFiles | None = None
     checkpoint: CheckpointFiles | None = None
+    targets: Sequence[str] = ()  # of the user's own code
 
 
 @dataclass
@@ -138,8 +139,23 @@ def _code(
     machine: Machine, order: ProvisionRequest, transfer: TransferProgress
 ) -> tuple[HostCode, str, dict[str, str | None]]:
     run = run_on_host(machine, order.run_id)
+    if machine.installed is not None:
+        return _own_code(machine, order, run, transfer), machine.python, {**machine.installed}
     code = deliver_code(machine, order.archive, order.deploy, run=run, transfer=transfer)
     return code, *ask_versions(machine, order.deploy, code.lib, cluster=order.cluster)
+
+
+def _own_code(
+    machine: Machine, order: ProvisionRequest, run: str, transfer: TransferProgress
+) -> HostCode:
+    """The user's own files alone, once they are allowed there: smolrun is installed."""
+    own = HostCode("", "")
+    if order.archive.own:
+        files = order.archive.own_only()
+        delivered = deliver_code(machine, files, "wheel", run=run, transfer=transfer)
+        own = HostCode("", delivered.own)
+    machine.allow(own.own or None, order.targets)
+    return own
 
 
 def _files(

@@ -40,7 +40,8 @@ class Machine:
     """A host that was probed. Methods raise HostError; several threads may use it at once.
 
     `python` is some Python >= 3.8, or "" if there is none and none was required; `home`, `workdir`
-    and `python` are absolute, with "/" between their parts on every system.
+    and `python` are absolute, with "/" between their parts on every system. `installed`: the
+    versions of the smolrun there and its libraries, where that is what its workers run.
     """
 
     spec: HostSpec
@@ -51,6 +52,7 @@ class Machine:
     workdir: str
     python: str = ""
     cores: int = 1
+    installed: Mapping[str, str | None] | None = None
 
     @property
     def name(self) -> str:
@@ -61,6 +63,11 @@ class Machine:
     def address(self) -> str | None:
         """The host's IP address as the connection has it; None behind a jump host or a proxy."""
         return self.connection.address
+
+    @property
+    def addresses(self) -> list[str]:
+        """Its IP addresses that are known here, best first."""
+        return [self.address] if self.address is not None else []
 
     def call(self, script: str, request: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """What on_host/<script>.py answers there."""
@@ -99,6 +106,9 @@ class Machine:
         """Copy a file of at most `most_bytes` from there, whole or not at all; the folder of
         `target` must exist."""
         self.connection.get(self._for_sftp(path), target, progress, most_bytes=most_bytes)
+
+    def allow(self, own: str | None, targets: Sequence[str]) -> None:
+        """Have the user's own code allowed there; a login over SSH allows all."""
 
     def start_worker(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None = None
