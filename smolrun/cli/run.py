@@ -95,6 +95,8 @@ def drive(config: RunConfig) -> int:
     if _goes_away(config):
         module = f"smolrun.driver.{'detach' if config.driver is None else 'remote_driver'}"
     try:
+        if any(host.nearby for host in config.cluster.hosts or []) and not config.training.dry_run:
+            return _with_joined(config, module)
         return int(import_module(module).drive(config))
     except ConfigError as error:
         return _report(error.problems)
@@ -104,6 +106,19 @@ def drive(config: RunConfig) -> int:
     except SmolrunError as error:
         echo(indented(f"smolrun: {error}"), error=True)
         return FAILED
+
+
+def _with_joined(config: RunConfig, module: str) -> int:
+    """Run the task once the machines of the cluster that join have done so."""
+    from smolrun.driver.nearby import TASKS, joined
+    from smolrun.driver.preflight import check_before_start
+
+    if config.task not in TASKS:
+        raise ConfigError(f"task={config.task} is not for machines that join (cluster=nearby)")
+    if config.task == "train":
+        check_before_start(config)
+    with joined(config, echo) as named:
+        return int(import_module(module).drive(named.with_typed(config.typed)))
 
 
 def _goes_away(config: RunConfig) -> bool:

@@ -144,7 +144,9 @@ def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]
         )
 
 
-def joining_is_possible(*, cluster: ClusterConfig, detach: bool, driver: str | None) -> Iterator[str]:
+def joining_is_possible(
+    *, cluster: ClusterConfig, detach: bool, driver: str | None
+) -> Iterator[str]:
     """Somebody has to see the pairing code, which is in no file."""
     hosts = cluster.hosts or []
     for index, host in enumerate(hosts):

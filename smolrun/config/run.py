@@ -25,6 +25,7 @@ from smolrun.config.settings import (
     ExportConfig,
     GenerateConfig,
     LogsConfig,
+    JoinConfig,
     MeshConfig,
     NearbyConfig,
     QuantizationConfig,
@@ -63,6 +64,7 @@ class RunConfig(Section):
         "clean",
         "compare",
         "nearby",
+        "join",
     ]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         json_schema_extra={"allowed": "an integer >= 0"}
@@ -96,6 +98,8 @@ class RunConfig(Section):
     generate: GenerateConfig
     logs: LogsConfig
     nearby: NearbyConfig
+    join: JoinConfig
+    pairing_code: Name | None
     status: StatusConfig
     stop: ChosenRunConfig
     trust: TrustConfig
@@ -111,7 +115,9 @@ class RunConfig(Section):
     def with_typed(self, words: Iterable[str]) -> RunConfig:
         """The same configuration, which knows these words."""
         same = self.model_copy()
-        same._typed = tuple(without_credentials(word) for word in words)
+        same._typed = tuple(
+            without_credentials(word) for word in words if not word.startswith("pairing_code=")
+        )
         return same
 
 
@@ -121,11 +127,12 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def redacted(config: RunConfig) -> dict[str, Any]:
-    """As `resolved`, without the credentials in URLs of `env:`: what may be kept in files, and sent
-    to every rank. A resumed run takes them from the cluster file again."""
+    """As `resolved`, without the credentials in URLs of `env:` and the pairing code: what may be
+    kept in files, and sent to every rank. A resumed run takes them from the cluster file again."""
     plain = resolved(config)
     for host in plain["cluster"]["hosts"] or []:
         host["env"] = without_credentials_in(host["env"])
+    plain["pairing_code"] = None
     return plain
 
 

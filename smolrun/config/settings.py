@@ -357,6 +357,15 @@ class NearbyConfig(Section):
     wait_s: Positive
 
 
+class JoinConfig(Section):
+    """Keys of `task=join`."""
+
+    name: Name | None
+    address: Name | None
+    yes: bool
+    remember: bool
+
+
 class ConversationConfig(Section):
     """Key of task=chat."""
 

@@ -12,20 +12,17 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import itertools
-import platform
 import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig, min_ranks_left
 from smolrun.errors import HostError, ProtocolError
-from smolrun.launch.on_host.prelude import user
 
 if TYPE_CHECKING:
-    from smolrun.launch.nearby.identity import Identity
     from smolrun.launch.nearby.joined import JoinedMachine
     from smolrun.launch.nearby.pairing import Paired
     from smolrun.launch.nearby.pairing_server import PairingServer
@@ -36,16 +33,6 @@ TASKS = ("train", "serve", "generate", "chat", "bench")
 _POLL_S = 0.2
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.-]+")
 _MOST_NAME_CHARS = 40
-
-
-def machine_name() -> str:
-    """What this machine is called, without its domain."""
-    return platform.node().partition(".")[0] or "unnamed"
-
-
-def user_at_machine() -> str:
-    """USER@MACHINE."""
-    return f"{user() or 'unknown'}@{machine_name()}"
 
 
 @dataclass
@@ -70,36 +57,36 @@ class NearbyCluster:
         """Listen, and announce it."""
         from smolrun.launch.nearby.agent import own_code_hash
         from smolrun.launch.nearby.discovery import Announcement, NearbyService, key_hint
-        from smolrun.launch.nearby.identity import Identity
         from smolrun.launch.nearby.joined import SessionMachines
+        from smolrun.launch.nearby.pairing import ThisMachine
 
         cluster = config.cluster
         hosts = cluster.hosts or []
-        self.name = config.run_name or machine_name()
+        self._known = SessionMachines()
+        self._me = replace(ThisMachine.load(), remembered=self._known)
+        self.name = config.run_name or self._me.name.partition("@")[2]
         self._say = say
         self._changed = threading.Condition()
         self._places = [_Place(one.name, not cluster.nearby) for one in hosts if one.nearby]
         self._others = {one.name for one in hosts if not one.nearby}
         self._is_here = any(one.is_here for one in hosts)
-        self._may_rename = True
+        self._may_rename, self._may_show = True, False
         self._here: dict[str, None] = {}  # this machine's addresses, as machines have reached it
         self._code = own_code_hash()
-        self._known = SessionMachines()
-        identity = Identity.load()
-        self._server = self._listen(identity)
+        self._server = self._listen()
         self._announcement = Announcement(
             NearbyService(
                 role="coordinator",
                 name=self.name,
-                machine=user_at_machine(),
+                machine=self._me.name,
                 port=self._server.port,
-                key=key_hint(identity.fingerprint),
+                key=key_hint(self._me.key.fingerprint),
                 ranks=len(self._others) + len(self._places),
                 present=len(self._others),
             )
         )
 
-    def _listen(self, identity: Identity) -> PairingServer:
+    def _listen(self) -> PairingServer:
         """On the usual port, so that `join.address=HOST` is enough; on any, if that is taken."""
         from smolrun.launch.nearby.pairing_server import PairingServer
         from smolrun.launch.nearby.protocol import PORT
@@ -107,11 +94,9 @@ class NearbyCluster:
         for port in (PORT, 0):
             try:
                 return PairingServer(
-                    identity,
-                    self._known,
+                    self._me,
                     cluster=self.name,
-                    machine=user_at_machine(),
-                    on_code=lambda code: self._say(f"pairing code: {code}"),
+                    on_code=self._show_code,
                     on_paired=self._take,
                     on_refused=lambda why: self._say(f"refused: {why}"),
                     port=port,
@@ -120,9 +105,16 @@ class NearbyCluster:
                 failed = error
         raise HostError(self.name, f"it cannot listen for machines that join: {failed}")
 
+    def _show_code(self, code: str) -> None:
+        """A new one replaces one that was typed wrong three times."""
+        if self._may_show:
+            self._say(f"pairing code: {code}")
+
     def wait(self, least: int, timeout_s: float) -> None:
         """Until so many machines have joined; HostError after `timeout_s`."""
         self._say(self._waiting())
+        self._may_show = True
+        self._show_code(self._server.code)
         give_up, told = time.monotonic() + timeout_s, self.num_joined
         while (there := self.num_joined) < least:
             if there != told:
@@ -205,7 +197,7 @@ class NearbyCluster:
                 transport.close(why)
                 self._say(f"refused: {paired.machine} at {paired.address}: {why}")
                 return
-            welcome = Welcome(self.name, user() or "unknown", machine_name(), place.host)
+            welcome = Welcome(self.name, self._me.name, place.host)
             transport.say_hello(welcome)
         except (ProtocolError, OSError) as error:
             transport.close()

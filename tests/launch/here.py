@@ -45,6 +45,7 @@ class HereMachine:
         self.spec = SimpleNamespace(name=name, python=python, torch="auto", env={})
         self.calls: list[tuple[str, Any]] = []
         self.puts: list[tuple[str, int]] = []
+        self.installed = None
         # Called before a script is run, or a file copied there or fetched; may raise.
         self.before_call: Callable[[str, dict[str, Any]], object] = lambda script, request: None
         self.before_put: Callable[[str], object] = lambda path: None

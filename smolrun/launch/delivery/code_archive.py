@@ -52,9 +52,7 @@ class CodeArchive:
 
     def own_only(self) -> CodeArchive:
         """The user's own files alone."""
-        files = {
-            name: data for name, data in self.files.items() if name.startswith(f"{OWN}/")
-        }
+        files = {name: data for name, data in self.files.items() if name.startswith(f"{OWN}/")}
         return CodeArchive(files, _digest(files))
 
     def pack(self, names: Iterable[str] | None = None) -> bytes:

@@ -19,7 +19,6 @@ import os
 import queue
 import re
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from typing import Any
 
 from smolrun.errors import ProtocolError
 from smolrun.launch.control import LineSplitter
-from smolrun.launch.local import LocalProcess, start_worker
 from smolrun.launch.delivery.code_archive import package_files
+from smolrun.launch.local import LocalProcess, start_worker
 from smolrun.launch.nearby.frames import Kind
 from smolrun.launch.nearby.protocol import code_hash
 from smolrun.launch.nearby.transport import Channel, Request
@@ -64,21 +63,20 @@ class Question:
 
 @dataclass
 class JoinAgent:
-    """Answers requests. `on_open` is given to the Transport; `questions` must be answered by whoever
-    can ask the user. `trusted_targets` may be named by a configuration without asking."""
+    """Answers requests, by `on_open` of a Transport. Who can ask the user answers the `questions`.
+    `trusted_targets` may be named by a configuration without asking."""
 
     workdir: Path
     trusted_targets: Collection[str]
     command: list[str] | None = None
     questions: queue.SimpleQueue[Question] = field(default_factory=queue.SimpleQueue)
-    on_workers: Callable[[int], None] = lambda count: None
 
     def __post_init__(self) -> None:
         self.workdir = self.workdir.resolve()
         self._approved: set[str] = set()  # hashes of own code
         self._trusted = set(self.trusted_targets)
         self._lock = threading.Lock()
-        self._num_workers = 0
+        self.num_workers = 0
 
     def on_open(self, channel: Channel, request: Request) -> None:
         """Answer one request; never raises."""
@@ -159,7 +157,9 @@ class JoinAgent:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > int(request.get("most_bytes", 0)):
-                raise Refused(f"{path} has {size:,} bytes, {request.get('most_bytes')} were expected")
+                raise Refused(
+                    f"{path} has {size:,} bytes, {request.get('most_bytes')} were expected"
+                )
             while data := file.read(_COPY_BYTES):
                 channel.write(Kind.OUT, data)
         channel.end(Kind.OUT)
@@ -194,8 +194,7 @@ class JoinAgent:
 
     def _count(self, change: int) -> None:
         with self._lock:
-            self._num_workers += change
-            self.on_workers(self._num_workers)
+            self.num_workers += change
 
     def _folder(self, own: Any) -> Path:
         """Where a worker runs: own code that was approved, or an empty folder."""
@@ -249,9 +248,7 @@ def _bridge(channel: Channel, process: LocalProcess, first: bytes) -> Request:
 
 
 def _thread(what: str, target: Callable[..., None], *args: Any) -> threading.Thread:
-    thread = threading.Thread(
-        target=target, args=args, name=f"smolrun-joined-{what}", daemon=True
-    )
+    thread = threading.Thread(target=target, args=args, name=f"smolrun-joined-{what}", daemon=True)
     thread.start()
     return thread
 

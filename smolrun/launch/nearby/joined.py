@@ -22,7 +22,7 @@ from smolrun.launch.control import EXIT_ABANDONED, EXIT_FAILED
 from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.nearby.frames import Kind
 from smolrun.launch.nearby.protocol import Hello
-from smolrun.launch.nearby.remembered import RememberedMachines, Role
+from smolrun.launch.nearby.remembered import RememberedMachine, RememberedMachines, Role
 from smolrun.launch.nearby.transport import Channel, Request, Transport
 from smolrun.launch.remote.answers import checked
 from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes, RemoteProcess
@@ -48,6 +48,10 @@ class SessionMachines(RememberedMachines):
     def add_for_now(self, role: Role, fingerprint: str) -> None:
         """It has just paired."""
         self._for_now.add((role, fingerprint))
+
+    def all(self) -> list[RememberedMachine]:
+        """Both kinds."""
+        return [*super().all(), *(RememberedMachine(role, "", key) for role, key in self._for_now)]
 
     def has(self, role: Role, fingerprint: str) -> bool:
         """Whether the machine with that key is known in that role."""

@@ -33,6 +33,10 @@ class WrongCode(PairingError):
     changes what they send."""
 
 
+class OtherVersion(PairingError):
+    """The two machines have different versions of smolrun."""
+
+
 class TooManyWrongCodes(PairingError):
     """Not now: after `wait_s` seconds."""
 
@@ -161,7 +165,7 @@ def _refusal(message: Refused) -> PairingError:
     if message.why == "wait":
         return TooManyWrongCodes(min(max(message.wait_s, 0.0), 3600.0))
     if message.why == "version":
-        return PairingError("the coordinator runs another version of smolrun")
+        return OtherVersion("the coordinator runs another version of smolrun")
     return WrongCode("the code is wrong; three wrong codes retire it, then a new one is shown")
 
 

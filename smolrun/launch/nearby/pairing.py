@@ -50,6 +50,7 @@ from smolrun.launch.nearby.messages import (
     CodeNeeded,
     Hello,
     Messages,
+    OtherVersion,
     PairingError,
     Proof,
     Refused,
@@ -120,7 +121,7 @@ def pair_as_joiner(
     server_key = _key_of_server(sock)
     challenge = messages.receive(Challenge)
     if challenge.protocol != PROTOCOL or challenge.smolrun != version("smolrun"):
-        raise PairingError(_other_version(challenge.machine, challenge.smolrun))
+        raise OtherVersion(_other_version(challenge.machine, challenge.smolrun))
     knows = me.remembered.has("coordinator", fingerprint(server_key))
     pake = None
     if code is not None:
@@ -171,7 +172,7 @@ def pair_as_coordinator(
         raise PairingError("the joiner does not hold the key that it names")
     if hello.smolrun != version("smolrun"):
         messages.send(Refused("version"))
-        raise PairingError(_other_version(hello.machine, hello.smolrun))
+        raise OtherVersion(_other_version(hello.machine, hello.smolrun))
     knows = me.remembered.has("joiner", fingerprint(hello.public_key))
     mac = None
     if hello.share is not None:
@@ -316,5 +317,6 @@ def _mac(key: bytes, role: Role, digest: bytes) -> bytes:
 def _other_version(machine: str, theirs: str) -> str:
     return (
         f"{shown_name(machine)} runs smolrun {shown_name(theirs)}, this machine "
-        f"{version('smolrun')}: install the same version on both"
+        f"{version('smolrun')}: install the same version on both, as with `pip install "
+        f"smolrun=={version('smolrun')}`"
     )

@@ -28,7 +28,6 @@ class Hello(msgspec.Struct, frozen=True):
     protocol: int
     agent: _Text
     name: _Text
-    user: _Text
     versions: dict[_Text, _Version | None]
     code: _Text
     os: _Text
@@ -40,10 +39,10 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """The coordinator's answer. `host` is what the run calls the machine that joins."""
+    """The coordinator's answer. `machine` is its USER@HOST; `host` is what the run calls the one
+    that joins."""
 
     cluster: _Text
-    user: _Text
     machine: _Text
     host: _Text
 

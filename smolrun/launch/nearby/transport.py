@@ -199,6 +199,7 @@ class Transport:
         """Own `sock`, an ssl.SSLSocket or a plain socket; nothing runs before `start`."""
         self.name = name
         self.lost: str | None = None
+        self.said_goodbye = False  # whether the other side has ended it in order
         self._wire = _Wire(sock)
         self._on_open = on_open
         self._silence_limit_s = silence_limit_s
@@ -316,6 +317,7 @@ class Transport:
                 self._has_received.set()
                 for kind, number, payload in splitter.feed(data):
                     if kind is Kind.BYE:
+                        self.said_goodbye = True
                         said = one_line(decode(payload, str))[:_MOST_REASON_CHARS]
                         self._finish(said or reason)
                         return
