@@ -47,7 +47,7 @@ from smolrun.launch.nearby.messages import (
     WrongCode,
 )
 from smolrun.launch.nearby.pairing import Paired, ThisMachine, connect
-from smolrun.launch.nearby.protocol import HELLO_S, PORT, PROTOCOL, Hello, Welcome
+from smolrun.launch.nearby.protocol import HELLO_S, PORT, PROTOCOL, JoinAccepted, JoinRequest
 from smolrun.launch.nearby.transport import Transport
 from smolrun.launch.on_host.prelude import usable_cores
 from smolrun.launch.supervisor_events import EXIT_FAILED, EXIT_STOPPED
@@ -253,7 +253,7 @@ class _Joiner:
         why = "its user has stopped it"
         try:
             transport.say_hello(self._hello())
-            welcome: Welcome = transport.receive_hello(Welcome, HELLO_S)
+            welcome: JoinAccepted = transport.receive_hello(JoinAccepted, HELLO_S)
             cluster = one_line(welcome.cluster)
             host = one_line(welcome.machine)
             echo(f"joined cluster {cluster} of {host} as {one_line(welcome.host)}; Ctrl-C leaves")
@@ -285,8 +285,8 @@ class _Joiner:
                     awake.set(is_busy)
                     echo(f"a run of {host} uses this machine" if is_busy else "idle")
 
-    def _hello(self) -> Hello:
-        return Hello(
+    def _hello(self) -> JoinRequest:
+        return JoinRequest(
             protocol=PROTOCOL,
             agent=self._id,
             name=self._name,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from smolrun.launch.nearby.joined import JoinedMachine
     from smolrun.launch.nearby.pairing import Paired
     from smolrun.launch.nearby.pairing_server import PairingServer
-    from smolrun.launch.nearby.protocol import Hello
+    from smolrun.launch.nearby.protocol import JoinRequest
     from smolrun.launch.nearby.transport import Transport
 
 TASKS = ("train", "serve", "generate", "chat", "bench")
@@ -182,14 +182,14 @@ class NearbyCluster:
     def _take(self, paired: Paired) -> None:
         """A machine has paired: check its version, and give it a place."""
         from smolrun.launch.delivery.versions import own_versions
-        from smolrun.launch.nearby.protocol import HELLO_S, Hello, Welcome, refusal
+        from smolrun.launch.nearby.protocol import HELLO_S, JoinAccepted, JoinRequest, refusal
         from smolrun.launch.nearby.transport import Transport
 
         here = str(paired.socket.getsockname()[0])
         transport = Transport(paired.socket, paired.machine)
         transport.start()
         try:
-            hello: Hello = transport.receive_hello(Hello, HELLO_S)
+            hello: JoinRequest = transport.receive_hello(JoinRequest, HELLO_S)
             why = refusal(hello, own_versions(), self._code, self.name)
             place = self._place_for(paired, hello, transport, here) if why is None else None
             if place is None:
@@ -197,7 +197,7 @@ class NearbyCluster:
                 transport.close(why)
                 self._say(f"refused: {paired.machine} at {paired.address}: {why}")
                 return
-            welcome = Welcome(self.name, self._me.name, place.host)
+            welcome = JoinAccepted(self.name, self._me.name, place.host)
             transport.say_hello(welcome)
         except (ProtocolError, OSError) as error:
             transport.close()
@@ -215,7 +215,7 @@ class NearbyCluster:
                 self._say(f"{place.host} has left: {transport.lost}")
 
     def _place_for(
-        self, paired: Paired, hello: Hello, transport: Transport, here: str
+        self, paired: Paired, hello: JoinRequest, transport: Transport, here: str
     ) -> _Place | None:
         """The place of a machine: the one that it had, else one that is free; None if all are
         taken."""
@@ -238,7 +238,7 @@ class NearbyCluster:
             self._here[_bare(here)] = None
             return place
 
-    def _choose(self, hello: Hello) -> _Place | None:
+    def _choose(self, hello: JoinRequest) -> _Place | None:
         closed = [place for place in self._places if not place.is_open]
         choices = [
             *(place for place in self._places if place.agent == hello.agent),

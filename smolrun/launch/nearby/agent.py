@@ -31,7 +31,7 @@ from smolrun.launch.delivery.code_archive import package_files
 from smolrun.launch.local import LocalProcess, start_worker
 from smolrun.launch.nearby.frames import Kind
 from smolrun.launch.nearby.protocol import code_hash
-from smolrun.launch.nearby.transport import Channel, Request
+from smolrun.launch.nearby.transport import Request, RequestChannel
 from smolrun.launch.on_host import run_folder, store
 
 _SCRIPTS: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -47,7 +47,7 @@ _END_S = 5.0
 _DRAIN_S = 5.0  # a pipe ends with its worker; only a child that left its group could hold it longer
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The agent does not do what it is asked for; its text is for the coordinator's user."""
 
 
@@ -78,7 +78,7 @@ class JoinAgent:
         self._lock = threading.Lock()
         self.num_workers = 0
 
-    def on_open(self, channel: Channel, request: Request) -> None:
+    def on_open(self, channel: RequestChannel, request: Request) -> None:
         """Answer one request; never raises."""
         acts = {
             "worker": self._worker,
@@ -90,9 +90,9 @@ class JoinAgent:
         try:
             act = acts.get(str(request.get("do")))
             if act is None:
-                raise Refused(f"does not know {request.get('do')!r}")
+                raise RequestRefused(f"does not know {request.get('do')!r}")
             result = act(channel, request)
-        except (Refused, ProtocolError) as error:
+        except (RequestRefused, ProtocolError) as error:
             result = {"error": str(error)}
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
@@ -103,10 +103,10 @@ class JoinAgent:
 
     # -- requests ----
 
-    def _call(self, channel: Channel, request: Request) -> Request:
+    def _call(self, channel: RequestChannel, request: Request) -> Request:
         script = _SCRIPTS.get(str(request.get("script")))
         if script is None:
-            raise Refused(f"does not run the script {request.get('script')!r}")
+            raise RequestRefused(f"does not run the script {request.get('script')!r}")
         asked = json.loads(channel.read_all(Kind.IN, _MOST_REQUEST_BYTES))
         self._check(asked)
         channel.write(Kind.OUT, json.dumps(script(asked)).encode())
@@ -114,9 +114,9 @@ class JoinAgent:
         return {}
 
     def _check(self, asked: Any) -> None:
-        """Refused where a request of a script has a path outside of our folder."""
+        """RequestRefused where a request of a script has a path outside of our folder."""
         if not isinstance(asked, dict):
-            raise Refused("got a request that is not an object")
+            raise RequestRefused("got a request that is not an object")
         for key in _PATHS:
             if asked.get(key):
                 self._inside(asked[key])
@@ -126,19 +126,19 @@ class JoinAgent:
         for name in names:
             parts = str(name).split("/")
             if not all(_PLAIN.fullmatch(part) and part != ".." for part in parts):
-                raise Refused(f"got a name that cannot be one: {str(name)[:100]!r}")
+                raise RequestRefused(f"got a name that cannot be one: {str(name)[:100]!r}")
 
     def _inside(self, path: Any) -> Path:
         """A path below our folder, links resolved."""
         found = Path(str(path)).resolve()
         if not found.is_relative_to(self.workdir) or found == self.workdir:
-            raise Refused(f"got a path outside of {self.workdir}: {str(path)[:200]!r}")
+            raise RequestRefused(f"got a path outside of {self.workdir}: {str(path)[:200]!r}")
         return found
 
-    def _put(self, channel: Channel, request: Request) -> Request:
+    def _put(self, channel: RequestChannel, request: Request) -> Request:
         path = self._inside(request.get("path"))
         if not any(part.startswith(".incoming-") for part in path.parts):
-            raise Refused(f"got a file that is not part of a delivery: {path}")
+            raise RequestRefused(f"got a file that is not part of a delivery: {path}")
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             with part.open("xb") as file:
@@ -146,18 +146,18 @@ class JoinAgent:
                     file.write(data)
                 size = file.tell()
             if size != request.get("size"):
-                raise Refused(f"got {size} bytes of {path.name}, not {request.get('size')}")
+                raise RequestRefused(f"got {size} bytes of {path.name}, not {request.get('size')}")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
         return {}
 
-    def _get(self, channel: Channel, request: Request) -> Request:
+    def _get(self, channel: RequestChannel, request: Request) -> Request:
         path = self._inside(request.get("path"))
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > int(request.get("most_bytes", 0)):
-                raise Refused(
+                raise RequestRefused(
                     f"{path} has {size:,} bytes, {request.get('most_bytes')} were expected"
                 )
             while data := file.read(_COPY_BYTES):
@@ -165,7 +165,7 @@ class JoinAgent:
         channel.end(Kind.OUT)
         return {"size": size}
 
-    def _approve(self, channel: Channel, request: Request) -> Request:
+    def _approve(self, channel: RequestChannel, request: Request) -> Request:
         own = request.get("folder")
         files, digest = _own_files(self._inside(own)) if own else ({}, "")
         targets = {str(one) for one in _list(request.get("targets"))} - self._trusted
@@ -174,12 +174,14 @@ class JoinAgent:
             self.questions.put(Question(files, sorted(targets), answers.put))
             channel.on_cancel(lambda: answers.put(False))
             if not answers.get():
-                raise Refused(f"its user did not allow {named(files or targets)} to run there")
+                raise RequestRefused(
+                    f"its user did not allow {named(files or targets)} to run there"
+                )
             self._approved.add(digest)
             self._trusted |= targets
         return {}
 
-    def _worker(self, channel: Channel, request: Request) -> Request:
+    def _worker(self, channel: RequestChannel, request: Request) -> Request:
         folder = self._folder(request.get("own"))
         first = _first_line(channel)
         self._check_targets(first)
@@ -204,21 +206,23 @@ class JoinAgent:
             return folder
         folder = self._inside(own)
         if _own_files(folder)[1] not in self._approved:
-            raise Refused("got files to run that its user has not allowed")
+            raise RequestRefused("got files to run that its user has not allowed")
         return folder
 
     def _check_targets(self, line: bytes) -> None:
-        """Refused where a start message names code that is not part of smolrun's options."""
+        """RequestRefused where a start message names code that is not part of smolrun's options."""
         start = json.loads(line or b"{}")
         config = start.get("config") if isinstance(start, dict) else None
         for section in (config or {}).values():
             if isinstance(section, dict):
                 for target in (section.get("target"), section.get("loss")):
                     if target and target not in self._trusted:
-                        raise Refused(f"does not run {str(target)[:200]!r}: it was not allowed")
+                        raise RequestRefused(
+                            f"does not run {str(target)[:200]!r}: it was not allowed"
+                        )
 
 
-def _bridge(channel: Channel, process: LocalProcess, first: bytes) -> Request:
+def _bridge(channel: RequestChannel, process: LocalProcess, first: bytes) -> Request:
     """Connect the worker's pipes with the streams, until it has ended."""
 
     def feed() -> None:
@@ -253,7 +257,7 @@ def _thread(what: str, target: Callable[..., None], *args: Any) -> threading.Thr
     return thread
 
 
-def _first_line(channel: Channel) -> bytes:
+def _first_line(channel: RequestChannel) -> bytes:
     """The start message, with its newline, and what came with it."""
     splitter, received = LineSplitter(), b""
     while data := channel.read(Kind.IN):

@@ -21,9 +21,9 @@ from smolrun.files import atomic_writer
 from smolrun.launch.control import EXIT_ABANDONED, EXIT_FAILED
 from smolrun.launch.hosts import WorkerPlan, WorkerProcess
 from smolrun.launch.nearby.frames import Kind
-from smolrun.launch.nearby.protocol import Hello
+from smolrun.launch.nearby.protocol import JoinRequest
 from smolrun.launch.nearby.remembered import RememberedMachine, RememberedMachines, Role
-from smolrun.launch.nearby.transport import Channel, Request, Transport
+from smolrun.launch.nearby.transport import Request, RequestChannel, Transport
 from smolrun.launch.remote.answers import checked
 from smolrun.launch.remote.connection import CommandTimeout, Completed, OnBytes, RemoteProcess
 from smolrun.launch.remote.machine import HostSpec, Machine
@@ -144,7 +144,7 @@ class JoinedConnection:
         """Does nothing: the machine stays joined for the next start of the run."""
 
     @contextlib.contextmanager
-    def _asked(self, request: Request) -> Iterator[Channel]:
+    def _asked(self, request: Request) -> Iterator[RequestChannel]:
         try:
             channel = self.transport.open(request)
             try:
@@ -152,11 +152,13 @@ class JoinedConnection:
             finally:
                 channel.abandon()
         except ProtocolError as error:
-            raise HostError(self.name, f"it {error}") from None
+            raise HostError(
+                self.name, f"broke the protocol of joined machines: it {error}"
+            ) from None
         except OSError as error:
             raise HostError(self.name, self.lost or str(error)) from None
 
-    def _result(self, channel: Channel, timeout_s: float) -> Request:
+    def _result(self, channel: RequestChannel, timeout_s: float) -> Request:
         result = channel.wait(timeout_s)
         if result is None and self.lost is None:
             raise CommandTimeout(self.name, f"it did not answer within {timeout_s:g} s")
@@ -202,7 +204,7 @@ class JoinedMachine(Machine):
 
 
 def joined_machine(
-    hello: Hello, transport: Transport, addresses: list[str], *, host: str, cluster: str
+    hello: JoinRequest, transport: Transport, addresses: list[str], *, host: str, cluster: str
 ) -> JoinedMachine:
     """The machine that has said `hello`, as the host of a run."""
     return JoinedMachine(
@@ -238,7 +240,7 @@ class JoinedHost:
 class JoinedWorker:
     """WorkerProcess over a channel."""
 
-    def __init__(self, connection: JoinedConnection, channel: Channel) -> None:
+    def __init__(self, connection: JoinedConnection, channel: RequestChannel) -> None:
         self._connection = connection
         self._channel = channel
         self._result: Request = {}

@@ -21,7 +21,7 @@ _Version = Annotated[str, Meta(max_length=100)]
 _Folder = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
-class Hello(msgspec.Struct, frozen=True):
+class JoinRequest(msgspec.Struct, frozen=True):
     """A machine that joins: what a probe would find there. `agent` is new for each process of it;
     `code` is a hash of its smolrun; `addresses` are where its ranks can listen, best first."""
 
@@ -38,7 +38,7 @@ class Hello(msgspec.Struct, frozen=True):
     addresses: Annotated[list[Annotated[str, Meta(max_length=100)]], Meta(max_length=64)]
 
 
-class Welcome(msgspec.Struct, frozen=True):
+class JoinAccepted(msgspec.Struct, frozen=True):
     """The coordinator's answer. `machine` is its USER@HOST; `host` is what the run calls the one
     that joins."""
 
@@ -56,7 +56,7 @@ def code_hash(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()[:12]
 
 
-def refusal(hello: Hello, versions: Versions, code: str, cluster: str) -> str | None:
+def refusal(hello: JoinRequest, versions: Versions, code: str, cluster: str) -> str | None:
     """Why a machine cannot join a coordinator with these versions, and what to do; None if it can.
 
     Both sides speak the same wire and write one checkpoint, so their smolrun must be equal."""

@@ -45,7 +45,7 @@ _MOST_REASON_CHARS = 1000
 Request = dict[str, Any]
 
 
-class Channel:
+class RequestChannel:
     """One request and its streams. Any thread may use it; each stream has one reader."""
 
     def __init__(self, transport: Transport, number: int) -> None:
@@ -193,7 +193,7 @@ class Transport:
         sock: socket.socket,
         name: str,
         *,
-        on_open: Callable[[Channel, Request], None] | None = None,
+        on_open: Callable[[RequestChannel, Request], None] | None = None,
         silence_limit_s: float = LEASE_LIMIT_S,
     ) -> None:
         """Own `sock`, an ssl.SSLSocket or a plain socket; nothing runs before `start`."""
@@ -206,7 +206,7 @@ class Transport:
         self._silence_s = 0.0
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, RequestChannel] = {}
         self._number = 0
         self._has_received = threading.Event()
         self._hello: bytes | None = None
@@ -232,13 +232,13 @@ class Transport:
             raise ConnectionError(self.lost or "the connection was closed")
         return decode(self._hello, theirs)
 
-    def open(self, request: Request) -> Channel:
+    def open(self, request: Request) -> RequestChannel:
         """Send a request; OSError when the connection is gone."""
         with self._lock:
             if self._ended.is_set():
                 raise ConnectionError(self.lost or "the connection is closed")
             self._number += 1
-            channel = self._channels[self._number] = Channel(self, self._number)
+            channel = self._channels[self._number] = RequestChannel(self, self._number)
             number = self._number
         self.send(frame(Kind.OPEN, number, encode(request)))
         return channel
@@ -352,7 +352,7 @@ class Transport:
                 raise ProtocolError("sent a request that it may not send")
             if len(self._channels) >= _MOST_CHANNELS:
                 raise ProtocolError(f"sent more than {_MOST_CHANNELS} requests at a time")
-            channel = self._channels[number] = Channel(self, number)
+            channel = self._channels[number] = RequestChannel(self, number)
         self._thread(f"request{number}", self._on_open, channel, request).start()
 
     def _say(self) -> None:

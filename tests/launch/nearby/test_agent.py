@@ -19,7 +19,7 @@ from smolrun.launch.delivery.code_archive import CodeArchive, code_archive
 from smolrun.launch.hosts import WorkerPlan
 from smolrun.launch.nearby.agent import JoinAgent, Question
 from smolrun.launch.nearby.joined import JoinedHost, JoinedMachine, JoinedWorker, joined_machine
-from smolrun.launch.nearby.protocol import Hello, code_hash, refusal
+from smolrun.launch.nearby.protocol import JoinRequest, code_hash, refusal
 from smolrun.launch.remote.connection import CommandTimeout
 from tests.launch.nearby.linked import linked
 from tests.waiting import until
@@ -28,7 +28,7 @@ TARGET = "smolrun.models.gpt:build"
 VERSIONS: dict[str, str | None] = {"smolrun": "0.1.0", "torch": "2.9"}
 
 
-def hello(workdir: Path, **changes: object) -> Hello:
+def hello(workdir: Path, **changes: object) -> JoinRequest:
     said = {
         "protocol": 1,
         "agent": "a",
@@ -42,7 +42,7 @@ def hello(workdir: Path, **changes: object) -> Hello:
         "python": "/usr/bin/python3",
         "addresses": ["10.0.0.2"],
     }
-    return Hello(**{**said, **changes})  # type: ignore[arg-type]
+    return JoinRequest(**{**said, **changes})  # type: ignore[arg-type]
 
 
 class Joined:

@@ -18,7 +18,7 @@ from smolrun.launch.nearby.frames import (
     frame,
     read_credit,
 )
-from smolrun.launch.nearby.transport import Channel, Transport
+from smolrun.launch.nearby.transport import RequestChannel, Transport
 from tests.launch.nearby.linked import linked
 from tests.waiting import until
 
@@ -51,7 +51,7 @@ def test_a_credit_that_cannot_be_is_refused(payload: bytes):
         read_credit(payload)
 
 
-def echo_back(channel: Channel, request: dict) -> None:
+def echo_back(channel: RequestChannel, request: dict) -> None:
     while data := channel.read(Kind.IN):
         channel.write(Kind.OUT, data)
     channel.end(Kind.OUT)
@@ -70,7 +70,7 @@ def test_many_channels_carry_more_than_their_windows_both_ways_at_once(tls: bool
         got[number] = channel.read_all(Kind.OUT, size), channel.wait(20.0)
         feeding.join(20.0)
 
-    def feed(channel: Channel, number: int) -> None:
+    def feed(channel: RequestChannel, number: int) -> None:
         channel.write(Kind.IN, bytes([number]) * size)
         channel.end(Kind.IN)
 
@@ -86,7 +86,7 @@ def test_many_channels_carry_more_than_their_windows_both_ways_at_once(tls: bool
 def test_a_stream_that_is_not_read_delays_no_other_channel():
     stuck = threading.Event()
 
-    def answer(channel: Channel, request: dict) -> None:
+    def answer(channel: RequestChannel, request: dict) -> None:
         if request["number"] == 1:
             channel.write(Kind.OUT, b"x" * WINDOW)
             stuck.set()
@@ -108,7 +108,7 @@ def test_a_stream_that_is_not_read_delays_no_other_channel():
 def test_a_connection_that_ends_ends_all_waits_on_both_sides():
     cancelled = threading.Event()
 
-    def answer(channel: Channel, request: dict) -> None:
+    def answer(channel: RequestChannel, request: dict) -> None:
         channel.on_cancel(cancelled.set)
 
     with linked(answer) as (coordinator, agent):
@@ -129,7 +129,7 @@ def test_a_connection_that_ends_ends_all_waits_on_both_sides():
 def test_a_cancel_reaches_a_request_that_has_not_said_yet_what_to_do_then():
     may_look, cancelled = threading.Event(), threading.Event()
 
-    def answer(channel: Channel, request: dict) -> None:
+    def answer(channel: RequestChannel, request: dict) -> None:
         assert may_look.wait(20.0)
         channel.on_cancel(cancelled.set)
 
