@@ -33,6 +33,7 @@ def drive(config: RunConfig) -> int:
     from smolrun.driver.outputs import make_folder, nothing_started
     from smolrun.driver.preflight import check_before_start
     from smolrun.driver.serving import ServingRun, dry_run
+    from smolrun.driver.trackers import shipped_logs
     from smolrun.launch.rank_log import DriverLog
     from smolrun.tracking.console import Console
 
@@ -51,6 +52,7 @@ def drive(config: RunConfig) -> int:
             console.log = DriverLog(folder.driver_records).write
             console.say(f"{run.source.name} is loaded, then served at {run.url}")
             begin_driving(folder, steps=0, unit="tokens", uses=run.cached_files())
+        closing.enter_context(shipped_logs(config, folder, console.say))
         served = _Served(run, folder, console)
         outcome = run.serve(folder, on_ready=served.begin)
         served.end(outcome)

@@ -25,6 +25,7 @@ def drive(config: RunConfig) -> int:
     from smolrun.driver.prepare import spec_of, with_pinned_model
     from smolrun.driver.restart import Restarts, reachable_hosts
     from smolrun.driver.resume import find_weights
+    from smolrun.driver.trackers import shipped_logs
     from smolrun.driver.training_run import TrainingRun
     from smolrun.launch.wake import keep_awake
     from smolrun.sanitize import echo
@@ -54,6 +55,7 @@ def drive(config: RunConfig) -> int:
             closing.enter_context(keep_awake())
         restarts = Restarts(config, console.say, functools.partial(reachable_hosts, config))
         first = TrainingRun(config, console, closing)
+        closing.enter_context(shipped_logs(config, first.folder, console.say))
         run, outcome = restarts.train(
             first,
             lambda start: TrainingRun(start.config, console, closing, start.resume),

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "detach",
     "doctor",
     "driver",
+    "logs",
     "mesh",
     "nearby",
     "quantization",

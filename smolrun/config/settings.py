@@ -76,21 +76,33 @@ class CheckpointConfig(Section):
     trust_run_folder: bool
 
 
-class JsonLinesConfig(Section):
+Url = Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")]
+
+
+class _TrackerConfig(Section):
+    """Keys of all trackers."""
+
+    timeline_steps: Natural
+    loki: Url | None = Field(
+        json_schema_extra={"allowed": "null, or a URL without a password: http://HOST:3100"}
+    )
+    prometheus: Annotated[int, Field(ge=0, le=65535)] | None
+    prometheus_bind: Name
+
+
+class JsonLinesConfig(_TrackerConfig):
     """Only the file metrics.jsonl of the run's folder, which every tracker writes too."""
 
     kind: Literal["jsonl"]
-    timeline_steps: Natural
 
 
-class TensorBoardConfig(Section):
+class TensorBoardConfig(_TrackerConfig):
     """Also TensorBoard's event files, in the folder `tensorboard` of the run's folder."""
 
     kind: Literal["tensorboard"]
-    timeline_steps: Natural
 
 
-class WandbConfig(Section):
+class WandbConfig(_TrackerConfig):
     """Also one W&B run, in the folder `wandb` of the run's folder and online if logged in."""
 
     kind: Literal["wandb"]
@@ -100,7 +112,6 @@ class WandbConfig(Section):
     group: Name | None
     tags: list[Name]
     timeout_s: Positive
-    timeline_steps: Natural
 
 
 Tracker = Annotated[JsonLinesConfig | TensorBoardConfig | WandbConfig, Field(discriminator="kind")]
@@ -170,7 +181,7 @@ class ServingConfig(Section):
     temperature: Auto | Annotated[float, Field(ge=0, le=2)]
     top_p: Auto | Annotated[float, Field(gt=0, le=1)]
     max_tokens: Auto | Count
-    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")] | None = Field(
+    url: Url | None = Field(
         json_schema_extra={"allowed": "null, or the address of a server: http://HOST:PORT"}
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from smolrun.config import RunConfig, ranks, world_size
 from smolrun.driver.resume import ResumePoint
+from smolrun.errors import SmolrunError
 from smolrun.events import Event, ShardFailed, ShardSaved
 from smolrun.launch.driver import Subscriber
 from smolrun.parts.placement import plan_batches
+from smolrun.tracking.api_key import api_key_file
 from smolrun.tracking.bottleneck import RunSetup, TimeReport
 from smolrun.tracking.console import Console
 from smolrun.tracking.jsonl import JsonLines, trained_tokens
@@ -16,6 +19,9 @@ from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_record import RunRecord
 from smolrun.tracking.timeline import TimelineFile
 from smolrun.tracking.trackers import Fanout, Tracker, make_trackers
+
+# Keys that do not belong to the choice of a tracker.
+OF_ALL_TRACKERS = ("timeline_steps", "loki", "prometheus", "prometheus_bind")
 
 
 class RunTrackers(Subscriber):
@@ -51,14 +57,15 @@ class RunTrackers(Subscriber):
         config, path = self._config, self._folder.path
         chosen = make_trackers(
             config.tracker.kind,
-            config.tracker.model_dump(exclude={"kind", "timeline_steps"}),
+            config.tracker.model_dump(exclude={"kind", *OF_ALL_TRACKERS}),
             path,
             world_size=world_size(config),
             warn=lambda text: self._say(f"warning: {text}"),
             note=self._say,
         )
         timeline = TimelineFile(path / "timeline.json", [rank.host for rank in ranks(config)])
-        self._fanout = Fanout([*self._trackers, timeline, *chosen], warn=self._say)
+        scraped = scraped_metrics(config, self._folder, self._say)
+        self._fanout = Fanout([*self._trackers, timeline, *chosen, *scraped], warn=self._say)
 
     def emit(self, event: Event) -> None:
         """Hand an event to all trackers; never raises."""
@@ -72,6 +79,43 @@ class RunTrackers(Subscriber):
     def close(self) -> None:
         """Close all trackers; never raises."""
         self._fanout.close()
+
+
+def scraped_metrics(
+    config: RunConfig, folder: RunFolder, say: Callable[[str], None]
+) -> list[Tracker]:
+    """The server of `tracker.prometheus`, where it is set and can listen; `say` gets its URL."""
+    port, bind = config.tracker.prometheus, config.tracker.prometheus_bind
+    if port is None:
+        return []
+    from smolrun.tracking.prometheus import PrometheusServer
+
+    hosts = [rank.host for rank in ranks(config)]
+    try:
+        server = PrometheusServer(folder.run_id, hosts, port, bind)
+    except (OSError, OverflowError, SmolrunError) as error:
+        where = f"{bind}:{port}"
+        say(f"warning: tracker.prometheus cannot listen at {where}: {error}; the run continues")
+        return []
+    key = f"; a scrape needs the key in {api_key_file()}" if server.needs_key else ""
+    say(f"metrics for Prometheus: {server.url}{key}")
+    return [server]
+
+
+@contextlib.contextmanager
+def shipped_logs(
+    config: RunConfig, folder: RunFolder, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Send what is logged from here to the end of the block to `tracker.loki`, if that is set."""
+    if config.tracker.loki is None:
+        yield
+        return
+    from smolrun.tracking.loki import LokiShipper  # loads httpx
+
+    with contextlib.closing(
+        LokiShipper(folder, config.tracker.loki, lambda text: say(f"warning: {text}"))
+    ):
+        yield
 
 
 def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:

@@ -94,8 +94,8 @@ class TrainingRun(Subscriber):
         console.unit = "tokens" if self._prepared.sequence_length else "samples"
         self._undo = contextlib.ExitStack()  # until the first rank has begun
         with nothing_started():
-            self._folder = self._open_folder()
-            self._trackers = RunTrackers(config, self._folder, console, self._resume)
+            self.folder = self._open_folder()
+            self._trackers = RunTrackers(config, self.folder, console, self._resume)
 
     def _open_folder(self) -> RunFolder:
         """A new folder, or that of the resumed run."""
@@ -117,13 +117,13 @@ class TrainingRun(Subscriber):
         """Run the ranks to their end; none is left when this returns or raises."""
         config, say, trackers = self._config, self._console.say, self._trackers
         ranks = counted(world_size(config), "rank")
-        say(f"{self._folder.path}: starting {ranks}; {self._prepared.description}")
+        say(f"{self.folder.path}: starting {ranks}; {self._prepared.description}")
         for line in [*([self._stages] if self._stages else []), *start_notes(config)]:
             say(line)
         trackers.open()
         checkpoints = RunCheckpoints(
             config,
-            self._folder,
+            self.folder,
             self._fleet,
             resume=self._resume,
             weights=self._weights,
@@ -141,7 +141,7 @@ class TrainingRun(Subscriber):
             self._undo.close()
         done = self._resume.updates if self._resume else 0
         outcome = with_advice(config, outcome)
-        return AttemptResult(outcome, self._folder, done, self._has_begun)
+        return AttemptResult(outcome, self.folder, done, self._has_begun)
 
     def _on_ranks(self, checkpoints: RunCheckpoints) -> RunOutcome:
         config = self._config
@@ -149,7 +149,7 @@ class TrainingRun(Subscriber):
         try:
             return run_on_ranks(
                 config,
-                self._folder,
+                self.folder,
                 self._fleet,
                 [*streams, self, checkpoints, self._trackers],
                 limits=Limits(
@@ -172,7 +172,7 @@ class TrainingRun(Subscriber):
         cannot begin has nothing to resume, to serve or to export."""
         if not self._has_begun and isinstance(event, RunStarted | StepDone):
             self._has_begun = True
-            become_latest(self._folder, self._console.say)
+            become_latest(self.folder, self._console.say)
             self._undo.pop_all()
             if self._resume is not None:
                 discard_backup(self._resume)
@@ -199,7 +199,7 @@ class TrainingRun(Subscriber):
         trackers, versions = self._trackers, self._fleet.versions()
         RunSummary(
             self._config,
-            self._folder,
+            self.folder,
             trackers.record,
             trackers.times,
             versions,

@@ -189,7 +189,7 @@ class RotatedFile:
             if self._file.tell() and self._file.tell() + len(data) > _LOG_BYTES:
                 self._rotate()
             self._file.write(data)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: it was closed
             return False
         return True
 

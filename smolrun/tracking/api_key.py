@@ -33,13 +33,15 @@ def api_key() -> tuple[str, bool]:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(key := secrets.token_urlsafe(32))
         except FileExistsError:
-            return _read(path), False
+            return read_key(path), False
     except (OSError, ValueError) as error:
         raise SmolrunError(f"the API key {path} cannot be read or made: {error}") from error
     return key, True
 
 
-def _read(path: Path) -> str:
+def read_key(path: Path) -> str:
+    """The key in a file, which from then on only this account can read. SmolrunError for none,
+    OSError and ValueError for a file that cannot be read."""
     key = path.read_text(encoding="ascii").strip()
     if not key:
         raise SmolrunError(f"the API key {path} is empty; delete it")

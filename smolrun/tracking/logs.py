@@ -58,17 +58,22 @@ class LogRequest(msgspec.Struct, frozen=True):
 
 
 def read_logs(
-    folder: RunFolder, query: LogQuery, *, wait: Callable[[float], object] = time.sleep
+    folder: RunFolder,
+    query: LogQuery,
+    *,
+    wait: Callable[[float], object] = time.sleep,
+    may_end: Callable[[], bool] | None = None,
 ) -> Iterator[LogRecord | None]:
-    """The records in the order of their times. With `follow` until the run has ended: None then
-    means that there are no more for now, `wait` is called, and a record comes one look later than
-    it is written, because one of another rank may be older."""
+    """The records in the order of their times. With `follow` until `may_end`, which is that the run
+    has ended: None then means that there are no more for now, `wait` is called, and a record comes
+    one look later than it is written, because one of another rank may be older."""
+    may_end = may_end or (lambda: is_over(state_of(folder)))
     files: dict[Path, LogFile] = {}
     yield from heapq.merge(*_opened(folder, query, files), key=lambda record: record.time)
     held: list[LogRecord] = []
     has_ended = not query.follow
     while not has_ended:
-        has_ended = is_over(state_of(folder))  # before the files are read for the last time
+        has_ended = may_end()  # before the files are read for the last time
         sources = [*_opened(folder, query, files)]
         fresh = sorted((r for source in sources for r in source), key=lambda record: record.time)
         until = fresh[-1:] if has_ended else held[-1:]

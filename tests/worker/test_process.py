@@ -26,6 +26,7 @@ from smolrun.launch.control import (
     decode_from_worker,
     encode,
 )
+from smolrun.log_records import SEPARATOR
 from tests.launch.test_control import START
 
 SCRIPT = Path(__file__).with_name("stub_rank.py")
@@ -112,7 +113,8 @@ def test_a_rank_says_ready_then_works_then_tells_its_result(workers: list[Worker
     assert isinstance(event.data, StepDone)
     result, code, log = worker.end()
     assert (result.status, result.summary, code) == ("done", {"steps": 1}, 0)
-    assert [line for line in log.splitlines() if " INFO " not in line] == [
+    printed = [line for line in log.removesuffix("\n").split("\n") if SEPARATOR not in line]
+    assert printed == [
         "threads 1",
         "mesh elastic=False heartbeat_s=0.25 silence_s=3.0 start_timeout_s=40.0 timeout_s=300.0 "
         "wrap=None",
