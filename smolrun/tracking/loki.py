@@ -118,7 +118,7 @@ def is_private(url: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PushReply:
     """What the server answered; code 0: nothing."""
 
     code: int
@@ -207,20 +207,20 @@ class LokiShipper:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
         self.num_dropped += num_lines
 
-    def _post(self, client: httpx.Client, body: bytes, timeout_s: float) -> Answer:
+    def _post(self, client: httpx.Client, body: bytes, timeout_s: float) -> PushReply:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         try:
             with client.stream(
                 "POST", self._url, content=body, headers=headers, timeout=timeout_s
             ) as answer:
                 text = next(answer.iter_text(_SHOWN_CHARS), "") if answer.status_code != 204 else ""
-                return Answer(
+                return PushReply(
                     answer.status_code,
                     one_line(text[:_SHOWN_CHARS]).strip(),
                     _retry_after_s(answer),
                 )
         except httpx.HTTPError as error:
-            return Answer(0, f"does not answer ({str(error) or type(error).__name__})")
+            return PushReply(0, f"does not answer ({str(error) or type(error).__name__})")
 
     def _pause(self, pause_s: float) -> None:
         """Until the next try; shorter once the run has ended."""

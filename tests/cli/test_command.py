@@ -45,7 +45,6 @@ ALGORITHMS = "classicdp, edp, ep, fsdp, mp, mp_pipeline, single, syncps"
             "algorithm=diloco",
             f"algorithm = diloco: not built yet; allowed: {ALGORITHMS}",
         ),
-        ("task=logs", "task = logs: not built yet; allowed: attach, bench, chat, clean, "),
         (
             "algorithm=gpt_tiny",
             f"allowed: {ALGORITHMS}; did you mean model=gpt_tiny?",
