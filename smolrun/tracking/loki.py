@@ -44,7 +44,7 @@ _SHOWN_CHARS = 200  # of an error
 _END_S = 10.0  # for what is left when the run has ended
 
 
-class Stream(msgspec.Struct):
+class LokiStream(msgspec.Struct):
     """Lines with the same labels: [nanoseconds as text, line], oldest first."""
 
     stream: dict[str, str]
@@ -56,7 +56,7 @@ class Batch:
 
     def __init__(self, run: str) -> None:
         self._run = run[:200]
-        self._streams: dict[tuple[str, ...], Stream] = {}
+        self._streams: dict[tuple[str, ...], LokiStream] = {}
         self._latest_ns: dict[tuple[str, ...], int] = {}  # of a stream, over all batches
         self.num_lines = self.num_bytes = 0
 
