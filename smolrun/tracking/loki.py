@@ -66,9 +66,8 @@ class Batch:
         values = (self._run, rank, one_line(record.host)[:200], record.level or "unknown")
         ns = (record.time - _EPOCH) // timedelta(microseconds=1) * 1000
         ns = self._latest_ns[values] = max(ns, self._latest_ns.get(values, -1) + 1)
-        stream = self._streams.setdefault(
-            values, Stream(dict(zip(LABELS, values, strict=True)), [])
-        )
+        labels = dict(zip(LABELS, values, strict=True))
+        stream = self._streams.setdefault(values, LokiStream(labels, []))
         text = f"{record.logger}: {record.message}" if record.logger else record.message
         stream.values.append((str(ns), text[:_MOST_LINE_CHARS]))
         self.num_lines += 1
