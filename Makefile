@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench soak lab docs page experiments fix
+.PHONY: help run test check bench soak lab docs page screenshots experiments fix
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,10 @@ docs: $(READY)  ## write what is made from the code: the key reference and the p
 
 page:  ## build the chat page into the package, after a change in smolrun/ui/web (needs Node 20 or newer)
 	cd smolrun/ui/web && npm ci --no-audit --no-fund && npm run build
+
+screenshots: $(READY)  ## the pictures of docs/page.md (needs a chromium)
+	$(PYTHON) -m pip install --quiet playwright
+	$(PYTHON) -m tests.serving.screenshots
 
 experiments: $(READY)  ## run the sweeps of docs/experiments.md, 15 minutes on two free cores, and write their tables
 	for name in $(EXPERIMENTS); do $(VENV)/bin/smolrun -m experiment=$$name || exit 1; done

@@ -173,6 +173,11 @@ class ServingConfig(Section):
             "end: http://localhost:3000"
         }
     )
+    compare_with: list[Origin] = Field(
+        json_schema_extra={
+            "allowed": "a list of servers without a path or a slash at the end: http://mini1:7665"
+        }
+    )
     request_timeout_s: Positive
     drain_s: NotNegative
     unload_after_min: Positive | None

@@ -184,6 +184,7 @@ class ServingRun:
             default_max_tokens=1024 if serving.max_tokens == "auto" else serving.max_tokens,
             request_timeout_s=serving.request_timeout_s,
             history=self._history(),
+            compare_with=serving.compare_with,
         )
         self._closing.callback(service.close)
         app = build_app(service, self._policy())

@@ -53,7 +53,7 @@ def build_routes(service: Service) -> FastAPI:
         app.include_router(conversation_routes(service.history))
     _add_server_routes(app, service)
     _add_reference(app)
-    add_page(app)
+    add_page(app, service.compare_with)
     return app
 
 

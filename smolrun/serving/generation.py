@@ -69,7 +69,8 @@ class Usage:
 @dataclass
 class Service:
     """The served model and all that requests need. `continues_text`: it has no chat template.
-    `history`: the folder of conversations, where the server keeps them."""
+    `history`: the folder of conversations, where the server keeps them.
+    `compare_with`: other servers that the page may ask."""
 
     model: str
     prompts: Prompts
@@ -79,6 +80,7 @@ class Service:
     default_max_tokens: int = 1024
     request_timeout_s: float = 600.0
     history: Path | None = None
+    compare_with: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     _tokenizer: threading.Lock = field(default_factory=threading.Lock)  # for one thread at a time
     _encoder: ThreadPoolExecutor = field(

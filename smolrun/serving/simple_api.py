@@ -131,4 +131,6 @@ def _config(service: Service) -> dict[str, Any]:
         "answers_chats": not service.continues_text,
         "thinks": service.prompts.thinks,
         "history": "server" if service.history else "browser",
+        "compare_with": service.compare_with,
+        "num_replicas": service.frontend.num_replicas,
     }

@@ -156,6 +156,10 @@ def test_values_cannot_be_changed_later(shipped: dict[str, Any]):
             for origin in ("http://localhost:3000/", "*", "null", "localhost:3000", "https://A.org")
         ),
         (
+            {"serving__compare_with": ["http://mini1:7665; script-src *"]},
+            "serving.compare_with[0] = http://mini1:7665; script-src *: not of the right form; ",
+        ),
+        (
             {"serving__cors_origins": ["https://page.example:443"]},
             "serving.cors_origins[0] = https://page.example:443: browsers leave this port out; ",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,22 +73,33 @@ class Tab:
 
 
 @contextmanager
-def scripted(answers: Callable[[int], Response]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The page over a server whose n-th answer is `answers(n)`; its URL, and what it was asked."""
+def scripted(
+    answers: Callable[[int], Response],
+    replicas: Sequence[dict[str, Any]] = (),
+    cluster: Callable[[], dict[str, Any]] = dict,
+    **config: Any,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The page over a server whose n-th answer is `answers(n)`; its URL, and what it was asked.
+    `replicas` and `cluster`: what /cluster says; `config`: /config beside what a test needs."""
     asked: list[dict[str, Any]] = []
 
     async def chat(request: Request) -> Response:
         asked.append(await request.json())
         return answers(len(asked) - 1)
 
-    config = {
+    shown = {
         "model_name": "scripted", "max_new_tokens": 100, "max_sequence_length": 1000, "top_p": 1.0,
         "temperature": 0.7, "top_k": 0, "answers_chats": True, "thinks": True,
+        "num_replicas": max(1, len(replicas)), **config,
     }  # fmt: skip
     routes = [Route(path, file.response) for path, file in page_files().items()]
     routes += [
         Route("/readyz", lambda request: JSONResponse({})),
-        Route("/config", lambda request: JSONResponse(config)),
+        Route("/config", lambda request: JSONResponse(shown)),
+        Route(
+            "/cluster",
+            lambda request: JSONResponse({"replicas": replicas, "stages": [], **cluster()}),
+        ),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]
     server = HttpServer(Starlette(routes=routes), Frontend(lambda *_: None))

@@ -75,6 +75,7 @@ def served(
     limits: ConnectionLimits | None = None,
     request_timeout_s: float = 600.0,
     history: Path | None = None,
+    compare_with: Sequence[str] = (),
 ) -> Iterator[Served]:
     """A server for a test, on a free port; where the folder has none, its tokenizer has a token
     for each byte, and byte 0 ends a text."""
@@ -89,6 +90,7 @@ def served(
         stop_ids,
         request_timeout_s=request_timeout_s,
         history=history,
+        compare_with=compare_with,
     )
     app = build_app(service, policy or AccessPolicy())
     server = HttpServer(app, engine.frontend, limits=limits)

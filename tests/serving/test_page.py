@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -72,6 +75,21 @@ def test_the_page_and_its_files_need_no_key_and_nothing_of_another_server(locked
     assert locked.client.get("/config").status_code == 401
     assert locked.client.get("/cluster").status_code == 401
     assert b"://" not in page_files()["/"].data
+
+
+def test_the_page_may_ask_the_servers_it_compares_with_and_no_others():
+    alone, beside = page_files()["/"], page_files(("http://mini1:7665",))["/"]
+    request: Any = SimpleNamespace(headers={})
+    policies = [
+        asyncio.run(one.response(request)).headers["content-security-policy"]
+        for one in (alone, beside)
+    ]
+    assert [policy.partition("connect-src ")[2] for policy in policies] == [
+        "'self'",
+        "'self' http://mini1:7665",
+    ]
+    # Browsers keep the old policy with a 304.
+    assert alone.tag != beside.tag
 
 
 def test_the_page_is_small_enough_for_a_slow_network(locked: Served):

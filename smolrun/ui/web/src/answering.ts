@@ -46,7 +46,7 @@ export class Answering {
   private connection = new AbortController()
 
   /** `message` is an open answer; without a request, one that the server had begun before this page was loaded. */
-  constructor(private readonly request: ChatRequest | null, message: Message, private readonly changed: () => void) {
+  constructor(private readonly request: ChatRequest | null, message: Message, private readonly changed: () => void, private readonly server = "") {
     this.text = message.text
     this.thoughts = message.thoughts ?? ""
     this.stream = message.stream ?? ""
@@ -69,7 +69,7 @@ export class Answering {
     const begun = performance.now()
     while (performance.now() - begun < KEPT_MS) {
       try {
-        return await stop(this.stream)
+        return await stop(this.stream, this.server)
       } catch (error) {
         if (error instanceof ServerError) return
         await nap(PAUSE_MS)
@@ -121,9 +121,9 @@ export class Answering {
 
   private events(): AsyncGenerator<AnswerEvent> {
     const { signal } = this.connection
-    if (this.isSent || !this.request) return resume(this.stream, this.seen, signal)
+    if (this.isSent || !this.request) return resume(this.stream, this.seen, signal, this.server)
     this.isSent = true
-    return answer(this.request, this.stream, signal)
+    return answer(this.request, this.stream, signal, this.server)
   }
 
   /** A connection may be dead without a sign, as after a locked screen. */

@@ -18,6 +18,7 @@ export interface ChatRequest extends Sampling {
   messages: { role: string; content: string }[]
   think?: boolean
   continues?: boolean // the last message is an answer, which is continued
+  worker_rank?: number // the replica that answers
 }
 
 export type AnswerEvent =
@@ -43,6 +44,8 @@ export interface Config {
   answers_chats: boolean
   thinks: boolean
   history?: "browser" | "server"
+  compare_with?: string[]
+  num_replicas?: number
 }
 
 export interface Stage {
@@ -68,6 +71,7 @@ export interface Cluster {
   cache_usage: number
   generated_tokens: number
   stages: Stage[]
+  replicas?: { rank: number; step: string | null }[]
 }
 
 /** An answer other than success. `retrySeconds`: when the server wants to be asked again. */
@@ -89,12 +93,17 @@ export function takeKeyFromAddress(): boolean {
   return true
 }
 
-export async function ask(path: string, init: RequestInit = {}): Promise<Response> {
+/** Where the key of a server is remembered; this page's own is "". */
+export function keyOf(server: string): string {
+  return server ? `key.${server}` : "key"
+}
+
+export async function ask(path: string, init: RequestInit = {}, server = ""): Promise<Response> {
   const headers = new Headers(init.headers)
-  const key = recall("key")
+  const key = recall(keyOf(server))
   if (key) headers.set("authorization", `Bearer ${key}`)
   if (init.body) headers.set("content-type", "application/json")
-  const answer = await fetch(path, { ...init, headers })
+  const answer = await fetch(server ? `${server}/${path}` : path, { ...init, headers })
   if (!answer.ok) throw await errorOf(answer)
   return answer
 }
@@ -106,12 +115,12 @@ async function errorOf(answer: Response): Promise<ServerError> {
   return new ServerError(message, answer.status, found?.error?.code ?? null, retry > 0 ? retry : null)
 }
 
-export async function config(): Promise<Config> {
-  return (await ask("config")).json() as Promise<Config>
+export async function config(server = ""): Promise<Config> {
+  return (await ask("config", {}, server)).json() as Promise<Config>
 }
 
-export async function cluster(): Promise<Cluster> {
-  return (await ask("cluster")).json() as Promise<Cluster>
+export async function cluster(server = ""): Promise<Cluster> {
+  return (await ask("cluster", {}, server)).json() as Promise<Cluster>
 }
 
 /** Which conversations the server keeps, and their versions; null where it is the list of `tag`. */
@@ -154,7 +163,7 @@ export async function removeConversation(id: string): Promise<void> {
 const STREAM = "x-smolrun-stream"
 
 /** Ask for an answer, kept under the id `stream`; its events end with `end`. Throws ServerError, Interrupted, or AbortError by `signal`. */
-export async function* answer(request: ChatRequest, stream: string, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
+export async function* answer(request: ChatRequest, stream: string, signal: AbortSignal, server = ""): AsyncGenerator<AnswerEvent> {
   const { think, continues, ...body } = request
   const response = await ask("v1/chat/completions", {
     method: "POST",
@@ -167,19 +176,19 @@ export async function* answer(request: ChatRequest, stream: string, signal: Abor
       ...(think !== undefined && { chat_template_kwargs: { enable_thinking: think } }),
       ...(continues && { continue_final_message: true }),
     }),
-  })
+  }, server)
   yield* events(response)
 }
 
 /** The events of a kept answer after number `seen`. Throws as `answer`. */
-export async function* resume(stream: string, seen: number, signal: AbortSignal): AsyncGenerator<AnswerEvent> {
-  const response = await ask(`v1/streams/${stream}`, { signal, headers: { "last-event-id": String(seen) } })
+export async function* resume(stream: string, seen: number, signal: AbortSignal, server = ""): AsyncGenerator<AnswerEvent> {
+  const response = await ask(`v1/streams/${stream}`, { signal, headers: { "last-event-id": String(seen) } }, server)
   if (response.status !== 204) yield* events(response) // else there are none: it has ended
 }
 
 /** Cancel a kept answer. */
-export async function stop(stream: string): Promise<void> {
-  await ask(`v1/streams/${stream}`, { method: "DELETE" })
+export async function stop(stream: string, server = ""): Promise<void> {
+  await ask(`v1/streams/${stream}`, { method: "DELETE" }, server)
 }
 
 const MOST_BUSY_MS = 20

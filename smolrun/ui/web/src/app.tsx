@@ -3,7 +3,9 @@
 import { useEffect, useState } from "react"
 import { Chat } from "./chat"
 import { ClusterPanel } from "./cluster"
+import { Compare } from "./compare"
 import { Composer } from "./composer"
+import { thread } from "./conversation"
 import { IconButton } from "./parts"
 import { Settings } from "./settings"
 import { Sidebar } from "./sidebar"
@@ -12,7 +14,7 @@ import { useStore } from "./store"
 export function App() {
   const store = useStore()
   const [isOpen, setOpen] = useState(false) // the list of conversations, on a narrow screen
-  const [sheet, setSheet] = useState<"settings" | "cluster" | null>(null)
+  const [sheet, setSheet] = useState<"settings" | "cluster" | "compare" | null>(null)
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
       if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o") {
@@ -31,7 +33,8 @@ export function App() {
       <main>
         <header className="top">
           <IconButton name="menu" label="Conversations" aria-expanded={isOpen} onClick={() => setOpen(!isOpen)} />
-          <h1>{store.current.title || (store.config?.model_name ?? "smolrun")}</h1>
+          <Title />
+          {store.canCompare && <IconButton name="compare" label="Compare" onClick={() => setSheet("compare")} />}
           <IconButton name="cluster" label="Machines" disabled={store.connection !== "ready"} onClick={() => setSheet("cluster")} />
           <IconButton name="settings" label="Settings" onClick={() => setSheet("settings")} />
         </header>
@@ -40,8 +43,24 @@ export function App() {
         <Composer />
       </main>
       {sheet === "settings" && <Settings onClose={() => setSheet(null)} />}
+      {sheet === "compare" && <Compare onClose={() => setSheet(null)} />}
       {sheet === "cluster" && <ClusterPanel onClose={() => setSheet(null)} />}
     </div>
+  )
+}
+
+/** Of the conversation, and below it the model and how much of its context is used. */
+function Title() {
+  const store = useStore()
+  const { config, current } = store
+  const last = thread(current).findLast(message => message.figures?.promptTokens)?.figures
+  const used = last ? `${last.promptTokens! + last.tokens} of ` : ""
+  const size = config?.max_sequence_length ? ` · ${used}${config.max_sequence_length} tokens` : ""
+  return (
+    <h1>
+      {current.title || "smolrun"}
+      {current.title && config && <small>{`${config.model_name}${size}`}</small>}
+    </h1>
   )
 }
 

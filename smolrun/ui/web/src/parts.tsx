@@ -18,6 +18,7 @@ const PATHS = {
   settings: "M4 8h10M18 8h2M4 16h2M10 16h10M16 6v4M8 14v4",
   cluster: "M12 3.5a2.5 2.5 0 1 0 .01 0zM5.5 15a2.5 2.5 0 1 0 .01 0zM18.5 15a2.5 2.5 0 1 0 .01 0zM10.8 8.2l-4 6.9M13.2 8.2l4 6.9M8.2 17.5h7.6",
   down: "M12 5v14M6 13l6 6 6-6",
+  compare: "M4 5h7v14H4zM14 5h6v14h-6z",
   resume: "M5 12h13M13 6l6 6-6 6",
 } as const
 
@@ -72,11 +73,11 @@ function copyBySelection(text: string): boolean {
 }
 
 /** A modal panel: Escape and a click beside it close it, focus stays inside and returns. */
-export function Sheet({ title, onClose, children }: { title: string; onClose: () => void; children: ReactNode }) {
+export function Sheet({ title, isWide, onClose, children }: { title: string; isWide?: boolean; onClose: () => void; children: ReactNode }) {
   const dialog = useRef<HTMLDialogElement>(null)
   useEffect(() => dialog.current?.showModal(), [])
   return (
-    <dialog ref={dialog} className="sheet" aria-label={title} onClose={onClose} onClick={event => event.target === dialog.current && dialog.current?.close()}>
+    <dialog ref={dialog} className={isWide ? "sheet wide-sheet" : "sheet"} aria-label={title} onClose={onClose} onClick={event => event.target === dialog.current && dialog.current?.close()}>
       <header>
         <h2>{title}</h2>
         <IconButton name="close" label="Close" onClick={() => dialog.current?.close()} />

@@ -11,6 +11,9 @@ export function Sidebar({ onChosen }: { onChosen: () => void }) {
   const listed = store.listed().filter(one => !words.trim() || matches(one, words.trim()))
   return (
     <nav className="sidebar" aria-label="Conversations">
+      <p className="brand">
+        <img src="./icon.svg" width="26" height="26" alt="" /> smolrun
+      </p>
       <button type="button" className="new" onClick={() => (store.show(null), onChosen())}>
         <Icon name="new" /> New conversation
       </button>

@@ -70,6 +70,11 @@ export class Store {
     return this.history.isOn
   }
 
+  /** Whether there is more than one model, checkpoint or replica to ask. */
+  get canCompare(): boolean {
+    return this.connection === "ready" && ((this.config?.num_replicas ?? 1) > 1 || Boolean(this.config?.compare_with?.length))
+  }
+
   /** Newest first. */
   listed(): Conversation[] {
     return [...this.conversations.values()].sort((a, b) => b.changed - a.changed)
