@@ -7,6 +7,7 @@ reads them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Mapping
@@ -329,6 +330,20 @@ def from_json(line: bytes | str) -> Event:
         return _decoder.decode(line)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not an event: {error}") from None
+
+
+def from_any_version(line: bytes | str) -> Event | None:
+    """As `from_json`, of a line that an earlier or later version may have written: keys that are
+    unknown here are left out. None for what is no event even so."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return _decoder.decode(line)
+    try:
+        row = msgspec.json.decode(line, type=dict[str, Any])
+        fields = EVENTS[row["event"]].__struct_fields__
+        known = {key: row[key] for key in row if key in fields or key == "event"}
+        return msgspec.convert(known, AnyEvent)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def check_sender(event: Event, sender: int, world_size: int) -> None:

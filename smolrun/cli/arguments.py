@@ -37,6 +37,7 @@ VALUE = re.compile(r"^[A-Za-z_][\w.]*=")
 VERBATIM = ("chat.system", "compare.runs", "compare.sweep", "generate.prompt", "logs.since")
 RUNS = (  # names of runs
     *("attach.run", "checkpoint.resume", "logs.run", "model.run", "stop.run", "sweep.resume"),
+    "watch.run",
 )
 # Hydra's marks of calls, mappings, quotes, escapes and interpolations.
 MARKS = re.compile(r"""[(){}'"\\$]""")

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from smolrun.checkpoints.run_names import SWEEPS
 from smolrun.cli import compose
 from smolrun.cli.arguments import Arguments
-from smolrun.cli.sweep import compare, end_sweep
+from smolrun.cli.sweep import NO_DASHBOARD, compare, end_sweep
 from smolrun.cli.trials import Order, figure
 from smolrun.comparison.verdict import METRICS
 from smolrun.config import RunConfig
@@ -79,6 +79,8 @@ def problems(arguments: Arguments, base: DictConfig) -> Iterator[str]:
         yield f"{named}: only for runs that train, as the others have no sweep.metric"
     if given.get("detach") is True or given.get("driver") is not None:
         yield f"{named}: not with detach or driver"
+    if given.get("console") == "dashboard":
+        yield NO_DASHBOARD
     if sweep.get("repeats") not in (1, None):
         what = f"not with {named}, which decides how often a job runs"
         yield problem("sweep.repeats", sweep["repeats"], what, allowed="1")

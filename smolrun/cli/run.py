@@ -92,7 +92,9 @@ def drive(config: RunConfig) -> int:
 
         if note := template_note(config):
             echo(note, error=True)
-    if _goes_away(config):
+    if _goes_away(config) and _has_dashboard(config):
+        module = "smolrun.tasks.watch"
+    elif _goes_away(config):
         module = f"smolrun.driver.{'detach' if config.driver is None else 'remote_driver'}"
     try:
         if any(host.nearby for host in config.cluster.hosts or []) and not config.training.dry_run:
@@ -125,7 +127,11 @@ def _goes_away(config: RunConfig) -> bool:
     """Whether the driver shall be another process; a dry run is over before that."""
     is_run = config.task in ("train", "serve") and not config.training.dry_run
     is_run = is_run and not config.serving.service  # which is of this machine
-    return is_run and (config.detach or config.driver is not None)
+    return is_run and (config.detach or config.driver is not None or _has_dashboard(config))
+
+
+def _has_dashboard(config: RunConfig) -> bool:
+    return config.console == "dashboard"
 
 
 def checked(arguments: Arguments) -> RunConfig:
@@ -158,6 +164,8 @@ def checked_jobs(arguments: Arguments) -> tuple[list[list[str]], list[RunConfig]
     for number, overrides in enumerate(_with_progress(jobs), start=1):
         try:
             configs.append(checked(replace(arguments, overrides=overrides)))
+            if configs[-1].console == "dashboard":
+                raise ConfigError(sweep.NO_DASHBOARD)
             if _goes_away(configs[-1]) and (configs[-1].driver or configs[-1].task != "train"):
                 raise ConfigError("driver and task=serve: -m would start all jobs at the same time")
         except ConfigError as error:

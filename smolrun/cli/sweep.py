@@ -49,6 +49,9 @@ from smolrun.tracking.sweep_folder import (
 )
 
 MAY_CHANGE = ("sweep.resume", "sweep.fail_fast", "checkpoint.trust_run_folder", "detach")
+NO_DASHBOARD = problem(
+    "console", "dashboard", "not with -m, whose jobs task=watch shows one by one", allowed="auto"
+)
 _MOST_NAMED = 5
 _MANY = 20  # jobs from which on their time is estimated before the first; it takes some seconds
 _MOST_ESTIMATES = 4

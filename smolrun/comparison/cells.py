@@ -21,8 +21,8 @@ _UNKNOWN = "?"
 _ABSENT = "-"
 # Keys that say nothing about how a model was trained.
 _OTHER = re.compile(
-    r"(attach|bench|chat|compare|doctor|export|generate|serving|status|stop|sweep|tracker|trust)\b.*"
-    r"|task|run_name|detach|driver|checkpoint\.(resume|trust_run_folder|keep)"
+    r"(attach|bench|chat|compare|doctor|export|generate|serving|status|stop|sweep|tracker|trust|watch)\b.*"
+    r"|task|run_name|detach|console|driver|checkpoint\.(resume|trust_run_folder|keep)"
     r"|training\.(dry_run|sample_\w+)|cluster\.(start|connect)_timeout_s|cluster\.ssh_config"
 )
 # A value that follows from another key's is no difference of its own.

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "checkpoint",
     "cluster",
     "compare",
+    "console",
     "data.prefetch_steps",
     "detach",
     "doctor",
@@ -56,6 +57,7 @@ MAY_CHANGE = (
     "training.sample_tokens",
     "training.steps",
     "trust",
+    "watch",
 )
 """Keys, and groups of keys, that a resumed run may have otherwise than before."""
 

@@ -36,6 +36,7 @@ from smolrun.config.settings import (
     Tracker,
     TrainingConfig,
     TrustConfig,
+    WatchConfig,
 )
 from smolrun.sanitize import without_credentials, without_credentials_in
 
@@ -60,6 +61,7 @@ class RunConfig(Section):
         "status",
         "attach",
         "logs",
+        "watch",
         "stop",
         "clean",
         "compare",
@@ -75,6 +77,7 @@ class RunConfig(Section):
         }
     )
     detach: bool
+    console: Literal["auto", "dashboard"]
     driver: Name | None
     precision: Literal["float32", "bf16", "fp16", "bf16_params", "float64"]
     cluster: ClusterConfig
@@ -103,6 +106,7 @@ class RunConfig(Section):
     status: StatusConfig
     stop: ChosenRunConfig
     trust: TrustConfig
+    watch: WatchConfig
     sweep: SweepConfig
     _typed: tuple[str, ...] = PrivateAttr(())
 

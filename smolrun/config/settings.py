@@ -400,6 +400,14 @@ class ChosenRunConfig(Section):
     run: Name
 
 
+class WatchConfig(Section):
+    """Keys of `task=watch`."""
+
+    run: Name
+    replay: bool
+    speed: Annotated[float, Field(gt=0, le=4096)]
+
+
 class SweepConfig(Section):
     """Keys of `smolrun -m`."""
 

@@ -34,6 +34,7 @@ TASK_KEY_ALIASES = {
     "status": {"format": "status.format"},
     "stop": {"run": "stop.run"},
     "trust": {"write": "trust.yes", "forget": "trust.forget"},
+    "watch": {"run": "watch.run", "replay": "watch.replay", "speed": "watch.speed"},
 }
 """Task -> short name of a key -> the key."""
 
@@ -111,7 +112,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "num_heads": ("model.heads",),
     "n_head": ("model.heads",),
     "num_attention_heads": ("model.heads",),
-    "run": ("task=attach attach.run", "task=stop stop.run"),
+    "run": ("task=attach attach.run", "task=stop stop.run", "task=watch watch.run"),
     "write": ("task=doctor doctor.write", "task=trust trust.yes"),
     "format": ("task=status status.format", "task=doctor doctor.format"),
     "data.path": ("data=text data.path",),

@@ -37,6 +37,7 @@ from smolrun.tracking.run_folder import OUTPUTS, RunFolder
 COMMAND = [sys.executable, "-P", "-m", "smolrun.cli"]
 _LOG = "SMOLRUN_DRIVER_LOG"  # for the driver alone: the file that its output goes to at first
 FOLDER = "smolrun-run-folder: "  # before the line that names it
+OF_THIS_TERMINAL = {"detach": False, "console": "auto", "driver": None}  # for the driver itself
 TYPED = "typed"  # beside the configuration's own keys
 _POLL_S = 0.05
 _END_S = 10.0  # for a driver that is to end before its run began
@@ -44,11 +45,17 @@ _END_S = 10.0  # for a driver that is to end before its run began
 
 def drive(config: RunConfig) -> int:
     """Start the driver in the background; returns once it has its run folder, or has failed."""
-    config = with_pinned_model(config)
-    code, folder = start(with_words(config), lambda line: echo(line, error=True))
+    code, folder = begin(config)
     if folder is not None:
-        echo("\n".join(how_to_go_on(RunFolder(Path(folder)).run_id)))
+        echo("\n".join(how_to_go_on(folder.run_id)))
     return code
+
+
+def begin(config: RunConfig) -> tuple[int, RunFolder | None]:
+    """As `drive`; also returns the run, null where it has failed before it began."""
+    config = with_pinned_model(config)
+    code, path = start(with_words(config), lambda line: echo(line, error=True))
+    return code, None if path is None else RunFolder(Path(path))
 
 
 def with_words(config: RunConfig) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def drive_sweep(name: str, words: Sequence[str]) -> int:
 def start(config: Mapping[str, Any], say: Callable[[str], None]) -> tuple[int, str | None]:
     """Start a driver of the resolved configuration; what it says before its run folder is there
     goes to `say`. Returns the exit code and the run folder, None where it has failed before."""
-    plain = {**config, "detach": False, "driver": None}
+    plain = {**config, **OF_THIS_TERMINAL}
     return _start("--driver", msgspec.json.encode(plain), say)
 
 

@@ -24,7 +24,7 @@ import msgspec
 from smolrun.checkpoints.run_names import latest_name, run_folder
 from smolrun.config import RunConfig, ranks, redacted, validate
 from smolrun.config.models import HuggingFaceConfig, TrainedConfig
-from smolrun.driver.detach import FOLDER, how_to_go_on, with_words
+from smolrun.driver.detach import FOLDER, OF_THIS_TERMINAL, how_to_go_on, with_words
 from smolrun.driver.fleet import host_specs, own_targets, unknown_address
 from smolrun.driver.outputs import become_latest
 from smolrun.driver.prepare import with_pinned_model
@@ -64,6 +64,14 @@ _AFTERWARDS = {
 
 def drive(config: RunConfig) -> int:
     """Start the driver on its host; returns once it has its run folder, or has failed."""
+    code, run = begin(config)
+    if run is not None:
+        echo("\n".join(how_to_go_on(run.run_id)))
+    return code
+
+
+def begin(config: RunConfig) -> tuple[int, RunFolder | None]:
+    """As `drive`; also returns the run, null where it has failed before it began."""
     config = with_pinned_model(config)
     sign(b"")  # without a key the run could not be looked at from here
     spec = next(spec for spec in host_specs(config) if spec.name == config.driver)
@@ -87,10 +95,8 @@ def drive(config: RunConfig) -> int:
                     f"{spec.name} drives the run, so it has to reach the other hosts over SSH by "
                     f"itself: `ssh {spec.ssh}`, and from there `ssh` to each of them, must work"
                 )
-            return code
-        run = _keep(config, spec, ready, folder, code_of)
-    echo("\n".join(how_to_go_on(run.run_id)))
-    return EXIT_DONE
+            return code, None
+        return EXIT_DONE, _keep(config, spec, ready, folder, code_of)
 
 
 def _model_here(config: RunConfig) -> str | None:
@@ -135,7 +141,7 @@ def _as_seen_there(config: RunConfig, machine: Machine) -> dict[str, Any]:
                 raise unknown_address(machine.name)
             # Its driver was started by that Python, with these variables.
             host.update(ssh=None, python=None, workdir=None, env={})
-    return {**plain, "detach": False, "driver": None}
+    return {**plain, **OF_THIS_TERMINAL}
 
 
 def _start(

@@ -120,6 +120,11 @@ def shipped_logs(
 
 def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
     """The report of where the time goes; it suggests only keys that this run could set."""
+    return TimeReport(run_setup(config), say)
+
+
+def run_setup(config: RunConfig) -> RunSetup:
+    """What the report of where the time goes depends on."""
     bound = config.staleness.bound
     algorithm = config.algorithm
     can_be_late = algorithm.can_delay_gradients and world_size(config) > 1
@@ -128,7 +133,7 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
     # Where speeds are measured there is nothing to set.
     can_set_speed = bool(places) and all(host.speed != "auto" for host in hosts)
     size = world_size(config)
-    setup = RunSetup(
+    return RunSetup(
         hosts=[rank.host for rank in ranks(config)],
         speed_keys=[f"cluster.hosts.{index}.speed" for index, _ in places]
         if can_set_speed
@@ -142,7 +147,6 @@ def time_report(config: RunConfig, say: Callable[[str], None]) -> TimeReport:
         stage_micro_batches=_stage_micro_batches(config),
         stage_advice=algorithm.stage_advice(size, config.training.global_batch_size),
     )
-    return TimeReport(setup, say)
 
 
 def _stage_micro_batches(config: RunConfig) -> int | None:

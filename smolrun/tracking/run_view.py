@@ -18,8 +18,10 @@ import msgspec
 from smolrun.errors import SmolrunError
 from smolrun.files import open_regular
 from smolrun.tracking.api_key import LAN, link
+from smolrun.tracking.history import Past, past
 from smolrun.tracking.past_runs import State, has_begun, is_over, look, state_of
 from smolrun.tracking.run_folder import SERVING, DriverRecord, RunFolder
+from smolrun.tracking.server_load import ServerLoad, server_load
 
 ANSWER = "smolrun-run-view: "  # a shell may print lines of its own before
 _HISTORY_BYTES = 16 << 10
@@ -47,9 +49,10 @@ class Chunk(msgspec.Struct, frozen=True):
 
 class Request(msgspec.Struct, frozen=True):
     """A request about the run in `folder`; `stop` asks its driver to stop, `link` for the link of a
-    server, which holds the API key.
+    server, which holds the API key; `server` for what a server says of its load.
 
-    A file is read from the position given, or, without one, from its last few lines.
+    A file is read from the position given, or, without one, from its last few lines; with `history`
+    the metrics from where that ends.
     """
 
     folder: str
@@ -57,6 +60,8 @@ class Request(msgspec.Struct, frozen=True):
     figures: bool = False
     link: bool = False
     reads: bool = False
+    history: bool = False
+    server: bool = False
     metrics: FilePosition | None = None
     log: FilePosition | None = None
 
@@ -110,6 +115,8 @@ class View(msgspec.Struct, frozen=True):
     has_begun: bool = False  # a step was made
     figures: Figures = {}
     link: str | None = None  # to be shown on a terminal alone
+    past: Past | None = None
+    server: ServerLoad | None = None
     metrics: Chunk = Chunk()
     log: Chunk = Chunk()
 
@@ -131,6 +138,10 @@ def answer(request: Request) -> View:
         folder.ask_to_stop()
     state = state_of(folder)
     driver = folder.driver()
+    metrics, earlier = request.metrics, None
+    if request.reads and request.history:
+        earlier = past(folder.metrics)
+        metrics = FilePosition(earlier.file, earlier.begin)
     return View(
         state=state,
         driver=driver,
@@ -139,7 +150,9 @@ def answer(request: Request) -> View:
         has_begun=has_begun(folder),
         figures=_figures(folder) if request.figures else {},
         link=_link(folder) if request.link and state == SERVING else None,
-        metrics=read_on(folder.metrics, request.metrics) if request.reads else Chunk(),
+        past=earlier,
+        server=server_load(folder.summary()) if request.server and state == SERVING else None,
+        metrics=read_on(folder.metrics, metrics) if request.reads else Chunk(),
         log=read_on(folder.driver_log, request.log)
         if request.reads and driver.get("has_log")
         else Chunk(),
