@@ -42,8 +42,8 @@ def closest(word: str, known: Iterable[str]) -> str | None:
         return " or ".join(same)
     end = f".{word.rpartition('.')[2].lower()}"
     same_end = [name for name in names if name.lower().endswith(end)]
-    if "." in word and len(same_end) == 1:  # the right key in the wrong group
-        return same_end[0]
+    if "." in word and 1 <= len(same_end) <= 2:  # the right key in the wrong group
+        return " or ".join(same_end)
     lower = {name.lower(): name for name in reversed(names)}
     if found := difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.75):
         return lower[found[0]]

@@ -58,7 +58,7 @@ def test_a_key_of_an_earlier_version_is_reported_with_its_new_name(old: str, new
         ("model.widht", "model.width"),
         ("algorithm.bucket_mbs", "algorithm.bucket_mb"),
         ("training.bucket_mb", "algorithm.bucket_mb"),
-        ("training.speed", "cluster.hosts[].speed"),
+        ("training.speed", "cluster.hosts[].speed or watch.speed"),
         ("batch_size", "training.global_batch_size or training.micro_batch_size"),
         ("training.batch_size", "training.global_batch_size or training.micro_batch_size"),
         ("learning_rate", "optimizer.lr"),
