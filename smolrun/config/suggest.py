@@ -41,7 +41,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     if same := [name for name in SYNONYMS.get(word.lower(), ()) if name in names]:
         return " or ".join(same)
     end = f".{word.rpartition('.')[2].lower()}"
-    same_end = [name for name in names if name.lower().endswith(end)]
+    same_end = [word] if word in names else [n for n in names if n.lower().endswith(end)]
     if "." in word and 1 <= len(same_end) <= 2:  # the right key in the wrong group
         return " or ".join(same_end)
     lower = {name.lower(): name for name in reversed(names)}
