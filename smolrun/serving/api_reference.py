@@ -58,11 +58,7 @@ def _sections(schema: Schema) -> Iterator[tuple[str, str, list[tuple[str, str, s
             rows = _rows(_resolved(body.get("schema", {}), schemas))
             text = " ".join(operation.get("description", "").split())
             yield f"{method.upper()} {path}", text, rows
-    shown = [
-        name
-        for name in schemas
-        if name in ("ChatMessage", "TextPart", "StreamOptions", "ErrorDetail")
-    ]
+    shown = [name for name in schemas if name in _SHOWN]
     for name in shown:
         text = " ".join(schemas[name].get("description", "").split())
         yield name, text, _rows(schemas[name])
@@ -104,6 +100,7 @@ def _type(field: Schema) -> str:
     return " ".join([str(field.get("type", "any")), *limits])
 
 
+_SHOWN = ("ChatMessage", "TextPart", "StreamOptions", "InputItem", "ItemPart", "ErrorDetail")
 _ANY = 2**31 - 1  # a limit as large as this one is none
 _LIMITS = (
     ("minimum", ">="),

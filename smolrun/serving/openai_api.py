@@ -13,12 +13,13 @@ from starlette.responses import Response
 from smolrun.serving.api_errors import ERRORS, ApiError, json_response
 from smolrun.serving.chat_completions import ChatCompletion
 from smolrun.serving.generation import Service
-from smolrun.serving.protocol import ChatRequest, CompletionRequest
+from smolrun.serving.protocol import ChatRequest, CompletionRequest, ResponsesRequest
+from smolrun.serving.responses_api import KeptResponses, ModelResponse, client_key
 from smolrun.serving.resumable_streams import KeptStreams, StreamId
 from smolrun.serving.text_completions import TextCompletion
 
 _NOT_THERE = (
-    *("embeddings", "responses", "moderations", "images/generations", "images/edits"),
+    *("embeddings", "moderations", "images/generations", "images/edits"),
     *("audio/speech", "audio/transcriptions", "rerank", "batches", "files"),
 )
 
@@ -43,6 +44,8 @@ def openai_routes(service: Service, streams: KeptStreams) -> APIRouter:
         completion = TextCompletion(service, body, request)
         return await streams.response(completion, request, x_smolrun_stream)
 
+    _add_responses(routes, service, streams)
+
     @routes.get("/v1/models", response_class=Response)
     async def models() -> Response:
         """The served model."""
@@ -56,12 +59,36 @@ def openai_routes(service: Service, streams: KeptStreams) -> APIRouter:
 
     async def not_there(request: Request) -> Response:
         name = request.url.path.removeprefix("/v1/")
-        message = f"{name} is not supported by this server; chat/completions and completions are"
+        message = f"{name} is not supported by this server; chat/completions, responses and "
+        message += "completions are"
         raise ApiError(404, message, code="unsupported_endpoint")
 
     for name in _NOT_THERE:
         routes.add_api_route(f"/v1/{name}", not_there, methods=["POST"], include_in_schema=False)
     return routes
+
+
+def _add_responses(routes: APIRouter, service: Service, streams: KeptStreams) -> None:
+    kept = KeptResponses()
+
+    @routes.post("/v1/responses", response_class=Response)
+    async def responses(
+        body: ResponsesRequest, request: Request, x_smolrun_stream: StreamId = None
+    ) -> Response:
+        """Answer a conversation in OpenAI's newer shapes; `stream=true` sends events."""
+        answer = ModelResponse(service, body, request, kept)
+        return await streams.response(answer, request, x_smolrun_stream)
+
+    @routes.get("/v1/responses/{id}", response_class=Response)
+    async def response(id: str, request: Request) -> Response:
+        """A response that is kept in memory."""
+        return json_response(kept.find(client_key(request), id).body)
+
+    @routes.delete("/v1/responses/{id}", response_class=Response)
+    async def forget(id: str, request: Request) -> Response:
+        """Forget a response, and the items that only it has."""
+        kept.forget(client_key(request), id)
+        return json_response({"id": id, "object": "response", "deleted": True})
 
 
 def _model(service: Service) -> dict[str, Any]:

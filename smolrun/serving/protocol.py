@@ -297,6 +297,105 @@ class CompletionRequest(CompletionFields):
     best_of: StrictInt | None = Field(None, description="Refused, unless equal to n")
 
 
+class ItemPart(ApiRequest):
+    """A part of an item of /v1/responses."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"] = Field(
+        description="No other types are supported"
+    )
+    text: Text = Field(description="The text")
+
+
+class InputItem(ApiRequest):
+    """An item of a conversation of /v1/responses: of its input, or of an earlier output."""
+
+    type: Literal[
+        "message", "function_call", "function_call_output", "reasoning", "item_reference"
+    ] = Field("message", description="Which of the fields below count; reasoning is left out")
+    id: Text | None = Field(None, description="Of the item that an item_reference stands for")
+    role: Literal["system", "developer", "user", "assistant"] | None = Field(
+        None, description="Of a message"
+    )
+    content: Text | list[ItemPart] | None = Field(
+        None, description="Of a message: the text, or its parts"
+    )
+    call_id: Text | None = Field(None, description="Of a function_call, or the call of an output")
+    name: FunctionName | None = Field(None, description="Of the function that was called")
+    arguments: Text | None = Field(None, description="Of the call: a JSON object as text")
+    output: Text | list[ItemPart] | None = Field(None, description="What the call returned")
+
+
+class FunctionTool(Function):
+    """What the model may use in /v1/responses."""
+
+    type: Literal["function"] = Field(description="No other types are supported")
+
+
+class FunctionChoice(NamedFunction):
+    """The tool that must be used, in /v1/responses."""
+
+    type: Literal["function"] = Field(description="No other types are supported")
+
+
+class TextFormat(ApiRequest):
+    """The form of an answer of /v1/responses; all but text need llguidance on the server."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="json_object: any")
+    name: Text | None = Field(None, description="Not used")
+    json_schema: JsonSchema | None = Field(
+        None, alias="schema", description="For the type json_schema"
+    )
+
+
+class TextOptions(ApiRequest):
+    """Of the text of an answer."""
+
+    format: TextFormat | None = Field(None, description="The answer is JSON, of a schema if given")
+
+
+class ResponsesRequest(ApiRequest):
+    """POST /v1/responses"""
+
+    model: Text | None = Field(None, description="As in /v1/chat/completions")
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="What the user says, or the conversation so far"
+    )
+    instructions: Text | None = Field(None, description="The system message")
+    stream: StrictBool | None = Field(None, description="Send the answer as server-sent events")
+    max_output_tokens: TokenCount | None = Field(None, description="Of the answer")
+    temperature: Temperature | None = Field(None, description="0 takes the likeliest token")
+    top_p: TopP | None = Field(None, description="As in /v1/chat/completions")
+    top_k: TopK | None = Field(None, description="As in /v1/chat/completions")
+    seed: Seed | None = Field(None, description="As in /v1/chat/completions")
+    worker_rank: WorkerRank | None = Field(None, description="As in /v1/chat/completions")
+    chat_template_kwargs: dict[Text, Switch] | None = Field(
+        None, description="As in /v1/chat/completions"
+    )
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call"
+    )
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(
+        None, description="As in /v1/chat/completions"
+    )
+    parallel_tool_calls: StrictBool | None = Field(
+        None, description="false: the answer ends with its first call"
+    )
+    text: TextOptions | None = Field(None, description="The form of the answer")
+    previous_response_id: Text | None = Field(
+        None, description="The conversation that this one continues; its instructions do not count"
+    )
+    store: StrictBool | None = Field(
+        None, description="false: do not keep the answer, in memory, for later requests"
+    )
+    metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = Field(
+        None, description="Comes back with the answer"
+    )
+    top_logprobs: StrictInt | None = Field(None, description="Refused, unless 0")
+    background: StrictBool | None = Field(None, description="Refused, unless false")
+    conversation: Any = Field(None, description="Refused; use previous_response_id")
+    prompt: Any = Field(None, description="Refused: a template that OpenAI keeps")
+
+
 class SimpleRequest(ApiRequest):
     """POST /chat and POST /query, the API of the system that smolrun descends from."""
 

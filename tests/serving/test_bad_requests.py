@@ -220,7 +220,7 @@ def test_a_body_of_10_mb_is_refused_however_it_is_sent(echo: Served):
         ("DELETE", "/v1/models", 405),
         ("GET", "/nothing", 404),
         ("POST", "/v1/embeddings", 404),
-        ("POST", "/v1/responses", 404),
+        ("POST", "/v1/moderations", 404),
         ("GET", "/v1/models/../../etc/passwd", 404),
         ("GET", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", 404),
         ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),

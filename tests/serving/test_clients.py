@@ -209,7 +209,8 @@ def test_schemathesis(tmp_path: Path):
     engine = FakeEngine(lambda submit, _: submit.prompt_ids[:3])
     with served(engine, tmp_path) as found:
         command = [sys.executable, "-m", "schemathesis.cli", "run", found.url + "/openapi.json"]
-        command += ["--max-examples", "100", "--workers", "2", "--seed", "1"]
+        # Two workers at once fail inside hypothesis with CPython 3.11 (recursion depth of its AST).
+        command += ["--max-examples", "100", "--workers", "1", "--seed", "1"]
         # Whether a model and its tokens exist, and a prompt fits, no description can say.
         command += ["--exclude-checks", "positive_data_acceptance"]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -33,7 +33,7 @@ def script(submit: Submit, _: int) -> list[int]:
     elif "<tool_response>\n12 degrees" in prompt:
         said = "Bonn has 12 degrees, Köln 12 degrees."
     else:
-        said = "\n".join(calls) if "# Tools" in prompt else SAYS
+        said = "\n".join(["I look.", *calls]) if "# Tools" in prompt else SAYS
     return [*said.encode(), 256]
 
 

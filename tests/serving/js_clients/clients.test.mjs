@@ -4,6 +4,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
+import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { APICallError, generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import OpenAI from "openai";
@@ -152,4 +153,44 @@ test("AI SDK: a stream that is aborted, and an error with its status", async () 
   for await (const part of stream.textStream) if (part) leaving.abort();
   const wrong = generateText({ model: provider("gpt-4o"), prompt: "Hello?", maxRetries: 0 });
   await assert.rejects(wrong, (error) => APICallError.isInstance(error) && error.statusCode === 404);
+});
+
+test("openai: responses as a stream, continued by their id", async () => {
+  const stream = client.responses.stream({ model: "fake", input: "Hello?" });
+  const deltas = [];
+  stream.on("response.output_text.delta", (event) => deltas.push(event.delta));
+  const final = await stream.finalResponse();
+  assert.ok(deltas.length > 5 && deltas.join("") === SAYS && final.output_text === SAYS);
+  const tools = [{ type: "function", name: "weather", parameters: city, strict: false }];
+  const first = await client.responses.create({ model: "fake", input: "Weather?", tools });
+  const results = first.output
+    .filter((item) => item.type === "function_call")
+    .map(({ call_id }) => ({ type: "function_call_output", call_id, output: "12 degrees" }));
+  assert.equal(results.length, 2);
+  const more = { model: "fake", previous_response_id: first.id, input: results, tools };
+  assert.equal((await client.responses.create(more)).output_text, ANSWER);
+});
+
+test("AI SDK: its provider for OpenAI, which uses /v1/responses", async () => {
+  const openai = createOpenAI({ baseURL, apiKey });
+  for (const store of [true, false]) {
+    const providerOptions = { openai: { store } };
+    const asked = [];
+    const stream = streamText({
+      model: openai("fake"),
+      prompt: "Weather?",
+      tools: { weather: weatherTool(asked) },
+      stopWhen: stepCountIs(3),
+      providerOptions,
+    });
+    await stream.consumeStream();
+    assert.equal(await stream.text, ANSWER);
+    assert.deepEqual(asked, ["Bonn", "Köln"]);
+    const whole = await generateText({ model: openai("fake"), prompt: "Hello?", providerOptions });
+    assert.equal(whole.text, SAYS);
+    assert.equal(whole.finishReason, "stop");
+    assert.ok(whole.usage.inputTokens > 0 && whole.usage.outputTokens > 0);
+  }
+  const { object } = await generateObject({ model: openai("fake"), schema: PLACE, prompt: "Where?" });
+  assert.deepEqual(object, { city: "Bonn", degrees: 12 });
 });
