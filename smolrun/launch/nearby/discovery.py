@@ -42,6 +42,8 @@ _MOST_FOUND = 256  # of a network that announces more, the rest is ignored
 _MOST_ADDRESSES = 16
 _MOST_RANKS = 10_000
 _LOOK_S = 1.0  # between two looks at this machine's own addresses
+_REPEAT_S = 10.0  # announcements and questions again, as multicast is often lost on Wi-Fi
+_TTL_S = 30  # who has died without a word is no longer shown then
 _REQUEST_MS = 500  # for what a short announcement left out
 _CLOSE_S = 3.0
 _ROLES: dict[str, Role] = {"coordinator": "coordinator", "joiner": "joiner"}
@@ -126,8 +128,8 @@ def choose(found: Sequence[NearbyService], name: str | None) -> list[NearbyServi
 class _Responder:
     """A Zeroconf in a thread of its own, which follows the addresses of this machine.
 
-    `on_open` is called once, `on_change` after each change of addresses and each `refresh`, both in
-    that thread.
+    `on_open` is called once, `on_change` after each change of addresses, after each `refresh` and
+    every 10 seconds, both in that thread.
     """
 
     def __init__(
@@ -157,11 +159,13 @@ class _Responder:
 
     def _run(self) -> None:
         before: tuple[str, ...] | None = None
+        next_repeat = 0.0
         while not self._is_closed:
             now = own_addresses()
             if is_stale := self._wake.is_set():
                 self._wake.clear()
-            if now != before or is_stale:
+            if now != before or is_stale or time.monotonic() >= next_repeat:
+                next_repeat = time.monotonic() + _REPEAT_S
                 # zeroconf reports what fails on an interface by many kinds of exceptions; the next
                 # look is another chance.
                 try:
@@ -226,7 +230,8 @@ class Browser:
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
         self._changed = threading.Condition()
-        self._responder = _Responder("smolrun-browser", self._browse, lambda opened, now: None)
+        self._browser: ServiceBrowser | None = None
+        self._responder = _Responder("smolrun-browser", self._browse, self._browse)
 
     def __enter__(self) -> Browser:
         return self
@@ -251,8 +256,12 @@ class Browser:
             return []
         with self._changed:
             names = list(self._names)
-        services = [_look_up(opened, name) for name in names]
-        present = {one.id: one for one in services if one is not None}
+        present = {}
+        for name in names:
+            if (service := _look_up(opened, name)) is not None:
+                present[service.id] = service
+            else:
+                self._forget(name)
         return sorted(present.values(), key=lambda one: (one.name, one.id))
 
     def wait_for(
@@ -270,7 +279,14 @@ class Browser:
         self._responder.close()
 
     def _browse(self, opened: Zeroconf, addresses: tuple[str, ...]) -> None:
-        ServiceBrowser(opened, SERVICE_TYPE, handlers=[self._take])
+        # A new one asks again, and reports again what it knows.
+        if self._browser is not None:
+            self._browser.cancel()
+        self._browser = ServiceBrowser(opened, SERVICE_TYPE, handlers=[self._take])
+
+    def _forget(self, name: str) -> None:
+        with self._changed:
+            self._names.pop(name, None)
 
     def _take(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
@@ -338,6 +354,8 @@ def _info(service: NearbyService, addresses: tuple[str, ...]) -> ServiceInfo:
         properties={key: value.encode() for key, value in texts.items()},
         server=f"smolrun-{service.id}.local.",
         parsed_addresses=list(addresses[:_MOST_ADDRESSES]),
+        host_ttl=_TTL_S,
+        other_ttl=_TTL_S,
     )
 
 
@@ -348,9 +366,20 @@ def _look_up(opened: Zeroconf, name: str) -> NearbyService | None:
         if not info.load_from_cache(opened):
             info.request(opened, _REQUEST_MS)
         addresses = info.parsed_scoped_addresses(IPVersion.All)
-        return parse(info.properties, info.port, addresses)
+        return parse(info.properties, info.port, _reachable(addresses))
     except Exception:  # whatever a foreign announcement makes zeroconf raise
         return None
+
+
+def _reachable(addresses: Sequence[str]) -> Sequence[str]:
+    """Without those of loopback, which a machine announces that has no other address yet; only a
+    machine without any network can use them, as the service is on itself."""
+    outer = [one for one in addresses if not _is_loopback(one)]
+    return outer if outer or not all(map(_is_loopback, own_addresses())) else addresses
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _number(text: str) -> int:

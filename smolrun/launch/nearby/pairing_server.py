@@ -78,7 +78,8 @@ class PairingServer:
         with self._lock:
             self._is_closed = True
             doomed = list(self._open)
-        # accept() of a closed socket blocks on in some systems: a connection wakes it.
+        # What ends a blocked accept() differs: on Linux a shutdown, elsewhere a connection.
+        _shut(self._listener)
         with contextlib.suppress(OSError):
             socket.create_connection(("localhost", self.port), timeout=1.0).close()
         self._listener.close()

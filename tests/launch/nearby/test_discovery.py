@@ -128,6 +128,15 @@ def test_own_addresses_can_be_connected_to():
     assert len(set(found)) == len(found)
 
 
+def test_loopback_of_another_machine_is_no_address(monkeypatch: pytest.MonkeyPatch):
+    found = ["127.0.0.1", "::1", "10.0.0.1", "fe80::1%3"]
+    monkeypatch.setattr(discovery, "own_addresses", lambda: ("10.0.0.2",))
+    assert discovery._reachable(found) == ["10.0.0.1", "fe80::1%3"]
+    assert discovery._reachable(found[:2]) == []
+    monkeypatch.setattr(discovery, "own_addresses", lambda: ("127.0.0.1",))  # no network
+    assert discovery._reachable(found[:2]) == found[:2]
+
+
 class FakeZeroconf:
     """Keeps what was announced. `fails`: so many openings and updates do not work."""
 
@@ -200,6 +209,14 @@ def test_a_network_that_does_not_work_yet_is_named_and_tried_again(fake: FakeZer
     until(lambda: bool(fake.announced))
     until(lambda: announcement.problem is None)
     announcement.close()
+
+
+def test_it_is_announced_again_and_again(fake: FakeZeroconf, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(discovery, "_REPEAT_S", 0.05)
+    announcement = Announcement(HOME)
+    until(lambda: len(fake.announced) > 3)
+    announcement.close()
+    assert {info.host_ttl for info in fake.announced} == {30}
 
 
 def test_updates_that_fail_are_sent_later(fake: FakeZeroconf):
