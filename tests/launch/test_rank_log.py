@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
+import queue
+import sys
 from pathlib import Path
 
 import pytest
 
 from smolrun.launch.control import ClockMessage
+from smolrun.launch.local import LocalHost
 from smolrun.launch.rank_log import ClockOffset, DriverLog, RankLog, RotatedFile
+from smolrun.launch.supervisor_events import Input
+from smolrun.launch.worker_monitor import WorkerMonitor
 from smolrun.log_records import LogRecord, decode
+from tests.launch.tiny_driver import plans
 from tests.test_log_records import logged
 
 ARRIVED_S = 1_800_000_000.0
@@ -161,3 +168,30 @@ def test_what_the_driver_says_has_a_level(tmp_path: Path) -> None:
         (None, "info", "done"),
     ]
     DriverLog(tmp_path / "logs" / "driver.jsonl" / "x").write("nowhere")
+
+
+SCRIPT = """
+import logging, os, signal, sys
+from smolrun.log_records import RecordFormatter
+handler = logging.StreamHandler(sys.stderr)
+handler.setFormatter(RecordFormatter())
+logging.basicConfig(handlers=[handler], level=logging.INFO)
+logging.warning("the last record")
+os.write(2, b"half of a li")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_the_last_words_of_a_killed_rank_are_there(tmp_path: Path) -> None:
+    plan = plans(tmp_path, {}, ranks=1, steps=3)[0]
+    posted: queue.SimpleQueue[Input] = queue.SimpleQueue()
+    host = LocalHost([sys.executable, "-c", SCRIPT])
+    monitor = WorkerMonitor(plan, host, lambda item, _: posted.put(item))
+    monitor.begin()
+    assert monitor.join(50.0)
+    lines = plan.log_path.with_suffix(".jsonl").read_bytes().splitlines()
+    found = [(r.level, r.message) for r in map(decode, lines) if r is not None]
+    assert found == [("warning", "the last record"), (None, "half of a li")]
+    assert monitor.tail[-1] == "half of a li"
+    assert "WARNING root: the last record\nhalf of a li\n" in plan.log_path.read_text()
