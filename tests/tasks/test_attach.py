@@ -104,7 +104,7 @@ def test_a_run_of_another_terminal_is_shown_from_its_events(tmp_path: Path) -> N
     assert finish(run)[0] == 0
     assert (code, err) == (0, "")
     assert "after step 400: evaluation loss" in out and "step 400/400" in out
-    assert "done: 400 steps, 0:0" in out
+    assert "done: 400 steps in 0:" in out
 
 
 def show(tmp_path: Path, answers: list[View | HostError], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -106,7 +106,9 @@ def kill_and_go_on(folder: Path, dice: random.Random, *keys: str, kills: int | N
 
 def _has_come_so_far(run: subprocess.Popen[str], folder: Path, steps: int) -> bool:
     checkpoints = folder / "outputs" / "latest" / "checkpoints"
-    is_there = steps_told(folder) >= steps and any(checkpoints.glob(f"*/{MANIFEST_FILE}"))
+    # Not in a folder of an unfinished save, which has a longer name.
+    whole = checkpoints.glob(f"step-{'[0-9]' * 8}/{MANIFEST_FILE}")
+    is_there = steps_told(folder) >= steps and any(whole)
     return is_there or run.poll() is not None
 
 
