@@ -11,6 +11,7 @@ Windows renames none that is.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import sys
@@ -192,19 +193,32 @@ def offset_of(path: Path, since: datetime) -> int:
 
 
 def main() -> int:
-    """Write the records that stdin asks for; an empty line says that there are none for now, and
-    ends this process where its reader has left."""
+    """Write the records that stdin asks for; an empty line says that there are none for now. Ends
+    where its reader has left: the pipe breaks, or stdin ends."""
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=LogRequest)
+    with contextlib.suppress(OSError, AttributeError):  # Windows before Python 3.12
+        os.set_blocking(sys.stdin.fileno(), False)
     out = sys.stdout.buffer
+    records = read_logs(RunFolder(Path(request.folder)), request.query)
     try:
-        for record in read_logs(RunFolder(Path(request.folder)), request.query):
+        for record in records:
             out.write(b"\n" if record is None else encode(record))
             if record is None:
                 out.flush()
+                if _has_ended(sys.stdin.fileno()):
+                    break
         out.flush()
     except BrokenPipeError:
         to_null_device(sys.stdout.fileno())
     return 0
+
+
+def _has_ended(descriptor: int) -> bool:
+    """Whether a pipe that does not block has no writer any more."""
+    try:
+        return not os.get_blocking(descriptor) and os.read(descriptor, 1) == b""
+    except (OSError, AttributeError):  # nothing to read
+        return False
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,11 +19,12 @@ from smolrun.checkpoints.run_names import latest_name
 from smolrun.cli.compose import compose
 from smolrun.config import RunConfig
 from smolrun.driver import remote_driver
-from smolrun.driver.runs import find_run, opened
+from smolrun.driver.runs import find_run, logs_of, opened
 from smolrun.errors import HostError
 from smolrun.launch.remote.machine import HostSpec, Machine
 from smolrun.launch.remote.probe import probe_machine
-from smolrun.tasks import attach, status, stop
+from smolrun.tasks import attach, logs, status, stop
+from smolrun.tracking.logs import LogQuery
 from smolrun.tracking.past_runs import look
 from smolrun.tracking.run_folder import RunFolder
 from smolrun.tracking.run_view import ANSWER, Request, View
@@ -67,7 +69,7 @@ def configured(box: Box, *overrides: str) -> RunConfig:
 
 
 def asked(task: str, run: str = "latest") -> RunConfig:
-    return compose([f"task={task}", f"attach.run={run}", f"stop.run={run}"])
+    return compose([f"task={task}", f"attach.run={run}", f"logs.run={run}", f"stop.run={run}"])
 
 
 def end(folder: RunFolder) -> None:
@@ -84,6 +86,16 @@ def drivers_below(folder: Path) -> list[int]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if Path(process.cwd()).is_relative_to(folder) and "--driver" in process.cmdline():
+                found.append(process.pid)
+    return found
+
+
+def processes_of(module: str) -> list[int]:
+    """Process ids of this user's processes that run the module."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.username() == psutil.Process().username() and module in process.cmdline():
                 found.append(process.pid)
     return found
 
@@ -111,6 +123,14 @@ def test_it_is_started_seen_and_stopped_from_here(
         assert status.drive(asked("status")) == 0
         assert f"{folder.run_id}  running" in capsys.readouterr().out
         assert latest_name(Path("outputs")) == folder.run_id
+        # Its logs are read there; whoever no longer reads them leaves no process.
+        followed = logs_of(folder, LogQuery(follow=True))
+        found = [record for record in itertools.islice(followed, 8) if record is not None]
+        assert any(record.rank == 0 and "is process" in record.message for record in found)
+        assert {record.host for record in found if record.rank == 0} == {"box"}
+        until(lambda: next(followed) is None)  # it waits for more
+        followed.close()  # type: ignore[attr-defined]
+        until(lambda: not processes_of("smolrun.tracking.logs"))
         assert stop.drive(asked("stop")) == 0
         assert "stopped (stopped by the user)" in capsys.readouterr().out
     finally:
@@ -120,6 +140,10 @@ def test_it_is_started_seen_and_stopped_from_here(
     assert json.loads((folder.path / "summary.json").read_text())["status"] == "stopped"
     assert "starting 1 rank" in folder.driver_log.read_text()
     assert attach.drive(asked("attach")) == 130
+    capsys.readouterr()
+    assert logs.drive(asked("logs")) == 0
+    shown = capsys.readouterr().out
+    assert "rank 0  box" in shown and "stopped (stopped by the user)" in shown
     assert list((box.workdir / "runs").iterdir()) == []
 
 
