@@ -60,6 +60,15 @@ def tls_to(port: int, host: str = "127.0.0.1") -> Iterator[tuple[Any, Messages]]
         yield sock, Messages(sock, SOON_S)
 
 
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the other side ends the connection, in either way, without a byte."""
+    sock.settimeout(SOON_S)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
 @contextmanager
 def tls_server(key: MachineKey, talk: Callable[[Messages], None]) -> Iterator[int]:
     """A port where whoever connects gets TLS with that key, and then `talk`; errors end a

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -29,21 +29,10 @@ from smolrun.launch.nearby.messages import (
     WrongCode,
 )
 from smolrun.launch.nearby.pairing import ThisMachine, connect
-from tests.launch.nearby.machines import Coordinator, coordinator, machine, tls_server, tls_to
+from tests.launch.nearby.machines import Coordinator, coordinator, is_closed, tls_server, tls_to
 from tests.waiting import SOON_S, until
 
 VERSION = pairing.version("smolrun")
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Coordinator]:
-    with coordinator(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def joiner(tmp_path: Path) -> ThisMachine:
-    return machine(tmp_path, "pi")
 
 
 def is_open(server: Coordinator, joiner: ThisMachine, host: str = "127.0.0.1") -> bool:
@@ -247,14 +236,13 @@ def test_when_all_places_are_taken_the_oldest_goes(
         ]
         until(lambda: len(server._open) == 2)
         assert is_open(server, joiner, here)
-        strangers[0].settimeout(SOON_S)
-        assert strangers[0].recv(1) == b""
+        assert is_closed(strangers[0])
 
 
 def test_who_is_too_slow_is_closed(tmp_path: Path, joiner: ThisMachine):
     with coordinator(tmp_path, timeout_s=0.5) as server:
         with socket.create_connection(("127.0.0.1", server.port), SOON_S) as silent:
-            assert silent.recv(1) == b""
+            assert is_closed(silent)
         with tls_to(server.port) as (sock, stranger):
             stranger.receive(Challenge)
             # One byte at a time, each within the timeout: the deadline is of the whole.

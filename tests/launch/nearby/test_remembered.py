@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography import x509
 
 from smolrun.errors import SmolrunError
 from smolrun.launch.nearby.machine_key import MachineKey, fingerprint, is_signed
@@ -117,3 +118,11 @@ def test_a_key_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(SmolrunError, match="cannot be read or made"):
         MachineKey.load(tmp_path / "file" / "identity.pem")
+
+
+def test_a_clock_that_is_wrong_by_years_does_not_matter(tmp_path: Path):
+    path = tmp_path / "identity.pem"
+    MachineKey.load(path)
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    assert certificate.not_valid_before_utc.year == 1970
+    assert certificate.not_valid_after_utc.year == 9999
