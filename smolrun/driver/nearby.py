@@ -206,6 +206,8 @@ class NearbyCluster:
         self._known.add_for_now("joiner", paired.fingerprint)
         self._announcement.update(present=len(self._others) + self.num_joined)
         self._say(f"{place.host} has joined ({paired.machine} at {paired.address})")
+        if paired.by_code and paired.is_remembered:
+            self._say(f"{paired.machine} is remembered: it joins later runs without a code")
         with self._changed:
             self._changed.notify_all()
         transport.wait_end()

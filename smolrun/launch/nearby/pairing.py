@@ -144,7 +144,7 @@ def pair_as_joiner(
     else:
         messages.receive(Welcome)  # raises what an honest coordinator answers
         raise CodeNeeded("the coordinator's key is not remembered here")
-    if remember and welcome.remembers and not knows:
+    if remember and welcome.remembers:
         me.remembered.add("coordinator", challenge.machine, fingerprint(server_key))
     is_remembered = welcome.remembers and (remember or knows)
     return _paired(
@@ -181,7 +181,7 @@ def pair_as_coordinator(
         messages.send(Refused("code_needed"))
         raise CodeNeeded(f"{shown_name(hello.machine)} has to type the code")
     remembers = knows
-    if hello.remember and may_remember and not knows:
+    if hello.remember and may_remember:  # also one that is known for now only
         with contextlib.suppress(SmolrunError):  # the joiner sees that it needs a code next time
             me.remembered.add("joiner", hello.machine, fingerprint(hello.public_key))
             remembers = True

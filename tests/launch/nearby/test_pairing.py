@@ -8,6 +8,7 @@ import pytest
 
 from smolrun.errors import SmolrunError
 from smolrun.launch.nearby import codes, messages, pairing
+from smolrun.launch.nearby.joined import SessionMachines
 from smolrun.launch.nearby.messages import CodeNeeded, PairingError, TooManyWrongCodes, WrongCode
 from smolrun.launch.nearby.pairing import Paired, ThisMachine, connect
 from tests.launch.nearby.machines import (
@@ -116,6 +117,26 @@ def test_remembered_machines_need_no_code(server: Coordinator, joiner: ThisMachi
         assert (again.by_code, other.by_code) == (False, False)
         assert again.is_remembered
         assert other.is_remembered
+
+
+def test_a_machine_that_is_known_for_now_can_be_kept(tmp_path: Path, joiner: ThisMachine):
+    """Of both sides: those that were paired in this process need no code until it ends."""
+    mini = machine(tmp_path, "mini")
+    sides = [ThisMachine(me.key, SessionMachines(), me.name) for me in (mini, joiner)]
+    for side, me in zip(sides, (mini, joiner), strict=True):
+        side.remembered.folder = me.remembered.folder
+    server = Coordinator(sides[0])
+    try:
+        join(server, sides[1], server.code).socket.close()
+        sides[0].remembered.add_for_now("joiner", joiner.key.fingerprint)  # type: ignore[attr-defined]
+        sides[1].remembered.add_for_now("coordinator", mini.key.fingerprint)  # type: ignore[attr-defined]
+        join(server, sides[1], None).socket.close()
+        assert mini.remembered.all() == joiner.remembered.all() == []
+        join(server, sides[1], None, remember=True).socket.close()
+        assert [one.role for one in mini.remembered.all()] == ["joiner"]
+        assert [one.role for one in joiner.remembered.all()] == ["coordinator"]
+    finally:
+        server.close()
 
 
 def test_a_coordinator_does_not_have_to_remember(tmp_path: Path, joiner: ThisMachine):
