@@ -6,6 +6,7 @@ if it made a code retire every second for a whole day, with 3e-7. Knows nothing 
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import threading
 import time
@@ -55,8 +56,8 @@ class CodeKeeper:
         self._changed = threading.Condition()
         self._wrong = 0
         self._under_way = 0
-        # Address -> wrong tries, and until when it has to wait.
-        self._addresses: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        # Origin -> wrong tries, and until when it has to wait.
+        self._origins: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self.code = new_code()
         on_code(self.code)
 
@@ -64,10 +65,11 @@ class CodeKeeper:
         """The code that a try is compared with; `end` must follow. Blocks while TRIES are under
         way. TooManyWrongCodes where the address has to wait."""
         with self._changed:
-            self._refuse_early(address)
+            origin = _origin(address)
+            self._refuse_early(origin)
             if not self._changed.wait_for(lambda: self._wrong + self._under_way < TRIES, timeout_s):
                 raise TooManyWrongCodes(_FIRST_WAIT_S)
-            self._refuse_early(address)  # others of its tries may have ended meanwhile
+            self._refuse_early(origin)  # others of its tries may have ended meanwhile
             self._under_way += 1
             return self.code
 
@@ -75,9 +77,9 @@ class CodeKeeper:
         """A try has ended. A wrong one counts only against the code that it was compared with."""
         with self._changed:
             if is_right:
-                self._addresses.pop(address, None)
+                self._origins.pop(_origin(address), None)
             else:
-                self._count_against(address)
+                self._count_against(_origin(address))
             if code == self.code:
                 self._under_way -= 1
                 self._wrong += not is_right
@@ -87,14 +89,24 @@ class CodeKeeper:
                 self._on_code(self.code)
             self._changed.notify_all()
 
-    def _refuse_early(self, address: str) -> None:
-        wait_s = self._addresses.get(address, (0, 0.0))[1] - self._clock()
+    def _refuse_early(self, origin: str) -> None:
+        wait_s = self._origins.get(origin, (0, 0.0))[1] - self._clock()
         if wait_s > 0:
             raise TooManyWrongCodes(wait_s)
 
-    def _count_against(self, address: str) -> None:
-        tries, _ = self._addresses.pop(address, (0, 0.0))
+    def _count_against(self, origin: str) -> None:
+        tries, _ = self._origins.pop(origin, (0, 0.0))
         wait_s = min(_FIRST_WAIT_S * 2 ** min(tries, 10), _LONGEST_WAIT_S)
-        self._addresses[address] = (tries + 1, self._clock() + wait_s)
-        while len(self._addresses) > _ADDRESSES:
-            self._addresses.popitem(last=False)
+        self._origins[origin] = (tries + 1, self._clock() + wait_s)
+        while len(self._origins) > _ADDRESSES:
+            self._origins.popitem(last=False)
+
+
+def _origin(address: str) -> str:
+    """What has to wait after a wrong try: an IPv4 address, or the /64 of an IPv6 one, as a machine
+    can take any address of it."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return address if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))

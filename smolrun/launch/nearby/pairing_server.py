@@ -12,7 +12,6 @@ a time, and when all are taken the oldest is closed.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 import ssl
 import threading
@@ -100,7 +99,7 @@ class PairingServer:
                 sock = self._context.wrap_socket(
                     plain, server_side=True, do_handshake_on_connect=False
                 )
-                if self._admit(sock, _network_of(host)):
+                if self._admit(sock, host):
                     threading.Thread(
                         target=self._pair, args=(sock, host), name="smolrun-pairing", daemon=True
                     ).start()
@@ -108,15 +107,15 @@ class PairingServer:
                 sock.close()
             plain.close()
 
-    def _admit(self, sock: ssl.SSLSocket, network: str) -> bool:
+    def _admit(self, sock: ssl.SSLSocket, host: str) -> bool:
         with self._lock:
-            open_of_it = sum(other == network for other in self._open.values())
+            open_of_it = sum(other == host for other in self._open.values())
             if self._is_closed or open_of_it >= _OPEN_PER_ADDRESS:
                 return False
             if len(self._open) >= _OPEN:
                 oldest, _ = self._open.popitem(last=False)
                 _shut(oldest)  # its thread sees the end, and closes it
-            self._open[sock] = network
+            self._open[sock] = host
             return True
 
     def _pair(self, sock: ssl.SSLSocket, host: str) -> None:
@@ -158,18 +157,6 @@ def _listen(port: int) -> socket.socket:
 def _readable(address: str) -> str:
     """An IPv4 address that came through an IPv6 socket (::ffff:192.0.2.1) as people write it."""
     return address.removeprefix("::ffff:")
-
-
-def _network_of(address: str) -> str:
-    """What limits count: an IPv4 address, or the /64 of an IPv6 one, which a machine can have
-    many of."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if ip.version == 4:
-        return address
-    return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def _shut(sock: socket.socket) -> None:

@@ -94,6 +94,15 @@ def test_an_address_waits_longer_after_each_wrong_try(keeper: CodeKeeper, clock:
         keeper.begin("10.0.0.1")
 
 
+def test_all_addresses_of_a_64_wait_together(keeper: CodeKeeper):
+    a_try(keeper, "fd00::1", is_right=False)
+    for address in ("fd00::1", "fd00::ffff:1%eth0"):
+        with pytest.raises(TooManyWrongCodes):
+            keeper.begin(address)
+    a_try(keeper, "fd00:0:0:1::1", is_right=True)
+    a_try(keeper, "not an address", is_right=True)
+
+
 def test_many_tries_at_once_are_no_more_guesses(keeper: CodeKeeper):
     codes = [keeper.begin(f"10.0.0.{number}") for number in range(TRIES)]
     assert set(codes) == {keeper.code}
@@ -125,5 +134,5 @@ def test_a_try_of_a_retired_code_does_not_count_against_the_new_one(keeper: Code
 
 def test_strangers_of_many_addresses_do_not_fill_the_memory(keeper: CodeKeeper):
     for number in range(3000):
-        a_try(keeper, f"fd00::{number:x}", is_right=False)
-    assert len(keeper._addresses) == 1024
+        a_try(keeper, f"fd00:0:0:{number:x}::1", is_right=False)
+    assert len(keeper._origins) == 1024
