@@ -41,6 +41,7 @@ from smolrun.launch.nearby.discovery import (
 from smolrun.launch.nearby.joined import SessionMachines
 from smolrun.launch.nearby.messages import (
     CodeNeeded,
+    NotListening,
     OtherVersion,
     PairingError,
     TooManyWrongCodes,
@@ -151,6 +152,8 @@ class _Joiner:
                 is_final = isinstance(error, CodeNeeded | WrongCode | OtherVersion)
                 if is_final and not self._has_joined:
                     raise
+                if isinstance(error, NotListening):
+                    self._ended.add(target.id)  # it died, and its announcement is not over yet
                 self._say_once(f"{target.shown}: {error}; trying again")
                 time.sleep(_AGAIN_S)
                 continue
@@ -177,7 +180,7 @@ class _Joiner:
         assert self._browser is not None, "without an address it looks for clusters"
         name = self._join.name
         wanted = f"cluster {name}" if name else "a cluster"
-        echo(f"looking for {wanted} to join as {self._me.name}; Ctrl-C ends it")
+        self._say_once(f"looking for {wanted} to join as {self._me.name}; Ctrl-C ends it")
         explain_at = time.monotonic() + _LOOK_S
         while True:
             found = self._browser.wait_for(lambda found: bool(self._open(found)), _POLL_S)

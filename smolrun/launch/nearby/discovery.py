@@ -308,12 +308,11 @@ def own_addresses() -> tuple[str, ...]:
             text = one.ip if isinstance(one.ip, str) else one.ip[0]
             scope = 0 if isinstance(one.ip, str) else adapter.index or 0
             with contextlib.suppress(ValueError):
-                ip = ipaddress.ip_address(text.partition("%")[0])
+                ip = _ip(text)
                 if _can_be_used(ip, scope):
                     found.append(ip)
     outer = [ip for ip in found if not ip.is_loopback] or found
-    ranked = sorted(set(outer), key=lambda ip: (ip.is_link_local, ip.version, str(ip)))
-    return tuple(str(ip) for ip in ranked)
+    return tuple(sorted({str(ip) for ip in outer}, key=_rank))
 
 
 def _can_be_used(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, scope: int) -> bool:
@@ -372,14 +371,22 @@ def _look_up(opened: Zeroconf, name: str) -> NearbyService | None:
 
 
 def _reachable(addresses: Sequence[str]) -> Sequence[str]:
-    """Without those of loopback, which a machine announces that has no other address yet; only a
-    machine without any network can use them, as the service is on itself."""
-    outer = [one for one in addresses if not _is_loopback(one)]
-    return outer if outer or not all(map(_is_loopback, own_addresses())) else addresses
+    """In the order of `own_addresses`, without those of loopback, which a machine announces that
+    has no other address yet; only a machine without any network can use them, as the service is
+    on itself."""
+    ranked = sorted(addresses, key=_rank)
+    outer = [one for one in ranked if not _ip(one).is_loopback]
+    return outer if outer or not all(_ip(one).is_loopback for one in own_addresses()) else ranked
 
 
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+def _rank(address: str) -> tuple[bool, int, str]:
+    ip = _ip(address)
+    return ip.is_link_local, ip.version, address
+
+
+def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Without the scope, as in fe80::1%3."""
+    return ipaddress.ip_address(address.partition("%")[0])
 
 
 def _number(text: str) -> int:

@@ -24,6 +24,10 @@ class PairingError(SmolrunError):
     """The connection was not paired, and is closed."""
 
 
+class NotListening(PairingError):
+    """The machine is there, and nothing listens on that port: the coordinator has ended."""
+
+
 class CodeNeeded(PairingError):
     """The coordinator wants a code: the two machines do not remember each other."""
 

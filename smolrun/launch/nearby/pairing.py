@@ -50,6 +50,7 @@ from smolrun.launch.nearby.messages import (
     CodeNeeded,
     Hello,
     Messages,
+    NotListening,
     OtherVersion,
     PairingError,
     Proof,
@@ -268,12 +269,13 @@ def connect(
     """Join the coordinator at the first of its addresses that answers; as `pair_as_joiner`, and
     the connection is closed on an error. WrongCode at once for what cannot be a code."""
     code = None if code is None else normalized(code)
-    reasons = []
+    reasons, num_refused = [], 0
     for address in addresses:
         try:
             sock = _tls_to(address, port, timeout_s)
         except OSError as error:
             reasons.append(f"{address} port {port}: {reason(error)}")
+            num_refused += isinstance(error, ConnectionRefusedError)
             continue
         try:
             return pair_as_joiner(
@@ -282,7 +284,9 @@ def connect(
         except BaseException:
             sock.close()
             raise
-    raise PairingError("; ".join(reasons) or "it announces no address")
+    is_over = num_refused == len(reasons) > 0
+    kind = NotListening if is_over else PairingError
+    raise kind("; ".join(reasons) or "it announces no address")
 
 
 def _tls_to(address: str, port: int, timeout_s: float) -> ssl.SSLSocket:

@@ -129,9 +129,9 @@ def test_own_addresses_can_be_connected_to():
 
 
 def test_loopback_of_another_machine_is_no_address(monkeypatch: pytest.MonkeyPatch):
-    found = ["127.0.0.1", "::1", "10.0.0.1", "fe80::1%3"]
+    found = ["127.0.0.1", "::1", "fe80::1%3", "fd00::1", "10.0.0.1"]
     monkeypatch.setattr(discovery, "own_addresses", lambda: ("10.0.0.2",))
-    assert discovery._reachable(found) == ["10.0.0.1", "fe80::1%3"]
+    assert discovery._reachable(found) == ["10.0.0.1", "fd00::1", "fe80::1%3"]
     assert discovery._reachable(found[:2]) == []
     monkeypatch.setattr(discovery, "own_addresses", lambda: ("127.0.0.1",))  # no network
     assert discovery._reachable(found[:2]) == found[:2]

@@ -9,7 +9,13 @@ import pytest
 from smolrun.errors import SmolrunError
 from smolrun.launch.nearby import codes, messages, pairing
 from smolrun.launch.nearby.joined import SessionMachines
-from smolrun.launch.nearby.messages import CodeNeeded, PairingError, TooManyWrongCodes, WrongCode
+from smolrun.launch.nearby.messages import (
+    CodeNeeded,
+    NotListening,
+    PairingError,
+    TooManyWrongCodes,
+    WrongCode,
+)
 from smolrun.launch.nearby.pairing import Paired, ThisMachine, connect
 from tests.launch.nearby.machines import (
     Coordinator,
@@ -215,7 +221,7 @@ def test_names_are_shown_as_one_short_line(server: Coordinator, tmp_path: Path):
 def test_the_first_address_that_answers_is_taken(server: Coordinator, joiner: ThisMachine):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(PairingError, match=f"127.0.0.1 port {port}: .*; ::1 port {port}"):
+    with pytest.raises(NotListening, match=f"127.0.0.1 port {port}: .*; ::1 port {port}"):
         connect(["127.0.0.1", "::1"], port, joiner, code=None)
     with connect(["0.0.0.1", "127.0.0.1"], server.port, joiner, code=server.code).socket:
         pass
