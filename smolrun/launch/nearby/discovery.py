@@ -20,7 +20,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from types import TracebackType
@@ -256,13 +256,13 @@ class Browser:
             return []
         with self._changed:
             names = list(self._names)
-        present = {}
+        present = []
         for name in names:
             if (service := _look_up(opened, name)) is not None:
-                present[service.id] = service
+                present.append(service)
             else:
                 self._forget(name)
-        return sorted(present.values(), key=lambda one: (one.name, one.id))
+        return sorted(_newest(present), key=lambda one: (one.name, one.id))
 
     def wait_for(
         self, is_enough: Callable[[list[NearbyService]], bool], timeout_s: float
@@ -297,6 +297,16 @@ class Browser:
             elif len(self._names) < _MOST_FOUND:
                 self._names[name] = None
             self._changed.notify_all()
+
+
+def _newest(services: Sequence[NearbyService]) -> Iterable[NearbyService]:
+    """Without clusters in whose place, at the same address and port, another came later: they have
+    died without a word, and their announcements live on for a while."""
+    places = {}
+    for one in services:
+        place = (one.addresses, one.port) if one.role == "coordinator" else one.id
+        places[place] = one
+    return places.values()
 
 
 def own_addresses() -> tuple[str, ...]:

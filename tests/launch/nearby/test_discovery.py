@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,22 @@ def test_clusters_are_chosen_by_name_or_id():
     assert choose(found, "00000002") == [two]
     assert choose(found, "00000001") == [one]  # an id before a name that looks like one
     assert choose(found, "away") == []
+
+
+def test_a_cluster_in_the_place_of_one_that_died_is_the_one_that_is_shown():
+    def cluster(number: int, port: int, address: str) -> NearbyService:
+        service = NearbyService(role="coordinator", name="home", machine="a", port=port)
+        return replace(service, id=f"0000000{number}", addresses=(address,))
+
+    found = [cluster(1, 1, "10.0.0.1"), cluster(2, 2, "10.0.0.1"), cluster(3, 1, "10.0.0.2")]
+    waiting = [replace(HOME, role="joiner", port=0, id=f"0000001{n}") for n in range(2)]
+    assert list(discovery._newest([*found, *waiting])) == [*found, *waiting]
+    after = cluster(4, 1, "10.0.0.1")
+    assert sorted(one.id for one in discovery._newest([*found, after])) == [
+        "00000002",
+        "00000003",
+        "00000004",
+    ]
 
 
 def test_own_addresses_can_be_connected_to():
