@@ -300,12 +300,12 @@ class Browser:
 
 
 def _newest(services: Sequence[NearbyService]) -> Iterable[NearbyService]:
-    """Without clusters in whose place, at the same address and port, another came later: they have
+    """Without clusters in whose place, on the same machine and port, another came later: they have
     died without a word, and their announcements live on for a while."""
     places = {}
     for one in services:
-        place = (one.addresses, one.port) if one.role == "coordinator" else one.id
-        places[place] = one
+        is_cluster = one.role == "coordinator"
+        places[(one.key, one.machine, one.port) if is_cluster else one.id] = one
     return places.values()
 
 

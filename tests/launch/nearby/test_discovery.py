@@ -124,14 +124,14 @@ def test_clusters_are_chosen_by_name_or_id():
 
 
 def test_a_cluster_in_the_place_of_one_that_died_is_the_one_that_is_shown():
-    def cluster(number: int, port: int, address: str) -> NearbyService:
-        service = NearbyService(role="coordinator", name="home", machine="a", port=port)
-        return replace(service, id=f"0000000{number}", addresses=(address,))
+    def cluster(number: int, port: int, machine: str) -> NearbyService:
+        service = NearbyService(role="coordinator", name="home", machine=machine, port=port)
+        return replace(service, id=f"0000000{number}", key="abc", addresses=(f"10.0.0.{number}",))
 
-    found = [cluster(1, 1, "10.0.0.1"), cluster(2, 2, "10.0.0.1"), cluster(3, 1, "10.0.0.2")]
+    found = [cluster(1, 1, "anna@a"), cluster(2, 2, "anna@a"), cluster(3, 1, "anna@b")]
     waiting = [replace(HOME, role="joiner", port=0, id=f"0000001{n}") for n in range(2)]
     assert list(discovery._newest([*found, *waiting])) == [*found, *waiting]
-    after = cluster(4, 1, "10.0.0.1")
+    after = cluster(4, 1, "anna@a")
     assert sorted(one.id for one in discovery._newest([*found, after])) == [
         "00000002",
         "00000003",
