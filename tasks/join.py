@@ -157,6 +157,7 @@ class _Joiner:
                 self._say_once(f"{target.shown}: {error}; trying again")
                 time.sleep(_AGAIN_S)
                 continue
+            self._known.add_for_now("coordinator", paired.fingerprint)
             try:
                 if self._serve(paired):
                     self._ended.add(target.id)
