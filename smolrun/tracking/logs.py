@@ -72,9 +72,10 @@ def read_logs(
     files: dict[Path, LogFile] = {}
     yield from heapq.merge(*_opened(folder, query, files), key=lambda record: record.time)
     held: list[LogRecord] = []
-    has_ended = not query.follow
+    has_ended, may_have_ended = not query.follow, False
     while not has_ended:
-        has_ended = may_end()  # before the files are read for the last time
+        # Twice, as a driver says its last words after it has written how the run ended.
+        has_ended, may_have_ended = may_have_ended, may_end()
         sources = [*_opened(folder, query, files)]
         fresh = sorted((r for source in sources for r in source), key=lambda record: record.time)
         until = fresh[-1:] if has_ended else held[-1:]

@@ -120,10 +120,13 @@ def test_new_lines_and_new_ranks_are_followed_in_order_until_the_run_ends(
             # Written later, but older: a host whose lines are on their way for long.
             lambda: append("rank1-b.jsonl", record(4, 1)),
             lambda: append("rank1-b.jsonl", record(6, 1)),
+            lambda: append("driver.jsonl", record(7, None)),  # after the run has ended
         ]
     )
     found = read_logs(folder, LogQuery(follow=True), wait=lambda _: next(acts)())
-    assert [one and one.message for one in found] == ["1", None, None, "4", "5", None, "6"]
+    assert [one and one.message for one in found] == [
+        *("1", None, None, "4", "5", None, None, "6", "7"),
+    ]
 
 
 def test_a_time_is_found_without_reading_the_file(tmp_path: Path) -> None:
