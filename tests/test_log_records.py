@@ -75,6 +75,7 @@ def test_a_line_that_print_left_open_stays_beside_the_record() -> None:
         b'\x1e{"clock_s":1,"level":"info","logger":"a","message":"x","rank":7}',
         b"",
     ],
+    ids=["print", "half", "two", "brackets", "endless", "unknown", "empty"],  # records have times
 )
 def test_what_is_no_record_is_what_was_printed(line: bytes) -> None:
     assert split_line(line) == (line, None)
