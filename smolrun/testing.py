@@ -4,6 +4,7 @@ that fail on demand.
 run_ranks(3, lambda mesh: new_group(mesh).all_reduce(torch.ones(4)))    threads, memory
 run_ranks(3, fn, kind="tcp")                                             threads, real sockets
 run_ranks(3, fn, kind="tls")                                             and encrypted
+run_ranks(3, fn, kind="torch")                                           threads, gloo
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from smolrun.mesh.memory import MemoryWorld
 from smolrun.mesh.mesh import Mesh
 from smolrun.mesh.tcp import TcpMesh
 from smolrun.mesh.tls import MutualTls
+from smolrun.mesh.torch_mesh import TorchMesh, connect_torch
 from smolrun.wire.handshake import Identity
 
 T = TypeVar("T")
@@ -40,7 +42,7 @@ def run_ranks(
     """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank
     order.
 
-    `kind` is "memory", "tcp" or "tls". The first exception of any rank is raised, after all have
+    `kind` is "memory", "tcp", "tls" or "torch". The first exception of any rank is raised, after all have
     ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as in a
     run with a parameter server, rank 0 starts alone, the others have a link with rank 0 only."""
     results: list[T | None] = [None] * world_size
@@ -57,7 +59,7 @@ def run_ranks(
         finally:
             if mesh is not None:
                 mesh.close()
-                crash = mesh.io.crash if isinstance(mesh, TcpMesh) else None
+                crash = mesh.io.crash if isinstance(mesh, TcpMesh | TorchMesh) else None
                 errors[rank] = errors[rank] or crash  # a defect, even if the function survived it
 
     threads = [
@@ -97,6 +99,8 @@ def _builder(
 
     def build(rank: int) -> Mesh:
         identity = Identity(rank, world_size, "test", "hash", 0, secret)
+        if kind == "torch":
+            return connect_torch(endpoints[rank], identity, roster, timeout_s=timeout_s)
         return connect(
             endpoints[rank],
             identity,

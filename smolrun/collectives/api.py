@@ -9,8 +9,9 @@ another `op` or `root`, raises CollectiveMismatch; ranks that all wait for each 
 message, WaitTimeout. Tensors of other shapes are a ProtocolError; those of equal dtype and shape
 are distinguished only where a caller passes `fingerprint=`.
 
-Knows nothing of schedules or sockets: callers depend on `Collectives` only, so that another
-implementation (a torch.distributed process group) can stand behind `new_group`."""
+Knows nothing of schedules or sockets: callers depend on `Collectives` only. There are two
+implementations, our own schedules over any mesh, and torch.distributed's over its process groups.
+The second checks less: see torch_collectives.py."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ from typing import Protocol
 
 import torch
 
+from smolrun.collectives.chain import Chain
 from smolrun.collectives.scheduled_collectives import ScheduledCollectives
+from smolrun.collectives.torch_collectives import TorchCollectives
 from smolrun.mesh.mesh import Mesh, Work
+from smolrun.mesh.torch_mesh import TorchMesh
 
 
 class Collectives(Protocol):
@@ -109,6 +113,10 @@ class Collectives(Protocol):
     def barrier(self, *, async_op: bool = False) -> Work:
         """Done when every rank of the group has called it."""
 
+    def run_chains(self, name: str, chains: Sequence[Chain], phases: int) -> Work:
+        """Starts chains of up to `phases` exchanges each, in order; always asynchronous. The work
+        is done when all have ended. What they compute runs on the I/O thread."""
+
 
 def new_group(
     mesh: Mesh, ranks: Sequence[int] | None = None, name: str | None = None
@@ -118,4 +126,6 @@ def new_group(
     `name` is the same on all its ranks; by default it is made of the ranks. SmolrunError if the
     name is in use on this mesh, except for the default group: its operations are then counted
     together. The only place that chooses an implementation."""
+    if isinstance(mesh, TorchMesh):
+        return TorchCollectives.of(mesh, ranks, name)
     return ScheduledCollectives(mesh, ranks, name=name)

@@ -4,31 +4,21 @@ thread switch per hop.
 All receives are posted at the start, so a peer's grant is there before the data is; a hop's send
 starts when the receives it needs are done.
 
-An operation of several schedules with computing in between is a chain, a generator that yields the
-schedule to run next and is resumed when that has run:
-
-    def all_reduce_in_fewer_bits():
-        ...encode the parts that other ranks sum...
-        yield Phase(all to all)
-        ...sum, encode the sum...
-        yield Phase(all gather)
-        ...decode...
-
-All of it runs on the I/O thread, so what a chain computes at one time must be short: heartbeats
-wait for it. Chains start in the order they were given, on all ranks alike, and few run at one time,
-which bounds their memory."""
+A chain (chain.py) runs on the I/O thread too, so what it computes at one time must be short:
+heartbeats wait for it. Chains start in the order they were given, on all ranks alike, and few run
+at one time, which bounds their memory."""
 
 from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from smolrun.collectives.schedule import Range, Schedule
+from smolrun.collectives.chain import Chain
+from smolrun.collectives.schedule import Range, Schedule, direct_all_gather, direct_all_to_all
 from smolrun.errors import SmolrunError
 from smolrun.mesh.mesh import Combine, Mesh, PostedReceive, Work
 from smolrun.wire.frame import Tag
@@ -41,6 +31,7 @@ TORCH_OPS: dict[str, Callable[..., torch.Tensor]] = {
     "min": torch.minimum,
 }
 OPS = tuple(_NUMPY_OPS)
+_SCHEDULES = {"all_to_all": direct_all_to_all, "all_gather": direct_all_gather}
 # Enough for one to compute while others are sent.
 _MOST_AT_ONCE = 4
 
@@ -181,23 +172,13 @@ class ScheduleRun:
             self._on_done()
 
 
-class Phase(NamedTuple):
-    """One schedule of a chain, and the memory that it sends from and receives into."""
-
-    schedule: Schedule
-    outgoing: Chunks
-    incoming: Chunks
-
-
-Chain = Iterator[Phase]
-
-
 class Chains:
     """The chains of one group of ranks."""
 
     def __init__(self, mesh: Mesh, ranks: Sequence[int]) -> None:
         self._mesh = mesh
         self._ranks = ranks
+        self._index = list(ranks).index(mesh.rank)
         # Touched on the I/O thread only.
         self._waiting: deque[tuple[Chain, Tag, _OpenChains]] = deque()
         self._running = 0
@@ -236,7 +217,12 @@ class Chains:
             if phase is not None:
                 following = tag._replace(operation=tag.operation + 1)
                 done = functools.partial(self._resume, chain, following, rest)
-                ScheduleRun(self._mesh, self._ranks, tag, *phase, done).start()
+                schedule = _SCHEDULES[phase.kind](self._index, len(self._ranks))
+                outgoing = Chunks(phase.outgoing, phase.sends)
+                incoming = Chunks(phase.incoming, phase.receives)
+                ScheduleRun(
+                    self._mesh, self._ranks, tag, schedule, outgoing, incoming, done
+                ).start()
                 return
         except Exception as error:
             self._mesh.fail(error)  # the peers already wait for the other half

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from smolrun.collectives.executor import OPS, TORCH_OPS, Chain, Chains, Chunks, ScheduleRun
+from smolrun.collectives.chain import Chain
+from smolrun.collectives.executor import OPS, TORCH_OPS, Chains, Chunks, ScheduleRun
 from smolrun.collectives.schedule import (
     Range,
     Schedule,

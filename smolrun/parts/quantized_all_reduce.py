@@ -22,16 +22,8 @@ import torch
 from torch import Tensor
 
 from smolrun.collectives.api import Collectives
-from smolrun.collectives.executor import Chunks, Phase
-from smolrun.collectives.schedule import (
-    Range,
-    direct_all_gather,
-    direct_all_to_all,
-    even_ranges,
-    ranges_of,
-)
-from smolrun.collectives.scheduled_collectives import ScheduledCollectives
-from smolrun.errors import SmolrunError
+from smolrun.collectives.chain import Phase
+from smolrun.collectives.schedule import Range, even_ranges, ranges_of
 from smolrun.mesh.mesh import Work
 from smolrun.parts.quantization import ErrorFeedback, Quantizer
 
@@ -45,11 +37,6 @@ class QuantizedAllReduce:
     tensors are flat and must not be touched until the work is done."""
 
     def __init__(self, collectives: Collectives, quantizer: Quantizer, part: int = _PART) -> None:
-        if not isinstance(collectives, ScheduledCollectives):
-            raise SmolrunError(
-                f"quantization needs run_chains, which {type(collectives).__name__} does not have; "
-                "set quantization=none"
-            )
         self._collectives = collectives
         self._quantizer = quantizer
         self._index, self._size = collectives.index, collectives.size
@@ -96,8 +83,7 @@ class QuantizedAllReduce:
         wires = torch.empty(places[-1][1], dtype=torch.uint8)
         own = wires[slice(*places[self._index])]
         self._quantizer.encode(total, own, part.lost[self._index])
-        chunks = Chunks(wires, places)
-        yield Phase(direct_all_gather(self._index, self._size), chunks, chunks)
+        yield Phase("all_gather", wires, places, wires, places)
         for numbers, place in zip(part.numbers, places, strict=True):
             self._quantizer.decode(wires[slice(*place)], numbers)
         part.give_back()
@@ -117,8 +103,7 @@ class QuantizedAllReduce:
             [self._wire_bytes(numbers[me]) if i != me else 0 for i in range(self._size)]
         )
         arrived = torch.empty(come[-1][1], dtype=torch.uint8)
-        schedule = direct_all_to_all(me, self._size)
-        yield Phase(schedule, Chunks(wires, sends), Chunks(arrived, come))
+        yield Phase("all_to_all", wires, sends, arrived, come)
         total = torch.zeros_like(numbers[me])
         for rank, place in enumerate(come):
             if rank == me:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smolrun.collectives.api import Collectives
-from smolrun.collectives.executor import Chain, Chunks, Phase
-from smolrun.collectives.schedule import direct_all_gather, even_ranges
+from smolrun.collectives.chain import Chain, Phase
+from smolrun.collectives.schedule import even_ranges
 from smolrun.collectives.scheduled_collectives import ScheduledCollectives
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import run_ranks
@@ -24,8 +24,8 @@ def gather_twice(collectives: Collectives, number: int, events: list[str]) -> Ch
         events.append(f"begin {number}" if phase == 0 else f"half {number}")
         row = torch.zeros(size)
         row[index] = value
-        chunks = Chunks(row, even_ranges(size, size))
-        yield Phase(direct_all_gather(index, size), chunks, chunks)
+        places = even_ranges(size, size)
+        yield Phase("all_gather", row, places, row, places)
         value = row.sum().item()
     events.append(f"end {number} {value:g}")
 

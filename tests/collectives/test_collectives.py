@@ -16,7 +16,8 @@ from smolrun.mesh.link import Pipe
 from smolrun.mesh.mesh import Mesh
 from smolrun.testing import FaultyPipe, run_ranks
 
-KINDS = pytest.mark.parametrize("kind", ["memory", "tcp"])
+KINDS = pytest.mark.parametrize("kind", ["memory", "tcp", "torch"])
+CHECKED = pytest.mark.parametrize("kind", ["memory", "tcp"])  # frames carry fingerprints
 WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 SIZES = [0, 1, 7, 100, DIRECT_BYTES // 4, DIRECT_BYTES // 4 + 1, 300_001]
@@ -204,7 +205,7 @@ OPERATIONS: dict[str, Callable[[Collectives, int], object]] = {
 }
 
 
-@KINDS
+@CHECKED
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("sizes", [(5, 5), (5, 40_000), (40_000, 5), (40_000, 40_000)])
 def test_every_pair_of_different_operations_is_found(
@@ -250,7 +251,7 @@ def test_another_op_or_root_is_found(name: str, kind: str) -> None:
         assert len(set(error.operations)) == 2
 
 
-@KINDS
+@CHECKED
 def test_one_name_with_other_ranks_is_found(kind: str) -> None:
     def rank_main(mesh: Mesh) -> None:
         ranks = [0, 1] if mesh.rank == 0 else [0, 1, 2]
@@ -341,7 +342,7 @@ def test_small_and_large_tensors_that_are_half_read_at_once_do_not_mix() -> None
             assert torch.equal(tensor, expected), index
 
 
-@KINDS
+@CHECKED
 @pytest.mark.parametrize("sizes", [(10, 11), (100_000, 100_001)])
 def test_ranks_that_run_different_operations_get_an_error(
     kind: str, sizes: tuple[int, int]
