@@ -1,7 +1,7 @@
 """Makes the reference pages from the code: `make docs`; a test checks that they are up to date.
 
 docs/configuration.md   every key and choice, from smolrun/config/ and conf/
-docs/combinations.md    algorithm by staleness and quantization: each cell is composed and checked
+docs/combinations.md    what goes with each algorithm: each cell is composed and checked
 docs/outputs.md         the files of a run folder, from the classes of the events
 docs/serving_api.md     the paths and fields of the HTTP API, from smolrun/serving/protocol.py
 """
@@ -69,8 +69,8 @@ COMBINATIONS = """\
 
 <!-- Made by `make docs` from the checks in smolrun/config/ and from conf/. Change those, not this file. -->
 
-`staleness.bound` and `quantization` for every algorithm. A combination that does not work is an error
-before anything starts, for the reason below. `int8`, `fp16` and `bf16` are alike in this.
+`staleness.bound`, `quantization` and `mesh` for every algorithm. A combination that does not work is an
+error before anything starts, for the reason below. `int8`, `fp16` and `bf16` are alike in this.
 """  # noqa: E501  (a comment of the page)
 
 OUTPUTS = """\
@@ -176,9 +176,9 @@ every fourth, and so on; a `note` says when. The file ends at 8 GiB, with a warn
 STALENESS = {"synchronous": "staleness.bound=0", "staleness K": "staleness.bound=2"}
 QUANTIZATION = {"unquantized": "quantization=none", "quantized": "quantization=int8"}
 COLUMNS = {
-    (when, how): [staleness, quantization]
+    f"{when}, {how}": [staleness, quantization]
     for (when, staleness), (how, quantization) in product(STALENESS.items(), QUANTIZATION.items())
-}
+} | {"mesh=torch": ["mesh=torch"]}
 
 
 def configuration() -> str:
@@ -327,7 +327,7 @@ def combination_rows() -> list[list[str]]:
     return found
 
 
-def _refusals() -> dict[tuple[str, tuple[str, str]], str]:
+def _refusals() -> dict[tuple[str, str], str]:
     """Why each combination is refused, by row and column; empty where it works."""
     found = {}
     all_rows = combination_rows()
@@ -345,16 +345,16 @@ def _refusals() -> dict[tuple[str, tuple[str, str]], str]:
 
 
 def combinations() -> str:
-    """docs/combinations.md: algorithm by staleness and quantization; why a combination is refused.
+    """docs/combinations.md: what goes with each algorithm, and why a combination is refused.
 
     Each cell is a configuration that was composed and checked.
     """
     return "\n".join([COMBINATIONS, *_refusal_table(_refusals())]) + "\n"
 
 
-def _refusal_table(found: dict[tuple[str, tuple[str, str]], str]) -> Iterator[str]:
+def _refusal_table(found: dict[tuple[str, str], str]) -> Iterator[str]:
     reasons = list(dict.fromkeys(why for why in found.values() if why))
-    yield "| algorithm | " + " | ".join(f"{when}, {how}" for when, how in COLUMNS) + " |"
+    yield "| algorithm | " + " | ".join(COLUMNS) + " |"
     yield "|" + " --- |" * (len(COLUMNS) + 1)
     for row in dict.fromkeys(row for row, _ in found):
         cells = [found[row, column] for column in COLUMNS]

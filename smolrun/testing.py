@@ -42,9 +42,9 @@ def run_ranks(
     """Runs `function(mesh)` once per rank, each in a thread of its own; returns the results in rank
     order.
 
-    `kind` is "memory", "tcp", "tls" or "torch". The first exception of any rank is raised, after all have
-    ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as in a
-    run with a parameter server, rank 0 starts alone, the others have a link with rank 0 only."""
+    `kind` is "memory", "tcp", "tls" or "torch". The first exception of any rank is raised, after
+    all have ended. `wrap(rank)` gives the wrapper of that rank's pipes, for faults. `elastic`: as
+    in a run with a parameter server, rank 0 starts alone, the others have a link with it only."""
     results: list[T | None] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
     build = _builder(kind, world_size, timeout_s, silence_s, wrap, elastic=elastic)

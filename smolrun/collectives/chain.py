@@ -8,7 +8,7 @@ to run next, and is resumed when that has run.
         yield Phase("all_gather", ...)
         ...decode...
 
-Knows nothing of how an exchange is run: each implementation of `Collectives` does it its own way."""
+Knows nothing of how an exchange is run: each implementation of `Collectives` has its own way."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class Phase(NamedTuple):
     sends: Sequence[Range]
     incoming: torch.Tensor
     receives: Sequence[Range]
+
+    @property
+    def send_sizes(self) -> list[int]:
+        """Elements to each rank."""
+        return [stop - start for start, stop in self.sends]
+
+    @property
+    def receive_sizes(self) -> list[int]:
+        """Elements from each rank."""
+        return [stop - start for start, stop in self.receives]
 
 
 Chain = Iterator[Phase]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smolrun.collectives.chain import Chain, Phase
-from smolrun.collectives.schedule import even_ranges, ranges_of
+from smolrun.collectives.schedule import even_ranges
 from smolrun.errors import CollectiveMismatch, SmolrunError
 from smolrun.mesh.mesh import Work
 from smolrun.mesh.streams import DEFAULT_GROUP
@@ -46,9 +46,7 @@ class TorchCollectives:
         self.ranks = list(mesh.members) if ranks is None else list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(mesh.rank)
-        self.name = name or (
-            DEFAULT_GROUP if self.ranks == mesh.members else f"ranks {self.ranks}"
-        )
+        self.name = name or (DEFAULT_GROUP if self.ranks == mesh.members else f"ranks {self.ranks}")
         mesh.groups.open(self.name)
         self._torch_mesh = mesh
         self._group = mesh.process_group(self.name, self.ranks)
@@ -56,9 +54,7 @@ class TorchCollectives:
         self._turns: _Turns | None = None
 
     @classmethod
-    def of(
-        cls, mesh: TorchMesh, ranks: Sequence[int] | None, name: str | None
-    ) -> TorchCollectives:
+    def of(cls, mesh: TorchMesh, ranks: Sequence[int] | None, name: str | None) -> TorchCollectives:
         """Of a new group; the default group is one, however often it is opened."""
         if name not in (None, DEFAULT_GROUP) or ranks not in (None, mesh.members):
             return cls(mesh, ranks, name=name)
@@ -285,8 +281,7 @@ class TorchCollectives:
 
     def start_phase(self, group: ProcessGroup, phase: Phase) -> TorchWork:
         """Starts one exchange of a chain; on the I/O thread."""
-        outgoing, sends = phase.outgoing, [stop - start for start, stop in phase.sends]
-        receives = [stop - start for start, stop in phase.receives]
+        outgoing, sends, receives = phase.outgoing, phase.send_sizes, phase.receive_sizes
         if phase.kind == "all_gather":
             outgoing = phase.outgoing[slice(*phase.sends[self.index])].repeat(self.size)
             sends = [sends[self.index]] * self.size
@@ -337,7 +332,7 @@ class _Turns:
         self._is_running = False
 
     def add(self, chains: Sequence[Chain], phases: int, work: Work) -> None:
-        """Queues chains of at most `phases` exchanges each; the work is done when all have ended."""
+        """Queues chains of at most `phases` exchanges; the work is done when all have ended."""
         opened = [_OpenChain(chain) for chain in chains]
         opened[-1].work = work
         turns = [(place + k, -place) for place in range(len(opened)) for k in range(phases + 1)]

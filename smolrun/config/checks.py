@@ -28,9 +28,11 @@ from smolrun.config.models import (
 from smolrun.config.optimizers import Optimizer, SGDConfig
 from smolrun.config.plan import cluster_size
 from smolrun.config.settings import (
+    Mesh,
     QuantizationConfig,
     ServingConfig,
     StalenessConfig,
+    TorchMeshConfig,
     TrainingConfig,
 )
 from smolrun.config.suggest import absent, closest, problem
@@ -48,6 +50,18 @@ def ranks_fit_algorithm(
             key, alone = "cluster.hosts", "cluster=local cluster.ranks=1"
         what = f"algorithm={algorithm.name} is one rank"
         yield problem(key, world_size, what, allowed=f"{alone}, or algorithm=classicdp")
+
+
+def mesh_fits(*, task: str, algorithm: AlgorithmConfig, mesh: Mesh) -> Iterator[str]:
+    """A process group of torch has the ranks that it began with."""
+    if not isinstance(mesh, TorchMeshConfig):
+        return
+    if task in (*SERVING_TASKS, "doctor"):
+        what = f"task={task} has links that break and are made again"
+        yield problem("mesh", mesh.kind, what, allowed="mesh=tcp, or task=train, bench")
+    if algorithm.is_asynchronous:
+        what = f"ranks of algorithm={algorithm.name} join and leave during a run"
+        yield problem("mesh", mesh.kind, what, allowed="mesh=tcp, or another algorithm")
 
 
 def ranks_fit_batch(
@@ -263,6 +277,7 @@ def loss_fits_task(*, task: str, model: ModelConfig) -> Iterator[str]:
 CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     *CLUSTER_CHECKS,
     ranks_fit_algorithm,
+    mesh_fits,
     ranks_fit_batch,
     batch_is_sound,
     staleness_fits_steps,

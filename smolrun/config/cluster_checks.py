@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from smolrun.config.cluster import ClusterConfig
 from smolrun.config.plan import addresses
-from smolrun.config.settings import MeshConfig
+from smolrun.config.settings import Mesh, TcpMeshConfig, TorchMeshConfig
 from smolrun.config.suggest import problem
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -134,14 +134,33 @@ def restart_can_be(*, cluster: ClusterConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def links_are_safe(*, cluster: ClusterConfig, mesh: MeshConfig) -> Iterator[str]:
-    """An authenticated link without encryption stays on one machine, unless configured."""
+def links_are_safe(*, cluster: ClusterConfig, mesh: Mesh) -> Iterator[str]:
+    """A link without encryption stays on one machine, unless configured."""
     others = [host.name for host in cluster.hosts or [] if not host.is_here]
-    if mesh.security == "loopback_plain" and others:
+    is_torch, chosen = isinstance(mesh, TorchMeshConfig), mesh.security
+    if others and (chosen == "loopback_plain" or (is_torch and chosen == "auto")):
         what = f"{', '.join(others)} would be reached over a network without encryption"
-        yield problem(
-            "mesh.security", mesh.security, what, allowed="auto or tls; insecure, if you must"
-        )
+        allowed = "auto or tls; insecure, if you must"
+        if is_torch:
+            allowed = "insecure, in a network that you trust; mesh=tcp encrypts"
+        yield problem("mesh.security", chosen, what, allowed=allowed)
+
+
+def torch_mesh_can_be(*, cluster: ClusterConfig, mesh: Mesh) -> Iterator[str]:
+    """Sockets of gloo and nccl are torch's own."""
+    if isinstance(mesh, TcpMeshConfig):
+        return
+    ports = {f"cluster.hosts[{i}].ports": host.ports for i, host in enumerate(cluster.hosts or [])}
+    for key, value in {"cluster.ports": cluster.ports, **ports}.items():
+        if value is not None:
+            what = "mesh=torch listens on ports that torch chooses"
+            yield problem(key, value, what, allowed="null, or mesh=tcp")
+    for index, host in enumerate(cluster.hosts or []):
+        emulate = host.emulate
+        if emulate is not None and (emulate.bandwidth_mbps is not None or emulate.latency_ms):
+            key = f"cluster.hosts[{index}].emulate"
+            what = "mesh=torch cannot slow links down"
+            yield problem(key, host.name, what, allowed="compute and stragglers alone, or mesh=tcp")
 
 
 def joining_is_possible(
@@ -200,5 +219,6 @@ CLUSTER_CHECKS = (
     restart_can_be,
     links_are_safe,
     joining_is_possible,
+    torch_mesh_can_be,
     emulation_can_be,
 )

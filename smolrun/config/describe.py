@@ -22,8 +22,7 @@ PLAIN = {
 }
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "algorithm": ("diloco",),
-    "mesh": ("torch",),
-    "mesh.kind": ("torch",),
+    "mesh.backend": ("nccl",),
 }
 """Group or key -> choices that are planned, so that the error says so."""
 RANGES = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

@@ -26,7 +26,7 @@ from smolrun.config.settings import (
     GenerateConfig,
     JoinConfig,
     LogsConfig,
-    MeshConfig,
+    Mesh,
     NearbyConfig,
     QuantizationConfig,
     ServingConfig,
@@ -90,7 +90,7 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig
     tracker: Tracker
-    mesh: MeshConfig
+    mesh: Mesh
     serving: ServingConfig
     bench: Bench
     export: ExportConfig

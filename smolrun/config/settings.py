@@ -117,14 +117,26 @@ class WandbConfig(_TrackerConfig):
 Tracker = Annotated[JsonLinesConfig | TensorBoardConfig | WandbConfig, Field(discriminator="kind")]
 
 
-class MeshConfig(Section):
-    """Group `mesh`: the connections between ranks."""
+class TcpMeshConfig(Section):
+    """Our own connections."""
 
     kind: Literal["tcp"]
     security: Literal["auto", "tls", "loopback_plain", "insecure"]
     timeout_s: Positive
     liveness: Literal["normal", "fast"]
     heartbeat_ms: Annotated[int, Field(ge=10, le=1000)]
+
+
+class TorchMeshConfig(Section):
+    """Process groups of torch.distributed."""
+
+    kind: Literal["torch"]
+    backend: Literal["auto", "gloo"]
+    security: Literal["auto", "loopback_plain", "insecure"]
+    timeout_s: Positive
+
+
+Mesh = Annotated[TcpMeshConfig | TorchMeshConfig, Field(discriminator="kind")]
 
 
 def _has_no_default_port(origin: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from smolrun.config import RunConfig, are_replicas, world_size
+from smolrun.config.settings import TcpMeshConfig
 from smolrun.errors import ProtocolError
 from smolrun.launch.control import SILENCE_S, TaskMessage, decode_data, task_message
 from smolrun.launch.driver import Driver, Subscriber
@@ -41,6 +42,7 @@ class EngineBridge(Subscriber):
         self._ready: dict[int, Ready] = {}  # of the replicas that are loaded
         self._vacant: set[int] = set()  # that take no requests, as their weights are replaced
         self._drain_s = config.serving.drain_s
+        assert isinstance(config.mesh, TcpMeshConfig), "checks.py: task=serve has links of its own"
         self._limit_s = SILENCE_S[config.mesh.liveness]
         self._silence = Silence(self._limit_s)
         self._asked_s = 0.0

@@ -216,7 +216,7 @@ class TorchMesh(Mesh):
         if self.failure is not None or self._is_explaining or self._is_closed:
             return
         self._is_explaining = True
-        _log.warning("%s failed: %s", label, text)
+        _log.warning("%s failed: %s", label, _first_sentence(text))
 
         def explain() -> None:
             error = self._explained(label, text)
@@ -226,7 +226,7 @@ class TorchMesh(Mesh):
 
     def _explained(self, label: str, text: str) -> SmolrunError:
         """What an error of the backend means; blocks for seconds."""
-        reason = " ".join(text.split("]", 1)[-1].split(". This is typically")[0].split())
+        reason = _first_sentence(text)
         others = [rank for rank in self.members if rank != self.rank]
         failed = self._failures(others, label)
         deadline = time.monotonic() + _EXPLAIN_S
@@ -268,6 +268,16 @@ class TorchMesh(Mesh):
         thread.join(_PROBE_S)
         return dict(found)
 
+    def _wait_for_others(self, lost: int) -> None:
+        """The rank with the store stays until all others know the cause, for a while: they would
+        take its own end for that."""
+        others = [rank for rank in self.members if rank not in (self.rank, lost)]
+        deadline = time.monotonic() + _PROBE_S
+        while self.rank == self.members[0] and time.monotonic() < deadline:
+            if len(self._failures(others)) == len(others):
+                return
+            time.sleep(0.02)
+
     def describe_waiting(self) -> str:
         return f"rank {self.rank} waits in torch.distributed, which does not say for whom"
 
@@ -275,6 +285,8 @@ class TorchMesh(Mesh):
         if self._is_closed:
             return
         self._is_closed = True
+        if isinstance(self.failure, PeerLost):
+            self._wait_for_others(self.failure.rank)
         self.post(lambda: self.fail(MeshClosed("the mesh was closed")))
         self.io.stop()
         self._process_groups.clear()
@@ -364,6 +376,12 @@ def wire_tag(tag: Tag) -> int:
         raise SmolrunError(f"{tag} has no tag in gloo: at most {1 << _HOP_BITS} parts")
     operation = tag.operation % (1 << _OPERATION_BITS)
     return (operation << _HOP_BITS | tag.hop) << _STREAM_BITS | tag.stream
+
+
+def _first_sentence(text: str) -> str:
+    """Of an error of torch, which goes on with its source line, advice and a stack of C++."""
+    line = text.strip().partition("\n")[0].partition(". This is typically")[0]
+    return line.partition("] ")[2] if line.startswith("[") else line
 
 
 def _listens(place: tuple[str, int]) -> bool:

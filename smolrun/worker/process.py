@@ -43,7 +43,7 @@ from smolrun.launch.wake import keep_awake
 from smolrun.log_records import RecordFormatter, cut
 
 if TYPE_CHECKING:
-    from smolrun.mesh.connect import Endpoint
+    from smolrun.mesh.connect import Endpoint, RosterEntry
     from smolrun.mesh.mesh import Mesh
     from smolrun.mesh.shaping import Shape
     from smolrun.mesh.tls import TransportSecurity
@@ -202,11 +202,11 @@ def _connect(
 ) -> Mesh:
     """The mesh of one generation. In a group it fails with GenerationEnded as soon as the driver
     announces a later one."""
-    from smolrun.mesh.connect import RosterEntry, connect
+    from smolrun.mesh.connect import connect
     from smolrun.wire.handshake import Identity
 
-    peers = roster.peers
-    _log.info("generation %d: links up with %d other ranks", roster.generation, len(peers) - 1)
+    entries = _entries(roster)
+    _log.info("generation %d: links up with %d other ranks", roster.generation, len(entries) - 1)
     identity = Identity(
         rank=start.rank,
         world_size=start.world_size,
@@ -216,14 +216,21 @@ def _connect(
         secret=bytes.fromhex(start.secret),
     )
     settings = start.config["mesh"]
+    if settings["kind"] == "torch":
+        from smolrun.mesh.torch_mesh import connect_torch
+
+        return connect_torch(
+            endpoint,
+            identity,
+            entries,
+            timeout_s=float(settings["timeout_s"]),
+            start_timeout_s=timeout_s,
+        )
     shape = shape_of(start.config, start.rank)
     mesh = connect(
         endpoint,
         identity,
-        [
-            RosterEntry(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
-            for peer in peers
-        ],
+        entries,
         timeout_s=float(settings["timeout_s"]),
         silence_s=SILENCE_S[settings["liveness"]],
         heartbeat_s=settings["heartbeat_ms"] / 1000,
@@ -236,6 +243,15 @@ def _connect(
     if start.links == "group":
         channel.on_regroup(lambda generation: mesh.post(lambda: _end(mesh, generation)))
     return mesh
+
+
+def _entries(roster: RosterMessage) -> list[RosterEntry]:
+    from smolrun.mesh.connect import RosterEntry
+
+    return [
+        RosterEntry(peer.rank, peer.host, [(one.address, one.port) for one in peer.addresses])
+        for peer in roster.peers
+    ]
 
 
 def _end(mesh: Mesh, generation: int) -> None:
@@ -270,7 +286,13 @@ def _check_links(start: StartMessage, channel: WorkerChannel) -> None:
             f"{who}: mesh.security = loopback_plain, but {', '.join(others)} is no loopback "
             "address; set mesh.security=tls"
         )
-    if start.security == "insecure" and start.rank == 0:
+    if start.config["mesh"]["kind"] == "torch" and start.rank == 0:
+        channel.log(
+            "warning",
+            "mesh = torch: torch.distributed neither encrypts nor authenticates what ranks send; "
+            "whoever can connect to its ports can take part",
+        )
+    elif start.security == "insecure" and start.rank == 0:
         channel.log(
             "warning",
             "mesh.security = insecure: whoever is in the network can read and change what ranks "

@@ -63,6 +63,10 @@ def test_equals_single(model: str, world_size: int) -> None:
     assert_equal(train("ep", model, world_size, steps=5), reference)
 
 
+def test_equals_single_on_torch_distributed() -> None:
+    assert_equal(train("ep", "experts", 3, steps=5, kind="torch"), one_rank("experts"))
+
+
 def test_equals_single_with_recomputed_blocks_and_a_tied_embedding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

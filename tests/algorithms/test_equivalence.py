@@ -78,6 +78,29 @@ def test_equals_single_on_the_same_global_batches(
         )
 
 
+ON_TORCH = [case for case in CASES if case[1] < 5]
+FEW_ON_TORCH = [(name, 1 if name == "single" else 3, "language_model") for name in ALGORITHMS]
+FEW_ON_TORCH += [(name, 2, "tied") for name in SPLIT]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "world_size", "model"),
+    [pytest.param(*c, marks=[] if c in FEW_ON_TORCH else pytest.mark.soak) for c in ON_TORCH],
+)
+def test_torch_distributed_gives_what_our_own_mesh_gives(
+    algorithm: str, world_size: int, model: str
+) -> None:
+    reference = train("single", model, 1)[0]
+    ours = train(algorithm, model, world_size)
+    for trace, same in zip(train(algorithm, model, world_size, kind="torch"), ours, strict=True):
+        assert difference(trace, reference) <= 1e-12
+        assert difference(trace, same) <= 1e-12
+        assert trace.losses == pytest.approx(same.losses, abs=1e-12)
+        assert [r.grad_norm for r in trace.results] == pytest.approx(
+            [r.grad_norm for r in reference.results], abs=1e-12
+        )
+
+
 DRAWING = [(name, None) for name in ALGORITHMS if name not in ("single", "fsdp")]
 DRAWING += [("fsdp", {"stage": stage}) for stage in (1, 2, 3)]
 
@@ -112,7 +135,7 @@ def test_staleness_equals_a_single_process_that_simulates_the_delay(
         assert len(trace.results) == 10, "every gradient is applied, the last ones by drain"
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp"])
+@pytest.mark.parametrize("kind", ["memory", "tcp", pytest.param("torch", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "single"])
 def test_replicas_are_bit_equal_after_every_update(

@@ -8,6 +8,7 @@ import pytest
 
 from smolrun.cli.compose import compose
 from smolrun.config import resolved, validate
+from smolrun.errors import ConfigError
 from tests.config.test_validate import changed, problems
 
 
@@ -105,3 +106,33 @@ def test_memory_of_the_cluster_is_that_of_every_host_without_its_own(shipped: di
     hosts = [{"name": "a"}, {"name": "b", "memory_gb": 3.0}]
     config = validate(changed(shipped, cluster__hosts=hosts, cluster__memory_gb=8.0))
     assert [host.memory_gb for host in config.cluster.hosts or []] == [8.0, 3.0]
+
+
+ELSEWHERE = "cluster.hosts=[{name: a, ssh: a, address: 10.0.0.1}, {name: b, ssh: b}]"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([ELSEWHERE], "mesh.security = auto: a, b would be reached over a network"),
+        ([ELSEWHERE, "mesh.security=loopback_plain"], "mesh.security = loopback_plain: a, b"),
+        (["mesh.security=tls"], "mesh.security = tls: no such choice"),
+        (["cluster.ports=40000-40100"], "cluster.ports = 40000-40100: mesh=torch listens on ports"),
+        (
+            ["cluster.hosts=[{name: a, emulate: {latency_ms: 4}}]"],
+            "cluster.hosts[0].emulate = a: mesh=torch cannot slow links down",
+        ),
+        (["algorithm=edp"], "mesh = torch: ranks of algorithm=edp join and leave during a run"),
+        (["task=doctor"], "mesh = torch: task=doctor has links that break and are made again"),
+        (["mesh.liveness=fast"], "mesh.liveness: no such key"),
+    ],
+)
+def test_what_torch_distributed_cannot_do(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["mesh=torch", *words])
+    assert [one for one in caught.value.problems if one.startswith(line)], caught.value.problems
+
+
+def test_torch_distributed_between_machines_is_asked_for() -> None:
+    config = compose(["mesh=torch", ELSEWHERE, "mesh.security=insecure"])
+    assert config.mesh.security == "insecure"

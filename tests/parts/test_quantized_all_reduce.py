@@ -52,9 +52,15 @@ def simulated(
     return torch.cat(sums), torch.cat(results)
 
 
+ON_TORCH = pytest.mark.parametrize("mesh_kind", ["memory", "torch"])
+
+
+@ON_TORCH
 @WORLDS
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_reduce_is_the_simulation_to_the_byte(kind: str, world_size: int) -> None:
+def test_all_reduce_is_the_simulation_to_the_byte(
+    kind: str, world_size: int, mesh_kind: str
+) -> None:
     size, steps = 1013, 5
     quantizer = Quantization(kind, block=64).quantizer()
 
@@ -68,7 +74,7 @@ def test_all_reduce_is_the_simulation_to_the_byte(kind: str, world_size: int) ->
             results.append(flat)
         return results, feedback.residual
 
-    ranks = run_ranks(world_size, rank_main)
+    ranks = run_ranks(world_size, rank_main, kind=mesh_kind)
     residuals = [torch.zeros(size) for _ in range(world_size)]
     for step in range(steps):
         inputs = [gradient(rank, step, size) for rank in range(world_size)]
@@ -80,9 +86,10 @@ def test_all_reduce_is_the_simulation_to_the_byte(kind: str, world_size: int) ->
     assert any(residual.any() for residual in residuals) == (kind != "none" and world_size > 1)
 
 
+@ON_TORCH
 @WORLDS
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
-def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int) -> None:
+def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int, mesh_kind: str) -> None:
     sizes = [700, 0, 3, 200][:world_size]
     quantizer = Quantization(kind, block=64).quantizer()
 
@@ -96,7 +103,7 @@ def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int) -> N
         feedback.settle(is_kept=True)
         return flat[start : start + sizes[mesh.rank]], feedback.residual
 
-    ranks = run_ranks(world_size, rank_main)
+    ranks = run_ranks(world_size, rank_main, kind=mesh_kind)
     residuals = [torch.zeros(sum(sizes)) for _ in range(world_size)]
     for step in range(3):
         inputs = [gradient(rank, step, sum(sizes)) for rank in range(world_size)]
@@ -110,7 +117,7 @@ def test_reduce_scatter_is_the_first_half_of_it(kind: str, world_size: int) -> N
         assert torch.equal(residual, expected)
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp"])
+@pytest.mark.parametrize("kind", ["memory", "tcp", "torch"])
 def test_large_tensors_go_in_parts_and_lose_nothing(kind: str) -> None:
     """What came out of all steps and what is kept, together, is what went in."""
     size, steps, world_size = 100_003, 6, 3
