@@ -20,7 +20,7 @@ from torch import Tensor
 from smolrun.collectives.chain import Chain, Phase
 from smolrun.collectives.schedule import even_ranges
 from smolrun.errors import CollectiveMismatch, SmolrunError
-from smolrun.mesh.mesh import Work
+from smolrun.mesh.mesh import Mesh, Work
 from smolrun.mesh.streams import DEFAULT_GROUP
 from smolrun.mesh.torch_mesh import ProcessGroup, TorchMesh, TorchWork
 
@@ -42,7 +42,7 @@ class TorchCollectives:
         self, mesh: TorchMesh, ranks: Sequence[int] | None = None, *, name: str | None = None
     ) -> None:
         """Blocks until all `ranks` have made the group."""
-        self.mesh = mesh
+        self.mesh: Mesh = mesh
         self.ranks = list(mesh.members) if ranks is None else list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(mesh.rank)
@@ -60,7 +60,8 @@ class TorchCollectives:
             return cls(mesh, ranks, name=name)
         if mesh.world is None:
             mesh.world = cls(mesh)
-        return mesh.world
+        world: TorchCollectives = mesh.world
+        return world
 
     def fingerprint(self, what: str, hint: str = "") -> int:
         """Becomes a part of the running CRC when an all_gather is given it."""
@@ -74,7 +75,7 @@ class TorchCollectives:
         if op == "mean" and not tensor.is_floating_point():
             raise SmolrunError(f"all_reduce cannot take the mean of {tensor.dtype}")
         flat, options = tensor.detach().view(-1), dist.AllreduceOptions()
-        options.reduceOp = _OPS[op]
+        options.reduceOp = dist.ReduceOp(_OPS[op])
 
         def divide() -> None:
             if op == "mean":

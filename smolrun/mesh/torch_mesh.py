@@ -47,6 +47,7 @@ from smolrun.wire.tensor import Payload
 
 _log = logging.getLogger(__name__)
 
+_Gloo: Any = ProcessGroupGloo  # torch's type stubs lack its options
 TorchWork = Any  # torch.distributed's Work, of which each backend has a class of its own
 ProcessGroup = Any  # ProcessGroupGloo, or ProcessGroupNCCL, which a build for the CPU lacks
 
@@ -87,8 +88,8 @@ class TorchMesh(Mesh):
         self._store = store
         self._endpoint = endpoint
         self._places = {entry.rank: entry.addresses[0] for entry in roster}
-        self._options = ProcessGroupGloo._Options()
-        self._options._devices = [ProcessGroupGloo.create_device(hostname=endpoint.addresses[0][0])]
+        self._options = _Gloo._Options()
+        self._options._devices = [_Gloo.create_device(hostname=endpoint.addresses[0][0])]
         self._options._timeout = timedelta(seconds=timeout_s)
         self._options._threads = _GLOO_THREADS
         self._process_groups: dict[str, ProcessGroup] = {}
@@ -103,7 +104,7 @@ class TorchMesh(Mesh):
         if name not in self._process_groups:
             store, index = PrefixStore(name, self._store), list(ranks).index(self.rank)
             try:
-                group = ProcessGroupGloo(store, index, len(ranks), self._options)
+                group = _Gloo(store, index, len(ranks), self._options)
             except RuntimeError as error:
                 raise self._explained(f"the group {name!r}", str(error)) from None
             self._process_groups[name] = group

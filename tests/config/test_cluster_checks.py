@@ -124,7 +124,7 @@ ELSEWHERE = "cluster.hosts=[{name: a, ssh: a, address: 10.0.0.1}, {name: b, ssh:
         ),
         (["algorithm=edp"], "mesh = torch: ranks of algorithm=edp join and leave during a run"),
         (["task=doctor"], "mesh = torch: task=doctor has links that break and are made again"),
-        (["mesh.liveness=fast"], "mesh.liveness: no such key"),
+        (["mesh.liveness=fast"], "mesh.liveness = fast: no such key"),
     ],
 )
 def test_what_torch_distributed_cannot_do(words: list[str], line: str) -> None:

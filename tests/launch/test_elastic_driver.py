@@ -47,7 +47,7 @@ def real_workers(
         "task": "stand_in",
         "pids": pids,
         "cluster": {"start_timeout_s": 30.0},
-        "mesh": {"timeout_s": 20.0, "liveness": "fast", "heartbeat_ms": 50},
+        "mesh": {"kind": "tcp", "timeout_s": 20.0, "liveness": "fast", "heartbeat_ms": 50},
     }
     return [
         WorkerPlan(

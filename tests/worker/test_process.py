@@ -52,7 +52,7 @@ class Worker:
             "task": "train",
             "act": task,
             "cluster": {"start_timeout_s": 10.0},
-            "mesh": {"timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
+            "mesh": {"kind": "tcp", "timeout_s": 300.0, "liveness": "fast", "heartbeat_ms": 250},
         }
         start = msgspec.structs.replace(
             START, rank=0, world_size=1, config=config, addresses=["127.0.0.1"]
