@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import select
 import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +65,7 @@ class Terminal:
     """A process on a terminal of its own."""
 
     def __init__(self, folder: Path, *words: str, **env: str) -> None:
+        fcntl, pty, termios = [pytest.importorskip(one) for one in ("fcntl", "pty", "termios")]
         self.fd, other = pty.openpty()
         fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
@@ -142,6 +140,7 @@ def test_a_dumb_terminal_gets_lines(tmp_path: Path) -> None:
     assert "\x1b[?1049h" not in terminal.seen and "done" in terminal.seen
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_run_with_a_dashboard_is_in_the_background(tmp_path: Path) -> None:
     words = [*SMALL, "training.steps=3", "training.sample_tokens=0", "training.eval_every=0"]
