@@ -52,8 +52,9 @@ def act(behave: str, steps: int, start: StartMessage, channel: WorkerChannel, fo
         os.write(channel._write_fd, b"%% not json %%\n")
         sleep_forever()
     elif behave == "endless_line":
-        while True:
-            os.write(channel._write_fd, b"x" * 65536)
+        with channel._write_lock:  # else its answers to leases end the line
+            while True:
+                os.write(channel._write_fd, b"x" * 65536)
     elif behave == "raise":
         channel.result("failed", error=ErrorReport("ValueError", "shapes do not fit"))
         return 3

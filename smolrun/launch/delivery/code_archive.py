@@ -96,7 +96,7 @@ def _digest(files: Mapping[str, bytes]) -> str:
 _PACKAGES = ("smolrun", "smolrun.tasks", "smolrun.conf")
 # Modules, and what they read.
 _OWN_SUFFIXES = (".py", ".yaml", ".css", ".html", ".js", ".svg", ".png", ".webmanifest")
-_SOURCES = "ui/"  # of pages, which are built in the checkout alone
+_SOURCES = "ui/web/"  # of pages, which are built in the checkout alone
 _SKIPPED = frozenset({"__pycache__", "node_modules"})
 _MOST_BYTES = 20_000_000
 

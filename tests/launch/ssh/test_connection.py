@@ -202,7 +202,7 @@ def test_nothing_given_to_a_worker_is_seen_in_its_environment_or_arguments(
 ):
     monkeypatch.setenv("CANARY_TOKEN", "canary")
     machine = open_machine(spec(server, tmp_path))
-    code = "import os, sys; print(dict(os.environ), sys.argv)"
+    code = "import os, sys; sys.stdin.readline(); print(dict(os.environ), sys.argv)"
     worker = machine.start_worker([machine.python, "-c", code], {})
     worker.write(b"canary\n")
     heard = b""
