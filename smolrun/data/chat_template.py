@@ -80,7 +80,8 @@ class ChatTemplate:
         are functions as OpenAI's API describes them. LimitPassed for a template that does not come
         to an end.
         """
-        size = sum(len(message["content"]) for message in messages)
+        texts = ("content", "reasoning_content")
+        size = sum(len(message.get(name, "")) for message in messages for name in texts)
         calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
         size += len(json.dumps([tools, calls])) if tools or calls else 0
         return (self._with_tools if tools else self._template).render(

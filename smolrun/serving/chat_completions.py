@@ -182,7 +182,8 @@ def _num_characters(body: ChatRequest) -> int:
     calls = [message.tool_calls for message in body.messages if message.tool_calls]
     size = len(msgspec.json.encode([tool.model_dump() for tool in body.tools or []]))
     size += sum(len(call.function.arguments) for some in calls for call in some)
-    return size + sum(len(message.text) for message in body.messages)
+    thoughts = sum(len(message.reasoning_content or "") for message in body.messages)
+    return size + thoughts + sum(len(message.text) for message in body.messages)
 
 
 def _begun_answer(messages: list[dict[str, Any]]) -> str:

@@ -109,6 +109,10 @@ class ChatMessage(ApiRequest):
     content: Text | list[TextPart] | None = Field(
         None, description="The text, or a list of parts of type text; not needed beside tool_calls"
     )
+    reasoning_content: Text | None = Field(
+        None,
+        description="What was thought before an answer; the template may leave it out",
+    )
     tool_calls: Annotated[list[AnsweredCall], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="The calls of an answer (role assistant)"
     )
@@ -311,13 +315,13 @@ class InputItem(ApiRequest):
 
     type: Literal[
         "message", "function_call", "function_call_output", "reasoning", "item_reference"
-    ] = Field("message", description="Which of the fields below count; reasoning is left out")
+    ] = Field("message", description="Which of the fields below count")
     id: Text | None = Field(None, description="Of the item that an item_reference stands for")
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="Of a message"
     )
     content: Text | list[ItemPart] | None = Field(
-        None, description="Of a message: the text, or its parts"
+        None, description="Of a message or of reasoning: the text, or its parts"
     )
     call_id: Text | None = Field(None, description="Of a function_call, or the call of an output")
     name: FunctionName | None = Field(None, description="Of the function that was called")

@@ -329,8 +329,9 @@ def _whole_item(item: InputItem, where: str, kept: KeptResponses, key: str) -> I
 
 
 def _messages(instructions: str | None, items: Sequence[Item]) -> list[Item]:
-    """As a chat has them; what was thought is left out."""
+    """As a chat has them; what was thought belongs to the answer after it."""
     messages: list[Item] = [{"role": "system", "content": instructions}] if instructions else []
+    thought = ""
     for item in items:
         if item["type"] == "message":
             _add_message(messages, item["role"], _plain(item["content"]))
@@ -339,6 +340,11 @@ def _messages(instructions: str | None, items: Sequence[Item]) -> list[Item]:
         elif item["type"] == "function_call_output":
             output, call = _plain(item["output"]), item["call_id"]
             messages.append({"role": "tool", "content": output, "tool_call_id": call})
+        elif item["type"] == "reasoning":
+            thought = _plain(item.get("content", ""))
+            continue
+        if thought and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"], thought = thought, ""
     return messages
 
 

@@ -274,10 +274,10 @@ def _without_tools(template: str) -> str:
     """Why a model with this chat template cannot be given tools; empty if it can."""
     if not re.search(r"\btools\b", template):
         return "this model has no tools in its chat template, so it cannot call functions"
-    if CALL_START not in template:
+    if CALL_START not in template or "<function=" in template:
         return (
-            f"this model writes calls of functions in a format other than {CALL_START} (Hermes, "
-            "Qwen2.5, Qwen3), which this server does not read"
+            f"this model writes calls of functions in a format other than {CALL_START} and JSON "
+            "(Hermes, Qwen2.5, Qwen3), which this server does not read"
         )
     return ""
 

@@ -205,6 +205,8 @@ def template_message(message: ChatMessage, where: str) -> dict[str, Any]:
         text = f"{where}.content is required"
         raise ApiError(400, text, param=f"{where}.content", code="missing_required_parameter")
     written: dict[str, Any] = {"role": role, "content": message.text}
+    if role == "assistant" and message.reasoning_content:
+        written["reasoning_content"] = message.reasoning_content
     if role == "assistant" and message.tool_calls:
         written["tool_calls"] = [
             {

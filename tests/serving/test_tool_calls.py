@@ -246,6 +246,7 @@ def test_wrong_tools_are_named(server: Served, fields: Body, param: str) -> None
     [
         (THINKING_TEMPLATE, "has no tools in its chat template"),
         ("{{ tools }}" + THINKING_TEMPLATE, "in a format other than <tool_call>"),
+        ("{{ tools }}<tool_call><function=f>" + THINKING_TEMPLATE, "in a format other than"),
     ],
 )
 def test_a_model_without_tools_answers_without_unless_it_must(
