@@ -52,9 +52,9 @@ class ChatCompletion(Completion[ChatRequest]):
             self._splitters = [ThinkingSplitter(is_thinking=is_thinking) for _ in range(self.n)]
         if use.tools:
             self._tools = [ToolCallSplitter(use.begun) for _ in range(self.n)]
-        notes = [CONTINUES_TEXT * service.continues_text, use.note]
-        if any(notes):
-            self.headers["x-smolrun-note"] = "; ".join(filter(None, notes))
+        self.notes += filter(None, [CONTINUES_TEXT * service.continues_text, use.note])
+        if self.notes:
+            self.headers["x-smolrun-note"] = "; ".join(self.notes)
         return service.begin(
             [ids],
             body,

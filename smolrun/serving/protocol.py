@@ -329,10 +329,14 @@ class InputItem(ApiRequest):
     output: Text | list[ItemPart] | None = Field(None, description="What the call returned")
 
 
-class FunctionTool(Function):
+class OfferedTool(ApiRequest):
     """What the model may use in /v1/responses."""
 
-    type: Literal["function"] = Field(description="No other types are supported")
+    type: Text = Field(description="function; other types are left out, as x-smolrun-note says")
+    name: FunctionName | None = Field(None, description="Of the function")
+    description: Text | None = Field(None, description="What it does")
+    parameters: JsonSchema | None = Field(None, description="The JSON Schema of its arguments")
+    strict: StrictBool | None = Field(None, description="As in /v1/chat/completions")
 
 
 class FunctionChoice(NamedFunction):
@@ -375,7 +379,7 @@ class ResponsesRequest(ApiRequest):
     chat_template_kwargs: dict[Text, Switch] | None = Field(
         None, description="As in /v1/chat/completions"
     )
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = Field(
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call"
     )
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(

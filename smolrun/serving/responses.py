@@ -135,6 +135,7 @@ class Completion(ABC, Generic[Body]):
         self.request_id = str(request.state.request_id)
         self.n = body.n or 1
         self.headers: dict[str, str] = {}
+        self.notes: list[str] = []  # for people, on what of the request does not count
         self._request = request
         self._created = int(time.time())
 

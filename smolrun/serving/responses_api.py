@@ -28,6 +28,7 @@ from smolrun.serving.protocol import (
     ChatRequest,
     FunctionChoice,
     InputItem,
+    OfferedTool,
     ResponsesRequest,
 )
 from smolrun.serving.responses import LOADING, comments, event, origin_headers
@@ -114,7 +115,11 @@ class ModelResponse(ChatCompletion):
         self._response_id = f"resp_{secrets.token_hex(24)}"
 
     async def begin(self) -> list[Generation]:
-        """As of a chat, with this API's names in errors."""
+        """As of a chat, with this API's names in errors. Tools that OpenAI runs itself are left
+        out, as coding agents offer them with every request."""
+        hosted = {tool.type: None for tool in self._asked.tools or [] if tool.type != "function"}
+        if hosted:
+            self.notes.append(f"left out of tools: {', '.join(hosted)}")
         try:
             return await super().begin()
         except ApiError as error:
@@ -199,7 +204,7 @@ class ModelResponse(ChatCompletion):
             "store": asked.store is not False,
             "text": {"format": _dumped(form) if form else {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else _dumped(choice),
-            "tools": [_dumped(tool) for tool in asked.tools or []],
+            "tools": [_dumped(tool) for tool in _functions(asked)],
             "truncation": "disabled",
             "usage": None,
         }
@@ -365,6 +370,16 @@ def _add_call(messages: list[Item], item: Item) -> None:
     calls.append({"id": item["call_id"], "type": "function", "function": function})
 
 
+def _functions(asked: ResponsesRequest) -> list[OfferedTool]:
+    """The tools that the model is given; ApiError for one without a name."""
+    for at, tool in enumerate(asked.tools or []):
+        if tool.type == "function" and tool.name is None:
+            param = f"tools[{at}].name"
+            code = "missing_required_parameter"
+            raise ApiError(400, f"{param} is required", param=param, code=code)
+    return [tool for tool in asked.tools or [] if tool.type == "function"]
+
+
 def _plain(content: str | list[Item]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -374,8 +389,7 @@ def _chat_request(asked: ResponsesRequest, items: Sequence[Item]) -> ChatRequest
     body: dict[str, Any] = {name: getattr(asked, name) for name in _SAME}
     body["messages"] = _messages(asked.instructions, items)
     body["max_completion_tokens"] = asked.max_output_tokens
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
-    body["tools"] = [{"type": tool.pop("type"), "function": tool} for tool in tools]
+    body["tools"] = [{"type": tool.type, "function": _dumped(tool)} for tool in _functions(asked)]
     choice = asked.tool_choice
     if isinstance(choice, FunctionChoice):
         body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}

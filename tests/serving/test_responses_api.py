@@ -236,8 +236,9 @@ def test_an_answer_of_a_schema(server: Served) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, None),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].name"),
-        ({"tools": [{"type": "custom", "name": "patch"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -268,6 +269,17 @@ def test_what_clients_send_besides_is_no_error(server: Served) -> None:
         stream_options={"include_obfuscation": False},
     )
     assert body_of(answer)["metadata"] == {"a": "b"}
+
+
+def test_tools_that_openai_runs_are_left_out(server: Served) -> None:
+    """Codex offers them with every request."""
+    hosted = [{"type": "web_search"}, {"type": "namespace", "name": "multi_agent_v1", "tools": []}]
+    answer = create(server, tools=[*hosted, WEATHER])
+    assert answer.headers["x-smolrun-note"] == "left out of tools: web_search, namespace"
+    assert [tool["type"] for tool in body_of(answer)["tools"]] == ["function"]
+    assert "multi_agent" not in prompt_of(server)
+    plain = create(server, tools=hosted)
+    assert body_of(plain)["output"][0]["content"][0]["text"] == SAYS
 
 
 def test_a_failure_in_a_stream_is_its_last_event(tmp_path: Path) -> None:
