@@ -90,6 +90,25 @@ def test_replicas_are_asked_by_their_rank(opened: Any):
         tab.check()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_fit_for_a_phone_and_a_screen_reader(opened: Any, scheme: str):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    replicas = [{"rank": 0, "step": "100"}, {"rank": 1, "step": "200"}]
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with scripted(lambda n: streamed(frame("Yes"), *END), replicas) as (url, _):
+        tab = opened(url, color_scheme=scheme, bypass_csp=True, **phone)
+        tab.page.click("button[aria-label=Compare]")
+        tab.page.wait_for_selector("option >> text=step 200", state="attached")
+        ask_both(tab)
+        found = axe.run(tab.page).response["violations"]
+        assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
+        sheet = tab.page.locator("dialog")
+        assert sheet.evaluate("one => one.scrollWidth") <= 360
+        for target in sheet.locator("button, select").all():
+            box = target.bounding_box()
+            assert box is not None and min(box["width"], box["height"]) >= 43.9
+
+
 def test_one_server_with_one_replica_has_nothing_to_compare(opened: Any):
     with scripted(lambda n: streamed(frame("Yes"), *END)) as (url, _):
         assert opened(url).page.locator("button[aria-label=Compare]").count() == 0

@@ -81,6 +81,11 @@ export class Answering {
     return this.end === null
   }
 
+  /** So far. */
+  get numTokens(): number {
+    return this.tokens
+  }
+
   /** Tokens a second over the last two seconds. */
   rate(now = performance.now()): number | null {
     const first = this.counts.find(({ at }) => now - at <= RATE_WINDOW_MS)

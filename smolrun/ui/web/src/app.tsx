@@ -54,12 +54,12 @@ function Title() {
   const store = useStore()
   const { config, current } = store
   const last = thread(current).findLast(message => message.figures?.promptTokens)?.figures
-  const used = last ? `${last.promptTokens! + last.tokens} of ` : ""
-  const size = config?.max_sequence_length ? ` · ${used}${config.max_sequence_length} tokens` : ""
+  const used = last ? last.promptTokens! + last.tokens : 0
+  const size = config?.max_sequence_length ? ` · ${used} of ${config.max_sequence_length}` : ""
   return (
     <h1>
       {current.title || "smolrun"}
-      {current.title && config && <small>{`${config.model_name}${size}`}</small>}
+      {current.title && config && <small title="Tokens of context used">{`${config.model_name}${size}`}</small>}
     </h1>
   )
 }

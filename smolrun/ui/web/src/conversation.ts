@@ -63,10 +63,6 @@ export function newConversation(now: number, system = ""): Conversation {
   return { id: newId(), title: "", created: now, changed: now, system, messages: [], leaf: null }
 }
 
-export function find(conversation: Conversation, id: string | null): Message | undefined {
-  return conversation.messages.find(message => message.id === id)
-}
-
 /** From the first message to the leaf. */
 export function thread(conversation: Conversation): Message[] {
   const byId = new Map(conversation.messages.map(message => [message.id, message]))
@@ -99,18 +95,6 @@ export function withMessage(conversation: Conversation, message: Message): Conve
 export function withChange(conversation: Conversation, id: string, change: Partial<Message>): Conversation {
   const messages = conversation.messages.map(message => (message.id === id ? { ...message, ...change } : message))
   return { ...conversation, messages }
-}
-
-/** Without a message and all below it. The leaf becomes the newest message beside or above it. */
-export function without(conversation: Conversation, id: string): Conversation {
-  const gone = new Set([id])
-  for (const message of conversation.messages) if (message.parent && gone.has(message.parent)) gone.add(message.id)
-  const messages = conversation.messages.filter(message => !gone.has(message.id))
-  const left = { ...conversation, messages }
-  if (!conversation.leaf || !gone.has(conversation.leaf)) return left
-  const parent = find(conversation, id)?.parent ?? null
-  const beside = messages.findLast(message => message.parent === parent)
-  return beside ? choose(left, beside.id) : { ...left, leaf: parent }
 }
 
 export function titleOf(text: string): string {

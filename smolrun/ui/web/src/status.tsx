@@ -22,7 +22,8 @@ export function RunningStatus({ answering }: { answering: Answering }) {
 
 function phaseWords(answering: Answering, now: number): string {
   const rate = answering.rate(now)
-  const speed = rate === null ? "" : ` · ${rate.toFixed(1)} tokens/s`
+  const count = answering.numTokens
+  const speed = rate === null ? "" : ` · ${count} ${count === 1 ? "token" : "tokens"} · ${rate.toFixed(1)} tokens/s`
   switch (answering.phase) {
     case "sent":
       return `sent ${seconds((now - answering.startedAt) / 1000)} ago`

@@ -4,7 +4,7 @@ import { useSyncExternalStore } from "react"
 import { Answering } from "./answering"
 import * as api from "./api"
 import {
-  asRequest, choose, fromExport, isId, isOpen, newConversation, newId, thread, withChange, withMessage, without,
+  asRequest, choose, fromExport, isId, isOpen, newConversation, newId, thread, withChange, withMessage,
   type Conversation, type Message,
 } from "./conversation"
 import { History } from "./history"
@@ -281,11 +281,6 @@ export class Store {
 
   choose(message: Message): void {
     this.put(choose(this.current, message.id))
-  }
-
-  removeMessage(message: Message): void {
-    this.answering.get(message.id)?.stop()
-    this.put(without(this.current, message.id))
   }
 
   private answer(question: string): void {
