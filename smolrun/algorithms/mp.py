@@ -187,9 +187,7 @@ class ModelParallel(PartialModel, Single):
 
     def wait_for(self, pending: PendingUpdate) -> None:
         """Blocks until the norms of all stages are known."""
-        self._squares, are_finite = self.stage_gradients.wait(
-            pending.step, self._gradients[pending.step]
-        )
+        self._squares, are_finite = self.stage_gradients.wait(pending.step)
         super().wait_for(pending)
         pending.stats.replace("is_finite", are_finite)
 

@@ -187,6 +187,7 @@ class PipelineWithoutFlush(Pipeline):
             for own in self._gradients[number]:
                 own.div_(step.loss_scale)
             self.stage_gradients.complete(number, self._gradients[number])
+        self.stage_gradients.poll()
         return stats
 
     def wait_for(self, pending: PendingUpdate) -> None:

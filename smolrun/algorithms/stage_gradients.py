@@ -55,6 +55,7 @@ class OpenStep:
     loss_scale: float = 1.0  # of its gradients until they are whole
     backwards: int = 0  # without a flush: micro-batches that still add to them
     tied_gradient: PendingReceive | None = None  # of the copy, which the owner has to add
+    gradients: list[Tensor] | None = None  # from when they are whole
     sums: list[_Sum] = field(default_factory=list)  # over replicas
     is_finite: bool = True  # of several replicas: the gradient of this one
     # By rank: the squared norm of its stage's gradient, and whether its own part was finite.
@@ -85,41 +86,39 @@ class StageGradients:
 
     def begin(self, number: int, loss_scale: float) -> OpenStep:
         """A step without gradients."""
+        self.poll()
         received = self._tied.begin() if self._tied else None
         self.steps[number] = OpenStep(loss_scale, tied_gradient=received)
         return self.steps[number]
 
     def resume(self, number: int, gradients: list[Tensor]) -> None:
         """A step of a checkpoint; what two stages hold has been added."""
-        self.steps[number] = OpenStep()
+        self.steps[number] = OpenStep(gradients=gradients)
         self._gather(self.steps[number], gradients)
 
     def complete(self, number: int, gradients: list[Tensor]) -> None:
         """The gradient of a step is whole on this stage; never blocks."""
         step = self.steps[number]
+        step.gradients = gradients
         if self._tied:
             self._tied.complete(step.loss_scale)
-        if self._replicas.size > 1:
-            tied = self._tied.index if self._tied else None  # must wait for that of the copy
-            others = [own for index, own in enumerate(gradients) if index != tied]
-            self._sum(step, self._replicas, others)
-        elif step.tied_gradient is None:  # else the norm needs that first
-            self._gather(step, gradients)
+        tied = self._tied.index if self._tied else None  # must wait for that of the copy
+        others = [own for index, own in enumerate(gradients) if index != tied]
+        self._sum(step, self._replicas, others)
+        self.poll()
 
-    def wait(self, number: int, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def poll(self) -> None:
+        """Does for whole gradients what needs no waiting: stages should not wait for a norm that
+        another one would only send when it needs it itself."""
+        for step in self.steps.values():
+            if not self._advance(step, blocks=False):
+                return
+
+    def wait(self, number: int) -> tuple[Tensor, Tensor]:
         """Blocks until the gradient of every stage is known: their squared norms, by stage, and
         whether they were finite, by rank. That of the matrix is its owner's alone."""
         step = self.steps[number]
-        if self._tied and step.tied_gradient:
-            matrix = self._tied.add(step.tied_gradient, gradients)
-            step.tied_gradient = None
-            self._sum(step, self._tied_replicas, [matrix])
-        for one in step.sums:
-            self._clock.wait(one.work)
-            one.copy_back()
-        step.sums.clear()
-        if step.gathered is None:
-            self._gather(step, gradients)
+        self._advance(step, blocks=True)
         assert step.norms is not None and step.gathered is not None, "it has been gathered"
         self._clock.wait(step.gathered)
         squares, are_finite = step.norms.unbind(1)
@@ -127,6 +126,24 @@ class StageGradients:
         are_finite = torch.isfinite(squares) if are_finite.all() else are_finite
         # Unlike machines may round their norms differently; all ranks take one.
         return squares[: self._stages], are_finite
+
+    def _advance(self, step: OpenStep, *, blocks: bool) -> bool:
+        """Adds the gradient of the copy, sums, and sends the norm, in this order and each once;
+        whether all of it is done."""
+        if step.gathered is not None or step.gradients is None:
+            return step.gathered is not None
+        if self._tied and (received := step.tied_gradient) and (blocks or received.work.is_done):
+            matrix = self._tied.add(received, step.gradients)
+            step.tied_gradient = None
+            self._sum(step, self._tied_replicas, [matrix])
+        if not blocks and (step.tied_gradient or not all(one.work.is_done for one in step.sums)):
+            return False
+        for one in step.sums:
+            self._clock.wait(one.work)
+            one.copy_back()
+        step.sums.clear()
+        self._gather(step, step.gradients)
+        return True
 
     def _sum(self, step: OpenStep, group: Collectives, gradients: list[Tensor]) -> None:
         """Starts to sum over replicas; never blocks."""
