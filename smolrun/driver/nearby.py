@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from smolrun.config import RunConfig, min_ranks_left
 from smolrun.errors import HostError, ProtocolError
+from smolrun.mesh.addresses import shown
 
 if TYPE_CHECKING:
     from smolrun.launch.nearby.joined import JoinedMachine
@@ -112,7 +113,12 @@ class NearbyCluster:
 
     def wait(self, least: int, timeout_s: float) -> None:
         """Until so many machines have joined; HostError after `timeout_s`."""
+        from smolrun.launch.nearby.discovery import own_addresses
+
         self._say(self._waiting())
+        if addresses := own_addresses():
+            where = shown(addresses[0], self._server.port)
+            self._say(f"where they find nothing: smolrun task=join join.address={where}")
         self._may_show = True
         self._show_code(self._server.code)
         give_up, told = time.monotonic() + timeout_s, self.num_joined
