@@ -129,7 +129,7 @@ def test_edp_begins_without_one_and_takes_it_in_the_middle(tmp_path: Path):
         first = lan.join(begun, "pi5")
         until(lambda: steps(begun) > 3, 150.0)
         late = lan.join(begun, "jetson")
-        begun.until_it_says(r"rank 2 \(\S+\) is back", timeout_s=150.0)
+        begun.until_it_says(r"rank 2 on \S+ is back", timeout_s=150.0)
         assert workers(late)
         late.popen.kill()
         begun.until_it_says("the run continues with 2 of 3 ranks")

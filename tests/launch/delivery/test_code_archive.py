@@ -110,7 +110,7 @@ def test_our_package_is_all_there_as_it_would_be_installed() -> None:
         for name in found:  # pages, styles and the like
             is_unread = name in ("py.typed", "page/source.sha256")
             assert is_unread or f"{package.replace('.', '/')}/{name}" in files, name
-    assert not [name for name in files if name.startswith("smolrun/ui/")]
+    assert not [name for name in files if name.startswith("smolrun/ui/web/")]
     assert not [name for name in files if "__pycache__" in name or not name.startswith("smolrun/")]
 
 
