@@ -21,6 +21,7 @@ from smolrun.tracking.console import Console, is_step_line
 from smolrun.tracking.run_view import Chunk, Request, View
 
 _HISTORY_LINES = 10
+_END_LINES = 200  # at most of what a log says of the end, with samples
 
 
 def drive(config: RunConfig) -> int:
@@ -57,6 +58,7 @@ class Show:
         )
         self._console.unit = str(first.driver.get("unit", "tokens"))
         self._has_log = False
+        self._last_lines: list[str] = []  # of the log
         self._in_log: set[str] = set()  # lines of the end, of which a terminal gets a table
 
     def follow(self, view: View) -> int:
@@ -78,9 +80,14 @@ class Show:
             return EXIT_DONE
         finally:
             self._console.close()
-        if not self._has_log or self._console.is_live or view.state == "died":
-            self.show_end(view)  # else its log has shown it
+        if self._console.is_live or not self._has_log_shown_end(view):
+            self.show_end(view)
         return run_summary.exit_code(view)
+
+    def _has_log_shown_end(self, view: View) -> bool:
+        """The driver writes its last lines after the summary, by which a run has ended."""
+        status = run_summary.end_of(self._run.folder, view).headline.partition(":")[0]
+        return any(line.startswith(f"{status}:") for line in self._last_lines)
 
     def show_end(self, view: View) -> None:
         """How the run ended."""
@@ -95,6 +102,7 @@ class Show:
             self._in_log = {part for text in end.lines() for part in indented(text).split("\n")}
         if not self._has_log or self._console.is_live:
             self._show_events(view.metrics)
+        self._last_lines = [*self._last_lines, *view.log.lines][-_END_LINES:]
         for line in _recent(view.log):
             # With a bar, steps are its business.
             if not (self._console.is_live and is_step_line(line)) and line not in self._in_log:

@@ -123,8 +123,10 @@ class Scheduler:
         for sequence in again:
             sequence.was_admitted = True
         for sequence in [*self._waiting, *chain.from_iterable(self._held.values())]:
+            length_before = sequence.max_length
             sequence.restart(self.slots.capacity)
-            if len(sequence.tokens) >= sequence.max_length:
+            # One of a prompt alone has all its tokens from the start.
+            if len(sequence.tokens) >= sequence.max_length < length_before:
                 problem = f"a host was lost, and a slot has {self.slots.capacity} tokens since then"
                 self._finish(sequence, "error", problem)
 

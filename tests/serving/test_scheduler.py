@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import ProtocolError
@@ -127,6 +127,8 @@ def _scripts(draw: st.DrawFn) -> list[tuple[str, int]]:
 
 
 @settings(max_examples=60, deadline=None)
+@example(1, 1, 1, [([20], 0, 1, False)], [("submit", 0), ("lose", 0)])
+@example(1, 2, 4, [([20] * 40, 3, 2, True)], [("submit", 0), ("schedule", 0), ("lose", 0)])
 @given(
     st.integers(1, 4),
     st.integers(1, 4),
